@@ -1,0 +1,1 @@
+"""Components and the processes they live in. Imports transport."""

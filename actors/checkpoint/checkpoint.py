@@ -1,0 +1,226 @@
+"""A checkpoint: the architecture and the tensors of a model, under transformers' names, whichever file holds them.
+
+Opening reads headers only. `read_into` reads one tensor, piece by piece, into memory of the caller's own dtype, so a
+host holds its own tensors and a piece of a few MiB, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import CheckpointError
+from . import config as configs
+from . import gguf_file, safetensors_file
+from .config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+PIECE_ELEMENTS = 1 << 20
+"""Elements converted at a time: 4 MiB of float32, small enough to stay in cache (27 to 140 million a second)."""
+MAX_JSON_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where a tensor lies. `stored` is a dtype of the wire table or a GGUF type; `shape` is row-major.
+
+    `permuted_heads`: GGUF keeps the rows of q and k of the llama architecture in another order, pair by pair for the
+    rotary embedding; this is the number of heads to put back, or 0.
+    """
+
+    name: str
+    file: Path
+    stored: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+    permuted_heads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What `open_checkpoint` found. `gguf` holds the metadata of a GGUF file (its tokenizer is in there)."""
+
+    path: Path
+    config: ModelConfig
+    tensors: Mapping[str, TensorEntry]
+    gguf: Mapping[str, Any] | None = None
+
+    def require(self, name: str, shape: tuple[int, ...]) -> TensorEntry:
+        """The entry of a tensor that must be there.
+
+        Raises:
+            CheckpointError: missing, or of another shape; names file and tensor.
+        """
+        entry = self.tensors.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.path}: tensor {name} is missing")
+        if entry.shape != shape:
+            raise CheckpointError(f"{entry.file}: tensor {name}: expected shape {shape}, got {entry.shape}")
+        if entry.stored in ("bool", "uint8", "int8", "int16", "int32", "int64"):
+            raise CheckpointError(f"{entry.file}: tensor {name}: expected floating-point weights, got {entry.stored}")
+        return entry
+
+    def read_into(self, name: str, target: torch.Tensor) -> None:
+        """Read a tensor into `target` (its shape, any floating dtype), converting to the target's dtype.
+
+        Raises:
+            CheckpointError: the file ends early, or has no tensor of that name and shape.
+        """
+        entry = self.require(name, tuple(target.shape))
+        rows = target.reshape(-1, entry.shape[-1]) if target.dim() > 1 else target.view(1, -1)
+        order = _head_order(entry) if entry.permuted_heads else None
+        row_bytes = entry.nbytes // rows.shape[0]
+        step = max(1, PIECE_ELEMENTS // entry.shape[-1])
+        with entry.file.open("rb", buffering=0) as file:
+            file.seek(entry.offset)
+            for start in range(0, rows.shape[0], step):
+                stop = min(start + step, rows.shape[0])
+                piece = _converted(entry, _read_exactly(file, entry, (stop - start) * row_bytes), stop - start)
+                if order is None:
+                    rows[start:stop].copy_(piece)
+                else:
+                    rows[order[start:stop]] = piece.to(rows.dtype)
+
+
+def _read_exactly(file: Any, entry: TensorEntry, count: int) -> bytearray:
+    data = bytearray(count)
+    view = memoryview(data)
+    while view:
+        got = file.readinto(view)
+        if not got:
+            raise CheckpointError(f"{entry.file}: tensor {entry.name}: truncated, {len(view)} bytes are missing")
+        view = view[got:]
+    return data
+
+
+def _converted(entry: TensorEntry, data: bytearray, rows: int) -> torch.Tensor:
+    """`rows` rows of the tensor as float32, or as the dtype they are stored in."""
+    import numpy as np
+    import torch
+
+    if not entry.stored.isupper():
+        dtype: torch.dtype = getattr(torch, entry.stored)
+        return torch.frombuffer(data, dtype=dtype).view(rows, -1)
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    blocks = np.frombuffer(data, dtype=np.uint8).reshape(rows, -1)
+    return torch.from_numpy(dequantize(blocks, GGMLQuantizationType[entry.stored]))
+
+
+def _head_order(entry: TensorEntry) -> torch.Tensor:
+    """For each row as GGUF keeps it, the row it is in transformers' order (halves of a head, not pairs)."""
+    import torch
+
+    rows = torch.arange(entry.shape[0])
+    # transformers' row r = (head, half, i) lies at (head, i, half)
+    return rows.view(entry.permuted_heads, 2, -1).transpose(1, 2).reshape(-1)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read the headers at `path`: a `.gguf` file, a `.safetensors` file with `config.json` beside it, or a folder.
+
+    Raises:
+        CheckpointError: not there, damaged, or of an architecture that is not built in.
+    """
+    if path.is_dir():
+        return _open_folder(path, None)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    if path.suffix == ".gguf":
+        return _open_gguf(path)
+    if path.suffix == ".safetensors":
+        return _open_folder(path.parent, path)
+    raise CheckpointError(f"{path}: expected a .gguf file, a .safetensors file, or a folder with config.json")
+
+
+def _open_folder(folder: Path, single: Path | None) -> Checkpoint:
+    config = configs.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    index = folder / "model.safetensors.index.json"
+    single = single or folder / "model.safetensors"
+    if single.exists():
+        files = {single: safetensors_file.read_header(single)}
+        names = {name: single for name in files[single]}
+    elif index.exists():
+        names = _weight_map(folder, index)
+        files = {file: safetensors_file.read_header(file) for file in dict.fromkeys(names.values())}
+    else:
+        raise CheckpointError(f"{folder}: expected model.safetensors or {index.name}, found neither")
+    tensors = {}
+    for name, file in names.items():
+        found = files[file].get(name)
+        if found is None:
+            raise CheckpointError(f"{file}: tensor {name} is missing, though {index.name} says it is here")
+        tensors[name] = TensorEntry(name, file, found.dtype, found.shape, found.offset, found.nbytes)
+    return Checkpoint(folder, config, tensors)
+
+
+def _weight_map(folder: Path, index: Path) -> dict[str, Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index}: expected an object 'weight_map', got {type(weight_map).__name__}")
+    names = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise CheckpointError(f"{index}: tensor {name}: expected a file of the same folder, got {file!r}")
+        names[name] = folder / file
+    return names
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of at most 64 MiB.
+
+    Raises:
+        CheckpointError: missing, too large, or no JSON object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: expected at most {MAX_JSON_BYTES} bytes")
+        made = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not JSON: {error}") from None
+    if not isinstance(made, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(made).__name__}")
+    return made
+
+
+_GGUF_OUTER = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
+               "output.weight": "lm_head.weight"}
+_GGUF_BLOCK = {
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+_GGUF_PLAIN = {"F32": "float32", "F16": "float16", "F64": "float64"}
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    header = gguf_file.read_header(path)
+    config = configs.from_gguf(header.fields, header.tensors, str(path))
+    tensors = {}
+    for found in header.tensors.values():
+        name = _hf_name(found.name)
+        heads = {"q": config.heads, "k": config.kv_heads}.get(name.partition("self_attn.")[2][:1], 0)
+        stored = _GGUF_PLAIN.get(found.type.name, found.type.name)
+        tensors[name] = TensorEntry(
+            name, path, stored, found.shape, found.offset, found.nbytes, permuted_heads=heads
+        )
+    return Checkpoint(path, config, tensors, gguf=header.fields)
+
+
+def _hf_name(name: str) -> str:
+    if name in _GGUF_OUTER:
+        return _GGUF_OUTER[name]
+    parts = name.split(".")
+    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _GGUF_BLOCK:
+        return f"model.layers.{parts[1]}.{_GGUF_BLOCK[parts[2]]}.{parts[3]}"
+    return name

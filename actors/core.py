@@ -1,0 +1,247 @@
+"""What a host decides, without I/O: which rows to join, what to batch, what to refuse, where outputs go.
+
+Events come in (`on_message`, `open`, `close`), work comes out (`take`), its result goes back in (`complete`). The step
+thread drives it over ZeroMQ; the tests drive the same over memory wires.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ranvier.transport.exchange import Exchange, Received, ReceivingLink, SendingLink
+from ranvier.transport.header import Row
+from ranvier.transport.tensors import from_buffer, to_buffer
+
+from .actor import Batch
+from .spec import HostLink, PortSpec
+
+
+@dataclass(slots=True, eq=False)
+class Source:
+    """The message that rows came in. Its credit returns, and its record closes, with the last of its rows."""
+
+    link: ReceivingLink
+    sequence: int
+    rows: tuple[Row, ...]
+    nbytes: int
+    sent_ns: int
+    received_ns: int
+    rows_left: int
+
+
+class Piece(NamedTuple):
+    """Rows that are complete: a tensor for every input port."""
+
+    rows: tuple[Row, ...]
+    tensors: dict[str, torch.Tensor]
+    sources: tuple[Source, ...]
+
+
+class Work(NamedTuple):
+    """One step to take."""
+
+    batch: Batch
+    sources: tuple[Source, ...]
+
+
+class HostCore:
+    """The decisions of one host.
+
+    Args:
+        inputs, outputs: the actor's ports.
+        links: every link at this host, with the port at this end.
+        exchange: the links' own state.
+        batch_tokens: at most so many tokens are laid together in one step (a single message may hold more).
+    """
+
+    def __init__(
+        self,
+        inputs: Iterable[PortSpec],
+        outputs: Iterable[PortSpec],
+        links: Iterable[HostLink],
+        exchange: Exchange,
+        batch_tokens: int,
+    ) -> None:
+        self.exchange = exchange
+        self.counters: Counter[str] = Counter()
+        self._inputs = {port.name: port for port in inputs}
+        self._outputs: dict[str, list[SendingLink]] = {port.name: [] for port in outputs}
+        self._in: dict[ReceivingLink, HostLink] = {}
+        for link in links:
+            spec = link.link
+            if spec.source == exchange.me and link.port in self._outputs:
+                self._outputs[link.port].append(exchange.sending[spec.edge, spec.target])
+            if spec.target == exchange.me and link.port in self._inputs:
+                self._in[exchange.receiving[spec.edge, spec.source]] = link
+        self._batch_tokens = batch_tokens
+        self._stacks = all(port.stacks for port in self._inputs.values())
+        self._epochs: dict[int, int] = {}
+        self._ready: deque[Piece] = deque()
+        self._partial: dict[Row, dict[str, tuple[torch.Tensor, Source]]] = {}
+
+    # -- sessions -----------------------------------------------------------------------------------------------
+
+    def open(self, session: int, epoch: int) -> None:
+        """Rows of the session are taken from now on, those of any other epoch refused."""
+        self._epochs[session] = epoch
+
+    def close(self, session: int) -> bool:
+        """Rows of the session are refused from now on. False if it was not open."""
+        for row in [row for row in self._partial if row.session == session]:
+            self._use_up(source for _, source in self._partial.pop(row).values())
+        return self._epochs.pop(session, None) is not None
+
+    @property
+    def sessions(self) -> tuple[int, ...]:
+        return tuple(self._epochs)
+
+    # -- in -----------------------------------------------------------------------------------------------------
+
+    def on_message(self, received: Received) -> None:
+        """Queue a message; a port that waits for others keeps its rows until they are there."""
+        link, (header, buffers), received_ns = received
+        here = self._in[link]
+        source = Source(
+            link, header.sequence, header.rows, received.message.nbytes, header.sent_ns, received_ns, len(header.rows)
+        )
+        if here.feedback:
+            # What comes back is bounded by the open sessions, one step each. Its credit returns at once, so that a
+            # ring of full links cannot stand still.
+            self.exchange.consumed(link, source.nbytes)
+        tensor = from_buffer(header.tensors[0], buffers[0])
+        if len(self._inputs) == 1:
+            self._ready.append(Piece(header.rows, {here.port: tensor}, (source,)))
+        else:
+            self._join(here.port, header.rows, tensor, source)
+
+    def _join(self, port: str, rows: tuple[Row, ...], tensor: torch.Tensor, source: Source) -> None:
+        """`join: all`. A row waits until every port holds the same (session, epoch, position, tokens)."""
+        for row, part in zip(rows, self._split(port, rows, tensor), strict=True):
+            held = self._partial.setdefault(row, {})
+            if port in held:
+                self.counters["rows_repeated"] += 1
+                self._use_up((source,))
+                continue
+            held[port] = part, source
+            if len(held) == len(self._inputs):
+                del self._partial[row]
+                tensors = {name: held[name][0] for name in self._inputs}
+                self._ready.append(Piece((row,), tensors, tuple(held[name][1] for name in self._inputs)))
+
+    def _split(self, port: str, rows: tuple[Row, ...], tensor: torch.Tensor) -> list[torch.Tensor]:
+        if len(rows) == 1:
+            return [tensor]
+        by_tokens = self._inputs[port].tensor.shape[0] == "tokens"
+        return list(tensor.split([row.tokens if by_tokens else 1 for row in rows]))
+
+    # -- work ---------------------------------------------------------------------------------------------------
+
+    @property
+    def queued(self) -> int:
+        """Pieces that wait for a step."""
+        return len(self._ready)
+
+    def take(self) -> Work | None:
+        """The next step: what has queued up, one row a session, up to the token budget. None if there is none or an
+        output has no credit."""
+        if not self._ready or self.exchange.blocked():
+            return None
+        pieces: list[Piece] = []
+        sessions: set[int] = set()
+        tokens = 0
+        while self._ready:
+            piece = self._ready[0]
+            size = sum(row.tokens for row in piece.rows)
+            if pieces and (not self._stacks or tokens + size > self._batch_tokens):
+                break
+            if not sessions.isdisjoint(row.session for row in piece.rows):
+                break  # a session's next step stands on the one before
+            self._ready.popleft()
+            piece = self._current(piece)
+            if piece.rows:
+                pieces.append(piece)
+                tokens += size
+                sessions.update(row.session for row in piece.rows)
+        if not pieces:
+            return None
+        if len(pieces) == 1:
+            rows, tensors, sources = pieces[0]
+            return Work(Batch(rows, tensors), sources)
+        return Work(
+            Batch(
+                tuple(row for piece in pieces for row in piece.rows),
+                {port: torch.cat([piece.tensors[port] for piece in pieces]) for port in self._inputs},
+            ),
+            tuple(source for piece in pieces for source in piece.sources),
+        )
+
+    def _current(self, piece: Piece) -> Piece:
+        """The piece without rows of sessions that are closed or of another epoch."""
+        epochs = self._epochs
+        refused = {row for row in piece.rows if epochs.get(row.session) != row.epoch}
+        if not refused:
+            return piece
+        self.counters["rows_refused"] += len(refused)
+        kept = tuple(row for row in piece.rows if row not in refused)
+        if not kept:
+            self._use_up(piece.sources)
+            return Piece((), {}, ())
+        tensors = {
+            port: torch.cat([part for row, part in zip(piece.rows, self._split(port, piece.rows, tensor), strict=True)
+                             if row not in refused])
+            for port, tensor in piece.tensors.items()
+        }  # fmt: skip
+        return Piece(kept, tensors, piece.sources)
+
+    def complete(self, work: Work, outputs: Mapping[str, torch.Tensor | Batch], ready_ns: int) -> None:
+        """Send the outputs of a step down their edges.
+
+        Raises:
+            ProtocolError: an output is not what its edge carries.
+            ValueError, TypeError: the actor returned a port it does not have, or no tensor.
+        """
+        for port, value in outputs.items():
+            links = self._outputs.get(port)
+            if links is None:
+                raise ValueError(f"step returned the port {port!r}; the actor's outputs are {', '.join(self._outputs)}")
+            if not links:
+                continue
+            rows, tensor = (value.rows, value.tensors[port]) if isinstance(value, Batch) else (work.batch.rows, value)
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"step returned {type(tensor).__name__} for the port {port!r}, expected a torch.Tensor")
+            if not rows:
+                continue
+            meta, buffer = to_buffer(port, tensor)
+            for link in links:
+                self.exchange.send(link, rows, (meta,), (buffer,), ready_ns)
+
+    def alone(self, work: Work) -> list[Work]:
+        """One work a row of the batch, to find out which sessions a failing step is due to. They hold no credit."""
+        batch = work.batch
+        parts = {port: self._split(port, batch.rows, tensor) for port, tensor in batch.tensors.items()}
+        return [
+            Work(Batch((row,), {port: split[index] for port, split in parts.items()}), ())
+            for index, row in enumerate(batch.rows)
+        ]
+
+    def finish(self, work: Work) -> list[Source]:
+        """The step is over, well or not: give its credit back. Returns the messages that are done with."""
+        return self._use_up(work.sources)
+
+    def _use_up(self, sources: Iterable[Source]) -> list[Source]:
+        done = []
+        for source in sources:
+            if len(self._inputs) > 1:
+                source.rows_left -= 1
+                if source.rows_left:
+                    continue
+            if not self._in[source.link].feedback:
+                self.exchange.consumed(source.link, source.nbytes)
+            done.append(source)
+        return done
+

@@ -1,0 +1,65 @@
+"""Where the two threads of a host meet, and the only place: commands to the step thread, events to the control thread.
+
+Plain deques and integers under the interpreter's lock; the step thread is woken by a message to its own inbox, the
+control thread by trio's `run_sync_soon`, so neither ever waits for the other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import trio
+
+from ranvier.transport.link import Waker
+
+from .ring import Ring
+
+Event = tuple[str, Mapping[str, Any]]
+
+
+class Crossing:
+    """Shared by exactly one step thread and one control thread.
+
+    `steps` and `stepping_since_ns` (0 when waiting) are written by the step thread and read by the heartbeat.
+    """
+
+    def __init__(self) -> None:
+        self.ring = Ring()
+        self.steps = 0
+        self.stepping_since_ns = 0
+        self.queued = 0
+        self.counters: dict[str, int] = {}
+        self.commands: deque[Event] = deque()
+        self.waker: Waker | None = None
+        self._events: trio.MemorySendChannel[Event] | None = None
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._early: deque[Event] = deque()
+
+    # -- of the step thread -------------------------------------------------------------------------------------
+
+    def tell(self, kind: str, **fields: Any) -> None:
+        """An event for the supervisor."""
+        self._early.append((kind, fields))
+        if self._token is not None:
+            self._token.run_sync_soon(self._pass_on)
+
+    # -- of the control thread ----------------------------------------------------------------------------------
+
+    def attach(self, events: trio.MemorySendChannel[Event]) -> None:
+        """Events go to this channel from now on, those told before first."""
+        self._events = events
+        self._token = trio.lowlevel.current_trio_token()
+        self._pass_on()
+
+    def command(self, kind: str, fields: Mapping[str, Any]) -> None:
+        """A command for the step thread."""
+        self.commands.append((kind, fields))
+        if self.waker is not None:
+            self.waker.wake()
+
+    def _pass_on(self) -> None:
+        assert self._events is not None
+        while self._early:
+            self._events.send_nowait(self._early.popleft())

@@ -1,0 +1,341 @@
+"""A host process: the step thread (this file) and the control thread (control.py).
+
+The step thread owns the data wire: it waits on it directly, runs the actor, sends the outputs. No event loop is in its
+way: waiting for the socket in trio took 18 µs a hop before any work was done.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import traceback
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ranvier.transport.errors import LinkBroken, ProtocolError
+from ranvier.transport.exchange import Exchange, RefusedMessage, SentRecord
+from ranvier.transport.header import Row
+from ranvier.transport.link import Arrival
+from ranvier.transport.zeromq import ZeroWire
+
+from .actor import Actor, Batch, Context
+from .checkpoint import open_checkpoint
+from .control import ControlThread
+from .core import HostCore, Source, Work
+from .crossing import Crossing
+from .kinds import load_class
+from .lifecycle import Lifecycle, State
+from .session import SessionInfo
+from .spec import HostSpec
+from .trace_file import DONE, SENT
+
+ACK_DELAY_S = 0.001
+"""An acknowledgement that nobody waits for goes out after so long without work."""
+TICK_S = 1.0
+"""Unanswered offers and probes are repeated this often; garbage is collected then, too."""
+HANDSHAKE_DEADLINE_S = 30.0
+DRAIN_DEADLINE_S = 1.0
+
+
+class Stopped(Exception):
+    """The supervisor said stop before the run had begun."""
+
+
+def main(spec: HostSpec, lifeline: int) -> int:
+    """The whole life of a host; returns the exit code. `lifeline` is a descriptor that ends when the supervisor does."""
+    torch.set_num_threads(spec.threads)
+    crossing = Crossing()
+    control = ControlThread(spec, crossing, lifeline)
+    control.start()
+    host = Host(spec, crossing)
+    try:
+        host.run()
+        code = 0
+    except Stopped:
+        code = 0
+    except BaseException as error:  # whatever it was, the supervisor must hear of it
+        host.failed(error)
+        code = 1
+    finally:
+        host.close()
+        control.finish()
+    return code
+
+
+class Host:
+    """The step thread's side: load, link up, step until told to stop."""
+
+    def __init__(self, spec: HostSpec, crossing: Crossing) -> None:
+        self.spec = spec
+        self.crossing = crossing
+        self.life = Lifecycle(spec.label)
+        self.wire: ZeroWire | None = None
+
+    def run(self) -> None:
+        spec, crossing = self.spec, self.crossing
+        self._to(State.LOADING)
+        wire = self.wire = ZeroWire(spec.identity, spec.endpoint, max_frame_bytes=spec.max_frame_bytes)
+        crossing.waker = wire.waker()
+        self.exchange = Exchange(
+            spec.identity,
+            spec.graph_hash,
+            [link.link for link in spec.links],
+            time.monotonic_ns,
+            self._record_sent if spec.trace else None,
+        )
+        self.core = HostCore(spec.inputs, spec.outputs, spec.links, self.exchange, spec.batch_tokens)
+        with torch.inference_mode():
+            self.actor = self._load()
+            gc.collect()
+            gc.freeze()
+            # A full collection walks all of torch's objects: 1 ms in the middle of a step. Ticks collect what is young.
+            gc.disable()
+            self._to(State.READY)
+            crossing.tell(
+                "ready",
+                address=wire.address,
+                capacity_tokens=self.actor.capacity_tokens(),
+                held_bytes=self.actor.held_bytes(),
+            )
+            self._link_up(wire)
+            self._to(State.RUNNING)
+            self._steps(wire)
+            self._drain(wire)
+        self._to(State.STOPPED)
+
+    def _load(self) -> Actor:
+        spec = self.spec
+        actor: Actor = load_class(spec.implementation, spec.folder)()
+        checkpoint = open_checkpoint(Path(spec.model)) if spec.model is not None else None
+        actor.load(
+            Context(
+                name=spec.label,
+                args=spec.args,
+                progress=lambda share: self._progress(share),
+                checkpoint=checkpoint,
+                dtype=spec.dtype,
+                layers=spec.layers,
+                cache_tokens=spec.cache_tokens,
+            )
+        )
+        return actor
+
+    def _progress(self, share: float) -> None:
+        self.crossing.tell("progress", share=float(share))
+        if any(kind == "stop" for kind, _ in self.crossing.commands):
+            raise Stopped
+
+    # -- linking up ---------------------------------------------------------------------------------------------
+
+    def _link_up(self, wire: ZeroWire) -> None:
+        """Connect to all neighbours once the supervisor has told where they are, and open every link."""
+        early = deque[Arrival]()
+        while not (command := self._next_command()):
+            arrival = wire.receive(TICK_S)
+            if arrival is not None:  # a neighbour was told first; it is answered once we know where it listens
+                early.append(arrival)
+        kind, fields = command
+        if kind == "stop":
+            raise Stopped
+        assert kind == "connect", kind
+        for peer, address in fields["peers"].items():
+            wire.connect(peer, address)
+        self.exchange.open()
+        deadline = time.monotonic() + HANDSHAKE_DEADLINE_S
+        while True:
+            self._flush(wire)
+            if self.exchange.ready:
+                return
+            if any(kind == "stop" for kind, _ in self.crossing.commands):
+                raise Stopped
+            if time.monotonic() > deadline:
+                raise LinkBroken(f"{self.spec.label}: links did not open within {HANDSHAKE_DEADLINE_S:.0f} s: {self._closed()}")
+            arrival = early.popleft() if early else self._receive(wire, 0.2)
+            if arrival is None:
+                self.exchange.tick()
+            else:
+                self._take_in(arrival)
+
+    def _closed(self) -> str:
+        links = [*self.exchange.sending.values(), *self.exchange.receiving.values()]
+        return ", ".join(link.spec.name for link in links if not link.open)
+
+    # -- stepping -----------------------------------------------------------------------------------------------
+
+    def _steps(self, wire: ZeroWire) -> None:
+        exchange, core, crossing = self.exchange, self.core, self.crossing
+        while True:
+            while crossing.commands:
+                if not self._obey(*crossing.commands.popleft()):
+                    return
+                self._flush(wire)
+            work = core.take()
+            if work is not None:
+                self._step(work)
+                self._flush(wire)
+                continue
+            arrival = self._receive(wire, ACK_DELAY_S if exchange.owes() else TICK_S)
+            if arrival is not None:
+                while arrival is not None:  # all that has queued up meanwhile may go into one step
+                    self._take_in(arrival)
+                    arrival = self._receive(wire, 0)
+                self._flush(wire)
+            elif exchange.owes():
+                exchange.idle()
+                self._flush(wire)
+            elif not crossing.commands:
+                exchange.tick()
+                self._flush(wire)
+                gc.collect()
+                crossing.counters = {**exchange.counters, **core.counters, "trace_dropped": crossing.ring.dropped}
+
+    def _receive(self, wire: ZeroWire, timeout_s: float) -> Arrival | None:
+        try:
+            return wire.receive(timeout_s)
+        except ProtocolError as error:
+            self._refused(error)
+            return None
+
+    def _take_in(self, arrival: Arrival) -> None:
+        try:
+            received = self.exchange.on_arrival(arrival)
+        except ProtocolError as error:
+            self._refused(error)
+            return
+        if received is not None:
+            self.core.on_message(received)
+
+    def _flush(self, wire: ZeroWire) -> None:
+        outbox = self.exchange.outbox
+        if outbox:
+            for peer, header, buffers in outbox:
+                wire.send(peer, header, buffers)
+            outbox.clear()
+
+    def _step(self, work: Work) -> None:
+        crossing = self.crossing
+        started_ns = crossing.stepping_since_ns = time.monotonic_ns()
+        try:
+            outputs = self.actor.step(work.batch)
+            finished_ns = time.monotonic_ns()
+            self.core.complete(work, outputs, finished_ns)
+        except Exception as error:
+            finished_ns = time.monotonic_ns()
+            self._step_failed(work, error)
+        assert self.wire is not None
+        self._flush(self.wire)  # the next stage first, then our own books
+        done = self.core.finish(work)
+        crossing.steps += 1
+        crossing.queued = self.core.queued
+        crossing.stepping_since_ns = 0
+        if self.spec.trace:
+            put, batch = crossing.ring.put, len(done)
+            for source in done:
+                put(_done_record(source, started_ns, finished_ns, batch))
+
+    def _step_failed(self, work: Work, error: Exception) -> None:
+        """End the sessions that the failure is due to; the others of the batch get their step alone."""
+        if len(work.batch.rows) == 1:
+            self._session_failed(work.batch.rows[0], error)
+            return
+        for single in self.core.alone(work):
+            try:
+                outputs: Mapping[str, torch.Tensor | Batch] = self.actor.step(single.batch)
+                self.core.complete(single, outputs, time.monotonic_ns())
+            except Exception as own:
+                self._session_failed(single.batch.rows[0], own)
+
+    def _session_failed(self, row: Row, error: Exception) -> None:
+        self._close_session(row.session)
+        self.crossing.tell(
+            "session_failed",
+            session=row.session,
+            epoch=row.epoch,
+            error=f"session {row.session}, epoch {row.epoch}, position {row.position}: {type(error).__name__}: {error}",
+            traceback="".join(traceback.format_exception(error)),
+        )
+
+    def _refused(self, error: ProtocolError) -> None:
+        """A message was refused; whoever waits for its rows must hear of it."""
+        self.core.counters["refused"] += 1
+        self.crossing.tell("refused", what=str(error))
+        if isinstance(error, RefusedMessage):
+            for row in error.rows:
+                self._session_failed(row, error)
+
+    # -- commands -----------------------------------------------------------------------------------------------
+
+    def _next_command(self) -> tuple[str, Mapping[str, Any]] | None:
+        return self.crossing.commands.popleft() if self.crossing.commands else None
+
+    def _obey(self, kind: str, fields: Mapping[str, Any]) -> bool:
+        """False: stop."""
+        if kind == "open":
+            self._open_session(SessionInfo.from_plain(fields["info"]))
+        elif kind == "close":
+            self._close_session(fields["session"])
+        return kind != "stop"
+
+    def _open_session(self, info: SessionInfo) -> None:
+        row = Row(info.session, info.epoch, 0, 0)
+        try:
+            self._close_session(info.session)
+            self.actor.open(info)
+        except Exception as error:
+            self._session_failed(row, error)
+            return
+        self.core.open(info.session, info.epoch)
+        self.crossing.tell("opened", session=info.session, epoch=info.epoch)
+
+    def _close_session(self, session: int) -> None:
+        if self.core.close(session):
+            self.actor.close(session)
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def _drain(self, wire: ZeroWire) -> None:
+        """Send what is owed and wait until what was sent is acknowledged, but not for long."""
+        self._to(State.DRAINING)
+        deadline = time.monotonic() + DRAIN_DEADLINE_S
+        self.exchange.idle()
+        self._flush(wire)
+        while self.exchange.unfinished() and time.monotonic() < deadline:
+            arrival = self._receive(wire, 0.02)
+            if arrival is not None:
+                self._take_in(arrival)
+            self.exchange.idle()
+            self._flush(wire)
+
+    def failed(self, error: BaseException) -> None:
+        if not self.life.over:
+            self.life.to(State.FAILED, str(error))
+        self.crossing.tell(
+            "failed",
+            error=f"{type(error).__name__} while {self.life.story[-2][0].value}: {error}",
+            traceback="".join(traceback.format_exception(error)),
+        )
+
+    def close(self) -> None:
+        if self.wire is not None:
+            self.wire.close()
+
+    def _to(self, state: State) -> None:
+        self.life.to(state)
+        self.crossing.tell("state", state=state.value, why="")
+
+    def _record_sent(self, sent: SentRecord) -> None:
+        self.crossing.ring.put(
+            (SENT, sent.link.spec.edge, sent.sequence, sent.nbytes, sent.ready_ns, sent.credit_ns, sent.sent_ns, 0, sent.rows)
+        )
+
+
+def _done_record(source: Source, started_ns: int, finished_ns: int, batch: int) -> tuple[Any, ...]:
+    return (
+        DONE, source.link.spec.edge, source.sequence, source.nbytes, source.sent_ns, source.received_ns,
+        started_ns, finished_ns, batch, source.rows,
+    )  # fmt: skip
+

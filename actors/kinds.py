@@ -1,0 +1,166 @@
+"""The registry of kinds: what `kind:` in a graph file may say. Nothing outside it can be started.
+
+A kind is built in, offered by an installed package through the entry-point group `ranvier.actors`, or a class in a
+Python file of the graph's own folder (`./file.py:Class`, imported only where the user allows code). No torch here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ranvier.transport.errors import RanvierError
+from ranvier.transport.spec import TensorSpec
+
+from .checkpoint.config import ModelConfig
+
+ENTRY_POINTS = "ranvier.actors"
+Ports = tuple[Mapping[str, TensorSpec], Mapping[str, TensorSpec]]
+
+
+class KindError(RanvierError):
+    """A kind that does not exist or may not be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind. `implementation` is `module:Class`, or `file.py:Class` relative to `folder`.
+
+    `optional` outputs need not be connected; `to_gateway` are connected to the gateway without an edge in the file.
+    """
+
+    name: str
+    implementation: str
+    folder: str | None = None
+    uses_model: bool = False
+    uses_layers: bool = False
+    caches: bool = False
+    ports_of: Callable[[ModelConfig, str], Ports] | None = None
+    from_gateway: tuple[str, ...] = ()
+    to_gateway: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+
+
+def _hidden(config: ModelConfig, dtype: str) -> TensorSpec:
+    return TensorSpec(dtype, ("tokens", config.hidden))
+
+
+_TOKENS = TensorSpec("int64", ("tokens",))
+_CHOSEN = TensorSpec("int64", ("rows",))
+
+
+def _head_outputs(config: ModelConfig) -> Mapping[str, TensorSpec]:
+    logits = TensorSpec("float32", ("rows", config.vocab))
+    return {"token": _CHOSEN, "sampled": _CHOSEN, "logits": logits}
+
+
+_HEAD_PORTS: Mapping[str, Any] = {"to_gateway": ("sampled", "logits"), "optional": ("token",)}
+_PARTS = "ranvier.actors.model.parts"
+BUILT_IN: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind(
+            "embedding",
+            f"{_PARTS}:Embedding",
+            uses_model=True,
+            ports_of=lambda config, dtype: ({"token": _TOKENS}, {"hidden": _hidden(config, dtype)}),
+            from_gateway=("token",),
+        ),
+        Kind(
+            "blocks",
+            f"{_PARTS}:BlocksActor",
+            uses_model=True,
+            uses_layers=True,
+            caches=True,
+            ports_of=lambda config, dtype: ({"hidden": _hidden(config, dtype)}, {"hidden": _hidden(config, dtype)}),
+        ),
+        Kind(
+            "head",
+            f"{_PARTS}:Head",
+            uses_model=True,
+            ports_of=lambda config, dtype: ({"hidden": _hidden(config, dtype)}, _head_outputs(config)),
+            **_HEAD_PORTS,
+        ),
+        Kind(
+            "model",
+            f"{_PARTS}:Model",
+            uses_model=True,
+            caches=True,
+            ports_of=lambda config, dtype: ({"token": _TOKENS}, _head_outputs(config)),
+            from_gateway=("token",),
+            **_HEAD_PORTS,
+        ),
+    )
+}
+
+
+def known() -> list[str]:
+    """Names that may stand in `kind:` besides `./file.py:Class`."""
+    return sorted({*BUILT_IN, *(entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS))})
+
+
+def find(name: str, folder: Path, allow_code: bool) -> Kind:
+    """The kind called `name` in a graph file that lies in `folder`.
+
+    Raises:
+        KindError: unknown, outside the folder, or code that was not allowed.
+    """
+    if name in BUILT_IN:
+        return BUILT_IN[name]
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        if entry.name == name:
+            return Kind(name, entry.value)
+    if not name.startswith("./"):
+        raise KindError(f"kind {name!r} does not exist; use one of {', '.join(known())}, or ./file.py:Class")
+    file, separator, attribute = name.partition(":")
+    if not separator or not attribute.isidentifier() or not file.endswith(".py"):
+        raise KindError(f"kind {name!r}: expected ./file.py:Class")
+    path = inside(folder, file)
+    if not allow_code:
+        raise KindError(f"kind {name!r} is code of the graph's own folder; pass --allow-code if you trust it")
+    return Kind(name, f"{path.relative_to(folder.resolve())}:{attribute}", str(folder.resolve()))
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file `name` in `folder`, links resolved.
+
+    Raises:
+        KindError: it is not there, or lies outside the folder.
+    """
+    path = (folder / name).resolve()
+    if Path(name).is_absolute() or not path.is_relative_to(folder.resolve()):
+        raise KindError(f"{name}: lies outside the graph's folder")
+    if not path.is_file():
+        raise KindError(f"{name}: no such file in the graph's folder")
+    return path
+
+
+def load_class(implementation: str, folder: str | None) -> type[Any]:
+    """Import the class of a kind.
+
+    Raises:
+        KindError: the file has no such class, or it is no actor.
+    """
+    from .actor import Actor
+
+    where, _, attribute = implementation.partition(":")
+    if folder is None:
+        module = importlib.import_module(where)
+    else:
+        path = inside(Path(folder), where)
+        name = f"ranvier_graph_code_{path.stem}"
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    made = getattr(module, attribute, None)
+    if not isinstance(made, type) or not issubclass(made, Actor):
+        raise KindError(f"kind {implementation!r}: expected a class that derives from ranvier.Actor, got {made!r:.80}")
+    return made

@@ -1,0 +1,185 @@
+"""The built-in kinds: `embedding`, `blocks`, `head`, and `model`, which is all of them in one actor.
+
+Shape suffixes: T tokens of the batch, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from ranvier.transport.header import Row
+from ranvier.transport.tensors import torch_dtype
+
+from ..actor import Actor, Batch, Context
+from ..session import SessionInfo
+from . import weights
+from .blocks import Blocks, rms_norm
+from .sampling import choose
+
+
+class Embedding(Actor):
+    """`token` int64 [tokens] -> `hidden` [tokens, H]."""
+
+    def load(self, context: Context) -> None:
+        checkpoint, dtype = _needed(context)
+        config = checkpoint.config
+        self.weight_VH = torch.empty(config.vocab, config.hidden, dtype=dtype)
+        checkpoint.read_into(weights.EMBEDDING, self.weight_VH)
+        context.progress(1.0)
+
+    def forward(self, token_T: torch.Tensor) -> torch.Tensor:
+        return F.embedding(token_T, self.weight_VH)
+
+    def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
+        return {"hidden": self.forward(batch["token"])}
+
+    def held_bytes(self) -> int:
+        return self.weight_VH.nbytes
+
+
+class BlocksActor(Actor):
+    """`hidden` [tokens, H] -> `hidden` [tokens, H], through the layers it was given, with their KV cache."""
+
+    def load(self, context: Context) -> None:
+        checkpoint, dtype = _needed(context)
+        assert context.layers is not None
+        self.blocks = Blocks(checkpoint, context.layers, dtype, context.cache_tokens, context.progress)
+
+    def open(self, session: SessionInfo) -> None:
+        self.blocks.open(session.session, session.capacity)
+
+    def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
+        return {"hidden": self.blocks.forward(batch.rows, batch["hidden"])}
+
+    def close(self, session: int) -> None:
+        self.blocks.cache.close(session)
+
+    def capacity_tokens(self) -> int | None:
+        return self.blocks.cache.tokens
+
+    def held_bytes(self) -> int:
+        return self.blocks.held_bytes()
+
+
+class _Stream:
+    """What the head keeps of a session: its tokens so far. A function of the log, so a recovery builds it again."""
+
+    def __init__(self, info: SessionInfo) -> None:
+        self.info = info
+        self.tokens = list(info.log)
+        self.prompt_length = len(info.log)
+
+
+class Head(Actor):
+    """`hidden` [tokens, H] -> the next token of each session whose prompt is complete.
+
+    `token` int64 [rows] goes back to the embedding, unless the stream has ended; `sampled` int64 [rows] and, for
+    sessions that asked for them, `logits` float32 [rows, V] go to the gateway.
+    """
+
+    def load(self, context: Context) -> None:
+        checkpoint, dtype = _needed(context)
+        config = checkpoint.config
+        weight_VH = torch.empty(config.vocab, config.hidden, dtype=dtype)
+        checkpoint.read_into(weights.head_name(config), weight_VH)
+        self.load_with(context, weight_VH)
+        context.progress(1.0)
+
+    def load_with(self, context: Context, weight_VH: torch.Tensor) -> None:
+        """Load with a matrix that is there already (a tied one)."""
+        checkpoint, dtype = _needed(context)
+        self.eps = checkpoint.config.norm_eps
+        self.norm_H = torch.empty(checkpoint.config.hidden, dtype=dtype)
+        checkpoint.read_into(weights.NORM, self.norm_H)
+        self.weight_VH = weight_VH
+        self.streams: dict[int, _Stream] = {}
+
+    def open(self, session: SessionInfo) -> None:
+        self.streams[session.session] = _Stream(session)
+
+    def close(self, session: int) -> None:
+        self.streams.pop(session, None)
+
+    def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
+        return self.forward(batch.rows, batch["hidden"])
+
+    def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> Mapping[str, torch.Tensor | Batch]:
+        due, last = [], []
+        end = 0
+        for row in rows:
+            end += row.tokens
+            if row.position + row.tokens >= self.streams[row.session].prompt_length:  # else more of the prompt comes
+                due.append(row)
+                last.append(end - 1)
+        if not due:
+            return {}
+        picked = hidden_TH if len(last) == hidden_TH.shape[0] else hidden_TH[last]
+        logits_RV = F.linear(rms_norm(picked, self.norm_H, self.eps), self.weight_VH).float()
+        return self._sampled(due, logits_RV)
+
+    def _sampled(self, due: list[Row], logits_RV: torch.Tensor) -> Mapping[str, torch.Tensor | Batch]:
+        made, tokens, going, asked = [], [], [], []
+        for index, row in enumerate(due):
+            stream = self.streams[row.session]
+            position = row.position + row.tokens
+            token = choose(logits_RV[index], stream.info.sampling, position, stream.tokens)
+            stream.tokens[position:] = [token]  # by position: a step done twice has one effect
+            made.append(Row(row.session, row.epoch, position, 1))
+            tokens.append(token)
+            if not stream.info.finished(len(stream.tokens) - stream.prompt_length, token):
+                going.append(index)
+            if stream.info.logits:
+                asked.append(index)
+        token_R = torch.tensor(tokens)
+        outputs: dict[str, torch.Tensor | Batch] = {"sampled": Batch(tuple(made), {"sampled": token_R})}
+        if going:
+            outputs["token"] = Batch(tuple(made[i] for i in going), {"token": token_R[going]})
+        if asked:
+            outputs["logits"] = Batch(tuple(made[i] for i in asked), {"logits": logits_RV[asked]})
+        return outputs
+
+    def held_bytes(self) -> int:
+        return self.weight_VH.nbytes + self.norm_H.nbytes
+
+
+class Model(Actor):
+    """`token` int64 [tokens] -> `token`, `sampled`, `logits` as the head's: a whole model in one actor."""
+
+    def load(self, context: Context) -> None:
+        checkpoint, dtype = _needed(context)
+        config = checkpoint.config
+        self.embedding, self.head = Embedding(), Head()
+        self.embedding.load(context)
+        self.blocks = Blocks(checkpoint, (0, config.layers - 1), dtype, context.cache_tokens, context.progress)
+        if config.tied:
+            self.head.load_with(context, self.embedding.weight_VH)
+        else:
+            self.head.load(context)
+
+    def open(self, session: SessionInfo) -> None:
+        self.blocks.open(session.session, session.capacity)
+        self.head.open(session)
+
+    def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
+        hidden_TH = self.blocks.forward(batch.rows, self.embedding.forward(batch["token"]))
+        return self.head.forward(batch.rows, hidden_TH)
+
+    def close(self, session: int) -> None:
+        self.blocks.cache.close(session)
+        self.head.close(session)
+
+    def capacity_tokens(self) -> int | None:
+        return self.blocks.cache.tokens
+
+    def held_bytes(self) -> int:
+        tied = self.head.weight_VH is self.embedding.weight_VH
+        head = self.head.norm_H.nbytes if tied else self.head.held_bytes()
+        return self.embedding.held_bytes() + self.blocks.held_bytes() + head
+
+
+def _needed(context: Context) -> tuple[weights.Checkpoint, torch.dtype]:
+    assert context.checkpoint is not None, "the check of the graph gives every built-in kind its checkpoint"
+    return context.checkpoint, torch_dtype(context.dtype)

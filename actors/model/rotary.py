@@ -1,0 +1,58 @@
+"""Rotary position embedding (Su et al. 2021), half-split as in transformers' llama.
+
+Shape suffixes: T tokens, D head width, N heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..checkpoint.config import ModelConfig, RopeScaling
+
+
+def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
+    """float32 [D / 2]."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    return _llama3(frequencies, scaling)
+
+
+def _llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    wavelengths = 2 * math.pi / frequencies
+    turns = scaling.original_context / wavelengths
+    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = smooth.clamp(0, 1)  # 0: a long wave, stretched by the factor; 1: a short one, as it was
+    return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+
+
+class RotaryTable:
+    """cos and sin by position, computed once and grown when a session needs more."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        self._frequencies = inverse_frequencies(config)
+        self._dtype = dtype
+        self.cos_PD = torch.empty(0, config.head_dim, dtype=dtype)
+        self.sin_PD = torch.empty(0, config.head_dim, dtype=dtype)
+
+    def reserve(self, positions: int) -> None:
+        if positions <= self.cos_PD.shape[0]:
+            return
+        positions = -(-positions // 256) * 256
+        angles = torch.arange(positions, dtype=torch.float32)[:, None] * self._frequencies
+        angles = torch.cat((angles, angles), dim=-1)
+        # computed in float32 and rounded once, as the oracle does
+        self.cos_PD, self.sin_PD = angles.cos().to(self._dtype), angles.sin().to(self._dtype)
+
+
+def rotate(heads_TND: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
+    """Turn each head by its position's angles; `cos_TD` and `sin_TD` hold one row a token."""
+    half = heads_TND.shape[-1] // 2
+    turned = torch.cat((-heads_TND[..., half:], heads_TND[..., :half]), dim=-1)
+    return heads_TND * cos_TD[:, None] + turned * sin_TD[:, None]

@@ -1,0 +1,80 @@
+"""What an actor is told of a session when it opens: plain data, no torch.
+
+A session is one client's stream through the graph: a generation, or one forward call. Its id, its epoch and a position
+name every step it ever takes; whatever an actor keeps for it is a function of those three.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the head chooses a token. Temperature 0 is greedy and needs no other field.
+
+    Applied in transformers' order: repetition penalty, temperature, top-k, top-p, min-p.
+
+    Raises:
+        ValueError: a value out of its range, naming it.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    """Keep the k likeliest; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set whose probabilities reach p (nucleus sampling, Holtzman et al. 2020)."""
+    min_p: float = 0.0
+    """Keep what has at least this share of the likeliest's probability (Nguyen et al. 2024)."""
+    repetition_penalty: float = 1.0
+    """Divide the logits of tokens seen before by this (Keskar et al. 2019); 1 leaves them."""
+    seed: int = 0
+    """With the position it determines each draw: the same seed gives the same text, through any recovery."""
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "over 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("repetition_penalty", self.repetition_penalty > 0, "over 0"),
+            ("seed", 0 <= self.seed < 1 << 63, "from 0 to 2^63 - 1"),
+        )
+        for name, holds, expected in checks:
+            if not holds:
+                raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, slots=True)
+class SessionInfo:
+    """One session as every actor hears of it before its first row comes.
+
+    `log` holds the token ids known so far (the prompt; after a recovery also what was generated), so that everything
+    an actor keeps can be built again from it. `capacity` is the number of positions the session may come to hold.
+    """
+
+    session: int
+    epoch: int
+    capacity: int
+    log: tuple[int, ...] = ()
+    max_tokens: int = 0
+    stop_tokens: tuple[int, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    logits: bool = False
+    """Whether the head sends the logits of every generated position to the gateway."""
+
+    def finished(self, generated: int, token: int) -> bool:
+        """Whether `token`, the `generated`-th of the stream, ends it. Gateway and head ask the same question."""
+        return generated >= self.max_tokens or token in self.stop_tokens
+
+    def to_plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> SessionInfo:
+        fields = dict(plain)
+        fields["sampling"] = Sampling(**fields["sampling"])
+        fields["log"] = tuple(fields["log"])
+        fields["stop_tokens"] = tuple(fields["stop_tokens"])
+        return cls(**fields)

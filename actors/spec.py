@@ -1,0 +1,123 @@
+"""What one host is told at its start: its part of the plan, as plain data that survives JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ranvier.transport.link import LinkSpec
+from ranvier.transport.spec import TensorSpec
+
+GATEWAY = "gateway"
+"""The reserved actor name of the place where clients enter."""
+
+
+def identity(actor: str, replica: int, epoch: int) -> str:
+    """The name a host has on the wire. A host that is started anew has a new epoch, so a new name: ZeroMQ ignores a
+    peer that comes back under the old one until it has noticed that the old connection is gone."""
+    return f"{actor}.{replica}.{epoch}"
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """When a host counts as failed, in seconds."""
+
+    start_deadline_s: float = 120.0
+    """From start to ready: loading weights is the long part."""
+    heartbeat_interval_s: float = 0.5
+    heartbeat_deadline_s: float = 15.0
+    """Without a sign of life: stopped, or the machine is starved."""
+    progress_deadline_s: float = 120.0
+    """In one step: alive but stuck."""
+    stop_deadline_s: float = 1.0
+    """For a clean end; then killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class PortSpec:
+    """One port: its spec, and whether several messages may be laid together (the first dimension is tokens or rows)."""
+
+    name: str
+    tensor: TensorSpec
+
+    @property
+    def stacks(self) -> bool:
+        return bool(self.tensor.shape) and self.tensor.shape[0] in ("tokens", "rows")
+
+
+@dataclass(frozen=True, slots=True)
+class HostLink:
+    """One link at this host: the port at this end, and whether it closes a cycle."""
+
+    port: str
+    link: LinkSpec
+    feedback: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HostSpec:
+    """Everything a host process needs. `implementation` is `module:Class`, or `file.py:Class` with `folder` set."""
+
+    actor: str
+    replica: int
+    epoch: int
+    graph_hash: str
+    implementation: str
+    folder: str | None
+    args: Mapping[str, Any]
+    model: str | None
+    dtype: str
+    layers: tuple[int, int] | None
+    cache_tokens: int
+    threads: int
+    device: str
+    inputs: tuple[PortSpec, ...]
+    outputs: tuple[PortSpec, ...]
+    links: tuple[HostLink, ...]
+    endpoint: str
+    control: str
+    supervisor: str
+    run_dir: str
+    max_frame_bytes: int
+    batch_tokens: int
+    trace: bool = True
+    supervision: Deadlines = field(default_factory=Deadlines)
+
+    @property
+    def identity(self) -> str:
+        return identity(self.actor, self.replica, self.epoch)
+
+    @property
+    def label(self) -> str:
+        """How people and files call this host: `actor.replica`."""
+        return f"{self.actor}.{self.replica}"
+
+    def to_plain(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> HostSpec:
+        fields = dict(plain)
+        fields["layers"] = tuple(fields["layers"]) if fields["layers"] is not None else None
+        fields["inputs"] = tuple(_port(port) for port in fields["inputs"])
+        fields["outputs"] = tuple(_port(port) for port in fields["outputs"])
+        fields["links"] = tuple(
+            HostLink(link["port"], _link(link["link"]), link["feedback"]) for link in fields["links"]
+        )
+        fields["supervision"] = Deadlines(**fields["supervision"])
+        return cls(**fields)
+
+
+def _tensor(plain: Mapping[str, Any]) -> TensorSpec:
+    return TensorSpec(plain["dtype"], tuple(plain["shape"]))
+
+
+def _port(plain: Mapping[str, Any]) -> PortSpec:
+    return PortSpec(plain["name"], _tensor(plain["tensor"]))
+
+
+def _link(plain: Mapping[str, Any]) -> LinkSpec:
+    fields = dict(plain)
+    fields["tensors"] = tuple((name, _tensor(tensor)) for name, tensor in fields["tensors"])
+    return LinkSpec(**fields)

@@ -1,0 +1,132 @@
+"""What a supervisor decides, without I/O: who is ready, who is late, who is dead, and what it means for the run.
+
+Events come in with the time they happened; `failure` holds the verdict. In this version a host that fails ends the run;
+a restart policy has its place in `_fail`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ActorFailed
+from .lifecycle import Lifecycle, State
+from .spec import HostSpec
+
+
+@dataclass(slots=True)
+class Watched:
+    """What is known of one host. Times are seconds of the driver's clock."""
+
+    spec: HostSpec
+    life: Lifecycle
+    started_s: float
+    heard_s: float
+    loaded: float = 0.0
+    address: str | None = None
+    capacity_tokens: int | None = None
+    held_bytes: int = 0
+    steps: int = 0
+    stepping_s: float = 0.0
+    queued: int = 0
+    exited: int | None = None
+    counters: Mapping[str, int] | None = None
+
+
+class Supervision:
+    """The hosts of one run."""
+
+    def __init__(self, specs: Iterable[HostSpec], now_s: float) -> None:
+        self.hosts = {spec.identity: Watched(spec, Lifecycle(spec.label), now_s, now_s) for spec in specs}
+        self._by_label = {spec.spec.label: spec for spec in self.hosts.values()}
+        self.failure: ActorFailed | None = None
+        self.stopping = False
+
+    def host(self, label: str) -> Watched | None:
+        return self._by_label.get(label)
+
+    # -- events -------------------------------------------------------------------------------------------------
+
+    def on_message(self, label: str, kind: str, fields: Mapping[str, Any], now_s: float) -> None:
+        """A control message of a host about itself."""
+        host = self._by_label[label]
+        host.heard_s = now_s
+        if kind == "state":
+            state = State(fields["state"])
+            if state is not host.life.state and not host.life.over:
+                host.life.to(state, fields["why"])
+        elif kind == "progress":
+            host.loaded = fields["share"]
+        elif kind == "ready":
+            host.address, host.loaded = fields["address"], 1.0
+            host.capacity_tokens, host.held_bytes = fields["capacity_tokens"], fields["held_bytes"]
+        elif kind == "heartbeat":
+            host.steps, host.stepping_s, host.queued = fields["steps"], fields["stepping_s"], fields["queued"]
+            host.counters = fields["counters"]
+        elif kind == "failed":
+            self._fail(host, fields["error"], fields["traceback"])
+
+    def on_exit(self, key: str, code: int, stderr_tail: str) -> None:
+        """The process of a host has ended (a negative code: by that signal)."""
+        host = self.hosts[key]
+        host.exited = code
+        if self.stopping or host.life.state is State.STOPPED:
+            return
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        self._fail(host, f"its process {how} while {host.life.state.value}", stderr_tail)
+
+    def on_tick(self, now_s: float) -> None:
+        """Time has passed: who is late?"""
+        for host in self.hosts.values():
+            limits = host.spec.supervision
+            if host.exited is not None or self.stopping:
+                continue
+            silent_s, starting_s = now_s - host.heard_s, now_s - host.started_s
+            if host.life.state in (State.STARTING, State.LOADING, State.READY):
+                if starting_s > limits.start_deadline_s:
+                    self._fail(
+                        host, f"not running {starting_s:.1f} s after its start (limit {limits.start_deadline_s} s), "
+                        f"still {host.life.state.value}, {host.loaded:.0%} loaded",
+                    )  # fmt: skip
+            elif silent_s > limits.heartbeat_deadline_s:
+                self._fail(host, f"no heartbeat for {silent_s:.1f} s (limit {limits.heartbeat_deadline_s} s): hung or stopped")
+            elif host.stepping_s > limits.progress_deadline_s:
+                self._fail(host, f"in one step for {host.stepping_s:.1f} s (limit {limits.progress_deadline_s} s): hung")
+
+    def _fail(self, host: Watched, what: str, remote_traceback: str = "") -> None:
+        if not host.life.over:
+            host.life.to(State.FAILED, what)
+        if self.failure is None and not self.stopping:
+            self.failure = ActorFailed(host.spec.label, what, remote_traceback=remote_traceback)
+
+    # -- questions ----------------------------------------------------------------------------------------------
+
+    @property
+    def all_loaded(self) -> bool:
+        return all(host.address is not None for host in self.hosts.values())
+
+    @property
+    def all_running(self) -> bool:
+        return all(host.life.state is State.RUNNING for host in self.hosts.values())
+
+    @property
+    def loaded(self) -> float:
+        """The share of all weights that is in, from 0 to 1."""
+        return sum(host.loaded for host in self.hosts.values()) / max(1, len(self.hosts))
+
+    @property
+    def capacity_tokens(self) -> int | None:
+        """Positions that fit everywhere; None if nobody has a limit."""
+        limits = [host.capacity_tokens for host in self.hosts.values() if host.capacity_tokens is not None]
+        return min(limits) if limits else None
+
+    def neighbours(self, spec: HostSpec, gateway: str, gateway_address: str) -> dict[str, str]:
+        """Where everyone this host speaks with listens. All hosts must be loaded."""
+        addresses = {gateway: gateway_address}
+        for key, host in self.hosts.items():
+            assert host.address is not None
+            addresses[key] = host.address
+        peers = {end for link in spec.links for end in (link.link.source, link.link.target)}
+        # a link to oneself is a link like any other
+        return {peer: addresses[peer] for peer in sorted(peers)}

@@ -1,0 +1,177 @@
+"""The supervisor's hands: starts hosts, listens to them, watches the clock, stops or kills them. Runs in trio.
+
+Its decisions are in supervision.py. It owns the control socket of the run folder.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+import trio
+
+from ranvier.transport.errors import ProtocolError
+from ranvier.transport.trio_wire import TrioWire
+from ranvier.transport.zeromq import ZeroWire
+
+from .control import SUPERVISOR
+from .control_protocol import MAX_BYTES, decode, encode
+from .launcher import Launcher
+from .spec import HostSpec
+from .supervision import Supervision
+
+TICK_S = 0.1
+OnSession = Callable[[str, str, Mapping[str, Any]], None]
+"""Called with (label of the host, "opened" or "session_failed", fields)."""
+
+
+class Supervisor:
+    """All hosts of one run. `failed` is set when one of them is lost; `supervision.failure` says why."""
+
+    def __init__(
+        self,
+        specs: Sequence[HostSpec],
+        launcher: Launcher,
+        control: str,
+        logs: Path,
+        log: structlog.typing.FilteringBoundLogger,
+        on_session: OnSession,
+    ) -> None:
+        self._specs = specs
+        self._launcher = launcher
+        self._logs = logs
+        self._log = log
+        self._on_session = on_session
+        self.supervision = Supervision(specs, time.monotonic())
+        self.failed = trio.Event()
+        self._changed = trio.Event()
+        self._wire = TrioWire(ZeroWire(SUPERVISOR, control, max_frame_bytes=MAX_BYTES))
+        for spec in specs:
+            self._wire.connect(spec.label, spec.control)
+
+    async def run(self) -> None:
+        """Start the hosts and watch them until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._listen)
+            nursery.start_soon(self._reap)
+            nursery.start_soon(self._watch)
+            for spec in self._specs:
+                await self._launcher.start(spec)
+                self._log.info("starting", actor=spec.label)
+
+    async def until_loaded(self, progress: Callable[[float], None]) -> None:
+        """Wait until every host has its weights and its inbox.
+
+        Raises:
+            ActorFailed: one of them will not.
+        """
+        await self._until(lambda: self.supervision.all_loaded, progress)
+
+    async def until_running(self, gateway: str, gateway_address: str) -> None:
+        """Tell every host where its neighbours are and wait until all links are open.
+
+        Raises:
+            ActorFailed: one of them will not.
+        """
+        for spec in self._specs:
+            self.send(spec.label, "connect", peers=self.supervision.neighbours(spec, gateway, gateway_address))
+        await self._until(lambda: self.supervision.all_running, lambda _: None)
+
+    async def _until(self, holds: Callable[[], bool], progress: Callable[[float], None]) -> None:
+        while True:
+            if self.supervision.failure is not None:
+                raise self.supervision.failure
+            progress(self.supervision.loaded)
+            if holds():
+                return
+            await self._changed.wait()
+
+    def send(self, label: str, kind: str, **fields: Any) -> None:
+        """A command to one host."""
+        self._wire.send(label, encode(kind, fields))
+
+    def broadcast(self, kind: str, **fields: Any) -> None:
+        """A command to every host."""
+        data = encode(kind, fields)
+        for spec in self._specs:
+            self._wire.send(spec.label, data)
+
+    async def stop(self) -> None:
+        """End all hosts: asked first, killed after the deadline."""
+        self.supervision.stopping = True
+        self.broadcast("stop")
+        deadline_s = max((spec.supervision.stop_deadline_s for spec in self._specs), default=0.0)
+        with trio.move_on_after(deadline_s):
+            while any(host.exited is None for host in self.supervision.hosts.values()):
+                await self._changed.wait()
+        for key, host in self.supervision.hosts.items():
+            if host.exited is None:
+                self._log.warning("killed", actor=host.spec.label, state=host.life.state.value)
+                await self._launcher.kill(key)
+
+    def close(self) -> None:
+        self._wire.close()
+
+    # -- tasks --------------------------------------------------------------------------------------------------
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                arrival = await self._wire.receive()
+                if self.supervision.host(arrival.peer) is None:
+                    raise ProtocolError(f"control: expected a host of this run, got {arrival.peer!r}")
+                kind, fields = decode(arrival.header)
+                self._take(arrival.peer, kind, fields)
+            except ProtocolError as error:
+                self._log.warning("refused", what=str(error))
+
+    def _take(self, label: str, kind: str, fields: Mapping[str, Any]) -> None:
+        if kind in ("opened", "session_failed"):
+            if kind == "session_failed":
+                self._log.error("session failed", actor=label, **fields)
+            self._on_session(label, kind, fields)
+        elif kind == "refused":
+            self._log.warning("refused", actor=label, what=fields["what"])
+        else:
+            self.supervision.on_message(label, kind, fields, time.monotonic())
+            if kind in ("state", "ready", "failed"):
+                self._log.info(kind, actor=label, **fields)
+        self._notify()
+
+    async def _reap(self) -> None:
+        while True:
+            key, code = await self._launcher.wait()
+            label = self.supervision.hosts[key].spec.label
+            await self._last_words(key)
+            self._log.info("exited", actor=label, code=code)
+            self.supervision.on_exit(key, code, self._stderr_tail(label))
+            self._notify()
+
+    async def _last_words(self, key: str) -> None:
+        """A host tells why it failed before it ends; let that be read first."""
+        with trio.move_on_after(0.2):
+            while not self.supervision.hosts[key].life.over and not self.supervision.stopping:
+                await self._changed.wait()
+
+    def _stderr_tail(self, label: str) -> str:
+        try:
+            return (self._logs / f"{label}.err").read_text(errors="replace")[-4000:]
+        except OSError:
+            return ""
+
+    async def _watch(self) -> None:
+        while True:
+            await trio.sleep(TICK_S)
+            self.supervision.on_tick(time.monotonic())
+            if self.supervision.failure is not None:
+                self._notify()
+
+    def _notify(self) -> None:
+        if self.supervision.failure is not None and not self.failed.is_set():
+            self._log.error("run failed", actor=self.supervision.failure.actor, error=str(self.supervision.failure))
+            self.failed.set()
+        self._changed.set()
+        self._changed = trio.Event()

@@ -1,0 +1,60 @@
+"""The trace file of one process: JSON lines.
+
+First an object that names the actor, its clock and the columns; then an array a record, whose first column says which
+kind it is. A list of plain arrays costs the control thread 3 µs a record; an object through a logger took 20.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+SENT = "sent"
+SENT_COLUMNS = ("kind", "edge", "sequence", "bytes", "ready_ns", "credit_ns", "sent_ns", "codec", "rows")
+"""At the sending end: ready (the actor had it), credit (the link let it go), sent (handed to the wire)."""
+
+DONE = "done"
+DONE_COLUMNS = ("kind", "edge", "sequence", "bytes", "sent_ns", "received_ns", "started_ns", "finished_ns", "batch", "rows")
+"""At the receiving end: received (taken from the wire), started and finished (the step it went into); `batch` is the
+number of messages of that step. Rows are [session, epoch, position, tokens]."""
+
+DROPPED = "dropped"
+DROPPED_COLUMNS = ("kind", "records")
+"""The ring was full or the disk was: so many records are missing before this line."""
+
+
+class TraceFile:
+    """`trace/<actor>.<replica>.jsonl` of the run folder. A disk that is full costs records, counted, never a step."""
+
+    def __init__(self, run_dir: Path, label: str) -> None:
+        self._path = run_dir / "trace" / f"{label}.jsonl"
+        self._dropped = 0
+        self._lost = 0
+        head = {"actor": label, "clock": "CLOCK_MONOTONIC", "pid": os.getpid(),
+                "columns": {SENT: SENT_COLUMNS, DONE: DONE_COLUMNS, DROPPED: DROPPED_COLUMNS}}  # fmt: skip
+        self._file: TextIO = self._path.open("w", encoding="utf-8")
+        self._file.write(json.dumps(head) + "\n")
+        self._file.flush()
+
+    def write(self, records: list[tuple[Any, ...]], dropped: int) -> int:
+        """Append records; returns how many there were."""
+        if not records and dropped == self._dropped:
+            return 0
+        lines = [json.dumps(record, separators=(",", ":")) for record in records]
+        if dropped + self._lost > self._dropped:
+            lines.append(json.dumps((DROPPED, dropped + self._lost - self._dropped)))
+        try:
+            self._file.write("\n".join(lines) + "\n")
+            self._file.flush()
+            self._dropped = dropped + self._lost
+        except OSError:
+            self._lost += len(records)
+        return len(records)
+
+    def __enter__(self) -> TraceFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()

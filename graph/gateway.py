@@ -1,0 +1,208 @@
+"""What the gateway decides, without I/O: sessions and their logs, admission, chunks of a prompt, the end of a stream.
+
+For every accepted request each position is delivered at most once and in order, and the stream ends with exactly one
+*done* or one typed error. The driver (run.py) carries `commands` to the hosts and the exchange's outbox to the wire.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ranvier.actors.errors import ActorFailed, Overloaded
+from ranvier.actors.session import SessionInfo
+from ranvier.transport.codec import RAW
+from ranvier.transport.dtypes import BY_NAME
+from ranvier.transport.exchange import Exchange, Received, SendingLink
+from ranvier.transport.header import Row, TensorMeta
+from ranvier.transport.message import Buffer, Message
+
+Tensors = Mapping[str, tuple[TensorMeta, Buffer]]
+
+
+@dataclass(frozen=True, slots=True)
+class Delivered:
+    """One position of a generation: its token and, where asked for, its logits as float32 bytes."""
+
+    position: int
+    token: int
+    logits: Buffer | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """One session as the gateway sees it. `events` waits for the client; the last one is a `str` (done: the reason) or
+    an exception."""
+
+    info: SessionInfo
+    opening: set[str]
+    inputs: Tensors = field(default_factory=dict)
+    outputs: dict[str, Message] = field(default_factory=dict)
+    log: list[int] = field(default_factory=list)
+    logits: dict[int, Buffer] = field(default_factory=dict)
+    events: deque[Delivered | str | Exception] = field(default_factory=deque)
+    over: bool = False
+
+    @property
+    def generated(self) -> int:
+        return len(self.log) - len(self.info.log)
+
+
+class Gateway:
+    """The sessions of one run.
+
+    Args:
+        exchange: the gateway's links.
+        hosts: labels of all hosts; each must have opened a session before its first row is sent.
+        capacity_tokens: positions that fit in every cache at once; None: no limit.
+        prefill_chunk: tokens of a prompt that one message holds at the most.
+    """
+
+    def __init__(
+        self, exchange: Exchange, hosts: Iterable[str], capacity_tokens: int | None, prefill_chunk: int
+    ) -> None:
+        self.exchange = exchange
+        self.commands: list[tuple[str, dict[str, Any]]] = []
+        self.streams: dict[int, Stream] = {}
+        self._hosts = frozenset(hosts)
+        self._capacity = capacity_tokens
+        self._reserved = 0
+        self._chunk = prefill_chunk
+        self._next = 1
+        self._failure: Exception | None = None
+        self._by_port: dict[str, list[SendingLink]] = {}
+        for link in exchange.sending.values():
+            self._by_port.setdefault(link.spec.tensors[0][0], []).append(link)
+        self._answers = {link.spec.tensors[0][0] for link in exchange.receiving.values()}
+
+    # -- clients ------------------------------------------------------------------------------------------------
+
+    def submit(self, info: SessionInfo, inputs: Tensors | None = None) -> Stream:
+        """Accept a session: a generation from `info.log`, or a call with `inputs` by port. Its number is set here.
+
+        Raises:
+            Overloaded: it does not fit beside the others.
+            ActorFailed: the run is over.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if self._capacity is not None and self._reserved + info.capacity > self._capacity:
+            raise Overloaded(
+                f"the session needs {info.capacity} tokens of KV cache, {self._capacity - self._reserved} of "
+                f"{self._capacity} are free; try later, with a shorter prompt or fewer tokens"
+            )
+        info = replace(info, session=self._next, epoch=1)
+        self._next += 1
+        self._reserved += info.capacity
+        stream = self.streams[info.session] = Stream(info, set(self._hosts), inputs or {}, log=list(info.log))
+        self.commands.append(("open", {"info": info.to_plain()}))
+        return stream
+
+    def cancel(self, stream: Stream) -> None:
+        """The client has gone, or has seen enough."""
+        self._end(stream, "cancelled")
+
+    # -- hosts --------------------------------------------------------------------------------------------------
+
+    def on_session_event(self, label: str, kind: str, fields: Mapping[str, Any]) -> None:
+        """A host has opened a session, or lost it."""
+        stream = self.streams.get(fields["session"])
+        if stream is None or fields["epoch"] != stream.info.epoch:
+            return
+        if kind == "session_failed":
+            error = ActorFailed(
+                label, fields["error"], session=stream.info.session, remote_traceback=fields["traceback"]
+            )
+            self._end(stream, error)
+            return
+        stream.opening.discard(label)
+        if not stream.opening:
+            self._send_inputs(stream)
+
+    def on_failure(self, failure: Exception) -> None:
+        """The run is lost: every stream ends with the reason."""
+        self._failure = failure
+        for stream in list(self.streams.values()):
+            self._end(stream, failure)
+
+    def on_message(self, received: Received) -> None:
+        """Tokens, logits, or the outputs of a call."""
+        message = received.message
+        self.exchange.consumed(received.link, message.nbytes)
+        port = received.link.spec.tensors[0][0]
+        if port == "sampled":
+            tokens = array("q", bytes(message.buffers[0]))
+            for row, token in zip(message.header.rows, tokens, strict=True):
+                self._on_token(row, token)
+        elif port == "logits":
+            self._on_logits(message)
+        else:
+            self._on_output(port, message)
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _send_inputs(self, stream: Stream) -> None:
+        info, now_ns = stream.info, self.exchange.clock()
+        for port, (meta, buffer) in stream.inputs.items():
+            tokens = meta.shape[0] if meta.shape else 1
+            for link in self._by_port[port]:
+                self.exchange.send(link, (Row(info.session, info.epoch, 0, tokens),), (meta,), (buffer,), now_ns)
+        for start in range(0, len(info.log), self._chunk):
+            chunk = info.log[start : start + self._chunk]
+            row = Row(info.session, info.epoch, start, len(chunk))
+            meta, buffer = token_tensor(chunk)
+            for link in self._by_port["token"]:
+                self.exchange.send(link, (row,), (meta,), (buffer,), now_ns)
+
+    def _on_token(self, row: Row, token: int) -> None:
+        stream = self.streams.get(row.session)
+        if stream is None or row.epoch != stream.info.epoch or row.position != len(stream.log):
+            self.exchange.counters["tokens_refused"] += 1  # of a session that is over, or told twice
+            return
+        stream.log.append(token)  # recorded before it is shown
+        if stream.info.logits and row.position not in stream.logits:
+            return  # its logits come on an edge of their own, after it
+        self._deliver(stream, row.position)
+
+    def _on_logits(self, message: Message) -> None:
+        width = message.header.tensors[0].shape[1] * 4
+        for index, row in enumerate(message.header.rows):
+            stream = self.streams.get(row.session)
+            if stream is None or row.epoch != stream.info.epoch:
+                continue
+            stream.logits[row.position] = bytes(message.buffers[0][index * width : (index + 1) * width])
+            if row.position < len(stream.log):
+                self._deliver(stream, row.position)
+
+    def _deliver(self, stream: Stream, position: int) -> None:
+        token = stream.log[position]
+        stream.events.append(Delivered(position, token, stream.logits.pop(position, None)))
+        if stream.info.finished(stream.generated, token):
+            self._end(stream, "stop" if token in stream.info.stop_tokens else "length")
+
+    def _on_output(self, port: str, message: Message) -> None:
+        for row in message.header.rows:
+            stream = self.streams.get(row.session)
+            if stream is None or row.epoch != stream.info.epoch:
+                continue
+            stream.outputs[port] = message
+            if stream.outputs.keys() == self._answers:
+                self._end(stream, "done")
+
+    def _end(self, stream: Stream, outcome: str | Exception) -> None:
+        if stream.over:
+            return
+        stream.over = True
+        stream.events.append(outcome)
+        del self.streams[stream.info.session]
+        self._reserved -= stream.info.capacity
+        self.commands.append(("close", {"session": stream.info.session}))
+
+
+def token_tensor(ids: Sequence[int]) -> tuple[TensorMeta, bytes]:
+    """Token ids as an int64 tensor of the wire, without torch."""
+    data = array("q", ids).tobytes()
+    return TensorMeta("token", BY_NAME["int64"].number, (len(ids),), RAW, len(data)), data

@@ -1,0 +1,200 @@
+"""The plan: the graph resolved into processes, endpoints, links, bytes and credits, as plain data that prints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ranvier.actors.spec import GATEWAY, Deadlines, HostLink, HostSpec, PortSpec, identity
+from ranvier.transport.dtypes import BY_NAME
+from ranvier.transport.endpoint import parse
+from ranvier.transport.link import LinkSpec
+from ranvier.transport.spec import TensorSpec
+
+from .check import CheckedActor, CheckedEdge, Graph
+
+EPOCH = 1
+"""The generation of hosts that a run starts with."""
+REPLICA = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedHost:
+    """One process: what it runs and what it holds."""
+
+    actor: str
+    kind: str
+    layers: tuple[int, int] | None
+    threads: int
+    weight_bytes: int
+    cache_bytes_per_token: int
+    cache_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedEdge:
+    """One edge: what a token costs on it. `None` where its size is not a matter of tokens."""
+
+    index: int
+    name: str
+    tensor: str
+    bytes_per_token: int | None
+    codec: str
+    credits_messages: int
+    credits_bytes: int
+    feedback: bool
+    local: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run of the graph will be. `hash` is what both ends of a link must agree on."""
+
+    graph: Graph
+    hash: str
+    hosts: tuple[PlannedHost, ...]
+    edges: tuple[PlannedEdge, ...]
+
+    def to_plain(self) -> dict[str, Any]:
+        """For `--json` and the run folder."""
+        return {
+            "name": self.graph.name,
+            "hash": self.hash,
+            "hosts": [
+                {name: getattr(host, name) for name in PlannedHost.__slots__} for host in self.hosts
+            ],
+            "edges": [{name: getattr(edge, name) for name in PlannedEdge.__slots__} for edge in self.edges],
+        }
+
+    def gateway_links(self) -> tuple[LinkSpec, ...]:
+        """The links at the gateway's end."""
+        return tuple(
+            self._link(index, edge)
+            for index, edge in enumerate(self.graph.edges)
+            if GATEWAY in (edge.source, edge.target)
+        )
+
+    def place(self, run_dir: Path, sockets: Path) -> list[HostSpec]:
+        """The hosts' own parts, with their endpoints under `sockets`.
+
+        Raises:
+            AddressError: a socket's path would be too long.
+        """
+        return [self._host(actor, run_dir, sockets) for actor in self.graph.actors.values()]
+
+    def gateway_endpoint(self, sockets: Path) -> str:
+        return self._endpoint(None, GATEWAY, sockets)
+
+    def _endpoint(self, given: str | None, name: str, sockets: Path) -> str:
+        if given is None:
+            given = f"ipc://{sockets / name}" if self.graph.file.transport == "ipc" else self.graph.file.transport
+        return str(parse(given))
+
+    def _link(self, index: int, edge: CheckedEdge) -> LinkSpec:
+        return LinkSpec(
+            edge=index,
+            name=edge.name,
+            source=identity(edge.source, REPLICA, EPOCH),
+            target=identity(edge.target, REPLICA, EPOCH),
+            tensors=((edge.out, edge.spec),),
+            credits_messages=edge.credits_messages,
+            credits_bytes=edge.credits_bytes,
+            local=self.edges[index].local,
+        )
+
+    def _host(self, actor: CheckedActor, run_dir: Path, sockets: Path) -> HostSpec:
+        file, section = self.graph.file, actor.section
+        links = []
+        for index, edge in enumerate(self.graph.edges):
+            for mine, port in ((edge.source, edge.out), (edge.target, edge.into)):
+                if mine == actor.name:
+                    links.append(HostLink(port, self._link(index, edge), edge.feedback))
+        checkpoint = self.graph.checkpoint
+        return HostSpec(
+            actor=actor.name,
+            replica=REPLICA,
+            epoch=EPOCH,
+            graph_hash=self.hash,
+            implementation=actor.kind.implementation,
+            folder=actor.kind.folder,
+            args=section.args,
+            model=str(checkpoint.path) if checkpoint is not None and actor.kind.uses_model else None,
+            dtype=file.model.dtype if file.model is not None else "float32",
+            layers=actor.layers,
+            cache_tokens=section.cache_tokens,
+            threads=section.threads,
+            device=section.device,
+            inputs=_ports(actor.inputs),
+            outputs=_ports(actor.outputs),
+            links=tuple(links),
+            endpoint=self._endpoint(section.endpoint, actor.name, sockets),
+            control=str(parse(f"ipc://{sockets / actor.name}.c")),
+            supervisor=str(parse(f"ipc://{sockets / 'supervisor'}")),
+            run_dir=str(run_dir),
+            max_frame_bytes=file.max_frame_bytes,
+            batch_tokens=section.batch_tokens,
+            trace=file.trace,
+            supervision=Deadlines(**file.supervision.model_dump()),
+        )
+
+
+def plan(graph: Graph) -> Plan:
+    """Resolve a checked graph. Nothing is started or opened."""
+    edges = tuple(_edge(graph, index, edge) for index, edge in enumerate(graph.edges))
+    return Plan(graph, _hash(graph), tuple(_planned(graph, actor) for actor in graph.actors.values()), edges)
+
+
+def _planned(graph: Graph, actor: CheckedActor) -> PlannedHost:
+    itemsize = BY_NAME[graph.file.model.dtype].itemsize if graph.file.model is not None else 0
+    layers = actor.layers
+    cached = 0
+    if actor.kind.caches and graph.checkpoint is not None:
+        count = layers[1] - layers[0] + 1 if layers is not None else graph.checkpoint.config.layers
+        cached = graph.checkpoint.config.kv_elements_per_token_and_layer * count * itemsize
+    return PlannedHost(
+        actor=actor.name,
+        kind=actor.kind.name,
+        layers=layers,
+        threads=actor.section.threads,
+        weight_bytes=actor.elements * itemsize,
+        cache_bytes_per_token=cached,
+        cache_tokens=actor.section.cache_tokens if cached else 0,
+    )
+
+
+def _edge(graph: Graph, index: int, edge: CheckedEdge) -> PlannedEdge:
+    local = all(_is_local(graph, end) for end in (edge.source, edge.target))
+    return PlannedEdge(
+        index, edge.name, str(edge.spec), bytes_per_token(edge.spec), edge.codec,
+        edge.credits_messages, edge.credits_bytes, edge.feedback, local,
+    )  # fmt: skip
+
+
+def _is_local(graph: Graph, actor: str) -> bool:
+    section = graph.file.actors.get(actor)
+    given = section.endpoint if section is not None else None
+    return (given or graph.file.transport).startswith("ipc")
+
+
+def bytes_per_token(spec: TensorSpec) -> int | None:
+    """Bytes that one token (or one row) takes; None if the first dimension is neither, or another has no size."""
+    if not spec.shape or spec.shape[0] not in ("tokens", "rows"):
+        return None
+    sizes = [size for size in spec.shape[1:] if isinstance(size, int)]
+    return math.prod(sizes) * BY_NAME[spec.dtype].itemsize if len(sizes) == len(spec.shape) - 1 else None
+
+
+def _ports(ports: Mapping[str, TensorSpec]) -> tuple[PortSpec, ...]:
+    return tuple(PortSpec(name, spec) for name, spec in ports.items())
+
+
+def _hash(graph: Graph) -> str:
+    """16 hexadecimal digits over all that two ends must agree on: the expanded file and the model's architecture."""
+    config = graph.checkpoint.config if graph.checkpoint is not None else None
+    text = json.dumps([graph.expanded(), repr(config)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

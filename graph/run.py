@@ -1,0 +1,456 @@
+"""A run: the plan, running. `launch` starts it, the gateway's hands are here, and everything ends when it is left."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import structlog
+import trio
+
+from ranvier.actors.control import SHIP_AT_ONCE, SHIP_INTERVAL_S
+from ranvier.actors.errors import ActorFailed
+from ranvier.actors.launcher import LocalLauncher
+from ranvier.actors.ring import Ring
+from ranvier.actors.session import Sampling, SessionInfo
+from ranvier.actors.spec import GATEWAY, identity
+from ranvier.actors.supervisor import Supervisor
+from ranvier.actors.trace_file import DONE, SENT, TraceFile
+from ranvier.transport.errors import ProtocolError, RanvierError
+from ranvier.transport.exchange import Exchange, Received, SentRecord
+from ranvier.transport.trio_wire import TrioWire
+from ranvier.transport.zeromq import ZeroWire
+
+from . import run_folder, template, tokenizer
+from .check import Graph
+from .gateway import Delivered, Gateway, Stream
+from .plan import EPOCH, REPLICA, Plan, plan
+from .run_folder import RunFolder
+from .text_stream import TextStream
+from .tokenizer import TextCodec
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[str, float], None]
+"""Called with what is going on ("starting", "loading", "linking", "ready") and the share done, 0 to 1."""
+TICK_S = 1.0
+ACK_DELAY_S = 0.002
+
+
+class RequestError(RanvierError, ValueError):
+    """The request is wrong: nothing was started for it. The message says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated token. `text` is what it completes (often a word, "" in the middle of a letter or a stop string)."""
+
+    id: int
+    position: int
+    text: str
+    logits: memoryview | None = None
+    """float32, one for each token of the vocabulary, if asked for."""
+
+
+@dataclass(slots=True)
+class Result:
+    """What a generation came to. Times are seconds from the request to the first and the last token."""
+
+    prompt_tokens: int
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str = ""
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding: tokens after the first, over the time after the first."""
+        spent = self.last_token_s - self.first_token_s
+        return (len(self.token_ids) - 1) / spent if spent > 0 and len(self.token_ids) > 1 else 0.0
+
+
+class Run:
+    """A graph that is running. Made by `launch`."""
+
+    def __init__(self, plan: Plan, folder: RunFolder, supervisor: Supervisor, wire: TrioWire, gateway: Gateway) -> None:
+        self.plan = plan
+        self.folder = folder
+        self._supervisor = supervisor
+        self._wire = wire
+        self._gateway = gateway
+        self._codec: TextCodec | None = None
+        self._wakes: dict[Stream, trio.Event] = {}
+        self._ring = Ring()
+
+    @property
+    def dir(self) -> Path:
+        """The run folder."""
+        return self.folder.path
+
+    @property
+    def codec(self) -> TextCodec:
+        """The model's tokenizer, read when first needed.
+
+        Raises:
+            CheckpointError: the model brings none.
+            RequestError: the graph has no model.
+        """
+        if self._codec is None:
+            if self.plan.graph.checkpoint is None:
+                raise RequestError(f"graph {self.plan.graph.name} has no model, so no tokenizer")
+            self._codec = tokenizer.of(self.plan.graph.checkpoint)
+        return self._codec
+
+    def chat_tokens(self, messages: Sequence[dict[str, str]] | str) -> list[int]:
+        """Token ids of a chat (a string: one message of the user), by the model's own template."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        codec = self.codec
+        if codec.chat_template is None:
+            raise RequestError("the model brings no chat template; use a raw prompt")
+        text = template.render(codec.chat_template, messages, codec.bos_token, codec.eos_token)
+        return codec.encode(text, special=False)
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        prompt: str | Sequence[dict[str, str]] | Sequence[int],
+        *,
+        max_tokens: int = 128,
+        raw: bool = False,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        stop_tokens: Sequence[int] | None = None,
+        logits: bool = False,
+        result: Result | None = None,
+    ) -> AsyncIterator[Token]:
+        """Generate tokens, each as soon as it is there.
+
+        Args:
+            prompt: a user's message, a list of chat messages, or token ids as they are.
+            max_tokens: at most so many new tokens.
+            raw: take a string as it is, without the chat template.
+            sampling: how tokens are chosen; greedy if None.
+            stop: strings that end the stream; they are not shown.
+            stop_tokens: ids that end the stream (shown in `token_ids`); the model's own if None.
+            logits: give the logits with every token.
+            result: filled in while it goes on, complete at the end.
+
+        Raises:
+            RequestError: the prompt is empty or too long, or the graph does not generate.
+            Overloaded: no room now.
+            ActorFailed: an actor was lost.
+        """
+        graph = self.plan.graph
+        if not graph.generates or graph.checkpoint is None:
+            raise RequestError(f"graph {graph.name} does not generate tokens; use call()")
+        config = graph.checkpoint.config
+        ids = self._prompt_ids(prompt, raw)
+        self._check_prompt(ids, max_tokens, config.context, config.vocab)
+        info = SessionInfo(
+            session=0,
+            epoch=0,
+            capacity=len(ids) + max_tokens,
+            log=tuple(ids),
+            max_tokens=max_tokens,
+            stop_tokens=tuple(config.eos_tokens if stop_tokens is None else stop_tokens),
+            sampling=sampling or Sampling(),
+            logits=logits,
+        )
+        result = result or Result(0)
+        result.prompt_tokens = len(ids)
+        text = TextStream(self.codec, stop)
+        began = time.monotonic()
+        async for event in self._events(self._gateway.submit(info)):
+            if isinstance(event, str):
+                result.finish_reason = event
+                break
+            result.token_ids.append(event.token)
+            result.last_token_s = time.monotonic() - began
+            if len(result.token_ids) == 1:
+                result.first_token_s = result.last_token_s
+            ends = info.finished(len(result.token_ids), event.token)
+            piece = text.add(event.token)
+            if ends or text.stopped:
+                piece += text.rest()
+            result.text = text.text
+            logit_view = memoryview(event.logits).cast("f") if event.logits is not None else None
+            yield Token(event.token, event.position, piece, logit_view)
+            if text.stopped:
+                result.finish_reason = "stop"
+                return
+
+    async def call(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Send one tensor to each input port of the gateway, wait for one from each output port.
+
+        Raises:
+            RequestError: the names are not the gateway's ports, or a tensor does not fit its edge.
+            ActorFailed: an actor was lost.
+        """
+        from ranvier.transport.tensors import from_buffer, to_buffer
+
+        ports = {edge.out for edge in self.plan.graph.edges if edge.source == GATEWAY}
+        if inputs.keys() != ports:
+            raise RequestError(f"call: expected the inputs {sorted(ports)}, got {sorted(inputs)}")
+        for edge in self.plan.graph.edges:
+            if edge.source == GATEWAY:
+                tensor = inputs[edge.out]
+                rows = {"tokens": tensor.shape[0] if tensor.dim() else 1, "rows": 1}
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                try:
+                    edge.spec.check(edge.name, dtype, tuple(tensor.shape), rows)
+                except ProtocolError as error:
+                    raise RequestError(str(error)) from None
+        info = SessionInfo(session=0, epoch=0, capacity=0)
+        stream = self._gateway.submit(info, {port: to_buffer(port, tensor) for port, tensor in inputs.items()})
+        async for _ in self._events(stream):
+            pass
+        return {
+            port: from_buffer(message.header.tensors[0], message.buffers[0])
+            for port, message in stream.outputs.items()
+        }
+
+    def _prompt_ids(self, prompt: str | Sequence[dict[str, str]] | Sequence[int], raw: bool) -> list[int]:
+        if isinstance(prompt, str):
+            return self.codec.encode(prompt, special=True) if raw else self.chat_tokens(prompt)
+        if prompt and isinstance(prompt[0], dict):
+            return self.chat_tokens([dict(message) for message in prompt if isinstance(message, dict)])
+        return [token for token in prompt if isinstance(token, int)]
+
+    def _check_prompt(self, ids: list[int], max_tokens: int, context: int, vocab: int) -> None:
+        if not ids:
+            raise RequestError("the prompt is empty; give at least one token")
+        if max_tokens < 1:
+            raise RequestError(f"max_tokens: expected at least 1, got {max_tokens}")
+        if len(ids) + max_tokens > context:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens and {max_tokens} are asked for, but the model's context is {context}; "
+                "shorten one of them"
+            )
+        wrong = next((token for token in ids if not 0 <= token < vocab), None)
+        if wrong is not None:
+            raise RequestError(f"token {wrong} is not in the vocabulary of {vocab}")
+        capacity = self._supervisor.supervision.capacity_tokens
+        if capacity is not None and len(ids) + max_tokens > capacity:
+            raise RequestError(
+                f"the request needs {len(ids) + max_tokens} tokens of KV cache, an actor holds {capacity}; raise cache_tokens"
+            )
+
+    async def _events(self, stream: Stream) -> AsyncIterator[Delivered | str]:
+        """What happens to a stream. Left early, it is cancelled and its caches are freed."""
+        wake = self._wakes[stream] = trio.Event()
+        self._flush()
+        try:
+            while True:
+                while stream.events:
+                    event = stream.events.popleft()
+                    if isinstance(event, Exception):
+                        raise event
+                    yield event
+                    if isinstance(event, str):
+                        return
+                wake = self._wakes[stream] = trio.Event()
+                await wake.wait()
+        finally:
+            del self._wakes[stream]
+            if not stream.over:
+                self._gateway.cancel(stream)
+                self._flush()
+
+    # -- the gateway's hands ------------------------------------------------------------------------------------
+
+    def on_session_event(self, label: str, kind: str, fields: Any) -> None:
+        self._gateway.on_session_event(label, kind, fields)
+        self._flush()
+
+    def _flush(self) -> None:
+        """Carry out what the gateway decided."""
+        for kind, fields in self._gateway.commands:
+            self._supervisor.broadcast(kind, **fields)
+        self._gateway.commands.clear()
+        for peer, header, buffers in self._gateway.exchange.outbox:
+            self._wire.send(peer, header, buffers)
+        self._gateway.exchange.outbox.clear()
+        for stream, wake in self._wakes.items():
+            if stream.events:
+                wake.set()
+
+    async def _listen(self) -> None:
+        exchange = self._gateway.exchange
+        while True:
+            arrival = None
+            with trio.move_on_after(ACK_DELAY_S if exchange.owes() else TICK_S):
+                try:
+                    arrival = await self._wire.receive()
+                except ProtocolError:
+                    exchange.counters["refused"] += 1
+            if arrival is not None:
+                try:
+                    received = exchange.on_arrival(arrival)
+                except ProtocolError:
+                    exchange.counters["refused"] += 1
+                else:
+                    if received is not None:
+                        self._gateway.on_message(received)
+                        self._record(received)
+            elif exchange.owes():
+                exchange.idle()
+            else:
+                exchange.tick()
+            self._flush()
+
+    async def _failure(self) -> None:
+        await self._supervisor.failed.wait()
+        failure = self._supervisor.supervision.failure
+        assert failure is not None
+        self._gateway.on_failure(failure)
+        self._flush()
+
+    def _record(self, received: Received) -> None:
+        header, now_ns = received.message.header, time.monotonic_ns()
+        self._ring.put((
+            DONE, header.edge, header.sequence, received.message.nbytes, header.sent_ns, received.received_ns,
+            received.received_ns, now_ns, 1, header.rows,
+        ))  # fmt: skip
+
+    def record_sent(self, sent: SentRecord) -> None:
+        self._ring.put((
+            SENT, sent.link.spec.edge, sent.sequence, sent.nbytes, sent.ready_ns, sent.credit_ns, sent.sent_ns, 0,
+            sent.rows,
+        ))  # fmt: skip
+
+    async def _ship(self) -> None:
+        with TraceFile(self.dir, f"{GATEWAY}.{REPLICA}") as file:
+            try:
+                while True:
+                    await trio.sleep(SHIP_INTERVAL_S)
+                    file.write(self._ring.take(SHIP_AT_ONCE), self._ring.dropped)
+            finally:
+                while file.write(self._ring.take(SHIP_AT_ONCE), self._ring.dropped):
+                    pass
+
+
+@contextlib.asynccontextmanager
+async def launch(
+    graph: Graph, *, runs: Path | str = run_folder.DEFAULT_ROOT, progress: Progress = lambda _what, _share: None
+) -> AsyncIterator[Run]:
+    """Start a graph; on leaving, everything it started is ended and nothing is left but the run folder.
+
+    Args:
+        graph: from `ranvier.load`.
+        runs: the folder in which the run's own folder is made.
+        progress: told what goes on until the run is ready.
+
+    Raises:
+        ActorFailed: an actor did not start, or was lost.
+        GraphError: the run folder's path is too long for sockets.
+    """
+    planned = plan(graph)
+    folder = run_folder.create(planned, Path(runs))
+    try:
+        async with _launched(planned, folder, progress) as run:
+            yield run
+    except BaseExceptionGroup as group:
+        error = _single(group)
+        folder.outcome(outcome="failed", error=str(error))
+        raise error from None
+    except BaseException as error:
+        folder.outcome(outcome="failed", error=f"{type(error).__name__}: {error}")
+        raise
+    else:
+        folder.outcome(outcome="done")
+    finally:
+        folder.close()
+
+
+@contextlib.asynccontextmanager
+async def _launched(planned: Plan, folder: RunFolder, progress: Progress) -> AsyncIterator[Run]:
+    graph = planned.graph
+    specs = planned.place(folder.path, folder.sockets)
+    me = identity(GATEWAY, REPLICA, EPOCH)
+    log_file = (folder.logs / "supervisor.jsonl").open("w", encoding="utf-8")
+    log = _logger(log_file)
+    wire = TrioWire(ZeroWire(me, planned.gateway_endpoint(folder.sockets), max_frame_bytes=graph.file.max_frame_bytes))
+    holder: list[Run] = []
+    try:
+        progress("starting", 0.0)
+        async with LocalLauncher(folder.sockets, folder.logs).running() as launcher:
+            supervisor = Supervisor(
+                specs, launcher, f"ipc://{folder.sockets / 'supervisor'}", folder.logs, log,
+                lambda label, kind, fields: holder[0].on_session_event(label, kind, fields) if holder else None,
+            )  # fmt: skip
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(supervisor.run)
+                    await supervisor.until_loaded(lambda share: progress("loading", share))
+                    exchange = Exchange(
+                        me, planned.hash, planned.gateway_links(), time.monotonic_ns,
+                        (lambda sent: holder[0].record_sent(sent)) if graph.file.trace else None,
+                    )  # fmt: skip
+                    for spec in specs:
+                        address = supervisor.supervision.hosts[spec.identity].address
+                        assert address is not None
+                        wire.connect(spec.identity, address)
+                    gateway = Gateway(
+                        exchange, [spec.label for spec in specs], supervisor.supervision.capacity_tokens,
+                        graph.file.prefill_chunk,
+                    )  # fmt: skip
+                    run = Run(planned, folder, supervisor, wire, gateway)
+                    holder.append(run)
+                    nursery.start_soon(run._listen)
+                    nursery.start_soon(run._failure)
+                    if graph.file.trace:
+                        nursery.start_soon(run._ship)
+                    progress("linking", 1.0)
+                    exchange.open()
+                    run._flush()
+                    await supervisor.until_running(me, wire.wire.address)
+                    progress("ready", 1.0)
+                    try:
+                        yield run
+                    finally:
+                        with trio.CancelScope(shield=True):
+                            await supervisor.stop()
+                    nursery.cancel_scope.cancel()
+            finally:
+                supervisor.close()
+    finally:
+        wire.close()
+        log_file.close()
+
+
+def _logger(file: Any) -> structlog.typing.FilteringBoundLogger:
+    logger: structlog.typing.FilteringBoundLogger = structlog.wrap_logger(
+        structlog.WriteLogger(file),
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(0),
+    )
+    return logger
+
+
+def _single(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one error that a group of them comes to: an actor's failure, an interrupt, or the group if it is neither."""
+    leaves: list[BaseException] = []
+    stack: list[BaseException] = [group]
+    while stack:
+        error = stack.pop()
+        if isinstance(error, BaseExceptionGroup):
+            stack.extend(error.exceptions)
+        elif not isinstance(error, trio.Cancelled):
+            leaves.append(error)
+    for kind in (KeyboardInterrupt, ActorFailed, RanvierError):
+        for leaf in leaves:
+            if isinstance(leaf, kind):
+                return leaf
+    return leaves[0] if len(leaves) == 1 else group

@@ -1,0 +1,148 @@
+"""The graph file's keys, their types and bounds. `ranvier schema` prints this as JSON Schema for editors."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from ranvier.actors.spec import Deadlines
+
+from .errors import GraphError, Problem
+from .load import Document
+
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,30}$")]
+_DEADLINES = Deadlines()
+Port = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,30}\.[a-z][a-z0-9_]{0,60}$")]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, and nothing is converted in silence."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelSection(Section):
+    """The checkpoint that the built-in kinds read."""
+
+    source: str = Field(
+        min_length=1,
+        max_length=4096,
+        description="package://NAME/FILE of an installed package, or ./folder, ./file.gguf, ./file.safetensors "
+        "beside the graph file",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="weights, activations, KV cache")
+
+
+class ActorSection(Section):
+    """One actor: a component in a process of its own."""
+
+    kind: str = Field(min_length=1, max_length=4096, description="embedding, blocks, head, model, or ./file.py:Class")
+    layers: str | int | None = Field(None, description="for blocks: first-last, both included, such as 0-14")
+    threads: int = Field(1, ge=1, le=1024, description="threads torch may use in this process")
+    device: Literal["cpu"] = Field("cpu", description="where the actor computes")
+    replicas: Literal[1] = Field(1, description="copies of this actor")
+    cache_tokens: int = Field(65536, ge=1, le=1 << 31, description="positions of all sessions that its KV cache holds")
+    batch_tokens: int = Field(2048, ge=1, le=1 << 20, description="tokens laid together in one step at the most")
+    endpoint: str | None = Field(None, description="where its inbox is bound, such as tcp://127.0.0.1:5555")
+    args: dict[str, Any] = Field(default_factory=dict, description="arguments of the user's own actor")
+
+
+class EdgeSection(Section):
+    """One edge: a declared connection from an output port to an input port."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+    source: Port = Field(alias="from", description="actor.port")
+    target: Port = Field(alias="to", description="actor.port")
+    feedback: bool = Field(False, description="closes a cycle: carries the result of a step back to its beginning")
+    codec: Literal["raw"] = Field("raw", description="how tensors are written")
+    credits: int = Field(8, ge=0, le=1 << 20, description="messages that may be on their way or unread")
+    credit_bytes: int = Field(64 << 20, ge=1, le=1 << 40, description="bytes that may be on their way or unread")
+
+
+class SupervisionSection(Section):
+    """When a host counts as failed, in seconds."""
+
+    start_deadline_s: float = Field(_DEADLINES.start_deadline_s, gt=0, strict=False)
+    heartbeat_interval_s: float = Field(_DEADLINES.heartbeat_interval_s, gt=0, le=60, strict=False)
+    heartbeat_deadline_s: float = Field(_DEADLINES.heartbeat_deadline_s, gt=0, strict=False)
+    progress_deadline_s: float = Field(_DEADLINES.progress_deadline_s, gt=0, strict=False)
+    stop_deadline_s: float = Field(_DEADLINES.stop_deadline_s, gt=0, le=60, strict=False)
+
+
+class GraphFile(Section):
+    """A graph: actors, edges, settings."""
+
+    ranvier: Literal[1] = Field(description="version of the file format")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="names the run's folder")
+    model: ModelSection | None = None
+    actors: dict[Name, ActorSection] = Field(min_length=1, max_length=1024)
+    pipeline: list[Name] | None = Field(None, min_length=1, description="actors in a row, short for their edges")
+    edges: list[EdgeSection] = Field(default_factory=list, max_length=65536, description='"a.x -> b.y" or a mapping')
+    transport: Literal["ipc"] | str = Field(
+        "ipc", description="ipc, or tcp://127.0.0.1 to give every actor a free port of that address"
+    )
+    prefill_chunk: int = Field(512, ge=1, le=1 << 16, description="prompt tokens of one message at the most")
+    max_frame_bytes: int = Field(1 << 30, ge=1 << 16, le=1 << 40, description="a larger tensor is refused")
+    trace: bool = Field(True, description="write a record of every message")
+    supervision: SupervisionSection = Field(default_factory=SupervisionSection)
+
+
+def validate(document: Document) -> GraphFile:
+    """The file's data as a `GraphFile`; edges written as text are spelled out first.
+
+    Raises:
+        GraphError: every wrong key and value, each with its place.
+    """
+    data = dict(document.data)
+    problems: list[Problem] = []
+    if isinstance(data.get("edges"), list):
+        data["edges"] = [_spelled_out(document, index, edge, problems) for index, edge in enumerate(data["edges"])]
+    if problems:
+        raise GraphError(document.file, problems)
+    try:
+        return GraphFile.model_validate(data)
+    except pydantic.ValidationError as error:
+        for found in error.errors():
+            problems.append(_problem(document, found))
+    raise GraphError(document.file, problems)
+
+
+def _spelled_out(document: Document, index: int, edge: Any, problems: list[Problem]) -> Any:
+    if not isinstance(edge, str):
+        return edge
+    source, arrow, target = (part.strip() for part in edge.partition("->"))
+    if not arrow:
+        at = document.at("edges", index)
+        problems.append(Problem(f"edge {edge!r} has no arrow; write actor.port -> actor.port", at))
+    return {"from": source, "to": target}
+
+
+def _problem(document: Document, found: Any) -> Problem:
+    path = tuple(part for part in found["loc"] if part != "[key]")
+    kind, given = found["type"], found.get("input")
+    word = ".".join(map(str, path))
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(path[-1]), _fields_at(path[:-1]), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(_fields_at(path[:-1]))}"
+        return Problem(f"unknown key {path[-1]!r}; {hint}", document.at_key(*path))
+    if kind == "missing":
+        return Problem(f"key {path[-1]!r} is missing; add it", document.at(*path[:-1]))
+    if kind == "string_pattern_mismatch":
+        expected = "actor.port" if path[-1] in ("from", "to") else "lower-case letters, digits and _"
+        if word == "name":
+            expected = "letters, digits and . _ -"
+        return Problem(f"{word}: {given!r:.80} is not a name; expected {expected}", document.at(*path))
+    return Problem(f"{word}: {found['msg']}, got {given!r:.80}; change the value", document.at(*path))
+
+
+def _fields_at(path: tuple[Any, ...]) -> list[str]:
+    """The keys that may stand at `path`."""
+    sections: dict[str, type[Section]] = {
+        "model": ModelSection, "actors": ActorSection, "edges": EdgeSection, "supervision": SupervisionSection
+    }  # fmt: skip
+    section = sections.get(str(path[0]), GraphFile) if path else GraphFile
+    return [field.alias or name for name, field in section.model_fields.items()]

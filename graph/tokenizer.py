@@ -1,0 +1,178 @@
+"""The tokenizer and the chat template that a checkpoint brings.
+
+From a folder: `tokenizer.json` as it is. From GGUF: built from the metadata, byte-level BPE (`gpt2`) or SentencePiece-like
+BPE (`llama`), as llama.cpp and transformers do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from ranvier.actors.checkpoint import Checkpoint
+from ranvier.actors.checkpoint.checkpoint import read_json
+from ranvier.actors.errors import CheckpointError
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_NORMAL, _CONTROL, _USER, _BYTE = 1, 3, 4, 6
+
+
+@dataclass(frozen=True, slots=True)
+class TextCodec:
+    """Text to token ids and back, and the messages of a chat to text.
+
+    `add_bos`: put this id before a raw prompt (None: the tokenizer itself does what is to be done).
+    """
+
+    tokenizer: Tokenizer
+    chat_template: str | None
+    bos_token: str
+    eos_token: str
+    add_bos: int | None = None
+
+    def encode(self, text: str, *, special: bool) -> list[int]:
+        """Token ids. `special`: put the model's own tokens around it (a raw prompt; a chat's template has them)."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
+        return [self.add_bos, *ids] if special and self.add_bos is not None else ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text without special tokens."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
+
+
+class StreamDecoder:
+    """Text of a growing list of ids, piece by piece: bytes that make no whole letter yet are held back."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._codec = codec
+        self._ids: list[int] = []
+        self._start = 0
+        self._shown = 0
+
+    def add(self, token: int) -> str:
+        """The text that `token` completes; "" if it leaves a letter unfinished."""
+        self._ids.append(token)
+        before = self._codec.decode(self._ids[self._start : self._shown])
+        now = self._codec.decode(self._ids[self._start :])
+        if len(now) <= len(before) or now.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        # what is decoded anew each time begins one piece back, so that a letter over two pieces comes out whole
+        self._start, self._shown = self._shown, len(self._ids)
+        return now[len(before) :]
+
+    def rest(self) -> str:
+        """What is still held back at the end of the stream."""
+        before = self._codec.decode(self._ids[self._start : self._shown])
+        now = self._codec.decode(self._ids[self._start :])
+        self._start = self._shown = len(self._ids)
+        return now[len(before) :]
+
+
+def of(checkpoint: Checkpoint) -> TextCodec:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        CheckpointError: it has none, or one of a kind that is not built in.
+    """
+    if checkpoint.gguf is not None:
+        return _from_gguf(checkpoint.gguf, str(checkpoint.path))
+    return _from_folder(checkpoint)
+
+
+def _from_folder(checkpoint: Checkpoint) -> TextCodec:
+    file = checkpoint.path / "tokenizer.json"
+    if not file.exists():
+        raise CheckpointError(f"{file}: no such file; the checkpoint brings no tokenizer")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception for whatever it dislikes in the file
+        raise CheckpointError(f"{file}: {error}") from None
+    config_file = checkpoint.path / "tokenizer_config.json"
+    config = read_json(config_file) if config_file.exists() else {}
+    template_file = checkpoint.path / "chat_template.jinja"
+    template = template_file.read_text() if template_file.exists() else config.get("chat_template")
+    return TextCodec(tokenizer, template, _content(config.get("bos_token")), _content(config.get("eos_token")))
+
+
+def _content(token: Any) -> str:
+    return str(token["content"]) if isinstance(token, dict) else str(token or "")
+
+
+def _from_gguf(fields: Mapping[str, Any], where: str) -> TextCodec:
+    kind = fields.get("tokenizer.ggml.model")
+    tokens = fields.get("tokenizer.ggml.tokens")
+    if not isinstance(tokens, list):
+        raise CheckpointError(f"{where}: tokenizer.ggml.tokens is missing")
+    types = fields.get("tokenizer.ggml.token_type") or [_NORMAL] * len(tokens)
+    if kind == "gpt2":
+        tokenizer = _byte_level(fields, tokens, where)
+    elif kind == "llama":
+        tokenizer = _sentencepiece(fields, tokens, where)
+    else:
+        raise CheckpointError(f"{where}: tokenizer {kind!r} is not built in; built in: gpt2, llama")
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=True) if k == _CONTROL])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=True) if k == _USER])
+    bos, eos = fields.get("tokenizer.ggml.bos_token_id"), fields.get("tokenizer.ggml.eos_token_id")
+    add_bos = fields.get("tokenizer.ggml.add_bos_token", kind == "llama")
+    return TextCodec(
+        tokenizer,
+        fields.get("tokenizer.chat_template"),
+        tokens[bos] if bos is not None else "",
+        tokens[eos] if eos is not None else "",
+        add_bos=bos if add_bos else None,
+    )
+
+
+def _byte_level(fields: Mapping[str, Any], tokens: list[str], where: str) -> Tokenizer:
+    merges = fields.get("tokenizer.ggml.merges")
+    if not isinstance(merges, list):
+        raise CheckpointError(f"{where}: tokenizer.ggml.merges is missing")
+    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, pairs, ignore_merges=False))
+    tokenizer.pre_tokenizer = _pre_tokenizer(fields.get("tokenizer.ggml.pre", "default"), where)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _pre_tokenizer(name: str, where: str) -> pre_tokenizers.PreTokenizer:
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if name in ("gpt-2", "default"):
+        return plain
+    if name in ("smollm", "starcoder", "refact", "command-r"):
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), plain])
+    if name in ("llama-bpe", "llama3", "llama-v3"):
+        split = pre_tokenizers.Split(Regex(_LLAMA3), "isolated", invert=False)
+        return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    raise CheckpointError(f"{where}: pre-tokenizer {name!r} is not built in; built in: gpt-2, smollm, llama-bpe")
+
+
+def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], where: str) -> Tokenizer:
+    scores = fields.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise CheckpointError(f"{where}: tokenizer.ggml.scores is missing")
+    ranks = {token: index for index, token in enumerate(tokens)}
+    merges = [
+        (scores[index], token[:cut], token[cut:])
+        for index, token in enumerate(tokens)
+        for cut in range(1, len(token))
+        if token[:cut] in ranks and token[cut:] in ranks
+    ]
+    merges.sort(key=lambda merge: (-merge[0], ranks[merge[1]], ranks[merge[2]]))
+    unknown = fields.get("tokenizer.ggml.unknown_token_id", 0)
+    model = models.BPE(
+        ranks, [(a, b) for _, a, b in merges], unk_token=tokens[unknown], fuse_unk=True, byte_fallback=True
+    )
+    tokenizer = Tokenizer(model)
+    prefix = [normalizers.Prepend("▁")] if fields.get("tokenizer.ggml.add_space_prefix", True) else []
+    tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer

@@ -1,0 +1,65 @@
+"""Ranvier: the parts of a model as actors that exchange tensors over ZeroMQ, wired by a graph file.
+
+    graph = ranvier.load("examples/smollm2.yaml")
+
+    async def main():                       # on trio
+        async with ranvier.launch(graph) as run:
+            async for token in run.generate("Why is the sky blue?"):
+                print(token.text, end="")
+
+    with ranvier.start(graph) as run:       # the same in a plain script or a notebook
+        for token in run.generate("Why is the sky blue?"):
+            print(token.text, end="")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ranvier.actors.actor import Actor, Batch, Context
+    from ranvier.actors.errors import ActorFailed, CheckpointError, Overloaded
+    from ranvier.actors.session import Sampling, SessionInfo
+    from ranvier.graph.blocking import BlockingRun, start
+    from ranvier.graph.check import Graph, load
+    from ranvier.graph.errors import GraphError
+    from ranvier.graph.plan import Plan, plan
+    from ranvier.graph.run import RequestError, Result, Run, Token, launch
+    from ranvier.transport.errors import LinkBroken, LinkClosed, ProtocolError, RanvierError
+    from ranvier.transport.header import Row
+    from ranvier.transport.spec import TensorSpec
+
+# Imported when first asked for: `import ranvier` must not take the second that torch needs.
+_PLACES = {
+    "Actor": "actors.actor", "Batch": "actors.actor", "Context": "actors.actor",
+    "ActorFailed": "actors.errors", "CheckpointError": "actors.errors", "Overloaded": "actors.errors",
+    "Sampling": "actors.session", "SessionInfo": "actors.session",
+    "BlockingRun": "graph.blocking", "start": "graph.blocking",
+    "Graph": "graph.check", "load": "graph.check",
+    "GraphError": "graph.errors",
+    "Plan": "graph.plan", "plan": "graph.plan",
+    "RequestError": "graph.run", "Result": "graph.run", "Run": "graph.run", "Token": "graph.run",
+    "launch": "graph.run",
+    "LinkBroken": "transport.errors", "LinkClosed": "transport.errors", "ProtocolError": "transport.errors",
+    "RanvierError": "transport.errors",
+    "Row": "transport.header",
+    "TensorSpec": "transport.spec",
+}  # fmt: skip
+
+__all__ = [
+    "Actor", "ActorFailed", "Batch", "BlockingRun", "CheckpointError", "Context", "Graph", "GraphError", "LinkBroken",
+    "LinkClosed", "Overloaded", "Plan", "ProtocolError", "RanvierError", "RequestError", "Result", "Row", "Run",
+    "Sampling", "SessionInfo", "TensorSpec", "Token", "launch", "load", "plan", "start",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    place = _PLACES.get(name)
+    if place is None:
+        raise AttributeError(f"module 'ranvier' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ranvier.{place}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

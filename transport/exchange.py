@@ -1,0 +1,332 @@
+"""All links of one process, without I/O: frames in, messages and frames out.
+
+The step thread of a host drives one over ZeroMQ, the gateway drives one from trio, and the tests drive the same over
+memory wires with a clock of their own. Nothing here blocks, sleeps, or knows a socket.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+from .errors import LinkBroken, ProtocolError
+from .handshake import hello, objection
+from .header import VERSION, Control, Header, Kind, Row, TensorMeta, Verb, control, decode
+from .link import Arrival, LinkSpec
+from .message import Buffer, Message, check_specs, checksum, read_message
+from .window import ReceiveWindow, SendWindow, Sent, Verdict
+
+
+Link = TypeVar("Link")
+_Shape = tuple[tuple[TensorMeta, ...], int, int]
+"""Tensors, rows and tokens of the last message that passed the check of its edge."""
+
+
+class Outgoing(NamedTuple):
+    """Frames for the driver to hand to the wire."""
+
+    peer: str
+    header: bytes
+    buffers: tuple[Buffer, ...]
+
+
+class Received(NamedTuple):
+    """A message that was taken. Its credit returns when the host calls `consumed`."""
+
+    link: ReceivingLink
+    message: Message
+    received_ns: int
+
+
+class SentRecord(NamedTuple):
+    """What the sending end knows of one message; all times CLOCK_MONOTONIC nanoseconds."""
+
+    link: SendingLink
+    sequence: int
+    rows: tuple[Row, ...]
+    nbytes: int
+    ready_ns: int
+    credit_ns: int
+    sent_ns: int
+
+
+class _Waiting(NamedTuple):
+    rows: tuple[Row, ...]
+    tensors: tuple[TensorMeta, ...]
+    buffers: tuple[Buffer, ...]
+    nbytes: int
+    ready_ns: int
+
+
+@dataclass(slots=True, eq=False)
+class SendingLink:
+    """The sender's end of one link. `waiting` holds what has no credit yet."""
+
+    spec: LinkSpec
+    window: SendWindow
+    open: bool = False
+    refused: str | None = None
+    checked: _Shape | None = None
+    waiting: deque[_Waiting] = field(default_factory=deque)
+
+
+@dataclass(slots=True, eq=False)
+class ReceivingLink:
+    """The receiver's end of one link."""
+
+    spec: LinkSpec
+    window: ReceiveWindow
+    open: bool = False
+    checked: _Shape | None = None
+
+
+class Exchange:
+    """The links of the process `me`.
+
+    Args:
+        me: this process's identity, `actor.replica.epoch`.
+        graph: hash of the graph; both ends of a link must run the same.
+        links: every link with `me` at one end (or both).
+        clock: nanoseconds; CLOCK_MONOTONIC in a run.
+        on_sent: called with a `SentRecord` for each message handed over (the trace).
+    """
+
+    def __init__(
+        self,
+        me: str,
+        graph: str,
+        links: Iterable[LinkSpec],
+        clock: Callable[[], int],
+        on_sent: Callable[[SentRecord], None] | None = None,
+    ) -> None:
+        self.me = me
+        self.graph = graph
+        self.sending: dict[tuple[int, str], SendingLink] = {}
+        self.receiving: dict[tuple[int, str], ReceivingLink] = {}
+        self.outbox: list[Outgoing] = []
+        self.counters: Counter[str] = Counter()
+        self.clock = clock
+        self._on_sent = on_sent
+        self._owing: dict[ReceivingLink, None] = {}
+        for spec in links:
+            if spec.source == me:
+                self.sending[spec.edge, spec.target] = SendingLink(spec, SendWindow(spec.credits_bytes))
+            if spec.target == me:
+                window = ReceiveWindow(spec.credits_messages, spec.credits_bytes)
+                self.receiving[spec.edge, spec.source] = ReceivingLink(spec, window)
+
+    # -- opening ------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Offer every sending link to its receiver."""
+        for link in self.sending.values():
+            if not link.open:
+                self._tell(link.spec.target, hello(link.spec, self.graph))
+
+    @property
+    def ready(self) -> bool:
+        """Whether every link is open at both ends.
+
+        Raises:
+            LinkBroken: a receiver refused; the message names both sides.
+        """
+        for link in self.sending.values():
+            if link.refused is not None:
+                raise LinkBroken(f"edge {link.spec.name}: refused by {link.spec.target}: {link.refused}")
+        return all(link.open for link in self.sending.values()) and all(r.open for r in self.receiving.values())
+
+    # -- sending ------------------------------------------------------------------------------------------------
+
+    def send(
+        self,
+        link: SendingLink,
+        rows: tuple[Row, ...],
+        tensors: tuple[TensorMeta, ...],
+        buffers: tuple[Buffer, ...],
+        ready_ns: int,
+    ) -> None:
+        """Send a message, or keep it until there is credit (`blocked` tells).
+
+        Raises:
+            ProtocolError: the tensors are not what the edge carries.
+        """
+        spec = link.spec
+        shape = (tensors, len(rows), sum(row.tokens for row in rows))
+        if shape != link.checked:  # most messages of an edge are like the one before
+            check_specs(spec.name, spec.tensors, rows, tensors)
+            link.checked = shape
+        nbytes = sum(meta.nbytes for meta in tensors)
+        message = _Waiting(rows, tensors, buffers, nbytes, ready_ns)
+        if link.waiting or not link.window.may_send(nbytes):
+            self.counters["credit_waits"] += 1
+            link.waiting.append(message)
+        else:
+            self._transmit(link, message, ready_ns)
+
+    def blocked(self) -> bool:
+        """Whether any message waits for credit: the host starts no step meanwhile."""
+        return any(link.waiting for link in self.sending.values())
+
+    def unfinished(self) -> bool:
+        """Whether anything sent is not acknowledged yet."""
+        return any(link.waiting or link.window.kept for link in self.sending.values())
+
+    def _transmit(self, link: SendingLink, message: _Waiting, credit_ns: int) -> None:
+        rows, tensors, buffers, nbytes, ready_ns = message
+        window, spec = link.window, link.spec
+        sequence = window.sequence + 1
+        sent_ns = self.clock()
+        crc = 0 if spec.local else checksum(buffers)
+        header = Header(
+            VERSION, Kind.DATA, spec.edge, sequence, rows, tensors, ready_ns, sent_ns, crc
+        ).encode()
+        window.keep(Sent(sequence, nbytes, header, buffers))
+        self.outbox.append(Outgoing(spec.target, header, buffers))
+        if self._on_sent is not None:
+            self._on_sent(SentRecord(link, sequence, rows, nbytes, ready_ns, credit_ns, sent_ns))
+
+    # -- receiving ----------------------------------------------------------------------------------------------
+
+    def on_arrival(self, arrival: Arrival) -> Received | None:
+        """Take what a wire received: a message for the host, or None for the link's own affairs.
+
+        Raises:
+            ProtocolError: the peer sent what it must not. The message is dropped; `rows` of the error, if any, names
+                the sessions that lost it.
+        """
+        header = decode(arrival.header)
+        if type(header) is Control:
+            self._on_control(arrival.peer, header)
+            return None
+        link = self.receiving.get((header.edge, arrival.peer))
+        if link is None:
+            raise ProtocolError(f"{self.me}: expected an edge of the graph, got edge {header.edge} from {arrival.peer}")
+        if not link.open:
+            raise ProtocolError(f"edge {link.spec.name}: expected a handshake from {arrival.peer}, got a message")
+        if header.kind != Kind.DATA:
+            raise ProtocolError(f"edge {link.spec.name}: expected data, got {Kind(header.kind).name.lower()}")
+        window = link.window
+        verdict = window.judge(header.sequence)
+        if verdict is not Verdict.TAKE:
+            self.counters[verdict.value] += 1
+            if verdict is Verdict.GAP:
+                self._ask_again(link)
+            else:
+                self._owing[link] = None
+            return None
+        try:
+            message = read_message(header, arrival.buffers)
+        except ProtocolError:
+            self.counters["damaged"] += 1
+            self._ask_again(link)  # the sender still has it
+            raise
+        window.take()
+        self._owing[link] = None
+        rows = header.rows
+        shape = (header.tensors, len(rows), sum(row.tokens for row in rows))
+        if shape != link.checked:
+            try:
+                check_specs(link.spec.name, link.spec.tensors, rows, header.tensors)
+            except ProtocolError as error:
+                self.consumed(link, message.nbytes)
+                raise RefusedMessage(str(error), rows) from None
+            link.checked = shape
+        return Received(link, message, self.clock())
+
+    def consumed(self, link: ReceivingLink, nbytes: int) -> None:
+        """A message of `nbytes` was used up; tell the sender at once if it may run out of credit, else when idle."""
+        window = link.window
+        window.consume(nbytes)
+        if window.urgent():
+            self._acknowledge(link)
+        else:
+            self._owing[link] = None
+
+    def owes(self) -> bool:
+        """Whether an acknowledgement is held back until the process is idle."""
+        return bool(self._owing)
+
+    def idle(self) -> None:
+        """Nothing to do just now: send the acknowledgements that were held back."""
+        for link in list(self._owing):
+            self._acknowledge(link)
+
+    def tick(self) -> None:
+        """A second or so has passed: repeat the offers and probes nobody answered."""
+        self.open()
+        for link in self.sending.values():
+            if link.open and (link.window.kept or link.waiting):
+                self._tell(link.spec.target, control(link.spec.edge, Verb.PROBE, link.window.sequence))
+
+    def _ask_again(self, link: ReceivingLink) -> None:
+        missing = link.window.ask()
+        if missing is not None:
+            self.counters["asked_again"] += 1
+            self._tell(link.spec.source, control(link.spec.edge, Verb.AGAIN, missing))
+
+    def _acknowledge(self, link: ReceivingLink) -> None:
+        self._owing.pop(link, None)
+        self._tell(link.spec.source, control(link.spec.edge, Verb.ACK, *link.window.tell()))
+
+    def _tell(self, peer: str, message: Control) -> None:
+        self.outbox.append(Outgoing(peer, message.encode(), ()))
+
+    # -- control ------------------------------------------------------------------------------------------------
+
+    def _on_control(self, peer: str, message: Control) -> None:
+        verb, arguments = message.verb, message.arguments
+        if verb is Verb.HELLO:
+            self._on_hello(peer, message.edge, arguments)
+        elif verb is Verb.PROBE:
+            receiving = self._link(self.receiving, peer, message)
+            if arguments[0] > receiving.window.received:
+                receiving.window.asked = 0  # the answer to an earlier question was lost
+                self._ask_again(receiving)
+            else:
+                self._acknowledge(receiving)
+        else:
+            self._on_answer(self._link(self.sending, peer, message), verb, arguments)
+
+    def _on_hello(self, peer: str, edge: int, offer: tuple[Any, ...]) -> None:
+        link = self.receiving.get((edge, peer))
+        reason = objection(link.spec if link else None, self.graph, peer, self.me, offer)
+        if link is None or reason is not None:
+            self.counters["refused"] += 1
+            self._tell(peer, control(edge, Verb.REFUSE, reason or "no such edge"))
+            raise ProtocolError(f"handshake refused: {reason}")
+        link.open = True
+        self._tell(peer, control(edge, Verb.WELCOME, *link.window.limits()))
+
+    def _on_answer(self, link: SendingLink, verb: Verb, arguments: tuple[Any, ...]) -> None:
+        if verb is Verb.WELCOME:
+            link.open = True
+            link.window.grant(*arguments)
+        elif verb is Verb.REFUSE:
+            link.refused = arguments[0]
+        elif verb is Verb.ACK:
+            link.window.acknowledge(arguments[0])
+            link.window.grant(*arguments[1:])
+        elif verb is Verb.AGAIN:
+            for sent in link.window.since(arguments[0]):
+                self.counters["sent_again"] += 1
+                self.outbox.append(Outgoing(link.spec.target, sent.header, sent.buffers))
+        while link.waiting and link.window.may_send(link.waiting[0].nbytes):
+            self._transmit(link, link.waiting.popleft(), self.clock())
+
+    def _link(self, links: dict[tuple[int, str], Link], peer: str, message: Control) -> Link:
+        link = links.get((message.edge, peer))
+        if link is None:
+            raise ProtocolError(
+                f"{self.me}: expected {message.verb.name} of an edge of the graph, got edge {message.edge} from {peer}"
+            )
+        return link
+
+
+class RefusedMessage(ProtocolError):
+    """A message in sequence that its edge does not carry: `rows` are the steps that lost their input."""
+
+    def __init__(self, text: str, rows: tuple[Row, ...]) -> None:
+        super().__init__(text)
+        self.rows = rows

@@ -1,0 +1,87 @@
+"""A message and its frames: `[header, tensor bytes, tensor bytes, …]`.
+
+No torch here: a tensor is its `TensorMeta` and a buffer, so that a process which only passes token ids on need not
+hold torch. `tensors.py` turns the pair into a `torch.Tensor` and back.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from .dtypes import TABLE
+from .errors import ProtocolError
+from .header import MAX_TENSORS, Header, Row, TensorMeta
+from .spec import TensorSpec
+
+if sys.byteorder != "little":  # the bytes of a tensor are sent as they lie in memory
+    raise ImportError("ranvier's wire format is little-endian; this machine is not")
+
+Buffer = bytes | memoryview
+
+
+class Message(NamedTuple):
+    """A header and the buffers of its tensors, in the header's order. A received buffer is never written to."""
+
+    header: Header
+    buffers: tuple[Buffer, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors, without the header."""
+        return sum(meta.nbytes for meta in self.header.tensors)
+
+
+def checksum(buffers: Sequence[Buffer]) -> int:
+    """CRC-32 over the tensors' bytes, never 0 (which stands for: not checked)."""
+    value = 0
+    for buffer in buffers:
+        value = zlib.crc32(buffer, value)
+    return value or 1
+
+
+def read_message(header: Header, buffers: Sequence[Buffer]) -> Message:
+    """Put a decoded header and the frames that came with it together.
+
+    Raises:
+        ProtocolError: the number of frames, a frame's length or the checksum is not as the header says.
+    """
+    tensors = header.tensors
+    if len(buffers) != len(tensors):
+        raise ProtocolError(
+            f"edge {header.edge}: expected {len(tensors)} tensor frames (at most {MAX_TENSORS}), got {len(buffers)}"
+        )
+    for meta, buffer in zip(tensors, buffers, strict=True):
+        if len(buffer) != meta.nbytes:
+            raise ProtocolError(
+                f"edge {header.edge}: tensor {meta.name}: expected a frame of {meta.nbytes} bytes, got {len(buffer)}"
+            )
+    if header.checksum:
+        actual = checksum(buffers)
+        if actual != header.checksum:
+            raise ProtocolError(
+                f"edge {header.edge}: expected checksum {header.checksum:#010x}, got {actual:#010x}: bytes were changed"
+            )
+    return Message(header, tuple(buffers))
+
+
+def check_specs(
+    edge: str,
+    specs: Sequence[tuple[str, TensorSpec]],
+    rows: Sequence[Row],
+    tensors: Sequence[TensorMeta],
+) -> None:
+    """Refuse a message whose tensors are not those its edge carries.
+
+    Raises:
+        ProtocolError: naming the edge, the expected and the actual.
+    """
+    if len(tensors) != len(specs):
+        raise ProtocolError(f"edge {edge}: expected {len(specs)} tensors, got {len(tensors)}")
+    bound = {"tokens": rows[0].tokens if len(rows) == 1 else sum(row.tokens for row in rows), "rows": len(rows)}
+    for (name, spec), meta in zip(specs, tensors, strict=True):
+        if meta.name != name:
+            raise ProtocolError(f"edge {edge}: expected tensor {name!r}, got {meta.name!r}")
+        spec.check(edge, TABLE[meta.dtype].name, meta.shape, bound)

@@ -1,0 +1,52 @@
+"""torch tensors to buffers and back, without copying.
+
+A tensor handed to the wire must not be written to until it is acknowledged; a tensor made from a received buffer is
+a view of the message's own bytes and must never be written in place.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .codec import RAW
+from .dtypes import BY_NAME, TABLE
+from .header import TensorMeta
+from .message import Buffer
+
+_TORCH: tuple[torch.dtype, ...] = tuple(getattr(torch, row.name) for row in TABLE)
+_NUMBER: dict[torch.dtype, int] = {dtype: number for number, dtype in enumerate(_TORCH)}
+
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a name from the table. Raises KeyError for any other name."""
+    return _TORCH[BY_NAME[name].number]
+
+
+def to_buffer(name: str, tensor: torch.Tensor) -> tuple[TensorMeta, Buffer]:
+    """The meta of `tensor` (any shape, any strides, in host memory) and a view of its bytes.
+
+    Only a tensor that is not contiguous is copied. Raises ValueError for a dtype that is not in the table.
+    """
+    number = _NUMBER.get(tensor.dtype)
+    if number is None:
+        raise ValueError(f"tensor {name}: dtype {tensor.dtype} may not be sent; one of {', '.join(map(str, _NUMBER))}")
+    shape = tuple(tensor.shape)
+    nbytes = tensor.nbytes
+    if nbytes == 0:
+        return TensorMeta(name, number, shape, RAW, 0), b""
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+    if tensor.dtype is torch.bfloat16:  # numpy knows none: the bytes are what is sent, so integers will do
+        tensor = tensor.view(torch.int16)
+    # cast to bytes by memoryview: 1 µs less than a view and a reshape by torch
+    return TensorMeta(name, number, shape, RAW, nbytes), memoryview(tensor.numpy()).cast("B")
+
+
+def from_buffer(meta: TensorMeta, buffer: Buffer) -> torch.Tensor:
+    """The tensor whose bytes are in `buffer`: a view, kept alive by the tensor. The caller has checked the length."""
+    if meta.nbytes == 0:
+        return torch.empty(meta.shape, dtype=_TORCH[meta.dtype])
+    return torch.frombuffer(buffer, dtype=_TORCH[meta.dtype]).view(meta.shape)
