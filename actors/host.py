@@ -61,8 +61,8 @@ def main(spec: HostSpec, lifeline: int) -> int:
         host.failed(error)
         code = 1
     finally:
-        host.close()
         control.finish()
+        host.close()
     return code
 
 
@@ -320,6 +320,9 @@ class Host:
         )
 
     def close(self) -> None:
+        """Close the wire. The control thread must be over: it holds the waker."""
+        if self.crossing.waker is not None:
+            self.crossing.waker.close()
         if self.wire is not None:
             self.wire.close()
 

@@ -1,0 +1,233 @@
+"""The command `ranvier`. Results go to standard output, progress and errors to standard error.
+
+Exit codes: 0 done, 1 the run failed, 2 the request or the graph is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ranvier.actors.errors import CheckpointError
+from ranvier.actors.session import Sampling
+from ranvier.transport.errors import RanvierError
+
+from . import perfetto, run_folder, show, trace
+from .check import Graph
+from .check import load as load_graph
+from .errors import GraphError
+from .plan import plan
+
+FAILED, WRONG, INTERRUPTED = 1, 2, 130
+
+app = typer.Typer(
+    name="ranvier",
+    help="Run the parts of a model as actors that exchange tensors over ZeroMQ.\n\n"
+    "Start with: ranvier check GRAPH, then ranvier show GRAPH, then ranvier run GRAPH --prompt TEXT.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+GraphFile = Annotated[Path, typer.Argument(metavar="GRAPH", help="The graph file (YAML).", show_default=False)]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Import actors from Python files of the graph's folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the file, e.g. --set model.dtype=float32."),
+]
+
+
+class Format(str, Enum):
+    text = "text"
+    mermaid = "mermaid"
+    dot = "dot"
+
+
+@app.command()
+def check(
+    graph: GraphFile,
+    expand: Annotated[bool, typer.Option("--expand", help="Print the long form: every edge and setting.")] = False,
+    as_json: Json = False,
+    allow_code: AllowCode = False,
+    settings: Set = None,
+) -> None:
+    """Find everything that is wrong with a graph file without starting a process."""
+    try:
+        checked = load_graph(graph, allow_code=allow_code, overrides=_overrides(settings))
+    except GraphError as error:
+        if not as_json:
+            raise
+        problems = [{"line": p.at.line, "column": p.at.column, "what": p.what} for p in error.problems]
+        _print_json({"ok": False, "file": str(graph), "problems": problems})
+        raise typer.Exit(WRONG) from None
+    if as_json:
+        _print_json({"ok": True, "file": str(graph), "problems": [], **({"graph": checked.expanded()} if expand else {})})
+    elif expand:
+        import yaml
+
+        print(yaml.safe_dump(checked.expanded(), sort_keys=False, width=120), end="")
+    else:
+        planned = plan(checked)
+        print(f"{graph}: good: {len(planned.hosts)} processes, {len(planned.edges)} edges")
+
+
+@app.command("show")
+def show_command(
+    graph: GraphFile,
+    form: Annotated[Format, typer.Option("--format", help="How to draw it.")] = Format.text,
+    as_json: Json = False,
+    allow_code: AllowCode = False,
+    settings: Set = None,
+) -> None:
+    """Print the plan: processes, layers, bytes of weights, bytes per token on every edge."""
+    planned = plan(load_graph(graph, allow_code=allow_code, overrides=_overrides(settings)))
+    if as_json:
+        _print_json(planned.to_plain())
+    else:
+        print({Format.text: show.text, Format.mermaid: show.mermaid, Format.dot: show.dot}[form](planned))
+
+
+@app.command()
+def run(
+    graph: GraphFile,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to say to the model.", show_default=False)],
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="New tokens at the most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; more is bolder.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Choose among the k likeliest; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Choose among the likeliest that make up this share.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Leave out what is less likely than this share of the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Over 1: avoid tokens that were there before.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text. May be given again.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")] = False,
+    as_json: Json = False,
+    runs: Annotated[Path, typer.Option("--runs", help="Where run folders are made.")] = run_folder.DEFAULT_ROOT,
+    allow_code: AllowCode = False,
+    settings: Set = None,
+) -> None:
+    """Start the graph, stream the text, print what every message cost, write the run folder."""
+    try:
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    except ValueError as error:
+        raise _Wrong(f"--{error}") from None
+    checked = load_graph(graph, allow_code=allow_code, overrides=_overrides(settings))
+    options = {"max_tokens": max_tokens, "sampling": sampling, "stop": tuple(stop or ()), "raw": raw}
+    _run(checked, prompt, options, runs, as_json)
+
+
+def _run(checked: Graph, prompt: str, options: dict[str, Any], runs: Path, as_json: bool) -> None:
+    import trio
+
+    from .progress import Bar
+    from .run import Result, launch
+
+    result = Result(0)
+    bar = Bar(sys.stderr)
+
+    async def main() -> Path:
+        with bar:
+            async with launch(checked, runs=runs, progress=bar.show) as started:
+                bar.show("thinking", 1.0)
+                async for token in started.generate(prompt, result=result, **options):
+                    bar.done()
+                    if not as_json:
+                        print(token.text, end="", flush=True)
+                return started.dir
+
+    run_dir = trio.run(main)
+    told = trace.summary(trace.read(run_dir)) if checked.file.trace else None
+    if as_json:
+        _print_json({
+            "text": result.text, "token_ids": result.token_ids, "prompt_tokens": result.prompt_tokens,
+            "finish_reason": result.finish_reason, "time_to_first_token_s": result.first_token_s,
+            "tokens_per_second": result.tokens_per_second, "run_dir": str(run_dir),
+            "trace": told,
+        })  # fmt: skip
+        return
+    print("\n")
+    if told is not None:
+        print(trace.table(told))
+    print(
+        f"\n{result.prompt_tokens} tokens in, {len(result.token_ids)} out ({result.finish_reason}); first token after "
+        f"{result.first_token_s:.2f} s, then {result.tokens_per_second:.1f} tokens/s\nrun folder: {run_dir}"
+    )
+
+
+@app.command("trace")
+def trace_command(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    as_json: Json = False,
+    to_perfetto: Annotated[
+        Path | None, typer.Option("--perfetto", metavar="OUT", help="Write Chrome JSON that Perfetto opens.")
+    ] = None,
+) -> None:
+    """Print what every message of a run cost, per edge and per actor."""
+    read = trace.read(run_dir)
+    if to_perfetto is not None:
+        to_perfetto.write_text(json.dumps(perfetto.events(read)))
+        print(f"wrote {to_perfetto}; open it in Perfetto or chrome://tracing", file=sys.stderr)
+    told = trace.summary(read)
+    if as_json:
+        _print_json(told)
+    else:
+        print(trace.table(told))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of the graph file, for editors."""
+    from .schema import GraphFile as Schema
+
+    _print_json(Schema.model_json_schema(by_alias=True))
+
+
+class _Wrong(RanvierError):
+    """A request that is wrong."""
+
+
+def _overrides(settings: Sequence[str] | None) -> dict[str, str]:
+    made = {}
+    for setting in settings or ():
+        key, separator, value = setting.partition("=")
+        if not separator or not key:
+            raise _Wrong(f"--set {setting}: expected KEY=VALUE, such as model.dtype=float32")
+        made[key] = value
+    return made
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value))
+
+
+def main() -> None:
+    """The entry point: runs a command and turns errors into exit codes."""
+    try:
+        app(standalone_mode=True)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read the output has had enough
+        sys.exit(FAILED)
+    except RanvierError as error:
+        print(f"{error}" if isinstance(error, GraphError) else f"ranvier: {error}", file=sys.stderr)
+        sys.exit(_code(error))
+
+
+def _code(error: RanvierError) -> int:
+    from .trace import TraceError
+
+    wrong: tuple[type[Exception], ...] = (GraphError, CheckpointError, _Wrong, TraceError, ValueError)
+    return WRONG if isinstance(error, wrong) else FAILED
+
+
+if __name__ == "__main__":
+    main()

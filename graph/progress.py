@@ -1,0 +1,44 @@
+"""One line of progress on a terminal; a line a stage where there is none."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+
+class Bar:
+    """`show` a stage and its share, `done` before anything else is printed. Use it in a `with`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._terminal = stream.isatty()
+        self._stage = ""
+        self._task: TaskID | None = None
+        self._progress: Progress | None = None
+
+    def show(self, stage: str, share: float) -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, description=stage, completed=share)
+        elif not self._terminal and stage != self._stage:
+            print(f"ranvier: {stage}", file=self._stream, flush=True)
+        self._stage = stage
+
+    def done(self) -> None:
+        """Wipe the line."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def __enter__(self) -> Bar:
+        if self._terminal:
+            columns = (TextColumn("{task.description:>10}"), BarColumn(), TimeElapsedColumn())
+            self._progress = Progress(*columns, console=Console(file=self._stream), transient=True)
+            self._task = self._progress.add_task("starting", total=1.0)
+            self._progress.start()
+        return self
+
+    def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        self.done()

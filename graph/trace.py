@@ -1,0 +1,188 @@
+"""What the records of a run say: per edge and per actor, how long messages were serialised, waited for credit, travelled,
+queued and were computed on.
+
+    serialise   the actor had it (or the link let it go) → handed to the wire
+    credit      the actor had it → the link let it go
+    wire        handed to the wire → taken from it at the other end
+    queue       taken from the wire → its step began
+    compute     the step
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ranvier.actors.trace_file import DONE, DROPPED, SENT
+from ranvier.transport.errors import RanvierError
+
+PARTS = ("serialise", "credit", "wire", "queue", "compute")
+PERCENTILES = (50, 95, 99)
+
+
+class TraceError(RanvierError):
+    """The folder holds no trace that can be read."""
+
+
+class Sent(NamedTuple):
+    """See `trace_file.SENT_COLUMNS`."""
+
+    edge: int
+    sequence: int
+    nbytes: int
+    ready_ns: int
+    credit_ns: int
+    sent_ns: int
+    codec: int
+    rows: Sequence[Sequence[int]]
+
+
+class Done(NamedTuple):
+    """See `trace_file.DONE_COLUMNS`."""
+
+    edge: int
+    sequence: int
+    nbytes: int
+    sent_ns: int
+    received_ns: int
+    started_ns: int
+    finished_ns: int
+    batch: int
+    rows: Sequence[Sequence[int]]
+
+
+@dataclass(slots=True)
+class Trace:
+    """All records of a run, by actor, and the names of its edges."""
+
+    run_dir: Path
+    edges: list[str]
+    sent: dict[str, list[Sent]] = field(default_factory=dict)
+    done: dict[str, list[Done]] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+
+def read(run_dir: Path) -> Trace:
+    """The trace of a run folder. A last line that was cut off in the writing is left out.
+
+    Raises:
+        TraceError: no such folder, no trace in it, or a file that is none.
+    """
+    plan, folder = run_dir / "plan.json", run_dir / "trace"
+    if not plan.is_file() or not folder.is_dir():
+        raise TraceError(f"{run_dir}: no run folder; expected plan.json and trace/ in it")
+    trace = Trace(run_dir, [edge["name"] for edge in json.loads(plan.read_text())["edges"]])
+    for file in sorted(folder.glob("*.jsonl")):
+        _read_file(trace, file)
+    if not trace.done:
+        raise TraceError(f"{folder}: holds no records; was the run made with trace: false?")
+    return trace
+
+
+def _read_file(trace: Trace, file: Path) -> None:
+    with file.open(encoding="utf-8") as lines:
+        try:
+            actor = json.loads(next(lines, "{}"))["actor"]
+        except (ValueError, KeyError):
+            raise TraceError(f"{file}: expected a first line that names the actor") from None
+        sent = trace.sent.setdefault(actor, [])
+        done = trace.done.setdefault(actor, [])
+        for line in lines:
+            if not line.endswith("\n"):
+                break  # the process was ended in the middle of it
+            kind, *values = json.loads(line)
+            if kind == SENT:
+                sent.append(Sent(*values))
+            elif kind == DONE:
+                done.append(Done(*values))
+            elif kind == DROPPED:
+                trace.dropped[actor] += values[0]
+
+
+def summary(trace: Trace) -> dict[str, Any]:
+    """Per edge and per actor: p50, p95 and p99 of each part in microseconds, messages, bytes, batch sizes."""
+    sent_at = {(record.edge, record.sequence): record for records in trace.sent.values() for record in records}
+    times: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    nbytes: Counter[int] = Counter()
+    for records in trace.done.values():
+        for record in records:
+            parts = times[record.edge]
+            sender = sent_at.get((record.edge, record.sequence))
+            if sender is not None:
+                parts["serialise"].append((sender.sent_ns - sender.credit_ns) / 1e3)
+                parts["credit"].append((sender.credit_ns - sender.ready_ns) / 1e3)
+            parts["wire"].append((record.received_ns - record.sent_ns) / 1e3)
+            parts["queue"].append((record.started_ns - record.received_ns) / 1e3)
+            parts["compute"].append((record.finished_ns - record.started_ns) / 1e3)
+            nbytes[record.edge] += record.nbytes
+    edges = [
+        {
+            "edge": trace.edges[edge],
+            "messages": len(times[edge]["wire"]),
+            "bytes": nbytes[edge],
+            "microseconds": {part: percentiles(times[edge][part]) for part in PARTS},
+        }
+        for edge in sorted(times)
+    ]
+    return {
+        "run_dir": str(trace.run_dir),
+        "edges": edges,
+        "actors": [_actor(actor, records) for actor, records in trace.done.items() if records],
+        "records_dropped": dict(trace.dropped),
+    }
+
+
+def _actor(actor: str, records: list[Done]) -> dict[str, Any]:
+    steps = {(record.started_ns, record.finished_ns): record for record in records}
+    tokens: Counter[tuple[int, int]] = Counter()
+    for record in records:
+        tokens[record.started_ns, record.finished_ns] += sum(row[3] for row in record.rows)
+    computing_ns = sum(finished - started for started, finished in steps)
+    span_ns = max(r.finished_ns for r in records) - min(r.started_ns for r in records)
+    return {
+        "actor": actor,
+        "steps": len(steps),
+        "messages": len(records),
+        "busy": computing_ns / span_ns if span_ns else 1.0,
+        "compute_microseconds": percentiles([(finished - started) / 1e3 for started, finished in steps]),
+        "messages_a_step": percentiles([record.batch for record in steps.values()]),
+        "tokens_a_step": percentiles(list(tokens.values())),
+    }
+
+
+def percentiles(values: Iterable[float]) -> dict[str, float | None]:
+    """p50, p95 and p99 by nearest rank; None for each if there are no values."""
+    ordered = sorted(values)
+    return {
+        f"p{share}": ordered[max(0, math.ceil(share / 100 * len(ordered)) - 1)] if ordered else None
+        for share in PERCENTILES
+    }
+
+
+def table(told: dict[str, Any]) -> str:
+    """The summary for people: microseconds, p50 / p95 / p99."""
+    width = max(len(edge["edge"]) for edge in told["edges"])
+    lines = ["what every message cost, in microseconds (p50 / p95 / p99)", ""]
+    lines.append("  ".join(["edge".ljust(width), "messages", "bytes each", *(part.center(22) for part in PARTS)]))
+    for edge in told["edges"]:
+        each = edge["bytes"] // max(1, edge["messages"])
+        cells = [_cell(edge["microseconds"][part]).rjust(22) for part in PARTS]
+        lines.append("  ".join([edge["edge"].ljust(width), str(edge["messages"]).rjust(8), str(each).rjust(10), *cells]))
+    lines += ["", "  ".join(["actor".ljust(width), "   steps", "      busy", "compute".center(22), "tokens a step".center(22)])]
+    for actor in told["actors"]:
+        lines.append("  ".join([
+            actor["actor"].ljust(width), str(actor["steps"]).rjust(8), f"{actor['busy']:.0%}".rjust(10),
+            _cell(actor["compute_microseconds"]).rjust(22), _cell(actor["tokens_a_step"]).rjust(22),
+        ]))  # fmt: skip
+    for actor, count in told["records_dropped"].items():
+        lines.append(f"{count} records of {actor} are missing: the ring or the disk was full")
+    return "\n".join(lines)
+
+
+def _cell(values: dict[str, float | None]) -> str:
+    return " / ".join("-" if value is None else f"{value:.0f}" for value in values.values())
