@@ -8,9 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import structlog
 import trio
 
 from ranvier.transport.errors import ProtocolError
@@ -22,6 +21,9 @@ from .control_protocol import MAX_BYTES, decode, encode
 from .launcher import Launcher
 from .spec import HostSpec
 from .supervision import Supervision
+
+if TYPE_CHECKING:
+    import structlog
 
 TICK_S = 0.1
 OnSession = Callable[[str, str, Mapping[str, Any]], None]

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import structlog
 import trio
 
 from ranvier.actors.control import SHIP_AT_ONCE, SHIP_INTERVAL_S
@@ -34,6 +33,7 @@ from .text_stream import TextStream
 from .tokenizer import TextCodec
 
 if TYPE_CHECKING:
+    import structlog
     import torch
 
 Progress = Callable[[str, float], None]
@@ -78,13 +78,21 @@ class Result:
 class Run:
     """A graph that is running. Made by `launch`."""
 
-    def __init__(self, plan: Plan, folder: RunFolder, supervisor: Supervisor, wire: TrioWire, gateway: Gateway) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        supervisor: Supervisor,
+        wire: TrioWire,
+        gateway: Gateway,
+        codec: TextCodec | None,
+    ) -> None:
         self.plan = plan
         self.folder = folder
         self._supervisor = supervisor
         self._wire = wire
         self._gateway = gateway
-        self._codec: TextCodec | None = None
+        self._codec = codec
         self._wakes: dict[Stream, trio.Event] = {}
         self._ring = Ring()
 
@@ -95,16 +103,13 @@ class Run:
 
     @property
     def codec(self) -> TextCodec:
-        """The model's tokenizer, read when first needed.
+        """The model's tokenizer.
 
         Raises:
-            CheckpointError: the model brings none.
-            RequestError: the graph has no model.
+            RequestError: the graph does not generate text, or its model brings no tokenizer.
         """
         if self._codec is None:
-            if self.plan.graph.checkpoint is None:
-                raise RequestError(f"graph {self.plan.graph.name} has no model, so no tokenizer")
-            self._codec = tokenizer.of(self.plan.graph.checkpoint)
+            raise RequestError(f"graph {self.plan.graph.name} has no tokenizer; give token ids and use `stop_tokens`")
         return self._codec
 
     def chat_tokens(self, messages: Sequence[dict[str, str]] | str) -> list[int]:
@@ -166,7 +171,9 @@ class Run:
         )
         result = result or Result(0)
         result.prompt_tokens = len(ids)
-        text = TextStream(self.codec, stop)
+        if stop and self._codec is None:
+            raise RequestError("stop strings need the model's tokenizer, and it brings none; use stop_tokens")
+        text = TextStream(self._codec, stop)
         began = time.monotonic()
         async for event in self._events(self._gateway.submit(info)):
             if isinstance(event, str):
@@ -376,12 +383,14 @@ async def _launched(planned: Plan, folder: RunFolder, progress: Progress) -> Asy
     specs = planned.place(folder.path, folder.sockets)
     me = identity(GATEWAY, REPLICA, EPOCH)
     log_file = (folder.logs / "supervisor.jsonl").open("w", encoding="utf-8")
-    log = _logger(log_file)
     wire = TrioWire(ZeroWire(me, planned.gateway_endpoint(folder.sockets), max_frame_bytes=graph.file.max_frame_bytes))
     holder: list[Run] = []
     try:
         progress("starting", 0.0)
         async with LocalLauncher(folder.sockets, folder.logs).running() as launcher:
+            # the hosts' process imports torch now; what this one has to do is done meanwhile
+            log = _logger(log_file)
+            codec = _codec(graph)
             supervisor = Supervisor(
                 specs, launcher, f"ipc://{folder.sockets / 'supervisor'}", folder.logs, log,
                 lambda label, kind, fields: holder[0].on_session_event(label, kind, fields) if holder else None,
@@ -402,7 +411,7 @@ async def _launched(planned: Plan, folder: RunFolder, progress: Progress) -> Asy
                         exchange, [spec.label for spec in specs], supervisor.supervision.capacity_tokens,
                         graph.file.prefill_chunk,
                     )  # fmt: skip
-                    run = Run(planned, folder, supervisor, wire, gateway)
+                    run = Run(planned, folder, supervisor, wire, gateway, codec)
                     holder.append(run)
                     nursery.start_soon(run._listen)
                     nursery.start_soon(run._failure)
@@ -426,7 +435,15 @@ async def _launched(planned: Plan, folder: RunFolder, progress: Progress) -> Asy
         log_file.close()
 
 
+def _codec(graph: Graph) -> TextCodec | None:
+    if not graph.generates or graph.checkpoint is None or not tokenizer.brought_by(graph.checkpoint):
+        return None
+    return tokenizer.of(graph.checkpoint)
+
+
 def _logger(file: Any) -> structlog.typing.FilteringBoundLogger:
+    import structlog  # 0.1 s, and the hosts' process is on its way meanwhile
+
     logger: structlog.typing.FilteringBoundLogger = structlog.wrap_logger(
         structlog.WriteLogger(file),
         processors=[

@@ -8,21 +8,26 @@ from .tokenizer import StreamDecoder, TextCodec
 
 
 class TextStream:
-    """`add` a token, get the text that is safe to show. `stopped` turns true when a stop string has been reached."""
+    """`add` a token, get the text that is safe to show. `stopped` turns true when a stop string has been reached.
 
-    def __init__(self, codec: TextCodec, stop: Sequence[str]) -> None:
-        self._decoder = StreamDecoder(codec)
+    Without a codec there is no text.
+    """
+
+    def __init__(self, codec: TextCodec | None, stop: Sequence[str]) -> None:
+        self._decoder = StreamDecoder(codec) if codec is not None else None
         self._stop = [text for text in stop if text]
         self._held = ""
         self.text = ""
         self.stopped = False
 
     def add(self, token: int) -> str:
-        return self._show(self._decoder.add(token), last=False)
+        return self._show(self._decoder.add(token), last=False) if self._decoder is not None else ""
 
     def rest(self) -> str:
         """What was held back, at the end of a stream that reached no stop string."""
-        return "" if self.stopped else self._show(self._decoder.rest(), last=True)
+        if self._decoder is None or self.stopped:
+            return ""
+        return self._show(self._decoder.rest(), last=True)
 
     def _show(self, piece: str, *, last: bool) -> str:
         held = self._held + piece

@@ -74,6 +74,11 @@ class StreamDecoder:
         return now[len(before) :]
 
 
+def brought_by(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint has a tokenizer at all."""
+    return checkpoint.gguf is not None or (checkpoint.path / "tokenizer.json").exists()
+
+
 def of(checkpoint: Checkpoint) -> TextCodec:
     """The tokenizer of a checkpoint.
 
