@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from pathlib import Path
+
 import trio
 
 from ranvier.transport.errors import ProtocolError

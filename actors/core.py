@@ -137,7 +137,7 @@ class HostCore:
         if len(rows) == 1:
             return [tensor]
         by_tokens = self._inputs[port].tensor.shape[0] == "tokens"
-        return list(tensor.split([row.tokens if by_tokens else 1 for row in rows]))
+        return list(torch.split(tensor, [row.tokens if by_tokens else 1 for row in rows]))
 
     # -- work ---------------------------------------------------------------------------------------------------
 
@@ -244,4 +244,3 @@ class HostCore:
                 self.exchange.consumed(source.link, source.nbytes)
             done.append(source)
         return done
-

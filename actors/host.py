@@ -153,7 +153,9 @@ class Host:
             if any(kind == "stop" for kind, _ in self.crossing.commands):
                 raise Stopped
             if time.monotonic() > deadline:
-                raise LinkBroken(f"{self.spec.label}: links did not open within {HANDSHAKE_DEADLINE_S:.0f} s: {self._closed()}")
+                raise LinkBroken(
+                    f"{self.spec.label}: links did not open within {HANDSHAKE_DEADLINE_S:.0f} s: {self._closed()}"
+                )
             arrival = early.popleft() if early else self._receive(wire, 0.2)
             if arrival is None:
                 self.exchange.tick()
@@ -161,8 +163,9 @@ class Host:
                 self._take_in(arrival)
 
     def _closed(self) -> str:
-        links = [*self.exchange.sending.values(), *self.exchange.receiving.values()]
-        return ", ".join(link.spec.name for link in links if not link.open)
+        closed = [link.spec.name for link in self.exchange.sending.values() if not link.open]
+        closed += [link.spec.name for link in self.exchange.receiving.values() if not link.open]
+        return ", ".join(closed)
 
     # -- stepping -----------------------------------------------------------------------------------------------
 
@@ -332,7 +335,17 @@ class Host:
 
     def _record_sent(self, sent: SentRecord) -> None:
         self.crossing.ring.put(
-            (SENT, sent.link.spec.edge, sent.sequence, sent.nbytes, sent.ready_ns, sent.credit_ns, sent.sent_ns, 0, sent.rows)
+            (
+                SENT,
+                sent.link.spec.edge,
+                sent.sequence,
+                sent.nbytes,
+                sent.ready_ns,
+                sent.credit_ns,
+                sent.sent_ns,
+                0,
+                sent.rows,
+            )
         )
 
 
@@ -341,4 +354,3 @@ def _done_record(source: Source, started_ns: int, finished_ns: int, batch: int) 
         DONE, source.link.spec.edge, source.sequence, source.nbytes, source.sent_ns, source.received_ns,
         started_ns, finished_ns, batch, source.rows,
     )  # fmt: skip
-

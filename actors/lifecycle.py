@@ -1,6 +1,6 @@
 """The life of a host, as a state machine without I/O that can tell how it came to where it is.
 
-    starting → loading → ready → running → draining → stopped        and from anywhere before stopped: failed
+starting → loading → ready → running → draining → stopped        and from anywhere before stopped: failed
 """
 
 from __future__ import annotations

@@ -90,9 +90,13 @@ class Supervision:
                         f"still {host.life.state.value}, {host.loaded:.0%} loaded",
                     )  # fmt: skip
             elif silent_s > limits.heartbeat_deadline_s:
-                self._fail(host, f"no heartbeat for {silent_s:.1f} s (limit {limits.heartbeat_deadline_s} s): hung or stopped")
+                self._fail(
+                    host, f"no heartbeat for {silent_s:.1f} s (limit {limits.heartbeat_deadline_s} s): hung or stopped"
+                )
             elif host.stepping_s > limits.progress_deadline_s:
-                self._fail(host, f"in one step for {host.stepping_s:.1f} s (limit {limits.progress_deadline_s} s): hung")
+                self._fail(
+                    host, f"in one step for {host.stepping_s:.1f} s (limit {limits.progress_deadline_s} s): hung"
+                )
 
     def _fail(self, host: Watched, what: str, remote_traceback: str = "") -> None:
         if not host.life.over:

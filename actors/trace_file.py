@@ -16,7 +16,18 @@ SENT_COLUMNS = ("kind", "edge", "sequence", "bytes", "ready_ns", "credit_ns", "s
 """At the sending end: ready (the actor had it), credit (the link let it go), sent (handed to the wire)."""
 
 DONE = "done"
-DONE_COLUMNS = ("kind", "edge", "sequence", "bytes", "sent_ns", "received_ns", "started_ns", "finished_ns", "batch", "rows")
+DONE_COLUMNS = (
+    "kind",
+    "edge",
+    "sequence",
+    "bytes",
+    "sent_ns",
+    "received_ns",
+    "started_ns",
+    "finished_ns",
+    "batch",
+    "rows",
+)
 """At the receiving end: received (taken from the wire), started and finished (the step it went into); `batch` is the
 number of messages of that step. Rows are [session, epoch, position, tokens]."""
 

@@ -30,7 +30,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
     import torch  # noqa: F401
 
-    import ranvier.actors.host  # noqa: F401
+    import ranvier.actors.host
     import ranvier.actors.model.parts  # noqa: F401
 
     gc.collect()

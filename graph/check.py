@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from ranvier.transport.errors import AddressError
 from ranvier.transport.spec import TensorSpec
 
 from . import schema, source
-from .errors import GraphError, Position, Problem
+from .errors import GraphError, Problem
 from .load import Document, read
 from .schema import ActorSection, EdgeSection, GraphFile
 
@@ -148,7 +149,9 @@ class _Check:
 
     def _names(self) -> None:
         if GATEWAY in self.file.actors:
-            self._wrong(f"actor name {GATEWAY!r} is reserved for where clients enter; use another", "actors", GATEWAY, key=True)
+            self._wrong(
+                f"actor name {GATEWAY!r} is reserved for where clients enter; use another", "actors", GATEWAY, key=True
+            )
 
     def _kinds(self) -> dict[str, Kind]:
         found = {}
@@ -163,7 +166,9 @@ class _Check:
         using = [name for name, kind in found.items() if kind.uses_model]
         if self.file.model is None:
             for name in using:
-                self._wrong(f"actor {name}: kind {found[name].name!r} needs a model; add model: {{source: …}}", "actors", name)
+                self._wrong(
+                    f"actor {name}: kind {found[name].name!r} needs a model; add model: {{source: …}}", "actors", name
+                )
             return None
         trusted = ("model", "source") in self.document.overridden
         try:
@@ -200,7 +205,9 @@ class _Check:
         ports = [*made.inputs.items(), *made.outputs.items()]
         for port, spec in ports:
             if not isinstance(spec, TensorSpec) or not re.fullmatch(r"[a-z][a-z0-9_]{0,60}", port):
-                self._wrong(f"actor {name}: port {port!r}: expected a lower-case name and a TensorSpec", "actors", name, "kind")
+                self._wrong(
+                    f"actor {name}: port {port!r}: expected a lower-case name and a TensorSpec", "actors", name, "kind"
+                )
         if not made.inputs:
             self._wrong(f"actor {name}: {kind.name} has no inputs; state them in its class", "actors", name, "kind")
         return made.inputs, made.outputs
@@ -210,7 +217,13 @@ class _Check:
     ) -> tuple[int, int] | None:
         if not kind.uses_layers:
             if section.layers is not None:
-                self._wrong(f"actor {name}: kind {kind.name!r} has no layers; remove the key", "actors", name, "layers", key=True)
+                self._wrong(
+                    f"actor {name}: kind {kind.name!r} has no layers; remove the key",
+                    "actors",
+                    name,
+                    "layers",
+                    key=True,
+                )
             return None
         if section.layers is None or checkpoint is None:
             self._wrong(f"actor {name}: layers are missing; add layers: first-last", "actors", name)
@@ -218,12 +231,17 @@ class _Check:
         match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", str(section.layers))
         count = checkpoint.config.layers
         if match is None:
-            self._wrong(f"actor {name}: layers {section.layers!r}: expected first-last, such as 0-14", "actors", name, "layers")
+            self._wrong(
+                f"actor {name}: layers {section.layers!r}: expected first-last, such as 0-14", "actors", name, "layers"
+            )
             return None
         first, last = int(match[1]), int(match[2] or match[1])
         if not first <= last < count:
             self._wrong(
-                f"actor {name}: layers {first}-{last} are out of range; the model has 0-{count - 1}", "actors", name, "layers"
+                f"actor {name}: layers {first}-{last} are out of range; the model has 0-{count - 1}",
+                "actors",
+                name,
+                "layers",
             )
             return None
         return first, last
@@ -254,7 +272,9 @@ class _Check:
             try:
                 place = endpoint.parse(self.file.transport)
                 if place.scheme != "tcp" or place.port:
-                    raise AddressError(f"transport {self.file.transport!r}: expected ipc or tcp://address without a port")
+                    raise AddressError(
+                        f"transport {self.file.transport!r}: expected ipc or tcp://address without a port"
+                    )
             except AddressError as error:
                 self._wrong(f"{error}; for example tcp://127.0.0.1", "transport")
         for name, actor in self.file.actors.items():
@@ -266,7 +286,9 @@ class _Check:
                 self._wrong(f"actor {name}: {error}; change the endpoint", "actors", name, "endpoint")
                 continue
             if place.scheme == "inproc":
-                self._wrong(f"actor {name}: inproc reaches no other process; use ipc or tcp", "actors", name, "endpoint")
+                self._wrong(
+                    f"actor {name}: inproc reaches no other process; use ipc or tcp", "actors", name, "endpoint"
+                )
             elif not (place.scheme == "tcp" and place.port == 0):
                 if str(place) in taken:
                     self._wrong(
@@ -298,7 +320,12 @@ class _Check:
         source_actor, out = section.source.split(".")
         target_actor, into = section.target.split(".")
         if section.credits < 1:
-            self._wrong(f"edge {name}: credits {section.credits}: nothing could ever be sent; give at least 1", "edges", index, "credits")
+            self._wrong(
+                f"edge {name}: credits {section.credits}: nothing could ever be sent; give at least 1",
+                "edges",
+                index,
+                "credits",
+            )
         source_spec = self._port(actors, source_actor, out, "outputs", index, "from")
         target_spec = self._port(actors, target_actor, into, "inputs", index, "to")
         if source_actor == target_actor == GATEWAY:
@@ -331,7 +358,9 @@ class _Check:
             return None
         ports = self._ports(actors, actor, side)
         if port not in ports:
-            self._wrong(f"actor {actor} has no port {port!r} among its {side}; {_near(port, ports)}", "edges", index, key)
+            self._wrong(
+                f"actor {actor} has no port {port!r} among its {side}; {_near(port, ports)}", "edges", index, key
+            )
         return ports.get(port)
 
     def _ports(self, actors: Mapping[str, CheckedActor], actor: str, side: str) -> Ports:
@@ -351,7 +380,7 @@ class _Check:
         if self.problems or not names:
             return []
         edges = []
-        for index, (name, following) in enumerate(zip(names, names[1:], strict=False), 1):
+        for index, (name, following) in enumerate(itertools.pairwise(names), 1):
             outputs, inputs = actors[name].outputs, actors[following].inputs
             shared = [port for port in outputs if port in inputs]
             if not shared:
@@ -406,14 +435,18 @@ class _Check:
         reached = _reach({GATEWAY}, [(edge.source, edge.target) for edge in edges])
         for name in actors:
             if name not in reached:
-                self._wrong(f"actor {name}: nothing from the gateway ever reaches it; connect it", "actors", name, key=True)
+                self._wrong(
+                    f"actor {name}: nothing from the gateway ever reaches it; connect it", "actors", name, key=True
+                )
 
     def _cycles(self, edges: Iterable[CheckedEdge]) -> None:
         forward = [(e.source, e.target) for e in edges if not e.feedback and GATEWAY not in (e.source, e.target)]
         cycle = _cycle(forward)
         if cycle:
-            steps = set(zip(cycle, cycle[1:], strict=False))
-            last = [i for i, e in enumerate(self.file.edges) if (e.source.split(".")[0], e.target.split(".")[0]) in steps]
+            steps = set(itertools.pairwise(cycle))
+            last = [
+                i for i, e in enumerate(self.file.edges) if (e.source.split(".")[0], e.target.split(".")[0]) in steps
+            ]
             self._wrong(
                 f"cycle {' -> '.join(cycle)} has no feedback edge; mark the edge that carries the result back "
                 "with feedback: true", *(("edges", last[-1]) if last else ("pipeline",)),
@@ -423,10 +456,15 @@ class _Check:
                 source_actor, target_actor = section.source.split(".")[0], section.target.split(".")[0]
                 if source_actor not in _reach({target_actor}, forward):
                     self._wrong(
-                        f"edge {section.source} -> {section.target} closes no cycle; remove feedback: true", "edges", index, "feedback"
+                        f"edge {section.source} -> {section.target} closes no cycle; remove feedback: true",
+                        "edges",
+                        index,
+                        "feedback",
                     )
 
-    def _order(self, actors: Mapping[str, CheckedActor], edges: Iterable[CheckedEdge], checkpoint: Checkpoint | None) -> None:
+    def _order(
+        self, actors: Mapping[str, CheckedActor], edges: Iterable[CheckedEdge], checkpoint: Checkpoint | None
+    ) -> None:
         """Layers follow each other along the edges."""
         if checkpoint is None:
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,7 +45,7 @@ Set = Annotated[
 ]
 
 
-class Format(str, Enum):
+class Format(StrEnum):
     text = "text"
     mermaid = "mermaid"
     dot = "dot"
@@ -69,7 +69,9 @@ def check(
         _print_json({"ok": False, "file": str(graph), "problems": problems})
         raise typer.Exit(WRONG) from None
     if as_json:
-        _print_json({"ok": True, "file": str(graph), "problems": [], **({"graph": checked.expanded()} if expand else {})})
+        _print_json(
+            {"ok": True, "file": str(graph), "problems": [], **({"graph": checked.expanded()} if expand else {})}
+        )
     elif expand:
         import yaml
 

@@ -85,7 +85,7 @@ def _parse(document: Document, text: bytes) -> Any:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        at = Position(mark.line + 1, mark.column + 1) if mark else START
+        at = _place(mark) if mark else START
         raise _fail(document, at, f"is not YAML: {error.problem or error.context}; mend the syntax here") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise _fail(document, START, f"is not YAML: {str(error).splitlines()[0]}; expected UTF-8 text") from None
@@ -96,13 +96,14 @@ def _scan(document: Document, text: bytes) -> None:
     """Refuse what must not even be composed. Events come one by one, so depth costs no recursion."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
-        at = Position(event.start_mark.line + 1, event.start_mark.column + 1)
+        at = _place(event.start_mark)
+        anchor, tag = getattr(event, "anchor", None), getattr(event, "tag", None)
         if isinstance(event, yaml.AliasEvent):
-            raise _fail(document, at, f"alias *{event.anchor} is refused; write the value out")
-        if getattr(event, "anchor", None):
-            raise _fail(document, at, f"anchor &{event.anchor} is refused; write the value out where it is needed")
-        if getattr(event, "tag", None):
-            raise _fail(document, at, f"tag {event.tag} is refused; write plain YAML")
+            raise _fail(document, at, f"alias *{anchor} is refused; write the value out")
+        if anchor:
+            raise _fail(document, at, f"anchor &{anchor} is refused; write the value out where it is needed")
+        if tag:
+            raise _fail(document, at, f"tag {tag} is refused; write plain YAML")
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
@@ -165,11 +166,16 @@ def _override(document: Document, key: str, value: str) -> None:
 
 
 def _position(node: yaml.Node) -> Position:
-    return Position(node.start_mark.line + 1, node.start_mark.column + 1)
+    return _place(node.start_mark)
+
+
+def _place(mark: Any) -> Position:
+    """PyYAML counts from 0."""
+    return Position(mark.line + 1, mark.column + 1)
 
 
 def _kind(value: Any) -> str:
-    return {list: "list", str: "text"}.get(type(value), type(value).__name__)
+    return "list" if isinstance(value, list) else type(value).__name__
 
 
 def _fail(document: Document, at: Position, what: str) -> GraphError:

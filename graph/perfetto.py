@@ -19,6 +19,7 @@ def events(trace: Trace) -> dict[str, Any]:
     made: list[dict[str, Any]] = []
     actors = sorted({*trace.sent, *trace.done})
     arrived = {(r.edge, r.sequence) for records in trace.done.values() for r in records}
+    args: dict[str, Any]
     for pid, actor in enumerate(actors, 1):
         made.append({"ph": "M", "name": "process_name", "pid": pid, "tid": 1, "args": {"name": actor}})
         made.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": 1, "args": {"name": "step"}})
@@ -30,8 +31,13 @@ def events(trace: Trace) -> dict[str, Any]:
                 made.append(_slice(pid, "step", done.started_ns, done.finished_ns, begin, args))
             made.append(_flow("f", pid, done.edge, done.sequence, done.started_ns, begin, trace))
         for sent in trace.sent.get(actor, ()):
-            args = {"edge": trace.edges[sent.edge], "sequence": sent.sequence, "bytes": sent.nbytes,
-                    "rows": [list(row) for row in sent.rows], "credit_wait_us": (sent.credit_ns - sent.ready_ns) / 1e3}  # fmt: skip
+            args = {
+                "edge": trace.edges[sent.edge],
+                "sequence": sent.sequence,
+                "bytes": sent.nbytes,
+                "rows": [list(row) for row in sent.rows],
+                "credit_wait_us": (sent.credit_ns - sent.ready_ns) / 1e3,
+            }
             made.append(_slice(pid, f"send {trace.edges[sent.edge]}", sent.credit_ns, sent.sent_ns, begin, args))
             if (sent.edge, sent.sequence) in arrived:
                 made.append(_flow("s", pid, sent.edge, sent.sequence, sent.credit_ns, begin, trace))

@@ -65,9 +65,7 @@ class Plan:
         return {
             "name": self.graph.name,
             "hash": self.hash,
-            "hosts": [
-                {name: getattr(host, name) for name in PlannedHost.__slots__} for host in self.hosts
-            ],
+            "hosts": [{name: getattr(host, name) for name in PlannedHost.__slots__} for host in self.hosts],
             "edges": [{name: getattr(edge, name) for name in PlannedEdge.__slots__} for edge in self.edges],
         }
 

@@ -53,7 +53,7 @@ class Token:
     id: int
     position: int
     text: str
-    logits: memoryview | None = None
+    logits: memoryview[float] | None = None
     """float32, one for each token of the vocabulary, if asked for."""
 
 
@@ -220,8 +220,7 @@ class Run:
         async for _ in self._events(stream):
             pass
         return {
-            port: from_buffer(message.header.tensors[0], message.buffers[0])
-            for port, message in stream.outputs.items()
+            port: from_buffer(message.header.tensors[0], message.buffers[0]) for port, message in stream.outputs.items()
         }
 
     def _prompt_ids(self, prompt: str | Sequence[dict[str, str]] | Sequence[int], raw: bool) -> list[int]:

@@ -1,9 +1,9 @@
 """The run folder: all that is needed to understand a run later.
 
-    <runs>/<graph>-<date>-<time>-<letters>/      mode 0700
-        graph.yaml   the file as it was          plan.json    what was made of it
-        run.json     versions, times, outcome    logs/        a file a process, JSON lines and standard error
-        trace/       a file an actor             sockets/     only while it runs
+<runs>/<graph>-<date>-<time>-<letters>/      mode 0700
+    graph.yaml   the file as it was          plan.json    what was made of it
+    run.json     versions, times, outcome    logs/        a file a process, JSON lines and standard error
+    trace/       a file an actor             sockets/     only while it runs
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class GraphFile(Section):
     prefill_chunk: int = Field(512, ge=1, le=1 << 16, description="prompt tokens of one message at the most")
     max_frame_bytes: int = Field(1 << 30, ge=1 << 16, le=1 << 40, description="a larger tensor is refused")
     trace: bool = Field(True, description="write a record of every message")
-    supervision: SupervisionSection = Field(default_factory=SupervisionSection)
+    supervision: SupervisionSection = Field(default_factory=lambda: SupervisionSection())
 
 
 def validate(document: Document) -> GraphFile:

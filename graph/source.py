@@ -27,11 +27,15 @@ def resolve(source: str, folder: Path, trusted: bool = False) -> Path:
     if separator and scheme == "package":
         return _package(source, place)
     if separator:
-        raise SourceError(f"source {source!r}: unknown scheme {scheme!r}; use package://NAME/FILE or a path such as ./folder")
+        raise SourceError(
+            f"source {source!r}: unknown scheme {scheme!r}; use package://NAME/FILE or a path such as ./folder"
+        )
     path = (folder / source).resolve()
     if not trusted:
         if Path(source).is_absolute() or ".." in Path(source).parts:
-            raise SourceError(f"source {source!r} leaves the graph's folder; give it by --set model.source=PATH if you mean it")
+            raise SourceError(
+                f"source {source!r} leaves the graph's folder; give it by --set model.source=PATH if you mean it"
+            )
         if not path.is_relative_to(folder.resolve()):
             raise SourceError(
                 f"source {source!r} is a link out of the graph's folder; give it by --set model.source=PATH if you mean it"

@@ -14,7 +14,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ranvier.actors.errors import CheckpointError
 
@@ -31,7 +32,9 @@ def render(template: str, messages: Sequence[dict[str, str]], bos_token: str, eo
     """
     if len(template) > MAX_TEMPLATE_BYTES:
         raise CheckpointError(f"chat template: expected at most {MAX_TEMPLATE_BYTES} letters, got {len(template)}")
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
     environment.globals["raise_exception"] = _raise
     environment.filters["tojson"] = _tojson
     try:

@@ -43,6 +43,11 @@ class TextStream:
     def _possible(self, text: str) -> int:
         """Letters at the end that may be the beginning of a stop string."""
         return max(
-            (size for stop in self._stop for size in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:size])),
+            (
+                size
+                for stop in self._stop
+                for size in range(1, min(len(stop), len(text) + 1))
+                if text.endswith(stop[:size])
+            ),
             default=0,
         )

@@ -16,9 +16,7 @@ from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.checkpoint.checkpoint import read_json
 from ranvier.actors.errors import CheckpointError
 
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _NORMAL, _CONTROL, _USER, _BYTE = 1, 3, 4, 6
 
 
@@ -121,7 +119,9 @@ def _from_gguf(fields: Mapping[str, Any], where: str) -> TextCodec:
         tokenizer = _sentencepiece(fields, tokens, where)
     else:
         raise CheckpointError(f"{where}: tokenizer {kind!r} is not built in; built in: gpt2, llama")
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=True) if k == _CONTROL])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=True) if k == _CONTROL]
+    )
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=True) if k == _USER])
     bos, eos = fields.get("tokenizer.ggml.bos_token_id"), fields.get("tokenizer.ggml.eos_token_id")
     add_bos = fields.get("tokenizer.ggml.add_bos_token", kind == "llama")

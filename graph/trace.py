@@ -172,8 +172,13 @@ def table(told: dict[str, Any]) -> str:
     for edge in told["edges"]:
         each = edge["bytes"] // max(1, edge["messages"])
         cells = [_cell(edge["microseconds"][part]).rjust(22) for part in PARTS]
-        lines.append("  ".join([edge["edge"].ljust(width), str(edge["messages"]).rjust(8), str(each).rjust(10), *cells]))
-    lines += ["", "  ".join(["actor".ljust(width), "   steps", "      busy", "compute".center(22), "tokens a step".center(22)])]
+        lines.append(
+            "  ".join([edge["edge"].ljust(width), str(edge["messages"]).rjust(8), str(each).rjust(10), *cells])
+        )
+    lines += [
+        "",
+        "  ".join(["actor".ljust(width), "   steps", "      busy", "compute".center(22), "tokens a step".center(22)]),
+    ]
     for actor in told["actors"]:
         lines.append("  ".join([
             actor["actor"].ljust(width), str(actor["steps"]).rjust(8), f"{actor['busy']:.0%}".rjust(10),

@@ -18,7 +18,6 @@ from .link import Arrival, LinkSpec
 from .message import Buffer, Message, check_specs, checksum, read_message
 from .window import ReceiveWindow, SendWindow, Sent, Verdict
 
-
 Link = TypeVar("Link")
 _Shape = tuple[tuple[TensorMeta, ...], int, int]
 """Tensors, rows and tokens of the last message that passed the check of its edge."""
@@ -179,9 +178,7 @@ class Exchange:
         sequence = window.sequence + 1
         sent_ns = self.clock()
         crc = 0 if spec.local else checksum(buffers)
-        header = Header(
-            VERSION, Kind.DATA, spec.edge, sequence, rows, tensors, ready_ns, sent_ns, crc
-        ).encode()
+        header = Header(VERSION, Kind.DATA, spec.edge, sequence, rows, tensors, ready_ns, sent_ns, crc).encode()
         window.keep(Sent(sequence, nbytes, header, buffers))
         self.outbox.append(Outgoing(spec.target, header, buffers))
         if self._on_sent is not None:
@@ -197,7 +194,7 @@ class Exchange:
                 the sessions that lost it.
         """
         header = decode(arrival.header)
-        if type(header) is Control:
+        if isinstance(header, Control):
             self._on_control(arrival.peer, header)
             return None
         link = self.receiving.get((header.edge, arrival.peer))

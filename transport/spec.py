@@ -75,6 +75,7 @@ class TensorSpec:
         return (
             self.dtype == other.dtype
             and len(self.shape) == len(other.shape)
-            and all(isinstance(a, str) or isinstance(b, str) or a == b
-                    for a, b in zip(self.shape, other.shape, strict=True))
+            and all(
+                isinstance(a, str) or isinstance(b, str) or a == b for a, b in zip(self.shape, other.shape, strict=True)
+            )
         )

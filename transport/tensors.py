@@ -17,7 +17,6 @@ _TORCH: tuple[torch.dtype, ...] = tuple(getattr(torch, row.name) for row in TABL
 _NUMBER: dict[torch.dtype, int] = {dtype: number for number, dtype in enumerate(_TORCH)}
 
 
-
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a name from the table. Raises KeyError for any other name."""
     return _TORCH[BY_NAME[name].number]
@@ -42,7 +41,7 @@ def to_buffer(name: str, tensor: torch.Tensor) -> tuple[TensorMeta, Buffer]:
     if tensor.dtype is torch.bfloat16:  # numpy knows none: the bytes are what is sent, so integers will do
         tensor = tensor.view(torch.int16)
     # cast to bytes by memoryview: 1 µs less than a view and a reshape by torch
-    return TensorMeta(name, number, shape, RAW, nbytes), memoryview(tensor.numpy()).cast("B")
+    return TensorMeta(name, number, shape, RAW, nbytes), tensor.numpy().data.cast("B")
 
 
 def from_buffer(meta: TensorMeta, buffer: Buffer) -> torch.Tensor:

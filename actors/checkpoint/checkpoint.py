@@ -147,7 +147,7 @@ def _open_folder(folder: Path, single: Path | None) -> Checkpoint:
     single = single or folder / "model.safetensors"
     if single.exists():
         files = {single: safetensors_file.read_header(single)}
-        names = {name: single for name in files[single]}
+        names = dict.fromkeys(files[single], single)
     elif index.exists():
         names = _weight_map(folder, index)
         files = {file: safetensors_file.read_header(file) for file in dict.fromkeys(names.values())}
@@ -193,8 +193,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return made
 
 
-_GGUF_OUTER = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight",
-               "output.weight": "lm_head.weight"}
+_GGUF_OUTER = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
 _GGUF_BLOCK = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
@@ -212,9 +215,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         name = _hf_name(found.name)
         heads = {"q": config.heads, "k": config.kv_heads}.get(name.partition("self_attn.")[2][:1], 0)
         stored = _GGUF_PLAIN.get(found.type.name, found.type.name)
-        tensors[name] = TensorEntry(
-            name, path, stored, found.shape, found.offset, found.nbytes, permuted_heads=heads
-        )
+        tensors[name] = TensorEntry(name, path, stored, found.shape, found.offset, found.nbytes, permuted_heads=heads)
     return Checkpoint(path, config, tensors, gguf=header.fields)
 
 

@@ -92,7 +92,9 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> SafeTen
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, begin, end]
     except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{path}: tensor {name}: expected dtype, shape and data_offsets, got {entry!r:.80}") from None
+        raise CheckpointError(
+            f"{path}: tensor {name}: expected dtype, shape and data_offsets, got {entry!r:.80}"
+        ) from None
     if not isinstance(code, str) or code not in DTYPES:
         raise CheckpointError(f"{path}: tensor {name}: dtype {code!r} is not one of {', '.join(DTYPES)}")
     if any(type(number) is not int or number < 0 for number in numbers):

