@@ -74,9 +74,9 @@ class HostCore:
         self._in: dict[ReceivingLink, HostLink] = {}
         for link in links:
             spec = link.link
-            if spec.source == exchange.me and link.port in self._outputs:
+            if link.outgoing:
                 self._outputs[link.port].append(exchange.sending[spec.edge, spec.target])
-            if spec.target == exchange.me and link.port in self._inputs:
+            else:
                 self._in[exchange.receiving[spec.edge, spec.source]] = link
         self._batch_tokens = batch_tokens
         self._stacks = all(port.stacks for port in self._inputs.values())

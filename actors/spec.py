@@ -48,10 +48,12 @@ class PortSpec:
 
 @dataclass(frozen=True, slots=True)
 class HostLink:
-    """One link at this host: the port at this end, and whether it closes a cycle."""
+    """One end of a link at this host: its port, which way it goes, and whether it closes a cycle. A link of an actor to
+    itself has both its ends here."""
 
     port: str
     link: LinkSpec
+    outgoing: bool
     feedback: bool = False
 
 
@@ -103,7 +105,7 @@ class HostSpec:
         fields["inputs"] = tuple(_port(port) for port in fields["inputs"])
         fields["outputs"] = tuple(_port(port) for port in fields["outputs"])
         fields["links"] = tuple(
-            HostLink(link["port"], _link(link["link"]), link["feedback"]) for link in fields["links"]
+            HostLink(link["port"], _link(link["link"]), link["outgoing"], link["feedback"]) for link in fields["links"]
         )
         fields["supervision"] = Deadlines(**fields["supervision"])
         return cls(**fields)

@@ -131,6 +131,6 @@ class Supervision:
         for key, host in self.hosts.items():
             assert host.address is not None
             addresses[key] = host.address
-        peers = {end for link in spec.links for end in (link.link.source, link.link.target)}
         # a link to oneself is a link like any other
+        peers = {link.link.target if link.outgoing else link.link.source for link in spec.links}
         return {peer: addresses[peer] for peer in sorted(peers)}

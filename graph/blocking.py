@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ import trio
 
 from . import run_folder
 from .check import Graph
-from .run import Progress, Run, Token, launch
+from .generation import Generation, Token
+from .run import Progress, Run, launch
 
 if TYPE_CHECKING:
     import torch
@@ -58,20 +59,20 @@ class BlockingRun:
         return self._run
 
     def generate(self, prompt: Any, **options: Any) -> Iterator[Token]:
-        """As `Run.generate`."""
-        stream: AsyncIterator[Token] = self._run.generate(prompt, **options)
+        """As `Run.generate`; the errors of a wrong request come at the first token."""
+
+        async def begin() -> Generation:
+            return self._run.generate(prompt, **options)
 
         async def following() -> Token | None:
-            return await anext(stream, None)
+            return await anext(generation, None)
 
-        async def close() -> None:
-            await stream.aclose()  # type: ignore[attr-defined]  # it is an async generator
-
+        generation = trio.from_thread.run(begin, trio_token=self._token)
         try:
             while (token := trio.from_thread.run(following, trio_token=self._token)) is not None:
                 yield token
         finally:
-            trio.from_thread.run(close, trio_token=self._token)
+            trio.from_thread.run_sync(generation.close, trio_token=self._token)
 
     def call(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """As `Run.call`."""

@@ -128,23 +128,24 @@ def run(
 def _run(checked: Graph, prompt: str, options: dict[str, Any], runs: Path, as_json: bool) -> None:
     import trio
 
+    from .generation import Result
     from .progress import Bar
-    from .run import Result, launch
+    from .run import launch
 
-    result = Result(0)
     bar = Bar(sys.stderr)
 
-    async def main() -> Path:
+    async def main() -> tuple[Path, Result]:
         with bar:
             async with launch(checked, runs=runs, progress=bar.show) as started:
                 bar.show("thinking", 1.0)
-                async for token in started.generate(prompt, result=result, **options):
+                generation = started.generate(prompt, **options)
+                async for token in generation:
                     bar.done()
                     if not as_json:
                         print(token.text, end="", flush=True)
-                return started.dir
+                return started.dir, generation.result
 
-    run_dir = trio.run(main)
+    run_dir, result = trio.run(main)
     told = trace.summary(trace.read(run_dir)) if checked.file.trace else None
     if as_json:
         _print_json({

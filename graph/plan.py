@@ -109,9 +109,10 @@ class Plan:
         file, section = self.graph.file, actor.section
         links = []
         for index, edge in enumerate(self.graph.edges):
-            for mine, port in ((edge.source, edge.out), (edge.target, edge.into)):
-                if mine == actor.name:
-                    links.append(HostLink(port, self._link(index, edge), edge.feedback))
+            if edge.source == actor.name:
+                links.append(HostLink(edge.out, self._link(index, edge), outgoing=True, feedback=edge.feedback))
+            if edge.target == actor.name:
+                links.append(HostLink(edge.into, self._link(index, edge), outgoing=False, feedback=edge.feedback))
         checkpoint = self.graph.checkpoint
         return HostSpec(
             actor=actor.name,

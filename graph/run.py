@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,8 @@ from ranvier.transport.zeromq import ZeroWire
 
 from . import run_folder, template, tokenizer
 from .check import Graph
-from .gateway import Delivered, Gateway, Stream
+from .gateway import Gateway
+from .generation import Client, Generation, Wakes
 from .plan import EPOCH, REPLICA, Plan, plan
 from .run_folder import RunFolder
 from .text_stream import TextStream
@@ -44,35 +44,6 @@ ACK_DELAY_S = 0.002
 
 class RequestError(RanvierError, ValueError):
     """The request is wrong: nothing was started for it. The message says what to change."""
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One generated token. `text` is what it completes (often a word, "" in the middle of a letter or a stop string)."""
-
-    id: int
-    position: int
-    text: str
-    logits: memoryview[float] | None = None
-    """float32, one for each token of the vocabulary, if asked for."""
-
-
-@dataclass(slots=True)
-class Result:
-    """What a generation came to. Times are seconds from the request to the first and the last token."""
-
-    prompt_tokens: int
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: str = ""
-    first_token_s: float = 0.0
-    last_token_s: float = 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of decoding: tokens after the first, over the time after the first."""
-        spent = self.last_token_s - self.first_token_s
-        return (len(self.token_ids) - 1) / spent if spent > 0 and len(self.token_ids) > 1 else 0.0
 
 
 class Run:
@@ -93,7 +64,7 @@ class Run:
         self._wire = wire
         self._gateway = gateway
         self._codec = codec
-        self._wakes: dict[Stream, trio.Event] = {}
+        self._wakes: Wakes = {}
         self._ring = Ring()
 
     @property
@@ -124,7 +95,7 @@ class Run:
 
     # -- requests -----------------------------------------------------------------------------------------------
 
-    async def generate(
+    def generate(
         self,
         prompt: str | Sequence[dict[str, str]] | Sequence[int],
         *,
@@ -134,9 +105,8 @@ class Run:
         stop: Sequence[str] = (),
         stop_tokens: Sequence[int] | None = None,
         logits: bool = False,
-        result: Result | None = None,
-    ) -> AsyncIterator[Token]:
-        """Generate tokens, each as soon as it is there.
+    ) -> Generation:
+        """Generate tokens: `async for token in run.generate(…)` gives each as soon as it is there.
 
         Args:
             prompt: a user's message, a list of chat messages, or token ids as they are.
@@ -146,12 +116,11 @@ class Run:
             stop: strings that end the stream; they are not shown.
             stop_tokens: ids that end the stream (shown in `token_ids`); the model's own if None.
             logits: give the logits with every token.
-            result: filled in while it goes on, complete at the end.
 
         Raises:
             RequestError: the prompt is empty or too long, or the graph does not generate.
             Overloaded: no room now.
-            ActorFailed: an actor was lost.
+            ActorFailed: an actor was lost (here, or while iterating).
         """
         graph = self.plan.graph
         if not graph.generates or graph.checkpoint is None:
@@ -159,6 +128,8 @@ class Run:
         config = graph.checkpoint.config
         ids = self._prompt_ids(prompt, raw)
         self._check_prompt(ids, max_tokens, config.context, config.vocab)
+        if stop and self._codec is None:
+            raise RequestError("stop strings need the model's tokenizer, and it brings none; use stop_tokens")
         info = SessionInfo(
             session=0,
             epoch=0,
@@ -169,30 +140,8 @@ class Run:
             sampling=sampling or Sampling(),
             logits=logits,
         )
-        result = result or Result(0)
-        result.prompt_tokens = len(ids)
-        if stop and self._codec is None:
-            raise RequestError("stop strings need the model's tokenizer, and it brings none; use stop_tokens")
-        text = TextStream(self._codec, stop)
-        began = time.monotonic()
-        async for event in self._events(self._gateway.submit(info)):
-            if isinstance(event, str):
-                result.finish_reason = event
-                break
-            result.token_ids.append(event.token)
-            result.last_token_s = time.monotonic() - began
-            if len(result.token_ids) == 1:
-                result.first_token_s = result.last_token_s
-            ends = info.finished(len(result.token_ids), event.token)
-            piece = text.add(event.token)
-            if ends or text.stopped:
-                piece += text.rest()
-            result.text = text.text
-            logit_view = memoryview(event.logits).cast("f") if event.logits is not None else None
-            yield Token(event.token, event.position, piece, logit_view)
-            if text.stopped:
-                result.finish_reason = "stop"
-                return
+        client = Client(self._gateway, info, {}, self._flush, self._wakes)
+        return Generation(client, TextStream(self._codec, stop))
 
     async def call(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Send one tensor to each input port of the gateway, wait for one from each output port.
@@ -216,12 +165,12 @@ class Run:
                 except ProtocolError as error:
                     raise RequestError(str(error)) from None
         info = SessionInfo(session=0, epoch=0, capacity=0)
-        stream = self._gateway.submit(info, {port: to_buffer(port, tensor) for port, tensor in inputs.items()})
-        async for _ in self._events(stream):
-            pass
-        return {
-            port: from_buffer(message.header.tensors[0], message.buffers[0]) for port, message in stream.outputs.items()
-        }
+        tensors = {port: to_buffer(port, tensor) for port, tensor in inputs.items()}
+        with contextlib.closing(Client(self._gateway, info, tensors, self._flush, self._wakes)) as client:
+            while not isinstance(await client.event(), str):
+                pass
+        outputs = client.stream.outputs
+        return {port: from_buffer(said.header.tensors[0], said.buffers[0]) for port, said in outputs.items()}
 
     def _prompt_ids(self, prompt: str | Sequence[dict[str, str]] | Sequence[int], raw: bool) -> list[int]:
         if isinstance(prompt, str):
@@ -248,27 +197,6 @@ class Run:
             raise RequestError(
                 f"the request needs {len(ids) + max_tokens} tokens of KV cache, an actor holds {capacity}; raise cache_tokens"
             )
-
-    async def _events(self, stream: Stream) -> AsyncIterator[Delivered | str]:
-        """What happens to a stream. Left early, it is cancelled and its caches are freed."""
-        wake = self._wakes[stream] = trio.Event()
-        self._flush()
-        try:
-            while True:
-                while stream.events:
-                    event = stream.events.popleft()
-                    if isinstance(event, Exception):
-                        raise event
-                    yield event
-                    if isinstance(event, str):
-                        return
-                wake = self._wakes[stream] = trio.Event()
-                await wake.wait()
-        finally:
-            del self._wakes[stream]
-            if not stream.over:
-                self._gateway.cancel(stream)
-                self._flush()
 
     # -- the gateway's hands ------------------------------------------------------------------------------------
 

@@ -63,6 +63,9 @@ class ZeroWire:
             if place.scheme == "ipc":
                 self._lock = _claim(place.place)
             self._inbox.bind(f"tcp://{place.place}:*" if place.scheme == "tcp" and not place.port else str(place))
+            bound = self._inbox.getsockopt(zmq.LAST_ENDPOINT)
+            assert isinstance(bound, bytes)
+            self._address = bound.rstrip(b"\x00").decode() if place.scheme == "tcp" else str(place)
             self._inbox.bind(self._wake_address)
         except zmq.ZMQError as error:
             self.close()
@@ -70,19 +73,6 @@ class ZeroWire:
         except AddressError:
             self.close()
             raise
-        self._address = str(place)
-        if place.scheme == "tcp":
-            # the first endpoint bound; LAST_ENDPOINT names the wake
-            self._address = self._bound_tcp(place)
-
-    def _bound_tcp(self, place: endpoint.Endpoint) -> str:
-        if place.port:
-            return str(place)
-        self._inbox.unbind(self._wake_address)
-        bound = self._inbox.getsockopt(zmq.LAST_ENDPOINT)
-        self._inbox.bind(self._wake_address)
-        assert isinstance(bound, bytes)
-        return bound.rstrip(b"\x00").decode()
 
     @property
     def address(self) -> str:

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from ranvier.graph.blocking import BlockingRun, start
     from ranvier.graph.check import Graph, load
     from ranvier.graph.errors import GraphError
+    from ranvier.graph.generation import Generation, Result, Token
     from ranvier.graph.plan import Plan, plan
-    from ranvier.graph.run import RequestError, Result, Run, Token, launch
+    from ranvier.graph.run import RequestError, Run, launch
     from ranvier.transport.errors import LinkBroken, LinkClosed, ProtocolError, RanvierError
     from ranvier.transport.header import Row
     from ranvier.transport.spec import TensorSpec
@@ -39,7 +40,8 @@ _PLACES = {
     "Graph": "graph.check", "load": "graph.check",
     "GraphError": "graph.errors",
     "Plan": "graph.plan", "plan": "graph.plan",
-    "RequestError": "graph.run", "Result": "graph.run", "Run": "graph.run", "Token": "graph.run",
+    "Generation": "graph.generation", "Result": "graph.generation", "Token": "graph.generation",
+    "RequestError": "graph.run", "Run": "graph.run",
     "launch": "graph.run",
     "LinkBroken": "transport.errors", "LinkClosed": "transport.errors", "ProtocolError": "transport.errors",
     "RanvierError": "transport.errors",
@@ -48,8 +50,8 @@ _PLACES = {
 }  # fmt: skip
 
 __all__ = [
-    "Actor", "ActorFailed", "Batch", "BlockingRun", "CheckpointError", "Context", "Graph", "GraphError", "LinkBroken",
-    "LinkClosed", "Overloaded", "Plan", "ProtocolError", "RanvierError", "RequestError", "Result", "Row", "Run",
+    "Actor", "ActorFailed", "Batch", "BlockingRun", "CheckpointError", "Context", "Generation", "Graph", "GraphError",
+    "LinkBroken", "LinkClosed", "Overloaded", "Plan", "ProtocolError", "RanvierError", "RequestError", "Result", "Row", "Run",
     "Sampling", "SessionInfo", "TensorSpec", "Token", "launch", "load", "plan", "start",
 ]  # fmt: skip
 

