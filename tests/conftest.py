@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -13,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+settings.register_profile("ranvier", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ranvier")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -79,6 +83,12 @@ def oracle(smollm2: Path) -> Any:
     torch.set_num_threads(2)
     model = AutoModelForCausalLM.from_pretrained(smollm2.parent, gguf_file=smollm2.name, dtype=torch.float32)
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def oracle64(oracle: Any) -> Any:
+    """The same weights computed by transformers in float64: what float32 rounds from, in whatever order it adds up."""
+    return copy.deepcopy(oracle).double()
 
 
 Tiny = Callable[..., tuple[Path, Any]]

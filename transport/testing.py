@@ -33,7 +33,8 @@ class Crossing:
         """The same with one bit of its first tensor flipped (of its header if it has none)."""
         if not self.buffers:
             return replace(self, header=_flipped(self.header, byte))
-        return replace(self, buffers=(_flipped(bytes(self.buffers[0]), byte), *self.buffers[1:]))
+        first = memoryview(bytearray(_flipped(bytes(self.buffers[0]), byte)))
+        return replace(self, buffers=(first, *self.buffers[1:]))
 
 
 Fault = Callable[[Crossing], Sequence[Crossing]]
@@ -73,7 +74,9 @@ class MemoryNetwork:
     def carry(self, source: str, target: str, header: bytes, buffers: Sequence[Buffer]) -> None:
         self._count += 1
         # the wire owns a copy: whoever writes to a tensor after sending it must not change what arrives
-        crossing = Crossing(self._count, source, target, header, tuple(bytes(buffer) for buffer in buffers))
+        crossing = Crossing(
+            self._count, source, target, header, tuple(memoryview(bytearray(buffer)) for buffer in buffers)
+        )
         for outcome in [crossing] if self.fault is None else self.fault(crossing):
             if outcome.delay_ns:
                 self._count += 1

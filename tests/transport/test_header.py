@@ -1,0 +1,151 @@
+"""The header: what is encoded comes back; whatever else comes in is a `ProtocolError` and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import tracemalloc
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ranvier.transport import header as h
+from ranvier.transport.dtypes import TABLE
+from ranvier.transport.errors import ProtocolError
+from ranvier.transport.header import Header, Row, TensorMeta, decode
+
+COUNT = st.integers(0, (1 << 63) - 1)
+
+
+@st.composite
+def metas(draw: Any) -> TensorMeta:
+    dtype = draw(st.sampled_from(TABLE))
+    shape = tuple(draw(st.lists(st.integers(0, 40), max_size=8)))
+    nbytes = dtype.itemsize
+    for size in shape:
+        nbytes *= size
+    if nbytes > h.MAX_TENSOR_BYTES:
+        shape, nbytes = (), dtype.itemsize
+    return TensorMeta(draw(st.text(max_size=20)), dtype.number, shape, 0, nbytes)
+
+
+HEADERS = st.builds(
+    Header,
+    version=st.just(h.VERSION),
+    kind=st.sampled_from([0, 1, 2]),
+    edge=COUNT,
+    sequence=COUNT,
+    rows=st.lists(st.builds(Row, COUNT, COUNT, COUNT, COUNT), max_size=30).map(tuple),
+    tensors=st.lists(metas(), max_size=5).map(tuple),
+    ready_ns=COUNT,
+    sent_ns=COUNT,
+    checksum=st.integers(0, (1 << 32) - 1),
+)
+
+
+@given(HEADERS)
+def test_round_trip(header: Header) -> None:
+    """A header that was encoded is decoded to the same."""
+    assert decode(header.encode()) == header
+
+
+@given(st.binary(max_size=300))
+@settings(max_examples=500)
+def test_no_bytes_raise_anything_else(data: bytes) -> None:
+    """Any bytes at all: a header or a ProtocolError."""
+    with contextlib.suppress(ProtocolError):
+        decode(data)
+
+
+LEAVES = st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats() | st.text(max_size=5)
+VALUES = st.recursive(
+    LEAVES | st.binary(max_size=5),
+    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=20,
+)
+
+
+@given(st.lists(VALUES, min_size=0, max_size=10), st.integers(0, 9), VALUES)
+@settings(max_examples=500)
+def test_no_msgpack_raises_anything_else(fields: list[Any], index: int, value: Any) -> None:
+    """Well-formed msgpack of the wrong shape, and a good header with one field changed: ProtocolError or a header."""
+    good: list[Any] = [1, 0, 0, 1, [[1, 1, 0, 1]], [["x", 8, [1], 0, 4]], 5, 6, 0]
+    if index < len(good):
+        good[index] = value
+    for candidate in (fields, good):
+        with contextlib.suppress(ProtocolError):
+            decode(msgpack.packb(candidate))
+
+
+@given(HEADERS, st.data())
+@settings(max_examples=200)
+def test_a_damaged_header_is_refused_or_read(header: Header, data: Any) -> None:
+    """Any one byte changed, any tail cut off."""
+    encoded = bytearray(header.encode())
+    at = data.draw(st.integers(0, len(encoded) - 1))
+    encoded[at] ^= data.draw(st.integers(1, 255))
+    for candidate in (bytes(encoded), header.encode()[:at]):
+        with contextlib.suppress(ProtocolError):
+            decode(candidate)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"\x00" * (64 * 1024 + 1), "expected at most 65536 bytes, got 65537"),
+        (msgpack.packb([2, 0, 0, 1, [], [], 0, 0, 0]), "expected wire version 1, got 2"),
+        (msgpack.packb([True, 0, 0, 1, [], [], 0, 0, 0]), "expected wire version 1, got True"),
+        (msgpack.packb([1, 9, 0, 1, [], [], 0, 0, 0]), "expected a kind from 0 to 3, got 9"),
+        (msgpack.packb([1, 0, -1, 1, [], [], 0, 0, 0]), "expected edge as an integer from 0, got -1"),
+        (msgpack.packb([1, 0, 0, 1, [[1, 1, 0]], [], 0, 0, 0]), "expected a row of 4 integers"),
+        (
+            msgpack.packb([1, 0, 0, 1, [], [["x", 10, [1], 0, 4]], 0, 0, 0]),
+            "tensor x: expected a dtype from 0 to 9, got 10",
+        ),
+        (
+            msgpack.packb([1, 0, 0, 1, [], [["x", 8, [1], 1, 4]], 0, 0, 0]),
+            "tensor x: expected a codec from 0 to 0, got 1",
+        ),
+        (msgpack.packb([1, 0, 0, 1, [], [["x", 8, [1] * 9, 0, 4]], 0, 0, 0]), "rank at most 8"),
+        (msgpack.packb([1, 0, 0, 1, [], [["x", 8, [3], 0, 4]], 0, 0, 0]), "expected 12 bytes for float32[3], got 4"),
+        (msgpack.packb([1, 0, 0, 1, [], [["x", 8, [1 << 40, 1 << 40], 0, 4]], 0, 0, 0]), "expected at most"),
+        (msgpack.packb([1, 3, 0, 77]), "expected a verb from 0 to 5, got 77"),
+        (msgpack.packb([1, 3, 0, 3, 1]), "control ACK: expected (int, int, int)"),
+        (msgpack.packb({}), "expected an array"),
+        (msgpack.ExtType(3, b"x").data, "expected"),
+        (pickle.dumps({"a": 1}), "expected"),
+    ],
+)
+def test_what_is_wrong_is_named(data: bytes, words: str) -> None:
+    """Case 41 among them: a pickle where a header should be."""
+    with pytest.raises(ProtocolError, match=words.replace("[", r"\[").replace("(", r"\(").replace(")", r"\)")):
+        decode(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xdd\xff\xff\xff\xff",  # an array that claims 2^32 entries
+        b"\xdb\xff\xff\xff\xff",  # a string that claims 4 GiB
+        b"\xc6\xff\xff\xff\xff",  # bytes that claim 4 GiB
+        b"\xdf\xff\xff\xff\xff",  # a map that claims 2^32 entries
+        b"\x91" * 60_000,  # arrays in arrays
+    ],
+)
+def test_claims_allocate_nothing(data: bytes) -> None:
+    """A length that is claimed and not there costs no memory beyond a multiple of the header's own limit."""
+    tracemalloc.start()
+    with pytest.raises(ProtocolError):
+        decode(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 * h.MAX_HEADER_BYTES
+
+
+def test_a_header_too_large_is_the_callers_fault() -> None:
+    rows = tuple(Row(1 << 60, 1 << 60, 1 << 60, 1 << 60) for _ in range(4000))
+    with pytest.raises(ValueError, match="4000 rows"):
+        Header(1, 0, 0, 1, rows, (), 0, 0, 0).encode()
