@@ -254,14 +254,15 @@ class _Check:
             return
         for actor in blocks:
             assert actor.layers is not None
-            for layer in range(actor.layers[0], actor.layers[1] + 1):
-                if layer in owners:
-                    self._wrong(
-                        f"actor {actor.name}: layer {layer} is in {owners[layer]} already; give each layer to one actor",
-                        "actors", actor.name, "layers",
-                    )  # fmt: skip
-                    break
-                owners[layer] = actor.name
+            own = range(actor.layers[0], actor.layers[1] + 1)
+            doubled = [layer for layer in own if layer in owners]
+            if doubled:
+                self._wrong(
+                    f"actor {actor.name}: layer {_ranges(doubled)} is in {owners[doubled[0]]} already; "
+                    "give each layer to one actor",
+                    *("actors", actor.name, "layers"),
+                )
+            owners.update(dict.fromkeys(own, actor.name))
         missing = [layer for layer in range(checkpoint.config.layers) if layer not in owners]
         if missing:
             self._wrong(f"layers {_ranges(missing)} are in no actor; add them to one", "actors", key=True)
