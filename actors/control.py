@@ -64,7 +64,7 @@ class ControlThread:
                 await self._ship(spec)
                 # everything is written; let what the step thread told last go out
                 with trio.move_on_after(FINISH_DEADLINE_S / 2):
-                    while events_out.statistics().current_buffer_used:
+                    while self._crossing.untold or events_out.statistics().current_buffer_used:
                         await trio.sleep(0.001)
                 nursery.cancel_scope.cancel()
         finally:

@@ -45,6 +45,11 @@ class Crossing:
         if self._token is not None:
             self._token.run_sync_soon(self._pass_on)
 
+    @property
+    def untold(self) -> bool:
+        """Whether an event was told that the control thread has not passed on yet."""
+        return bool(self._early)
+
     # -- of the control thread ----------------------------------------------------------------------------------
 
     def attach(self, events: trio.MemorySendChannel[Event]) -> None:

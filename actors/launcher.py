@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,10 @@ from .spec import HostSpec
 
 class Launcher(Protocol):
     """Starts hosts somewhere. A key names a host: its identity."""
+
+    @property
+    def pids(self) -> Mapping[str, int]:
+        """Process ids by key, of hosts on this machine."""
 
     async def start(self, spec: HostSpec) -> None:
         """Begin to start a host; its own `ready` tells when it is.
@@ -43,7 +47,8 @@ class LocalLauncher:
     def __init__(self, sockets: Path, logs: Path) -> None:
         self._sockets = sockets
         self._logs = logs
-        self.pids: dict[str, int] = {}
+        self._pids: dict[str, int] = {}
+        self._ready = False
         self._exits_in, self._exits = trio.open_memory_channel[tuple[str, int]](1000)
         self._process: trio.Process | None = None
 
@@ -81,7 +86,7 @@ class LocalLauncher:
             return
         assert process.stdin is not None
         await process.stdin.aclose()  # the zygote kills and reaps its hosts, and removes their sockets
-        with trio.move_on_after(2):
+        with trio.move_on_after(2 if self._ready else 0):  # one that still imports torch has no hosts yet
             await process.wait()
         if process.returncode is None:
             process.kill()
@@ -94,12 +99,18 @@ class LocalLauncher:
             *lines, pending = (pending + data).split(b"\n")
             for line in lines:
                 event = json.loads(line)
-                if event["event"] == "started":
-                    self.pids[event["key"]] = event["pid"]
+                if event["event"] == "zygote":
+                    self._ready = True
+                elif event["event"] == "started":
+                    self._pids[event["key"]] = event["pid"]
                 elif event["event"] == "exited":
                     self._exits_in.send_nowait((event["key"], event["code"]))
         tail = errors.read_text(errors="replace")[-4000:]
         raise ActorFailed("zygote", "the process that hosts are forked from has ended", remote_traceback=tail)
+
+    @property
+    def pids(self) -> Mapping[str, int]:
+        return self._pids
 
     async def start(self, spec: HostSpec) -> None:
         stderr = str(self._logs / f"{spec.label}.err")

@@ -14,6 +14,8 @@ from .errors import ActorFailed
 from .lifecycle import Lifecycle, State
 from .spec import HostSpec
 
+_PROGRESS = list(State)
+
 
 @dataclass(slots=True)
 class Watched:
@@ -78,7 +80,8 @@ class Supervision:
 
     def on_tick(self, now_s: float) -> None:
         """Time has passed: who is late?"""
-        for host in self.hosts.values():
+        # who is furthest behind comes first: a host that is ready and waits for another is not to blame
+        for host in sorted(self.hosts.values(), key=lambda host: _PROGRESS.index(host.life.state)):
             limits = host.spec.supervision
             if host.exited is not None or self.stopping:
                 continue

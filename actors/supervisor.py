@@ -54,6 +54,10 @@ class Supervisor:
         for spec in specs:
             self._wire.connect(spec.label, spec.control)
 
+    @property
+    def pids(self) -> Mapping[str, int]:
+        return self._launcher.pids
+
     async def run(self) -> None:
         """Start the hosts and watch them until cancelled."""
         async with trio.open_nursery() as nursery:

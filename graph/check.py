@@ -392,7 +392,7 @@ class _Check:
             edges += [CheckedEdge(name, port, following, port, outputs[port]) for port in shared]
         first, last = actors[names[0]], actors[names[-1]]
         if "token" in last.outputs and "token" in first.inputs:
-            edges.append(CheckedEdge(last.name, "token", first.name, "token", first.inputs["token"], feedback=True))
+            edges.append(CheckedEdge(last.name, "token", first.name, "token", last.outputs["token"], feedback=True))
         for edge in edges:
             if not actors[edge.source].outputs[edge.out].fits(actors[edge.target].inputs[edge.into]):
                 self._wrong(

@@ -145,7 +145,11 @@ def _run(checked: Graph, prompt: str, options: dict[str, Any], runs: Path, as_js
                         print(token.text, end="", flush=True)
                 return started.dir, generation.result
 
-    run_dir, result = trio.run(main)
+    try:
+        run_dir, result = trio.run(main)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
     told = trace.summary(trace.read(run_dir)) if checked.file.trace else None
     if as_json:
         _print_json({
@@ -213,10 +217,7 @@ def _print_json(value: Any) -> None:
 def main() -> None:
     """The entry point: runs a command and turns errors into exit codes."""
     try:
-        app(standalone_mode=True)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        app()
     except BrokenPipeError:
         sys.stderr.close()  # whoever read the output has had enough
         sys.exit(FAILED)

@@ -124,7 +124,7 @@ class Gateway:
 
     def on_failure(self, failure: Exception) -> None:
         """The run is lost: every stream ends with the reason."""
-        self._failure = failure
+        self._failure = self._failure or failure
         for stream in list(self.streams.values()):
             self._end(stream, failure)
 

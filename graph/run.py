@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from ranvier.actors.session import Sampling, SessionInfo
 from ranvier.actors.spec import GATEWAY, identity
 from ranvier.actors.supervisor import Supervisor
 from ranvier.actors.trace_file import DONE, SENT, TraceFile
-from ranvier.transport.errors import ProtocolError, RanvierError
+from ranvier.transport.errors import LinkClosed, ProtocolError, RanvierError
 from ranvier.transport.exchange import Exchange, Received, SentRecord
 from ranvier.transport.trio_wire import TrioWire
 from ranvier.transport.zeromq import ZeroWire
@@ -65,12 +65,18 @@ class Run:
         self._gateway = gateway
         self._codec = codec
         self._wakes: Wakes = {}
+        self._over = False
         self._ring = Ring()
 
     @property
     def dir(self) -> Path:
         """The run folder."""
         return self.folder.path
+
+    @property
+    def pids(self) -> Mapping[str, int]:
+        """The processes of the hosts, by identity (`actor.replica.epoch`), where they run on this machine."""
+        return self._supervisor.pids
 
     @property
     def codec(self) -> TextCodec:
@@ -206,6 +212,8 @@ class Run:
 
     def _flush(self) -> None:
         """Carry out what the gateway decided."""
+        if self._over:
+            return
         for kind, fields in self._gateway.commands:
             self._supervisor.broadcast(kind, **fields)
         self._gateway.commands.clear()
@@ -215,6 +223,11 @@ class Run:
         for stream, wake in self._wakes.items():
             if stream.events:
                 wake.set()
+
+    def _close(self) -> None:
+        """Nothing is sent any more. What clients still hold of their sessions ends with it."""
+        self._gateway.on_failure(LinkClosed("the run is over"))
+        self._over = True
 
     async def _listen(self) -> None:
         exchange = self._gateway.exchange
@@ -352,6 +365,7 @@ async def _launched(planned: Plan, folder: RunFolder, progress: Progress) -> Asy
                     try:
                         yield run
                     finally:
+                        run._close()
                         with trio.CancelScope(shield=True):
                             await supervisor.stop()
                     nursery.cancel_scope.cancel()

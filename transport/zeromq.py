@@ -23,6 +23,7 @@ from .message import Buffer
 COPY_BELOW_BYTES = 64 * 1024
 """Frames smaller than this are copied on send: tracking their release costs more (pyzmq's own threshold)."""
 
+LINGER_MS = 500
 _MORE = int(zmq.SNDMORE | zmq.DONTWAIT)
 _LAST = int(zmq.DONTWAIT)
 _WAKE = b"\x00wake"
@@ -164,8 +165,8 @@ class ZeroWire:
 
     def close(self) -> None:
         for socket in self._dealers.values():
-            # whatever the other side needs was acknowledged before; a refusal may still be on its way
-            socket.close(linger=100)
+            # data was acknowledged before; a refusal or last words may still be on their way
+            socket.close(linger=LINGER_MS)
         self._dealers.clear()
         self._inbox.close(linger=0)
         if self._lock is not None:

@@ -1,0 +1,216 @@
+"""The command as a user types it: what it prints, where, and how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "ranvier.graph.cli"]
+EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
+SMOLLM2 = str(EXAMPLES / "smollm2.yaml")
+
+
+def ranvier(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=100, check=False, **options)
+
+
+def test_help_teaches() -> None:
+    done = ranvier("--help")
+    assert done.returncode == 0
+    for word in ("check", "show", "run", "trace", "schema", "Start with: ranvier check GRAPH"):
+        assert word in done.stdout
+    assert ranvier("run", "--help").stdout.count("--") > 15
+
+
+def test_check_says_good_or_what_is_wrong() -> None:
+    good = ranvier("check", SMOLLM2)
+    assert (good.returncode, good.stderr) == (0, "")
+    assert "good: 4 processes, 7 edges" in good.stdout
+    case = Path(__file__).parent / "cases" / "several_at_once.yaml"
+    bad = ranvier("check", str(case))
+    assert bad.returncode == 2
+    assert bad.stdout == ""
+    assert [line.split(": ")[0] for line in bad.stderr.splitlines()] == [f"{case}:5:17", f"{case}:8:16"]
+
+
+def test_check_json() -> None:
+    told = json.loads(ranvier("check", SMOLLM2, "--json", "--expand").stdout)
+    assert told["ok"]
+    assert told["graph"]["edges"][0] == {
+        "from": "embed.hidden", "to": "lower.hidden", "feedback": False, "codec": "raw", "credits": 8,
+        "credit_bytes": 67108864,
+    }  # fmt: skip
+    bad = ranvier("check", str(Path(__file__).parent / "cases" / "no_such_actor.yaml"), "--json")
+    assert bad.returncode == 2
+    [problem] = [p for p in json.loads(bad.stdout)["problems"] if "embde" in p["what"]]
+    assert (problem["line"], problem["column"]) == (10, 5)
+
+
+def test_the_long_form_is_a_graph_file_of_the_same_plan(tmp_path: Path) -> None:
+    """What `check --expand` prints can be run, and `pipeline:` is short for it."""
+    short = tmp_path / "short.yaml"
+    text = Path(SMOLLM2).read_text()
+    short.write_text(text[: text.index("edges:")] + "pipeline: [embed, lower, upper, head]\n")
+    long = tmp_path / "long.yaml"
+    long.write_text(ranvier("check", str(short), "--expand").stdout)
+    plans = [json.loads(ranvier("show", str(path), "--json").stdout) for path in (short, long, Path(SMOLLM2))]
+    assert plans[0] == plans[1]
+    assert plans[0]["edges"] == plans[2]["edges"]
+
+
+def test_show_in_every_form() -> None:
+    text = ranvier("show", SMOLLM2).stdout
+    assert "lower    blocks     0-14    1        106.2 MB  106202880" in text
+    assert "lower.hidden -> upper.hidden     bfloat16[tokens, 576]  1152 B" in text
+    assert 'embed -->|"hidden, 1152 B"| lower' in ranvier("show", SMOLLM2, "--format", "mermaid").stdout
+    assert 'head -> embed [label="token, 8 B", style=dashed];' in ranvier("show", SMOLLM2, "--format", "dot").stdout
+
+
+def test_schema_is_json_schema() -> None:
+    schema = json.loads(ranvier("schema").stdout)
+    assert schema["properties"]["ranvier"]["const"] == 1
+    assert "from" in schema["$defs"]["EdgeSection"]["properties"]
+
+
+def test_run_json_prints_one_object(runs: Path) -> None:
+    """One JSON object on standard output, progress on standard error, a run folder that explains the run."""
+    done = ranvier("run", SMOLLM2, "--prompt", "What is the capital of France?", "--json", "--runs", str(runs))
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["text"] == "The capital of France is Paris."
+    assert told["token_ids"] == [504, 3575, 282, 4649, 314, 7042, 30, 2]
+    assert told["prompt_tokens"] == 37
+    assert told["finish_reason"] == "stop"
+    assert told["tokens_per_second"] > 0
+    assert told["time_to_first_token_s"] > 0
+    assert "loading" in done.stderr
+    folder = Path(told["run_dir"])
+    assert (folder.stat().st_mode & 0o777) == 0o700
+    run = json.loads((folder / "run.json").read_text())
+    assert run["outcome"] == "done"
+    assert run["versions"]["torch"].startswith("2.13")
+    assert {path.name for path in folder.iterdir()} == {"graph.yaml", "plan.json", "run.json", "logs", "trace"}
+    again = ranvier("trace", str(folder), "--json")
+    assert json.loads(again.stdout) == told["trace"]
+
+
+def test_run_streams_text_and_prints_the_table(runs: Path) -> None:
+    """Sampled with a seed, cut at a stop string, over settings of the command line: the same text twice."""
+    arguments = (
+        "run", SMOLLM2, "--prompt", "Once upon a time", "--raw", "--max-tokens", "12", "--temperature", "1.0",
+        "--seed", "7", "--stop", "zebra", "--runs", str(runs), "--set", "model.dtype=float32",
+    )  # fmt: skip
+    first, second = ranvier(*arguments), ranvier(*arguments)
+    assert first.returncode == 0, first.stderr
+    text = first.stdout.split("\n\nwhat every message cost")[0]
+    assert len(text) > 20
+    assert second.stdout.startswith(text)
+    for word in ("head.token -> embed.token", "serialise", "lower.0", "tokens/s", "run folder:"):
+        assert word in first.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("run", SMOLLM2, "--prompt", "x", "--temperature", "-1"), 2, "temperature: expected at least 0, got -1.0"),
+        (("run", SMOLLM2, "--prompt", "x", "--set", "nonsense"), 2, "expected KEY=VALUE"),
+        (("run", SMOLLM2, "--prompt", "x", "--set", "model.dtype=int3"), 2, "model.dtype"),
+        (("run", "nowhere.yaml", "--prompt", "x"), 2, "nowhere.yaml:1:1: cannot be read"),
+        (("trace", "nowhere"), 2, "no run folder"),
+        (("run", SMOLLM2), 2, "--prompt"),
+        (("frobnicate",), 2, "frobnicate"),
+    ],
+)
+def test_a_wrong_request_ends_with_2(arguments: tuple[str, ...], code: int, words: str, tmp_path: Path) -> None:
+    """Nothing is started, nothing is written."""
+    done = ranvier(*arguments, cwd=tmp_path)
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_fails_ends_with_1(graph_file: Callable[..., Path], tmp_path: Path, runs: Path) -> None:
+    """A damaged file behind a good header: an error that names actor, file and tensor, and exit code 1."""
+    done = ranvier("run", SMOLLM2, "--prompt", "x" * 40_000, "--runs", str(runs))
+    assert done.returncode == 2
+    assert "the model's context is 8192" in done.stderr
+
+
+def interrupted(after_s: float, runs: Path) -> None:
+    """Ctrl-C after so long: over within two seconds, with 130 (or 0 if it was faster); the fixture looks for leftovers."""
+    process = subprocess.Popen(
+        [*COMMAND, "run", SMOLLM2, "--prompt", "Count to a thousand.", "--max-tokens", "500", "--runs", str(runs)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    try:
+        process.wait(after_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to everyone in the foreground
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=20)
+    took = time.monotonic() - began
+    assert process.returncode in (130, -signal.SIGINT, 0), errors.decode()
+    assert took < 2.0, f"interrupted after {after_s:.2f} s, over {took:.2f} s later"
+    if b"starting" in errors and process.returncode == 130:
+        assert errors.decode().endswith("interrupted\n")
+        assert "Traceback" not in errors.decode()
+
+
+@pytest.mark.parametrize("after_s", [1.0, 2.5, 6.0])
+def test_ctrl_c_ends_everything(after_s: float, runs: Path) -> None:
+    """Case 50 at three points: while it starts, while it loads, while it generates."""
+    interrupted(after_s, runs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_ctrl_c_at_twenty_random_points_case_50(runs: Path) -> None:
+    """Case 50: no process, no socket left, whenever it comes."""
+    rng = random.Random(50)
+    for _ in range(20):
+        interrupted(rng.uniform(0.2, 7.0), runs)
+
+
+def test_memory_of_the_hosts_is_what_show_says(runs: Path) -> None:
+    """Each host holds its own tensors and little else: what `show` states is what it holds, and beside that it takes no
+    more memory of its own than a bare interpreter with torch, plus a tenth of its tensors."""
+    import trio
+
+    import ranvier as package
+
+    bare = subprocess.run(
+        [sys.executable, "-c", "import torch; print(next(l for l in open('/proc/self/smaps_rollup') if 'Pss:' in l))"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    bare_bytes = int(bare.stdout.split()[1]) * 1024
+    graph = package.load(SMOLLM2)
+    planned = {host.actor: host.weight_bytes for host in package.plan(graph).hosts}
+    found: dict[str, tuple[int, int]] = {}
+
+    async def main() -> None:
+        async with package.launch(graph, runs=runs) as run:
+            async for _ in run.generate("Hello", max_tokens=5):
+                pass
+            for host in run._supervisor.supervision.hosts.values():
+                pid = run.pids[host.spec.identity]
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                pss = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+                found[host.spec.actor] = pss, host.held_bytes
+
+    trio.run(main)
+    for actor, weight_bytes in planned.items():
+        pss, held = found[actor]
+        assert held == weight_bytes
+        assert pss <= 1.1 * weight_bytes + bare_bytes, f"{actor}: {pss} of {weight_bytes} + {bare_bytes}"
+        assert pss >= weight_bytes

@@ -1,0 +1,281 @@
+"""What goes wrong in real processes: the error names who and why, nobody else is touched, and nothing is left behind."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trio
+import zmq
+
+import ranvier
+from ranvier.transport.header import Header, Row
+
+HERE = Path(__file__).parent
+Make = Callable[..., ranvier.Graph]
+
+
+@pytest.fixture
+def faulty(graph_file: Callable[..., Path], tmp_path: Path) -> Make:
+    """A chain of two actors of which the second goes wrong as its arguments say."""
+    shutil.copy(HERE / "faulty.py", tmp_path / "faulty.py")
+
+    def make(supervision: dict[str, float] | None = None, **args: Any) -> ranvier.Graph:
+        path = graph_file(
+            actors={"good": {"kind": "./faulty.py:Faulty"}, "bad": {"kind": "./faulty.py:Faulty", "args": args}},
+            edges=["gateway.x -> good.x", "good.y -> bad.x", "bad.y -> gateway.y"],
+            supervision=supervision or {},
+        )
+        return ranvier.load(path, allow_code=True)
+
+    return make
+
+
+async def call(run: ranvier.Run, value: float) -> float:
+    outputs = await run.call(x=torch.tensor([value]))
+    return float(outputs["y"][0])
+
+
+def start(graph: ranvier.Graph, runs: Path, *values: float) -> list[float | Exception]:
+    """The answers to calls made one after the other in one run."""
+    answers: list[float | Exception] = []
+
+    async def main() -> None:
+        async with ranvier.launch(graph, runs=runs) as run:
+            for value in values:
+                try:
+                    answers.append(await call(run, value))
+                except ranvier.RanvierError as error:
+                    answers.append(error)
+
+    with trio_deadline(60):
+        trio.run(main)
+    return answers
+
+
+class trio_deadline:  # noqa: N801
+    """A bound on the whole test, by alarm: a hang must not be waited for."""
+
+    def __init__(self, seconds: int) -> None:
+        self.seconds = seconds
+
+    def __enter__(self) -> None:
+        signal.signal(signal.SIGALRM, self._over)
+        signal.alarm(self.seconds)
+
+    def __exit__(self, *_: object) -> None:
+        signal.alarm(0)
+
+    @staticmethod
+    def _over(*_: object) -> None:
+        raise TimeoutError("the run hung")
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("raise", "actor bad.0: ValueError while LOADING: thirteen is not a number I like\n\nTraceback of bad.0:"),
+        ("exit", "exit code 7 while LOADING\n\nTraceback of bad.0:\nlast words"),
+        ("kill", "actor bad.0: its process was ended by signal 9 while LOADING"),
+    ],
+)
+def test_an_actor_that_dies_while_loading(how: str, words: str, faulty: Make, runs: Path) -> None:
+    with pytest.raises(ranvier.ActorFailed) as caught:
+        start(faulty(at_load=how), runs)
+    # one that ends without a word may not have told that it was loading
+    assert words in str(caught.value).replace("while starting", "while LOADING").replace(
+        "while loading", "while LOADING"
+    )
+    assert caught.value.actor == "bad.0"
+    if how == "raise":
+        assert "faulty.py" in caught.value.remote_traceback
+
+
+@pytest.mark.parametrize("how", ["sleep", "hold the interpreter"])
+def test_an_actor_that_never_finishes_loading(how: str, faulty: Make, runs: Path) -> None:
+    """The deadline for starting ends the run; a host that holds its interpreter is killed like any other."""
+    with pytest.raises(ranvier.ActorFailed, match=r"actor bad.0: not running .* after its start .* still (starting|loading)"):
+        start(faulty({"start_deadline_s": 6.0}, at_load=how), runs)
+
+
+def test_an_error_in_a_step_ends_that_session_alone(faulty: Make, runs: Path) -> None:
+    """Case 7: the session gets the error with its traceback, those before, beside and after it their answers."""
+    answers = start(faulty(at_step="raise"), runs, 1.0, 13.0 - 1.0, 5.0)
+    assert answers[0] == 3.0
+    assert answers[2] == 7.0
+    error = answers[1]
+    assert isinstance(error, ranvier.ActorFailed)
+    assert error.actor == "bad.0"
+    assert error.session == 2
+    assert "session 2, epoch 1, position 0: ValueError: thirteen is not a number I like" in str(error)
+    assert "in step" in error.remote_traceback
+
+
+def test_a_failing_session_in_a_batch_leaves_the_others(faulty: Make, runs: Path) -> None:
+    """Many sessions at once, some of which fail: each gets its own outcome."""
+    answers: dict[int, float | str] = {}
+
+    async def one(run: ranvier.Run, key: int, value: float) -> None:
+        try:
+            answers[key] = await call(run, value)
+        except ranvier.ActorFailed as error:
+            answers[key] = error.actor
+
+    async def main() -> None:
+        async with ranvier.launch(faulty(at_step="raise"), runs=runs) as run, trio.open_nursery() as nursery:
+            for key in range(30):
+                nursery.start_soon(one, run, key, 12.0 if key % 7 == 3 else float(key + 20))
+
+    trio.run(main)
+    assert answers == {key: "bad.0" if key % 7 == 3 else key + 22.0 for key in range(30)}
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (
+            "wrong shape",
+            r"edge bad.y -> gateway.y: expected float32\[tokens\] with tokens=1, rows=1, got float32\[1, 1\]",
+        ),
+        ("wrong port", "step returned the port 'z'; the actor's outputs are y"),
+        ("no tensor", "step returned int for the port 'y', expected a torch.Tensor"),
+    ],
+)
+def test_outputs_that_do_not_fit(how: str, words: str, faulty: Make, runs: Path) -> None:
+    error, after = start(faulty(at_step=how), runs, 12.0, 1.0)
+    with pytest.raises(ranvier.ActorFailed, match=words):
+        raise error if isinstance(error, Exception) else AssertionError(error)
+    assert after == 3.0
+
+
+def test_a_session_that_an_actor_refuses_to_open(faulty: Make, runs: Path) -> None:
+    [error] = start(faulty(at_step="raise at open"), runs, 1.0)
+    assert isinstance(error, ranvier.ActorFailed)
+    assert "RuntimeError: refuses to open" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("kill", "actor bad.0: its process was ended by signal 9 while running"),
+        ("exit", "actor bad.0: its process ended with exit code 7 while running"),
+        ("stop", r"actor bad.0: no heartbeat for \d"),
+        ("hold the interpreter", r"actor bad.0: no heartbeat for \d"),
+        ("sleep", r"actor bad.0: in one step for \d"),
+    ],
+)
+def test_an_actor_that_is_lost_ends_the_run_at_once(how: str, words: str, faulty: Make, runs: Path) -> None:
+    """Killed, gone, stopped, stuck: the stream gets the error that names the actor, and so does who comes later."""
+    limits = {"heartbeat_interval_s": 0.1, "heartbeat_deadline_s": 1.5, "progress_deadline_s": 1.0}
+    if how in ("stop", "hold the interpreter"):
+        limits["progress_deadline_s"] = 100.0
+    before, error, after = start(faulty(limits, at_step=how), runs, 1.0, 12.0, 1.0)
+    assert before == 3.0
+    for each in (error, after):
+        with pytest.raises(ranvier.ActorFailed, match=words):
+            raise each if isinstance(each, Exception) else AssertionError(each)
+
+
+def test_strangers_and_rubbish_are_refused_and_the_host_goes_on(faulty: Make, runs: Path) -> None:
+    """Case 41 and the limits of the wire: a pickle, rubbish, a wrong version, an unknown edge, from a stranger and from a
+    neighbour's name. Each is refused, logged, and the next call is answered."""
+    canary = runs / "canary"
+
+    class Touch:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (os.system, (f"touch {canary}",))
+
+    rubbish = [
+        [pickle.dumps(Touch())],
+        [b"\xff" * 100],
+        [b"x" * 70_000],
+        [Header(1, 0, 1, 1, (Row(1, 1, 0, 1),), (), 0, 0, 0).encode(), pickle.dumps(Touch())],
+        [Header(1, 0, 99, 1, (), (), 0, 0, 0).encode()],
+        [b"\x99" + Header(1, 0, 1, 1, (), (), 0, 0, 0).encode()[1:]],
+        [b"", b"", b""],
+        [Header(1, 0, 1, 1, (), (), 0, 0, 0).encode(), *[b"x"] * 500],
+    ]
+
+    async def main() -> None:
+        async with ranvier.launch(faulty(), runs=runs) as run:
+            assert await call(run, 1.0) == 3.0
+            context: zmq.Context[Any] = zmq.Context()
+            for name in (b"stranger.0.1", b"\xff\xfe"):
+                socket = context.socket(zmq.DEALER)
+                socket.setsockopt(zmq.IDENTITY, name)
+                socket.connect(f"ipc://{run.folder.sockets}/bad")
+                for frames in rubbish:
+                    socket.send_multipart(frames)
+                socket.close(linger=500)
+            context.term()
+            log = run.dir / "logs" / "supervisor.jsonl"
+            with trio.fail_after(10):
+                while log.read_text().count('"refused"') < 2 * len(rubbish):
+                    assert await call(run, 2.0) == 4.0
+            assert await call(run, 3.0) == 5.0
+
+    trio.run(main)
+    assert not canary.exists()
+
+
+def test_killing_the_supervisor_leaves_no_process_case_9(faulty: Make, runs: Path, tmp_path: Path) -> None:
+    """Case 9: SIGKILL of the process that runs the graph; two seconds later nothing of it is alive (the `runs` fixture
+    looks for processes and sockets), not even a host that holds its interpreter."""
+    graph = faulty(at_step="hold the interpreter")
+    script = tmp_path / "victim.py"
+    script.write_text(
+        textwrap.dedent(f"""
+            import torch, trio, ranvier
+            graph = ranvier.load({str(graph.path)!r}, allow_code=True)
+            async def main():
+                async with ranvier.launch(graph, runs={str(runs)!r}) as run:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(lambda: run.call(x=torch.tensor([12.0])))
+                        await trio.sleep(0.5)
+                        print("ready", flush=True)
+                        await trio.sleep(60)
+            trio.run(main)
+        """)
+    )
+    victim = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE)
+    assert victim.stdout is not None
+    assert victim.stdout.readline() == b"ready\n"
+    victim.kill()
+    victim.wait()
+    victim.stdout.close()
+
+
+def test_a_join_waits_for_both_inputs(graph_file: Callable[..., Path], runs: Path, tmp_path: Path) -> None:
+    """z = (x + 1) + x over three processes."""
+    shutil.copy(HERE / "faulty.py", tmp_path / "faulty.py")
+    path = graph_file(
+        actors={"one": {"kind": "./faulty.py:Faulty"}, "sum": {"kind": "./faulty.py:Sum"}},
+        edges=["gateway.x -> one.x", "one.y -> sum.a", "gateway.x -> sum.b", "sum.y -> gateway.y"],
+    )
+    assert start(ranvier.load(path, allow_code=True), runs, 1.0, 5.0) == [3.0, 11.0]
+
+
+def test_the_blocking_form(faulty: Make, runs: Path) -> None:
+    """The same calls from code that does not await; the error of an actor comes through."""
+    with ranvier.start(faulty(at_step="raise"), runs=runs) as run:
+        assert run.call(x=torch.tensor([1.0]))["y"].tolist() == [3.0]
+        with pytest.raises(ranvier.ActorFailed, match="thirteen"):
+            run.call(x=torch.tensor([12.0]))
+        with pytest.raises(ranvier.RequestError, match=r"expected the inputs \['x'\], got \['z'\]"):
+            run.call(z=torch.tensor([12.0]))
+        with pytest.raises(ranvier.RequestError, match=r"expected float32\[tokens\]"):
+            run.call(x=torch.zeros(2, 2))
+        with pytest.raises(ranvier.RequestError, match="does not generate tokens"):
+            list(run.generate("hello"))
+    with pytest.raises(ranvier.ActorFailed, match="ValueError while loading"):
+        ranvier.start(faulty(at_load="raise"), runs=runs)
