@@ -104,7 +104,9 @@ def test_an_actor_that_dies_while_loading(how: str, words: str, faulty: Make, ru
 @pytest.mark.parametrize("how", ["sleep", "hold the interpreter"])
 def test_an_actor_that_never_finishes_loading(how: str, faulty: Make, runs: Path) -> None:
     """The deadline for starting ends the run; a host that holds its interpreter is killed like any other."""
-    with pytest.raises(ranvier.ActorFailed, match=r"actor bad.0: not running .* after its start .* still (starting|loading)"):
+    with pytest.raises(
+        ranvier.ActorFailed, match=r"actor bad.0: not running .* after its start .* still (starting|loading)"
+    ):
         start(faulty({"start_deadline_s": 6.0}, at_load=how), runs)
 
 

@@ -1,0 +1,259 @@
+"""What a host decides, driven by memory wires: joining, batching, refusing, and where outputs and credits go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from ranvier.actors.actor import Batch
+from ranvier.actors.core import HostCore, Work
+from ranvier.actors.spec import HostLink, PortSpec
+from ranvier.transport.exchange import Exchange
+from ranvier.transport.header import Row
+from ranvier.transport.link import LinkSpec
+from ranvier.transport.spec import TensorSpec
+from ranvier.transport.tensors import from_buffer, to_buffer
+from ranvier.transport.testing import MemoryNetwork
+
+SPEC = TensorSpec("float32", ("tokens",))
+ME, UP, DOWN = "me.0.1", "up.0.1", "down.0.1"
+
+
+def link(edge: int, source: str, target: str, port: str, credits: int) -> LinkSpec:
+    return LinkSpec(edge, f"{source} -> {target}", source, target, ((port, SPEC),), credits, 1 << 20)
+
+
+class Bench:
+    """A host's core between two neighbours, all three on a memory network."""
+
+    def __init__(
+        self, ports: Sequence[str] = ("x",), credits: int = 8, batch_tokens: int = 16, feedback: bool = False
+    ) -> None:
+        self.network = MemoryNetwork()
+        links = [link(index, UP, ME, port, credits) for index, port in enumerate(ports)]
+        out = link(len(ports), ME, DOWN, "y", credits)
+        self.wires = {name: self.network.wire(name) for name in (ME, UP, DOWN)}
+        self.ends = {name: Exchange(name, "g", [*links, out], self.network.clock) for name in self.wires}
+        host_links = [
+            HostLink(port, spec, outgoing=False, feedback=feedback) for port, spec in zip(ports, links, strict=True)
+        ]
+        host_links.append(HostLink("y", out, outgoing=True))
+        inputs = [PortSpec(port, SPEC) for port in ports]
+        self.core = HostCore(inputs, [PortSpec("y", SPEC)], host_links, self.ends[ME], batch_tokens)
+        self.got: list[tuple[tuple[Row, ...], list[float]]] = []
+        self.read_down = True
+        for end in self.ends.values():
+            end.open()
+        self.turn(4)
+
+    def turn(self, rounds: int = 3) -> None:
+        for _ in range(rounds):
+            for name, end in self.ends.items():
+                while (arrival := self.wires[name].receive(0)) is not None:
+                    received = end.on_arrival(arrival)
+                    if received is None:
+                        continue
+                    if name == ME:
+                        self.core.on_message(received)
+                    else:
+                        header, buffers = received.message
+                        self.got.append((header.rows, from_buffer(header.tensors[0], buffers[0]).tolist()))
+                        if self.read_down:
+                            end.consumed(received.link, received.message.nbytes)
+                end.idle()
+                for peer, header_bytes, buffers in end.outbox:
+                    self.wires[name].send(peer, header_bytes, buffers)
+                end.outbox.clear()
+
+    def send(self, rows: Sequence[Row], edge: int = 0, port: str = "x", value: float = 0.0) -> None:
+        end = self.ends[UP]
+        tensor = torch.cat([torch.full((row.tokens,), row.session + value) for row in rows])
+        meta, buffer = to_buffer(port, tensor)
+        end.send(end.sending[edge, ME], tuple(rows), (meta,), (buffer,), 0)
+        self.turn()
+
+    def step(self) -> Work | None:
+        """Take a step that gives x + 0.5."""
+        work = self.core.take()
+        if work is not None:
+            total = sum(work.batch.tensors.values())
+            assert isinstance(total, torch.Tensor)
+            self.core.complete(work, {"y": total + 0.5}, 0)
+            self.core.finish(work)
+            self.turn()
+        return work
+
+
+def test_one_message_one_step() -> None:
+    bench = Bench()
+    bench.core.open(7, 1)
+    bench.send([Row(7, 1, 0, 2)])
+    assert bench.step() is not None
+    assert bench.step() is None
+    assert bench.got == [((Row(7, 1, 0, 2),), [7.5, 7.5])]
+
+
+def test_what_has_queued_up_is_one_batch_up_to_the_budget() -> None:
+    """Five sessions of four tokens: sixteen tokens in the first step, the rest in the next."""
+    bench = Bench()
+    for session in range(1, 6):
+        bench.core.open(session, 1)
+        bench.send([Row(session, 1, 0, 4)])
+    works = [bench.step(), bench.step(), bench.step()]
+    assert [work and [row.session for row in work.batch.rows] for work in works] == [[1, 2, 3, 4], [5], None]
+    assert works[0] is not None
+    assert works[0].batch["x"].tolist() == [float(s) for s in (1, 2, 3, 4) for _ in range(4)]
+    assert [rows[0].session for rows, _ in bench.got] == [1, 5]
+
+
+def test_a_message_over_the_budget_goes_alone() -> None:
+    bench = Bench(batch_tokens=4)
+    bench.core.open(1, 1)
+    bench.core.open(2, 1)
+    bench.send([Row(1, 1, 0, 9)])
+    bench.send([Row(2, 1, 0, 1)])
+    first = bench.step()
+    assert first is not None
+    assert first.batch.tokens == 9
+
+
+def test_a_sessions_next_step_waits_for_the_one_before() -> None:
+    """Two chunks of one prompt are two steps, though both are there; another session may share the first."""
+    bench = Bench()
+    bench.core.open(1, 1)
+    bench.core.open(2, 1)
+    bench.send([Row(1, 1, 0, 2)])
+    bench.send([Row(2, 1, 0, 1)])
+    bench.send([Row(1, 1, 2, 2)])
+    first, second = bench.step(), bench.step()
+    assert first is not None
+    assert second is not None
+    assert [row.session for row in first.batch.rows] == [1, 2]
+    assert second.batch.rows == (Row(1, 1, 2, 2),)
+
+
+def test_rows_of_another_epoch_or_no_session_are_refused() -> None:
+    """A batch of three of which one is current: the step holds that one alone, and all credit comes back."""
+    bench = Bench(credits=2)
+    bench.core.open(1, 2)
+    bench.core.open(2, 1)
+    for _ in range(3):
+        bench.send([Row(1, 1, 0, 1), Row(2, 1, 0, 2), Row(3, 1, 0, 1)])
+        work = bench.step()
+        assert work is not None
+        assert work.batch.rows == (Row(2, 1, 0, 2),)
+        assert work.batch["x"].tolist() == [2.0, 2.0]
+    assert bench.core.counters["rows_refused"] == 6
+    bench.core.close(2)
+    bench.send([Row(2, 1, 2, 1)])
+    assert bench.step() is None
+    assert not bench.ends[UP].blocked()
+
+
+def test_a_join_takes_rows_that_are_complete() -> None:
+    """Rows come in another order and in other messages on the two ports; each is stepped once, when both are there."""
+    bench = Bench(ports=("a", "b"))
+    for session in (1, 2, 3):
+        bench.core.open(session, 1)
+    bench.send([Row(1, 1, 0, 1), Row(2, 1, 0, 2)], edge=0, port="a")
+    assert bench.step() is None
+    bench.send([Row(2, 1, 0, 2)], edge=1, port="b", value=10.0)
+    work = bench.step()
+    assert work is not None
+    assert work.batch.rows == (Row(2, 1, 0, 2),)
+    assert bench.got[-1][1] == [14.5, 14.5]
+    bench.send([Row(3, 1, 0, 1), Row(1, 1, 0, 1)], edge=1, port="b")
+    bench.send([Row(3, 1, 0, 1)], edge=0, port="a")
+    work = bench.step()
+    assert work is not None
+    assert [row.session for row in work.batch.rows] == [1, 3]
+    assert not bench.ends[UP].unfinished()
+
+
+def test_a_session_that_closes_gives_back_what_its_join_held() -> None:
+    bench = Bench(ports=("a", "b"), credits=1)
+    for session in (1, 2, 3):
+        bench.core.open(session, 1)
+        bench.send([Row(session, 1, 0, 1)], edge=0, port="a")
+        assert bench.core.close(session)
+        bench.turn()
+    assert not bench.core.close(1)
+    assert not bench.ends[UP].blocked()
+
+
+def test_no_step_without_credit_for_its_output() -> None:
+    """The consumer below does not read: after its credits are used up no step begins, until it reads again."""
+    bench = Bench(credits=2)
+    bench.read_down = False
+    for session in range(1, 6):
+        bench.core.open(session, 1)
+    taken = 0
+    for session in range(1, 6):
+        if not bench.ends[UP].blocked():
+            bench.send([Row(session, 1, 0, 1)])
+        taken += bench.step() is not None
+    assert taken == 3  # two are out, one waits for credit
+    assert len(bench.got) == 2
+    assert bench.ends[ME].blocked()
+    down = bench.ends[DOWN]
+    for receiving in down.receiving.values():
+        down.consumed(receiving, 4)
+        down.consumed(receiving, 4)
+    bench.turn()
+    assert len(bench.got) == 3
+    assert bench.step() is not None
+
+
+def test_feedback_gives_its_credit_back_at_once() -> None:
+    """A ring cannot stand still for want of credit: what comes back is taken in whether or not it can be stepped yet."""
+    bench = Bench(credits=1, feedback=True)
+    for session in range(1, 6):
+        bench.core.open(session, 1)
+        bench.send([Row(session, 1, 0, 1)])
+    assert bench.core.queued == 5
+    assert not bench.ends[UP].blocked()
+
+
+def test_rows_of_their_own_and_ports_that_send_nothing() -> None:
+    """An actor may answer for some rows only, with positions of its own, or for none."""
+    bench = Bench()
+    bench.core.open(1, 1)
+    bench.send([Row(1, 1, 0, 3)])
+    work = bench.core.take()
+    assert work is not None
+    bench.core.complete(work, {"y": Batch((Row(1, 1, 3, 1),), {"y": torch.tensor([9.0])})}, 0)
+    bench.core.complete(work, {}, 0)
+    bench.core.complete(work, {"y": Batch((), {"y": torch.empty(0)})}, 0)
+    bench.core.finish(work)
+    bench.turn()
+    assert bench.got == [((Row(1, 1, 3, 1),), [9.0])]
+
+
+def test_each_row_alone() -> None:
+    bench = Bench()
+    bench.core.open(1, 1)
+    bench.core.open(2, 1)
+    bench.send([Row(1, 1, 0, 2), Row(2, 1, 0, 1)])
+    work = bench.core.take()
+    assert work is not None
+    singles = bench.core.alone(work)
+    assert [single.batch["x"].tolist() for single in singles] == [[1.0, 1.0], [2.0]]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "kind", "words"),
+    [
+        ({"z": torch.ones(1)}, ValueError, "step returned the port 'z'; the actor's outputs are y"),
+        ({"y": [1.0]}, TypeError, "step returned list for the port 'y'"),
+    ],
+)
+def test_outputs_that_cannot_be_sent(outputs: dict[str, torch.Tensor], kind: type[Exception], words: str) -> None:
+    bench = Bench()
+    bench.core.open(1, 1)
+    bench.send([Row(1, 1, 0, 1)])
+    work = bench.core.take()
+    assert work is not None
+    with pytest.raises(kind, match=words):
+        bench.core.complete(work, outputs, 0)

@@ -1,0 +1,152 @@
+"""Traces: what a real run left is complete, in order, and Perfetto's JSON has an arrow for every message."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+import ranvier
+from ranvier.graph import perfetto, trace
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of three sessions at once over four actors."""
+    folder, _ = tiny("plain")
+    place = tmp_path_factory.mktemp("t")
+    graph_path = place / "graph.yaml"
+    graph_path.write_text(
+        json.dumps({
+            "ranvier": 1, "name": "traced", "model": {"source": "unset", "dtype": "float32"}, "prefill_chunk": 8,
+            "actors": {"embed": {"kind": "embedding"}, "lower": {"kind": "blocks", "layers": "0-2"},
+                       "upper": {"kind": "blocks", "layers": "3-5"}, "head": {"kind": "head"}},
+            "pipeline": ["embed", "lower", "upper", "head"],
+        })
+    )  # fmt: skip
+    graph = ranvier.load(graph_path, overrides={"model.source": str(folder)})
+
+    async def one(run: ranvier.Run, prompt: list[int]) -> None:
+        async for _ in run.generate(prompt, max_tokens=10, stop_tokens=()):
+            pass
+
+    async def main() -> Path:
+        async with ranvier.launch(graph, runs=Path("/tmp") / place.name) as run:
+            async with trio.open_nursery() as nursery:
+                for prompt in ([1, 2, 3], list(range(20)), [7]):
+                    nursery.start_soon(one, run, prompt)
+            return run.dir
+
+    return trio.run(main)
+
+
+def test_every_message_left_a_record_at_both_ends(run_dir: Path) -> None:
+    """Each that was sent was done with, in order on its edge, and its times go forward."""
+    read = trace.read(run_dir)
+    sent = {(r.edge, r.sequence): r for records in read.sent.values() for r in records}
+    done = {(r.edge, r.sequence): r for records in read.done.values() for r in records}
+    assert sent.keys() == done.keys()
+    assert len(sent) == sum(map(len, read.sent.values())) == sum(map(len, read.done.values()))
+    assert not read.dropped
+    for key, end in done.items():
+        begin = sent[key]
+        assert begin.ready_ns <= begin.credit_ns <= begin.sent_ns == end.sent_ns
+        assert end.sent_ns <= end.received_ns <= end.started_ns <= end.finished_ns
+        assert (begin.nbytes, [list(r) for r in begin.rows]) == (end.nbytes, [list(r) for r in end.rows])
+    for edge in range(len(read.edges)):
+        sequences = sorted(sequence for e, sequence in sent if e == edge)
+        assert sequences == list(range(1, len(sequences) + 1))
+
+
+def test_every_position_of_every_session_is_in_it(run_dir: Path) -> None:
+    """Rows on the edge between the two groups: each position of each session exactly once."""
+    read = trace.read(run_dir)
+    edge = read.edges.index("lower.hidden -> upper.hidden")
+    positions: Counter[tuple[int, int]] = Counter()
+    for record in read.done["upper.0"]:
+        if record.edge == edge:
+            for session, epoch, position, tokens in record.rows:
+                assert epoch == 1
+                positions.update((session, position + offset) for offset in range(tokens))
+    assert sorted(Counter(session for session, _ in positions).values()) == [10, 12, 29]
+    assert set(positions.values()) == {1}
+
+
+def test_the_summary_adds_up(run_dir: Path) -> None:
+    told = trace.summary(trace.read(run_dir))
+    by_name = {edge["edge"]: edge for edge in told["edges"]}
+    hidden = by_name["lower.hidden -> upper.hidden"]
+    assert hidden["bytes"] == (12 + 29 + 10) * 48 * 4
+    assert by_name["head.sampled -> gateway.sampled"]["bytes"] == 30 * 8
+    assert set(hidden["microseconds"]) == {"serialise", "credit", "wire", "queue", "compute"}
+    assert all(part["p50"] <= part["p95"] <= part["p99"] for part in hidden["microseconds"].values())
+    assert {actor["actor"] for actor in told["actors"]} == {"embed.0", "lower.0", "upper.0", "head.0", "gateway.0"}
+    text = trace.table(told)
+    for word in ("lower.hidden -> upper.hidden", "tokens a step", "gateway.0"):
+        assert word in text
+
+
+def test_perfetto_has_a_track_an_actor_and_an_arrow_a_message(run_dir: Path) -> None:
+    """Chrome JSON: a named process for each actor, one start and one finish for each message, start before finish, both
+    inside a slice of their own track."""
+    read = trace.read(run_dir)
+    made = json.loads(json.dumps(perfetto.events(read)))["traceEvents"]
+    names = {e["args"]["name"]: e["pid"] for e in made if e["name"] == "process_name"}
+    assert set(names) == {"embed.0", "gateway.0", "head.0", "lower.0", "upper.0"}
+    starts = {e["id"]: e for e in made if e["ph"] == "s"}
+    ends = {e["id"]: e for e in made if e["ph"] == "f"}
+    assert starts.keys() == ends.keys()
+    assert len(starts) == sum(map(len, read.sent.values()))
+    slices: dict[int, list[tuple[float, float]]] = {}
+    for event in made:
+        if event["ph"] == "X":
+            slices.setdefault(event["pid"], []).append((event["ts"], event["ts"] + event["dur"]))
+    for key, start in starts.items():
+        assert start["ts"] <= ends[key]["ts"]
+        for end in (start, ends[key]):
+            assert any(a - 1e-6 <= end["ts"] <= b + 1e-6 for a, b in slices[end["pid"]])
+
+
+def test_a_line_that_was_cut_off_is_left_out(run_dir: Path, tmp_path: Path) -> None:
+    """What a killed process leaves can be read."""
+    for part in ("plan.json", "trace"):
+        target = tmp_path / part
+        if part == "trace":
+            target.mkdir()
+            for file in (run_dir / part).iterdir():
+                (target / file.name).write_bytes(file.read_bytes()[:-7])
+        else:
+            target.write_bytes((run_dir / part).read_bytes())
+    assert trace.summary(trace.read(tmp_path))["edges"]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: None, "no run folder"),
+        (lambda p: ((p / "plan.json").write_text('{"edges": []}'), (p / "trace").mkdir()), "holds no records"),
+        (
+            lambda p: (
+                (p / "plan.json").write_text('{"edges": []}'),
+                (p / "trace").mkdir(),
+                (p / "trace" / "a.jsonl").write_text("x\n"),
+            ),
+            "expected a first line that names the actor",
+        ),
+    ],
+)
+def test_no_trace(make: Callable[[Path], Any], words: str, tmp_path: Path) -> None:
+    make(tmp_path)
+    with pytest.raises(trace.TraceError, match=words):
+        trace.read(tmp_path)
+
+
+def test_percentiles_by_nearest_rank() -> None:
+    assert trace.percentiles(range(1, 101)) == {"p50": 50, "p95": 95, "p99": 99}
+    assert trace.percentiles([7.0]) == {"p50": 7.0, "p95": 7.0, "p99": 7.0}
+    assert trace.percentiles([]) == {"p50": None, "p95": None, "p99": None}

@@ -1,0 +1,117 @@
+"""The rooms: who imports whom, what the wheel offers, what must stand nowhere."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ROOMS = ("transport", "actors", "graph")
+SOURCES = [path for room in ROOMS for path in sorted((REPOSITORY / room).rglob("*.py"))]
+
+
+def imported(path: Path) -> set[str]:
+    """Rooms of this project that a file imports, also inside functions and by relative names."""
+    room = path.relative_to(REPOSITORY).parts[0]
+    depth = len(path.relative_to(REPOSITORY).parts)  # transport/x.py: 2 dots lead out of its room
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            if node.level == 0:
+                names = [node.module or ""] + [f"{node.module}.{alias.name}" for alias in node.names]
+            elif node.level < depth:
+                names = [f"ranvier.{room}"]
+            else:
+                names = [f"ranvier.{node.module or alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("ranvier.")}
+    return found & set(ROOMS)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_imports_go_one_way(path: Path) -> None:
+    """transport imports neither of the others, actors not graph."""
+    allowed = {"transport": {"transport"}, "actors": {"transport", "actors"}, "graph": set(ROOMS)}
+    assert imported(path) <= allowed[path.relative_to(REPOSITORY).parts[0]]
+
+
+def test_the_rooms_are_links() -> None:
+    for room in ROOMS:
+        link = REPOSITORY / "src" / "ranvier" / room
+        assert link.is_symlink()
+        assert not link.readlink().is_absolute()
+        assert link.resolve() == REPOSITORY / room
+
+
+FORBIDDEN = re.compile(
+    r"\b(import|from)\s+(pickle|cloudpickle|dill|marshal|shelve)\b|(recv|send)_pyobj|torch\.load\(|yaml\.load\(|shell=True"
+    r"|\beval\(|\bexec\(|trust_remote_code"
+)
+
+
+@pytest.mark.parametrize("path", SOURCES + sorted((REPOSITORY / "examples").glob("*.py")), ids=lambda p: p.name)
+def test_no_pickle_anywhere(path: Path) -> None:
+    """No pickle, no `torch.load`, nothing like them, and no option to allow them."""
+    assert not FORBIDDEN.search(path.read_text())
+
+
+def test_importing_is_light() -> None:
+    """Neither `import ranvier` nor checking a graph takes torch; importing does no work and starts no thread."""
+    script = (
+        "import sys, threading, ranvier; from ranvier import load, plan; "
+        f"plan(load({str(REPOSITORY / 'examples' / 'smollm2.yaml')!r})); import ranvier.graph.run; "
+        "print('torch' in sys.modules, threading.active_count())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "1"]
+
+
+def test_every_public_name_is_there() -> None:
+    import ranvier
+
+    for name in ranvier.__all__:
+        assert getattr(ranvier, name).__doc__, name
+    assert set(ranvier.__all__) <= set(dir(ranvier))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = ranvier.nothing
+
+
+def test_the_wheel_offers_ranvier_and_nothing_bare(tmp_path: Path) -> None:
+    """Built, installed without the checkout: `ranvier.actors` is there, `actors` and `graph` are not, and it runs."""
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(REPOSITORY)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    [wheel] = tmp_path.glob("*.whl")
+    home = tmp_path / "venv"
+    venv.create(home, system_site_packages=False, with_pip=False)
+    target = next((home / "lib").glob("python*")) / "site-packages"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)],
+        check=True,
+    )
+    # what it depends on comes from this environment, behind the installed package and without this checkout
+    here = [path for path in sys.path if path.endswith("site-packages")]
+    script = (
+        f"import sys, importlib.util as u; sys.path[:] = [p for p in sys.path if p] + {here!r}; "
+        "import ranvier.actors.host, ranvier.transport.zeromq, ranvier.graph.cli; "
+        "print(ranvier.__file__); print([u.find_spec(n) for n in ('actors', 'graph', 'transport')]); "
+        "import pathlib; print((pathlib.Path(ranvier.__file__).parent / 'py.typed').exists())"
+    )
+    done = subprocess.run(
+        [str(home / "bin" / "python"), "-S", "-c", f"import sys; sys.path.insert(0, {str(target)!r}); {script}"],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    place, bare, typed = done.stdout.splitlines()
+    assert place.startswith(str(target))
+    assert bare == "[None, None, None]"
+    assert typed == "True"
