@@ -25,12 +25,7 @@ from .spec import HostLink, PortSpec
 class Source:
     """The message that rows came in. Its credit returns, and its record closes, with the last of its rows."""
 
-    link: ReceivingLink
-    sequence: int
-    rows: tuple[Row, ...]
-    nbytes: int
-    sent_ns: int
-    received_ns: int
+    received: Received
     rows_left: int
 
 
@@ -104,20 +99,19 @@ class HostCore:
 
     def on_message(self, received: Received) -> None:
         """Queue a message; a port that waits for others keeps its rows until they are there."""
-        link, (header, buffers), received_ns = received
-        here = self._in[link]
-        source = Source(
-            link, header.sequence, header.rows, received.message.nbytes, header.sent_ns, received_ns, len(header.rows)
-        )
+        header, buffers = received.message
+        rows = header.rows
+        here = self._in[received.link]
+        source = Source(received, len(rows))
         if here.feedback:
             # What comes back is bounded by the open sessions, one step each. Its credit returns at once, so that a
             # ring of full links cannot stand still.
-            self.exchange.consumed(link, source.nbytes)
+            self.exchange.consumed(received.link, received.nbytes)
         tensor = from_buffer(header.tensors[0], buffers[0])
         if len(self._inputs) == 1:
-            self._ready.append(Piece(header.rows, {here.port: tensor}, (source,)))
+            self._ready.append(Piece(rows, {here.port: tensor}, (source,)))
         else:
-            self._join(here.port, header.rows, tensor, source)
+            self._join(here.port, rows, tensor, source)
 
     def _join(self, port: str, rows: tuple[Row, ...], tensor: torch.Tensor, source: Source) -> None:
         """`join: all`. A row waits until every port holds the same (session, epoch, position, tokens)."""
@@ -142,6 +136,11 @@ class HostCore:
     # -- work ---------------------------------------------------------------------------------------------------
 
     @property
+    def may_batch(self) -> bool:
+        """Whether several sessions are open: looking for more that came in costs 15 µs, and one has nothing to add."""
+        return len(self._epochs) > 1
+
+    @property
     def queued(self) -> int:
         """Pieces that wait for a step."""
         return len(self._ready)
@@ -151,6 +150,9 @@ class HostCore:
         output has no credit."""
         if not self._ready or self.exchange.blocked():
             return None
+        if len(self._ready) == 1:
+            rows, tensors, sources = self._current(self._ready.popleft())
+            return Work(Batch(rows, tensors), sources) if rows else None
         pieces: list[Piece] = []
         sessions: set[int] = set()
         tokens = 0
@@ -240,7 +242,8 @@ class HostCore:
                 source.rows_left -= 1
                 if source.rows_left:
                     continue
-            if not self._in[source.link].feedback:
-                self.exchange.consumed(source.link, source.nbytes)
+            received = source.received
+            if not self._in[received.link].feedback:
+                self.exchange.consumed(received.link, received.nbytes)
             done.append(source)
         return done

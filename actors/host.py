@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
+from ranvier.transport.codec import RAW
 from ranvier.transport.errors import LinkBroken, ProtocolError
-from ranvier.transport.exchange import Exchange, RefusedMessage, SentRecord
+from ranvier.transport.exchange import Exchange, RefusedMessage
 from ranvier.transport.header import Row
 from ranvier.transport.link import Arrival
 from ranvier.transport.zeromq import ZeroWire
@@ -179,14 +180,14 @@ class Host:
             work = core.take()
             if work is not None:
                 self._step(work)
-                self._flush(wire)
                 continue
+            self._flush(wire)
             arrival = self._receive(wire, ACK_DELAY_S if exchange.owes() else TICK_S)
             if arrival is not None:
-                while arrival is not None:  # all that has queued up meanwhile may go into one step
-                    self._take_in(arrival)
-                    arrival = self._receive(wire, 0)
-                self._flush(wire)
+                self._take_in(arrival)
+                if core.may_batch:  # all that has queued up meanwhile may go into one step
+                    while (arrival := self._receive(wire, 0)) is not None:
+                        self._take_in(arrival)
             elif exchange.owes():
                 exchange.idle()
                 self._flush(wire)
@@ -333,24 +334,15 @@ class Host:
         self.life.to(state)
         self.crossing.tell("state", state=state.value, why="")
 
-    def _record_sent(self, sent: SentRecord) -> None:
-        self.crossing.ring.put(
-            (
-                SENT,
-                sent.link.spec.edge,
-                sent.sequence,
-                sent.nbytes,
-                sent.ready_ns,
-                sent.credit_ns,
-                sent.sent_ns,
-                0,
-                sent.rows,
-            )
-        )
+    def _record_sent(
+        self, edge: int, sequence: int, rows: tuple[Row, ...], nbytes: int, ready_ns: int, credit_ns: int, sent_ns: int
+    ) -> None:
+        self.crossing.ring.put((SENT, edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, RAW, rows))
 
 
 def _done_record(source: Source, started_ns: int, finished_ns: int, batch: int) -> tuple[Any, ...]:
+    _, (header, _), nbytes, received_ns = source.received
     return (
-        DONE, source.link.spec.edge, source.sequence, source.nbytes, source.sent_ns, source.received_ns,
-        started_ns, finished_ns, batch, source.rows,
+        DONE, header.edge, header.sequence, nbytes, header.sent_ns, received_ns, started_ns, finished_ns, batch,
+        header.rows,
     )  # fmt: skip

@@ -131,7 +131,7 @@ class Gateway:
     def on_message(self, received: Received) -> None:
         """Tokens, logits, or the outputs of a call."""
         message = received.message
-        self.exchange.consumed(received.link, message.nbytes)
+        self.exchange.consumed(received.link, received.nbytes)
         port = received.link.spec.tensors[0][0]
         if port == "sampled":
             tokens = array("q", bytes(message.buffers[0]))

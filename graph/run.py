@@ -18,8 +18,10 @@ from ranvier.actors.session import Sampling, SessionInfo
 from ranvier.actors.spec import GATEWAY, identity
 from ranvier.actors.supervisor import Supervisor
 from ranvier.actors.trace_file import DONE, SENT, TraceFile
+from ranvier.transport.codec import RAW
 from ranvier.transport.errors import LinkClosed, ProtocolError, RanvierError
-from ranvier.transport.exchange import Exchange, Received, SentRecord
+from ranvier.transport.exchange import Exchange, Received
+from ranvier.transport.header import Row
 from ranvier.transport.trio_wire import TrioWire
 from ranvier.transport.zeromq import ZeroWire
 
@@ -263,15 +265,14 @@ class Run:
     def _record(self, received: Received) -> None:
         header, now_ns = received.message.header, time.monotonic_ns()
         self._ring.put((
-            DONE, header.edge, header.sequence, received.message.nbytes, header.sent_ns, received.received_ns,
+            DONE, header.edge, header.sequence, received.nbytes, header.sent_ns, received.received_ns,
             received.received_ns, now_ns, 1, header.rows,
         ))  # fmt: skip
 
-    def record_sent(self, sent: SentRecord) -> None:
-        self._ring.put((
-            SENT, sent.link.spec.edge, sent.sequence, sent.nbytes, sent.ready_ns, sent.credit_ns, sent.sent_ns, 0,
-            sent.rows,
-        ))  # fmt: skip
+    def _record_sent(
+        self, edge: int, sequence: int, rows: tuple[Row, ...], nbytes: int, ready_ns: int, credit_ns: int, sent_ns: int
+    ) -> None:
+        self._ring.put((SENT, edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, RAW, rows))
 
     async def _ship(self) -> None:
         with TraceFile(self.dir, f"{GATEWAY}.{REPLICA}") as file:
@@ -341,7 +342,7 @@ async def _launched(planned: Plan, folder: RunFolder, progress: Progress) -> Asy
                     await supervisor.until_loaded(lambda share: progress("loading", share))
                     exchange = Exchange(
                         me, planned.hash, planned.gateway_links(), time.monotonic_ns,
-                        (lambda sent: holder[0].record_sent(sent)) if graph.file.trace else None,
+                        (lambda *sent: holder[0]._record_sent(*sent)) if graph.file.trace else None,
                     )  # fmt: skip
                     for spec in specs:
                         address = supervisor.supervision.hosts[spec.identity].address

@@ -94,7 +94,7 @@ class _TimeLimit:
             self._active = False
         self._timer.cancel()
         if self._fired:
-            for _ in range(10_000):  # let it be raised here, if it was not yet, and not somewhere later
+            for _turn in range(10_000):  # let it be raised here, if it was not yet, and not somewhere later
                 pass
 
 

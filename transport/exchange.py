@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from .errors import LinkBroken, ProtocolError
 from .handshake import hello, objection
-from .header import VERSION, Control, Header, Kind, Row, TensorMeta, Verb, control, decode
+from .header import DATA, VERSION, Ack, Control, Header, Kind, Row, TensorMeta, Verb, control, decode
 from .link import Arrival, LinkSpec
 from .message import Buffer, Message, check_specs, checksum, read_message
 from .window import ReceiveWindow, SendWindow, Sent, Verdict
@@ -36,19 +36,12 @@ class Received(NamedTuple):
 
     link: ReceivingLink
     message: Message
+    nbytes: int
     received_ns: int
 
 
-class SentRecord(NamedTuple):
-    """What the sending end knows of one message; all times CLOCK_MONOTONIC nanoseconds."""
-
-    link: SendingLink
-    sequence: int
-    rows: tuple[Row, ...]
-    nbytes: int
-    ready_ns: int
-    credit_ns: int
-    sent_ns: int
+OnSent = Callable[[int, int, tuple[Row, ...], int, int, int, int], None]
+"""What the sending end knows of one message: (edge, sequence, rows, bytes, ready_ns, credit_ns, sent_ns)."""
 
 
 class _Waiting(NamedTuple):
@@ -89,7 +82,7 @@ class Exchange:
         graph: hash of the graph; both ends of a link must run the same.
         links: every link with `me` at one end (or both).
         clock: nanoseconds; CLOCK_MONOTONIC in a run.
-        on_sent: called with a `SentRecord` for each message handed over (the trace).
+        on_sent: called for each message handed over (the trace).
     """
 
     def __init__(
@@ -98,7 +91,7 @@ class Exchange:
         graph: str,
         links: Iterable[LinkSpec],
         clock: Callable[[], int],
-        on_sent: Callable[[SentRecord], None] | None = None,
+        on_sent: OnSent | None = None,
     ) -> None:
         self.me = me
         self.graph = graph
@@ -109,6 +102,7 @@ class Exchange:
         self.clock = clock
         self._on_sent = on_sent
         self._owing: dict[ReceivingLink, None] = {}
+        self._waiting = 0
         for spec in links:
             if spec.source == me:
                 self.sending[spec.edge, spec.target] = SendingLink(spec, SendWindow(spec.credits_bytes))
@@ -152,37 +146,53 @@ class Exchange:
             ProtocolError: the tensors are not what the edge carries.
         """
         spec = link.spec
-        shape = (tensors, len(rows), sum(row.tokens for row in rows))
+        shape = (tensors, len(rows), _tokens(rows))
         if shape != link.checked:  # most messages of an edge are like the one before
             check_specs(spec.name, spec.tensors, rows, tensors)
             link.checked = shape
-        nbytes = sum(meta.nbytes for meta in tensors)
-        message = _Waiting(rows, tensors, buffers, nbytes, ready_ns)
+        nbytes = tensors[0].nbytes if len(tensors) == 1 else sum([meta.nbytes for meta in tensors])
         if link.waiting or not link.window.may_send(nbytes):
             self.counters["credit_waits"] += 1
-            link.waiting.append(message)
+            self._waiting += 1
+            link.waiting.append(_Waiting(rows, tensors, buffers, nbytes, ready_ns))
         else:
-            self._transmit(link, message, ready_ns)
+            self._transmit(link, rows, tensors, buffers, nbytes, ready_ns, ready_ns)
 
     def blocked(self) -> bool:
         """Whether any message waits for credit: the host starts no step meanwhile."""
-        return any(link.waiting for link in self.sending.values())
+        return self._waiting > 0
 
     def unfinished(self) -> bool:
         """Whether anything sent is not acknowledged yet."""
         return any(link.waiting or link.window.kept for link in self.sending.values())
 
-    def _transmit(self, link: SendingLink, message: _Waiting, credit_ns: int) -> None:
-        rows, tensors, buffers, nbytes, ready_ns = message
+    def _transmit(
+        self,
+        link: SendingLink,
+        rows: tuple[Row, ...],
+        tensors: tuple[TensorMeta, ...],
+        buffers: tuple[Buffer, ...],
+        nbytes: int,
+        ready_ns: int,
+        credit_ns: int,
+    ) -> None:
         window, spec = link.window, link.spec
         sequence = window.sequence + 1
+        acks = self._acks_for(spec.target) if self._owing else ()
         sent_ns = self.clock()
         crc = 0 if spec.local else checksum(buffers)
-        header = Header(VERSION, Kind.DATA, spec.edge, sequence, rows, tensors, ready_ns, sent_ns, crc).encode()
+        header = Header(VERSION, DATA, spec.edge, sequence, rows, tensors, ready_ns, sent_ns, crc, acks).encode()
         window.keep(Sent(sequence, nbytes, header, buffers))
         self.outbox.append(Outgoing(spec.target, header, buffers))
         if self._on_sent is not None:
-            self._on_sent(SentRecord(link, sequence, rows, nbytes, ready_ns, credit_ns, sent_ns))
+            self._on_sent(spec.edge, sequence, rows, nbytes, ready_ns, credit_ns, sent_ns)
+
+    def _acks_for(self, peer: str) -> tuple[Ack, ...]:
+        """What is owed to `peer` rides along with a message that goes there anyway."""
+        owed = [link for link in self._owing if link.spec.source == peer]
+        for link in owed:
+            del self._owing[link]
+        return tuple([Ack(link.spec.edge, *link.window.tell()) for link in owed])
 
     # -- receiving ----------------------------------------------------------------------------------------------
 
@@ -197,12 +207,14 @@ class Exchange:
         if isinstance(header, Control):
             self._on_control(arrival.peer, header)
             return None
+        for ack in header.acks:
+            self._on_answer(self._link(self.sending, arrival.peer, ack.edge, "an ack"), Verb.ACK, ack[1:])
         link = self.receiving.get((header.edge, arrival.peer))
         if link is None:
             raise ProtocolError(f"{self.me}: expected an edge of the graph, got edge {header.edge} from {arrival.peer}")
         if not link.open:
             raise ProtocolError(f"edge {link.spec.name}: expected a handshake from {arrival.peer}, got a message")
-        if header.kind != Kind.DATA:
+        if header.kind != DATA:
             raise ProtocolError(f"edge {link.spec.name}: expected data, got {Kind(header.kind).name.lower()}")
         window = link.window
         verdict = window.judge(header.sequence)
@@ -222,15 +234,17 @@ class Exchange:
         window.take()
         self._owing[link] = None
         rows = header.rows
-        shape = (header.tensors, len(rows), sum(row.tokens for row in rows))
+        tensors = header.tensors
+        nbytes = tensors[0].nbytes if len(tensors) == 1 else sum([meta.nbytes for meta in tensors])
+        shape = (tensors, len(rows), _tokens(rows))
         if shape != link.checked:
             try:
-                check_specs(link.spec.name, link.spec.tensors, rows, header.tensors)
+                check_specs(link.spec.name, link.spec.tensors, rows, tensors)
             except ProtocolError as error:
-                self.consumed(link, message.nbytes)
+                self.consumed(link, nbytes)
                 raise RefusedMessage(str(error), rows) from None
             link.checked = shape
-        return Received(link, message, self.clock())
+        return Received(link, message, nbytes, self.clock())
 
     def consumed(self, link: ReceivingLink, nbytes: int) -> None:
         """A message of `nbytes` was used up; tell the sender at once if it may run out of credit, else when idle."""
@@ -277,14 +291,14 @@ class Exchange:
         if verb is Verb.HELLO:
             self._on_hello(peer, message.edge, arguments)
         elif verb is Verb.PROBE:
-            receiving = self._link(self.receiving, peer, message)
+            receiving = self._link(self.receiving, peer, message.edge, verb.name)
             if arguments[0] > receiving.window.received:
                 receiving.window.asked = 0  # the answer to an earlier question was lost
                 self._ask_again(receiving)
             else:
                 self._acknowledge(receiving)
         else:
-            self._on_answer(self._link(self.sending, peer, message), verb, arguments)
+            self._on_answer(self._link(self.sending, peer, message.edge, verb.name), verb, arguments)
 
     def _on_hello(self, peer: str, edge: int, offer: tuple[Any, ...]) -> None:
         link = self.receiving.get((edge, peer))
@@ -310,15 +324,19 @@ class Exchange:
                 self.counters["sent_again"] += 1
                 self.outbox.append(Outgoing(link.spec.target, sent.header, sent.buffers))
         while link.waiting and link.window.may_send(link.waiting[0].nbytes):
-            self._transmit(link, link.waiting.popleft(), self.clock())
+            self._waiting -= 1
+            rows, tensors, buffers, nbytes, ready_ns = link.waiting.popleft()
+            self._transmit(link, rows, tensors, buffers, nbytes, ready_ns, self.clock())
 
-    def _link(self, links: dict[tuple[int, str], Link], peer: str, message: Control) -> Link:
-        link = links.get((message.edge, peer))
+    def _link(self, links: dict[tuple[int, str], Link], peer: str, edge: int, what: str) -> Link:
+        link = links.get((edge, peer))
         if link is None:
-            raise ProtocolError(
-                f"{self.me}: expected {message.verb.name} of an edge of the graph, got edge {message.edge} from {peer}"
-            )
+            raise ProtocolError(f"{self.me}: expected {what} of an edge of the graph, got edge {edge} from {peer}")
         return link
+
+
+def _tokens(rows: tuple[Row, ...]) -> int:
+    return rows[0].tokens if len(rows) == 1 else sum([row.tokens for row in rows])
 
 
 class RefusedMessage(ProtocolError):

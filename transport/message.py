@@ -20,6 +20,8 @@ if sys.byteorder != "little":  # the bytes of a tensor are sent as they lie in m
     raise ImportError("ranvier's wire format is little-endian; this machine is not")
 
 Buffer = bytes | memoryview
+COPY_BELOW_BYTES = 64 * 1024
+"""Buffers smaller than this are copied on their way out: tracking their release costs more (pyzmq's own threshold)."""
 
 
 class Message(NamedTuple):
@@ -27,11 +29,6 @@ class Message(NamedTuple):
 
     header: Header
     buffers: tuple[Buffer, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors, without the header."""
-        return sum(meta.nbytes for meta in self.header.tensors)
 
 
 def checksum(buffers: Sequence[Buffer]) -> int:

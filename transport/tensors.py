@@ -6,12 +6,14 @@ a view of the message's own bytes and must never be written in place.
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 from .codec import RAW
 from .dtypes import BY_NAME, TABLE
 from .header import TensorMeta
-from .message import Buffer
+from .message import COPY_BELOW_BYTES, Buffer
 
 _TORCH: tuple[torch.dtype, ...] = tuple(getattr(torch, row.name) for row in TABLE)
 _NUMBER: dict[torch.dtype, int] = {dtype: number for number, dtype in enumerate(_TORCH)}
@@ -25,7 +27,8 @@ def torch_dtype(name: str) -> torch.dtype:
 def to_buffer(name: str, tensor: torch.Tensor) -> tuple[TensorMeta, Buffer]:
     """The meta of `tensor` (any shape, any strides, in host memory) and a view of its bytes.
 
-    Only a tensor that is not contiguous is copied. Raises ValueError for a dtype that is not in the table.
+    Copied only if it is not contiguous, or so small that a copy is cheaper than a view. Raises ValueError for a dtype
+    that is not in the table.
     """
     number = _NUMBER.get(tensor.dtype)
     if number is None:
@@ -38,9 +41,10 @@ def to_buffer(name: str, tensor: torch.Tensor) -> tuple[TensorMeta, Buffer]:
         tensor = tensor.detach()
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
+    if nbytes < COPY_BELOW_BYTES:  # ZeroMQ would copy it anyway, and so it takes 1 µs instead of 5
+        return TensorMeta(name, number, shape, RAW, nbytes), ctypes.string_at(tensor.data_ptr(), nbytes)
     if tensor.dtype is torch.bfloat16:  # numpy knows none: the bytes are what is sent, so integers will do
         tensor = tensor.view(torch.int16)
-    # cast to bytes by memoryview: 1 µs less than a view and a reshape by torch
     return TensorMeta(name, number, shape, RAW, nbytes), tensor.numpy().data.cast("B")
 
 

@@ -18,10 +18,7 @@ from . import endpoint
 from .errors import AddressError, LinkBroken, LinkClosed, ProtocolError
 from .header import MAX_TENSORS
 from .link import Arrival
-from .message import Buffer
-
-COPY_BELOW_BYTES = 64 * 1024
-"""Frames smaller than this are copied on send: tracking their release costs more (pyzmq's own threshold)."""
+from .message import COPY_BELOW_BYTES, Buffer
 
 LINGER_MS = 500
 _MORE = int(zmq.SNDMORE | zmq.DONTWAIT)
@@ -129,9 +126,7 @@ class ZeroWire:
                     inbox.setsockopt(zmq.RCVTIMEO, -1 if timeout_s is None else int(timeout_s * 1000))
                     self._timeout_s = timeout_s
                 identity = inbox.recv()
-            if not inbox.getsockopt(zmq.RCVMORE):
-                raise ProtocolError(f"{self.me}: expected a header after the identity, got nothing")
-            header = inbox.recv(copy=False)
+            header = inbox.recv(copy=False)  # a ROUTER's message has at least one frame after the identity
             if not header.more:
                 if identity == _WAKE:
                     return None

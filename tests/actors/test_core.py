@@ -61,7 +61,7 @@ class Bench:
                         header, buffers = received.message
                         self.got.append((header.rows, from_buffer(header.tensors[0], buffers[0]).tolist()))
                         if self.read_down:
-                            end.consumed(received.link, received.message.nbytes)
+                            end.consumed(received.link, received.nbytes)
                 end.idle()
                 for peer, header_bytes, buffers in end.outbox:
                     self.wires[name].send(peer, header_bytes, buffers)

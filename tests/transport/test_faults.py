@@ -49,7 +49,7 @@ class Pair:
                     if received is not None:
                         header, buffers = received.message
                         self.got += from_buffer(header.tensors[0], buffers[0]).tolist()
-                        end.consumed(received.link, received.message.nbytes)
+                        end.consumed(received.link, received.nbytes)
                 end.idle()
                 if turn % 4 == 3:
                     end.tick()
@@ -160,3 +160,40 @@ def test_a_message_before_the_handshake_is_refused() -> None:
     pair.run(1)
     assert "expected a handshake" in str(pair.errors[0])
     assert pair.got == []
+
+
+def test_acknowledgements_ride_along() -> None:
+    """Two links that go both ways: while each answers the other, no acknowledgement takes a message of its own."""
+    back = LinkSpec(1, "b.x -> a.x", "b.0.1", "a.0.1", LINK.tensors, 6, 1 << 20)
+    network = MemoryNetwork()
+    wires = {me: network.wire(me) for me in ("a.0.1", "b.0.1")}
+    ends = {me: Exchange(me, "g", [LINK, back], network.clock) for me in wires}
+    alone = 0
+
+    def turn(answers: bool) -> None:
+        nonlocal alone
+        for me, end in ends.items():
+            while (arrival := wires[me].receive(0)) is not None:
+                received = end.on_arrival(arrival)
+                if received is not None:
+                    if answers:
+                        [link] = end.sending.values()
+                        header, buffers = received.message
+                        end.send(link, header.rows, header.tensors, buffers, 0)
+                    end.consumed(received.link, received.nbytes)
+            for peer, header_bytes, buffers in end.outbox:
+                alone += answers and not buffers
+                wires[me].send(peer, header_bytes, buffers)
+            end.outbox.clear()
+
+    for end in ends.values():
+        end.open()
+    for _ in range(3):
+        turn(answers=False)
+    [link] = ends["a.0.1"].sending.values()
+    meta, buffer = to_buffer("x", torch.tensor([1]))
+    ends["a.0.1"].send(link, (Row(1, 1, 0, 1),), (meta,), (buffer,), 0)
+    for _ in range(40):
+        turn(answers=True)
+    assert link.window.sequence > 15  # more than its credit: grants came
+    assert alone == 0

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ranvier.transport import header as h
 from ranvier.transport.dtypes import TABLE
 from ranvier.transport.errors import ProtocolError
-from ranvier.transport.header import Header, Row, TensorMeta, decode
+from ranvier.transport.header import Ack, Header, Row, TensorMeta, decode
 
 COUNT = st.integers(0, (1 << 63) - 1)
 
@@ -43,6 +43,7 @@ HEADERS = st.builds(
     ready_ns=COUNT,
     sent_ns=COUNT,
     checksum=st.integers(0, (1 << 32) - 1),
+    acks=st.lists(st.builds(Ack, COUNT, COUNT, COUNT, COUNT), max_size=4).map(tuple),
 )
 
 
@@ -72,7 +73,7 @@ VALUES = st.recursive(
 @settings(max_examples=500)
 def test_no_msgpack_raises_anything_else(fields: list[Any], index: int, value: Any) -> None:
     """Well-formed msgpack of the wrong shape, and a good header with one field changed: ProtocolError or a header."""
-    good: list[Any] = [1, 0, 0, 1, [[1, 1, 0, 1]], [["x", 8, [1], 0, 4]], 5, 6, 0]
+    good: list[Any] = [1, 0, 0, 1, [[1, 1, 0, 1]], [["x", 8, [1], 0, 4]], 5, 6, 0, []]
     if index < len(good):
         good[index] = value
     for candidate in (fields, good):
@@ -96,22 +97,25 @@ def test_a_damaged_header_is_refused_or_read(header: Header, data: Any) -> None:
     ("data", "words"),
     [
         (b"\x00" * (64 * 1024 + 1), "expected at most 65536 bytes, got 65537"),
-        (msgpack.packb([2, 0, 0, 1, [], [], 0, 0, 0]), "expected wire version 1, got 2"),
-        (msgpack.packb([True, 0, 0, 1, [], [], 0, 0, 0]), "expected wire version 1, got True"),
-        (msgpack.packb([1, 9, 0, 1, [], [], 0, 0, 0]), "expected a kind from 0 to 3, got 9"),
-        (msgpack.packb([1, 0, -1, 1, [], [], 0, 0, 0]), "expected edge as an integer from 0, got -1"),
-        (msgpack.packb([1, 0, 0, 1, [[1, 1, 0]], [], 0, 0, 0]), "expected a row of 4 integers"),
+        (msgpack.packb([2, 0, 0, 1, [], [], 0, 0, 0, []]), "expected wire version 1, got 2"),
+        (msgpack.packb([True, 0, 0, 1, [], [], 0, 0, 0, []]), "expected wire version 1, got True"),
+        (msgpack.packb([1, 9, 0, 1, [], [], 0, 0, 0, []]), "expected a kind from 0 to 3, got 9"),
+        (msgpack.packb([1, 0, -1, 1, [], [], 0, 0, 0, []]), "expected edge as an integer from 0, got -1"),
+        (msgpack.packb([1, 0, 0, 1, [[1, 1, 0]], [], 0, 0, 0, []]), "expected a row of 4 integers"),
         (
-            msgpack.packb([1, 0, 0, 1, [], [["x", 10, [1], 0, 4]], 0, 0, 0]),
+            msgpack.packb([1, 0, 0, 1, [], [["x", 10, [1], 0, 4]], 0, 0, 0, []]),
             "tensor x: expected a dtype from 0 to 9, got 10",
         ),
         (
-            msgpack.packb([1, 0, 0, 1, [], [["x", 8, [1], 1, 4]], 0, 0, 0]),
+            msgpack.packb([1, 0, 0, 1, [], [["x", 8, [1], 1, 4]], 0, 0, 0, []]),
             "tensor x: expected a codec from 0 to 0, got 1",
         ),
-        (msgpack.packb([1, 0, 0, 1, [], [["x", 8, [1] * 9, 0, 4]], 0, 0, 0]), "rank at most 8"),
-        (msgpack.packb([1, 0, 0, 1, [], [["x", 8, [3], 0, 4]], 0, 0, 0]), "expected 12 bytes for float32[3], got 4"),
-        (msgpack.packb([1, 0, 0, 1, [], [["x", 8, [1 << 40, 1 << 40], 0, 4]], 0, 0, 0]), "expected at most"),
+        (msgpack.packb([1, 0, 0, 1, [], [["x", 8, [1] * 9, 0, 4]], 0, 0, 0, []]), "rank at most 8"),
+        (msgpack.packb([1, 0, 0, 1, [], [["x", 8, [3], 0, 4]], 0, 0, 0, []]), "expected 12 bytes for float32[3], got 4"),
+        (msgpack.packb([1, 0, 0, 1, [], [["x", 8, [1 << 40, 1 << 40], 0, 4]], 0, 0, 0, []]), "expected at most"),
+        (msgpack.packb([1, 0, 0, 1, [], [], 0, 0, 0]), "expected 10 fields, got 9"),
+        (msgpack.packb([1, 0, 0, 1, [], [], 0, 0, -5, []]), "expected version, kind, edge"),
+        (msgpack.packb([1, 0, 0, 1, [], [], 0, 0, 0, [[1, 2, 3, -4]]]), "expected an ack of 4 integers"),
         (msgpack.packb([1, 3, 0, 77]), "expected a verb from 0 to 5, got 77"),
         (msgpack.packb([1, 3, 0, 3, 1]), "control ACK: expected (int, int, int)"),
         (msgpack.packb({}), "expected an array"),

@@ -84,7 +84,7 @@ class Peer:
             if received is not None:
                 self.taken.append(received)
                 if consume:
-                    self.exchange.consumed(received.link, received.message.nbytes)
+                    self.exchange.consumed(received.link, received.nbytes)
             self.flush()
             wait_s = 0
         self.exchange.idle()
@@ -183,7 +183,7 @@ def test_credit_bounds_what_is_on_its_way(make_wire: MakeWire) -> None:
     assert a.exchange.blocked()
     assert a.exchange.counters["credit_waits"] == 7
     for received in b.taken:
-        b.exchange.consumed(received.link, received.message.nbytes)
+        b.exchange.consumed(received.link, received.nbytes)
     turns(a, b, until=lambda: len(b.taken) == 10)
     assert not a.exchange.blocked()
 
@@ -199,7 +199,7 @@ def test_credit_in_bytes(make_wire: MakeWire) -> None:
     assert len(b.taken) == 2
     for count in (3, 4, 5):
         for received in b.taken[-1 if count > 3 else 0 :]:
-            b.exchange.consumed(received.link, received.message.nbytes)
+            b.exchange.consumed(received.link, received.nbytes)
         for _ in range(5):
             b.turn(consume=False, wait_s=0.01)
             a.turn(wait_s=0.01)
