@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,27 +20,19 @@ from .actor import Batch
 from .spec import HostLink, PortSpec
 
 
-@dataclass(slots=True, eq=False)
-class Source:
-    """The message that rows came in. Its credit returns, and its record closes, with the last of its rows."""
-
-    received: Received
-    rows_left: int
-
-
 class Piece(NamedTuple):
     """Rows that are complete: a tensor for every input port."""
 
     rows: tuple[Row, ...]
     tensors: dict[str, torch.Tensor]
-    sources: tuple[Source, ...]
+    sources: tuple[Received, ...]
 
 
 class Work(NamedTuple):
     """One step to take."""
 
     batch: Batch
-    sources: tuple[Source, ...]
+    sources: tuple[Received, ...]
 
 
 class HostCore:
@@ -77,7 +68,8 @@ class HostCore:
         self._stacks = all(port.stacks for port in self._inputs.values())
         self._epochs: dict[int, int] = {}
         self._ready: deque[Piece] = deque()
-        self._partial: dict[Row, dict[str, tuple[torch.Tensor, Source]]] = {}
+        self._partial: dict[Row, dict[str, tuple[torch.Tensor, Received]]] = {}
+        self._rows_left: dict[tuple[ReceivingLink, int], int] = {}
 
     # -- sessions -----------------------------------------------------------------------------------------------
 
@@ -102,26 +94,26 @@ class HostCore:
         header, buffers = received.message
         rows = header.rows
         here = self._in[received.link]
-        source = Source(received, len(rows))
         if here.feedback:
             # What comes back is bounded by the open sessions, one step each. Its credit returns at once, so that a
             # ring of full links cannot stand still.
             self.exchange.consumed(received.link, received.nbytes)
         tensor = from_buffer(header.tensors[0], buffers[0])
         if len(self._inputs) == 1:
-            self._ready.append(Piece(rows, {here.port: tensor}, (source,)))
+            self._ready.append(Piece(rows, {here.port: tensor}, (received,)))
         else:
-            self._join(here.port, rows, tensor, source)
+            self._rows_left[received.link, header.sequence] = len(rows)
+            self._join(here.port, rows, tensor, received)
 
-    def _join(self, port: str, rows: tuple[Row, ...], tensor: torch.Tensor, source: Source) -> None:
+    def _join(self, port: str, rows: tuple[Row, ...], tensor: torch.Tensor, received: Received) -> None:
         """`join: all`. A row waits until every port holds the same (session, epoch, position, tokens)."""
         for row, part in zip(rows, self._split(port, rows, tensor), strict=True):
             held = self._partial.setdefault(row, {})
             if port in held:
                 self.counters["rows_repeated"] += 1
-                self._use_up((source,))
+                self._use_up((received,))
                 continue
-            held[port] = part, source
+            held[port] = part, received
             if len(held) == len(self._inputs):
                 del self._partial[row]
                 tensors = {name: held[name][0] for name in self._inputs}
@@ -231,19 +223,21 @@ class HostCore:
             for index, row in enumerate(batch.rows)
         ]
 
-    def finish(self, work: Work) -> list[Source]:
+    def finish(self, work: Work) -> list[Received]:
         """The step is over, well or not: give its credit back. Returns the messages that are done with."""
         return self._use_up(work.sources)
 
-    def _use_up(self, sources: Iterable[Source]) -> list[Source]:
+    def _use_up(self, sources: Iterable[Received]) -> list[Received]:
+        """The messages that are done with. Where rows of one are joined with rows of others, the last row ends it."""
         done = []
-        for source in sources:
+        for received in sources:
             if len(self._inputs) > 1:
-                source.rows_left -= 1
-                if source.rows_left:
+                key = received.link, received.message.header.sequence
+                self._rows_left[key] -= 1
+                if self._rows_left[key]:
                     continue
-            received = source.received
+                del self._rows_left[key]
             if not self._in[received.link].feedback:
                 self.exchange.consumed(received.link, received.nbytes)
-            done.append(source)
+            done.append(received)
         return done

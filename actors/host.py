@@ -18,7 +18,7 @@ import torch
 
 from ranvier.transport.codec import RAW
 from ranvier.transport.errors import LinkBroken, ProtocolError
-from ranvier.transport.exchange import Exchange, RefusedMessage
+from ranvier.transport.exchange import Exchange, Received, RefusedMessage
 from ranvier.transport.header import Row
 from ranvier.transport.link import Arrival
 from ranvier.transport.zeromq import ZeroWire
@@ -26,7 +26,7 @@ from ranvier.transport.zeromq import ZeroWire
 from .actor import Actor, Batch, Context
 from .checkpoint import open_checkpoint
 from .control import ControlThread
-from .core import HostCore, Source, Work
+from .core import HostCore, Work
 from .crossing import Crossing
 from .kinds import load_class
 from .lifecycle import Lifecycle, State
@@ -238,8 +238,8 @@ class Host:
         crossing.stepping_since_ns = 0
         if self.spec.trace:
             put, batch = crossing.ring.put, len(done)
-            for source in done:
-                put(_done_record(source, started_ns, finished_ns, batch))
+            for received in done:
+                put(_done_record(received, started_ns, finished_ns, batch))
 
     def _step_failed(self, work: Work, error: Exception) -> None:
         """End the sessions that the failure is due to; the others of the batch get their step alone."""
@@ -340,8 +340,8 @@ class Host:
         self.crossing.ring.put((SENT, edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, RAW, rows))
 
 
-def _done_record(source: Source, started_ns: int, finished_ns: int, batch: int) -> tuple[Any, ...]:
-    _, (header, _), nbytes, received_ns = source.received
+def _done_record(received: Received, started_ns: int, finished_ns: int, batch: int) -> tuple[Any, ...]:
+    _, (header, _), nbytes, received_ns = received
     return (
         DONE, header.edge, header.sequence, nbytes, header.sent_ns, received_ns, started_ns, finished_ns, batch,
         header.rows,

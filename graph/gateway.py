@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from ranvier.transport.codec import RAW
 from ranvier.transport.dtypes import BY_NAME
 from ranvier.transport.exchange import Exchange, Received, SendingLink
 from ranvier.transport.header import Row, TensorMeta
-from ranvier.transport.message import Buffer, Message
+from ranvier.transport.message import Buffer
 
 Tensors = Mapping[str, tuple[TensorMeta, Buffer]]
 
@@ -40,7 +40,7 @@ class Stream:
     info: SessionInfo
     opening: set[str]
     inputs: Tensors = field(default_factory=dict)
-    outputs: dict[str, Message] = field(default_factory=dict)
+    outputs: dict[str, tuple[TensorMeta, Buffer]] = field(default_factory=dict)
     log: list[int] = field(default_factory=list)
     logits: dict[int, Buffer] = field(default_factory=dict)
     events: deque[Delivered | str | Exception] = field(default_factory=deque)
@@ -138,9 +138,9 @@ class Gateway:
             for row, token in zip(message.header.rows, tokens, strict=True):
                 self._on_token(row, token)
         elif port == "logits":
-            self._on_logits(message)
+            self._on_logits(received)
         else:
-            self._on_output(port, message)
+            self._on_output(port, received)
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -167,13 +167,12 @@ class Gateway:
             return  # its logits come on an edge of their own, after it
         self._deliver(stream, row.position)
 
-    def _on_logits(self, message: Message) -> None:
-        width = message.header.tensors[0].shape[1] * 4
-        for index, row in enumerate(message.header.rows):
+    def _on_logits(self, received: Received) -> None:
+        for row, (_, buffer) in rows_of(received):
             stream = self.streams.get(row.session)
             if stream is None or row.epoch != stream.info.epoch:
                 continue
-            stream.logits[row.position] = bytes(message.buffers[0][index * width : (index + 1) * width])
+            stream.logits[row.position] = bytes(buffer)
             if row.position < len(stream.log):
                 self._deliver(stream, row.position)
 
@@ -183,12 +182,12 @@ class Gateway:
         if stream.info.finished(stream.generated, token):
             self._end(stream, "stop" if token in stream.info.stop_tokens else "length")
 
-    def _on_output(self, port: str, message: Message) -> None:
-        for row in message.header.rows:
+    def _on_output(self, port: str, received: Received) -> None:
+        for row, part in rows_of(received):
             stream = self.streams.get(row.session)
             if stream is None or row.epoch != stream.info.epoch:
                 continue
-            stream.outputs[port] = message
+            stream.outputs[port] = part
             if stream.outputs.keys() == self._answers:
                 self._end(stream, "done")
 
@@ -206,3 +205,19 @@ def token_tensor(ids: Sequence[int]) -> tuple[TensorMeta, bytes]:
     """Token ids as an int64 tensor of the wire, without torch."""
     data = array("q", ids).tobytes()
     return TensorMeta("token", BY_NAME["int64"].number, (len(ids),), RAW, len(data)), data
+
+
+def rows_of(received: Received) -> Iterator[tuple[Row, tuple[TensorMeta, Buffer]]]:
+    """Each row of a message with its own share of the tensor: sessions that shared a batch part here."""
+    header, (buffer,) = received.message
+    [meta] = header.tensors
+    if len(header.rows) == 1:
+        yield header.rows[0], (meta, buffer)
+        return
+    spec = received.link.spec.tensors[0][1]
+    view, start = memoryview(buffer), 0
+    for row in header.rows:
+        count = row.tokens if spec.shape[0] == "tokens" else 1
+        nbytes = meta.nbytes // meta.shape[0] * count
+        yield row, (meta._replace(shape=(count, *meta.shape[1:]), nbytes=nbytes), view[start : start + nbytes])
+        start += nbytes

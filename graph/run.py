@@ -178,7 +178,7 @@ class Run:
             while not isinstance(await client.event(), str):
                 pass
         outputs = client.stream.outputs
-        return {port: from_buffer(said.header.tensors[0], said.buffers[0]) for port, said in outputs.items()}
+        return {port: from_buffer(meta, buffer) for port, (meta, buffer) in outputs.items()}
 
     def _prompt_ids(self, prompt: str | Sequence[dict[str, str]] | Sequence[int], raw: bool) -> list[int]:
         if isinstance(prompt, str):

@@ -16,7 +16,7 @@ from .handshake import hello, objection
 from .header import DATA, VERSION, Ack, Control, Header, Kind, Row, TensorMeta, Verb, control, decode
 from .link import Arrival, LinkSpec
 from .message import Buffer, Message, check_specs, checksum, read_message
-from .window import ReceiveWindow, SendWindow, Sent, Verdict
+from .window import ReceiveWindow, SendWindow, Sent
 
 Link = TypeVar("Link")
 _Shape = tuple[tuple[TensorMeta, ...], int, int]
@@ -217,13 +217,8 @@ class Exchange:
         if header.kind != DATA:
             raise ProtocolError(f"edge {link.spec.name}: expected data, got {Kind(header.kind).name.lower()}")
         window = link.window
-        verdict = window.judge(header.sequence)
-        if verdict is not Verdict.TAKE:
-            self.counters[verdict.value] += 1
-            if verdict is Verdict.GAP:
-                self._ask_again(link)
-            else:
-                self._owing[link] = None
+        if header.sequence != window.received + 1:
+            self._out_of_order(link, header.sequence)
             return None
         try:
             message = read_message(header, arrival.buffers)
@@ -245,6 +240,15 @@ class Exchange:
                 raise RefusedMessage(str(error), rows) from None
             link.checked = shape
         return Received(link, message, nbytes, self.clock())
+
+    def _out_of_order(self, link: ReceivingLink, sequence: int) -> None:
+        """One already seen is dropped, a gap is asked for again."""
+        if sequence <= link.window.received:
+            self.counters["duplicate"] += 1
+            self._owing[link] = None
+        else:
+            self.counters["gap"] += 1
+            self._ask_again(link)
 
     def consumed(self, link: ReceivingLink, nbytes: int) -> None:
         """A message of `nbytes` was used up; tell the sender at once if it may run out of credit, else when idle."""

@@ -7,7 +7,6 @@ Sliding-window flow control with go-back-N repair, as in Tanenbaum, Computer Net
 
 from __future__ import annotations
 
-import enum
 from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -64,14 +63,6 @@ class SendWindow:
         return [sent for sent in self.kept if sent.sequence >= sequence]
 
 
-class Verdict(enum.Enum):
-    """What the receiver does with a sequence number."""
-
-    TAKE = "take"
-    DUPLICATE = "duplicate"
-    GAP = "gap"
-
-
 @dataclass(slots=True)
 class ReceiveWindow:
     """The receiver's side: `credits_messages` and `credits_bytes` may be on their way or unread at any time."""
@@ -86,13 +77,8 @@ class ReceiveWindow:
     told_bytes: int = 0
     asked: int = 0
 
-    def judge(self, sequence: int) -> Verdict:
-        """Take the next one, drop one already seen, ask again for a gap."""
-        if sequence == self.received + 1:
-            return Verdict.TAKE
-        return Verdict.DUPLICATE if sequence <= self.received else Verdict.GAP
-
     def take(self) -> None:
+        """The next one in sequence came; the caller has seen that it is the next one."""
         self.received += 1
 
     def ask(self) -> int | None:

@@ -179,6 +179,7 @@ def test_smollm2_in_four_is_exact_for_ten_sessions_at_once(
         assert len(result.token_ids) == 64 or result.token_ids[-1] == 2
 
 
+@pytest.mark.slow
 def test_a_stream_is_what_transformers_generates(oracle: Any, runs: Path, graph_file: Any, split: Any) -> None:
     """Word for word the oracle's own `generate`, alone in a run, over tcp."""
     path = graph_file(

@@ -101,7 +101,7 @@ def test_an_actor_that_dies_while_loading(how: str, words: str, faulty: Make, ru
         assert "faulty.py" in caught.value.remote_traceback
 
 
-@pytest.mark.parametrize("how", ["sleep", "hold the interpreter"])
+@pytest.mark.parametrize("how", ["sleep", pytest.param("hold the interpreter", marks=pytest.mark.slow)])
 def test_an_actor_that_never_finishes_loading(how: str, faulty: Make, runs: Path) -> None:
     """The deadline for starting ends the run; a host that holds its interpreter is killed like any other."""
     with pytest.raises(
@@ -149,8 +149,10 @@ def test_a_failing_session_in_a_batch_leaves_the_others(faulty: Make, runs: Path
             "wrong shape",
             r"edge bad.y -> gateway.y: expected float32\[tokens\] with tokens=1, rows=1, got float32\[1, 1\]",
         ),
-        ("wrong port", "step returned the port 'z'; the actor's outputs are y"),
-        ("no tensor", "step returned int for the port 'y', expected a torch.Tensor"),
+        pytest.param("wrong port", "step returned the port 'z'; the actor's outputs are y", marks=pytest.mark.slow),
+        pytest.param(
+            "no tensor", "step returned int for the port 'y', expected a torch.Tensor", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_outputs_that_do_not_fit(how: str, words: str, faulty: Make, runs: Path) -> None:
@@ -170,7 +172,7 @@ def test_a_session_that_an_actor_refuses_to_open(faulty: Make, runs: Path) -> No
     ("how", "words"),
     [
         ("kill", "actor bad.0: its process was ended by signal 9 while running"),
-        ("exit", "actor bad.0: its process ended with exit code 7 while running"),
+        pytest.param("exit", "actor bad.0: its process ended with exit code 7 while running", marks=pytest.mark.slow),
         ("stop", r"actor bad.0: no heartbeat for \d"),
         ("hold the interpreter", r"actor bad.0: no heartbeat for \d"),
         ("sleep", r"actor bad.0: in one step for \d"),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,10 @@ from ranvier.graph import perfetto, trace
 
 
 @pytest.fixture(scope="module")
-def run_dir(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_dir(tiny: Any) -> Iterator[Path]:
     """A run of three sessions at once over four actors."""
     folder, _ = tiny("plain")
-    place = tmp_path_factory.mktemp("t")
+    place = Path(tempfile.mkdtemp(prefix="rv-", dir="/tmp"))
     graph_path = place / "graph.yaml"
     graph_path.write_text(
         json.dumps({
@@ -36,13 +38,14 @@ def run_dir(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
             pass
 
     async def main() -> Path:
-        async with ranvier.launch(graph, runs=Path("/tmp") / place.name) as run:
+        async with ranvier.launch(graph, runs=place) as run:
             async with trio.open_nursery() as nursery:
                 for prompt in ([1, 2, 3], list(range(20)), [7]):
                     nursery.start_soon(one, run, prompt)
             return run.dir
 
-    return trio.run(main)
+    yield trio.run(main)
+    shutil.rmtree(place)
 
 
 def test_every_message_left_a_record_at_both_ends(run_dir: Path) -> None:

@@ -111,7 +111,10 @@ def test_a_damaged_header_is_refused_or_read(header: Header, data: Any) -> None:
             "tensor x: expected a codec from 0 to 0, got 1",
         ),
         (msgpack.packb([1, 0, 0, 1, [], [["x", 8, [1] * 9, 0, 4]], 0, 0, 0, []]), "rank at most 8"),
-        (msgpack.packb([1, 0, 0, 1, [], [["x", 8, [3], 0, 4]], 0, 0, 0, []]), "expected 12 bytes for float32[3], got 4"),
+        (
+            msgpack.packb([1, 0, 0, 1, [], [["x", 8, [3], 0, 4]], 0, 0, 0, []]),
+            "expected 12 bytes for float32[3], got 4",
+        ),
         (msgpack.packb([1, 0, 0, 1, [], [["x", 8, [1 << 40, 1 << 40], 0, 4]], 0, 0, 0, []]), "expected at most"),
         (msgpack.packb([1, 0, 0, 1, [], [], 0, 0, 0]), "expected 10 fields, got 9"),
         (msgpack.packb([1, 0, 0, 1, [], [], 0, 0, -5, []]), "expected version, kind, edge"),

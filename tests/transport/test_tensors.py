@@ -57,8 +57,8 @@ def bytes_of(tensor: torch.Tensor) -> bytes:
 
 
 def test_sending_does_not_copy() -> None:
-    """The buffer is the tensor's own memory, and what is received is a view of the buffer."""
-    tensor = torch.zeros(4)
+    """The buffer of a large tensor is its own memory, and what is received is a view of the buffer."""
+    tensor = torch.zeros(1 << 14)
     _, buffer = to_buffer("x", tensor)
     tensor[1] = 7
     assert torch.frombuffer(buffer, dtype=torch.float32)[1] == 7
