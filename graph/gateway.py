@@ -211,13 +211,14 @@ def rows_of(received: Received) -> Iterator[tuple[Row, tuple[TensorMeta, Buffer]
     """Each row of a message with its own share of the tensor: sessions that shared a batch part here."""
     header, (buffer,) = received.message
     [meta] = header.tensors
-    if len(header.rows) == 1:
-        yield header.rows[0], (meta, buffer)
+    first = received.link.spec.tensors[0][1].shape[:1]
+    if len(header.rows) == 1 or first not in (("tokens",), ("rows",)):
+        for row in header.rows:
+            yield row, (meta, buffer)
         return
-    spec = received.link.spec.tensors[0][1]
     view, start = memoryview(buffer), 0
     for row in header.rows:
-        count = row.tokens if spec.shape[0] == "tokens" else 1
-        nbytes = meta.nbytes // meta.shape[0] * count
+        count = row.tokens if first == ("tokens",) else 1
+        nbytes = meta.nbytes // max(1, meta.shape[0]) * count
         yield row, (meta._replace(shape=(count, *meta.shape[1:]), nbytes=nbytes), view[start : start + nbytes])
         start += nbytes
