@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from . import run_folder
-from .check import Graph
+from .checked import Graph
 from .generation import Generation, Token
 from .run import Progress, Run, launch
 

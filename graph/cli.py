@@ -19,8 +19,8 @@ from ranvier.actors.session import Sampling
 from ranvier.transport.errors import RanvierError
 
 from . import perfetto, run_folder, show, trace
-from .check import Graph
 from .check import load as load_graph
+from .checked import Graph
 from .errors import GraphError
 from .plan import plan
 

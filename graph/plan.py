@@ -16,7 +16,7 @@ from ranvier.transport.endpoint import parse
 from ranvier.transport.link import LinkSpec
 from ranvier.transport.spec import TensorSpec
 
-from .check import CheckedActor, CheckedEdge, Graph
+from .checked import CheckedActor, CheckedEdge, Graph
 
 EPOCH = 1
 """The generation of hosts that a run starts with."""

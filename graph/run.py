@@ -26,7 +26,7 @@ from ranvier.transport.trio_wire import TrioWire
 from ranvier.transport.zeromq import ZeroWire
 
 from . import run_folder, template, tokenizer
-from .check import Graph
+from .checked import Graph
 from .gateway import Gateway
 from .generation import Client, Generation, Wakes
 from .plan import EPOCH, REPLICA, Plan, plan

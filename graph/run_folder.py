@@ -23,7 +23,7 @@ from typing import Any
 
 from ranvier.transport.endpoint import MAX_IPC_PATH_BYTES
 
-from .check import Graph
+from .checked import Graph
 from .errors import GraphError, Position, Problem
 from .plan import Plan
 

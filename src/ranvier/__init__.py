@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from ranvier.actors.errors import ActorFailed, CheckpointError, Overloaded
     from ranvier.actors.session import Sampling, SessionInfo
     from ranvier.graph.blocking import BlockingRun, start
-    from ranvier.graph.check import Graph, load
+    from ranvier.graph.check import load
+    from ranvier.graph.checked import Graph
     from ranvier.graph.errors import GraphError
     from ranvier.graph.generation import Generation, Result, Token
     from ranvier.graph.plan import Plan, plan
@@ -37,7 +38,7 @@ _PLACES = {
     "ActorFailed": "actors.errors", "CheckpointError": "actors.errors", "Overloaded": "actors.errors",
     "Sampling": "actors.session", "SessionInfo": "actors.session",
     "BlockingRun": "graph.blocking", "start": "graph.blocking",
-    "Graph": "graph.check", "load": "graph.check",
+    "Graph": "graph.checked", "load": "graph.check",
     "GraphError": "graph.errors",
     "Plan": "graph.plan", "plan": "graph.plan",
     "Generation": "graph.generation", "Result": "graph.generation", "Token": "graph.generation",

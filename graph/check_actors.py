@@ -1,0 +1,196 @@
+"""The part of the check that looks at actors: names, kinds, the checkpoint, layers, endpoints."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from ranvier.actors import kinds
+from ranvier.actors.checkpoint import Checkpoint, open_checkpoint
+from ranvier.actors.errors import CheckpointError
+from ranvier.actors.kinds import Kind, KindError
+from ranvier.actors.model import weights
+from ranvier.actors.spec import GATEWAY
+from ranvier.transport import endpoint
+from ranvier.transport.errors import AddressError
+from ranvier.transport.spec import TensorSpec
+
+from . import source
+from .checked import CheckedActor, Ports
+from .errors import Problem
+from .findings import Findings
+from .load import Document
+from .schema import ActorSection, GraphFile
+
+
+class ActorCheck(Findings):
+    """Checks actors one by one, and that together they hold every layer once."""
+
+    def __init__(
+        self, document: Document, file: GraphFile, problems: list[Problem], folder: Path, allow_code: bool
+    ) -> None:
+        super().__init__(document, file, problems)
+        self.folder = folder
+        self.allow_code = allow_code
+
+    def names(self) -> None:
+        if GATEWAY in self.file.actors:
+            self._wrong(
+                f"actor name {GATEWAY!r} is reserved for where clients enter; use another", "actors", GATEWAY, key=True
+            )
+
+    def kinds(self) -> dict[str, Kind]:
+        found = {}
+        for name, actor in self.file.actors.items():
+            try:
+                found[name] = kinds.find(actor.kind, self.folder, self.allow_code)
+            except KindError as error:
+                self._wrong(f"actor {name}: {error}", "actors", name, "kind")
+        return found
+
+    def checkpoint(self, found: Mapping[str, Kind]) -> Checkpoint | None:
+        using = [name for name, kind in found.items() if kind.uses_model]
+        if self.file.model is None:
+            for name in using:
+                self._wrong(
+                    f"actor {name}: kind {found[name].name!r} needs a model; add model: {{source: …}}", "actors", name
+                )
+            return None
+        trusted = ("model", "source") in self.document.overridden
+        try:
+            return open_checkpoint(source.resolve(self.file.model.source, self.folder, trusted))
+        except (source.SourceError, CheckpointError) as error:
+            self._wrong(f"model: {error}", "model", "source")
+            return None
+
+    def actors(self, found: Mapping[str, Kind], checkpoint: Checkpoint | None) -> dict[str, CheckedActor]:
+        actors = {}
+        for name, kind in found.items():
+            section = self.file.actors[name]
+            layers = self._layer_range(name, section, kind, checkpoint)
+            elements = 0
+            if kind.ports_of is not None:
+                assert checkpoint is not None and self.file.model is not None
+                inputs, outputs = kind.ports_of(checkpoint.config, self.file.model.dtype)
+                held = (0, checkpoint.config.layers - 1) if kind.name == "model" else layers
+                try:
+                    elements = weights.check(checkpoint, kind.name, held)
+                except CheckpointError as error:
+                    self._wrong(f"actor {name}: {error}; the checkpoint does not fit", "actors", name)
+            else:
+                inputs, outputs = self._own_ports(name, kind)
+            actors[name] = CheckedActor(name, section, kind, inputs, outputs, layers, elements)
+        return actors
+
+    def _own_ports(self, name: str, kind: Kind) -> tuple[Ports, Ports]:
+        try:
+            made = kinds.load_class(kind.implementation, kind.folder)
+        except Exception as error:  # code of the user's own may raise anything; it is the file's problem
+            self._wrong(f"actor {name}: {type(error).__name__}: {error}; mend the class", "actors", name, "kind")
+            return {}, {}
+        ports = [*made.inputs.items(), *made.outputs.items()]
+        for port, spec in ports:
+            if not isinstance(spec, TensorSpec) or not re.fullmatch(r"[a-z][a-z0-9_]{0,60}", port):
+                self._wrong(
+                    f"actor {name}: port {port!r}: expected a lower-case name and a TensorSpec", "actors", name, "kind"
+                )
+        if not made.inputs:
+            self._wrong(f"actor {name}: {kind.name} has no inputs; state them in its class", "actors", name, "kind")
+        return made.inputs, made.outputs
+
+    def _layer_range(
+        self, name: str, section: ActorSection, kind: Kind, checkpoint: Checkpoint | None
+    ) -> tuple[int, int] | None:
+        if not kind.uses_layers:
+            if section.layers is not None:
+                self._wrong(
+                    f"actor {name}: kind {kind.name!r} has no layers; remove the key",
+                    "actors",
+                    name,
+                    "layers",
+                    key=True,
+                )
+            return None
+        if section.layers is None or checkpoint is None:
+            self._wrong(f"actor {name}: layers are missing; add layers: first-last", "actors", name)
+            return None
+        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", str(section.layers))
+        count = checkpoint.config.layers
+        if match is None:
+            self._wrong(
+                f"actor {name}: layers {section.layers!r}: expected first-last, such as 0-14", "actors", name, "layers"
+            )
+            return None
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < count:
+            self._wrong(
+                f"actor {name}: layers {first}-{last} are out of range; the model has 0-{count - 1}",
+                "actors",
+                name,
+                "layers",
+            )
+            return None
+        return first, last
+
+    def layers(self, actors: Mapping[str, CheckedActor], checkpoint: Checkpoint | None) -> None:
+        """Every layer of the model stands in exactly one blocks actor."""
+        owners: dict[int, str] = {}
+        blocks = [actor for actor in actors.values() if actor.layers is not None]
+        if not blocks or checkpoint is None:
+            return
+        for actor in blocks:
+            assert actor.layers is not None
+            own = range(actor.layers[0], actor.layers[1] + 1)
+            doubled = [layer for layer in own if layer in owners]
+            if doubled:
+                self._wrong(
+                    f"actor {actor.name}: layer {_ranges(doubled)} is in {owners[doubled[0]]} already; "
+                    "give each layer to one actor",
+                    *("actors", actor.name, "layers"),
+                )
+            owners.update(dict.fromkeys(own, actor.name))
+        missing = [layer for layer in range(checkpoint.config.layers) if layer not in owners]
+        if missing:
+            self._wrong(f"layers {_ranges(missing)} are in no actor; add them to one", "actors", key=True)
+
+    def endpoints(self) -> None:
+        taken: dict[str, str] = {}
+        if self.file.transport != "ipc":
+            try:
+                place = endpoint.parse(self.file.transport)
+                if place.scheme != "tcp" or place.port:
+                    raise AddressError(
+                        f"transport {self.file.transport!r}: expected ipc or tcp://address without a port"
+                    )
+            except AddressError as error:
+                self._wrong(f"{error}; for example tcp://127.0.0.1", "transport")
+        for name, actor in self.file.actors.items():
+            if actor.endpoint is None:
+                continue
+            try:
+                place = endpoint.parse(actor.endpoint)
+            except AddressError as error:
+                self._wrong(f"actor {name}: {error}; change the endpoint", "actors", name, "endpoint")
+                continue
+            if place.scheme == "inproc":
+                self._wrong(
+                    f"actor {name}: inproc reaches no other process; use ipc or tcp", "actors", name, "endpoint"
+                )
+            elif not (place.scheme == "tcp" and place.port == 0):
+                if str(place) in taken:
+                    self._wrong(
+                        f"actor {name}: endpoint {place} is that of {taken[str(place)]}; give each actor its own",
+                        "actors", name, "endpoint",
+                    )  # fmt: skip
+                taken[str(place)] = name
+
+
+def _ranges(numbers: list[int]) -> str:
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -1,0 +1,251 @@
+"""The part of the check that looks at edges: ports that exist and fit, nothing open, no cycle but by feedback."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from collections.abc import Iterable, Mapping
+
+from ranvier.actors.checkpoint import Checkpoint
+from ranvier.actors.spec import GATEWAY
+from ranvier.transport.spec import TensorSpec
+
+from .checked import CheckedActor, CheckedEdge, Ports
+from .errors import Problem
+from .findings import Findings
+from .load import Document
+from .schema import EdgeSection, GraphFile
+
+
+class EdgeCheck(Findings):
+    """Checks the edges between actors whose ports are known."""
+
+    def __init__(
+        self, document: Document, file: GraphFile, problems: list[Problem], actors: Mapping[str, CheckedActor]
+    ) -> None:
+        super().__init__(document, file, problems)
+        self.actors = actors
+
+    def edges(self) -> list[CheckedEdge]:
+        edges = []
+        seen: dict[tuple[str, str], int] = {}
+        for index, section in enumerate(self.file.edges):
+            if (section.source, section.target) in seen:
+                self._wrong(f"edge {section.source} -> {section.target} stands here twice; remove one", "edges", index)
+                continue
+            seen[section.source, section.target] = index
+            edge = self._edge(section, index)
+            if edge is not None:
+                edges.append(edge)
+        edges += self._pipeline()
+        if not self.problems:
+            edges += self._gateway_edges(edges)
+        return edges
+
+    def _edge(self, section: EdgeSection, index: int) -> CheckedEdge | None:
+        name = f"{section.source} -> {section.target}"
+        source_actor, out = section.source.split(".")
+        target_actor, into = section.target.split(".")
+        if section.credits < 1:
+            self._wrong(
+                f"edge {name}: credits {section.credits}: nothing could ever be sent; give at least 1",
+                "edges",
+                index,
+                "credits",
+            )
+        source_spec = self._port(source_actor, out, "outputs", index, "from")
+        target_spec = self._port(target_actor, into, "inputs", index, "to")
+        if source_actor == target_actor == GATEWAY:
+            self._wrong(f"edge {name}: goes from the gateway to the gateway; name an actor", "edges", index)
+            return None
+        if source_spec is not None and target_spec is not None and not source_spec.fits(target_spec):
+            self._wrong(
+                f"edge {name}: {section.source} gives {source_spec}, {section.target} takes {target_spec}; make them the same",
+                "edges", index,
+            )  # fmt: skip
+            return None
+        spec = target_spec if source_actor == GATEWAY else source_spec
+        if spec is None:
+            return None
+        return CheckedEdge(
+            source_actor, out, target_actor, into, spec,
+            section.feedback, section.codec, section.credits, section.credit_bytes,
+        )  # fmt: skip
+
+    def _port(self, actor: str, port: str, side: str, index: int, key: str) -> TensorSpec | None:
+        """The spec of a port; what the gateway takes or gives is what the other end says."""
+        if actor == GATEWAY:
+            other = self.file.edges[index]
+            name, far = (other.target if side == "outputs" else other.source).split(".")
+            return self._ports(name, "inputs" if side == "outputs" else "outputs").get(far)
+        if actor not in self.actors:
+            self._wrong(f"actor {actor!r} does not exist; {_near(actor, [*self.actors, GATEWAY])}", "edges", index, key)
+            return None
+        ports = self._ports(actor, side)
+        if port not in ports:
+            self._wrong(
+                f"actor {actor} has no port {port!r} among its {side}; {_near(port, ports)}", "edges", index, key
+            )
+        return ports.get(port)
+
+    def _ports(self, actor: str, side: str) -> Ports:
+        if actor not in self.actors:
+            return {}
+        return self.actors[actor].inputs if side == "inputs" else self.actors[actor].outputs
+
+    def _pipeline(self) -> list[CheckedEdge]:
+        """The edges that `pipeline:` is short for: each actor's ports to the next one's of the same name, and `token`
+        back from the last to the first."""
+        names = self.file.pipeline or []
+        for index, name in enumerate(names):
+            if name not in self.actors:
+                self._wrong(f"actor {name!r} does not exist; {_near(name, self.actors)}", "pipeline", index)
+            elif name in names[:index]:
+                self._wrong(f"actor {name!r} is in the pipeline twice; remove one", "pipeline", index)
+        if self.problems or not names:
+            return []
+        edges = []
+        for index, (name, following) in enumerate(itertools.pairwise(names), 1):
+            outputs, inputs = self.actors[name].outputs, self.actors[following].inputs
+            shared = [port for port in outputs if port in inputs]
+            if not shared:
+                self._wrong(
+                    f"{name} has no output that {following} takes ({', '.join(outputs)} against {', '.join(inputs)}); "
+                    "write the edges out", "pipeline", index,
+                )  # fmt: skip
+            edges += [CheckedEdge(name, port, following, port, outputs[port]) for port in shared]
+        first, last = self.actors[names[0]], self.actors[names[-1]]
+        if "token" in last.outputs and "token" in first.inputs:
+            edges.append(CheckedEdge(last.name, "token", first.name, "token", last.outputs["token"], feedback=True))
+        for edge in edges:
+            if not self.actors[edge.source].outputs[edge.out].fits(self.actors[edge.target].inputs[edge.into]):
+                self._wrong(
+                    f"edge {edge.name}: {edge.source} gives {edge.spec}, {edge.target} takes "
+                    f"{self.actors[edge.target].inputs[edge.into]}; make them the same", "pipeline",
+                )  # fmt: skip
+        return edges
+
+    def _gateway_edges(self, edges: list[CheckedEdge]) -> list[CheckedEdge]:
+        made = []
+        given = {(edge.source, edge.out, edge.target, edge.into) for edge in edges}
+        for actor in self.actors.values():
+            made += [
+                CheckedEdge(GATEWAY, port, actor.name, port, actor.inputs[port], implied=True)
+                for port in actor.kind.from_gateway
+                if (GATEWAY, port, actor.name, port) not in given
+            ]
+            made += [
+                CheckedEdge(actor.name, port, GATEWAY, port, actor.outputs[port], implied=True)
+                for port in actor.kind.to_gateway
+                if (actor.name, port, GATEWAY, port) not in given
+            ]
+        return made
+
+    def connected(self, edges: Iterable[CheckedEdge]) -> None:
+        fed = {(edge.target, edge.into) for edge in edges}
+        used = {(edge.source, edge.out) for edge in edges}
+        for actor in self.actors.values():
+            for port in actor.inputs:
+                if (actor.name, port) not in fed:
+                    self._wrong(
+                        f"actor {actor.name}: input {port!r} is open; add an edge to it, or feed it from the client by "
+                        f"{GATEWAY}.{port} -> {actor.name}.{port}", "actors", actor.name, key=True,
+                    )  # fmt: skip
+            for port in actor.outputs:
+                if (actor.name, port) not in used and port not in actor.kind.optional:
+                    self._wrong(
+                        f"actor {actor.name}: output {port!r} is open; add an edge from it, or give it to the client by "
+                        f"{actor.name}.{port} -> {GATEWAY}.{port}", "actors", actor.name, key=True,
+                    )  # fmt: skip
+        reached = _reach({GATEWAY}, [(edge.source, edge.target) for edge in edges])
+        for name in self.actors:
+            if name not in reached:
+                self._wrong(
+                    f"actor {name}: nothing from the gateway ever reaches it; connect it", "actors", name, key=True
+                )
+
+    def cycles(self, edges: Iterable[CheckedEdge]) -> None:
+        forward = [(e.source, e.target) for e in edges if not e.feedback and GATEWAY not in (e.source, e.target)]
+        cycle = _cycle(forward)
+        if cycle:
+            steps = set(itertools.pairwise(cycle))
+            last = [
+                i for i, e in enumerate(self.file.edges) if (e.source.split(".")[0], e.target.split(".")[0]) in steps
+            ]
+            self._wrong(
+                f"cycle {' -> '.join(cycle)} has no feedback edge; mark the edge that carries the result back "
+                "with feedback: true", *(("edges", last[-1]) if last else ("pipeline",)),
+            )  # fmt: skip
+        for index, section in enumerate(self.file.edges):
+            if section.feedback:
+                source_actor, target_actor = section.source.split(".")[0], section.target.split(".")[0]
+                if source_actor not in _reach({target_actor}, forward):
+                    self._wrong(
+                        f"edge {section.source} -> {section.target} closes no cycle; remove feedback: true",
+                        "edges",
+                        index,
+                        "feedback",
+                    )
+
+    def order(self, edges: Iterable[CheckedEdge], checkpoint: Checkpoint | None) -> None:
+        """Layers follow each other along the edges."""
+        if checkpoint is None:
+            return
+        count = checkpoint.config.layers
+        for edge in edges:
+            if edge.out != "hidden" or edge.into != "hidden" or GATEWAY in (edge.source, edge.target):
+                continue
+            before, after = self.actors[edge.source], self.actors[edge.target]
+            ends = {"embedding": -1}.get(before.kind.name, before.layers[1] if before.layers else None)
+            starts = {"head": count}.get(after.kind.name, after.layers[0] if after.layers else None)
+            if ends is not None and starts is not None and starts != ends + 1:
+                need = "the head" if ends + 1 == count else f"layer {ends + 1}"
+                self._wrong(
+                    f"edge {edge.name}: after {before.name} comes {need}, "
+                    f"but {after.name} {'is the head' if starts == count else f'starts at layer {starts}'}; mend the order",
+                    *self._edge_path(edge),
+                )
+
+    def _edge_path(self, edge: CheckedEdge) -> tuple[str | int, ...]:
+        for index, section in enumerate(self.file.edges):
+            if (section.source, section.target) == (f"{edge.source}.{edge.out}", f"{edge.target}.{edge.into}"):
+                return ("edges", index)
+        return ("pipeline",)
+
+
+def _reach(start: set[str], arrows: list[tuple[str, str]]) -> set[str]:
+    reached, frontier = set(start), set(start)
+    while frontier:
+        frontier = {target for source_, target in arrows if source_ in frontier} - reached
+        reached |= frontier
+    return reached
+
+
+def _cycle(arrows: list[tuple[str, str]]) -> list[str]:
+    """The nodes of one cycle, the first repeated at the end; empty if there is none."""
+    following: dict[str, list[str]] = {}
+    for source_, target in arrows:
+        following.setdefault(source_, []).append(target)
+    for start in following:
+        trail: dict[str, str] = {start: ""}
+        stack = [start]
+        while stack:
+            node = stack.pop()
+            for target in following.get(node, ()):
+                if target == start:
+                    path = [start]
+                    while node:
+                        path.append(node)
+                        node = trail[node]
+                    return path[::-1]
+                if target not in trail:
+                    trail[target] = node
+                    stack.append(target)
+    return []
+
+
+def _near(name: str, names: Iterable[str]) -> str:
+
+    names = list(names)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names) or 'none'}"

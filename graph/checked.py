@@ -1,0 +1,85 @@
+"""What a checked graph is: actors whose kinds, ports and weights are known, edges between ports that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ranvier.actors.checkpoint import Checkpoint
+from ranvier.actors.kinds import Kind
+from ranvier.actors.spec import GATEWAY
+from ranvier.transport.spec import TensorSpec
+
+from .schema import ActorSection, GraphFile
+
+Ports = Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedActor:
+    """One actor whose kind, ports, layers and weights are known. `elements`: numbers in its weights."""
+
+    name: str
+    section: ActorSection
+    kind: Kind
+    inputs: Ports
+    outputs: Ports
+    layers: tuple[int, int] | None
+    elements: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedEdge:
+    """One edge between ports that fit. `implied`: it is not in the file (the gateway's own)."""
+
+    source: str
+    out: str
+    target: str
+    into: str
+    spec: TensorSpec
+    feedback: bool = False
+    codec: str = "raw"
+    credits_messages: int = 8
+    credits_bytes: int = 64 << 20
+    implied: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.source}.{self.out} -> {self.target}.{self.into}"
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A graph that can run."""
+
+    path: Path
+    file: GraphFile
+    checkpoint: Checkpoint | None
+    actors: Mapping[str, CheckedActor]
+    edges: tuple[CheckedEdge, ...]
+
+    @property
+    def name(self) -> str:
+        return self.file.name
+
+    @property
+    def generates(self) -> bool:
+        """Whether it is a language model: the gateway sends tokens in and gets tokens out."""
+        return any(e.source == GATEWAY and e.out == "token" for e in self.edges) and any(
+            e.target == GATEWAY and e.into == "sampled" for e in self.edges
+        )
+
+    def expanded(self) -> dict[str, Any]:
+        """The long form of the file: every edge and every setting written out."""
+        plain = self.file.model_dump(by_alias=True, exclude={"pipeline", "edges"}, exclude_none=True)
+        plain["edges"] = [
+            {
+                "from": f"{e.source}.{e.out}", "to": f"{e.target}.{e.into}", "feedback": e.feedback, "codec": e.codec,
+                "credits": e.credits_messages, "credit_bytes": e.credits_bytes,
+            }
+            for e in self.edges
+            if not e.implied
+        ]  # fmt: skip
+        return plain
