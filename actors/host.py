@@ -279,7 +279,12 @@ class Host:
     def _obey(self, kind: str, fields: Mapping[str, Any]) -> bool:
         """False: stop."""
         if kind == "open":
-            self._open_session(SessionInfo.from_plain(fields["info"]))
+            try:
+                info = SessionInfo.from_plain(fields["info"])
+            except (KeyError, TypeError, ValueError) as error:
+                self._refused(ProtocolError(f"control open: {type(error).__name__}: {error}"))
+                return True
+            self._open_session(info)
         elif kind == "close":
             self._close_session(fields["session"])
         return kind != "stop"

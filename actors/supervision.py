@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ranvier.transport.errors import ProtocolError
+
 from .errors import ActorFailed
-from .lifecycle import Lifecycle, State
+from .lifecycle import IllegalTransition, Lifecycle, State
 from .spec import HostSpec
 
 _PROGRESS = list(State)
@@ -51,13 +53,20 @@ class Supervision:
     # -- events -------------------------------------------------------------------------------------------------
 
     def on_message(self, label: str, kind: str, fields: Mapping[str, Any], now_s: float) -> None:
-        """A control message of a host about itself."""
+        """A control message of a host about itself.
+
+        Raises:
+            ProtocolError: a state that does not exist or cannot follow.
+        """
         host = self._by_label[label]
         host.heard_s = now_s
         if kind == "state":
-            state = State(fields["state"])
-            if state is not host.life.state and not host.life.over:
-                host.life.to(state, fields["why"])
+            try:
+                state = State(fields["state"])
+                if state is not host.life.state and not host.life.over:
+                    host.life.to(state, fields["why"])
+            except (ValueError, IllegalTransition) as error:
+                raise ProtocolError(f"control state of {label}: {error}") from None
         elif kind == "progress":
             host.loaded = fields["share"]
         elif kind == "ready":

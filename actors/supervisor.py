@@ -132,7 +132,11 @@ class Supervisor:
                 kind, fields = decode(arrival.header)
                 self._take(arrival.peer, kind, fields)
             except ProtocolError as error:
-                self._log.warning("refused", what=str(error))
+                self.refused(SUPERVISOR, str(error))
+
+    def refused(self, by: str, what: str) -> None:
+        """Log a message that was refused."""
+        self._log.warning("refused", actor=by, what=what)
 
     def _take(self, label: str, kind: str, fields: Mapping[str, Any]) -> None:
         if kind in ("opened", "session_failed"):
@@ -140,7 +144,7 @@ class Supervisor:
                 self._log.error("session failed", actor=label, **fields)
             self._on_session(label, kind, fields)
         elif kind == "refused":
-            self._log.warning("refused", actor=label, what=fields["what"])
+            self.refused(label, fields["what"])
         else:
             self.supervision.on_message(label, kind, fields, time.monotonic())
             if kind in ("state", "ready", "failed"):

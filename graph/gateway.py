@@ -122,6 +122,12 @@ class Gateway:
         if not stream.opening:
             self._send_inputs(stream)
 
+    def on_lost(self, session: int, error: Exception) -> None:
+        """What was on its way to the client was refused here."""
+        stream = self.streams.get(session)
+        if stream is not None:
+            self._end(stream, error)
+
     def on_failure(self, failure: Exception) -> None:
         """The run is lost: every stream ends with the reason."""
         self._failure = self._failure or failure

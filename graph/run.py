@@ -20,7 +20,7 @@ from ranvier.actors.supervisor import Supervisor
 from ranvier.actors.trace_file import DONE, SENT, TraceFile
 from ranvier.transport.codec import RAW
 from ranvier.transport.errors import LinkClosed, ProtocolError, RanvierError
-from ranvier.transport.exchange import Exchange, Received
+from ranvier.transport.exchange import Exchange, Received, RefusedMessage
 from ranvier.transport.header import Row
 from ranvier.transport.trio_wire import TrioWire
 from ranvier.transport.zeromq import ZeroWire
@@ -183,9 +183,16 @@ class Run:
     def _prompt_ids(self, prompt: str | Sequence[dict[str, str]] | Sequence[int], raw: bool) -> list[int]:
         if isinstance(prompt, str):
             return self.codec.encode(prompt, special=True) if raw else self.chat_tokens(prompt)
-        if prompt and isinstance(prompt[0], dict):
-            return self.chat_tokens([dict(message) for message in prompt if isinstance(message, dict)])
-        return [token for token in prompt if isinstance(token, int)]
+        messages = [item for item in prompt if isinstance(item, dict)]
+        tokens = [item for item in prompt if isinstance(item, int)]
+        if len(messages) == len(prompt) > 0:
+            return self.chat_tokens(messages)
+        if len(tokens) == len(prompt):
+            return tokens
+        kinds = ", ".join(sorted({type(item).__name__ for item in prompt}))
+        raise RequestError(
+            f"prompt: expected text, a list of chat messages, or a list of token ids, got a list of {kinds}"
+        )
 
     def _check_prompt(self, ids: list[int], max_tokens: int, context: int, vocab: int) -> None:
         if not ids:
@@ -238,13 +245,13 @@ class Run:
             with trio.move_on_after(ACK_DELAY_S if exchange.owes() else TICK_S):
                 try:
                     arrival = await self._wire.receive()
-                except ProtocolError:
-                    exchange.counters["refused"] += 1
+                except ProtocolError as error:
+                    self._refused(error)
             if arrival is not None:
                 try:
                     received = exchange.on_arrival(arrival)
-                except ProtocolError:
-                    exchange.counters["refused"] += 1
+                except ProtocolError as error:
+                    self._refused(error)
                 else:
                     if received is not None:
                         self._gateway.on_message(received)
@@ -254,6 +261,13 @@ class Run:
             else:
                 exchange.tick()
             self._flush()
+
+    def _refused(self, error: ProtocolError) -> None:
+        """Log it, and tell the clients whose answer it was."""
+        self._supervisor.refused(GATEWAY, str(error))
+        if isinstance(error, RefusedMessage):
+            for row in error.rows:
+                self._gateway.on_lost(row.session, error)
 
     async def _failure(self) -> None:
         await self._supervisor.failed.wait()
@@ -278,8 +292,9 @@ class Run:
         with TraceFile(self.dir, f"{GATEWAY}.{REPLICA}") as file:
             try:
                 while True:
-                    await trio.sleep(SHIP_INTERVAL_S)
-                    file.write(self._ring.take(SHIP_AT_ONCE), self._ring.dropped)
+                    if not file.write(self._ring.take(SHIP_AT_ONCE), self._ring.dropped):
+                        await trio.sleep(SHIP_INTERVAL_S)
+                    await trio.lowlevel.checkpoint()
             finally:
                 while file.write(self._ring.take(SHIP_AT_ONCE), self._ring.dropped):
                     pass

@@ -113,6 +113,15 @@ def test_one_step_over_the_deadline_is_a_hang() -> None:
     assert "actor a.0: in one step for 3.1 s (limit 3.0 s): hung" in str(supervision.failure)
 
 
+def test_a_state_that_cannot_be_is_refused() -> None:
+    """Nothing that a host says of itself brings the supervisor down."""
+    supervision = running(spec("a"))
+    for state, words in (("flying", "'flying' is not a valid State"), ("loading", "running -> loading")):
+        with pytest.raises(ProtocolError, match=words):
+            supervision.on_message("a.0", "state", {"state": state, "why": ""}, 2.0)
+    assert supervision.failure is None
+
+
 def test_the_first_failure_is_the_reason() -> None:
     """When one host dies its neighbours follow; the run names the first."""
     supervision = running(spec("a"), spec("b"))

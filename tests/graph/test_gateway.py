@@ -1,0 +1,145 @@
+"""The gateway's promises, without a process: admission, order, once only, exactly one end, everything given back."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+
+from ranvier.actors.errors import ActorFailed, Overloaded
+from ranvier.actors.session import SessionInfo
+from ranvier.graph.gateway import Delivered, Gateway, Stream, token_tensor
+from ranvier.transport.exchange import Exchange, Received
+from ranvier.transport.header import Header, Row, TensorMeta
+from ranvier.transport.link import LinkSpec
+from ranvier.transport.message import Message
+from ranvier.transport.spec import TensorSpec
+
+ME, EMBED, HEAD = "gateway.0.1", "embed.0.1", "head.0.1"
+LINKS = [
+    LinkSpec(0, "in", ME, EMBED, (("token", TensorSpec("int64", ("tokens",))),), 8, 1 << 20),
+    LinkSpec(1, "out", HEAD, ME, (("sampled", TensorSpec("int64", ("rows",))),), 8, 1 << 20),
+    LinkSpec(2, "logits", HEAD, ME, (("logits", TensorSpec("float32", ("rows", 2))),), 8, 1 << 20),
+]
+
+
+class Bench:
+    def __init__(self, capacity: int | None = 100, chunk: int = 4) -> None:
+        self.exchange = Exchange(ME, "g", LINKS, lambda: 0)
+        for link in self.exchange.sending.values():
+            link.open = True
+            link.window.grant(1000, 1 << 30)
+        self.gateway = Gateway(self.exchange, ["embed.0", "head.0"], capacity, chunk)
+
+    def submit(self, prompt: int = 3, tokens: int = 2, **options: object) -> Stream:
+        info = SessionInfo(0, 0, prompt + tokens, tuple(range(prompt)), tokens, **options)  # type: ignore[arg-type]
+        return self.gateway.submit(info)
+
+    def opened(self, stream: Stream) -> None:
+        for label in ("embed.0", "head.0"):
+            self.gateway.on_session_event(label, "opened", {"session": stream.info.session, "epoch": 1})
+
+    def told(self, rows: list[Row], tokens: list[int]) -> None:
+        self.message(1, rows, TensorMeta("sampled", 5, (len(rows),), 0, 8 * len(rows)), array("q", tokens).tobytes())
+
+    def message(self, edge: int, rows: list[Row], meta: TensorMeta, data: bytes) -> None:
+        link = self.exchange.receiving[edge, HEAD]
+        header = Header(1, 0, edge, link.window.received + 1, tuple(rows), (meta,), 0, 0, 0)
+        link.window.take()
+        self.gateway.on_message(Received(link, Message(header, (data,)), len(data), 0))
+
+
+def test_nothing_is_sent_before_every_host_has_opened() -> None:
+    """The session is offered to all, the prompt goes in chunks once all have it."""
+    bench = Bench()
+    stream = bench.submit(prompt=10)
+    assert [kind for kind, _ in bench.gateway.commands] == ["open"]
+    bench.gateway.on_session_event("embed.0", "opened", {"session": 1, "epoch": 1})
+    bench.gateway.on_session_event("embed.0", "opened", {"session": 1, "epoch": 1})
+    assert bench.exchange.outbox == []
+    bench.gateway.on_session_event("head.0", "opened", {"session": 1, "epoch": 7})  # of another epoch
+    assert bench.exchange.outbox == []
+    bench.gateway.on_session_event("head.0", "opened", {"session": 1, "epoch": 1})
+    assert len(bench.exchange.outbox) == 3
+    assert not stream.events
+
+
+def test_each_position_once_and_in_order_then_one_end() -> None:
+    """Told twice, out of turn, of another epoch, after the end: the client sees each position once and one end."""
+    bench = Bench()
+    stream = bench.submit(prompt=3, tokens=2)
+    bench.opened(stream)
+    for row in (Row(1, 1, 4, 1), Row(1, 2, 3, 1), Row(9, 1, 3, 1)):
+        bench.told([row], [50])
+    bench.told([Row(1, 1, 3, 1)], [60])
+    bench.told([Row(1, 1, 3, 1)], [61])
+    bench.told([Row(1, 1, 4, 1)], [70])
+    bench.told([Row(1, 1, 5, 1)], [80])
+    assert list(stream.events) == [Delivered(3, 60), Delivered(4, 70), "length"]
+    assert stream.log == [0, 1, 2, 60, 70]
+    assert bench.exchange.counters["tokens_refused"] == 5
+    assert [kind for kind, _ in bench.gateway.commands] == ["open", "close"]
+
+
+def test_a_stop_token_ends_the_stream() -> None:
+    bench = Bench()
+    stream = bench.submit(tokens=5, stop_tokens=(60,))
+    bench.opened(stream)
+    bench.told([Row(1, 1, 3, 1)], [60])
+    assert list(stream.events) == [Delivered(3, 60), "stop"]
+
+
+@pytest.mark.parametrize("first", ["token", "logits"])
+def test_logits_and_token_are_delivered_together(first: str) -> None:
+    """They come on two edges, in either order; of two sessions in one message each gets its own row."""
+    bench = Bench()
+    streams = [bench.submit(tokens=1, logits=True), bench.submit(tokens=1, logits=True)]
+    for stream in streams:
+        bench.opened(stream)
+    rows = [Row(1, 1, 3, 1), Row(2, 1, 3, 1)]
+    data = array("f", [1, 2, 3, 4]).tobytes()
+    for what in ("token", "logits") if first == "token" else ("logits", "token"):
+        if what == "token":
+            bench.told(rows, [60, 61])
+        else:
+            bench.message(2, rows, TensorMeta("logits", 8, (2, 2), 0, 16), data)
+    assert list(streams[0].events) == [Delivered(3, 60, data[:8]), "length"]
+    assert list(streams[1].events) == [Delivered(3, 61, data[8:]), "length"]
+
+
+def test_what_does_not_fit_is_turned_away_at_the_door() -> None:
+    """Room is reserved for the whole of a session and given back at its end, however it ends."""
+    bench = Bench(capacity=12)
+    first, second = bench.submit(), bench.submit()
+    with pytest.raises(Overloaded, match="needs 5 tokens of KV cache, 2 of 12 are free"):
+        bench.submit()
+    bench.gateway.cancel(first)
+    bench.gateway.cancel(first)
+    third = bench.submit()
+    failed = {"session": second.info.session, "epoch": 1, "error": "boom", "traceback": "T"}
+    bench.gateway.on_session_event("head.0", "session_failed", failed)
+    bench.gateway.on_session_event("embed.0", "session_failed", failed)
+    [error] = second.events
+    assert isinstance(error, ActorFailed)
+    assert (error.actor, error.session, error.remote_traceback) == ("head.0", 2, "T")
+    bench.gateway.on_lost(third.info.session, ValueError("refused"))
+    bench.gateway.on_lost(third.info.session, ValueError("again"))
+    assert [str(event) for event in third.events] == ["refused"]
+    bench.submit(prompt=10, tokens=2)
+
+
+def test_a_lost_run_ends_every_stream_and_takes_no_more() -> None:
+    bench = Bench()
+    streams = [bench.submit() for _ in range(3)]
+    failure = ActorFailed("lower.0", "signal 9")
+    bench.gateway.on_failure(failure)
+    bench.gateway.on_failure(ActorFailed("upper.0", "later"))
+    assert [list(stream.events) for stream in streams] == [[failure]] * 3
+    with pytest.raises(ActorFailed, match="lower.0"):
+        bench.submit()
+
+
+def test_token_tensors_need_no_torch() -> None:
+    meta, data = token_tensor([1, 2**40])
+    assert (meta.shape, meta.nbytes, len(data)) == ((2,), 16, 16)
+    assert array("q", data).tolist() == [1, 2**40]
