@@ -192,7 +192,8 @@ def test_smollm2_in_four_is_exact_for_ten_sessions_at_once(
 @pytest.mark.parametrize("transport", ["ipc", "tcp://127.0.0.1"])
 @pytest.mark.parametrize("actors", [1, 2, 4, 8])
 def test_smollm2_is_exact_in_every_cut(
-    actors: int, transport: str, source: str, oracle: Any, oracle64: Any, runs: Path, graph_file: Any, split: Any,
+    actors: int, transport: str, source: str, oracle: Any, oracle64: Any, generated: Generated, runs: Path,
+    graph_file: Any, split: Any,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:  # fmt: skip
     """One, two, four, eight actors; ipc and tcp; GGUF and safetensors: ten prompts, 64 tokens, logits within 1e-4.
