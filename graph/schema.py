@@ -39,8 +39,12 @@ class ModelSection(Section):
 class ActorSection(Section):
     """One actor: a component in a process of its own."""
 
-    kind: str = Field(min_length=1, max_length=4096, description="embedding, blocks, head, model, or ./file.py:Class")
-    layers: str | int | None = Field(None, description="for blocks: first-last, both included, such as 0-14")
+    kind: str = Field(
+        min_length=1,
+        max_length=4096,
+        description="embedding, blocks, head, first_stage, last_stage, model, or ./file.py:Class",
+    )
+    layers: str | int | None = Field(None, description="for blocks and stages: first-last, both included, such as 0-14")
     threads: int = Field(1, ge=1, le=1024, description="threads torch may use in this process")
     device: Literal["cpu"] = Field("cpu", description="where the actor computes")
     replicas: Literal[1] = Field(1, description="copies of this actor")

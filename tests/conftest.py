@@ -143,9 +143,9 @@ def split_graph(actors: int, layers: int) -> dict[str, Any]:
         return {"actors": {"all": {"kind": "model"}}, "pipeline": ["all"]}
     if actors == 2:
         return {
-            "actors": {"embed": {"kind": "embedding"}, "blocks": {"kind": "blocks", "layers": f"0-{layers - 1}"},
-                       "head": {"kind": "head"}},
-            "pipeline": ["embed", "blocks", "head"],
+            "actors": {"first": {"kind": "first_stage", "layers": f"0-{layers // 2 - 1}"},
+                       "last": {"kind": "last_stage", "layers": f"{layers // 2}-{layers - 1}"}},
+            "pipeline": ["first", "last"],
         }  # fmt: skip
     groups = actors - 2
     bounds = [round(index * layers / groups) for index in range(groups + 1)]

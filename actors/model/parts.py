@@ -1,4 +1,5 @@
-"""The built-in kinds: `embedding`, `blocks`, `head`, and `model`, which is all of them in one actor.
+"""The built-in kinds: `embedding`, `blocks`, `head`; `first_stage` and `last_stage`, which have blocks together with one of the
+others; and `model`, which is all of them in one actor.
 
 Shape suffixes: T tokens of the batch, H hidden, V vocabulary.
 """
@@ -6,6 +7,7 @@ Shape suffixes: T tokens of the batch, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -146,39 +148,72 @@ class Head(Actor):
         return self.weight_VH.nbytes + self.norm_H.nbytes
 
 
-class Model(Actor):
-    """`token` int64 [tokens] -> `token`, `sampled`, `logits` as the head's: a whole model in one actor."""
+class Stage(Actor):
+    """Blocks together with the embedding before them (`begins`), the head after them (`ends`), or both."""
+
+    begins: ClassVar[bool] = False
+    ends: ClassVar[bool] = False
 
     def load(self, context: Context) -> None:
         checkpoint, dtype = _needed(context)
         config = checkpoint.config
-        self.embedding, self.head = Embedding(), Head()
-        self.embedding.load(context)
-        self.blocks = Blocks(checkpoint, (0, config.layers - 1), dtype, context.cache_tokens, context.progress)
-        if config.tied:
-            self.head.load_with(context, self.embedding.weight_VH)
-        else:
-            self.head.load(context)
+        self.embedding = Embedding() if self.begins else None
+        self.head = Head() if self.ends else None
+        if self.embedding is not None:
+            self.embedding.load(context)
+        layers = context.layers or (0, config.layers - 1)
+        self.blocks = Blocks(checkpoint, layers, dtype, context.cache_tokens, context.progress)
+        if self.head is not None:
+            if self.embedding is not None and config.tied:
+                self.head.load_with(context, self.embedding.weight_VH)
+            else:
+                self.head.load(context)
 
     def open(self, session: SessionInfo) -> None:
         self.blocks.open(session.session, session.capacity)
-        self.head.open(session)
+        if self.head is not None:
+            self.head.open(session)
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
-        hidden_TH = self.blocks.forward(batch.rows, self.embedding.forward(batch["token"]))
-        return self.head.forward(batch.rows, hidden_TH)
+        hidden_TH = self.embedding.forward(batch["token"]) if self.embedding is not None else batch["hidden"]
+        hidden_TH = self.blocks.forward(batch.rows, hidden_TH)
+        return self.head.forward(batch.rows, hidden_TH) if self.head is not None else {"hidden": hidden_TH}
 
     def close(self, session: int) -> None:
         self.blocks.cache.close(session)
-        self.head.close(session)
+        if self.head is not None:
+            self.head.close(session)
 
     def capacity_tokens(self) -> int | None:
         return self.blocks.cache.tokens
 
     def held_bytes(self) -> int:
-        tied = self.head.weight_VH is self.embedding.weight_VH
-        head = self.head.norm_H.nbytes if tied else self.head.held_bytes()
-        return self.embedding.held_bytes() + self.blocks.held_bytes() + head
+        held = self.blocks.held_bytes()
+        if self.embedding is not None:
+            held += self.embedding.held_bytes()
+        if self.head is not None:
+            shared = self.embedding is not None and self.head.weight_VH is self.embedding.weight_VH
+            held += self.head.norm_H.nbytes if shared else self.head.held_bytes()
+        return held
+
+
+class FirstStage(Stage):
+    """`token` int64 [tokens] -> `hidden` [tokens, H]: the embedding and the first blocks."""
+
+    begins = True
+
+
+class LastStage(Stage):
+    """`hidden` [tokens, H] -> `token`, `sampled`, `logits` as the head's: the last blocks and the head."""
+
+    ends = True
+
+
+class Model(Stage):
+    """`token` int64 [tokens] -> `token`, `sampled`, `logits` as the head's: a whole model in one actor."""
+
+    begins = True
+    ends = True
 
 
 def _needed(context: Context) -> tuple[Checkpoint, torch.dtype]:

@@ -48,12 +48,12 @@ def block(config: ModelConfig, layer: int) -> Iterator[Need]:
 
 def needs(kind: str, config: ModelConfig, layers: tuple[int, int] | None) -> Iterator[Need]:
     """Every tensor that an actor of a built-in `kind` reads. `layers` are the first and the last, both included."""
-    if kind in ("embedding", "model"):
+    if kind in ("embedding", "first_stage", "model"):
         yield from embedding(config)
     if layers is not None:
         for layer in range(layers[0], layers[1] + 1):
             yield from block(config, layer)
-    if kind == "head" or (kind == "model" and not config.tied):
+    if kind in ("head", "last_stage") or (kind == "model" and not config.tied):
         yield from head(config)
     elif kind == "model":
         yield NORM, (config.hidden,)  # the tied matrix is there already, once
