@@ -17,7 +17,7 @@ from ranvier.actors.checkpoint.checkpoint import read_json
 from ranvier.actors.errors import CheckpointError
 
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_NORMAL, _CONTROL, _USER, _BYTE = 1, 3, 4, 6
+_NORMAL, _CONTROL, _USER = 1, 3, 4
 
 
 @dataclass(frozen=True, slots=True)

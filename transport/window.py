@@ -32,7 +32,6 @@ class SendWindow:
     sent_bytes: int = 0
     sequence_limit: int = 0
     byte_limit: int = 0
-    acknowledged: int = 0
     kept: deque[Sent] = field(default_factory=deque)
 
     def may_send(self, nbytes: int) -> bool:
@@ -53,7 +52,6 @@ class SendWindow:
 
     def acknowledge(self, sequence: int) -> None:
         """Let go of everything up to `sequence`; a number never sent is ignored by the deque's end."""
-        self.acknowledged = max(self.acknowledged, min(sequence, self.sequence))
         kept = self.kept
         while kept and kept[0].sequence <= sequence:
             kept.popleft()

@@ -58,12 +58,12 @@ def start(graph: ranvier.Graph, runs: Path, *values: float) -> list[float | Exce
                 except ranvier.RanvierError as error:
                     answers.append(error)
 
-    with trio_deadline(60):
+    with Deadline(60):
         trio.run(main)
     return answers
 
 
-class trio_deadline:  # noqa: N801
+class Deadline:
     """A bound on the whole test, by alarm: a hang must not be waited for."""
 
     def __init__(self, seconds: int) -> None:
