@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import msgspec
+
 from ranvier.transport.header import Row
 from ranvier.transport.spec import TensorSpec
 
@@ -27,8 +29,7 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(msgspec.Struct, frozen=True, eq=False):
     """Flat rows and their tensors: rows say which tokens belong to which session, there is no padding.
 
     A tensor whose first dimension is `tokens` holds the tokens of all rows one after the other. Tensors of a batch are

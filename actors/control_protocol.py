@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import msgpack
+import msgspec
 
 from ranvier.transport.errors import ProtocolError
 
@@ -31,10 +31,11 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "stop": {},
 }
 
+_decoder = msgspec.msgpack.Decoder(tuple[str, dict[str, Any]])
+
 
 def encode(kind: str, fields: dict[str, Any]) -> bytes:
-    data: bytes = msgpack.packb((kind, fields))
-    return data
+    return msgspec.msgpack.encode((kind, fields))
 
 
 def decode(data: bytes | memoryview) -> tuple[str, dict[str, Any]]:
@@ -46,19 +47,14 @@ def decode(data: bytes | memoryview) -> tuple[str, dict[str, Any]]:
     if len(data) > MAX_BYTES:
         raise ProtocolError(f"control: expected at most {MAX_BYTES} bytes, got {len(data)}")
     try:
-        message = msgpack.unpackb(
-            data, max_str_len=MAX_BYTES, max_bin_len=0, max_array_len=1 << 22, max_map_len=4096, max_ext_len=0
-        )
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
-        raise ProtocolError(f"control: expected msgpack, got {len(data)} bytes that are not ({error})") from None
-    if not isinstance(message, list) or len(message) != 2 or not isinstance(message[1], dict):
-        raise ProtocolError("control: expected [kind, fields]")
-    kind, fields = message
-    expected = FIELDS.get(kind) if isinstance(kind, str) else None
+        kind, fields = _decoder.decode(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise ProtocolError(f"control: expected [kind, fields], got {len(data)} bytes that are not: {error}") from None
+    expected = FIELDS.get(kind)
     if expected is None:
         raise ProtocolError(f"control: unknown kind {kind!r:.80}")
     if fields.keys() != expected.keys():
-        raise ProtocolError(f"control {kind}: expected the fields {sorted(expected)}, got {sorted(map(str, fields))}")
+        raise ProtocolError(f"control {kind}: expected the fields {sorted(expected)}, got {sorted(fields)}")
     for name, types in expected.items():
         if not isinstance(fields[name], types):
             raise ProtocolError(f"control {kind}: {name}: expected {types}, got {type(fields[name]).__name__}")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+
+import msgspec
 
 import torch
 
@@ -20,16 +21,8 @@ from .actor import Batch
 from .spec import HostLink, PortSpec
 
 
-class Piece(NamedTuple):
-    """Rows that are complete: a tensor for every input port."""
-
-    rows: tuple[Row, ...]
-    tensors: dict[str, torch.Tensor]
-    sources: tuple[Received, ...]
-
-
-class Work(NamedTuple):
-    """One step to take."""
+class Work(msgspec.Struct, frozen=True, eq=False):
+    """One step to take, or a piece of one: rows that have a tensor for every input port, and the messages they were in."""
 
     batch: Batch
     sources: tuple[Received, ...]
@@ -67,7 +60,7 @@ class HostCore:
         self._batch_tokens = batch_tokens
         self._stacks = all(port.stacks for port in self._inputs.values())
         self._epochs: dict[int, int] = {}
-        self._ready: deque[Piece] = deque()
+        self._ready: deque[Work] = deque()
         self._partial: dict[Row, dict[str, tuple[torch.Tensor, Received]]] = {}
         self._rows_left: dict[tuple[ReceivingLink, int], int] = {}
 
@@ -91,16 +84,16 @@ class HostCore:
 
     def on_message(self, received: Received) -> None:
         """Queue a message; a port that waits for others keeps its rows until they are there."""
-        header, buffers = received.message
+        header = received.header
         rows = header.rows
         here = self._in[received.link]
         if here.feedback:
             # What comes back is bounded by the open sessions, one step each. Its credit returns at once, so that a
             # ring of full links cannot stand still.
             self.exchange.consumed(received.link, received.nbytes)
-        tensor = from_buffer(header.tensors[0], buffers[0])
+        tensor = from_buffer(header.tensors[0], received.buffers[0])
         if len(self._inputs) == 1:
-            self._ready.append(Piece(rows, {here.port: tensor}, (received,)))
+            self._ready.append(Work(Batch(rows, {here.port: tensor}), (received,)))
         else:
             self._rows_left[received.link, header.sequence] = len(rows)
             self._join(here.port, rows, tensor, received)
@@ -117,7 +110,7 @@ class HostCore:
             if len(held) == len(self._inputs):
                 del self._partial[row]
                 tensors = {name: held[name][0] for name in self._inputs}
-                self._ready.append(Piece((row,), tensors, tuple(held[name][1] for name in self._inputs)))
+                self._ready.append(Work(Batch((row,), tensors), tuple(held[name][1] for name in self._inputs)))
 
     def _split(self, port: str, rows: tuple[Row, ...], tensor: torch.Tensor) -> list[torch.Tensor]:
         if len(rows) == 1:
@@ -143,54 +136,52 @@ class HostCore:
         if not self._ready or self.exchange.blocked():
             return None
         if len(self._ready) == 1:
-            rows, tensors, sources = self._current(self._ready.popleft())
-            return Work(Batch(rows, tensors), sources) if rows else None
-        pieces: list[Piece] = []
+            return self._current(self._ready.popleft())
+        pieces: list[Work] = []
         sessions: set[int] = set()
         tokens = 0
         while self._ready:
             piece = self._ready[0]
-            size = sum(row.tokens for row in piece.rows)
+            size = piece.batch.tokens
             if pieces and (not self._stacks or tokens + size > self._batch_tokens):
                 break
-            if not sessions.isdisjoint(row.session for row in piece.rows):
+            if not sessions.isdisjoint(row.session for row in piece.batch.rows):
                 break  # a session's next step stands on the one before
             self._ready.popleft()
-            piece = self._current(piece)
-            if piece.rows:
-                pieces.append(piece)
+            current = self._current(piece)
+            if current is not None:
+                pieces.append(current)
                 tokens += size
-                sessions.update(row.session for row in piece.rows)
-        if not pieces:
-            return None
-        if len(pieces) == 1:
-            rows, tensors, sources = pieces[0]
-            return Work(Batch(rows, tensors), sources)
+                sessions.update(row.session for row in current.batch.rows)
+        if len(pieces) < 2:
+            return pieces[0] if pieces else None
         return Work(
             Batch(
-                tuple(row for piece in pieces for row in piece.rows),
-                {port: torch.cat([piece.tensors[port] for piece in pieces]) for port in self._inputs},
+                tuple(row for piece in pieces for row in piece.batch.rows),
+                {port: torch.cat([piece.batch[port] for piece in pieces]) for port in self._inputs},
             ),
             tuple(source for piece in pieces for source in piece.sources),
         )
 
-    def _current(self, piece: Piece) -> Piece:
-        """The piece without rows of sessions that are closed or of another epoch."""
-        epochs = self._epochs
-        refused = {row for row in piece.rows if epochs.get(row.session) != row.epoch}
-        if not refused:
+    def _current(self, piece: Work) -> Work | None:
+        """The piece without rows of sessions that are closed or of another epoch; None if no row is left."""
+        epochs, rows = self._epochs, piece.batch.rows
+        for row in rows:
+            if epochs.get(row.session) != row.epoch:
+                break
+        else:
             return piece
-        self.counters["rows_refused"] += len(refused)
-        kept = tuple(row for row in piece.rows if row not in refused)
+        kept = tuple(row for row in rows if epochs.get(row.session) == row.epoch)
+        self.counters["rows_refused"] += len(rows) - len(kept)
         if not kept:
             self._use_up(piece.sources)
-            return Piece((), {}, ())
+            return None
         tensors = {
-            port: torch.cat([part for row, part in zip(piece.rows, self._split(port, piece.rows, tensor), strict=True)
-                             if row not in refused])
-            for port, tensor in piece.tensors.items()
+            port: torch.cat([part for row, part in zip(rows, self._split(port, rows, tensor), strict=True)
+                             if epochs.get(row.session) == row.epoch])
+            for port, tensor in piece.batch.tensors.items()
         }  # fmt: skip
-        return Piece(kept, tensors, piece.sources)
+        return Work(Batch(kept, tensors), piece.sources)
 
     def complete(self, work: Work, outputs: Mapping[str, torch.Tensor | Batch], ready_ns: int) -> None:
         """Send the outputs of a step down their edges.
@@ -232,7 +223,7 @@ class HostCore:
         done = []
         for received in sources:
             if len(self._inputs) > 1:
-                key = received.link, received.message.header.sequence
+                key = received.link, received.header.sequence
                 self._rows_left[key] -= 1
                 if self._rows_left[key]:
                     continue

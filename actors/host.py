@@ -216,8 +216,8 @@ class Host:
     def _flush(self, wire: ZeroWire) -> None:
         outbox = self.exchange.outbox
         if outbox:
-            for peer, header, buffers in outbox:
-                wire.send(peer, header, buffers)
+            for outgoing in outbox:
+                wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
             outbox.clear()
 
     def _step(self, work: Work) -> None:
@@ -346,8 +346,8 @@ class Host:
 
 
 def _done_record(received: Received, started_ns: int, finished_ns: int, batch: int) -> tuple[Any, ...]:
-    _, (header, _), nbytes, received_ns = received
+    header = received.header
     return (
-        DONE, header.edge, header.sequence, nbytes, header.sent_ns, received_ns, started_ns, finished_ns, batch,
-        header.rows,
+        DONE, header.edge, header.sequence, received.nbytes, header.sent_ns, received.received_ns, started_ns, finished_ns,
+        batch, header.rows,
     )  # fmt: skip

@@ -136,12 +136,11 @@ class Gateway:
 
     def on_message(self, received: Received) -> None:
         """Tokens, logits, or the outputs of a call."""
-        message = received.message
         self.exchange.consumed(received.link, received.nbytes)
         port = received.link.spec.tensors[0][0]
         if port == "sampled":
-            tokens = array("q", bytes(message.buffers[0]))
-            for row, token in zip(message.header.rows, tokens, strict=True):
+            tokens = array("q", bytes(received.buffers[0]))
+            for row, token in zip(received.header.rows, tokens, strict=True):
                 self._on_token(row, token)
         elif port == "logits":
             self._on_logits(received)
@@ -215,8 +214,8 @@ def token_tensor(ids: Sequence[int]) -> tuple[TensorMeta, bytes]:
 
 def rows_of(received: Received) -> Iterator[tuple[Row, tuple[TensorMeta, Buffer]]]:
     """Each row of a message with its own share of the tensor: sessions that shared a batch part here."""
-    header, (buffer,) = received.message
-    [meta] = header.tensors
+    header = received.header
+    [buffer], [meta] = received.buffers, header.tensors
     first = received.link.spec.tensors[0][1].shape[:1]
     if len(header.rows) == 1 or first not in (("tokens",), ("rows",)):
         for row in header.rows:

@@ -226,8 +226,8 @@ class Run:
         for kind, fields in self._gateway.commands:
             self._supervisor.broadcast(kind, **fields)
         self._gateway.commands.clear()
-        for peer, header, buffers in self._gateway.exchange.outbox:
-            self._wire.send(peer, header, buffers)
+        for outgoing in self._gateway.exchange.outbox:
+            self._wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
         self._gateway.exchange.outbox.clear()
         for stream, wake in self._wakes.items():
             if stream.events:
@@ -277,7 +277,7 @@ class Run:
         self._flush()
 
     def _record(self, received: Received) -> None:
-        header, now_ns = received.message.header, time.monotonic_ns()
+        header, now_ns = received.header, time.monotonic_ns()
         self._ring.put((
             DONE, header.edge, header.sequence, received.nbytes, header.sent_ns, received.received_ns,
             received.received_ns, now_ns, 1, header.rows,

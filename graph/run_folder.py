@@ -87,7 +87,7 @@ def create(plan: Plan, root: Path) -> RunFolder:
 
 
 def versions() -> Mapping[str, str]:
-    names = ("ranvier", "torch", "pyzmq", "msgpack", "trio")
+    names = ("ranvier", "torch", "pyzmq", "msgspec", "trio")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 

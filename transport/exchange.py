@@ -11,31 +11,27 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
+import msgspec
+
 from .errors import LinkBroken, ProtocolError
 from .handshake import hello, objection
 from .header import DATA, VERSION, Ack, Control, Header, Kind, Row, TensorMeta, Verb, control, decode
 from .link import Arrival, LinkSpec
-from .message import Buffer, Message, check_specs, checksum, read_message
-from .window import ReceiveWindow, SendWindow, Sent
+from .message import Buffer, check_frames, check_specs, checksum
+from .window import Outgoing, ReceiveWindow, SendWindow
 
 Link = TypeVar("Link")
 _Shape = tuple[tuple[TensorMeta, ...], int, int]
 """Tensors, rows and tokens of the last message that passed the check of its edge."""
 
 
-class Outgoing(NamedTuple):
-    """Frames for the driver to hand to the wire."""
-
-    peer: str
-    header: bytes
-    buffers: tuple[Buffer, ...]
-
-
-class Received(NamedTuple):
-    """A message that was taken. Its credit returns when the host calls `consumed`."""
+class Received(msgspec.Struct, frozen=True, eq=False):
+    """A message that was taken, `buffers` in the order of the header's tensors and never to be written to. Its credit
+    returns when the host calls `consumed`."""
 
     link: ReceivingLink
-    message: Message
+    header: Header
+    buffers: tuple[Buffer, ...]
     nbytes: int
     received_ns: int
 
@@ -182,8 +178,9 @@ class Exchange:
         sent_ns = self.clock()
         crc = 0 if spec.local else checksum(buffers)
         header = Header(VERSION, DATA, spec.edge, sequence, rows, tensors, ready_ns, sent_ns, crc, acks).encode()
-        window.keep(Sent(sequence, nbytes, header, buffers))
-        self.outbox.append(Outgoing(spec.target, header, buffers))
+        outgoing = Outgoing(spec.target, header, buffers, sequence, nbytes)
+        window.keep(outgoing)
+        self.outbox.append(outgoing)
         if self._on_sent is not None:
             self._on_sent(spec.edge, sequence, rows, nbytes, ready_ns, credit_ns, sent_ns)
 
@@ -221,7 +218,7 @@ class Exchange:
             self._out_of_order(link, header.sequence)
             return None
         try:
-            message = read_message(header, arrival.buffers)
+            check_frames(header, arrival.buffers)
         except ProtocolError:
             self.counters["damaged"] += 1
             self._ask_again(link)  # the sender still has it
@@ -239,7 +236,7 @@ class Exchange:
                 self.consumed(link, nbytes)
                 raise RefusedMessage(str(error), rows) from None
             link.checked = shape
-        return Received(link, message, nbytes, self.clock())
+        return Received(link, header, arrival.buffers, nbytes, self.clock())
 
     def _out_of_order(self, link: ReceivingLink, sequence: int) -> None:
         """One already seen is dropped, a gap is asked for again."""
@@ -286,7 +283,7 @@ class Exchange:
         self._tell(link.spec.source, control(link.spec.edge, Verb.ACK, *link.window.tell()))
 
     def _tell(self, peer: str, message: Control) -> None:
-        self.outbox.append(Outgoing(peer, message.encode(), ()))
+        self.outbox.append(Outgoing(peer, message.encode()))
 
     # -- control ------------------------------------------------------------------------------------------------
 
@@ -326,7 +323,7 @@ class Exchange:
         elif verb is Verb.AGAIN:
             for sent in link.window.since(arguments[0]):
                 self.counters["sent_again"] += 1
-                self.outbox.append(Outgoing(link.spec.target, sent.header, sent.buffers))
+                self.outbox.append(sent)
         while link.waiting and link.window.may_send(link.waiting[0].nbytes):
             self._waiting -= 1
             rows, tensors, buffers, nbytes, ready_ns = link.waiting.popleft()

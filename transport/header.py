@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import enum
 import functools
-from typing import Any, NamedTuple
+import re
+from typing import Annotated, Any, NamedTuple
 
-import msgpack
+import msgspec
 
 from .codec import CODECS
 from .dtypes import TABLE
@@ -31,6 +32,9 @@ MAX_TENSORS = 64
 MAX_NAME_LENGTH = 256
 MAX_TENSOR_BYTES = 1 << 40
 _MAX_INT = (1 << 63) - 1
+_Count = Annotated[int, msgspec.Meta(ge=0, le=_MAX_INT)]
+_ARRAY_OF_TEN = 0x9A
+"""The first byte of every header that carries tensors: msgpack's mark of an array of ten."""
 
 
 class Kind(enum.IntEnum):
@@ -66,52 +70,54 @@ class Verb(enum.IntEnum):
 class Row(NamedTuple):
     """One session's share of a flat batch: `tokens` tokens of `session` at `position` … `position + tokens - 1`."""
 
-    session: int
-    epoch: int
-    position: int
-    tokens: int
+    session: _Count
+    epoch: _Count
+    position: _Count
+    tokens: _Count
 
 
 class TensorMeta(NamedTuple):
     """One tensor of a message. `dtype` and `codec` are numbers of the fixed tables; `nbytes` is the frame's length."""
 
-    name: str
-    dtype: int
-    shape: tuple[int, ...]
-    codec: int
-    nbytes: int
+    name: Annotated[str, msgspec.Meta(max_length=MAX_NAME_LENGTH)]
+    dtype: Annotated[int, msgspec.Meta(ge=0, lt=len(TABLE))]
+    shape: Annotated[
+        tuple[Annotated[int, msgspec.Meta(ge=0, le=MAX_TENSOR_BYTES)], ...], msgspec.Meta(max_length=MAX_RANK)
+    ]
+    codec: Annotated[int, msgspec.Meta(ge=0, lt=len(CODECS))]
+    nbytes: _Count
 
 
 class Ack(NamedTuple):
     """An acknowledgement and a grant of credit, for an edge from the peer that the message goes to."""
 
-    edge: int
-    received: int
-    sequence_limit: int
-    byte_limit: int
+    edge: _Count
+    received: _Count
+    sequence_limit: _Count
+    byte_limit: _Count
 
 
-class Header(NamedTuple):
+class Header(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """The header of a message that carries tensors.
 
     `ready_ns` and `sent_ns` are CLOCK_MONOTONIC nanoseconds of the sender: when the actor had the tensor, and when it
     was handed to the wire. `checksum` is a CRC-32 over the tensors' bytes, or 0 on a link inside one machine.
     """
 
-    version: int
-    kind: int
-    edge: int
-    sequence: int
-    rows: tuple[Row, ...]
-    tensors: tuple[TensorMeta, ...]
-    ready_ns: int
-    sent_ns: int
-    checksum: int
-    acks: tuple[Ack, ...] = ()
+    version: Annotated[int, msgspec.Meta(ge=VERSION, le=VERSION)]
+    kind: Annotated[int, msgspec.Meta(ge=0, lt=int(Kind.CONTROL))]
+    edge: _Count
+    sequence: _Count
+    rows: Annotated[tuple[Row, ...], msgspec.Meta(max_length=MAX_ROWS)]
+    tensors: Annotated[tuple[TensorMeta, ...], msgspec.Meta(max_length=MAX_TENSORS)]
+    ready_ns: _Count
+    sent_ns: _Count
+    checksum: _Count
+    acks: Annotated[tuple[Ack, ...], msgspec.Meta(max_length=MAX_ROWS)] = ()
 
     def encode(self) -> bytes:
         """Raises ValueError if the header would be over 64 KiB: the caller put too many rows into one message."""
-        data: bytes = msgpack.packb(self)
+        data = encode(self)
         if len(data) > MAX_HEADER_BYTES:
             raise ValueError(f"header of {len(data)} bytes is over {MAX_HEADER_BYTES}: {len(self.rows)} rows")
         return data
@@ -127,12 +133,17 @@ class Control(NamedTuple):
     arguments: tuple[Any, ...]
 
     def encode(self) -> bytes:
-        data: bytes = msgpack.packb((self.version, self.kind, self.edge, self.verb, *self.arguments))
-        return data
+        return encode((self.version, self.kind, self.edge, self.verb, *self.arguments))
 
 
 def control(edge: int, verb: Verb, *arguments: Any) -> Control:
     return Control(VERSION, CONTROL, edge, verb, arguments)
+
+
+# Typed decoding in C checks every field in 0.9 µs; unpacking with msgpack and checking in Python took 6.8.
+encode = msgspec.msgpack.Encoder().encode
+_header_decoder = msgspec.msgpack.Decoder(Header)
+_control_decoder = msgspec.msgpack.Decoder(tuple[int | str | tuple[tuple[str, str], ...], ...])
 
 
 def decode(data: bytes | memoryview) -> Header | Control:
@@ -144,97 +155,52 @@ def decode(data: bytes | memoryview) -> Header | Control:
     size = len(data)
     if size > MAX_HEADER_BYTES:
         raise ProtocolError(f"header: expected at most {MAX_HEADER_BYTES} bytes, got {size}")
+    if size < 4 or not 0x94 <= data[0] <= _ARRAY_OF_TEN:
+        raise ProtocolError(f"header: expected an array of 4 to 10 fields, got {_start(data)}")
+    if data[1] != VERSION:
+        raise ProtocolError(f"header: expected wire version {VERSION}, got {data[1]}")
     try:
-        # One unpackb a message, every limit set: no state survives an error (msgpack before 1.2.1 crashed on reuse).
-        fields = msgpack.unpackb(
-            data,
-            use_list=False,
-            max_str_len=MAX_HEADER_BYTES,
-            max_bin_len=0,
-            max_array_len=MAX_ROWS,
-            max_map_len=0,
-            max_ext_len=0,
-        )
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
-        raise ProtocolError(f"header: expected a msgpack array, got {size} bytes that are not ({error})") from None
-    if type(fields) is not tuple or len(fields) < 4:
-        raise ProtocolError(f"header: expected an array of at least 4 fields, got {type(fields).__name__}")
-    if fields[0] != VERSION or type(fields[0]) is not int:
-        raise ProtocolError(f"header: expected wire version {VERSION}, got {_show(fields[0])}")
-    kind = fields[1]
-    if type(kind) is not int or not 0 <= kind <= 3:
-        raise ProtocolError(f"header: expected a kind from 0 to 3, got {_show(kind)}")
-    edge = _integer("edge", fields[2])
-    if kind == CONTROL:
-        return _control(edge, fields)
-    if len(fields) != 10:
-        raise ProtocolError(f"header: expected 10 fields, got {len(fields)}")
-    if tuple(map(type, fields)) != _FIELD_TYPES or fields[3] < 0 or fields[6] < 0 or fields[7] < 0 or fields[8] < 0:
-        raise ProtocolError(f"header: expected {_FIELD_NAMES}, got {_show(fields)}")
-    _, _, _, sequence, rows, tensors, ready_ns, sent_ns, checksum, acks = fields
-    try:
-        checked = _tensors(tensors)
-    except TypeError:  # something in it cannot be hashed, so it is no array of arrays
-        raise ProtocolError(f"header: expected tensors as an array of arrays, got {_show(tensors)}") from None
-    return Header(
-        VERSION,
-        kind,
-        edge,
-        sequence,
-        tuple([Row._make(_four("a row", row)) for row in rows]),
-        checked,
-        ready_ns,
-        sent_ns,
-        checksum,
-        tuple([Ack._make(_four("an ack", ack)) for ack in acks]) if acks else (),
-    )
+        if data[0] != _ARRAY_OF_TEN:
+            return _control(_control_decoder.decode(data))
+        header = _header_decoder.decode(data)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise ProtocolError(f"header: {_explain(error)}; got {_start(data)}") from None
+    _check(header.tensors)
+    return header
 
 
-_FIELD_TYPES = (int, int, int, int, tuple, tuple, int, int, int, tuple)
-_FIELD_NAMES = "version, kind, edge, sequence, rows, tensors, ready_ns, sent_ns, checksum, acks"
-_FOUR = (int, int, int, int)
-
-
-def _four(what: str, value: Any) -> tuple[int, int, int, int]:
-    # one comparison of types and one minimum: a loop over the fields took three times as long
-    if type(value) is not tuple or tuple(map(type, value)) != _FOUR or min(value) < 0:
-        raise ProtocolError(f"header: expected {what} of 4 integers from 0, got {_show(value)}")
-    return value
-
-
-# An edge carries the same few shapes over and over: looked up, the check takes 0.4 µs instead of 3. What comes back is
-# the valid description that compares equal, so a number of another type (7.0 for 7) changes nothing.
+# An edge carries the same few shapes over and over: looked up, the check takes 0.4 µs instead of 3.
 @functools.lru_cache(maxsize=1024)
-def _tensors(tensors: Any) -> tuple[TensorMeta, ...]:
-    if type(tensors) is not tuple or len(tensors) > MAX_TENSORS:
-        raise ProtocolError(f"header: expected at most {MAX_TENSORS} tensors, got {_show(tensors)}")
-    return tuple(_tensor(tensor) for tensor in tensors)
+def _check(tensors: tuple[TensorMeta, ...]) -> None:
+    """Whether each frame is as long as its shape says."""
+    for name, dtype, shape, _, nbytes in tensors:
+        expected = TABLE[dtype].itemsize
+        for size in shape:
+            expected *= size
+        if expected > MAX_TENSOR_BYTES:
+            raise ProtocolError(f"tensor {name}: expected at most {MAX_TENSOR_BYTES} bytes, got shape {_show(shape)}")
+        if nbytes != expected:
+            raise ProtocolError(
+                f"tensor {name}: expected {expected} bytes for {TABLE[dtype].name}{list(shape)}, got {nbytes}"
+            )
 
 
-def _tensor(fields: Any) -> TensorMeta:
-    if type(fields) is not tuple or len(fields) != 5:
-        raise ProtocolError(f"header: expected a tensor of 5 fields, got {_show(fields)}")
-    name, dtype, shape, codec, nbytes = fields
-    if type(name) is not str or len(name) > MAX_NAME_LENGTH:
-        raise ProtocolError(f"header: expected a tensor name of at most {MAX_NAME_LENGTH} letters, got {_show(name)}")
-    if type(dtype) is not int or not 0 <= dtype < len(TABLE):
-        raise ProtocolError(f"tensor {name}: expected a dtype from 0 to {len(TABLE) - 1}, got {_show(dtype)}")
-    if type(codec) is not int or not 0 <= codec < len(CODECS):
-        raise ProtocolError(f"tensor {name}: expected a codec from 0 to {len(CODECS) - 1}, got {_show(codec)}")
-    if type(shape) is not tuple or len(shape) > MAX_RANK:
-        raise ProtocolError(f"tensor {name}: expected a shape of rank at most {MAX_RANK}, got {_show(shape)}")
-    expected = TABLE[dtype].itemsize
-    for size in shape:
-        if type(size) is not int or not 0 <= size <= MAX_TENSOR_BYTES:
-            raise ProtocolError(f"tensor {name}: expected sizes from 0 to {MAX_TENSOR_BYTES}, got {_show(shape)}")
-        expected *= size
-    if expected > MAX_TENSOR_BYTES:
-        raise ProtocolError(f"tensor {name}: expected at most {MAX_TENSOR_BYTES} bytes, got shape {_show(shape)}")
-    if type(nbytes) is not int or nbytes != expected:
-        raise ProtocolError(
-            f"tensor {name}: expected {expected} bytes for {TABLE[dtype].name}{list(shape)}, got {_show(nbytes)}"
-        )
-    return TensorMeta(name, dtype, shape, codec, nbytes)
+_PARTS: dict[str, tuple[str, ...]] = {"rows": Row._fields, "tensors": TensorMeta._fields, "acks": Ack._fields}
+
+
+def _explain(error: Exception) -> str:
+    """What the decoder says, with names for the numbers of its path: `$[5][0][1]` is `tensors[0].dtype`."""
+
+    def named(path: re.Match[str]) -> str:
+        field, index, part, rest = path.groups()
+        name = Header.__struct_fields__[int(field)]
+        if part is not None:
+            index = f"[{index}].{_PARTS[name][int(part)]}" if name in _PARTS else f"[{index}][{part}]"
+        elif index is not None:
+            index = f"[{index}]"
+        return f"`{name}{index or ''}{rest}`"
+
+    return re.sub(r"`\$\[(\d+)\](?:\[(\d+)\])?(?:\[(\d+)\])?(.*?)`", named, str(error)).lower()
 
 
 _ARGUMENTS: dict[Verb, tuple[type, ...]] = {
@@ -247,23 +213,26 @@ _ARGUMENTS: dict[Verb, tuple[type, ...]] = {
 }
 
 
-def _control(edge: int, fields: tuple[Any, ...]) -> Control:
-    verb, arguments = fields[3], fields[4:]
+def _control(fields: tuple[Any, ...]) -> Control:
+    _, kind, edge, verb, *arguments = fields
+    if kind != CONTROL:
+        raise ProtocolError(f"header: expected 10 fields, or kind {CONTROL} (control), got {_show(fields)}")
+    if type(edge) is not int or not 0 <= edge <= _MAX_INT:
+        raise ProtocolError(f"control: expected edge as an integer from 0, got {_show(edge)}")
     if type(verb) is not int or not 0 <= verb < len(Verb):
         raise ProtocolError(f"control: expected a verb from 0 to {len(Verb) - 1}, got {_show(verb)}")
     expected = _ARGUMENTS[Verb(verb)]
-    if len(arguments) != len(expected) or any(type(a) is not t for a, t in zip(arguments, expected, strict=True)):
+    if [type(argument) for argument in arguments] != list(expected):
         names = ", ".join(t.__name__ for t in expected)
         raise ProtocolError(f"control {Verb(verb).name}: expected ({names}), got {_show(arguments)}")
-    if any(type(a) is int and a < 0 for a in arguments):
-        raise ProtocolError(f"control {Verb(verb).name}: expected no negative number, got {_show(arguments)}")
-    return Control(VERSION, CONTROL, edge, Verb(verb), arguments)
+    if any(type(argument) is int and not 0 <= argument <= _MAX_INT for argument in arguments):
+        raise ProtocolError(f"control {Verb(verb).name}: expected integers from 0, got {_show(arguments)}")
+    return Control(VERSION, CONTROL, edge, Verb(verb), tuple(arguments))
 
 
-def _integer(what: str, value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= _MAX_INT:
-        raise ProtocolError(f"header: expected {what} as an integer from 0, got {_show(value)}")
-    return value
+def _start(data: bytes | memoryview) -> str:
+    """The beginning of what came, for a log line."""
+    return f"{len(data)} bytes {bytes(data[:24]).hex()}{'…' if len(data) > 24 else ''}"
 
 
 def _show(value: Any) -> str:

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+import msgspec
 
 from .message import Buffer
 from .spec import TensorSpec
 
 
-class Arrival(NamedTuple):
+class Arrival(msgspec.Struct, frozen=True, gc=False):  # made in 0.1 µs, a named tuple in 0.5
     """Frames as they came: the peer's identity as the wire knows it, the header's bytes, the tensors' bytes."""
 
     peer: str

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from .dtypes import TABLE
 from .errors import ProtocolError
@@ -24,13 +23,6 @@ COPY_BELOW_BYTES = 64 * 1024
 """Buffers smaller than this are copied on their way out: tracking their release costs more (pyzmq's own threshold)."""
 
 
-class Message(NamedTuple):
-    """A header and the buffers of its tensors, in the header's order. A received buffer is never written to."""
-
-    header: Header
-    buffers: tuple[Buffer, ...]
-
-
 def checksum(buffers: Sequence[Buffer]) -> int:
     """CRC-32 over the tensors' bytes, never 0 (which stands for: not checked)."""
     value = 0
@@ -39,8 +31,8 @@ def checksum(buffers: Sequence[Buffer]) -> int:
     return value or 1
 
 
-def read_message(header: Header, buffers: Sequence[Buffer]) -> Message:
-    """Put a decoded header and the frames that came with it together.
+def check_frames(header: Header, buffers: Sequence[Buffer]) -> None:
+    """Refuse frames that are not those of their header.
 
     Raises:
         ProtocolError: the number of frames, a frame's length or the checksum is not as the header says.
@@ -61,7 +53,6 @@ def read_message(header: Header, buffers: Sequence[Buffer]) -> Message:
             raise ProtocolError(
                 f"edge {header.edge}: expected checksum {header.checksum:#010x}, got {actual:#010x}: bytes were changed"
             )
-    return Message(header, tuple(buffers))
 
 
 def check_specs(

@@ -7,6 +7,7 @@ a view of the message's own bytes and must never be written in place.
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 
@@ -30,22 +31,27 @@ def to_buffer(name: str, tensor: torch.Tensor) -> tuple[TensorMeta, Buffer]:
     Copied only if it is not contiguous, or so small that a copy is cheaper than a view. Raises ValueError for a dtype
     that is not in the table.
     """
-    number = _NUMBER.get(tensor.dtype)
-    if number is None:
-        raise ValueError(f"tensor {name}: dtype {tensor.dtype} may not be sent; one of {', '.join(map(str, _NUMBER))}")
-    shape = tuple(tensor.shape)
-    nbytes = tensor.nbytes
+    meta = _meta(name, tensor.dtype, tensor.shape)
+    nbytes = meta.nbytes
     if nbytes == 0:
-        return TensorMeta(name, number, shape, RAW, 0), b""
+        return meta, b""
     if tensor.requires_grad:
         tensor = tensor.detach()
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
     if nbytes < COPY_BELOW_BYTES:  # ZeroMQ would copy it anyway, and so it takes 1 µs instead of 5
-        return TensorMeta(name, number, shape, RAW, nbytes), ctypes.string_at(tensor.data_ptr(), nbytes)
+        return meta, ctypes.string_at(tensor.data_ptr(), nbytes)
     if tensor.dtype is torch.bfloat16:  # numpy knows none: the bytes are what is sent, so integers will do
         tensor = tensor.view(torch.int16)
-    return TensorMeta(name, number, shape, RAW, nbytes), tensor.numpy().data.cast("B")
+    return meta, tensor.numpy().data.cast("B")
+
+
+@functools.lru_cache(maxsize=1024)  # an edge carries the same few shapes over and over: 0.2 µs instead of 1.5
+def _meta(name: str, dtype: torch.dtype, shape: torch.Size) -> TensorMeta:
+    number = _NUMBER.get(dtype)
+    if number is None:
+        raise ValueError(f"tensor {name}: dtype {dtype} may not be sent; one of {', '.join(map(str, _NUMBER))}")
+    return TensorMeta(name, number, tuple(shape), RAW, shape.numel() * dtype.itemsize)
 
 
 def from_buffer(meta: TensorMeta, buffer: Buffer) -> torch.Tensor:

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import NamedTuple
+
+import msgspec
 
 from .message import Buffer
 
 
-class Sent(NamedTuple):
-    """A message kept until it is acknowledged. Holding `buffers` is what keeps the tensors' memory untouched."""
+class Outgoing(msgspec.Struct, frozen=True, gc=False):
+    """Frames for the wire. With a sequence number they are kept until acknowledged: holding `buffers` is what keeps the
+    tensors' memory untouched."""
 
-    sequence: int
-    nbytes: int
+    peer: str
     header: bytes
-    buffers: tuple[Buffer, ...]
+    buffers: tuple[Buffer, ...] = ()
+    sequence: int = 0
+    nbytes: int = 0
 
 
 @dataclass(slots=True)
@@ -32,7 +35,7 @@ class SendWindow:
     sent_bytes: int = 0
     sequence_limit: int = 0
     byte_limit: int = 0
-    kept: deque[Sent] = field(default_factory=deque)
+    kept: deque[Outgoing] = field(default_factory=deque)
 
     def may_send(self, nbytes: int) -> bool:
         """Whether a message of `nbytes` has credit. One larger than the whole window goes when all else is used up."""
@@ -40,7 +43,7 @@ class SendWindow:
             return False
         return self.sent_bytes + nbytes <= self.byte_limit or self.byte_limit - self.credits_bytes >= self.sent_bytes
 
-    def keep(self, sent: Sent) -> None:
+    def keep(self, sent: Outgoing) -> None:
         """Note a message as sent. The caller has asked `may_send`."""
         self.sequence = sent.sequence
         self.sent_bytes += sent.nbytes
@@ -56,7 +59,7 @@ class SendWindow:
         while kept and kept[0].sequence <= sequence:
             kept.popleft()
 
-    def since(self, sequence: int) -> list[Sent]:
+    def since(self, sequence: int) -> list[Outgoing]:
         """What must be sent again when the receiver misses `sequence` and all after it."""
         return [sent for sent in self.kept if sent.sequence >= sequence]
 

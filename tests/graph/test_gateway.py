@@ -12,7 +12,6 @@ from ranvier.graph.gateway import Delivered, Gateway, Stream, token_tensor
 from ranvier.transport.exchange import Exchange, Received
 from ranvier.transport.header import Header, Row, TensorMeta
 from ranvier.transport.link import LinkSpec
-from ranvier.transport.message import Message
 from ranvier.transport.spec import TensorSpec
 
 ME, EMBED, HEAD = "gateway.0.1", "embed.0.1", "head.0.1"
@@ -46,7 +45,7 @@ class Bench:
         link = self.exchange.receiving[edge, HEAD]
         header = Header(1, 0, edge, link.window.received + 1, tuple(rows), (meta,), 0, 0, 0)
         link.window.take()
-        self.gateway.on_message(Received(link, Message(header, (data,)), len(data), 0))
+        self.gateway.on_message(Received(link, header, (data,), len(data), 0))
 
 
 def test_nothing_is_sent_before_every_host_has_opened() -> None:

@@ -47,14 +47,14 @@ class Pair:
                         self.errors.append(error)
                         continue
                     if received is not None:
-                        header, buffers = received.message
+                        header, buffers = received.header, received.buffers
                         self.got += from_buffer(header.tensors[0], buffers[0]).tolist()
                         end.consumed(received.link, received.nbytes)
                 end.idle()
                 if turn % 4 == 3:
                     end.tick()
-                for peer, header_bytes, buffers in end.outbox:
-                    wire.send(peer, header_bytes, buffers)
+                for out in end.outbox:
+                    wire.send(out.peer, out.header, out.buffers)
                 end.outbox.clear()
             self.network.advance(0.5)
 
@@ -178,12 +178,12 @@ def test_acknowledgements_ride_along() -> None:
                 if received is not None:
                     if answers:
                         [link] = end.sending.values()
-                        header, buffers = received.message
+                        header, buffers = received.header, received.buffers
                         end.send(link, header.rows, header.tensors, buffers, 0)
                     end.consumed(received.link, received.nbytes)
-            for peer, header_bytes, buffers in end.outbox:
-                alone += answers and not buffers
-                wires[me].send(peer, header_bytes, buffers)
+            for out in end.outbox:
+                alone += answers and not out.buffers
+                wires[me].send(out.peer, out.header, out.buffers)
             end.outbox.clear()
 
     for end in ends.values():

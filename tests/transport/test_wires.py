@@ -91,8 +91,8 @@ class Peer:
         self.flush()
 
     def flush(self) -> None:
-        for peer, header, buffers in self.exchange.outbox:
-            self.wire.send(peer, header, buffers)
+        for out in self.exchange.outbox:
+            self.wire.send(out.peer, out.header, out.buffers)
         self.exchange.outbox.clear()
 
     def send(self, tensor: torch.Tensor, position: int = 0) -> None:
@@ -133,7 +133,7 @@ def test_messages_arrive_once_and_in_order(make_wire: MakeWire) -> None:
         a.send(tensor, position)
     turns(a, b, until=lambda: len(b.taken) == 20)
     for position, (tensor, received) in enumerate(zip(sent, b.taken, strict=True)):
-        header, buffers = received.message
+        header, buffers = received.header, received.buffers
         assert header.rows[0].position == position
         assert torch.equal(from_buffer(header.tensors[0], buffers[0]), tensor)
     turns(a, b, until=lambda: not a.exchange.unfinished())
@@ -148,7 +148,7 @@ def test_large_and_empty_tensors(make_wire: MakeWire) -> None:
         a.send(tensor)
     turns(a, b, until=lambda: len(b.taken) == 3)
     for tensor, received in zip(sent, b.taken, strict=True):
-        assert torch.equal(from_buffer(received.message.header.tensors[0], received.message.buffers[0]), tensor)
+        assert torch.equal(from_buffer(received.header.tensors[0], received.buffers[0]), tensor)
 
 
 def test_a_sender_before_its_receiver_loses_nothing_case_21() -> None:
@@ -166,7 +166,7 @@ def test_a_sender_before_its_receiver_loses_nothing_case_21() -> None:
         b = Peer(make, "b.0.1", link())
         b.wire.connect("a.0.1", a.wire.address)
         turns(a, b, until=lambda: len(b.taken) == 1)
-        assert b.taken[0].message.header.sequence == 1
+        assert b.taken[0].header.sequence == 1
         a.wire.close()
         b.wire.close()
 
