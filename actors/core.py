@@ -10,7 +10,6 @@ from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 
 import msgspec
-
 import torch
 
 from ranvier.transport.exchange import Exchange, Received, ReceivingLink, SendingLink
@@ -133,7 +132,7 @@ class HostCore:
     def take(self) -> Work | None:
         """The next step: what has queued up, one row a session, up to the token budget. None if there is none or an
         output has no credit."""
-        if not self._ready or self.exchange.blocked():
+        if not self._ready or self.exchange.waiting:
             return None
         if len(self._ready) == 1:
             return self._current(self._ready.popleft())

@@ -7,6 +7,7 @@ way: waiting for the socket in trio took 18 µs a hop before any work was done.
 from __future__ import annotations
 
 import gc
+import os
 import time
 import traceback
 from collections import deque
@@ -49,6 +50,8 @@ class Stopped(Exception):
 def main(spec: HostSpec, lifeline: int) -> int:
     """The whole life of a host; returns the exit code. `lifeline` is a descriptor that ends when the supervisor does."""
     torch.set_num_threads(spec.threads)
+    if spec.cpus is not None:  # before any thread is made, so that ZeroMQ's own runs on the same cores
+        os.sched_setaffinity(0, spec.cpus)
     crossing = Crossing()
     control = ControlThread(spec, crossing, lifeline)
     control.start()
@@ -157,11 +160,10 @@ class Host:
                 raise LinkBroken(
                     f"{self.spec.label}: links did not open within {HANDSHAKE_DEADLINE_S:.0f} s: {self._closed()}"
                 )
-            arrival = early.popleft() if early else self._receive(wire, 0.2)
-            if arrival is None:
+            if early:
+                self._take_in(early.popleft())
+            elif not self._receive(wire, 0.2):
                 self.exchange.tick()
-            else:
-                self._take_in(arrival)
 
     def _closed(self) -> str:
         closed = [link.spec.name for link in self.exchange.sending.values() if not link.open]
@@ -182,12 +184,10 @@ class Host:
                 self._step(work)
                 continue
             self._flush(wire)
-            arrival = self._receive(wire, ACK_DELAY_S if exchange.owes() else TICK_S)
-            if arrival is not None:
-                self._take_in(arrival)
+            if self._receive(wire, ACK_DELAY_S if exchange.owes() else TICK_S):
                 if core.may_batch:  # all that has queued up meanwhile may go into one step
-                    while (arrival := self._receive(wire, 0)) is not None:
-                        self._take_in(arrival)
+                    while self._receive(wire, 0):
+                        pass
             elif exchange.owes():
                 exchange.idle()
                 self._flush(wire)
@@ -197,12 +197,17 @@ class Host:
                 gc.collect()
                 crossing.counters = {**exchange.counters, **core.counters, "trace_dropped": crossing.ring.dropped}
 
-    def _receive(self, wire: ZeroWire, timeout_s: float) -> Arrival | None:
+    def _receive(self, wire: ZeroWire, timeout_s: float) -> bool:
+        """Take in what comes next; False if nothing came in time."""
         try:
-            return wire.receive(timeout_s)
+            arrival = wire.receive(timeout_s)
         except ProtocolError as error:
             self._refused(error)
-            return None
+            return True
+        if arrival is None:
+            return False
+        self._take_in(arrival)
+        return True
 
     def _take_in(self, arrival: Arrival) -> None:
         try:
@@ -313,9 +318,7 @@ class Host:
         self.exchange.idle()
         self._flush(wire)
         while self.exchange.unfinished() and time.monotonic() < deadline:
-            arrival = self._receive(wire, 0.02)
-            if arrival is not None:
-                self._take_in(arrival)
+            self._receive(wire, 0.02)
             self.exchange.idle()
             self._flush(wire)
 

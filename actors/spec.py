@@ -83,6 +83,7 @@ class HostSpec:
     run_dir: str
     max_frame_bytes: int
     batch_tokens: int
+    cpus: list[int] | None = None
     trace: bool = True
     supervision: Deadlines = field(default_factory=Deadlines)
 

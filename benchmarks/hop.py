@@ -1,7 +1,8 @@
 """What does one hop cost? Ours actor to actor with everything on, bare pyzmq, and torch.distributed over gloo.
 
 Each plays a tensor to and fro between two processes on the same cores and gives the median time of half a round trip.
-The three take turns; the ratio is taken round by round. `python benchmarks/hop.py --rounds 7` prints and saves.
+All stand ready from the start and take turns of a fraction of a second, so that a machine that drifts treats all
+alike; the ratio is taken turn by turn. `python benchmarks/hop.py --rounds 15` prints and saves.
 """
 
 from __future__ import annotations
@@ -18,107 +19,119 @@ from pathlib import Path
 import report
 
 HERE = Path(__file__).parent
-SIZES = {"576 bfloat16 values": (576, 2000), "16 MiB": (8 << 20, 30)}
+SIZES = {"576 bfloat16 values": (576, 1000), "16 MiB": (8 << 20, 10)}
 
-
-def ours(width: int, bounces: int) -> float:
-    """Microseconds a hop between two actors, header, credits, acknowledgements and trace all on."""
-    script = f"""
-import torch, trio, ranvier
-graph = ranvier.load({str(HERE / "bounce" / "graph.yaml")!r}, allow_code=True,
-                     overrides={{"actors.player.args.bounces": "{bounces}"}})
+OURS = """
+import sys, torch, trio, ranvier
+graph = ranvier.load(sys.argv[1], allow_code=True, overrides={"actors.player.args.bounces": sys.argv[4]})
 async def main():
-    async with ranvier.launch(graph, runs={tempfile.gettempdir()!r} + "/ranvier-bench") as run:
-        for _ in range(2):  # the first is to get warm
-            times = (await run.call(x=torch.zeros(1, {width}, dtype=torch.bfloat16)))["times"]
-        print(float((times[1:] - times[:-1]).median()) / 2e3)
+    async with ranvier.launch(graph, runs=sys.argv[2] + "/runs") as run:
+        while await trio.to_thread.run_sync(sys.stdin.readline):
+            times = (await run.call(x=torch.zeros(1, int(sys.argv[3]), dtype=torch.bfloat16)))["times"]
+            print(float((times[1:] - times[:-1]).median()) / 2e3, flush=True)
 trio.run(main)
 """
-    return _measured(script)
 
-
-def pyzmq(width: int, bounces: int) -> float:
-    """Microseconds a hop between two PAIR sockets over ipc, nothing else; copy=False for what is large."""
-    with tempfile.TemporaryDirectory() as folder:
-        script = """
-import sys, time, zmq
-side, path, size, bounces = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-copy = size < 65536
-socket = zmq.Context().socket(zmq.PAIR)
-socket.bind(path) if side == "a" else socket.connect(path)
-if side == "a":
-    times = []
-    socket.send(bytearray(size), copy=copy)
-    for _ in range(bounces):
-        got = socket.recv(copy=copy)
-        times.append(time.monotonic_ns())
-        socket.send(got if copy else got.buffer, copy=copy)
-    socket.recv()
-    steps = sorted(b - a for a, b in zip(times, times[1:]))
-    print(steps[len(steps) // 2] / 2e3)
-else:
-    for _ in range(bounces + 1):
+PYZMQ = """
+import multiprocessing, statistics, sys, time, zmq
+path, size, bounces = "ipc://" + sys.argv[2] + "/pair", int(sys.argv[3]) * 2, int(sys.argv[4])
+copy = size < 65536  # copy=False costs more than it saves for what is small
+def wall():
+    socket = zmq.Context().socket(zmq.PAIR)
+    socket.connect(path)
+    while True:
         got = socket.recv(copy=copy)
         socket.send(got if copy else got.buffer, copy=copy)
-    time.sleep(0.2)
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=wall, daemon=True).start()
+    socket = zmq.Context().socket(zmq.PAIR)
+    socket.bind(path)
+    for _ in sys.stdin:
+        times, got = [], bytearray(size)
+        for _ in range(bounces + 1):
+            socket.send(got if copy or not times else got.buffer, copy=copy)
+            got = socket.recv(copy=copy)
+            times.append(time.monotonic_ns())
+        print(statistics.median(b - a for a, b in zip(times, times[1:])) / 2e3, flush=True)
 """
-        return _pair(script, f"ipc://{folder}/pair", width, bounces)
 
-
-def gloo(width: int, bounces: int) -> float:
-    """Microseconds a hop between two ranks of torch.distributed over gloo."""
-    with tempfile.TemporaryDirectory() as folder:
-        script = """
-import sys, time, torch, torch.distributed as dist
-side, path, size, bounces = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=path, rank=0 if side == "a" else 1, world_size=2)
-ball = torch.zeros(size // 2, dtype=torch.bfloat16)
-times = []
-for _ in range(bounces):
-    if side == "a":
-        dist.send(ball, 1); dist.recv(ball, 1); times.append(time.monotonic_ns())
-    else:
-        dist.recv(ball, 0); dist.send(ball, 0)
-if side == "a":
-    steps = sorted(b - a for a, b in zip(times, times[1:]))
-    print(steps[len(steps) // 2] / 2e3)
-dist.destroy_process_group()
+GLOO = """
+import multiprocessing, statistics, sys, time, torch, torch.distributed as dist
+store, width, bounces = "file://" + sys.argv[2] + "/store", int(sys.argv[3]), int(sys.argv[4])
+def join(rank):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    return torch.zeros(width, dtype=torch.bfloat16)
+def wall():
+    ball = join(1)
+    while True:
+        dist.recv(ball, 0)
+        dist.send(ball, 0)
+if __name__ == "__main__":
+    multiprocessing.get_context("spawn").Process(target=wall, daemon=True).start()
+    ball = join(0)
+    for _ in sys.stdin:
+        times = []
+        for _ in range(bounces + 1):
+            dist.send(ball, 1)
+            dist.recv(ball, 1)
+            times.append(time.monotonic_ns())
+        print(statistics.median(b - a for a, b in zip(times, times[1:])) / 2e3, flush=True)
 """
-        return _pair(script, f"file://{folder}/store", width, bounces)
+
+SCRIPTS = {"bare pyzmq": PYZMQ, "ranvier": OURS, "gloo": GLOO}
 
 
-def _measured(script: str) -> float:
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return float(done.stdout.split()[-1])
+class Contestant:
+    """A process that plays one turn for each line it is given, and answers with microseconds a hop."""
+
+    def __init__(self, script: str, width: int, bounces: int) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="ranvier-bench-")
+        file = Path(self._folder.name) / "contestant.py"
+        file.write_text(script)
+        arguments = [str(HERE / "bounce" / "graph.yaml"), self._folder.name, str(width), str(bounces)]
+        self._process = subprocess.Popen(
+            [sys.executable, str(file), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def turn(self) -> float:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError("a contestant is gone; its own error stands above")
+        return float(answer)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+        self._folder.cleanup()
 
 
-def _pair(script: str, path: str, width: int, bounces: int) -> float:
-    arguments = [path, str(width * 2), str(bounces)]
-    other = subprocess.Popen([sys.executable, "-c", script, "b", *arguments])
-    done = subprocess.run([sys.executable, "-c", script, "a", *arguments], capture_output=True, text=True, check=False)
-    other.wait()
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return float(done.stdout)
+def measure(width: int, bounces: int, rounds: int) -> dict[str, list[float]]:
+    """Microseconds a hop by contestant, one figure a round; the first turn of each is to get warm."""
+    contestants = {name: Contestant(script, width, bounces) for name, script in SCRIPTS.items()}
+    try:
+        for contestant in contestants.values():
+            contestant.turn()
+        return report.in_turn({name: contestant.turn for name, contestant in contestants.items()}, rounds)
+    finally:
+        for contestant in contestants.values():
+            contestant.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
     told: dict[str, object] = {}
     began = time.monotonic()
     print(f"one hop, {rounds} rounds in turn, {len(os.sched_getaffinity(0))} cores: median of a round (least to most)")
     for name, (width, bounces) in SIZES.items():
-        contestants = {
-            "bare pyzmq": lambda w=width, b=bounces: pyzmq(w, b),
-            "ranvier": lambda w=width, b=bounces: ours(w, b),
-            "gloo": lambda w=width, b=bounces: gloo(w, b),
-        }
-        figures = report.in_turn(contestants, rounds)
+        figures = measure(width, bounces, rounds)
         print(f"\n{name}")
         for contestant, values in figures.items():
             print(f"  {contestant:12s} {report.spread(values, 'µs')}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,6 +69,7 @@ class ActorCheck(Findings):
         actors = {}
         for name, kind in found.items():
             section = self.file.actors[name]
+            self._cpus(name, section)
             layers = self._layer_range(name, section, kind, checkpoint)
             elements = 0
             if kind.ports_of is not None:
@@ -82,6 +84,17 @@ class ActorCheck(Findings):
                 inputs, outputs = self._own_ports(name, kind)
             actors[name] = CheckedActor(name, section, kind, inputs, outputs, layers, elements)
         return actors
+
+    def _cpus(self, name: str, section: ActorSection) -> None:
+        there = os.sched_getaffinity(0)
+        missing = sorted(set(section.cpus or ()) - there)
+        if missing:
+            self._wrong(
+                f"actor {name}: cpus {missing} are not there; this process may use {sorted(there)}",
+                "actors",
+                name,
+                "cpus",
+            )
 
     def _own_ports(self, name: str, kind: Kind) -> tuple[Ports, Ports]:
         try:

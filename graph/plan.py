@@ -31,6 +31,7 @@ class PlannedHost:
     kind: str
     layers: tuple[int, int] | None
     threads: int
+    cpus: list[int] | None
     weight_bytes: int
     cache_bytes_per_token: int
     cache_tokens: int
@@ -127,6 +128,7 @@ class Plan:
             layers=actor.layers,
             cache_tokens=section.cache_tokens,
             threads=section.threads,
+            cpus=section.cpus,
             device=section.device,
             inputs=_ports(actor.inputs),
             outputs=_ports(actor.outputs),
@@ -160,6 +162,7 @@ def _planned(graph: Graph, actor: CheckedActor) -> PlannedHost:
         kind=actor.kind.name,
         layers=layers,
         threads=actor.section.threads,
+        cpus=actor.section.cpus,
         weight_bytes=actor.elements * itemsize,
         cache_bytes_per_token=cached,
         cache_tokens=actor.section.cache_tokens if cached else 0,

@@ -46,6 +46,9 @@ class ActorSection(Section):
     )
     layers: str | int | None = Field(None, description="for blocks and stages: first-last, both included, such as 0-14")
     threads: int = Field(1, ge=1, le=1024, description="threads torch may use in this process")
+    cpus: list[Annotated[int, Field(ge=0, le=4095)]] | None = Field(
+        None, min_length=1, description="cores this process may run on, such as [0]; all if it is not given"
+    )
     device: Literal["cpu"] = Field("cpu", description="where the actor computes")
     replicas: Literal[1] = Field(1, description="copies of this actor")
     cache_tokens: int = Field(65536, ge=1, le=1 << 31, description="positions of all sessions that its KV cache holds")

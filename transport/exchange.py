@@ -22,7 +22,7 @@ from .window import Outgoing, ReceiveWindow, SendWindow
 
 Link = TypeVar("Link")
 _Shape = tuple[tuple[TensorMeta, ...], int, int]
-"""Tensors, rows and tokens of the last message that passed the check of its edge."""
+"""Tensors, rows and tokens of a message."""
 
 
 class Received(msgspec.Struct, frozen=True, eq=False):
@@ -56,7 +56,8 @@ class SendingLink:
     window: SendWindow
     open: bool = False
     refused: str | None = None
-    checked: _Shape | None = None
+    passed: _Shape | None = None
+    nbytes: int = 0
     waiting: deque[_Waiting] = field(default_factory=deque)
 
 
@@ -67,7 +68,22 @@ class ReceivingLink:
     spec: LinkSpec
     window: ReceiveWindow
     open: bool = False
-    checked: _Shape | None = None
+    passed: _Shape | None = None
+    nbytes: int = 0
+
+
+def _checked(link: SendingLink | ReceivingLink, rows: tuple[Row, ...], tensors: tuple[TensorMeta, ...]) -> int:
+    """The bytes of a message that its edge carries. Most are like the one before, which has `passed`.
+
+    Raises:
+        ProtocolError: its edge does not carry it.
+    """
+    shape = (tensors, len(rows), rows[0].tokens if len(rows) == 1 else sum([row.tokens for row in rows]))
+    if shape != link.passed:
+        check_specs(link.spec.name, link.spec.tensors, rows, tensors)
+        link.passed = shape
+        link.nbytes = sum([meta.nbytes for meta in tensors])
+    return link.nbytes
 
 
 class Exchange:
@@ -79,6 +95,9 @@ class Exchange:
         links: every link with `me` at one end (or both).
         clock: nanoseconds; CLOCK_MONOTONIC in a run.
         on_sent: called for each message handed over (the trace).
+
+    `waiting` is the number of messages that wait for credit: the host starts no step meanwhile. `outbox` is for the
+    driver to hand to the wire, and to clear.
     """
 
     def __init__(
@@ -98,7 +117,7 @@ class Exchange:
         self.clock = clock
         self._on_sent = on_sent
         self._owing: dict[ReceivingLink, None] = {}
-        self._waiting = 0
+        self.waiting = 0
         for spec in links:
             if spec.source == me:
                 self.sending[spec.edge, spec.target] = SendingLink(spec, SendWindow(spec.credits_bytes))
@@ -136,27 +155,18 @@ class Exchange:
         buffers: tuple[Buffer, ...],
         ready_ns: int,
     ) -> None:
-        """Send a message, or keep it until there is credit (`blocked` tells).
+        """Send a message, or keep it until there is credit (`waiting` counts).
 
         Raises:
             ProtocolError: the tensors are not what the edge carries.
         """
-        spec = link.spec
-        shape = (tensors, len(rows), _tokens(rows))
-        if shape != link.checked:  # most messages of an edge are like the one before
-            check_specs(spec.name, spec.tensors, rows, tensors)
-            link.checked = shape
-        nbytes = tensors[0].nbytes if len(tensors) == 1 else sum([meta.nbytes for meta in tensors])
+        nbytes = _checked(link, rows, tensors)
         if link.waiting or not link.window.may_send(nbytes):
             self.counters["credit_waits"] += 1
-            self._waiting += 1
+            self.waiting += 1
             link.waiting.append(_Waiting(rows, tensors, buffers, nbytes, ready_ns))
         else:
             self._transmit(link, rows, tensors, buffers, nbytes, ready_ns, ready_ns)
-
-    def blocked(self) -> bool:
-        """Whether any message waits for credit: the host starts no step meanwhile."""
-        return self._waiting > 0
 
     def unfinished(self) -> bool:
         """Whether anything sent is not acknowledged yet."""
@@ -186,10 +196,14 @@ class Exchange:
 
     def _acks_for(self, peer: str) -> tuple[Ack, ...]:
         """What is owed to `peer` rides along with a message that goes there anyway."""
-        owed = [link for link in self._owing if link.spec.source == peer]
-        for link in owed:
-            del self._owing[link]
-        return tuple([Ack(link.spec.edge, *link.window.tell()) for link in owed])
+        acks = []
+        for link in list(self._owing):
+            spec = link.spec
+            if spec.source == peer:
+                del self._owing[link]
+                received, sequence_limit, byte_limit = link.window.tell()
+                acks.append(Ack(spec.edge, received, sequence_limit, byte_limit))
+        return tuple(acks)
 
     # -- receiving ----------------------------------------------------------------------------------------------
 
@@ -200,21 +214,19 @@ class Exchange:
             ProtocolError: the peer sent what it must not. The message is dropped; `rows` of the error, if any, names
                 the sessions that lost it.
         """
-        header = decode(arrival.header)
+        header, peer = decode(arrival.header), arrival.peer
         if isinstance(header, Control):
-            self._on_control(arrival.peer, header)
+            self._on_control(peer, header)
             return None
         for ack in header.acks:
-            self._on_answer(self._link(self.sending, arrival.peer, ack.edge, "an ack"), Verb.ACK, ack[1:])
-        link = self.receiving.get((header.edge, arrival.peer))
-        if link is None:
-            raise ProtocolError(f"{self.me}: expected an edge of the graph, got edge {header.edge} from {arrival.peer}")
-        if not link.open:
-            raise ProtocolError(f"edge {link.spec.name}: expected a handshake from {arrival.peer}, got a message")
-        if header.kind != DATA:
-            raise ProtocolError(f"edge {link.spec.name}: expected data, got {Kind(header.kind).name.lower()}")
-        window = link.window
-        if header.sequence != window.received + 1:
+            sending = self._link(self.sending, peer, ack.edge, "an ack")
+            sending.window.acknowledge(ack.received, ack.sequence_limit, ack.byte_limit)
+            if sending.waiting:
+                self._send_waiting(sending)
+        link = self.receiving.get((header.edge, peer))
+        if link is None or not link.open or header.kind != DATA:
+            raise ProtocolError(self._misplaced(header, peer, link))
+        if header.sequence != link.window.received + 1:
             self._out_of_order(link, header.sequence)
             return None
         try:
@@ -223,20 +235,21 @@ class Exchange:
             self.counters["damaged"] += 1
             self._ask_again(link)  # the sender still has it
             raise
-        window.take()
+        link.window.received = header.sequence
         self._owing[link] = None
-        rows = header.rows
-        tensors = header.tensors
-        nbytes = tensors[0].nbytes if len(tensors) == 1 else sum([meta.nbytes for meta in tensors])
-        shape = (tensors, len(rows), _tokens(rows))
-        if shape != link.checked:
-            try:
-                check_specs(link.spec.name, link.spec.tensors, rows, tensors)
-            except ProtocolError as error:
-                self.consumed(link, nbytes)
-                raise RefusedMessage(str(error), rows) from None
-            link.checked = shape
+        try:
+            nbytes = _checked(link, header.rows, header.tensors)
+        except ProtocolError as error:
+            self.consumed(link, sum(meta.nbytes for meta in header.tensors))
+            raise RefusedMessage(str(error), header.rows) from None
         return Received(link, header, arrival.buffers, nbytes, self.clock())
+
+    def _misplaced(self, header: Header, peer: str, link: ReceivingLink | None) -> str:
+        if link is None:
+            return f"{self.me}: expected an edge of the graph, got edge {header.edge} from {peer}"
+        if not link.open:
+            return f"edge {link.spec.name}: expected a handshake from {peer}, got a message"
+        return f"edge {link.spec.name}: expected data, got {Kind(header.kind).name.lower()}"
 
     def _out_of_order(self, link: ReceivingLink, sequence: int) -> None:
         """One already seen is dropped, a gap is asked for again."""
@@ -249,9 +262,7 @@ class Exchange:
 
     def consumed(self, link: ReceivingLink, nbytes: int) -> None:
         """A message of `nbytes` was used up; tell the sender at once if it may run out of credit, else when idle."""
-        window = link.window
-        window.consume(nbytes)
-        if window.urgent():
+        if link.window.consume(nbytes):
             self._acknowledge(link)
         else:
             self._owing[link] = None
@@ -318,14 +329,16 @@ class Exchange:
         elif verb is Verb.REFUSE:
             link.refused = arguments[0]
         elif verb is Verb.ACK:
-            link.window.acknowledge(arguments[0])
-            link.window.grant(*arguments[1:])
+            link.window.acknowledge(*arguments)
         elif verb is Verb.AGAIN:
             for sent in link.window.since(arguments[0]):
                 self.counters["sent_again"] += 1
                 self.outbox.append(sent)
+        self._send_waiting(link)
+
+    def _send_waiting(self, link: SendingLink) -> None:
         while link.waiting and link.window.may_send(link.waiting[0].nbytes):
-            self._waiting -= 1
+            self.waiting -= 1
             rows, tensors, buffers, nbytes, ready_ns = link.waiting.popleft()
             self._transmit(link, rows, tensors, buffers, nbytes, ready_ns, self.clock())
 
@@ -334,10 +347,6 @@ class Exchange:
         if link is None:
             raise ProtocolError(f"{self.me}: expected {what} of an edge of the graph, got edge {edge} from {peer}")
         return link
-
-
-def _tokens(rows: tuple[Row, ...]) -> int:
-    return rows[0].tokens if len(rows) == 1 else sum([row.tokens for row in rows])
 
 
 class RefusedMessage(ProtocolError):

@@ -88,7 +88,7 @@ class TensorMeta(NamedTuple):
     nbytes: _Count
 
 
-class Ack(NamedTuple):
+class Ack(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """An acknowledgement and a grant of credit, for an edge from the peer that the message goes to."""
 
     edge: _Count
@@ -185,7 +185,7 @@ def _check(tensors: tuple[TensorMeta, ...]) -> None:
             )
 
 
-_PARTS: dict[str, tuple[str, ...]] = {"rows": Row._fields, "tensors": TensorMeta._fields, "acks": Ack._fields}
+_PARTS: dict[str, tuple[str, ...]] = {"rows": Row._fields, "tensors": TensorMeta._fields, "acks": Ack.__struct_fields__}
 
 
 def _explain(error: Exception) -> str:

@@ -38,6 +38,8 @@ def check_frames(header: Header, buffers: Sequence[Buffer]) -> None:
         ProtocolError: the number of frames, a frame's length or the checksum is not as the header says.
     """
     tensors = header.tensors
+    if len(buffers) == 1 == len(tensors) and len(buffers[0]) == tensors[0].nbytes and not header.checksum:
+        return  # nearly every message: a loop over its one tensor takes three times as long
     if len(buffers) != len(tensors):
         raise ProtocolError(
             f"edge {header.edge}: expected {len(tensors)} tensor frames (at most {MAX_TENSORS}), got {len(buffers)}"

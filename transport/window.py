@@ -50,14 +50,17 @@ class SendWindow:
         self.kept.append(sent)
 
     def grant(self, sequence_limit: int, byte_limit: int) -> None:
-        self.sequence_limit = max(self.sequence_limit, sequence_limit)
-        self.byte_limit = max(self.byte_limit, byte_limit)
+        if sequence_limit > self.sequence_limit:
+            self.sequence_limit = sequence_limit
+        if byte_limit > self.byte_limit:
+            self.byte_limit = byte_limit
 
-    def acknowledge(self, sequence: int) -> None:
-        """Let go of everything up to `sequence`; a number never sent is ignored by the deque's end."""
+    def acknowledge(self, sequence: int, sequence_limit: int, byte_limit: int) -> None:
+        """Let go of everything up to `sequence` (a number never sent is ignored by the deque's end); take the grant."""
         kept = self.kept
         while kept and kept[0].sequence <= sequence:
             kept.popleft()
+        self.grant(sequence_limit, byte_limit)
 
     def since(self, sequence: int) -> list[Outgoing]:
         """What must be sent again when the receiver misses `sequence` and all after it."""
@@ -78,10 +81,6 @@ class ReceiveWindow:
     told_bytes: int = 0
     asked: int = 0
 
-    def take(self) -> None:
-        """The next one in sequence came; the caller has seen that it is the next one."""
-        self.received += 1
-
     def ask(self) -> int | None:
         """The first missing sequence, once for each gap; None if it was asked for already."""
         missing = self.received + 1
@@ -90,10 +89,15 @@ class ReceiveWindow:
         self.asked = missing
         return missing
 
-    def consume(self, nbytes: int) -> None:
-        """One message was used up: its credit may be granted anew."""
+    def consume(self, nbytes: int) -> bool:
+        """One message was used up: its credit may be granted anew. True if half the window is used up and untold: the
+        sender may soon stand still."""
         self.consumed += 1
         self.consumed_bytes += nbytes
+        return (
+            2 * (self.consumed - self.told_consumed) >= self.credits_messages
+            or 2 * (self.consumed_bytes - self.told_bytes) >= self.credits_bytes
+        )
 
     def limits(self) -> tuple[int, int]:
         """The grant: highest sequence and bytes in all that the sender may send."""
@@ -103,14 +107,7 @@ class ReceiveWindow:
         """Whether there is anything the sender has not been told."""
         return self.received > self.told_received or self.consumed > self.told_consumed
 
-    def urgent(self) -> bool:
-        """Whether half the window is used up and untold: the sender may soon stand still."""
-        return (
-            2 * (self.consumed - self.told_consumed) >= self.credits_messages
-            or 2 * (self.consumed_bytes - self.told_bytes) >= self.credits_bytes
-        )
-
     def tell(self) -> tuple[int, int, int]:
         """The arguments of an acknowledgement, and the note that it was sent."""
         self.told_received, self.told_consumed, self.told_bytes = self.received, self.consumed, self.consumed_bytes
-        return (self.received, *self.limits())
+        return self.received, self.consumed + self.credits_messages, self.consumed_bytes + self.credits_bytes

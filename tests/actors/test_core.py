@@ -149,7 +149,7 @@ def test_rows_of_another_epoch_or_no_session_are_refused() -> None:
     bench.core.close(2)
     bench.send([Row(2, 1, 2, 1)])
     assert bench.step() is None
-    assert not bench.ends[UP].blocked()
+    assert not bench.ends[UP].waiting
 
 
 def test_a_join_takes_rows_that_are_complete() -> None:
@@ -180,7 +180,7 @@ def test_a_session_that_closes_gives_back_what_its_join_held() -> None:
         assert bench.core.close(session)
         bench.turn()
     assert not bench.core.close(1)
-    assert not bench.ends[UP].blocked()
+    assert not bench.ends[UP].waiting
 
 
 def test_no_step_without_credit_for_its_output() -> None:
@@ -191,12 +191,12 @@ def test_no_step_without_credit_for_its_output() -> None:
         bench.core.open(session, 1)
     taken = 0
     for session in range(1, 6):
-        if not bench.ends[UP].blocked():
+        if not bench.ends[UP].waiting:
             bench.send([Row(session, 1, 0, 1)])
         taken += bench.step() is not None
     assert taken == 3  # two are out, one waits for credit
     assert len(bench.got) == 2
-    assert bench.ends[ME].blocked()
+    assert bench.ends[ME].waiting
     down = bench.ends[DOWN]
     for receiving in down.receiving.values():
         down.consumed(receiving, 4)
@@ -213,7 +213,7 @@ def test_feedback_gives_its_credit_back_at_once() -> None:
         bench.core.open(session, 1)
         bench.send([Row(session, 1, 0, 1)])
     assert bench.core.queued == 5
-    assert not bench.ends[UP].blocked()
+    assert not bench.ends[UP].waiting
 
 
 def test_rows_of_their_own_and_ports_that_send_nothing() -> None:

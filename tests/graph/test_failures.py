@@ -269,6 +269,26 @@ def test_a_join_waits_for_both_inputs(graph_file: Callable[..., Path], runs: Pat
     assert start(ranvier.load(path, allow_code=True), runs, 1.0, 5.0) == [3.0, 11.0]
 
 
+def test_every_thread_stays_on_its_cores(graph_file: Callable[..., Path], runs: Path, tmp_path: Path) -> None:
+    """`cpus` holds for the step thread, the control thread and ZeroMQ's own, and for this actor alone."""
+    shutil.copy(HERE / "faulty.py", tmp_path / "faulty.py")
+    core = max(os.sched_getaffinity(0))
+    path = graph_file(
+        actors={"free": {"kind": "./faulty.py:Faulty"}, "bound": {"kind": "./faulty.py:Faulty", "cpus": [core]}},
+        edges=["gateway.x -> free.x", "free.y -> bound.x", "bound.y -> gateway.y"],
+    )
+
+    async def main() -> None:
+        async with ranvier.launch(ranvier.load(path, allow_code=True), runs=runs) as run:
+            assert await call(run, 1.0) == 3.0
+            threads = {name: os.listdir(f"/proc/{pid}/task") for name, pid in run.pids.items()}
+            cores = {name: {frozenset(os.sched_getaffinity(int(t))) for t in threads[name]} for name in threads}
+            assert cores == {"free.0.1": {frozenset(os.sched_getaffinity(0))}, "bound.0.1": {frozenset({core})}}
+            assert len(threads["bound.0.1"]) >= 4
+
+    trio.run(main)
+
+
 def test_the_blocking_form(faulty: Make, runs: Path) -> None:
     """The same calls from code that does not await; the error of an actor comes through."""
     with ranvier.start(faulty(at_step="raise"), runs=runs) as run:

@@ -44,7 +44,7 @@ class Bench:
     def message(self, edge: int, rows: list[Row], meta: TensorMeta, data: bytes) -> None:
         link = self.exchange.receiving[edge, HEAD]
         header = Header(1, 0, edge, link.window.received + 1, tuple(rows), (meta,), 0, 0, 0)
-        link.window.take()
+        link.window.received += 1
         self.gateway.on_message(Received(link, header, (data,), len(data), 0))
 
 

@@ -102,7 +102,10 @@ def test_a_damaged_header_is_refused_or_read(header: Header, data: Any) -> None:
         (msgpack.packb([True, 0, 0, 1, [], [], 0, 0, 0, []]), "expected wire version 1, got 195"),
         (msgpack.packb([1, 9, 0, 1, [], [], 0, 0, 0, []]), "expected `int` <= 2 - at `kind`"),
         (msgpack.packb([1, 0, -1, 1, [], [], 0, 0, 0, []]), "expected `int` >= 0 - at `edge`"),
-        (msgpack.packb([1, 0, 0, 1, [[1, 1, 0]], [], 0, 0, 0, []]), "expected `array` of length 4, got 3 - at `rows[0]`"),
+        (
+            msgpack.packb([1, 0, 0, 1, [[1, 1, 0]], [], 0, 0, 0, []]),
+            "expected `array` of length 4, got 3 - at `rows[0]`",
+        ),
         (
             msgpack.packb([1, 0, 0, 1, [], [["x", 10, [1], 0, 4]], 0, 0, 0, []]),
             "expected `int` <= 9 - at `tensors[0].dtype`",
@@ -111,7 +114,10 @@ def test_a_damaged_header_is_refused_or_read(header: Header, data: Any) -> None:
             msgpack.packb([1, 0, 0, 1, [], [["x", 8, [1], 1, 4]], 0, 0, 0, []]),
             "expected `int` <= 0 - at `tensors[0].codec`",
         ),
-        (msgpack.packb([1, 0, 0, 1, [], [["x", 8, [1] * 9, 0, 4]], 0, 0, 0, []]), "expected `array` of length <= 8 - at `tensors[0].shape`"),
+        (
+            msgpack.packb([1, 0, 0, 1, [], [["x", 8, [1] * 9, 0, 4]], 0, 0, 0, []]),
+            "expected `array` of length <= 8 - at `tensors[0].shape`",
+        ),
         (
             msgpack.packb([1, 0, 0, 1, [], [["x", 8, [3], 0, 4]], 0, 0, 0, []]),
             "expected 12 bytes for float32[3], got 4",
@@ -119,7 +125,10 @@ def test_a_damaged_header_is_refused_or_read(header: Header, data: Any) -> None:
         (msgpack.packb([1, 0, 0, 1, [], [["x", 8, [1 << 40, 1 << 40], 0, 4]], 0, 0, 0, []]), "expected at most"),
         (msgpack.packb([1, 0, 0, 1, [], [], 0, 0, 0]), "expected 10 fields, or kind 3 (control), got (1, 0, 0, 1,"),
         (msgpack.packb([1, 0, 0, 1, [], [], 0, 0, -5, []]), "expected `int` >= 0 - at `checksum`"),
-        (msgpack.packb([1, 0, 0, 1, [], [], 0, 0, 0, [[1, 2, 3, -4]]]), "expected `int` >= 0 - at `acks[0].byte_limit`"),
+        (
+            msgpack.packb([1, 0, 0, 1, [], [], 0, 0, 0, [[1, 2, 3, -4]]]),
+            "expected `int` >= 0 - at `acks[0].byte_limit`",
+        ),
         (msgpack.packb([1, 3, 0, 77]), "expected a verb from 0 to 5, got 77"),
         (msgpack.packb([1, 3, 0, 3, 1]), "control ACK: expected (int, int, int)"),
         (msgpack.packb({}), "expected an array"),

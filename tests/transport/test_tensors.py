@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ranvier.transport.dtypes import TABLE
 from ranvier.transport.errors import ProtocolError
 from ranvier.transport.header import Header, Row, TensorMeta, decode
-from ranvier.transport.message import check_specs, checksum, check_frames
+from ranvier.transport.message import check_frames, check_specs, checksum
 from ranvier.transport.spec import TensorSpec
 from ranvier.transport.tensors import from_buffer, to_buffer, torch_dtype
 

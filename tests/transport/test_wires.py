@@ -180,12 +180,12 @@ def test_credit_bounds_what_is_on_its_way(make_wire: MakeWire) -> None:
         a.turn(wait_s=0.01)
         b.turn(consume=False, wait_s=0.01)
     assert len(b.taken) == 3
-    assert a.exchange.blocked()
+    assert a.exchange.waiting
     assert a.exchange.counters["credit_waits"] == 7
     for received in b.taken:
         b.exchange.consumed(received.link, received.nbytes)
     turns(a, b, until=lambda: len(b.taken) == 10)
-    assert not a.exchange.blocked()
+    assert not a.exchange.waiting
 
 
 def test_credit_in_bytes(make_wire: MakeWire) -> None:
