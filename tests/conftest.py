@@ -96,26 +96,28 @@ Tiny = Callable[..., tuple[Path, Any]]
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """`tiny(name, **config)`: a small random llama checkpoint that transformers made, and the model itself."""
+    """`tiny(name, family, **config)`: a small random checkpoint that transformers made, and the model itself.
+
+    The sizes are llama's; a family whose config has other names gives all of its own."""
     made: dict[str, tuple[Path, Any]] = {}
 
-    def make(name: str, *, shards: bool = False, **changes: Any) -> tuple[Path, Any]:
+    def make(name: str, family: str = "llama", *, shards: bool = False, **changes: Any) -> tuple[Path, Any]:
         if name not in made:
             import torch
-            from transformers import LlamaConfig, LlamaForCausalLM
+            from transformers import AutoConfig, AutoModelForCausalLM
 
             torch.manual_seed(7)
-            config = LlamaConfig(
-                **{
-                    "vocab_size": 320, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 6,
-                    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
-                    "tie_word_embeddings": True, "initializer_range": 0.2, "eos_token_id": 2, **changes,
-                }
-            )  # fmt: skip
-            model = LlamaForCausalLM(config).eval()
+            sizes = {
+                "vocab_size": 320, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 6,
+                "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
+                "tie_word_embeddings": True, "initializer_range": 0.2,
+            }  # fmt: skip
+            own = {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0, **changes}
+            config = AutoConfig.for_model(family, **(own if "vocab_size" in changes else {**sizes, **own}))
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
             with torch.no_grad():  # norms of ones and biases of zeros would hide an error
                 for parameter_name, parameter in model.named_parameters():
-                    if "norm" in parameter_name or "bias" in parameter_name:
+                    if any(part in parameter_name for part in ("norm", "bias", "ln_")):
                         parameter.add_(torch.randn_like(parameter) * 0.2)
             folder = tmp_path_factory.mktemp(name)
             model.save_pretrained(folder, max_shard_size="40KB" if shards else "5GB")

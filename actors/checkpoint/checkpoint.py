@@ -16,6 +16,7 @@ from ..errors import CheckpointError
 from . import config as configs
 from . import gguf_file, safetensors_file
 from .config import ModelConfig
+from .hf_config import from_hf
 
 if TYPE_CHECKING:
     import torch
@@ -67,13 +68,13 @@ class Checkpoint:
         return entry
 
     def read_into(self, name: str, target: torch.Tensor) -> None:
-        """Read a tensor into `target` (its shape, any floating dtype), converting to the target's dtype.
+        """Read a tensor into `target` (its shape, any strides, any floating dtype), converting to the target's dtype.
 
         Raises:
             CheckpointError: the file ends early, or has no tensor of that name and shape.
         """
         entry = self.require(name, tuple(target.shape))
-        rows = target.reshape(-1, entry.shape[-1]) if target.dim() > 1 else target.view(1, -1)
+        rows = target.flatten(0, -2) if target.dim() > 1 else target.view(1, -1)
         order = _head_order(entry) if entry.permuted_heads else None
         row_bytes = entry.nbytes // rows.shape[0]
         step = max(1, PIECE_ELEMENTS // entry.shape[-1])
@@ -142,7 +143,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _open_folder(folder: Path, single: Path | None) -> Checkpoint:
-    config = configs.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     index = folder / "model.safetensors.index.json"
     single = single or folder / "model.safetensors"
     if single.exists():
@@ -153,12 +154,14 @@ def _open_folder(folder: Path, single: Path | None) -> Checkpoint:
         files = {file: safetensors_file.read_header(file) for file in dict.fromkeys(names.values())}
     else:
         raise CheckpointError(f"{folder}: expected model.safetensors or {index.name}, found neither")
+    bare_gpt2 = config.family == "gpt2" and "wte.weight" in names  # as OpenAI's own upload has them
     tensors = {}
     for name, file in names.items():
         found = files[file].get(name)
         if found is None:
             raise CheckpointError(f"{file}: tensor {name} is missing, though {index.name} says it is here")
-        tensors[name] = TensorEntry(name, file, found.dtype, found.shape, found.offset, found.nbytes)
+        known = f"transformer.{name}" if bare_gpt2 else name
+        tensors[known] = TensorEntry(name, file, found.dtype, found.shape, found.offset, found.nbytes)
     return Checkpoint(folder, config, tensors)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import CheckpointError
 
@@ -21,9 +21,14 @@ class RopeScaling:
     original_context: int = 8192
 
 
+Activation = Literal["silu", "gelu_tanh"]
+Norm = Literal["rms", "rms_plus_one", "layer"]
+"""Root-mean-square; the same with weights that are stored less one (gemma); mean and variance with a bias (gpt2)."""
+
+
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A causal model of the llama family. Widths are in elements."""
+    """A causal model. Widths are in elements; what a family adds to llama's block stands below `tied`."""
 
     family: str
     vocab: int
@@ -38,10 +43,28 @@ class ModelConfig:
     rope_theta: float
     rope_scaling: RopeScaling | None
     tied: bool
-    attention_bias: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
     mlp_bias: bool = False
     bos_token: int | None = None
     eos_tokens: tuple[int, ...] = ()
+    norm: Norm = "rms"
+    head_norms: bool = False
+    """A norm on each query and key head (qwen3, gemma3)."""
+    post_norms: bool = False
+    """A norm after attention and after the feed-forward part, too (gemma3)."""
+    activation: Activation = "silu"
+    gated: bool = True
+    learned_positions: bool = False
+    """Positions are added to the embedding and not turned into the heads (gpt2)."""
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None
+    """What query times key is multiplied by; None: one over the root of the head width."""
+    windows: tuple[int, ...] = ()
+    """For each layer, how many positions a token sees, itself included; 0: all. Empty: all, in every layer."""
+    local_rope_theta: float | None = None
+    """Rotary base of the layers with a window, where it is another (gemma3)."""
+    logit_softcap: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "context"):
@@ -50,72 +73,17 @@ class ModelConfig:
                 raise CheckpointError(f"config: expected {name} as a positive integer, got {value!r}")
         if self.heads % self.kv_heads:
             raise CheckpointError(f"config: {self.heads} heads are no multiple of {self.kv_heads} key-value heads")
+        if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0):
+            raise CheckpointError(f"config: expected a window for each of {self.layers} layers, got {self.windows}")
 
     @property
     def kv_elements_per_token_and_layer(self) -> int:
         """Elements, times two for key and value; multiply by the itemsize of the dtype."""
         return 2 * self.kv_heads * self.head_dim
 
-
-def from_hf(config: Mapping[str, Any], where: str) -> ModelConfig:
-    """From a transformers `config.json` (old `rope_theta`/`rope_scaling` or new `rope_parameters` form).
-
-    Raises:
-        CheckpointError: a family that is not built in, or a field that is missing.
-    """
-    family = config.get("model_type")
-    if family != "llama":
-        raise CheckpointError(f"{where}: model_type {family!r} is not built in; built in: llama")
-    if config.get("hidden_act", "silu") != "silu":
-        raise CheckpointError(f"{where}: hidden_act {config['hidden_act']!r} is not built in; built in: silu")
-    try:
-        heads = config["num_attention_heads"]
-        eos = config.get("eos_token_id")
-        return ModelConfig(
-            family=family,
-            vocab=config["vocab_size"],
-            hidden=config["hidden_size"],
-            layers=config["num_hidden_layers"],
-            heads=heads,
-            kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-            intermediate=config["intermediate_size"],
-            context=config["max_position_embeddings"],
-            norm_eps=float(config["rms_norm_eps"]),
-            rope_theta=_rope_theta(config),
-            rope_scaling=_rope_scaling(config, where),
-            tied=bool(config.get("tie_word_embeddings", False)),
-            attention_bias=bool(config.get("attention_bias", False)),
-            mlp_bias=bool(config.get("mlp_bias", False)),
-            bos_token=config.get("bos_token_id"),
-            eos_tokens=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-        )
-    except KeyError as error:
-        raise CheckpointError(f"{where}: expected the field {error.args[0]!r}, which is missing") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{where}: {error}") from None
-
-
-def _rope_theta(config: Mapping[str, Any]) -> float:
-    return float((config.get("rope_parameters") or {}).get("rope_theta") or config.get("rope_theta") or 10000.0)
-
-
-def _rope_scaling(config: Mapping[str, Any], where: str) -> RopeScaling | None:
-    scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind == "linear":
-        return RopeScaling(kind, float(scaling["factor"]))
-    if kind == "llama3":
-        return RopeScaling(
-            kind,
-            float(scaling["factor"]),
-            float(scaling["low_freq_factor"]),
-            float(scaling["high_freq_factor"]),
-            int(scaling["original_max_position_embeddings"]),
-        )
-    raise CheckpointError(f"{where}: rope type {kind!r} is not built in; built in: default, linear, llama3")
+    def window(self, layer: int) -> int:
+        """How many positions a token of this layer sees; 0: all."""
+        return self.windows[layer] if self.windows else 0
 
 
 def from_gguf(fields: Mapping[str, Any], tensors: Mapping[str, Any], where: str) -> ModelConfig:
@@ -156,7 +124,8 @@ def from_gguf(fields: Mapping[str, Any], tensors: Mapping[str, Any], where: str)
                 RopeScaling("linear", float(fields["llama.rope.scaling.factor"])) if scaling == "linear" else None
             ),
             tied="output.weight" not in tensors,
-            attention_bias="blk.0.attn_q.bias" in tensors,
+            qkv_bias="blk.0.attn_q.bias" in tensors,
+            out_bias="blk.0.attn_output.bias" in tensors,
             bos_token=fields.get("tokenizer.ggml.bos_token_id"),
             eos_tokens=tuple(dict.fromkeys(eos)),
         )

@@ -1,4 +1,4 @@
-"""Attention blocks of the llama family: one set, parameterised, over flat batches of rows.
+"""Attention blocks: one set, parameterised, for every family that is built in, over flat batches of rows.
 
 Shape suffixes: T tokens of the batch, t tokens of one row, H hidden, N query heads, K key-value heads, G query heads for
 each of these (N = K·G), D head width, P positions in the cache, I inner width.
@@ -15,48 +15,32 @@ from ranvier.transport.header import Row
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
+from . import weights
 from .kv_cache import KVCache, SessionCache
 from .rotary import RotaryTable, rotate
-
-
-def rms_norm(hidden_TH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root-mean-square norm (Zhang and Sennrich 2019), in float32 whatever the dtype, as the oracle does."""
-    wide = hidden_TH.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight_H * wide.to(hidden_TH.dtype)
+from .tensors import Norm, read_slot
 
 
 class Block:
     """The weights of one layer; q, k and v, and gate and up, lie in one matrix each."""
 
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, layer: int, dtype: torch.dtype) -> None:
-        prefix = f"model.layers.{layer}."
-        query, value = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        held = {slot.name: read_slot(slot, checkpoint, dtype) for slot in weights.block(config, layer)}
+        self.held_bytes = sum(tensor.nbytes for tensor in held.values())
 
-        def fused(parts: tuple[tuple[str, int], ...], columns: tuple[int, ...], kind: str) -> torch.Tensor:
-            weight = torch.empty(sum(rows for _, rows in parts), *columns, dtype=dtype)
-            start = 0
-            for name, rows in parts:
-                checkpoint.read_into(f"{prefix}{name}.{kind}", weight[start : start + rows])
-                start += rows
-            return weight
+        def norm(name: str) -> Norm | None:
+            return Norm(config, held[name], held.get(name + "_bias")) if name in held else None
 
-        def both(
-            parts: tuple[tuple[str, int], ...], columns: int, bias: bool
-        ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            return fused(parts, (columns,), "weight"), fused(parts, (), "bias") if bias else None
-
-        qkv = (("self_attn.q_proj", query), ("self_attn.k_proj", value), ("self_attn.v_proj", value))
-        gate_up = (("mlp.gate_proj", config.intermediate), ("mlp.up_proj", config.intermediate))
-        self.norm_in = fused((("input_layernorm", config.hidden),), (), "weight")
-        self.norm_mid = fused((("post_attention_layernorm", config.hidden),), (), "weight")
-        self.qkv, self.qkv_bias = both(qkv, config.hidden, config.attention_bias)
-        self.out, self.out_bias = both((("self_attn.o_proj", config.hidden),), query, config.attention_bias)
-        self.gate_up, self.gate_up_bias = both(gate_up, config.hidden, config.mlp_bias)
-        self.down, self.down_bias = both((("mlp.down_proj", config.hidden),), config.intermediate, config.mlp_bias)
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [value for value in vars(self).values() if value is not None]
+        norm_in, norm_mid = norm("norm_in"), norm("norm_mid")
+        assert norm_in is not None and norm_mid is not None
+        self.norm_in, self.norm_mid = norm_in, norm_mid
+        self.norm_query, self.norm_key = norm("norm_query"), norm("norm_key")
+        self.norm_attended, self.norm_out = norm("norm_attended"), norm("norm_out")
+        self.qkv, self.qkv_bias = held["qkv"], held.get("qkv_bias")
+        self.out, self.out_bias = held["out"], held.get("out_bias")
+        self.up, self.up_bias = held["up"], held.get("up_bias")
+        self.down, self.down_bias = held["down"], held.get("down_bias")
+        self.window = config.window(layer)
 
 
 class Blocks:
@@ -72,7 +56,8 @@ class Blocks:
     ) -> None:
         first, last = layers
         self.config = checkpoint.config
-        self.rotary = RotaryTable(self.config, dtype)
+        self._scale = self.config.attention_scale or self.config.head_dim**-0.5
+        self.rotary = rotary_tables(self.config, dtype)
         self.cache = KVCache(self.config, last - first + 1, dtype, cache_tokens)
         self.blocks: list[Block] = []
         for layer in range(first, last + 1):
@@ -81,15 +66,17 @@ class Blocks:
 
     def open(self, session: int, capacity: int) -> None:
         self.cache.open(session, capacity)
-        self.rotary.reserve(capacity)
+        for table in self.rotary.values():
+            table.reserve(capacity)
 
     def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
         """One step of every row through every layer. Takes effect on the caches only if all went well."""
         caches = [self.cache.at(row.session, row.position, row.tokens) for row in rows]
         positions_T = torch.cat([torch.arange(row.position, row.position + row.tokens) for row in rows])
-        cos_TD, sin_TD = self.rotary.cos_PD[positions_T], self.rotary.sin_PD[positions_T]
+        turns = {local: table.at(positions_T) for local, table in self.rotary.items()}
         for index, block in enumerate(self.blocks):
-            hidden_TH = self._layer(index, block, rows, caches, hidden_TH, cos_TD, sin_TD)
+            local = bool(block.window)
+            hidden_TH = self._layer(index, block, rows, caches, hidden_TH, turns.get(local, turns.get(False)))
         for row, cache in zip(rows, caches, strict=True):
             cache.length = row.position + row.tokens
         return hidden_TH
@@ -101,14 +88,16 @@ class Blocks:
         rows: tuple[Row, ...],
         caches: list[SessionCache],
         hidden_TH: torch.Tensor,
-        cos_TD: torch.Tensor,
-        sin_TD: torch.Tensor,
+        turns: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> torch.Tensor:
         config = self.config
         heads, kv_heads, width = config.heads, config.kv_heads, config.head_dim
-        qkv = F.linear(rms_norm(hidden_TH, block.norm_in, config.norm_eps), block.qkv, block.qkv_bias)
-        qkv_TND = qkv.view(-1, heads + 2 * kv_heads, width)
-        turned_TND = rotate(qkv_TND[:, : heads + kv_heads], cos_TD, sin_TD)
+        qkv_TND = F.linear(block.norm_in(hidden_TH), block.qkv, block.qkv_bias).view(-1, heads + 2 * kv_heads, width)
+        turned_TND = qkv_TND[:, : heads + kv_heads]
+        if block.norm_query is not None and block.norm_key is not None:
+            turned_TND = torch.cat((block.norm_query(turned_TND[:, :heads]), block.norm_key(turned_TND[:, heads:])), 1)
+        if turns is not None:
+            turned_TND = rotate(turned_TND, *turns)
         attended = []
         start = 0
         for row, cache in zip(rows, caches, strict=True):
@@ -116,20 +105,53 @@ class Blocks:
             keys_KPD, values_KPD = cache.keys_LKPD[index], cache.values_LKPD[index]
             keys_KPD[:, row.position : end] = turned_TND[start:stop, heads:].transpose(0, 1)
             values_KPD[:, row.position : end] = qkv_TND[start:stop, heads + kv_heads :].transpose(0, 1)
-            attended.append(attend(turned_TND[start:stop, :heads], keys_KPD[:, :end], values_KPD[:, :end]))
+            # the first token of the row sees no further back than its window
+            seen = max(0, row.position + 1 - block.window) if block.window else 0
+            attended.append(
+                attend(
+                    turned_TND[start:stop, :heads], keys_KPD[:, seen:end], values_KPD[:, seen:end],
+                    self._scale, block.window,
+                )
+            )  # fmt: skip
             start = stop
-        mixed = attended[0] if len(attended) == 1 else torch.cat(attended)
-        hidden_TH = hidden_TH + F.linear(mixed, block.out, block.out_bias)
-        gate_up = F.linear(rms_norm(hidden_TH, block.norm_mid, config.norm_eps), block.gate_up, block.gate_up_bias)
-        gate_TI, up_TI = gate_up.chunk(2, dim=-1)
-        return hidden_TH + F.linear(F.silu(gate_TI) * up_TI, block.down, block.down_bias)
+        mixed_TH = F.linear(attended[0] if len(attended) == 1 else torch.cat(attended), block.out, block.out_bias)
+        hidden_TH = hidden_TH + (mixed_TH if block.norm_attended is None else block.norm_attended(mixed_TH))
+        made_TH = F.linear(self._inner(block, block.norm_mid(hidden_TH)), block.down, block.down_bias)
+        return hidden_TH + (made_TH if block.norm_out is None else block.norm_out(made_TH))
+
+    def _inner(self, block: Block, normed_TH: torch.Tensor) -> torch.Tensor:
+        inner = F.linear(normed_TH, block.up, block.up_bias)
+        if not self.config.gated:
+            return activate(self.config, inner)
+        gate_TI, up_TI = inner.chunk(2, dim=-1)
+        return activate(self.config, gate_TI) * up_TI
 
     def held_bytes(self) -> int:
-        return sum(tensor.nbytes for block in self.blocks for tensor in block.tensors())
+        return sum(block.held_bytes for block in self.blocks)
 
 
-def attend(query_tND: torch.Tensor, keys_KPD: torch.Tensor, values_KPD: torch.Tensor) -> torch.Tensor:
-    """Causal attention of the last t of P positions over all P: [t, N·D].
+def rotary_tables(config: ModelConfig, dtype: torch.dtype) -> dict[bool, RotaryTable]:
+    """The table of layers that see everything (False) and, where it is another, that of layers with a window (True)."""
+    if config.learned_positions:
+        return {}
+    tables = {False: RotaryTable(config.head_dim, config.rope_theta, config.rope_scaling, dtype)}
+    if config.local_rope_theta is not None:
+        tables[True] = RotaryTable(config.head_dim, config.local_rope_theta, None, dtype)
+    return tables
+
+
+def activate(config: ModelConfig, inner: torch.Tensor) -> torch.Tensor:
+    return F.silu(inner) if config.activation == "silu" else F.gelu(inner, approximate="tanh")
+
+
+def attend(
+    query_tND: torch.Tensor,
+    keys_KPD: torch.Tensor,
+    values_KPD: torch.Tensor,
+    scale: float,
+    window: int = 0,
+) -> torch.Tensor:
+    """Causal attention of the last t of P positions over all P, or over the last `window` (0: all): [t, N·D].
 
     The G query heads of a key-value head are folded into the query axis: torch's own `enable_gqa` took five times as
     long for one query.
@@ -139,13 +161,18 @@ def attend(query_tND: torch.Tensor, keys_KPD: torch.Tensor, values_KPD: torch.Te
     group = heads // kv_heads
     if tokens == 1:
         query_KGD = query_tND.view(kv_heads, group, width)
-        return F.scaled_dot_product_attention(query_KGD[None], keys_KPD[None], values_KPD[None]).view(1, -1)
+        mixed = F.scaled_dot_product_attention(query_KGD[None], keys_KPD[None], values_KPD[None], scale=scale)
+        return mixed.view(1, -1)
     query_NtD = query_tND.transpose(0, 1)
     keys_NPD = keys_KPD.repeat_interleave(group, dim=0)
     values_NPD = values_KPD.repeat_interleave(group, dim=0)
-    if tokens == positions:
-        mixed = F.scaled_dot_product_attention(query_NtD[None], keys_NPD[None], values_NPD[None], is_causal=True)
-    else:
-        allowed_tP = torch.ones(tokens, positions, dtype=torch.bool).tril(positions - tokens)
-        mixed = F.scaled_dot_product_attention(query_NtD[None], keys_NPD[None], values_NPD[None], allowed_tP)
+    if tokens == positions and not 0 < window < positions:
+        mixed = F.scaled_dot_product_attention(
+            query_NtD[None], keys_NPD[None], values_NPD[None], is_causal=True, scale=scale
+        )
+        return mixed[0].transpose(0, 1).reshape(tokens, -1)
+    allowed_tP = torch.ones(tokens, positions, dtype=torch.bool).tril(positions - tokens)
+    if window:
+        allowed_tP = allowed_tP.triu(positions - tokens - window + 1)
+    mixed = F.scaled_dot_product_attention(query_NtD[None], keys_NPD[None], values_NPD[None], allowed_tP, scale=scale)
     return mixed[0].transpose(0, 1).reshape(tokens, -1)

@@ -19,8 +19,9 @@ from ..actor import Actor, Batch, Context
 from ..checkpoint import Checkpoint
 from ..session import SessionInfo
 from . import weights
-from .blocks import Blocks, rms_norm
+from .blocks import Blocks
 from .sampling import choose
+from .tensors import Norm, read_slot
 
 
 class Embedding(Actor):
@@ -28,19 +29,27 @@ class Embedding(Actor):
 
     def load(self, context: Context) -> None:
         checkpoint, dtype = _needed(context)
-        config = checkpoint.config
-        self.weight_VH = torch.empty(config.vocab, config.hidden, dtype=dtype)
-        checkpoint.read_into(weights.EMBEDDING, self.weight_VH)
+        held = {slot.name: read_slot(slot, checkpoint, dtype) for slot in weights.embedding(checkpoint.config)}
+        self.weight_VH = held["embedding"]
+        self.positions_PH = held.get("positions")
+        scale = checkpoint.config.embedding_scale
+        self._scale = torch.tensor(scale, dtype=dtype) if scale != 1.0 else None  # rounded first, as the oracle does
         context.progress(1.0)
 
-    def forward(self, token_T: torch.Tensor) -> torch.Tensor:
-        return F.embedding(token_T, self.weight_VH)
+    def forward(self, rows: tuple[Row, ...], token_T: torch.Tensor) -> torch.Tensor:
+        hidden_TH = F.embedding(token_T, self.weight_VH)
+        if self._scale is not None:
+            hidden_TH = hidden_TH * self._scale
+        if self.positions_PH is not None:
+            parts = [self.positions_PH[row.position : row.position + row.tokens] for row in rows]
+            hidden_TH = hidden_TH + torch.cat(parts)
+        return hidden_TH
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
-        return {"hidden": self.forward(batch["token"])}
+        return {"hidden": self.forward(batch.rows, batch["token"])}
 
     def held_bytes(self) -> int:
-        return self.weight_VH.nbytes
+        return self.weight_VH.nbytes + (self.positions_PH.nbytes if self.positions_PH is not None else 0)
 
 
 class BlocksActor(Actor):
@@ -84,20 +93,19 @@ class Head(Actor):
     """
 
     def load(self, context: Context) -> None:
-        checkpoint, dtype = _needed(context)
-        config = checkpoint.config
-        weight_VH = torch.empty(config.vocab, config.hidden, dtype=dtype)
-        checkpoint.read_into(weights.head_name(config), weight_VH)
-        self.load_with(context, weight_VH)
+        self.load_with(context, None)
         context.progress(1.0)
 
-    def load_with(self, context: Context, weight_VH: torch.Tensor) -> None:
-        """Load with a matrix that is there already (a tied one)."""
+    def load_with(self, context: Context, weight_VH: torch.Tensor | None) -> None:
+        """Load, with a matrix that is there already (a tied one) if it is given."""
         checkpoint, dtype = _needed(context)
-        self.eps = checkpoint.config.norm_eps
-        self.norm_H = torch.empty(checkpoint.config.hidden, dtype=dtype)
-        checkpoint.read_into(weights.NORM, self.norm_H)
-        self.weight_VH = weight_VH
+        config = checkpoint.config
+        wanted = weights.head(config) if weight_VH is None else weights.final_norm(config)
+        held = {slot.name: read_slot(slot, checkpoint, dtype) for slot in wanted}
+        self.held = sum(tensor.nbytes for tensor in held.values())
+        self.norm = Norm(config, held["norm"], held.get("norm_bias"))
+        self.weight_VH = held["head"] if weight_VH is None else weight_VH
+        self._softcap = config.logit_softcap
         self.streams: dict[int, _Stream] = {}
 
     def open(self, session: SessionInfo) -> None:
@@ -120,7 +128,9 @@ class Head(Actor):
         if not due:
             return {}
         picked = hidden_TH if len(last) == hidden_TH.shape[0] else hidden_TH[last]
-        logits_RV = F.linear(rms_norm(picked, self.norm_H, self.eps), self.weight_VH).float()
+        logits_RV = F.linear(self.norm(picked), self.weight_VH).float()
+        if self._softcap is not None:
+            logits_RV = torch.tanh(logits_RV / self._softcap) * self._softcap
         return self._sampled(due, logits_RV)
 
     def _sampled(self, due: list[Row], logits_RV: torch.Tensor) -> Mapping[str, torch.Tensor | Batch]:
@@ -145,7 +155,7 @@ class Head(Actor):
         return outputs
 
     def held_bytes(self) -> int:
-        return self.weight_VH.nbytes + self.norm_H.nbytes
+        return self.held
 
 
 class Stage(Actor):
@@ -164,10 +174,8 @@ class Stage(Actor):
         layers = context.layers or (0, config.layers - 1)
         self.blocks = Blocks(checkpoint, layers, dtype, context.cache_tokens, context.progress)
         if self.head is not None:
-            if self.embedding is not None and config.tied:
-                self.head.load_with(context, self.embedding.weight_VH)
-            else:
-                self.head.load(context)
+            shared = self.embedding.weight_VH if self.embedding is not None and config.tied else None
+            self.head.load_with(context, shared)
 
     def open(self, session: SessionInfo) -> None:
         self.blocks.open(session.session, session.capacity)
@@ -175,7 +183,9 @@ class Stage(Actor):
             self.head.open(session)
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
-        hidden_TH = self.embedding.forward(batch["token"]) if self.embedding is not None else batch["hidden"]
+        hidden_TH = (
+            self.embedding.forward(batch.rows, batch["token"]) if self.embedding is not None else batch["hidden"]
+        )
         hidden_TH = self.blocks.forward(batch.rows, hidden_TH)
         return self.head.forward(batch.rows, hidden_TH) if self.head is not None else {"hidden": hidden_TH}
 
@@ -192,8 +202,7 @@ class Stage(Actor):
         if self.embedding is not None:
             held += self.embedding.held_bytes()
         if self.head is not None:
-            shared = self.embedding is not None and self.head.weight_VH is self.embedding.weight_VH
-            held += self.head.norm_H.nbytes if shared else self.head.held_bytes()
+            held += self.head.held_bytes()
         return held
 
 

@@ -9,14 +9,13 @@ import math
 
 import torch
 
-from ..checkpoint.config import ModelConfig, RopeScaling
+from ..checkpoint.config import RopeScaling
 
 
-def inverse_frequencies(config: ModelConfig) -> torch.Tensor:
+def inverse_frequencies(width: int, theta: float, scaling: RopeScaling | None) -> torch.Tensor:
     """float32 [D / 2]."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**exponents)
-    scaling = config.rope_scaling
+    exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
+    frequencies = 1.0 / (theta**exponents)
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
@@ -35,11 +34,15 @@ def _llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
 class RotaryTable:
     """cos and sin by position, computed once and grown when a session needs more."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        self._frequencies = inverse_frequencies(config)
+    def __init__(self, width: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype) -> None:
+        self._frequencies = inverse_frequencies(width, theta, scaling)
         self._dtype = dtype
-        self.cos_PD = torch.empty(0, config.head_dim, dtype=dtype)
-        self.sin_PD = torch.empty(0, config.head_dim, dtype=dtype)
+        self.cos_PD = torch.empty(0, width, dtype=dtype)
+        self.sin_PD = torch.empty(0, width, dtype=dtype)
+
+    def at(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of each position, [T, D]."""
+        return self.cos_PD[positions_T], self.sin_PD[positions_T]
 
     def reserve(self, positions: int) -> None:
         if positions <= self.cos_PD.shape[0]:

@@ -1,53 +1,118 @@
-"""Which tensors each layer group needs, with their shapes: what `check` looks for, `show` counts and hosts read.
+"""Which tensors each layer group needs: what `check` looks for, `show` counts and hosts read.
 
-No torch here, so that a graph can be checked in a tenth of a second.
+A `Slot` is one tensor as an actor holds it, put together of one or more tensors of the checkpoint. No torch here, so
+that a graph can be checked in a tenth of a second.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
 
 Need = tuple[str, tuple[int, ...]]
-EMBEDDING = "model.embed_tokens.weight"
-NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
 
 
-def embedding(config: ModelConfig) -> Iterator[Need]:
-    yield EMBEDDING, (config.vocab, config.hidden)
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A tensor of an actor: `parts` (name, rows) lie one below the other; `columns` is None for a vector.
+
+    `transposed`: the checkpoint keeps it as [columns, rows] (gpt2's Conv1D).
+    """
+
+    name: str
+    parts: tuple[tuple[str, int], ...]
+    columns: int | None = None
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        rows = sum(rows for _, rows in self.parts)
+        return (rows,) if self.columns is None else (rows, self.columns)
+
+    def needs(self) -> Iterator[Need]:
+        for name, rows in self.parts:
+            if self.columns is None:
+                yield name, (rows,)
+            else:
+                yield name, (self.columns, rows) if self.transposed else (rows, self.columns)
 
 
-def head(config: ModelConfig) -> Iterator[Need]:
-    yield NORM, (config.hidden,)
-    yield head_name(config), (config.vocab, config.hidden)
+def embedding(config: ModelConfig) -> Iterator[Slot]:
+    gpt2 = config.family == "gpt2"
+    yield Slot("embedding", ((_embedding(config), config.vocab),), config.hidden)
+    if config.learned_positions:
+        yield Slot("positions", (("transformer.wpe.weight" if gpt2 else "", config.context),), config.hidden)
 
 
-def head_name(config: ModelConfig) -> str:
+def head(config: ModelConfig) -> Iterator[Slot]:
     """A tied head is read from the embedding's tensor: both ends hold it."""
-    return EMBEDDING if config.tied else HEAD
+    yield from final_norm(config)
+    yield Slot("head", ((_embedding(config) if config.tied else "lm_head.weight", config.vocab),), config.hidden)
 
 
-def block(config: ModelConfig, layer: int) -> Iterator[Need]:
-    prefix = f"model.layers.{layer}."
-    hidden, inner = config.hidden, config.intermediate
+def final_norm(config: ModelConfig) -> Iterator[Slot]:
+    yield from _norm(config, "norm", "transformer.ln_f" if config.family == "gpt2" else "model.norm")
+
+
+def block(config: ModelConfig, layer: int) -> Iterator[Slot]:
+    """The tensors of one layer; q, k and v, and gate and up, lie in one matrix each."""
+    if config.family == "gpt2":
+        yield from _gpt2_block(config, f"transformer.h.{layer}.")
+        return
+    prefix, hidden, inner = f"model.layers.{layer}.", config.hidden, config.intermediate
     query, value = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    yield prefix + "input_layernorm.weight", (hidden,)
-    yield prefix + "post_attention_layernorm.weight", (hidden,)
-    for name, rows, columns in (("q", query, hidden), ("k", value, hidden), ("v", value, hidden), ("o", hidden, query)):
-        yield f"{prefix}self_attn.{name}_proj.weight", (rows, columns)
-        if config.attention_bias:
-            yield f"{prefix}self_attn.{name}_proj.bias", (rows,)
-    for name, rows, columns in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
-        yield f"{prefix}mlp.{name}_proj.weight", (rows, columns)
-        if config.mlp_bias:
-            yield f"{prefix}mlp.{name}_proj.bias", (rows,)
+    qkv = (("self_attn.q_proj", query), ("self_attn.k_proj", value), ("self_attn.v_proj", value))
+    up = (("mlp.gate_proj", inner), ("mlp.up_proj", inner))
+    yield from _norm(config, "norm_in", prefix + "input_layernorm")
+    yield from _linear(prefix, "qkv", qkv, hidden, config.qkv_bias)
+    if config.head_norms:
+        yield Slot("norm_query", ((prefix + "self_attn.q_norm.weight", config.head_dim),))
+        yield Slot("norm_key", ((prefix + "self_attn.k_norm.weight", config.head_dim),))
+    yield from _linear(prefix, "out", (("self_attn.o_proj", hidden),), query, config.out_bias)
+    if config.post_norms:
+        yield from _norm(config, "norm_attended", prefix + "post_attention_layernorm")
+        yield from _norm(config, "norm_mid", prefix + "pre_feedforward_layernorm")
+        yield from _norm(config, "norm_out", prefix + "post_feedforward_layernorm")
+    else:
+        yield from _norm(config, "norm_mid", prefix + "post_attention_layernorm")
+    yield from _linear(prefix, "up", up, hidden, config.mlp_bias)
+    yield from _linear(prefix, "down", (("mlp.down_proj", hidden),), inner, config.mlp_bias)
 
 
-def needs(kind: str, config: ModelConfig, layers: tuple[int, int] | None) -> Iterator[Need]:
-    """Every tensor that an actor of a built-in `kind` reads. `layers` are the first and the last, both included."""
+def _gpt2_block(config: ModelConfig, prefix: str) -> Iterator[Slot]:
+    hidden, inner = config.hidden, config.intermediate
+    yield from _norm(config, "norm_in", prefix + "ln_1")
+    yield from _linear(prefix, "qkv", (("attn.c_attn", 3 * hidden),), hidden, True, transposed=True)
+    yield from _linear(prefix, "out", (("attn.c_proj", hidden),), hidden, True, transposed=True)
+    yield from _norm(config, "norm_mid", prefix + "ln_2")
+    yield from _linear(prefix, "up", (("mlp.c_fc", inner),), hidden, True, transposed=True)
+    yield from _linear(prefix, "down", (("mlp.c_proj", hidden),), inner, True, transposed=True)
+
+
+def _embedding(config: ModelConfig) -> str:
+    return "transformer.wte.weight" if config.family == "gpt2" else "model.embed_tokens.weight"
+
+
+def _norm(config: ModelConfig, name: str, tensor: str) -> Iterator[Slot]:
+    yield Slot(name, ((tensor + ".weight", config.hidden),))
+    if config.norm == "layer":
+        yield Slot(name + "_bias", ((tensor + ".bias", config.hidden),))
+
+
+def _linear(
+    prefix: str, name: str, parts: tuple[tuple[str, int], ...], columns: int, bias: bool, transposed: bool = False
+) -> Iterator[Slot]:
+    yield Slot(name, tuple((f"{prefix}{part}.weight", rows) for part, rows in parts), columns, transposed)
+    if bias:
+        yield Slot(name + "_bias", tuple((f"{prefix}{part}.bias", rows) for part, rows in parts))
+
+
+def slots(kind: str, config: ModelConfig, layers: tuple[int, int] | None) -> Iterator[Slot]:
+    """Every tensor that an actor of a built-in `kind` holds. `layers` are the first and the last, both included."""
     if kind in ("embedding", "first_stage", "model"):
         yield from embedding(config)
     if layers is not None:
@@ -56,7 +121,13 @@ def needs(kind: str, config: ModelConfig, layers: tuple[int, int] | None) -> Ite
     if kind in ("head", "last_stage") or (kind == "model" and not config.tied):
         yield from head(config)
     elif kind == "model":
-        yield NORM, (config.hidden,)  # the tied matrix is there already, once
+        yield from final_norm(config)  # the tied matrix is there already, once
+
+
+def needs(kind: str, config: ModelConfig, layers: tuple[int, int] | None) -> Iterator[Need]:
+    """Names and shapes of the checkpoint's tensors for `slots`."""
+    for slot in slots(kind, config, layers):
+        yield from slot.needs()
 
 
 def check(checkpoint: Checkpoint, kind: str, layers: tuple[int, int] | None) -> int:
@@ -68,8 +139,5 @@ def check(checkpoint: Checkpoint, kind: str, layers: tuple[int, int] | None) -> 
     elements = 0
     for name, shape in needs(kind, checkpoint.config, layers):
         checkpoint.require(name, shape)
-        count = 1
-        for size in shape:
-            count *= size
-        elements += count
+        elements += math.prod(shape)
     return elements

@@ -38,7 +38,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def ranvier_config() -> Any:
-    from ranvier.actors.checkpoint.config import from_hf
+    from ranvier.actors.checkpoint.hf_config import from_hf
 
     return from_hf(CONFIG, "test")
 

@@ -120,8 +120,9 @@ def test_the_cache_admits_what_fits() -> None:
     assert cache.reserved == 9
 
 
+@pytest.mark.parametrize("window", [0, 4, 20])
 @pytest.mark.parametrize(("tokens", "positions"), [(1, 1), (1, 9), (5, 5), (3, 9)])
-def test_attention_is_causal_attention(tokens: int, positions: int) -> None:
+def test_attention_is_causal_attention(tokens: int, positions: int, window: int) -> None:
     """Against the plain formula with repeated heads: first step, one token, a whole prompt, a later chunk."""
     torch.manual_seed(0)
     query, keys, values = torch.randn(tokens, 6, 8), torch.randn(2, positions, 8), torch.randn(2, positions, 8)
@@ -129,6 +130,9 @@ def test_attention_is_causal_attention(tokens: int, positions: int) -> None:
     for token in range(tokens):
         last = positions - tokens + token + 1
         for head in range(6):
-            scores = keys[head // 3, :last] @ query[token, head] / 8**0.5
-            expected[token, head] = scores.softmax(-1) @ values[head // 3, :last]
-    assert torch.allclose(attend(query, keys, values).view(tokens, 6, 8), expected, atol=1e-5)
+            first = max(0, last - window) if window else 0
+            scores = keys[head // 3, first:last] @ query[token, head] / 8**0.5
+            expected[token, head] = scores.softmax(-1) @ values[head // 3, first:last]
+    seen = max(0, positions - tokens + 1 - window) if window else 0  # as the caller cuts them
+    mixed = attend(query, keys[:, seen:], values[:, seen:], 8**-0.5, window)
+    assert torch.allclose(mixed.view(tokens, 6, 8), expected, atol=1e-5)

@@ -172,6 +172,47 @@ def test_every_form_of_checkpoint_is_exact(name: str, changes: dict[str, Any], t
     assert (value["logits"].tensors["logits"][0] - expected).abs().max() < 1e-4
 
 
+GPT2 = {"vocab_size": 320, "n_embd": 48, "n_layer": 4, "n_head": 6, "n_positions": 128, "initializer_range": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {"sliding_window": 7}),
+        ("mistral", {"sliding_window": None, "tie_word_embeddings": False}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
+        ("qwen3", {"attention_bias": True}),
+        ("gemma3_text", {"sliding_window": 9, "query_pre_attn_scalar": 12, "layer_types": [
+            "sliding_attention", "sliding_attention", "full_attention"] * 2}),
+        ("gemma3_text", {"sliding_window": 9, "final_logit_softcapping": 2.0}),
+        ("gpt2", GPT2),
+    ],
+)  # fmt: skip
+def test_every_native_family_is_exact(
+    family: str, changes: dict[str, Any], tiny: Any, runs: Path, graph_file: Callable[..., Path], split: Any,
+    request: pytest.FixtureRequest,
+) -> None:  # fmt: skip
+    """In four actors, by the native blocks: tokens and logits of transformers, prompts in parts, past every window."""
+    folder, oracle = tiny(request.node.callspec.id, family, **changes)
+    path = graph_file(
+        model={"source": "unset", "dtype": "float32"}, prefill_chunk=16, **split(4, len(layers_of(oracle)))
+    )
+    graph = ranvier.load(path, overrides={"model.source": str(folder)})
+    assert graph.checkpoint is not None
+    assert graph.checkpoint.config.family == family
+    prompts = [[5, 9, 200, 17], list(range(3, 60)), [11]]
+    requests = [(prompt, {"max_tokens": 20, "stop_tokens": ()}) for prompt in prompts]
+    for prompt, (result, logits) in zip(prompts, generate_all(graph, runs, requests, together=True), strict=True):
+        assert len(result.token_ids) == 20
+        check_stream(oracle, prompt, result.token_ids, logits)
+
+
+def layers_of(oracle: Any) -> Any:
+    """The list of decoder layers of a transformers model."""
+    decoder = oracle.get_decoder()
+    return next(child for child in decoder.children() if isinstance(child, torch.nn.ModuleList))
+
+
 def test_smollm2_in_four_is_exact_for_ten_sessions_at_once(
     oracle64: Any, runs: Path, graph_file: Any, split: Any
 ) -> None:

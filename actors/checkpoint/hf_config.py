@@ -1,0 +1,207 @@
+"""From a transformers `config.json` to a `ModelConfig`: one function a family that is built in.
+
+A model of such a family that uses something its function does not know is refused rather than run wrongly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import CheckpointError
+from .config import Activation, ModelConfig, RopeScaling
+
+Config = Mapping[str, Any]
+
+
+class NotBuiltIn(CheckpointError):
+    """A family, or a feature of one, that the native blocks do not have."""
+
+
+def from_hf(config: Config, where: str) -> ModelConfig:
+    """The architecture that a `config.json` describes.
+
+    Raises:
+        NotBuiltIn: a family or feature that is not built in.
+        CheckpointError: a field that is missing or cannot be.
+    """
+    family = config.get("model_type")
+    made = FAMILIES.get(str(family))
+    try:
+        if made is None:
+            raise NotBuiltIn(f"model_type {family!r} is not built in; built in: {', '.join(FAMILIES)}")
+        return made(config)
+    except KeyError as error:
+        raise CheckpointError(f"{where}: expected the field {error.args[0]!r}, which is missing") from None
+    except NotBuiltIn as error:
+        raise NotBuiltIn(f"{where}: {error}") from None
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _llama(config: Config, **more: Any) -> ModelConfig:
+    """What llama, mistral and qwen share; `more` is what a family has on top."""
+    heads = config["num_attention_heads"]
+    activation = _activation(config, "hidden_activation" if "hidden_activation" in config else "hidden_act", "silu")
+    bias = bool(config.get("attention_bias", False))
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    fields: dict[str, Any] = {
+        "family": config["model_type"],
+        "vocab": config["vocab_size"],
+        "hidden": config["hidden_size"],
+        "layers": config["num_hidden_layers"],
+        "heads": heads,
+        "kv_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
+        "intermediate": config["intermediate_size"],
+        "context": config["max_position_embeddings"],
+        "norm_eps": float(config["rms_norm_eps"]),
+        "tied": bool(config.get("tie_word_embeddings", False)),
+        "qkv_bias": bias,
+        "out_bias": bias,
+        "mlp_bias": bool(config.get("mlp_bias", False)),
+        "bos_token": config.get("bos_token_id"),
+        "eos_tokens": _eos(config),
+        "activation": activation,
+    }
+    if "rope_theta" not in more:
+        fields["rope_theta"] = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+        fields["rope_scaling"] = _rope_scaling(rope)
+    return ModelConfig(**{**fields, **more})
+
+
+def _mistral(config: Config) -> ModelConfig:
+    return _llama(config, windows=_same_window(config, config.get("sliding_window")))
+
+
+def _qwen2(config: Config) -> ModelConfig:
+    return _llama(config, qkv_bias=True, out_bias=False, windows=_typed_windows(config))
+
+
+def _qwen3(config: Config) -> ModelConfig:
+    return _llama(config, head_norms=True, windows=_typed_windows(config))
+
+
+def _gemma3(config: Config) -> ModelConfig:
+    for name in ("use_bidirectional_attention", "attn_logit_softcapping"):
+        if config.get(name):
+            raise NotBuiltIn(f"{name} {config[name]!r} is not built in")
+    types = config.get("layer_types")
+    if types is None:
+        pattern = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+        types = ["full_attention" if (layer + 1) % pattern == 0 else "sliding_attention"
+                 for layer in range(config["num_hidden_layers"])]  # fmt: skip
+    rope = config.get("rope_parameters") or {}
+    far = rope.get("full_attention") or config.get("rope_scaling") or {}
+    near = rope.get("sliding_attention") or {}
+    if _rope_scaling(near) is not None:
+        raise NotBuiltIn(f"rope type {near.get('rope_type')!r} of sliding layers is not built in")
+    return _llama(
+        config,
+        tied=bool(config.get("tie_word_embeddings", True)),
+        norm="rms_plus_one",
+        head_norms=True,
+        post_norms=True,
+        embedding_scale=float(config["hidden_size"]) ** 0.5,
+        attention_scale=float(config["query_pre_attn_scalar"]) ** -0.5,
+        windows=_windows(config["sliding_window"], types),
+        rope_theta=float(far.get("rope_theta") or config.get("rope_theta") or 1e6),
+        rope_scaling=_rope_scaling(far),
+        local_rope_theta=float(near.get("rope_theta") or config.get("rope_local_base_freq") or 1e4),
+        logit_softcap=config.get("final_logit_softcapping"),
+    )
+
+
+def _gpt2(config: Config) -> ModelConfig:
+    for name, expected in (
+        ("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False), ("add_cross_attention", False),
+    ):  # fmt: skip
+        if config.get(name, expected) is not expected:
+            raise NotBuiltIn(f"{name} {config[name]!r} is not built in; built in: {expected}")
+    hidden, heads = config["n_embd"], config["n_head"]
+    return ModelConfig(
+        family="gpt2",
+        vocab=config["vocab_size"],
+        hidden=hidden,
+        layers=config["n_layer"],
+        heads=heads,
+        kv_heads=heads,
+        head_dim=hidden // heads,
+        intermediate=config.get("n_inner") or 4 * hidden,
+        context=config["n_positions"],
+        norm_eps=float(config["layer_norm_epsilon"]),
+        rope_theta=0.0,
+        rope_scaling=None,
+        tied=bool(config.get("tie_word_embeddings", True)),
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        bos_token=config.get("bos_token_id"),
+        eos_tokens=_eos(config),
+        norm="layer",
+        activation=_activation(config, "activation_function", "gelu_new"),
+        gated=False,
+        learned_positions=True,
+    )
+
+
+FAMILIES: Mapping[str, Callable[[Config], ModelConfig]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma3_text": _gemma3,
+    "gpt2": _gpt2,
+}
+_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+
+
+def _activation(config: Config, name: str, default: str) -> Activation:
+    value = config.get(name, default)
+    if value not in _ACTIVATIONS:
+        raise NotBuiltIn(f"{name} {value!r} is not built in; built in: {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[value]
+
+
+def _eos(config: Config) -> tuple[int, ...]:
+    eos = config.get("eos_token_id")
+    return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+
+
+def _same_window(config: Config, window: int | None) -> tuple[int, ...]:
+    return (window,) * config["num_hidden_layers"] if window else ()
+
+
+def _typed_windows(config: Config) -> tuple[int, ...]:
+    """Of qwen: the window where `layer_types` says so, or in layers from `max_window_layers` on."""
+    if not config.get("use_sliding_window") or not config.get("sliding_window"):
+        return ()
+    types = config.get("layer_types") or [
+        "sliding_attention" if layer >= config["max_window_layers"] else "full_attention"
+        for layer in range(config["num_hidden_layers"])
+    ]
+    return _windows(config["sliding_window"], types)
+
+
+def _windows(window: int, types: list[str]) -> tuple[int, ...]:
+    unknown = set(types) - {"sliding_attention", "full_attention"}
+    if unknown:
+        raise NotBuiltIn(f"layer type {unknown.pop()!r} is not built in; built in: sliding_attention, full_attention")
+    return tuple(window if kind == "sliding_attention" else 0 for kind in types)
+
+
+def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling(kind, float(rope["factor"]))
+    if kind == "llama3":
+        return RopeScaling(
+            kind,
+            float(rope["factor"]),
+            float(rope["low_freq_factor"]),
+            float(rope["high_freq_factor"]),
+            int(rope["original_max_position_embeddings"]),
+        )
+    raise NotBuiltIn(f"rope type {kind!r} is not built in; built in: default, linear, llama3")
