@@ -30,7 +30,8 @@ class KindError(RanvierError):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind. `implementation` is `module:Class`, or `file.py:Class` relative to `folder`.
+    """One kind. `implementation` is `module:Class`, or `file.py:Class` relative to `folder`; `foreign` the one for models
+    that transformers' own layers run.
 
     `optional` outputs need not be connected; `to_gateway` are connected to the gateway without an edge in the file.
     """
@@ -38,6 +39,7 @@ class Kind:
     name: str
     implementation: str
     folder: str | None = None
+    foreign: str | None = None
     uses_model: bool = False
     uses_layers: bool = False
     caches: bool = False
@@ -62,12 +64,14 @@ def _head_outputs(config: ModelConfig) -> Mapping[str, TensorSpec]:
 
 _HEAD_PORTS: Mapping[str, Any] = {"to_gateway": ("sampled", "logits"), "optional": ("token",)}
 _PARTS = "ranvier.actors.model.parts"
+_FOREIGN = "ranvier.actors.model.foreign"
 BUILT_IN: dict[str, Kind] = {
     kind.name: kind
     for kind in (
         Kind(
             "embedding",
             f"{_PARTS}:Embedding",
+            foreign=f"{_FOREIGN}:ForeignEmbedding",
             uses_model=True,
             ports_of=lambda config, dtype: ({"token": _TOKENS}, {"hidden": _hidden(config, dtype)}),
             from_gateway=("token",),
@@ -75,6 +79,7 @@ BUILT_IN: dict[str, Kind] = {
         Kind(
             "blocks",
             f"{_PARTS}:BlocksActor",
+            foreign=f"{_FOREIGN}:ForeignBlocksActor",
             uses_model=True,
             uses_layers=True,
             caches=True,
@@ -83,6 +88,7 @@ BUILT_IN: dict[str, Kind] = {
         Kind(
             "head",
             f"{_PARTS}:Head",
+            foreign=f"{_FOREIGN}:ForeignHead",
             uses_model=True,
             ports_of=lambda config, dtype: ({"hidden": _hidden(config, dtype)}, _head_outputs(config)),
             **_HEAD_PORTS,
@@ -90,6 +96,7 @@ BUILT_IN: dict[str, Kind] = {
         Kind(
             "first_stage",
             f"{_PARTS}:FirstStage",
+            foreign=f"{_FOREIGN}:ForeignFirstStage",
             uses_model=True,
             uses_layers=True,
             caches=True,
@@ -99,6 +106,7 @@ BUILT_IN: dict[str, Kind] = {
         Kind(
             "last_stage",
             f"{_PARTS}:LastStage",
+            foreign=f"{_FOREIGN}:ForeignLastStage",
             uses_model=True,
             uses_layers=True,
             caches=True,
@@ -108,6 +116,7 @@ BUILT_IN: dict[str, Kind] = {
         Kind(
             "model",
             f"{_PARTS}:Model",
+            foreign=f"{_FOREIGN}:ForeignModel",
             uses_model=True,
             caches=True,
             ports_of=lambda config, dtype: ({"token": _TOKENS}, _head_outputs(config)),

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ranvier.actors.checkpoint import Checkpoint
+from ranvier.actors.kinds import Kind
 from ranvier.actors.spec import GATEWAY, Deadlines, HostLink, HostSpec, PortSpec, identity
 from ranvier.transport.dtypes import BY_NAME
 from ranvier.transport.endpoint import parse
@@ -120,7 +122,7 @@ class Plan:
             replica=REPLICA,
             epoch=EPOCH,
             graph_hash=self.hash,
-            implementation=actor.kind.implementation,
+            implementation=_implementation(actor.kind, checkpoint),
             folder=actor.kind.folder,
             args=section.args,
             model=str(checkpoint.path) if checkpoint is not None and actor.kind.uses_model else None,
@@ -148,6 +150,12 @@ def plan(graph: Graph) -> Plan:
     """Resolve a checked graph. Nothing is started or opened."""
     edges = tuple(_edge(graph, index, edge) for index, edge in enumerate(graph.edges))
     return Plan(graph, _hash(graph), tuple(_planned(graph, actor) for actor in graph.actors.values()), edges)
+
+
+def _implementation(kind: Kind, checkpoint: Checkpoint | None) -> str:
+    if kind.foreign is not None and checkpoint is not None and not checkpoint.config.native:
+        return kind.foreign
+    return kind.implementation
 
 
 def _planned(graph: Graph, actor: CheckedActor) -> PlannedHost:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,6 +22,8 @@ class RopeScaling:
     original_context: int = 8192
 
 
+LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
+"""Which layer a tensor of a model that is not native belongs to, by its name."""
 Activation = Literal["silu", "gelu_tanh"]
 Norm = Literal["rms", "rms_plus_one", "layer"]
 """Root-mean-square; the same with weights that are stored less one (gemma); mean and variance with a bias (gpt2)."""
@@ -65,6 +68,8 @@ class ModelConfig:
     local_rope_theta: float | None = None
     """Rotary base of the layers with a window, where it is another (gemma3)."""
     logit_softcap: float | None = None
+    native: bool = True
+    """Whether the blocks of this package run it; else transformers' own layers do."""
 
     def __post_init__(self) -> None:
         for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "context"):

@@ -5,6 +5,7 @@ A model of such a family that uses something its function does not know is refus
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,8 +30,11 @@ def from_hf(config: Config, where: str) -> ModelConfig:
     made = FAMILIES.get(str(family))
     try:
         if made is None:
-            raise NotBuiltIn(f"model_type {family!r} is not built in; built in: {', '.join(FAMILIES)}")
-        return made(config)
+            return _foreign(config, f"model_type {family!r} is not built in")
+        try:
+            return made(config)
+        except NotBuiltIn as error:
+            return _foreign(config, str(error))
     except KeyError as error:
         raise CheckpointError(f"{where}: expected the field {error.args[0]!r}, which is missing") from None
     except NotBuiltIn as error:
@@ -142,6 +146,38 @@ def _gpt2(config: Config) -> ModelConfig:
         activation=_activation(config, "activation_function", "gelu_new"),
         gated=False,
         learned_positions=True,
+    )
+
+
+def _foreign(config: Config, why: str) -> ModelConfig:
+    """Any other causal model that transformers knows, by the sizes that all configs have under one name or another."""
+    if importlib.util.find_spec("transformers") is None:
+        raise NotBuiltIn(f"{why}; built in: {', '.join(FAMILIES)}; for others pip install 'ranvier[hf]'")
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get("is_encoder_decoder"):
+        raise NotBuiltIn(f"{why}, and transformers knows no causal model of that type")
+    from transformers import CONFIG_MAPPING
+
+    made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))  # fills in what the file leaves to defaults
+    hidden, heads = made.hidden_size, made.num_attention_heads
+    return ModelConfig(
+        family=config["model_type"],
+        vocab=made.vocab_size,
+        hidden=hidden,
+        layers=made.num_hidden_layers,
+        heads=heads,
+        kv_heads=getattr(made, "num_key_value_heads", None) or heads,
+        head_dim=getattr(made, "head_dim", None) or hidden // heads,
+        intermediate=getattr(made, "intermediate_size", None) or 4 * hidden,
+        context=getattr(made, "max_position_embeddings", None) or 1 << 20,
+        norm_eps=0.0,
+        rope_theta=0.0,
+        rope_scaling=None,
+        tied=bool(getattr(made, "tie_word_embeddings", False)),
+        bos_token=made.bos_token_id if isinstance(made.bos_token_id, int) else None,
+        eos_tokens=_eos({"eos_token_id": made.eos_token_id}),
+        native=False,
     )
 
 

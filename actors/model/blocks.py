@@ -58,7 +58,9 @@ class Blocks:
         self.config = checkpoint.config
         self._scale = self.config.attention_scale or self.config.head_dim**-0.5
         self.rotary = rotary_tables(self.config, dtype)
-        self.cache = KVCache(self.config, last - first + 1, dtype, cache_tokens)
+        self.cache = KVCache(
+            cache_tokens, lambda capacity: SessionCache(self.config, last - first + 1, capacity, dtype)
+        )
         self.blocks: list[Block] = []
         for layer in range(first, last + 1):
             self.blocks.append(Block(self.config, checkpoint, layer, dtype))

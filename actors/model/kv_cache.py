@@ -7,6 +7,9 @@ take effect twice, and one that failed half-way leaves nothing behind.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
 import torch
 
 from ..checkpoint.config import ModelConfig
@@ -24,16 +27,24 @@ class SessionCache:
         self.length = 0
 
 
-class KVCache:
-    """All sessions of one actor, at most `tokens` positions together."""
+class Bounded(Protocol):
+    """What a cache of one session has in any case."""
 
-    def __init__(self, config: ModelConfig, layers: int, dtype: torch.dtype, tokens: int) -> None:
-        self._config = config
-        self._layers = layers
-        self._dtype = dtype
+    capacity: int
+    length: int
+
+
+C = TypeVar("C", bound=Bounded)
+
+
+class KVCache(Generic[C]):
+    """All sessions of one actor, at most `tokens` positions together. `make` gives the cache of one, by its capacity."""
+
+    def __init__(self, tokens: int, make: Callable[[int], C]) -> None:
+        self._make = make
         self.tokens = tokens
         self.reserved = 0
-        self.sessions: dict[int, SessionCache] = {}
+        self.sessions: dict[int, C] = {}
 
     def open(self, session: int, capacity: int) -> None:
         """Reserve `capacity` positions. A session that is open starts anew.
@@ -46,7 +57,7 @@ class KVCache:
             raise MemoryError(
                 f"KV cache: session {session} needs {capacity} tokens, {self.tokens - self.reserved} of {self.tokens} are free"
             )
-        self.sessions[session] = SessionCache(self._config, self._layers, capacity, self._dtype)
+        self.sessions[session] = self._make(capacity)
         self.reserved += capacity
 
     def close(self, session: int) -> None:
@@ -54,7 +65,7 @@ class KVCache:
         if cache is not None:
             self.reserved -= cache.capacity
 
-    def at(self, session: int, position: int, tokens: int) -> SessionCache:
+    def at(self, session: int, position: int, tokens: int) -> C:
         """The cache for a step that writes `tokens` entries from `position` on.
 
         Raises:

@@ -7,7 +7,7 @@ Shape suffixes: T tokens of the batch, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,29 @@ from ..checkpoint import Checkpoint
 from ..session import SessionInfo
 from . import weights
 from .blocks import Blocks
+from .kv_cache import KVCache
 from .sampling import choose
 from .tensors import Norm, read_slot
+
+
+class AnyBlocks(Protocol):
+    """Layers with the caches of their sessions, native or not."""
+
+    @property
+    def cache(self) -> KVCache[Any]: ...
+
+    def open(self, session: int, capacity: int) -> None: ...
+
+    def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor: ...
+
+    def held_bytes(self) -> int: ...
 
 
 class Embedding(Actor):
     """`token` int64 [tokens] -> `hidden` [tokens, H]."""
 
     def load(self, context: Context) -> None:
-        checkpoint, dtype = _needed(context)
+        checkpoint, dtype = needed(context)
         held = {slot.name: read_slot(slot, checkpoint, dtype) for slot in weights.embedding(checkpoint.config)}
         self.weight_VH = held["embedding"]
         self.positions_PH = held.get("positions")
@@ -56,9 +70,9 @@ class BlocksActor(Actor):
     """`hidden` [tokens, H] -> `hidden` [tokens, H], through the layers it was given, with their KV cache."""
 
     def load(self, context: Context) -> None:
-        checkpoint, dtype = _needed(context)
+        checkpoint, dtype = needed(context)
         assert context.layers is not None
-        self.blocks = Blocks(checkpoint, context.layers, dtype, context.cache_tokens, context.progress)
+        self.blocks: AnyBlocks = Blocks(checkpoint, context.layers, dtype, context.cache_tokens, context.progress)
 
     def open(self, session: SessionInfo) -> None:
         self.blocks.open(session.session, session.capacity)
@@ -98,7 +112,7 @@ class Head(Actor):
 
     def load_with(self, context: Context, weight_VH: torch.Tensor | None) -> None:
         """Load, with a matrix that is there already (a tied one) if it is given."""
-        checkpoint, dtype = _needed(context)
+        checkpoint, dtype = needed(context)
         config = checkpoint.config
         wanted = weights.head(config) if weight_VH is None else weights.final_norm(config)
         held = {slot.name: read_slot(slot, checkpoint, dtype) for slot in wanted}
@@ -128,10 +142,12 @@ class Head(Actor):
         if not due:
             return {}
         picked = hidden_TH if len(last) == hidden_TH.shape[0] else hidden_TH[last]
-        logits_RV = F.linear(self.norm(picked), self.weight_VH).float()
-        if self._softcap is not None:
-            logits_RV = torch.tanh(logits_RV / self._softcap) * self._softcap
-        return self._sampled(due, logits_RV)
+        return self._sampled(due, self.logits(picked))
+
+    def logits(self, picked_TH: torch.Tensor) -> torch.Tensor:
+        """float32 [T, V]."""
+        logits_TV = F.linear(self.norm(picked_TH), self.weight_VH).float()
+        return logits_TV if self._softcap is None else torch.tanh(logits_TV / self._softcap) * self._softcap
 
     def _sampled(self, due: list[Row], logits_RV: torch.Tensor) -> Mapping[str, torch.Tensor | Batch]:
         made, tokens, going, asked = [], [], [], []
@@ -165,14 +181,14 @@ class Stage(Actor):
     ends: ClassVar[bool] = False
 
     def load(self, context: Context) -> None:
-        checkpoint, dtype = _needed(context)
+        checkpoint, dtype = needed(context)
         config = checkpoint.config
         self.embedding = Embedding() if self.begins else None
         self.head = Head() if self.ends else None
         if self.embedding is not None:
             self.embedding.load(context)
         layers = context.layers or (0, config.layers - 1)
-        self.blocks = Blocks(checkpoint, layers, dtype, context.cache_tokens, context.progress)
+        self.blocks: AnyBlocks = Blocks(checkpoint, layers, dtype, context.cache_tokens, context.progress)
         if self.head is not None:
             shared = self.embedding.weight_VH if self.embedding is not None and config.tied else None
             self.head.load_with(context, shared)
@@ -225,6 +241,7 @@ class Model(Stage):
     ends = True
 
 
-def _needed(context: Context) -> tuple[Checkpoint, torch.dtype]:
+def needed(context: Context) -> tuple[Checkpoint, torch.dtype]:
+    """The checkpoint and the dtype that a built-in kind is loaded with."""
     assert context.checkpoint is not None, "the check of the graph gives every built-in kind its checkpoint"
     return context.checkpoint, torch_dtype(context.dtype)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..checkpoint.checkpoint import Checkpoint
-from ..checkpoint.config import ModelConfig
+from ..checkpoint.config import LAYER_OF, ModelConfig
 
 Need = tuple[str, tuple[int, ...]]
 
@@ -136,8 +136,21 @@ def check(checkpoint: Checkpoint, kind: str, layers: tuple[int, int] | None) -> 
     Raises:
         CheckpointError: a tensor is missing or of another shape.
     """
+    if not checkpoint.config.native:
+        return _foreign_elements(checkpoint, kind, layers)
     elements = 0
     for name, shape in needs(kind, checkpoint.config, layers):
         checkpoint.require(name, shape)
         elements += math.prod(shape)
+    return elements
+
+
+def _foreign_elements(checkpoint: Checkpoint, kind: str, layers: tuple[int, int] | None) -> int:
+    """Of layers that transformers runs: the tensors whose names say the layer, and all others at both ends."""
+    outside = kind != "blocks"
+    elements = 0
+    for name, entry in checkpoint.tensors.items():
+        found = LAYER_OF.search(name)
+        if outside if found is None else layers is not None and layers[0] <= int(found[1]) <= layers[1]:
+            elements += math.prod(entry.shape)
     return elements

@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
 
 from ranvier.actors.checkpoint.config import ModelConfig
 from ranvier.actors.model.blocks import attend
-from ranvier.actors.model.kv_cache import KVCache
+from ranvier.actors.model.kv_cache import KVCache, SessionCache
 from ranvier.actors.model.sampling import choose, filtered, uniform
 from ranvier.actors.session import Sampling, SessionInfo
 
@@ -97,7 +97,7 @@ def test_a_session_survives_plain_data() -> None:
 
 def test_the_cache_takes_each_position_once() -> None:
     """A step at any place but the end is refused, and so is one over the capacity; nothing changes by it."""
-    cache = KVCache(CONFIG, 2, torch.float32, 20)
+    cache = KVCache(20, lambda capacity: SessionCache(CONFIG, 2, capacity, torch.float32))
     cache.open(1, 12)
     cache.at(1, 0, 5).length = 5
     for position in (0, 4, 6):
@@ -109,7 +109,7 @@ def test_the_cache_takes_each_position_once() -> None:
 
 
 def test_the_cache_admits_what_fits() -> None:
-    cache = KVCache(CONFIG, 2, torch.float32, 20)
+    cache = KVCache(20, lambda capacity: SessionCache(CONFIG, 2, capacity, torch.float32))
     cache.open(1, 12)
     with pytest.raises(MemoryError, match="session 2 needs 9 tokens, 8 of 20 are free"):
         cache.open(2, 9)

@@ -20,6 +20,7 @@ import torch
 import trio
 
 import ranvier
+from ranvier.graph import show
 
 EXAMPLE = Path(__file__).resolve().parent.parent.parent / "examples" / "smollm2.yaml"
 CHATS = [
@@ -204,6 +205,43 @@ def test_every_native_family_is_exact(
     requests = [(prompt, {"max_tokens": 20, "stop_tokens": ()}) for prompt in prompts]
     for prompt, (result, logits) in zip(prompts, generate_all(graph, runs, requests, together=True), strict=True):
         assert len(result.token_ids) == 20
+        check_stream(oracle, prompt, result.token_ids, logits)
+
+
+SMALL = {
+    "vocab_size": 320,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "initializer_range": 0.2,
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "cut", "changes"),
+    [
+        ("gpt_neox", 4, {**SMALL, "intermediate_size": 96, "max_position_embeddings": 128}),
+        ("opt", 4, {**SMALL, "ffn_dim": 96, "word_embed_proj_dim": 48, "max_position_embeddings": 128}),
+        ("bloom", 2, {**SMALL}),
+        ("phi", 1, {**SMALL, "intermediate_size": 96, "max_position_embeddings": 128}),
+        ("falcon", 4, {**SMALL, "new_decoder_architecture": True, "num_kv_heads": 2}),
+        ("mixtral", 2, {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "num_local_experts": 4,
+                     "num_experts_per_tok": 2, "max_position_embeddings": 128}),
+    ],
+)  # fmt: skip
+def test_every_other_family_is_exact(
+    family: str, changes: dict[str, Any], cut: int, tiny: Any, runs: Path, graph_file: Callable[..., Path], split: Any
+) -> None:
+    """By transformers' own layers, cut into actors; `show` says so. Sharded weights among them."""
+    folder, oracle = tiny(family, family, shards=family == "phi", **changes)
+    assert len(list(folder.glob("*.safetensors"))) > (family == "phi")
+    path = graph_file(model={"source": "unset", "dtype": "float32"}, prefill_chunk=16, **split(cut, 4))
+    graph = ranvier.load(path, overrides={"model.source": str(folder)})
+    assert "transformers' own layers" in show.text(ranvier.plan(graph))
+    prompts = [[5, 9, 200, 17], list(range(3, 50)), [11]]
+    requests = [(prompt, {"max_tokens": 12, "stop_tokens": ()}) for prompt in prompts]
+    for prompt, (result, logits) in zip(prompts, generate_all(graph, runs, requests, together=True), strict=True):
+        assert len(result.token_ids) == 12
         check_stream(oracle, prompt, result.token_ids, logits)
 
 

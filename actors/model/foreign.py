@@ -1,0 +1,325 @@
+"""The layer groups of any causal model that transformers knows, through that library's own layers: slower, but right.
+
+Every actor runs the model's own forward pass, over a skeleton in which only its own layers have weights. What comes from
+the actor before enters where the first own layer begins, what leaves the last own layer is the result, and the layers
+of others pass on what they get. So masks, positions and whatever else a family does between its layers are its own.
+Memory of tensors that are never written to is never taken from the system.
+
+Shape suffixes: T tokens of the batch, t tokens of one row, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.initialization import no_init_weights
+
+from ranvier.transport.header import Row
+
+from ..actor import Context
+from ..checkpoint.checkpoint import Checkpoint
+from ..errors import CheckpointError
+from .kv_cache import KVCache
+from .parts import BlocksActor, Embedding, Head, Stage, needed
+
+
+class ForeignSession:
+    """One session's cache, of whatever class the model's own layers want."""
+
+    def __init__(self, config: Any, capacity: int) -> None:
+        self.past = DynamicCache(config=config)
+        self.capacity = capacity
+        self.length = 0
+
+
+class _Left(Exception):
+    """The forward pass has come to where this actor's part ends."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.hidden = hidden
+
+
+class _Place(nn.Module):
+    """Where a layer stands: the layer itself if it is this actor's, else a passage that keeps its cache in step."""
+
+    def __init__(self, skeleton: Skeleton, index: int, layer: nn.Module, own: bool) -> None:
+        super().__init__()
+        self.own = layer if own else None
+        self._skeleton = [skeleton]  # in a list, so that it is no submodule
+        self._index = index
+        # some models ask a layer for what kind it is
+        self._told = {name: value for name, value in vars(layer).items() if isinstance(value, str | int | float | bool)}
+
+    def __getattr__(self, name: str) -> Any:
+        told = self.__dict__.get("_told", {})
+        return told[name] if name in told else super().__getattr__(name)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        skeleton = self._skeleton[0]
+        if self._index == skeleton.enters_at and skeleton.entering is not None:
+            hidden_states = skeleton.entering
+        if self._index == skeleton.leaves_before:
+            raise _Left(hidden_states)
+        if self.own is not None and not skeleton.bypasses:
+            made = self.own(hidden_states, *args, **kwargs)
+            hidden_states = made[0] if isinstance(made, tuple) else made
+        elif skeleton.past is not None:
+            nothing = torch.zeros(1, 1, hidden_states.shape[1], 1)
+            skeleton.past.update(nothing, nothing, self._index)
+        if self._index == skeleton.leaves_after:
+            raise _Left(hidden_states)
+        return (hidden_states,) if skeleton.tuples else hidden_states
+
+
+class Skeleton:
+    """A model of transformers of which this actor holds `layers` (first and last, or None) and, where `outside`, what is
+    not in any layer: embedding, final norm, head."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layers: tuple[int, int] | None,
+        outside: bool,
+        dtype: torch.dtype,
+        progress: Callable[[float], None],
+    ) -> None:
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        self.entering: torch.Tensor | None = None
+        self.enters_at = self.leaves_before = self.leaves_after = -1
+        self.bypasses = self.tuples = False
+        self.past: Any = None
+        self.layers = layers
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+        with torch.inference_mode(False), no_init_weights():
+            make: Any = AutoModelForCausalLM.from_config
+            self.model = make(config, dtype=dtype, trust_remote_code=False).eval()
+            self.model.tie_weights()  # which skipping the initialisation skips, too
+        self.model.requires_grad_(False)
+        self.config = self.model.config
+        stack, name = _layer_list(self.model, checkpoint.config.layers)
+        self.tuples = self._returns_tuples(stack[0])
+        own = range(layers[0], layers[1] + 1) if layers is not None else range(0)
+        wanted = {
+            parameter
+            for parameter, _ in self.model.named_parameters(remove_duplicate=False)
+            if (layer_of(parameter, name) in own if parameter.startswith(name + ".") else outside)
+        }
+        self.held_bytes = self._read(checkpoint, wanted, dtype, progress)
+        for index in range(len(stack)):
+            stack[index] = _Place(self, index, stack[index], index in own)
+
+    def _returns_tuples(self, layer: nn.Module) -> bool:
+        """Whether a layer gives a tuple or its hidden state alone: found out with one token and memory never written."""
+        found = []
+
+        def look(_: nn.Module, __: Any, output: Any) -> None:
+            found.append(isinstance(output, tuple))
+            raise _Left(torch.empty(0))
+
+        handle = layer.register_forward_hook(look)
+        try:
+            self.model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+        except _Left:
+            pass
+        finally:
+            handle.remove()
+        return found[0]
+
+    def _read(
+        self, checkpoint: Checkpoint, wanted: set[str], dtype: torch.dtype, progress: Callable[[float], None]
+    ) -> int:
+        """Read the wanted parameters from the checkpoint, or, where its names are not the model's, through transformers."""
+        own = dict(self.model.named_parameters(remove_duplicate=False))
+        prefix = self.model.base_model_prefix + "."
+        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        names = {}
+        for parameter in sorted(wanted):
+            known = next(
+                (name for name in (parameter, parameter.removeprefix(prefix)) if name in checkpoint.tensors), None
+            )
+            if known is not None:
+                names[parameter] = known
+            elif parameter not in tied:
+                self._read_all(checkpoint, own, wanted, dtype)
+                break
+        else:
+            for count, (parameter, known) in enumerate(names.items(), 1):
+                checkpoint.read_into(known, own[parameter])
+                progress(count / len(names))
+        return sum(tensor.nbytes for tensor in {own[name].data_ptr(): own[name] for name in wanted}.values())
+
+    def _read_all(
+        self, checkpoint: Checkpoint, own: dict[str, nn.Parameter], wanted: set[str], dtype: torch.dtype
+    ) -> None:
+        """The whole model for a moment, since the library lays these tensors out differently from their file."""
+        with torch.inference_mode(False):
+            whole = AutoModelForCausalLM.from_pretrained(
+                checkpoint.path, dtype=dtype, local_files_only=True, trust_remote_code=False
+            )
+        for name, tensor in whole.named_parameters(remove_duplicate=False):
+            if name in wanted:
+                if own[name].shape != tensor.shape:
+                    raise CheckpointError(
+                        f"{checkpoint.path}: tensor {name}: expected shape {tuple(own[name].shape)}, got {tuple(tensor.shape)}"
+                    )
+                own[name].copy_(tensor)
+
+    def embed(self, position: int, token_t: torch.Tensor) -> torch.Tensor:
+        """[t, H]: what enters the first layer."""
+        self._set(leaves_before=0)
+        return self._run(position, input_ids=token_t[None])
+
+    def run(self, session: ForeignSession, position: int, hidden_tH: torch.Tensor) -> torch.Tensor:
+        """[t, H] through the own layers; takes effect on the session's cache."""
+        assert self.layers is not None
+        self._set(hidden_tH[None], enters_at=self.layers[0], leaves_after=self.layers[1], past=session.past)
+        return self._run(position, inputs_embeds=torch.zeros_like(hidden_tH)[None])
+
+    def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        """[T, V]: final norm and head, of tokens that need not belong together."""
+        self._set(hidden_TH[None], enters_at=0, bypasses=True)
+        made = self.model(inputs_embeds=torch.zeros_like(hidden_TH)[None], use_cache=False)
+        return made.logits[0]  # type: ignore[no-any-return]
+
+    def _set(
+        self,
+        entering: torch.Tensor | None = None,
+        *,
+        enters_at: int = -1,
+        leaves_before: int = -1,
+        leaves_after: int = -1,
+        bypasses: bool = False,
+        past: Any = None,
+    ) -> None:
+        self.entering, self.enters_at, self.bypasses, self.past = entering, enters_at, bypasses, past
+        self.leaves_before, self.leaves_after = leaves_before, leaves_after
+
+    def _run(self, position: int, **inputs: torch.Tensor) -> torch.Tensor:
+        [given] = inputs.values()
+        count = given.shape[1]
+        if self.past is None and position:  # no cache says where these tokens stand
+            self.past = DynamicCache(config=self.config)
+            for index in range(len(_layer_list(self.model, None)[0])):
+                nothing = torch.zeros(1, 1, position, 1)
+                self.past.update(nothing, nothing, index)
+        try:
+            self.model(
+                **inputs,
+                attention_mask=torch.ones(1, position + count, dtype=torch.long),
+                position_ids=torch.arange(position, position + count)[None],
+                past_key_values=self.past,
+                use_cache=self.past is not None,
+            )
+        except _Left as left:
+            return left.hidden[0]
+        raise AssertionError("the forward pass went past the place where it was to end")
+
+
+def _layer_list(model: nn.Module, count: int | None) -> tuple[nn.ModuleList, str]:
+    """The list of decoder layers and its name: the first list of so many modules."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and (len(module) == count or isinstance(module[0], _Place)):
+            return module, name
+    raise CheckpointError(f"{type(model).__name__} has no list of {count} layers; it cannot be cut into actors")
+
+
+def layer_of(name: str, stack: str) -> int:
+    return int(name[len(stack) + 1 :].split(".", 1)[0])
+
+
+class ForeignBlocks:
+    """What `Blocks` is for native layers."""
+
+    def __init__(self, skeleton: Skeleton, cache_tokens: int) -> None:
+        self.skeleton = skeleton
+        self.cache = KVCache(cache_tokens, lambda capacity: ForeignSession(skeleton.config, capacity))
+
+    def open(self, session: int, capacity: int) -> None:
+        self.cache.open(session, capacity)
+
+    def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
+        made = []
+        parts = torch.split(hidden_TH, [row.tokens for row in rows])
+        for row, part in zip(rows, parts, strict=True):
+            session = self.cache.at(row.session, row.position, row.tokens)
+            made.append(self.skeleton.run(session, row.position, part))
+            session.length = row.position + row.tokens
+        return torch.cat(made)
+
+    def held_bytes(self) -> int:
+        return self.skeleton.held_bytes
+
+
+class ForeignEmbedding(Embedding):
+    def load(self, context: Context) -> None:
+        checkpoint, dtype = needed(context)
+        self.load_with(Skeleton(checkpoint, None, True, dtype, context.progress))
+
+    def load_with(self, skeleton: Skeleton) -> None:
+        self.skeleton = skeleton
+
+    def forward(self, rows: tuple[Row, ...], token_T: torch.Tensor) -> torch.Tensor:
+        parts = torch.split(token_T, [row.tokens for row in rows])
+        return torch.cat([self.skeleton.embed(row.position, part) for row, part in zip(rows, parts, strict=True)])
+
+    def held_bytes(self) -> int:
+        return self.skeleton.held_bytes
+
+
+class ForeignBlocksActor(BlocksActor):
+    def load(self, context: Context) -> None:
+        checkpoint, dtype = needed(context)
+        self.blocks = ForeignBlocks(
+            Skeleton(checkpoint, context.layers, False, dtype, context.progress), context.cache_tokens
+        )
+
+
+class ForeignHead(Head):
+    def load(self, context: Context) -> None:
+        checkpoint, dtype = needed(context)
+        self.use(Skeleton(checkpoint, None, True, dtype, context.progress))
+
+    def use(self, skeleton: Skeleton) -> None:
+        self.skeleton = skeleton
+        self.streams = {}
+
+    def logits(self, picked_TH: torch.Tensor) -> torch.Tensor:
+        return self.skeleton.logits(picked_TH).float()
+
+    def held_bytes(self) -> int:
+        return self.skeleton.held_bytes
+
+
+class ForeignStage(Stage):
+    def load(self, context: Context) -> None:
+        checkpoint, dtype = needed(context)
+        layers = context.layers or (0, checkpoint.config.layers - 1)
+        skeleton = Skeleton(checkpoint, layers, True, dtype, context.progress)
+        self.embedding = ForeignEmbedding() if self.begins else None
+        self.head = ForeignHead() if self.ends else None
+        if isinstance(self.embedding, ForeignEmbedding):
+            self.embedding.load_with(skeleton)
+        if isinstance(self.head, ForeignHead):
+            self.head.use(skeleton)
+        self.blocks = ForeignBlocks(skeleton, context.cache_tokens)
+
+    def held_bytes(self) -> int:
+        return self.blocks.held_bytes()
+
+
+class ForeignFirstStage(ForeignStage):
+    begins = True
+
+
+class ForeignLastStage(ForeignStage):
+    ends = True
+
+
+class ForeignModel(ForeignStage):
+    begins = True
+    ends = True
