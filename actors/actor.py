@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
@@ -61,6 +62,7 @@ class Context:
     dtype: str = "float32"
     layers: tuple[int, int] | None = None
     cache_tokens: int = 0
+    weights: Path | None = None
 
 
 class Actor:

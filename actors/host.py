@@ -29,7 +29,7 @@ from .checkpoint import open_checkpoint
 from .control import ControlThread
 from .core import HostCore, Work
 from .crossing import Crossing
-from .kinds import load_class
+from .kinds import make
 from .lifecycle import Lifecycle, State
 from .session import SessionInfo
 from .spec import HostSpec
@@ -91,7 +91,7 @@ class Host:
             time.monotonic_ns,
             self._record_sent if spec.trace else None,
         )
-        self.core = HostCore(spec.inputs, spec.outputs, spec.links, self.exchange, spec.batch_tokens)
+        self.core = HostCore(spec.inputs, spec.outputs, spec.links, self.exchange, spec.batch_tokens, spec.needed)
         with torch.inference_mode():
             self.actor = self._load()
             gc.collect()
@@ -113,7 +113,7 @@ class Host:
 
     def _load(self) -> Actor:
         spec = self.spec
-        actor: Actor = load_class(spec.implementation, spec.folder)()
+        actor = make(spec.implementation, spec.folder)
         checkpoint = open_checkpoint(Path(spec.model)) if spec.model is not None else None
         actor.load(
             Context(
@@ -124,6 +124,7 @@ class Host:
                 dtype=spec.dtype,
                 layers=spec.layers,
                 cache_tokens=spec.cache_tokens,
+                weights=Path(spec.weights) if spec.weights is not None else None,
             )
         )
         return actor
@@ -193,6 +194,7 @@ class Host:
                 self._flush(wire)
             elif not crossing.commands:
                 exchange.tick()
+                self._give_up_overdue()
                 self._flush(wire)
                 gc.collect()
                 crossing.counters = {**exchange.counters, **core.counters, "trace_dropped": crossing.ring.dropped}
@@ -257,6 +259,16 @@ class Host:
                 self.core.complete(single, outputs, time.monotonic_ns())
             except Exception as own:
                 self._session_failed(single.batch.rows[0], own)
+
+    def _give_up_overdue(self) -> None:
+        limit_s = self.spec.supervision.join_deadline_s
+        for row, present, missing in self.core.overdue(time.monotonic_ns() - int(limit_s * 1e9)):
+            self._session_failed(
+                row,
+                TimeoutError(
+                    f"the join waited over {limit_s:g} s: expected {', '.join(missing)}, got only {', '.join(present)}"
+                ),
+            )
 
     def _session_failed(self, row: Row, error: Exception) -> None:
         self._close_session(row.session)

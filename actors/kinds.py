@@ -13,12 +13,15 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ranvier.transport.errors import RanvierError
 from ranvier.transport.spec import TensorSpec
 
 from .checkpoint.config import ModelConfig
+
+if TYPE_CHECKING:
+    from .actor import Actor
 
 ENTRY_POINTS = "ranvier.actors"
 Ports = tuple[Mapping[str, TensorSpec], Mapping[str, TensorSpec]]
@@ -168,11 +171,32 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
-def load_class(implementation: str, folder: str | None) -> type[Any]:
-    """Import the class of a kind.
+def make(implementation: str, folder: str | None) -> Actor:
+    """An actor of a kind, not loaded yet.
 
     Raises:
         KindError: the file has no such class, or it is no actor.
+    """
+    made = load_class(implementation, folder)
+    if is_module(made):
+        from .module import ModuleActor
+
+        return ModuleActor(made)
+    actor: Actor = made()
+    return actor
+
+
+def is_module(made: type[Any]) -> bool:
+    """Whether a class is a plain `torch.nn.Module`: whoever made one has imported torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and issubclass(made, torch.nn.Module)
+
+
+def load_class(implementation: str, folder: str | None) -> type[Any]:
+    """Import the class of a kind: an `Actor` or a `torch.nn.Module`.
+
+    Raises:
+        KindError: the file has no such class, or it is neither.
     """
     from .actor import Actor
 
@@ -188,6 +212,8 @@ def load_class(implementation: str, folder: str | None) -> type[Any]:
         sys.modules[name] = module
         spec.loader.exec_module(module)
     made = getattr(module, attribute, None)
-    if not isinstance(made, type) or not issubclass(made, Actor):
-        raise KindError(f"kind {implementation!r}: expected a class that derives from ranvier.Actor, got {made!r:.80}")
+    if not isinstance(made, type) or not (issubclass(made, Actor) or is_module(made)):
+        raise KindError(
+            f"kind {implementation!r}: expected a class that derives from ranvier.Actor or torch.nn.Module, got {made!r:.80}"
+        )
     return made

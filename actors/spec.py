@@ -30,6 +30,8 @@ class Deadlines:
     """Without a sign of life: stopped, or the machine is starved."""
     progress_deadline_s: float = 120.0
     """In one step: alive but stuck."""
+    join_deadline_s: float = 60.0
+    """For a step that waits at a join for what other edges bring."""
     stop_deadline_s: float = 1.0
     """For a clean end; then killed."""
 
@@ -49,17 +51,21 @@ class PortSpec:
 @dataclass(frozen=True, slots=True)
 class HostLink:
     """One end of a link at this host: its port, which way it goes, and whether it closes a cycle. A link of an actor to
-    itself has both its ends here."""
+    itself has both its ends here. `at_most`, at the outgoing end of a loop of the user's own: how often a row goes round,
+    unless the port `until` says that it is done; 0: the actor decides by what it sends."""
 
     port: str
     link: LinkSpec
     outgoing: bool
     feedback: bool = False
+    until: str | None = None
+    at_most: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class HostSpec:
-    """Everything a host process needs. `implementation` is `module:Class`, or `file.py:Class` with `folder` set."""
+    """Everything a host process needs. `implementation` is `module:Class`, or `file.py:Class` with `folder` set; `needed`
+    is how many input ports make a step, all if it is not given."""
 
     actor: str
     replica: int
@@ -84,6 +90,8 @@ class HostSpec:
     max_frame_bytes: int
     batch_tokens: int
     cpus: list[int] | None = None
+    weights: str | None = None
+    needed: int | None = None
     trace: bool = True
     supervision: Deadlines = field(default_factory=Deadlines)
 
@@ -105,9 +113,7 @@ class HostSpec:
         fields["layers"] = tuple(fields["layers"]) if fields["layers"] is not None else None
         fields["inputs"] = tuple(_port(port) for port in fields["inputs"])
         fields["outputs"] = tuple(_port(port) for port in fields["outputs"])
-        fields["links"] = tuple(
-            HostLink(link["port"], _link(link["link"]), link["outgoing"], link["feedback"]) for link in fields["links"]
-        )
+        fields["links"] = tuple(HostLink(**{**link, "link": _link(link["link"])}) for link in fields["links"])
         fields["supervision"] = Deadlines(**fields["supervision"])
         return cls(**fields)
 

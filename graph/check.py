@@ -41,6 +41,7 @@ def load(path: str | Path, *, allow_code: bool = False, overrides: Mapping[str, 
     between.stop_if_wrong()
     between.connected(edges)
     between.cycles(edges)
+    between.dims(edges)
     between.order(edges, checkpoint)
     between.stop_if_wrong()
     return Graph(path, file, checkpoint, actors, tuple(edges))

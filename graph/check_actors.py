@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ranvier.actors import kinds
 from ranvier.actors.checkpoint import Checkpoint, open_checkpoint
@@ -34,6 +36,7 @@ class ActorCheck(Findings):
         super().__init__(document, file, problems)
         self.folder = folder
         self.allow_code = allow_code
+        self.modules: dict[str, Any] = {}
 
     def names(self) -> None:
         if GATEWAY in self.file.actors:
@@ -81,8 +84,11 @@ class ActorCheck(Findings):
                 except CheckpointError as error:
                     self._wrong(f"actor {name}: {error}; the checkpoint does not fit", "actors", name)
             else:
-                inputs, outputs = self._own_ports(name, kind)
-            actors[name] = CheckedActor(name, section, kind, inputs, outputs, layers, elements)
+                inputs, outputs = self._own_ports(name, kind) or ({}, {})
+            weights_file = self._weights(name, section)
+            actors[name] = CheckedActor(name, section, kind, inputs, outputs, layers, elements, weights_file)
+        if self.modules:
+            self._module_ports(actors)
         return actors
 
     def _cpus(self, name: str, section: ActorSection) -> None:
@@ -96,12 +102,16 @@ class ActorCheck(Findings):
                 "cpus",
             )
 
-    def _own_ports(self, name: str, kind: Kind) -> tuple[Ports, Ports]:
+    def _own_ports(self, name: str, kind: Kind) -> tuple[Ports, Ports] | None:
+        """The ports of a class; None of a module, whose ports depend on what is connected to it."""
         try:
             made = kinds.load_class(kind.implementation, kind.folder)
         except Exception as error:  # code of the user's own may raise anything; it is the file's problem
             self._wrong(f"actor {name}: {type(error).__name__}: {error}; mend the class", "actors", name, "kind")
             return {}, {}
+        if kinds.is_module(made):
+            self.modules[name] = made
+            return None
         ports = [*made.inputs.items(), *made.outputs.items()]
         for port, spec in ports:
             if not isinstance(spec, TensorSpec) or not re.fullmatch(r"[a-z][a-z0-9_]{0,60}", port):
@@ -111,6 +121,62 @@ class ActorCheck(Findings):
         if not made.inputs:
             self._wrong(f"actor {name}: {kind.name} has no inputs; state them in its class", "actors", name, "kind")
         return made.inputs, made.outputs
+
+    def _module_ports(self, actors: dict[str, CheckedActor]) -> None:
+        """Ports of modules, each as soon as what feeds it is known."""
+        from ranvier.actors import module
+
+        left = dict(self.modules)
+        while left:
+            known = len(left)
+            for name, made in list(left.items()):
+                section = self.file.actors[name]
+                try:
+                    given = {port: TensorSpec.parse(text) for port, text in section.inputs.items()}
+                    inputs = {port: given.get(port) or self._fed(name, port, actors) for port in module.inputs_of(made)}
+                    unknown = sorted(given.keys() - inputs.keys())
+                    if unknown:
+                        raise ValueError(f"inputs {unknown} are no parameters of forward ({', '.join(inputs)})")
+                    specs = {port: spec for port, spec in inputs.items() if spec is not None}
+                    if len(specs) < len(inputs):
+                        continue
+                    outputs = module.outputs_of(made, section.args, specs)
+                except ValueError as error:
+                    self._wrong(f"actor {name}: {error}; mend the class or its inputs", "actors", name)
+                    specs, outputs = {}, {}
+                del left[name]
+                actors[name] = replace(actors[name], inputs=specs, outputs=outputs)
+            if len(left) == known:
+                break
+        for name, made in left.items():
+            needed = next(port for port in module.inputs_of(made) if self._fed(name, port, actors) is None)
+            self._wrong(
+                f"actor {name}: nothing says what its input {needed!r} is; add inputs: {{{needed}: \"float32[rows, 64]\"}}",
+                "actors", name,
+            )  # fmt: skip
+
+    def _fed(self, name: str, port: str, actors: Mapping[str, CheckedActor]) -> TensorSpec | None:
+        for edge in self.file.edges:
+            if edge.target == f"{name}.{port}":
+                source_actor, out = edge.source.split(".")
+                found = actors[source_actor].outputs.get(out) if source_actor in actors else None
+                if found is not None:
+                    return found
+        return None
+
+    def _weights(self, name: str, section: ActorSection) -> Path | None:
+        if section.weights is None:
+            return None
+        if name not in self.modules:
+            self._wrong(
+                f"actor {name}: weights are for torch modules; remove the key", "actors", name, "weights", key=True
+            )
+            return None
+        try:
+            return source.resolve(section.weights, self.folder, ("actors", name, "weights") in self.document.overridden)
+        except source.SourceError as error:
+            self._wrong(f"actor {name}: weights: {error}", "actors", name, "weights")
+            return None
 
     def _layer_range(
         self, name: str, section: ActorSection, kind: Kind, checkpoint: Checkpoint | None

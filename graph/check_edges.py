@@ -10,11 +10,12 @@ from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.spec import GATEWAY
 from ranvier.transport.spec import TensorSpec
 
+from . import check_dims
 from .checked import CheckedActor, CheckedEdge, Ports
 from .errors import Problem
 from .findings import Findings
 from .load import Document
-from .schema import EdgeSection, GraphFile
+from .schema import EdgeSection, GraphFile, Quorum
 
 
 class EdgeCheck(Findings):
@@ -67,10 +68,33 @@ class EdgeCheck(Findings):
         spec = target_spec if source_actor == GATEWAY else source_spec
         if spec is None:
             return None
+        self._loop(section, name, index)
         return CheckedEdge(
             source_actor, out, target_actor, into, spec,
-            section.feedback, section.codec, section.credits, section.credit_bytes,
+            section.feedback, section.codec, section.credits, section.credit_bytes, section.until, section.at_most or 0,
         )  # fmt: skip
+
+    def _loop(self, section: EdgeSection, name: str, index: int) -> None:
+        """A loop of the user's own has a bound; one of tokens ends with its stream."""
+        actor = self.actors.get(section.source.split(".")[0])
+        if actor is None:
+            return
+        if not section.feedback:
+            if section.at_most is not None or section.until is not None:
+                self._wrong(
+                    f"edge {name}: at_most and until are for feedback edges; add feedback: true", "edges", index
+                )
+            return
+        if section.until is not None and section.until not in actor.outputs:
+            self._wrong(
+                f"edge {name}: until: actor {actor.name} has no port {section.until!r} among its outputs; "
+                f"{_near(section.until, actor.outputs)}", "edges", index, "until",
+            )  # fmt: skip
+        if section.at_most is None and not actor.kind.uses_model:
+            self._wrong(
+                f"edge {name}: a loop without a bound; add at_most: N, and until: PORT if the actor can say that it is done",
+                "edges", index,
+            )  # fmt: skip
 
     def _port(self, actor: str, port: str, side: str, index: int, key: str) -> TensorSpec | None:
         """The spec of a port; what the gateway takes or gives is what the other end says."""
@@ -144,7 +168,9 @@ class EdgeCheck(Findings):
     def connected(self, edges: Iterable[CheckedEdge]) -> None:
         fed = {(edge.target, edge.into) for edge in edges}
         used = {(edge.source, edge.out) for edge in edges}
+        says_done = {(edge.source, edge.until) for edge in edges}
         for actor in self.actors.values():
+            self._joinable(actor)
             for port in actor.inputs:
                 if (actor.name, port) not in fed:
                     self._wrong(
@@ -152,7 +178,7 @@ class EdgeCheck(Findings):
                         f"{GATEWAY}.{port} -> {actor.name}.{port}", "actors", actor.name, key=True,
                     )  # fmt: skip
             for port in actor.outputs:
-                if (actor.name, port) not in used and port not in actor.kind.optional:
+                if not {(actor.name, port)} & (used | says_done) and port not in actor.kind.optional:
                     self._wrong(
                         f"actor {actor.name}: output {port!r} is open; add an edge from it, or give it to the client by "
                         f"{actor.name}.{port} -> {GATEWAY}.{port}", "actors", actor.name, key=True,
@@ -163,6 +189,14 @@ class EdgeCheck(Findings):
                 self._wrong(
                     f"actor {name}: nothing from the gateway ever reaches it; connect it", "actors", name, key=True
                 )
+
+    def _joinable(self, actor: CheckedActor) -> None:
+        join = actor.section.join
+        if isinstance(join, Quorum) and join.quorum > len(actor.inputs):
+            self._wrong(
+                f"actor {actor.name}: quorum {join.quorum} can never be reached: it has {len(actor.inputs)} inputs; "
+                "lower it", "actors", actor.name, "join",
+            )  # fmt: skip
 
     def cycles(self, edges: Iterable[CheckedEdge]) -> None:
         forward = [(e.source, e.target) for e in edges if not e.feedback and GATEWAY not in (e.source, e.target)]
@@ -186,6 +220,12 @@ class EdgeCheck(Findings):
                         index,
                         "feedback",
                     )
+
+    def dims(self, edges: Iterable[CheckedEdge]) -> None:
+        """Named dimensions have one size, however far apart the edges are that say it."""
+        for conflict in check_dims.conflicts(self.actors, edges):
+            last = next((e for e in edges if e.name == conflict.second.edge), None)
+            self._wrong(str(conflict), *(self._edge_path(last) if last is not None else ("edges",)))
 
     def order(self, edges: Iterable[CheckedEdge], checkpoint: Checkpoint | None) -> None:
         """Layers follow each other along the edges."""

@@ -19,7 +19,8 @@ Ports = Mapping[str, TensorSpec]
 
 @dataclass(frozen=True, slots=True)
 class CheckedActor:
-    """One actor whose kind, ports, layers and weights are known. `elements`: numbers in its weights."""
+    """One actor whose kind, ports, layers and weights are known. `elements`: numbers in the weights of a built-in kind;
+    `weights`: the file of a module's own."""
 
     name: str
     section: ActorSection
@@ -28,6 +29,7 @@ class CheckedActor:
     outputs: Ports
     layers: tuple[int, int] | None
     elements: int
+    weights: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,8 @@ class CheckedEdge:
     codec: str = "raw"
     credits_messages: int = 8
     credits_bytes: int = 64 << 20
+    until: str | None = None
+    at_most: int = 0
     implied: bool = False
 
     @property
@@ -78,6 +82,7 @@ class Graph:
             {
                 "from": f"{e.source}.{e.out}", "to": f"{e.target}.{e.into}", "feedback": e.feedback, "codec": e.codec,
                 "credits": e.credits_messages, "credit_bytes": e.credits_bytes,
+                **({"at_most": e.at_most} if e.at_most else {}), **({"until": e.until} if e.until else {}),
             }
             for e in self.edges
             if not e.implied

@@ -19,6 +19,7 @@ from ranvier.transport.link import LinkSpec
 from ranvier.transport.spec import TensorSpec
 
 from .checked import CheckedActor, CheckedEdge, Graph
+from .schema import ActorSection, Quorum
 
 EPOCH = 1
 """The generation of hosts that a run starts with."""
@@ -113,7 +114,8 @@ class Plan:
         links = []
         for index, edge in enumerate(self.graph.edges):
             if edge.source == actor.name:
-                links.append(HostLink(edge.out, self._link(index, edge), outgoing=True, feedback=edge.feedback))
+                link = self._link(index, edge)
+                links.append(HostLink(edge.out, link, True, edge.feedback, edge.until, edge.at_most))
             if edge.target == actor.name:
                 links.append(HostLink(edge.into, self._link(index, edge), outgoing=False, feedback=edge.feedback))
         checkpoint = self.graph.checkpoint
@@ -131,6 +133,8 @@ class Plan:
             cache_tokens=section.cache_tokens,
             threads=section.threads,
             cpus=section.cpus,
+            needed=_needed(section),
+            weights=str(actor.weights) if actor.weights is not None else None,
             device=section.device,
             inputs=_ports(actor.inputs),
             outputs=_ports(actor.outputs),
@@ -156,6 +160,13 @@ def _implementation(kind: Kind, checkpoint: Checkpoint | None) -> str:
     if kind.foreign is not None and checkpoint is not None and not checkpoint.config.native:
         return kind.foreign
     return kind.implementation
+
+
+def _needed(section: ActorSection) -> int | None:
+    """How many inputs make a step; None: all."""
+    if isinstance(section.join, Quorum):
+        return section.join.quorum
+    return 1 if section.join == "first" else None
 
 
 def _planned(graph: Graph, actor: CheckedActor) -> PlannedHost:

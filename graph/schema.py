@@ -36,6 +36,12 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="weights, activations, KV cache")
 
 
+class Quorum(Section):
+    """So many of an actor's inputs make a step."""
+
+    quorum: int = Field(ge=1, le=1024)
+
+
 class ActorSection(Section):
     """One actor: a component in a process of its own."""
 
@@ -54,6 +60,16 @@ class ActorSection(Section):
     cache_tokens: int = Field(65536, ge=1, le=1 << 31, description="positions of all sessions that its KV cache holds")
     batch_tokens: int = Field(2048, ge=1, le=1 << 20, description="tokens laid together in one step at the most")
     endpoint: str | None = Field(None, description="where its inbox is bound, such as tcp://127.0.0.1:5555")
+    weights: str | None = Field(
+        None, max_length=4096, description="for a torch module: ./file.safetensors with its state"
+    )
+    inputs: dict[str, str] = Field(
+        default_factory=dict,
+        description='for a torch module: inputs that no edge describes, such as x: "float32[rows, 64]"',
+    )
+    join: Literal["all", "first"] | Quorum = Field(
+        "all", description="a step starts when all inputs hold it, when the first comes, or when {quorum: k} do"
+    )
     args: dict[str, Any] = Field(default_factory=dict, description="arguments of the user's own actor")
 
 
@@ -65,6 +81,10 @@ class EdgeSection(Section):
     source: Port = Field(alias="from", description="actor.port")
     target: Port = Field(alias="to", description="actor.port")
     feedback: bool = Field(False, description="closes a cycle: carries the result of a step back to its beginning")
+    at_most: int | None = Field(
+        None, ge=1, le=1 << 40, description="for feedback of an actor of your own: how often a row goes round"
+    )
+    until: str | None = Field(None, description="output port, one number a row, that says a row is done going round")
     codec: Literal["raw"] = Field("raw", description="how tensors are written")
     credits: int = Field(8, ge=0, le=1 << 20, description="messages that may be on their way or unread")
     credit_bytes: int = Field(64 << 20, ge=1, le=1 << 40, description="bytes that may be on their way or unread")
@@ -77,6 +97,7 @@ class SupervisionSection(Section):
     heartbeat_interval_s: float = Field(_DEADLINES.heartbeat_interval_s, gt=0, le=60, strict=False)
     heartbeat_deadline_s: float = Field(_DEADLINES.heartbeat_deadline_s, gt=0, strict=False)
     progress_deadline_s: float = Field(_DEADLINES.progress_deadline_s, gt=0, strict=False)
+    join_deadline_s: float = Field(_DEADLINES.join_deadline_s, gt=0, strict=False)
     stop_deadline_s: float = Field(_DEADLINES.stop_deadline_s, gt=0, le=60, strict=False)
 
 

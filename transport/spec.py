@@ -7,6 +7,7 @@ in one message.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -39,6 +40,19 @@ class TensorSpec:
                 raise ValueError(f"dimension name {dim!r} is not an identifier")
             if isinstance(dim, int) and dim < 0:
                 raise ValueError(f"dimension {dim} is negative")
+
+    @classmethod
+    def parse(cls, text: str) -> TensorSpec:
+        """The spec that `str` writes: `float32[tokens, 576]`.
+
+        Raises:
+            ValueError: it is not written so.
+        """
+        match = re.fullmatch(r"\s*(\w+)\s*\[([^\[\]]*)\]\s*", text)
+        if match is None:
+            raise ValueError(f"{text!r}: expected dtype[size, …], such as float32[rows, 64]")
+        dims = [dim.strip() for dim in match[2].split(",")] if match[2].strip() else []
+        return cls(match[1], tuple(int(dim) if dim.isdecimal() else dim for dim in dims))
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"

@@ -44,13 +44,11 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """What `open_checkpoint` found. `gguf` holds the metadata of a GGUF file (its tokenizer is in there)."""
+class Tensors:
+    """Tensors by name, and how to read one."""
 
     path: Path
-    config: ModelConfig
     tensors: Mapping[str, TensorEntry]
-    gguf: Mapping[str, Any] | None = None
 
     def require(self, name: str, shape: tuple[int, ...]) -> TensorEntry:
         """The entry of a tensor that must be there.
@@ -87,6 +85,14 @@ class Checkpoint:
                     rows[start:stop].copy_(piece)
                 else:
                     rows[order[start:stop]] = piece.to(rows.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint(Tensors):
+    """What `open_checkpoint` found. `gguf` holds the metadata of a GGUF file (its tokenizer is in there)."""
+
+    config: ModelConfig
+    gguf: Mapping[str, Any] | None = None
 
 
 def _read_exactly(file: Any, entry: TensorEntry, count: int) -> bytearray:
@@ -142,6 +148,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
     raise CheckpointError(f"{path}: expected a .gguf file, a .safetensors file, or a folder with config.json")
 
 
+def open_tensors(file: Path) -> Tensors:
+    """A safetensors file by itself.
+
+    Raises:
+        CheckpointError: not there, or damaged.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file")
+    return Tensors(
+        file,
+        {name: TensorEntry(name, file, found.dtype, found.shape, found.offset, found.nbytes)
+         for name, found in safetensors_file.read_header(file).items()},
+    )  # fmt: skip
+
+
 def _open_folder(folder: Path, single: Path | None) -> Checkpoint:
     config = from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     index = folder / "model.safetensors.index.json"
@@ -162,7 +183,7 @@ def _open_folder(folder: Path, single: Path | None) -> Checkpoint:
             raise CheckpointError(f"{file}: tensor {name} is missing, though {index.name} says it is here")
         known = f"transformer.{name}" if bare_gpt2 else name
         tensors[known] = TensorEntry(name, file, found.dtype, found.shape, found.offset, found.nbytes)
-    return Checkpoint(folder, config, tensors)
+    return Checkpoint(folder, tensors, config)
 
 
 def _weight_map(folder: Path, index: Path) -> dict[str, Path]:
@@ -219,7 +240,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         heads = {"q": config.heads, "k": config.kv_heads}.get(name.partition("self_attn.")[2][:1], 0)
         stored = _GGUF_PLAIN.get(found.type.name, found.type.name)
         tensors[name] = TensorEntry(name, path, stored, found.shape, found.offset, found.nbytes, permuted_heads=heads)
-    return Checkpoint(path, config, tensors, gguf=header.fields)
+    return Checkpoint(path, tensors, config, gguf=header.fields)
 
 
 def _hf_name(name: str) -> str:

@@ -153,9 +153,14 @@ def _foreign(config: Config, why: str) -> ModelConfig:
     """Any other causal model that transformers knows, by the sizes that all configs have under one name or another."""
     if importlib.util.find_spec("transformers") is None:
         raise NotBuiltIn(f"{why}; built in: {', '.join(FAMILIES)}; for others pip install 'ranvier[hf]'")
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
 
-    if config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.get("is_encoder_decoder"):
+    family = config.get("model_type")
+    encoder = family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")  # bert and its like
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or encoder or config.get("is_encoder_decoder"):
         raise NotBuiltIn(f"{why}, and transformers knows no causal model of that type")
     from transformers import CONFIG_MAPPING
 

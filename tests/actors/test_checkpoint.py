@@ -176,12 +176,13 @@ def test_shards_stay_in_their_folder_case_42(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "bert"}, "model_type 'bert' is not built in; built in: llama"),
-        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not built in"),
+        (
+            {"model_type": "bert"},
+            "model_type 'bert' is not built in, and transformers knows no causal model of that type",
+        ),
         ({"hidden_size": None}, "hidden"),
         ({"hidden_size": -4}, "expected hidden as a positive integer, got -4"),
         ({"num_key_value_heads": 3}, "4 heads are no multiple of 3"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn' is not built in"),
         ({"vocab_size": "many"}, "expected vocab as a positive integer, got 'many'"),
     ],
 )
@@ -189,6 +190,16 @@ def test_a_config_that_cannot_be(change: dict[str, Any], words: str, folder: Pat
     (folder / "config.json").write_text(json.dumps({**CONFIG, **change}))
     with pytest.raises(CheckpointError, match=words):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_act": "gelu"}, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}]
+)
+def test_what_the_native_blocks_do_not_have_is_left_to_transformers(change: dict[str, Any], folder: Path) -> None:
+    """A known family with an unknown feature is never run wrongly; without transformers the error says what to install."""
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **change}))
+    assert not open_checkpoint(folder).config.native
+    assert open_checkpoint(folder).config.layers == CONFIG["num_hidden_layers"]
 
 
 # -- GGUF -------------------------------------------------------------------------------------------------------------

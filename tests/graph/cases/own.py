@@ -1,5 +1,7 @@
 """Actors for the cases: they are never started."""
 
+import torch
+
 from ranvier import Actor, TensorSpec
 
 
@@ -14,3 +16,29 @@ class Deaf(Actor):
 
 class NoActor:
     pass
+
+
+class Net(torch.nn.Module):
+    """A module without boilerplate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+class Small(Actor):
+    inputs = {"x": TensorSpec("float32", ("tokens", 4))}
+    outputs = {"y": TensorSpec("float32", ("tokens", 4))}
+
+
+class Free(Actor):
+    inputs = {"x": TensorSpec("float32", ("tokens", "width"))}
+    outputs = {"y": TensorSpec("float32", ("tokens", "width"))}
+
+
+class Large(Actor):
+    inputs = {"x": TensorSpec("float32", ("tokens", 8))}
+    outputs = {"y": TensorSpec("float32", ("tokens", 8))}

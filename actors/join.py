@@ -1,0 +1,106 @@
+"""Joining: when the rows of one step that come by several edges make a step together. No I/O.
+
+`all`: when every input port holds the step. `first`: when the first comes; the others are dropped and counted. `quorum`:
+when so many ports hold it. A step is (session, epoch, position); how many tokens it has may differ from port to port.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from ranvier.transport.exchange import Received
+from ranvier.transport.header import Row
+
+Step = tuple[int, int, int]
+"""Session, epoch, position."""
+
+
+class Part(NamedTuple):
+    """What one message holds for one step at one port."""
+
+    row: Row
+    tensor: torch.Tensor
+    source: Received
+
+
+@dataclass(slots=True)
+class _Held:
+    parts: dict[str, Part] = field(default_factory=dict)
+    since_ns: int = 0
+
+
+class Overdue(NamedTuple):
+    """A step that has waited too long: which ports hold it and which do not."""
+
+    row: Row
+    present: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+class Join:
+    """The steps that wait at one actor.
+
+    Args:
+        ports: the input ports.
+        needed: how many of them make a step.
+        arrivals: how many edges come in: so often is one step offered in all, if nothing is lost.
+    """
+
+    def __init__(self, ports: Sequence[str], needed: int, arrivals: int) -> None:
+        self._ports = tuple(ports)
+        self._needed = needed
+        self._arrivals = arrivals
+        self._held: dict[Step, _Held] = {}
+        self._late: dict[Step, int] = {}
+
+    def offer(self, port: str, part: Part) -> dict[str, Part] | None:
+        """Take a part in: what makes a step together, if it does now.
+
+        Raises:
+            Late: the step was taken without it, or its port has it already.
+        """
+        step = part.row[:3]
+        if step in self._late:
+            self._late[step] -= 1
+            if not self._late[step]:
+                del self._late[step]
+            raise Late
+        held = self._held.get(step)
+        if held is None:
+            held = self._held[step] = _Held(since_ns=part.source.received_ns)
+        if port in held.parts:
+            raise Late
+        held.parts[port] = part
+        if len(held.parts) < self._needed:
+            return None
+        del self._held[step]
+        if self._arrivals > self._needed:
+            self._late[step] = self._arrivals - self._needed
+        return {name: held.parts[name] for name in self._ports if name in held.parts}
+
+    def drop(self, session: int) -> Iterator[Part]:
+        """Forget a session; what it held."""
+        for step in [step for step in self._held if step[0] == session]:
+            yield from self._held.pop(step).parts.values()
+        for step in [step for step in self._late if step[0] == session]:
+            del self._late[step]
+
+    def overdue(self, before_ns: int) -> list[Overdue]:
+        """Steps whose first part came before then."""
+        return [
+            Overdue(
+                next(iter(held.parts.values())).row,
+                tuple(held.parts),
+                tuple(port for port in self._ports if port not in held.parts),
+            )
+            for held in self._held.values()
+            if held.since_ns < before_ns
+        ]
+
+
+class Late(Exception):
+    """A part whose step was taken without it."""

@@ -1,0 +1,136 @@
+"""A plain `torch.nn.Module` as an actor: its ports are what its `forward` takes and gives, nothing else is to be written.
+
+Parameters of `forward` are the inputs. A dict that it returns names the outputs; a tensor alone is called `output`, those
+of a tuple `output0`, `output1`, … What shapes they have is found out without weights, on torch's meta device.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ranvier.transport.spec import TensorSpec
+from ranvier.transport.tensors import torch_dtype
+
+from .actor import Actor, Batch, Context
+from .errors import CheckpointError
+
+TRIALS = (11, 13)
+"""Two sizes for each open dimension: what of an output changes with it is open, too."""
+
+
+def inputs_of(module: type[nn.Module]) -> list[str]:
+    """The names of the tensors that `forward` takes.
+
+    Raises:
+        ValueError: it takes an open list of them.
+    """
+    names = []
+    for parameter in list(inspect.signature(module.forward).parameters.values())[1:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise ValueError(f"forward takes *{parameter.name}; name each tensor it takes")
+        if parameter.default is parameter.empty:
+            names.append(parameter.name)
+    return names
+
+
+def outputs_of(
+    module: type[nn.Module], args: Mapping[str, Any], inputs: Mapping[str, TensorSpec]
+) -> dict[str, TensorSpec]:
+    """What `forward` gives for such inputs: run twice without data, with another size for each name each time.
+
+    Raises:
+        ValueError: it fails, or gives something else than tensors.
+    """
+    names = sorted({dim for spec in inputs.values() for dim in spec.shape if isinstance(dim, str)})
+    trials = []
+    with torch.device("meta"), torch.inference_mode():
+        try:
+            made = module(**args).eval()
+        except Exception as error:
+            raise ValueError(f"cannot be made with args {dict(args)}: {type(error).__name__}: {error}") from None
+        for base in TRIALS:
+            sizes = {name: base + 4 * index for index, name in enumerate(names)}
+            given = {
+                name: torch.empty(
+                    [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape], dtype=torch_dtype(spec.dtype)
+                )
+                for name, spec in inputs.items()
+            }
+            try:
+                trials.append((sizes, _named(made(**given))))
+            except Exception as error:
+                shapes = ", ".join(f"{name}: {spec}" for name, spec in inputs.items())
+                raise ValueError(f"forward fails for {shapes}: {type(error).__name__}: {error}") from None
+    (first_sizes, first), (second_sizes, second) = trials
+    return {port: _spec(first[port], second[port], first_sizes, second_sizes) for port in first}
+
+
+def _named(made: Any) -> dict[str, torch.Tensor]:
+    if isinstance(made, torch.Tensor):
+        named = {"output": made}
+    elif isinstance(made, tuple | list):
+        named = {f"output{index}": value for index, value in enumerate(made)}
+    elif isinstance(made, Mapping):
+        named = dict(made)
+    else:
+        raise ValueError(f"forward gives {type(made).__name__}, expected a tensor, a tuple or a dict of tensors")
+    for name, value in named.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"forward gives {type(value).__name__} for {name!r}, expected a tensor")
+    return named
+
+
+def _spec(
+    first: torch.Tensor, second: torch.Tensor, first_sizes: Mapping[str, int], second_sizes: Mapping[str, int]
+) -> TensorSpec:
+    shape: list[int | str] = []
+    for index, (one, two) in enumerate(zip(first.shape, second.shape, strict=True)):
+        named = next((n for n in first_sizes if (first_sizes[n], second_sizes[n]) == (one, two)), f"free{index}")
+        shape.append(one if one == two else named)
+    return TensorSpec(str(first.dtype).removeprefix("torch."), tuple(shape))
+
+
+class ModuleActor(Actor):
+    """Runs one module. `weights` in the graph file is a safetensors file with its state."""
+
+    def __init__(self, module: type[nn.Module]) -> None:
+        self._class = module
+        self._inputs = inputs_of(module)
+
+    def load(self, context: Context) -> None:
+        self.module = self._class(**context.args).eval()
+        if context.weights is not None:
+            read_state(self.module, context.weights, context.name.partition(".")[0])
+        context.progress(1.0)
+
+    def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
+        return dict(_named(self.module(**{name: batch[name] for name in self._inputs})))
+
+    def held_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.module.state_dict().values())
+
+
+def read_state(module: nn.Module, file: Path, actor: str) -> None:
+    """Fill a module from a safetensors file: from tensors called `actor.…` where there are any, else from all.
+
+    Raises:
+        CheckpointError: the file is damaged, or its tensors are not the module's.
+    """
+    from .checkpoint.checkpoint import open_tensors
+
+    found = open_tensors(file)
+    own = {name.removeprefix(f"{actor}."): name for name in found.tensors if name.startswith(f"{actor}.")}
+    names = own or {name: name for name in found.tensors}
+    state = module.state_dict()
+    if names.keys() != state.keys():
+        missing, extra = sorted(state.keys() - names.keys()), sorted(names.keys() - state.keys())
+        raise CheckpointError(f"{file}: actor {actor}: missing {missing}, not the module's {extra}")
+    for name, tensor in state.items():
+        if tensor.dtype.is_floating_point:
+            found.read_into(names[name], tensor if tensor.dim() else tensor.view(1))
