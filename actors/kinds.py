@@ -62,10 +62,10 @@ _CHOSEN = TensorSpec("int64", ("rows",))
 
 def _head_outputs(config: ModelConfig) -> Mapping[str, TensorSpec]:
     logits = TensorSpec("float32", ("rows", config.vocab))
-    return {"token": _CHOSEN, "sampled": _CHOSEN, "logits": logits}
+    return {"token": _CHOSEN, "sampled": _CHOSEN, "logits": logits, "scores": TensorSpec("float32", ("tokens",))}
 
 
-_HEAD_PORTS: Mapping[str, Any] = {"to_gateway": ("sampled", "logits"), "optional": ("token",)}
+_HEAD_PORTS: Mapping[str, Any] = {"to_gateway": ("sampled", "logits", "scores"), "optional": ("token",)}
 _PARTS = "ranvier.actors.model.parts"
 _FOREIGN = "ranvier.actors.model.foreign"
 BUILT_IN: dict[str, Kind] = {

@@ -63,6 +63,8 @@ class SessionInfo:
     sampling: Sampling = field(default_factory=Sampling)
     logits: bool = False
     """Whether the head sends the logits of every generated position to the gateway."""
+    score: bool = False
+    """Whether nothing is generated, and the head sends the log-probability of every token of the log but the first."""
 
     def finished(self, generated: int, token: int) -> bool:
         """Whether `token`, the `generated`-th of the stream, ends it. Gateway and head ask the same question."""

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -25,6 +25,7 @@ from .errors import GraphError
 from .plan import plan
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
+Result_ = TypeVar("Result_")
 
 app = typer.Typer(
     name="ranvier",
@@ -100,7 +101,14 @@ def show_command(
 @app.command()
 def run(
     graph: GraphFile,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to say to the model.", show_default=False)],
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to say to the model.")] = None,
+    input_file: Annotated[
+        Path | None,
+        typer.Option("--input", help="For graphs that are no language models: safetensors, a tensor an input port."),
+    ] = None,
+    output_file: Annotated[
+        Path | None, typer.Option("--output", help="Where to write the graph's outputs (safetensors).")
+    ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="New tokens at the most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; more is bolder.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Choose among the k likeliest; 0: all.")] = 0,
@@ -121,8 +129,149 @@ def run(
     except ValueError as error:
         raise _Wrong(f"--{error}") from None
     checked = load_graph(graph, allow_code=allow_code, overrides=_overrides(settings))
+    if not checked.generates:
+        if prompt is not None or input_file is None:
+            raise _Wrong(f"graph {checked.name} is no language model; give --input FILE.safetensors, not --prompt")
+        _call(checked, input_file, output_file, runs, as_json)
+        return
+    if prompt is None or input_file is not None or output_file is not None:
+        raise _Wrong(f"graph {checked.name} is a language model; give --prompt TEXT, not --input or --output")
     options = {"max_tokens": max_tokens, "sampling": sampling, "stop": tuple(stop or ()), "raw": raw}
     _run(checked, prompt, options, runs, as_json)
+
+
+def _call(checked: Graph, input_file: Path, output_file: Path | None, runs: Path, as_json: bool) -> None:
+    """One call of a graph that is no language model, from file to file."""
+    import time
+
+    import trio
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    from .progress import Bar
+    from .run import launch
+
+    try:
+        inputs = load_file(input_file)
+    except (OSError, SafetensorError) as error:
+        raise _Wrong(f"--input {input_file}: {error}") from None
+    bar = Bar(sys.stderr)
+
+    async def main() -> tuple[Path, dict[str, Any], float]:
+        with bar:
+            async with launch(checked, runs=runs, progress=bar.show) as started:
+                bar.show("computing", 1.0)
+                began = time.monotonic()
+                outputs = await started.call(**inputs)
+                return (
+                    started.dir,
+                    {name: tensor.contiguous() for name, tensor in outputs.items()},
+                    time.monotonic() - began,
+                )
+
+    run_dir, outputs, took_s = _interruptible(lambda: trio.run(main))
+    if output_file is not None:
+        save_file(outputs, output_file)
+    shapes = {
+        name: f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for name, tensor in outputs.items()
+    }
+    told = trace.summary(trace.read(run_dir)) if checked.file.trace else None
+    if as_json:
+        _print_json({"outputs": shapes, "seconds": took_s, "run_dir": str(run_dir), "trace": told})
+        return
+    for name, shape in shapes.items():
+        print(f"{name}: {shape}{f' in {output_file}' if output_file is not None else ''}")
+    if told is not None:
+        print(f"\n{trace.table(told)}")
+    print(f"\n{took_s:.3f} s\nrun folder: {run_dir}")
+
+
+def _interruptible(work: Callable[[], Result_]) -> Result_:
+    try:
+        return work()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
+def score(
+    graph: GraphFile,
+    text: Annotated[Path, typer.Option("--text", help="The text to score (UTF-8).", show_default=False)],
+    window: Annotated[
+        int, typer.Option(min=2, help="Tokens scored together; each window begins without what was before it.")
+    ] = 512,
+    most: Annotated[int | None, typer.Option("--max-bytes", min=1, help="Take only the beginning of the text.")] = None,
+    as_json: Json = False,
+    runs: Annotated[Path, typer.Option("--runs", help="Where run folders are made.")] = run_folder.DEFAULT_ROOT,
+    allow_code: AllowCode = False,
+    settings: Set = None,
+) -> None:
+    """Say how likely a model finds a text: negative log-likelihood a token, and perplexity."""
+    import trio
+
+    from . import scoring
+    from .progress import Bar
+    from .run import launch
+
+    checked = load_graph(graph, allow_code=allow_code, overrides=_overrides(settings))
+    try:
+        written = text.read_bytes()[:most].decode("utf-8", "ignore" if most is not None else "strict")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _Wrong(f"--text {text}: {error}") from None
+    bar = Bar(sys.stderr)
+
+    async def main() -> tuple[Path, scoring.Score]:
+        with bar:
+            async with launch(checked, runs=runs, progress=bar.show) as started:
+                ids = started.codec.encode(written, special=True)
+                return started.dir, await scoring.score(started, ids, window, lambda share: bar.show("scoring", share))
+
+    run_dir, made = _interruptible(lambda: trio.run(main))
+    if as_json:
+        _print_json({
+            "tokens": made.tokens, "nll_per_token": made.nll_per_token, "perplexity": made.perplexity,
+            "window": window, "run_dir": str(run_dir),
+        })  # fmt: skip
+    else:
+        print(f"{made.tokens} tokens, {made.nll_per_token:.5f} nats a token, perplexity {made.perplexity:.4f}")
+
+
+@app.command("actors")
+def actors_command(as_json: Json = False) -> None:
+    """List the kinds of actors that a graph file may name, with their ports."""
+    from . import catalogue
+
+    entries = catalogue.entries()
+    if as_json:
+        _print_json(entries)
+    else:
+        print(catalogue.text(entries))
+
+
+class Thing(StrEnum):
+    actor = "actor"
+    graph = "graph"
+
+
+@app.command()
+def new(
+    what: Annotated[Thing, typer.Argument(help="What to begin.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name; files are written here.", show_default=False)],
+) -> None:
+    """Write a small working start: an actor with a graph around it, or a graph of a language model."""
+    from . import starts
+
+    try:
+        files = starts.actor(name) if what is Thing.actor else starts.graph(name)
+        for file, content in files.items():
+            with Path(file).open("x", encoding="utf-8") as opened:
+                opened.write(content)
+    except FileExistsError as error:
+        raise _Wrong(f"{error.filename} exists; choose another name") from None
+    except ValueError as error:
+        raise _Wrong(str(error)) from None
+    print(f"wrote {', '.join(files)}\n{starts.hint(what.value, name)}")
 
 
 def _run(checked: Graph, prompt: str, options: dict[str, Any], runs: Path, as_json: bool) -> None:
@@ -145,11 +294,7 @@ def _run(checked: Graph, prompt: str, options: dict[str, Any], runs: Path, as_js
                         print(token.text, end="", flush=True)
                 return started.dir, generation.result
 
-    try:
-        run_dir, result = trio.run(main)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
+    run_dir, result = _interruptible(lambda: trio.run(main))
     told = trace.summary(trace.read(run_dir)) if checked.file.trace else None
     if as_json:
         _print_json({

@@ -43,6 +43,7 @@ class Stream:
     outputs: dict[str, tuple[TensorMeta, Buffer]] = field(default_factory=dict)
     log: list[int] = field(default_factory=list)
     logits: dict[int, Buffer] = field(default_factory=dict)
+    scores: array[float] = field(default_factory=lambda: array("f"))
     events: deque[Delivered | str | Exception] = field(default_factory=deque)
     over: bool = False
 
@@ -144,6 +145,8 @@ class Gateway:
                 self._on_token(row, token)
         elif port == "logits":
             self._on_logits(received)
+        elif port == "scores":
+            self._on_scores(received)
         else:
             self._on_output(port, received)
 
@@ -180,6 +183,16 @@ class Gateway:
             stream.logits[row.position] = bytes(buffer)
             if row.position < len(stream.log):
                 self._deliver(stream, row.position)
+
+    def _on_scores(self, received: Received) -> None:
+        for row, (_, buffer) in rows_of(received):
+            stream = self.streams.get(row.session)
+            if stream is None or row.epoch != stream.info.epoch or row.position != len(stream.scores):
+                self.exchange.counters["tokens_refused"] += 1
+                continue
+            stream.scores.frombytes(bytes(buffer))
+            if len(stream.scores) == len(stream.log) - 1:
+                self._end(stream, "done")
 
     def _deliver(self, stream: Stream, position: int) -> None:
         token = stream.log[position]

@@ -151,6 +151,26 @@ class Run:
         client = Client(self._gateway, info, {}, self._flush, self._wakes)
         return Generation(client, TextStream(self._codec, stop))
 
+    async def score(self, ids: Sequence[int]) -> list[float]:
+        """The log-probability (natural logarithm) of each token of `ids` but the first, given all before it.
+
+        Raises:
+            RequestError: fewer than two tokens or too many, or the graph is no language model.
+            Overloaded: no room now.
+            ActorFailed: an actor was lost.
+        """
+        graph = self.plan.graph
+        if not graph.generates or graph.checkpoint is None:
+            raise RequestError(f"graph {graph.name} is no language model; it has nothing to score")
+        config = graph.checkpoint.config
+        self._check_prompt(list(ids), 1, config.context + 1, config.vocab)
+        if len(ids) < 2:
+            raise RequestError("score: expected at least two tokens, got 1")
+        info = SessionInfo(session=0, epoch=0, capacity=len(ids), log=tuple(ids), score=True)
+        with contextlib.closing(Client(self._gateway, info, {}, self._flush, self._wakes)) as client:
+            await client.event()
+        return list(client.stream.scores)
+
     async def call(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Send one tensor to each input port of the gateway, wait for one from each output port.
 

@@ -24,6 +24,8 @@ from .kv_cache import KVCache
 from .sampling import choose
 from .tensors import Norm, read_slot
 
+SCORED_AT_ONCE = 64
+
 
 class AnyBlocks(Protocol):
     """Layers with the caches of their sessions, native or not."""
@@ -103,7 +105,7 @@ class Head(Actor):
     """`hidden` [tokens, H] -> the next token of each session whose prompt is complete.
 
     `token` int64 [rows] goes back to the embedding, unless the stream has ended; `sampled` int64 [rows] and, for
-    sessions that asked for them, `logits` float32 [rows, V] go to the gateway.
+    sessions that asked for them, `logits` float32 [rows, V] or `scores` float32 [tokens] go to the gateway.
     """
 
     def load(self, context: Context) -> None:
@@ -133,16 +135,38 @@ class Head(Actor):
 
     def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> Mapping[str, torch.Tensor | Batch]:
         due, last = [], []
+        outputs: dict[str, torch.Tensor | Batch] = {}
         end = 0
+        scored: list[tuple[Row, torch.Tensor]] = []
         for row in rows:
             end += row.tokens
-            if row.position + row.tokens >= self.streams[row.session].prompt_length:  # else more of the prompt comes
+            if self.streams[row.session].info.score:
+                scored += self._scored(row, hidden_TH[end - row.tokens : end])
+            elif row.position + row.tokens >= self.streams[row.session].prompt_length:  # else more of the prompt comes
                 due.append(row)
                 last.append(end - 1)
+        if scored:
+            scores_T = torch.cat([scores for _, scores in scored])
+            outputs["scores"] = Batch(tuple(row for row, _ in scored), {"scores": scores_T})
         if not due:
-            return {}
+            return outputs
         picked = hidden_TH if len(last) == hidden_TH.shape[0] else hidden_TH[last]
-        return self._sampled(due, self.logits(picked))
+        return {**outputs, **self._sampled(due, self.logits(picked))}
+
+    def _scored(self, row: Row, hidden_tH: torch.Tensor) -> list[tuple[Row, torch.Tensor]]:
+        """The log-probability, float32 [t], of the token after each of the row; none after the last of the log."""
+        log = self.streams[row.session].tokens
+        following = torch.tensor(log[row.position + 1 : row.position + row.tokens + 1])
+        count = len(following)
+        if not count:
+            return []
+        scores = [
+            # a piece at a time: a row of logits is as wide as the vocabulary
+            -F.cross_entropy(self.logits(hidden_tH[start : start + SCORED_AT_ONCE][: count - start]),
+                             following[start : start + SCORED_AT_ONCE], reduction="none")
+            for start in range(0, count, SCORED_AT_ONCE)
+        ]  # fmt: skip
+        return [(row._replace(tokens=count), torch.cat(scores))]
 
     def logits(self, picked_TH: torch.Tensor) -> torch.Tensor:
         """float32 [T, V]."""

