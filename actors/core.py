@@ -13,9 +13,10 @@ from typing import NamedTuple
 import msgspec
 import torch
 
-from ranvier.transport.exchange import Exchange, Received, ReceivingLink, SendingLink
+from ranvier.transport.errors import ProtocolError
+from ranvier.transport.exchange import Exchange, Received, ReceivingLink, RefusedMessage, SendingLink
 from ranvier.transport.header import Row
-from ranvier.transport.tensors import from_buffer, to_buffer
+from ranvier.transport.tensors import LOOK_EVERY, encode, from_buffer, to_buffer
 
 from .actor import Batch
 from .join import Join, Late, Overdue, Part
@@ -104,7 +105,11 @@ class HostCore:
     # -- in -----------------------------------------------------------------------------------------------------
 
     def on_message(self, received: Received) -> None:
-        """Queue a message; a port that waits for others keeps its rows until they are there."""
+        """Queue a message; a port that waits for others keeps its rows until they are there.
+
+        Raises:
+            RefusedMessage: its bytes are not what its codec writes.
+        """
         header = received.header
         rows = header.rows
         here = self._in[received.link]
@@ -112,7 +117,12 @@ class HostCore:
             # What comes back is bounded by the open sessions, one step each. Its credit returns at once, so that a
             # ring of full links cannot stand still.
             self.exchange.consumed(received.link, received.nbytes)
-        tensor = from_buffer(header.tensors[0], received.buffers[0])
+        try:
+            tensor = from_buffer(header.tensors[0], received.buffers[0])
+        except ProtocolError as error:  # a codec's bytes that are not what the header says
+            if not here.feedback:
+                self.exchange.consumed(received.link, received.nbytes)
+            raise RefusedMessage(f"edge {received.link.spec.name}: {error}", rows) from None
         if self._join is None:
             self._ready.append(Work(Batch(rows, {here.port: tensor}), (received,)))
         else:
@@ -240,9 +250,15 @@ class HostCore:
     def _send(
         self, port: str, links: list[SendingLink], rows: tuple[Row, ...], tensor: torch.Tensor, ready_ns: int
     ) -> None:
-        meta, buffer = to_buffer(port, tensor)
+        plain = None
         for link in links:
-            self.exchange.send(link, rows, (meta,), (buffer,), ready_ns)
+            if link.raw:
+                meta, buffer = plain = plain or to_buffer(port, tensor)
+                self.exchange.send(link, rows, (meta,), (buffer,), ready_ns)
+            else:
+                meta, buffer, coding = encode(port, tensor, link.codec, link.sent % LOOK_EVERY == 0)
+                link.sent += 1
+                self.exchange.send(link, rows, (meta,), (buffer,), ready_ns, coding)
 
     def _go_round(
         self,

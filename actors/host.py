@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 
-from ranvier.transport.codec import RAW
 from ranvier.transport.errors import LinkBroken, ProtocolError
-from ranvier.transport.exchange import Exchange, Received, RefusedMessage
+from ranvier.transport.exchange import Coding, Exchange, Received, RefusedMessage
 from ranvier.transport.header import Row
 from ranvier.transport.link import Arrival
 from ranvier.transport.zeromq import ZeroWire
@@ -214,11 +213,10 @@ class Host:
     def _take_in(self, arrival: Arrival) -> None:
         try:
             received = self.exchange.on_arrival(arrival)
+            if received is not None:
+                self.core.on_message(received)
         except ProtocolError as error:
             self._refused(error)
-            return
-        if received is not None:
-            self.core.on_message(received)
 
     def _flush(self, wire: ZeroWire) -> None:
         outbox = self.exchange.outbox
@@ -355,9 +353,10 @@ class Host:
         self.crossing.tell("state", state=state.value, why="")
 
     def _record_sent(
-        self, edge: int, sequence: int, rows: tuple[Row, ...], nbytes: int, ready_ns: int, credit_ns: int, sent_ns: int
-    ) -> None:
-        self.crossing.ring.put((SENT, edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, RAW, rows))
+        self, edge: int, sequence: int, rows: tuple[Row, ...], nbytes: int, ready_ns: int, credit_ns: int, sent_ns: int,
+        codec: int, coding: Coding | None,
+    ) -> None:  # fmt: skip
+        self.crossing.ring.put((SENT, edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, codec, rows, coding))
 
 
 def _done_record(received: Received, started_ns: int, finished_ns: int, batch: int) -> tuple[Any, ...]:

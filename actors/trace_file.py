@@ -13,8 +13,9 @@ from typing import Any, BinaryIO
 import msgspec
 
 SENT = "sent"
-SENT_COLUMNS = ("kind", "edge", "sequence", "bytes", "ready_ns", "credit_ns", "sent_ns", "codec", "rows")
-"""At the sending end: ready (the actor had it), credit (the link let it go), sent (handed to the wire)."""
+SENT_COLUMNS = ("kind", "edge", "sequence", "bytes", "ready_ns", "credit_ns", "sent_ns", "codec", "rows", "coding")
+"""At the sending end: ready (the actor had it), credit (the link let it go), sent (handed to the wire). `coding`, where the
+codec is not raw: [bytes before, nanoseconds, largest relative error or null]."""
 
 DONE = "done"
 DONE_COLUMNS = (

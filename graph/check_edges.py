@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 
 from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.spec import GATEWAY
+from ranvier.transport import codec
+from ranvier.transport.dtypes import BY_NAME
 from ranvier.transport.spec import TensorSpec
 
 from . import check_dims
@@ -69,10 +71,30 @@ class EdgeCheck(Findings):
         if spec is None:
             return None
         self._loop(section, name, index)
+        self._codec(section, name, spec, index)
         return CheckedEdge(
             source_actor, out, target_actor, into, spec,
             section.feedback, section.codec, section.credits, section.credit_bytes, section.until, section.at_most or 0,
         )  # fmt: skip
+
+    def _codec(self, section: EdgeSection, name: str, spec: TensorSpec, index: int) -> None:
+        try:
+            made = codec.parse(section.codec)
+        except ValueError as error:
+            self._wrong(f"edge {name}: {error}", "edges", index, "codec")
+            return
+        if made.form != codec.RAW and not BY_NAME[spec.dtype].floats:
+            self._wrong(
+                f"edge {name}: codec {section.codec} is for floats, the edge carries {spec}; use raw, raw+lz4 or raw+zstd",
+                "edges", index, "codec",
+            )  # fmt: skip
+        if made.number != codec.RAW and GATEWAY in (section.source.split(".")[0], section.target.split(".")[0]):
+            self._wrong(
+                f"edge {name}: the gateway reads and writes raw tensors alone; remove the codec",
+                "edges",
+                index,
+                "codec",
+            )
 
     def _loop(self, section: EdgeSection, name: str, index: int) -> None:
         """A loop of the user's own has a bound; one of tokens ends with its stream."""

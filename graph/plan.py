@@ -13,6 +13,7 @@ from typing import Any
 from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.kinds import Kind
 from ranvier.actors.spec import GATEWAY, Deadlines, HostLink, HostSpec, PortSpec, identity
+from ranvier.transport import codec
 from ranvier.transport.dtypes import BY_NAME
 from ranvier.transport.endpoint import parse
 from ranvier.transport.link import LinkSpec
@@ -42,12 +43,14 @@ class PlannedHost:
 
 @dataclass(frozen=True, slots=True)
 class PlannedEdge:
-    """One edge: what a token costs on it. `None` where its size is not a matter of tokens."""
+    """One edge: what a token costs on it, before its codec and (at the most, where it packs) after. `None` where its size
+    is not a matter of tokens."""
 
     index: int
     name: str
     tensor: str
     bytes_per_token: int | None
+    wire_bytes_per_token: int | None
     codec: str
     credits_messages: int
     credits_bytes: int
@@ -107,6 +110,7 @@ class Plan:
             credits_messages=edge.credits_messages,
             credits_bytes=edge.credits_bytes,
             local=self.edges[index].local,
+            codec=edge.codec,
         )
 
     def _host(self, actor: CheckedActor, run_dir: Path, sockets: Path) -> HostSpec:
@@ -191,7 +195,7 @@ def _planned(graph: Graph, actor: CheckedActor) -> PlannedHost:
 def _edge(graph: Graph, index: int, edge: CheckedEdge) -> PlannedEdge:
     local = all(_is_local(graph, end) for end in (edge.source, edge.target))
     return PlannedEdge(
-        index, edge.name, str(edge.spec), bytes_per_token(edge.spec), edge.codec,
+        index, edge.name, str(edge.spec), bytes_per_token(edge.spec), _wire_bytes(edge), edge.codec,
         edge.credits_messages, edge.credits_bytes, edge.feedback, local,
     )  # fmt: skip
 
@@ -208,6 +212,16 @@ def bytes_per_token(spec: TensorSpec) -> int | None:
         return None
     sizes = [size for size in spec.shape[1:] if isinstance(size, int)]
     return math.prod(sizes) * BY_NAME[spec.dtype].itemsize if len(sizes) == len(spec.shape) - 1 else None
+
+
+def _wire_bytes(edge: CheckedEdge) -> int | None:
+    if bytes_per_token(edge.spec) is None:
+        return None
+    made, itemsize = codec.parse(edge.codec), BY_NAME[edge.spec.dtype].itemsize
+    shape = (1, *(size for size in edge.spec.shape[1:] if isinstance(size, int)))
+    if made.form == codec.TOPK:
+        return codec.kept(math.prod(shape), made.share) * (codec.PLACE_BYTES + itemsize)
+    return codec.form_bytes(made.form, itemsize, shape)[1]
 
 
 def _ports(ports: Mapping[str, TensorSpec]) -> tuple[PortSpec, ...]:

@@ -18,9 +18,8 @@ from ranvier.actors.session import Sampling, SessionInfo
 from ranvier.actors.spec import GATEWAY, identity
 from ranvier.actors.supervisor import Supervisor
 from ranvier.actors.trace_file import DONE, SENT, TraceFile
-from ranvier.transport.codec import RAW
 from ranvier.transport.errors import LinkClosed, ProtocolError, RanvierError
-from ranvier.transport.exchange import Exchange, Received, RefusedMessage
+from ranvier.transport.exchange import Coding, Exchange, Received, RefusedMessage
 from ranvier.transport.header import Row
 from ranvier.transport.trio_wire import TrioWire
 from ranvier.transport.zeromq import ZeroWire
@@ -304,9 +303,10 @@ class Run:
         ))  # fmt: skip
 
     def _record_sent(
-        self, edge: int, sequence: int, rows: tuple[Row, ...], nbytes: int, ready_ns: int, credit_ns: int, sent_ns: int
-    ) -> None:
-        self._ring.put((SENT, edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, RAW, rows))
+        self, edge: int, sequence: int, rows: tuple[Row, ...], nbytes: int, ready_ns: int, credit_ns: int, sent_ns: int,
+        codec: int, coding: Coding | None,
+    ) -> None:  # fmt: skip
+        self._ring.put((SENT, edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, codec, rows, coding))
 
     async def _ship(self) -> None:
         with TraceFile(self.dir, f"{GATEWAY}.{REPLICA}") as file:

@@ -85,7 +85,12 @@ class EdgeSection(Section):
         None, ge=1, le=1 << 40, description="for feedback of an actor of your own: how often a row goes round"
     )
     until: str | None = Field(None, description="output port, one number a row, that says a row is done going round")
-    codec: Literal["raw"] = Field("raw", description="how tensors are written")
+    codec: str = Field(
+        "raw",
+        max_length=40,
+        description="how tensors are written: raw, bfloat16, float16, int8, topk or topk:SHARE, each perhaps followed by "
+        "+lz4 or +zstd",
+    )
     credits: int = Field(8, ge=0, le=1 << 20, description="messages that may be on their way or unread")
     credit_bytes: int = Field(64 << 20, ge=1, le=1 << 40, description="bytes that may be on their way or unread")
 

@@ -71,7 +71,11 @@ def _layers(host: PlannedHost) -> str:
 
 
 def _cost(edge: PlannedEdge) -> str:
-    return "-" if edge.bytes_per_token is None else f"{edge.bytes_per_token} B"
+    if edge.bytes_per_token is None:
+        return "-"
+    if edge.codec == "raw":
+        return f"{edge.bytes_per_token} B"
+    return f"{edge.bytes_per_token} -> {edge.wire_bytes_per_token} B"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:

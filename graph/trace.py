@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ranvier.actors.trace_file import DONE, DROPPED, SENT
+from ranvier.transport.codec import CODECS
 from ranvier.transport.errors import RanvierError
 
 PARTS = ("serialise", "credit", "wire", "queue", "compute")
@@ -40,6 +41,7 @@ class Sent(NamedTuple):
     sent_ns: int
     codec: int
     rows: Sequence[Sequence[int]]
+    coding: Sequence[float | None] | None = None
 
 
 class Done(NamedTuple):
@@ -109,6 +111,7 @@ def summary(trace: Trace) -> dict[str, Any]:
     sent_at = {(record.edge, record.sequence): record for records in trace.sent.values() for record in records}
     times: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     nbytes: Counter[int] = Counter()
+    coded: dict[int, list[Sent]] = defaultdict(list)
     for records in trace.done.values():
         for record in records:
             parts = times[record.edge]
@@ -116,6 +119,8 @@ def summary(trace: Trace) -> dict[str, Any]:
             if sender is not None:
                 parts["serialise"].append((sender.sent_ns - sender.credit_ns) / 1e3)
                 parts["credit"].append((sender.credit_ns - sender.ready_ns) / 1e3)
+                if sender.coding is not None:
+                    coded[record.edge].append(sender)
             parts["wire"].append((record.received_ns - record.sent_ns) / 1e3)
             parts["queue"].append((record.started_ns - record.received_ns) / 1e3)
             parts["compute"].append((record.finished_ns - record.started_ns) / 1e3)
@@ -126,6 +131,7 @@ def summary(trace: Trace) -> dict[str, Any]:
             "messages": len(times[edge]["wire"]),
             "bytes": nbytes[edge],
             "microseconds": {part: percentiles(times[edge][part]) for part in PARTS},
+            **({"codec": _codec(coded[edge])} if edge in coded else {}),
         }
         for edge in sorted(times)
     ]
@@ -134,6 +140,20 @@ def summary(trace: Trace) -> dict[str, Any]:
         "edges": edges,
         "actors": [_actor(actor, records) for actor, records in trace.done.items() if records],
         "records_dropped": dict(trace.dropped),
+    }
+
+
+def _codec(records: list[Sent]) -> dict[str, Any]:
+    """What a codec took, saved and lost on one edge."""
+    codings = [record.coding for record in records if record.coding is not None]
+    before = sum(coding[0] or 0 for coding in codings)
+    errors = [coding[2] for coding in codings if coding[2] is not None]
+    return {
+        "name": CODECS[records[0].codec],
+        "bytes_before": before,
+        "ratio": before / max(1, sum(record.nbytes for record in records)),
+        "microseconds": percentiles([(coding[1] or 0) / 1e3 for coding in codings]),
+        "largest_relative_error": max(errors, default=None),
     }
 
 
@@ -175,6 +195,14 @@ def table(told: dict[str, Any]) -> str:
         lines.append(
             "  ".join([edge["edge"].ljust(width), str(edge["messages"]).rjust(8), str(each).rjust(10), *cells])
         )
+    for edge in told["edges"]:
+        if "codec" in edge:
+            made, error = edge["codec"], edge["codec"]["largest_relative_error"]
+            lost = "no loss" if error is None else f"largest relative error {error:.2g}"
+            lines.append(
+                f"{edge['edge'].ljust(width)}  {made['name']}: {made['ratio']:.2f} times smaller, "
+                f"{_cell(made['microseconds'])} µs, {lost}"
+            )
     lines += [
         "",
         "  ".join(["actor".ljust(width), "   steps", "      busy", "compute".center(22), "tokens a step".center(22)]),

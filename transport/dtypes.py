@@ -17,6 +17,10 @@ class DType(NamedTuple):
     name: str
     itemsize: int
 
+    @property
+    def floats(self) -> bool:
+        return "float" in self.name
+
 
 TABLE: tuple[DType, ...] = (
     DType(0, "bool", 1),

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
+from .codec import RAW, Codec
+from .codec import parse as parse_codec
 from .errors import LinkBroken, ProtocolError
 from .handshake import hello, objection
 from .header import DATA, VERSION, Ack, Control, Header, Kind, Row, TensorMeta, Verb, control, decode
@@ -21,6 +23,7 @@ from .message import Buffer, check_frames, check_specs, checksum
 from .window import Outgoing, ReceiveWindow, SendWindow
 
 Link = TypeVar("Link")
+RAW_CODEC = Codec()
 _Shape = tuple[tuple[TensorMeta, ...], int, int]
 """Tensors, rows and tokens of a message."""
 
@@ -36,8 +39,10 @@ class Received(msgspec.Struct, frozen=True, eq=False):
     received_ns: int
 
 
-OnSent = Callable[[int, int, tuple[Row, ...], int, int, int, int], None]
-"""What the sending end knows of one message: (edge, sequence, rows, bytes, ready_ns, credit_ns, sent_ns)."""
+Coding = tuple[int, int, float | None]
+"""What a codec did to a message: bytes before, nanoseconds, largest relative error where it was measured."""
+OnSent = Callable[[int, int, tuple[Row, ...], int, int, int, int, int, Coding | None], None]
+"""What the sending end knows of one message: (edge, sequence, rows, bytes, ready_ns, credit_ns, sent_ns, codec, coding)."""
 
 
 class _Waiting(NamedTuple):
@@ -46,6 +51,7 @@ class _Waiting(NamedTuple):
     buffers: tuple[Buffer, ...]
     nbytes: int
     ready_ns: int
+    coding: Coding | None
 
 
 @dataclass(slots=True, eq=False)
@@ -58,6 +64,9 @@ class SendingLink:
     refused: str | None = None
     passed: _Shape | None = None
     nbytes: int = 0
+    codec: Codec = RAW_CODEC
+    raw: bool = True
+    sent: int = 0
     waiting: deque[_Waiting] = field(default_factory=deque)
 
 
@@ -120,7 +129,9 @@ class Exchange:
         self.waiting = 0
         for spec in links:
             if spec.source == me:
-                self.sending[spec.edge, spec.target] = SendingLink(spec, SendWindow(spec.credits_bytes))
+                codec = parse_codec(spec.codec)
+                link = SendingLink(spec, SendWindow(spec.credits_bytes), codec=codec, raw=codec.number == RAW)
+                self.sending[spec.edge, spec.target] = link
             if spec.target == me:
                 window = ReceiveWindow(spec.credits_messages, spec.credits_bytes)
                 self.receiving[spec.edge, spec.source] = ReceivingLink(spec, window)
@@ -154,6 +165,7 @@ class Exchange:
         tensors: tuple[TensorMeta, ...],
         buffers: tuple[Buffer, ...],
         ready_ns: int,
+        coding: Coding | None = None,
     ) -> None:
         """Send a message, or keep it until there is credit (`waiting` counts).
 
@@ -164,9 +176,9 @@ class Exchange:
         if link.waiting or not link.window.may_send(nbytes):
             self.counters["credit_waits"] += 1
             self.waiting += 1
-            link.waiting.append(_Waiting(rows, tensors, buffers, nbytes, ready_ns))
+            link.waiting.append(_Waiting(rows, tensors, buffers, nbytes, ready_ns, coding))
         else:
-            self._transmit(link, rows, tensors, buffers, nbytes, ready_ns, ready_ns)
+            self._transmit(link, rows, tensors, buffers, nbytes, ready_ns, ready_ns, coding)
 
     def unfinished(self) -> bool:
         """Whether anything sent is not acknowledged yet."""
@@ -181,6 +193,7 @@ class Exchange:
         nbytes: int,
         ready_ns: int,
         credit_ns: int,
+        coding: Coding | None,
     ) -> None:
         window, spec = link.window, link.spec
         sequence = window.sequence + 1
@@ -192,7 +205,8 @@ class Exchange:
         window.keep(outgoing)
         self.outbox.append(outgoing)
         if self._on_sent is not None:
-            self._on_sent(spec.edge, sequence, rows, nbytes, ready_ns, credit_ns, sent_ns)
+            codec = tensors[0].codec if tensors else 0
+            self._on_sent(spec.edge, sequence, rows, nbytes, ready_ns, credit_ns, sent_ns, codec, coding)
 
     def _acks_for(self, peer: str) -> tuple[Ack, ...]:
         """What is owed to `peer` rides along with a message that goes there anyway."""
@@ -339,8 +353,8 @@ class Exchange:
     def _send_waiting(self, link: SendingLink) -> None:
         while link.waiting and link.window.may_send(link.waiting[0].nbytes):
             self.waiting -= 1
-            rows, tensors, buffers, nbytes, ready_ns = link.waiting.popleft()
-            self._transmit(link, rows, tensors, buffers, nbytes, ready_ns, self.clock())
+            rows, tensors, buffers, nbytes, ready_ns, coding = link.waiting.popleft()
+            self._transmit(link, rows, tensors, buffers, nbytes, ready_ns, self.clock(), coding)
 
     def _link(self, links: dict[tuple[int, str], Link], peer: str, edge: int, what: str) -> Link:
         link = links.get((edge, peer))

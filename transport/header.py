@@ -20,7 +20,7 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
-from .codec import CODECS
+from .codec import CODECS, RAW, of_number, wire_bytes
 from .dtypes import TABLE
 from .errors import ProtocolError
 from .spec import MAX_RANK
@@ -173,13 +173,22 @@ def decode(data: bytes | memoryview) -> Header | Control:
 @functools.lru_cache(maxsize=1024)
 def _check(tensors: tuple[TensorMeta, ...]) -> None:
     """Whether each frame is as long as its shape says."""
-    for name, dtype, shape, _, nbytes in tensors:
+    for name, dtype, shape, codec, nbytes in tensors:
         expected = TABLE[dtype].itemsize
         for size in shape:
             expected *= size
         if expected > MAX_TENSOR_BYTES:
             raise ProtocolError(f"tensor {name}: expected at most {MAX_TENSOR_BYTES} bytes, got shape {_show(shape)}")
-        if nbytes != expected:
+        if codec != RAW:
+            least, most = wire_bytes(codec, TABLE[dtype].itemsize, shape)
+            if of_number(codec)[0] != RAW and not TABLE[dtype].floats:
+                raise ProtocolError(f"tensor {name}: codec {CODECS[codec]}: expected floats, got {TABLE[dtype].name}")
+            if not least <= nbytes <= most:
+                raise ProtocolError(
+                    f"tensor {name}: expected {least} to {most} bytes for {TABLE[dtype].name}{list(shape)} as "
+                    f"{CODECS[codec]}, got {nbytes}"
+                )
+        elif nbytes != expected:
             raise ProtocolError(
                 f"tensor {name}: expected {expected} bytes for {TABLE[dtype].name}{list(shape)}, got {nbytes}"
             )

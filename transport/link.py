@@ -85,6 +85,7 @@ class LinkSpec:
     credits_messages: int
     credits_bytes: int
     local: bool = True
+    codec: str = "raw"
 
     def described(self) -> tuple[tuple[str, str], ...]:
         """The specs in the form the handshake compares."""

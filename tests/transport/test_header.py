@@ -111,8 +111,8 @@ def test_a_damaged_header_is_refused_or_read(header: Header, data: Any) -> None:
             "expected `int` <= 9 - at `tensors[0].dtype`",
         ),
         (
-            msgpack.packb([1, 0, 0, 1, [], [["x", 8, [1], 1, 4]], 0, 0, 0, []]),
-            "expected `int` <= 0 - at `tensors[0].codec`",
+            msgpack.packb([1, 0, 0, 1, [], [["x", 8, [1], 15, 4]], 0, 0, 0, []]),
+            "expected `int` <= 14 - at `tensors[0].codec`",
         ),
         (
             msgpack.packb([1, 0, 0, 1, [], [["x", 8, [1] * 9, 0, 4]], 0, 0, 0, []]),
