@@ -71,6 +71,12 @@ def outputs_of(
     return {port: _spec(first[port], second[port], first_sizes, second_sizes) for port in first}
 
 
+def state_bytes(module: type[nn.Module], args: Mapping[str, Any]) -> int:
+    """Bytes of the module's parameters and buffers."""
+    with torch.device("meta"):
+        return sum(tensor.nbytes for tensor in module(**args).state_dict().values())
+
+
 def _named(made: Any) -> dict[str, torch.Tensor]:
     if isinstance(made, torch.Tensor):
         named = {"output": made}

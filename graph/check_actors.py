@@ -141,11 +141,12 @@ class ActorCheck(Findings):
                     if len(specs) < len(inputs):
                         continue
                     outputs = module.outputs_of(made, section.args, specs)
+                    held = module.state_bytes(made, section.args)
                 except ValueError as error:
                     self._wrong(f"actor {name}: {error}; mend the class or its inputs", "actors", name)
-                    specs, outputs = {}, {}
+                    specs, outputs, held = {}, {}, 0
                 del left[name]
-                actors[name] = replace(actors[name], inputs=specs, outputs=outputs)
+                actors[name] = replace(actors[name], inputs=specs, outputs=outputs, module_bytes=held)
             if len(left) == known:
                 break
         for name, made in left.items():

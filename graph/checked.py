@@ -20,7 +20,7 @@ Ports = Mapping[str, TensorSpec]
 @dataclass(frozen=True, slots=True)
 class CheckedActor:
     """One actor whose kind, ports, layers and weights are known. `elements`: numbers in the weights of a built-in kind;
-    `weights`: the file of a module's own."""
+    `weights` and `module_bytes`: the file of a torch module's state, and its size in memory."""
 
     name: str
     section: ActorSection
@@ -30,6 +30,7 @@ class CheckedActor:
     layers: tuple[int, int] | None
     elements: int
     weights: Path | None = None
+    module_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

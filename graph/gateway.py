@@ -60,10 +60,16 @@ class Gateway:
         hosts: labels of all hosts; each must have opened a session before its first row is sent.
         capacity_tokens: positions that fit in every cache at once; None: no limit.
         prefill_chunk: tokens of a prompt that one message holds at the most.
+        generates: whether what comes back are tokens; else ports may be called as the user likes.
     """
 
     def __init__(
-        self, exchange: Exchange, hosts: Iterable[str], capacity_tokens: int | None, prefill_chunk: int
+        self,
+        exchange: Exchange,
+        hosts: Iterable[str],
+        capacity_tokens: int | None,
+        prefill_chunk: int,
+        generates: bool = True,
     ) -> None:
         self.exchange = exchange
         self.commands: list[tuple[str, dict[str, Any]]] = []
@@ -72,6 +78,7 @@ class Gateway:
         self._capacity = capacity_tokens
         self._reserved = 0
         self._chunk = prefill_chunk
+        self._generates = generates
         self._next = 1
         self._failure: Exception | None = None
         self._by_port: dict[str, list[SendingLink]] = {}
@@ -139,7 +146,9 @@ class Gateway:
         """Tokens, logits, or the outputs of a call."""
         self.exchange.consumed(received.link, received.nbytes)
         port = received.link.spec.tensors[0][0]
-        if port == "sampled":
+        if not self._generates:
+            self._on_output(port, received)
+        elif port == "sampled":
             tokens = array("q", bytes(received.buffers[0]))
             for row, token in zip(received.header.rows, tokens, strict=True):
                 self._on_token(row, token)

@@ -186,7 +186,7 @@ def _planned(graph: Graph, actor: CheckedActor) -> PlannedHost:
         layers=layers,
         threads=actor.section.threads,
         cpus=actor.section.cpus,
-        weight_bytes=actor.elements * itemsize,
+        weight_bytes=actor.elements * itemsize + actor.module_bytes,
         cache_bytes_per_token=cached,
         cache_tokens=actor.section.cache_tokens if cached else 0,
     )

@@ -385,7 +385,7 @@ async def _launched(planned: Plan, folder: RunFolder, progress: Progress) -> Asy
                         wire.connect(spec.identity, address)
                     gateway = Gateway(
                         exchange, [spec.label for spec in specs], supervisor.supervision.capacity_tokens,
-                        graph.file.prefill_chunk,
+                        graph.file.prefill_chunk, graph.generates,
                     )  # fmt: skip
                     run = Run(planned, folder, supervisor, wire, gateway, codec)
                     holder.append(run)

@@ -3,18 +3,47 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import ranvier
+from ranvier.graph import show
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-TESTED = {"smollm2.yaml", "smollm2-one.yaml", "smollm2-tcp.yaml", "three_sessions.py"}
+TESTED = {"smollm2.yaml", "smollm2-one.yaml", "smollm2-tcp.yaml", "three_sessions.py", "digits", "refine", "classify"}
+PICTURES = (EXAMPLES.parent / "docs" / "graphs.md").read_text()
 
 
 def test_every_example_is_tested() -> None:
-    assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == TESTED
+    assert {path.name for path in EXAMPLES.iterdir() if path.name != "ranvier-runs"} == TESTED
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("digits", r"397 pictures that were not trained on: 9\d\.\d% right; off the single process by 0\n"),
+        ("refine", r"   2  1\.414213562\n"),
+        ("classify", r"pieces that were not trained on: 9\d\.\d% right"),
+    ],
+)
+def test_a_folder_runs_and_its_picture_is_true(name: str, words: str, runs: Path) -> None:
+    """The script of the folder, in a copy of it; what docs/graphs.md draws is what `show` draws."""
+    folder = runs / name
+    shutil.copytree(
+        EXAMPLES / name, folder, ignore=shutil.ignore_patterns("ranvier-runs", "*.safetensors", "__pycache__")
+    )
+    done = subprocess.run(
+        [sys.executable, f"{name}.py"], cwd=folder, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(words, done.stdout), done.stdout
+    graph = ranvier.load(folder / f"{name}.yaml", allow_code=True)
+    assert show.mermaid(ranvier.plan(graph)) in PICTURES
 
 
 @pytest.mark.parametrize("name", ["smollm2-one.yaml", "smollm2-tcp.yaml"])

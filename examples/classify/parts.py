@@ -1,0 +1,26 @@
+"""A text classifier in two parts: counts of byte pairs, and a linear layer over them."""
+
+import torch
+from torch import nn
+
+WIDTH = 1024
+
+
+class Pairs(nn.Module):
+    """Shares of byte pairs, hashed into 1024 buckets. Texts are rows of 256 bytes, as int64."""
+
+    def forward(self, text: torch.Tensor) -> dict[str, torch.Tensor]:
+        pairs = (text[:, :-1] * 31 + text[:, 1:] * 17) % WIDTH
+        counts = nn.functional.one_hot(pairs, WIDTH).sum(1)
+        return {"shares": counts.float() / pairs.shape[1] * 16}
+
+
+class Judge(nn.Module):
+    """Prose or program?"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, 2)
+
+    def forward(self, shares: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.layer(shares)}
