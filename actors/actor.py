@@ -39,6 +39,11 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
 
     rows: tuple[Row, ...]
     tensors: Mapping[str, torch.Tensor]
+    own_rows: Mapping[str, tuple[Row, ...]] = {}
+
+    def rows_of(self, port: str) -> tuple[Row, ...]:
+        """The rows of one port: the batch's, unless a router sent this port only some tokens of each."""
+        return self.own_rows.get(port, self.rows)
 
     def __getitem__(self, port: str) -> torch.Tensor:
         return self.tensors[port]
@@ -63,6 +68,7 @@ class Context:
     layers: tuple[int, int] | None = None
     cache_tokens: int = 0
     weights: Path | None = None
+    experts: tuple[int, int] | None = None
 
 
 class Actor:

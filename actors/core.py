@@ -145,7 +145,8 @@ class HostCore:
                 parts = whole.values()
                 tensors = {name: held.tensor for name, held in whole.items()}
                 lead = next(iter(parts)).row
-                self._ready.append(Work(Batch((lead,), tensors), tuple(held.source for held in parts)))
+                own = {name: (held.row,) for name, held in whole.items() if held.row != lead}
+                self._ready.append(Work(Batch((lead,), tensors, own), tuple(held.source for held in parts)))
 
     def overdue(self, before_ns: int) -> list[Overdue]:
         """Steps that have waited at the join since before then."""
@@ -200,10 +201,15 @@ class HostCore:
             Batch(
                 tuple(row for piece in pieces for row in piece.batch.rows),
                 {port: torch.cat([piece.batch[port] for piece in pieces]) for port in pieces[0].batch.tensors},
+                self._own_rows(pieces),
             ),
             tuple(source for piece in pieces for source in piece.sources),
             tuple(pieces),
         )
+
+    def _own_rows(self, pieces: list[Work]) -> dict[str, tuple[Row, ...]]:
+        ports = {port for piece in pieces for port in piece.batch.own_rows}
+        return {port: tuple(row for piece in pieces for row in piece.batch.rows_of(port)) for port in ports}
 
     def _current(self, piece: Work) -> Work | None:
         """The piece without rows of sessions that are closed or of another epoch; None if no row is left."""

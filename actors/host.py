@@ -123,6 +123,7 @@ class Host:
                 dtype=spec.dtype,
                 layers=spec.layers,
                 cache_tokens=spec.cache_tokens,
+                experts=spec.experts,
                 weights=Path(spec.weights) if spec.weights is not None else None,
             )
         )

@@ -46,7 +46,8 @@ class Kind:
     uses_model: bool = False
     uses_layers: bool = False
     caches: bool = False
-    ports_of: Callable[[ModelConfig, str], Ports] | None = None
+    uses_experts: bool = False
+    ports_of: Callable[[ModelConfig, str, tuple[int, int]], Ports] | None = None
     from_gateway: tuple[str, ...] = ()
     to_gateway: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
@@ -65,6 +66,16 @@ def _head_outputs(config: ModelConfig) -> Mapping[str, TensorSpec]:
     return {"token": _CHOSEN, "sampled": _CHOSEN, "logits": logits, "scores": TensorSpec("float32", ("tokens",))}
 
 
+def _choices(config: ModelConfig) -> Mapping[str, TensorSpec]:
+    shape = ("tokens", config.experts_per_token)
+    return {"index": TensorSpec("int64", shape), "weight": TensorSpec("float32", shape)}
+
+
+def _experts(config: ModelConfig, dtype: str, numbers: tuple[int, int]) -> Mapping[str, TensorSpec]:
+    return {f"expert{number}": _hidden(config, dtype) for number in range(numbers[0], numbers[1] + 1)}
+
+
+_EXPERTS = "ranvier.actors.model.experts"
 _HEAD_PORTS: Mapping[str, Any] = {"to_gateway": ("sampled", "logits", "scores"), "optional": ("token",)}
 _PARTS = "ranvier.actors.model.parts"
 _FOREIGN = "ranvier.actors.model.foreign"
@@ -76,7 +87,7 @@ BUILT_IN: dict[str, Kind] = {
             f"{_PARTS}:Embedding",
             foreign=f"{_FOREIGN}:ForeignEmbedding",
             uses_model=True,
-            ports_of=lambda config, dtype: ({"token": _TOKENS}, {"hidden": _hidden(config, dtype)}),
+            ports_of=lambda config, dtype, _: ({"token": _TOKENS}, {"hidden": _hidden(config, dtype)}),
             from_gateway=("token",),
         ),
         Kind(
@@ -86,14 +97,54 @@ BUILT_IN: dict[str, Kind] = {
             uses_model=True,
             uses_layers=True,
             caches=True,
-            ports_of=lambda config, dtype: ({"hidden": _hidden(config, dtype)}, {"hidden": _hidden(config, dtype)}),
+            ports_of=lambda config, dtype, _: ({"hidden": _hidden(config, dtype)}, {"hidden": _hidden(config, dtype)}),
+        ),
+        Kind(
+            "attention",
+            f"{_EXPERTS}:Attention",
+            uses_model=True,
+            uses_layers=True,
+            caches=True,
+            ports_of=lambda config, dtype, _: (
+                {"hidden": _hidden(config, dtype)},
+                {
+                    "residual": _hidden(config, dtype),
+                    **_choices(config),
+                    **_experts(config, dtype, (0, config.experts - 1)),
+                },
+            ),
+        ),
+        Kind(
+            "experts",
+            f"{_EXPERTS}:Experts",
+            uses_model=True,
+            uses_layers=True,
+            uses_experts=True,
+            ports_of=lambda config, dtype, experts: (
+                _experts(config, dtype, experts),
+                _experts(config, dtype, experts),
+            ),
+        ),
+        Kind(
+            "combine",
+            f"{_EXPERTS}:Combine",
+            uses_model=True,
+            uses_layers=True,
+            ports_of=lambda config, dtype, _: (
+                {
+                    "residual": _hidden(config, dtype),
+                    **_choices(config),
+                    **_experts(config, dtype, (0, config.experts - 1)),
+                },
+                {"hidden": _hidden(config, dtype)},
+            ),
         ),
         Kind(
             "head",
             f"{_PARTS}:Head",
             foreign=f"{_FOREIGN}:ForeignHead",
             uses_model=True,
-            ports_of=lambda config, dtype: ({"hidden": _hidden(config, dtype)}, _head_outputs(config)),
+            ports_of=lambda config, dtype, _: ({"hidden": _hidden(config, dtype)}, _head_outputs(config)),
             **_HEAD_PORTS,
         ),
         Kind(
@@ -103,7 +154,7 @@ BUILT_IN: dict[str, Kind] = {
             uses_model=True,
             uses_layers=True,
             caches=True,
-            ports_of=lambda config, dtype: ({"token": _TOKENS}, {"hidden": _hidden(config, dtype)}),
+            ports_of=lambda config, dtype, _: ({"token": _TOKENS}, {"hidden": _hidden(config, dtype)}),
             from_gateway=("token",),
         ),
         Kind(
@@ -113,7 +164,7 @@ BUILT_IN: dict[str, Kind] = {
             uses_model=True,
             uses_layers=True,
             caches=True,
-            ports_of=lambda config, dtype: ({"hidden": _hidden(config, dtype)}, _head_outputs(config)),
+            ports_of=lambda config, dtype, _: ({"hidden": _hidden(config, dtype)}, _head_outputs(config)),
             **_HEAD_PORTS,
         ),
         Kind(
@@ -122,7 +173,7 @@ BUILT_IN: dict[str, Kind] = {
             foreign=f"{_FOREIGN}:ForeignModel",
             uses_model=True,
             caches=True,
-            ports_of=lambda config, dtype: ({"token": _TOKENS}, _head_outputs(config)),
+            ports_of=lambda config, dtype, _: ({"token": _TOKENS}, _head_outputs(config)),
             from_gateway=("token",),
             **_HEAD_PORTS,
         ),

@@ -92,6 +92,7 @@ class HostSpec:
     cpus: list[int] | None = None
     weights: str | None = None
     needed: int | None = None
+    experts: tuple[int, int] | None = None
     trace: bool = True
     supervision: Deadlines = field(default_factory=Deadlines)
 
@@ -111,6 +112,7 @@ class HostSpec:
     def from_plain(cls, plain: Mapping[str, Any]) -> HostSpec:
         fields = dict(plain)
         fields["layers"] = tuple(fields["layers"]) if fields["layers"] is not None else None
+        fields["experts"] = tuple(fields["experts"]) if fields["experts"] is not None else None
         fields["inputs"] = tuple(_port(port) for port in fields["inputs"])
         fields["outputs"] = tuple(_port(port) for port in fields["outputs"])
         fields["links"] = tuple(HostLink(**{**link, "link": _link(link["link"])}) for link in fields["links"])

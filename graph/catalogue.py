@@ -9,7 +9,7 @@ from typing import Any
 from ranvier.actors import kinds
 from ranvier.actors.checkpoint import ModelConfig
 
-_ANY = ModelConfig("any", 1, 1, 1, 1, 1, 1, 1, 1, 0.0, 0.0, None, True)
+_ANY = ModelConfig("any", 1, 1, 1, 1, 1, 1, 1, 1, 0.0, 0.0, None, True, experts=1, experts_per_token=1)
 
 
 def entries() -> list[dict[str, Any]]:
@@ -17,8 +17,8 @@ def entries() -> list[dict[str, Any]]:
     listed = []
     for kind in kinds.BUILT_IN.values():
         assert kind.ports_of is not None
-        inputs, outputs = kind.ports_of(_ANY, "float32")
-        keys = ["layers"] * kind.uses_layers + ["cache_tokens"] * kind.caches
+        inputs, outputs = kind.ports_of(_ANY, "float32", (0, 0))
+        keys = ["layers"] * kind.uses_layers + ["experts"] * kind.uses_experts + ["cache_tokens"] * kind.caches
         listed.append(_entry(kind.name, kind.implementation, inputs, outputs, keys))
     for entry in importlib.metadata.entry_points(group=kinds.ENTRY_POINTS):
         made = entry.load()

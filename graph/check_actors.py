@@ -26,6 +26,9 @@ from .findings import Findings
 from .load import Document
 from .schema import ActorSection, GraphFile
 
+MIXTURE = ("attention", "experts", "combine")
+"""The kinds that one layer of a mixture of experts is cut into."""
+
 
 class ActorCheck(Findings):
     """Checks actors one by one, and that together they hold every layer once."""
@@ -74,19 +77,24 @@ class ActorCheck(Findings):
             section = self.file.actors[name]
             self._cpus(name, section)
             layers = self._layer_range(name, section, kind, checkpoint)
-            elements = 0
+            elements, experts = 0, None
             if kind.ports_of is not None:
                 assert checkpoint is not None and self.file.model is not None
-                inputs, outputs = kind.ports_of(checkpoint.config, self.file.model.dtype)
+                experts = self._expert_range(name, section, kind, checkpoint)
+                inputs, outputs = kind.ports_of(checkpoint.config, self.file.model.dtype, experts or (0, 0))
+                if self.problems:
+                    continue  # of its layers or experts: its tensors cannot be looked for
                 held = (0, checkpoint.config.layers - 1) if kind.name == "model" else layers
                 try:
-                    elements = weights.check(checkpoint, kind.name, held)
+                    elements = weights.check(checkpoint, kind.name, held, experts)
                 except CheckpointError as error:
                     self._wrong(f"actor {name}: {error}; the checkpoint does not fit", "actors", name)
             else:
                 inputs, outputs = self._own_ports(name, kind) or ({}, {})
             weights_file = self._weights(name, section)
-            actors[name] = CheckedActor(name, section, kind, inputs, outputs, layers, elements, weights_file)
+            actors[name] = CheckedActor(
+                name, section, kind, inputs, outputs, layers, elements, weights_file, experts=experts
+            )
         if self.modules:
             self._module_ports(actors)
         return actors
@@ -179,6 +187,37 @@ class ActorCheck(Findings):
             self._wrong(f"actor {name}: weights: {error}", "actors", name, "weights")
             return None
 
+    def _expert_range(
+        self, name: str, section: ActorSection, kind: Kind, checkpoint: Checkpoint
+    ) -> tuple[int, int] | None:
+        if kind.name in MIXTURE and not checkpoint.config.experts:
+            self._wrong(
+                f"actor {name}: the model ({checkpoint.config.family}) has no experts; use kind: blocks",
+                "actors",
+                name,
+                "kind",
+            )
+            return None
+        if not kind.uses_experts:
+            if section.experts is not None:
+                self._wrong(
+                    f"actor {name}: kind {kind.name!r} has no experts; remove the key",
+                    "actors",
+                    name,
+                    "experts",
+                    key=True,
+                )
+            return None
+        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", str(section.experts))
+        count = checkpoint.config.experts
+        if match is None or not int(match[1]) <= int(match[2] or match[1]) < count:
+            self._wrong(
+                f"actor {name}: experts {section.experts!r}: expected first-last of 0-{count - 1}, such as 0-{count - 1}",
+                "actors", name, *(("experts",) if section.experts is not None else ()),
+            )  # fmt: skip
+            return None
+        return int(match[1]), int(match[2] or match[1])
+
     def _layer_range(
         self, name: str, section: ActorSection, kind: Kind, checkpoint: Checkpoint | None
     ) -> tuple[int, int] | None:
@@ -211,12 +250,16 @@ class ActorCheck(Findings):
                 "layers",
             )
             return None
+        if first != last and kind.name in MIXTURE:
+            self._wrong(
+                f"actor {name}: kind {kind.name!r} is of one layer, not {first}-{last}", "actors", name, "layers"
+            )
         return first, last
 
     def layers(self, actors: Mapping[str, CheckedActor], checkpoint: Checkpoint | None) -> None:
-        """Every layer of the model stands in exactly one blocks actor."""
+        """Every layer of the model stands in exactly one blocks (or attention) actor, every expert in one of experts."""
         owners: dict[int, str] = {}
-        blocks = [actor for actor in actors.values() if actor.layers is not None]
+        blocks = [actor for actor in actors.values() if actor.layers is not None and actor.kind.caches]
         if not blocks or checkpoint is None:
             return
         for actor in blocks:

@@ -31,6 +31,7 @@ class CheckedActor:
     elements: int
     weights: Path | None = None
     module_bytes: int = 0
+    experts: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,6 +138,7 @@ class Plan:
             threads=section.threads,
             cpus=section.cpus,
             needed=_needed(section),
+            experts=actor.experts,
             weights=str(actor.weights) if actor.weights is not None else None,
             device=section.device,
             inputs=_ports(actor.inputs),
@@ -161,7 +162,7 @@ def plan(graph: Graph) -> Plan:
 
 
 def _implementation(kind: Kind, checkpoint: Checkpoint | None) -> str:
-    if kind.foreign is not None and checkpoint is not None and not checkpoint.config.native:
+    if kind.foreign is not None and checkpoint is not None and not checkpoint.config.runs(kind.name):
         return kind.foreign
     return kind.implementation
 

@@ -51,6 +51,7 @@ class ActorSection(Section):
         description="embedding, blocks, head, first_stage, last_stage, model, or ./file.py:Class",
     )
     layers: str | int | None = Field(None, description="for blocks and stages: first-last, both included, such as 0-14")
+    experts: str | int | None = Field(None, description="for experts: first-last of a layer's experts, such as 0-3")
     threads: int = Field(1, ge=1, le=1024, description="threads torch may use in this process")
     cpus: list[Annotated[int, Field(ge=0, le=4095)]] | None = Field(
         None, min_length=1, description="cores this process may run on, such as [0]; all if it is not given"

@@ -24,7 +24,7 @@ def text(plan: Plan) -> str:
         lines.append(
             f"model {plan.graph.file.model.source}: {config.family}, {config.layers} layers of {config.hidden}, "
             f"vocabulary {config.vocab}, {plan.graph.file.model.dtype}"
-            + ("" if config.native else "; not a native family: run by transformers' own layers, slower")
+            + ("" if all(config.runs(h.kind) for h in plan.hosts) else "; run by transformers' own layers, slower")
         )
     lines += ["", *_table(("process", "kind", "layers", "threads", "weights", "bytes", "KV a token", "KV tokens"), [
         (h.actor, h.kind, _layers(h), str(h.threads), amount(h.weight_bytes), str(h.weight_bytes),

@@ -70,6 +70,10 @@ class ModelConfig:
     logit_softcap: float | None = None
     native: bool = True
     """Whether the blocks of this package run it; else transformers' own layers do."""
+    experts: int = 0
+    """Of each layer; then `intermediate` is the width of one. They run in actors of their own (see `runs`)."""
+    experts_per_token: int = 0
+    normalises_choices: bool = True
 
     def __post_init__(self) -> None:
         for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "context"):
@@ -85,6 +89,11 @@ class ModelConfig:
     def kv_elements_per_token_and_layer(self) -> int:
         """Elements, times two for key and value; multiply by the itemsize of the dtype."""
         return 2 * self.kv_heads * self.head_dim
+
+    def runs(self, kind: str) -> bool:
+        """Whether this package's own code runs an actor of a built-in kind. A mixture of experts is run by it only cut
+        into attention, experts and combine; as whole blocks, by transformers' layers."""
+        return self.native or bool(self.experts and kind not in ("blocks", "first_stage", "last_stage", "model"))
 
     def window(self, layer: int) -> int:
         """How many positions a token of this layer sees; 0: all."""

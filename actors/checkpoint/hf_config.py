@@ -86,6 +86,31 @@ def _qwen3(config: Config) -> ModelConfig:
     return _llama(config, head_norms=True, windows=_typed_windows(config))
 
 
+def _mixtral(config: Config) -> ModelConfig:
+    return _llama(
+        config,
+        windows=_same_window(config, config.get("sliding_window")),
+        native=False,
+        experts=config["num_local_experts"],
+        experts_per_token=config["num_experts_per_tok"],
+    )
+
+
+def _qwen3_moe(config: Config) -> ModelConfig:
+    if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
+        raise NotBuiltIn("layers without experts among layers with experts are not built in")
+    return _llama(
+        config,
+        intermediate=config["moe_intermediate_size"],
+        head_norms=True,
+        windows=_typed_windows(config),
+        native=False,
+        experts=config.get("num_experts") or config["num_local_experts"],
+        experts_per_token=config["num_experts_per_tok"],
+        normalises_choices=bool(config.get("norm_topk_prob", False)),
+    )
+
+
 def _gemma3(config: Config) -> ModelConfig:
     for name in ("use_bidirectional_attention", "attn_logit_softcapping"):
         if config.get(name):
@@ -191,6 +216,8 @@ FAMILIES: Mapping[str, Callable[[Config], ModelConfig]] = {
     "mistral": _mistral,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "mixtral": _mixtral,
+    "qwen3_moe": _qwen3_moe,
     "gemma3_text": _gemma3,
     "gpt2": _gpt2,
 }

@@ -20,6 +20,9 @@ from .kv_cache import KVCache, SessionCache
 from .rotary import RotaryTable, rotate
 from .tensors import Norm, read_slot
 
+Turns = dict[bool, tuple[torch.Tensor, torch.Tensor]]
+"""cos and sin of a batch's tokens, by the table they are from (see `rotary_tables`)."""
+
 
 class Block:
     """The weights of one layer; q, k and v, and gate and up, lie in one matrix each."""
@@ -38,8 +41,9 @@ class Block:
         self.norm_attended, self.norm_out = norm("norm_attended"), norm("norm_out")
         self.qkv, self.qkv_bias = held["qkv"], held.get("qkv_bias")
         self.out, self.out_bias = held["out"], held.get("out_bias")
-        self.up, self.up_bias = held["up"], held.get("up_bias")
-        self.down, self.down_bias = held["down"], held.get("down_bias")
+        nothing = torch.empty(0, 0)  # of a layer whose experts are elsewhere
+        self.up, self.up_bias = held.get("up", nothing), held.get("up_bias")
+        self.down, self.down_bias = held.get("down", nothing), held.get("down_bias")
         self.window = config.window(layer)
 
 
@@ -73,24 +77,38 @@ class Blocks:
 
     def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
         """One step of every row through every layer. Takes effect on the caches only if all went well."""
-        caches = [self.cache.at(row.session, row.position, row.tokens) for row in rows]
-        positions_T = torch.cat([torch.arange(row.position, row.position + row.tokens) for row in rows])
-        turns = {local: table.at(positions_T) for local, table in self.rotary.items()}
+        caches, turns = self._begin(rows)
         for index, block in enumerate(self.blocks):
-            local = bool(block.window)
-            hidden_TH = self._layer(index, block, rows, caches, hidden_TH, turns.get(local, turns.get(False)))
-        for row, cache in zip(rows, caches, strict=True):
-            cache.length = row.position + row.tokens
+            hidden_TH = self._attended(index, block, rows, caches, hidden_TH, turns)
+            hidden_TH = self._fed_forward(block, hidden_TH)
+        self._done(rows, caches)
         return hidden_TH
 
-    def _layer(
+    def attention_alone(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first half of a single layer: the residual, and what its feed-forward part (elsewhere) is given."""
+        caches, turns = self._begin(rows)
+        [block] = self.blocks
+        hidden_TH = self._attended(0, block, rows, caches, hidden_TH, turns)
+        self._done(rows, caches)
+        return hidden_TH, block.norm_mid(hidden_TH)
+
+    def _begin(self, rows: tuple[Row, ...]) -> tuple[list[SessionCache], Turns]:
+        caches = [self.cache.at(row.session, row.position, row.tokens) for row in rows]
+        positions_T = torch.cat([torch.arange(row.position, row.position + row.tokens) for row in rows])
+        return caches, {local: table.at(positions_T) for local, table in self.rotary.items()}
+
+    def _done(self, rows: tuple[Row, ...], caches: list[SessionCache]) -> None:
+        for row, cache in zip(rows, caches, strict=True):
+            cache.length = row.position + row.tokens
+
+    def _attended(
         self,
         index: int,
         block: Block,
         rows: tuple[Row, ...],
         caches: list[SessionCache],
         hidden_TH: torch.Tensor,
-        turns: tuple[torch.Tensor, torch.Tensor] | None,
+        turns: Turns,
     ) -> torch.Tensor:
         config = self.config
         heads, kv_heads, width = config.heads, config.kv_heads, config.head_dim
@@ -98,8 +116,9 @@ class Blocks:
         turned_TND = qkv_TND[:, : heads + kv_heads]
         if block.norm_query is not None and block.norm_key is not None:
             turned_TND = torch.cat((block.norm_query(turned_TND[:, :heads]), block.norm_key(turned_TND[:, heads:])), 1)
-        if turns is not None:
-            turned_TND = rotate(turned_TND, *turns)
+        turn = turns.get(bool(block.window), turns.get(False))
+        if turn is not None:
+            turned_TND = rotate(turned_TND, *turn)
         attended = []
         start = 0
         for row, cache in zip(rows, caches, strict=True):
@@ -117,7 +136,9 @@ class Blocks:
             )  # fmt: skip
             start = stop
         mixed_TH = F.linear(attended[0] if len(attended) == 1 else torch.cat(attended), block.out, block.out_bias)
-        hidden_TH = hidden_TH + (mixed_TH if block.norm_attended is None else block.norm_attended(mixed_TH))
+        return hidden_TH + (mixed_TH if block.norm_attended is None else block.norm_attended(mixed_TH))
+
+    def _fed_forward(self, block: Block, hidden_TH: torch.Tensor) -> torch.Tensor:
         made_TH = F.linear(self._inner(block, block.norm_mid(hidden_TH)), block.down, block.down_bias)
         return hidden_TH + (made_TH if block.norm_out is None else block.norm_out(made_TH))
 

@@ -79,8 +79,26 @@ def block(config: ModelConfig, layer: int) -> Iterator[Slot]:
         yield from _norm(config, "norm_out", prefix + "post_feedforward_layernorm")
     else:
         yield from _norm(config, "norm_mid", prefix + "post_attention_layernorm")
+    if config.experts:
+        return  # in actors of their own
     yield from _linear(prefix, "up", up, hidden, config.mlp_bias)
     yield from _linear(prefix, "down", (("mlp.down_proj", hidden),), inner, config.mlp_bias)
+
+
+def gate(config: ModelConfig, layer: int) -> Slot:
+    """The router of one layer."""
+    name = "block_sparse_moe" if config.family == "mixtral" else "mlp"
+    return Slot("gate", ((f"model.layers.{layer}.{name}.gate.weight", config.experts),), config.hidden)
+
+
+def expert(config: ModelConfig, layer: int, number: int) -> Iterator[Slot]:
+    """The feed-forward part of one expert."""
+    if config.family == "mixtral":
+        prefix, (one, two, down) = f"model.layers.{layer}.block_sparse_moe.experts.{number}.", ("w1", "w3", "w2")
+    else:
+        prefix, (one, two, down) = f"model.layers.{layer}.mlp.experts.{number}.", ("gate_proj", "up_proj", "down_proj")
+    yield from _linear(prefix, "up", ((one, config.intermediate), (two, config.intermediate)), config.hidden, False)
+    yield from _linear(prefix, "down", ((down, config.hidden),), config.intermediate, False)
 
 
 def _gpt2_block(config: ModelConfig, prefix: str) -> Iterator[Slot]:
@@ -111,8 +129,21 @@ def _linear(
         yield Slot(name + "_bias", tuple((f"{prefix}{part}.bias", rows) for part, rows in parts))
 
 
-def slots(kind: str, config: ModelConfig, layers: tuple[int, int] | None) -> Iterator[Slot]:
-    """Every tensor that an actor of a built-in `kind` holds. `layers` are the first and the last, both included."""
+def slots(
+    kind: str, config: ModelConfig, layers: tuple[int, int] | None, experts: tuple[int, int] | None = None
+) -> Iterator[Slot]:
+    """Every tensor that an actor of a built-in `kind` holds. `layers` and `experts` are the first and the last, both
+    included."""
+    if kind == "combine":
+        return
+    if kind == "experts":
+        assert layers is not None and experts is not None
+        for number in range(experts[0], experts[1] + 1):
+            yield from expert(config, layers[0], number)
+        return
+    if kind == "attention":
+        assert layers is not None
+        yield gate(config, layers[0])
     if kind in ("embedding", "first_stage", "model"):
         yield from embedding(config)
     if layers is not None:
@@ -124,22 +155,26 @@ def slots(kind: str, config: ModelConfig, layers: tuple[int, int] | None) -> Ite
         yield from final_norm(config)  # the tied matrix is there already, once
 
 
-def needs(kind: str, config: ModelConfig, layers: tuple[int, int] | None) -> Iterator[Need]:
+def needs(
+    kind: str, config: ModelConfig, layers: tuple[int, int] | None, experts: tuple[int, int] | None = None
+) -> Iterator[Need]:
     """Names and shapes of the checkpoint's tensors for `slots`."""
-    for slot in slots(kind, config, layers):
+    for slot in slots(kind, config, layers, experts):
         yield from slot.needs()
 
 
-def check(checkpoint: Checkpoint, kind: str, layers: tuple[int, int] | None) -> int:
+def check(
+    checkpoint: Checkpoint, kind: str, layers: tuple[int, int] | None, experts: tuple[int, int] | None = None
+) -> int:
     """The number of elements an actor holds.
 
     Raises:
         CheckpointError: a tensor is missing or of another shape.
     """
-    if not checkpoint.config.native:
+    if not checkpoint.config.runs(kind):
         return _foreign_elements(checkpoint, kind, layers)
     elements = 0
-    for name, shape in needs(kind, checkpoint.config, layers):
+    for name, shape in needs(kind, checkpoint.config, layers, experts):
         checkpoint.require(name, shape)
         elements += math.prod(shape)
     return elements

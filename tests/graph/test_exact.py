@@ -20,7 +20,7 @@ import torch
 import trio
 
 import ranvier
-from ranvier.graph import show
+from ranvier.graph import show, trace
 
 EXAMPLE = Path(__file__).resolve().parent.parent.parent / "examples" / "smollm2.yaml"
 CHATS = [
@@ -243,6 +243,89 @@ def test_every_other_family_is_exact(
     for prompt, (result, logits) in zip(prompts, generate_all(graph, runs, requests, together=True), strict=True):
         assert len(result.token_ids) == 12
         check_stream(oracle, prompt, result.token_ids, logits)
+
+
+def expert_graph(layers: int, groups: list[str]) -> dict[str, Any]:
+    """Every layer cut into attention, groups of experts, and what combines them."""
+    actors: dict[str, Any] = {"embed": {"kind": "embedding"}, "head": {"kind": "head"}}
+    edges: list[Any] = []
+    before = "embed"
+    for layer in range(layers):
+        attention, combine = f"attention{layer}", f"combine{layer}"
+        actors[attention] = {"kind": "attention", "layers": layer}
+        actors[combine] = {"kind": "combine", "layers": layer}
+        edges += [f"{before}.hidden -> {attention}.hidden"]
+        edges += [f"{attention}.{port} -> {combine}.{port}" for port in ("residual", "index", "weight")]
+        for number, group in enumerate(groups):
+            name = f"experts{layer}_{number}"
+            actors[name] = {"kind": "experts", "layers": layer, "experts": group}
+            first, _, last = group.partition("-")
+            for expert in range(int(first), int(last or first) + 1):
+                edges += [f"{attention}.expert{expert} -> {name}.expert{expert}"]
+                edges += [f"{name}.expert{expert} -> {combine}.expert{expert}"]
+        before = combine
+    edges += [f"{before}.hidden -> head.hidden", {"from": "head.token", "to": "embed.token", "feedback": True}]
+    return {"actors": actors, "edges": edges}
+
+
+@pytest.mark.parametrize(
+    ("family", "groups", "changes"),
+    [
+        ("mixtral", ["0", "1", "2"], {"num_local_experts": 3, "num_experts_per_tok": 2}),
+        ("qwen3_moe", ["0-2", "3"], {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8,
+                                     "decoder_sparse_step": 1, "mlp_only_layers": []}),
+    ],
+)  # fmt: skip
+def test_experts_as_actors_are_exact(
+    family: str, groups: list[str], changes: dict[str, Any], tiny: Any, runs: Path, graph_file: Callable[..., Path]
+) -> None:
+    """Each expert, or group of experts, in an actor of its own; several sessions in one batch; only rows that chose an
+    expert travel to it."""
+    folder, oracle = tiny(
+        f"{family}-experts", family, **{**SMALL, "num_hidden_layers": 2}, intermediate_size=96, num_key_value_heads=2,
+        max_position_embeddings=128, **changes,
+    )  # fmt: skip
+    path = graph_file(model={"source": "unset", "dtype": "float32"}, prefill_chunk=16, **expert_graph(2, groups))
+    graph = ranvier.load(path, overrides={"model.source": str(folder)})
+    assert "transformers' own layers" not in show.text(ranvier.plan(graph))
+    prompts = [[5, 9, 200, 17], list(range(3, 50)), [11]]
+    requests = [(prompt, {"max_tokens": 12, "stop_tokens": ()}) for prompt in prompts]
+    for prompt, (result, logits) in zip(prompts, generate_all(graph, runs, requests, together=True), strict=True):
+        assert len(result.token_ids) == 12
+        check_stream(oracle, prompt, result.token_ids, logits)
+    told = trace.summary(trace.read(next(runs.iterdir())))
+    nbytes = {edge["edge"]: edge["bytes"] for edge in told["edges"]}
+    experts = sum(count for edge, count in nbytes.items() if edge.startswith("attention0.expert"))
+    assert experts == 2 * nbytes["attention0.residual -> combine0.residual"]  # two experts a token, no more
+
+
+def test_experts_that_cannot_be(tiny: Any, graph_file: Callable[..., Path]) -> None:
+    """A model without experts, an expert it does not have, several layers in one actor."""
+    folder, _ = tiny("plain")
+    with pytest.raises(ranvier.GraphError, match=r"the model \(llama\) has no experts; use kind: blocks"):
+        ranvier.load(
+            graph_file(model={"source": "x"}, **expert_graph(6, ["0"])), overrides={"model.source": str(folder)}
+        )
+    changes = {
+        **SMALL,
+        "intermediate_size": 96,
+        "num_key_value_heads": 2,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 2,
+    }
+    folder, _ = tiny("mixtral-bad", "mixtral", **{**changes, "num_hidden_layers": 2})
+    for groups, words in (
+        (["0", "1-3"], r"experts '1-3': expected first-last of 0-2"),
+        (["0", "1"], r"output 'expert2' is open"),
+    ):
+        with pytest.raises(ranvier.GraphError, match=words):
+            ranvier.load(
+                graph_file(model={"source": "x"}, **expert_graph(2, groups)), overrides={"model.source": str(folder)}
+            )
+    several = expert_graph(2, ["0-2"])
+    several["actors"]["attention0"]["layers"] = "0-1"
+    with pytest.raises(ranvier.GraphError, match="kind 'attention' is of one layer, not 0-1"):
+        ranvier.load(graph_file(model={"source": "x"}, **several), overrides={"model.source": str(folder)})
 
 
 def layers_of(oracle: Any) -> Any:

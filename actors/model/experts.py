@@ -1,0 +1,93 @@
+"""A mixture-of-experts layer cut into actors: `attention` up to the router, `experts`, and `combine`.
+
+Only the tokens that chose an expert travel to it. The method: Shazeer et al. 2017; Jiang et al. 2024 (Mixtral).
+
+Shape suffixes: T tokens, H hidden, E experts, k choices a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from ..actor import Actor, Batch, Context
+from ..checkpoint.config import ModelConfig
+from ..routing import gather, scatter
+from . import weights
+from .blocks import activate
+from .parts import BlocksActor, needed
+from .tensors import read_slot
+
+
+def expert_ports(numbers: tuple[int, int]) -> list[str]:
+    """The ports of experts `first` to `last`, both included."""
+    return [f"expert{number}" for number in range(numbers[0], numbers[1] + 1)]
+
+
+class Attention(BlocksActor):
+    """`hidden` [tokens, H] -> attention of one layer and its router: `residual`, `index` and `weight` for `combine`, and each
+    expert's tokens on a port of its own."""
+
+    def load(self, context: Context) -> None:
+        super().load(context)
+        checkpoint, dtype = needed(context)
+        assert context.layers is not None
+        self.config: ModelConfig = checkpoint.config
+        self.gate_EH = read_slot(weights.gate(self.config, context.layers[0]), checkpoint, dtype)
+
+    def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
+        residual_TH, normed_TH = self.blocks.attention_alone(batch.rows, batch["hidden"])  # type: ignore[attr-defined]
+        scores_TE = F.linear(normed_TH, self.gate_EH).float().softmax(-1)
+        weight_Tk, index_Tk = scores_TE.topk(self.config.experts_per_token, dim=-1)
+        if self.config.normalises_choices:
+            weight_Tk = weight_Tk / weight_Tk.sum(-1, keepdim=True)
+        routed = scatter(batch.rows, normed_TH, index_Tk, expert_ports((0, self.config.experts - 1)))
+        return {"residual": residual_TH, "index": index_Tk, "weight": weight_Tk, **routed}
+
+    def held_bytes(self) -> int:
+        return super().held_bytes() + self.gate_EH.nbytes
+
+
+class Experts(Actor):
+    """The feed-forward parts of some experts of one layer: `expertN` [tokens, H] -> `expertN` [tokens, H], for each."""
+
+    def load(self, context: Context) -> None:
+        checkpoint, dtype = needed(context)
+        assert context.layers is not None and context.experts is not None
+        self.config = checkpoint.config
+        self.held = {
+            number: {
+                slot.name: read_slot(slot, checkpoint, dtype)
+                for slot in weights.expert(self.config, context.layers[0], number)
+            }
+            for number in range(context.experts[0], context.experts[1] + 1)
+        }
+        context.progress(1.0)
+
+    def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
+        made: dict[str, torch.Tensor | Batch] = {}
+        for number, held in self.held.items():
+            port = f"expert{number}"
+            gate_TI, up_TI = F.linear(batch[port], held["up"]).chunk(2, dim=-1)
+            made[port] = Batch(
+                batch.rows_of(port), {port: F.linear(activate(self.config, gate_TI) * up_TI, held["down"])}
+            )
+        return made
+
+    def held_bytes(self) -> int:
+        return sum(tensor.nbytes for held in self.held.values() for tensor in held.values())
+
+
+class Combine(Actor):
+    """`residual` [tokens, H], `index` and `weight` [tokens, k], `expertN` -> `hidden` [tokens, H]: what the experts made,
+    each with its weight, back in order."""
+
+    def load(self, context: Context) -> None:
+        checkpoint, _ = needed(context)
+        self.ports = expert_ports((0, checkpoint.config.experts - 1))
+
+    def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
+        mixed_TH = gather(batch["index"], batch["weight"], batch.tensors, self.ports)
+        return {"hidden": batch["residual"] + mixed_TH}

@@ -1,0 +1,65 @@
+"""Routing: each token of a step to some of an actor's outputs, and what comes back into its place, with its weight.
+
+A router's output to one expert is a `Batch` with the rows of its input, of which each counts its own tokens there, be it
+none: so every expert, and the combiner that waits for all of them, sees every step. For actors of one's own, too.
+
+Shape suffixes: T tokens, k choices a token, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ranvier.transport.header import Row
+
+from .actor import Batch
+
+
+def scatter(
+    rows: tuple[Row, ...], hidden_TH: torch.Tensor, index_Tk: torch.Tensor, ports: Sequence[str]
+) -> dict[str, Batch]:
+    """What goes to each port: the tokens of which a choice is its number, in their order.
+
+    Raises:
+        ValueError: an index out of range, or not one row of choices for each token.
+    """
+    if index_Tk.dim() != 2 or index_Tk.shape[0] != hidden_TH.shape[0] or index_Tk.dtype.is_floating_point:
+        raise ValueError(
+            f"routing: expected integers [{hidden_TH.shape[0]}, choices], got {index_Tk.dtype}{list(index_Tk.shape)}"
+        )
+    if index_Tk.numel() and not 0 <= int(index_Tk.min()) <= int(index_Tk.max()) < len(ports):
+        raise ValueError(
+            f"routing: expected indices from 0 to {len(ports) - 1} for {', '.join(ports)}, "
+            f"got {int(index_Tk.min())} to {int(index_Tk.max())}"
+        )
+    routed = {}
+    counts = [row.tokens for row in rows]
+    for number, port in enumerate(ports):
+        chosen_T = (index_Tk == number).any(1)
+        own = tuple(
+            row._replace(tokens=int(part.sum()))
+            for row, part in zip(rows, chosen_T.split(counts), strict=True)  # type: ignore[no-untyped-call]
+        )
+        routed[port] = Batch(own, {port: hidden_TH[chosen_T]})
+    return routed
+
+
+def gather(
+    index_Tk: torch.Tensor, weight_Tk: torch.Tensor, parts: Mapping[str, torch.Tensor], ports: Sequence[str]
+) -> torch.Tensor:
+    """[T, H]: for each token the sum of what its choices made of it, each with its weight.
+
+    Raises:
+        ValueError: a part has not as many tokens as were sent there.
+    """
+    first = parts[ports[0]]
+    mixed_TH = torch.zeros(index_Tk.shape[0], first.shape[1], dtype=first.dtype)
+    for number, port in enumerate(ports):
+        token_t, choice_t = torch.where(index_Tk == number)
+        if len(token_t) != parts[port].shape[0]:
+            raise ValueError(f"routing: port {port}: expected {len(token_t)} tokens, got {parts[port].shape[0]}")
+        weighted = parts[port] * weight_Tk[token_t, choice_t, None]
+        mixed_TH.index_add_(0, token_t, weighted.to(mixed_TH.dtype))
+    return mixed_TH
