@@ -29,7 +29,12 @@ class Bench:
     """A host's core between two neighbours, all three on a memory network."""
 
     def __init__(
-        self, ports: Sequence[str] = ("x",), credits: int = 8, batch_tokens: int = 16, feedback: bool = False
+        self,
+        ports: Sequence[str] = ("x",),
+        credits: int = 8,
+        batch_tokens: int = 16,
+        feedback: bool = False,
+        needed: int | None = None,
     ) -> None:
         self.network = MemoryNetwork()
         links = [link(index, UP, ME, port, credits) for index, port in enumerate(ports)]
@@ -40,8 +45,8 @@ class Bench:
             HostLink(port, spec, outgoing=False, feedback=feedback) for port, spec in zip(ports, links, strict=True)
         ]
         host_links.append(HostLink("y", out, outgoing=True))
-        inputs = [PortSpec(port, SPEC) for port in ports]
-        self.core = HostCore(inputs, [PortSpec("y", SPEC)], host_links, self.ends[ME], batch_tokens)
+        inputs = [PortSpec(port, SPEC) for port in dict.fromkeys(ports)]
+        self.core = HostCore(inputs, [PortSpec("y", SPEC)], host_links, self.ends[ME], batch_tokens, needed)
         self.got: list[tuple[tuple[Row, ...], list[float]]] = []
         self.read_down = True
         for end in self.ends.values():
@@ -257,3 +262,62 @@ def test_outputs_that_cannot_be_sent(outputs: dict[str, torch.Tensor], kind: typ
     assert work is not None
     with pytest.raises(kind, match=words):
         bench.core.complete(work, outputs, 0)
+
+
+@pytest.mark.parametrize("ports", [("a", "b", "c"), ("a", "a", "a")])
+def test_the_first_of_three_wins_and_the_others_are_dropped(ports: tuple[str, ...]) -> None:
+    """`join: first`, over three ports or three edges into one: one step each, the late counted, every credit returned."""
+    bench = Bench(ports=ports, needed=1, credits=2)
+    bench.core.open(1, 1)
+    for position in range(6):
+        order = [(position + edge) % 3 for edge in range(3)]
+        for count, edge in enumerate(order):
+            bench.send([Row(1, 1, position, 1)], edge=edge, port=ports[edge], value=float(edge))
+            assert (bench.step() is not None) == (count == 0)
+        assert bench.got[-1] == ((Row(1, 1, position, 1),), [1.5 + order[0]])
+    assert bench.core.counters["rows_late"] == 12
+    assert not bench.ends[UP].unfinished()
+    assert not bench.ends[UP].waiting
+
+
+def test_a_quorum_steps_with_what_it_has() -> None:
+    """Two of three ports; the third is dropped whenever it comes. Sessions that have other ports share no batch."""
+    bench = Bench(ports=("a", "b", "c"), needed=2)
+    for session in (1, 2):
+        bench.core.open(session, 1)
+    bench.send([Row(1, 1, 0, 1), Row(2, 1, 0, 1)], edge=2, port="c")
+    assert bench.step() is None
+    bench.send([Row(1, 1, 0, 1)], edge=0, port="a")
+    bench.send([Row(2, 1, 0, 1)], edge=1, port="b")
+    first, second = bench.step(), bench.step()
+    assert first is not None
+    assert second is not None
+    assert [list(work.batch.tensors) for work in (first, second)] == [["a", "c"], ["b", "c"]]
+    bench.send([Row(1, 1, 0, 1)], edge=1, port="b")
+    assert bench.step() is None
+    assert bench.core.counters["rows_late"] == 1
+
+
+def test_a_step_that_waits_too_long_names_what_is_missing() -> None:
+    bench = Bench(ports=("a", "b"))
+    bench.core.open(1, 1)
+    bench.send([Row(1, 1, 0, 1)], edge=1, port="b")
+    assert bench.core.overdue(0) == []
+    assert bench.core.overdue(1 << 62) == [(Row(1, 1, 0, 1), ("b",), ("a",))]
+    bench.core.close(1)
+    assert bench.core.overdue(1 << 62) == []
+
+
+def test_ports_of_one_step_may_hold_different_numbers_of_tokens() -> None:
+    """As a router sends them, none among them; two sessions in one batch keep their own counts."""
+    bench = Bench(ports=("a", "b"))
+    for session in (1, 2):
+        bench.core.open(session, 1)
+    bench.send([Row(1, 1, 0, 2), Row(2, 1, 0, 1)], edge=0, port="a")
+    bench.send([Row(1, 1, 0, 0), Row(2, 1, 0, 3)], edge=1, port="b")
+    work = bench.core.take()
+    assert work is not None
+    assert work.batch.rows == (Row(1, 1, 0, 2), Row(2, 1, 0, 1))
+    assert work.batch.rows_of("b") == (Row(1, 1, 0, 0), Row(2, 1, 0, 3))
+    assert work.batch["b"].tolist() == [2.0, 2.0, 2.0]
+    assert [single.batch["b"].tolist() for single in bench.core.alone(work)] == [[], [2.0, 2.0, 2.0]]

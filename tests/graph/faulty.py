@@ -36,10 +36,36 @@ class Faulty(Actor):
                 return {"y": batch["x"].view(-1, 1)}
             if self.fault == "wrong port":
                 return {"z": batch["x"]}
+            if self.fault == "say nothing":
+                return {}
             if self.fault == "no tensor":
                 return {"y": 5}
             go_wrong(self.fault)
         return {"y": batch["x"] + 1}
+
+
+class Wide(Actor):
+    """Gives 64 MB that say what x is."""
+
+    inputs = {"x": TensorSpec("float32", ("tokens",))}
+    outputs = {"y": TensorSpec("float32", ("tokens", 1 << 24))}
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        return {"y": batch["x"][:, None].repeat(1, 1 << 24)}
+
+
+class Narrow(Actor):
+    """Gives the first of each 64 MB, after a while."""
+
+    inputs = {"x": TensorSpec("float32", ("tokens", 1 << 24))}
+    outputs = {"y": TensorSpec("float32", ("tokens",))}
+
+    def load(self, context: Context) -> None:
+        self.delay_s = float(context.args.get("delay_s", 0.0))
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        time.sleep(self.delay_s)
+        return {"y": batch["x"][:, 0].clone()}
 
 
 class Sum(Actor):

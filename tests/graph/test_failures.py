@@ -19,6 +19,7 @@ import trio
 import zmq
 
 import ranvier
+from ranvier.graph import trace
 from ranvier.transport.header import Header, Row
 
 HERE = Path(__file__).parent
@@ -267,6 +268,76 @@ def test_a_join_waits_for_both_inputs(graph_file: Callable[..., Path], runs: Pat
         edges=["gateway.x -> one.x", "one.y -> sum.a", "gateway.x -> sum.b", "sum.y -> gateway.y"],
     )
     assert start(ranvier.load(path, allow_code=True), runs, 1.0, 5.0) == [3.0, 11.0]
+
+
+def test_a_join_that_never_completes_names_what_is_missing(
+    graph_file: Callable[..., Path], runs: Path, tmp_path: Path
+) -> None:
+    """One branch says nothing for thirteen: the call ends with an error instead of hanging, and the next one works."""
+    shutil.copy(HERE / "faulty.py", tmp_path / "faulty.py")
+    path = graph_file(
+        actors={"mute": {"kind": "./faulty.py:Faulty", "args": {"at_step": "say nothing"}},
+                "sum": {"kind": "./faulty.py:Sum"}},
+        edges=["gateway.x -> mute.x", "mute.y -> sum.a", "gateway.x -> sum.b", "sum.y -> gateway.y"],
+        supervision={"join_deadline_s": 0.5},
+    )  # fmt: skip
+    lost, good = start(ranvier.load(path, allow_code=True), runs, 13.0, 1.0)
+    assert isinstance(lost, ranvier.ActorFailed)
+    assert "actor sum.0: session 1, epoch 1, position 0: TimeoutError: the join waited over 0.5 s" in str(lost)
+    assert "expected a, got only b" in str(lost)
+    assert good == 3.0
+
+
+def test_a_branch_that_is_not_read_holds_up_its_senders_within_their_credits(
+    graph_file: Callable[..., Path], runs: Path, tmp_path: Path
+) -> None:
+    """64 MB a message to two branches, one of which is stopped: what waits is bounded by the declared credits, whoever
+    need not wait goes on, and the trace says for which edge credit was waited."""
+    shutil.copy(HERE / "faulty.py", tmp_path / "faulty.py")
+    path = graph_file(
+        actors={"wide": {"kind": "./faulty.py:Wide", "batch_tokens": 1}, "slow": {"kind": "./faulty.py:Narrow", "args": {"delay_s": 0.4}},
+                "fast": {"kind": "./faulty.py:Narrow"}, "sum": {"kind": "./faulty.py:Sum"}},
+        edges=["gateway.x -> wide.x", {"from": "wide.y", "to": "slow.x", "credits": 2, "credit_bytes": 1 << 27},
+               {"from": "wide.y", "to": "fast.x", "credits": 2, "credit_bytes": 1 << 27},
+               "slow.y -> sum.a", "fast.y -> sum.b", "sum.y -> gateway.y"],
+    )  # fmt: skip
+    answers: list[float] = []
+    most: list[int] = []
+    folders: list[Path] = []
+
+    async def main() -> None:
+        async with ranvier.launch(ranvier.load(path, allow_code=True), runs=runs) as run:
+            folders.append(run.dir)
+
+            async def watch(task_status: trio.TaskStatus[None]) -> None:
+                task_status.started()
+                while True:
+                    rolled = Path(f"/proc/{run.pids['wide.0.1']}/smaps_rollup").read_text().splitlines()
+                    most.append(next(int(line.split()[1]) * 1024 for line in rolled if line.startswith("Pss:")))
+                    await trio.sleep(0.05)
+
+            async with trio.open_nursery() as nursery:
+                await nursery.start(watch)
+                async with trio.open_nursery() as calls:
+                    for value in range(8):
+                        calls.start_soon(collect, run, float(value), answers)
+                nursery.cancel_scope.cancel()
+
+    with Deadline(60):
+        trio.run(main)
+    assert sorted(answers) == [2.0 * value for value in range(8)]
+    # two on their way, one that waits, one in the making, and what the process is without them
+    assert max(most) - min(most) < 5 * (64 << 20)
+    waited = {
+        edge["edge"]: edge["microseconds"]["credit"]["p99"] for edge in trace.summary(trace.read(folders[0]))["edges"]
+    }
+    assert waited["wide.y -> slow.x"] > 100_000
+    assert waited["wide.y -> fast.x"] < waited["wide.y -> slow.x"] / 2
+    assert waited["slow.y -> sum.a"] < 1000
+
+
+async def collect(run: ranvier.Run, value: float, answers: list[float]) -> None:
+    answers.append(await call(run, value))
 
 
 def test_every_thread_stays_on_its_cores(graph_file: Callable[..., Path], runs: Path, tmp_path: Path) -> None:
