@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ranvier.actors.actor import Actor, Batch, Context
     from ranvier.actors.errors import ActorFailed, CheckpointError, Overloaded
+    from ranvier.actors.routing import gather, scatter
     from ranvier.actors.session import Sampling, SessionInfo
     from ranvier.graph.blocking import BlockingRun, start
     from ranvier.graph.check import load
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "Actor": "actors.actor", "Batch": "actors.actor", "Context": "actors.actor",
     "ActorFailed": "actors.errors", "CheckpointError": "actors.errors", "Overloaded": "actors.errors",
+    "gather": "actors.routing", "scatter": "actors.routing",
     "Sampling": "actors.session", "SessionInfo": "actors.session",
     "BlockingRun": "graph.blocking", "start": "graph.blocking",
     "Graph": "graph.checked", "load": "graph.check",
@@ -53,7 +55,7 @@ _PLACES = {
 __all__ = [
     "Actor", "ActorFailed", "Batch", "BlockingRun", "CheckpointError", "Context", "Generation", "Graph", "GraphError",
     "LinkBroken", "LinkClosed", "Overloaded", "Plan", "ProtocolError", "RanvierError", "RequestError", "Result", "Row", "Run",
-    "Sampling", "SessionInfo", "TensorSpec", "Token", "launch", "load", "plan", "start",
+    "Sampling", "SessionInfo", "TensorSpec", "Token", "gather", "launch", "load", "plan", "scatter", "start",
 ]  # fmt: skip
 
 
