@@ -30,7 +30,7 @@ class ModelSection(Section):
     source: str = Field(
         min_length=1,
         max_length=4096,
-        description="package://NAME/FILE of an installed package, or ./folder, ./file.gguf, ./file.safetensors "
+        description="package://NAME/FILE of an installed package, hf://ORG/NAME, or ./folder, ./file.gguf, ./file.safetensors "
         "beside the graph file",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="weights, activations, KV cache")

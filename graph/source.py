@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 from ranvier.transport.errors import RanvierError
+
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json", "chat_template.jinja"]
 
 
 class SourceError(RanvierError):
@@ -26,9 +29,11 @@ def resolve(source: str, folder: Path, trusted: bool = False) -> Path:
     scheme, separator, place = source.partition("://")
     if separator and scheme == "package":
         return _package(source, place)
+    if separator and scheme == "hf":
+        return _hub(source, place)
     if separator:
         raise SourceError(
-            f"source {source!r}: unknown scheme {scheme!r}; use package://NAME/FILE or a path such as ./folder"
+            f"source {source!r}: unknown scheme {scheme!r}; use package://NAME/FILE, hf://ORG/NAME or a path such as ./folder"
         )
     path = (folder / source).resolve()
     if not trusted:
@@ -43,6 +48,34 @@ def resolve(source: str, folder: Path, trusted: bool = False) -> Path:
     if not path.exists():
         raise SourceError(f"source {source!r}: no such file or folder; looked in the graph's folder")
     return path
+
+
+def _hub(source: str, place: str) -> Path:
+    """A model of the Hugging Face hub: what the cache holds, as it is; else it is fetched once."""
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?(?:/([\w./-]+\.gguf))?", place)
+    if match is None or ".." in place:
+        raise SourceError(f"source {source!r}: expected hf://ORG/NAME, perhaps with @REVISION and /FILE.gguf")
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise SourceError(f"source {source!r} needs huggingface_hub; pip install 'ranvier[hf]'")
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name, revision, file = match.groups()
+
+    def found(offline: bool) -> Path:
+        if file is not None:
+            return Path(hf_hub_download(name, file, revision=revision, local_files_only=offline))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, local_files_only=offline))
+
+    try:
+        try:
+            return found(True)
+        except LocalEntryNotFoundError:
+            return found(False)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise SourceError(
+            f"source {source!r}: not in the cache and not to be had: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _package(source: str, place: str) -> Path:

@@ -36,7 +36,10 @@ def test_every_example_is_tested() -> None:
     ("name", "words"),
     [
         ("digits", r"397 pictures that were not trained on: 9\d\.\d% right; off the single process by 0\n"),
-        ("experts", r"397 pictures that were not trained on: [89]\d\.\d% right; off the single process by (0e\+00|\de-0[67])\n"),
+        (
+            "experts",
+            r"397 pictures that were not trained on: [89]\d\.\d% right; off the single process by (0e\+00|\de-0[67])\n",
+        ),
         ("refine", r"   2  1\.414213562\n"),
         ("classify", r"pieces that were not trained on: 9\d\.\d% right"),
     ],

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,3 +76,30 @@ def test_settings_of_the_command_line_are_checked_too(key: str, value: str, word
     good = Path(__file__).parent.parent.parent / "examples" / "smollm2.yaml"
     with pytest.raises(ranvier.GraphError, match="(?s)" + words.replace("?", r"\?")):
         ranvier.load(good, overrides={key: value})
+
+
+def test_a_model_of_the_hub_from_its_cache(
+    tiny: Any, graph_file: Callable[..., Path], tmp_path: Path, split: Any
+) -> None:
+    """Offline, `hf://` finds what the cache holds, by its own layout; what it does not hold is an error that says so."""
+    folder, _ = tiny("plain")
+    cache = tmp_path / "hub"
+    snapshot = cache / "models--someone--tiny-llama" / "snapshots" / "0123abcd"
+    shutil.copytree(folder, snapshot)
+    refs = cache / "models--someone--tiny-llama" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0123abcd")
+    environment = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
+    for source, code, words in (
+        ("hf://someone/tiny-llama", 0, "good: 4 processes"),
+        ("hf://someone/other", 2, "source 'hf://someone/other': not in the cache and not to be had"),
+        ("hf://someone", 2, "expected hf://ORG/NAME"),
+        ("hf://../../etc", 2, "expected hf://ORG/NAME"),
+    ):
+        path = graph_file(model={"source": source}, **split(4, 6))
+        done = subprocess.run(
+            [sys.executable, "-m", "ranvier.graph.cli", "check", str(path)],
+            env=environment, capture_output=True, text=True, check=False, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        assert words in done.stdout + done.stderr
