@@ -225,7 +225,7 @@ _GGUF_OUTER = {
 _GGUF_BLOCK = {
     "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
+    "attn_output": "self_attn.o_proj", "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm",
     "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
 }  # fmt: skip
 _GGUF_PLAIN = {"F32": "float32", "F16": "float16", "F64": "float64"}
@@ -234,10 +234,11 @@ _GGUF_PLAIN = {"F32": "float32", "F16": "float16", "F64": "float64"}
 def _open_gguf(path: Path) -> Checkpoint:
     header = gguf_file.read_header(path)
     config = configs.from_gguf(header.fields, header.tensors, str(path))
+    turned = {"q_proj.weight": config.heads, "k_proj.weight": config.kv_heads} if config.family == "llama" else {}
     tensors = {}
     for found in header.tensors.values():
         name = _hf_name(found.name)
-        heads = {"q": config.heads, "k": config.kv_heads}.get(name.partition("self_attn.")[2][:1], 0)
+        heads = turned.get(name.rpartition("self_attn.")[2], 0)
         stored = _GGUF_PLAIN.get(found.type.name, found.type.name)
         tensors[name] = TensorEntry(name, path, stored, found.shape, found.offset, found.nbytes, permuted_heads=heads)
     return Checkpoint(path, tensors, config, gguf=header.fields)

@@ -100,43 +100,48 @@ class ModelConfig:
         return self.windows[layer] if self.windows else 0
 
 
+GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+"""mistral's files call themselves llama, too."""
+
+
 def from_gguf(fields: Mapping[str, Any], tensors: Mapping[str, Any], where: str) -> ModelConfig:
     """From GGUF metadata.
 
     Raises:
         CheckpointError: an architecture that is not built in, or a field that is missing.
     """
-    arch = fields.get("general.architecture")
-    if arch != "llama":
-        raise CheckpointError(f"{where}: architecture {arch!r} is not built in; built in: llama")
+    arch = str(fields.get("general.architecture"))
+    if arch not in GGUF_ARCHITECTURES:
+        known = ", ".join(GGUF_ARCHITECTURES)
+        raise CheckpointError(f"{where}: architecture {arch!r} is not built in; built in: {known}")
     if "rope_freqs.weight" in tensors:
         raise CheckpointError(f"{where}: tensor rope_freqs.weight: scaled rotary frequencies in GGUF are not built in")
-    if fields.get("llama.expert_count"):
-        raise CheckpointError(f"{where}: llama.expert_count {fields['llama.expert_count']}: experts are not built in")
+    own = {key.removeprefix(f"{arch}."): value for key, value in fields.items() if key.startswith(f"{arch}.")}
+    if own.get("expert_count"):
+        raise CheckpointError(f"{where}: {arch}.expert_count {own['expert_count']}: experts in GGUF are not built in")
     try:
-        heads = fields["llama.attention.head_count"]
-        hidden = fields["llama.embedding_length"]
-        scaling = fields.get("llama.rope.scaling.type", "none")
+        heads = own["attention.head_count"]
+        hidden = own["embedding_length"]
+        scaling = own.get("rope.scaling.type", "none")
         if scaling not in ("none", "linear"):
             raise CheckpointError(f"{where}: rope scaling {scaling!r} is not built in; built in: none, linear")
         eos = [fields[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in fields]
         tokens = fields.get("tokenizer.ggml.tokens")
-        vocab = fields.get("llama.vocab_size") or (len(tokens) if tokens is not None else 0)
+        vocab = own.get("vocab_size") or (len(tokens) if tokens is not None else 0)
         return ModelConfig(
-            family="llama",
+            family=arch,
             vocab=vocab,
             hidden=hidden,
-            layers=fields["llama.block_count"],
+            layers=own["block_count"],
             heads=heads,
-            kv_heads=fields.get("llama.attention.head_count_kv", heads),
-            head_dim=fields.get("llama.attention.key_length") or hidden // heads,
-            intermediate=fields["llama.feed_forward_length"],
-            context=fields["llama.context_length"],
-            norm_eps=float(fields["llama.attention.layer_norm_rms_epsilon"]),
-            rope_theta=float(fields.get("llama.rope.freq_base", 10000.0)),
-            rope_scaling=(
-                RopeScaling("linear", float(fields["llama.rope.scaling.factor"])) if scaling == "linear" else None
-            ),
+            kv_heads=own.get("attention.head_count_kv", heads),
+            head_dim=own.get("attention.key_length") or hidden // heads,
+            intermediate=own["feed_forward_length"],
+            context=own["context_length"],
+            norm_eps=float(own["attention.layer_norm_rms_epsilon"]),
+            rope_theta=float(own.get("rope.freq_base", 10000.0)),
+            rope_scaling=RopeScaling("linear", float(own["rope.scaling.factor"])) if scaling == "linear" else None,
+            head_norms=arch == "qwen3",
             tied="output.weight" not in tensors,
             qkv_bias="blk.0.attn_q.bias" in tensors,
             out_bias="blk.0.attn_output.bias" in tensors,
@@ -144,6 +149,8 @@ def from_gguf(fields: Mapping[str, Any], tensors: Mapping[str, Any], where: str)
             eos_tokens=tuple(dict.fromkeys(eos)),
         )
     except KeyError as error:
-        raise CheckpointError(f"{where}: expected the metadata {error.args[0]!r}, which is missing") from None
+        raise CheckpointError(
+            f"{where}: expected the metadata {f'{arch}.{error.args[0]}'!r}, which is missing"
+        ) from None
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{where}: {error}") from None

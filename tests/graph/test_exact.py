@@ -145,15 +145,68 @@ def test_every_cut_of_a_small_model_is_exact(
 )  # fmt: skip
 def test_every_form_of_checkpoint_is_exact(name: str, changes: dict[str, Any], tiny: Any) -> None:
     """Sharded, untied, with biases, with stretched rotary frequencies: the layer groups give transformers' logits."""
-    from ranvier.actors.actor import Batch, Context
     from ranvier.actors.checkpoint import open_checkpoint
-    from ranvier.actors.model.parts import BlocksActor, Embedding, Head
-    from ranvier.transport.header import Row
 
     folder, oracle = tiny(name, **changes)
     if name == "sharded":
         assert len(list(folder.glob("*.safetensors"))) > 1
-    checkpoint = open_checkpoint(folder)
+    check_groups(open_checkpoint(folder), oracle)
+
+
+@pytest.mark.parametrize(
+    ("arch", "changes"),
+    [("qwen2", {"tie_word_embeddings": False}), ("qwen3", {}), ("llama", {"tie_word_embeddings": False})],
+)
+def test_every_architecture_of_gguf_is_exact(arch: str, changes: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
+    """Written by the gguf package, float32, as llama.cpp's convert script lays it out."""
+    from ranvier.actors.checkpoint import open_checkpoint
+
+    _, oracle = tiny(f"{arch}-gguf", arch, **changes)
+    write_gguf(tmp_path / "model.gguf", arch, oracle)
+    checkpoint = open_checkpoint(tmp_path / "model.gguf")
+    assert checkpoint.config.family == arch
+    check_groups(checkpoint, oracle)
+
+
+def write_gguf(path: Path, arch: str, oracle: Any) -> None:
+    import gguf
+
+    config = oracle.config
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    kind = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}[arch]
+    names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    for name, tensor in oracle.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        heads = {"q_proj.weight": config.num_attention_heads, "k_proj.weight": config.num_key_value_heads}
+        turned = next((count for end, count in heads.items() if arch == "llama" and name.endswith(end)), 0)
+        if turned:  # the rows of q and k go from halves of a head to pairs
+            rows, columns = tensor.shape
+            tensor = tensor.view(turned, 2, rows // turned // 2, columns).transpose(1, 2).reshape(rows, columns)
+        stem, _, end = name.rpartition(".")
+        writer.add_tensor(f"{names.get_name(stem)}.{end}", tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def check_groups(checkpoint: Any, oracle: Any) -> None:
+    """The layer groups, one after the other in this process, give the oracle's logits."""
+    from ranvier.actors.actor import Batch, Context
+    from ranvier.actors.model.parts import BlocksActor, Embedding, Head
+    from ranvier.transport.header import Row
+
     info = ranvier.SessionInfo(session=1, epoch=1, capacity=40, log=tuple(range(4, 34)), max_tokens=1, logits=True)
     tokens = torch.tensor(info.log)
     value: Any = tokens
