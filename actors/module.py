@@ -51,7 +51,7 @@ def outputs_of(
     trials = []
     with torch.device("meta"), torch.inference_mode():
         try:
-            made = module(**args).eval()
+            made = module(**args).train(False)
         except Exception as error:
             raise ValueError(f"cannot be made with args {dict(args)}: {type(error).__name__}: {error}") from None
         for base in TRIALS:
@@ -110,7 +110,7 @@ class ModuleActor(Actor):
         self._inputs = inputs_of(module)
 
     def load(self, context: Context) -> None:
-        self.module = self._class(**context.args).eval()
+        self.module = self._class(**context.args).train(False)
         if context.weights is not None:
             read_state(self.module, context.weights, context.name.partition(".")[0])
         context.progress(1.0)

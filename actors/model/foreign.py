@@ -94,10 +94,11 @@ class Skeleton:
         self.bypasses = self.tuples = False
         self.past: Any = None
         self.layers = layers
-        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True, trust_remote_code=False)
+        # code that a checkpoint brings is never run: the library's own default, and nothing here asks for it
+        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
         with torch.inference_mode(False), no_init_weights():
             make: Any = AutoModelForCausalLM.from_config
-            self.model = make(config, dtype=dtype, trust_remote_code=False).eval()
+            self.model = make(config, dtype=dtype).train(False)
             self.model.tie_weights()  # which skipping the initialisation skips, too
         self.model.requires_grad_(False)
         self.config = self.model.config
@@ -158,9 +159,7 @@ class Skeleton:
     ) -> None:
         """The whole model for a moment, since the library lays these tensors out differently from their file."""
         with torch.inference_mode(False):
-            whole = AutoModelForCausalLM.from_pretrained(
-                checkpoint.path, dtype=dtype, local_files_only=True, trust_remote_code=False
-            )
+            whole = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, local_files_only=True)
         for name, tensor in whole.named_parameters(remove_duplicate=False):
             if name in wanted:
                 if own[name].shape != tensor.shape:

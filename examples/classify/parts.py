@@ -11,8 +11,10 @@ class Pairs(nn.Module):
 
     def forward(self, text: torch.Tensor) -> dict[str, torch.Tensor]:
         pairs = (text[:, :-1] * 31 + text[:, 1:] * 17) % WIDTH
-        counts = nn.functional.one_hot(pairs, WIDTH).sum(1)
-        return {"shares": counts.float() / pairs.shape[1] * 16}
+        counts = torch.zeros(len(text), WIDTH, device=text.device).scatter_add_(
+            1, pairs, torch.ones_like(pairs).float()
+        )
+        return {"shares": counts / pairs.shape[1] * 16}
 
 
 class Judge(nn.Module):

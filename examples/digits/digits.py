@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 def train(parts: nn.ModuleDict, pixels: torch.Tensor, digits: torch.Tensor) -> None:
     optimiser = torch.optim.Adam(parts.parameters(), lr=3e-3)
-    for _ in range(150):
+    for _ in range(60):
         for batch in torch.randperm(len(pixels)).split(128):
             optimiser.zero_grad()
             nn.functional.cross_entropy(together(parts, pixels[batch]), digits[batch]).backward()

@@ -218,13 +218,14 @@ def test_memory_of_the_hosts_is_what_show_says(runs: Path) -> None:
 
 def test_actors_lists_every_kind() -> None:
     from ranvier.actors.kinds import BUILT_IN
+    from ranvier.graph import catalogue
 
-    done = ranvier("actors")
     told = json.loads(ranvier("actors", "--json").stdout)
     assert {entry["kind"] for entry in told} == set(BUILT_IN)
     for entry in told:
         assert entry["about"]
-        assert f"{entry['kind']}: {', '.join(entry['inputs'])} -> {', '.join(entry['outputs'])}" in done.stdout
+        line = f"{entry['kind']}: {', '.join(entry['inputs'])} -> {', '.join(entry['outputs'])}"
+        assert line in catalogue.text(told)
 
 
 def test_a_new_actor_works_as_it_is(tmp_path: Path, runs: Path) -> None:

@@ -16,7 +16,12 @@ from ranvier.graph import show, trace
 
 
 @pytest.mark.parametrize(
-    ("codec", "least_ratio", "error"), [("raw+zstd", 1.0, 0.0), ("bfloat16", 1.99, 0.02), ("int8+lz4", 3.0, 0.1)]
+    ("codec", "least_ratio", "error"),
+    [
+        pytest.param("raw+zstd", 1.0, 0.0, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 1.99, 0.02, marks=pytest.mark.slow),
+        ("int8+lz4", 3.0, 0.1),
+    ],
 )
 def test_a_codec_on_every_edge_of_hidden_states(
     codec: str, least_ratio: float, error: float, tiny: Any, runs: Path, graph_file: Callable[..., Path]

@@ -201,47 +201,68 @@ def write_gguf(path: Path, arch: str, oracle: Any) -> None:
     writer.close()
 
 
-def check_groups(checkpoint: Any, oracle: Any) -> None:
-    """The layer groups, one after the other in this process, give the oracle's logits."""
+def check_groups(checkpoint: Any, oracle: Any, parts: Sequence[int] = (30,)) -> None:
+    """The layer groups, one after the other in this process, give the oracle's logits after each part of 30 tokens."""
     from ranvier.actors.actor import Batch, Context
     from ranvier.actors.model.parts import BlocksActor, Embedding, Head
     from ranvier.transport.header import Row
 
-    info = ranvier.SessionInfo(session=1, epoch=1, capacity=40, log=tuple(range(4, 34)), max_tokens=1, logits=True)
-    tokens = torch.tensor(info.log)
-    value: Any = tokens
-    for kind, layers, port in (
-        (Embedding, None, "token"),
-        (BlocksActor, (0, 2), "hidden"),
-        (BlocksActor, (3, 5), "hidden"),
-        (Head, None, "hidden"),
-    ):
-        actor = kind()
-        actor.load(Context("test", {}, lambda _: None, checkpoint, "float32", layers, 64))
-        actor.open(info)
-        outputs = actor.step(Batch((Row(1, 1, 0, 30),), {port: value}))
-        value = outputs.get("hidden", outputs)
+    tokens = torch.arange(4, 34)
     with torch.inference_mode():
-        expected = oracle(tokens[None]).logits[0, -1]
-    assert (value["logits"].tensors["logits"][0] - expected).abs().max() < 1e-4
+        expected = oracle(tokens[None]).logits[0]
+    layers = checkpoint.config.layers
+    actors = []
+    for kind, held in (
+        (Embedding, None), (BlocksActor, (0, layers // 2 - 1)), (BlocksActor, (layers // 2, layers - 1)), (Head, None)
+    ):  # fmt: skip
+        actor = kind()
+        actor.load(Context("test", {}, lambda _: None, checkpoint, "float32", held, 64))
+        actors.append(actor)
+    start = 0
+    for tokens_of_part in parts:
+        end = start + tokens_of_part
+        log = tuple(tokens[:end].tolist())
+        info = ranvier.SessionInfo(session=1, epoch=1, capacity=40, log=log, max_tokens=1, logits=True)
+        for actor in actors if start == 0 else actors[-1:]:  # to the head the prompt is what was seen so far
+            actor.open(info)
+        value: Any = tokens[start:end]
+        for actor, port in zip(actors, ("token", "hidden", "hidden", "hidden"), strict=True):
+            outputs = actor.step(Batch((Row(1, 1, start, tokens_of_part),), {port: value}))
+            value = outputs.get("hidden", outputs)
+        assert (value["logits"].tensors["logits"][0] - expected[end - 1]).abs().max() < 1e-4
+        start = end
 
 
 GPT2 = {"vocab_size": 320, "n_embd": 48, "n_layer": 4, "n_head": 6, "n_positions": 128, "initializer_range": 0.2}
 
 
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("mistral", {"sliding_window": 7}),
-        ("mistral", {"sliding_window": None, "tie_word_embeddings": False}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
-        ("qwen3", {"attention_bias": True}),
-        ("gemma3_text", {"sliding_window": 9, "query_pre_attn_scalar": 12, "layer_types": [
-            "sliding_attention", "sliding_attention", "full_attention"] * 2}),
-        ("gemma3_text", {"sliding_window": 9, "final_logit_softcapping": 2.0}),
-        ("gpt2", GPT2),
-    ],
-)  # fmt: skip
+FAMILIES = [
+    ("mistral", {"sliding_window": 7}),
+    ("mistral", {"sliding_window": None, "tie_word_embeddings": False}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}),
+    ("qwen3", {"attention_bias": True}),
+    ("gemma3_text", {"sliding_window": 9, "query_pre_attn_scalar": 12, "layer_types": [
+        "sliding_attention", "sliding_attention", "full_attention"] * 2}),
+    ("gemma3_text", {"sliding_window": 9, "final_logit_softcapping": 2.0}),
+    ("gpt2", GPT2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "changes"), FAMILIES)
+def test_the_groups_of_every_native_family_are_exact(
+    family: str, changes: dict[str, Any], tiny: Any, request: pytest.FixtureRequest
+) -> None:
+    """A prompt in two parts, then token by token, past every window: the logits of transformers at each."""
+    from ranvier.actors.checkpoint import open_checkpoint
+
+    folder, oracle = tiny(request.node.callspec.id, family, **changes)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config.native
+    check_groups(checkpoint, oracle, (12, 14, 1, 1, 1, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "changes"), FAMILIES)
 def test_every_native_family_is_exact(
     family: str, changes: dict[str, Any], tiny: Any, runs: Path, graph_file: Callable[..., Path], split: Any,
     request: pytest.FixtureRequest,
@@ -273,13 +294,13 @@ SMALL = {
 @pytest.mark.parametrize(
     ("family", "cut", "changes"),
     [
-        ("gpt_neox", 4, {**SMALL, "intermediate_size": 96, "max_position_embeddings": 128}),
-        ("opt", 4, {**SMALL, "ffn_dim": 96, "word_embed_proj_dim": 48, "max_position_embeddings": 128}),
-        ("bloom", 2, {**SMALL}),
+        pytest.param("gpt_neox", 4, {**SMALL, "intermediate_size": 96, "max_position_embeddings": 128}, marks=pytest.mark.slow),
+        pytest.param("opt", 4, {**SMALL, "ffn_dim": 96, "word_embed_proj_dim": 48, "max_position_embeddings": 128}, marks=pytest.mark.slow),
+        pytest.param("bloom", 2, {**SMALL}, marks=pytest.mark.slow),
         ("phi", 1, {**SMALL, "intermediate_size": 96, "max_position_embeddings": 128}),
-        ("falcon", 4, {**SMALL, "new_decoder_architecture": True, "num_kv_heads": 2}),
-        ("mixtral", 2, {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "num_local_experts": 4,
-                     "num_experts_per_tok": 2, "max_position_embeddings": 128}),
+        pytest.param("falcon", 4, {**SMALL, "new_decoder_architecture": True, "num_kv_heads": 2}, marks=pytest.mark.slow),
+        pytest.param("mixtral", 2, {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "num_local_experts": 4,
+                     "num_experts_per_tok": 2, "max_position_embeddings": 128}, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_every_other_family_is_exact(
@@ -325,8 +346,9 @@ def expert_graph(layers: int, groups: list[str]) -> dict[str, Any]:
     ("family", "groups", "changes"),
     [
         ("mixtral", ["0", "1", "2"], {"num_local_experts": 3, "num_experts_per_tok": 2}),
-        ("qwen3_moe", ["0-2", "3"], {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8,
-                                     "decoder_sparse_step": 1, "mlp_only_layers": []}),
+        pytest.param("qwen3_moe", ["0-2", "3"],
+                     {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8,
+                      "decoder_sparse_step": 1, "mlp_only_layers": []}, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_experts_as_actors_are_exact(

@@ -26,7 +26,7 @@ def expected(oracle: Any, ids: list[int]) -> torch.Tensor:
     return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("cut", [1, 4])
+@pytest.mark.parametrize("cut", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_scores_are_the_oracles(cut: int, tiny: Any, runs: Path, graph_file: Callable[..., Path], split: Any) -> None:
     """In parts shorter than the text, several texts at once, beside a generation; the windows add up."""
     folder, oracle = tiny("plain")
