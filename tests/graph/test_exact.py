@@ -106,8 +106,13 @@ def prompts_of(graph: ranvier.Graph) -> list[tuple[list[int], dict[str, Any]]]:
     return [(ids, {"max_tokens": 64}) for ids in [*chats, *(codec.encode(text, special=True) for text in RAWS), long]]
 
 
-@pytest.mark.parametrize("transport", ["ipc", "tcp://127.0.0.1"])
-@pytest.mark.parametrize("actors", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    ("actors", "transport"),
+    [
+        (1, "ipc"), (2, "ipc"), (4, "ipc"), (8, "ipc"), (4, "tcp://127.0.0.1"),
+        *(pytest.param(actors, "tcp://127.0.0.1", marks=pytest.mark.slow) for actors in (1, 2, 8)),
+    ],
+)  # fmt: skip
 def test_every_cut_of_a_small_model_is_exact(
     actors: int, transport: str, tiny: Any, runs: Path, graph_file: Callable[..., Path], split: Any
 ) -> None:
@@ -204,7 +209,7 @@ def write_gguf(path: Path, arch: str, oracle: Any) -> None:
 def check_groups(checkpoint: Any, oracle: Any, parts: Sequence[int] = (30,)) -> None:
     """The layer groups, one after the other in this process, give the oracle's logits after each part of 30 tokens."""
     from ranvier.actors.actor import Batch, Context
-    from ranvier.actors.model.parts import BlocksActor, Embedding, Head
+    from ranvier.actors.kinds import BUILT_IN, load_class
     from ranvier.transport.header import Row
 
     tokens = torch.arange(4, 34)
@@ -212,10 +217,13 @@ def check_groups(checkpoint: Any, oracle: Any, parts: Sequence[int] = (30,)) -> 
         expected = oracle(tokens[None]).logits[0]
     layers = checkpoint.config.layers
     actors = []
-    for kind, held in (
-        (Embedding, None), (BlocksActor, (0, layers // 2 - 1)), (BlocksActor, (layers // 2, layers - 1)), (Head, None)
+    for name, held in (
+        ("embedding", None), ("blocks", (0, layers // 2 - 1)), ("blocks", (layers // 2, layers - 1)), ("head", None)
     ):  # fmt: skip
-        actor = kind()
+        kind = BUILT_IN[name]
+        implementation = kind.implementation if checkpoint.config.runs(name) else kind.foreign
+        assert implementation is not None
+        actor = load_class(implementation, None)()
         actor.load(Context("test", {}, lambda _: None, checkpoint, "float32", held, 64))
         actors.append(actor)
     start = 0
@@ -291,18 +299,31 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize(
-    ("family", "cut", "changes"),
-    [
-        pytest.param("gpt_neox", 4, {**SMALL, "intermediate_size": 96, "max_position_embeddings": 128}, marks=pytest.mark.slow),
-        pytest.param("opt", 4, {**SMALL, "ffn_dim": 96, "word_embed_proj_dim": 48, "max_position_embeddings": 128}, marks=pytest.mark.slow),
-        pytest.param("bloom", 2, {**SMALL}, marks=pytest.mark.slow),
-        ("phi", 1, {**SMALL, "intermediate_size": 96, "max_position_embeddings": 128}),
-        pytest.param("falcon", 4, {**SMALL, "new_decoder_architecture": True, "num_kv_heads": 2}, marks=pytest.mark.slow),
-        pytest.param("mixtral", 2, {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "num_local_experts": 4,
-                     "num_experts_per_tok": 2, "max_position_embeddings": 128}, marks=pytest.mark.slow),
-    ],
-)  # fmt: skip
+OTHERS = [
+    ("gpt_neox", 4, {**SMALL, "intermediate_size": 96, "max_position_embeddings": 128}),
+    ("opt", 4, {**SMALL, "ffn_dim": 96, "word_embed_proj_dim": 48, "max_position_embeddings": 128}),
+    ("bloom", 2, {**SMALL}),
+    ("phi", 1, {**SMALL, "intermediate_size": 96, "max_position_embeddings": 128}),
+    ("falcon", 4, {**SMALL, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("mixtral", 2, {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "num_local_experts": 4,
+                 "num_experts_per_tok": 2, "max_position_embeddings": 128}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "cut", "changes"), OTHERS)
+def test_the_groups_of_every_other_family_are_exact(family: str, cut: int, changes: dict[str, Any], tiny: Any) -> None:
+    """By transformers' own layers: a prompt in two parts, then token by token."""
+    from ranvier.actors.checkpoint import open_checkpoint
+
+    folder, oracle = tiny(family, family, shards=family == "phi", **changes)
+    checkpoint = open_checkpoint(folder)
+    assert not checkpoint.config.native
+    with torch.inference_mode():
+        check_groups(checkpoint, oracle, (12, 14, 1, 1, 1, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "cut", "changes"), OTHERS)
 def test_every_other_family_is_exact(
     family: str, changes: dict[str, Any], cut: int, tiny: Any, runs: Path, graph_file: Callable[..., Path], split: Any
 ) -> None:

@@ -288,6 +288,7 @@ def test_a_join_that_never_completes_names_what_is_missing(
     assert good == 3.0
 
 
+@pytest.mark.slow
 def test_a_branch_that_is_not_read_holds_up_its_senders_within_their_credits(
     graph_file: Callable[..., Path], runs: Path, tmp_path: Path
 ) -> None:
