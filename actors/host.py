@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from ranvier.transport.codec import Coding
 from ranvier.transport.errors import LinkBroken, ProtocolError
-from ranvier.transport.exchange import Coding, Exchange, Received, RefusedMessage
+from ranvier.transport.exchange import Exchange, Received, RefusedMessage
 from ranvier.transport.header import Row
 from ranvier.transport.link import Arrival
 from ranvier.transport.zeromq import ZeroWire
@@ -175,7 +176,14 @@ class Host:
 
     def _steps(self, wire: ZeroWire) -> None:
         exchange, core, crossing = self.exchange, self.core, self.crossing
+        tick_at_s = time.monotonic() + TICK_S
         while True:
+            if time.monotonic() > tick_at_s:  # whether or not there is work: a join may wait while others go on
+                tick_at_s = time.monotonic() + TICK_S
+                exchange.tick()
+                self._give_up_overdue()
+                self._flush(wire)
+                crossing.counters = {**exchange.counters, **core.counters, "trace_dropped": crossing.ring.dropped}
             while crossing.commands:
                 if not self._obey(*crossing.commands.popleft()):
                     return
@@ -193,11 +201,7 @@ class Host:
                 exchange.idle()
                 self._flush(wire)
             elif not crossing.commands:
-                exchange.tick()
-                self._give_up_overdue()
-                self._flush(wire)
                 gc.collect()
-                crossing.counters = {**exchange.counters, **core.counters, "trace_dropped": crossing.ring.dropped}
 
     def _receive(self, wire: ZeroWire, timeout_s: float) -> bool:
         """Take in what comes next; False if nothing came in time."""

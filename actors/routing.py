@@ -39,8 +39,7 @@ def scatter(
     for number, port in enumerate(ports):
         chosen_T = (index_Tk == number).any(1)
         own = tuple(
-            row._replace(tokens=int(part.sum()))
-            for row, part in zip(rows, chosen_T.split(counts), strict=True)  # type: ignore[no-untyped-call]
+            row._replace(tokens=int(part.sum())) for row, part in zip(rows, torch.split(chosen_T, counts), strict=True)
         )
         routed[port] = Batch(own, {port: hidden_TH[chosen_T]})
     return routed

@@ -208,15 +208,14 @@ class ActorCheck(Findings):
                     key=True,
                 )
             return None
-        match = re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", str(section.experts))
-        count = checkpoint.config.experts
-        if match is None or not int(match[1]) <= int(match[2] or match[1]) < count:
+        numbers, count = _first_last(section.experts), checkpoint.config.experts
+        if numbers is None or not numbers[0] <= numbers[1] < count:
             self._wrong(
                 f"actor {name}: experts {section.experts!r}: expected first-last of 0-{count - 1}, such as 0-{count - 1}",
                 "actors", name, *(("experts",) if section.experts is not None else ()),
             )  # fmt: skip
             return None
-        return int(match[1]), int(match[2] or match[1])
+        return numbers
 
     def _layer_range(
         self, name: str, section: ActorSection, kind: Kind, checkpoint: Checkpoint | None
@@ -234,14 +233,13 @@ class ActorCheck(Findings):
         if section.layers is None or checkpoint is None:
             self._wrong(f"actor {name}: layers are missing; add layers: first-last", "actors", name)
             return None
-        match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", str(section.layers))
-        count = checkpoint.config.layers
-        if match is None:
+        numbers, count = _first_last(section.layers), checkpoint.config.layers
+        if numbers is None:
             self._wrong(
                 f"actor {name}: layers {section.layers!r}: expected first-last, such as 0-14", "actors", name, "layers"
             )
             return None
-        first, last = int(match[1]), int(match[2] or match[1])
+        first, last = numbers
         if not first <= last < count:
             self._wrong(
                 f"actor {name}: layers {first}-{last} are out of range; the model has 0-{count - 1}",
@@ -317,3 +315,9 @@ def _ranges(numbers: list[int]) -> str:
         else:
             spans.append([number, number])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def _first_last(text: str | int | None) -> tuple[int, int] | None:
+    """`3-7`, or `3` for `3-3`."""
+    match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", str(text))
+    return (int(match[1]), int(match[2] or match[1])) if match is not None else None

@@ -18,8 +18,9 @@ from ranvier.actors.session import Sampling, SessionInfo
 from ranvier.actors.spec import GATEWAY, identity
 from ranvier.actors.supervisor import Supervisor
 from ranvier.actors.trace_file import DONE, SENT, TraceFile
+from ranvier.transport.codec import Coding
 from ranvier.transport.errors import LinkClosed, ProtocolError, RanvierError
-from ranvier.transport.exchange import Coding, Exchange, Received, RefusedMessage
+from ranvier.transport.exchange import Exchange, Received, RefusedMessage
 from ranvier.transport.header import Row
 from ranvier.transport.trio_wire import TrioWire
 from ranvier.transport.zeromq import ZeroWire

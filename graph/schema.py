@@ -48,7 +48,7 @@ class ActorSection(Section):
     kind: str = Field(
         min_length=1,
         max_length=4096,
-        description="embedding, blocks, head, first_stage, last_stage, model, or ./file.py:Class",
+        description="a kind that `ranvier actors` lists, or ./file.py:Class",
     )
     layers: str | int | None = Field(None, description="for blocks and stages: first-last, both included, such as 0-14")
     experts: str | int | None = Field(None, description="for experts: first-last of a layer's experts, such as 0-3")

@@ -44,6 +44,15 @@ class Codec(NamedTuple):
         return f"{form}+{PACKERS[self.packer]}" if self.packer else form
 
 
+class Coding(NamedTuple):
+    """What a codec did to one tensor: its bytes before, the time, and, where it was looked at, the largest error relative
+    to the largest number."""
+
+    raw_bytes: int
+    took_ns: int
+    error: float | None
+
+
 def parse(text: str) -> Codec:
     """The codec that a graph file names: `int8`, `raw+zstd`, `topk:0.05+lz4`.
 

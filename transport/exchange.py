@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
-from .codec import RAW, Codec
+from .codec import RAW, Codec, Coding
 from .codec import parse as parse_codec
 from .errors import LinkBroken, ProtocolError
 from .handshake import hello, objection
@@ -23,7 +23,6 @@ from .message import Buffer, check_frames, check_specs, checksum
 from .window import Outgoing, ReceiveWindow, SendWindow
 
 Link = TypeVar("Link")
-RAW_CODEC = Codec()
 _Shape = tuple[tuple[TensorMeta, ...], int, int]
 """Tensors, rows and tokens of a message."""
 
@@ -39,8 +38,6 @@ class Received(msgspec.Struct, frozen=True, eq=False):
     received_ns: int
 
 
-Coding = tuple[int, int, float | None]
-"""What a codec did to a message: bytes before, nanoseconds, largest relative error where it was measured."""
 OnSent = Callable[[int, int, tuple[Row, ...], int, int, int, int, int, Coding | None], None]
 """What the sending end knows of one message: (edge, sequence, rows, bytes, ready_ns, credit_ns, sent_ns, codec, coding)."""
 
@@ -60,12 +57,12 @@ class SendingLink:
 
     spec: LinkSpec
     window: SendWindow
+    codec: Codec
+    raw: bool
     open: bool = False
     refused: str | None = None
     passed: _Shape | None = None
     nbytes: int = 0
-    codec: Codec = RAW_CODEC
-    raw: bool = True
     sent: int = 0
     waiting: deque[_Waiting] = field(default_factory=deque)
 
@@ -130,7 +127,7 @@ class Exchange:
         for spec in links:
             if spec.source == me:
                 codec = parse_codec(spec.codec)
-                link = SendingLink(spec, SendWindow(spec.credits_bytes), codec=codec, raw=codec.number == RAW)
+                link = SendingLink(spec, SendWindow(spec.credits_bytes), codec, codec.number == RAW)
                 self.sending[spec.edge, spec.target] = link
             if spec.target == me:
                 window = ReceiveWindow(spec.credits_messages, spec.credits_bytes)

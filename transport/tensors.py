@@ -11,14 +11,13 @@ import functools
 import math
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import lz4.block
 import torch
 import zstandard
 
 from . import codec as codecs
-from .codec import BFLOAT16, BLOCK, FLOAT16, INT8, PLACE_BYTES, RAW, SCALE_BYTES, TOPK, Codec
+from .codec import BFLOAT16, BLOCK, FLOAT16, INT8, PLACE_BYTES, RAW, SCALE_BYTES, TOPK, Codec, Coding
 from .dtypes import BY_NAME, TABLE
 from .errors import ProtocolError
 from .header import TensorMeta
@@ -74,15 +73,6 @@ def from_buffer(meta: TensorMeta, buffer: Buffer) -> torch.Tensor:
     if meta.nbytes == 0:
         return torch.empty(meta.shape, dtype=_TORCH[meta.dtype])
     return torch.frombuffer(buffer, dtype=_TORCH[meta.dtype]).view(meta.shape)
-
-
-class Coding(NamedTuple):
-    """What a codec did to one tensor: its bytes before, the time, and, where it was looked at, the largest error relative
-    to the largest number."""
-
-    raw_bytes: int
-    took_ns: int
-    error: float | None
 
 
 LOOK_EVERY = 16

@@ -16,7 +16,7 @@ from ..actor import Actor, Batch, Context
 from ..checkpoint.config import ModelConfig
 from ..routing import gather, scatter
 from . import weights
-from .blocks import activate
+from .blocks import Blocks, activate
 from .parts import BlocksActor, needed
 from .tensors import read_slot
 
@@ -31,14 +31,15 @@ class Attention(BlocksActor):
     expert's tokens on a port of its own."""
 
     def load(self, context: Context) -> None:
-        super().load(context)
         checkpoint, dtype = needed(context)
         assert context.layers is not None
+        self.layer = Blocks(checkpoint, context.layers, dtype, context.cache_tokens, context.progress)
+        self.blocks = self.layer
         self.config: ModelConfig = checkpoint.config
         self.gate_EH = read_slot(weights.gate(self.config, context.layers[0]), checkpoint, dtype)
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
-        residual_TH, normed_TH = self.blocks.attention_alone(batch.rows, batch["hidden"])  # type: ignore[attr-defined]
+        residual_TH, normed_TH = self.layer.attention_alone(batch.rows, batch["hidden"])
         scores_TE = F.linear(normed_TH, self.gate_EH).float().softmax(-1)
         weight_Tk, index_Tk = scores_TE.topk(self.config.experts_per_token, dim=-1)
         if self.config.normalises_choices:

@@ -183,7 +183,8 @@ class Skeleton:
         """[T, V]: final norm and head, of tokens that need not belong together."""
         self._set(hidden_TH[None], enters_at=0, bypasses=True)
         made = self.model(inputs_embeds=torch.zeros_like(hidden_TH)[None], use_cache=False)
-        return made.logits[0]  # type: ignore[no-any-return]
+        logits_TV: torch.Tensor = made.logits[0]
+        return logits_TV
 
     def _set(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from typing import Any
 
 import pytest
 
@@ -30,8 +31,8 @@ class Bench:
             link.window.grant(1000, 1 << 30)
         self.gateway = Gateway(self.exchange, ["embed.0", "head.0"], capacity, chunk)
 
-    def submit(self, prompt: int = 3, tokens: int = 2, **options: object) -> Stream:
-        info = SessionInfo(0, 0, prompt + tokens, tuple(range(prompt)), tokens, **options)  # type: ignore[arg-type]
+    def submit(self, prompt: int = 3, tokens: int = 2, **options: Any) -> Stream:
+        info = SessionInfo(0, 0, prompt + tokens, tuple(range(prompt)), tokens, **options)
         return self.gateway.submit(info)
 
     def opened(self, stream: Stream) -> None:
