@@ -57,7 +57,8 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
 class Context:
     """What an actor may use while it loads.
 
-    `progress` is called with the share done (0 to 1); `layers` are the first and last layer, both included.
+    `name` is the host's, `actor.replica`. `progress` is called with the share done (0 to 1); `layers` are the first and
+    last layer, both included.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Context:
     cache_tokens: int = 0
     weights: Path | None = None
     experts: tuple[int, int] | None = None
+    replica: int = 0
 
 
 class Actor:

@@ -20,6 +20,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "progress": {"share": float},
     "ready": {"address": str, "capacity_tokens": (int, type(None)), "held_bytes": int},
     "heartbeat": {"steps": int, "stepping_s": float, "queued": int, "counters": dict},
+    "linked": {"peer": str},
     "opened": {"session": int, "epoch": int},
     "session_failed": {"session": int, "epoch": int, "error": str, "traceback": str},
     "refused": {"what": str},
@@ -28,8 +29,17 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "connect": {"peers": dict},
     "open": {"info": dict},
     "close": {"session": int},
+    "link": {"peer": str, "address": str, "links": list},
+    "unlink": {"peer": str},
     "stop": {},
+    # a command of the user's, to a run, and its answer
+    "scale": {"actor": str, "replicas": int},
+    "done": {"what": str},
+    "wrong": {"what": str},
 }
+
+COMMANDS = ("scale",)
+"""What a client may ask of a run."""
 
 _decoder = msgspec.msgpack.Decoder(tuple[str, dict[str, Any]])
 

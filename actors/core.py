@@ -6,20 +6,22 @@ thread drives it over ZeroMQ; the tests drive the same over memory wires.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import msgspec
 import torch
 
 from ranvier.transport.errors import ProtocolError
-from ranvier.transport.exchange import Exchange, Received, ReceivingLink, RefusedMessage, SendingLink
+from ranvier.transport.exchange import Exchange, Received, ReceivingLink, RefusedMessage
 from ranvier.transport.header import Row
-from ranvier.transport.tensors import LOOK_EVERY, encode, from_buffer, to_buffer
+from ranvier.transport.tensors import from_buffer
 
 from .actor import Batch
 from .join import Join, Late, Overdue, Part
+from .outputs import Outputs
+from .replicas import Answers, Places
 from .spec import HostLink, PortSpec
 
 
@@ -30,13 +32,6 @@ class Work(msgspec.Struct, frozen=True, eq=False):
     batch: Batch
     sources: tuple[Received, ...]
     pieces: tuple[Work, ...] = ()
-
-
-class Loop(NamedTuple):
-    """What an edge that a user's actor feeds back to itself carries: the port that says done, and a bound."""
-
-    until: str | None
-    at_most: int
 
 
 class HostCore:
@@ -62,40 +57,70 @@ class HostCore:
         self.exchange = exchange
         self.counters: Counter[str] = Counter()
         self._inputs = {port.name: port for port in inputs}
-        self._output_specs = {port.name: port.tensor for port in outputs}
-        self._outputs: dict[str, list[SendingLink]] = {port: [] for port in self._output_specs}
+        self.outputs = Outputs(outputs, exchange)
         self._in: dict[ReceivingLink, HostLink] = {}
-        self._loops: dict[str, tuple[SendingLink, Loop]] = {}
+        links = list(links)
+        self._answers = Answers(link.link.edge for link in links if link.repeats and not link.outgoing)
         for link in links:
-            spec = link.link
-            if link.outgoing:
-                sending = exchange.sending[spec.edge, spec.target]
-                if link.at_most:
-                    self._loops[link.port] = sending, Loop(link.until, link.at_most)
-                else:
-                    self._outputs[link.port].append(sending)
-            else:
-                self._in[exchange.receiving[spec.edge, spec.source]] = link
+            self.add(link)
         self._batch_tokens = batch_tokens
         self._stacks = all(port.stacks for port in self._inputs.values())
         self._epochs: dict[int, int] = {}
+        self._newest = 0
+        self._early: dict[int, list[tuple[HostLink, Row, torch.Tensor, Received]]] = {}
         self._ready: deque[Work] = deque()
-        arrivals = sum(not link.feedback for link in self._in.values())
+        arrivals = len({link.link.edge for link in self._in.values() if not link.feedback})
         # one port and nothing to choose from: messages are steps as they come
         plain = len(self._inputs) == 1 and needed is None
         self._join = None if plain else Join(tuple(self._inputs), needed or len(self._inputs), arrivals)
-        self._rows_left: dict[tuple[ReceivingLink, int], int] = {}
+        self._shares: dict[tuple[ReceivingLink, int], int] = {}
+
+    # -- links --------------------------------------------------------------------------------------------------
+
+    def add(self, link: HostLink) -> None:
+        """A link that the exchange has."""
+        if link.outgoing:
+            self.outputs.add(link)
+        else:
+            self._in[self.exchange.receiving[link.link.edge, link.link.source]] = link
+
+    def remove(self, peer: str) -> None:
+        """The links with a replica that has left."""
+        self.outputs.remove(peer)
+        self._in = {link: here for link, here in self._in.items() if link.spec.source != peer}
+
+    @property
+    def due_ns(self) -> int | None:
+        """When the next second copy of a hedged message goes out; None if none is to come."""
+        return self.outputs.due_ns
+
+    def send_copies(self, now_ns: int) -> None:
+        """Send the second copies that are due."""
+        self.outputs.send_copies(now_ns, self._is_open)
 
     # -- sessions -----------------------------------------------------------------------------------------------
 
-    def open(self, session: int, epoch: int) -> None:
-        """Rows of the session are taken from now on, those of any other epoch refused."""
+    def open(self, session: int, epoch: int, places: Places | None = None) -> None:
+        """Rows of the session are taken from now on, those of any other epoch refused. Sessions open in the order of their
+        numbers: rows of one that is newer than all so far were kept for it."""
         self._epochs[session] = epoch
+        if places:
+            self.outputs.open(session, places)
+        if session > self._newest:
+            self._newest = session
+            for early in [early for early in self._early if early <= session]:
+                for here, row, tensor, received in self._early.pop(early):
+                    self._put(here, (row,), tensor, received)
+
+    def _is_open(self, row: Row) -> bool:
+        return self._epochs.get(row.session) == row.epoch
 
     def close(self, session: int) -> bool:
         """Rows of the session are refused from now on. False if it was not open."""
         if self._join is not None:
             self._use_up(part.source for part in self._join.drop(session))
+        self._answers.close(session)
+        self.outputs.close(session)
         return self._epochs.pop(session, None) is not None
 
     @property
@@ -123,16 +148,49 @@ class HostCore:
             if not here.feedback:
                 self.exchange.consumed(received.link, received.nbytes)
             raise RefusedMessage(f"edge {received.link.spec.name}: {error}", rows) from None
+        if self._join is not None:
+            self._shares[received.link, header.sequence] = len(rows)
+        for row in rows:
+            if row.session > self._newest:
+                self._keep_early(here, rows, tensor, received)
+                return
+        self._put(here, rows, tensor, received)
+
+    def _keep_early(self, here: HostLink, rows: tuple[Row, ...], tensor: torch.Tensor, received: Received) -> None:
+        """Keep rows of sessions that will open here, too, but have not yet: the command comes by another way."""
+        parts = self._split(here.port, rows, tensor)
+        early = [row.session > self._newest for row in rows]
         if self._join is None:
-            self._ready.append(Work(Batch(rows, {here.port: tensor}), (received,)))
-        else:
-            self._rows_left[received.link, header.sequence] = len(rows)
+            self._shares[received.link, received.header.sequence] = sum(early) + (not all(early))
+        for row, part in zip(itertools.compress(rows, early), itertools.compress(parts, early), strict=True):
+            self._early.setdefault(row.session, []).append((here, row, part, received))
+        if not all(early):
+            known = [not is_early for is_early in early]
+            self._put(
+                here,
+                tuple(itertools.compress(rows, known)),
+                torch.cat(list(itertools.compress(parts, known))),
+                received,
+            )
+
+    def _put(self, here: HostLink, rows: tuple[Row, ...], tensor: torch.Tensor, received: Received) -> None:
+        if self._join is not None:
             self._offer(self._join, here.port, rows, tensor, received)
+            return
+        piece = Work(Batch(rows, {here.port: tensor}), (received,))
+        kept = self._without_repeats(piece, here) if here.repeats else piece
+        if kept is not None:
+            self._ready.append(kept)
 
     def _offer(self, join: Join, port: str, rows: tuple[Row, ...], tensor: torch.Tensor, received: Received) -> None:
         for row, part in zip(rows, self._split(port, rows, tensor), strict=True):
-            if self._epochs.get(row.session) != row.epoch:
+            if not self._is_open(row):
                 self.counters["rows_refused"] += 1
+                self._use_up((received,))
+                continue
+            edge = received.link.spec.edge
+            if edge in self._answers and not self._answers.first(edge, row):
+                self.counters["rows_late"] += 1
                 self._use_up((received,))
                 continue
             try:
@@ -219,17 +277,25 @@ class HostCore:
                 break
         else:
             return piece
-        kept = tuple(row for row in rows if epochs.get(row.session) == row.epoch)
-        self.counters["rows_refused"] += len(rows) - len(kept)
-        if not kept:
+        return self._filtered(piece, [self._is_open(row) for row in rows], "rows_refused")
+
+    def _without_repeats(self, piece: Work, here: HostLink) -> Work | None:
+        """The piece without rows that another replica has answered before; None if no row is left."""
+        edge = here.link.edge
+        first = [not self._is_open(row) or self._answers.first(edge, row) for row in piece.batch.rows]
+        return piece if all(first) else self._filtered(piece, first, "rows_late")
+
+    def _filtered(self, piece: Work, keep: list[bool], counter: str) -> Work | None:
+        rows = piece.batch.rows
+        self.counters[counter] += len(rows) - sum(keep)
+        if not any(keep):
             self._use_up(piece.sources)
             return None
         tensors = {
-            port: torch.cat([part for row, part in zip(rows, self._split(port, rows, tensor), strict=True)
-                             if epochs.get(row.session) == row.epoch])
+            port: torch.cat(list(itertools.compress(self._split(port, rows, tensor), keep)))
             for port, tensor in piece.batch.tensors.items()
-        }  # fmt: skip
-        return Work(Batch(kept, tensors), piece.sources)
+        }
+        return Work(Batch(tuple(itertools.compress(rows, keep)), tensors), piece.sources)
 
     def complete(self, work: Work, outputs: Mapping[str, torch.Tensor | Batch], ready_ns: int) -> None:
         """Send the outputs of a step down their edges.
@@ -238,70 +304,7 @@ class HostCore:
             ProtocolError: an output is not what its edge carries.
             ValueError, TypeError: the actor returned a port it does not have, or no tensor.
         """
-        for port, value in outputs.items():
-            links = self._outputs.get(port)
-            if links is None:
-                raise ValueError(f"step returned the port {port!r}; the actor's outputs are {', '.join(self._outputs)}")
-            loop = self._loops.get(port)
-            if not links and loop is None:
-                continue
-            rows, tensor = (value.rows, value.tensors[port]) if isinstance(value, Batch) else (work.batch.rows, value)
-            if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"step returned {type(tensor).__name__} for the port {port!r}, expected a torch.Tensor")
-            if loop is not None:
-                rows, tensor = self._go_round(port, rows, tensor, *loop, outputs, ready_ns)
-            if rows:
-                self._send(port, links, rows, tensor, ready_ns)
-
-    def _send(
-        self, port: str, links: list[SendingLink], rows: tuple[Row, ...], tensor: torch.Tensor, ready_ns: int
-    ) -> None:
-        plain = None
-        for link in links:
-            if link.raw:
-                meta, buffer = plain = plain or to_buffer(port, tensor)
-                self.exchange.send(link, rows, (meta,), (buffer,), ready_ns)
-            else:
-                meta, buffer, coding = encode(port, tensor, link.codec, link.sent % LOOK_EVERY == 0)
-                link.sent += 1
-                self.exchange.send(link, rows, (meta,), (buffer,), ready_ns, coding)
-
-    def _go_round(
-        self,
-        port: str,
-        rows: tuple[Row, ...],
-        tensor: torch.Tensor,
-        link: SendingLink,
-        loop: Loop,
-        outputs: Mapping[str, torch.Tensor | Batch],
-        ready_ns: int,
-    ) -> tuple[tuple[Row, ...], torch.Tensor]:
-        """Send on what goes round once more, one position further; what is done, or was round often enough, remains."""
-        if loop.until is None and len(rows) == 1 and rows[0].position + 1 < loop.at_most:
-            self._send(port, [link], (rows[0]._replace(position=rows[0].position + 1),), tensor, ready_ns)
-            return (), tensor
-        done = outputs.get(loop.until) if loop.until is not None else None
-        said = [False] * len(rows)
-        if isinstance(done, torch.Tensor):
-            if done.numel() != len(rows):
-                raise ValueError(
-                    f"step returned {list(done.shape)} for the port {loop.until!r}, expected one of {len(rows)} rows each"
-                )
-            said = [bool(flag) for flag in done.reshape(-1).tolist()]
-        goes = [not flag and row.position + 1 < loop.at_most for flag, row in zip(said, rows, strict=True)]
-        if not any(goes):
-            return rows, tensor
-        parts = self._split_output(port, rows, tensor)
-        on = tuple(row._replace(position=row.position + 1) for row, going in zip(rows, goes, strict=True) if going)
-        self._send(port, [link], on, torch.cat([p for p, going in zip(parts, goes, strict=True) if going]), ready_ns)
-        left = [part for part, going in zip(parts, goes, strict=True) if not going]
-        return tuple(row for row, going in zip(rows, goes, strict=True) if not going), torch.cat(left or [tensor[:0]])
-
-    def _split_output(self, port: str, rows: tuple[Row, ...], tensor: torch.Tensor) -> list[torch.Tensor]:
-        if len(rows) == 1:
-            return [tensor]
-        by_tokens = self._output_specs[port].shape[:1] == ("tokens",)
-        return list(torch.split(tensor, [row.tokens if by_tokens else 1 for row in rows]))
+        self.outputs.send(work.batch.rows, outputs, ready_ns)
 
     def alone(self, work: Work) -> list[Work]:
         """One work a row of the batch, to find out which sessions a failing step is due to. They hold no credit."""
@@ -321,16 +324,18 @@ class HostCore:
         return self._use_up(work.sources)
 
     def _use_up(self, sources: Iterable[Received]) -> list[Received]:
-        """The messages that are done with. Where rows of one are joined with rows of others, the last row ends it."""
+        """The messages that are done with. Where the rows of one go different ways, the last of them ends it."""
         done = []
         for received in sources:
-            if self._join is not None:
-                key = received.link, received.header.sequence
-                self._rows_left[key] -= 1
-                if self._rows_left[key]:
+            key = received.link, received.header.sequence
+            shares = self._shares.get(key) if self._shares else None
+            if shares is not None:
+                if shares > 1:
+                    self._shares[key] = shares - 1
                     continue
-                del self._rows_left[key]
-            if not self._in[received.link].feedback:
+                del self._shares[key]
+            here = self._in.get(received.link)
+            if here is not None and not here.feedback:
                 self.exchange.consumed(received.link, received.nbytes)
             done.append(received)
         return done

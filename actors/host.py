@@ -21,7 +21,7 @@ from ranvier.transport.codec import Coding
 from ranvier.transport.errors import LinkBroken, ProtocolError
 from ranvier.transport.exchange import Exchange, Received, RefusedMessage
 from ranvier.transport.header import Row
-from ranvier.transport.link import Arrival
+from ranvier.transport.link import Arrival, LinkSpec
 from ranvier.transport.zeromq import ZeroWire
 
 from .actor import Actor, Batch, Context
@@ -32,7 +32,7 @@ from .crossing import Crossing
 from .kinds import make
 from .lifecycle import Lifecycle, State
 from .session import SessionInfo
-from .spec import HostSpec
+from .spec import HostLink, HostSpec
 from .trace_file import DONE, SENT
 
 ACK_DELAY_S = 0.001
@@ -126,6 +126,7 @@ class Host:
                 cache_tokens=spec.cache_tokens,
                 experts=spec.experts,
                 weights=Path(spec.weights) if spec.weights is not None else None,
+                replica=spec.replica,
             )
         )
         return actor
@@ -188,19 +189,26 @@ class Host:
                 if not self._obey(*crossing.commands.popleft()):
                     return
                 self._flush(wire)
+            due_ns = core.due_ns
+            if due_ns is not None and time.monotonic_ns() >= due_ns:
+                core.send_copies(time.monotonic_ns())
+                due_ns = core.due_ns
             work = core.take()
             if work is not None:
                 self._step(work)
                 continue
             self._flush(wire)
-            if self._receive(wire, ACK_DELAY_S if exchange.owes() else TICK_S):
+            wait_s = ACK_DELAY_S if exchange.owes() else TICK_S
+            if due_ns is not None:
+                wait_s = min(wait_s, max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
+            if self._receive(wire, wait_s):
                 if core.may_batch:  # all that has queued up meanwhile may go into one step
                     while self._receive(wire, 0):
                         pass
             elif exchange.owes():
                 exchange.idle()
                 self._flush(wire)
-            elif not crossing.commands:
+            elif due_ns is None and not crossing.commands:
                 gc.collect()
 
     def _receive(self, wire: ZeroWire, timeout_s: float) -> bool:
@@ -307,7 +315,30 @@ class Host:
             self._open_session(info)
         elif kind == "close":
             self._close_session(fields["session"])
+        elif kind == "link":
+            self._link(fields)
+        elif kind == "unlink":
+            self._unlink(fields["peer"])
         return kind != "stop"
+
+    def _link(self, fields: Mapping[str, Any]) -> None:
+        """A replica has joined: it will answer our offers, and we its own."""
+        assert self.wire is not None
+        peer = fields["peer"]
+        self.wire.connect(peer, fields["address"])
+        for plain in fields["links"]:
+            link = HostLink.from_plain(plain)
+            self.exchange.add(link.link)
+            self.core.add(link)
+        self.exchange.open()
+        self.crossing.tell("linked", peer=peer)
+
+    def _unlink(self, peer: str) -> None:
+        """A replica has left."""
+        assert self.wire is not None
+        self.core.remove(peer)
+        self.exchange.remove(peer)
+        self.wire.disconnect(peer)
 
     def _open_session(self, info: SessionInfo) -> None:
         row = Row(info.session, info.epoch, 0, 0)
@@ -315,9 +346,11 @@ class Host:
             self._close_session(info.session)
             self.actor.open(info)
         except Exception as error:
+            self.core.open(info.session, info.epoch)  # what came for it already is refused with it
+            self.core.close(info.session)
             self._session_failed(row, error)
             return
-        self.core.open(info.session, info.epoch)
+        self.core.open(info.session, info.epoch, info.places)
         self.crossing.tell("opened", session=info.session, epoch=info.epoch)
 
     def _close_session(self, session: int) -> None:
@@ -358,15 +391,17 @@ class Host:
         self.crossing.tell("state", state=state.value, why="")
 
     def _record_sent(
-        self, edge: int, sequence: int, rows: tuple[Row, ...], nbytes: int, ready_ns: int, credit_ns: int, sent_ns: int,
+        self, link: LinkSpec, sequence: int, rows: tuple[Row, ...], nbytes: int, ready_ns: int, credit_ns: int, sent_ns: int,
         codec: int, coding: Coding | None,
     ) -> None:  # fmt: skip
-        self.crossing.ring.put((SENT, edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, codec, rows, coding))
+        self.crossing.ring.put(
+            (SENT, link.edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, codec, rows, coding, link.target)
+        )
 
 
 def _done_record(received: Received, started_ns: int, finished_ns: int, batch: int) -> tuple[Any, ...]:
     header = received.header
     return (
         DONE, header.edge, header.sequence, received.nbytes, header.sent_ns, received.received_ns, started_ns, finished_ns,
-        batch, header.rows,
+        batch, header.rows, received.link.spec.source,
     )  # fmt: skip

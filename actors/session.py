@@ -6,6 +6,7 @@ name every step it ever takes; whatever an actor keeps for it is a function of t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -65,6 +66,9 @@ class SessionInfo:
     """Whether the head sends the logits of every generated position to the gateway."""
     score: bool = False
     """Whether nothing is generated, and the head sends the log-probability of every token of the log but the first."""
+    places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """The replicas that the session was opened at, by actor, where there is a choice; else replica 0. They remain the same
+    for as long as it is open."""
 
     def finished(self, generated: int, token: int) -> bool:
         """Whether `token`, the `generated`-th of the stream, ends it. Gateway and head ask the same question."""
@@ -79,4 +83,5 @@ class SessionInfo:
         fields["sampling"] = Sampling(**fields["sampling"])
         fields["log"] = tuple(fields["log"])
         fields["stop_tokens"] = tuple(fields["stop_tokens"])
+        fields["places"] = {actor: tuple(replicas) for actor, replicas in fields["places"].items()}
         return cls(**fields)

@@ -19,6 +19,40 @@ def identity(actor: str, replica: int, epoch: int) -> str:
     return f"{actor}.{replica}.{epoch}"
 
 
+def replica_of(name: str) -> int:
+    """The replica that an identity, or a label, names."""
+    return int(name.split(".")[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Which replicas of an actor a row goes to.
+
+    `sticky`: the one that its session was given. `round_robin`: the session's replicas in turn. `least_queued`: the one
+    with the fewest messages that are not used up. `lowest_latency`: the one where a message took the least time, by a
+    moving average. `hedge`: `copies` of them; the first answer counts. With `after`, a percentile, the second copy goes out
+    only when the first has taken longer than that share of the messages before it (Dean and Barroso, The Tail at Scale,
+    2013).
+    """
+
+    name: str = "sticky"
+    copies: int = 1
+    after: int = 0
+
+    @property
+    def by_load(self) -> bool:
+        """Whether each sender chooses by what it sees itself. Two senders may then choose differently."""
+        return self.name in ("least_queued", "lowest_latency") or self.after > 0
+
+    @property
+    def places(self) -> int | None:
+        """How many replicas a session is opened at; None: all."""
+        return self.copies if self.name in ("sticky", "hedge") and not self.after else None
+
+
+STICKY = Policy()
+
+
 @dataclass(frozen=True, slots=True)
 class Deadlines:
     """When a host counts as failed, in seconds."""
@@ -51,7 +85,9 @@ class PortSpec:
 @dataclass(frozen=True, slots=True)
 class HostLink:
     """One end of a link at this host: its port, which way it goes, and whether it closes a cycle. A link of an actor to
-    itself has both its ends here. `at_most`, at the outgoing end of a loop of the user's own: how often a row goes round,
+    itself has both its ends here. `policy` says how to choose among the links of one edge, which lead to the replicas of one
+    actor; at the incoming end `repeats` says that a step may come again from another replica. `skips`: a copy without credit
+    may be left out. `at_most`, at the outgoing end of a loop of the user's own: how often a row goes round,
     unless the port `until` says that it is done; 0: the actor decides by what it sends."""
 
     port: str
@@ -60,6 +96,13 @@ class HostLink:
     feedback: bool = False
     until: str | None = None
     at_most: int = 0
+    policy: Policy = STICKY
+    skips: bool = False
+    repeats: bool = False
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> HostLink:
+        return cls(**{**plain, "link": _link(plain["link"]), "policy": Policy(**plain["policy"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +158,7 @@ class HostSpec:
         fields["experts"] = tuple(fields["experts"]) if fields["experts"] is not None else None
         fields["inputs"] = tuple(_port(port) for port in fields["inputs"])
         fields["outputs"] = tuple(_port(port) for port in fields["outputs"])
-        fields["links"] = tuple(HostLink(**{**link, "link": _link(link["link"])}) for link in fields["links"])
+        fields["links"] = tuple(HostLink.from_plain(link) for link in fields["links"])
         fields["supervision"] = Deadlines(**fields["supervision"])
         return cls(**fields)
 

@@ -36,14 +36,20 @@ class Watched:
     queued: int = 0
     exited: int | None = None
     counters: Mapping[str, int] | None = None
+    joining: bool = False
+    """Started while the run goes on: until it runs, its failure is not the run's."""
+    leaving: bool = False
+    lost: ActorFailed | None = None
 
 
 class Supervision:
     """The hosts of one run."""
 
     def __init__(self, specs: Iterable[HostSpec], now_s: float) -> None:
-        self.hosts = {spec.identity: Watched(spec, Lifecycle(spec.label), now_s, now_s) for spec in specs}
-        self._by_label = {spec.spec.label: spec for spec in self.hosts.values()}
+        self.hosts: dict[str, Watched] = {}
+        self._by_label: dict[str, Watched] = {}
+        for spec in specs:
+            self.add(spec, now_s)
         self.failure: ActorFailed | None = None
         self.stopping = False
 
@@ -82,7 +88,7 @@ class Supervision:
         """The process of a host has ended (a negative code: by that signal)."""
         host = self.hosts[key]
         host.exited = code
-        if self.stopping or host.life.state is State.STOPPED:
+        if self.stopping or host.leaving or host.life.state is State.STOPPED:
             return
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         self._fail(host, f"its process {how} while {host.life.state.value}", stderr_tail)
@@ -92,7 +98,7 @@ class Supervision:
         # who is furthest behind comes first: a host that is ready and waits for another is not to blame
         for host in sorted(self.hosts.values(), key=lambda host: _PROGRESS.index(host.life.state)):
             limits = host.spec.supervision
-            if host.exited is not None or self.stopping:
+            if host.exited is not None or self.stopping or host.leaving or host.lost is not None:
                 continue
             silent_s, starting_s = now_s - host.heard_s, now_s - host.started_s
             if host.life.state in (State.STARTING, State.LOADING, State.READY):
@@ -113,8 +119,23 @@ class Supervision:
     def _fail(self, host: Watched, what: str, remote_traceback: str = "") -> None:
         if not host.life.over:
             host.life.to(State.FAILED, what)
-        if self.failure is None and not self.stopping:
-            self.failure = ActorFailed(host.spec.label, what, remote_traceback=remote_traceback)
+        failure = ActorFailed(host.spec.label, what, remote_traceback=remote_traceback)
+        if host.joining or host.leaving:
+            host.lost = host.lost or failure
+        elif self.failure is None and not self.stopping:
+            self.failure = failure
+
+    # -- while the run goes on ------------------------------------------------------------------------------------
+
+    def add(self, spec: HostSpec, now_s: float, *, joining: bool = False) -> Watched:
+        """Watch a host from its start."""
+        host = Watched(spec, Lifecycle(spec.label), now_s, now_s, joining=joining)
+        self.hosts[spec.identity] = self._by_label[spec.label] = host
+        return host
+
+    def remove(self, key: str) -> None:
+        """Forget a host that is over."""
+        del self._by_label[self.hosts.pop(key).spec.label]
 
     # -- questions ----------------------------------------------------------------------------------------------
 
@@ -133,9 +154,12 @@ class Supervision:
 
     @property
     def capacity_tokens(self) -> int | None:
-        """Positions that fit everywhere; None if nobody has a limit."""
-        limits = [host.capacity_tokens for host in self.hosts.values() if host.capacity_tokens is not None]
-        return min(limits) if limits else None
+        """Positions that one session may have: what fits at some replica of every actor; None if nobody has a limit."""
+        limits: dict[str, int] = {}
+        for host in self.hosts.values():
+            if host.capacity_tokens is not None:
+                limits[host.spec.actor] = max(limits.get(host.spec.actor, 0), host.capacity_tokens)
+        return min(limits.values(), default=None)
 
     def neighbours(self, spec: HostSpec, gateway: str, gateway_address: str) -> dict[str, str]:
         """Where everyone this host speaks with listens. All hosts must be loaded."""

@@ -6,21 +6,22 @@ Its decisions are in supervision.py. It owns the control socket of the run folde
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from ranvier.transport.errors import ProtocolError
+from ranvier.transport.errors import LinkBroken, ProtocolError
 from ranvier.transport.trio_wire import TrioWire
 from ranvier.transport.zeromq import ZeroWire
 
 from .control import SUPERVISOR
-from .control_protocol import MAX_BYTES, decode, encode
+from .control_protocol import COMMANDS, MAX_BYTES, decode, encode
 from .launcher import Launcher
+from .lifecycle import State
 from .spec import HostSpec
-from .supervision import Supervision
+from .supervision import Supervision, Watched
 
 if TYPE_CHECKING:
     import structlog
@@ -31,7 +32,8 @@ OnSession = Callable[[str, str, Mapping[str, Any]], None]
 
 
 class Supervisor:
-    """All hosts of one run. `failed` is set when one of them is lost; `supervision.failure` says why."""
+    """All hosts of one run. `failed` is set when one of them is lost; `supervision.failure` says why. `on_command` is called
+    with what a client of the control socket asks for: its name, the kind, the fields."""
 
     def __init__(
         self,
@@ -42,7 +44,6 @@ class Supervisor:
         log: structlog.typing.FilteringBoundLogger,
         on_session: OnSession,
     ) -> None:
-        self._specs = specs
         self._launcher = launcher
         self._logs = logs
         self._log = log
@@ -50,6 +51,8 @@ class Supervisor:
         self.supervision = Supervision(specs, time.monotonic())
         self.failed = trio.Event()
         self._changed = trio.Event()
+        self._linked: set[tuple[str, str]] = set()
+        self.on_command: Callable[[str, str, Mapping[str, Any]], None] | None = None
         self._wire = TrioWire(ZeroWire(SUPERVISOR, control, max_frame_bytes=MAX_BYTES))
         for spec in specs:
             self._wire.connect(spec.label, spec.control)
@@ -64,9 +67,12 @@ class Supervisor:
             nursery.start_soon(self._listen)
             nursery.start_soon(self._reap)
             nursery.start_soon(self._watch)
-            for spec in self._specs:
-                await self._launcher.start(spec)
-                self._log.info("starting", actor=spec.label)
+            for host in list(self.supervision.hosts.values()):
+                await self._start(host.spec)
+
+    async def _start(self, spec: HostSpec) -> None:
+        await self._launcher.start(spec)
+        self._log.info("starting", actor=spec.label)
 
     async def until_loaded(self, progress: Callable[[float], None]) -> None:
         """Wait until every host has its weights and its inbox.
@@ -82,9 +88,66 @@ class Supervisor:
         Raises:
             ActorFailed: one of them will not.
         """
-        for spec in self._specs:
-            self.send(spec.label, "connect", peers=self.supervision.neighbours(spec, gateway, gateway_address))
+        for host in self.supervision.hosts.values():
+            self.connect(host.spec, gateway, gateway_address)
         await self._until(lambda: self.supervision.all_running, lambda _: None)
+
+    def connect(self, spec: HostSpec, gateway: str, gateway_address: str) -> None:
+        """Tell a host where its neighbours are."""
+        self.send(spec.label, "connect", peers=self.supervision.neighbours(spec, gateway, gateway_address))
+
+    # -- while the run goes on ----------------------------------------------------------------------------------
+
+    async def join(self, spec: HostSpec) -> str:
+        """Start one host more and wait until it has its weights and its inbox: the address of that.
+
+        Raises:
+            ActorFailed: it will not.
+        """
+        self._wire.connect(spec.label, spec.control)
+        host = self.supervision.add(spec, time.monotonic(), joining=True)
+        await self._start(spec)
+        await self._until_it(host, lambda: host.address is not None)
+        assert host.address is not None
+        return host.address
+
+    async def until_linked(self, labels: Sequence[str], peer: str) -> None:
+        """Wait until these hosts have said that they know `peer`."""
+        while not all((label, peer) in self._linked for label in labels):
+            await self._changed.wait()
+        self._linked = {(label, other) for label, other in self._linked if other != peer}
+
+    async def until_joined(self, spec: HostSpec) -> None:
+        """Wait until a host that was started while the run goes on has all its links open: it is one of the run's now.
+
+        Raises:
+            ActorFailed: it will not.
+        """
+        host = self.supervision.hosts[spec.identity]
+        await self._until_it(host, lambda: host.life.state is State.RUNNING)
+        host.joining = False
+
+    async def leave(self, spec: HostSpec) -> None:
+        """End one host: asked first, killed after its deadline."""
+        host = self.supervision.hosts[spec.identity]
+        host.leaving = True
+        if host.exited is None:
+            self.send(spec.label, "stop")
+            with trio.move_on_after(spec.supervision.stop_deadline_s):
+                while host.exited is None:
+                    await self._changed.wait()
+        if host.exited is None:
+            await self._launcher.kill(spec.identity)
+            while host.exited is None:
+                await self._changed.wait()
+        self.supervision.remove(spec.identity)
+        self._wire.disconnect(spec.label)
+
+    async def _until_it(self, host: Watched, holds: Callable[[], bool]) -> None:
+        while not holds():
+            if host.lost is not None:
+                raise host.lost
+            await self._changed.wait()
 
     async def _until(self, holds: Callable[[], bool], progress: Callable[[float], None]) -> None:
         while True:
@@ -99,19 +162,27 @@ class Supervisor:
         """A command to one host."""
         self._wire.send(label, encode(kind, fields))
 
-    def broadcast(self, kind: str, **fields: Any) -> None:
-        """A command to every host."""
+    def tell(self, labels: Iterable[str], kind: str, **fields: Any) -> None:
+        """A command to several hosts."""
         data = encode(kind, fields)
-        for spec in self._specs:
-            self._wire.send(spec.label, data)
+        for label in labels:
+            self._wire.send(label, data)
+
+    def answer(self, client: str, kind: str, what: str) -> None:
+        """What came of a client's command. One that has gone is not told."""
+        try:
+            self._wire.send(client, encode(kind, {"what": what}))
+        except LinkBroken as error:
+            self.refused(SUPERVISOR, str(error))
 
     async def stop(self) -> None:
         """End all hosts: asked first, killed after the deadline."""
         self.supervision.stopping = True
-        self.broadcast("stop")
-        deadline_s = max((spec.supervision.stop_deadline_s for spec in self._specs), default=0.0)
+        hosts = self.supervision.hosts.values()
+        self.tell([host.spec.label for host in hosts], "stop")
+        deadline_s = max((host.spec.supervision.stop_deadline_s for host in hosts), default=0.0)
         with trio.move_on_after(deadline_s):
-            while any(host.exited is None for host in self.supervision.hosts.values()):
+            while any(host.exited is None for host in hosts):
                 await self._changed.wait()
         for key, host in self.supervision.hosts.items():
             if host.exited is None:
@@ -127,10 +198,13 @@ class Supervisor:
         while True:
             try:
                 arrival = await self._wire.receive()
-                if self.supervision.host(arrival.peer) is None:
-                    raise ProtocolError(f"control: expected a host of this run, got {arrival.peer!r}")
                 kind, fields = decode(arrival.header)
-                self._take(arrival.peer, kind, fields)
+                if kind in COMMANDS and self.on_command is not None:
+                    self.on_command(arrival.peer, kind, fields)
+                elif self.supervision.host(arrival.peer) is None:
+                    raise ProtocolError(f"control: expected a host of this run, got {kind} from {arrival.peer!r}")
+                else:
+                    self._take(arrival.peer, kind, fields)
             except ProtocolError as error:
                 self.refused(SUPERVISOR, str(error))
 
@@ -143,6 +217,8 @@ class Supervisor:
             if kind == "session_failed":
                 self._log.error("session failed", actor=label, **fields)
             self._on_session(label, kind, fields)
+        elif kind == "linked":
+            self._linked.add((label, fields["peer"]))
         elif kind == "refused":
             self.refused(label, fields["what"])
         else:
@@ -154,7 +230,10 @@ class Supervisor:
     async def _reap(self) -> None:
         while True:
             key, code = await self._launcher.wait()
-            label = self.supervision.hosts[key].spec.label
+            host = self.supervision.hosts.get(key)
+            if host is None:
+                continue
+            label = host.spec.label
             await self._last_words(key)
             self._log.info("exited", actor=label, code=code)
             self.supervision.on_exit(key, code, self._stderr_tail(label))
@@ -176,7 +255,7 @@ class Supervisor:
         while True:
             await trio.sleep(TICK_S)
             self.supervision.on_tick(time.monotonic())
-            if self.supervision.failure is not None:
+            if self.supervision.failure is not None or any(h.lost for h in self.supervision.hosts.values()):
                 self._notify()
 
     def _notify(self) -> None:

@@ -13,9 +13,22 @@ from typing import Any, BinaryIO
 import msgspec
 
 SENT = "sent"
-SENT_COLUMNS = ("kind", "edge", "sequence", "bytes", "ready_ns", "credit_ns", "sent_ns", "codec", "rows", "coding")
-"""At the sending end: ready (the actor had it), credit (the link let it go), sent (handed to the wire). `coding`, where the
-codec is not raw: [bytes before, nanoseconds, largest relative error or null]."""
+SENT_COLUMNS = (
+    "kind",
+    "edge",
+    "sequence",
+    "bytes",
+    "ready_ns",
+    "credit_ns",
+    "sent_ns",
+    "codec",
+    "rows",
+    "coding",
+    "target",
+)
+"""At the sending end: ready (the actor had it), credit (the link let it go), sent (handed to the wire).
+`coding`, where the codec is not raw: [bytes before, nanoseconds, largest relative error or null]. `target`: the identity
+at the other end."""
 
 DONE = "done"
 DONE_COLUMNS = (
@@ -29,6 +42,7 @@ DONE_COLUMNS = (
     "finished_ns",
     "batch",
     "rows",
+    "source",
 )
 """At the receiving end: received (taken from the wire), started and finished (the step it went into); `batch` is the
 number of messages of that step. Rows are [session, epoch, position, tokens]."""

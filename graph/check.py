@@ -8,6 +8,7 @@ from pathlib import Path
 from . import schema
 from .check_actors import ActorCheck
 from .check_edges import EdgeCheck
+from .check_replicas import ReplicaCheck
 from .checked import Graph
 from .errors import Problem
 from .load import read
@@ -44,4 +45,8 @@ def load(path: str | Path, *, allow_code: bool = False, overrides: Mapping[str, 
     between.dims(edges)
     between.order(edges, checkpoint)
     between.stop_if_wrong()
-    return Graph(path, file, checkpoint, actors, tuple(edges))
+    graph = Graph(path, file, checkpoint, actors, tuple(edges))
+    copies = ReplicaCheck(document, file, problems, actors)
+    copies.policies(edges, graph.generates)
+    copies.stop_if_wrong()
+    return graph

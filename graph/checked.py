@@ -9,10 +9,11 @@ from typing import Any
 
 from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.kinds import Kind
-from ranvier.actors.spec import GATEWAY
+from ranvier.actors.spec import GATEWAY, STICKY, Policy
+from ranvier.transport.endpoint import parse
 from ranvier.transport.spec import TensorSpec
 
-from .schema import ActorSection, GraphFile
+from .schema import ActorSection, GraphFile, Hedge
 
 Ports = Mapping[str, TensorSpec]
 
@@ -32,6 +33,20 @@ class CheckedActor:
     weights: Path | None = None
     module_bytes: int = 0
     experts: tuple[int, int] | None = None
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether several replicas can each have an inbox: its endpoint is not one place."""
+        given = self.section.endpoint
+        return given is None or (given.startswith("tcp://") and not parse(given).port)
+
+    @property
+    def policy(self) -> Policy:
+        """How its replicas share its rows."""
+        given = self.section.policy
+        if isinstance(given, Hedge):
+            return Policy("hedge", given.hedge, int(given.after[1:]) if given.after is not None else 0)
+        return Policy(given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +91,10 @@ class Graph:
         return any(e.source == GATEWAY and e.out == "token" for e in self.edges) and any(
             e.target == GATEWAY and e.into == "sampled" for e in self.edges
         )
+
+    def policy(self, actor: str) -> Policy:
+        """Of an actor, or of the gateway."""
+        return self.actors[actor].policy if actor in self.actors else STICKY
 
     def expanded(self) -> dict[str, Any]:
         """The long form of the file: every edge and every setting written out."""

@@ -79,7 +79,7 @@ def check(
         print(yaml.safe_dump(checked.expanded(), sort_keys=False, width=120), end="")
     else:
         planned = plan(checked)
-        print(f"{graph}: good: {len(planned.hosts)} processes, {len(planned.edges)} edges")
+        print(f"{graph}: good: {planned.processes} processes, {len(planned.edges)} edges")
 
 
 @app.command("show")
@@ -331,6 +331,33 @@ def trace_command(
         _print_json(told)
     else:
         print(trace.table(told))
+
+
+@app.command()
+def scale(
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run that goes on.", show_default=False)
+    ],
+    change: Annotated[
+        str, typer.Argument(metavar="ACTOR=N", help="How many replicas the actor is to have.", show_default=False)
+    ],
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for it to be done.")] = 120.0,
+    as_json: Json = False,
+) -> None:
+    """Change how many replicas an actor has while its run goes on.
+
+    A replica that joins gets sessions that begin later; one that leaves ends when its last session is over.
+    """
+    from . import commands
+
+    actor, _, count = change.partition("=")
+    if not actor or not count.isdecimal():
+        raise _Wrong(f"{change}: expected ACTOR=N, such as upper=2")
+    done = commands.ask(run_dir, "scale", timeout, actor=actor, replicas=int(count))
+    if as_json:
+        _print_json({"done": done})
+    else:
+        print(done)
 
 
 @app.command()

@@ -24,6 +24,10 @@ class Problem:
     at: Position
 
 
+class RequestError(RanvierError, ValueError):
+    """The request is wrong: nothing was started for it. The message says what to change."""
+
+
 class GraphError(RanvierError):
     """A graph file that cannot be run. `problems` holds all that was found, in the order of the file."""
 

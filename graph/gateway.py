@@ -12,13 +12,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ranvier.actors.errors import ActorFailed, Overloaded
+from ranvier.actors.errors import ActorFailed
+from ranvier.actors.replicas import Places, Route
 from ranvier.actors.session import SessionInfo
+from ranvier.actors.spec import HostLink
 from ranvier.transport.codec import RAW
 from ranvier.transport.dtypes import BY_NAME
-from ranvier.transport.exchange import Exchange, Received, SendingLink
+from ranvier.transport.exchange import Exchange, Received
 from ranvier.transport.header import Row, TensorMeta
 from ranvier.transport.message import Buffer
+
+from .placement import Placement
 
 Tensors = Mapping[str, tuple[TensorMeta, Buffer]]
 
@@ -38,6 +42,7 @@ class Stream:
     an exception."""
 
     info: SessionInfo
+    places: Places
     opening: set[str]
     inputs: Tensors = field(default_factory=dict)
     outputs: dict[str, tuple[TensorMeta, Buffer]] = field(default_factory=dict)
@@ -45,20 +50,27 @@ class Stream:
     logits: dict[int, Buffer] = field(default_factory=dict)
     scores: array[float] = field(default_factory=lambda: array("f"))
     events: deque[Delivered | str | Exception] = field(default_factory=deque)
+    delivered: int = 0
     over: bool = False
 
     @property
     def generated(self) -> int:
         return len(self.log) - len(self.info.log)
 
+    @property
+    def awaited(self) -> int:
+        """The position that the client gets next."""
+        return len(self.info.log) + self.delivered
+
 
 class Gateway:
     """The sessions of one run.
 
     Args:
-        exchange: the gateway's links.
-        hosts: labels of all hosts; each must have opened a session before its first row is sent.
-        capacity_tokens: positions that fit in every cache at once; None: no limit.
+        exchange: the state of the gateway's links.
+        links: the links. A session must be open at one replica of each actor before its first row is sent; the other
+            replicas keep rows that come earlier.
+        placement: the hosts, and where sessions go.
         prefill_chunk: tokens of a prompt that one message holds at the most.
         generates: whether what comes back are tokens; else ports may be called as the user likes.
     """
@@ -66,25 +78,64 @@ class Gateway:
     def __init__(
         self,
         exchange: Exchange,
-        hosts: Iterable[str],
-        capacity_tokens: int | None,
+        links: Iterable[HostLink],
+        placement: Placement,
         prefill_chunk: int,
         generates: bool = True,
     ) -> None:
         self.exchange = exchange
-        self.commands: list[tuple[str, dict[str, Any]]] = []
+        self.placement = placement
+        self.commands: list[tuple[str, dict[str, Any], list[str]]] = []
         self.streams: dict[int, Stream] = {}
-        self._hosts = frozenset(hosts)
-        self._capacity = capacity_tokens
-        self._reserved = 0
         self._chunk = prefill_chunk
         self._generates = generates
         self._next = 1
         self._failure: Exception | None = None
-        self._by_port: dict[str, list[SendingLink]] = {}
-        for link in exchange.sending.values():
-            self._by_port.setdefault(link.spec.tensors[0][0], []).append(link)
-        self._answers = {link.spec.tensors[0][0] for link in exchange.receiving.values()}
+        self._by_port: dict[str, dict[int, Route]] = {}
+        self._answers: set[str] = set()
+        for link in links:
+            self.add(link)
+
+    # -- links --------------------------------------------------------------------------------------------------
+
+    def add(self, link: HostLink) -> None:
+        """A link that the exchange has."""
+        spec = link.link
+        port = spec.tensors[0][0]
+        if not link.outgoing:
+            self._answers.add(port)
+            return
+        routes = self._by_port.setdefault(port, {})
+        if spec.edge not in routes:
+            routes[spec.edge] = Route(spec.edge, spec.target.partition(".")[0], link.policy, link.skips)
+        routes[spec.edge].add(self.exchange.sending[spec.edge, spec.target])
+
+    def remove(self, peer: str) -> None:
+        """The links with a replica that has left."""
+        for route in self._routes():
+            route.remove(peer)
+
+    def _routes(self) -> Iterator[Route]:
+        for routes in self._by_port.values():
+            yield from routes.values()
+
+    @property
+    def due_ns(self) -> int | None:
+        """When the next second copy of a hedged message goes out; None if none is to come."""
+        return min((due for route in self._routes() if (due := route.due_ns) is not None), default=None)
+
+    def send_copies(self, now_ns: int) -> None:
+        """Send the second copies that are due."""
+        for route in self._routes():
+            route.send_copies(self.exchange, now_ns, self._places_of, self._is_open)
+
+    def _places_of(self, session: int) -> Places:
+        stream = self.streams.get(session)
+        return stream.places if stream is not None else {}
+
+    def _is_open(self, row: Row) -> bool:
+        stream = self.streams.get(row.session)
+        return stream is not None and stream.info.epoch == row.epoch
 
     # -- clients ------------------------------------------------------------------------------------------------
 
@@ -97,16 +148,12 @@ class Gateway:
         """
         if self._failure is not None:
             raise self._failure
-        if self._capacity is not None and self._reserved + info.capacity > self._capacity:
-            raise Overloaded(
-                f"the session needs {info.capacity} tokens of KV cache, {self._capacity - self._reserved} of "
-                f"{self._capacity} are free; try later, with a shorter prompt or fewer tokens"
-            )
-        info = replace(info, session=self._next, epoch=1)
+        places = self.placement.take(info.capacity)
+        chosen = {actor: replicas for actor, replicas in places.items() if replicas != (0,)}
+        info = replace(info, session=self._next, epoch=1, places=chosen)
         self._next += 1
-        self._reserved += info.capacity
-        stream = self.streams[info.session] = Stream(info, set(self._hosts), inputs or {}, log=list(info.log))
-        self.commands.append(("open", {"info": info.to_plain()}))
+        stream = self.streams[info.session] = Stream(info, places, set(places), inputs or {}, log=list(info.log))
+        self.commands.append(("open", {"info": info.to_plain()}, self.placement.labels(places)))
         return stream
 
     def cancel(self, stream: Stream) -> None:
@@ -126,9 +173,10 @@ class Gateway:
             )
             self._end(stream, error)
             return
-        stream.opening.discard(label)
-        if not stream.opening:
-            self._send_inputs(stream)
+        if stream.opening:
+            stream.opening.discard(label.rpartition(".")[0])
+            if not stream.opening:
+                self._send_inputs(stream)
 
     def on_lost(self, session: int, error: Exception) -> None:
         """What was on its way to the client was refused here."""
@@ -165,14 +213,17 @@ class Gateway:
         info, now_ns = stream.info, self.exchange.clock()
         for port, (meta, buffer) in stream.inputs.items():
             tokens = meta.shape[0] if meta.shape else 1
-            for link in self._by_port[port]:
-                self.exchange.send(link, (Row(info.session, info.epoch, 0, tokens),), (meta,), (buffer,), now_ns)
+            self._send(stream, port, Row(info.session, info.epoch, 0, tokens), meta, buffer, now_ns)
         for start in range(0, len(info.log), self._chunk):
             chunk = info.log[start : start + self._chunk]
             row = Row(info.session, info.epoch, start, len(chunk))
             meta, buffer = token_tensor(chunk)
-            for link in self._by_port["token"]:
-                self.exchange.send(link, (row,), (meta,), (buffer,), now_ns)
+            self._send(stream, "token", row, meta, buffer, now_ns)
+
+    def _send(self, stream: Stream, port: str, row: Row, meta: TensorMeta, buffer: Buffer, now_ns: int) -> None:
+        for route in self._by_port[port].values():
+            [replicas] = route.groups((row,), lambda _session: stream.places)
+            route.send(self.exchange, replicas, (row,), (meta,), (buffer,), now_ns)
 
     def _on_token(self, row: Row, token: int) -> None:
         stream = self.streams.get(row.session)
@@ -187,7 +238,7 @@ class Gateway:
     def _on_logits(self, received: Received) -> None:
         for row, (_, buffer) in rows_of(received):
             stream = self.streams.get(row.session)
-            if stream is None or row.epoch != stream.info.epoch:
+            if stream is None or row.epoch != stream.info.epoch or row.position < stream.awaited:
                 continue
             stream.logits[row.position] = bytes(buffer)
             if row.position < len(stream.log):
@@ -205,6 +256,7 @@ class Gateway:
 
     def _deliver(self, stream: Stream, position: int) -> None:
         token = stream.log[position]
+        stream.delivered += 1
         stream.events.append(Delivered(position, token, stream.logits.pop(position, None)))
         if stream.info.finished(stream.generated, token):
             self._end(stream, "stop" if token in stream.info.stop_tokens else "length")
@@ -212,8 +264,8 @@ class Gateway:
     def _on_output(self, port: str, received: Received) -> None:
         for row, part in rows_of(received):
             stream = self.streams.get(row.session)
-            if stream is None or row.epoch != stream.info.epoch:
-                continue
+            if stream is None or row.epoch != stream.info.epoch or port in stream.outputs:
+                continue  # of a session that is over, or from a slower replica
             stream.outputs[port] = part
             if stream.outputs.keys() == self._answers:
                 self._end(stream, "done")
@@ -224,8 +276,10 @@ class Gateway:
         stream.over = True
         stream.events.append(outcome)
         del self.streams[stream.info.session]
-        self._reserved -= stream.info.capacity
-        self.commands.append(("close", {"session": stream.info.session}))
+        for route in self._routes():
+            route.close(stream.info.session)
+        self.placement.give_back(stream.places, stream.info.capacity)
+        self.commands.append(("close", {"session": stream.info.session}, self.placement.labels(stream.places)))
 
 
 def token_tensor(ids: Sequence[int]) -> tuple[TensorMeta, bytes]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .trace import Trace
+from .trace import Message, Trace, done_key, sent_key
 
 
 def events(trace: Trace) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def events(trace: Trace) -> dict[str, Any]:
     begin = min(times, default=0)
     made: list[dict[str, Any]] = []
     actors = sorted({*trace.sent, *trace.done})
-    arrived = {(r.edge, r.sequence) for records in trace.done.values() for r in records}
+    arrived = {done_key(actor, r) for actor, records in trace.done.items() for r in records}
     args: dict[str, Any]
     for pid, actor in enumerate(actors, 1):
         made.append({"ph": "M", "name": "process_name", "pid": pid, "tid": 1, "args": {"name": actor}})
@@ -29,7 +29,7 @@ def events(trace: Trace) -> dict[str, Any]:
                 steps.add((done.started_ns, done.finished_ns))
                 args = {"messages": done.batch, "tokens": sum(row[3] for row in done.rows)}
                 made.append(_slice(pid, "step", done.started_ns, done.finished_ns, begin, args))
-            made.append(_flow("f", pid, done.edge, done.sequence, done.started_ns, begin, trace))
+            made.append(_flow("f", pid, done_key(actor, done), done.started_ns, begin, trace))
         for sent in trace.sent.get(actor, ()):
             args = {
                 "edge": trace.edges[sent.edge],
@@ -39,8 +39,8 @@ def events(trace: Trace) -> dict[str, Any]:
                 "credit_wait_us": (sent.credit_ns - sent.ready_ns) / 1e3,
             }
             made.append(_slice(pid, f"send {trace.edges[sent.edge]}", sent.credit_ns, sent.sent_ns, begin, args))
-            if (sent.edge, sent.sequence) in arrived:
-                made.append(_flow("s", pid, sent.edge, sent.sequence, sent.credit_ns, begin, trace))
+            if sent_key(actor, sent) in arrived:
+                made.append(_flow("s", pid, sent_key(actor, sent), sent.credit_ns, begin, trace))
     return {"traceEvents": made, "displayTimeUnit": "ns"}
 
 
@@ -51,10 +51,10 @@ def _slice(pid: int, name: str, start_ns: int, end_ns: int, begin: int, args: di
     }  # fmt: skip
 
 
-def _flow(phase: str, pid: int, edge: int, sequence: int, at_ns: int, begin: int, trace: Trace) -> dict[str, Any]:
+def _flow(phase: str, pid: int, message: Message, at_ns: int, begin: int, trace: Trace) -> dict[str, Any]:
     # an arrow's ends lie inside a slice of their track and are tied by the id
     event = {
-        "ph": phase, "name": trace.edges[edge], "cat": "message", "id": f"{edge}.{sequence}", "pid": pid, "tid": 1,
+        "ph": phase, "name": trace.edges[message[0]], "cat": "message", "id": ".".join(map(str, message)), "pid": pid, "tid": 1,
         "ts": (at_ns - begin) / 1e3,
     }  # fmt: skip
     return {**event, "bp": "e"} if phase == "f" else event

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,13 @@ from .schema import ActorSection, Quorum
 
 EPOCH = 1
 """The generation of hosts that a run starts with."""
-REPLICA = 0
+Live = Mapping[str, Sequence[int]]
+"""The replicas there are, by actor."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedHost:
-    """One process: what it runs and what it holds."""
+    """One actor's processes, as many as it has replicas: what each runs and holds."""
 
     actor: str
     kind: str
@@ -39,6 +40,8 @@ class PlannedHost:
     weight_bytes: int
     cache_bytes_per_token: int
     cache_tokens: int
+    replicas: int
+    policy: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +79,36 @@ class Plan:
             "edges": [{name: getattr(edge, name) for name in PlannedEdge.__slots__} for edge in self.edges],
         }
 
-    def gateway_links(self) -> tuple[LinkSpec, ...]:
-        """The links at the gateway's end."""
-        return tuple(
-            self._link(index, edge)
-            for index, edge in enumerate(self.graph.edges)
-            if GATEWAY in (edge.source, edge.target)
-        )
+    @property
+    def processes(self) -> int:
+        """How many hosts the run starts with."""
+        return sum(host.replicas for host in self.hosts)
+
+    @property
+    def live(self) -> dict[str, list[int]]:
+        """The replicas that a run starts with."""
+        return {actor.name: list(range(actor.section.replicas)) for actor in self.graph.actors.values()}
+
+    def links(self, actor: str, replica: int, live: Live) -> tuple[HostLink, ...]:
+        """The links at one host, or at the gateway, to all that are `live`. An actor's edge to itself stays in the replica."""
+        return tuple(self._links(actor, replica, live))
+
+    def _links(self, actor: str, replica: int, live: Live) -> Iterator[HostLink]:
+        graph = self.graph
+        for index, edge in enumerate(graph.edges):
+            loop = edge.source == edge.target
+            if edge.source == actor:
+                skips = sum(e.target == edge.target != e.source for e in graph.edges) == 1
+                for other in [replica] if loop else live.get(edge.target, (0,)):
+                    yield HostLink(
+                        edge.out, self._link(index, edge, replica, other), True, edge.feedback, edge.until, edge.at_most,
+                        policy=graph.policy(edge.target), skips=skips,
+                    )  # fmt: skip
+            if edge.target == actor:
+                repeats = not loop and graph.policy(edge.source).copies > 1
+                for other in [replica] if loop else live.get(edge.source, (0,)):
+                    link = self._link(index, edge, other, replica)
+                    yield HostLink(edge.into, link, outgoing=False, feedback=edge.feedback, repeats=repeats)
 
     def place(self, run_dir: Path, sockets: Path) -> list[HostSpec]:
         """The hosts' own parts, with their endpoints under `sockets`.
@@ -90,7 +116,8 @@ class Plan:
         Raises:
             AddressError: a socket's path would be too long.
         """
-        return [self._host(actor, run_dir, sockets) for actor in self.graph.actors.values()]
+        live = self.live
+        return [self.host(actor, replica, live, run_dir, sockets) for actor in live for replica in live[actor]]
 
     def gateway_endpoint(self, sockets: Path) -> str:
         return self._endpoint(None, GATEWAY, sockets)
@@ -100,32 +127,33 @@ class Plan:
             given = f"ipc://{sockets / name}" if self.graph.file.transport == "ipc" else self.graph.file.transport
         return str(parse(given))
 
-    def _link(self, index: int, edge: CheckedEdge) -> LinkSpec:
+    def _link(self, index: int, edge: CheckedEdge, source: int, target: int) -> LinkSpec:
         return LinkSpec(
             edge=index,
             name=edge.name,
-            source=identity(edge.source, REPLICA, EPOCH),
-            target=identity(edge.target, REPLICA, EPOCH),
+            source=identity(edge.source, source, EPOCH),
+            target=identity(edge.target, target, EPOCH),
             tensors=((edge.out, edge.spec),),
             credits_messages=edge.credits_messages,
             credits_bytes=edge.credits_bytes,
             local=self.edges[index].local,
             codec=edge.codec,
+            prompt=self.graph.policy(edge.target).by_load,
         )
 
-    def _host(self, actor: CheckedActor, run_dir: Path, sockets: Path) -> HostSpec:
+    def host(self, name: str, replica: int, live: Live, run_dir: Path, sockets: Path) -> HostSpec:
+        """What one replica of an actor is told at its start, `live` being all there are with it.
+
+        Raises:
+            AddressError: a socket's path would be too long.
+        """
+        actor = self.graph.actors[name]
         file, section = self.graph.file, actor.section
-        links = []
-        for index, edge in enumerate(self.graph.edges):
-            if edge.source == actor.name:
-                link = self._link(index, edge)
-                links.append(HostLink(edge.out, link, True, edge.feedback, edge.until, edge.at_most))
-            if edge.target == actor.name:
-                links.append(HostLink(edge.into, self._link(index, edge), outgoing=False, feedback=edge.feedback))
+        label = f"{name}.{replica}"
         checkpoint = self.graph.checkpoint
         return HostSpec(
             actor=actor.name,
-            replica=REPLICA,
+            replica=replica,
             epoch=EPOCH,
             graph_hash=self.hash,
             implementation=_implementation(actor.kind, checkpoint),
@@ -143,9 +171,9 @@ class Plan:
             device=section.device,
             inputs=_ports(actor.inputs),
             outputs=_ports(actor.outputs),
-            links=tuple(links),
-            endpoint=self._endpoint(section.endpoint, actor.name, sockets),
-            control=str(parse(f"ipc://{sockets / actor.name}.c")),
+            links=self.links(name, replica, live),
+            endpoint=self._endpoint(section.endpoint, label, sockets),
+            control=str(parse(f"ipc://{sockets / label}.c")),
             supervisor=str(parse(f"ipc://{sockets / 'supervisor'}")),
             run_dir=str(run_dir),
             max_frame_bytes=file.max_frame_bytes,
@@ -174,6 +202,13 @@ def _needed(section: ActorSection) -> int | None:
     return 1 if section.join == "first" else None
 
 
+def _policy(actor: CheckedActor) -> str:
+    policy = actor.policy
+    if policy.name != "hedge":
+        return policy.name
+    return f"hedge {policy.copies}" + (f" after p{policy.after}" if policy.after else "")
+
+
 def _planned(graph: Graph, actor: CheckedActor) -> PlannedHost:
     itemsize = BY_NAME[graph.file.model.dtype].itemsize if graph.file.model is not None else 0
     layers = actor.layers
@@ -190,6 +225,8 @@ def _planned(graph: Graph, actor: CheckedActor) -> PlannedHost:
         weight_bytes=actor.elements * itemsize + actor.module_bytes,
         cache_bytes_per_token=cached,
         cache_tokens=actor.section.cache_tokens if cached else 0,
+        replicas=actor.section.replicas,
+        policy=_policy(actor),
     )
 
 

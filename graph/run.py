@@ -22,15 +22,19 @@ from ranvier.transport.codec import Coding
 from ranvier.transport.errors import LinkClosed, ProtocolError, RanvierError
 from ranvier.transport.exchange import Exchange, Received, RefusedMessage
 from ranvier.transport.header import Row
+from ranvier.transport.link import LinkSpec
 from ranvier.transport.trio_wire import TrioWire
 from ranvier.transport.zeromq import ZeroWire
 
 from . import run_folder, template, tokenizer
 from .checked import Graph
+from .errors import RequestError
 from .gateway import Gateway
 from .generation import Client, Generation, Wakes
-from .plan import EPOCH, REPLICA, Plan, plan
+from .placement import Placement
+from .plan import EPOCH, Plan, plan
 from .run_folder import RunFolder
+from .scaling import Scaling
 from .text_stream import TextStream
 from .tokenizer import TextCodec
 
@@ -42,10 +46,6 @@ Progress = Callable[[str, float], None]
 """Called with what is going on ("starting", "loading", "linking", "ready") and the share done, 0 to 1."""
 TICK_S = 1.0
 ACK_DELAY_S = 0.002
-
-
-class RequestError(RanvierError, ValueError):
-    """The request is wrong: nothing was started for it. The message says what to change."""
 
 
 class Run:
@@ -69,6 +69,7 @@ class Run:
         self._wakes: Wakes = {}
         self._over = False
         self._ring = Ring()
+        self._scaling = Scaling(plan, folder, supervisor, gateway, wire, self._flush)
 
     @property
     def dir(self) -> Path:
@@ -233,6 +234,17 @@ class Run:
                 f"the request needs {len(ids) + max_tokens} tokens of KV cache, an actor holds {capacity}; raise cache_tokens"
             )
 
+    async def scale(self, actor: str, replicas: int) -> str:
+        """Bring an actor to so many replicas while the run goes on: what was done, in words.
+
+        One that joins takes sessions from when it runs; one that leaves ends when its last session is over.
+
+        Raises:
+            RequestError: no such actor, or it cannot have so many.
+            ActorFailed: a replica that should have joined did not; the run goes on without it.
+        """
+        return await self._scaling.scale(actor, replicas)
+
     # -- the gateway's hands ------------------------------------------------------------------------------------
 
     def on_session_event(self, label: str, kind: str, fields: Any) -> None:
@@ -243,8 +255,8 @@ class Run:
         """Carry out what the gateway decided."""
         if self._over:
             return
-        for kind, fields in self._gateway.commands:
-            self._supervisor.broadcast(kind, **fields)
+        for kind, fields, labels in self._gateway.commands:
+            self._supervisor.tell(labels, kind, **fields)
         self._gateway.commands.clear()
         for outgoing in self._gateway.exchange.outbox:
             self._wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
@@ -252,17 +264,28 @@ class Run:
         for stream, wake in self._wakes.items():
             if stream.events:
                 wake.set()
+        self._scaling.look()
 
     def _close(self) -> None:
-        """Nothing is sent any more. What clients still hold of their sessions ends with it."""
+        """What clients still hold of their sessions ends. Messages are taken in and acknowledged until `_silence`: a host
+        that is told to stop waits for that."""
         self._gateway.on_failure(LinkClosed("the run is over"))
+        self._flush()
+
+    def _silence(self) -> None:
+        """Nothing is sent any more."""
         self._over = True
 
     async def _listen(self) -> None:
-        exchange = self._gateway.exchange
+        gateway = self._gateway
+        exchange = gateway.exchange
         while True:
             arrival = None
-            with trio.move_on_after(ACK_DELAY_S if exchange.owes() else TICK_S):
+            wait_s = ACK_DELAY_S if exchange.owes() else TICK_S
+            due_ns = gateway.due_ns
+            if due_ns is not None:
+                wait_s = min(wait_s, max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
+            with trio.move_on_after(wait_s):
                 try:
                     arrival = await self._wire.receive()
                 except ProtocolError as error:
@@ -274,8 +297,10 @@ class Run:
                     self._refused(error)
                 else:
                     if received is not None:
-                        self._gateway.on_message(received)
+                        gateway.on_message(received)
                         self._record(received)
+            elif due_ns is not None and time.monotonic_ns() >= due_ns:
+                gateway.send_copies(time.monotonic_ns())
             elif exchange.owes():
                 exchange.idle()
             else:
@@ -300,17 +325,19 @@ class Run:
         header, now_ns = received.header, time.monotonic_ns()
         self._ring.put((
             DONE, header.edge, header.sequence, received.nbytes, header.sent_ns, received.received_ns,
-            received.received_ns, now_ns, 1, header.rows,
+            received.received_ns, now_ns, 1, header.rows, received.link.spec.source,
         ))  # fmt: skip
 
     def _record_sent(
-        self, edge: int, sequence: int, rows: tuple[Row, ...], nbytes: int, ready_ns: int, credit_ns: int, sent_ns: int,
+        self, link: LinkSpec, sequence: int, rows: tuple[Row, ...], nbytes: int, ready_ns: int, credit_ns: int, sent_ns: int,
         codec: int, coding: Coding | None,
     ) -> None:  # fmt: skip
-        self._ring.put((SENT, edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, codec, rows, coding))
+        self._ring.put(
+            (SENT, link.edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, codec, rows, coding, link.target)
+        )
 
     async def _ship(self) -> None:
-        with TraceFile(self.dir, f"{GATEWAY}.{REPLICA}") as file:
+        with TraceFile(self.dir, f"{GATEWAY}.0") as file:
             try:
                 while True:
                     if not file.write(self._ring.take(SHIP_AT_ONCE), self._ring.dropped):
@@ -358,7 +385,7 @@ async def launch(
 async def _launched(planned: Plan, folder: RunFolder, progress: Progress) -> AsyncIterator[Run]:
     graph = planned.graph
     specs = planned.place(folder.path, folder.sockets)
-    me = identity(GATEWAY, REPLICA, EPOCH)
+    me = identity(GATEWAY, 0, EPOCH)
     log_file = (folder.logs / "supervisor.jsonl").open("w", encoding="utf-8")
     wire = TrioWire(ZeroWire(me, planned.gateway_endpoint(folder.sockets), max_frame_bytes=graph.file.max_frame_bytes))
     holder: list[Run] = []
@@ -376,22 +403,23 @@ async def _launched(planned: Plan, folder: RunFolder, progress: Progress) -> Asy
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(supervisor.run)
                     await supervisor.until_loaded(lambda share: progress("loading", share))
+                    links = planned.links(GATEWAY, 0, planned.live)
                     exchange = Exchange(
-                        me, planned.hash, planned.gateway_links(), time.monotonic_ns,
+                        me, planned.hash, [link.link for link in links], time.monotonic_ns,
                         (lambda *sent: holder[0]._record_sent(*sent)) if graph.file.trace else None,
                     )  # fmt: skip
+                    placement = Placement({name: actor.policy for name, actor in graph.actors.items()})
                     for spec in specs:
-                        address = supervisor.supervision.hosts[spec.identity].address
-                        assert address is not None
-                        wire.connect(spec.identity, address)
-                    gateway = Gateway(
-                        exchange, [spec.label for spec in specs], supervisor.supervision.capacity_tokens,
-                        graph.file.prefill_chunk, graph.generates,
-                    )  # fmt: skip
+                        host = supervisor.supervision.hosts[spec.identity]
+                        assert host.address is not None
+                        wire.connect(spec.identity, host.address)
+                        placement.join(spec.actor, spec.replica, host.capacity_tokens)
+                    gateway = Gateway(exchange, links, placement, graph.file.prefill_chunk, graph.generates)
                     run = Run(planned, folder, supervisor, wire, gateway, codec)
                     holder.append(run)
                     nursery.start_soon(run._listen)
                     nursery.start_soon(run._failure)
+                    nursery.start_soon(run._scaling.run)
                     if graph.file.trace:
                         nursery.start_soon(run._ship)
                     progress("linking", 1.0)
@@ -405,6 +433,7 @@ async def _launched(planned: Plan, folder: RunFolder, progress: Progress) -> Asy
                         run._close()
                         with trio.CancelScope(shield=True):
                             await supervisor.stop()
+                        run._silence()
                     nursery.cancel_scope.cancel()
             finally:
                 supervisor.close()

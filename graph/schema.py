@@ -42,6 +42,17 @@ class Quorum(Section):
     quorum: int = Field(ge=1, le=1024)
 
 
+class Hedge(Section):
+    """To several replicas; the first answer counts."""
+
+    hedge: int = Field(ge=2, le=64, description="copies of each message")
+    after: str | None = Field(
+        None,
+        pattern=r"^p[1-9][0-9]$",
+        description="send the second copy only when the first took longer than this percentile, such as p95",
+    )
+
+
 class ActorSection(Section):
     """One actor: a component in a process of its own."""
 
@@ -57,7 +68,12 @@ class ActorSection(Section):
         None, min_length=1, description="cores this process may run on, such as [0]; all if it is not given"
     )
     device: Literal["cpu"] = Field("cpu", description="where the actor computes")
-    replicas: Literal[1] = Field(1, description="copies of this actor")
+    replicas: int = Field(1, ge=1, le=64, description="copies of this actor, each a process; ranvier scale changes it")
+    policy: Literal["sticky", "round_robin", "least_queued", "lowest_latency"] | Hedge = Field(
+        "sticky",
+        description="which replica a row goes to: always that of its session, in turn, the one with the shortest "
+        "queue or with the lowest latency, or {hedge: 2} to two of which the first answer counts",
+    )
     cache_tokens: int = Field(65536, ge=1, le=1 << 31, description="positions of all sessions that its KV cache holds")
     batch_tokens: int = Field(2048, ge=1, le=1 << 20, description="tokens laid together in one step at the most")
     endpoint: str | None = Field(None, description="where its inbox is bound, such as tcp://127.0.0.1:5555")

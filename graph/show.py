@@ -26,13 +26,13 @@ def text(plan: Plan) -> str:
             f"vocabulary {config.vocab}, {plan.graph.file.model.dtype}"
             + ("" if all(config.runs(h.kind) for h in plan.hosts) else "; run by transformers' own layers, slower")
         )
-    lines += ["", *_table(("process", "kind", "layers", "threads", "weights", "bytes", "KV a token", "KV tokens"), [
-        (h.actor, h.kind, _layers(h), str(h.threads), amount(h.weight_bytes), str(h.weight_bytes),
+    lines += ["", *_table(("actor", "kind", "replicas", "layers", "threads", "weights", "bytes", "KV a token", "KV tokens"), [
+        (h.actor, h.kind, _replicas(h), _layers(h), str(h.threads), amount(h.weight_bytes), str(h.weight_bytes),
          amount(h.cache_bytes_per_token) if h.cache_tokens else "-", str(h.cache_tokens or "-"))
         for h in plan.hosts
     ])]  # fmt: skip
-    total = sum(host.weight_bytes for host in plan.hosts)
-    lines += [f"{len(plan.hosts)} processes, {amount(total)} ({total} bytes) of weights", ""]
+    total = sum(host.weight_bytes * host.replicas for host in plan.hosts)
+    lines += [f"{plan.processes} processes, {amount(total)} ({total} bytes) of weights", ""]
     lines += _table(("edge", "carries", "a token", "codec", "credits", ""), [
         (e.name, e.tensor, _cost(e), e.codec, f"{e.credits_messages} / {amount(e.credits_bytes)}",
          "feedback" if e.feedback else "")
@@ -63,7 +63,12 @@ def dot(plan: Plan) -> str:
 
 def _label(host: PlannedHost) -> str:
     layers = f" {_layers(host)}" if host.layers else ""
-    return f"{host.kind}{layers}, {amount(host.weight_bytes)}"
+    copies = f", {_replicas(host)}" if host.replicas > 1 else ""
+    return f"{host.kind}{layers}, {amount(host.weight_bytes)}{copies}"
+
+
+def _replicas(host: PlannedHost) -> str:
+    return f"{host.replicas} x {host.policy}" if host.replicas > 1 else "1"
 
 
 def _layers(host: PlannedHost) -> str:

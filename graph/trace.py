@@ -41,7 +41,8 @@ class Sent(NamedTuple):
     sent_ns: int
     codec: int
     rows: Sequence[Sequence[int]]
-    coding: Sequence[float | None] | None = None
+    coding: Sequence[float | None] | None
+    target: str
 
 
 class Done(NamedTuple):
@@ -56,6 +57,19 @@ class Done(NamedTuple):
     finished_ns: int
     batch: int
     rows: Sequence[Sequence[int]]
+    source: str
+
+
+Message = tuple[int, int, str, str]
+"""What ties the two records of a message together: edge, sequence, and the `actor.replica` at either end."""
+
+
+def sent_key(actor: str, record: Sent) -> Message:
+    return record.edge, record.sequence, actor, record.target.rpartition(".")[0]
+
+
+def done_key(actor: str, record: Done) -> Message:
+    return record.edge, record.sequence, record.source.rpartition(".")[0], actor
 
 
 @dataclass(slots=True)
@@ -108,14 +122,14 @@ def _read_file(trace: Trace, file: Path) -> None:
 
 def summary(trace: Trace) -> dict[str, Any]:
     """Per edge and per actor: p50, p95 and p99 of each part in microseconds, messages, bytes, batch sizes."""
-    sent_at = {(record.edge, record.sequence): record for records in trace.sent.values() for record in records}
+    sent_at = {sent_key(actor, record): record for actor, records in trace.sent.items() for record in records}
     times: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     nbytes: Counter[int] = Counter()
     coded: dict[int, list[Sent]] = defaultdict(list)
-    for records in trace.done.values():
+    for actor, records in trace.done.items():
         for record in records:
             parts = times[record.edge]
-            sender = sent_at.get((record.edge, record.sequence))
+            sender = sent_at.get(done_key(actor, record))
             if sender is not None:
                 parts["serialise"].append((sender.sent_ns - sender.credit_ns) / 1e3)
                 parts["credit"].append((sender.credit_ns - sender.ready_ns) / 1e3)

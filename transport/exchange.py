@@ -38,8 +38,8 @@ class Received(msgspec.Struct, frozen=True, eq=False):
     received_ns: int
 
 
-OnSent = Callable[[int, int, tuple[Row, ...], int, int, int, int, int, Coding | None], None]
-"""What the sending end knows of one message: (edge, sequence, rows, bytes, ready_ns, credit_ns, sent_ns, codec, coding)."""
+OnSent = Callable[[LinkSpec, int, tuple[Row, ...], int, int, int, int, int, Coding | None], None]
+"""What the sending end knows of one message: (link, sequence, rows, bytes, ready_ns, credit_ns, sent_ns, codec, coding)."""
 
 
 class _Waiting(NamedTuple):
@@ -53,7 +53,8 @@ class _Waiting(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class SendingLink:
-    """The sender's end of one link. `waiting` holds what has no credit yet."""
+    """The sender's end of one link. `waiting` holds what has no credit yet. `on_used`, on a prompt link, is called with the
+    sequence of each message that was used up and the nanoseconds since it was sent."""
 
     spec: LinkSpec
     window: SendWindow
@@ -65,6 +66,22 @@ class SendingLink:
     nbytes: int = 0
     sent: int = 0
     waiting: deque[_Waiting] = field(default_factory=deque)
+    on_used: Callable[[int, int], None] | None = None
+    sent_at: deque[tuple[int, int]] = field(default_factory=deque)
+
+    @property
+    def used(self) -> int:
+        """The highest sequence of which the receiver has said that it is used up."""
+        return max(0, self.window.sequence_limit - self.spec.credits_messages)
+
+    @property
+    def queued(self) -> int:
+        """Messages that were given to it and are not used up."""
+        return self.window.sequence - self.used + len(self.waiting)
+
+    def may_send(self, nbytes: int) -> bool:
+        """Whether a message of `nbytes` would go at once."""
+        return not self.waiting and self.window.may_send(nbytes)
 
 
 @dataclass(slots=True, eq=False)
@@ -125,13 +142,27 @@ class Exchange:
         self._owing: dict[ReceivingLink, None] = {}
         self.waiting = 0
         for spec in links:
-            if spec.source == me:
-                codec = parse_codec(spec.codec)
-                link = SendingLink(spec, SendWindow(spec.credits_bytes), codec, codec.number == RAW)
-                self.sending[spec.edge, spec.target] = link
-            if spec.target == me:
-                window = ReceiveWindow(spec.credits_messages, spec.credits_bytes)
-                self.receiving[spec.edge, spec.source] = ReceivingLink(spec, window)
+            self.add(spec)
+
+    def add(self, spec: LinkSpec) -> None:
+        """One link more; `open` offers it."""
+        if spec.source == self.me:
+            codec = parse_codec(spec.codec)
+            link = SendingLink(spec, SendWindow(spec.credits_bytes), codec, codec.number == RAW)
+            self.sending[spec.edge, spec.target] = link
+        if spec.target == self.me:
+            window = ReceiveWindow(spec.credits_messages, spec.credits_bytes)
+            self.receiving[spec.edge, spec.source] = ReceivingLink(spec, window)
+
+    def remove(self, peer: str) -> None:
+        """All links with `peer`, and whatever was still on its way there."""
+        for key in [key for key in self.sending if key[1] == peer]:
+            self.waiting -= len(self.sending.pop(key).waiting)
+        for key in [key for key in self.receiving if key[1] == peer]:
+            link = self.receiving.pop(key)
+            link.open = False
+            self._owing.pop(link, None)
+        self.outbox = [outgoing for outgoing in self.outbox if outgoing.peer != peer]
 
     # -- opening ------------------------------------------------------------------------------------------------
 
@@ -170,7 +201,7 @@ class Exchange:
             ProtocolError: the tensors are not what the edge carries.
         """
         nbytes = _checked(link, rows, tensors)
-        if link.waiting or not link.window.may_send(nbytes):
+        if not link.may_send(nbytes):
             self.counters["credit_waits"] += 1
             self.waiting += 1
             link.waiting.append(_Waiting(rows, tensors, buffers, nbytes, ready_ns, coding))
@@ -201,9 +232,11 @@ class Exchange:
         outgoing = Outgoing(spec.target, header, buffers, sequence, nbytes)
         window.keep(outgoing)
         self.outbox.append(outgoing)
+        if link.on_used is not None:
+            link.sent_at.append((sequence, sent_ns))
         if self._on_sent is not None:
             codec = tensors[0].codec if tensors else 0
-            self._on_sent(spec.edge, sequence, rows, nbytes, ready_ns, credit_ns, sent_ns, codec, coding)
+            self._on_sent(spec, sequence, rows, nbytes, ready_ns, credit_ns, sent_ns, codec, coding)
 
     def _acks_for(self, peer: str) -> tuple[Ack, ...]:
         """What is owed to `peer` rides along with a message that goes there anyway."""
@@ -232,6 +265,8 @@ class Exchange:
         for ack in header.acks:
             sending = self._link(self.sending, peer, ack.edge, "an ack")
             sending.window.acknowledge(ack.received, ack.sequence_limit, ack.byte_limit)
+            if sending.on_used is not None:
+                self._tell_used(sending, sending.on_used)
             if sending.waiting:
                 self._send_waiting(sending)
         link = self.receiving.get((header.edge, peer))
@@ -273,7 +308,9 @@ class Exchange:
 
     def consumed(self, link: ReceivingLink, nbytes: int) -> None:
         """A message of `nbytes` was used up; tell the sender at once if it may run out of credit, else when idle."""
-        if link.window.consume(nbytes):
+        if not link.open:
+            return  # removed meanwhile
+        if link.window.consume(nbytes) or link.spec.prompt:
             self._acknowledge(link)
         else:
             self._owing[link] = None
@@ -341,11 +378,19 @@ class Exchange:
             link.refused = arguments[0]
         elif verb is Verb.ACK:
             link.window.acknowledge(*arguments)
+            if link.on_used is not None:
+                self._tell_used(link, link.on_used)
         elif verb is Verb.AGAIN:
             for sent in link.window.since(arguments[0]):
                 self.counters["sent_again"] += 1
                 self.outbox.append(sent)
         self._send_waiting(link)
+
+    def _tell_used(self, link: SendingLink, on_used: Callable[[int, int], None]) -> None:
+        now_ns, used = self.clock(), link.used
+        while link.sent_at and link.sent_at[0][0] <= used:
+            sequence, sent_ns = link.sent_at.popleft()
+            on_used(sequence, now_ns - sent_ns)
 
     def _send_waiting(self, link: SendingLink) -> None:
         while link.waiting and link.window.may_send(link.waiting[0].nbytes):

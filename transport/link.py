@@ -41,6 +41,9 @@ class Wire(Protocol):
             AddressError: the address may not be used.
         """
 
+    def disconnect(self, peer: str) -> None:
+        """Forget `peer`; what was not delivered to it is dropped. Unknown peers are ignored."""
+
     def send(self, peer: str, header: bytes, buffers: Sequence[Buffer]) -> None:
         """Hand frames over without blocking. Buffers must not be written to until acknowledged.
 
@@ -74,7 +77,8 @@ class LinkSpec:
     """One edge between two replicas, as both ends must know it before they speak.
 
     `source` and `target` are the identities `actor.replica.epoch`; `tensors` the names and specs of what travels.
-    A link that is not `local` (leaves the machine) carries checksums.
+    A link that is not `local` (leaves the machine) carries checksums. On a `prompt` one each message is acknowledged as soon
+    as it is used up: the sender goes by how long that takes.
     """
 
     edge: int
@@ -86,6 +90,7 @@ class LinkSpec:
     credits_bytes: int
     local: bool = True
     codec: str = "raw"
+    prompt: bool = False
 
     def described(self) -> tuple[tuple[str, str], ...]:
         """The specs in the form the handshake compares."""

@@ -107,6 +107,9 @@ class MemoryWire:
     def connect(self, peer: str, address: str) -> None:
         self._peers.add(peer)
 
+    def disconnect(self, peer: str) -> None:
+        self._peers.discard(peer)
+
     def send(self, peer: str, header: bytes, buffers: Sequence[Buffer]) -> None:
         if self.closed:
             raise LinkClosed(f"{self.me}: this wire is closed")

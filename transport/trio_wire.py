@@ -48,6 +48,9 @@ class TrioWire:
     def connect(self, peer: str, address: str) -> None:
         self.wire.connect(peer, address)
 
+    def disconnect(self, peer: str) -> None:
+        self.wire.disconnect(peer)
+
     def send(self, peer: str, header: bytes, buffers: Sequence[Buffer] = ()) -> None:
         self.wire.send(peer, header, buffers)
 

@@ -103,6 +103,11 @@ class ZeroWire:
             raise LinkBroken(f"{self.me}: cannot connect to {peer} at {place}: {error.strerror}") from error
         self._dealers[peer] = dealer
 
+    def disconnect(self, peer: str) -> None:
+        dealer = self._dealers.pop(peer, None)
+        if dealer is not None:
+            dealer.close(linger=0)
+
     def send(self, peer: str, header: bytes, buffers: Sequence[Buffer]) -> None:
         dealer = self._dealers.get(peer)
         try:
@@ -188,6 +193,25 @@ class ZeroWire:
             self._lock = None
         if self._own_context:
             self._context.term()
+
+
+def ask(me: str, address: str, question: bytes, timeout_s: float) -> Buffer | None:
+    """Send one message to a wire that listens at `address`, and wait for its answer; None if there is none in time.
+
+    Raises:
+        AddressError: the address may not be used.
+    """
+    place = endpoint.parse(address)
+    with zmq.Context(io_threads=1) as context, context.socket(zmq.DEALER) as dealer:
+        dealer.linger = 0
+        dealer.setsockopt(zmq.IDENTITY, me.encode())
+        dealer.setsockopt(zmq.RCVTIMEO, int(timeout_s * 1000))
+        dealer.connect(str(place))
+        dealer.send(question)
+        try:
+            return dealer.recv()
+        except zmq.Again:
+            return None
 
 
 class ZeroWaker:

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from ranvier.graph.blocking import BlockingRun, start
     from ranvier.graph.check import load
     from ranvier.graph.checked import Graph
-    from ranvier.graph.errors import GraphError
+    from ranvier.graph.errors import GraphError, RequestError
     from ranvier.graph.generation import Generation, Result, Token
     from ranvier.graph.plan import Plan, plan
-    from ranvier.graph.run import RequestError, Run, launch
+    from ranvier.graph.run import Run, launch
     from ranvier.transport.errors import LinkBroken, LinkClosed, ProtocolError, RanvierError
     from ranvier.transport.header import Row
     from ranvier.transport.spec import TensorSpec
@@ -41,11 +41,10 @@ _PLACES = {
     "Sampling": "actors.session", "SessionInfo": "actors.session",
     "BlockingRun": "graph.blocking", "start": "graph.blocking",
     "Graph": "graph.checked", "load": "graph.check",
-    "GraphError": "graph.errors",
+    "GraphError": "graph.errors", "RequestError": "graph.errors",
     "Plan": "graph.plan", "plan": "graph.plan",
     "Generation": "graph.generation", "Result": "graph.generation", "Token": "graph.generation",
-    "RequestError": "graph.run", "Run": "graph.run",
-    "launch": "graph.run",
+    "Run": "graph.run", "launch": "graph.run",
     "LinkBroken": "transport.errors", "LinkClosed": "transport.errors", "ProtocolError": "transport.errors",
     "RanvierError": "transport.errors",
     "Row": "transport.header",

@@ -144,6 +144,8 @@ def test_rows_of_another_epoch_or_no_session_are_refused() -> None:
     bench = Bench(credits=2)
     bench.core.open(1, 2)
     bench.core.open(2, 1)
+    bench.core.open(3, 1)
+    bench.core.close(3)
     for _ in range(3):
         bench.send([Row(1, 1, 0, 1), Row(2, 1, 0, 2), Row(3, 1, 0, 1)])
         work = bench.step()

@@ -9,7 +9,9 @@ import pytest
 
 from ranvier.actors.errors import ActorFailed, Overloaded
 from ranvier.actors.session import SessionInfo
+from ranvier.actors.spec import HostLink
 from ranvier.graph.gateway import Delivered, Gateway, Stream, token_tensor
+from ranvier.graph.placement import Placement
 from ranvier.transport.exchange import Exchange, Received
 from ranvier.transport.header import Header, Row, TensorMeta
 from ranvier.transport.link import LinkSpec
@@ -29,7 +31,11 @@ class Bench:
         for link in self.exchange.sending.values():
             link.open = True
             link.window.grant(1000, 1 << 30)
-        self.gateway = Gateway(self.exchange, ["embed.0", "head.0"], capacity, chunk)
+        placement = Placement()
+        for actor in ("embed", "head"):
+            placement.join(actor, 0, capacity)
+        links = [HostLink(link.tensors[0][0], link, outgoing=link.source == ME) for link in LINKS]
+        self.gateway = Gateway(self.exchange, links, placement, chunk)
 
     def submit(self, prompt: int = 3, tokens: int = 2, **options: Any) -> Stream:
         info = SessionInfo(0, 0, prompt + tokens, tuple(range(prompt)), tokens, **options)
@@ -53,7 +59,7 @@ def test_nothing_is_sent_before_every_host_has_opened() -> None:
     """The session is offered to all, the prompt goes in chunks once all have it."""
     bench = Bench()
     stream = bench.submit(prompt=10)
-    assert [kind for kind, _ in bench.gateway.commands] == ["open"]
+    assert [kind for kind, *_ in bench.gateway.commands] == ["open"]
     bench.gateway.on_session_event("embed.0", "opened", {"session": 1, "epoch": 1})
     bench.gateway.on_session_event("embed.0", "opened", {"session": 1, "epoch": 1})
     assert bench.exchange.outbox == []
@@ -78,7 +84,7 @@ def test_each_position_once_and_in_order_then_one_end() -> None:
     assert list(stream.events) == [Delivered(3, 60), Delivered(4, 70), "length"]
     assert stream.log == [0, 1, 2, 60, 70]
     assert bench.exchange.counters["tokens_refused"] == 5
-    assert [kind for kind, _ in bench.gateway.commands] == ["open", "close"]
+    assert [kind for kind, *_ in bench.gateway.commands] == ["open", "close"]
 
 
 def test_a_stop_token_ends_the_stream() -> None:

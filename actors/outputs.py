@@ -1,0 +1,192 @@
+"""The sending side of a host: which edges an output goes down, to which replicas, and what goes round a loop. No I/O."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+
+from ranvier.transport.codec import Coding
+from ranvier.transport.exchange import Exchange, SendingLink
+from ranvier.transport.header import Row, TensorMeta
+from ranvier.transport.message import Buffer
+from ranvier.transport.tensors import LOOK_EVERY, encode, to_buffer
+
+from .actor import Batch
+from .replicas import Places, Route
+from .spec import HostLink, PortSpec
+
+
+class Loop(NamedTuple):
+    """What an edge that a user's actor feeds back to itself carries: the port that says done, and a bound."""
+
+    until: str | None
+    at_most: int
+
+
+class Outputs:
+    """The output ports of one actor and the links from them.
+
+    Args:
+        ports: the ports.
+        exchange: the links' own state.
+    """
+
+    def __init__(self, ports: Iterable[PortSpec], exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._specs = {port.name: port.tensor for port in ports}
+        self._routes: dict[str, list[Route]] = {port: [] for port in self._specs}
+        self._loops: dict[str, tuple[Route, Loop]] = {}
+        self._places: dict[int, Places] = {}
+
+    # -- links and sessions -------------------------------------------------------------------------------------
+
+    def add(self, link: HostLink) -> None:
+        """An outgoing link that the exchange has."""
+        spec, routes = link.link, self._routes[link.port]
+        known = itertools.chain(routes, (route for route, _ in self._loops.values()))
+        route = next((route for route in known if route.edge == spec.edge), None)
+        if route is None:
+            route = Route(spec.edge, spec.target.partition(".")[0], link.policy, link.skips)
+            if link.at_most:
+                self._loops[link.port] = route, Loop(link.until, link.at_most)
+            else:
+                routes.append(route)
+        route.add(self._exchange.sending[spec.edge, spec.target])
+
+    def remove(self, peer: str) -> None:
+        """The links to a replica that has left."""
+        for route in self._every():
+            route.remove(peer)
+
+    def open(self, session: int, places: Places) -> None:
+        """The replicas that the session has."""
+        self._places[session] = places
+
+    def close(self, session: int) -> None:
+        if self._places.pop(session, None) is not None:
+            for route in self._every():
+                route.close(session)
+
+    def _every(self) -> Iterator[Route]:
+        yield from itertools.chain.from_iterable(self._routes.values())
+        for route, _ in self._loops.values():
+            yield route
+
+    def _places_of(self, session: int) -> Places:
+        return self._places.get(session, {})
+
+    # -- second copies ------------------------------------------------------------------------------------------
+
+    @property
+    def due_ns(self) -> int | None:
+        """When the next second copy of a hedged message goes out; None if none is to come."""
+        if not self._places:
+            return None
+        return min((due for route in self._every() if (due := route.due_ns) is not None), default=None)
+
+    def send_copies(self, now_ns: int, is_open: Callable[[Row], bool]) -> None:
+        """Send the second copies that are due."""
+        for route in self._every():
+            route.send_copies(self._exchange, now_ns, self._places_of, is_open)
+
+    # -- sending ------------------------------------------------------------------------------------------------
+
+    def send(self, rows: tuple[Row, ...], outputs: Mapping[str, torch.Tensor | Batch], ready_ns: int) -> None:
+        """Send the outputs of a step down their edges.
+
+        Raises:
+            ProtocolError: an output is not what its edge carries.
+            ValueError, TypeError: the actor returned a port it does not have, or no tensor.
+        """
+        for port, value in outputs.items():
+            routes = self._routes.get(port)
+            if routes is None:
+                raise ValueError(f"step returned the port {port!r}; the actor's outputs are {', '.join(self._routes)}")
+            loop = self._loops.get(port)
+            if not routes and loop is None:
+                continue
+            own, tensor = (value.rows, value.tensors[port]) if isinstance(value, Batch) else (rows, value)
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"step returned {type(tensor).__name__} for the port {port!r}, expected a torch.Tensor")
+            if loop is not None:
+                own, tensor = self._go_round(port, own, tensor, *loop, outputs, ready_ns)
+            if own:
+                self._send(port, routes, own, tensor, ready_ns)
+
+    def _send(
+        self, port: str, routes: Iterable[Route], rows: tuple[Row, ...], tensor: torch.Tensor, ready_ns: int
+    ) -> None:
+        plain = None
+        for route in routes:
+            link = route.only
+            if link is None:
+                self._send_by_choice(port, route, rows, tensor, ready_ns)
+            elif link.raw:
+                meta, buffer = plain = plain or to_buffer(port, tensor)
+                self._exchange.send(link, rows, (meta,), (buffer,), ready_ns)
+            else:
+                tensors, buffers, coding = _coded(port, tensor, link)
+                self._exchange.send(link, rows, tensors, buffers, ready_ns, coding)
+
+    def _send_by_choice(
+        self, port: str, route: Route, rows: tuple[Row, ...], tensor: torch.Tensor, ready_ns: int
+    ) -> None:
+        groups = route.groups(rows, self._places_of)
+        parts = self._split(port, rows, tensor) if len(groups) > 1 else []
+        for replicas, chosen in groups.items():
+            part = torch.cat([parts[index] for index in chosen]) if parts else tensor
+            own = tuple(rows[index] for index in chosen)
+            tensors, buffers, coding = _coded(port, part, route.links[replicas[0]])
+            route.send(self._exchange, replicas, own, tensors, buffers, ready_ns, coding)
+
+    def _go_round(
+        self,
+        port: str,
+        rows: tuple[Row, ...],
+        tensor: torch.Tensor,
+        route: Route,
+        loop: Loop,
+        outputs: Mapping[str, torch.Tensor | Batch],
+        ready_ns: int,
+    ) -> tuple[tuple[Row, ...], torch.Tensor]:
+        """Send on what goes round once more, one position further; what is done, or was round often enough, remains."""
+        if loop.until is None and len(rows) == 1 and rows[0].position + 1 < loop.at_most:
+            self._send(port, [route], (rows[0]._replace(position=rows[0].position + 1),), tensor, ready_ns)
+            return (), tensor
+        done = outputs.get(loop.until) if loop.until is not None else None
+        said = [False] * len(rows)
+        if isinstance(done, torch.Tensor):
+            if done.numel() != len(rows):
+                raise ValueError(
+                    f"step returned {list(done.shape)} for the port {loop.until!r}, expected one of {len(rows)} rows each"
+                )
+            said = [bool(flag) for flag in done.reshape(-1).tolist()]
+        goes = [not flag and row.position + 1 < loop.at_most for flag, row in zip(said, rows, strict=True)]
+        if not any(goes):
+            return rows, tensor
+        parts = self._split(port, rows, tensor)
+        on = tuple(row._replace(position=row.position + 1) for row in itertools.compress(rows, goes))
+        self._send(port, [route], on, torch.cat(list(itertools.compress(parts, goes))), ready_ns)
+        stays = [not going for going in goes]
+        left = list(itertools.compress(parts, stays))
+        return tuple(itertools.compress(rows, stays)), torch.cat(left or [tensor[:0]])
+
+    def _split(self, port: str, rows: tuple[Row, ...], tensor: torch.Tensor) -> list[torch.Tensor]:
+        if len(rows) == 1:
+            return [tensor]
+        by_tokens = self._specs[port].shape[:1] == ("tokens",)
+        return list(torch.split(tensor, [row.tokens if by_tokens else 1 for row in rows]))
+
+
+def _coded(
+    port: str, tensor: torch.Tensor, link: SendingLink
+) -> tuple[tuple[TensorMeta], tuple[Buffer], Coding | None]:
+    if link.raw:
+        meta, buffer = to_buffer(port, tensor)
+        return (meta,), (buffer,), None
+    meta, buffer, coding = encode(port, tensor, link.codec, link.sent % LOOK_EVERY == 0)
+    link.sent += 1
+    return (meta,), (buffer,), coding
