@@ -40,6 +40,7 @@ lint: $(STAMP)
 
 bench: $(STAMP) $(MODEL)
 	$(BIN)/python benchmarks/hop.py
+	$(BIN)/python benchmarks/hedge.py
 
 clean:
 	rm -rf $(VENV) .bench-venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

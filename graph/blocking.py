@@ -82,6 +82,10 @@ class BlockingRun:
 
         return trio.from_thread.run(call, trio_token=self._token)
 
+    def scale(self, actor: str, replicas: int) -> str:
+        """As `Run.scale`."""
+        return trio.from_thread.run(self._run.scale, actor, replicas, trio_token=self._token)
+
     def close(self) -> None:
         """End everything. Idempotent."""
         if self._thread.is_alive():

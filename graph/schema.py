@@ -157,7 +157,8 @@ def validate(document: Document) -> GraphFile:
         return GraphFile.model_validate(data)
     except pydantic.ValidationError as error:
         for found in error.errors():
-            problems.append(_problem(document, found))
+            if not _of_other_form(document, found):
+                problems.append(_problem(document, found))
     raise GraphError(document.file, problems)
 
 
@@ -171,8 +172,24 @@ def _spelled_out(document: Document, index: int, edge: Any, problems: list[Probl
     return {"from": source, "to": target}
 
 
+def _is_form(part: Any) -> bool:
+    """Whether a part of a path names one of the forms that a value may have: a word of a list, or a section."""
+    return str(part).startswith("literal[") or part in ("Hedge", "Quorum")
+
+
+def _of_other_form(document: Document, found: Any) -> bool:
+    """Whether it says what is wrong with a form that the value was not meant to have."""
+    for index, part in enumerate(found["loc"]):
+        if _is_form(part):
+            given = document.data
+            for key in found["loc"][:index]:
+                given = given[key]
+            return isinstance(given, dict) == str(part).startswith("literal[")
+    return False
+
+
 def _problem(document: Document, found: Any) -> Problem:
-    path = tuple(part for part in found["loc"] if part != "[key]")
+    path = tuple(part for part in found["loc"] if part != "[key]" and not _is_form(part))
     kind, given = found["type"], found.get("input")
     word = ".".join(map(str, path))
     if kind == "extra_forbidden":
@@ -191,6 +208,10 @@ def _problem(document: Document, found: Any) -> Problem:
 
 def _fields_at(path: tuple[Any, ...]) -> list[str]:
     """The keys that may stand at `path`."""
+    if path[-1:] == ("policy",):
+        return list(Hedge.model_fields)
+    if path[-1:] == ("join",):
+        return list(Quorum.model_fields)
     sections: dict[str, type[Section]] = {
         "model": ModelSection, "actors": ActorSection, "edges": EdgeSection, "supervision": SupervisionSection
     }  # fmt: skip

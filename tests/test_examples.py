@@ -24,6 +24,7 @@ TESTED = {
     "refine",
     "classify",
     "experts",
+    "hedge",
 }
 TRAINED = r"397 pictures that were not trained on: [89]\d\.\d% right; off the single process by (0|0e\+00|\de-0[67])\n"
 PICTURES = (EXAMPLES.parent / "docs" / "graphs.md").read_text()
@@ -38,6 +39,7 @@ def test_every_example_is_tested() -> None:
     [
         pytest.param("digits", TRAINED, marks=pytest.mark.slow),
         pytest.param("experts", TRAINED, marks=pytest.mark.slow),
+        ("hedge", r"the answers are the same\n"),
         ("refine", r"   2  1\.414213562\n"),
         pytest.param("classify", r"pieces that were not trained on: 9\d\.\d% right", marks=pytest.mark.slow),
     ],

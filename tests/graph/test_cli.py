@@ -70,7 +70,7 @@ def test_the_long_form_is_a_graph_file_of_the_same_plan(tmp_path: Path) -> None:
 
 def test_show_in_every_form() -> None:
     text = ranvier("show", SMOLLM2).stdout
-    assert "lower    blocks     0-14    1        106.2 MB  106202880" in text
+    assert "lower  blocks     1         0-14    1        106.2 MB  106202880" in text
     assert "lower.hidden -> upper.hidden     bfloat16[tokens, 576]  1152 B" in text
     assert 'embed -->|"hidden, 1152 B"| lower' in ranvier("show", SMOLLM2, "--format", "mermaid").stdout
     assert 'head -> embed [label="token, 8 B", style=dashed];' in ranvier("show", SMOLLM2, "--format", "dot").stdout

@@ -218,7 +218,7 @@ def test_strangers_and_rubbish_are_refused_and_the_host_goes_on(faulty: Make, ru
             for name in (b"stranger.0.1", b"\xff\xfe"):
                 socket = context.socket(zmq.DEALER)
                 socket.setsockopt(zmq.IDENTITY, name)
-                socket.connect(f"ipc://{run.folder.sockets}/bad")
+                socket.connect(f"ipc://{run.folder.sockets}/bad.0")
                 for frames in rubbish:
                     socket.send_multipart(frames)
                 socket.close(linger=500)

@@ -42,3 +42,8 @@ class Free(Actor):
 class Large(Actor):
     inputs = {"x": TensorSpec("float32", ("tokens", 8))}
     outputs = {"y": TensorSpec("float32", ("tokens", 8))}
+
+
+class Two(Actor):
+    inputs = {"x": TensorSpec("float32", ("tokens",)), "z": TensorSpec("float32", ("tokens",))}
+    outputs = {"y": TensorSpec("float32", ("tokens",))}

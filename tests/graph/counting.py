@@ -1,0 +1,40 @@
+"""Actors for the tests of replicas: they say which replica they are, and can be made to wait for a file."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from ranvier import Actor, Batch, Context, TensorSpec
+
+
+class Counting(Actor):
+    """Gives x + 1 and the number of the replica. Args: `gate`: replica 1 waits at each step until this file is there;
+    `no_more_than`: replicas from this on refuse to load."""
+
+    inputs = {"x": TensorSpec("float32", ("tokens",))}
+    outputs = {"y": TensorSpec("float32", ("tokens",)), "who": TensorSpec("int64", ("rows",))}
+
+    def load(self, context: Context) -> None:
+        self.replica = context.replica
+        self.gate = Path(context.args["gate"]) if "gate" in context.args and context.replica == 1 else None
+        if context.replica >= context.args.get("no_more_than", 99):
+            raise RuntimeError("no room for me")
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        until = time.monotonic() + 60
+        while self.gate is not None and not self.gate.exists() and time.monotonic() < until:
+            time.sleep(0.005)
+        return {"y": batch["x"] + 1, "who": torch.full((len(batch.rows),), self.replica)}
+
+
+class Pass(Actor):
+    """Gives x as it is."""
+
+    inputs = {"x": TensorSpec("float32", ("tokens",))}
+    outputs = {"x": TensorSpec("float32", ("tokens",))}
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        return {"x": batch["x"]}

@@ -1,0 +1,294 @@
+"""Replicas over real processes: each policy, hedging, joining and leaving while sessions go on, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trio
+
+import ranvier
+from ranvier.graph import show, trace
+
+WriteGraph = Callable[..., ranvier.Graph]
+Tiny = Callable[..., tuple[Path, Any]]
+
+
+@pytest.fixture
+def counting(graph_file: Callable[..., Path]) -> WriteGraph:
+    """`counting(**work)`: one replicated actor of counting.py between the gateway's ports; `front=True`: behind another."""
+
+    def write(front: bool = False, args: dict[str, Any] | None = None, **work: Any) -> ranvier.Graph:
+        actors: dict[str, Any] = {"work": {"kind": "./counting.py:Counting", "args": args or {}, **work}}
+        edges = ["gateway.x -> work.x", "work.y -> gateway.y", "work.who -> gateway.who"]
+        if front:
+            actors["front"] = {"kind": "./counting.py:Pass"}
+            edges = ["gateway.x -> front.x", "front.x -> work.x", *edges[1:]]
+        path = graph_file(actors=actors, edges=edges)
+        shutil.copy(Path(__file__).parent / "counting.py", path.parent)
+        return ranvier.load(path, allow_code=True)
+
+    return write
+
+
+async def call(run: ranvier.Run, x: float) -> int:
+    """Which replica answered; the answer is checked."""
+    outputs = await run.call(x=torch.tensor([x]))
+    assert outputs["y"].tolist() == [x + 1]
+    return int(outputs["who"][0])
+
+
+async def calls(run: ranvier.Run, count: int) -> Counter[int]:
+    """Which replicas answered so many calls, one after the other."""
+    return Counter([await call(run, float(number)) for number in range(count)])
+
+
+@pytest.mark.parametrize("front", [False, True])
+@pytest.mark.parametrize("policy", ["sticky", "round_robin", "least_queued", "lowest_latency"])
+def test_calls_are_shared(policy: str, front: bool, counting: WriteGraph, runs: Path) -> None:
+    """Every replica does its part, whether the gateway or an actor chooses; in turn means exactly in turn."""
+
+    async def main() -> Counter[int]:
+        graph = counting(front=front, replicas=3, policy=policy)
+        async with ranvier.launch(graph, runs=runs) as run:
+            return await calls(run, 30)
+
+    answered = trio.run(main)
+    assert set(answered) == {0, 1, 2}
+    if policy in ("sticky", "round_robin"):
+        assert answered == {0: 10, 1: 10, 2: 10}
+
+
+@pytest.mark.parametrize("policy", ["least_queued", {"hedge": 2}, {"hedge": 2, "after": "p95"}])
+@pytest.mark.parametrize("front", [False, True])
+def test_one_that_stands_still_holds_nobody_up(
+    policy: Any, front: bool, counting: WriteGraph, runs: Path, tmp_path: Path
+) -> None:
+    """Replica 1 does not answer until it may: twenty-five calls, more than there is credit, are answered by the other. With
+    the shortest queue the one call that it holds is answered in the end; hedged, its own answers are dropped."""
+    gate = tmp_path / "gate"
+    held = []
+
+    async def main() -> Path:
+        graph = counting(front=front, replicas=2, policy=policy, args={"gate": str(gate)})
+        async with ranvier.launch(graph, runs=runs) as run, trio.open_nursery() as nursery:
+            if policy == "least_queued":
+
+                async def hold(x: float) -> None:
+                    held.append(await call(run, x))
+
+                for number in range(2):  # one of them goes to either
+                    nursery.start_soon(hold, float(number))
+                while len(held) < 1:
+                    await trio.sleep(0.01)
+            assert await calls(run, 25) == {0: 25}
+            gate.touch()
+            return run.dir
+
+    run_dir = trio.run(main)
+    if policy == "least_queued":
+        assert sorted(held) == [0, 1]
+    steps = {actor["actor"]: actor["steps"] for actor in trace.summary(trace.read(run_dir))["actors"]}
+    assert steps["work.0"] >= 25
+
+
+def test_losers_are_dropped_and_counted(counting: WriteGraph, runs: Path) -> None:
+    """Two hedged stages behind each other: the second gets each step from both of the first, and takes it once."""
+
+    async def main() -> tuple[Counter[int], dict[str, Any]]:
+        graph = counting(front=True, replicas=2, policy={"hedge": 2})
+        file = json.loads(Path(graph.path).read_text())
+        file["actors"]["front"] |= {"replicas": 2, "policy": {"hedge": 2}}
+        Path(graph.path).write_text(json.dumps(file))
+        async with ranvier.launch(ranvier.load(graph.path, allow_code=True), runs=runs) as run:
+            answered = await calls(run, 20)
+            await trio.sleep(1.6)  # counters come with the next heartbeat after a tick
+            hosts = run._supervisor.supervision.hosts
+            return answered, {key: dict(host.counters or {}) for key, host in hosts.items()}
+
+    answered, counters = trio.run(main)
+    assert answered.total() == 20
+    for replica in (0, 1):
+        # the second copy is late, or its session is over by then
+        told = counters[f"work.{replica}.1"]
+        assert told.get("rows_late", 0) + told.get("rows_refused", 0) >= 10
+
+
+def greedy(model: Any, prompt: list[int], ids: list[int]) -> bool:
+    with torch.inference_mode():
+        logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+    return bool(logits.argmax(-1).tolist() == ids)
+
+
+def model_graph(graph_file: Callable[..., Path], folder: Path, **actors: Any) -> ranvier.Graph:
+    path = graph_file(
+        model={"source": "./model", "dtype": "float32"},
+        actors={
+            "embed": {"kind": "embedding"},
+            "lower": {"kind": "blocks", "layers": "0-2", **actors.get("lower", {})},
+            "upper": {"kind": "blocks", "layers": "3-5", **actors.get("upper", {})},
+            "head": {"kind": "head", **actors.get("head", {})},
+        },
+        pipeline=["embed", "lower", "upper", "head"],
+        prefill_chunk=4,
+    )
+    if not (path.parent / "model").exists():
+        shutil.copytree(folder, path.parent / "model")
+    return ranvier.load(path)
+
+
+PROMPTS = [[5 + 3 * n, 7, 11 + n, 13, 17, 19 + n, 23] for n in range(6)]
+
+
+def test_a_language_model_in_replicas_is_exact(tiny: Tiny, graph_file: Callable[..., Path], runs: Path) -> None:
+    """Six streams at once over two lower, three hedged upper, two heads, prompts in chunks: each token is transformers'
+    own choice, and every replica took part."""
+    folder, model = tiny("replicas")
+    graph = model_graph(
+        graph_file, folder,
+        lower={"replicas": 2}, upper={"replicas": 3, "policy": {"hedge": 2}}, head={"replicas": 2},
+    )  # fmt: skip
+    results: dict[int, list[int]] = {}
+
+    async def stream(run: ranvier.Run, number: int) -> None:
+        results[number] = [
+            token.id async for token in run.generate(PROMPTS[number], max_tokens=20, stop_tokens=(), logits=number == 0)
+        ]
+
+    async def main() -> Path:
+        async with ranvier.launch(graph, runs=runs) as run:
+            async with trio.open_nursery() as nursery:
+                for number in range(len(PROMPTS)):
+                    nursery.start_soon(stream, run, number)
+            return run.dir
+
+    told = trace.summary(trace.read(trio.run(main)))
+    for number, prompt in enumerate(PROMPTS):
+        assert len(results[number]) == 20
+        assert greedy(model, prompt, results[number])
+    took_part = {actor["actor"] for actor in told["actors"] if actor["steps"] > 20}
+    assert took_part >= {"lower.0", "lower.1", "upper.0", "upper.1", "upper.2", "head.0", "head.1"}
+    assert all(edge["microseconds"]["serialise"]["p50"] is not None for edge in told["edges"])
+
+
+def test_replicas_join_and_leave_while_streams_go_on(tiny: Tiny, graph_file: Callable[..., Path], runs: Path) -> None:
+    """A stream that began before stays where it is, one that begins after may go to the new replica; one that leaves ends
+    when its streams are over. Each stream is exact."""
+    folder, model = tiny("replicas")
+    graph = model_graph(graph_file, folder)
+    results: dict[int, list[int]] = {}
+
+    async def stream(run: ranvier.Run, number: int, tokens: int) -> None:
+        ids = results.setdefault(number, [])
+        async for token in run.generate(PROMPTS[number], max_tokens=tokens, stop_tokens=()):
+            ids.append(token.id)
+
+    async def main() -> None:
+        async with ranvier.launch(graph, runs=runs) as run, trio.open_nursery() as nursery:
+            nursery.start_soon(stream, run, 0, 200)
+            while not results.get(0):
+                await trio.sleep(0.01)
+            assert await run.scale("lower", 2) == "lower has 2 replicas: lower.1 joined"
+            assert await run.scale("head", 2) == "head has 2 replicas: head.1 joined"
+            assert sorted(run.pids) == ["embed.0.1", "head.0.1", "head.1.1", "lower.0.1", "lower.1.1", "upper.0.1"]
+            nursery.start_soon(stream, run, 1, 60)
+            while not results.get(1):
+                await trio.sleep(0.01)
+            steps = run._supervisor.supervision.hosts["lower.1.1"]
+            assert await run.scale("lower", 1) == "lower has 1 replica: lower.1 left"
+            assert len(results[1]) == 60, "it left before its stream was over"
+            assert steps.exited == 0
+            assert await run.scale("lower", 2) == "lower has 2 replicas: lower.2 joined"
+            await stream(run, 2, 10)
+            await stream(run, 3, 10)
+
+    trio.run(main)
+    assert [len(results[number]) for number in range(4)] == [200, 60, 10, 10]
+    for number, ids in results.items():
+        assert greedy(model, PROMPTS[number], ids)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ranvier.graph.cli", *arguments], capture_output=True, text=True, check=False, timeout=60
+    )
+
+
+def test_scale_is_a_command(counting: WriteGraph, runs: Path, tmp_path: Path) -> None:
+    """From another process, by the run's folder; what cannot be is said, and the run goes on."""
+    graph = counting(args={"no_more_than": 2})
+
+    async def scale(run: ranvier.Run, change: str) -> subprocess.CompletedProcess[str]:
+        return await trio.to_thread.run_sync(command, "scale", str(run.dir), change)
+
+    async def main() -> Path:
+        async with ranvier.launch(graph, runs=runs) as run:
+            done = await scale(run, "work=2")
+            assert (done.returncode, done.stdout) == (0, "work has 2 replicas: work.1 joined\n"), done.stderr
+            assert set(await calls(run, 4)) == {0, 1}
+            for change, words in (
+                ("wrk=2", "no actor 'wrk'; there are work"),
+                ("work=0", "expected 1 to 64 replicas, got 0"),
+                ("work=3", "work.2"),
+                ("work", "expected ACTOR=N, such as upper=2"),
+            ):
+                done = await scale(run, change)
+                assert done.returncode == 2
+                assert words in done.stderr
+            assert "no room for me" in (await scale(run, "work=3")).stderr
+            assert set(await calls(run, 4)) == {0, 1}, "those that did not come changed something"
+            done = await scale(run, "work=1")
+            assert done.stdout == "work has 1 replica: work.1 left\n", done.stderr
+            assert await calls(run, 4) == {0: 4}
+            return run.dir
+
+    run_dir = trio.run(main)
+    over = command("scale", str(run_dir), "work=2")
+    assert over.returncode == 2
+    assert "this run is over" in over.stderr
+    assert "no run folder" in command("scale", str(tmp_path), "work=2").stderr
+
+
+def test_a_client_that_goes_away_or_talks_nonsense(counting: WriteGraph, runs: Path) -> None:
+    """Nobody is left to hear the answer, or the question is none: the run goes on."""
+    graph = counting()
+
+    async def main() -> None:
+        from ranvier.actors.control_protocol import encode
+        from ranvier.transport.zeromq import ask
+
+        async with ranvier.launch(graph, runs=runs) as run:
+            address = f"ipc://{run.dir}/sockets/supervisor"
+            questions = [
+                encode("scale", {"actor": "work", "replicas": 2}),
+                encode("scale", {"actor": "work"}),
+                encode("stop", {}),
+                b"\xc1 nonsense",
+            ]
+            for number, question in enumerate(questions):
+                assert ask(f"client-{number}", address, question, 0.05) is None
+            with trio.fail_after(20):
+                while len(run._gateway.placement.active("work")) < 2:
+                    await trio.sleep(0.01)
+            assert set(await calls(run, 4)) == {0, 1}
+            log = run.folder.logs / "supervisor.jsonl"
+            with trio.fail_after(20):
+                while log.read_text().count('"refused"') < 3:
+                    await trio.sleep(0.01)
+
+    trio.run(main)
+
+
+def test_show_says_how_many(counting: WriteGraph) -> None:
+    planned = ranvier.plan(counting(replicas=3, policy={"hedge": 2, "after": "p90"}))
+    assert "3 x hedge 2 after p90" in show.text(planned)
+    assert "3 processes" in show.text(planned)
+    assert "3 x hedge 2 after p90" in show.mermaid(planned)
