@@ -81,6 +81,9 @@ class Actor:
 
     inputs: ClassVar[Mapping[str, TensorSpec]] = {}
     outputs: ClassVar[Mapping[str, TensorSpec]] = {}
+    once: ClassVar[tuple[str, ...]] = ()
+    """Inputs that come once a session and belong to all its steps, such as what a decoder attends to. `step` gets each in a
+    batch of its own before the first step of that session, and returns nothing for it; `join` is about the others."""
 
     def load(self, context: Context) -> None:
         """Read weights, make state. Raises whatever went wrong; the run then does not start."""

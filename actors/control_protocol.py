@@ -21,7 +21,6 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "ready": {"address": str, "capacity_tokens": (int, type(None)), "held_bytes": int},
     "heartbeat": {"steps": int, "stepping_s": float, "queued": int, "counters": dict},
     "linked": {"peer": str},
-    "opened": {"session": int, "epoch": int},
     "session_failed": {"session": int, "epoch": int, "error": str, "traceback": str},
     "refused": {"what": str},
     "failed": {"error": str, "traceback": str},

@@ -19,7 +19,7 @@ from ranvier.transport.header import Row
 from ranvier.transport.tensors import from_buffer
 
 from .actor import Batch
-from .join import Join, Late, Overdue, Part
+from .join import Gate, Join, Late, Overdue, Part
 from .outputs import Outputs
 from .replicas import Answers, Places
 from .spec import HostLink, PortSpec
@@ -69,10 +69,13 @@ class HostCore:
         self._newest = 0
         self._early: dict[int, list[tuple[HostLink, Row, torch.Tensor, Received]]] = {}
         self._ready: deque[Work] = deque()
-        arrivals = len({link.link.edge for link in self._in.values() if not link.feedback})
+        once = [port.name for port in self._inputs.values() if port.once]
+        joined = tuple(port for port in self._inputs if port not in once)
+        self._gate: Gate[Work] | None = Gate(once) if once else None
+        arrivals = len({link.link.edge for link in self._in.values() if not link.feedback and link.port in joined})
         # one port and nothing to choose from: messages are steps as they come
         plain = len(self._inputs) == 1 and needed is None
-        self._join = None if plain else Join(tuple(self._inputs), needed or len(self._inputs), arrivals)
+        self._join = None if plain else Join(joined, needed or len(joined), arrivals)
         self._shares: dict[tuple[ReceivingLink, int], int] = {}
 
     # -- links --------------------------------------------------------------------------------------------------
@@ -119,6 +122,9 @@ class HostCore:
         """Rows of the session are refused from now on. False if it was not open."""
         if self._join is not None:
             self._use_up(part.source for part in self._join.drop(session))
+        if self._gate is not None:
+            for work in self._gate.drop(session):
+                self._use_up(work.sources)
         self._answers.close(session)
         self.outputs.close(session)
         return self._epochs.pop(session, None) is not None
@@ -193,6 +199,10 @@ class HostCore:
                 self.counters["rows_late"] += 1
                 self._use_up((received,))
                 continue
+            if self._gate is not None and port in self._gate:
+                self._ready.append(Work(Batch((row,), {port: part}), (received,)))
+                self._ready.extend(self._gate.came(row.session, port))
+                continue
             try:
                 whole = join.offer(port, Part(row, part, received))
             except Late:
@@ -204,11 +214,14 @@ class HostCore:
                 tensors = {name: held.tensor for name, held in whole.items()}
                 lead = next(iter(parts)).row
                 own = {name: (held.row,) for name, held in whole.items() if held.row != lead}
-                self._ready.append(Work(Batch((lead,), tensors, own), tuple(held.source for held in parts)))
+                work = Work(Batch((lead,), tensors, own), tuple(held.source for held in parts))
+                if self._gate is None or not self._gate.holds(work, lead, received.received_ns):
+                    self._ready.append(work)
 
     def overdue(self, before_ns: int) -> list[Overdue]:
-        """Steps that have waited at the join since before then."""
-        return self._join.overdue(before_ns) if self._join is not None else []
+        """Steps that have waited at the join, or for what their session gets once, since before then."""
+        found = self._join.overdue(before_ns) if self._join is not None else []
+        return found + (self._gate.overdue(before_ns) if self._gate is not None else [])
 
     def _split(self, port: str, rows: tuple[Row, ...], tensor: torch.Tensor) -> list[torch.Tensor]:
         if len(rows) == 1:

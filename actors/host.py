@@ -241,16 +241,19 @@ class Host:
     def _step(self, work: Work) -> None:
         crossing = self.crossing
         started_ns = crossing.stepping_since_ns = time.monotonic_ns()
+        done = None
         try:
             outputs = self.actor.step(work.batch)
             finished_ns = time.monotonic_ns()
+            done = self.core.finish(work)  # so that its credit rides along with the outputs, or goes before them
             self.core.complete(work, outputs, finished_ns)
         except Exception as error:
             finished_ns = time.monotonic_ns()
+            if done is None:
+                done = self.core.finish(work)
             self._step_failed(work, error)
         assert self.wire is not None
         self._flush(self.wire)  # the next stage first, then our own books
-        done = self.core.finish(work)
         crossing.steps += 1
         crossing.queued = self.core.queued
         crossing.stepping_since_ns = 0
@@ -351,7 +354,6 @@ class Host:
             self._session_failed(row, error)
             return
         self.core.open(info.session, info.epoch, info.places)
-        self.crossing.tell("opened", session=info.session, epoch=info.epoch)
 
     def _close_session(self, session: int) -> None:
         if self.core.close(session):

@@ -1,14 +1,15 @@
 """Joining: when the rows of one step that come by several edges make a step together. No I/O.
 
 `all`: when every input port holds the step. `first`: when the first comes; the others are dropped and counted. `quorum`:
-when so many ports hold it. A step is (session, epoch, position); how many tokens it has may differ from port to port.
+when so many ports hold it. A step is (session, epoch, position); how many tokens it has may differ from port to port. What a
+session gets once is no part of a join: its steps wait at a gate until it is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -99,6 +100,52 @@ class Join:
             )
             for held in self._held.values()
             if held.since_ns < before_ns
+        ]
+
+
+W = TypeVar("W")
+
+
+class Gate(Generic[W]):
+    """Steps that wait for what their session gets once.
+
+    Args:
+        ports: the input ports that bring it.
+    """
+
+    def __init__(self, ports: Iterable[str]) -> None:
+        self._ports = set(ports)
+        self._there: dict[int, set[str]] = {}
+        self._held: dict[int, list[tuple[W, Row, int]]] = {}
+
+    def __contains__(self, port: str) -> bool:
+        return port in self._ports
+
+    def came(self, session: int, port: str) -> list[W]:
+        """A port has brought what it brings: the steps that may go now."""
+        there = self._there.setdefault(session, set())
+        there.add(port)
+        return [step for step, *_ in self._held.pop(session, ())] if there == self._ports else []
+
+    def holds(self, step: W, row: Row, since_ns: int) -> bool:
+        """Keep a step whose session lacks something; False if it may go."""
+        if self._there.get(row.session) == self._ports:
+            return False
+        self._held.setdefault(row.session, []).append((step, row, since_ns))
+        return True
+
+    def drop(self, session: int) -> list[W]:
+        """Forget a session; what it held."""
+        self._there.pop(session, None)
+        return [step for step, *_ in self._held.pop(session, ())]
+
+    def overdue(self, before_ns: int) -> list[Overdue]:
+        """The first step of each session that has waited since before then."""
+        return [
+            Overdue(held[0][1], tuple(there), tuple(sorted(self._ports - there)))
+            for session, held in self._held.items()
+            for there in [self._there.get(session, set())]
+            if held[0][2] < before_ns
         ]
 
 

@@ -34,15 +34,17 @@ class KindError(RanvierError):
 @dataclass(frozen=True, slots=True)
 class Kind:
     """One kind. `implementation` is `module:Class`, or `file.py:Class` relative to `folder`; `foreign` the one for models
-    that transformers' own layers run.
+    that transformers' own layers run, `seq2seq` the one for the decoder of an encoder–decoder model.
 
-    `optional` outputs need not be connected; `to_gateway` are connected to the gateway without an edge in the file.
+    `once` inputs come once a session, before its first step (see `Actor.once`). `optional` outputs need not be connected;
+    `from_gateway` and `to_gateway` are connected to the gateway without an edge in the file.
     """
 
     name: str
     implementation: str
     folder: str | None = None
     foreign: str | None = None
+    seq2seq: str | None = None
     uses_model: bool = False
     uses_layers: bool = False
     caches: bool = False
@@ -51,6 +53,7 @@ class Kind:
     from_gateway: tuple[str, ...] = ()
     to_gateway: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    once: tuple[str, ...] = ()
 
 
 def _hidden(config: ModelConfig, dtype: str) -> TensorSpec:
@@ -79,6 +82,7 @@ _EXPERTS = "ranvier.actors.model.experts"
 _HEAD_PORTS: Mapping[str, Any] = {"to_gateway": ("sampled", "logits", "scores"), "optional": ("token",)}
 _PARTS = "ranvier.actors.model.parts"
 _FOREIGN = "ranvier.actors.model.foreign"
+_SEQ2SEQ = "ranvier.actors.model.seq2seq"
 BUILT_IN: dict[str, Kind] = {
     kind.name: kind
     for kind in (
@@ -86,6 +90,7 @@ BUILT_IN: dict[str, Kind] = {
             "embedding",
             f"{_PARTS}:Embedding",
             foreign=f"{_FOREIGN}:ForeignEmbedding",
+            seq2seq=f"{_SEQ2SEQ}:SourceEmbedding",
             uses_model=True,
             ports_of=lambda config, dtype, _: ({"token": _TOKENS}, {"hidden": _hidden(config, dtype)}),
             from_gateway=("token",),
@@ -143,9 +148,39 @@ BUILT_IN: dict[str, Kind] = {
             "head",
             f"{_PARTS}:Head",
             foreign=f"{_FOREIGN}:ForeignHead",
+            seq2seq=f"{_SEQ2SEQ}:Seq2SeqHead",
             uses_model=True,
             ports_of=lambda config, dtype, _: ({"hidden": _hidden(config, dtype)}, _head_outputs(config)),
             **_HEAD_PORTS,
+        ),
+        Kind(
+            "encoder_embedding",
+            f"{_SEQ2SEQ}:EncoderEmbedding",
+            seq2seq=f"{_SEQ2SEQ}:EncoderEmbedding",
+            uses_model=True,
+            ports_of=lambda config, dtype, _: ({"prompt": _TOKENS}, {"hidden": _hidden(config, dtype)}),
+            from_gateway=("prompt",),
+        ),
+        Kind(
+            "encoder",
+            f"{_SEQ2SEQ}:Encoder",
+            seq2seq=f"{_SEQ2SEQ}:Encoder",
+            uses_model=True,
+            uses_layers=True,
+            ports_of=lambda config, dtype, _: ({"hidden": _hidden(config, dtype)}, {"hidden": _hidden(config, dtype)}),
+        ),
+        Kind(
+            "decoder",
+            f"{_SEQ2SEQ}:Decoder",
+            seq2seq=f"{_SEQ2SEQ}:Decoder",
+            uses_model=True,
+            uses_layers=True,
+            caches=True,
+            ports_of=lambda config, dtype, _: (
+                {"hidden": _hidden(config, dtype), "memory": _hidden(config, dtype)},
+                {"hidden": _hidden(config, dtype)},
+            ),
+            once=("memory",),
         ),
         Kind(
             "first_stage",

@@ -72,10 +72,12 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True)
 class PortSpec:
-    """One port: its spec, and whether several messages may be laid together (the first dimension is tokens or rows)."""
+    """One port: its spec, and whether several messages may be laid together (the first dimension is tokens or rows). What
+    comes at a `once` port comes once a session, before its first step."""
 
     name: str
     tensor: TensorSpec
+    once: bool = False
 
     @property
     def stacks(self) -> bool:
@@ -168,7 +170,7 @@ def _tensor(plain: Mapping[str, Any]) -> TensorSpec:
 
 
 def _port(plain: Mapping[str, Any]) -> PortSpec:
-    return PortSpec(plain["name"], _tensor(plain["tensor"]))
+    return PortSpec(plain["name"], _tensor(plain["tensor"]), plain["once"])
 
 
 def _link(plain: Mapping[str, Any]) -> LinkSpec:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import structlog
 
 TICK_S = 0.1
-OnSession = Callable[[str, str, Mapping[str, Any]], None]
-"""Called with (label of the host, "opened" or "session_failed", fields)."""
+OnSessionFailed = Callable[[str, Mapping[str, Any]], None]
+"""Called with the label of the host, and the fields of its `session_failed`."""
 
 
 class Supervisor:
@@ -42,12 +42,12 @@ class Supervisor:
         control: str,
         logs: Path,
         log: structlog.typing.FilteringBoundLogger,
-        on_session: OnSession,
+        on_session_failed: OnSessionFailed,
     ) -> None:
         self._launcher = launcher
         self._logs = logs
         self._log = log
-        self._on_session = on_session
+        self._on_session_failed = on_session_failed
         self.supervision = Supervision(specs, time.monotonic())
         self.failed = trio.Event()
         self._changed = trio.Event()
@@ -213,10 +213,9 @@ class Supervisor:
         self._log.warning("refused", actor=by, what=what)
 
     def _take(self, label: str, kind: str, fields: Mapping[str, Any]) -> None:
-        if kind in ("opened", "session_failed"):
-            if kind == "session_failed":
-                self._log.error("session failed", actor=label, **fields)
-            self._on_session(label, kind, fields)
+        if kind == "session_failed":
+            self._log.error("session failed", actor=label, **fields)
+            self._on_session_failed(label, fields)
         elif kind == "linked":
             self._linked.add((label, fields["peer"]))
         elif kind == "refused":

@@ -28,6 +28,8 @@ from .schema import ActorSection, GraphFile
 
 MIXTURE = ("attention", "experts", "combine")
 """The kinds that one layer of a mixture of experts is cut into."""
+SEQ2SEQ = ("encoder_embedding", "encoder", "decoder")
+"""The kinds that only an encoder–decoder model has."""
 
 
 class ActorCheck(Findings):
@@ -76,8 +78,9 @@ class ActorCheck(Findings):
         for name, kind in found.items():
             section = self.file.actors[name]
             self._cpus(name, section)
+            self._fits_model(name, kind, checkpoint)
             layers = self._layer_range(name, section, kind, checkpoint)
-            elements, experts = 0, None
+            elements, experts, once = 0, None, kind.once
             if kind.ports_of is not None:
                 assert checkpoint is not None and self.file.model is not None
                 experts = self._expert_range(name, section, kind, checkpoint)
@@ -90,10 +93,10 @@ class ActorCheck(Findings):
                 except CheckpointError as error:
                     self._wrong(f"actor {name}: {error}; the checkpoint does not fit", "actors", name)
             else:
-                inputs, outputs = self._own_ports(name, kind) or ({}, {})
+                inputs, outputs, once = self._own_ports(name, kind) or ({}, {}, ())
             weights_file = self._weights(name, section)
             actors[name] = CheckedActor(
-                name, section, kind, inputs, outputs, layers, elements, weights_file, experts=experts
+                name, section, kind, inputs, outputs, layers, elements, weights_file, experts=experts, once=once
             )
         if self.modules:
             self._module_ports(actors)
@@ -110,13 +113,31 @@ class ActorCheck(Findings):
                 "cpus",
             )
 
-    def _own_ports(self, name: str, kind: Kind) -> tuple[Ports, Ports] | None:
+    def _fits_model(self, name: str, kind: Kind, checkpoint: Checkpoint | None) -> None:
+        """Whether the model has such a part."""
+        if checkpoint is None or not kind.uses_model:
+            return
+        family = checkpoint.config.family
+        if checkpoint.config.encoder is not None and kind.seq2seq is None:
+            self._wrong(
+                f"actor {name}: the model ({family}) is an encoder–decoder; use encoder_embedding and encoder, embedding, "
+                "decoder and head", "actors", name, "kind",
+            )  # fmt: skip
+        elif checkpoint.config.encoder is None and kind.name in SEQ2SEQ:
+            self._wrong(
+                f"actor {name}: the model ({family}) has no encoder; use embedding, blocks and head",
+                "actors",
+                name,
+                "kind",
+            )
+
+    def _own_ports(self, name: str, kind: Kind) -> tuple[Ports, Ports, tuple[str, ...]] | None:
         """The ports of a class; None of a module, whose ports depend on what is connected to it."""
         try:
             made = kinds.load_class(kind.implementation, kind.folder)
         except Exception as error:  # code of the user's own may raise anything; it is the file's problem
             self._wrong(f"actor {name}: {type(error).__name__}: {error}; mend the class", "actors", name, "kind")
-            return {}, {}
+            return {}, {}, ()
         if kinds.is_module(made):
             self.modules[name] = made
             return None
@@ -126,9 +147,14 @@ class ActorCheck(Findings):
                 self._wrong(
                     f"actor {name}: port {port!r}: expected a lower-case name and a TensorSpec", "actors", name, "kind"
                 )
-        if not made.inputs:
+        if not made.inputs.keys() - made.once:
             self._wrong(f"actor {name}: {kind.name} has no inputs; state them in its class", "actors", name, "kind")
-        return made.inputs, made.outputs
+        unknown = sorted(set(made.once) - made.inputs.keys())
+        if unknown:
+            self._wrong(
+                f"actor {name}: {unknown} of `once` are none of its inputs; mend the class", "actors", name, "kind"
+            )
+        return made.inputs, made.outputs, tuple(made.once)
 
     def _module_ports(self, actors: dict[str, CheckedActor]) -> None:
         """Ports of modules, each as soon as what feeds it is known."""
@@ -233,7 +259,7 @@ class ActorCheck(Findings):
         if section.layers is None or checkpoint is None:
             self._wrong(f"actor {name}: layers are missing; add layers: first-last", "actors", name)
             return None
-        numbers, count = _first_last(section.layers), checkpoint.config.layers
+        numbers, count = _first_last(section.layers), _layers_of(kind, checkpoint)
         if numbers is None:
             self._wrong(
                 f"actor {name}: layers {section.layers!r}: expected first-last, such as 0-14", "actors", name, "layers"
@@ -255,12 +281,19 @@ class ActorCheck(Findings):
         return first, last
 
     def layers(self, actors: Mapping[str, CheckedActor], checkpoint: Checkpoint | None) -> None:
-        """Every layer of the model stands in exactly one blocks (or attention) actor, every expert in one of experts."""
-        owners: dict[int, str] = {}
-        blocks = [actor for actor in actors.values() if actor.layers is not None and actor.kind.caches]
-        if not blocks or checkpoint is None:
+        """Every layer of the model stands in exactly one actor of those that have it whole (or its attention)."""
+        if checkpoint is None:
             return
-        for actor in blocks:
+        holders = [actor for actor in actors.values() if actor.layers is not None and actor.kind.caches]
+        if holders:
+            self._each_once(holders, checkpoint.config.layers, "layers")
+        encoders = [actor for actor in actors.values() if actor.layers is not None and actor.kind.name == "encoder"]
+        if checkpoint.config.encoder is not None and (holders or encoders):
+            self._each_once(encoders, checkpoint.config.encoder.layers, "layers of the encoder")
+
+    def _each_once(self, holders: list[CheckedActor], count: int, what: str) -> None:
+        owners: dict[int, str] = {}
+        for actor in holders:
             assert actor.layers is not None
             own = range(actor.layers[0], actor.layers[1] + 1)
             doubled = [layer for layer in own if layer in owners]
@@ -271,9 +304,9 @@ class ActorCheck(Findings):
                     *("actors", actor.name, "layers"),
                 )
             owners.update(dict.fromkeys(own, actor.name))
-        missing = [layer for layer in range(checkpoint.config.layers) if layer not in owners]
+        missing = [layer for layer in range(count) if layer not in owners]
         if missing:
-            self._wrong(f"layers {_ranges(missing)} are in no actor; add them to one", "actors", key=True)
+            self._wrong(f"{what} {_ranges(missing)} are in no actor; add them to one", "actors", key=True)
 
     def endpoints(self) -> None:
         taken: dict[str, str] = {}
@@ -305,6 +338,11 @@ class ActorCheck(Findings):
                         "actors", name, "endpoint",
                     )  # fmt: skip
                 taken[str(place)] = name
+
+
+def _layers_of(kind: Kind, checkpoint: Checkpoint) -> int:
+    encoder = checkpoint.config.encoder
+    return encoder.layers if kind.name == "encoder" and encoder is not None else checkpoint.config.layers
 
 
 def _ranges(numbers: list[int]) -> str:

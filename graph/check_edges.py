@@ -255,10 +255,14 @@ class EdgeCheck(Findings):
             return
         count = checkpoint.config.layers
         for edge in edges:
-            if edge.out != "hidden" or edge.into != "hidden" or GATEWAY in (edge.source, edge.target):
+            if edge.out != "hidden" or GATEWAY in (edge.source, edge.target):
                 continue
             before, after = self.actors[edge.source], self.actors[edge.target]
-            ends = {"embedding": -1}.get(before.kind.name, before.layers[1] if before.layers else None)
+            self._sides(edge, before, after, checkpoint)
+            if edge.into != "hidden":
+                continue
+            starting = {"embedding": -1, "encoder_embedding": -1}
+            ends = starting.get(before.kind.name, before.layers[1] if before.layers else None)
             starts = {"head": count}.get(after.kind.name, after.layers[0] if after.layers else None)
             if ends is not None and starts is not None and starts != ends + 1:
                 need = "the head" if ends + 1 == count else f"layer {ends + 1}"
@@ -267,6 +271,24 @@ class EdgeCheck(Findings):
                     f"but {after.name} {'is the head' if starts == count else f'starts at layer {starts}'}; mend the order",
                     *self._edge_path(edge),
                 )
+
+    def _sides(self, edge: CheckedEdge, before: CheckedActor, after: CheckedActor, checkpoint: Checkpoint) -> None:
+        """The encoder's last hidden states, and nothing else of it, go to decoders, as their memory."""
+        encoder = checkpoint.config.encoder
+        if encoder is None or not before.kind.uses_model or not after.kind.uses_model:
+            return
+        of_encoder = before.kind.name in ("encoder_embedding", "encoder")
+        last = before.kind.name == "encoder" and before.layers is not None and before.layers[1] == encoder.layers - 1
+        if edge.into == "memory" and not last:
+            self._wrong(
+                f"edge {edge.name}: memory is what layer {encoder.layers - 1} of the encoder gives, not {before.name}; "
+                "mend the order", *self._edge_path(edge),
+            )  # fmt: skip
+        elif edge.into == "hidden" and of_encoder != (after.kind.name == "encoder"):
+            self._wrong(
+                f"edge {edge.name}: {before.name} is of the {'encoder' if of_encoder else 'decoder'}, {after.name} is not; "
+                "the encoder's last layer goes to decoders as memory", *self._edge_path(edge),
+            )  # fmt: skip
 
     def _edge_path(self, edge: CheckedEdge) -> tuple[str | int, ...]:
         for index, section in enumerate(self.file.edges):

@@ -21,7 +21,8 @@ Ports = Mapping[str, TensorSpec]
 @dataclass(frozen=True, slots=True)
 class CheckedActor:
     """One actor whose kind, ports, layers and weights are known. `elements`: numbers in the weights of a built-in kind;
-    `weights` and `module_bytes`: the file of a torch module's state, and its size in memory."""
+    `weights` and `module_bytes`: the file of a torch module's state, and its size in memory. `once`: inputs that come once a
+    session."""
 
     name: str
     section: ActorSection
@@ -33,6 +34,7 @@ class CheckedActor:
     weights: Path | None = None
     module_bytes: int = 0
     experts: tuple[int, int] | None = None
+    once: tuple[str, ...] = ()
 
     @property
     def may_repeat(self) -> bool:

@@ -43,8 +43,6 @@ class Stream:
 
     info: SessionInfo
     places: Places
-    opening: set[str]
-    inputs: Tensors = field(default_factory=dict)
     outputs: dict[str, tuple[TensorMeta, Buffer]] = field(default_factory=dict)
     log: list[int] = field(default_factory=list)
     logits: dict[int, Buffer] = field(default_factory=dict)
@@ -68,8 +66,7 @@ class Gateway:
 
     Args:
         exchange: the state of the gateway's links.
-        links: the links. A session must be open at one replica of each actor before its first row is sent; the other
-            replicas keep rows that come earlier.
+        links: the links.
         placement: the hosts, and where sessions go.
         prefill_chunk: tokens of a prompt that one message holds at the most.
         generates: whether what comes back are tokens; else ports may be called as the user likes.
@@ -152,8 +149,9 @@ class Gateway:
         chosen = {actor: replicas for actor, replicas in places.items() if replicas != (0,)}
         info = replace(info, session=self._next, epoch=1, places=chosen)
         self._next += 1
-        stream = self.streams[info.session] = Stream(info, places, set(places), inputs or {}, log=list(info.log))
+        stream = self.streams[info.session] = Stream(info, places, log=list(info.log))
         self.commands.append(("open", {"info": info.to_plain()}, self.placement.labels(places)))
+        self._send_inputs(stream, inputs or {})
         return stream
 
     def cancel(self, stream: Stream) -> None:
@@ -162,21 +160,12 @@ class Gateway:
 
     # -- hosts --------------------------------------------------------------------------------------------------
 
-    def on_session_event(self, label: str, kind: str, fields: Mapping[str, Any]) -> None:
-        """A host has opened a session, or lost it."""
+    def on_session_failed(self, label: str, fields: Mapping[str, Any]) -> None:
+        """A host could not open a session, or has lost it."""
         stream = self.streams.get(fields["session"])
-        if stream is None or fields["epoch"] != stream.info.epoch:
-            return
-        if kind == "session_failed":
-            error = ActorFailed(
-                label, fields["error"], session=stream.info.session, remote_traceback=fields["traceback"]
-            )
-            self._end(stream, error)
-            return
-        if stream.opening:
-            stream.opening.discard(label.rpartition(".")[0])
-            if not stream.opening:
-                self._send_inputs(stream)
+        if stream is not None and fields["epoch"] == stream.info.epoch:
+            what, session = fields["error"], stream.info.session
+            self._end(stream, ActorFailed(label, what, session=session, remote_traceback=fields["traceback"]))
 
     def on_lost(self, session: int, error: Exception) -> None:
         """What was on its way to the client was refused here."""
@@ -209,9 +198,9 @@ class Gateway:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _send_inputs(self, stream: Stream) -> None:
+    def _send_inputs(self, stream: Stream, inputs: Tensors) -> None:
         info, now_ns = stream.info, self.exchange.clock()
-        for port, (meta, buffer) in stream.inputs.items():
+        for port, (meta, buffer) in inputs.items():
             tokens = meta.shape[0] if meta.shape else 1
             self._send(stream, port, Row(info.session, info.epoch, 0, tokens), meta, buffer, now_ns)
         for start in range(0, len(info.log), self._chunk):
@@ -282,10 +271,10 @@ class Gateway:
         self.commands.append(("close", {"session": stream.info.session}, self.placement.labels(stream.places)))
 
 
-def token_tensor(ids: Sequence[int]) -> tuple[TensorMeta, bytes]:
+def token_tensor(ids: Sequence[int], name: str = "token") -> tuple[TensorMeta, bytes]:
     """Token ids as an int64 tensor of the wire, without torch."""
     data = array("q", ids).tobytes()
-    return TensorMeta("token", BY_NAME["int64"].number, (len(ids),), RAW, len(data)), data
+    return TensorMeta(name, BY_NAME["int64"].number, (len(ids),), RAW, len(data)), data
 
 
 def rows_of(received: Received) -> Iterator[tuple[Row, tuple[TensorMeta, Buffer]]]:

@@ -89,12 +89,12 @@ class Generation:
     One that is not read to its end is cancelled by `close`, or when it is let go of.
     """
 
-    def __init__(self, client: Client, text: TextStream) -> None:
+    def __init__(self, client: Client, text: TextStream, prompt_tokens: int) -> None:
         self._client = client
         self._text = text
         self._info = client.stream.info
         self._began = time.monotonic()
-        self.result = Result(len(self._info.log))
+        self.result = Result(prompt_tokens)
 
     def __aiter__(self) -> Generation:
         return self

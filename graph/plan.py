@@ -169,7 +169,7 @@ class Plan:
             experts=actor.experts,
             weights=str(actor.weights) if actor.weights is not None else None,
             device=section.device,
-            inputs=_ports(actor.inputs),
+            inputs=_ports(actor.inputs, actor.once),
             outputs=_ports(actor.outputs),
             links=self.links(name, replica, live),
             endpoint=self._endpoint(section.endpoint, label, sockets),
@@ -190,6 +190,8 @@ def plan(graph: Graph) -> Plan:
 
 
 def _implementation(kind: Kind, checkpoint: Checkpoint | None) -> str:
+    if checkpoint is not None and checkpoint.config.encoder is not None and kind.seq2seq is not None:
+        return kind.seq2seq
     if kind.foreign is not None and checkpoint is not None and not checkpoint.config.runs(kind.name):
         return kind.foreign
     return kind.implementation
@@ -262,8 +264,8 @@ def _wire_bytes(edge: CheckedEdge) -> int | None:
     return codec.form_bytes(made.form, itemsize, shape)[1]
 
 
-def _ports(ports: Mapping[str, TensorSpec]) -> tuple[PortSpec, ...]:
-    return tuple(PortSpec(name, spec) for name, spec in ports.items())
+def _ports(ports: Mapping[str, TensorSpec], once: Sequence[str] = ()) -> tuple[PortSpec, ...]:
+    return tuple(PortSpec(name, spec, name in once) for name, spec in ports.items())
 
 
 def _hash(graph: Graph) -> str:

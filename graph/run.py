@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from ranvier.actors.checkpoint import ModelConfig
 from ranvier.actors.control import SHIP_AT_ONCE, SHIP_INTERVAL_S
 from ranvier.actors.errors import ActorFailed
 from ranvier.actors.launcher import LocalLauncher
@@ -29,7 +30,7 @@ from ranvier.transport.zeromq import ZeroWire
 from . import run_folder, template, tokenizer
 from .checked import Graph
 from .errors import RequestError
-from .gateway import Gateway
+from .gateway import Gateway, Tensors, token_tensor
 from .generation import Client, Generation, Wakes
 from .placement import Placement
 from .plan import EPOCH, Plan, plan
@@ -136,21 +137,25 @@ class Run:
             raise RequestError(f"graph {graph.name} does not generate tokens; use call()")
         config = graph.checkpoint.config
         ids = self._prompt_ids(prompt, raw)
-        self._check_prompt(ids, max_tokens, config.context, config.vocab)
+        self._check_prompt(ids, max_tokens, config)
         if stop and self._codec is None:
             raise RequestError("stop strings need the model's tokenizer, and it brings none; use stop_tokens")
+        log: tuple[int, ...] = tuple(ids)
+        inputs: Tensors = {}
+        if config.encoder is not None:  # the prompt is the encoder's; the decoder begins with a token of its own
+            log, inputs = (config.encoder.start_token,), {"prompt": token_tensor(ids, "prompt")}
         info = SessionInfo(
             session=0,
             epoch=0,
             capacity=len(ids) + max_tokens,
-            log=tuple(ids),
+            log=log,
             max_tokens=max_tokens,
             stop_tokens=tuple(config.eos_tokens if stop_tokens is None else stop_tokens),
             sampling=sampling or Sampling(),
             logits=logits,
         )
-        client = Client(self._gateway, info, {}, self._flush, self._wakes)
-        return Generation(client, TextStream(self._codec, stop))
+        client = Client(self._gateway, info, inputs, self._flush, self._wakes)
+        return Generation(client, TextStream(self._codec, stop), len(ids))
 
     async def score(self, ids: Sequence[int]) -> list[float]:
         """The log-probability (natural logarithm) of each token of `ids` but the first, given all before it.
@@ -164,7 +169,9 @@ class Run:
         if not graph.generates or graph.checkpoint is None:
             raise RequestError(f"graph {graph.name} is no language model; it has nothing to score")
         config = graph.checkpoint.config
-        self._check_prompt(list(ids), 1, config.context + 1, config.vocab)
+        if config.encoder is not None:
+            raise RequestError(f"graph {graph.name} is an encoder–decoder model; score is for causal ones")
+        self._check_prompt(list(ids), 1, config, spare=1)
         if len(ids) < 2:
             raise RequestError("score: expected at least two tokens, got 1")
         info = SessionInfo(session=0, epoch=0, capacity=len(ids), log=tuple(ids), score=True)
@@ -203,6 +210,8 @@ class Run:
 
     def _prompt_ids(self, prompt: str | Sequence[dict[str, str]] | Sequence[int], raw: bool) -> list[int]:
         if isinstance(prompt, str):
+            checkpoint = self.plan.graph.checkpoint
+            raw = raw or (checkpoint is not None and checkpoint.config.encoder is not None)
             return self.codec.encode(prompt, special=True) if raw else self.chat_tokens(prompt)
         messages = [item for item in prompt if isinstance(item, dict)]
         tokens = [item for item in prompt if isinstance(item, int)]
@@ -215,12 +224,20 @@ class Run:
             f"prompt: expected text, a list of chat messages, or a list of token ids, got a list of {kinds}"
         )
 
-    def _check_prompt(self, ids: list[int], max_tokens: int, context: int, vocab: int) -> None:
+    def _check_prompt(self, ids: list[int], max_tokens: int, config: ModelConfig, spare: int = 0) -> None:
+        context = config.context + spare
+        vocab = config.vocab if config.encoder is None else config.encoder.source_vocab
         if not ids:
             raise RequestError("the prompt is empty; give at least one token")
         if max_tokens < 1:
             raise RequestError(f"max_tokens: expected at least 1, got {max_tokens}")
-        if len(ids) + max_tokens > context:
+        if config.encoder is not None:  # each end has the context for itself
+            if max(len(ids), max_tokens) > context:
+                raise RequestError(
+                    f"the prompt has {len(ids)} tokens and {max_tokens} are asked for, but either end of the model holds "
+                    f"{context}; shorten one of them"
+                )
+        elif len(ids) + max_tokens > context:
             raise RequestError(
                 f"the prompt has {len(ids)} tokens and {max_tokens} are asked for, but the model's context is {context}; "
                 "shorten one of them"
@@ -247,8 +264,8 @@ class Run:
 
     # -- the gateway's hands ------------------------------------------------------------------------------------
 
-    def on_session_event(self, label: str, kind: str, fields: Any) -> None:
-        self._gateway.on_session_event(label, kind, fields)
+    def on_session_failed(self, label: str, fields: Mapping[str, Any]) -> None:
+        self._gateway.on_session_failed(label, fields)
         self._flush()
 
     def _flush(self) -> None:
@@ -397,7 +414,7 @@ async def _launched(planned: Plan, folder: RunFolder, progress: Progress) -> Asy
             codec = _codec(graph)
             supervisor = Supervisor(
                 specs, launcher, f"ipc://{folder.sockets / 'supervisor'}", folder.logs, log,
-                lambda label, kind, fields: holder[0].on_session_event(label, kind, fields) if holder else None,
+                lambda label, fields: holder[0].on_session_failed(label, fields) if holder else None,
             )  # fmt: skip
             try:
                 async with trio.open_nursery() as nursery:

@@ -72,7 +72,10 @@ def _replicas(host: PlannedHost) -> str:
 
 
 def _layers(host: PlannedHost) -> str:
-    return f"{host.layers[0]}-{host.layers[1]}" if host.layers else "-"
+    if host.layers is None:
+        return "-"
+    first, last = host.layers
+    return f"{first}-{last}" if last > first else str(first)
 
 
 def _cost(edge: PlannedEdge) -> str:

@@ -25,6 +25,7 @@ TESTED = {
     "classify",
     "experts",
     "hedge",
+    "backwards",
 }
 TRAINED = r"397 pictures that were not trained on: [89]\d\.\d% right; off the single process by (0|0e\+00|\de-0[67])\n"
 PICTURES = (EXAMPLES.parent / "docs" / "graphs.md").read_text()
@@ -39,6 +40,11 @@ def test_every_example_is_tested() -> None:
     [
         pytest.param("digits", TRAINED, marks=pytest.mark.slow),
         pytest.param("experts", TRAINED, marks=pytest.mark.slow),
+        pytest.param(
+            "backwards",
+            r"1[2-6] of 16 words that were not trained on are right; 16 as transformers alone spells them",
+            marks=pytest.mark.slow,
+        ),
         ("hedge", r"the answers are the same\n"),
         ("refine", r"   2  1\.414213562\n"),
         pytest.param("classify", r"pieces that were not trained on: 9\d\.\d% right", marks=pytest.mark.slow),
@@ -48,7 +54,7 @@ def test_a_folder_runs_and_its_picture_is_true(name: str, words: str, runs: Path
     """The script of the folder, in a copy of it; what docs/graphs.md draws is what `show` draws."""
     folder = runs / name
     shutil.copytree(
-        EXAMPLES / name, folder, ignore=shutil.ignore_patterns("ranvier-runs", "*.safetensors", "__pycache__")
+        EXAMPLES / name, folder, ignore=shutil.ignore_patterns("ranvier-runs", "*.safetensors", "model", "__pycache__")
     )
     done = subprocess.run(
         [sys.executable, f"{name}.py"], cwd=folder, capture_output=True, text=True, check=False, timeout=100

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,7 +164,7 @@ def open_tensors(file: Path) -> Tensors:
 
 
 def _open_folder(folder: Path, single: Path | None) -> Checkpoint:
-    config = from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    config = from_hf(_read_config(folder), str(folder / "config.json"))
     index = folder / "model.safetensors.index.json"
     single = single or folder / "model.safetensors"
     if single.exists():
@@ -183,7 +183,22 @@ def _open_folder(folder: Path, single: Path | None) -> Checkpoint:
             raise CheckpointError(f"{file}: tensor {name} is missing, though {index.name} says it is here")
         known = f"transformer.{name}" if bare_gpt2 else name
         tensors[known] = TensorEntry(name, file, found.dtype, found.shape, found.offset, found.nbytes)
+    if config.encoder is not None:
+        own = "lm_head.weight" in tensors
+        separate = config.family == "marian" and "model.shared.weight" not in tensors
+        config = replace(config, tied=not own, encoder=replace(config.encoder, separate=separate))
     return Checkpoint(folder, tensors, config)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """`config.json`, and what of generation newer checkpoints keep in a file of its own."""
+    config = read_json(folder / "config.json")
+    generation = folder / "generation_config.json"
+    if config.get("is_encoder_decoder") and generation.exists():
+        told = read_json(generation)
+        named = ("decoder_start_token_id", "eos_token_id", "bad_words_ids")
+        config |= {name: told[name] for name in named if told.get(name) is not None}
+    return config
 
 
 def _weight_map(folder: Path, index: Path) -> dict[str, Path]:

@@ -24,14 +24,50 @@ class RopeScaling:
 
 LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
 """Which layer a tensor of a model that is not native belongs to, by its name."""
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
+Positions = Literal["relative", "sinusoidal", "learned"]
+"""Where an encoder–decoder model has them: in the attention's scores (T5), or added to the embedding."""
 Norm = Literal["rms", "rms_plus_one", "layer"]
 """Root-mean-square; the same with weights that are stored less one (gemma); mean and variance with a bias (gpt2)."""
 
 
 @dataclass(frozen=True, slots=True)
+class Seq2Seq:
+    """What an encoder–decoder model has beside its decoder: the encoder's own sizes, and how both are built.
+
+    `start_token` begins every answer; `suppressed` are tokens that are never chosen.
+    """
+
+    layers: int
+    heads: int
+    intermediate: int
+    source_vocab: int
+    start_token: int
+    suppressed: tuple[int, ...]
+    norms_first: bool
+    """A norm before each part (and one after the last layer, `final_norm`), or after it."""
+    final_norm: bool
+    positions: Positions
+    buckets: int = 0
+    """Of relative positions, up to `distance` (Raffel et al. 2020)."""
+    distance: int = 0
+    embedding_norm: bool = False
+    head_scale: float = 1.0
+    logits_bias: bool = False
+    separate: bool = False
+    """Whether the two ends have embeddings of their own."""
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "heads", "intermediate", "source_vocab"):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 < value < 1 << 31:
+                raise CheckpointError(f"config: expected the encoder's {name} as a positive integer, got {value!r}")
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A causal model. Widths are in elements; what a family adds to llama's block stands below `tied`."""
+    """A causal model, or the decoder of an encoder–decoder model. Widths are in elements; what a family adds to llama's block
+    stands below `tied`."""
 
     family: str
     vocab: int
@@ -74,6 +110,7 @@ class ModelConfig:
     """Of each layer; then `intermediate` is the width of one. They run in actors of their own (see `runs`)."""
     experts_per_token: int = 0
     normalises_choices: bool = True
+    encoder: Seq2Seq | None = None
 
     def __post_init__(self) -> None:
         for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "context"):

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import CheckpointError
+from . import hf_seq2seq
 from .config import Activation, ModelConfig, RopeScaling
 
 Config = Mapping[str, Any]
@@ -27,7 +28,7 @@ def from_hf(config: Config, where: str) -> ModelConfig:
         CheckpointError: a field that is missing or cannot be.
     """
     family = config.get("model_type")
-    made = FAMILIES.get(str(family))
+    made = FAMILIES.get(str(family)) or hf_seq2seq.FAMILIES.get(str(family))
     try:
         if made is None:
             return _foreign(config, f"model_type {family!r} is not built in")
@@ -177,7 +178,9 @@ def _gpt2(config: Config) -> ModelConfig:
 def _foreign(config: Config, why: str) -> ModelConfig:
     """Any other causal model that transformers knows, by the sizes that all configs have under one name or another."""
     if importlib.util.find_spec("transformers") is None:
-        raise NotBuiltIn(f"{why}; built in: {', '.join(FAMILIES)}; for others pip install 'ranvier[hf]'")
+        raise NotBuiltIn(
+            f"{why}; built in: {', '.join([*FAMILIES, *hf_seq2seq.FAMILIES])}; for others pip install 'ranvier[hf]'"
+        )
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,

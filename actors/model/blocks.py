@@ -164,6 +164,10 @@ def rotary_tables(config: ModelConfig, dtype: torch.dtype) -> dict[bool, RotaryT
 
 
 def activate(config: ModelConfig, inner: torch.Tensor) -> torch.Tensor:
+    if config.activation == "relu":
+        return F.relu(inner)
+    if config.activation == "gelu":
+        return F.gelu(inner)
     return F.silu(inner) if config.activation == "silu" else F.gelu(inner, approximate="tanh")
 
 

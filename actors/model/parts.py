@@ -16,7 +16,7 @@ from ranvier.transport.header import Row
 from ranvier.transport.tensors import torch_dtype
 
 from ..actor import Actor, Batch, Context
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, ModelConfig
 from ..session import SessionInfo
 from . import weights
 from .blocks import Blocks
@@ -48,9 +48,13 @@ class Embedding(Actor):
         held = {slot.name: read_slot(slot, checkpoint, dtype) for slot in weights.embedding(checkpoint.config)}
         self.weight_VH = held["embedding"]
         self.positions_PH = held.get("positions")
-        scale = checkpoint.config.embedding_scale
-        self._scale = torch.tensor(scale, dtype=dtype) if scale != 1.0 else None  # rounded first, as the oracle does
+        self.use_scale(checkpoint.config, dtype)
         context.progress(1.0)
+
+    def use_scale(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        """Rounded first, as the oracle does."""
+        scale = config.embedding_scale
+        self._scale = torch.tensor(scale, dtype=dtype) if scale != 1.0 else None
 
     def forward(self, rows: tuple[Row, ...], token_T: torch.Tensor) -> torch.Tensor:
         hidden_TH = F.embedding(token_T, self.weight_VH)
@@ -107,6 +111,9 @@ class Head(Actor):
     `token` int64 [rows] goes back to the embedding, unless the stream has ended; `sampled` int64 [rows] and, for
     sessions that asked for them, `logits` float32 [rows, V] or `scores` float32 [tokens] go to the gateway.
     """
+
+    never: torch.Tensor | None = None
+    """Tokens that are never chosen."""
 
     def load(self, context: Context) -> None:
         self.load_with(context, None)
@@ -175,10 +182,11 @@ class Head(Actor):
 
     def _sampled(self, due: list[Row], logits_RV: torch.Tensor) -> Mapping[str, torch.Tensor | Batch]:
         made, tokens, going, asked = [], [], [], []
+        allowed_RV = logits_RV if self.never is None else logits_RV.index_fill(1, self.never, float("-inf"))
         for index, row in enumerate(due):
             stream = self.streams[row.session]
             position = row.position + row.tokens
-            token = choose(logits_RV[index], stream.info.sampling, position, stream.tokens)
+            token = choose(allowed_RV[index], stream.info.sampling, position, stream.tokens)
             stream.tokens[position:] = [token]  # by position: a step done twice has one effect
             made.append(Row(row.session, row.epoch, position, 1))
             tokens.append(token)

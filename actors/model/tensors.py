@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
-from .weights import Slot
+from .slots import Slot
 
 
 def read_slot(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:

@@ -1,44 +1,16 @@
-"""Which tensors each layer group needs: what `check` looks for, `show` counts and hosts read.
-
-A `Slot` is one tensor as an actor holds it, put together of one or more tensors of the checkpoint. No torch here, so
-that a graph can be checked in a tenth of a second.
+"""Which tensors each layer group needs: what `check` looks for, `show` counts and hosts read. No torch here, so that a graph
+can be checked in a tenth of a second.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import LAYER_OF, ModelConfig
-
-Need = tuple[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A tensor of an actor: `parts` (name, rows) lie one below the other; `columns` is None for a vector.
-
-    `transposed`: the checkpoint keeps it as [columns, rows] (gpt2's Conv1D).
-    """
-
-    name: str
-    parts: tuple[tuple[str, int], ...]
-    columns: int | None = None
-    transposed: bool = False
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        rows = sum(rows for _, rows in self.parts)
-        return (rows,) if self.columns is None else (rows, self.columns)
-
-    def needs(self) -> Iterator[Need]:
-        for name, rows in self.parts:
-            if self.columns is None:
-                yield name, (rows,)
-            else:
-                yield name, (self.columns, rows) if self.transposed else (rows, self.columns)
+from . import seq2seq_weights
+from .slots import Need, Slot
 
 
 def embedding(config: ModelConfig) -> Iterator[Slot]:
@@ -134,6 +106,9 @@ def slots(
 ) -> Iterator[Slot]:
     """Every tensor that an actor of a built-in `kind` holds. `layers` and `experts` are the first and the last, both
     included."""
+    if config.encoder is not None:
+        yield from seq2seq_weights.slots(kind, config, layers)
+        return
     if kind == "combine":
         return
     if kind == "experts":

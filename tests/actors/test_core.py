@@ -35,6 +35,8 @@ class Bench:
         batch_tokens: int = 16,
         feedback: bool = False,
         needed: int | None = None,
+        once: Sequence[str] = (),
+        repeats: bool = False,
     ) -> None:
         self.network = MemoryNetwork()
         links = [link(index, UP, ME, port, credits) for index, port in enumerate(ports)]
@@ -42,10 +44,11 @@ class Bench:
         self.wires = {name: self.network.wire(name) for name in (ME, UP, DOWN)}
         self.ends = {name: Exchange(name, "g", [*links, out], self.network.clock) for name in self.wires}
         host_links = [
-            HostLink(port, spec, outgoing=False, feedback=feedback) for port, spec in zip(ports, links, strict=True)
+            HostLink(port, spec, outgoing=False, feedback=feedback, repeats=repeats)
+            for port, spec in zip(ports, links, strict=True)
         ]
         host_links.append(HostLink("y", out, outgoing=True))
-        inputs = [PortSpec(port, SPEC) for port in dict.fromkeys(ports)]
+        inputs = [PortSpec(port, SPEC, port in once) for port in dict.fromkeys(ports)]
         self.core = HostCore(inputs, [PortSpec("y", SPEC)], host_links, self.ends[ME], batch_tokens, needed)
         self.got: list[tuple[tuple[Row, ...], list[float]]] = []
         self.read_down = True
@@ -323,3 +326,73 @@ def test_ports_of_one_step_may_hold_different_numbers_of_tokens() -> None:
     assert work.batch.rows_of("b") == (Row(1, 1, 0, 0), Row(2, 1, 0, 3))
     assert work.batch["b"].tolist() == [2.0, 2.0, 2.0]
     assert [single.batch["b"].tolist() for single in bench.core.alone(work)] == [[], [2.0, 2.0, 2.0]]
+
+
+def test_steps_wait_for_what_their_session_gets_once() -> None:
+    """It makes a step of its own, before the first of its session; sessions that have it are not held up by one that has
+    not, and what a session held is given back when it closes."""
+    bench = Bench(ports=("x", "memory"), once=("memory",), credits=2)
+    for session in (1, 2, 3):
+        bench.core.open(session, 1)
+    bench.send([Row(1, 1, 0, 1), Row(2, 1, 0, 1)], edge=0)
+    assert bench.step() is None
+    bench.send([Row(2, 1, 0, 3)], edge=1, port="memory", value=10.0)
+    told, work = bench.step(), bench.step()
+    assert told is not None
+    assert told.batch.tensors.keys() == {"memory"}
+    assert told.batch.rows == (Row(2, 1, 0, 3),)
+    assert work is not None
+    assert work.batch.rows == (Row(2, 1, 0, 1),)
+    bench.send([Row(2, 1, 1, 1)], edge=0)
+    again = bench.step()
+    assert again is not None
+    assert again.batch.tensors.keys() == {"x"}
+    [overdue] = bench.core.overdue(1 << 62)
+    assert (overdue.row, overdue.present, overdue.missing) == (Row(1, 1, 0, 1), (), ("memory",))
+    bench.core.close(1)
+    bench.turn()
+    for position in range(2, 8):
+        bench.send([Row(2, 1, position, 1)], edge=0)
+        assert bench.step() is not None
+    assert not bench.ends[UP].waiting
+
+
+def test_rows_that_come_before_their_session_opens_are_kept_for_it() -> None:
+    """Commands come another way than messages: a row of a session that is newer than all so far waits for it, also in a
+    message with rows of others; one that turns out never to be opened here is refused."""
+    bench = Bench(credits=2)
+    bench.core.open(1, 1)
+    bench.send([Row(3, 1, 0, 1), Row(1, 1, 0, 2), Row(2, 1, 0, 1)])
+    work = bench.step()
+    assert work is not None
+    assert work.batch.rows == (Row(1, 1, 0, 2),)
+    assert work.batch["x"].tolist() == [1.0, 1.0]
+    assert bench.step() is None
+    bench.core.open(3, 1)
+    work = bench.step()
+    assert work is not None
+    assert work.batch.rows == (Row(3, 1, 0, 1),)
+    assert bench.core.counters["rows_refused"] == 1, "session 2 never was"
+    bench.turn()
+    assert not bench.ends[UP].unfinished()
+
+
+def test_what_another_replica_answered_before_is_dropped() -> None:
+    """The same steps come twice, in messages that are cut differently: each is stepped once, and all credit comes back."""
+    bench = Bench(credits=2, repeats=True)
+    bench.core.open(1, 1)
+    bench.core.open(2, 1)
+    bench.send([Row(1, 1, 0, 2), Row(2, 1, 0, 1)])
+    bench.send([Row(2, 1, 0, 1)])
+    bench.send([Row(1, 1, 0, 2)])
+    bench.send([Row(2, 1, 1, 1), Row(1, 1, 0, 2)])
+    works = [bench.step() for _ in range(3)]
+    assert [work and work.batch.rows for work in works] == [
+        (Row(1, 1, 0, 2), Row(2, 1, 0, 1)), (Row(2, 1, 1, 1),), None,
+    ]  # fmt: skip
+    assert bench.core.counters["rows_late"] == 3
+    assert not bench.ends[UP].unfinished()
+    bench.core.close(1)
+    bench.core.open(1, 1)
+    bench.send([Row(1, 1, 0, 1)])
+    assert bench.step() is not None

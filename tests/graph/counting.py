@@ -38,3 +38,31 @@ class Pass(Actor):
 
     def step(self, batch: Batch):  # type: ignore[no-untyped-def]
         return {"x": batch["x"]}
+
+
+class Branch(Actor):
+    """Gives x + `args.plus`, and waits before while the file `args.gate` is not there."""
+
+    inputs = {"x": TensorSpec("float32", ("tokens",))}
+    outputs = {"y": TensorSpec("float32", ("tokens",))}
+
+    def load(self, context: Context) -> None:
+        self.plus = float(context.args["plus"])
+        self.gate = Path(context.args["gate"]) if "gate" in context.args else None
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        until = time.monotonic() + 60
+        while self.gate is not None and not self.gate.exists() and time.monotonic() < until:
+            time.sleep(0.005)
+        return {"y": batch["x"] + self.plus}
+
+
+class Vote(Actor):
+    """Gives the sum of whatever is there, and how many that are."""
+
+    inputs = {name: TensorSpec("float32", ("tokens",)) for name in ("a", "b", "c")}
+    outputs = {"y": TensorSpec("float32", ("tokens",)), "votes": TensorSpec("int64", ("rows",))}
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        there = list(batch.tensors.values())
+        return {"y": torch.stack(there).sum(0), "votes": torch.full((len(batch.rows),), len(there))}

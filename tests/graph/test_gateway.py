@@ -41,10 +41,6 @@ class Bench:
         info = SessionInfo(0, 0, prompt + tokens, tuple(range(prompt)), tokens, **options)
         return self.gateway.submit(info)
 
-    def opened(self, stream: Stream) -> None:
-        for label in ("embed.0", "head.0"):
-            self.gateway.on_session_event(label, "opened", {"session": stream.info.session, "epoch": 1})
-
     def told(self, rows: list[Row], tokens: list[int]) -> None:
         self.message(1, rows, TensorMeta("sampled", 5, (len(rows),), 0, 8 * len(rows)), array("q", tokens).tobytes())
 
@@ -55,17 +51,11 @@ class Bench:
         self.gateway.on_message(Received(link, header, (data,), len(data), 0))
 
 
-def test_nothing_is_sent_before_every_host_has_opened() -> None:
-    """The session is offered to all, the prompt goes in chunks once all have it."""
+def test_a_session_is_opened_and_its_prompt_goes_in_chunks() -> None:
+    """The hosts are told of it, and nobody is waited for: a host keeps rows that overtake the command."""
     bench = Bench()
     stream = bench.submit(prompt=10)
-    assert [kind for kind, *_ in bench.gateway.commands] == ["open"]
-    bench.gateway.on_session_event("embed.0", "opened", {"session": 1, "epoch": 1})
-    bench.gateway.on_session_event("embed.0", "opened", {"session": 1, "epoch": 1})
-    assert bench.exchange.outbox == []
-    bench.gateway.on_session_event("head.0", "opened", {"session": 1, "epoch": 7})  # of another epoch
-    assert bench.exchange.outbox == []
-    bench.gateway.on_session_event("head.0", "opened", {"session": 1, "epoch": 1})
+    assert [(kind, hosts) for kind, _, hosts in bench.gateway.commands] == [("open", ["embed.0", "head.0"])]
     assert len(bench.exchange.outbox) == 3
     assert not stream.events
 
@@ -74,7 +64,6 @@ def test_each_position_once_and_in_order_then_one_end() -> None:
     """Told twice, out of turn, of another epoch, after the end: the client sees each position once and one end."""
     bench = Bench()
     stream = bench.submit(prompt=3, tokens=2)
-    bench.opened(stream)
     for row in (Row(1, 1, 4, 1), Row(1, 2, 3, 1), Row(9, 1, 3, 1)):
         bench.told([row], [50])
     bench.told([Row(1, 1, 3, 1)], [60])
@@ -90,7 +79,6 @@ def test_each_position_once_and_in_order_then_one_end() -> None:
 def test_a_stop_token_ends_the_stream() -> None:
     bench = Bench()
     stream = bench.submit(tokens=5, stop_tokens=(60,))
-    bench.opened(stream)
     bench.told([Row(1, 1, 3, 1)], [60])
     assert list(stream.events) == [Delivered(3, 60), "stop"]
 
@@ -100,8 +88,6 @@ def test_logits_and_token_are_delivered_together(first: str) -> None:
     """They come on two edges, in either order; of two sessions in one message each gets its own row."""
     bench = Bench()
     streams = [bench.submit(tokens=1, logits=True), bench.submit(tokens=1, logits=True)]
-    for stream in streams:
-        bench.opened(stream)
     rows = [Row(1, 1, 3, 1), Row(2, 1, 3, 1)]
     data = array("f", [1, 2, 3, 4]).tobytes()
     for what in ("token", "logits") if first == "token" else ("logits", "token"):
@@ -123,8 +109,8 @@ def test_what_does_not_fit_is_turned_away_at_the_door() -> None:
     bench.gateway.cancel(first)
     third = bench.submit()
     failed = {"session": second.info.session, "epoch": 1, "error": "boom", "traceback": "T"}
-    bench.gateway.on_session_event("head.0", "session_failed", failed)
-    bench.gateway.on_session_event("embed.0", "session_failed", failed)
+    bench.gateway.on_session_failed("head.0", failed)
+    bench.gateway.on_session_failed("embed.0", failed)
     [error] = second.events
     assert isinstance(error, ActorFailed)
     assert (error.actor, error.session, error.remote_traceback) == ("head.0", 2, "T")

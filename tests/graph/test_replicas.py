@@ -292,3 +292,39 @@ def test_show_says_how_many(counting: WriteGraph) -> None:
     assert "3 x hedge 2 after p90" in show.text(planned)
     assert "3 processes" in show.text(planned)
     assert "3 x hedge 2 after p90" in show.mermaid(planned)
+
+
+@pytest.mark.parametrize(("join", "slow", "expected"), [("first", "ab", 103.0), ({"quorum": 2}, "a", 205.0)])
+def test_the_fastest_branches_make_the_step(
+    join: Any, slow: str, expected: float, graph_file: Callable[..., Path], runs: Path, tmp_path: Path
+) -> None:
+    """Of three branches some stand still: the others' answers make the step, more often than there is credit for what is
+    late; when the slow ones go on, what they bring is dropped and the next call takes whoever comes first."""
+    gate = tmp_path / "gate"
+    branches = {
+        name: {"kind": "./counting.py:Branch", "args": {"plus": plus, **({"gate": str(gate)} if name in slow else {})}}
+        for name, plus in (("a", 1), ("b", 2), ("c", 3))
+    }
+    path = graph_file(
+        actors={**branches, "vote": {"kind": "./counting.py:Vote", "join": join}},
+        edges=[
+            *(f"gateway.x -> {name}.x" for name in branches), *(f"{name}.y -> vote.{name}" for name in branches),
+            "vote.y -> gateway.y", "vote.votes -> gateway.votes",
+        ],
+    )  # fmt: skip
+    shutil.copy(Path(__file__).parent / "counting.py", path.parent)
+    needed = 1 if join == "first" else 2
+
+    async def main() -> None:
+        async with ranvier.launch(ranvier.load(path, allow_code=True), runs=runs) as run:
+            for _ in range(6):  # the gateway's credit for the slow branches is eight messages
+                outputs = await run.call(x=torch.tensor([100.0]))
+                assert outputs["y"].tolist() == [expected]
+                assert outputs["votes"].tolist() == [needed]
+            gate.touch()
+            for _ in range(20):
+                outputs = await run.call(x=torch.tensor([100.0]))
+                assert outputs["votes"].tolist() == [needed]
+                assert 100 * needed < float(outputs["y"]) <= 100 * needed + 5
+
+    trio.run(main)
