@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ranvier.transport.codec import Coding
+from ranvier.transport.codec import RAW, Coding
 from ranvier.transport.exchange import Exchange, SendingLink
 from ranvier.transport.header import Row, TensorMeta
 from ranvier.transport.message import Buffer
@@ -184,9 +184,12 @@ class Outputs:
 def _coded(
     port: str, tensor: torch.Tensor, link: SendingLink
 ) -> tuple[tuple[TensorMeta], tuple[Buffer], Coding | None]:
-    if link.raw:
+    codec = link.codec if link.chooser is None else link.chooser.choose(tensor.nbytes)
+    if codec.number == RAW:
         meta, buffer = to_buffer(port, tensor)
         return (meta,), (buffer,), None
-    meta, buffer, coding = encode(port, tensor, link.codec, link.sent % LOOK_EVERY == 0)
+    meta, buffer, coding = encode(port, tensor, codec, link.sent % LOOK_EVERY == 0)
     link.sent += 1
+    if link.chooser is not None:
+        link.chooser.learned(codec, coding, meta.nbytes)
     return (meta,), (buffer,), coding

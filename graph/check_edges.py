@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.spec import GATEWAY
-from ranvier.transport import codec
+from ranvier.transport import auto, codec
 from ranvier.transport.dtypes import BY_NAME
 from ranvier.transport.spec import TensorSpec
 
@@ -79,7 +79,8 @@ class EdgeCheck(Findings):
 
     def _codec(self, section: EdgeSection, name: str, spec: TensorSpec, index: int) -> None:
         try:
-            made = codec.parse(section.codec)
+            choices = auto.candidates(section.codec)
+            made = codec.parse(section.codec) if choices is None else choices[-1]
         except ValueError as error:
             self._wrong(f"edge {name}: {error}", "edges", index, "codec")
             return

@@ -13,7 +13,7 @@ from typing import Any
 from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.kinds import Kind
 from ranvier.actors.spec import GATEWAY, Deadlines, HostLink, HostSpec, PortSpec, identity
-from ranvier.transport import codec
+from ranvier.transport import auto, codec
 from ranvier.transport.dtypes import BY_NAME
 from ranvier.transport.endpoint import parse
 from ranvier.transport.link import LinkSpec
@@ -257,6 +257,8 @@ def bytes_per_token(spec: TensorSpec) -> int | None:
 def _wire_bytes(edge: CheckedEdge) -> int | None:
     if bytes_per_token(edge.spec) is None:
         return None
+    if auto.candidates(edge.codec) is not None:
+        return bytes_per_token(edge.spec)  # or less
     made, itemsize = codec.parse(edge.codec), BY_NAME[edge.spec.dtype].itemsize
     shape = (1, *(size for size in edge.spec.shape[1:] if isinstance(size, int)))
     if made.form == codec.TOPK:

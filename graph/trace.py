@@ -163,7 +163,8 @@ def _codec(records: list[Sent]) -> dict[str, Any]:
     before = sum(coding[0] or 0 for coding in codings)
     errors = [coding[2] for coding in codings if coding[2] is not None]
     return {
-        "name": CODECS[records[0].codec],
+        "name": ", ".join(name for name, _ in Counter(CODECS[record.codec] for record in records).most_common()),
+        "messages": len(records),
         "bytes_before": before,
         "ratio": before / max(1, sum(record.nbytes for record in records)),
         "microseconds": percentiles([(coding[1] or 0) / 1e3 for coding in codings]),

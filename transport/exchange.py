@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
+from . import auto
 from .codec import RAW, Codec, Coding
 from .codec import parse as parse_codec
 from .errors import LinkBroken, ProtocolError
@@ -54,7 +55,8 @@ class _Waiting(NamedTuple):
 @dataclass(slots=True, eq=False)
 class SendingLink:
     """The sender's end of one link. `waiting` holds what has no credit yet. `on_used`, on a prompt link, is called with the
-    sequence of each message that was used up and the nanoseconds since it was sent."""
+    sequence of each message that was used up and the nanoseconds since it was sent. `chooser` says which codec, where the edge
+    leaves that open."""
 
     spec: LinkSpec
     window: SendWindow
@@ -68,6 +70,7 @@ class SendingLink:
     waiting: deque[_Waiting] = field(default_factory=deque)
     on_used: Callable[[int, int], None] | None = None
     sent_at: deque[tuple[int, int]] = field(default_factory=deque)
+    chooser: auto.Chooser | None = None
 
     @property
     def used(self) -> int:
@@ -90,6 +93,7 @@ class ReceivingLink:
 
     spec: LinkSpec
     window: ReceiveWindow
+    measured: bool
     open: bool = False
     passed: _Shape | None = None
     nbytes: int = 0
@@ -147,12 +151,17 @@ class Exchange:
     def add(self, spec: LinkSpec) -> None:
         """One link more; `open` offers it."""
         if spec.source == self.me:
-            codec = parse_codec(spec.codec)
-            link = SendingLink(spec, SendWindow(spec.credits_bytes), codec, codec.number == RAW)
+            window, choices = SendWindow(spec.credits_bytes), auto.candidates(spec.codec)
+            if choices is None:
+                codec = parse_codec(spec.codec)
+                link = SendingLink(spec, window, codec, codec.number == RAW)
+            else:
+                link = SendingLink(spec, window, choices[0], raw=False, chooser=auto.Chooser(choices))
             self.sending[spec.edge, spec.target] = link
         if spec.target == self.me:
-            window = ReceiveWindow(spec.credits_messages, spec.credits_bytes)
-            self.receiving[spec.edge, spec.source] = ReceivingLink(spec, window)
+            receiver = ReceiveWindow(spec.credits_messages, spec.credits_bytes)
+            measured = auto.candidates(spec.codec) is not None
+            self.receiving[spec.edge, spec.source] = ReceivingLink(spec, receiver, measured)
 
     def remove(self, peer: str) -> None:
         """All links with `peer`, and whatever was still on its way there."""
@@ -283,12 +292,21 @@ class Exchange:
             raise
         link.window.received = header.sequence
         self._owing[link] = None
+        if link.measured and 0 < arrival.waiting_since_ns <= header.sent_ns:
+            self._tell_speed(link, header)
         try:
             nbytes = _checked(link, header.rows, header.tensors)
         except ProtocolError as error:
             self.consumed(link, sum(meta.nbytes for meta in header.tensors))
             raise RefusedMessage(str(error), header.rows) from None
         return Received(link, header, arrival.buffers, nbytes, self.clock())
+
+    def _tell_speed(self, link: ReceivingLink, header: Header) -> None:
+        # one clock: hosts are processes of one machine
+        nbytes = sum(meta.nbytes for meta in header.tensors)
+        if nbytes >= auto.MEASURED_BYTES:
+            took_ns = max(1, self.clock() - header.sent_ns)
+            self._tell(link.spec.source, control(link.spec.edge, Verb.SPEED, nbytes, took_ns))
 
     def _misplaced(self, header: Header, peer: str, link: ReceivingLink | None) -> str:
         if link is None:
@@ -380,6 +398,9 @@ class Exchange:
             link.window.acknowledge(*arguments)
             if link.on_used is not None:
                 self._tell_used(link, link.on_used)
+        elif verb is Verb.SPEED:
+            if link.chooser is not None:
+                link.chooser.measured(*arguments)
         elif verb is Verb.AGAIN:
             for sent in link.window.since(arguments[0]):
                 self.counters["sent_again"] += 1

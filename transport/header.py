@@ -65,6 +65,8 @@ class Verb(enum.IntEnum):
     """receiver → sender: a gap; [first sequence that is missing]."""
     PROBE = 5
     """sender → receiver: nothing came back for a while; [highest sequence sent]."""
+    SPEED = 6
+    """receiver → sender: a message that it waited for; [bytes, nanoseconds on the way]."""
 
 
 class Row(NamedTuple):
@@ -219,6 +221,7 @@ _ARGUMENTS: dict[Verb, tuple[type, ...]] = {
     Verb.ACK: (int, int, int),
     Verb.AGAIN: (int,),
     Verb.PROBE: (int,),
+    Verb.SPEED: (int, int),
 }
 
 

@@ -20,11 +20,13 @@ from .spec import TensorSpec
 
 
 class Arrival(msgspec.Struct, frozen=True, gc=False):  # made in 0.1 µs, a named tuple in 0.5
-    """Frames as they came: the peer's identity as the wire knows it, the header's bytes, the tensors' bytes."""
+    """Frames as they came: the peer's identity as the wire knows it, the header's bytes, the tensors' bytes. Since
+    `waiting_since_ns` (0: not at all) the receiver had done nothing but wait for them."""
 
     peer: str
     header: Buffer
     buffers: tuple[Buffer, ...]
+    waiting_since_ns: int = 0
 
 
 class Wire(Protocol):

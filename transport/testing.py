@@ -87,7 +87,7 @@ class MemoryNetwork:
     def _deliver(self, crossing: Crossing) -> None:
         wire = self.wires.get(crossing.target)
         if wire is not None and not wire.closed:
-            wire.inbox.append(Arrival(crossing.source, crossing.header, crossing.buffers))
+            wire.inbox.append(Arrival(crossing.source, crossing.header, crossing.buffers, waiting_since_ns=1))
 
 
 class MemoryWire:

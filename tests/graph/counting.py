@@ -66,3 +66,46 @@ class Vote(Actor):
     def step(self, batch: Batch):  # type: ignore[no-untyped-def]
         there = list(batch.tensors.values())
         return {"y": torch.stack(there).sum(0), "votes": torch.full((len(batch.rows),), len(there))}
+
+
+class Condition(Actor):
+    """Gives x + scale, where scale comes once a session; goes round as its graph says."""
+
+    inputs = {"x": TensorSpec("float32", ("tokens",)), "scale": TensorSpec("float32", ("tokens",))}
+    outputs = {"x": TensorSpec("float32", ("tokens",))}
+    once = ("scale",)
+
+    def load(self, context: Context) -> None:
+        self.scales: dict[int, torch.Tensor] = {}
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        if "scale" in batch.tensors:
+            assert "x" not in batch.tensors
+            self.scales |= {row.session: batch["scale"][at] for at, row in enumerate(batch.rows)}
+            return {}
+        return {"x": batch["x"] + torch.stack([self.scales[row.session] for row in batch.rows])}
+
+    def close(self, session: int) -> None:
+        self.scales.pop(session, None)
+
+
+class Spread(Actor):
+    """Gives 256 kB that say what x is, most of them zeros."""
+
+    inputs = {"x": TensorSpec("float32", ("tokens",))}
+    outputs = {"wide": TensorSpec("float32", ("tokens", 1 << 16))}
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        wide = torch.zeros(len(batch["x"]), 1 << 16)
+        wide[:, ::1000] = batch["x"][:, None]
+        return {"wide": wide}
+
+
+class Narrowed(Actor):
+    """Gives the sum of what is wide, over the numbers that are not zero."""
+
+    inputs = {"wide": TensorSpec("float32", ("tokens", 1 << 16))}
+    outputs = {"y": TensorSpec("float32", ("tokens",))}
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        return {"y": batch["wide"].sum(1) / 66}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,3 +65,33 @@ def test_a_codec_on_every_edge_of_hidden_states(
     assert f"{codec}: " in trace.table(told)
     drawn = show.text(ranvier.plan(graph))
     assert {"raw+zstd": "192 -> 192 B", "bfloat16": "192 -> 96 B", "int8+lz4": "192 -> 52 B"}[codec] in drawn
+
+
+@pytest.mark.parametrize(("codec", "tried", "off"), [("auto", "raw+lz4", 0.0), ("auto:int8", "int8", 0.01)])
+def test_auto_measures_the_link_and_tries_what_it_may(
+    codec: str, tried: str, off: float, graph_file: Callable[..., Path], runs: Path
+) -> None:
+    """Once the speed is known, each codec that the edge allows is tried; answers are exact unless a lossy form was named."""
+    path = graph_file(
+        actors={"spread": {"kind": "./counting.py:Spread"}, "narrowed": {"kind": "./counting.py:Narrowed"}},
+        edges=[
+            "gateway.x -> spread.x", {"from": "spread.wide", "to": "narrowed.wide", "codec": codec},
+            "narrowed.y -> gateway.y",
+        ],
+    )  # fmt: skip
+    shutil.copy(Path(__file__).parent / "counting.py", path.parent)
+    graph = ranvier.load(path, allow_code=True)
+    assert "262144 -> 262144 B" in show.text(ranvier.plan(graph))
+
+    async def main() -> Path:
+        async with ranvier.launch(graph, runs=runs) as run:
+            for number in range(1, 30):
+                answer = (await run.call(x=torch.tensor([float(number)])))["y"]
+                assert abs(float(answer) - number) <= off * number
+            return run.dir
+
+    told = trace.summary(trace.read(trio.run(main)))
+    [edge] = [edge for edge in told["edges"] if edge["edge"].startswith("spread")]
+    assert tried in edge["codec"]["name"].split(", ")
+    assert ("int8" in edge["codec"]["name"]) == (codec == "auto:int8")
+    assert 0 < edge["codec"]["messages"] < edge["messages"], "the first tell how fast the link is, as they are"

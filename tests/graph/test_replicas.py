@@ -328,3 +328,37 @@ def test_the_fastest_branches_make_the_step(
                 assert 100 * needed < float(outputs["y"]) <= 100 * needed + 5
 
     trio.run(main)
+
+
+def test_an_actor_of_ones_own_gets_something_once_a_session(
+    graph_file: Callable[..., Path], runs: Path, tmp_path: Path
+) -> None:
+    """A loop of five rounds, twenty calls at once: each adds its own number each time round, though that comes only once, and
+    by a slower way than what it belongs to."""
+    path = graph_file(
+        actors={
+            "slow": {"kind": "./counting.py:Branch", "args": {"plus": 0}},
+            "condition": {"kind": "./counting.py:Condition"},
+        },
+        edges=[
+            "gateway.scale -> slow.x", "slow.y -> condition.scale", "gateway.x -> condition.x",
+            {"from": "condition.x", "to": "condition.x", "feedback": True, "at_most": 5}, "condition.x -> gateway.x",
+        ],
+    )  # fmt: skip
+    shutil.copy(Path(__file__).parent / "counting.py", path.parent)
+    answers: dict[int, list[float]] = {}
+
+    async def one(run: ranvier.Run, number: int) -> None:
+        outputs = await run.call(x=torch.tensor([1000.0]), scale=torch.tensor([float(number)]))
+        answers[number] = outputs["x"].tolist()
+
+    async def main() -> None:
+        async with (
+            ranvier.launch(ranvier.load(path, allow_code=True), runs=runs) as run,
+            trio.open_nursery() as nursery,
+        ):
+            for number in range(20):
+                nursery.start_soon(one, run, number)
+
+    trio.run(main)
+    assert answers == {number: [1000.0 + 5 * number] for number in range(20)}

@@ -129,7 +129,7 @@ def test_a_damaged_header_is_refused_or_read(header: Header, data: Any) -> None:
             msgpack.packb([1, 0, 0, 1, [], [], 0, 0, 0, [[1, 2, 3, -4]]]),
             "expected `int` >= 0 - at `acks[0].byte_limit`",
         ),
-        (msgpack.packb([1, 3, 0, 77]), "expected a verb from 0 to 5, got 77"),
+        (msgpack.packb([1, 3, 0, 77]), "expected a verb from 0 to 6, got 77"),
         (msgpack.packb([1, 3, 0, 3, 1]), "control ACK: expected (int, int, int)"),
         (msgpack.packb({}), "expected an array"),
         (msgpack.ExtType(3, b"x").data, "expected"),

@@ -47,3 +47,9 @@ class Large(Actor):
 class Two(Actor):
     inputs = {"x": TensorSpec("float32", ("tokens",)), "z": TensorSpec("float32", ("tokens",))}
     outputs = {"y": TensorSpec("float32", ("tokens",))}
+
+
+class Once(Actor):
+    inputs = {"x": TensorSpec("float32", ("tokens",))}
+    outputs = {"y": TensorSpec("float32", ("tokens",))}
+    once = ("memory",)
