@@ -110,6 +110,8 @@ class ModelConfig:
     """Of each layer; then `intermediate` is the width of one. They run in actors of their own (see `runs`)."""
     experts_per_token: int = 0
     normalises_choices: bool = True
+    shared_expert: int = 0
+    """The width of an expert that every token goes to, weighed by a gate of its own (qwen2_moe); 0: none."""
     encoder: Seq2Seq | None = None
 
     def __post_init__(self) -> None:

@@ -97,13 +97,18 @@ def _mixtral(config: Config) -> ModelConfig:
     )
 
 
-def _qwen3_moe(config: Config) -> ModelConfig:
+def _qwen_moe(config: Config) -> ModelConfig:
     if config.get("decoder_sparse_step", 1) != 1 or config.get("mlp_only_layers"):
         raise NotBuiltIn("layers without experts among layers with experts are not built in")
+    third = config["model_type"] == "qwen3_moe"
+    biased = bool(config.get("attention_bias", False)) if third else bool(config.get("qkv_bias", True))
     return _llama(
         config,
         intermediate=config["moe_intermediate_size"],
-        head_norms=True,
+        shared_expert=0 if third else config["shared_expert_intermediate_size"],
+        head_norms=third,
+        qkv_bias=biased,
+        out_bias=biased and third,
         windows=_typed_windows(config),
         native=False,
         experts=config.get("num_experts") or config["num_local_experts"],
@@ -220,7 +225,8 @@ FAMILIES: Mapping[str, Callable[[Config], ModelConfig]] = {
     "qwen2": _qwen2,
     "qwen3": _qwen3,
     "mixtral": _mixtral,
-    "qwen3_moe": _qwen3_moe,
+    "qwen2_moe": _qwen_moe,
+    "qwen3_moe": _qwen_moe,
     "gemma3_text": _gemma3,
     "gpt2": _gpt2,
 }

@@ -21,6 +21,11 @@ from .parts import BlocksActor, needed
 from .tensors import read_slot
 
 
+def _fed_forward(config: ModelConfig, held: Mapping[str, torch.Tensor], hidden_TH: torch.Tensor) -> torch.Tensor:
+    gate_TI, up_TI = F.linear(hidden_TH, held["up"]).chunk(2, dim=-1)
+    return F.linear(activate(config, gate_TI) * up_TI, held["down"])
+
+
 def expert_ports(numbers: tuple[int, int]) -> list[str]:
     """The ports of experts `first` to `last`, both included."""
     return [f"expert{number}" for number in range(numbers[0], numbers[1] + 1)]
@@ -28,7 +33,7 @@ def expert_ports(numbers: tuple[int, int]) -> list[str]:
 
 class Attention(BlocksActor):
     """`hidden` [tokens, H] -> attention of one layer and its router: `residual`, `index` and `weight` for `combine`, and each
-    expert's tokens on a port of its own."""
+    expert's tokens on a port of its own. An expert that every token goes to is here, too, and in the residual."""
 
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
@@ -37,9 +42,14 @@ class Attention(BlocksActor):
         self.blocks = self.layer
         self.config: ModelConfig = checkpoint.config
         self.gate_EH = read_slot(weights.gate(self.config, context.layers[0]), checkpoint, dtype)
+        slots = weights.shared_expert(self.config, context.layers[0])
+        self.shared = {slot.name: read_slot(slot, checkpoint, dtype) for slot in slots}
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
         residual_TH, normed_TH = self.layer.attention_alone(batch.rows, batch["hidden"])
+        if self.shared:
+            opened_T1 = F.linear(normed_TH, self.shared["gate"]).sigmoid()
+            residual_TH = residual_TH + opened_T1 * _fed_forward(self.config, self.shared, normed_TH)
         scores_TE = F.linear(normed_TH, self.gate_EH).float().softmax(-1)
         weight_Tk, index_Tk = scores_TE.topk(self.config.experts_per_token, dim=-1)
         if self.config.normalises_choices:
@@ -48,7 +58,7 @@ class Attention(BlocksActor):
         return {"residual": residual_TH, "index": index_Tk, "weight": weight_Tk, **routed}
 
     def held_bytes(self) -> int:
-        return super().held_bytes() + self.gate_EH.nbytes
+        return super().held_bytes() + self.gate_EH.nbytes + sum(tensor.nbytes for tensor in self.shared.values())
 
 
 class Experts(Actor):
@@ -71,10 +81,7 @@ class Experts(Actor):
         made: dict[str, torch.Tensor | Batch] = {}
         for number, held in self.held.items():
             port = f"expert{number}"
-            gate_TI, up_TI = F.linear(batch[port], held["up"]).chunk(2, dim=-1)
-            made[port] = Batch(
-                batch.rows_of(port), {port: F.linear(activate(self.config, gate_TI) * up_TI, held["down"])}
-            )
+            made[port] = Batch(batch.rows_of(port), {port: _fed_forward(self.config, held, batch[port])})
         return made
 
     def held_bytes(self) -> int:

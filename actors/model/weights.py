@@ -73,6 +73,16 @@ def expert(config: ModelConfig, layer: int, number: int) -> Iterator[Slot]:
     yield from _linear(prefix, "down", ((down, config.hidden),), config.intermediate, False)
 
 
+def shared_expert(config: ModelConfig, layer: int) -> Iterator[Slot]:
+    """The expert that every token goes to, and its gate."""
+    if config.shared_expert:
+        prefix, width = f"model.layers.{layer}.mlp.", config.shared_expert
+        up = (("shared_expert.gate_proj", width), ("shared_expert.up_proj", width))
+        yield from _linear(prefix, "up", up, config.hidden, False)
+        yield from _linear(prefix, "down", (("shared_expert.down_proj", config.hidden),), width, False)
+        yield from _linear(prefix, "gate", (("shared_expert_gate", 1),), config.hidden, False)
+
+
 def _gpt2_block(config: ModelConfig, prefix: str) -> Iterator[Slot]:
     hidden, inner = config.hidden, config.intermediate
     yield from _norm(config, "norm_in", prefix + "ln_1")
@@ -119,6 +129,7 @@ def slots(
     if kind == "attention":
         assert layers is not None
         yield gate(config, layers[0])
+        yield from shared_expert(config, layers[0])
     if kind in ("embedding", "first_stage", "model"):
         yield from embedding(config)
     if layers is not None:

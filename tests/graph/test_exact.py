@@ -371,6 +371,8 @@ def expert_graph(layers: int, groups: list[str]) -> dict[str, Any]:
         pytest.param("qwen3_moe", ["0-2", "3"],
                      {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8,
                       "decoder_sparse_step": 1, "mlp_only_layers": []}, marks=pytest.mark.slow),
+        ("qwen2_moe", ["0-2", "3"], {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                                     "shared_expert_intermediate_size": 40, "decoder_sparse_step": 1}),
     ],
 )  # fmt: skip
 def test_experts_as_actors_are_exact(
