@@ -72,10 +72,13 @@ class Tensors:
             CheckpointError: the file ends early, or has no tensor of that name and shape.
         """
         entry = self.require(name, tuple(target.shape))
-        rows = target.flatten(0, -2) if target.dim() > 1 else target.view(1, -1)
+        if target.dim() > 1:
+            rows = target.flatten(0, -2)
+        else:  # a vector in another order is read a number at a time
+            rows = target.view(-1, 1) if entry.permuted_heads else target.view(1, -1)
         order = _head_order(entry) if entry.permuted_heads else None
         row_bytes = entry.nbytes // rows.shape[0]
-        step = max(1, PIECE_ELEMENTS // entry.shape[-1])
+        step = max(1, PIECE_ELEMENTS // rows.shape[-1])
         with entry.file.open("rb", buffering=0) as file:
             file.seek(entry.offset)
             for start in range(0, rows.shape[0], step):
@@ -249,11 +252,11 @@ _GGUF_PLAIN = {"F32": "float32", "F16": "float16", "F64": "float64"}
 def _open_gguf(path: Path) -> Checkpoint:
     header = gguf_file.read_header(path)
     config = configs.from_gguf(header.fields, header.tensors, str(path))
-    turned = {"q_proj.weight": config.heads, "k_proj.weight": config.kv_heads} if config.family == "llama" else {}
+    turned = {"q_proj": config.heads, "k_proj": config.kv_heads} if config.family == "llama" else {}
     tensors = {}
     for found in header.tensors.values():
         name = _hf_name(found.name)
-        heads = turned.get(name.rpartition("self_attn.")[2], 0)
+        heads = turned.get(name.rpartition("self_attn.")[2].partition(".")[0], 0)
         stored = _GGUF_PLAIN.get(found.type.name, found.type.name)
         tensors[name] = TensorEntry(name, path, stored, found.shape, found.offset, found.nbytes, permuted_heads=heads)
     return Checkpoint(path, tensors, config, gguf=header.fields)

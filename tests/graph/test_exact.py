@@ -161,13 +161,18 @@ def test_every_form_of_checkpoint_is_exact(name: str, changes: dict[str, Any], t
 
 @pytest.mark.parametrize(
     ("arch", "changes"),
-    [("qwen2", {"tie_word_embeddings": False}), ("qwen3", {}), ("llama", {"tie_word_embeddings": False})],
+    [
+        ("qwen2", {"tie_word_embeddings": False}),
+        ("qwen3", {}),
+        ("llama", {"tie_word_embeddings": False}),
+        ("llama", {"attention_bias": True}),
+    ],
 )
 def test_every_architecture_of_gguf_is_exact(arch: str, changes: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
     """Written by the gguf package, float32, as llama.cpp's convert script lays it out."""
     from ranvier.actors.checkpoint import open_checkpoint
 
-    _, oracle = tiny(f"{arch}-gguf", arch, **changes)
+    _, oracle = tiny(f"{arch}-gguf-{'-'.join(changes)}", arch, **changes)
     write_gguf(tmp_path / "model.gguf", arch, oracle)
     checkpoint = open_checkpoint(tmp_path / "model.gguf")
     assert checkpoint.config.family == arch
@@ -194,11 +199,11 @@ def write_gguf(path: Path, arch: str, oracle: Any) -> None:
     for name, tensor in oracle.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        heads = {"q_proj.weight": config.num_attention_heads, "k_proj.weight": config.num_key_value_heads}
-        turned = next((count for end, count in heads.items() if arch == "llama" and name.endswith(end)), 0)
-        if turned:  # the rows of q and k go from halves of a head to pairs
-            rows, columns = tensor.shape
-            tensor = tensor.view(turned, 2, rows // turned // 2, columns).transpose(1, 2).reshape(rows, columns)
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        turned = next((count for part, count in heads.items() if arch == "llama" and part in name), 0)
+        if turned:  # the rows of q and k, and their biases, go from halves of a head to pairs
+            rows = tensor.shape[0]
+            tensor = tensor.view(turned, 2, rows // turned // 2, -1).transpose(1, 2).reshape(tensor.shape)
         stem, _, end = name.rpartition(".")
         writer.add_tensor(f"{names.get_name(stem)}.{end}", tensor.contiguous().numpy())
     writer.write_header_to_file()
