@@ -7,6 +7,8 @@ host holds its own tensors and a piece of a few MiB, nothing else.
 from __future__ import annotations
 
 import json
+import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,10 +74,7 @@ class Tensors:
             CheckpointError: the file ends early, or has no tensor of that name and shape.
         """
         entry = self.require(name, tuple(target.shape))
-        if target.dim() > 1:
-            rows = target.flatten(0, -2)
-        else:  # a vector in another order is read a number at a time
-            rows = target.view(-1, 1) if entry.permuted_heads else target.view(1, -1)
+        rows = _rows(target, bool(entry.permuted_heads))
         order = _head_order(entry) if entry.permuted_heads else None
         row_bytes = entry.nbytes // rows.shape[0]
         step = max(1, PIECE_ELEMENTS // rows.shape[-1])
@@ -107,6 +106,13 @@ def _read_exactly(file: Any, entry: TensorEntry, count: int) -> bytearray:
             raise CheckpointError(f"{entry.file}: tensor {entry.name}: truncated, {len(view)} bytes are missing")
         view = view[got:]
     return data
+
+
+def _rows(target: torch.Tensor, reordered: bool) -> torch.Tensor:
+    """As a matrix, of the rows that are read. A vector is one row; one in another order a number a row."""
+    if target.dim() > 1:
+        return target.flatten(0, -2)
+    return target.view(-1, 1) if reordered else target.view(1, -1)
 
 
 def _converted(entry: TensorEntry, data: bytearray, rows: int) -> torch.Tensor:
@@ -251,7 +257,7 @@ _GGUF_PLAIN = {"F32": "float32", "F16": "float16", "F64": "float64"}
 
 def _open_gguf(path: Path) -> Checkpoint:
     header = gguf_file.read_header(path)
-    config = configs.from_gguf(header.fields, header.tensors, str(path))
+    config = configs.from_gguf(header.fields, header.tensors, str(path), _rope_factors(path, header))
     turned = {"q_proj": config.heads, "k_proj": config.kv_heads} if config.family == "llama" else {}
     tensors = {}
     for found in header.tensors.values():
@@ -260,6 +266,24 @@ def _open_gguf(path: Path) -> Checkpoint:
         stored = _GGUF_PLAIN.get(found.type.name, found.type.name)
         tensors[name] = TensorEntry(name, path, stored, found.shape, found.offset, found.nbytes, permuted_heads=heads)
     return Checkpoint(path, tensors, config, gguf=header.fields)
+
+
+def _rope_factors(path: Path, header: gguf_file.GGUFHeader) -> tuple[float, ...]:
+    """By what each rotary frequency is divided: Llama 3.1 and later bring it as a small tensor."""
+    found = header.tensors.get("rope_freqs.weight")
+    if found is None:
+        return ()
+    if found.type.name != "F32" or len(found.shape) != 1:
+        raise CheckpointError(
+            f"{path}: tensor rope_freqs.weight: expected float32[n], got {found.type.name}{found.shape}"
+        )
+    entry = TensorEntry("rope_freqs.weight", path, "float32", found.shape, found.offset, found.nbytes)
+    with path.open("rb", buffering=0) as file:
+        file.seek(found.offset)
+        factors = struct.unpack(f"<{found.shape[0]}f", _read_exactly(file, entry, found.nbytes))
+    if not all(0 < factor < math.inf for factor in factors):
+        raise CheckpointError(f"{path}: tensor rope_freqs.weight: expected numbers over 0, got {min(factors)}")
+    return factors
 
 
 def _hf_name(name: str) -> str:

@@ -12,14 +12,16 @@ from ..errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """How rotary frequencies are stretched: `linear` (by `factor`) or `llama3` (Llama 3.1's smooth change between two
-    wavelengths), as in transformers' `modeling_rope_utils`."""
+    """How rotary frequencies are stretched: `linear` (by `factor`), `llama3` (Llama 3.1's smooth change between two
+    wavelengths, as in transformers' `modeling_rope_utils`), or `factors`, each by a divisor of its own (the same as GGUF has
+    it)."""
 
     kind: str
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
+    factors: tuple[float, ...] = ()
 
 
 LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
@@ -143,8 +145,10 @@ GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """mistral's files call themselves llama, too."""
 
 
-def from_gguf(fields: Mapping[str, Any], tensors: Mapping[str, Any], where: str) -> ModelConfig:
-    """From GGUF metadata.
+def from_gguf(
+    fields: Mapping[str, Any], tensors: Mapping[str, Any], where: str, rope_factors: tuple[float, ...] = ()
+) -> ModelConfig:
+    """From GGUF metadata; `rope_factors` are what `rope_freqs.weight` holds, if there is such a tensor.
 
     Raises:
         CheckpointError: an architecture that is not built in, or a field that is missing.
@@ -153,8 +157,6 @@ def from_gguf(fields: Mapping[str, Any], tensors: Mapping[str, Any], where: str)
     if arch not in GGUF_ARCHITECTURES:
         known = ", ".join(GGUF_ARCHITECTURES)
         raise CheckpointError(f"{where}: architecture {arch!r} is not built in; built in: {known}")
-    if "rope_freqs.weight" in tensors:
-        raise CheckpointError(f"{where}: tensor rope_freqs.weight: scaled rotary frequencies in GGUF are not built in")
     own = {key.removeprefix(f"{arch}."): value for key, value in fields.items() if key.startswith(f"{arch}.")}
     if own.get("expert_count"):
         raise CheckpointError(f"{where}: {arch}.expert_count {own['expert_count']}: experts in GGUF are not built in")
@@ -164,6 +166,9 @@ def from_gguf(fields: Mapping[str, Any], tensors: Mapping[str, Any], where: str)
         scaling = own.get("rope.scaling.type", "none")
         if scaling not in ("none", "linear"):
             raise CheckpointError(f"{where}: rope scaling {scaling!r} is not built in; built in: none, linear")
+        stretched = RopeScaling("linear", float(own["rope.scaling.factor"])) if scaling == "linear" else None
+        if rope_factors:
+            stretched = RopeScaling("factors", 1.0, factors=rope_factors)
         eos = [fields[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in fields]
         tokens = fields.get("tokenizer.ggml.tokens")
         vocab = own.get("vocab_size") or (len(tokens) if tokens is not None else 0)
@@ -179,7 +184,7 @@ def from_gguf(fields: Mapping[str, Any], tensors: Mapping[str, Any], where: str)
             context=own["context_length"],
             norm_eps=float(own["attention.layer_norm_rms_epsilon"]),
             rope_theta=float(own.get("rope.freq_base", 10000.0)),
-            rope_scaling=RopeScaling("linear", float(own["rope.scaling.factor"])) if scaling == "linear" else None,
+            rope_scaling=stretched,
             head_norms=arch == "qwen3",
             tied="output.weight" not in tensors,
             qkv_bias="blk.0.attn_q.bias" in tensors,

@@ -20,6 +20,10 @@ def inverse_frequencies(width: int, theta: float, scaling: RopeScaling | None) -
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
+    if scaling.kind == "factors":
+        if len(scaling.factors) != len(frequencies):
+            raise ValueError(f"rotary factors: expected {len(frequencies)}, got {len(scaling.factors)}")
+        return frequencies / torch.tensor(scaling.factors)
     return _llama3(frequencies, scaling)
 
 

@@ -166,8 +166,11 @@ def test_every_form_of_checkpoint_is_exact(name: str, changes: dict[str, Any], t
         ("qwen3", {}),
         ("llama", {"tie_word_embeddings": False}),
         ("llama", {"attention_bias": True}),
+        ("llama", {"rope_parameters": {
+            "rope_type": "llama3", "rope_theta": 1000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64}}),
     ],
-)
+)  # fmt: skip
 def test_every_architecture_of_gguf_is_exact(arch: str, changes: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
     """Written by the gguf package, float32, as llama.cpp's convert script lays it out."""
     from ranvier.actors.checkpoint import open_checkpoint
@@ -196,6 +199,10 @@ def write_gguf(path: Path, arch: str, oracle: Any) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     kind = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}[arch]
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
+    if config.rope_parameters["rope_type"] == "llama3":  # as the convert script does: what each frequency is divided by
+        width = config.head_dim
+        plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, width, 2) / width)
+        writer.add_tensor("rope_freqs.weight", (plain / oracle.model.rotary_emb.inv_freq).numpy())
     for name, tensor in oracle.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
