@@ -71,6 +71,7 @@ class Context:
     weights: Path | None = None
     experts: tuple[int, int] | None = None
     replica: int = 0
+    precision: str = "dtype"
 
 
 class Actor:

@@ -127,6 +127,7 @@ class Host:
                 experts=spec.experts,
                 weights=Path(spec.weights) if spec.weights is not None else None,
                 replica=spec.replica,
+                precision=spec.precision,
             )
         )
         return actor

@@ -138,6 +138,7 @@ class HostSpec:
     weights: str | None = None
     needed: int | None = None
     experts: tuple[int, int] | None = None
+    precision: str = "dtype"
     trace: bool = True
     supervision: Deadlines = field(default_factory=Deadlines)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from ranvier.actors import kinds
-from ranvier.actors.checkpoint import Checkpoint, open_checkpoint
+from ranvier.actors.checkpoint import Checkpoint, ModelConfig, open_checkpoint
 from ranvier.actors.errors import CheckpointError
 from ranvier.actors.kinds import Kind, KindError
-from ranvier.actors.model import weights
+from ranvier.actors.model import native, weights
 from ranvier.actors.spec import GATEWAY
 from ranvier.transport import endpoint
 from ranvier.transport.errors import AddressError
@@ -68,10 +68,27 @@ class ActorCheck(Findings):
             return None
         trusted = ("model", "source") in self.document.overridden
         try:
-            return open_checkpoint(source.resolve(self.file.model.source, self.folder, trusted))
+            found_there = open_checkpoint(source.resolve(self.file.model.source, self.folder, trusted))
+            self._precision(found_there.config)
+            return found_there
         except (source.SourceError, CheckpointError) as error:
             self._wrong(f"model: {error}", "model", "source")
             return None
+
+    def _precision(self, config: ModelConfig) -> None:
+        """Whether the matrices can be held as the file says."""
+        assert self.file.model is not None
+        wanted, why = self.file.model.weights, None
+        if wanted == "dtype":
+            return
+        if self.file.model.dtype != "bfloat16":
+            why = f"goes with dtype bfloat16, not {self.file.model.dtype}"
+        elif not config.native or config.encoder is not None:
+            why = f"is for the families that the package's own blocks run, not {config.family}"
+        elif native.library() is None:
+            why = "needs a processor with AVX-512 (BF16, VNNI), and a C compiler when the package is installed"
+        if why is not None:
+            self._wrong(f"model: weights {wanted} {why}; remove the key", "model", "weights")
 
     def actors(self, found: Mapping[str, Kind], checkpoint: Checkpoint | None) -> dict[str, CheckedActor]:
         actors = {}

@@ -12,6 +12,7 @@ from typing import Any
 
 from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.kinds import Kind
+from ranvier.actors.model import weights
 from ranvier.actors.spec import GATEWAY, Deadlines, HostLink, HostSpec, PortSpec, identity
 from ranvier.transport import auto, codec
 from ranvier.transport.dtypes import BY_NAME
@@ -167,6 +168,7 @@ class Plan:
             cpus=section.cpus,
             needed=_needed(section),
             experts=actor.experts,
+            precision=file.model.weights if file.model is not None else "dtype",
             weights=str(actor.weights) if actor.weights is not None else None,
             device=section.device,
             inputs=_ports(actor.inputs, actor.once),
@@ -224,12 +226,20 @@ def _planned(graph: Graph, actor: CheckedActor) -> PlannedHost:
         layers=layers,
         threads=actor.section.threads,
         cpus=actor.section.cpus,
-        weight_bytes=actor.elements * itemsize + actor.module_bytes,
+        weight_bytes=_weight_bytes(graph, actor, itemsize) + actor.module_bytes,
         cache_bytes_per_token=cached,
         cache_tokens=actor.section.cache_tokens if cached else 0,
         replicas=actor.section.replicas,
         policy=_policy(actor),
     )
+
+
+def _weight_bytes(graph: Graph, actor: CheckedActor, itemsize: int) -> int:
+    checkpoint, model = graph.checkpoint, graph.file.model
+    if checkpoint is None or model is None or model.weights == "dtype" or not actor.kind.uses_model:
+        return actor.elements * itemsize
+    layers = (0, checkpoint.config.layers - 1) if actor.kind.name == "model" else actor.layers
+    return weights.held_bytes(checkpoint, actor.kind.name, layers, actor.experts, itemsize, model.weights)
 
 
 def _edge(graph: Graph, index: int, edge: CheckedEdge) -> PlannedEdge:

@@ -34,6 +34,11 @@ class ModelSection(Section):
         "beside the graph file",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="weights, activations, KV cache")
+    weights: Literal["dtype", "int8", "int4", "stored"] = Field(
+        "dtype",
+        description="how the matrices of blocks and head are held: in dtype, rounded to 8 or 4 bits, or as a GGUF file "
+        "has them",
+    )
 
 
 class Quorum(Section):

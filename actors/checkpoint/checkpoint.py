@@ -88,6 +88,38 @@ class Tensors:
                 else:
                     rows[order[start:stop]] = piece.to(rows.dtype)
 
+    def read_blocks(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A matrix [R, C] of GGUF's Q4_0, Q4_1 or Q8_0 as it is: whole numbers uint8 [R, C] (of Q8_0 plus 128), and float32
+        [R, C / 32] the scale and the least value of each block.
+
+        Raises:
+            CheckpointError: the file ends early.
+        """
+        import numpy as np
+        import torch
+
+        entry = self.tensors[name]
+        rows, columns = entry.shape
+        with entry.file.open("rb", buffering=0) as file:
+            file.seek(entry.offset)
+            data = np.frombuffer(_read_exactly(file, entry, entry.nbytes), dtype=np.uint8).reshape(
+                rows, columns // 32, -1
+            )
+        scales = torch.from_numpy(data[..., :2].copy().view(np.float16)[..., 0].astype(np.float32))
+        if entry.stored == "Q8_0":
+            whole = torch.from_numpy(data[..., 2:] ^ 128).reshape(rows, columns)
+            least = torch.zeros_like(scales)
+        else:
+            first = 4 if entry.stored == "Q4_1" else 2
+            halves = (data[..., first:] & 15, data[..., first:] >> 4)  # columns 0-15, then 16-31
+            whole = torch.from_numpy(np.concatenate(halves, -1)).reshape(rows, columns)
+            stored = torch.from_numpy(data[..., 2:4].copy().view(np.float16)[..., 0].astype(np.float32))
+            least = stored if entry.stored == "Q4_1" else -8 * scales
+        if entry.permuted_heads:
+            place = torch.argsort(_head_order(entry))
+            whole, scales, least = whole[place], scales[place], least[place]
+        return whole, scales, least
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint(Tensors):

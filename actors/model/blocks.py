@@ -16,9 +16,10 @@ from ranvier.transport.header import Row
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
 from . import weights
+from .decoding import Decoding
 from .kv_cache import KVCache, SessionCache
 from .rotary import RotaryTable, rotate
-from .tensors import Norm, read_slot
+from .tensors import Norm, product, read_matrix, read_slot
 
 Turns = dict[bool, tuple[torch.Tensor, torch.Tensor]]
 """cos and sin of a batch's tokens, by the table they are from (see `rotary_tables`)."""
@@ -27,9 +28,17 @@ Turns = dict[bool, tuple[torch.Tensor, torch.Tensor]]
 class Block:
     """The weights of one layer; q, k and v, and gate and up, lie in one matrix each."""
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, layer: int, dtype: torch.dtype) -> None:
-        held = {slot.name: read_slot(slot, checkpoint, dtype) for slot in weights.block(config, layer)}
-        self.held_bytes = sum(tensor.nbytes for tensor in held.values())
+    def __init__(
+        self, config: ModelConfig, checkpoint: Checkpoint, layer: int, dtype: torch.dtype, precision: str = "dtype"
+    ) -> None:
+        slots = list(weights.block(config, layer))
+        matrices = {
+            slot.name: read_matrix(slot, checkpoint, dtype, precision)
+            for slot in slots
+            if slot.name in weights.PACKABLE
+        }
+        held = {slot.name: read_slot(slot, checkpoint, dtype) for slot in slots if slot.name not in weights.PACKABLE}
+        self.held_bytes = sum(tensor.nbytes for tensor in [*held.values(), *matrices.values()])
 
         def norm(name: str) -> Norm | None:
             return Norm(config, held[name], held.get(name + "_bias")) if name in held else None
@@ -39,11 +48,11 @@ class Block:
         self.norm_in, self.norm_mid = norm_in, norm_mid
         self.norm_query, self.norm_key = norm("norm_query"), norm("norm_key")
         self.norm_attended, self.norm_out = norm("norm_attended"), norm("norm_out")
-        self.qkv, self.qkv_bias = held["qkv"], held.get("qkv_bias")
-        self.out, self.out_bias = held["out"], held.get("out_bias")
+        self.qkv, self.qkv_bias = matrices["qkv"], held.get("qkv_bias")
+        self.out, self.out_bias = matrices["out"], held.get("out_bias")
         nothing = torch.empty(0, 0)  # of a layer whose experts are elsewhere
-        self.up, self.up_bias = held.get("up", nothing), held.get("up_bias")
-        self.down, self.down_bias = held.get("down", nothing), held.get("down_bias")
+        self.up, self.up_bias = matrices.get("up", nothing), held.get("up_bias")
+        self.down, self.down_bias = matrices.get("down", nothing), held.get("down_bias")
         self.window = config.window(layer)
 
 
@@ -57,6 +66,7 @@ class Blocks:
         dtype: torch.dtype,
         cache_tokens: int,
         progress: Callable[[float], None],
+        precision: str = "dtype",
     ) -> None:
         first, last = layers
         self.config = checkpoint.config
@@ -67,16 +77,24 @@ class Blocks:
         )
         self.blocks: list[Block] = []
         for layer in range(first, last + 1):
-            self.blocks.append(Block(self.config, checkpoint, layer, dtype))
+            self.blocks.append(Block(self.config, checkpoint, layer, dtype, precision))
             progress((layer - first + 1) / (last - first + 1))
+        self._decoding = Decoding.of(self.config, self.blocks, self._scale)
 
     def open(self, session: int, capacity: int) -> None:
         self.cache.open(session, capacity)
         for table in self.rotary.values():
             table.reserve(capacity)
+        if self._decoding is not None:
+            self._decoding.reserve(capacity)
 
     def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
         """One step of every row through every layer. Takes effect on the caches only if all went well."""
+        if self._decoding is not None and all(row.tokens == 1 for row in rows):
+            caches = [self.cache.at(row.session, row.position, row.tokens) for row in rows]
+            hidden_TH = self._decoding.step(rows, caches, hidden_TH)
+            self._done(rows, caches)
+            return hidden_TH
         caches, turns = self._begin(rows)
         for index, block in enumerate(self.blocks):
             hidden_TH = self._attended(index, block, rows, caches, hidden_TH, turns)
@@ -112,7 +130,7 @@ class Blocks:
     ) -> torch.Tensor:
         config = self.config
         heads, kv_heads, width = config.heads, config.kv_heads, config.head_dim
-        qkv_TND = F.linear(block.norm_in(hidden_TH), block.qkv, block.qkv_bias).view(-1, heads + 2 * kv_heads, width)
+        qkv_TND = product(block.norm_in(hidden_TH), block.qkv, block.qkv_bias).view(-1, heads + 2 * kv_heads, width)
         turned_TND = qkv_TND[:, : heads + kv_heads]
         if block.norm_query is not None and block.norm_key is not None:
             turned_TND = torch.cat((block.norm_query(turned_TND[:, :heads]), block.norm_key(turned_TND[:, heads:])), 1)
@@ -135,15 +153,15 @@ class Blocks:
                 )
             )  # fmt: skip
             start = stop
-        mixed_TH = F.linear(attended[0] if len(attended) == 1 else torch.cat(attended), block.out, block.out_bias)
+        mixed_TH = product(attended[0] if len(attended) == 1 else torch.cat(attended), block.out, block.out_bias)
         return hidden_TH + (mixed_TH if block.norm_attended is None else block.norm_attended(mixed_TH))
 
     def _fed_forward(self, block: Block, hidden_TH: torch.Tensor) -> torch.Tensor:
-        made_TH = F.linear(self._inner(block, block.norm_mid(hidden_TH)), block.down, block.down_bias)
+        made_TH = product(self._inner(block, block.norm_mid(hidden_TH)), block.down, block.down_bias)
         return hidden_TH + (made_TH if block.norm_out is None else block.norm_out(made_TH))
 
     def _inner(self, block: Block, normed_TH: torch.Tensor) -> torch.Tensor:
-        inner = F.linear(normed_TH, block.up, block.up_bias)
+        inner = product(normed_TH, block.up, block.up_bias)
         if not self.config.gated:
             return activate(self.config, inner)
         gate_TI, up_TI = inner.chunk(2, dim=-1)

@@ -38,7 +38,9 @@ class Attention(BlocksActor):
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
         assert context.layers is not None
-        self.layer = Blocks(checkpoint, context.layers, dtype, context.cache_tokens, context.progress)
+        self.layer = Blocks(
+            checkpoint, context.layers, dtype, context.cache_tokens, context.progress, context.precision
+        )
         self.blocks = self.layer
         self.config: ModelConfig = checkpoint.config
         self.gate_EH = read_slot(weights.gate(self.config, context.layers[0]), checkpoint, dtype)

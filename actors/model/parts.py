@@ -20,9 +20,10 @@ from ..checkpoint import Checkpoint, ModelConfig
 from ..session import SessionInfo
 from . import weights
 from .blocks import Blocks
+from .kernels import Packed
 from .kv_cache import KVCache
 from .sampling import choose
-from .tensors import Norm, read_slot
+from .tensors import Norm, product, read_matrix, read_slot
 
 SCORED_AT_ONCE = 64
 
@@ -78,7 +79,9 @@ class BlocksActor(Actor):
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
         assert context.layers is not None
-        self.blocks: AnyBlocks = Blocks(checkpoint, context.layers, dtype, context.cache_tokens, context.progress)
+        self.blocks: AnyBlocks = Blocks(
+            checkpoint, context.layers, dtype, context.cache_tokens, context.progress, context.precision
+        )
 
     def open(self, session: SessionInfo) -> None:
         self.blocks.open(session.session, session.capacity)
@@ -123,11 +126,15 @@ class Head(Actor):
         """Load, with a matrix that is there already (a tied one) if it is given."""
         checkpoint, dtype = needed(context)
         config = checkpoint.config
-        wanted = weights.head(config) if weight_VH is None else weights.final_norm(config)
-        held = {slot.name: read_slot(slot, checkpoint, dtype) for slot in wanted}
-        self.held = sum(tensor.nbytes for tensor in held.values())
+        held = {slot.name: read_slot(slot, checkpoint, dtype) for slot in weights.final_norm(config)}
         self.norm = Norm(config, held["norm"], held.get("norm_bias"))
-        self.weight_VH = held["head"] if weight_VH is None else weight_VH
+        self.held = sum(tensor.nbytes for tensor in held.values())
+        if weight_VH is None:
+            slot = next(slot for slot in weights.head(config) if slot.name == "head")
+            self.weight_VH: torch.Tensor | Packed = read_matrix(slot, checkpoint, dtype, context.precision)
+            self.held += self.weight_VH.nbytes
+        else:
+            self.weight_VH = weight_VH
         self._softcap = config.logit_softcap
         self.streams: dict[int, _Stream] = {}
 
@@ -177,7 +184,7 @@ class Head(Actor):
 
     def logits(self, picked_TH: torch.Tensor) -> torch.Tensor:
         """float32 [T, V]."""
-        logits_TV = F.linear(self.norm(picked_TH), self.weight_VH).float()
+        logits_TV = product(self.norm(picked_TH), self.weight_VH).float()
         return logits_TV if self._softcap is None else torch.tanh(logits_TV / self._softcap) * self._softcap
 
     def _sampled(self, due: list[Row], logits_RV: torch.Tensor) -> Mapping[str, torch.Tensor | Batch]:
@@ -220,7 +227,9 @@ class Stage(Actor):
         if self.embedding is not None:
             self.embedding.load(context)
         layers = context.layers or (0, config.layers - 1)
-        self.blocks: AnyBlocks = Blocks(checkpoint, layers, dtype, context.cache_tokens, context.progress)
+        self.blocks: AnyBlocks = Blocks(
+            checkpoint, layers, dtype, context.cache_tokens, context.progress, context.precision
+        )
         if self.head is not None:
             shared = self.embedding.weight_VH if self.embedding is not None and config.tied else None
             self.head.load_with(context, shared)

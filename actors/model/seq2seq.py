@@ -28,7 +28,7 @@ from .kv_cache import KVCache, SessionCache
 from .parts import Embedding, Head, needed
 from .seq2seq_weights import LEARNED_FROM, Side, seq2seq
 from .slots import Slot
-from .tensors import Norm, read_slot
+from .tensors import Norm, product, read_slot
 
 Held = dict[str, torch.Tensor]
 
@@ -198,7 +198,7 @@ class Seq2SeqHead(Head):
     def logits(self, picked_TH: torch.Tensor) -> torch.Tensor:
         if self._norm is not None:
             picked_TH = self._norm(picked_TH)
-        logits_TV = F.linear(picked_TH * self._scale if self._scale != 1.0 else picked_TH, self.weight_VH)
+        logits_TV = product(picked_TH * self._scale if self._scale != 1.0 else picked_TH, self.weight_VH)
         return (logits_TV + self._bias_1V if self._bias_1V is not None else logits_TV).float()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,10 @@ class Slot:
     def shape(self) -> tuple[int, ...]:
         rows = sum(rows for _, rows in self.parts)
         return (rows,) if self.columns is None else (rows, self.columns)
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
 
     def needs(self) -> Iterator[Need]:
         for name, rows in self.parts:

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
+from . import kernels
+from .kernels import Packed
 from .slots import Slot
+from .weights import packed_as, packs
 
 
 def read_slot(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
@@ -22,6 +25,33 @@ def read_slot(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.T
         checkpoint.read_into(name, part.t() if slot.transposed else part)
         start += rows
     return tensor
+
+
+def read_matrix(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, precision: str) -> torch.Tensor | Packed:
+    """A matrix that is multiplied with tokens: packed where the kernels run here and the dtype is bfloat16."""
+    if dtype is not torch.bfloat16 or not packs(slot) or kernels.library() is None:
+        return read_slot(slot, checkpoint, dtype)
+    held = packed_as(slot, checkpoint, precision)
+    if held == "bfloat16":
+        return kernels.pack_bfloat16(read_slot(slot, checkpoint, dtype))
+    if precision == "stored" and all(
+        checkpoint.tensors[name].stored in ("Q4_0", "Q4_1", "Q8_0") for name, _ in slot.parts
+    ):
+        blocks = [checkpoint.read_blocks(name) for name, _ in slot.parts]
+        whole_RC, scale_RB, least_RB = (torch.cat(part) for part in zip(*blocks, strict=True))
+        if held == "int8":
+            return kernels.pack_whole(kernels.INT8, whole_RC, scale_RB)
+        return kernels.pack_whole(kernels.INT4, whole_RC, scale_RB, least_RB)
+    wide = read_slot(slot, checkpoint, torch.float32)
+    return kernels.pack_int8(wide) if held == "int8" else kernels.pack_int4(wide)
+
+
+def product(tokens_TC: torch.Tensor, matrix: torch.Tensor | Packed, bias_R: torch.Tensor | None = None) -> torch.Tensor:
+    """[T, R]: tokens times a matrix [R, C], packed or not."""
+    if not isinstance(matrix, Packed):
+        return F.linear(tokens_TC, matrix, bias_R)
+    made_TR = matrix.multiply(tokens_TC)
+    return made_TR if bias_R is None else made_TR + bias_R
 
 
 class Norm:

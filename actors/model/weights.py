@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Literal
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import LAYER_OF, ModelConfig
@@ -147,6 +148,44 @@ def needs(
     """Names and shapes of the checkpoint's tensors for `slots`."""
     for slot in slots(kind, config, layers, experts):
         yield from slot.needs()
+
+
+Precision = Literal["dtype", "int8", "int4", "stored"]
+"""How the matrices of blocks and head are held: in the model's dtype, rounded to 8 or 4 bits, or as the file has them."""
+PACKABLE = ("qkv", "out", "up", "down", "head")
+BITS = {"bfloat16": 16.0, "int8": 8.5, "int4": 5.0}
+"""Of a number that is packed, with its share of scales."""
+_WHOLE = {"Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8"}
+
+
+def packed_as(slot: Slot, checkpoint: Checkpoint, precision: str) -> str:
+    """As what a matrix is packed: what the file has, where that is one of GGUF's plain types; its other ones become int8."""
+    if slot.name not in PACKABLE or slot.transposed:
+        return "bfloat16"
+    if precision != "stored":
+        return "bfloat16" if precision == "dtype" else precision
+    stored = {checkpoint.tensors[name].stored for name, _ in slot.parts}
+    if not any(kind.isupper() for kind in stored):
+        return "bfloat16"
+    [kind] = {_WHOLE.get(kind, "int8") for kind in stored} if len(stored) == 1 else {"int8"}
+    return kind
+
+
+def packs(slot: Slot) -> bool:
+    """Whether the kernels can hold it: sixteen rows at a time, columns in blocks of 32."""
+    return slot.name in PACKABLE and slot.shape[0] % 16 == 0 and (slot.columns or 1) % 32 == 0
+
+
+def held_bytes(
+    checkpoint: Checkpoint, kind: str, layers: tuple[int, int] | None, experts: tuple[int, int] | None,
+    itemsize: int, precision: str,
+) -> int:  # fmt: skip
+    """Bytes of the weights that an actor holds."""
+    total = 0.0
+    for slot in slots(kind, checkpoint.config, layers, experts):
+        held = packed_as(slot, checkpoint, precision) if precision != "dtype" and packs(slot) else None
+        total += slot.elements * (BITS[held] / 8 if held is not None else itemsize)
+    return int(total)
 
 
 def check(

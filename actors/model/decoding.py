@@ -1,0 +1,111 @@
+"""A decoding step, one token a session, through a group of llama's blocks in a single call of kernels.c.
+
+Shape suffixes: T tokens (one a row), H hidden, P positions, D head width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from ranvier.transport.header import Row
+
+from ..checkpoint.config import ModelConfig
+from . import kernels
+from .kernels import Matrix, Packed
+from .kv_cache import SessionCache
+from .rotary import RotaryTable
+
+if TYPE_CHECKING:
+    from .blocks import Block
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        ("qkv", Matrix), ("out", Matrix), ("up", Matrix), ("down", Matrix),
+        ("norm_in", ctypes.c_void_p), ("norm_mid", ctypes.c_void_p), ("qkv_bias", ctypes.c_void_p),
+        ("window", ctypes.c_int32),
+    )  # fmt: skip
+
+
+class _Group(ctypes.Structure):
+    _fields_ = (
+        ("layers", ctypes.c_int32), ("hidden", ctypes.c_int32), ("heads", ctypes.c_int32), ("kv_heads", ctypes.c_int32),
+        ("width", ctypes.c_int32), ("inner", ctypes.c_int32), ("eps", ctypes.c_float), ("scale", ctypes.c_float),
+        ("layer", ctypes.POINTER(_Layer)),
+    )  # fmt: skip
+
+
+class _Row(ctypes.Structure):
+    _fields_ = (
+        ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("position", ctypes.c_int64), ("capacity", ctypes.c_int64),
+        ("cosine", ctypes.c_void_p), ("sine", ctypes.c_void_p),
+    )  # fmt: skip
+
+
+class Decoding:
+    """The layers of one actor as kernels.c sees them. What it points to is held here."""
+
+    def __init__(self, config: ModelConfig, blocks: Sequence[Block], scale: float) -> None:
+        self._held: list[torch.Tensor] = []
+        self._blocks = list(blocks)
+        self._layers = (_Layer * len(blocks))(*(self._layer(block) for block in blocks))
+        self._group = _Group(
+            len(blocks), config.hidden, config.heads, config.kv_heads, config.head_dim, config.intermediate,
+            config.norm_eps, scale, self._layers,
+        )  # fmt: skip
+        self._at = ctypes.byref(self._group)
+        self._width = config.head_dim
+        self._table = RotaryTable(config.head_dim, config.rope_theta, config.rope_scaling, torch.float32)
+        self._room = torch.empty(0, dtype=torch.uint8)
+
+    @classmethod
+    def of(cls, config: ModelConfig, blocks: Sequence[Block], scale: float) -> Decoding | None:
+        """None where the kernels cannot do it: not packed, or a family with parts that llama's blocks do not have."""
+        plain = (
+            config.norm == "rms" and config.activation == "silu" and config.gated and not config.learned_positions
+            and not config.head_norms and not config.post_norms and not config.out_bias and not config.mlp_bias
+            and config.local_rope_theta is None and config.head_dim % 32 == 0 and config.hidden % 32 == 0
+        )  # fmt: skip
+        packed = all(
+            isinstance(matrix, Packed) for block in blocks for matrix in (block.qkv, block.out, block.up, block.down)
+        )
+        return cls(config, blocks, scale) if plain and packed else None
+
+    def _layer(self, block: Block) -> _Layer:
+        matrices = [block.qkv, block.out, block.up, block.down]
+        floats = [block.norm_in.weight_H, block.norm_mid.weight_H, block.qkv_bias]
+        wide = [tensor.float().contiguous() if tensor is not None else None for tensor in floats]
+        self._held += [tensor for tensor in wide if tensor is not None]
+        pointers = [tensor.data_ptr() if tensor is not None else None for tensor in wide]
+        return _Layer(*(m.matrix for m in matrices if isinstance(m, Packed)), *pointers, block.window)
+
+    def reserve(self, positions: int) -> None:
+        """Make ready for a session of so many positions."""
+        self._table.reserve(positions)
+
+    def step(self, rows: Sequence[Row], caches: Sequence[SessionCache], hidden_TH: torch.Tensor) -> torch.Tensor:
+        """[T, H] through all layers. Keys and values are written where each cache ends; its length is the caller's to set."""
+        count, wide_TH = len(rows), hidden_TH.float()
+        cosine, sine, line = self._table.cos_PD.data_ptr(), self._table.sin_PD.data_ptr(), 4 * self._width
+        made = (_Row * count)(
+            *(
+                _Row(
+                    cache.keys_LKPD.data_ptr(), cache.values_LKPD.data_ptr(), row.position, cache.capacity,
+                    cosine + line * row.position, sine + line * row.position,
+                )
+                for row, cache in zip(rows, caches, strict=True)
+            )
+        )  # fmt: skip
+        longest = max(row.position for row in rows) + 1
+        room = kernels.library().ranvier_room(self._at, ctypes.c_int(count), ctypes.c_int64(longest))
+        if self._room.numel() < room:
+            self._room = torch.empty(2 * room, dtype=torch.uint8)
+        kernels.library().ranvier_decode(
+            self._at, made, ctypes.c_int(count), ctypes.c_void_p(wide_TH.data_ptr()), ctypes.c_int64(longest),
+            ctypes.c_void_p(self._room.data_ptr()),
+        )  # fmt: skip
+        return wide_TH.to(hidden_TH.dtype)
