@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL := $(VENV)/.model
+PEERS := .bench-venv/.installed
 
 .PHONY: demo test test-all lint bench clean
 
@@ -11,7 +12,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and alone: its range resolves to the CPU build, and nothing else may pull another in
-$(STAMP): pyproject.toml | $(VENV)/bin/python
+$(STAMP): pyproject.toml actors/model/kernels.c | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet "torch>=2.13,<2.14"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
@@ -38,9 +39,17 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP) $(MODEL)
+# the peers that ours is compared with, in an environment of their own; llama.cpp compiles for some minutes
+$(PEERS):
+	$(PYTHON) -m venv .bench-venv
+	.bench-venv/bin/python -m pip install --quiet numpy llama-cpp-python==0.3.36
+	@touch $@
+
+bench: $(STAMP) $(MODEL) $(PEERS)
 	$(BIN)/python benchmarks/hop.py
 	$(BIN)/python benchmarks/hedge.py
+	$(BIN)/python benchmarks/decode.py --streams 1
+	$(BIN)/python benchmarks/decode.py --streams 16
 
 clean:
-	rm -rf $(VENV) .bench-venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .bench-venv actors/model/*.so build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

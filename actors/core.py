@@ -15,7 +15,7 @@ import torch
 
 from ranvier.transport.errors import ProtocolError
 from ranvier.transport.exchange import Exchange, Received, ReceivingLink, RefusedMessage
-from ranvier.transport.header import Row
+from ranvier.transport.header import MAX_ROWS, Row
 from ranvier.transport.tensors import from_buffer
 
 from .actor import Batch
@@ -43,6 +43,8 @@ class HostCore:
         exchange: the links' own state.
         batch_tokens: at most so many tokens are laid together in one step (a single message may hold more).
         needed: how many input ports make a step; all if it is not given.
+        batches: into how many batches the open sessions are cut. More than one where tokens come back to the beginning
+            of a ring of stages: with all sessions in one batch, one stage would work and the others wait.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class HostCore:
         exchange: Exchange,
         batch_tokens: int,
         needed: int | None = None,
+        batches: int = 1,
     ) -> None:
         self.exchange = exchange
         self.counters: Counter[str] = Counter()
@@ -64,6 +67,7 @@ class HostCore:
         for link in links:
             self.add(link)
         self._batch_tokens = batch_tokens
+        self._batches = batches
         self._stacks = all(port.stacks for port in self._inputs.values())
         self._epochs: dict[int, int] = {}
         self._newest = 0
@@ -246,8 +250,9 @@ class HostCore:
         output has no credit."""
         if not self._ready or self.exchange.waiting:
             return None
+        most_rows = -(-len(self._epochs) // self._batches) if self._batches > 1 else MAX_ROWS
         if len(self._ready) == 1:
-            return self._current(self._ready.popleft())
+            return self._current(self._next(most_rows))
         pieces: list[Work] = []
         sessions: set[int] = set()
         tokens = 0
@@ -256,12 +261,13 @@ class HostCore:
             size = piece.batch.tokens
             if pieces and (not self._stacks or tokens + size > self._batch_tokens):
                 break
+            if pieces and len(sessions) + len(piece.batch.rows) > most_rows:
+                break
             if pieces and piece.batch.tensors.keys() != pieces[0].batch.tensors.keys():
                 break  # other ports came first
             if not sessions.isdisjoint(row.session for row in piece.batch.rows):
                 break  # a session's next step stands on the one before
-            self._ready.popleft()
-            current = self._current(piece)
+            current = self._current(self._next(most_rows))
             if current is not None:
                 pieces.append(current)
                 tokens += size
@@ -277,6 +283,23 @@ class HostCore:
             tuple(source for piece in pieces for source in piece.sources),
             tuple(pieces),
         )
+
+    def _next(self, most_rows: int) -> Work:
+        """The first piece, or its first rows if it has too many for one batch."""
+        piece = self._ready.popleft()
+        rows = piece.batch.rows
+        if len(rows) <= max(1, most_rows):
+            return piece
+        [received] = piece.sources  # rows that were joined come one by one
+        parts = {port: self._split(port, rows, tensor) for port, tensor in piece.batch.tensors.items()}
+        first, rest = (
+            Work(Batch(rows[own], {port: torch.cat(split[own]) for port, split in parts.items()}), piece.sources)
+            for own in (slice(None, most_rows), slice(most_rows, None))
+        )
+        key = received.link, received.header.sequence
+        self._shares[key] = self._shares.get(key, 1) + 1
+        self._ready.appendleft(rest)
+        return first
 
     def _own_rows(self, pieces: list[Work]) -> dict[str, tuple[Row, ...]]:
         ports = {port for piece in pieces for port in piece.batch.own_rows}

@@ -91,7 +91,9 @@ class Host:
             time.monotonic_ns,
             self._record_sent if spec.trace else None,
         )
-        self.core = HostCore(spec.inputs, spec.outputs, spec.links, self.exchange, spec.batch_tokens, spec.needed)
+        self.core = HostCore(
+            spec.inputs, spec.outputs, spec.links, self.exchange, spec.batch_tokens, spec.needed, spec.batches
+        )
         with torch.inference_mode():
             self.actor = self._load()
             gc.collect()

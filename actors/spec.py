@@ -110,7 +110,7 @@ class HostLink:
 @dataclass(frozen=True, slots=True)
 class HostSpec:
     """Everything a host process needs. `implementation` is `module:Class`, or `file.py:Class` with `folder` set; `needed`
-    is how many input ports make a step, all if it is not given."""
+    is how many input ports make a step, all if it is not given; `batches` into how many batches it cuts the open sessions."""
 
     actor: str
     replica: int
@@ -139,6 +139,7 @@ class HostSpec:
     needed: int | None = None
     experts: tuple[int, int] | None = None
     precision: str = "dtype"
+    batches: int = 1
     trace: bool = True
     supervision: Deadlines = field(default_factory=Deadlines)
 

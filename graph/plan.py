@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,6 +143,15 @@ class Plan:
             prompt=self.graph.policy(edge.target).by_load,
         )
 
+    def _batches(self, actor: CheckedActor) -> int:
+        """Into how many batches the actor where tokens come back cuts the sessions: one for each stage with layers, but no
+        more than there are cores to run them."""
+        comes_back = any(
+            edge.feedback and edge.target == actor.name and edge.into == "token" for edge in self.graph.edges
+        )
+        stages = sum(other.kind.caches for other in self.graph.actors.values())
+        return max(1, min(stages, len(os.sched_getaffinity(0)))) if comes_back and self.graph.generates else 1
+
     def host(self, name: str, replica: int, live: Live, run_dir: Path, sockets: Path) -> HostSpec:
         """What one replica of an actor is told at its start, `live` being all there are with it.
 
@@ -168,6 +178,7 @@ class Plan:
             cpus=section.cpus,
             needed=_needed(section),
             experts=actor.experts,
+            batches=self._batches(actor),
             precision=file.model.weights if file.model is not None else "dtype",
             weights=str(actor.weights) if actor.weights is not None else None,
             device=section.device,

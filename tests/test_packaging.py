@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -105,13 +106,15 @@ def test_the_wheel_offers_ranvier_and_nothing_bare(tmp_path: Path) -> None:
         f"import sys, importlib.util as u; sys.path[:] = [p for p in sys.path if p] + {here!r}; "
         "import ranvier.actors.host, ranvier.transport.zeromq, ranvier.graph.cli; "
         "print(ranvier.__file__); print([u.find_spec(n) for n in ('actors', 'graph', 'transport')]); "
-        "import pathlib; print((pathlib.Path(ranvier.__file__).parent / 'py.typed').exists())"
+        "import pathlib; print((pathlib.Path(ranvier.__file__).parent / 'py.typed').exists()); "
+        "print(u.find_spec('ranvier.actors.model._kernels') is not None)"
     )
     done = subprocess.run(
         [str(home / "bin" / "python"), "-S", "-c", f"import sys; sys.path.insert(0, {str(target)!r}); {script}"],
         capture_output=True, text=True, check=True, cwd=tmp_path,
     )  # fmt: skip
-    place, bare, typed = done.stdout.splitlines()
+    place, bare, typed, kernels = done.stdout.splitlines()
+    assert kernels == str(shutil.which("gcc") is not None)
     assert place.startswith(str(target))
     assert bare == "[None, None, None]"
     assert typed == "True"

@@ -37,6 +37,7 @@ class Bench:
         needed: int | None = None,
         once: Sequence[str] = (),
         repeats: bool = False,
+        batches: int = 1,
     ) -> None:
         self.network = MemoryNetwork()
         links = [link(index, UP, ME, port, credits) for index, port in enumerate(ports)]
@@ -49,7 +50,7 @@ class Bench:
         ]
         host_links.append(HostLink("y", out, outgoing=True))
         inputs = [PortSpec(port, SPEC, port in once) for port in dict.fromkeys(ports)]
-        self.core = HostCore(inputs, [PortSpec("y", SPEC)], host_links, self.ends[ME], batch_tokens, needed)
+        self.core = HostCore(inputs, [PortSpec("y", SPEC)], host_links, self.ends[ME], batch_tokens, needed, batches)
         self.got: list[tuple[tuple[Row, ...], list[float]]] = []
         self.read_down = True
         for end in self.ends.values():
@@ -396,3 +397,24 @@ def test_what_another_replica_answered_before_is_dropped() -> None:
     bench.core.open(1, 1)
     bench.send([Row(1, 1, 0, 1)])
     assert bench.step() is not None
+
+
+def test_sessions_are_cut_into_batches_that_keep_every_stage_busy() -> None:
+    """Five sessions in two batches: three and two, also when they come in one message; the credit of a message that was cut
+    comes back with its last row."""
+    bench = Bench(credits=2, batches=2)
+    for session in range(1, 6):
+        bench.core.open(session, 1)
+    for position in range(6):
+        bench.send([Row(session, 1, position, 1) for session in range(1, 6)])
+        works = [bench.step(), bench.step(), bench.step()]
+        assert [work and [row.session for row in work.batch.rows] for work in works] == [[1, 2, 3], [4, 5], None]
+    for session in range(1, 6):
+        bench.send([Row(session, 1, 6, 1)])
+        if session == 2:
+            bench.core.close(5)
+    works = [bench.step(), bench.step(), bench.step()]
+    assert [work and [row.session for row in work.batch.rows] for work in works] == [[1, 2], [3, 4], None]
+    assert not bench.ends[UP].waiting
+    bench.turn()
+    assert not bench.ends[UP].unfinished()
