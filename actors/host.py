@@ -195,6 +195,7 @@ class Host:
             due_ns = core.due_ns
             if due_ns is not None and time.monotonic_ns() >= due_ns:
                 core.send_copies(time.monotonic_ns())
+                self._flush(wire)
                 due_ns = core.due_ns
             work = core.take()
             if work is not None:

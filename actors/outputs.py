@@ -136,7 +136,7 @@ class Outputs:
     ) -> None:
         groups = route.groups(rows, self._places_of)
         parts = self._split(port, rows, tensor) if len(groups) > 1 else []
-        for replicas, chosen in groups.items():
+        for replicas, chosen in groups:
             part = torch.cat([parts[index] for index in chosen]) if parts else tensor
             own = tuple(rows[index] for index in chosen)
             tensors, buffers, coding = _coded(port, part, route.links[replicas[0]])

@@ -23,6 +23,8 @@ Places = Mapping[str, tuple[int, ...]]
 PlacesOf = Callable[[int], Places]
 WEIGHT = 0.1
 """Of the newest message in the moving average of latencies."""
+RETRY_EVERY = 64
+"""By lowest latency, one row in so many goes to the next replica in turn: one that was slow may be quick by now."""
 SAMPLES = 256
 """The percentile that a second copy waits for is that of so many messages before."""
 RANK_EVERY = 16
@@ -37,6 +39,18 @@ class _Copy(NamedTuple):
     due_ns: int
     replica: int
     sequence: int
+    rows: tuple[Row, ...]
+    tensors: tuple[TensorMeta, ...]
+    buffers: tuple[Buffer, ...]
+    ready_ns: int
+    coding: Coding | None
+
+
+class _Held(NamedTuple):
+    """A hedged message for which no replica has credit."""
+
+    exchange: Exchange
+    replicas: tuple[int, ...]
     rows: tuple[Row, ...]
     tensors: tuple[TensorMeta, ...]
     buffers: tuple[Buffer, ...]
@@ -67,6 +81,8 @@ class Route:
         self._late_ns = 0
         self._ranked_in = FEWEST_SAMPLES
         self._copies: deque[_Copy] = deque()
+        self._chosen = 0
+        self._held: deque[_Held] = deque()
         self._dropped_out: dict[int, set[int]] = {}
 
     def add(self, link: SendingLink) -> None:
@@ -74,11 +90,15 @@ class Route:
         self.links[replica] = link
         self.only = link if len(self.links) == 1 else None
         if self._policy.by_load:
-            link.on_used = lambda _sequence, took_ns: self._used(replica, took_ns)
+            link.on_used = lambda took_ns: self._used(replica, took_ns)
+        elif self._skips and self._policy.copies > 1:
+            link.on_credit = self._send_held
 
     def remove(self, peer: str) -> None:
+        """The link to a replica that has left."""
         self.links = {replica: link for replica, link in self.links.items() if link.spec.target != peer}
         self.only = next(iter(self.links.values())) if len(self.links) == 1 else None
+        self._send_held()
 
     def close(self, session: int) -> None:
         """Forget a session."""
@@ -86,8 +106,9 @@ class Route:
 
     # -- choosing -----------------------------------------------------------------------------------------------
 
-    def groups(self, rows: Sequence[Row], places: PlacesOf) -> dict[tuple[int, ...], list[int]]:
-        """Which rows (their numbers) go where (replicas; several: a copy to each)."""
+    def groups(self, rows: Sequence[Row], places: PlacesOf) -> list[tuple[tuple[int, ...], list[int]]]:
+        """Which rows (their numbers) go together where (replicas; several: a copy to each). A row that may need a second copy
+        goes alone."""
         made: dict[tuple[int, ...], list[int]] = {}
         chosen_now: dict[int, int] = {}
         for index, row in enumerate(rows):
@@ -96,7 +117,9 @@ class Route:
             if out is not None:
                 replicas = tuple(replica for replica in replicas if replica not in out)
             made.setdefault(replicas, []).append(index)
-        return made
+        if self._policy.after:
+            return [(replicas, [index]) for replicas, own in made.items() for index in own]
+        return list(made.items())
 
     def _choose(self, row: Row, places: Places, chosen_now: dict[int, int]) -> tuple[int, ...]:
         replicas = places.get(self.actor, _EVERYWHERE)
@@ -110,6 +133,10 @@ class Route:
         in_turn = replicas[turn:] + replicas[:turn]
         if policy.name == "lowest_latency":
             # one that nothing is known of is tried, one that has no credit left is not
+            self._chosen += 1
+            tried = replicas[self._chosen // RETRY_EVERY % len(replicas)]
+            if self._chosen % RETRY_EVERY == 0 and self.links[tried].may_send(0):
+                return (tried,)
             best = min(in_turn, key=lambda r: (not self.links[r].may_send(0), self._latency_ns.get(r, 0.0)))
         else:
             best = min(in_turn, key=lambda r: self.links[r].queued + chosen_now.get(r, 0))
@@ -134,7 +161,11 @@ class Route:
         another does: the fastest is not held up by the slowest.
         """
         if len(replicas) > 1 and self._skips:
-            replicas = self._with_credit(replicas, rows, sum(meta.nbytes for meta in tensors), exchange)
+            # which of them is the slow one is not known while none has credit: held until one has
+            self._held.append(_Held(exchange, replicas, rows, tensors, buffers, ready_ns, coding))
+            exchange.waiting += 1
+            self._send_held()
+            return
         for replica in replicas:
             exchange.send(self.links[replica], rows, tensors, buffers, ready_ns, coding)
         if self._policy.after:
@@ -143,15 +174,25 @@ class Route:
             due_ns = exchange.clock() + self._late_ns
             self._copies.append(_Copy(due_ns, replicas[0], sequence, rows, tensors, buffers, ready_ns, coding))
 
-    def _with_credit(
-        self, replicas: tuple[int, ...], rows: tuple[Row, ...], nbytes: int, exchange: Exchange
-    ) -> tuple[int, ...]:
-        able = tuple(replica for replica in replicas if self.links[replica].may_send(nbytes)) or replicas[:1]
-        if len(able) < len(replicas):
-            exchange.counters["copies_left_out"] += len(replicas) - len(able)
-            for row in rows:
-                self._dropped_out.setdefault(row.session, set()).update(set(replicas) - set(able))
-        return able
+    def _send_held(self) -> None:
+        while self._held:
+            held = self._held[0]
+            out = {replica for row in held.rows for replica in self._dropped_out.get(row.session, ())}
+            left = [replica for replica in held.replicas if replica in self.links and replica not in out]
+            nbytes = sum(meta.nbytes for meta in held.tensors)
+            able = [replica for replica in left if self.links[replica].may_send(nbytes)]
+            if left and not able:
+                return
+            self._held.popleft()
+            held.exchange.waiting -= 1
+            if len(able) < len(left):
+                held.exchange.counters["copies_left_out"] += len(left) - len(able)
+                for row in held.rows:
+                    self._dropped_out.setdefault(row.session, set()).update(set(left) - set(able))
+            for replica in able:
+                held.exchange.send(
+                    self.links[replica], held.rows, held.tensors, held.buffers, held.ready_ns, held.coding
+                )
 
     # -- second copies ------------------------------------------------------------------------------------------
 
@@ -167,7 +208,7 @@ class Route:
         while (due_ns := self.due_ns) is not None and due_ns <= now_ns:
             copy = self._copies.popleft()
             rows = copy.rows
-            if not all(open_(row) for row in rows):
+            if not open_(rows[0]):
                 continue  # answered, or given up
             others = [r for r in places(rows[0].session).get(self.actor, ()) if r != copy.replica and r in self.links]
             nbytes = sum(meta.nbytes for meta in copy.tensors)

@@ -165,8 +165,8 @@ class Supervision:
         """Where everyone this host speaks with listens. All hosts must be loaded."""
         addresses = {gateway: gateway_address}
         for key, host in self.hosts.items():
-            assert host.address is not None
-            addresses[key] = host.address
+            if host.address is not None:  # else it is still on its way in
+                addresses[key] = host.address
         # a link to oneself is a link like any other
         peers = {link.link.target if link.outgoing else link.link.source for link in spec.links}
         return {peer: addresses[peer] for peer in sorted(peers)}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from ranvier.transport.errors import LinkBroken, ProtocolError
+from ranvier.transport.errors import ProtocolError
 from ranvier.transport.trio_wire import TrioWire
 from ranvier.transport.zeromq import ZeroWire
 
@@ -112,9 +112,14 @@ class Supervisor:
         return host.address
 
     async def until_linked(self, labels: Sequence[str], peer: str) -> None:
-        """Wait until these hosts have said that they know `peer`."""
-        while not all((label, peer) in self._linked for label in labels):
-            await self._changed.wait()
+        """Wait until these hosts have said that they know `peer`.
+
+        Raises:
+            ActorFailed: it was lost meanwhile, or the run was.
+        """
+        await self._until_it(
+            self.supervision.hosts[peer], lambda: all((label, peer) in self._linked for label in labels)
+        )
         self._linked = {(label, other) for label, other in self._linked if other != peer}
 
     async def until_joined(self, spec: HostSpec) -> None:
@@ -145,8 +150,9 @@ class Supervisor:
 
     async def _until_it(self, host: Watched, holds: Callable[[], bool]) -> None:
         while not holds():
-            if host.lost is not None:
-                raise host.lost
+            lost = host.lost or self.supervision.failure
+            if lost is not None:
+                raise lost
             await self._changed.wait()
 
     async def _until(self, holds: Callable[[], bool], progress: Callable[[float], None]) -> None:
@@ -170,10 +176,7 @@ class Supervisor:
 
     def answer(self, client: str, kind: str, what: str) -> None:
         """What came of a client's command. One that has gone is not told."""
-        try:
-            self._wire.send(client, encode(kind, {"what": what}))
-        except LinkBroken as error:
-            self.refused(SUPERVISOR, str(error))
+        self._wire.send(client, encode(kind, {"what": what}))
 
     async def stop(self) -> None:
         """End all hosts: asked first, killed after the deadline."""
@@ -184,7 +187,7 @@ class Supervisor:
         with trio.move_on_after(deadline_s):
             while any(host.exited is None for host in hosts):
                 await self._changed.wait()
-        for key, host in self.supervision.hosts.items():
+        for key, host in list(self.supervision.hosts.items()):
             if host.exited is None:
                 self._log.warning("killed", actor=host.spec.label, state=host.life.state.value)
                 await self._launcher.kill(key)

@@ -79,6 +79,10 @@ class ActorCheck(Findings):
         """Whether the matrices can be held as the file says."""
         assert self.file.model is not None
         wanted, why = self.file.model.weights, None
+        if config.family in ("t5", "mt5") and self.file.model.dtype == "float16":
+            self._wrong(
+                f"model: {config.family} goes over the range of float16; use bfloat16 or float32", "model", "dtype"
+            )
         if wanted == "dtype":
             return
         if self.file.model.dtype != "bfloat16":

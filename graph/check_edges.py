@@ -215,9 +215,10 @@ class EdgeCheck(Findings):
 
     def _joinable(self, actor: CheckedActor) -> None:
         join = actor.section.join
-        if isinstance(join, Quorum) and join.quorum > len(actor.inputs):
+        joined = len(actor.inputs) - len(actor.once)
+        if isinstance(join, Quorum) and join.quorum > joined:
             self._wrong(
-                f"actor {actor.name}: quorum {join.quorum} can never be reached: it has {len(actor.inputs)} inputs; "
+                f"actor {actor.name}: quorum {join.quorum} can never be reached: it has {joined} inputs to join; "
                 "lower it", "actors", actor.name, "join",
             )  # fmt: skip
 

@@ -40,8 +40,21 @@ class ReplicaCheck(Findings):
                     f"policy {policy.name}{' with after' if policy.after else ''} would bring tokens out of their order: "
                     "a stream stays with its replicas; use sticky, or hedge without after",
                 )
+            if actor.once and policy.places is None:
+                self._no(
+                    actor,
+                    f"what comes at {', '.join(actor.once)} comes once, to one replica, and policy {policy.name} sends later "
+                    "steps to others; use sticky, or hedge without after",
+                )
             if policy.by_load:
                 self._one_sender(actor, edges)
+            ports = {edge.out for edge in edges if edge.source == actor.name != edge.target}
+            if policy.copies > 1 and len(ports) > 1:
+                self._no(
+                    actor,
+                    f"hedged, its outputs {', '.join(sorted(ports))} could come from different replicas for one step; "
+                    "give it one output, or use another policy",
+                )
 
     def _one_sender(self, actor: CheckedActor, edges: list[CheckedEdge]) -> None:
         """Where each sender chooses by what it sees, all parts of a step must come from one."""

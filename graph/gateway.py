@@ -151,7 +151,11 @@ class Gateway:
         self._next += 1
         stream = self.streams[info.session] = Stream(info, places, log=list(info.log))
         self.commands.append(("open", {"info": info.to_plain()}, self.placement.labels(places)))
-        self._send_inputs(stream, inputs or {})
+        try:
+            self._send_inputs(stream, inputs or {})
+        except Exception as error:
+            self._end(stream, error)
+            raise
         return stream
 
     def cancel(self, stream: Stream) -> None:
@@ -211,7 +215,7 @@ class Gateway:
 
     def _send(self, stream: Stream, port: str, row: Row, meta: TensorMeta, buffer: Buffer, now_ns: int) -> None:
         for route in self._by_port[port].values():
-            [replicas] = route.groups((row,), lambda _session: stream.places)
+            [(replicas, _)] = route.groups((row,), lambda _session: stream.places)
             route.send(self.exchange, replicas, (row,), (meta,), (buffer,), now_ns)
 
     def _on_token(self, row: Row, token: int) -> None:

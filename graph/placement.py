@@ -84,9 +84,8 @@ class Placement:
         wanted = self._policies.get(actor, STICKY).places
         wanted = len(active) if wanted is None else min(wanted, len(active))
         if len(able) < wanted:
-            best = max(
-                (replicas[number] for number in active), key=lambda r: (r.capacity_tokens or 0) - r.reserved_tokens
-            )
+            full = [replicas[number] for number in active if number not in able]
+            best = max(full, key=lambda r: (r.capacity_tokens or 0) - r.reserved_tokens)
             raise Overloaded(
                 f"the session needs {tokens} tokens of KV cache, "
                 f"{(best.capacity_tokens or 0) - best.reserved_tokens} of {best.capacity_tokens} are free at {best.label}; "

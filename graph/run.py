@@ -142,6 +142,8 @@ class Run:
             raise RequestError("stop strings need the model's tokenizer, and it brings none; use stop_tokens")
         log: tuple[int, ...] = tuple(ids)
         inputs: Tensors = {}
+        if config.encoder is not None and not any(e.source == GATEWAY and e.out == "prompt" for e in graph.edges):
+            raise RequestError(f"graph {graph.name} has no encoder_embedding, so nothing takes the prompt")
         if config.encoder is not None:  # the prompt is the encoder's; the decoder begins with a token of its own
             log, inputs = (config.encoder.start_token,), {"prompt": token_tensor(ids, "prompt")}
         info = SessionInfo(
@@ -436,7 +438,7 @@ async def _launched(planned: Plan, folder: RunFolder, progress: Progress) -> Asy
                     holder.append(run)
                     nursery.start_soon(run._listen)
                     nursery.start_soon(run._failure)
-                    nursery.start_soon(run._scaling.run)
+                    await nursery.start(run._scaling.run)
                     if graph.file.trace:
                         nursery.start_soon(run._ship)
                     progress("linking", 1.0)

@@ -92,7 +92,7 @@ def versions() -> Mapping[str, str]:
 
 
 def _check_length(graph: Graph, path: Path) -> None:
-    longest = max([*(f"{actor}.99" for actor in graph.actors), "supervisor"], key=len)
+    longest = max([*(f"{actor}.9999" for actor in graph.actors), "supervisor"], key=len)
     socket = path / "sockets" / f"{longest}.c.lock"
     size = len(os.fsencode(socket.with_suffix("")))
     if size > MAX_IPC_PATH_BYTES:

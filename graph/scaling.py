@@ -7,15 +7,16 @@ is told to stop, and everyone forgets it. A session stays with the replicas it b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 import trio
 
 from ranvier.actors.errors import ActorFailed
 from ranvier.actors.spec import GATEWAY, HostSpec
 from ranvier.actors.supervisor import Supervisor
+from ranvier.transport.errors import RanvierError
 from ranvier.transport.trio_wire import TrioWire
 
 from .errors import RequestError
@@ -24,6 +25,27 @@ from .plan import Plan
 from .run_folder import RunFolder
 
 MOST_REPLICAS = 64
+T = TypeVar("T")
+
+
+class _Leaving:
+    """A replica that is to leave."""
+
+    def __init__(self, actor: str, replica: int) -> None:
+        self.actor = actor
+        self.replica = replica
+        self._gone = trio.Event()
+
+    @property
+    def label(self) -> str:
+        return f"{self.actor}.{self.replica}"
+
+    def gone(self) -> None:
+        self._gone.set()
+
+    async def wait(self) -> None:
+        """Until it has left."""
+        await self._gone.wait()
 
 
 class Scaling:
@@ -46,6 +68,7 @@ class Scaling:
         self._flush = flush
         self._next = {actor: len(replicas) for actor, replicas in plan.live.items()}
         self._one_at_a_time = trio.Lock()
+        self._nursery: trio.Nursery
         self._over = trio.Event()
         self._asked_in, self._asked = trio.open_memory_channel[tuple[str, Mapping[str, Any]]](100)
         supervisor.on_command = self._on_command
@@ -58,31 +81,62 @@ class Scaling:
         except trio.WouldBlock:
             self._supervisor.answer(client, "wrong", "too many commands at once; try later")
 
-    async def run(self) -> None:
-        """Do what clients ask, one thing after the other, until cancelled."""
-        async for client, fields in self._asked:
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Do what is asked, until cancelled. Joins and leaves are done here, so that whoever asked may go away."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            async for client, fields in self._asked:
+                nursery.start_soon(self._answer, client, fields)
+
+    async def _answer(self, client: str, fields: Mapping[str, Any]) -> None:
+        try:
+            self._supervisor.answer(client, "done", await self.scale(fields["actor"], fields["replicas"]))
+        except RanvierError as error:
+            self._supervisor.answer(client, "wrong", str(error))
+
+    async def _in_background(self, work: Callable[..., Awaitable[T]], *arguments: Any) -> T:
+        """Wait for work that goes on if the waiting is cancelled."""
+        done = trio.Event()
+        outcome: list[T | RanvierError] = []
+
+        async def do() -> None:
             try:
-                self._supervisor.answer(client, "done", await self.scale(fields["actor"], fields["replicas"]))
-            except (RequestError, ActorFailed) as error:
-                self._supervisor.answer(client, "wrong", str(error))
+                outcome.append(await work(*arguments))
+            except RanvierError as error:
+                outcome.append(error)
+            done.set()
+
+        self._nursery.start_soon(do)
+        await done.wait()
+        [came] = outcome
+        if isinstance(came, RanvierError):
+            raise came
+        return came
 
     # -- scaling ------------------------------------------------------------------------------------------------
 
     async def scale(self, actor: str, replicas: int) -> str:
         """See `Run.scale`."""
+        self._check(actor, replicas)
+        joined, left = await self._in_background(self._change, actor, replicas)
+        for gone in left:
+            await gone.wait()
+        what = [f"{actor}.{replica} joined" for replica in joined] + [f"{gone.label} left" for gone in left]
+        return f"{actor} has {replicas} replica{'s' if replicas > 1 else ''}: {', '.join(what) or 'as before'}"
+
+    async def _change(self, actor: str, replicas: int) -> tuple[list[int], list[_Leaving]]:
+        """Those that have joined, and those that are to leave: they do so when their last session is over."""
         async with self._one_at_a_time:
-            self._check(actor, replicas)
             active = self._gateway.placement.active(actor)
-            joined, left = [], []
-            for _ in range(replicas - len(active)):
-                joined.append(await self._join(actor))
+            joined = [await self._join(actor) for _ in range(replicas - len(active))]
+            left = []
             for replica in reversed(active[replicas:]):
-                left.append(replica)
                 self._gateway.placement.leave(actor, replica)
-            for replica in left:
-                await self._leave(actor, replica)
-            what = [f"{actor}.{replica} joined" for replica in joined] + [f"{actor}.{replica} left" for replica in left]
-            return f"{actor} has {replicas} replica{'s' if replicas > 1 else ''}: {', '.join(what) or 'as before'}"
+                leaving = _Leaving(actor, replica)
+                self._nursery.start_soon(self._leave, leaving)
+                left.append(leaving)
+            return joined, left
 
     def _check(self, actor: str, replicas: int) -> None:
         actors = self._plan.graph.actors
@@ -113,8 +167,8 @@ class Scaling:
             self._supervisor.connect(spec, self._gateway.exchange.me, self._wire.wire.address)
             await self._supervisor.until_joined(spec)
         except ActorFailed:
+            await self._supervisor.leave(spec)  # before the others forget it: it may still speak to them
             self._forget(spec, [host.spec.label for host in self._supervisor.supervision.hosts.values()])
-            await self._supervisor.leave(spec)
             raise
         host = self._supervisor.supervision.hosts[spec.identity]
         self._gateway.placement.join(actor, replica, host.capacity_tokens)
@@ -141,18 +195,17 @@ class Scaling:
         links = self._plan.links(actor, replica, live)
         return [asdict(link) for link in links if spec.identity in (link.link.source, link.link.target)]
 
-    async def _leave(self, actor: str, replica: int) -> None:
-        placement = self._gateway.placement
+    async def _leave(self, leaving: _Leaving) -> None:
+        placement, actor, replica = self._gateway.placement, leaving.actor, leaving.replica
         while placement.replicas[actor][replica].sessions:
             await self._over.wait()
-        spec = next(
-            host.spec
-            for host in self._supervisor.supervision.hosts.values()
-            if (host.spec.actor, host.spec.replica) == (actor, replica)
-        )
-        await self._supervisor.leave(spec)
-        self._forget(spec, [host.spec.label for host in self._supervisor.supervision.hosts.values()])
-        placement.remove(actor, replica)
+        hosts = self._supervisor.supervision.hosts
+        spec = next(h.spec for h in hosts.values() if (h.spec.actor, h.spec.replica) == (actor, replica))
+        async with self._one_at_a_time:  # nobody is introduced to it meanwhile
+            await self._supervisor.leave(spec)
+            self._forget(spec, [host.spec.label for host in hosts.values()])
+            placement.remove(actor, replica)
+        leaving.gone()
 
     def _forget(self, spec: HostSpec, labels: list[str]) -> None:
         self._supervisor.tell([label for label in labels if label != spec.label], "unlink", peer=spec.identity)

@@ -55,8 +55,8 @@ class _Waiting(NamedTuple):
 @dataclass(slots=True, eq=False)
 class SendingLink:
     """The sender's end of one link. `waiting` holds what has no credit yet. `on_used`, on a prompt link, is called with the
-    sequence of each message that was used up and the nanoseconds since it was sent. `chooser` says which codec, where the edge
-    leaves that open."""
+    nanoseconds since it was sent for each message that was used up, `on_credit` when there may be more credit. `chooser`
+    says which codec, where the edge leaves that open."""
 
     spec: LinkSpec
     window: SendWindow
@@ -68,7 +68,8 @@ class SendingLink:
     nbytes: int = 0
     sent: int = 0
     waiting: deque[_Waiting] = field(default_factory=deque)
-    on_used: Callable[[int, int], None] | None = None
+    on_used: Callable[[int], None] | None = None
+    on_credit: Callable[[], None] | None = None
     sent_at: deque[tuple[int, int]] = field(default_factory=deque)
     chooser: auto.Chooser | None = None
 
@@ -278,6 +279,8 @@ class Exchange:
                 self._tell_used(sending, sending.on_used)
             if sending.waiting:
                 self._send_waiting(sending)
+            if sending.on_credit is not None:
+                sending.on_credit()
         link = self.receiving.get((header.edge, peer))
         if link is None or not link.open or header.kind != DATA:
             raise ProtocolError(self._misplaced(header, peer, link))
@@ -406,12 +409,13 @@ class Exchange:
                 self.counters["sent_again"] += 1
                 self.outbox.append(sent)
         self._send_waiting(link)
+        if link.on_credit is not None:
+            link.on_credit()
 
-    def _tell_used(self, link: SendingLink, on_used: Callable[[int, int], None]) -> None:
+    def _tell_used(self, link: SendingLink, on_used: Callable[[int], None]) -> None:
         now_ns, used = self.clock(), link.used
         while link.sent_at and link.sent_at[0][0] <= used:
-            sequence, sent_ns = link.sent_at.popleft()
-            on_used(sequence, now_ns - sent_ns)
+            on_used(now_ns - link.sent_at.popleft()[1])
 
     def _send_waiting(self, link: SendingLink) -> None:
         while link.waiting and link.window.may_send(link.waiting[0].nbytes):

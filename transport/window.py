@@ -103,10 +103,6 @@ class ReceiveWindow:
         """The grant: highest sequence and bytes in all that the sender may send."""
         return self.consumed + self.credits_messages, self.consumed_bytes + self.credits_bytes
 
-    def owes(self) -> bool:
-        """Whether there is anything the sender has not been told."""
-        return self.received > self.told_received or self.consumed > self.told_consumed
-
     def tell(self) -> tuple[int, int, int]:
         """The arguments of an acknowledgement, and the note that it was sent."""
         self.told_received, self.told_consumed, self.told_bytes = self.received, self.consumed, self.consumed_bytes

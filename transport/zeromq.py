@@ -113,8 +113,9 @@ class ZeroWire:
         try:
             if dealer is None:
                 # an answer to one who spoke first and is not of this graph: a refusal
-                self._inbox.send(peer.encode("latin-1"), _MORE)
-                self._inbox.send(header, _LAST)
+                with contextlib.suppress(zmq.Again):
+                    self._inbox.send(peer.encode("latin-1"), _MORE)
+                    self._inbox.send(header, _LAST)
             elif not buffers:
                 _send(dealer, header, _LAST)
             else:
@@ -126,6 +127,8 @@ class ZeroWire:
         except zmq.ZMQError as error:
             if self._inbox.closed:
                 raise LinkClosed(f"{self.me}: this wire is closed") from None
+            if dealer is None and error.errno == zmq.EHOSTUNREACH:
+                return  # it has gone since, and nobody waits for the answer
             raise LinkBroken(f"{self.me}: cannot send to {peer}: {error.strerror}") from error
 
     def receive(self, timeout_s: float | None) -> Arrival | None:

@@ -56,6 +56,8 @@ class Seq2Seq:
     embedding_norm: bool = False
     head_scale: float = 1.0
     logits_bias: bool = False
+    first_token: int | None = None
+    """What the first generated token must be (a language's mark)."""
     separate: bool = False
     """Whether the two ends have embeddings of their own."""
 

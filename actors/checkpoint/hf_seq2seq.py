@@ -97,6 +97,7 @@ def _bart(
             source_vocab=config["vocab_size"],
             start_token=_start(config),
             suppressed=_suppressed(config),
+            first_token=config.get("forced_bos_token_id"),
             norms_first=norms_first,
             final_norm=norms_first,
             positions=cast(Positions, positions),

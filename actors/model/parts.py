@@ -115,8 +115,9 @@ class Head(Actor):
     sessions that asked for them, `logits` float32 [rows, V] or `scores` float32 [tokens] go to the gateway.
     """
 
-    never: torch.Tensor | None = None
-    """Tokens that are never chosen."""
+    def allowed(self, due: list[Row], logits_RV: torch.Tensor) -> torch.Tensor:
+        """The logits that tokens are chosen by, -inf for those that may not be."""
+        return logits_RV
 
     def load(self, context: Context) -> None:
         self.load_with(context, None)
@@ -189,7 +190,7 @@ class Head(Actor):
 
     def _sampled(self, due: list[Row], logits_RV: torch.Tensor) -> Mapping[str, torch.Tensor | Batch]:
         made, tokens, going, asked = [], [], [], []
-        allowed_RV = logits_RV if self.never is None else logits_RV.index_fill(1, self.never, float("-inf"))
+        allowed_RV = self.allowed(due, logits_RV)
         for index, row in enumerate(due):
             stream = self.streams[row.session]
             position = row.position + row.tokens

@@ -192,8 +192,21 @@ class Seq2SeqHead(Head):
         there = bias is not None and "final_logits_bias" in checkpoint.tensors
         self._bias_1V = read_slot(bias, checkpoint, dtype) if bias is not None and there else None
         self.never = torch.tensor(model.suppressed) if model.suppressed else None
+        self._first = model.first_token
         self.streams = {}
         context.progress(1.0)
+
+    def allowed(self, due: list[Row], logits_RV: torch.Tensor) -> torch.Tensor:
+        if self.never is not None:
+            logits_RV = logits_RV.index_fill(1, self.never, float("-inf"))
+        begins = [index for index, row in enumerate(due) if row.position + row.tokens == 1]
+        if self._first is not None and begins:
+            forced = torch.full_like(logits_RV, float("-inf"))
+            forced[:, self._first] = 0.0
+            chosen = torch.zeros(len(due), 1, dtype=torch.bool)
+            chosen[begins] = True
+            logits_RV = torch.where(chosen, forced, logits_RV)
+        return logits_RV
 
     def logits(self, picked_TH: torch.Tensor) -> torch.Tensor:
         if self._norm is not None:

@@ -64,7 +64,7 @@ class Bench:
         """Where it went."""
         before = {number: len(got) for number, got in self.got.items()}
         rows = (Row(session, 1, position, 1),)
-        for replicas, _ in self.route.groups(rows, lambda _: self.places).items():
+        for replicas, _ in self.route.groups(rows, lambda _: self.places):
             self.route.send(self.sender, replicas, rows, (META,), (DATA,), 0)
         self.turn()
         return tuple(number for number, got in self.got.items() if len(got) > before[number])
@@ -118,6 +118,15 @@ def test_the_lowest_latency() -> None:
     assert bench.send(4) == (0,), "the quicker one has no credit left"
 
 
+def test_the_slow_one_is_tried_again_now_and_then() -> None:
+    bench = Bench(2, Policy("lowest_latency"), credits=1000)
+    for replica, took_s in ((0, 0.010), (1, 0.001)):
+        bench.send(replica)
+        bench.use(replica, after_s=took_s)
+    went = [bench.send(session) for session in range(200)]
+    assert 1 <= went.count((0,)) <= 4
+
+
 def test_hedged_to_both_and_one_without_credit_falls_out() -> None:
     """Four are unread at replica 1: it gets no more of that session, ever; another session begins with both."""
     bench = Bench(2, Policy("hedge", 2))
@@ -133,6 +142,22 @@ def test_hedged_to_both_and_one_without_credit_falls_out() -> None:
     bench.route.close(1)
     bench.use(1)
     assert bench.send(1, 0) == (0, 1)
+
+
+def test_while_none_has_credit_nobody_is_taken_for_the_slow_one() -> None:
+    """Ten go out at once over four credits: the rest are held, and go to whoever uses its own up first, be it the second."""
+    bench = Bench(2, Policy("hedge", 2))
+    for session in range(10):
+        bench.send(session)
+    assert [len(got) for got in bench.got.values()] == [4, 4]
+    assert bench.sender.waiting == 6
+    for _ in range(10):
+        bench.use(1)
+    assert not bench.sender.waiting
+    assert [len(got) for got in bench.got.values()] == [4, 0]
+    bench.send(20)
+    bench.route.remove("work.1.1")
+    assert not bench.sender.waiting
 
 
 def test_where_nothing_may_be_left_out_copies_wait() -> None:
@@ -206,6 +231,11 @@ def test_placing_sessions() -> None:
     assert [place["pair"] for place in places[:2]] == [(0, 1), (0, 2)]
     with pytest.raises(Overloaded, match="needs 40 tokens of KV cache, 20 of 100 are free at blocks"):
         placement.take(40)
+    both = Placement({"a": Policy("hedge", 2)})
+    both.join("a", 0, 100)
+    both.join("a", 1, 5)
+    with pytest.raises(Overloaded, match=r"needs 10 tokens of KV cache, 5 of 5 are free at a\.1"):
+        both.take(10)
     assert sum(replica.sessions for replica in placement.replicas["head"].values()) == 8, "a refused one left something"
     placement.give_back(places[1], 40)
     assert placement.take(60)["blocks"] == (1,)

@@ -11,15 +11,16 @@ from ranvier import Actor, Batch, Context, TensorSpec
 
 
 class Counting(Actor):
-    """Gives x + 1 and the number of the replica. Args: `gate`: replica 1 waits at each step until this file is there;
-    `no_more_than`: replicas from this on refuse to load."""
+    """Gives x + 1 and the number of the replica. Args: `gate`: the replica `stuck` (1) waits at each step until this file is
+    there; `no_more_than`: replicas from this on refuse to load."""
 
-    inputs = {"x": TensorSpec("float32", ("tokens",))}
-    outputs = {"y": TensorSpec("float32", ("tokens",)), "who": TensorSpec("int64", ("rows",))}
+    inputs = {"x": TensorSpec("float32", ("rows",))}
+    outputs = {"y": TensorSpec("float32", ("rows", 2))}
 
     def load(self, context: Context) -> None:
         self.replica = context.replica
-        self.gate = Path(context.args["gate"]) if "gate" in context.args and context.replica == 1 else None
+        stuck = "gate" in context.args and context.replica == context.args.get("stuck", 1)
+        self.gate = Path(context.args["gate"]) if stuck else None
         if context.replica >= context.args.get("no_more_than", 99):
             raise RuntimeError("no room for me")
 
@@ -27,14 +28,14 @@ class Counting(Actor):
         until = time.monotonic() + 60
         while self.gate is not None and not self.gate.exists() and time.monotonic() < until:
             time.sleep(0.005)
-        return {"y": batch["x"] + 1, "who": torch.full((len(batch.rows),), self.replica)}
+        return {"y": torch.stack((batch["x"] + 1, torch.full_like(batch["x"], self.replica)), 1)}
 
 
 class Pass(Actor):
     """Gives x as it is."""
 
-    inputs = {"x": TensorSpec("float32", ("tokens",))}
-    outputs = {"x": TensorSpec("float32", ("tokens",))}
+    inputs = {"x": TensorSpec("float32", ("rows",))}
+    outputs = {"x": TensorSpec("float32", ("rows",))}
 
     def step(self, batch: Batch):  # type: ignore[no-untyped-def]
         return {"x": batch["x"]}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -28,7 +30,7 @@ def counting(graph_file: Callable[..., Path]) -> WriteGraph:
 
     def write(front: bool = False, args: dict[str, Any] | None = None, **work: Any) -> ranvier.Graph:
         actors: dict[str, Any] = {"work": {"kind": "./counting.py:Counting", "args": args or {}, **work}}
-        edges = ["gateway.x -> work.x", "work.y -> gateway.y", "work.who -> gateway.who"]
+        edges = ["gateway.x -> work.x", "work.y -> gateway.y"]
         if front:
             actors["front"] = {"kind": "./counting.py:Pass"}
             edges = ["gateway.x -> front.x", "front.x -> work.x", *edges[1:]]
@@ -41,9 +43,9 @@ def counting(graph_file: Callable[..., Path]) -> WriteGraph:
 
 async def call(run: ranvier.Run, x: float) -> int:
     """Which replica answered; the answer is checked."""
-    outputs = await run.call(x=torch.tensor([x]))
-    assert outputs["y"].tolist() == [x + 1]
-    return int(outputs["who"][0])
+    [[answer, who]] = (await run.call(x=torch.tensor([x])))["y"].tolist()
+    assert answer == x + 1
+    return int(who)
 
 
 async def calls(run: ranvier.Run, count: int) -> Counter[int]:
@@ -98,6 +100,29 @@ def test_one_that_stands_still_holds_nobody_up(
         assert sorted(held) == [0, 1]
     steps = {actor["actor"]: actor["steps"] for actor in trace.summary(trace.read(run_dir))["actors"]}
     assert steps["work.0"] >= 25
+
+
+@pytest.mark.parametrize("stuck", [0, 1])
+def test_many_hedged_calls_at_once_while_one_stands_still(
+    stuck: int, counting: WriteGraph, runs: Path, tmp_path: Path
+) -> None:
+    """Thirty calls over eight credits, whichever replica it is that stands still: all are answered by the other."""
+    answered: Counter[int] = Counter()
+
+    async def one(run: ranvier.Run, x: float) -> None:
+        answered[await call(run, x)] += 1
+
+    async def main() -> None:
+        gate = tmp_path / "gate"
+        graph = counting(replicas=2, policy={"hedge": 2}, args={"gate": str(gate), "stuck": stuck})
+        async with ranvier.launch(graph, runs=runs) as run:
+            async with trio.open_nursery() as nursery:
+                for number in range(30):
+                    nursery.start_soon(one, run, float(number))
+            gate.touch()
+
+    trio.run(main)
+    assert answered == {1 - stuck: 30}
 
 
 def test_losers_are_dropped_and_counted(counting: WriteGraph, runs: Path) -> None:
@@ -255,6 +280,26 @@ def test_scale_is_a_command(counting: WriteGraph, runs: Path, tmp_path: Path) ->
     assert over.returncode == 2
     assert "this run is over" in over.stderr
     assert "no run folder" in command("scale", str(tmp_path), "work=2").stderr
+
+
+def test_whoever_asked_may_go_away(counting: WriteGraph, runs: Path) -> None:
+    """A scale that is given up in the middle is still done, and the next one knows of it; one asked of a run that is lost
+    ends with what it was lost by."""
+    graph = counting(front=True)
+
+    async def main() -> None:
+        async with ranvier.launch(graph, runs=runs) as run:
+            with trio.move_on_after(0.02) as given_up:
+                await run.scale("work", 3)
+            assert given_up.cancelled_caught
+            assert (await run.scale("work", 3)).startswith("work has 3 replicas: ")
+            assert run._gateway.placement.active("work") == [0, 1, 2]
+            assert set(await calls(run, 6)) == {0, 1, 2}
+            os.kill(run.pids["front.0.1"], signal.SIGKILL)
+            with pytest.raises(ranvier.ActorFailed, match=r"front\.0: its process was ended by signal 9"):
+                await run.scale("work", 4)
+
+    trio.run(main)
 
 
 def test_a_client_that_goes_away_or_talks_nonsense(counting: WriteGraph, runs: Path) -> None:

@@ -231,6 +231,31 @@ def test_tokens_that_may_never_be_chosen(made: Callable[[str], Made], tmp_path: 
     assert int(outputs["sampled"].tensors["sampled"][0]) != 221
 
 
+def test_the_first_token_may_be_given(made: Callable[[str], Made], tmp_path: Path) -> None:
+    """`forced_bos_token_id`: the first generated token, whatever the logits say, and none after it."""
+    folder, _ = made("mbart")
+    shutil.copytree(folder, tmp_path / "model")
+    file = tmp_path / "model" / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "forced_bos_token_id": 7}))
+    head = actors_of(open_checkpoint(tmp_path / "model"))["head"]
+    for session, position in ((1, 0), (2, 4)):
+        log = tuple(range(position + 1))
+        head.open(ranvier.SessionInfo(session=session, epoch=1, capacity=9, log=log, max_tokens=9, logits=True))
+    rows = (Row(1, 1, 0, 1), Row(2, 1, 4, 1))
+    outputs = head.step(Batch(rows, {"hidden": torch.randn(2, 48)}))
+    first, later = outputs["sampled"].tensors["sampled"].tolist()
+    likeliest = outputs["logits"].tensors["logits"].argmax(-1).tolist()
+    assert first == 7 != likeliest[0]
+    assert later == likeliest[1]
+
+
+def test_t5_does_not_fit_into_float16(made: Callable[[str], Made], graph_file: Callable[..., Path]) -> None:
+    path = graph_file(**{**GRAPH, "model": {"source": "./model", "dtype": "float16"}})
+    shutil.copytree(made("t5")[0], path.parent / "model")
+    with pytest.raises(ranvier.GraphError, match="t5 goes over the range of float16; use bfloat16 or float32"):
+        ranvier.load(path)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -332,3 +332,27 @@ def test_a_frame_over_the_limit_drops_the_peer() -> None:
         assert arrival.peer == "good"
         for each in (wire, big, good):
             each.close()
+
+
+def test_an_answer_to_one_who_has_gone_is_dropped() -> None:
+    """It spoke and went away before it was answered: nobody waits, and the wire goes on."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        wire = ZeroWire("a.0.1", f"ipc://{folder}/a", max_frame_bytes=1 << 16)
+        gone = ZeroWire("gone", f"ipc://{folder}/b", max_frame_bytes=1 << 16)
+        gone.connect("a.0.1", wire.address)
+        gone.send("a.0.1", b"header", [])
+        arrival = wire.receive(5)
+        assert arrival is not None
+        gone.close()
+        wire.send("never seen", b"no", [])
+        for _ in range(100):  # before ZeroMQ has noticed that the connection is gone, and after
+            wire.send("gone", b"no", [])
+            time.sleep(0.002)
+        other = ZeroWire("other", f"ipc://{folder}/c", max_frame_bytes=1 << 16)
+        other.connect("a.0.1", wire.address)
+        other.send("a.0.1", b"header", [])
+        arrival = wire.receive(5)
+        assert arrival is not None
+        assert arrival.peer == "other"
+        for each in (wire, other):
+            each.close()

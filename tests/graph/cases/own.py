@@ -53,3 +53,14 @@ class Once(Actor):
     inputs = {"x": TensorSpec("float32", ("tokens",))}
     outputs = {"y": TensorSpec("float32", ("tokens",))}
     once = ("memory",)
+
+
+class Both(Actor):
+    inputs = {"x": TensorSpec("float32", ("tokens",))}
+    outputs = {"y": TensorSpec("float32", ("tokens",)), "z": TensorSpec("float32", ("tokens",))}
+
+
+class Told(Actor):
+    inputs = {"x": TensorSpec("float32", ("tokens",)), "memory": TensorSpec("float32", ("tokens",))}
+    outputs = {"y": TensorSpec("float32", ("tokens",))}
+    once = ("memory",)
