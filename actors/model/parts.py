@@ -185,7 +185,10 @@ class Head(Actor):
 
     def logits(self, picked_TH: torch.Tensor) -> torch.Tensor:
         """float32 [T, V]."""
-        logits_TV = product(self.norm(picked_TH), self.weight_VH).float()
+        normed_TH = self.norm(picked_TH)
+        if isinstance(self.weight_VH, Packed):
+            normed_TH = normed_TH.float()  # the product is float32 anyway: the logits need not be rounded
+        logits_TV = product(normed_TH, self.weight_VH).float()
         return logits_TV if self._softcap is None else torch.tanh(logits_TV / self._softcap) * self._softcap
 
     def _sampled(self, due: list[Row], logits_RV: torch.Tensor) -> Mapping[str, torch.Tensor | Batch]:

