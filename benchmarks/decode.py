@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import statistics
 import subprocess
 import sys
@@ -59,7 +60,8 @@ for _ in sys.stdin:
 LLAMA_CPP = """
 import ctypes, json, sys, time, numpy, llama_cpp as l
 file, threads, streams, prompt, new = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]), int(sys.argv[5])
-l.llama_log_set(l.llama_log_callback(lambda *_: None), ctypes.c_void_p())
+silent = l.llama_log_callback(lambda *_: None)  # kept: the library calls it to its end
+l.llama_log_set(silent, ctypes.c_void_p())
 l.llama_backend_init()
 model = l.llama_model_load_from_file(file.encode(), l.llama_model_default_params())
 options = l.llama_context_default_params()
@@ -99,8 +101,9 @@ class Contestant:
 
     def __init__(self, python: str | Path, code: str, *arguments: str) -> None:
         self.process = subprocess.Popen(
-            [str(python), "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [str(python), "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        )  # fmt: skip
         self.measure()  # ready, and warm
 
     def measure(self) -> float:
@@ -142,9 +145,11 @@ def main() -> None:
             contestants[name] = Contestant(sys.executable, TRANSFORMERS, str(file), str(count), *rest)
         if PEERS.exists():
             contestants["llama.cpp, Q4_1, 2 threads"] = Contestant(PEERS, LLAMA_CPP, str(file), "2", *rest)
-        figures = report.in_turn({name: each.measure for name, each in contestants.items()}, options.rounds)
-        for each in contestants.values():
-            each.close()
+        try:
+            figures = report.in_turn({name: each.measure for name, each in contestants.items()}, options.rounds)
+        finally:
+            for each in contestants.values():
+                each.close()
     print(
         f"{streams} stream{'s' if streams > 1 else ''}, {options.rounds} rounds in turn: tokens/s, median (least to most)\n"
     )
