@@ -13,7 +13,8 @@ import trio
 from . import run_folder
 from .checked import Graph
 from .generation import Generation, Token
-from .run import Progress, Run, launch
+from .launch import Progress, launch
+from .run import Run
 
 if TYPE_CHECKING:
     import torch

@@ -148,8 +148,8 @@ def _call(checked: Graph, input_file: Path, output_file: Path | None, runs: Path
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
+    from .launch import launch
     from .progress import Bar
-    from .run import launch
 
     try:
         inputs = load_file(input_file)
@@ -211,8 +211,8 @@ def score(
     import trio
 
     from . import scoring
+    from .launch import launch
     from .progress import Bar
-    from .run import launch
 
     checked = load_graph(graph, allow_code=allow_code, overrides=_overrides(settings))
     try:
@@ -278,8 +278,8 @@ def _run(checked: Graph, prompt: str, options: dict[str, Any], runs: Path, as_js
     import trio
 
     from .generation import Result
+    from .launch import launch
     from .progress import Bar
-    from .run import launch
 
     bar = Bar(sys.stderr)
 

@@ -69,7 +69,7 @@ def test_importing_is_light() -> None:
     """Neither `import ranvier` nor checking a graph takes torch; importing does no work and starts no thread."""
     script = (
         "import sys, threading, ranvier; from ranvier import load, plan; "
-        f"plan(load({str(REPOSITORY / 'examples' / 'smollm2.yaml')!r})); import ranvier.graph.run; "
+        f"plan(load({str(REPOSITORY / 'examples' / 'smollm2.yaml')!r})); import ranvier.graph.launch; "
         "print('torch' in sys.modules, threading.active_count())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

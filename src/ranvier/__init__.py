@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from ranvier.graph.checked import Graph
     from ranvier.graph.errors import GraphError, RequestError
     from ranvier.graph.generation import Generation, Result, Token
+    from ranvier.graph.launch import launch
     from ranvier.graph.plan import Plan, plan
-    from ranvier.graph.run import Run, launch
+    from ranvier.graph.run import Run
     from ranvier.transport.errors import LinkBroken, LinkClosed, ProtocolError, RanvierError
     from ranvier.transport.header import Row
     from ranvier.transport.spec import TensorSpec
@@ -44,7 +45,7 @@ _PLACES = {
     "GraphError": "graph.errors", "RequestError": "graph.errors",
     "Plan": "graph.plan", "plan": "graph.plan",
     "Generation": "graph.generation", "Result": "graph.generation", "Token": "graph.generation",
-    "Run": "graph.run", "launch": "graph.run",
+    "Run": "graph.run", "launch": "graph.launch",
     "LinkBroken": "transport.errors", "LinkClosed": "transport.errors", "ProtocolError": "transport.errors",
     "RanvierError": "transport.errors",
     "Row": "transport.header",

@@ -1,0 +1,167 @@
+"""Starting a run, and ending everything that was started when it is left."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from ranvier.actors.errors import ActorFailed
+from ranvier.actors.launcher import LocalLauncher
+from ranvier.actors.spec import GATEWAY, identity
+from ranvier.actors.supervisor import Supervisor
+from ranvier.transport.errors import RanvierError
+from ranvier.transport.exchange import Exchange
+from ranvier.transport.trio_wire import TrioWire
+from ranvier.transport.zeromq import ZeroWire
+
+from . import run_folder, tokenizer
+from .checked import Graph
+from .gateway import Gateway
+from .placement import Placement
+from .plan import EPOCH, Plan, plan
+from .run import Run
+from .run_folder import RunFolder
+from .tokenizer import TextCodec
+
+if TYPE_CHECKING:
+    import structlog
+
+Progress = Callable[[str, float], None]
+"""Called with what is going on ("starting", "loading", "linking", "ready") and the share done, 0 to 1."""
+
+
+@contextlib.asynccontextmanager
+async def launch(
+    graph: Graph, *, runs: Path | str = run_folder.DEFAULT_ROOT, progress: Progress = lambda _what, _share: None
+) -> AsyncIterator[Run]:
+    """Start a graph; on leaving, everything it started is ended and nothing is left but the run folder.
+
+    Args:
+        graph: from `ranvier.load`.
+        runs: the folder in which the run's own folder is made.
+        progress: told what goes on until the run is ready.
+
+    Raises:
+        ActorFailed: an actor did not start, or was lost.
+        GraphError: the run folder's path is too long for sockets.
+    """
+    planned = plan(graph)
+    folder = run_folder.create(planned, Path(runs))
+    try:
+        async with _launched(planned, folder, progress) as run:
+            yield run
+    except BaseExceptionGroup as group:
+        error = _single(group)
+        folder.outcome(outcome="failed", error=str(error))
+        raise error from None
+    except BaseException as error:
+        folder.outcome(outcome="failed", error=f"{type(error).__name__}: {error}")
+        raise
+    else:
+        folder.outcome(outcome="done")
+    finally:
+        folder.close()
+
+
+@contextlib.asynccontextmanager
+async def _launched(planned: Plan, folder: RunFolder, progress: Progress) -> AsyncIterator[Run]:
+    graph = planned.graph
+    specs = planned.place(folder.path, folder.sockets)
+    me = identity(GATEWAY, 0, EPOCH)
+    log_file = (folder.logs / "supervisor.jsonl").open("w", encoding="utf-8")
+    wire = TrioWire(ZeroWire(me, planned.gateway_endpoint(folder.sockets), max_frame_bytes=graph.file.max_frame_bytes))
+    holder: list[Run] = []
+    try:
+        progress("starting", 0.0)
+        async with LocalLauncher(folder.sockets, folder.logs).running() as launcher:
+            # the hosts' process imports torch now; what this one has to do is done meanwhile
+            log = _logger(log_file)
+            codec = _codec(graph)
+            supervisor = Supervisor(
+                specs, launcher, f"ipc://{folder.sockets / 'supervisor'}", folder.logs, log,
+                lambda label, fields: holder[0].on_session_failed(label, fields) if holder else None,
+            )  # fmt: skip
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(supervisor.run)
+                    await supervisor.until_loaded(lambda share: progress("loading", share))
+                    links = planned.links(GATEWAY, 0, planned.live)
+                    exchange = Exchange(
+                        me, planned.hash, [link.link for link in links], time.monotonic_ns,
+                        (lambda *sent: holder[0]._record_sent(*sent)) if graph.file.trace else None,
+                    )  # fmt: skip
+                    placement = Placement({name: actor.policy for name, actor in graph.actors.items()})
+                    for spec in specs:
+                        host = supervisor.supervision.hosts[spec.identity]
+                        assert host.address is not None
+                        wire.connect(spec.identity, host.address)
+                        placement.join(spec.actor, spec.replica, host.capacity_tokens)
+                    gateway = Gateway(exchange, links, placement, graph.file.prefill_chunk, graph.generates)
+                    run = Run(planned, folder, supervisor, wire, gateway, codec)
+                    holder.append(run)
+                    nursery.start_soon(run._listen)
+                    nursery.start_soon(run._failure)
+                    await nursery.start(run._scaling.run)
+                    if graph.file.trace:
+                        nursery.start_soon(run._ship)
+                    progress("linking", 1.0)
+                    exchange.open()
+                    run._flush()
+                    await supervisor.until_running(me, wire.wire.address)
+                    progress("ready", 1.0)
+                    try:
+                        yield run
+                    finally:
+                        run._close()
+                        with trio.CancelScope(shield=True):
+                            await supervisor.stop()
+                        run._silence()
+                    nursery.cancel_scope.cancel()
+            finally:
+                supervisor.close()
+    finally:
+        wire.close()
+        log_file.close()
+
+
+def _codec(graph: Graph) -> TextCodec | None:
+    if not graph.generates or graph.checkpoint is None or not tokenizer.brought_by(graph.checkpoint):
+        return None
+    return tokenizer.of(graph.checkpoint)
+
+
+def _logger(file: Any) -> structlog.typing.FilteringBoundLogger:
+    import structlog  # 0.1 s, and the hosts' process is on its way meanwhile
+
+    logger: structlog.typing.FilteringBoundLogger = structlog.wrap_logger(
+        structlog.WriteLogger(file),
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(0),
+    )
+    return logger
+
+
+def _single(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one error that a group of them comes to: an actor's failure, an interrupt, or the group if it is neither."""
+    leaves: list[BaseException] = []
+    stack: list[BaseException] = [group]
+    while stack:
+        error = stack.pop()
+        if isinstance(error, BaseExceptionGroup):
+            stack.extend(error.exceptions)
+        elif not isinstance(error, trio.Cancelled):
+            leaves.append(error)
+    for kind in (KeyboardInterrupt, ActorFailed, RanvierError):
+        for leaf in leaves:
+            if isinstance(leaf, kind):
+                return leaf
+    return leaves[0] if len(leaves) == 1 else group
