@@ -181,8 +181,8 @@ class Route:
             left = [replica for replica in held.replicas if replica in self.links and replica not in out]
             nbytes = sum(meta.nbytes for meta in held.tensors)
             able = [replica for replica in left if self.links[replica].may_send(nbytes)]
-            if left and not able:
-                return
+            if left and (not able or not all(self.links[replica].open for replica in left)):
+                return  # a link that is only about to open is not one that has fallen behind
             self._held.popleft()
             held.exchange.waiting -= 1
             if len(able) < len(left):

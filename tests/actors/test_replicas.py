@@ -160,6 +160,20 @@ def test_while_none_has_credit_nobody_is_taken_for_the_slow_one() -> None:
     assert not bench.sender.waiting
 
 
+def test_a_link_that_is_about_to_open_is_not_a_slow_one() -> None:
+    """At a run's start one replica's welcome comes before the other's: nobody is left out for that."""
+    bench = Bench(2, Policy("hedge", 2))
+    late = bench.route.links[0]
+    late.open = False
+    assert bench.send(1) == ()
+    late.open = True
+    assert late.on_credit is not None
+    late.on_credit()
+    bench.turn()
+    assert [len(got) for got in bench.got.values()] == [1, 1]
+    assert not bench.sender.counters["copies_left_out"]
+
+
 def test_where_nothing_may_be_left_out_copies_wait() -> None:
     bench = Bench(2, Policy("hedge", 2), skips=False)
     for position in range(6):
