@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import CheckpointError
 from . import hf_seq2seq
 from .config import Activation, ModelConfig, RopeScaling
+from .hf_seq2seq import eos_tokens
 
 Config = Mapping[str, Any]
 
@@ -66,7 +67,7 @@ def _llama(config: Config, **more: Any) -> ModelConfig:
         "out_bias": bias,
         "mlp_bias": bool(config.get("mlp_bias", False)),
         "bos_token": config.get("bos_token_id"),
-        "eos_tokens": _eos(config),
+        "eos_tokens": eos_tokens(config),
         "activation": activation,
     }
     if "rope_theta" not in more:
@@ -172,7 +173,7 @@ def _gpt2(config: Config) -> ModelConfig:
         out_bias=True,
         mlp_bias=True,
         bos_token=config.get("bos_token_id"),
-        eos_tokens=_eos(config),
+        eos_tokens=eos_tokens(config),
         norm="layer",
         activation=_activation(config, "activation_function", "gelu_new"),
         gated=False,
@@ -214,7 +215,7 @@ def _foreign(config: Config, why: str) -> ModelConfig:
         rope_scaling=None,
         tied=bool(getattr(made, "tie_word_embeddings", False)),
         bos_token=made.bos_token_id if isinstance(made.bos_token_id, int) else None,
-        eos_tokens=_eos({"eos_token_id": made.eos_token_id}),
+        eos_tokens=eos_tokens({"eos_token_id": made.eos_token_id}),
         native=False,
     )
 
@@ -238,11 +239,6 @@ def _activation(config: Config, name: str, default: str) -> Activation:
     if value not in _ACTIVATIONS:
         raise NotBuiltIn(f"{name} {value!r} is not built in; built in: {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[value]
-
-
-def _eos(config: Config) -> tuple[int, ...]:
-    eos = config.get("eos_token_id")
-    return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
 
 
 def _same_window(config: Config, window: int | None) -> tuple[int, ...]:

@@ -42,7 +42,7 @@ def _t5(config: Config) -> ModelConfig:
         rope_scaling=None,
         tied=True,
         bos_token=None,
-        eos_tokens=_eos(config),
+        eos_tokens=eos_tokens(config),
         activation=_activation(activation),
         gated=form[0] == "gated",
         attention_scale=1.0,
@@ -82,7 +82,7 @@ def _bart(
         rope_scaling=None,
         tied=True,
         bos_token=config.get("bos_token_id"),
-        eos_tokens=_eos(config),
+        eos_tokens=eos_tokens(config),
         norm="layer",
         activation=_activation(config.get("activation_function", "gelu")),
         gated=False,
@@ -130,7 +130,8 @@ def _activation(name: str) -> Activation:
     return _ACTIVATIONS[name]
 
 
-def _eos(config: Config) -> tuple[int, ...]:
+def eos_tokens(config: Config) -> tuple[int, ...]:
+    """The tokens that end a text: one, several or none."""
     eos = config.get("eos_token_id")
     return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
 

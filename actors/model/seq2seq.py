@@ -11,7 +11,8 @@ positions.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,7 @@ from .slots import Slot
 from .tensors import Norm, product, read_slot
 
 Held = dict[str, torch.Tensor]
+KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
 class SourceEmbedding(Embedding):
@@ -145,29 +147,37 @@ class Decoder(Actor):
         stack = self.stack
         scores = [stack.scores(row.position, row.tokens, row.position + row.tokens) for row in rows]
         for index, layer in enumerate(stack.layers):
-
-            def attend(query_TND: torch.Tensor, keys_TND: torch.Tensor, values_TND: torch.Tensor) -> torch.Tensor:
-                made, start = [], 0
-                for row, cache, score in zip(rows, caches, scores, strict=True):
-                    stop, end = start + row.tokens, row.position + row.tokens
-                    keys_NPD, values_NPD = cache.keys_LKPD[index], cache.values_LKPD[index]  # noqa: B023
-                    keys_NPD[:, row.position : end] = keys_TND[start:stop].transpose(0, 1)
-                    values_NPD[:, row.position : end] = values_TND[start:stop].transpose(0, 1)
-                    made.append(stack.attend(query_TND[start:stop], keys_NPD[:, :end], values_NPD[:, :end], score))
-                    start = stop
-                return torch.cat(made)
-
-            def attend_across(query_TND: torch.Tensor) -> torch.Tensor:
-                parts = torch.split(query_TND, [row.tokens for row in rows])
-                return torch.cat([
-                    stack.attend(part, *cache.memory[index], None)  # noqa: B023
-                    for part, cache in zip(parts, caches, strict=True)
-                ])  # fmt: skip
-
-            hidden_TH = layer.forward(hidden_TH, attend, attend_across)
+            own = [(cache.keys_LKPD[index], cache.values_LKPD[index]) for cache in caches]
+            memory = [cache.memory[index] for cache in caches]
+            hidden_TH = layer.forward(
+                hidden_TH, partial(self._attend, rows, own, scores), partial(self._attend_across, rows, memory)
+            )
         for row, cache in zip(rows, caches, strict=True):
             cache.length = row.position + row.tokens
         return hidden_TH
+
+    def _attend(
+        self, rows: tuple[Row, ...], own: Sequence[KeysAndValues], scores: Sequence[torch.Tensor | None],
+        query_TND: torch.Tensor, keys_TND: torch.Tensor, values_TND: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """[T, N·D]: each row over its own tokens so far; keys and values are written where its cache ends."""
+        made, start = [], 0
+        for row, (keys_NPD, values_NPD), score in zip(rows, own, scores, strict=True):
+            stop, end = start + row.tokens, row.position + row.tokens
+            keys_NPD[:, row.position : end] = keys_TND[start:stop].transpose(0, 1)
+            values_NPD[:, row.position : end] = values_TND[start:stop].transpose(0, 1)
+            made.append(self.stack.attend(query_TND[start:stop], keys_NPD[:, :end], values_NPD[:, :end], score))
+            start = stop
+        return torch.cat(made)
+
+    def _attend_across(
+        self, rows: tuple[Row, ...], memory: Sequence[KeysAndValues], query_TND: torch.Tensor
+    ) -> torch.Tensor:
+        """[T, N·D]: each row over its source."""
+        parts = torch.split(query_TND, [row.tokens for row in rows])
+        return torch.cat([
+            self.stack.attend(part, *source, None) for part, source in zip(parts, memory, strict=True)
+        ])  # fmt: skip
 
     def capacity_tokens(self) -> int | None:
         return self.cache.tokens

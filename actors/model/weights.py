@@ -160,8 +160,6 @@ _WHOLE = {"Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8"}
 
 def packed_as(slot: Slot, checkpoint: Checkpoint, precision: str) -> str:
     """As what a matrix is packed: what the file has, where that is one of GGUF's plain types; its other ones become int8."""
-    if slot.name not in PACKABLE or slot.transposed:
-        return "bfloat16"
     if precision != "stored":
         return "bfloat16" if precision == "dtype" else precision
     stored = {checkpoint.tensors[name].stored for name, _ in slot.parts}

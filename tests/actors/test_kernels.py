@@ -176,3 +176,18 @@ print("same")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.stdout == "same\n", done.stderr
+
+
+def test_a_transposed_matrix_is_rounded_like_any_other(tiny: Any) -> None:
+    """gpt2's file has its matrices the other way round; `weights: int8` holds them as int8, too."""
+    sizes = {"vocab_size": 320, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    folder, _ = tiny("kernels gpt2", "gpt2", **sizes)
+    checkpoint = open_checkpoint(folder)
+    rounded, narrow = (Blocks(checkpoint, (0, 1), torch.bfloat16, 64, lambda _: None, how) for how in ("int8", "dtype"))
+    tokens = torch.randn(3, 64).bfloat16()
+    for one, other in zip(rounded.blocks, narrow.blocks, strict=True):
+        assert isinstance(one.up, Packed)
+        assert isinstance(other.up, Packed)
+        assert (one.up.kind, other.up.kind) == (INT8, kernels.BFLOAT16)
+        exact = other.up.multiply(tokens.float())
+        assert float((one.up.multiply(tokens.float()) - exact).norm() / exact.norm()) < 0.02

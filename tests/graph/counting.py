@@ -1,8 +1,8 @@
-"""Actors for the tests of replicas: they say which replica they are, and can be made to wait for a file."""
+"""Actors for the tests of replicas: they say which replica they are, and can be made to wait at a gate."""
 
 from __future__ import annotations
 
-import time
+import fcntl
 from pathlib import Path
 
 import torch
@@ -10,9 +10,16 @@ import torch
 from ranvier import Actor, Batch, Context, TensorSpec
 
 
+def pass_through(gate: Path | None) -> None:
+    """Wait until whoever holds the gate (a lock on the file) lets go of it."""
+    if gate is not None:
+        with gate.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+
+
 class Counting(Actor):
-    """Gives x + 1 and the number of the replica. Args: `gate`: the replica `stuck` (1) waits at each step until this file is
-    there; `no_more_than`: replicas from this on refuse to load."""
+    """Gives x + 1 and the number of the replica. Args: `gate`: the replica `stuck` (1) waits at each step while the test
+    locks this file; `no_more_than`: replicas from this on refuse to load."""
 
     inputs = {"x": TensorSpec("float32", ("rows",))}
     outputs = {"y": TensorSpec("float32", ("rows", 2))}
@@ -25,9 +32,7 @@ class Counting(Actor):
             raise RuntimeError("no room for me")
 
     def step(self, batch: Batch):  # type: ignore[no-untyped-def]
-        until = time.monotonic() + 60
-        while self.gate is not None and not self.gate.exists() and time.monotonic() < until:
-            time.sleep(0.005)
+        pass_through(self.gate)
         return {"y": torch.stack((batch["x"] + 1, torch.full_like(batch["x"], self.replica)), 1)}
 
 
@@ -42,7 +47,7 @@ class Pass(Actor):
 
 
 class Branch(Actor):
-    """Gives x + `args.plus`, and waits before while the file `args.gate` is not there."""
+    """Gives x + `args.plus`, and waits before while the test locks the file `args.gate`."""
 
     inputs = {"x": TensorSpec("float32", ("tokens",))}
     outputs = {"y": TensorSpec("float32", ("tokens",))}
@@ -52,9 +57,7 @@ class Branch(Actor):
         self.gate = Path(context.args["gate"]) if "gate" in context.args else None
 
     def step(self, batch: Batch):  # type: ignore[no-untyped-def]
-        until = time.monotonic() + 60
-        while self.gate is not None and not self.gate.exists() and time.monotonic() < until:
-            time.sleep(0.005)
+        pass_through(self.gate)
         return {"y": batch["x"] + self.plus}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,26 @@ import trio
 
 import ranvier
 from ranvier.graph import show, trace
+
+
+class Gate:
+    """Actors wait at it (counting.py) until it is opened: a lock that the test holds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = path.open("w")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def open(self) -> None:
+        self._file.close()
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    made = Gate(tmp_path / "gate")
+    yield made
+    made.open()
+
 
 WriteGraph = Callable[..., ranvier.Graph]
 Tiny = Callable[..., tuple[Path, Any]]
@@ -72,15 +93,14 @@ def test_calls_are_shared(policy: str, front: bool, counting: WriteGraph, runs: 
 @pytest.mark.parametrize("policy", ["least_queued", {"hedge": 2}, {"hedge": 2, "after": "p95"}])
 @pytest.mark.parametrize("front", [False, True])
 def test_one_that_stands_still_holds_nobody_up(
-    policy: Any, front: bool, counting: WriteGraph, runs: Path, tmp_path: Path
+    policy: Any, front: bool, counting: WriteGraph, runs: Path, gate: Gate
 ) -> None:
     """Replica 1 does not answer until it may: twenty-five calls, more than there is credit, are answered by the other. With
     the shortest queue the one call that it holds is answered in the end; hedged, its own answers are dropped."""
-    gate = tmp_path / "gate"
     held = []
 
     async def main() -> Path:
-        graph = counting(front=front, replicas=2, policy=policy, args={"gate": str(gate)})
+        graph = counting(front=front, replicas=2, policy=policy, args={"gate": str(gate.path)})
         async with ranvier.launch(graph, runs=runs) as run, trio.open_nursery() as nursery:
             if policy == "least_queued":
 
@@ -92,7 +112,7 @@ def test_one_that_stands_still_holds_nobody_up(
                 while len(held) < 1:
                     await trio.sleep(0.01)
             assert await calls(run, 25) == {0: 25}
-            gate.touch()
+            gate.open()
             return run.dir
 
     run_dir = trio.run(main)
@@ -104,7 +124,7 @@ def test_one_that_stands_still_holds_nobody_up(
 
 @pytest.mark.parametrize("stuck", [0, 1])
 def test_many_hedged_calls_at_once_while_one_stands_still(
-    stuck: int, counting: WriteGraph, runs: Path, tmp_path: Path
+    stuck: int, counting: WriteGraph, runs: Path, gate: Gate
 ) -> None:
     """Thirty calls over eight credits, whichever replica it is that stands still: all are answered by the other."""
     answered: Counter[int] = Counter()
@@ -113,13 +133,12 @@ def test_many_hedged_calls_at_once_while_one_stands_still(
         answered[await call(run, x)] += 1
 
     async def main() -> None:
-        gate = tmp_path / "gate"
-        graph = counting(replicas=2, policy={"hedge": 2}, args={"gate": str(gate), "stuck": stuck})
+        graph = counting(replicas=2, policy={"hedge": 2}, args={"gate": str(gate.path), "stuck": stuck})
         async with ranvier.launch(graph, runs=runs) as run:
             async with trio.open_nursery() as nursery:
                 for number in range(30):
                     nursery.start_soon(one, run, float(number))
-            gate.touch()
+            gate.open()
 
     trio.run(main)
     assert answered == {1 - stuck: 30}
@@ -341,13 +360,15 @@ def test_show_says_how_many(counting: WriteGraph) -> None:
 
 @pytest.mark.parametrize(("join", "slow", "expected"), [("first", "ab", 103.0), ({"quorum": 2}, "a", 205.0)])
 def test_the_fastest_branches_make_the_step(
-    join: Any, slow: str, expected: float, graph_file: Callable[..., Path], runs: Path, tmp_path: Path
+    join: Any, slow: str, expected: float, graph_file: Callable[..., Path], runs: Path, gate: Gate
 ) -> None:
     """Of three branches some stand still: the others' answers make the step, more often than there is credit for what is
     late; when the slow ones go on, what they bring is dropped and the next call takes whoever comes first."""
-    gate = tmp_path / "gate"
     branches = {
-        name: {"kind": "./counting.py:Branch", "args": {"plus": plus, **({"gate": str(gate)} if name in slow else {})}}
+        name: {
+            "kind": "./counting.py:Branch",
+            "args": {"plus": plus, **({"gate": str(gate.path)} if name in slow else {})},
+        }
         for name, plus in (("a", 1), ("b", 2), ("c", 3))
     }
     path = graph_file(
@@ -366,7 +387,7 @@ def test_the_fastest_branches_make_the_step(
                 outputs = await run.call(x=torch.tensor([100.0]))
                 assert outputs["y"].tolist() == [expected]
                 assert outputs["votes"].tolist() == [needed]
-            gate.touch()
+            gate.open()
             for _ in range(20):
                 outputs = await run.call(x=torch.tensor([100.0]))
                 assert outputs["votes"].tolist() == [needed]
