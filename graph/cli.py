@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -144,7 +144,6 @@ def _call(checked: Graph, input_file: Path, output_file: Path | None, runs: Path
     """One call of a graph that is no language model, from file to file."""
     import time
 
-    import trio
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
@@ -169,7 +168,7 @@ def _call(checked: Graph, input_file: Path, output_file: Path | None, runs: Path
                     time.monotonic() - began,
                 )
 
-    run_dir, outputs, took_s = _interruptible(lambda: trio.run(main))
+    run_dir, outputs, took_s = interruptible(main)
     if output_file is not None:
         save_file(outputs, output_file)
     shapes = {
@@ -186,9 +185,15 @@ def _call(checked: Graph, input_file: Path, output_file: Path | None, runs: Path
     print(f"\n{took_s:.3f} s\nrun folder: {run_dir}")
 
 
-def _interruptible(work: Callable[[], Result_]) -> Result_:
+def interruptible(main: Callable[[], Awaitable[Result_]]) -> Result_:
+    """Run it under trio until it ends, or until Ctrl-C, which comes only where it waits.
+
+    Elsewhere it could come between a context's entry and its body: what the context had started was then never ended.
+    """
+    import trio
+
     try:
-        return work()
+        return trio.run(main, restrict_keyboard_interrupt_to_checkpoints=True)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
@@ -208,8 +213,6 @@ def score(
     settings: Set = None,
 ) -> None:
     """Say how likely a model finds a text: negative log-likelihood a token, and perplexity."""
-    import trio
-
     from . import scoring
     from .launch import launch
     from .progress import Bar
@@ -227,7 +230,7 @@ def score(
                 ids = started.codec.encode(written, special=True)
                 return started.dir, await scoring.score(started, ids, window, lambda share: bar.show("scoring", share))
 
-    run_dir, made = _interruptible(lambda: trio.run(main))
+    run_dir, made = interruptible(main)
     if as_json:
         _print_json({
             "tokens": made.tokens, "nll_per_token": made.nll_per_token, "perplexity": made.perplexity,
@@ -275,8 +278,6 @@ def new(
 
 
 def _run(checked: Graph, prompt: str, options: dict[str, Any], runs: Path, as_json: bool) -> None:
-    import trio
-
     from .generation import Result
     from .launch import launch
     from .progress import Bar
@@ -294,7 +295,7 @@ def _run(checked: Graph, prompt: str, options: dict[str, Any], runs: Path, as_js
                         print(token.text, end="", flush=True)
                 return started.dir, generation.result
 
-    run_dir, result = _interruptible(lambda: trio.run(main))
+    run_dir, result = interruptible(main)
     told = trace.summary(trace.read(run_dir)) if checked.file.trace else None
     if as_json:
         _print_json({

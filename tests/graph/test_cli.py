@@ -9,11 +9,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
+import typer
+
+from ranvier.graph import cli
 
 COMMAND = [sys.executable, "-m", "ranvier.graph.cli"]
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
@@ -171,6 +176,36 @@ def interrupted(after_s: float, runs: Path) -> None:
 def test_ctrl_c_ends_everything(after_s: float, runs: Path) -> None:
     """Case 50 at three points: while it starts, while it loads, while it generates."""
     interrupted(after_s, runs)
+
+
+def test_ctrl_c_between_a_context_and_its_body_ends_what_it_started() -> None:
+    """Case 50 at its worst point: the hosts are there, and nobody yet stands in the block that ends them."""
+    ended: list[str] = []
+
+    @asynccontextmanager
+    async def hosts() -> AsyncIterator[None]:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.sleep_forever)
+            try:
+                yield
+            finally:
+                ended.append("hosts")
+                nursery.cancel_scope.cancel()
+
+    async def main() -> None:
+        running = hosts()
+        await running.__aenter__()
+        signal.raise_signal(signal.SIGINT)
+        try:
+            await trio.sleep_forever()
+        except KeyboardInterrupt:
+            await running.__aexit__(None, None, None)
+            raise
+
+    with pytest.raises(typer.Exit) as left:
+        cli.interruptible(main)
+    assert left.value.exit_code == 130
+    assert ended == ["hosts"]
 
 
 @pytest.mark.slow
