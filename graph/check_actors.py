@@ -90,7 +90,7 @@ class ActorCheck(Findings):
         elif not config.native or config.encoder is not None:
             why = f"is for the families that the package's own blocks run, not {config.family}"
         elif native.library() is None:
-            why = "needs a processor with AVX-512 (BF16, VNNI), and a C compiler when the package is installed"
+            why = "needs a processor with AVX2, and a C compiler when the package is installed"
         if why is not None:
             self._wrong(f"model: weights {wanted} {why}; remove the key", "model", "weights")
 

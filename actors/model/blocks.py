@@ -16,7 +16,7 @@ from ranvier.transport.header import Row
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
 from . import weights
-from .decoding import Decoding
+from .compiled import Compiled
 from .kv_cache import KVCache, SessionCache
 from .rotary import RotaryTable, rotate
 from .tensors import Norm, product, read_matrix, read_slot
@@ -79,20 +79,20 @@ class Blocks:
         for layer in range(first, last + 1):
             self.blocks.append(Block(self.config, checkpoint, layer, dtype, precision))
             progress((layer - first + 1) / (last - first + 1))
-        self._decoding = Decoding.of(self.config, self.blocks, self._scale)
+        self._compiled = Compiled.of(self.config, self.blocks, self._scale)
 
     def open(self, session: int, capacity: int) -> None:
         self.cache.open(session, capacity)
         for table in self.rotary.values():
             table.reserve(capacity)
-        if self._decoding is not None:
-            self._decoding.reserve(capacity)
+        if self._compiled is not None:
+            self._compiled.reserve(capacity)
 
     def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
         """One step of every row through every layer. Takes effect on the caches only if all went well."""
-        if self._decoding is not None and all(row.tokens == 1 for row in rows):
+        if self._compiled is not None:
             caches = [self.cache.at(row.session, row.position, row.tokens) for row in rows]
-            hidden_TH = self._decoding.step(rows, caches, hidden_TH)
+            hidden_TH = self._compiled.step(rows, caches, hidden_TH)
             self._done(rows, caches)
             return hidden_TH
         caches, turns = self._begin(rows)

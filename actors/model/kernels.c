@@ -1,4 +1,4 @@
-/* Products of weights with a few tokens, and whole decoding steps through llama's blocks, for processors with AVX-512.
+/* Products of weights with tokens, and whole steps through llama's blocks, for processors with AVX2 or AVX-512 (vectors.h).
 
    Weights lie in tiles of 16 rows, so that one vector holds the same columns of 16 rows: the sums of 16 rows grow side by
    side and are never added up across a vector. A tile of a group of columns holds, in order,
@@ -9,25 +9,32 @@
                   high ones), 16 scales, 16 least values
 
    with scales and least values as float16 in a block of their own. Quantised weights are multiplied with tokens that are
-   rounded to int8 in blocks of 32, as llama.cpp does. No Python here: called through ctypes, which lets go of the
+   rounded to int8 in blocks of 32, as llama.cpp does. Keys are cached as tiles of bfloat16, too: 16 positions are the rows,
+   so that the scores of a query are a product like any other. No Python here: called through ctypes, which lets go of the
    interpreter meanwhile. */
 
-#include <immintrin.h>
+#include "vectors.h"
+
 #include <linux/futex.h>
-#include <math.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx512vnni,fma")))
 #define TILE 16
 #define BLOCK 32
-#define TOKENS 8 /* whose sums are held in registers at once */
+#ifdef __AVX512F__
+#define TOKENS 8 /* whose sums are held in registers at once: a vector for each, or two */
+#define SPLIT 8  /* up to so many tokens have two, lest a sum wait for itself */
+#else
+#define TOKENS 6
+#define SPLIT 3
+#endif
+#define QUERIES 24  /* of one key-value head that go through the cache together */
+#define TOGETHER 96 /* tokens that a product takes at a time: they stay near while the weights pass */
 
 enum { BFLOAT16 = 0, INT8 = 1, INT4 = 2 };
 
@@ -41,9 +48,13 @@ typedef struct {
 
 int ranvier_supported(void) {
     __builtin_cpu_init();
+#ifdef __AVX512F__
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") &&
            __builtin_cpu_supports("avx512vnni");
+#else
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#endif
 }
 
 /* -- threads: chunks are taken from one ticket, so a helper that wakes late delays nobody ------------------------------- */
@@ -167,6 +178,66 @@ void ranvier_pack_whole(const uint8_t *from, int rows, int columns, int kind, ui
 
 /* -- products ----------------------------------------------------------------------------------------------------------- */
 
+/* `count` rows of x times a tile of 16 rows of bfloat16. Products in float32 round nothing, and where the processor has its
+   own of bfloat16 they are twice as fast as these, which start every other cycle. */
+INLINE void tile_rows(
+    const uint16_t *tile, int columns, const float *x, size_t x_step, float *out, size_t out_step, const int count) {
+    const int split = count <= SPLIT;
+    F even[TOKENS], odd[TOKENS];
+    for (int t = 0; t < count; t++)
+        even[t] = odd[t] = f_zero();
+    for (int column = 0; column < columns; column += 2) {
+        F one, two;
+        f_pairs(tile + (size_t)column * TILE, &one, &two);
+#pragma GCC unroll 8
+        for (int t = 0; t < count; t++) {
+            even[t] = f_fma(one, f_all(x[t * x_step + column]), even[t]);
+            if (split)
+                odd[t] = f_fma(two, f_all(x[t * x_step + column + 1]), odd[t]);
+            else
+                even[t] = f_fma(two, f_all(x[t * x_step + column + 1]), even[t]);
+        }
+    }
+    for (int t = 0; t < count; t++)
+        f_store(out + t * out_step, split ? f_add(even[t], odd[t]) : even[t]);
+}
+
+/* One row: four sums side by side, and the memory asked for early. */
+INLINE void tile_row(const uint16_t *tile, int columns, const float *x, float *out) {
+    F sum[4];
+    for (int i = 0; i < 4; i++)
+        sum[i] = f_zero();
+    for (int column = 0; column < columns; column += 4) {
+#pragma GCC unroll 2
+        for (int i = 0; i < 4; i += 2) {
+            const uint16_t *own = tile + (size_t)(column + i) * TILE;
+            _mm_prefetch((const char *)(own + 1024), _MM_HINT_T0);
+            F one, two;
+            f_pairs(own, &one, &two);
+            sum[i] = f_fma(one, f_all(x[column + i]), sum[i]);
+            sum[i + 1] = f_fma(two, f_all(x[column + i + 1]), sum[i + 1]);
+        }
+    }
+    f_store(out, f_add(f_add(sum[0], sum[1]), f_add(sum[2], sum[3])));
+}
+
+/* Any number of rows up to TOKENS, each number compiled for itself. */
+static void tile_any(
+    const uint16_t *tile, int columns, const float *x, size_t x_step, float *out, size_t out_step, int count) {
+    switch (count) {
+    case 1: tile_row(tile, columns, x, out); break;
+    case 2: tile_rows(tile, columns, x, x_step, out, out_step, 2); break;
+    case 3: tile_rows(tile, columns, x, x_step, out, out_step, 3); break;
+    case 4: tile_rows(tile, columns, x, x_step, out, out_step, 4); break;
+    case 5: tile_rows(tile, columns, x, x_step, out, out_step, 5); break;
+    case 6: tile_rows(tile, columns, x, x_step, out, out_step, 6); break;
+#if TOKENS == 8
+    case 7: tile_rows(tile, columns, x, x_step, out, out_step, 7); break;
+    case 8: tile_rows(tile, columns, x, x_step, out, out_step, 8); break;
+#endif
+    }
+}
+
 /* Tokens as the products want them. */
 typedef struct {
     int tokens;
@@ -183,70 +254,18 @@ typedef struct {
     int tiles_a_chunk;
 } Product;
 
-/* Two columns of 16 rows as float32. Products in float32 are twice as fast here as the processor's own of bfloat16, which
-   starts one every other cycle, and round nothing. */
-TARGET static inline __m512 first_of(__m512i pair) { return _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)); }
-
-TARGET static inline __m512 second_of(__m512i pair) {
-    return _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32((int)0xFFFF0000)));
-}
-
-TARGET static inline __attribute__((always_inline)) void tile_wide(const Product *p, int tile, int first, const int count) {
+static void tile_bfloat16(const Product *p, int tile, int first, int count) {
     const Matrix *m = p->matrix;
-    int pairs = m->columns / 2;
-    const uint16_t *weights = (const uint16_t *)m->data + (size_t)tile * TILE * m->columns;
-    const float *x = p->tokens->wide + (size_t)first * m->columns;
-    __m512 even[TOKENS], odd[TOKENS];
-    for (int t = 0; t < count; t++)
-        even[t] = odd[t] = _mm512_setzero_ps();
-    for (int pair = 0; pair < pairs; pair++) {
-        __m512i w = _mm512_loadu_si512(weights + (size_t)pair * 2 * TILE);
-        __m512 one = first_of(w), two = second_of(w);
-#pragma GCC unroll 8
-        for (int t = 0; t < count; t++) {
-            even[t] = _mm512_fmadd_ps(one, _mm512_set1_ps(x[(size_t)t * m->columns + 2 * pair]), even[t]);
-            odd[t] = _mm512_fmadd_ps(two, _mm512_set1_ps(x[(size_t)t * m->columns + 2 * pair + 1]), odd[t]);
-        }
-    }
-    for (int t = 0; t < count; t++)
-        _mm512_storeu_ps(p->out + (size_t)(first + t) * m->rows + tile * TILE, _mm512_add_ps(even[t], odd[t]));
+    size_t columns = m->columns;
+    tile_any(
+        (const uint16_t *)m->data + (size_t)tile * TILE * columns, m->columns, p->tokens->wide + first * columns, columns,
+        p->out + (size_t)first * m->rows + tile * TILE, m->rows, count);
 }
 
-TARGET static void tile_bfloat16(const Product *p, int tile, int first, int count) {
-    if (count == TOKENS)
-        tile_wide(p, tile, first, TOKENS);
-    else if (count > 1)
-        tile_wide(p, tile, first, count);
-    else { /* eight sums side by side: one alone would wait for itself */
-        const Matrix *m = p->matrix;
-        const uint16_t *weights = (const uint16_t *)m->data + (size_t)tile * TILE * m->columns;
-        const float *x = p->tokens->wide + (size_t)first * m->columns;
-        __m512 sum[8];
-        for (int i = 0; i < 8; i++)
-            sum[i] = _mm512_setzero_ps();
-        for (int column = 0; column < m->columns; column += 8) {
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) {
-                const uint16_t *own = weights + (size_t)(column + 2 * i) * TILE;
-                _mm_prefetch((const char *)(own + 1024), _MM_HINT_T0);
-                __m512i w = _mm512_loadu_si512(own);
-                sum[2 * i] = _mm512_fmadd_ps(first_of(w), _mm512_set1_ps(x[column + 2 * i]), sum[2 * i]);
-                sum[2 * i + 1] = _mm512_fmadd_ps(second_of(w), _mm512_set1_ps(x[column + 2 * i + 1]), sum[2 * i + 1]);
-            }
-        }
-        for (int i = 0; i < 4; i++)
-            sum[i] = _mm512_add_ps(sum[i], sum[i + 4]);
-        sum[0] = _mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), _mm512_add_ps(sum[2], sum[3]));
-        _mm512_storeu_ps(p->out + (size_t)first * m->rows + tile * TILE, sum[0]);
-    }
-}
-
-TARGET static inline __m512 halves(const uint16_t *from) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
-}
+#ifdef __AVX512F__
 
 /* One block of 32 columns, unpacked: eight vectors of 16 rows x 4 numbers. */
-TARGET static inline void unpack(int kind, const uint8_t *from, __m512i to[8]) {
+INLINE void unpack(int kind, const uint8_t *from, __m512i to[8]) {
     if (kind == INT8) {
         for (int i = 0; i < 8; i++)
             to[i] = _mm512_loadu_si512(from + 64 * i);
@@ -260,8 +279,7 @@ TARGET static inline void unpack(int kind, const uint8_t *from, __m512i to[8]) {
     }
 }
 
-TARGET static inline __attribute__((always_inline)) void tile_whole(
-    const Product *p, int tile, int first, int count, const int kind) {
+INLINE void tile_whole(const Product *p, int tile, int first, int count, const int kind) {
     const Matrix *m = p->matrix;
     const Tokens *tokens = p->tokens;
     int blocks = m->columns / BLOCK;
@@ -269,17 +287,17 @@ TARGET static inline __attribute__((always_inline)) void tile_whole(
     const uint8_t *weights = (const uint8_t *)m->data + (size_t)tile * blocks * block_bytes;
     const uint16_t *scales = m->scales + (size_t)tile * blocks * TILE;
     const uint16_t *least = kind == INT4 ? m->least + (size_t)tile * blocks * TILE : NULL;
-    __m512 sum[TOKENS];
+    F sum[TOKENS];
     for (int t = 0; t < count; t++)
-        sum[t] = _mm512_setzero_ps();
+        sum[t] = f_zero();
     for (int block = 0; block < blocks; block++) {
         __m512i w[8];
         const uint8_t *own = weights + block * block_bytes;
         for (int line = 0; line < (int)block_bytes; line += 64)
             _mm_prefetch((const char *)(own + 2048 + line), _MM_HINT_T0);
         unpack(kind, own, w);
-        __m512 scale = halves(scales + block * TILE);
-        __m512 under = kind == INT4 ? halves(least + block * TILE) : _mm512_mul_ps(scale, _mm512_set1_ps(-128.0f));
+        F scale = f_from_half(scales + block * TILE);
+        F under = kind == INT4 ? f_from_half(least + block * TILE) : f_mul(scale, f_all(-128.0f));
         for (int t = 0; t < count; t++) {
             const int32_t *x = (const int32_t *)(tokens->whole + (size_t)(first + t) * m->columns + block * BLOCK);
             __m512i a = _mm512_setzero_si512(), b = _mm512_setzero_si512();
@@ -289,29 +307,111 @@ TARGET static inline __attribute__((always_inline)) void tile_whole(
                 b = _mm512_dpbusd_epi32(b, w[i + 1], _mm512_set1_epi32(x[i + 1]));
             }
             size_t at = (size_t)(first + t) * blocks + block;
-            __m512 made = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(a, b)), _mm512_set1_ps(tokens->scales[at]));
-            sum[t] = _mm512_fmadd_ps(made, scale, sum[t]);
-            sum[t] = _mm512_fmadd_ps(under, _mm512_set1_ps(tokens->sums[at]), sum[t]);
+            F made = f_mul(_mm512_cvtepi32_ps(_mm512_add_epi32(a, b)), f_all(tokens->scales[at]));
+            sum[t] = f_fma(made, scale, sum[t]);
+            sum[t] = f_fma(under, f_all(tokens->sums[at]), sum[t]);
         }
     }
     for (int t = 0; t < count; t++)
-        _mm512_storeu_ps(p->out + (size_t)(first + t) * m->rows + tile * TILE, sum[t]);
+        f_store(p->out + (size_t)(first + t) * m->rows + tile * TILE, sum[t]);
 }
 
-TARGET static void tile_int8(const Product *p, int tile, int first, int count) { tile_whole(p, tile, first, count, INT8); }
-TARGET static void tile_int4(const Product *p, int tile, int first, int count) { tile_whole(p, tile, first, count, INT4); }
+#else
+
+/* 32 columns of 8 rows times as many of a token: one sum a row. */
+INLINE __m256i block_int4(const __m256i w[8], const int32_t *x) {
+    /* eight products of 15 x 127, twice: 30480, under what 16 bits hold */
+    __m256i a = _mm256_maddubs_epi16(w[0], _mm256_set1_epi32(x[0])), b = _mm256_maddubs_epi16(w[1], _mm256_set1_epi32(x[1]));
+#pragma GCC unroll 4
+    for (int i = 2; i < 8; i += 2) {
+        a = _mm256_add_epi16(a, _mm256_maddubs_epi16(w[i], _mm256_set1_epi32(x[i])));
+        b = _mm256_add_epi16(b, _mm256_maddubs_epi16(w[i + 1], _mm256_set1_epi32(x[i + 1])));
+    }
+    return _mm256_madd_epi16(_mm256_add_epi16(a, b), _mm256_set1_epi16(1));
+}
+
+INLINE __m256i four_int8(__m256i w, int32_t four) {
+    /* the weights without their signs, which go to the token's numbers: of these none is -128, which has no opposite */
+    __m256i signed_x = _mm256_sign_epi8(_mm256_set1_epi32(four), w);
+    return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), signed_x), _mm256_set1_epi16(1));
+}
+
+INLINE __m256i block_int8(const __m256i w[8], const int32_t *x) {
+    __m256i a = four_int8(w[0], x[0]), b = four_int8(w[1], x[1]);
+#pragma GCC unroll 4
+    for (int i = 2; i < 8; i += 2) {
+        a = _mm256_add_epi32(a, four_int8(w[i], x[i]));
+        b = _mm256_add_epi32(b, four_int8(w[i + 1], x[i + 1]));
+    }
+    return _mm256_add_epi32(a, b);
+}
+
+/* Half a tile: the sums of 8 rows. */
+INLINE void half_whole(const Product *p, int tile, int half, int first, int count, const int kind) {
+    const Matrix *m = p->matrix;
+    const Tokens *tokens = p->tokens;
+    int blocks = m->columns / BLOCK;
+    size_t block_bytes = kind == INT4 ? 4 * 64 : 8 * 64;
+    const uint8_t *weights = (const uint8_t *)m->data + (size_t)tile * blocks * block_bytes + 32 * half;
+    const uint16_t *scales = m->scales + (size_t)tile * blocks * TILE + 8 * half;
+    const uint16_t *least = kind == INT4 ? m->least + (size_t)tile * blocks * TILE + 8 * half : NULL;
+    __m256 sum[TOKENS];
+    for (int t = 0; t < count; t++)
+        sum[t] = _mm256_setzero_ps();
+    for (int block = 0; block < blocks; block++) {
+        __m256i w[8];
+        const uint8_t *own = weights + block * block_bytes;
+        if (!half)
+            for (int line = 0; line < (int)block_bytes; line += 64)
+                _mm_prefetch((const char *)(own + 2048 + line), _MM_HINT_T0);
+        if (kind == INT4) {
+            const __m256i low = _mm256_set1_epi8(15);
+            for (int i = 0; i < 4; i++) {
+                __m256i both = _mm256_loadu_si256((const __m256i *)(own + 64 * i));
+                w[2 * i] = _mm256_and_si256(both, low);
+                w[2 * i + 1] = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+            }
+        } else {
+            for (int i = 0; i < 8; i++) /* 128 less */
+                w[i] = _mm256_xor_si256(_mm256_loadu_si256((const __m256i *)(own + 64 * i)), _mm256_set1_epi8(-128));
+        }
+        __m256 scale = from_half(scales + block * TILE);
+        for (int t = 0; t < count; t++) {
+            const int32_t *x = (const int32_t *)(tokens->whole + (size_t)(first + t) * m->columns + block * BLOCK);
+            size_t at = (size_t)(first + t) * blocks + block;
+            __m256i whole = kind == INT4 ? block_int4(w, x) : block_int8(w, x);
+            __m256 made = _mm256_mul_ps(_mm256_cvtepi32_ps(whole), _mm256_set1_ps(tokens->scales[at]));
+            sum[t] = _mm256_fmadd_ps(made, scale, sum[t]);
+            if (kind == INT4)
+                sum[t] = _mm256_fmadd_ps(from_half(least + block * TILE), _mm256_set1_ps(tokens->sums[at]), sum[t]);
+        }
+    }
+    for (int t = 0; t < count; t++)
+        _mm256_storeu_ps(p->out + (size_t)(first + t) * m->rows + tile * TILE + 8 * half, sum[t]);
+}
+
+INLINE void tile_whole(const Product *p, int tile, int first, int count, const int kind) {
+    half_whole(p, tile, 0, first, count, kind);
+    half_whole(p, tile, 1, first, count, kind);
+}
+
+#endif
+
+static void tile_int8(const Product *p, int tile, int first, int count) { tile_whole(p, tile, first, count, INT8); }
+static void tile_int4(const Product *p, int tile, int first, int count) { tile_whole(p, tile, first, count, INT4); }
 
 static void product_chunk(void *context, int chunk) {
     const Product *p = context;
-    int tiles = p->matrix->rows / TILE, from = chunk * p->tiles_a_chunk;
+    int tiles = p->matrix->rows / TILE, from = chunk * p->tiles_a_chunk, tokens = p->tokens->tokens;
     int to = from + p->tiles_a_chunk < tiles ? from + p->tiles_a_chunk : tiles;
     void (*one)(const Product *, int, int, int) =
         p->matrix->kind == BFLOAT16 ? tile_bfloat16 : p->matrix->kind == INT8 ? tile_int8 : tile_int4;
-    for (int tile = from; tile < to; tile++)
-        for (int first = 0; first < p->tokens->tokens; first += TOKENS) {
-            int left = p->tokens->tokens - first;
-            one(p, tile, first, left < TOKENS ? left : TOKENS);
-        }
+    for (int near = 0; near < tokens; near += TOGETHER) {
+        int end = near + TOGETHER < tokens ? near + TOGETHER : tokens;
+        for (int tile = from; tile < to; tile++)
+            for (int first = near; first < end; first += TOKENS)
+                one(p, tile, first, end - first < TOKENS ? end - first : TOKENS);
+    }
 }
 
 static void multiply(const Matrix *matrix, const Tokens *tokens, float *out) {
@@ -321,31 +421,57 @@ static void multiply(const Matrix *matrix, const Tokens *tokens, float *out) {
     share(product_chunk, &product, (tiles + each - 1) / each);
 }
 
+/* -- what is done token by token ------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    int32_t tokens;
+    void (*one)(const void *context, int token);
+    const void *context;
+} Each;
+
+static void each_chunk(void *context, int chunk) {
+    const Each *e = context;
+    int end = (chunk + 1) * 8 < e->tokens ? (chunk + 1) * 8 : e->tokens;
+    for (int token = chunk * 8; token < end; token++)
+        e->one(e->context, token);
+}
+
+/* Eight tokens a chunk: fewer are not worth a second thread. */
+static void each(int tokens, void (*one)(const void *, int), const void *context) {
+    Each e = {tokens, one, context};
+    share(each_chunk, &e, (tokens + 7) / 8);
+}
+
+typedef struct {
+    const float *from;
+    int columns;
+    float *scales, *sums;
+    int8_t *whole;
+} Rounding;
+
+static void rounded(const void *context, int token) {
+    const Rounding *r = context;
+    size_t blocks = r->columns / BLOCK;
+    for (size_t block = token * blocks; block < (token + 1) * blocks; block++) {
+        F a = f_load(r->from + block * BLOCK), b = f_load(r->from + block * BLOCK + 16);
+        float most = f_most(f_max(f_abs(a), f_abs(b)));
+        F back = f_all(most > 0 ? 127.0f / most : 0.0f);
+        int32_t sum = f_to_int8(r->whole + block * BLOCK, f_mul(a, back)) +
+                      f_to_int8(r->whole + block * BLOCK + 16, f_mul(b, back));
+        r->scales[block] = most / 127.0f;
+        r->sums[block] = r->scales[block] * (float)sum;
+    }
+}
+
 /* float32 [tokens, columns] as a matrix of this kind wants it. `room` holds at least tokens x (3 x columns) bytes. */
-TARGET static Tokens prepared(int kind, const float *from, int tokens, int columns, uint8_t *room) {
-    Tokens made = {tokens, NULL, NULL, NULL, NULL};
-    if (kind == BFLOAT16) {
-        made.wide = from;
-        return made;
-    }
-    int blocks = columns / BLOCK;
-    float *scales = (float *)room, *sums = scales + (size_t)tokens * blocks;
-    int8_t *whole = (int8_t *)(sums + (size_t)tokens * blocks);
-    for (size_t block = 0; block < (size_t)tokens * blocks; block++) {
-        __m512 a = _mm512_loadu_ps(from + block * BLOCK), b = _mm512_loadu_ps(from + block * BLOCK + 16);
-        float most = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_abs_ps(a), _mm512_abs_ps(b)));
-        float scale = most / 127.0f, back = most > 0 ? 127.0f / most : 0.0f;
-        __m512i wa = _mm512_cvtps_epi32(_mm512_mul_ps(a, _mm512_set1_ps(back)));
-        __m512i wb = _mm512_cvtps_epi32(_mm512_mul_ps(b, _mm512_set1_ps(back)));
-        _mm_storeu_si128((__m128i *)(whole + block * BLOCK), _mm512_cvtsepi32_epi8(wa));
-        _mm_storeu_si128((__m128i *)(whole + block * BLOCK + 16), _mm512_cvtsepi32_epi8(wb));
-        scales[block] = scale;
-        sums[block] = scale * (float)_mm512_reduce_add_epi32(_mm512_add_epi32(wa, wb));
-    }
-    made.whole = whole;
-    made.scales = scales;
-    made.sums = sums;
-    return made;
+static Tokens prepared(int kind, const float *from, int tokens, int columns, uint8_t *room) {
+    if (kind == BFLOAT16)
+        return (Tokens){tokens, from, NULL, NULL, NULL};
+    size_t blocks = (size_t)tokens * (columns / BLOCK);
+    float *scales = (float *)room, *sums = scales + blocks;
+    Rounding rounding = {from, columns, scales, sums, (int8_t *)(sums + blocks)};
+    each(tokens, rounded, &rounding);
+    return (Tokens){tokens, NULL, rounding.whole, scales, sums};
 }
 
 /* out [tokens, rows] = tokens [tokens, columns] times the matrix, all float32. `room`: see `prepared`. */
@@ -356,7 +482,7 @@ void ranvier_multiply(const Matrix *matrix, const float *from, int tokens, float
     end();
 }
 
-/* -- a decoding step through llama's blocks -------------------------------------------------------------------------------- */
+/* -- a step through llama's blocks ------------------------------------------------------------------------------------------ */
 
 typedef struct {
     Matrix qkv, out, up, down;
@@ -370,168 +496,270 @@ typedef struct {
     const Layer *layer;
 } Group;
 
-/* One token of one session: its position, and the caches [layers, kv heads, capacity, width], bfloat16. */
+/* The next tokens of one session, the first at `position`, and its caches, bfloat16: keys in tiles of 16 positions
+   [layers, kv heads, capacity / 16, width / 2, 16, 2], values [layers, kv heads, capacity, width]. */
 typedef struct {
     uint16_t *keys, *values;
     int64_t position, capacity;
-    const float *cosine, *sine; /* [width] of its position */
+    const float *cosine, *sine; /* [tokens, width] from its first position on */
+    int32_t tokens;
 } Row;
 
-TARGET static void normed(const float *from, const float *weight, int width, float eps, float *to) {
-    __m512 square = _mm512_setzero_ps();
-    for (int i = 0; i < width; i += 16) {
-        __m512 x = _mm512_loadu_ps(from + i);
-        square = _mm512_fmadd_ps(x, x, square);
-    }
-    __m512 factor = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(square) / (float)width + eps));
-    for (int i = 0; i < width; i += 16)
-        _mm512_storeu_ps(to + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(from + i), factor), _mm512_loadu_ps(weight + i)));
-}
-
-/* e^x, relative error under 2e-7 for x <= 0: 2^n times a polynomial in the rest (Cephes' expf). */
-TARGET static inline __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 y = _mm512_set1_ps(1.9875691500e-4f);
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.3981999507e-3f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(8.3334519073e-3f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(4.1665795894e-2f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.6666665459e-1f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(5.0000001201e-1f));
-    y = _mm512_fmadd_ps(y, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-    return _mm512_scalef_ps(y, n);
-}
+/* Tokens of one row that attend together: `first` of the row, `at` of the step. */
+typedef struct {
+    const Row *row;
+    int32_t first, at, tokens;
+} Span;
 
 typedef struct {
     const Group *group;
-    const Row *rows;
-    int layer;
-    float *qkv;      /* [tokens, heads + 2 x kv heads, width] */
-    float *attended; /* [tokens, heads, width] */
-    float *scores;   /* for each chunk [heads a kv head, longest] */
-    int64_t longest;
-} Attention;
+    const Layer *layer;
+    int index, longest;
+    const Span *spans;
+    float *hidden, *norm, *qkv, *attended, *inner, *gated, *made;
+    const float *weight; /* of the norm that is computed */
+    float *scores;       /* for each thread that attends [QUERIES, longest + width] */
+    _Atomic int *taken;  /* which of these are in use */
+} Step;
 
-TARGET static inline __m512 widened(const uint16_t *from) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
-}
-
-/* One token and one key-value head: turn, remember, attend. */
-TARGET static void attend_chunk(void *context, int chunk) {
-    const Attention *a = context;
-    const Group *g = a->group;
-    int token = chunk / g->kv_heads, head = chunk % g->kv_heads, width = g->width, half = width / 2;
-    int queries = g->heads / g->kv_heads;
-    const Row *row = &a->rows[token];
-    float *own = a->qkv + (size_t)token * (g->heads + 2 * g->kv_heads) * width;
-    float *key = own + (size_t)(g->heads + head) * width, *value = own + (size_t)(g->heads + g->kv_heads + head) * width;
-    size_t cache = ((size_t)a->layer * g->kv_heads + head) * row->capacity * width;
-    uint16_t *keys = row->keys + cache, *values = row->values + cache;
-    for (int turned = -1; turned < queries; turned++) {
-        float *x = turned < 0 ? key : own + (size_t)(head * queries + turned) * width;
-        for (int i = 0; i < half; i += 16) {
-            __m512 low = _mm512_loadu_ps(x + i), high = _mm512_loadu_ps(x + half + i);
-            __m512 c0 = _mm512_loadu_ps(row->cosine + i), s0 = _mm512_loadu_ps(row->sine + i);
-            __m512 c1 = _mm512_loadu_ps(row->cosine + half + i), s1 = _mm512_loadu_ps(row->sine + half + i);
-            _mm512_storeu_ps(x + i, _mm512_fnmadd_ps(high, s0, _mm512_mul_ps(low, c0)));
-            _mm512_storeu_ps(x + half + i, _mm512_fmadd_ps(low, s1, _mm512_mul_ps(high, c1)));
-        }
-    }
+static void normed(const void *context, int token) {
+    const Step *s = context;
+    int width = s->group->hidden;
+    const float *from = s->hidden + (size_t)token * width;
+    float *to = s->norm + (size_t)token * width;
+    F square = f_zero();
     for (int i = 0; i < width; i += 16) {
-        _mm256_storeu_si256((__m256i *)(keys + row->position * width + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(key + i)));
-        _mm256_storeu_si256(
-            (__m256i *)(values + row->position * width + i), (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(value + i)));
+        F x = f_load(from + i);
+        square = f_fma(x, x, square);
     }
-    int64_t window = g->layer[a->layer].window, first = 0, end = row->position + 1;
-    if (window && end > window)
-        first = end - window;
-    int64_t count = end - first;
-    float *scores = a->scores + (size_t)chunk * queries * a->longest;
-    for (int q = 0; q < queries; q++) {
-        const float *query = own + (size_t)(head * queries + q) * width;
-        float *mine = scores + (size_t)q * a->longest;
-        for (int64_t p = 0; p < count; p++) {
-            const uint16_t *k = keys + (first + p) * width;
-            __m512 sum = _mm512_setzero_ps();
-            for (int i = 0; i < width; i += 16)
-                sum = _mm512_fmadd_ps(_mm512_loadu_ps(query + i), widened(k + i), sum);
-            mine[p] = _mm512_reduce_add_ps(sum) * g->scale;
-        }
-        float most = -INFINITY;
-        for (int64_t p = 0; p < count; p++)
-            most = mine[p] > most ? mine[p] : most;
-        __m512 total = _mm512_setzero_ps();
-        for (int64_t p = 0; p < count; p += 16) {
-            __mmask16 there = count - p < 16 ? (__mmask16)((1u << (count - p)) - 1) : 0xFFFF;
-            __m512 e = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(there, mine + p), _mm512_set1_ps(most)));
-            e = _mm512_maskz_mov_ps(there, e);
-            _mm512_mask_storeu_ps(mine + p, there, e);
-            total = _mm512_add_ps(total, e);
-        }
-        float part = 1.0f / _mm512_reduce_add_ps(total);
-        float *to = a->attended + ((size_t)token * g->heads + head * queries + q) * width;
-        for (int i = 0; i < width; i += 16) {
-            __m512 sum = _mm512_setzero_ps();
-            for (int64_t p = 0; p < count; p++)
-                sum = _mm512_fmadd_ps(_mm512_set1_ps(mine[p]), widened(values + (first + p) * width + i), sum);
-            _mm512_storeu_ps(to + i, _mm512_mul_ps(sum, _mm512_set1_ps(part)));
-        }
-    }
+    F factor = f_all(1.0f / sqrtf(f_sum(square) / (float)width + s->group->eps));
+    for (int i = 0; i < width; i += 16)
+        f_store(to + i, f_mul(f_mul(f_load(from + i), factor), f_load(s->weight + i)));
 }
 
-TARGET static void added(float *to, const float *more, size_t count) {
+static void added(float *to, const float *more, size_t count) {
     for (size_t i = 0; i < count; i += 16)
-        _mm512_storeu_ps(to + i, _mm512_add_ps(_mm512_loadu_ps(to + i), _mm512_loadu_ps(more + i)));
+        f_store(to + i, f_add(f_load(to + i), f_load(more + i)));
 }
 
-/* Bytes that `ranvier_decode` needs for so many tokens, the longest of `longest` positions. */
+static void made_added(const void *context, int token) {
+    const Step *s = context;
+    size_t width = s->group->hidden;
+    added(s->hidden + token * width, s->made + token * width, width);
+}
+
+static void activated(const void *context, int token) {
+    const Step *s = context;
+    size_t inner = s->group->inner;
+    const float *gate = s->inner + token * 2 * inner, *up = gate + inner;
+    float *to = s->gated + token * inner;
+    for (size_t i = 0; i < inner; i += 16) {
+        F x = f_load(gate + i), near = f_min(f_all(80.0f), f_max(f_all(-80.0f), x));
+        F open = f_add(f_all(1.0f), f_exp(f_sub(f_zero(), near)));
+        f_store(to + i, f_mul(f_div(x, open), f_load(up + i)));
+    }
+}
+
+INLINE void turned(float *x, const float *cosine, const float *sine, int width) {
+    int half = width / 2;
+    for (int i = 0; i < half; i += 16) {
+        F low = f_load(x + i), high = f_load(x + half + i);
+        f_store(x + i, f_less(high, f_load(sine + i), f_mul(low, f_load(cosine + i))));
+        f_store(x + half + i, f_fma(low, f_load(sine + half + i), f_mul(high, f_load(cosine + half + i))));
+    }
+}
+
+/* All tokens of a span and one key-value head: turn queries and keys, remember keys and values. */
+static void remember_chunk(void *context, int chunk) {
+    const Step *s = context;
+    const Group *g = s->group;
+    const Span *span = &s->spans[chunk / g->kv_heads];
+    const Row *row = span->row;
+    int head = chunk % g->kv_heads, width = g->width, queries = g->heads / g->kv_heads;
+    size_t cache = ((size_t)s->index * g->kv_heads + head) * row->capacity * width;
+    for (int t = 0; t < span->tokens; t++) {
+        float *own = s->qkv + (size_t)(span->at + t) * (g->heads + 2 * g->kv_heads) * width;
+        const float *cosine = row->cosine + (size_t)(span->first + t) * width;
+        const float *sine = row->sine + (size_t)(span->first + t) * width;
+        float *key = own + (size_t)(g->heads + head) * width, *value = key + (size_t)g->kv_heads * width;
+        for (int q = 0; q < queries; q++)
+            turned(own + (size_t)(head * queries + q) * width, cosine, sine, width);
+        turned(key, cosine, sine, width);
+        int64_t position = row->position + span->first + t;
+        uint16_t narrow[16], *to = row->keys + cache + (size_t)(position / TILE) * TILE * width + 2 * (position % TILE);
+        for (int i = 0; i < width; i += 16) {
+            f_to_bfloat16(narrow, f_load(key + i));
+            for (int pair = 0; pair < 8; pair++)
+                memcpy(to + (size_t)(i / 2 + pair) * 2 * TILE, narrow + 2 * pair, 4);
+            f_to_bfloat16(row->values + cache + position * width + i, f_load(value + i));
+        }
+    }
+}
+
+/* out [count, 16], more by the values of these positions, each times its share. */
+INLINE void mixed_rows(
+    const uint16_t *values, size_t width, int positions, const float *shares, size_t share_step, float *out, size_t out_step,
+    const int count) {
+    F sum[TOKENS];
+    for (int t = 0; t < count; t++)
+        sum[t] = f_load(out + t * out_step);
+    for (int p = 0; p < positions; p++) {
+        F value = f_from_bfloat16(values + p * width);
+#pragma GCC unroll 8
+        for (int t = 0; t < count; t++)
+            sum[t] = f_fma(value, f_all(shares[t * share_step + p]), sum[t]);
+    }
+    for (int t = 0; t < count; t++)
+        f_store(out + t * out_step, sum[t]);
+}
+
+static void mixed_any(
+    const uint16_t *values, size_t width, int positions, const float *shares, size_t share_step, float *out, size_t out_step,
+    int count) {
+    switch (count) {
+    case 1: mixed_rows(values, width, positions, shares, share_step, out, out_step, 1); break;
+    case 2: mixed_rows(values, width, positions, shares, share_step, out, out_step, 2); break;
+    case 3: mixed_rows(values, width, positions, shares, share_step, out, out_step, 3); break;
+    case 4: mixed_rows(values, width, positions, shares, share_step, out, out_step, 4); break;
+    case 5: mixed_rows(values, width, positions, shares, share_step, out, out_step, 5); break;
+    case 6: mixed_rows(values, width, positions, shares, share_step, out, out_step, 6); break;
+#if TOKENS == 8
+    case 7: mixed_rows(values, width, positions, shares, share_step, out, out_step, 7); break;
+    case 8: mixed_rows(values, width, positions, shares, share_step, out, out_step, 8); break;
+#endif
+    }
+}
+
+/* Scores of positions `from` to `to` of one query, the first of them at `mine`, into shares: e^(score - most), nothing
+   outside. Returns their sum. */
+static float shares_of(float *mine, int count, int from, int to) {
+    for (int i = 0; i < from; i++)
+        mine[i] = -INFINITY;
+    for (int i = to; i < count; i++)
+        mine[i] = -INFINITY;
+    F most = f_load(mine);
+    for (int i = 16; i < count; i += 16)
+        most = f_max(most, f_load(mine + i));
+    F top = f_all(f_most(most)), total = f_zero();
+    for (int i = 0; i < count; i += 16) {
+        F share = f_exp(f_sub(f_load(mine + i), top));
+        total = f_add(total, share);
+        f_store(mine + i, share);
+    }
+    for (int i = 0; i < from; i++)
+        mine[i] = 0; /* e^-87, the least that there is, is not nothing */
+    for (int i = to; i < count; i++)
+        mine[i] = 0;
+    return f_sum(total);
+}
+
+/* All tokens of a span and one key-value head, whose queries go through the cache together. */
+static void attend_chunk(void *context, int chunk) {
+    const Step *s = context;
+    const Group *g = s->group;
+    const Span *span = &s->spans[chunk / g->kv_heads];
+    const Row *row = span->row;
+    int head = chunk % g->kv_heads, width = g->width, queries = g->heads / g->kv_heads, count = span->tokens * queries;
+    size_t cache = ((size_t)s->index * g->kv_heads + head) * row->capacity * width, line = s->longest;
+    int place = 0;
+    while (atomic_exchange(&s->taken[place], 1))
+        place = place == pool.helpers ? 0 : place + 1;
+    float *query = s->scores + (size_t)place * QUERIES * (line + 2 * width), *out = query + (size_t)QUERIES * width;
+    float *scores = out + (size_t)QUERIES * width;
+    F scale = f_all(g->scale);
+    for (int t = 0; t < span->tokens; t++) {
+        const float *own =
+            s->qkv + ((size_t)(span->at + t) * (g->heads + 2 * g->kv_heads) + (size_t)head * queries) * width;
+        for (int i = 0; i < queries * width; i += 16)
+            f_store(query + (size_t)t * queries * width + i, f_mul(scale, f_load(own + i)));
+    }
+    int64_t position = row->position + span->first, end = position + span->tokens, window = s->layer->window;
+    int64_t first = window && position + 1 > window ? (position + 1 - window) / TILE * TILE : 0;
+    int positions = (int)(end - first), padded = (positions + TILE - 1) / TILE * TILE;
+    for (int p = 0; p < positions; p += TILE)
+        for (int q = 0; q < count; q += TOKENS)
+            tile_any(
+                row->keys + cache + (first + p) * width, width, query + (size_t)q * width, width,
+                scores + q * line + p, line, count - q < TOKENS ? count - q : TOKENS);
+    float whole[QUERIES];
+    for (int q = 0; q < count; q++) {
+        int64_t own = position + q / queries + 1, from = window && own > window ? own - window : 0;
+        whole[q] = shares_of(scores + q * line, padded, from > first ? (int)(from - first) : 0, (int)(own - first));
+    }
+    memset(out, 0, (size_t)count * width * 4);
+    for (int p = 0; p < positions; p += 128)
+        for (int i = 0; i < width; i += 16)
+            for (int q = 0; q < count; q += TOKENS)
+                mixed_any(
+                    row->values + cache + (first + p) * width + i, width, positions - p < 128 ? positions - p : 128,
+                    scores + q * line + p, line, out + (size_t)q * width + i, width,
+                    count - q < TOKENS ? count - q : TOKENS);
+    for (int q = 0; q < count; q++) {
+        float *to = s->attended + ((size_t)(span->at + q / queries) * g->heads + head * queries + q % queries) * width;
+        F part = f_all(1.0f / whole[q]);
+        for (int i = 0; i < width; i += 16)
+            f_store(to + i, f_mul(part, f_load(out + (size_t)q * width + i)));
+    }
+    atomic_store(&s->taken[place], 0);
+}
+
+static size_t line_of(int64_t longest) { return (size_t)(longest + 2 * TILE) / TILE * TILE; }
+
+/* Bytes that `ranvier_step` needs for so many tokens, the longest session having `longest` positions after it. */
 int64_t ranvier_room(const Group *g, int tokens, int64_t longest) {
-    int64_t wide = g->heads * g->width > g->hidden ? g->heads * g->width : g->hidden;
-    int64_t floats = g->hidden + wide + (g->heads + 2 * g->kv_heads) * g->width + g->heads * g->width + 3 * g->inner +
-                     g->heads * longest;
-    int64_t columns = g->inner > wide ? g->inner : wide;
-    return tokens * (4 * floats + 3 * columns) + 4096;
+    int64_t attended = (int64_t)g->heads * g->width, widest = attended > g->hidden ? attended : g->hidden;
+    int64_t floats = 2 * g->hidden + (g->heads + 2 * g->kv_heads) * g->width + attended + 3 * g->inner;
+    int64_t columns = g->inner > widest ? g->inner : widest;
+    int64_t scores = (int64_t)(pool.helpers + 1) * QUERIES * (line_of(longest) + 2 * g->width);
+    return tokens * (4 * floats + 3 * columns + (int64_t)sizeof(Span)) + 4 * scores + 64 * (pool.helpers + 1) + 4096;
 }
 
-/* hidden [tokens, hidden], float32, through all layers in place; the caches grow by one position each. */
-TARGET void ranvier_decode(const Group *g, const Row *rows, int tokens, float *hidden, int64_t longest, uint8_t *room) {
+/* hidden [tokens of all rows, hidden], float32, through all layers in place; the caches grow by each row's tokens. */
+void ranvier_step(const Group *g, const Row *rows, int count, float *hidden, int64_t longest, uint8_t *room) {
+    int tokens = 0, spans = 0, queries = g->heads / g->kv_heads;
+    int together = queries < QUERIES ? QUERIES / queries : 1;
+    Span *span = (Span *)room;
+    for (int r = 0; r < count; r++)
+        for (int first = 0; first < rows[r].tokens; first += together) {
+            int own = rows[r].tokens - first < together ? rows[r].tokens - first : together;
+            span[spans++] = (Span){&rows[r], first, tokens, own};
+            tokens += own;
+        }
     size_t H = g->hidden, Q = (size_t)g->heads * g->width, KV = (size_t)(g->heads + 2 * g->kv_heads) * g->width;
-    float *norm = (float *)room, *qkv = norm + tokens * (H > Q ? H : Q), *attended = qkv + tokens * KV;
-    float *inner = attended + tokens * Q, *gated = inner + (size_t)tokens * 2 * g->inner;
-    float *made = gated + (size_t)tokens * g->inner, *scores = made + tokens * H;
-    uint8_t *rest = (uint8_t *)(scores + (size_t)tokens * g->heads * longest);
+    Step s = {.group = g, .spans = span, .hidden = hidden, .longest = (int)line_of(longest)};
+    s.norm = (float *)(span + spans);
+    s.qkv = s.norm + tokens * H;
+    s.attended = s.qkv + tokens * KV;
+    s.inner = s.attended + tokens * Q;
+    s.gated = s.inner + (size_t)tokens * 2 * g->inner;
+    s.made = s.gated + (size_t)tokens * g->inner;
+    s.scores = s.made + tokens * H;
+    s.taken = (_Atomic int *)(s.scores + (size_t)(pool.helpers + 1) * QUERIES * (s.longest + 2 * g->width));
+    uint8_t *rest = (uint8_t *)(s.taken + pool.helpers + 1);
+    memset((void *)s.taken, 0, sizeof(int) * (pool.helpers + 1));
     begin();
-    for (int index = 0; index < g->layers; index++) {
-        const Layer *layer = &g->layer[index];
-        for (int t = 0; t < tokens; t++)
-            normed(hidden + t * H, layer->norm_in, g->hidden, g->eps, norm + t * H);
-        Tokens ready = prepared(layer->qkv.kind, norm, tokens, g->hidden, rest);
-        multiply(&layer->qkv, &ready, qkv);
+    for (s.index = 0; s.index < g->layers; s.index++) {
+        const Layer *layer = s.layer = &g->layer[s.index];
+        s.weight = layer->norm_in;
+        each(tokens, normed, &s);
+        Tokens ready = prepared(layer->qkv.kind, s.norm, tokens, g->hidden, rest);
+        multiply(&layer->qkv, &ready, s.qkv);
         if (layer->qkv_bias)
             for (int t = 0; t < tokens; t++)
-                added(qkv + t * KV, layer->qkv_bias, KV);
-        Attention attention = {g, rows, index, qkv, attended, scores, longest};
-        share(attend_chunk, &attention, tokens * g->kv_heads);
-        ready = prepared(layer->out.kind, attended, tokens, (int)Q, rest);
-        multiply(&layer->out, &ready, made);
-        added(hidden, made, tokens * H);
-        for (int t = 0; t < tokens; t++)
-            normed(hidden + t * H, layer->norm_mid, g->hidden, g->eps, norm + t * H);
-        ready = prepared(layer->up.kind, norm, tokens, g->hidden, rest);
-        multiply(&layer->up, &ready, inner);
-        for (int t = 0; t < tokens; t++)
-            for (int i = 0; i < g->inner; i += 16) {
-                __m512 gate = _mm512_loadu_ps(inner + (size_t)t * 2 * g->inner + i);
-                __m512 up = _mm512_loadu_ps(inner + (size_t)t * 2 * g->inner + g->inner + i);
-                __m512 open = _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(_mm512_sub_ps(_mm512_setzero_ps(),
-                    _mm512_min_ps(_mm512_max_ps(gate, _mm512_set1_ps(-80.0f)), _mm512_set1_ps(80.0f)))));
-                _mm512_storeu_ps(gated + (size_t)t * g->inner + i, _mm512_mul_ps(_mm512_div_ps(gate, open), up));
-            }
-        ready = prepared(layer->down.kind, gated, tokens, g->inner, rest);
-        multiply(&layer->down, &ready, made);
-        added(hidden, made, tokens * H);
+                added(s.qkv + t * KV, layer->qkv_bias, KV);
+        share(remember_chunk, &s, spans * g->kv_heads);
+        share(attend_chunk, &s, spans * g->kv_heads);
+        ready = prepared(layer->out.kind, s.attended, tokens, (int)Q, rest);
+        multiply(&layer->out, &ready, s.made);
+        each(tokens, made_added, &s);
+        s.weight = layer->norm_mid;
+        each(tokens, normed, &s);
+        ready = prepared(layer->up.kind, s.norm, tokens, g->hidden, rest);
+        multiply(&layer->up, &ready, s.inner);
+        each(tokens, activated, &s);
+        ready = prepared(layer->down.kind, s.gated, tokens, g->inner, rest);
+        multiply(&layer->down, &ready, s.made);
+        each(tokens, made_added, &s);
     }
     end();
 }

@@ -1,8 +1,8 @@
-"""Packed weights and their products with a few tokens, in C (kernels.c), for processors with AVX-512.
+"""Packed weights and their products with tokens, in C (kernels.c), for processors with AVX2 or AVX-512.
 
-A product of 16 rows at a time reads each weight once, whatever the number of tokens, and a decoding step through a group of
-layers is a single call: torch's own operations took two thirds of a step's time before any number was multiplied
-(benchmarks/decode.py). Without such a processor, or a compiler when the package was installed, torch does it all.
+A product of 16 rows at a time reads each weight once for some tokens, and a step through a group of layers is a single call:
+torch's own operations took two thirds of a decoding step's time before any number was multiplied (benchmarks/decode.py).
+Without such a processor, or a compiler when the package was installed, torch does it all.
 
 Shape suffixes: T tokens, R rows, C columns, B blocks of 32 columns.
 """

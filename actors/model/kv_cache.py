@@ -13,13 +13,15 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from ..checkpoint.config import ModelConfig
+from .kernels import TILE
 
 
 class SessionCache:
     """One session: `keys` and `values` are [layers, kv heads, capacity, head width]; the first `length` are valid."""
 
     def __init__(self, config: ModelConfig, layers: int, capacity: int, dtype: torch.dtype) -> None:
-        shape = (layers, config.kv_heads, capacity, config.head_dim)
+        # whole tiles of positions, which is how the kernels keep keys
+        shape = (layers, config.kv_heads, -(-capacity // TILE) * TILE, config.head_dim)
         # pages are taken from the system when first written, so capacity that is never reached costs nothing
         self.keys_LKPD = torch.empty(shape, dtype=dtype)
         self.values_LKPD = torch.empty(shape, dtype=dtype)

@@ -10,12 +10,14 @@ from typing import Any
 
 @functools.cache
 def library() -> Any:
-    """The functions of kernels.c; None where they were not compiled, or the processor lacks AVX-512 with BF16 and VNNI."""
-    spec = importlib.util.find_spec("ranvier.actors.model._kernels")
-    if spec is None or spec.origin is None:
-        return None
-    loaded = ctypes.CDLL(spec.origin)
-    if not loaded.ranvier_supported():
-        return None
-    loaded.ranvier_room.restype = ctypes.c_int64
-    return loaded
+    """The functions of kernels.c, as compiled for the widest vectors that this processor has (AVX-512 with BF16 and VNNI, or
+    AVX2); None where it has neither, or they were not compiled."""
+    for name in ("_kernels_avx512", "_kernels_avx2"):
+        spec = importlib.util.find_spec(f"ranvier.actors.model.{name}")
+        if spec is None or spec.origin is None:
+            continue
+        loaded = ctypes.CDLL(spec.origin)
+        if loaded.ranvier_supported():
+            loaded.ranvier_room.restype = ctypes.c_int64
+            return loaded
+    return None

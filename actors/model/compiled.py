@@ -1,6 +1,6 @@
-"""A decoding step, one token a session, through a group of llama's blocks in a single call of kernels.c.
+"""A step through a group of llama's blocks as a single call of kernels.c: prompts and single tokens, of many sessions.
 
-Shape suffixes: T tokens (one a row), H hidden, P positions, D head width.
+Shape suffixes: T tokens, H hidden, P positions, D head width.
 """
 
 from __future__ import annotations
@@ -42,16 +42,19 @@ class _Group(ctypes.Structure):
 class _Row(ctypes.Structure):
     _fields_ = (
         ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("position", ctypes.c_int64), ("capacity", ctypes.c_int64),
-        ("cosine", ctypes.c_void_p), ("sine", ctypes.c_void_p),
+        ("cosine", ctypes.c_void_p), ("sine", ctypes.c_void_p), ("tokens", ctypes.c_int32),
     )  # fmt: skip
 
 
-class Decoding:
+MOST_QUERIES = 24
+"""Of one key-value head, that the kernels take (QUERIES of kernels.c)."""
+
+
+class Compiled:
     """The layers of one actor as kernels.c sees them. What it points to is held here."""
 
     def __init__(self, config: ModelConfig, blocks: Sequence[Block], scale: float) -> None:
         self._held: list[torch.Tensor] = []
-        self._blocks = list(blocks)
         self._layers = (_Layer * len(blocks))(*(self._layer(block) for block in blocks))
         self._group = _Group(
             len(blocks), config.hidden, config.heads, config.kv_heads, config.head_dim, config.intermediate,
@@ -63,12 +66,13 @@ class Decoding:
         self._room = torch.empty(0, dtype=torch.uint8)
 
     @classmethod
-    def of(cls, config: ModelConfig, blocks: Sequence[Block], scale: float) -> Decoding | None:
+    def of(cls, config: ModelConfig, blocks: Sequence[Block], scale: float) -> Compiled | None:
         """None where the kernels cannot do it: not packed, or a family with parts that llama's blocks do not have."""
         plain = (
             config.norm == "rms" and config.activation == "silu" and config.gated and not config.learned_positions
             and not config.head_norms and not config.post_norms and not config.out_bias and not config.mlp_bias
             and config.local_rope_theta is None and config.head_dim % 32 == 0 and config.hidden % 32 == 0
+            and config.heads // config.kv_heads <= MOST_QUERIES
         )  # fmt: skip
         packed = all(
             isinstance(matrix, Packed) for block in blocks for matrix in (block.qkv, block.out, block.up, block.down)
@@ -88,23 +92,26 @@ class Decoding:
         self._table.reserve(positions)
 
     def step(self, rows: Sequence[Row], caches: Sequence[SessionCache], hidden_TH: torch.Tensor) -> torch.Tensor:
-        """[T, H] through all layers. Keys and values are written where each cache ends; its length is the caller's to set."""
+        """[T, H] through all layers. Keys and values are written where each cache ends; its length is the caller's to set.
+
+        The caches are the kernels' own from then on: keys lie in tiles of 16 positions.
+        """
         count, wide_TH = len(rows), hidden_TH.float()
         cosine, sine, line = self._table.cos_PD.data_ptr(), self._table.sin_PD.data_ptr(), 4 * self._width
         made = (_Row * count)(
             *(
                 _Row(
-                    cache.keys_LKPD.data_ptr(), cache.values_LKPD.data_ptr(), row.position, cache.capacity,
-                    cosine + line * row.position, sine + line * row.position,
+                    cache.keys_LKPD.data_ptr(), cache.values_LKPD.data_ptr(), row.position, cache.keys_LKPD.shape[2],
+                    cosine + line * row.position, sine + line * row.position, row.tokens,
                 )
                 for row, cache in zip(rows, caches, strict=True)
             )
         )  # fmt: skip
-        longest = max(row.position for row in rows) + 1
-        room = kernels.library().ranvier_room(self._at, ctypes.c_int(count), ctypes.c_int64(longest))
+        longest = max(row.position + row.tokens for row in rows)
+        room = kernels.library().ranvier_room(self._at, ctypes.c_int(len(wide_TH)), ctypes.c_int64(longest))
         if self._room.numel() < room:
             self._room = torch.empty(2 * room, dtype=torch.uint8)
-        kernels.library().ranvier_decode(
+        kernels.library().ranvier_step(
             self._at, made, ctypes.c_int(count), ctypes.c_void_p(wide_TH.data_ptr()), ctypes.c_int64(longest),
             ctypes.c_void_p(self._room.data_ptr()),
         )  # fmt: skip
