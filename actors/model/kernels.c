@@ -30,11 +30,12 @@
 #define TOKENS 8 /* whose sums are held in registers at once: a vector for each, or two */
 #define SPLIT 8  /* up to so many tokens have two, lest a sum wait for itself */
 #else
-#define TOKENS 6
+#define TOKENS 5
 #define SPLIT 3
 #endif
 #define QUERIES 24  /* of one key-value head that go through the cache together */
 #define TOGETHER 96 /* tokens that a product takes at a time: they stay near while the weights pass */
+#define COLUMNS 256
 
 enum { BFLOAT16 = 0, INT8 = 1, INT4 = 2 };
 
@@ -178,32 +179,35 @@ void ranvier_pack_whole(const uint8_t *from, int rows, int columns, int kind, ui
 
 /* -- products ----------------------------------------------------------------------------------------------------------- */
 
-/* `count` rows of x times a tile of 16 rows of bfloat16. Products in float32 round nothing, and where the processor has its
+/* `count` rows of x times a tile of 16 rows of bfloat16, in addition to what is there if `more`. Products in float32 round nothing, and where the processor has its
    own of bfloat16 they are twice as fast as these, which start every other cycle. */
 INLINE void tile_rows(
-    const uint16_t *tile, int columns, const float *x, size_t x_step, float *out, size_t out_step, const int count) {
+    const uint16_t *tile, int columns, const float *x, size_t x_step, float *out, size_t out_step, int more, const int count) {
     const int split = count <= SPLIT;
     F even[TOKENS], odd[TOKENS];
-    for (int t = 0; t < count; t++)
-        even[t] = odd[t] = f_zero();
+    for (int t = 0; t < count; t++) {
+        even[t] = more ? f_load(out + t * out_step) : f_zero();
+        odd[t] = f_zero();
+    }
     for (int column = 0; column < columns; column += 2) {
-        F one, two;
-        f_pairs(tile + (size_t)column * TILE, &one, &two);
+        F weights = f_first(tile + (size_t)column * TILE);
 #pragma GCC unroll 8
-        for (int t = 0; t < count; t++) {
-            even[t] = f_fma(one, f_all(x[t * x_step + column]), even[t]);
+        for (int t = 0; t < count; t++)
+            even[t] = f_fma(weights, f_all(x[t * x_step + column]), even[t]);
+        weights = f_second(tile + (size_t)column * TILE);
+#pragma GCC unroll 8
+        for (int t = 0; t < count; t++)
             if (split)
-                odd[t] = f_fma(two, f_all(x[t * x_step + column + 1]), odd[t]);
+                odd[t] = f_fma(weights, f_all(x[t * x_step + column + 1]), odd[t]);
             else
-                even[t] = f_fma(two, f_all(x[t * x_step + column + 1]), even[t]);
-        }
+                even[t] = f_fma(weights, f_all(x[t * x_step + column + 1]), even[t]);
     }
     for (int t = 0; t < count; t++)
         f_store(out + t * out_step, split ? f_add(even[t], odd[t]) : even[t]);
 }
 
 /* One row: four sums side by side, and the memory asked for early. */
-INLINE void tile_row(const uint16_t *tile, int columns, const float *x, float *out) {
+INLINE void tile_row(const uint16_t *tile, int columns, const float *x, float *out, int more) {
     F sum[4];
     for (int i = 0; i < 4; i++)
         sum[i] = f_zero();
@@ -212,30 +216,35 @@ INLINE void tile_row(const uint16_t *tile, int columns, const float *x, float *o
         for (int i = 0; i < 4; i += 2) {
             const uint16_t *own = tile + (size_t)(column + i) * TILE;
             _mm_prefetch((const char *)(own + 1024), _MM_HINT_T0);
-            F one, two;
-            f_pairs(own, &one, &two);
-            sum[i] = f_fma(one, f_all(x[column + i]), sum[i]);
-            sum[i + 1] = f_fma(two, f_all(x[column + i + 1]), sum[i + 1]);
+            sum[i] = f_fma(f_first(own), f_all(x[column + i]), sum[i]);
+            sum[i + 1] = f_fma(f_second(own), f_all(x[column + i + 1]), sum[i + 1]);
         }
     }
-    f_store(out, f_add(f_add(sum[0], sum[1]), f_add(sum[2], sum[3])));
+    F all = f_add(f_add(sum[0], sum[1]), f_add(sum[2], sum[3]));
+    f_store(out, more ? f_add(f_load(out), all) : all);
 }
 
 /* Any number of rows up to TOKENS, each number compiled for itself. */
 static void tile_any(
-    const uint16_t *tile, int columns, const float *x, size_t x_step, float *out, size_t out_step, int count) {
+    const uint16_t *tile, int columns, const float *x, size_t x_step, float *out, size_t out_step, int more, int count) {
     switch (count) {
-    case 1: tile_row(tile, columns, x, out); break;
-    case 2: tile_rows(tile, columns, x, x_step, out, out_step, 2); break;
-    case 3: tile_rows(tile, columns, x, x_step, out, out_step, 3); break;
-    case 4: tile_rows(tile, columns, x, x_step, out, out_step, 4); break;
-    case 5: tile_rows(tile, columns, x, x_step, out, out_step, 5); break;
-    case 6: tile_rows(tile, columns, x, x_step, out, out_step, 6); break;
+    case 1: tile_row(tile, columns, x, out, more); break;
+    case 2: tile_rows(tile, columns, x, x_step, out, out_step, more, 2); break;
+    case 3: tile_rows(tile, columns, x, x_step, out, out_step, more, 3); break;
+    case 4: tile_rows(tile, columns, x, x_step, out, out_step, more, 4); break;
+    case 5: tile_rows(tile, columns, x, x_step, out, out_step, more, 5); break;
 #if TOKENS == 8
-    case 7: tile_rows(tile, columns, x, x_step, out, out_step, 7); break;
-    case 8: tile_rows(tile, columns, x, x_step, out, out_step, 8); break;
+    case 6: tile_rows(tile, columns, x, x_step, out, out_step, more, 6); break;
+    case 7: tile_rows(tile, columns, x, x_step, out, out_step, more, 7); break;
+    case 8: tile_rows(tile, columns, x, x_step, out, out_step, more, 8); break;
 #endif
     }
+}
+
+/* How many of those that are left come next: at most TOKENS, and not one alone at the end. */
+static int next(int left) {
+    int times = (left + TOKENS - 1) / TOKENS;
+    return (left + times - 1) / times;
 }
 
 /* Tokens as the products want them. */
@@ -254,12 +263,17 @@ typedef struct {
     int tiles_a_chunk;
 } Product;
 
-static void tile_bfloat16(const Product *p, int tile, int first, int count) {
+/* Tokens `first` to `end`. Of more than are summed at once, so many columns at a time that they, and the weights', stay in
+   the nearest cache. */
+static void tile_bfloat16(const Product *p, int tile, int first, int end) {
     const Matrix *m = p->matrix;
-    size_t columns = m->columns;
-    tile_any(
-        (const uint16_t *)m->data + (size_t)tile * TILE * columns, m->columns, p->tokens->wide + first * columns, columns,
-        p->out + (size_t)first * m->rows + tile * TILE, m->rows, count);
+    size_t columns = m->columns, together = end - first > TOKENS ? COLUMNS : columns;
+    for (size_t column = 0; column < columns; column += together)
+        for (int t = first, count; t < end; t += count)
+            tile_any(
+                (const uint16_t *)m->data + (tile * columns + column) * TILE,
+                (int)(columns - column < together ? columns - column : together), p->tokens->wide + t * columns + column,
+                columns, p->out + (size_t)t * m->rows + tile * TILE, m->rows, column > 0, count = next(end - t));
 }
 
 #ifdef __AVX512F__
@@ -397,8 +411,15 @@ INLINE void tile_whole(const Product *p, int tile, int first, int count, const i
 
 #endif
 
-static void tile_int8(const Product *p, int tile, int first, int count) { tile_whole(p, tile, first, count, INT8); }
-static void tile_int4(const Product *p, int tile, int first, int count) { tile_whole(p, tile, first, count, INT4); }
+static void tile_int8(const Product *p, int tile, int first, int end) {
+    for (int t = first, count; t < end; t += count)
+        tile_whole(p, tile, t, count = next(end - t), INT8);
+}
+
+static void tile_int4(const Product *p, int tile, int first, int end) {
+    for (int t = first, count; t < end; t += count)
+        tile_whole(p, tile, t, count = next(end - t), INT4);
+}
 
 static void product_chunk(void *context, int chunk) {
     const Product *p = context;
@@ -409,8 +430,7 @@ static void product_chunk(void *context, int chunk) {
     for (int near = 0; near < tokens; near += TOGETHER) {
         int end = near + TOGETHER < tokens ? near + TOGETHER : tokens;
         for (int tile = from; tile < to; tile++)
-            for (int first = near; first < end; first += TOKENS)
-                one(p, tile, first, end - first < TOKENS ? end - first : TOKENS);
+            one(p, tile, near, end);
     }
 }
 
@@ -622,8 +642,8 @@ static void mixed_any(
     case 3: mixed_rows(values, width, positions, shares, share_step, out, out_step, 3); break;
     case 4: mixed_rows(values, width, positions, shares, share_step, out, out_step, 4); break;
     case 5: mixed_rows(values, width, positions, shares, share_step, out, out_step, 5); break;
-    case 6: mixed_rows(values, width, positions, shares, share_step, out, out_step, 6); break;
 #if TOKENS == 8
+    case 6: mixed_rows(values, width, positions, shares, share_step, out, out_step, 6); break;
     case 7: mixed_rows(values, width, positions, shares, share_step, out, out_step, 7); break;
     case 8: mixed_rows(values, width, positions, shares, share_step, out, out_step, 8); break;
 #endif
@@ -677,10 +697,10 @@ static void attend_chunk(void *context, int chunk) {
     int64_t first = window && position + 1 > window ? (position + 1 - window) / TILE * TILE : 0;
     int positions = (int)(end - first), padded = (positions + TILE - 1) / TILE * TILE;
     for (int p = 0; p < positions; p += TILE)
-        for (int q = 0; q < count; q += TOKENS)
+        for (int q = 0, few; q < count; q += few)
             tile_any(
                 row->keys + cache + (first + p) * width, width, query + (size_t)q * width, width,
-                scores + q * line + p, line, count - q < TOKENS ? count - q : TOKENS);
+                scores + q * line + p, line, 0, few = next(count - q));
     float whole[QUERIES];
     for (int q = 0; q < count; q++) {
         int64_t own = position + q / queries + 1, from = window && own > window ? own - window : 0;
@@ -689,11 +709,10 @@ static void attend_chunk(void *context, int chunk) {
     memset(out, 0, (size_t)count * width * 4);
     for (int p = 0; p < positions; p += 128)
         for (int i = 0; i < width; i += 16)
-            for (int q = 0; q < count; q += TOKENS)
+            for (int q = 0, few; q < count; q += few)
                 mixed_any(
                     row->values + cache + (first + p) * width + i, width, positions - p < 128 ? positions - p : 128,
-                    scores + q * line + p, line, out + (size_t)q * width + i, width,
-                    count - q < TOKENS ? count - q : TOKENS);
+                    scores + q * line + p, line, out + (size_t)q * width + i, width, few = next(count - q));
     for (int q = 0; q < count; q++) {
         float *to = s->attended + ((size_t)(span->at + q / queries) * g->heads + head * queries + q % queries) * width;
         F part = f_all(1.0f / whole[q]);

@@ -38,11 +38,10 @@ INLINE F f_from_bfloat16(const uint16_t *from) {
 }
 INLINE void f_to_bfloat16(uint16_t *to, F x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
 
-/* Sixteen pairs of bfloat16: the first of each, and the second, as float32. */
-INLINE void f_pairs(const uint16_t *from, F *first, F *second) {
-    __m512i pair = _mm512_loadu_si512(from);
-    *first = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
-    *second = _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32((int)0xFFFF0000)));
+/* Sixteen pairs of bfloat16: the first of each as float32, or the second. */
+INLINE F f_first(const uint16_t *from) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(from), 16)); }
+INLINE F f_second(const uint16_t *from) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(from), _mm512_set1_epi32((int)0xFFFF0000)));
 }
 
 /* Rounded to whole numbers from -128 to 127; returns their sum. */
@@ -115,12 +114,14 @@ INLINE void f_to_bfloat16(uint16_t *to, F x) {
     __m256i both = _mm256_packus_epi32(to_bfloat16(x.a), to_bfloat16(x.b));
     _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(both, 0xD8));
 }
-INLINE void f_pairs(const uint16_t *from, F *first, F *second) {
-    __m256i a = _mm256_loadu_si256((const __m256i *)from), b = _mm256_loadu_si256((const __m256i *)(from + 16));
-    __m256i high = _mm256_set1_epi32((int)0xFFFF0000);
-    *first = (F){_mm256_castsi256_ps(_mm256_slli_epi32(a, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(b, 16))};
-    *second = (F){_mm256_castsi256_ps(_mm256_and_si256(a, high)), _mm256_castsi256_ps(_mm256_and_si256(b, high))};
+/* Loaded each time anew: kept for the second of the pairs they would take the registers of sums. */
+INLINE __m256i eight_pairs(const uint16_t *from) { return *(const volatile __m256i_u *)from; }
+INLINE __m256 first_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+INLINE __m256 second_of(__m256i pairs) {
+    return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xFFFF0000)));
 }
+INLINE F f_first(const uint16_t *from) { return (F){first_of(eight_pairs(from)), first_of(eight_pairs(from + 16))}; }
+INLINE F f_second(const uint16_t *from) { return (F){second_of(eight_pairs(from)), second_of(eight_pairs(from + 16))}; }
 INLINE int32_t f_to_int8(int8_t *to, F x) {
     __m256i a = _mm256_cvtps_epi32(x.a), b = _mm256_cvtps_epi32(x.b), all = _mm256_add_epi32(a, b);
     __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xD8);
