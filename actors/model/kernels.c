@@ -293,7 +293,7 @@ INLINE void unpack(int kind, const uint8_t *from, __m512i to[8]) {
     }
 }
 
-INLINE void tile_whole(const Product *p, int tile, int first, int count, const int kind) {
+INLINE void tile_whole(const Product *p, int tile, int first, const int count, const int kind) {
     const Matrix *m = p->matrix;
     const Tokens *tokens = p->tokens;
     int blocks = m->columns / BLOCK;
@@ -361,7 +361,7 @@ INLINE __m256i block_int8(const __m256i w[8], const int32_t *x) {
 }
 
 /* Half a tile: the sums of 8 rows. */
-INLINE void half_whole(const Product *p, int tile, int half, int first, int count, const int kind) {
+INLINE void half_whole(const Product *p, int tile, const int half, int first, const int count, const int kind) {
     const Matrix *m = p->matrix;
     const Tokens *tokens = p->tokens;
     int blocks = m->columns / BLOCK;
@@ -404,22 +404,33 @@ INLINE void half_whole(const Product *p, int tile, int half, int first, int coun
         _mm256_storeu_ps(p->out + (size_t)(first + t) * m->rows + tile * TILE + 8 * half, sum[t]);
 }
 
-INLINE void tile_whole(const Product *p, int tile, int first, int count, const int kind) {
+INLINE void tile_whole(const Product *p, int tile, int first, const int count, const int kind) {
     half_whole(p, tile, 0, first, count, kind);
     half_whole(p, tile, 1, first, count, kind);
 }
 
 #endif
 
-static void tile_int8(const Product *p, int tile, int first, int end) {
-    for (int t = first, count; t < end; t += count)
-        tile_whole(p, tile, t, count = next(end - t), INT8);
+INLINE void tile_rounded(const Product *p, int tile, int first, int end, const int kind) {
+    for (int t = first, count; t < end; t += count) {
+        count = next(end - t);
+        switch (count) {
+        case 1: tile_whole(p, tile, t, 1, kind); break;
+        case 2: tile_whole(p, tile, t, 2, kind); break;
+        case 3: tile_whole(p, tile, t, 3, kind); break;
+        case 4: tile_whole(p, tile, t, 4, kind); break;
+        case 5: tile_whole(p, tile, t, 5, kind); break;
+#if TOKENS == 8
+        case 6: tile_whole(p, tile, t, 6, kind); break;
+        case 7: tile_whole(p, tile, t, 7, kind); break;
+        case 8: tile_whole(p, tile, t, 8, kind); break;
+#endif
+        }
+    }
 }
 
-static void tile_int4(const Product *p, int tile, int first, int end) {
-    for (int t = first, count; t < end; t += count)
-        tile_whole(p, tile, t, count = next(end - t), INT4);
-}
+static void tile_int8(const Product *p, int tile, int first, int end) { tile_rounded(p, tile, first, end, INT8); }
+static void tile_int4(const Product *p, int tile, int first, int end) { tile_rounded(p, tile, first, end, INT4); }
 
 static void product_chunk(void *context, int chunk) {
     const Product *p = context;
