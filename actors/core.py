@@ -73,6 +73,7 @@ class HostCore:
         self._newest = 0
         self._early: dict[int, list[tuple[HostLink, Row, torch.Tensor, Received]]] = {}
         self._ready: deque[Work] = deque()
+        self._passed: Work | None = None
         once = [port.name for port in self._inputs.values() if port.once]
         joined = tuple(port for port in self._inputs if port not in once)
         self._gate: Gate[Work] | None = Gate(once) if once else None
@@ -247,9 +248,16 @@ class HostCore:
 
     def take(self) -> Work | None:
         """The next step: what has queued up, one row a session, up to the token budget. None if there is none or an
-        output has no credit."""
+        output has no credit.
+
+        Rows of one token (decoding) go before parts of prompts, so that a token waits for no more than one step's budget.
+        Then come the part that has waited longest, which is passed over once at the most, and the parts of those prompts
+        that are least far: a short one is not held up by a long one.
+        """
         if not self._ready or self.exchange.waiting:
             return None
+        if len(self._ready) > 1 and self._stacks:
+            self._put_in_order()
         most_rows = -(-len(self._epochs) // self._batches) if self._batches > 1 else MAX_ROWS
         if len(self._ready) == 1:
             return self._current(self._next(most_rows))
@@ -283,6 +291,20 @@ class HostCore:
             tuple(source for piece in pieces for source in piece.sources),
             tuple(pieces),
         )
+
+    def _put_in_order(self) -> None:
+        single, parts = [], []
+        for piece in self._ready:
+            (single if any(row.tokens == 1 for row in piece.batch.rows) else parts).append(piece)
+        if not parts or (not single and len(parts) < 3):
+            return
+        ahead = {row.session for piece in single for row in piece.batch.rows}
+        if any(row.session in ahead for piece in parts for row in piece.batch.rows):
+            return  # a session's own order comes first
+        oldest, *rest = parts
+        rest.sort(key=lambda piece: max(row.position for row in piece.batch.rows))
+        self._ready = deque([oldest, *single, *rest] if oldest is self._passed else [*single, oldest, *rest])
+        self._passed = oldest
 
     def _next(self, most_rows: int) -> Work:
         """The first piece, or its first rows if it has too many for one batch."""

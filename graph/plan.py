@@ -174,7 +174,7 @@ class Plan:
             dtype=file.model.dtype if file.model is not None else "float32",
             layers=actor.layers,
             cache_tokens=section.cache_tokens,
-            threads=section.threads,
+            threads=_threads(self.graph, section),
             cpus=section.cpus,
             needed=_needed(section),
             experts=actor.experts,
@@ -210,6 +210,12 @@ def _implementation(kind: Kind, checkpoint: Checkpoint | None) -> str:
     return kind.implementation
 
 
+def _threads(graph: Graph, section: ActorSection) -> int:
+    """As given, or its share of the cores: processes that compute at the same time must not wait for each other's threads."""
+    processes = sum(actor.section.replicas for actor in graph.actors.values())
+    return section.threads or max(1, len(section.cpus or os.sched_getaffinity(0)) // processes)
+
+
 def _needed(section: ActorSection) -> int | None:
     """How many inputs make a step; None: all."""
     if isinstance(section.join, Quorum):
@@ -235,7 +241,7 @@ def _planned(graph: Graph, actor: CheckedActor) -> PlannedHost:
         actor=actor.name,
         kind=actor.kind.name,
         layers=layers,
-        threads=actor.section.threads,
+        threads=_threads(graph, actor.section),
         cpus=actor.section.cpus,
         weight_bytes=_weight_bytes(graph, actor, itemsize) + actor.module_bytes,
         cache_bytes_per_token=cached,

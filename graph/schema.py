@@ -68,7 +68,9 @@ class ActorSection(Section):
     )
     layers: str | int | None = Field(None, description="for blocks and stages: first-last, both included, such as 0-14")
     experts: str | int | None = Field(None, description="for experts: first-last of a layer's experts, such as 0-3")
-    threads: int = Field(1, ge=1, le=1024, description="threads torch may use in this process")
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="threads it may compute with; its share of the cores if it is not given"
+    )
     cpus: list[Annotated[int, Field(ge=0, le=4095)]] | None = Field(
         None, min_length=1, description="cores this process may run on, such as [0]; all if it is not given"
     )
@@ -80,7 +82,7 @@ class ActorSection(Section):
         "queue or with the lowest latency, or {hedge: 2} to two of which the first answer counts",
     )
     cache_tokens: int = Field(65536, ge=1, le=1 << 31, description="positions of all sessions that its KV cache holds")
-    batch_tokens: int = Field(2048, ge=1, le=1 << 20, description="tokens laid together in one step at the most")
+    batch_tokens: int = Field(256, ge=1, le=1 << 20, description="tokens laid together in one step at the most")
     endpoint: str | None = Field(None, description="where its inbox is bound, such as tcp://127.0.0.1:5555")
     weights: str | None = Field(
         None, max_length=4096, description="for a torch module: ./file.safetensors with its state"
@@ -140,7 +142,7 @@ class GraphFile(Section):
     transport: Literal["ipc"] | str = Field(
         "ipc", description="ipc, or tcp://127.0.0.1 to give every actor a free port of that address"
     )
-    prefill_chunk: int = Field(512, ge=1, le=1 << 16, description="prompt tokens of one message at the most")
+    prefill_chunk: int = Field(128, ge=1, le=1 << 16, description="prompt tokens of one message at the most")
     max_frame_bytes: int = Field(1 << 30, ge=1 << 16, le=1 << 40, description="a larger tensor is refused")
     trace: bool = Field(True, description="write a record of every message")
     supervision: SupervisionSection = Field(default_factory=lambda: SupervisionSection())

@@ -122,10 +122,60 @@ def test_a_message_over_the_budget_goes_alone() -> None:
     bench.core.open(1, 1)
     bench.core.open(2, 1)
     bench.send([Row(1, 1, 0, 9)])
-    bench.send([Row(2, 1, 0, 1)])
+    bench.send([Row(2, 1, 0, 2)])
     first = bench.step()
     assert first is not None
     assert first.batch.tokens == 9
+
+
+def sessions_of(work: Work | None) -> list[tuple[int, int]]:
+    """Session and position of each row of a step."""
+    assert work is not None
+    return [(row.session, row.position) for row in work.batch.rows]
+
+
+def test_a_long_prompt_holds_up_neither_tokens_nor_short_prompts() -> None:
+    """Four parts of a long prompt, then a short prompt and two sessions that decode: every step has the oldest part and, before
+    it, the tokens; the short prompt goes with the first."""
+    bench = Bench(batch_tokens=12)
+    for session in range(1, 5):
+        bench.core.open(session, 1)
+    for part in range(4):
+        bench.send([Row(1, 1, 4 * part, 4)])
+    bench.send([Row(2, 1, 0, 3)])
+    bench.send([Row(3, 1, 9, 1)])
+    bench.send([Row(4, 1, 5, 1)])
+    assert sessions_of(bench.step()) == [(3, 9), (4, 5), (1, 0), (2, 0)]
+    bench.send([Row(4, 1, 6, 1), Row(3, 1, 10, 1)])
+    assert sessions_of(bench.step()) == [(4, 6), (3, 10), (1, 4)]
+    assert [sessions_of(bench.step()) for _ in range(2)] == [[(1, 8)], [(1, 12)]]
+    assert bench.step() is None
+
+
+def test_a_part_that_never_fits_beside_tokens_is_passed_over_once() -> None:
+    """Tokens of two sessions come before every step, and the budget has no room for a prompt's part with them."""
+    bench = Bench(batch_tokens=4)
+    for session in range(1, 4):
+        bench.core.open(session, 1)
+    bench.send([Row(1, 1, 0, 4)])
+    bench.send([Row(1, 1, 4, 4)])
+    taken = []
+    for step in range(5):
+        bench.send([Row(2, 1, step, 1), Row(3, 1, step, 1)])
+        taken.append({session for session, _ in sessions_of(bench.step())})
+    assert taken == [{2, 3}, {1}, {2, 3}, {1}, {2, 3}]
+
+
+def test_a_sessions_own_order_comes_before_any_other() -> None:
+    """A step of one token behind a larger one of the same session stays there."""
+    bench = Bench()
+    bench.core.open(1, 1)
+    bench.core.open(2, 1)
+    bench.send([Row(1, 1, 0, 3)])
+    bench.send([Row(2, 1, 0, 2)])
+    bench.send([Row(1, 1, 3, 1)])
+    assert sessions_of(bench.step()) == [(1, 0), (2, 0)]
+    assert sessions_of(bench.step()) == [(1, 3)]
 
 
 def test_a_sessions_next_step_waits_for_the_one_before() -> None:
@@ -134,7 +184,7 @@ def test_a_sessions_next_step_waits_for_the_one_before() -> None:
     bench.core.open(1, 1)
     bench.core.open(2, 1)
     bench.send([Row(1, 1, 0, 2)])
-    bench.send([Row(2, 1, 0, 1)])
+    bench.send([Row(2, 1, 0, 3)])
     bench.send([Row(1, 1, 2, 2)])
     first, second = bench.step(), bench.step()
     assert first is not None
@@ -319,11 +369,11 @@ def test_ports_of_one_step_may_hold_different_numbers_of_tokens() -> None:
     bench = Bench(ports=("a", "b"))
     for session in (1, 2):
         bench.core.open(session, 1)
-    bench.send([Row(1, 1, 0, 2), Row(2, 1, 0, 1)], edge=0, port="a")
+    bench.send([Row(1, 1, 0, 2), Row(2, 1, 0, 4)], edge=0, port="a")
     bench.send([Row(1, 1, 0, 0), Row(2, 1, 0, 3)], edge=1, port="b")
     work = bench.core.take()
     assert work is not None
-    assert work.batch.rows == (Row(1, 1, 0, 2), Row(2, 1, 0, 1))
+    assert work.batch.rows == (Row(1, 1, 0, 2), Row(2, 1, 0, 4))
     assert work.batch.rows_of("b") == (Row(1, 1, 0, 0), Row(2, 1, 0, 3))
     assert work.batch["b"].tolist() == [2.0, 2.0, 2.0]
     assert [single.batch["b"].tolist() for single in bench.core.alone(work)] == [[], [2.0, 2.0, 2.0]]
