@@ -40,16 +40,13 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 # the peers that ours is compared with, in an environment of their own; llama.cpp compiles for some minutes
-$(PEERS):
-	$(PYTHON) -m venv .bench-venv
-	.bench-venv/bin/python -m pip install --quiet numpy llama-cpp-python==0.3.36
-	@touch $@
+$(PEERS): benchmarks/peers.sh
+	bash benchmarks/peers.sh .bench-venv
 
 bench: $(STAMP) $(MODEL) $(PEERS)
 	$(BIN)/python benchmarks/hop.py
 	$(BIN)/python benchmarks/hedge.py
-	$(BIN)/python benchmarks/decode.py --streams 1
-	$(BIN)/python benchmarks/decode.py --streams 16
+	$(BIN)/python benchmarks/text.py
 
 clean:
 	rm -rf $(VENV) .bench-venv actors/model/*.so build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 settings.register_profile("ranvier", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ranvier")
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Tests that a shell started in the background ignore Ctrl-C, and so would all that they start, which is sent it here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def processes_under(folder: Path) -> list[str]:

