@@ -293,7 +293,8 @@ class HostCore:
         )
 
     def _put_in_order(self) -> None:
-        single, parts = [], []
+        single: list[Work] = []
+        parts: list[Work] = []
         for piece in self._ready:
             (single if any(row.tokens == 1 for row in piece.batch.rows) else parts).append(piece)
         if not parts or (not single and len(parts) < 3):
@@ -303,7 +304,8 @@ class HostCore:
             return  # a session's own order comes first
         oldest, *rest = parts
         rest.sort(key=lambda piece: max(row.position for row in piece.batch.rows))
-        self._ready = deque([oldest, *single, *rest] if oldest is self._passed else [*single, oldest, *rest])
+        first = [oldest, *single] if oldest is self._passed else [*single, oldest]
+        self._ready = deque([*first, *rest])
         self._passed = oldest
 
     def _next(self, most_rows: int) -> Work:

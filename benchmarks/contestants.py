@@ -8,6 +8,7 @@ every stream gets the same prompt and makes as many new tokens, greedily. llama.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import socket
@@ -157,7 +158,7 @@ def ours(
 ) -> Contestant:  # fmt: skip
     """The model cut into these actors."""
     names = list(actors)
-    edges = [f"{a}.hidden -> {b}.hidden" for a, b in zip(names, names[1:], strict=False)]
+    edges = [f"{a}.hidden -> {b}.hidden" for a, b in itertools.pairwise(names)]
     graph = {
         "ranvier": 1, "name": "bench", "model": {"source": "unset", "dtype": "bfloat16", "weights": weights},
         "actors": {name: {"threads": threads, **given} for name, given in actors.items()},

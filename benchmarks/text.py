@@ -1,4 +1,4 @@
-"""How fast is text, and what does the cut cost? One question of QUESTIONS a run, every contestant ready from the start, in turn.
+"""How fast is text, and what does the cut cost? One question of QUESTIONS a run, all ready from the start, in turn.
 
 SmolLM2-135M, 11 tokens in and 64 out for each stream unless the question says otherwise, greedy; tokens a second of whole
 requests, the prompt too. `python benchmarks/text.py one-stream --rounds 5` prints a table and saves it.
