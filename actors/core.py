@@ -73,7 +73,7 @@ class HostCore:
         self._newest = 0
         self._early: dict[int, list[tuple[HostLink, Row, torch.Tensor, Received]]] = {}
         self._ready: deque[Work] = deque()
-        self._passed: Work | None = None
+        self._passed: Row | None = None
         once = [port.name for port in self._inputs.values() if port.once]
         joined = tuple(port for port in self._inputs if port not in once)
         self._gate: Gate[Work] | None = Gate(once) if once else None
@@ -250,7 +250,8 @@ class HostCore:
         """The next step: what has queued up, one row a session, up to the token budget. None if there is none or an
         output has no credit.
 
-        Rows of one token (decoding) go before parts of prompts, so that a token waits for no more than one step's budget.
+        Rows of one token (decoding) go before parts of prompts: a token waits for the step that runs and, where a part does
+        not fit beside it, for one such part.
         Then come the part that has waited longest, which is passed over once at the most, and the parts of those prompts
         that are least far: a short one is not held up by a long one.
         """
@@ -304,9 +305,10 @@ class HostCore:
             return  # a session's own order comes first
         oldest, *rest = parts
         rest.sort(key=lambda piece: max(row.position for row in piece.batch.rows))
-        first = [oldest, *single] if oldest is self._passed else [*single, oldest]
+        lead = oldest.batch.rows[0]
+        first = [oldest, *single] if lead == self._passed else [*single, oldest]
         self._ready = deque([*first, *rest])
-        self._passed = oldest
+        self._passed = lead
 
     def _next(self, most_rows: int) -> Work:
         """The first piece, or its first rows if it has too many for one batch."""

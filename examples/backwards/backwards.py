@@ -80,7 +80,8 @@ def main() -> None:
     known, asked = words()
     model = trained(known)
     model.save_pretrained(HERE / "model")
-    answers = trio.run(spelled, ranvier.load(HERE / "backwards.yaml"), asked)
+    graph = ranvier.load(HERE / "backwards.yaml")
+    answers = trio.run(spelled, graph, asked, restrict_keyboard_interrupt_to_checkpoints=True)
     same = 0
     for word in asked:
         print(f"{word:10} {answers[word]}")
