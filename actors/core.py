@@ -294,20 +294,28 @@ class HostCore:
         )
 
     def _put_in_order(self) -> None:
-        single: list[Work] = []
-        parts: list[Work] = []
-        for piece in self._ready:
-            (single if any(row.tokens == 1 for row in piece.batch.rows) else parts).append(piece)
-        if not parts or (not single and len(parts) < 3):
+        """See `take`. A piece is ranked no higher than what its sessions have before it: their own order stays."""
+        parts = [piece for piece in self._ready if all(row.tokens > 1 for row in piece.batch.rows)]
+        if not parts:
             return
-        ahead = {row.session for piece in single for row in piece.batch.rows}
-        if any(row.session in ahead for piece in parts for row in piece.batch.rows):
-            return  # a session's own order comes first
-        oldest, *rest = parts
-        rest.sort(key=lambda piece: max(row.position for row in piece.batch.rows))
+        oldest = parts[0]
         lead = oldest.batch.rows[0]
-        first = [oldest, *single] if lead == self._passed else [*single, oldest]
-        self._ready = deque([*first, *rest])
+        of_sessions: dict[int, tuple[int, int]] = {}
+        ranked: list[tuple[tuple[int, int], Work]] = []
+        for piece in self._ready:
+            rows = piece.batch.rows
+            before = max((of_sessions[row.session] for row in rows if row.session in of_sessions), default=None)
+            if piece is oldest:
+                rank = (0 if lead == self._passed else 2, 0)
+            elif before is None and any(row.tokens <= 1 for row in rows):
+                rank = (1, 0)
+            else:
+                rank = (3, max(row.position for row in rows))
+            rank = max(rank, before or rank)
+            of_sessions.update((row.session, rank) for row in rows)
+            ranked.append((rank, piece))
+        ranked.sort(key=lambda one: one[0])
+        self._ready = deque(piece for _, piece in ranked)
         self._passed = lead
 
     def _next(self, most_rows: int) -> Work:

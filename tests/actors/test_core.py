@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ranvier.actors.actor import Batch
 from ranvier.actors.core import HostCore, Work
@@ -164,6 +166,33 @@ def test_a_part_that_never_fits_beside_tokens_is_passed_over_once() -> None:
         bench.send([Row(2, 1, step, 1), Row(3, 1, step, 1)])
         taken.append({session for session, _ in sessions_of(bench.step())})
     assert taken == [{2, 3}, {1}, {2, 3}, {1}, {2, 3}]
+
+
+@given(
+    st.lists(st.dictionaries(st.integers(1, 4), st.integers(1, 5), min_size=1), min_size=1, max_size=7),
+    st.integers(1, 12),
+    st.integers(1, 3),
+)
+def test_every_row_is_taken_once_and_each_sessions_in_order(
+    messages: list[dict[int, int]], batch_tokens: int, batches: int
+) -> None:
+    """Of messages that hold parts of any sessions, whatever goes before what: what a KV cache relies on."""
+    bench = Bench(batch_tokens=batch_tokens, batches=batches)
+    at = dict.fromkeys(range(1, 5), 0)
+    for session in at:
+        bench.core.open(session, 1)
+    sent = []
+    for message in messages:
+        rows = [Row(session, 1, at[session], tokens) for session, tokens in message.items()]
+        at |= {row.session: row.position + row.tokens for row in rows}
+        sent += rows
+        bench.send(rows)
+    taken: list[Row] = []
+    while (work := bench.step()) is not None:
+        taken += work.batch.rows
+    assert sorted(taken) == sorted(sent)
+    for session in at:
+        assert [row for row in taken if row.session == session] == [row for row in sent if row.session == session]
 
 
 def test_a_sessions_own_order_comes_before_any_other() -> None:
