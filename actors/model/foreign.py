@@ -10,6 +10,7 @@ Shape suffixes: T tokens of the batch, t tokens of one row, H hidden, V vocabula
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -102,6 +103,9 @@ class Skeleton:
             self.model.tie_weights()  # which skipping the initialisation skips, too
         self.model.requires_grad_(False)
         self.config = self.model.config
+        # 5.24 calls it `cache`, earlier versions `past_key_values`
+        named = inspect.signature(self.model.forward).parameters
+        self._past_name = "cache" if "cache" in named else "past_key_values"
         stack, name = _layer_list(self.model, checkpoint.config.layers)
         self.tuples = self._returns_tuples(stack[0])
         own = range(layers[0], layers[1] + 1) if layers is not None else range(0)
@@ -212,8 +216,8 @@ class Skeleton:
                 **inputs,
                 attention_mask=torch.ones(1, position + count, dtype=torch.long),
                 position_ids=torch.arange(position, position + count)[None],
-                past_key_values=self.past,
                 use_cache=self.past is not None,
+                **{self._past_name: self.past},
             )
         except _Left as left:
             return left.hidden[0]
