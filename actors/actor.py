@@ -82,6 +82,8 @@ class Actor:
 
     inputs: ClassVar[Mapping[str, TensorSpec]] = {}
     outputs: ClassVar[Mapping[str, TensorSpec]] = {}
+    args: ClassVar[Mapping[str, str]] = {}
+    """The keys of `args:` in the graph file and what each is, for `ranvier actors` and the check. Empty: any key is taken."""
     once: ClassVar[tuple[str, ...]] = ()
     """Inputs that come once a session and belong to all its steps, such as what a decoder attends to. `step` gets each in a
     batch of its own before the first step of that session, and returns nothing for it; `join` is about the others."""

@@ -20,6 +20,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "progress": {"share": float},
     "ready": {"address": str, "capacity_tokens": (int, type(None)), "held_bytes": int},
     "heartbeat": {"steps": int, "stepping_s": float, "queued": int, "counters": dict},
+    "counters": {"counters": dict},
     "linked": {"peer": str},
     "session_failed": {"session": int, "epoch": int, "error": str, "traceback": str},
     "refused": {"what": str},

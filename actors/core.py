@@ -59,6 +59,7 @@ class HostCore:
     ) -> None:
         self.exchange = exchange
         self.counters: Counter[str] = Counter()
+        self.discarded: list[Received] = []
         self._inputs = {port.name: port for port in inputs}
         self.outputs = Outputs(outputs, exchange)
         self._in: dict[ReceivingLink, HostLink] = {}
@@ -126,13 +127,16 @@ class HostCore:
     def close(self, session: int) -> bool:
         """Rows of the session are refused from now on. False if it was not open."""
         if self._join is not None:
-            self._use_up(part.source for part in self._join.drop(session))
+            self._discard(part.source for part in self._join.drop(session))
         if self._gate is not None:
             for work in self._gate.drop(session):
-                self._use_up(work.sources)
+                self._discard(work.sources)
         self._answers.close(session)
         self.outputs.close(session)
-        return self._epochs.pop(session, None) is not None
+        was_open = self._epochs.pop(session, None) is not None
+        if self.exchange.waiting:
+            self.outputs.give_up(self._is_open)
+        return was_open
 
     @property
     def sessions(self) -> tuple[int, ...]:
@@ -197,12 +201,12 @@ class HostCore:
         for row, part in zip(rows, self._split(port, rows, tensor), strict=True):
             if not self._is_open(row):
                 self.counters["rows_refused"] += 1
-                self._use_up((received,))
+                self._discard((received,))
                 continue
             edge = received.link.spec.edge
             if edge in self._answers and not self._answers.first(edge, row):
                 self.counters["rows_late"] += 1
-                self._use_up((received,))
+                self._discard((received,))
                 continue
             if self._gate is not None and port in self._gate:
                 self._ready.append(Work(Batch((row,), {port: part}), (received,)))
@@ -212,7 +216,7 @@ class HostCore:
                 whole = join.offer(port, Part(row, part, received))
             except Late:
                 self.counters["rows_late"] += 1
-                self._use_up((received,))
+                self._discard((received,))
                 continue
             if whole is not None:
                 parts = whole.values()
@@ -359,7 +363,7 @@ class HostCore:
         rows = piece.batch.rows
         self.counters[counter] += len(rows) - sum(keep)
         if not any(keep):
-            self._use_up(piece.sources)
+            self._discard(piece.sources)
             return None
         tensors = {
             port: torch.cat(list(itertools.compress(self._split(port, rows, tensor), keep)))
@@ -392,6 +396,9 @@ class HostCore:
     def finish(self, work: Work) -> list[Received]:
         """The step is over, well or not: give its credit back. Returns the messages that are done with."""
         return self._use_up(work.sources)
+
+    def _discard(self, sources: Iterable[Received]) -> None:
+        self.discarded += self._use_up(sources)
 
     def _use_up(self, sources: Iterable[Received]) -> list[Received]:
         """The messages that are done with. Where the rows of one go different ways, the last of them ends it."""

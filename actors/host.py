@@ -33,7 +33,7 @@ from .kinds import make
 from .lifecycle import Lifecycle, State
 from .session import SessionInfo
 from .spec import HostLink, HostSpec
-from .trace_file import DONE, SENT
+from .trace_file import DONE, SENT, UNSENT
 
 ACK_DELAY_S = 0.001
 """An acknowledgement that nobody waits for goes out after so long without work."""
@@ -90,6 +90,7 @@ class Host:
             [link.link for link in spec.links],
             time.monotonic_ns,
             self._record_sent if spec.trace else None,
+            self._record_unsent if spec.trace else None,
         )
         self.core = HostCore(
             spec.inputs, spec.outputs, spec.links, self.exchange, spec.batch_tokens, spec.needed, spec.batches
@@ -187,7 +188,7 @@ class Host:
                 exchange.tick()
                 self._give_up_overdue()
                 self._flush(wire)
-                crossing.counters = {**exchange.counters, **core.counters, "trace_dropped": crossing.ring.dropped}
+                self._count()
             while crossing.commands:
                 if not self._obey(*crossing.commands.popleft()):
                     return
@@ -198,6 +199,8 @@ class Host:
                 self._flush(wire)
                 due_ns = core.due_ns
             work = core.take()
+            if core.discarded:
+                self._record_discarded()
             if work is not None:
                 self._step(work)
                 continue
@@ -363,11 +366,16 @@ class Host:
         if self.core.close(session):
             self.actor.close(session)
 
+    def _count(self) -> None:
+        dropped = self.crossing.ring.dropped
+        self.crossing.counters = {**self.exchange.counters, **self.core.counters, "trace_dropped": dropped}
+
     # -- the end ------------------------------------------------------------------------------------------------
 
     def _drain(self, wire: ZeroWire) -> None:
         """Send what is owed and wait until what was sent is acknowledged, but not for long."""
         self._to(State.DRAINING)
+        self.core.outputs.give_up(lambda _row: False)  # every session is over
         deadline = time.monotonic() + DRAIN_DEADLINE_S
         self.exchange.idle()
         self._flush(wire)
@@ -375,6 +383,9 @@ class Host:
             self._receive(wire, 0.02)
             self.exchange.idle()
             self._flush(wire)
+        self._record_discarded()
+        self._count()
+        self.crossing.tell("counters", counters=self.crossing.counters)
 
     def failed(self, error: BaseException) -> None:
         if not self.life.over:
@@ -403,6 +414,19 @@ class Host:
         self.crossing.ring.put(
             (SENT, link.edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, codec, rows, coding, link.target)
         )
+
+    def _record_unsent(
+        self, link: LinkSpec, rows: tuple[Row, ...], nbytes: int, ready_ns: int, given_up_ns: int
+    ) -> None:
+        self.crossing.ring.put((UNSENT, link.edge, nbytes, ready_ns, given_up_ns, rows, link.target))
+
+    def _record_discarded(self) -> None:
+        """Messages that went into no step: losers of a join, rows of sessions that are over."""
+        if self.spec.trace:
+            now_ns = time.monotonic_ns()
+            for received in self.core.discarded:
+                self.crossing.ring.put(_done_record(received, now_ns, now_ns, 0))
+        self.core.discarded.clear()
 
 
 def _done_record(received: Received, started_ns: int, finished_ns: int, batch: int) -> tuple[Any, ...]:

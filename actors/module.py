@@ -7,7 +7,7 @@ of a tuple `output0`, `output1`, … What shapes they have is found out without 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,6 @@ from ranvier.transport.tensors import torch_dtype
 
 from .actor import Actor, Batch, Context
 from .errors import CheckpointError
-
-TRIALS = (11, 13)
-"""Two sizes for each open dimension: what of an output changes with it is open, too."""
 
 
 def inputs_of(module: type[nn.Module]) -> list[str]:
@@ -54,8 +51,7 @@ def outputs_of(
             made = module(**args).train(False)
         except Exception as error:
             raise ValueError(f"cannot be made with args {dict(args)}: {type(error).__name__}: {error}") from None
-        for base in TRIALS:
-            sizes = {name: base + 4 * index for index, name in enumerate(names)}
+        for sizes in _trials(names):
             given = {
                 name: torch.empty(
                     [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape], dtype=torch_dtype(spec.dtype)
@@ -68,7 +64,16 @@ def outputs_of(
                 shapes = ", ".join(f"{name}: {spec}" for name, spec in inputs.items())
                 raise ValueError(f"forward fails for {shapes}: {type(error).__name__}: {error}") from None
     (first_sizes, first), (second_sizes, second) = trials
-    return {port: _spec(first[port], second[port], first_sizes, second_sizes) for port in first}
+    if [(port, made.dim()) for port, made in first.items()] != [(port, made.dim()) for port, made in second.items()]:
+        raise ValueError("forward gives other outputs for other sizes of its inputs; each must be there in any case")
+    return {port: _spec(port, first[port], second[port], first_sizes, second_sizes) for port in first}
+
+
+def _trials(names: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """Two sizes for each open dimension: what of an output changes with it is open, too. From the first to the second each
+    grows by an amount of its own, so that one that is made of another by adding is not taken for a third."""
+    first = {name: 11 + 4 * index for index, name in enumerate(names)}
+    return first, {name: size + 2 + index * (index + 1) for index, (name, size) in enumerate(first.items())}
 
 
 def state_bytes(module: type[nn.Module], args: Mapping[str, Any]) -> int:
@@ -93,11 +98,15 @@ def _named(made: Any) -> dict[str, torch.Tensor]:
 
 
 def _spec(
-    first: torch.Tensor, second: torch.Tensor, first_sizes: Mapping[str, int], second_sizes: Mapping[str, int]
+    port: str,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    first_sizes: Mapping[str, int],
+    second_sizes: Mapping[str, int],
 ) -> TensorSpec:
     shape: list[int | str] = []
     for index, (one, two) in enumerate(zip(first.shape, second.shape, strict=True)):
-        named = next((n for n in first_sizes if (first_sizes[n], second_sizes[n]) == (one, two)), f"free{index}")
+        named = next((n for n in first_sizes if (first_sizes[n], second_sizes[n]) == (one, two)), f"{port}_{index}")
         shape.append(one if one == two else named)
     return TensorSpec(str(first.dtype).removeprefix("torch."), tuple(shape))
 

@@ -16,7 +16,7 @@ from ranvier.transport.tensors import LOOK_EVERY, encode, to_buffer
 
 from .actor import Batch
 from .replicas import Places, Route
-from .spec import HostLink, PortSpec
+from .spec import GATEWAY, HostLink, PortSpec
 
 
 class Loop(NamedTuple):
@@ -70,6 +70,12 @@ class Outputs:
             for route in self._every():
                 route.close(session)
 
+    def give_up(self, wanted: Callable[[Row], bool]) -> None:
+        """Drop what waits for credit and of which no row is `wanted` any more."""
+        for route in self._every():
+            route.give_up(wanted)
+        self._exchange.give_up(wanted)
+
     def _every(self) -> Iterator[Route]:
         yield from itertools.chain.from_iterable(self._routes.values())
         for route, _ in self._loops.values():
@@ -101,7 +107,10 @@ class Outputs:
             ProtocolError: an output is not what its edge carries.
             ValueError, TypeError: the actor returned a port it does not have, or no tensor.
         """
-        for port, value in outputs.items():
+        going: set[Row] = set()
+        # loops first: they say which rows go round
+        ordered = sorted(outputs.items(), key=lambda one: one[0] not in self._loops) if self._loops else outputs.items()
+        for port, value in ordered:
             routes = self._routes.get(port)
             if routes is None:
                 raise ValueError(f"step returned the port {port!r}; the actor's outputs are {', '.join(self._routes)}")
@@ -112,7 +121,17 @@ class Outputs:
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"step returned {type(tensor).__name__} for the port {port!r}, expected a torch.Tensor")
             if loop is not None:
+                entered = own
                 own, tensor = self._go_round(port, own, tensor, *loop, outputs, ready_ns)
+                going.update(entered)
+                going.difference_update(own)
+            elif going and any(row in going for row in own):
+                # the client gets what leaves the loop, whichever port it asks
+                self._send(port, [route for route in routes if route.actor != GATEWAY], own, tensor, ready_ns)
+                routes = [route for route in routes if route.actor == GATEWAY]
+                parts, stays = self._split(port, own, tensor), [row not in going for row in own]
+                own = tuple(itertools.compress(own, stays))
+                tensor = torch.cat(list(itertools.compress(parts, stays))) if own else tensor[:0]
             if own:
                 self._send(port, routes, own, tensor, ready_ns)
 

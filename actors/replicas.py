@@ -104,6 +104,17 @@ class Route:
         """Forget a session."""
         self._dropped_out.pop(session, None)
 
+    def give_up(self, wanted: Callable[[Row], bool]) -> None:
+        """Drop what is held and of which no row is `wanted` any more."""
+        kept = deque[_Held]()
+        for held in self._held:
+            if any(wanted(row) for row in held.rows):
+                kept.append(held)
+            else:
+                held.exchange.waiting -= 1
+                held.exchange.counters["given_up"] += 1
+        self._held = kept
+
     # -- choosing -----------------------------------------------------------------------------------------------
 
     def groups(self, rows: Sequence[Row], places: PlacesOf) -> list[tuple[tuple[int, ...], list[int]]]:

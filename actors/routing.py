@@ -29,11 +29,7 @@ def scatter(
         raise ValueError(
             f"routing: expected integers [{hidden_TH.shape[0]}, choices], got {index_Tk.dtype}{list(index_Tk.shape)}"
         )
-    if index_Tk.numel() and not 0 <= int(index_Tk.min()) <= int(index_Tk.max()) < len(ports):
-        raise ValueError(
-            f"routing: expected indices from 0 to {len(ports) - 1} for {', '.join(ports)}, "
-            f"got {int(index_Tk.min())} to {int(index_Tk.max())}"
-        )
+    _check_range(index_Tk, ports)
     routed = {}
     counts = [row.tokens for row in rows]
     for number, port in enumerate(ports):
@@ -51,14 +47,24 @@ def gather(
     """[T, H]: for each token the sum of what its choices made of it, each with its weight.
 
     Raises:
-        ValueError: a part has not as many tokens as were sent there.
+        ValueError: an index out of range, or a part has not as many tokens as were sent there.
     """
+    _check_range(index_Tk, ports)
     first = parts[ports[0]]
     mixed_TH = torch.zeros(index_Tk.shape[0], first.shape[1], dtype=first.dtype)
     for number, port in enumerate(ports):
-        token_t, choice_t = torch.where(index_Tk == number)
+        chosen_Tk = index_Tk == number
+        token_t = torch.where(chosen_Tk.any(1))[0]
         if len(token_t) != parts[port].shape[0]:
             raise ValueError(f"routing: port {port}: expected {len(token_t)} tokens, got {parts[port].shape[0]}")
-        weighted = parts[port] * weight_Tk[token_t, choice_t, None]
-        mixed_TH.index_add_(0, token_t, weighted.to(mixed_TH.dtype))
+        weight_t = torch.where(chosen_Tk, weight_Tk, 0.0).sum(1)[token_t]  # a token that chose it twice went there once
+        mixed_TH.index_add_(0, token_t, (parts[port] * weight_t[:, None]).to(mixed_TH.dtype))
     return mixed_TH
+
+
+def _check_range(index_Tk: torch.Tensor, ports: Sequence[str]) -> None:
+    if index_Tk.numel() and not 0 <= int(index_Tk.min()) <= int(index_Tk.max()) < len(ports):
+        raise ValueError(
+            f"routing: expected indices from 0 to {len(ports) - 1} for {', '.join(ports)}, "
+            f"got {int(index_Tk.min())} to {int(index_Tk.max())}"
+        )

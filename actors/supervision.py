@@ -81,6 +81,8 @@ class Supervision:
         elif kind == "heartbeat":
             host.steps, host.stepping_s, host.queued = fields["steps"], fields["stepping_s"], fields["queued"]
             host.counters = fields["counters"]
+        elif kind == "counters":
+            host.counters = fields["counters"]
         elif kind == "failed":
             self._fail(host, fields["error"], fields["traceback"])
 
@@ -160,6 +162,21 @@ class Supervision:
             if host.capacity_tokens is not None:
                 limits[host.spec.actor] = max(limits.get(host.spec.actor, 0), host.capacity_tokens)
         return min(limits.values(), default=None)
+
+    @property
+    def counters(self) -> dict[str, Mapping[str, int]]:
+        """What each host has counted, by its label."""
+        return {host.spec.label: host.counters for host in self.hosts.values() if host.counters is not None}
+
+    @property
+    def quiet(self) -> bool:
+        """Whether no host had anything to do when it was last heard."""
+        return not any(host.stepping_s or host.queued for host in self.hosts.values())
+
+    @property
+    def steps(self) -> int:
+        """Of all hosts, as last heard."""
+        return sum(host.steps for host in self.hosts.values())
 
     def neighbours(self, spec: HostSpec, gateway: str, gateway_address: str) -> dict[str, str]:
         """Where everyone this host speaks with listens. All hosts must be loaded."""

@@ -225,7 +225,7 @@ class Supervisor:
             self.refused(label, fields["what"])
         else:
             self.supervision.on_message(label, kind, fields, time.monotonic())
-            if kind in ("state", "ready", "failed"):
+            if kind in ("state", "ready", "failed", "counters"):
                 self._log.info(kind, actor=label, **fields)
         self._notify()
 

@@ -45,7 +45,11 @@ DONE_COLUMNS = (
     "source",
 )
 """At the receiving end: received (taken from the wire), started and finished (the step it went into); `batch` is the
-number of messages of that step. Rows are [session, epoch, position, tokens]."""
+number of messages of that step, 0 if it went into none. Rows are [session, epoch, position, tokens]."""
+
+UNSENT = "unsent"
+UNSENT_COLUMNS = ("kind", "edge", "bytes", "ready_ns", "given_up_ns", "rows", "target")
+"""At the sending end: waited for credit that `target` never gave, until its sessions, or the run, were over."""
 
 DROPPED = "dropped"
 DROPPED_COLUMNS = ("kind", "records")
@@ -62,7 +66,8 @@ class TraceFile:
         self._dropped = 0
         self._lost = 0
         head = {"actor": label, "clock": "CLOCK_MONOTONIC", "pid": os.getpid(),
-                "columns": {SENT: SENT_COLUMNS, DONE: DONE_COLUMNS, DROPPED: DROPPED_COLUMNS}}  # fmt: skip
+                "columns": {SENT: SENT_COLUMNS, DONE: DONE_COLUMNS, UNSENT: UNSENT_COLUMNS,
+                            DROPPED: DROPPED_COLUMNS}}  # fmt: skip
         self._file: BinaryIO = self._path.open("wb")
         self._file.write(_to_lines([head]))
         self._file.flush()

@@ -22,7 +22,7 @@ from ranvier.transport.spec import TensorSpec
 from . import source
 from .checked import CheckedActor, Ports
 from .errors import Problem
-from .findings import Findings
+from .findings import Findings, near
 from .load import Document
 from .schema import ActorSection, GraphFile
 
@@ -69,6 +69,7 @@ class ActorCheck(Findings):
         trusted = ("model", "source") in self.document.overridden
         try:
             found_there = open_checkpoint(source.resolve(self.file.model.source, self.folder, trusted))
+            weights.check_whole(found_there)
             self._precision(found_there.config)
             return found_there
         except (source.SourceError, CheckpointError) as error:
@@ -162,6 +163,14 @@ class ActorCheck(Findings):
         if kinds.is_module(made):
             self.modules[name] = made
             return None
+        for key in self.file.actors[name].args:
+            if made.args and key not in made.args:
+                self._wrong(
+                    f"actor {name}: {kind.name} takes no argument {key!r}; {near(key, made.args)}",
+                    "actors",
+                    name,
+                    "args",
+                )
         ports = [*made.inputs.items(), *made.outputs.items()]
         for port, spec in ports:
             if not isinstance(spec, TensorSpec) or not re.fullmatch(r"[a-z][a-z0-9_]{0,60}", port):
@@ -218,7 +227,9 @@ class ActorCheck(Findings):
                 found = actors[source_actor].outputs.get(out) if source_actor in actors else None
                 if found is not None:
                     return found
-        return None
+        row = self.file.pipeline or []
+        before = row[row.index(name) - 1] if name in row[1:] else None
+        return actors[before].outputs.get(port) if before is not None and before in actors else None
 
     def _weights(self, name: str, section: ActorSection) -> Path | None:
         if section.weights is None:

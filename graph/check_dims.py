@@ -44,10 +44,13 @@ def conflicts(actors: Mapping[str, CheckedActor], edges: Iterable[CheckedEdge]) 
     """For each number that meets another one: the nearest such, and the edges between."""
     joined: dict[Place, list[tuple[Place, str]]] = defaultdict(list)
     for edge in edges:
-        if GATEWAY in (edge.source, edge.target):
+        if edge.target == GATEWAY:
             continue
-        source = actors[edge.source].outputs[edge.out].shape
         target = actors[edge.target].inputs[edge.into].shape
+        if edge.source == GATEWAY:  # the client gives one tensor, whichever edges take it
+            source: tuple[str | int, ...] = tuple(f"{edge.out}[{index}]" for index in range(len(target)))
+        else:
+            source = actors[edge.source].outputs[edge.out].shape
         for one, two in zip(source, target, strict=True):
             if one in OF_THE_MESSAGE or two in OF_THE_MESSAGE:
                 continue

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from ranvier.actors.checkpoint import Checkpoint
@@ -15,9 +15,11 @@ from ranvier.transport.spec import TensorSpec
 from . import check_dims
 from .checked import CheckedActor, CheckedEdge, Ports
 from .errors import Problem
-from .findings import Findings
+from .findings import Findings, near
 from .load import Document
 from .schema import EdgeSection, GraphFile, Quorum
+
+WITHOUT_A_BOUND = "a loop without a bound; add at_most: N, and until: PORT if the actor can say that it is done"
 
 
 class EdgeCheck(Findings):
@@ -111,12 +113,7 @@ class EdgeCheck(Findings):
         if section.until is not None and section.until not in actor.outputs:
             self._wrong(
                 f"edge {name}: until: actor {actor.name} has no port {section.until!r} among its outputs; "
-                f"{_near(section.until, actor.outputs)}", "edges", index, "until",
-            )  # fmt: skip
-        if section.at_most is None and not actor.kind.uses_model:
-            self._wrong(
-                f"edge {name}: a loop without a bound; add at_most: N, and until: PORT if the actor can say that it is done",
-                "edges", index,
+                f"{near(section.until, actor.outputs)}", "edges", index, "until",
             )  # fmt: skip
 
     def _port(self, actor: str, port: str, side: str, index: int, key: str) -> TensorSpec | None:
@@ -126,12 +123,12 @@ class EdgeCheck(Findings):
             name, far = (other.target if side == "outputs" else other.source).split(".")
             return self._ports(name, "inputs" if side == "outputs" else "outputs").get(far)
         if actor not in self.actors:
-            self._wrong(f"actor {actor!r} does not exist; {_near(actor, [*self.actors, GATEWAY])}", "edges", index, key)
+            self._wrong(f"actor {actor!r} does not exist; {near(actor, [*self.actors, GATEWAY])}", "edges", index, key)
             return None
         ports = self._ports(actor, side)
         if port not in ports:
             self._wrong(
-                f"actor {actor} has no port {port!r} among its {side}; {_near(port, ports)}", "edges", index, key
+                f"actor {actor} has no port {port!r} among its {side}; {near(port, ports)}", "edges", index, key
             )
         return ports.get(port)
 
@@ -146,7 +143,7 @@ class EdgeCheck(Findings):
         names = self.file.pipeline or []
         for index, name in enumerate(names):
             if name not in self.actors:
-                self._wrong(f"actor {name!r} does not exist; {_near(name, self.actors)}", "pipeline", index)
+                self._wrong(f"actor {name!r} does not exist; {near(name, self.actors)}", "pipeline", index)
             elif name in names[:index]:
                 self._wrong(f"actor {name!r} is in the pipeline twice; remove one", "pipeline", index)
         if self.problems or not names:
@@ -193,7 +190,7 @@ class EdgeCheck(Findings):
         used = {(edge.source, edge.out) for edge in edges}
         says_done = {(edge.source, edge.until) for edge in edges}
         for actor in self.actors.values():
-            self._joinable(actor)
+            self._joinable(actor, edges)
             for port in actor.inputs:
                 if (actor.name, port) not in fed:
                     self._wrong(
@@ -213,13 +210,20 @@ class EdgeCheck(Findings):
                     f"actor {name}: nothing from the gateway ever reaches it; connect it", "actors", name, key=True
                 )
 
-    def _joinable(self, actor: CheckedActor) -> None:
+    def _joinable(self, actor: CheckedActor, edges: Iterable[CheckedEdge]) -> None:
         join = actor.section.join
+        if join == "all":
+            into = Counter(edge.into for edge in edges if edge.target == actor.name and not edge.feedback)
+            for port in [port for port, count in into.items() if count > 1]:
+                self._wrong(
+                    f"actor {actor.name}: {into[port]} edges lead to its input {port!r}, and join: all takes one a step; "
+                    "give each a port of its own, or say join: first", "actors", actor.name, key=True,
+                )  # fmt: skip
         joined = len(actor.inputs) - len(actor.once)
         if isinstance(join, Quorum) and join.quorum > joined:
             self._wrong(
-                f"actor {actor.name}: quorum {join.quorum} can never be reached: it has {joined} inputs to join; "
-                "lower it", "actors", actor.name, "join",
+                f"actor {actor.name}: quorum {join.quorum} can never be reached: it has {joined} inputs to join "
+                f"({', '.join(actor.inputs)}); lower it", "actors", actor.name, "join",
             )  # fmt: skip
 
     def cycles(self, edges: Iterable[CheckedEdge]) -> None:
@@ -245,8 +249,36 @@ class EdgeCheck(Findings):
                         "feedback",
                     )
 
+    def loops(self, edges: Iterable[CheckedEdge]) -> None:
+        """Every loop has a bound, but that of a model's tokens, which ends with its stream. What is inside a loop is of one
+        round: the client gets what leaves it, from the actor that decides that."""
+        edges = list(edges)
+        for edge in edges:
+            of_tokens = edge.feedback and edge.out == "token" and self.actors[edge.source].kind.uses_model
+            if edge.feedback and not edge.at_most and not of_tokens:
+                self._wrong(f"edge {edge.name}: {WITHOUT_A_BOUND}", *self._edge_path(edge))
+        forward = [(e.source, e.target) for e in edges if not e.feedback and GATEWAY not in (e.source, e.target)]
+        for loop in [edge for edge in edges if edge.feedback and edge.at_most]:
+            inside = _reach({loop.target}, forward) & _reach({loop.source}, [(b, a) for a, b in forward])
+            for edge in edges:
+                if edge.target == GATEWAY and edge.source in inside - {loop.source}:
+                    self._wrong(
+                        f"edge {edge.name}: actor {edge.source} is inside the loop {loop.name}, where each round gives it "
+                        f"something else; let {loop.source} give it to the client", *self._edge_path(edge),
+                    )  # fmt: skip
+
     def dims(self, edges: Iterable[CheckedEdge]) -> None:
         """Named dimensions have one size, however far apart the edges are that say it."""
+        edges = list(edges)
+        given: dict[str, CheckedEdge] = {}
+        for edge in edges:
+            if edge.source == GATEWAY:
+                other = given.setdefault(edge.out, edge)
+                if (other.spec.dtype, len(other.spec.shape)) != (edge.spec.dtype, len(edge.spec.shape)):
+                    self._wrong(
+                        f"edge {other.name} takes {other.spec}, edge {edge.name} takes {edge.spec}, and the client gives one "
+                        f"tensor to both; make them the same, or name two ports of the {GATEWAY}", *self._edge_path(edge),
+                    )  # fmt: skip
         for conflict in check_dims.conflicts(self.actors, edges):
             last = next((e for e in edges if e.name == conflict.second.edge), None)
             self._wrong(str(conflict), *(self._edge_path(last) if last is not None else ("edges",)))
@@ -328,10 +360,3 @@ def _cycle(arrows: list[tuple[str, str]]) -> list[str]:
                     trail[target] = node
                     stack.append(target)
     return []
-
-
-def _near(name: str, names: Iterable[str]) -> str:
-
-    names = list(names)
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names) or 'none'}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 from .errors import GraphError, Problem
 from .load import Document
 from .schema import GraphFile
@@ -27,3 +30,10 @@ class Findings:
         """
         if self.problems:
             raise GraphError(self.document.file, self.problems)
+
+
+def near(name: str, names: Iterable[str]) -> str:
+
+    names = list(names)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names) or 'none'}"

@@ -15,7 +15,7 @@ from typing import Any
 from ranvier.actors.errors import ActorFailed
 from ranvier.actors.replicas import Places, Route
 from ranvier.actors.session import SessionInfo
-from ranvier.actors.spec import HostLink
+from ranvier.actors.spec import GATEWAY, HostLink
 from ranvier.transport.codec import RAW
 from ranvier.transport.dtypes import BY_NAME
 from ranvier.transport.exchange import Exchange, Received
@@ -50,6 +50,7 @@ class Stream:
     events: deque[Delivered | str | Exception] = field(default_factory=deque)
     delivered: int = 0
     over: bool = False
+    submitted_ns: int = 0
 
     @property
     def generated(self) -> int:
@@ -149,7 +150,9 @@ class Gateway:
         chosen = {actor: replicas for actor, replicas in places.items() if replicas != (0,)}
         info = replace(info, session=self._next, epoch=1, places=chosen)
         self._next += 1
-        stream = self.streams[info.session] = Stream(info, places, log=list(info.log))
+        stream = self.streams[info.session] = Stream(
+            info, places, log=list(info.log), submitted_ns=self.exchange.clock()
+        )
         self.commands.append(("open", {"info": info.to_plain()}, self.placement.labels(places)))
         try:
             self._send_inputs(stream, inputs or {})
@@ -182,6 +185,18 @@ class Gateway:
         self._failure = self._failure or failure
         for stream in list(self.streams.values()):
             self._end(stream, failure)
+
+    def on_quiet(self, since_ns: int, quiet_s: float) -> None:
+        """Every actor has been idle since then: what was asked before will never be answered."""
+        for stream in [stream for stream in self.streams.values() if stream.submitted_ns < since_ns]:
+            if self._generates:
+                missing = f"a token at position {len(stream.log)}"
+            else:
+                missing = ", ".join(sorted(self._answers - stream.outputs.keys()))
+            got = ", ".join(sorted(stream.outputs)) or "nothing"
+            session = stream.info.session
+            what = f"session {session}: every actor has been idle for {quiet_s:g} s: expected {missing}, got {got}"
+            self._end(stream, ActorFailed(GATEWAY, what, session=session))
 
     def on_message(self, received: Received) -> None:
         """Tokens, logits, or the outputs of a call."""
@@ -271,6 +286,10 @@ class Gateway:
         del self.streams[stream.info.session]
         for route in self._routes():
             route.close(stream.info.session)
+        if self.exchange.waiting:  # for credit: nobody wants it any more
+            for route in self._routes():
+                route.give_up(self._is_open)
+            self.exchange.give_up(self._is_open)
         self.placement.give_back(stream.places, stream.info.capacity)
         self.commands.append(("close", {"session": stream.info.session}, self.placement.labels(stream.places)))
 

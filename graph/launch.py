@@ -94,6 +94,7 @@ async def _launched(planned: Plan, folder: RunFolder, progress: Progress) -> Asy
                     exchange = Exchange(
                         me, planned.hash, [link.link for link in links], time.monotonic_ns,
                         (lambda *sent: holder[0]._record_sent(*sent)) if graph.file.trace else None,
+                        (lambda *unsent: holder[0]._record_unsent(*unsent)) if graph.file.trace else None,
                     )  # fmt: skip
                     placement = Placement({name: actor.policy for name, actor in graph.actors.items()})
                     for spec in specs:
@@ -121,6 +122,7 @@ async def _launched(planned: Plan, folder: RunFolder, progress: Progress) -> Asy
                         with trio.CancelScope(shield=True):
                             await supervisor.stop()
                         run._silence()
+                        folder.outcome(counters=run.counters)
                     nursery.cancel_scope.cancel()
             finally:
                 supervisor.close()

@@ -17,6 +17,7 @@ from .errors import GraphError, Position, Problem
 
 MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 20
+TOO_DEEP = f"is nested over {MAX_DEPTH} deep; a graph file needs 5"
 Path_ = tuple[str | int, ...]
 START = Position(1, 1)
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -86,6 +87,8 @@ def _parse(document: Document, text: bytes) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = _place(mark) if mark else START
+        if "nesting depth" in str(error.problem):  # PyYAML from 6.0.4 on reads ahead, and has a limit of its own
+            raise _fail(document, at, TOO_DEEP) from None
         raise _fail(document, at, f"is not YAML: {error.problem or error.context}; mend the syntax here") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise _fail(document, START, f"is not YAML: {str(error).splitlines()[0]}; expected UTF-8 text") from None
@@ -107,7 +110,7 @@ def _scan(document: Document, text: bytes) -> None:
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
             if depth > MAX_DEPTH:
-                raise _fail(document, at, f"is nested over {MAX_DEPTH} deep; a graph file needs 5")
+                raise _fail(document, at, TOO_DEEP)
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
 

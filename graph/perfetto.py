@@ -28,7 +28,8 @@ def events(trace: Trace) -> dict[str, Any]:
             if (done.started_ns, done.finished_ns) not in steps:  # a step may hold several messages
                 steps.add((done.started_ns, done.finished_ns))
                 args = {"messages": done.batch, "tokens": sum(row[3] for row in done.rows)}
-                made.append(_slice(pid, "step", done.started_ns, done.finished_ns, begin, args))
+                name = "step" if done.batch else "went into no step"
+                made.append(_slice(pid, name, done.started_ns, done.finished_ns, begin, args))
             made.append(_flow("f", pid, done_key(actor, done), done.started_ns, begin, trace))
         for sent in trace.sent.get(actor, ()):
             args = {

@@ -16,7 +16,7 @@ from ranvier.actors.ring import Ring
 from ranvier.actors.session import Sampling, SessionInfo
 from ranvier.actors.spec import GATEWAY
 from ranvier.actors.supervisor import Supervisor
-from ranvier.actors.trace_file import DONE, SENT, TraceFile
+from ranvier.actors.trace_file import DONE, SENT, UNSENT, TraceFile
 from ranvier.transport.codec import Coding
 from ranvier.transport.errors import LinkClosed, ProtocolError
 from ranvier.transport.exchange import Received, RefusedMessage
@@ -61,6 +61,8 @@ class Run:
         self._codec = codec
         self._wakes: Wakes = {}
         self._over = False
+        self._quiet_since_ns = 0
+        self._steps = -1
         self._ring = Ring()
         self._scaling = Scaling(plan, folder, supervisor, gateway, wire, self._flush)
 
@@ -316,7 +318,19 @@ class Run:
                 exchange.idle()
             else:
                 exchange.tick()
+                self._give_up_unanswered()
             self._flush()
+
+    def _give_up_unanswered(self) -> None:
+        """Sessions that nobody works on any more: an actor has left an output out."""
+        supervision, now_ns = self._supervisor.supervision, time.monotonic_ns()
+        limits = self.plan.graph.file.supervision
+        if not supervision.quiet or supervision.steps != self._steps or not self._quiet_since_ns:
+            self._quiet_since_ns, self._steps = now_ns, supervision.steps
+        # what a host has just begun, its next heartbeat tells
+        quiet_s = (now_ns - self._quiet_since_ns) / 1e9 - 2 * limits.heartbeat_interval_s
+        if quiet_s > limits.join_deadline_s:
+            self._gateway.on_quiet(self._quiet_since_ns, limits.join_deadline_s)
 
     def _refused(self, error: ProtocolError) -> None:
         """Log it, and tell the clients whose answer it was."""
@@ -346,6 +360,18 @@ class Run:
         self._ring.put(
             (SENT, link.edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, codec, rows, coding, link.target)
         )
+
+    def _record_unsent(
+        self, link: LinkSpec, rows: tuple[Row, ...], nbytes: int, ready_ns: int, given_up_ns: int
+    ) -> None:
+        self._ring.put((UNSENT, link.edge, nbytes, ready_ns, given_up_ns, rows, link.target))
+
+    @property
+    def counters(self) -> dict[str, dict[str, int]]:
+        """What each process has counted, by `actor.replica`: rows that came late or were refused, second copies, waits for
+        credit, …"""
+        counted = {label: dict(own) for label, own in self._supervisor.supervision.counters.items()}
+        return {**counted, f"{GATEWAY}.0": dict(self._gateway.exchange.counters)}
 
     async def _ship(self) -> None:
         with TraceFile(self.dir, f"{GATEWAY}.0") as file:

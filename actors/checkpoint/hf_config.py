@@ -199,6 +199,7 @@ def _foreign(config: Config, why: str) -> ModelConfig:
     from transformers import CONFIG_MAPPING
 
     made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))  # fills in what the file leaves to defaults
+    _refuse_what_cannot_be_cut(made, why)
     hidden, heads = made.hidden_size, made.num_attention_heads
     return ModelConfig(
         family=config["model_type"],
@@ -220,6 +221,37 @@ def _foreign(config: Config, why: str) -> ModelConfig:
     )
 
 
+def _refuse_what_cannot_be_cut(made: Any, why: str) -> None:
+    """Models whose config holds others (of pictures, of sound), and layers that keep a state that is no KV cache.
+
+    Raises:
+        NotBuiltIn: it is one of them.
+    """
+    try:
+        missing = [name for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+                   if not isinstance(getattr(made, name, None), int)]  # fmt: skip
+    except Exception as error:  # some configs say that a size is another one in each layer
+        raise NotBuiltIn(f"{why}, and it is of a kind that cannot be cut into layers: {error}") from None
+    if missing:
+        raise NotBuiltIn(f"{why}, and it is of a kind that cannot be cut into layers: it has no {', '.join(missing)}")
+    for name in ("layer_types", "layers_block_type", "block_types", "_block_types"):
+        kinds = getattr(made, name, None)
+        odd = sorted({str(kind) for kind in kinds} - ATTENDING) if isinstance(kinds, list | tuple) else []
+        if odd:
+            raise NotBuiltIn(f"{why}, and layers of the type {', '.join(odd)} keep a state that is no KV cache")
+
+
+ATTENDING = {
+    "full_attention",
+    "sliding_attention",
+    "chunked_attention",
+    "attention",
+    "global",
+    "local",
+    "dense",
+    "sparse",
+}
+"""Types of layers that keep keys and values and nothing else."""
 FAMILIES: Mapping[str, Callable[[Config], ModelConfig]] = {
     "llama": _llama,
     "mistral": _mistral,

@@ -163,7 +163,11 @@ class Skeleton:
     ) -> None:
         """The whole model for a moment, since the library lays these tensors out differently from their file."""
         with torch.inference_mode(False):
-            whole = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype, local_files_only=True)
+            read: Any = AutoModelForCausalLM.from_pretrained
+            whole, told = read(checkpoint.path, dtype=dtype, local_files_only=True, output_loading_info=True)
+        missing = sorted(wanted & {str(name) for name in told["missing_keys"]})
+        if missing:  # which the library would fill with random numbers
+            raise CheckpointError(f"{checkpoint.path}: tensor {missing[0]} is missing, of {len(missing)} that are")
         for name, tensor in whole.named_parameters(remove_duplicate=False):
             if name in wanted:
                 if own[name].shape != tensor.shape:

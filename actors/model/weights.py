@@ -10,6 +10,7 @@ from typing import Literal
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import LAYER_OF, ModelConfig
+from ..errors import CheckpointError
 from . import seq2seq_weights
 from .slots import Need, Slot
 
@@ -201,6 +202,37 @@ def check(
         checkpoint.require(name, shape)
         elements += math.prod(shape)
     return elements
+
+
+_HARMLESS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+"""Tensors that some checkpoints bring and that are made anew: tables, masks."""
+
+
+def check_whole(checkpoint: Checkpoint) -> None:
+    """Whether the layers in the file are those that its config speaks of: what it leaves out would be left out in silence.
+
+    Raises:
+        CheckpointError: a tensor of a layer, or a bias, that the config knows nothing of.
+    """
+    config = checkpoint.config
+    numbered = {name: int(found[1]) for name in checkpoint.tensors if (found := LAYER_OF.search(name)) is not None}
+    if config.encoder is not None:
+        return  # both sides count from 0
+    count = max(numbered.values(), default=-1) + 1
+    # the library's own families may bring layers more, which guess tokens ahead and which it leaves out itself
+    if numbered and (count < config.layers or (count > config.layers and config.native)):
+        name = max(numbered, key=lambda name: numbered[name])
+        raise CheckpointError(
+            f"{checkpoint.path}: expected {config.layers} layers, as the config says, got {count} (tensor {name})"
+        )
+    if config.native:
+        needed = {name for name, _ in needs("model", config, (0, config.layers - 1))}
+        for name in sorted(numbered.keys() - needed):
+            if not name.endswith(_HARMLESS):
+                raise CheckpointError(
+                    f"{checkpoint.path}: tensor {name} is in the file, but the config says that a {config.family} of its kind "
+                    "has none"
+                )
 
 
 def _foreign_elements(checkpoint: Checkpoint, kind: str, layers: tuple[int, int] | None) -> int:

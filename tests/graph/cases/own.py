@@ -64,3 +64,19 @@ class Told(Actor):
     inputs = {"x": TensorSpec("float32", ("tokens",)), "memory": TensorSpec("float32", ("tokens",))}
     outputs = {"y": TensorSpec("float32", ("tokens",))}
     once = ("memory",)
+
+
+class Careful(Actor):
+    inputs = {"x": TensorSpec("float32", ("tokens",))}
+    outputs = {"y": TensorSpec("float32", ("tokens",))}
+    args = {"factor": "what x is multiplied by"}
+
+
+class Ring(Actor):
+    inputs = {"token": TensorSpec("int64", ("tokens",))}
+    outputs = {"token": TensorSpec("int64", ("tokens",))}
+
+
+class Whole(Actor):
+    inputs = {"x": TensorSpec("int64", ("tokens",))}
+    outputs = {"y": TensorSpec("int64", ("tokens",))}
