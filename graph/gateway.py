@@ -91,6 +91,7 @@ class Gateway:
         self._failure: Exception | None = None
         self._by_port: dict[str, dict[int, Route]] = {}
         self._answers: set[str] = set()
+        self._port_of: dict[int, str] = {}
         for link in links:
             self.add(link)
 
@@ -98,10 +99,10 @@ class Gateway:
 
     def add(self, link: HostLink) -> None:
         """A link that the exchange has."""
-        spec = link.link
-        port = spec.tensors[0][0]
+        spec, port = link.link, link.port
         if not link.outgoing:
             self._answers.add(port)
+            self._port_of[spec.edge] = port
             return
         routes = self._by_port.setdefault(port, {})
         if spec.edge not in routes:
@@ -201,7 +202,7 @@ class Gateway:
     def on_message(self, received: Received) -> None:
         """Tokens, logits, or the outputs of a call."""
         self.exchange.consumed(received.link, received.nbytes)
-        port = received.link.spec.tensors[0][0]
+        port = self._port_of[received.link.spec.edge]
         if not self._generates:
             self._on_output(port, received)
         elif port == "sampled":

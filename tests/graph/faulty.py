@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import time
 
-from ranvier import Actor, Batch, Context, SessionInfo, TensorSpec
+import torch
+
+from ranvier import Actor, Batch, Context, SessionInfo, TensorSpec, scatter
 
 
 class Faulty(Actor):
@@ -55,17 +58,43 @@ class Wide(Actor):
 
 
 class Narrow(Actor):
-    """Gives the first of each 64 MB, after a while."""
+    """Gives the first of each 64 MB; waits before while the test locks the file `args.gate`."""
 
     inputs = {"x": TensorSpec("float32", ("tokens", 1 << 24))}
     outputs = {"y": TensorSpec("float32", ("tokens",))}
 
     def load(self, context: Context) -> None:
-        self.delay_s = float(context.args.get("delay_s", 0.0))
+        self.gate = context.args.get("gate")
 
     def step(self, batch: Batch):  # type: ignore[no-untyped-def]
-        time.sleep(self.delay_s)
+        if self.gate is not None:
+            with open(self.gate) as file:
+                fcntl.flock(file, fcntl.LOCK_SH)
         return {"y": batch["x"][:, 0].clone()}
+
+
+class Router(Actor):
+    """Sends each number to the expert that it names."""
+
+    inputs = {"x": TensorSpec("float32", ("tokens",))}
+    outputs = {"e0": TensorSpec("float32", ("tokens", 1)), "e1": TensorSpec("float32", ("tokens", 1))}
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        return scatter(batch.rows, batch["x"][:, None], batch["x"][:, None].long(), ["e0", "e1"])
+
+
+class Experts(Actor):
+    """Gives how many numbers each expert got."""
+
+    inputs = {"e0": TensorSpec("float32", ("tokens", 1)), "e1": TensorSpec("float32", ("tokens", 1))}
+    outputs = {"y": TensorSpec("int64", ("rows",))}
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        return {
+            "y": torch.tensor(
+                [10 * a.tokens + b.tokens for a, b in zip(batch.rows_of("e0"), batch.rows_of("e1"), strict=True)]
+            )
+        }
 
 
 class Sum(Actor):
