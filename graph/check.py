@@ -42,7 +42,6 @@ def load(path: str | Path, *, allow_code: bool = False, overrides: Mapping[str, 
     between.stop_if_wrong()
     between.connected(edges)
     between.cycles(edges)
-    between.stop_if_wrong()
     between.loops(edges)
     between.dims(edges)
     between.order(edges, checkpoint)

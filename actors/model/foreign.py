@@ -164,7 +164,13 @@ class Skeleton:
         """The whole model for a moment, since the library lays these tensors out differently from their file."""
         with torch.inference_mode(False):
             read: Any = AutoModelForCausalLM.from_pretrained
-            whole, told = read(checkpoint.path, dtype=dtype, local_files_only=True, output_loading_info=True)
+            whole, told = read(
+                checkpoint.path, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        for name, theirs, expected in sorted(told["mismatched_keys"]):  # they, too, would be random
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {name}: expected shape {tuple(expected)}, got {tuple(theirs)}"
+            )
         missing = sorted(wanted & {str(name) for name in told["missing_keys"]})
         if missing:  # which the library would fill with random numbers
             raise CheckpointError(f"{checkpoint.path}: tensor {missing[0]} is missing, of {len(missing)} that are")

@@ -296,6 +296,26 @@ def test_no_step_without_credit_for_its_output() -> None:
     assert bench.step() is not None
 
 
+def test_what_waits_for_credit_goes_with_its_session() -> None:
+    """A consumer that never reads holds up the steps of others only while somebody wants what waits for it."""
+    bench = Bench(credits=2)
+    bench.read_down = False
+    for session in range(1, 5):
+        bench.core.open(session, 1)
+    for session in (1, 2, 3):
+        bench.send([Row(session, 1, 0, 1)])
+        bench.step()
+    bench.send([Row(4, 1, 0, 1)])
+    assert bench.ends[ME].waiting == 1
+    assert bench.core.take() is None
+    bench.core.close(1)
+    assert bench.ends[ME].waiting == 1, "that of session 3"
+    bench.core.close(3)
+    assert bench.ends[ME].waiting == 0
+    assert bench.ends[ME].counters["given_up"] == 1
+    assert bench.step() is not None
+
+
 def test_feedback_gives_its_credit_back_at_once() -> None:
     """A ring cannot stand still for want of credit: what comes back is taken in whether or not it can be stepped yet."""
     bench = Bench(credits=1, feedback=True)

@@ -31,11 +31,23 @@ def test_there_and_back(counts: list[int], experts: int, seed: int) -> None:
     assert torch.allclose(back, hidden, atol=1e-6)
 
 
+def test_one_expert_chosen_twice_counts_twice() -> None:
+    """The token goes there once; its weights add up, and a choice that is not its own has no part in it."""
+    rows, hidden, ports = (Row(1, 1, 0, 2),), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), ["a", "b"]
+    index, weight = torch.tensor([[0, 0], [1, 0]]), torch.tensor([[0.25, 0.5], [2.0, 1.0]])
+    routed = scatter(rows, hidden, index, ports)
+    assert [batch.rows[0].tokens for batch in routed.values()] == [2, 1]
+    parts = {"a": routed["a"]["a"], "b": torch.full((1, 2), 10.0)}
+    assert gather(index, weight, parts, ports).tolist() == [[0.75, 1.5], [23.0, 24.0]]
+
+
 def test_what_cannot_be_routed() -> None:
     rows, hidden = (Row(1, 1, 0, 2),), torch.zeros(2, 4)
     with pytest.raises(ValueError, match="expected indices from 0 to 1 for a, b, got 0 to 2"):
         scatter(rows, hidden, torch.tensor([[0], [2]]), ["a", "b"])
     with pytest.raises(ValueError, match=r"expected integers \[2, choices\], got torch.int64\[3, 1\]"):
         scatter(rows, hidden, torch.zeros(3, 1, dtype=torch.long), ["a", "b"])
+    with pytest.raises(ValueError, match="expected indices from 0 to 1 for a, b, got -1 to 0"):
+        gather(torch.tensor([[0], [-1]]), torch.ones(2, 1), {"a": hidden[:1], "b": hidden[:1]}, ["a", "b"])
     with pytest.raises(ValueError, match="port b: expected 1 tokens, got 2"):
         gather(torch.tensor([[0], [1]]), torch.ones(2, 1), {"a": torch.zeros(1, 4), "b": torch.zeros(2, 4)}, ["a", "b"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import time
 from pathlib import Path
 
 import torch
@@ -19,13 +20,15 @@ def pass_through(gate: Path | None) -> None:
 
 class Counting(Actor):
     """Gives x + 1 and the number of the replica. Args: `gate`: the replica `stuck` (1) waits at each step while the test
-    locks this file; `no_more_than`: replicas from this on refuse to load."""
+    locks this file; `late_every`: replica 1 takes 50 ms for one step in so many; `no_more_than`: replicas from this on refuse to load."""
 
     inputs = {"x": TensorSpec("float32", ("rows",))}
     outputs = {"y": TensorSpec("float32", ("rows", 2))}
 
     def load(self, context: Context) -> None:
         self.replica = context.replica
+        self.steps = 0
+        self.late_every = int(context.args.get("late_every", 0)) if context.replica == 1 else 0
         stuck = "gate" in context.args and context.replica == context.args.get("stuck", 1)
         self.gate = Path(context.args["gate"]) if stuck else None
         if context.replica >= context.args.get("no_more_than", 99):
@@ -33,6 +36,9 @@ class Counting(Actor):
 
     def step(self, batch: Batch):  # type: ignore[no-untyped-def]
         pass_through(self.gate)
+        self.steps += 1
+        if self.late_every and self.steps % self.late_every == 0:
+            time.sleep(0.05)
         return {"y": torch.stack((batch["x"] + 1, torch.full_like(batch["x"], self.replica)), 1)}
 
 
@@ -41,6 +47,16 @@ class Pass(Actor):
 
     inputs = {"x": TensorSpec("float32", ("rows",))}
     outputs = {"x": TensorSpec("float32", ("rows",))}
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        return {"x": batch["x"]}
+
+
+class Spreader(Actor):
+    """Gives x as it is, for branches."""
+
+    inputs = {"x": TensorSpec("float32", ("tokens",))}
+    outputs = {"x": TensorSpec("float32", ("tokens",))}
 
     def step(self, batch: Batch):  # type: ignore[no-untyped-def]
         return {"x": batch["x"]}
@@ -91,6 +107,17 @@ class Condition(Actor):
 
     def close(self, session: int) -> None:
         self.scales.pop(session, None)
+
+
+class Halve(Actor):
+    """Gives x / 2 each time round, `done` once that is under 1, and `seen`: what came in."""
+
+    inputs = {"x": TensorSpec("float32", ("rows",))}
+    outputs = {name: TensorSpec("float32", ("rows",)) for name in ("x", "done", "seen")}
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        half = batch["x"] / 2
+        return {"seen": batch["x"].clone(), "done": (half < 1).float(), "x": half}
 
 
 class Spread(Actor):

@@ -257,10 +257,95 @@ def test_actors_lists_every_kind() -> None:
 
     told = json.loads(ranvier("actors", "--json").stdout)
     assert {entry["kind"] for entry in told} == set(BUILT_IN)
+    listed = catalogue.text(told)
     for entry in told:
         assert entry["about"]
-        line = f"{entry['kind']}: {', '.join(entry['inputs'])} -> {', '.join(entry['outputs'])}"
-        assert line in catalogue.text(told)
+        assert f"{entry['kind']}: {', '.join(entry['inputs'])} -> {', '.join(entry['outputs'])}" in listed
+        for side, ports in (("in ", entry["inputs"]), ("out", entry["outputs"])):
+            for port, spec in ports.items():
+                assert f"    {side}  {port}: {spec}" in listed
+    [decoder] = [entry for entry in told if entry["kind"] == "decoder"]
+    assert decoder["inputs"]["memory"] == "dtype[tokens, hidden] once a session"
+
+
+INSTALLED = """
+import torch
+from ranvier import Actor, TensorSpec
+
+class Scale(Actor):
+    "Gives x times a factor."
+    inputs = {"x": TensorSpec("float32", ("tokens", 4))}
+    outputs = {"y": TensorSpec("float32", ("tokens", 4))}
+    args = {"factor": "what x is multiplied by"}
+
+    def load(self, context):
+        self.factor = context.args["factor"]
+
+    def step(self, batch):
+        return {"y": batch["x"] * self.factor}
+
+class Shift(torch.nn.Module):
+    "Adds a number."
+    def __init__(self, by: float, twice: bool = False):
+        super().__init__()
+        self.by = by * (1 + twice)
+
+    def forward(self, y):
+        return {"z": y + self.by}
+"""
+
+
+def test_kinds_of_an_installed_package(tmp_path: Path, runs: Path) -> None:
+    """By their entry points, without --allow-code: listed with ports and arguments, checked, run over real processes. One
+    that cannot be loaded is listed with the reason and is in nobody's way."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    site = tmp_path / "site"
+    (site / "parts-1.0.dist-info").mkdir(parents=True)
+    (site / "parts_for_ranvier.py").write_text(INSTALLED)
+    (site / "parts-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: parts\nVersion: 1.0\n")
+    (site / "parts-1.0.dist-info" / "entry_points.txt").write_text(
+        "[ranvier.actors]\nscale = parts_for_ranvier:Scale\nshift = parts_for_ranvier:Shift\nlost = nowhere_at_all:Lost\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    told = {entry["kind"]: entry for entry in json.loads(ranvier("actors", "--json", env=environment).stdout)}
+    assert told["scale"]["inputs"] == {"x": "float32[tokens, 4]"}
+    assert told["scale"]["args"] == {"factor": "what x is multiplied by"}
+    assert list(told["shift"]["inputs"]) == ["y"]
+    assert told["shift"]["args"] == {"by": "required", "twice": "False if it is not given"}
+    assert told["lost"]["error"] == "ModuleNotFoundError: No module named 'nowhere_at_all'"
+    assert "cannot be loaded: ModuleNotFoundError" in ranvier("actors", env=environment).stdout
+    graph = tmp_path / "graph.yaml"
+    graph.write_text(
+        "{ranvier: 1, name: installed, actors: {a: {kind: scale, args: {factor: 3.0}}, b: {kind: shift, args: {by: 1.0, twice: true}}},"
+        " pipeline: [a, b], edges: [gateway.x -> a.x, b.z -> gateway.z]}"
+    )
+    save_file({"x": torch.ones(2, 4)}, tmp_path / "in.safetensors")
+    call = ("run", str(graph), "--runs", str(runs), "--input", "in.safetensors", "--output", "out.safetensors")
+    done = ranvier(*call, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["z"], torch.full((2, 4), 5.0))
+    wrong = ranvier("check", str(graph), "--set", "actors.a.args.faktor=2", env=environment)
+    assert wrong.returncode == 2
+    assert "actor a: scale takes no argument 'faktor'; did you mean 'factor'?" in wrong.stderr
+
+
+def test_what_a_module_gives_is_found_out(tmp_path: Path) -> None:
+    """A size that is made of another by adding is a size of its own, and not that of another output."""
+    from torch import nn
+
+    from ranvier.actors import module
+    from ranvier.transport.spec import TensorSpec
+
+    class Wider(nn.Module):
+        def forward(self, a: Any, b: Any) -> Any:
+            return {"c": nn.functional.pad(a, (1, 1)), "d": nn.functional.pad(a, (0, 4)), "e": b.clone()}
+
+    made = module.outputs_of(Wider, {}, {name: TensorSpec("float32", ("tokens", f"{name}w")) for name in ("a", "b")})
+    assert {port: str(spec) for port, spec in made.items()} == {
+        "c": "float32[tokens, c_1]", "d": "float32[tokens, d_1]", "e": "float32[tokens, bw]"
+    }  # fmt: skip
 
 
 @pytest.mark.slow
@@ -289,6 +374,14 @@ def test_a_new_part_needs_a_name(name: str) -> None:
     from ranvier.graph import starts
 
     with pytest.raises(ValueError, match="expected lower-case letters"):
+        starts.actor(name)
+
+
+@pytest.mark.parametrize("name", ["none", "gateway", "true", "class", "lambda", "on"])
+def test_a_new_part_needs_a_name_that_is_free(name: str) -> None:
+    from ranvier.graph import starts
+
+    with pytest.raises(ValueError, match="is a word of Python, of YAML or of Ranvier itself"):
         starts.actor(name)
 
 

@@ -320,6 +320,13 @@ OTHERS = [
     ("falcon", 4, {**SMALL, "new_decoder_architecture": True, "num_kv_heads": 2}),
     ("mixtral", 2, {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "num_local_experts": 4,
                  "num_experts_per_tok": 2, "max_position_embeddings": 128}),
+    # windows and soft caps in the attention
+    ("gemma2", 2, {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 9,
+                   "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "max_position_embeddings": 128}),
+    # what the native llama does not have
+    ("llama", 4, {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 128,
+                  "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+                                      "original_max_position_embeddings": 32}}),
 ]  # fmt: skip
 
 
@@ -328,7 +335,7 @@ def test_the_groups_of_every_other_family_are_exact(family: str, cut: int, chang
     """By transformers' own layers: a prompt in two parts, then token by token."""
     from ranvier.actors.checkpoint import open_checkpoint
 
-    folder, oracle = tiny(family, family, shards=family == "phi", **changes)
+    folder, oracle = tiny(f"other-{family}", family, shards=family == "phi", **changes)
     checkpoint = open_checkpoint(folder)
     assert not checkpoint.config.native
     with torch.inference_mode():
@@ -341,7 +348,7 @@ def test_every_other_family_is_exact(
     family: str, changes: dict[str, Any], cut: int, tiny: Any, runs: Path, graph_file: Callable[..., Path], split: Any
 ) -> None:
     """By transformers' own layers, cut into actors; `show` says so. Sharded weights among them."""
-    folder, oracle = tiny(family, family, shards=family == "phi", **changes)
+    folder, oracle = tiny(f"other-{family}", family, shards=family == "phi", **changes)
     assert len(list(folder.glob("*.safetensors"))) > (family == "phi")
     path = graph_file(model={"source": "unset", "dtype": "float32"}, prefill_chunk=16, **split(cut, 4))
     graph = ranvier.load(path, overrides={"model.source": str(folder)})

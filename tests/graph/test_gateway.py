@@ -135,3 +135,28 @@ def test_token_tensors_need_no_torch() -> None:
     meta, data = token_tensor([1, 2**40])
     assert (meta.shape, meta.nbytes, len(data)) == ((2,), 16, 16)
     assert array("q", data).tolist() == [1, 2**40]
+
+
+def test_what_waits_for_credit_goes_with_its_session() -> None:
+    """A client that leaves takes along what was never sent; what is sent stays until it is acknowledged."""
+    bench = Bench()
+    [link] = bench.exchange.sending.values()
+    link.window.sequence_limit = 1
+    first, second = bench.submit(prompt=3), bench.submit(prompt=3)
+    assert (len(bench.exchange.outbox), bench.exchange.waiting) == (1, 1)
+    bench.gateway.cancel(first)
+    assert bench.exchange.waiting == 1
+    bench.gateway.cancel(second)
+    assert (len(bench.exchange.outbox), bench.exchange.waiting) == (1, 0)
+
+
+def test_a_stream_that_nobody_works_on_ends() -> None:
+    """One that was asked before everybody fell idle; one that came since goes on."""
+    bench = Bench()
+    before = bench.submit()
+    bench.exchange.clock = lambda: 100
+    after = bench.submit()
+    bench.gateway.on_quiet(50, 60.0)
+    assert not after.over
+    [error] = before.events
+    assert "every actor has been idle for 60 s: expected a token at position 3, got nothing" in str(error)

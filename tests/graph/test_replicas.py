@@ -145,25 +145,57 @@ def test_many_hedged_calls_at_once_while_one_stands_still(
 
 
 def test_losers_are_dropped_and_counted(counting: WriteGraph, runs: Path) -> None:
-    """Two hedged stages behind each other: the second gets each step from both of the first, and takes it once."""
+    """Two hedged stages behind each other: the second gets each step from both of the first, and takes it once. The trace
+    says how many came in vain."""
 
-    async def main() -> tuple[Counter[int], dict[str, Any]]:
+    async def main() -> tuple[Counter[int], Path]:
         graph = counting(front=True, replicas=2, policy={"hedge": 2})
         file = json.loads(Path(graph.path).read_text())
         file["actors"]["front"] |= {"replicas": 2, "policy": {"hedge": 2}}
         Path(graph.path).write_text(json.dumps(file))
         async with ranvier.launch(ranvier.load(graph.path, allow_code=True), runs=runs) as run:
-            answered = await calls(run, 20)
-            await trio.sleep(1.6)  # counters come with the next heartbeat after a tick
-            hosts = run._supervisor.supervision.hosts
-            return answered, {key: dict(host.counters or {}) for key, host in hosts.items()}
+            return await calls(run, 20), run.dir
 
-    answered, counters = trio.run(main)
+    answered, run_dir = trio.run(main)
     assert answered.total() == 20
+    told = trace.summary(trace.read(run_dir))
+    [between] = [edge for edge in told["edges"] if edge["edge"] == "front.x -> work.x"]
+    assert between["messages"] >= 40, "at least one of the front, and two copies"
+    in_vain = 0
     for replica in (0, 1):
         # the second copy is late, or its session is over by then
-        told = counters[f"work.{replica}.1"]
-        assert told.get("rows_late", 0) + told.get("rows_refused", 0) > 0
+        counted = told["counters"][f"work.{replica}"]
+        in_vain += counted.get("rows_late", 0) + counted.get("rows_refused", 0)
+    assert in_vain >= between["unused"] > 0
+    assert f"front.x -> work.x: {between['unused']} messages went into no step" in trace.table(told)
+
+
+def test_the_replica_that_answers_sooner_gets_more(counting: WriteGraph, runs: Path) -> None:
+    """`lowest_latency`, one replica always 50 ms late: in turn it would get 30 of 60 calls."""
+
+    async def main() -> Counter[int]:
+        graph = counting(replicas=2, policy="lowest_latency", args={"late_every": 1})
+        async with ranvier.launch(graph, runs=runs) as run:
+            return await calls(run, 60)
+
+    answered = trio.run(main)
+    assert answered.total() == 60
+    assert answered[1] < 10
+
+
+def test_second_copies_go_out_only_for_those_that_are_late(counting: WriteGraph, runs: Path) -> None:
+    """`{hedge: 2, after: p95}`, one replica late in one step of ten: some calls have a second copy, by far not all."""
+
+    async def main() -> tuple[Counter[int], int]:
+        graph = counting(replicas=2, policy={"hedge": 2, "after": "p95"}, args={"late_every": 10})
+        async with ranvier.launch(graph, runs=runs) as run:
+            early = await calls(run, 40)  # until there is a percentile every call has its copy
+            before = run.counters["gateway.0"]["second_copies"]
+            return early + await calls(run, 120), run.counters["gateway.0"]["second_copies"] - before
+
+    answered, copies = trio.run(main)
+    assert answered.total() == 160
+    assert 0 < copies < 60
 
 
 def greedy(model: Any, prompt: list[int], ids: list[int]) -> bool:
@@ -358,9 +390,10 @@ def test_show_says_how_many(counting: WriteGraph) -> None:
     assert "3 x hedge 2 after p90" in show.mermaid(planned)
 
 
+@pytest.mark.parametrize("front", [False, True])
 @pytest.mark.parametrize(("join", "slow", "expected"), [("first", "ab", 103.0), ({"quorum": 2}, "a", 205.0)])
 def test_the_fastest_branches_make_the_step(
-    join: Any, slow: str, expected: float, graph_file: Callable[..., Path], runs: Path, gate: Gate
+    join: Any, slow: str, expected: float, front: bool, graph_file: Callable[..., Path], runs: Path, gate: Gate
 ) -> None:
     """Of three branches some stand still: the others' answers make the step, more often than there is credit for what is
     late; when the slow ones go on, what they bring is dropped and the next call takes whoever comes first."""
@@ -371,10 +404,12 @@ def test_the_fastest_branches_make_the_step(
         }
         for name, plus in (("a", 1), ("b", 2), ("c", 3))
     }
+    source = {"front": {"kind": "./counting.py:Spreader"}} if front else {}
     path = graph_file(
-        actors={**branches, "vote": {"kind": "./counting.py:Vote", "join": join}},
+        actors={**source, **branches, "vote": {"kind": "./counting.py:Vote", "join": join}},
         edges=[
-            *(f"gateway.x -> {name}.x" for name in branches), *(f"{name}.y -> vote.{name}" for name in branches),
+            *(["gateway.x -> front.x"] if front else []),
+            *(f"{'front' if front else 'gateway'}.x -> {name}.x" for name in branches), *(f"{name}.y -> vote.{name}" for name in branches),
             "vote.y -> gateway.y", "vote.votes -> gateway.votes",
         ],
     )  # fmt: skip
@@ -383,7 +418,7 @@ def test_the_fastest_branches_make_the_step(
 
     async def main() -> None:
         async with ranvier.launch(ranvier.load(path, allow_code=True), runs=runs) as run:
-            for _ in range(6):  # the gateway's credit for the slow branches is eight messages
+            for _ in range(20):  # the credit for a slow branch is eight messages: what waits goes with its session
                 outputs = await run.call(x=torch.tensor([100.0]))
                 assert outputs["y"].tolist() == [expected]
                 assert outputs["votes"].tolist() == [needed]
@@ -428,3 +463,36 @@ def test_an_actor_of_ones_own_gets_something_once_a_session(
 
     trio.run(main)
     assert answers == {number: [1000.0 + 5 * number] for number in range(20)}
+
+
+def test_a_loop_ends_when_its_actor_says_so(graph_file: Callable[..., Path], runs: Path, tmp_path: Path) -> None:
+    """Rows halve until they are under one, each in its own number of rounds, at most six: the client gets what leaves the
+    loop, on every port of the same round, and can see which was never done."""
+    path = graph_file(
+        actors={"halve": {"kind": "./counting.py:Halve"}},
+        edges=[
+            "gateway.x -> halve.x", {"from": "halve.x", "to": "halve.x", "feedback": True, "until": "done", "at_most": 6},
+            "halve.x -> gateway.x", "halve.done -> gateway.done", "halve.seen -> gateway.seen",
+        ],
+    )  # fmt: skip
+    shutil.copy(Path(__file__).parent / "counting.py", path.parent)
+    answers: dict[float, tuple[float, float, float]] = {}
+
+    async def one(run: ranvier.Run, x: float) -> None:
+        told = await run.call(x=torch.tensor([x]))
+        answers[x] = float(told["x"]), float(told["done"]), float(told["seen"])
+
+    async def main() -> Path:
+        async with ranvier.launch(ranvier.load(path, allow_code=True), runs=runs) as run:
+            async with trio.open_nursery() as nursery:
+                for x in (0.5, 3.0, 20.0, 64.0, 1024.0):
+                    nursery.start_soon(one, run, x)
+            return run.dir
+
+    told = trace.summary(trace.read(trio.run(main)))
+    assert answers == {
+        0.5: (0.25, 1.0, 0.5), 3.0: (0.75, 1.0, 1.5), 20.0: (0.625, 1.0, 1.25),
+        64.0: (1.0, 0.0, 2.0), 1024.0: (16.0, 0.0, 32.0),
+    }  # fmt: skip
+    rounds = {edge["edge"]: edge["messages"] for edge in told["edges"]}
+    assert rounds["halve.x -> halve.x"] <= 0 + 1 + 4 + 5 + 5

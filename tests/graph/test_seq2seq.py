@@ -154,14 +154,16 @@ GRAPH: dict[str, Any] = {
     "model": {"source": "./model", "dtype": "float32"},
     "actors": {
         "source": {"kind": "encoder_embedding"},
-        "reads": {"kind": "encoder", "layers": "0-3", "replicas": 2},
+        "begins_to_read": {"kind": "encoder", "layers": "0-1"},
+        "reads": {"kind": "encoder", "layers": "2-3", "replicas": 2},
         "embed": {"kind": "embedding"},
         "begins": {"kind": "decoder", "layers": "0-1"},
         "ends": {"kind": "decoder", "layers": 2, "replicas": 2},
         "head": {"kind": "head"},
     },
     "edges": [
-        "source.hidden -> reads.hidden", "reads.hidden -> begins.memory", "reads.hidden -> ends.memory",
+        "source.hidden -> begins_to_read.hidden", "begins_to_read.hidden -> reads.hidden",
+        "reads.hidden -> begins.memory", "reads.hidden -> ends.memory",
         "embed.hidden -> begins.hidden", "begins.hidden -> ends.hidden", "ends.hidden -> head.hidden",
         {"from": "head.token", "to": "embed.token", "feedback": True},
     ],
