@@ -82,7 +82,9 @@ class Host:
     def run(self) -> None:
         spec, crossing = self.spec, self.crossing
         self._to(State.LOADING)
-        wire = self.wire = ZeroWire(spec.identity, spec.endpoint, max_frame_bytes=spec.max_frame_bytes)
+        wire = self.wire = ZeroWire(
+            spec.identity, spec.endpoint, max_frame_bytes=spec.max_frame_bytes, shared_from_bytes=spec.shared_from_bytes
+        )
         crossing.waker = wire.waker()
         self.exchange = Exchange(
             spec.identity,
@@ -242,7 +244,7 @@ class Host:
         outbox = self.exchange.outbox
         if outbox:
             for outgoing in outbox:
-                wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
+                outgoing.buffers = wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
             outbox.clear()
 
     def _step(self, work: Work) -> None:
@@ -368,7 +370,10 @@ class Host:
 
     def _count(self) -> None:
         dropped = self.crossing.ring.dropped
-        self.crossing.counters = {**self.exchange.counters, **self.core.counters, "trace_dropped": dropped}
+        assert self.wire is not None
+        self.crossing.counters = {
+            **self.exchange.counters, **self.core.counters, **self.wire.counters, "trace_dropped": dropped
+        }  # fmt: skip
 
     # -- the end ------------------------------------------------------------------------------------------------
 

@@ -141,6 +141,7 @@ class HostSpec:
     precision: str = "dtype"
     batches: int = 1
     trace: bool = True
+    shared_from_bytes: int = 0
     supervision: Deadlines = field(default_factory=Deadlines)
 
     @property

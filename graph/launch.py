@@ -74,7 +74,12 @@ async def _launched(planned: Plan, folder: RunFolder, progress: Progress) -> Asy
     specs = planned.place(folder.path, folder.sockets)
     me = identity(GATEWAY, 0, EPOCH)
     log_file = (folder.logs / "supervisor.jsonl").open("w", encoding="utf-8")
-    wire = TrioWire(ZeroWire(me, planned.gateway_endpoint(folder.sockets), max_frame_bytes=graph.file.max_frame_bytes))
+    wire = TrioWire(
+        ZeroWire(
+            me, planned.gateway_endpoint(folder.sockets), max_frame_bytes=graph.file.max_frame_bytes,
+            shared_from_bytes=graph.file.shared_from_bytes,
+        )
+    )  # fmt: skip
     holder: list[Run] = []
     try:
         progress("starting", 0.0)

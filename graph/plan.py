@@ -190,6 +190,7 @@ class Plan:
             supervisor=str(parse(f"ipc://{sockets / 'supervisor'}")),
             run_dir=str(run_dir),
             max_frame_bytes=file.max_frame_bytes,
+            shared_from_bytes=file.shared_from_bytes,
             batch_tokens=section.batch_tokens,
             trace=file.trace,
             supervision=Deadlines(**file.supervision.model_dump()),

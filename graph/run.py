@@ -272,7 +272,7 @@ class Run:
             self._supervisor.tell(labels, kind, **fields)
         self._gateway.commands.clear()
         for outgoing in self._gateway.exchange.outbox:
-            self._wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
+            outgoing.buffers = self._wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
         self._gateway.exchange.outbox.clear()
         for stream, wake in self._wakes.items():
             if stream.events:
@@ -371,7 +371,7 @@ class Run:
         """What each process has counted, by `actor.replica`: rows that came late or were refused, second copies, waits for
         credit, …"""
         counted = {label: dict(own) for label, own in self._supervisor.supervision.counters.items()}
-        return {**counted, f"{GATEWAY}.0": dict(self._gateway.exchange.counters)}
+        return {**counted, f"{GATEWAY}.0": {**self._gateway.exchange.counters, **self._wire.wire.counters}}
 
     async def _ship(self) -> None:
         with TraceFile(self.dir, f"{GATEWAY}.0") as file:

@@ -144,6 +144,10 @@ class GraphFile(Section):
     )
     prefill_chunk: int = Field(128, ge=1, le=1 << 16, description="prompt tokens of one message at the most")
     max_frame_bytes: int = Field(1 << 30, ge=1 << 16, le=1 << 40, description="a larger tensor is refused")
+    shared_from_bytes: int = Field(
+        1 << 18, ge=0, le=1 << 40,
+        description="tensors of so many bytes go through shared memory between processes of one machine (ipc); 0: none",
+    )  # fmt: skip
     trace: bool = Field(True, description="write a record of every message")
     supervision: SupervisionSection = Field(default_factory=lambda: SupervisionSection())
 

@@ -46,8 +46,9 @@ class Wire(Protocol):
     def disconnect(self, peer: str) -> None:
         """Forget `peer`; what was not delivered to it is dropped. Unknown peers are ignored."""
 
-    def send(self, peer: str, header: bytes, buffers: Sequence[Buffer]) -> None:
-        """Hand frames over without blocking. Buffers must not be written to until acknowledged.
+    def send(self, peer: str, header: bytes, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
+        """Hand frames over without blocking. Returns what to keep, in place of `buffers`, until it is acknowledged: that
+        must not be written to.
 
         Raises:
             LinkClosed: this wire is closed.

@@ -110,12 +110,13 @@ class MemoryWire:
     def disconnect(self, peer: str) -> None:
         self._peers.discard(peer)
 
-    def send(self, peer: str, header: bytes, buffers: Sequence[Buffer]) -> None:
+    def send(self, peer: str, header: bytes, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
         if self.closed:
             raise LinkClosed(f"{self.me}: this wire is closed")
         if peer not in self._network.wires:
             raise LinkBroken(f"{self.me}: cannot send to {peer}: no such wire")
         self._network.carry(self.me, peer, header, buffers)
+        return buffers
 
     def receive(self, timeout_s: float | None) -> Arrival | None:
         if self.closed:

@@ -51,8 +51,8 @@ class TrioWire:
     def disconnect(self, peer: str) -> None:
         self.wire.disconnect(peer)
 
-    def send(self, peer: str, header: bytes, buffers: Sequence[Buffer] = ()) -> None:
-        self.wire.send(peer, header, buffers)
+    def send(self, peer: str, header: bytes, buffers: Sequence[Buffer] = ()) -> Sequence[Buffer]:
+        return self.wire.send(peer, header, buffers)
 
     def close(self) -> None:
         """Close the wire; a waiting `receive` raises `trio.ClosedResourceError`."""

@@ -8,6 +8,7 @@ Sliding-window flow control with go-back-N repair, as in Tanenbaum, Computer Net
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -15,13 +16,13 @@ import msgspec
 from .message import Buffer
 
 
-class Outgoing(msgspec.Struct, frozen=True, gc=False):
+class Outgoing(msgspec.Struct, gc=False):
     """Frames for the wire. With a sequence number they are kept until acknowledged: holding `buffers` is what keeps the
-    tensors' memory untouched."""
+    tensors' memory untouched. The driver puts there what its wire says is to be kept instead."""
 
     peer: str
     header: bytes
-    buffers: tuple[Buffer, ...] = ()
+    buffers: Sequence[Buffer] = ()
     sequence: int = 0
     nbytes: int = 0
 

@@ -165,7 +165,11 @@ class Skeleton:
         with torch.inference_mode(False):
             read: Any = AutoModelForCausalLM.from_pretrained
             whole, told = read(
-                checkpoint.path, dtype=dtype, local_files_only=True, output_loading_info=True, ignore_mismatched_sizes=True
+                checkpoint.path,
+                dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
         for name, theirs, expected in sorted(told["mismatched_keys"]):  # they, too, would be random
             raise CheckpointError(

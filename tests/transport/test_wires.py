@@ -25,14 +25,15 @@ SPEC = (("x", TensorSpec("float32", ("tokens", "width"))),)
 MakeWire = Callable[[str], Wire]
 
 
-@pytest.fixture(params=["memory", "inproc", "ipc", "tcp"])
+@pytest.fixture(params=["memory", "inproc", "ipc", "ipc, shared", "tcp"])
 def make_wire(request: pytest.FixtureRequest) -> Iterator[MakeWire]:
     """Makes wires that can reach each other; closes them all afterwards."""
     made: list[Wire] = []
     network = MemoryNetwork()
     context: zmq.Context[Any] = zmq.Context()
     folder = tempfile.TemporaryDirectory(prefix="rv-", dir="/tmp")
-    address = {"inproc": "inproc://{}", "ipc": f"ipc://{folder.name}/{{}}", "tcp": "tcp://127.0.0.1:0"}
+    ipc = f"ipc://{folder.name}/{{}}"
+    address = {"inproc": "inproc://{}", "ipc": ipc, "ipc, shared": ipc, "tcp": "tcp://127.0.0.1:0"}
 
     def make(me: str) -> Wire:
         if request.param == "memory":
@@ -40,7 +41,8 @@ def make_wire(request: pytest.FixtureRequest) -> Iterator[MakeWire]:
         else:
             place = address[request.param].format(me)
             own = context if request.param == "inproc" else None
-            wire = ZeroWire(me, place, max_frame_bytes=1 << 26, context=own)
+            shared_from = 1 if request.param == "ipc, shared" else 0  # every tensor, however small
+            wire = ZeroWire(me, place, max_frame_bytes=1 << 26, context=own, shared_from_bytes=shared_from)
         made.append(wire)
         return wire
 
@@ -75,8 +77,11 @@ class Peer:
     def turn(self, *, consume: bool = True, wait_s: float = 0.02) -> None:
         """Send what is due, take what has come."""
         self.flush()
-        while (arrival := self.wire.receive(wait_s)) is not None:
+        while True:
             try:
+                arrival = self.wire.receive(wait_s)
+                if arrival is None:
+                    break
                 received = self.exchange.on_arrival(arrival)
             except ProtocolError as error:
                 self.errors.append(error)
@@ -92,7 +97,7 @@ class Peer:
 
     def flush(self) -> None:
         for out in self.exchange.outbox:
-            self.wire.send(out.peer, out.header, out.buffers)
+            out.buffers = self.wire.send(out.peer, out.header, out.buffers)
         self.exchange.outbox.clear()
 
     def send(self, tensor: torch.Tensor, position: int = 0) -> None:
