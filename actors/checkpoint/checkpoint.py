@@ -46,6 +46,18 @@ class TensorEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredRows:
+    """Rows of a matrix in one of GGUF's block types: `data` uint8, and for each row which of the file's it is (int32; None: the
+    same)."""
+
+    stored: str
+    rows: int
+    columns: int
+    data: Any
+    order: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Tensors:
     """Tensors by name, and how to read one."""
 
@@ -88,37 +100,24 @@ class Tensors:
                 else:
                     rows[order[start:stop]] = piece.to(rows.dtype)
 
-    def read_blocks(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A matrix [R, C] of GGUF's Q4_0, Q4_1 or Q8_0 as it is: whole numbers uint8 [R, C] (of Q8_0 plus 128), and float32
-        [R, C / 32] the scale and the least value of each block.
+    def stored_rows(self, name: str, shape: tuple[int, ...]) -> StoredRows:
+        """A matrix of GGUF blocks as it lies in the file, which is mapped and not read.
 
         Raises:
-            CheckpointError: the file ends early.
+            CheckpointError: the file ends early, or has no tensor of that name and shape.
         """
         import numpy as np
-        import torch
 
-        entry = self.tensors[name]
-        rows, columns = entry.shape
-        with entry.file.open("rb", buffering=0) as file:
-            file.seek(entry.offset)
-            data = np.frombuffer(_read_exactly(file, entry, entry.nbytes), dtype=np.uint8).reshape(
-                rows, columns // 32, -1
-            )
-        scales = torch.from_numpy(data[..., :2].copy().view(np.float16)[..., 0].astype(np.float32))
-        if entry.stored == "Q8_0":
-            whole = torch.from_numpy(data[..., 2:] ^ 128).reshape(rows, columns)
-            least = torch.zeros_like(scales)
-        else:
-            first = 4 if entry.stored == "Q4_1" else 2
-            halves = (data[..., first:] & 15, data[..., first:] >> 4)  # columns 0-15, then 16-31
-            whole = torch.from_numpy(np.concatenate(halves, -1)).reshape(rows, columns)
-            stored = torch.from_numpy(data[..., 2:4].copy().view(np.float16)[..., 0].astype(np.float32))
-            least = stored if entry.stored == "Q4_1" else -8 * scales
+        entry = self.require(name, shape)
+        try:
+            data = np.memmap(entry.file, np.uint8, "r", entry.offset, (entry.nbytes,))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{entry.file}: tensor {name}: truncated, or it cannot be mapped: {error}") from None
+        order = None
         if entry.permuted_heads:
-            place = torch.argsort(_head_order(entry))
-            whole, scales, least = whole[place], scales[place], least[place]
-        return whole, scales, least
+            order = np.ascontiguousarray(np.argsort(_head_order(entry).numpy()).astype(np.int32))
+        rows, columns = shape
+        return StoredRows(entry.stored, rows, columns, data, order)
 
 
 @dataclass(frozen=True, slots=True)

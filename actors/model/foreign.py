@@ -276,9 +276,9 @@ class ForeignBlocks:
 class ForeignEmbedding(Embedding):
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
-        self.load_with(Skeleton(checkpoint, None, True, dtype, context.progress))
+        self.use(Skeleton(checkpoint, None, True, dtype, context.progress))
 
-    def load_with(self, skeleton: Skeleton) -> None:
+    def use(self, skeleton: Skeleton) -> None:
         self.skeleton = skeleton
 
     def forward(self, rows: tuple[Row, ...], token_T: torch.Tensor) -> torch.Tensor:
@@ -321,7 +321,7 @@ class ForeignStage(Stage):
         self.embedding = ForeignEmbedding() if self.begins else None
         self.head = ForeignHead() if self.ends else None
         if isinstance(self.embedding, ForeignEmbedding):
-            self.embedding.load_with(skeleton)
+            self.embedding.use(skeleton)
         if isinstance(self.head, ForeignHead):
             self.head.use(skeleton)
         self.blocks = ForeignBlocks(skeleton, context.cache_tokens)

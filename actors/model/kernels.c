@@ -199,6 +199,82 @@ void ranvier_pack_whole(const uint8_t *from, int rows, int columns, int kind, ui
             }
 }
 
+/* -- from GGUF's blocks of 32 numbers, as they lie in the file ----------------------------------------------------------- */
+
+enum { Q4_0 = 0, Q4_1 = 1, Q8_0 = 2 };
+static const int STORED_BYTES[] = {18, 20, 34};
+
+/* One block as whole numbers from 0 on (Q8_0: plus 128), its scale and its least value. */
+INLINE void whole_block(int kind, const uint8_t *from, uint8_t to[BLOCK], uint16_t *scale, uint16_t *least) {
+    memcpy(scale, from, 2);
+    if (kind == Q8_0) {
+        for (int i = 0; i < BLOCK; i++)
+            to[i] = from[2 + i] ^ 128;
+        return;
+    }
+    if (kind == Q4_1)
+        memcpy(least, from + 2, 2);
+    else
+        *least = _cvtss_sh(-8.0f * _cvtsh_ss(*scale), 0);
+    const uint8_t *halves = from + (kind == Q4_1 ? 4 : 2);
+    for (int i = 0; i < 16; i++) {
+        to[i] = halves[i] & 15;
+        to[i + 16] = halves[i] >> 4;
+    }
+}
+
+/* Blocks [rows, columns] into tiles of int8 (Q8_0) or int4, with their scales and least values as float16 in tiles, too. `order`
+   says which of the file's rows is each row; NULL: the same. */
+void ranvier_pack_blocks(
+    const uint8_t *from, int kind, int rows, int columns, const int32_t *order, uint8_t *to, uint16_t *scales, uint16_t *least) {
+    size_t blocks = columns / BLOCK, line = blocks * STORED_BYTES[kind];
+    int wide = kind == Q8_0;
+    for (int tile = 0; tile < rows / TILE; tile++)
+        for (size_t block = 0; block < blocks; block++) {
+            size_t place = tile * blocks + block;
+            uint8_t *data = to + place * (wide ? 512 : 256);
+            for (int row = 0; row < TILE; row++) {
+                size_t source = order ? (size_t)order[tile * TILE + row] : (size_t)tile * TILE + row;
+                uint8_t whole[BLOCK];
+                uint16_t none;
+                whole_block(
+                    kind, from + source * line + block * STORED_BYTES[kind], whole, scales + place * TILE + row,
+                    wide ? &none : least + place * TILE + row);
+                for (int step = 0; step < BLOCK; step += wide ? 4 : 8)
+                    for (int i = 0; i < 4; i++)
+                        data[(step / (wide ? 4 : 8) * TILE + row) * 4 + i] =
+                            wide ? whole[step + i] : whole[step + i] | whole[step + i + 4] << 4;
+            }
+        }
+}
+
+/* Blocks [rows, columns] as bfloat16: into tiles, or row by row as they come. */
+void ranvier_read_blocks(
+    const uint8_t *from, int kind, int rows, int columns, const int32_t *order, int tiled, uint16_t *to) {
+    size_t blocks = columns / BLOCK, line = blocks * STORED_BYTES[kind];
+    for (int tile = 0; tile < (rows + TILE - 1) / TILE; tile++)
+        for (size_t block = 0; block < blocks; block++)
+            for (int row = 0; row < TILE && tile * TILE + row < rows; row++) {
+                size_t own = (size_t)tile * TILE + row, source = order ? (size_t)order[own] : own;
+                uint8_t whole[BLOCK];
+                uint16_t scale, least = 0;
+                whole_block(kind, from + source * line + block * STORED_BYTES[kind], whole, &scale, &least);
+                float wide[BLOCK], by = _cvtsh_ss(scale), under = kind == Q8_0 ? -128.0f * by : _cvtsh_ss(least);
+                for (int i = 0; i < BLOCK; i++) /* the product has 19 bits at the most, so that nothing is rounded twice */
+                    wide[i] = by * (float)whole[i] + under;
+                uint16_t narrow[BLOCK];
+                f_to_bfloat16(narrow, f_load(wide));
+                f_to_bfloat16(narrow + 16, f_load(wide + 16));
+                if (!tiled) {
+                    memcpy(to + own * columns + block * BLOCK, narrow, sizeof narrow);
+                    continue;
+                }
+                uint16_t *pairs = to + (size_t)tile * TILE * columns + block * BLOCK * TILE + 2 * row;
+                for (int pair = 0; pair < BLOCK / 2; pair++)
+                    memcpy(pairs + pair * 2 * TILE, narrow + 2 * pair, 4);
+            }
+}
+
 /* -- products ----------------------------------------------------------------------------------------------------------- */
 
 /* `count` rows of x times a tile of 16 rows of bfloat16, in addition to what is there if `more`. Products in float32 round nothing, and where the processor has its

@@ -9,16 +9,21 @@ Shape suffixes: T tokens, R rows, C columns, B blocks of 32 columns.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import mmap
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from ..checkpoint.checkpoint import StoredRows
 from . import native
 
 TILE, BLOCK = 16, 32
 BFLOAT16, INT8, INT4 = range(3)
+LARGE_BYTES = 4 << 20
 BITS = {BFLOAT16: 16, INT8: 8, INT4: 4}
 
 
@@ -59,6 +64,21 @@ class Packed:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._held)
 
+    def rows(self, index_T: torch.Tensor) -> torch.Tensor:
+        """Some of its rows, [T, C], as the matrix holds them: bfloat16, or float32 where they are whole numbers with scales."""
+        rows, columns = self.shape
+        tile, row = index_T // TILE, index_T % TILE
+        wide = {BFLOAT16: 2, INT8: 4, INT4: 4}[self.kind]
+        data = self._held[0].view(torch.bfloat16 if self.kind == BFLOAT16 else torch.uint8)
+        chosen = data.view(rows // TILE, -1, TILE, wide)[tile, :, row]
+        if self.kind == BFLOAT16:
+            return chosen.flatten(1)
+        if self.kind == INT4:
+            chosen = torch.cat((chosen & 15, chosen >> 4), -1)
+        scale, *least = (held[tile, :, row].float()[..., None] for held in self._held[1:])
+        whole = chosen.view(len(index_T), -1, BLOCK).float()
+        return ((whole - 128) * scale if self.kind == INT8 else whole * scale + least[0]).view(-1, columns)
+
     def multiply(self, tokens_TC: torch.Tensor) -> torch.Tensor:
         """[T, R] in the dtype of the tokens."""
         rows, columns = self.shape
@@ -76,7 +96,7 @@ def pack_bfloat16(weight_RC: torch.Tensor) -> Packed:
     """A matrix of numbers as bfloat16."""
     narrow = weight_RC.to(torch.bfloat16).contiguous()
     rows, columns = narrow.shape
-    data = torch.empty(rows * columns, dtype=torch.bfloat16)
+    data = _large(rows * columns * 2)
     library().ranvier_pack_bfloat16(
         ctypes.c_void_p(narrow.data_ptr()), ctypes.c_int(rows), ctypes.c_int(columns), ctypes.c_void_p(data.data_ptr())
     )
@@ -105,12 +125,69 @@ def pack_whole(
 ) -> Packed:
     """Whole numbers from 0 (int8: what stands for -128) on, uint8 [R, C], with their scales and least values."""
     rows, columns = whole_RC.shape
-    data = torch.empty(rows * columns * BITS[kind] // 8, dtype=torch.uint8)
+    data = _large(rows * columns * BITS[kind] // 8)
     library().ranvier_pack_whole(
         ctypes.c_void_p(whole_RC.contiguous().data_ptr()), ctypes.c_int(rows), ctypes.c_int(columns), ctypes.c_int(kind),
         ctypes.c_void_p(data.data_ptr()),
     )  # fmt: skip
     return Packed(kind, data, rows, columns, _tiled(scale_RB), _tiled(least_RB) if least_RB is not None else None)
+
+
+STORED = {"Q4_0": 0, "Q4_1": 1, "Q8_0": 2}
+"""GGUF's types that the kernels read (`Q4_0` and so on of kernels.c)."""
+
+
+def pack_stored(parts: Sequence[StoredRows], kind: int) -> Packed:
+    """Matrices of GGUF blocks, one below the other: rounded to bfloat16, or (int8: Q8_0, int4: the others) as they are. Each
+    has whole tiles of rows."""
+    rows, columns = sum(part.rows for part in parts), parts[0].columns
+    data = _large(rows * columns * BITS[kind] // 8)
+    if kind == BFLOAT16:
+        start = 0
+        for part in parts:
+            _read_blocks(part, True, data.data_ptr() + 2 * start * columns)
+            start += part.rows
+        return Packed(kind, data, rows, columns)
+    scales, least = (torch.empty(rows // TILE, columns // BLOCK, TILE, dtype=torch.float16) for _ in range(2))
+    start = 0
+    for part in parts:
+        small = 2 * start * columns // BLOCK
+        library().ranvier_pack_blocks(
+            ctypes.c_void_p(part.data.ctypes.data), ctypes.c_int(STORED[part.stored]), ctypes.c_int(part.rows),
+            ctypes.c_int(columns), _order(part), ctypes.c_void_p(data.data_ptr() + start * columns * BITS[kind] // 8),
+            ctypes.c_void_p(scales.data_ptr() + small), ctypes.c_void_p(least.data_ptr() + small),
+        )  # fmt: skip
+        start += part.rows
+    return Packed(kind, data, rows, columns, scales, least if kind == INT4 else None)
+
+
+def read_stored(part: StoredRows) -> torch.Tensor:
+    """bfloat16 [R, C]."""
+    made = torch.empty(part.rows, part.columns, dtype=torch.bfloat16)
+    _read_blocks(part, False, made.data_ptr())
+    return made
+
+
+def _read_blocks(part: StoredRows, tiled: bool, to: int) -> None:
+    library().ranvier_read_blocks(
+        ctypes.c_void_p(part.data.ctypes.data), ctypes.c_int(STORED[part.stored]), ctypes.c_int(part.rows),
+        ctypes.c_int(part.columns), _order(part), ctypes.c_int(tiled), ctypes.c_void_p(to),
+    )  # fmt: skip
+
+
+def _order(part: StoredRows) -> ctypes.c_void_p:
+    return ctypes.c_void_p(part.order.ctypes.data if part.order is not None else None)
+
+
+def _large(nbytes: int) -> torch.Tensor:
+    """uint8, in large pages where the system has them: a step reads all of it, and small pages have to be looked up one by
+    one."""
+    if nbytes < LARGE_BYTES:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _tiled(by_block_RB: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from ranvier.transport.tensors import torch_dtype
 from ..actor import Actor, Batch, Context
 from ..checkpoint import Checkpoint, ModelConfig
 from ..session import SessionInfo
-from . import weights
+from . import kernels, weights
 from .blocks import Blocks
 from .kernels import Packed
 from .kv_cache import KVCache
@@ -45,10 +45,20 @@ class Embedding(Actor):
     """`token` int64 [tokens] -> `hidden` [tokens, H]."""
 
     def load(self, context: Context) -> None:
+        self.load_with(context, None)
+
+    def load_with(self, context: Context, weight_VH: torch.Tensor | Packed | None) -> None:
+        """Load, with a matrix that is there already (a tied head's) if it is given."""
         checkpoint, dtype = needed(context)
-        held = {slot.name: read_slot(slot, checkpoint, dtype) for slot in weights.embedding(checkpoint.config)}
-        self.weight_VH = held["embedding"]
+        held = {
+            slot.name: read_slot(slot, checkpoint, dtype)
+            for slot in weights.embedding(checkpoint.config)
+            if weight_VH is None or slot.name != "embedding"
+        }
+        self.held = sum(tensor.nbytes for tensor in held.values())
+        self.weight_VH = held["embedding"] if weight_VH is None else weight_VH
         self.positions_PH = held.get("positions")
+        self.dtype = dtype
         self.use_scale(checkpoint.config, dtype)
         context.progress(1.0)
 
@@ -58,7 +68,10 @@ class Embedding(Actor):
         self._scale = torch.tensor(scale, dtype=dtype) if scale != 1.0 else None
 
     def forward(self, rows: tuple[Row, ...], token_T: torch.Tensor) -> torch.Tensor:
-        hidden_TH = F.embedding(token_T, self.weight_VH)
+        if isinstance(self.weight_VH, Packed):
+            hidden_TH = self.weight_VH.rows(token_T).to(self.dtype)
+        else:
+            hidden_TH = F.embedding(token_T, self.weight_VH)
         if self._scale is not None:
             hidden_TH = hidden_TH * self._scale
         if self.positions_PH is not None:
@@ -70,7 +83,7 @@ class Embedding(Actor):
         return {"hidden": self.forward(batch.rows, batch["token"])}
 
     def held_bytes(self) -> int:
-        return self.weight_VH.nbytes + (self.positions_PH.nbytes if self.positions_PH is not None else 0)
+        return self.held
 
 
 class BlocksActor(Actor):
@@ -123,8 +136,8 @@ class Head(Actor):
         self.load_with(context, None)
         context.progress(1.0)
 
-    def load_with(self, context: Context, weight_VH: torch.Tensor | None) -> None:
-        """Load, with a matrix that is there already (a tied one) if it is given."""
+    def load_with(self, context: Context, weight_VH: torch.Tensor | Packed | None) -> None:
+        """Load, with a matrix that is there already (a tied embedding's) if it is given."""
         checkpoint, dtype = needed(context)
         config = checkpoint.config
         held = {slot.name: read_slot(slot, checkpoint, dtype) for slot in weights.final_norm(config)}
@@ -228,15 +241,16 @@ class Stage(Actor):
         config = checkpoint.config
         self.embedding = Embedding() if self.begins else None
         self.head = Head() if self.ends else None
-        if self.embedding is not None:
+        if self.embedding is not None and self.head is not None and config.tied:
+            _load_tied(self.embedding, self.head, context)
+        elif self.embedding is not None:
             self.embedding.load(context)
         layers = context.layers or (0, config.layers - 1)
         self.blocks: AnyBlocks = Blocks(
             checkpoint, layers, dtype, context.cache_tokens, context.progress, context.precision
         )
-        if self.head is not None:
-            shared = self.embedding.weight_VH if self.embedding is not None and config.tied else None
-            self.head.load_with(context, shared)
+        if self.head is not None and not (self.embedding is not None and config.tied):
+            self.head.load_with(context, None)
 
     def open(self, session: SessionInfo) -> None:
         self.blocks.open(session.session, session.capacity)
@@ -284,6 +298,18 @@ class Model(Stage):
 
     begins = True
     ends = True
+
+
+def _load_tied(embedding: Embedding, head: Head, context: Context) -> None:
+    """Both ends, with one matrix wherever its numbers are the same for both: packed for the products, or as it is."""
+    checkpoint, dtype = needed(context)
+    [slot] = [slot for slot in weights.head(checkpoint.config) if slot.name == "head"]
+    if dtype is not torch.bfloat16 or not weights.packs(slot) or kernels.library() is None:
+        embedding.load(context)
+        head.load_with(context, embedding.weight_VH)
+        return
+    head.load_with(context, None)
+    embedding.load_with(context, head.weight_VH if weights.shares_packed(slot, checkpoint, context.precision) else None)
 
 
 def needed(context: Context) -> tuple[Checkpoint, torch.dtype]:

@@ -8,16 +8,20 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.checkpoint import Checkpoint, StoredRows
 from ..checkpoint.config import ModelConfig
 from . import kernels
 from .kernels import Packed
 from .slots import Slot
-from .weights import packed_as, packs
+from .weights import AS_IT_IS, packed_as, packs
+
+KINDS = {"bfloat16": kernels.BFLOAT16, "int8": kernels.INT8, "int4": kernels.INT4}
 
 
 def read_slot(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
     """The tensor of a slot, its parts one below the other."""
+    if dtype is torch.bfloat16 and len(slot.parts) == 1 and (parts := _stored(slot, checkpoint)) is not None:
+        return kernels.read_stored(parts[0])
     tensor = torch.empty(slot.shape, dtype=dtype)
     start = 0
     for name, rows in slot.parts:
@@ -32,18 +36,28 @@ def read_matrix(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, precisio
     if dtype is not torch.bfloat16 or not packs(slot) or kernels.library() is None:
         return read_slot(slot, checkpoint, dtype)
     held = packed_as(slot, checkpoint, precision)
+    stored = _stored(slot, checkpoint) if precision in ("dtype", "stored") else None
+    if (
+        stored is not None
+        and all(part.rows % kernels.TILE == 0 for part in stored)
+        and (held == "bfloat16" or {AS_IT_IS[part.stored] for part in stored} == {held})
+    ):
+        return kernels.pack_stored(stored, KINDS[held])
     if held == "bfloat16":
         return kernels.pack_bfloat16(read_slot(slot, checkpoint, dtype))
-    if precision == "stored" and all(
-        checkpoint.tensors[name].stored in ("Q4_0", "Q4_1", "Q8_0") for name, _ in slot.parts
-    ):
-        blocks = [checkpoint.read_blocks(name) for name, _ in slot.parts]
-        whole_RC, scale_RB, least_RB = (torch.cat(part) for part in zip(*blocks, strict=True))
-        if held == "int8":
-            return kernels.pack_whole(kernels.INT8, whole_RC, scale_RB)
-        return kernels.pack_whole(kernels.INT4, whole_RC, scale_RB, least_RB)
     wide = read_slot(slot, checkpoint, torch.float32)
     return kernels.pack_int8(wide) if held == "int8" else kernels.pack_int4(wide)
+
+
+def _stored(slot: Slot, checkpoint: Checkpoint) -> list[StoredRows] | None:
+    """The parts of a matrix as GGUF blocks that the kernels read; None if they are something else."""
+    found = [checkpoint.tensors.get(name) for name, _ in slot.parts]
+    if (
+        kernels.library() is None or slot.transposed or slot.columns is None
+        or any(entry is None or entry.stored not in kernels.STORED for entry in found)
+    ):  # fmt: skip
+        return None
+    return [checkpoint.stored_rows(name, (rows, slot.columns)) for name, rows in slot.parts]
 
 
 def product(tokens_TC: torch.Tensor, matrix: torch.Tensor | Packed, bias_R: torch.Tensor | None = None) -> torch.Tensor:

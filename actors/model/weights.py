@@ -156,7 +156,8 @@ Precision = Literal["dtype", "int8", "int4", "stored"]
 PACKABLE = ("qkv", "out", "up", "down", "head")
 BITS = {"bfloat16": 16.0, "int8": 8.5, "int4": 5.0}
 """Of a number that is packed, with its share of scales."""
-_WHOLE = {"Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8"}
+AS_IT_IS = {"Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8"}
+"""What holds the numbers of GGUF's types without rounding them."""
 
 
 def packed_as(slot: Slot, checkpoint: Checkpoint, precision: str) -> str:
@@ -166,7 +167,7 @@ def packed_as(slot: Slot, checkpoint: Checkpoint, precision: str) -> str:
     stored = {checkpoint.tensors[name].stored for name, _ in slot.parts}
     if not any(kind.isupper() for kind in stored):
         return "bfloat16"
-    [kind] = {_WHOLE.get(kind, "int8") for kind in stored} if len(stored) == 1 else {"int8"}
+    [kind] = {AS_IT_IS.get(kind, "int8") for kind in stored} if len(stored) == 1 else {"int8"}
     return kind
 
 
@@ -175,13 +176,28 @@ def packs(slot: Slot) -> bool:
     return slot.name in PACKABLE and slot.shape[0] % 16 == 0 and (slot.columns or 1) % 32 == 0
 
 
+def shares_packed(matrix: Slot, checkpoint: Checkpoint, precision: str) -> bool:
+    """Whether the embedding of a tied model reads its rows from the head's packed matrix: where that is not rounded."""
+    if not packs(matrix) or precision not in ("dtype", "stored"):
+        return False
+    stored = {checkpoint.tensors[name].stored for name, _ in matrix.parts}
+    return packed_as(matrix, checkpoint, precision) == "bfloat16" or stored <= AS_IT_IS.keys()
+
+
 def held_bytes(
     checkpoint: Checkpoint, kind: str, layers: tuple[int, int] | None, experts: tuple[int, int] | None,
     itemsize: int, precision: str,
 ) -> int:  # fmt: skip
     """Bytes of the weights that an actor holds."""
     total = 0.0
-    for slot in slots(kind, checkpoint.config, layers, experts):
+    needed = list(slots(kind, checkpoint.config, layers, experts))
+    if kind == "model" and checkpoint.config.tied:
+        [matrix] = [slot for slot in head(checkpoint.config) if slot.name == "head"]
+        if shares_packed(matrix, checkpoint, precision):
+            needed = [matrix if slot.name == "embedding" else slot for slot in needed]
+        elif precision != "dtype":
+            needed.append(matrix)
+    for slot in needed:
         held = packed_as(slot, checkpoint, precision) if precision != "dtype" and packs(slot) else None
         total += slot.elements * (BITS[held] / 8 if held is not None else itemsize)
     return int(total)

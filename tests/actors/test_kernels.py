@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,21 @@ from gguf.quants import dequantize, quantize
 
 from ranvier.actors.checkpoint import open_checkpoint
 from ranvier.actors.checkpoint.checkpoint import Checkpoint
+from ranvier.actors.errors import CheckpointError
 from ranvier.actors.model import kernels
 from ranvier.actors.model.blocks import Blocks
-from ranvier.actors.model.kernels import INT4, INT8, Packed, pack_bfloat16, pack_int4, pack_int8, pack_whole
+from ranvier.actors.model.kernels import (
+    BFLOAT16,
+    INT4,
+    INT8,
+    Packed,
+    pack_bfloat16,
+    pack_int4,
+    pack_int8,
+    pack_stored,
+    pack_whole,
+    read_stored,
+)
 from ranvier.transport.header import Row
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no compiler, or no AVX2")
@@ -91,17 +104,33 @@ def gguf_checkpoint(path: Path, kind: str, numbers: np.ndarray[Any, Any]) -> Che
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 @pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.down_proj"])
 def test_what_gguf_holds_is_kept_as_it_is(kind: str, name: str, tmp_path: Path) -> None:
-    """The numbers of the file, by the gguf package's own account of them; the rows of q in transformers' order."""
+    """The numbers of the file, by the gguf package's own account of them; the rows of q in transformers' order. Multiplied,
+    looked up row by row, or rounded to bfloat16."""
     rng = np.random.default_rng(3)
     numbers = rng.standard_normal((64, 64), dtype=np.float32)
     checkpoint = gguf_checkpoint(tmp_path / "model.gguf", kind, numbers)
-    whole, scale, least = checkpoint.read_blocks(f"model.layers.0.{name}.weight")
-    packed = pack_whole(INT8, whole, scale) if kind == "Q8_0" else pack_whole(INT4, whole, scale, least)
+    stored = checkpoint.stored_rows(f"model.layers.0.{name}.weight", (64, 64))
+    packed = pack_stored([stored, stored], INT8 if kind == "Q8_0" else INT4)
     expected = torch.from_numpy(dequantize(quantize(numbers, GGMLQuantizationType[kind]), GGMLQuantizationType[kind]))
     if "q_proj" in name:  # two heads of 32: pairs go back to halves
         expected = expected.view(2, 16, 2, 64).transpose(1, 2).reshape(64, 64)
+    both = torch.cat((expected, expected))
     tokens = whole_tokens(4, 64)
-    assert torch.allclose(packed.multiply(tokens), tokens @ expected.T, rtol=1e-4, atol=0.05)
+    assert torch.allclose(packed.multiply(tokens), tokens @ both.T, rtol=1e-4, atol=0.05)
+    index = torch.tensor([0, 63, 64, 17, 100, 17])
+    assert torch.equal(packed.rows(index), both[index])
+    assert torch.equal(pack_stored([stored, stored], BFLOAT16).rows(index), both[index].bfloat16())
+    assert torch.equal(read_stored(stored), expected.bfloat16())
+
+
+def test_a_file_that_ends_within_a_matrix(tmp_path: Path) -> None:
+    """Case 31, of what is mapped: an error, not a signal."""
+    rng = np.random.default_rng(3)
+    checkpoint = gguf_checkpoint(tmp_path / "model.gguf", "Q4_1", rng.standard_normal((64, 64), dtype=np.float32))
+    size = (tmp_path / "model.gguf").stat().st_size
+    os.truncate(tmp_path / "model.gguf", size - 1000)
+    with pytest.raises(CheckpointError, match=r"ffn_down|down_proj.*truncated"):
+        checkpoint.stored_rows("model.layers.0.mlp.down_proj.weight", (64, 64))
 
 
 CONFIGS = [
