@@ -25,7 +25,7 @@ from ranvier.transport.link import Arrival, LinkSpec
 from ranvier.transport.zeromq import ZeroWire
 
 from .actor import Actor, Batch, Context
-from .checkpoint import open_checkpoint
+from .checkpoint import known_checkpoint
 from .control import ControlThread
 from .core import HostCore, Work
 from .crossing import Crossing
@@ -119,7 +119,7 @@ class Host:
     def _load(self) -> Actor:
         spec = self.spec
         actor = make(spec.implementation, spec.folder)
-        checkpoint = open_checkpoint(Path(spec.model)) if spec.model is not None else None
+        checkpoint = known_checkpoint(Path(spec.model)) if spec.model is not None else None
         actor.load(
             Context(
                 name=spec.label,

@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +16,7 @@ import trio
 
 from .errors import ActorFailed
 from .spec import HostSpec
+from .zygote_process import ZygoteProcess
 
 
 class Launcher(Protocol):
@@ -42,60 +41,50 @@ class Launcher(Protocol):
 
 
 class LocalLauncher:
-    """Hosts as processes of this machine, forked from a zygote. Use as `async with LocalLauncher(…).running()`."""
+    """Hosts as processes of this machine, forked from a zygote: one that was started before, or one of its own. It is ended
+    in either case. Use as `async with LocalLauncher(…).running()`."""
 
-    def __init__(self, sockets: Path, logs: Path) -> None:
+    def __init__(self, sockets: Path, logs: Path, zygote: ZygoteProcess | None = None) -> None:
         self._sockets = sockets
+        self._errors = logs / "zygote.err"
         self._logs = logs
+        self._zygote = zygote
         self._pids: dict[str, int] = {}
         self._ready = False
         self._exits_in, self._exits = trio.open_memory_channel[tuple[str, int]](1000)
-        self._process: trio.Process | None = None
+        self._stdin: trio.lowlevel.FdStream | None = None
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[LocalLauncher]:
-        """Start the zygote; on leaving, whatever still runs is killed and reaped."""
-        # The read end goes to every host: it becomes readable when this process is gone, however it went.
-        lifeline_read, lifeline_write = os.pipe2(os.O_CLOEXEC)
-        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # numpy's threads would not survive the fork
-        errors = self._logs / "zygote.err"
+        """Start the zygote if need be; on leaving, whatever still runs is killed and reaped."""
+        zygote = self._zygote = self._zygote or ZygoteProcess()
         try:
-            with errors.open("ab") as stderr:
-                process = self._process = await trio.lowlevel.open_process(
-                    [sys.executable, "-m", "ranvier.actors.zygote", str(lifeline_read), str(self._sockets)],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=stderr,
-                    pass_fds=(lifeline_read,),
-                    start_new_session=True,  # the terminal's Ctrl-C comes to the supervisor alone
-                    env=environment,
-                )
-            os.close(lifeline_read)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._read_events, process, errors)
-                yield self
-                nursery.cancel_scope.cancel()
+            stdin, stdout = zygote.process.stdin, zygote.process.stdout
+            assert stdin is not None and stdout is not None
+            async with trio.lowlevel.FdStream(os.dup(stdout.fileno())) as events:
+                self._stdin = trio.lowlevel.FdStream(os.dup(stdin.fileno()))
+                stdin.close()
+                await self._command(do="begin", sockets=str(self._sockets), errors=str(self._errors))
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._read_events, events)
+                    yield self
+                    nursery.cancel_scope.cancel()
         finally:
-            os.close(lifeline_write)
             with trio.CancelScope(shield=True):
-                await self._end()
+                await self._end(zygote)
 
-    async def _end(self) -> None:
-        process = self._process
-        if process is None:
-            return
-        assert process.stdin is not None
-        await process.stdin.aclose()  # the zygote kills and reaps its hosts, and removes their sockets
+    async def _end(self, zygote: ZygoteProcess) -> None:
+        zygote.cut_lifeline()
+        if self._stdin is not None:
+            await self._stdin.aclose()  # the zygote kills and reaps its hosts, and removes their sockets
         with trio.move_on_after(2 if self._ready else 0):  # one that still imports torch has no hosts yet
-            await process.wait()
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
+            while zygote.process.poll() is None:
+                await trio.sleep(0.002)
+        zygote.end()
 
-    async def _read_events(self, process: trio.Process, errors: Path) -> None:
-        assert process.stdout is not None
+    async def _read_events(self, events: trio.lowlevel.FdStream) -> None:
         pending = b""
-        async for data in process.stdout:
+        async for data in events:
             *lines, pending = (pending + data).split(b"\n")
             for line in lines:
                 event = json.loads(line)
@@ -105,8 +94,13 @@ class LocalLauncher:
                     self._pids[event["key"]] = event["pid"]
                 elif event["event"] == "exited":
                     self._exits_in.send_nowait((event["key"], event["code"]))
-        tail = errors.read_text(errors="replace")[-4000:]
-        raise ActorFailed("zygote", "the process that hosts are forked from has ended", remote_traceback=tail)
+        raise self._gone()
+
+    def _gone(self) -> ActorFailed:
+        assert self._zygote is not None
+        told = self._errors.read_text(errors="replace")[-4000:] if self._errors.exists() else ""
+        what = "the process that hosts are forked from has ended"
+        return ActorFailed("zygote", what, remote_traceback=self._zygote.last_words() + told)
 
     @property
     def pids(self) -> Mapping[str, int]:
@@ -123,8 +117,8 @@ class LocalLauncher:
         await self._command(do="kill", key=key)
 
     async def _command(self, **command: Any) -> None:
-        assert self._process is not None and self._process.stdin is not None
+        assert self._stdin is not None
         try:
-            await self._process.stdin.send_all(json.dumps(command).encode() + b"\n")
+            await self._stdin.send_all(json.dumps(command).encode() + b"\n")
         except trio.BrokenResourceError:
-            raise ActorFailed("zygote", "the process that hosts are forked from has ended") from None
+            raise self._gone() from None

@@ -28,7 +28,6 @@ OF_OUR_OWN = ("ranvier.actors.model.parts", "ranvier.actors.model.foreign")
 
 def main() -> int:
     lifeline = int(sys.argv[1])
-    sockets = Path(sys.argv[2])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
     import torch  # noqa: F401
 
@@ -37,7 +36,7 @@ def main() -> int:
 
     gc.collect()
     gc.freeze()  # what is alive now stays, and a collection in a host must not copy its pages
-    zygote = Zygote(lifeline, sockets)
+    zygote = Zygote(lifeline)
     zygote.tell(event="zygote", pid=os.getpid())
     return zygote.run()
 
@@ -45,9 +44,9 @@ def main() -> int:
 class Zygote:
     """Forks hosts, reaps them, tells how they ended."""
 
-    def __init__(self, lifeline: int, sockets: Path) -> None:
+    def __init__(self, lifeline: int) -> None:
         self._lifeline = lifeline
-        self._sockets = sockets
+        self._sockets: Path | None = None
         self._children: dict[int, str] = {}
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wake_write)
@@ -75,7 +74,12 @@ class Zygote:
                     self._obey(json.loads(line))
 
     def _obey(self, command: dict[str, Any]) -> None:
-        if command["do"] == "start":
+        if command["do"] == "begin":
+            self._sockets = Path(command["sockets"])
+            errors = os.open(command["errors"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            os.dup2(errors, 2)
+            os.close(errors)
+        elif command["do"] == "start":
             self._start(command)
         elif command["do"] == "kill":
             for pid, key in self._children.items():
@@ -87,6 +91,8 @@ class Zygote:
         if place in OF_OUR_OWN:  # once here, not in every host: transformers takes two seconds
             importlib.import_module(place)
             gc.freeze()
+        if command["spec"]["model"] is not None:
+            self._know(Path(command["spec"]["model"]))
         pid = os.fork()
         if pid == 0:
             try:
@@ -98,6 +104,14 @@ class Zygote:
             os._exit(code)  # no farewell of an interpreter that was never ours
         self._children[pid] = command["key"]
         self.tell(event="started", key=command["key"], pid=pid)
+
+    def _know(self, model: Path) -> None:
+        """Read the headers of a model's files once for all hosts. What is wrong with them each host finds out itself."""
+        from ranvier.actors.checkpoint import known_checkpoint
+        from ranvier.actors.errors import CheckpointError
+
+        with contextlib.suppress(CheckpointError):
+            known_checkpoint(model)
 
     def _become_host(self, command: dict[str, Any]) -> int:
         # The signal follows the parent's thread: the zygote has only one. Were it gone already, the lifeline would tell.
@@ -139,10 +153,11 @@ class Zygote:
         for pid in self._children:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, 0)
-        with contextlib.suppress(OSError):
-            for path in self._sockets.iterdir():
-                path.unlink(missing_ok=True)
-            self._sockets.rmdir()
+        if self._sockets is not None:
+            with contextlib.suppress(OSError):
+                for path in self._sockets.iterdir():
+                    path.unlink(missing_ok=True)
+                self._sockets.rmdir()
         return 0
 
 

@@ -16,6 +16,7 @@ import typer
 
 from ranvier.actors.errors import CheckpointError
 from ranvier.actors.session import Sampling
+from ranvier.actors.zygote_process import ZygoteProcess
 from ranvier.transport.errors import RanvierError
 
 from . import perfetto, run_folder, show, trace
@@ -100,6 +101,7 @@ def show_command(
 
 @app.command()
 def run(
+    context: typer.Context,
     graph: GraphFile,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to say to the model.")] = None,
     input_file: Annotated[
@@ -132,15 +134,17 @@ def run(
     if not checked.generates:
         if prompt is not None or input_file is None:
             raise _Wrong(f"graph {checked.name} is no language model; give --input FILE.safetensors, not --prompt")
-        _call(checked, input_file, output_file, runs, as_json)
+        _call(checked, input_file, output_file, runs, as_json, context.obj)
         return
     if prompt is None or input_file is not None or output_file is not None:
         raise _Wrong(f"graph {checked.name} is a language model; give --prompt TEXT, not --input or --output")
     options = {"max_tokens": max_tokens, "sampling": sampling, "stop": tuple(stop or ()), "raw": raw}
-    _run(checked, prompt, options, runs, as_json)
+    _run(checked, prompt, options, runs, as_json, context.obj)
 
 
-def _call(checked: Graph, input_file: Path, output_file: Path | None, runs: Path, as_json: bool) -> None:
+def _call(
+    checked: Graph, input_file: Path, output_file: Path | None, runs: Path, as_json: bool, zygote: ZygoteProcess | None
+) -> None:
     """One call of a graph that is no language model, from file to file."""
     import time
 
@@ -158,7 +162,7 @@ def _call(checked: Graph, input_file: Path, output_file: Path | None, runs: Path
 
     async def main() -> tuple[Path, dict[str, Any], float]:
         with bar:
-            async with launch(checked, runs=runs, progress=bar.show) as started:
+            async with launch(checked, runs=runs, progress=bar.show, zygote=zygote) as started:
                 bar.show("computing", 1.0)
                 began = time.monotonic()
                 outputs = await started.call(**inputs)
@@ -201,6 +205,7 @@ def interruptible(main: Callable[[], Awaitable[Result_]]) -> Result_:
 
 @app.command()
 def score(
+    context: typer.Context,
     graph: GraphFile,
     text: Annotated[Path, typer.Option("--text", help="The text to score (UTF-8).", show_default=False)],
     window: Annotated[
@@ -222,11 +227,11 @@ def score(
         written = text.read_bytes()[:most].decode("utf-8", "ignore" if most is not None else "strict")
     except (OSError, UnicodeDecodeError) as error:
         raise _Wrong(f"--text {text}: {error}") from None
-    bar = Bar(sys.stderr)
+    bar, zygote = Bar(sys.stderr), context.obj
 
     async def main() -> tuple[Path, scoring.Score]:
         with bar:
-            async with launch(checked, runs=runs, progress=bar.show) as started:
+            async with launch(checked, runs=runs, progress=bar.show, zygote=zygote) as started:
                 ids = started.codec.encode(written, special=True)
                 return started.dir, await scoring.score(started, ids, window, lambda share: bar.show("scoring", share))
 
@@ -277,7 +282,9 @@ def new(
     print(f"wrote {', '.join(files)}\n{starts.hint(what.value, name)}")
 
 
-def _run(checked: Graph, prompt: str, options: dict[str, Any], runs: Path, as_json: bool) -> None:
+def _run(
+    checked: Graph, prompt: str, options: dict[str, Any], runs: Path, as_json: bool, zygote: ZygoteProcess | None
+) -> None:
     from .generation import Result
     from .launch import launch
     from .progress import Bar
@@ -286,7 +293,7 @@ def _run(checked: Graph, prompt: str, options: dict[str, Any], runs: Path, as_js
 
     async def main() -> tuple[Path, Result]:
         with bar:
-            async with launch(checked, runs=runs, progress=bar.show) as started:
+            async with launch(checked, runs=runs, progress=bar.show, zygote=zygote) as started:
                 bar.show("thinking", 1.0)
                 generation = started.generate(prompt, **options)
                 async for token in generation:
@@ -387,10 +394,10 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value))
 
 
-def main() -> None:
-    """The entry point: runs a command and turns errors into exit codes."""
+def main(zygote: ZygoteProcess | None = None) -> None:
+    """Runs a command and turns errors into exit codes. `zygote`: what hosts will be forked from, if it was started before."""
     try:
-        app()
+        app(obj=zygote)
     except BrokenPipeError:
         sys.stderr.close()  # whoever read the output has had enough
         sys.exit(FAILED)
@@ -404,7 +411,3 @@ def _code(error: RanvierError) -> int:
 
     wrong: tuple[type[Exception], ...] = (GraphError, CheckpointError, _Wrong, TraceError, ValueError)
     return WRONG if isinstance(error, wrong) else FAILED
-
-
-if __name__ == "__main__":
-    main()

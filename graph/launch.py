@@ -14,6 +14,7 @@ from ranvier.actors.errors import ActorFailed
 from ranvier.actors.launcher import LocalLauncher
 from ranvier.actors.spec import GATEWAY, identity
 from ranvier.actors.supervisor import Supervisor
+from ranvier.actors.zygote_process import ZygoteProcess
 from ranvier.transport.errors import RanvierError
 from ranvier.transport.exchange import Exchange
 from ranvier.transport.trio_wire import TrioWire
@@ -37,7 +38,11 @@ Progress = Callable[[str, float], None]
 
 @contextlib.asynccontextmanager
 async def launch(
-    graph: Graph, *, runs: Path | str = run_folder.DEFAULT_ROOT, progress: Progress = lambda _what, _share: None
+    graph: Graph,
+    *,
+    runs: Path | str = run_folder.DEFAULT_ROOT,
+    progress: Progress = lambda _what, _share: None,
+    zygote: ZygoteProcess | None = None,
 ) -> AsyncIterator[Run]:
     """Start a graph; on leaving, everything it started is ended and nothing is left but the run folder.
 
@@ -45,6 +50,7 @@ async def launch(
         graph: from `ranvier.load`.
         runs: the folder in which the run's own folder is made.
         progress: told what goes on until the run is ready.
+        zygote: the process that hosts are forked from, where it was started before (it is ended in any case).
 
     Raises:
         ActorFailed: an actor did not start, or was lost.
@@ -53,7 +59,7 @@ async def launch(
     planned = plan(graph)
     folder = run_folder.create(planned, Path(runs))
     try:
-        async with _launched(planned, folder, progress) as run:
+        async with _launched(planned, folder, progress, zygote) as run:
             yield run
     except BaseExceptionGroup as group:
         error = _single(group)
@@ -69,7 +75,9 @@ async def launch(
 
 
 @contextlib.asynccontextmanager
-async def _launched(planned: Plan, folder: RunFolder, progress: Progress) -> AsyncIterator[Run]:
+async def _launched(
+    planned: Plan, folder: RunFolder, progress: Progress, zygote: ZygoteProcess | None
+) -> AsyncIterator[Run]:
     graph = planned.graph
     specs = planned.place(folder.path, folder.sockets)
     me = identity(GATEWAY, 0, EPOCH)
@@ -83,7 +91,7 @@ async def _launched(planned: Plan, folder: RunFolder, progress: Progress) -> Asy
     holder: list[Run] = []
     try:
         progress("starting", 0.0)
-        async with LocalLauncher(folder.sockets, folder.logs).running() as launcher:
+        async with LocalLauncher(folder.sockets, folder.logs, zygote).running() as launcher:
             # the hosts' process imports torch now; what this one has to do is done meanwhile
             log = _logger(log_file)
             codec = _codec(graph)

@@ -69,7 +69,7 @@ def test_a_folder_runs_and_its_picture_is_true(name: str, words: str, runs: Path
 def test_a_graph_answers(name: str, runs: Path) -> None:
     """(smollm2.yaml itself is run by the tests of the command.)"""
     done = subprocess.run(
-        [sys.executable, "-m", "ranvier.graph.cli", "run", str(EXAMPLES / name), "--json", "--runs", str(runs),
+        [sys.executable, "-m", "ranvier.graph.entry", "run", str(EXAMPLES / name), "--json", "--runs", str(runs),
          "--prompt", "What is the capital of France?"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip

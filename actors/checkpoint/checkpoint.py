@@ -6,6 +6,7 @@ host holds its own tensors and a piece of a few MiB, nothing else.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import struct
@@ -188,6 +189,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     raise CheckpointError(f"{path}: expected a .gguf file, a .safetensors file, or a folder with config.json")
 
 
+@functools.lru_cache(maxsize=4)
+def known_checkpoint(path: Path) -> Checkpoint:
+    """`open_checkpoint`, whose answer is kept: a process that is forked of this one need not read the headers again."""
+    return open_checkpoint(path)
+
+
 def open_tensors(file: Path) -> Tensors:
     """A safetensors file by itself.
 
@@ -294,7 +301,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     for found in header.tensors.values():
         name = _hf_name(found.name)
         heads = turned.get(name.rpartition("self_attn.")[2].partition(".")[0], 0)
-        stored = _GGUF_PLAIN.get(found.type.name, found.type.name)
+        stored = _GGUF_PLAIN.get(found.type, found.type)
         tensors[name] = TensorEntry(name, path, stored, found.shape, found.offset, found.nbytes, permuted_heads=heads)
     return Checkpoint(path, tensors, config, gguf=header.fields)
 
@@ -304,10 +311,8 @@ def _rope_factors(path: Path, header: gguf_file.GGUFHeader) -> tuple[float, ...]
     found = header.tensors.get("rope_freqs.weight")
     if found is None:
         return ()
-    if found.type.name != "F32" or len(found.shape) != 1:
-        raise CheckpointError(
-            f"{path}: tensor rope_freqs.weight: expected float32[n], got {found.type.name}{found.shape}"
-        )
+    if found.type != "F32" or len(found.shape) != 1:
+        raise CheckpointError(f"{path}: tensor rope_freqs.weight: expected float32[n], got {found.type}{found.shape}")
     entry = TensorEntry("rope_freqs.weight", path, "float32", found.shape, found.offset, found.nbytes)
     with path.open("rb", buffering=0) as file:
         file.seek(found.offset)

@@ -1,8 +1,8 @@
 """The header of a GGUF file (versions 2 and 3), read within bounds and without touching the weights.
 
 The `gguf` package's reader makes a numpy object for each of the 100,000 strings of a vocabulary: 3.5 s for SmolLM2's
-file, in every process that opens it; this takes 0.1 s. The package still turns the quantised blocks into numbers
-(`gguf.quants`), and its tables of types are used as they are. Layout: ggml's docs/gguf.md.
+file, in every process that opens it; this takes 0.1 s. The package still turns most kinds of quantised blocks into numbers
+(`gguf.quants`), but is imported only for that: 0.1 s, too. Layout: ggml's docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
 from ..errors import CheckpointError
 
 MAX_TENSORS = 65_536
@@ -23,6 +21,15 @@ MAX_DIMS = 4
 MAX_DEPTH = 2
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_TYPES = {
+    0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34), 9: ("Q8_1", 32, 40), 10: ("Q2_K", 256, 84), 11: ("Q3_K", 256, 110), 12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176), 14: ("Q6_K", 256, 210), 15: ("Q8_K", 256, 292), 16: ("IQ2_XXS", 256, 66), 17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
+}  # fmt: skip
+"""By their number in a file: name, numbers of a block, bytes of a block (ggml's ggml.h)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +37,7 @@ class GGUFTensor:
     """One tensor of the file. `shape` is row-major (GGUF's own order reversed); `offset` counts from the file's start."""
 
     name: str
-    type: GGMLQuantizationType
+    type: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
@@ -105,16 +112,14 @@ class _Reader:
         for name, number, shape, offset in raw:
             if name in tensors:
                 raise CheckpointError(f"{self.path}: tensor {name} stands there twice")
-            try:
-                kind = GGMLQuantizationType(number)
-                block, block_bytes = GGML_QUANT_SIZES[kind]
-            except (ValueError, KeyError):
-                raise CheckpointError(f"{self.path}: tensor {name}: unknown type {number}") from None
+            if number not in _TYPES:
+                raise CheckpointError(f"{self.path}: tensor {name}: unknown type {number}")
+            kind, block, block_bytes = _TYPES[number]
             elements = 1
             for size in shape:
                 elements *= size
             if not shape or shape[-1] % block:
-                raise CheckpointError(f"{self.path}: tensor {name}: shape {shape} does not divide into {kind.name}")
+                raise CheckpointError(f"{self.path}: tensor {name}: shape {shape} does not divide into {kind}")
             nbytes = elements // block * block_bytes
             if offset % alignment:
                 raise CheckpointError(f"{self.path}: tensor {name}: offset {offset} is not aligned to {alignment}")

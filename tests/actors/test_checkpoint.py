@@ -362,3 +362,14 @@ def test_hosts_open_only_their_own_tensors(folder: Path, monkeypatch: pytest.Mon
         read.clear()
         kind().load(Context("t", {}, lambda _: None, checkpoint, "float32", layers, 8))
         assert sorted(read) == sorted(n for n, _ in weights.needs(name, checkpoint.config, layers))
+
+
+def test_the_table_of_types_is_ggufs() -> None:
+    """Name, numbers and bytes of a block of each type that the package knows, but for those it has had since."""
+    from gguf.constants import GGML_QUANT_SIZES
+
+    from ranvier.actors.checkpoint.gguf_file import _TYPES
+
+    theirs = {kind.value: (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
+    assert len(_TYPES) > 25
+    assert {number: theirs[number] for number in _TYPES if number in theirs} == _TYPES

@@ -98,7 +98,7 @@ def test_a_model_of_the_hub_from_its_cache(
     ):
         path = graph_file(model={"source": source}, **split(4, 6))
         done = subprocess.run(
-            [sys.executable, "-m", "ranvier.graph.cli", "check", str(path)],
+            [sys.executable, "-m", "ranvier.graph.entry", "check", str(path)],
             env=environment, capture_output=True, text=True, check=False, timeout=60,
         )  # fmt: skip
         assert done.returncode == code, done.stderr

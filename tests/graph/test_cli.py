@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import typer
 
 from ranvier.graph import cli
 
-COMMAND = [sys.executable, "-m", "ranvier.graph.cli"]
+COMMAND = [sys.executable, "-m", "ranvier.graph.entry"]
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
 SMOLLM2 = str(EXAMPLES / "smollm2.yaml")
 
@@ -35,6 +36,41 @@ def test_help_teaches() -> None:
     for word in ("check", "show", "run", "trace", "schema", "Start with: ranvier check GRAPH"):
         assert word in done.stdout
     assert ranvier("run", "--help").stdout.count("--") > 15
+
+
+def test_a_wrong_graph_leaves_no_process(tmp_path: Path) -> None:
+    """What was begun before the file was read is over when the command is."""
+    path = tmp_path / "bad.yaml"
+    path.write_text("ranvier: 1\n")
+    mark = f"MARK={secrets.token_hex(8)}"
+    done = ranvier("run", str(path), "--prompt", "x", env={**os.environ, "MARK": mark.partition("=")[2]})
+    assert done.returncode == 2
+    assert "bad.yaml:1:1: key 'name' is missing" in done.stderr
+    assert not [process for process in Path("/proc").iterdir() if process.name.isdigit() and marked(process, mark)]
+
+
+def marked(process: Path, mark: str) -> bool:
+    try:
+        return mark.encode() in (process / "environ").read_bytes()
+    except OSError:
+        return False
+
+
+def test_hosts_that_cannot_be_forked_say_why(tmp_path: Path, runs: Path) -> None:
+    """The process that they are forked from ends while it begins: the error carries its last words."""
+    (tmp_path / "torch.py").write_text("raise ImportError('this torch is broken')")
+    done = ranvier(
+        "run",
+        str(EXAMPLES / "smollm2.yaml"),
+        "--prompt",
+        "x",
+        "--runs",
+        str(runs),
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 1
+    assert "the process that hosts are forked from has ended" in done.stderr
+    assert "ImportError: this torch is broken" in done.stderr
 
 
 def test_check_says_good_or_what_is_wrong() -> None:

@@ -294,7 +294,11 @@ def test_replicas_join_and_leave_while_streams_go_on(tiny: Tiny, graph_file: Cal
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "ranvier.graph.cli", *arguments], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-m", "ranvier.graph.entry", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
 
 

@@ -72,7 +72,7 @@ def test_perplexity_of_smollm2_is_transformers_to_five_digits(oracle: Any, runs:
     (tmp_path / "text.txt").write_text(text)
     example = Path(__file__).resolve().parent.parent.parent / "examples" / "smollm2.yaml"
     done = subprocess.run(
-        [sys.executable, "-m", "ranvier.graph.cli", "score", str(example), "--text", str(tmp_path / "text.txt"), "--json",
+        [sys.executable, "-m", "ranvier.graph.entry", "score", str(example), "--text", str(tmp_path / "text.txt"), "--json",
          "--set", "model.dtype=float32", "--runs", str(runs)],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
