@@ -15,6 +15,7 @@
 
 #include "vectors.h"
 
+#include <cpuid.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -29,9 +30,11 @@
 #ifdef __AVX512F__
 #define TOKENS 8 /* whose sums are held in registers at once: a vector for each, or two */
 #define SPLIT 8  /* up to so many tokens have two, lest a sum wait for itself */
+#define PAIRS 16 /* the same of tokens that are multiplied by two columns at a time */
 #else
 #define TOKENS 5
 #define SPLIT 3
+#define PAIRS 1 /* none here */
 #endif
 #define QUERIES 24  /* of one key-value head that go through the cache together */
 #define TOGETHER 96 /* tokens that a product takes at a time: they stay near while the weights pass */
@@ -288,6 +291,7 @@ INLINE void tile_rows(
         odd[t] = f_zero();
     }
     for (int column = 0; column < columns; column += 2) {
+        _mm_prefetch((const char *)(tile + (size_t)column * TILE + 1024), _MM_HINT_T0);
         F weights = f_first(tile + (size_t)column * TILE);
 #pragma GCC unroll 8
         for (int t = 0; t < count; t++)
@@ -331,16 +335,89 @@ static void tile_any(
         BY_COUNT(count, tile_rows(tile, columns, x, x_step, out, out_step, more, N))
 }
 
-/* How many of those that are left come next: at most TOKENS, and not one alone at the end. */
-static int next(int left) {
-    int times = (left + TOKENS - 1) / TOKENS;
+#ifdef __AVX512F__
+
+/* The same with tokens that are rounded to bfloat16, two columns at a time, by the processor's own instruction. Where that
+   starts twice a cycle (see `pairs`) it is half the work, or less: nothing has to be widened. */
+INLINE void tile_pairs(
+    const uint16_t *tile, int columns, const uint16_t *x, size_t x_step, float *out, size_t out_step, int more,
+    const int count) {
+    const int split = count <= 4 ? 4 : count <= 8 ? 2 : 1; /* sums side by side, lest one wait for itself */
+    F sum[PAIRS][4];
+    for (int t = 0; t < count; t++) {
+        sum[t][0] = more ? f_load(out + t * out_step) : f_zero();
+        for (int i = 1; i < split; i++)
+            sum[t][i] = f_zero();
+    }
+    for (int column = 0; column < columns; column += 2 * split)
+#pragma GCC unroll 4
+        for (int i = 0; i < split; i++) {
+            const uint16_t *own = tile + (size_t)(column + 2 * i) * TILE;
+            _mm_prefetch((const char *)(own + 1024), _MM_HINT_T0);
+            __m512bh weights = (__m512bh)_mm512_loadu_si512(own);
+#pragma GCC unroll 16
+            for (int t = 0; t < count; t++) {
+                int32_t pair;
+                memcpy(&pair, x + t * x_step + column + 2 * i, 4);
+                sum[t][i] = _mm512_dpbf16_ps(sum[t][i], weights, (__m512bh)_mm512_set1_epi32(pair));
+            }
+        }
+    for (int t = 0; t < count; t++) {
+        F all = split > 1 ? f_add(sum[t][0], sum[t][1]) : sum[t][0];
+        f_store(out + t * out_step, split == 4 ? f_add(all, f_add(sum[t][2], sum[t][3])) : all);
+    }
+}
+
+static void pairs_any(
+    const uint16_t *tile, int columns, const uint16_t *x, size_t x_step, float *out, size_t out_step, int more, int count) {
+    if (count <= TOKENS)
+        BY_COUNT(count, tile_pairs(tile, columns, x, x_step, out, out_step, more, N))
+    else
+        switch (count) {
+            ONE_COUNT(9, tile_pairs(tile, columns, x, x_step, out, out_step, more, N))
+            ONE_COUNT(10, tile_pairs(tile, columns, x, x_step, out, out_step, more, N))
+            ONE_COUNT(11, tile_pairs(tile, columns, x, x_step, out, out_step, more, N))
+            ONE_COUNT(12, tile_pairs(tile, columns, x, x_step, out, out_step, more, N))
+            ONE_COUNT(13, tile_pairs(tile, columns, x, x_step, out, out_step, more, N))
+            ONE_COUNT(14, tile_pairs(tile, columns, x, x_step, out, out_step, more, N))
+            ONE_COUNT(15, tile_pairs(tile, columns, x, x_step, out, out_step, more, N))
+            ONE_COUNT(16, tile_pairs(tile, columns, x, x_step, out, out_step, more, N))
+        }
+}
+
+/* Whether the processor multiplies bfloat16 as fast as float32: AMD's from Zen 5 on. Before, and where it is not known, the
+   instruction starts every other cycle. */
+static int pairs(void) {
+    static int known = -1;
+    if (known < 0) {
+        unsigned a, b, c, d;
+        __cpuid(0, a, b, c, d);
+        int amd = b == 0x68747541; /* "Auth" */
+        __cpuid(1, a, b, c, d);
+        known = amd && ((a >> 8) & 15) + ((a >> 20) & 255) >= 26;
+    }
+    return known;
+}
+
+#else
+
+static int pairs(void) { return 0; }
+
+#endif
+
+/* How many of those that are left come next: at most so many, and not one alone at the end. */
+static int next_of(int left, int most) {
+    int times = (left + most - 1) / most;
     return (left + times - 1) / times;
 }
+
+static int next(int left) { return next_of(left, TOKENS); }
 
 /* Tokens as the products want them. */
 typedef struct {
     int tokens;
-    const float *wide;      /* [tokens, columns], for bfloat16 */
+    const float *wide;      /* [tokens, columns], for bfloat16; or, where the processor has fast products of it, */
+    const uint16_t *narrow; /* the same, rounded */
     const int8_t *whole;    /* [tokens, columns] */
     const float *scales;    /* [tokens, columns / 32] */
     const float *sums;      /* [tokens, columns / 32]: of the whole numbers, times their scale */
@@ -357,13 +434,22 @@ typedef struct {
    the nearest cache. */
 static void tile_bfloat16(const Product *p, int tile, int first, int end) {
     const Matrix *m = p->matrix;
-    size_t columns = m->columns, together = end - first > TOKENS ? COLUMNS : columns;
+    size_t columns = m->columns, together = end - first > (p->tokens->narrow ? PAIRS : TOKENS) ? COLUMNS : columns;
     for (size_t column = 0; column < columns; column += together)
-        for (int t = first, count; t < end; t += count)
-            tile_any(
-                (const uint16_t *)m->data + (tile * columns + column) * TILE,
-                (int)(columns - column < together ? columns - column : together), p->tokens->wide + t * columns + column,
-                columns, p->out + (size_t)t * m->rows + tile * TILE, m->rows, column > 0, count = next(end - t));
+        for (int t = first, count; t < end; t += count) {
+            const uint16_t *own = (const uint16_t *)m->data + (tile * columns + column) * TILE;
+            int some = (int)(columns - column < together ? columns - column : together);
+            float *out = p->out + (size_t)t * m->rows + tile * TILE;
+#ifdef __AVX512F__
+            if (p->tokens->narrow) {
+                count = next_of(end - t, PAIRS);
+                pairs_any(own, some, p->tokens->narrow + t * columns + column, columns, out, m->rows, column > 0, count);
+                continue;
+            }
+#endif
+            count = next(end - t);
+            tile_any(own, some, p->tokens->wide + t * columns + column, columns, out, m->rows, column > 0, count);
+        }
 }
 
 #ifdef __AVX512F__
@@ -573,15 +659,32 @@ static void rounded(const void *context, int token) {
     }
 }
 
+typedef struct {
+    const float *from;
+    int columns;
+    uint16_t *narrow;
+} Narrowing;
+
+static void narrowed(const void *context, int token) {
+    const Narrowing *n = context;
+    for (size_t i = (size_t)token * n->columns; i < (size_t)(token + 1) * n->columns; i += 16)
+        f_to_bfloat16(n->narrow + i, f_load(n->from + i));
+}
+
 /* float32 [tokens, columns] as a matrix of this kind wants it. `room` holds at least tokens x (3 x columns) bytes. */
 static Tokens prepared(int kind, const float *from, int tokens, int columns, uint8_t *room) {
-    if (kind == BFLOAT16)
-        return (Tokens){tokens, from, NULL, NULL, NULL};
+    if (kind == BFLOAT16 && !pairs())
+        return (Tokens){.tokens = tokens, .wide = from};
+    if (kind == BFLOAT16) {
+        Narrowing narrowing = {from, columns, (uint16_t *)room};
+        each(tokens, narrowed, &narrowing);
+        return (Tokens){.tokens = tokens, .narrow = narrowing.narrow};
+    }
     size_t blocks = (size_t)tokens * (columns / BLOCK);
     float *scales = (float *)room, *sums = scales + blocks;
     Rounding rounding = {from, columns, scales, sums, (int8_t *)(sums + blocks)};
     each(tokens, rounded, &rounding);
-    return (Tokens){tokens, NULL, rounding.whole, scales, sums};
+    return (Tokens){tokens, NULL, NULL, rounding.whole, scales, sums};
 }
 
 /* out [tokens, rows] = tokens [tokens, columns] times the matrix, all float32. `room`: see `prepared`. */
