@@ -200,6 +200,9 @@ class Host:
                 core.send_copies(time.monotonic_ns())
                 self._flush(wire)
                 due_ns = core.due_ns
+            if core.queued and core.may_batch:  # what has come meanwhile may go before what waits, or together with it
+                while self._receive(wire, 0):
+                    pass
             work = core.take()
             if core.discarded:
                 self._record_discarded()

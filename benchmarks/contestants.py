@@ -30,7 +30,7 @@ FOUR = {
     "upper": {"kind": "blocks", "layers": "15-29"},
     "head": {"kind": "head"},
 }
-TWO = {"first": {"kind": "first_stage", "layers": "0-16"}, "last": {"kind": "last_stage", "layers": "17-29"}}
+TWO = {"first": {"kind": "first_stage", "layers": "0-18"}, "last": {"kind": "last_stage", "layers": "19-29"}}
 """The head is as much work as eight layers."""
 ONE = {"model": {"kind": "model"}}
 

@@ -78,6 +78,10 @@ def two_cores(folder: str) -> tuple[Makers, Pairs]:
     """What a second core brings: two stages with 16 streams against one stage on one core with 8, bfloat16."""
     makers: Makers = {
         "two stages, two cores, 16": lambda: ours(folder, TWO, 16),
+        "two stages, two cores, 16, stored": lambda: ours(folder, TWO, 16, weights="stored"),
+        "one stage, one core, 8, stored": lambda: ours(folder, ONE, 8, weights="stored", cores=[0]),
+        "two stages, two cores, 16, int8": lambda: ours(folder, TWO, 16, weights="int8"),
+        "one stage, one core, 8, int8": lambda: ours(folder, ONE, 8, weights="int8", cores=[0]),
         "one stage, one core, 8": lambda: ours(folder, ONE, 8, cores=[0]),
     }
     return makers, [("two stages, two cores, 16", "one stage, one core, 8")]

@@ -19,6 +19,8 @@ from .findings import Findings, near
 from .load import Document
 from .schema import EdgeSection, GraphFile, Quorum
 
+PROMPTS = 256
+"""Messages of prompts that may wait at an actor, which are small: what waits there can be laid together in one step."""
 WITHOUT_A_BOUND = "a loop without a bound; add at_most: N, and until: PORT if the actor can say that it is done"
 
 
@@ -174,7 +176,7 @@ class EdgeCheck(Findings):
         given = {(edge.source, edge.out, edge.target, edge.into) for edge in edges}
         for actor in self.actors.values():
             made += [
-                CheckedEdge(GATEWAY, port, actor.name, port, actor.inputs[port], implied=True)
+                CheckedEdge(GATEWAY, port, actor.name, port, actor.inputs[port], implied=True, credits_messages=PROMPTS)
                 for port in actor.kind.from_gateway
                 if (GATEWAY, port, actor.name, port) not in given
             ]

@@ -224,9 +224,10 @@ class Head(Actor):
             if stream.info.logits:
                 asked.append(index)
         token_R = torch.tensor(tokens)
-        outputs: dict[str, torch.Tensor | Batch] = {"sampled": Batch(tuple(made), {"sampled": token_R})}
-        if going:
+        outputs: dict[str, torch.Tensor | Batch] = {}
+        if going:  # first what the next step waits for
             outputs["token"] = Batch(tuple(made[i] for i in going), {"token": token_R[going]})
+        outputs["sampled"] = Batch(tuple(made), {"sampled": token_R})
         if asked:
             outputs["logits"] = Batch(tuple(made[i] for i in asked), {"logits": logits_RV[asked]})
         return outputs
