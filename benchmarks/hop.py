@@ -1,40 +1,38 @@
-"""What does one hop cost? Ours actor to actor with everything on, bare pyzmq, and torch.distributed over gloo.
+"""What does one small hop cost, actor to actor with everything on? Against bare pyzmq, gloo, and Ray's compiled graphs.
 
-Each plays a tensor to and fro between two processes on the same cores and gives the median time of half a round trip.
-All stand ready from the start and take turns of a fraction of a second, so that a machine that drifts treats all
-alike; the ratio is taken turn by turn. `python benchmarks/hop.py --rounds 15` prints and saves.
+576 bfloat16 values are played to and fro between two processes over ipc; microseconds of half a round trip, the median of
+a thousand. Ours has header, handshake, credits, acknowledgements and trace on; pyzmq is a PAIR without header or tensor; gloo
+is `torch.distributed`. Ray plays within one compiled graph, where what it takes to start and end one is taken off; or the caller
+sends to one actor, that to another, and that back to him.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import statistics
-import subprocess
 import sys
-import tempfile
-import time
+from collections.abc import Mapping
 from pathlib import Path
 
-import report
+from contestants import PEERS, Contestant, Makers, in_turn
+from report import Answer, Goal
 
-HERE = Path(__file__).parent
-SIZES = {"576 bfloat16 values": (576, 1000), "16 MiB": (8 << 20, 10)}
+GRAPH = Path(__file__).parent / "bounce" / "graph.yaml"
+WIDTH, BOUNCES = 576, 1000
 
 OURS = """
-import sys, torch, trio, ranvier
-graph = ranvier.load(sys.argv[1], allow_code=True, overrides={"actors.player.args.bounces": sys.argv[4]})
+import json, pathlib, sys, torch, trio, ranvier
+settings = {"actors.player.args.bounces": sys.argv[2], **json.loads(sys.argv[4])}
+graph = ranvier.load(sys.argv[3], allow_code=True, overrides=settings)
 async def main():
-    async with ranvier.launch(graph, runs=sys.argv[2] + "/runs") as run:
+    async with ranvier.launch(graph, runs=pathlib.Path(__file__).parent) as run:
         while await trio.to_thread.run_sync(sys.stdin.readline):
-            times = (await run.call(x=torch.zeros(1, int(sys.argv[3]), dtype=torch.bfloat16)))["times"]
+            times = (await run.call(x=torch.zeros(1, int(sys.argv[1]), dtype=torch.bfloat16)))["times"]
             print(float((times[1:] - times[:-1]).median()) / 2e3, flush=True)
 trio.run(main)
 """
 
 PYZMQ = """
-import multiprocessing, statistics, sys, time, zmq
-path, size, bounces = "ipc://" + sys.argv[2] + "/pair", int(sys.argv[3]) * 2, int(sys.argv[4])
+import multiprocessing, pathlib, statistics, sys, time, zmq
+path, size, bounces = f"ipc://{pathlib.Path(__file__).parent}/pair", int(sys.argv[1]) * 2, int(sys.argv[2])
 copy = size < 65536  # copy=False costs more than it saves for what is small
 def wall():
     socket = zmq.Context().socket(zmq.PAIR)
@@ -56,8 +54,8 @@ if __name__ == "__main__":
 """
 
 GLOO = """
-import multiprocessing, statistics, sys, time, torch, torch.distributed as dist
-store, width, bounces = "file://" + sys.argv[2] + "/store", int(sys.argv[3]), int(sys.argv[4])
+import multiprocessing, pathlib, statistics, sys, time, torch, torch.distributed as dist
+store, width, bounces = f"file://{pathlib.Path(__file__).parent}/store", int(sys.argv[1]), int(sys.argv[2])
 def join(rank):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
@@ -79,69 +77,65 @@ if __name__ == "__main__":
         print(statistics.median(b - a for a, b in zip(times, times[1:])) / 2e3, flush=True)
 """
 
-SCRIPTS = {"bare pyzmq": PYZMQ, "ranvier": OURS, "gloo": GLOO}
+RAY = """
+import logging, statistics, sys, time, numpy, ray
+from ray.dag import InputNode
+ray.init(num_cpus=2, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False, object_store_memory=200_000_000)
+@ray.remote(num_cpus=0)
+class Player:
+    def play(self, ball):
+        return ball
+players = [Player.remote(), Player.remote()]
+def compiled(bounces):
+    with InputNode() as ball:
+        node = ball
+        for turn in range(bounces):
+            node = players[turn % 2].play.bind(node)
+    return node.experimental_compile()
+ball = numpy.zeros(int(sys.argv[1]), numpy.uint16)
+def once(graph):
+    began = time.perf_counter()
+    ray.get(graph.execute(ball))
+    return time.perf_counter() - began
+few, many = 2, 42
+graph = compiled(few)
+times = [once(graph) for _ in range(300)]
+around = statistics.median(times[100:])
+graph.teardown()
+graph = compiled(many)
+whole = len(sys.argv) > 5
+if whole:
+    graph.teardown()
+    graph = compiled(few)
+for _ in sys.stdin:
+    if whole:
+        print(statistics.median(once(graph) for _ in range(200)) / (few + 1) * 1e6, flush=True)
+    else:
+        print((statistics.median(once(graph) for _ in range(50)) - around) / (many - few) * 1e6, flush=True)
+"""
 
 
-class Contestant:
-    """A process that plays one turn for each line it is given, and answers with microseconds a hop."""
-
-    def __init__(self, script: str, width: int, bounces: int) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="ranvier-bench-")
-        file = Path(self._folder.name) / "contestant.py"
-        file.write_text(script)
-        arguments = [str(HERE / "bounce" / "graph.yaml"), self._folder.name, str(width), str(bounces)]
-        self._process = subprocess.Popen(
-            [sys.executable, str(file), *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def turn(self) -> float:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise RuntimeError("a contestant is gone; its own error stands above")
-        return float(answer)
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
-        self._folder.cleanup()
+def _made(code: str) -> Contestant:
+    return Contestant(sys.executable, code, str(WIDTH), str(BOUNCES), str(GRAPH), "{}")
 
 
-def measure(width: int, bounces: int, rounds: int) -> dict[str, list[float]]:
-    """Microseconds a hop by contestant, one figure a round; the first turn of each is to get warm."""
-    contestants = {name: Contestant(script, width, bounces) for name, script in SCRIPTS.items()}
-    try:
-        for contestant in contestants.values():
-            contestant.turn()
-        return report.in_turn({name: contestant.turn for name, contestant in contestants.items()}, rounds)
-    finally:
-        for contestant in contestants.values():
-            contestant.close()
+def _ray(*how: str) -> Contestant:
+    return Contestant(PEERS / "bin" / "python", RAY, str(WIDTH), str(BOUNCES), "", "", *how)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=15)
-    rounds = parser.parse_args().rounds
-    told: dict[str, object] = {}
-    began = time.monotonic()
-    print(f"one hop, {rounds} rounds in turn, {len(os.sched_getaffinity(0))} cores: median of a round (least to most)")
-    for name, (width, bounces) in SIZES.items():
-        figures = measure(width, bounces, rounds)
-        print(f"\n{name}")
-        for contestant, values in figures.items():
-            print(f"  {contestant:12s} {report.spread(values, 'µs')}")
-        against = {peer: report.ratios(figures, "ranvier", peer) for peer in ("bare pyzmq", "gloo")}
-        for peer, values in against.items():
-            print(f"  ranvier / {peer:12s} {statistics.median(values):.2f}  ({min(values):.2f} to {max(values):.2f})")
-        told[name] = {"microseconds": figures, "ratio": against}
-    file = report.save("hop", {"rounds": rounds, "sizes": told})
-    print(f"\nsaved {file.relative_to(HERE.parent)} after {time.monotonic() - began:.0f} s")
-
-
-if __name__ == "__main__":
-    main()
+def ask(rounds: int) -> Answer:
+    makers: Makers = {
+        "ranvier": lambda: _made(OURS),
+        "bare pyzmq": lambda: _made(PYZMQ),
+        "gloo": lambda: _made(GLOO),
+        "Ray, within a compiled graph": lambda: _ray(),
+        "Ray, a compiled graph called": lambda: _ray("whole"),
+    }
+    figures: Mapping[str, list[float]] = in_turn(makers, 3 * rounds)
+    bounds = {
+        "bare pyzmq": 1.6,
+        "gloo": 1.0,
+        "Ray, within a compiled graph": 0.33,
+        "Ray, a compiled graph called": 0.33,
+    }
+    return Answer("microseconds", figures, [Goal("ranvier", peer, bound, less=True) for peer, bound in bounds.items()])

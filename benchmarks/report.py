@@ -1,4 +1,4 @@
-"""What all benchmarks share: rounds in turn, medians, ratios, and the file under results/."""
+"""What all questions share: turns, medians, ratios against what should hold, the table, and the file under results/."""
 
 from __future__ import annotations
 
@@ -7,25 +7,48 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+Names = str | Sequence[str]
 
 
-def machine() -> dict[str, Any]:
-    """Processor, cores, versions."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
-    return {
-        "processor": model,
-        "cores": len(os.sched_getaffinity(0)),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "pyzmq")},
-    }
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """`ours` over `peer`, round by round, of several names the best of each round. `bound`: what the median should be at
+    least, or, where less is better, at most; None: only told."""
+
+    ours: Names
+    peer: Names
+    bound: float | None = None
+    less: bool = False
+
+    def ratios(self, figures: Mapping[str, list[float]]) -> list[float]:
+        return [
+            mine / theirs
+            for mine, theirs in zip(self._best(figures, self.ours), self._best(figures, self.peer), strict=True)
+        ]
+
+    def _best(self, figures: Mapping[str, list[float]], names: Names) -> list[float]:
+        best = min if self.less else max
+        return [best(turn) for turn in zip(*(figures[name] for name in _several(names)), strict=True)]
+
+    def __str__(self) -> str:
+        return f"{_any_of(self.ours)} / {_any_of(self.peer)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Figures by contestant, one a round, and what should hold. `notes` are lines that are told besides."""
+
+    unit: str
+    figures: Mapping[str, list[float]]
+    goals: Sequence[Goal]
+    notes: Sequence[str] = field(default_factory=tuple)
 
 
 def in_turn(contestants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -37,19 +60,58 @@ def in_turn(contestants: Mapping[str, Callable[[], float]], rounds: int) -> dict
     return figures
 
 
-def ratios(figures: Mapping[str, list[float]], ours: str, peer: str) -> list[float]:
-    """Ours over the peer's, round by round."""
-    return [mine / theirs for mine, theirs in zip(figures[ours], figures[peer], strict=True)]
-
-
-def spread(values: list[float], unit: str) -> str:
-    return f"{statistics.median(values):9.1f} {unit}  ({min(values):.1f} to {max(values):.1f})"
-
-
-def save(name: str, told: dict[str, Any]) -> Path:
-    """Write `results/<name>.json` with the machine and the date."""
+def tell(name: str, question: str, rounds: int, answer: Answer) -> None:
+    """Print the table and write `results/<name>.json` with machine, versions and date."""
+    print(f"{name}: {question.strip()}\n\n{rounds} rounds in turn, {answer.unit}: median (least to most)")
+    width = max(map(len, [*answer.figures, *map(str, answer.goals)]))
+    for each, values in answer.figures.items():
+        print(f"  {each:{width}} {statistics.median(values):10.2f}  ({min(values):.2f} to {max(values):.2f})")
+    ratios = []
+    for goal in answer.goals:
+        found = goal.ratios(answer.figures)
+        ratio = statistics.median(found)
+        ratios.append({
+            "of": str(goal), "median": round(ratio, 3), "rounds": [round(one, 3) for one in found], "bound": goal.bound,
+            "less_is_better": goal.less,
+        })  # fmt: skip
+        print(f"  {goal!s:{width}} {ratio:10.2f}  ({min(found):.2f} to {max(found):.2f}){_verdict(goal, ratio)}")
+    for note in answer.notes:
+        print(f"  {note}")
     RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"{name}.json"
-    stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    file.write_text(json.dumps({"benchmark": name, "date": stamp, "machine": machine(), **told}, indent=1) + "\n")
-    return file
+    told = {
+        "question": question.strip(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": machine(), "rounds": rounds, "unit": answer.unit, "figures": answer.figures, "ratios": ratios,
+        "notes": list(answer.notes),
+    }  # fmt: skip
+    (RESULTS / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+    print(flush=True)
+
+
+def _verdict(goal: Goal, ratio: float) -> str:
+    if goal.bound is None:
+        return ""
+    holds = ratio <= goal.bound if goal.less else ratio >= goal.bound
+    return f"  {'at most' if goal.less else 'at least'} {goal.bound}: {'holds' if holds else 'MISSED'}"
+
+
+def _several(names: Names) -> Sequence[str]:
+    return [names] if isinstance(names, str) else names
+
+
+def _any_of(names: Names) -> str:
+    return names if isinstance(names, str) else f"best of {len(names)}"
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, versions."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+    flags = next((line for line in lines if line.startswith("flags")), "").split()
+    return {
+        "processor": model,
+        "vectors": [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16") if flag in flags],
+        "cores": len(os.sched_getaffinity(0)),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "pyzmq", "transformers")},
+    }

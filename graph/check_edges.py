@@ -252,22 +252,13 @@ class EdgeCheck(Findings):
                     )
 
     def loops(self, edges: Iterable[CheckedEdge]) -> None:
-        """Every loop has a bound, but that of a model's tokens, which ends with its stream. What is inside a loop is of one
-        round: the client gets what leaves it, from the actor that decides that."""
+        """Every loop has a bound, but that of a model's tokens, which ends with its stream."""
         edges = list(edges)
         forward = [(e.source, e.target) for e in edges if not e.feedback and GATEWAY not in (e.source, e.target)]
         for edge in [edge for edge in edges if edge.feedback and edge.source in _reach({edge.target}, forward)]:
             of_tokens = edge.out == "token" and self.actors[edge.source].kind.uses_model
             if not edge.at_most and not of_tokens:
                 self._wrong(f"edge {edge.name}: {WITHOUT_A_BOUND}", *self._edge_path(edge))
-        for loop in [edge for edge in edges if edge.feedback and edge.at_most]:
-            inside = _reach({loop.target}, forward) & _reach({loop.source}, [(b, a) for a, b in forward])
-            for edge in edges:
-                if edge.target == GATEWAY and edge.source in inside - {loop.source}:
-                    self._wrong(
-                        f"edge {edge.name}: actor {edge.source} is inside the loop {loop.name}, where each round gives it "
-                        f"something else; let {loop.source} give it to the client", *self._edge_path(edge),
-                    )  # fmt: skip
 
     def dims(self, edges: Iterable[CheckedEdge]) -> None:
         """Named dimensions have one size, however far apart the edges are that say it."""

@@ -44,6 +44,7 @@ class Stream:
     info: SessionInfo
     places: Places
     outputs: dict[str, tuple[TensorMeta, Buffer]] = field(default_factory=dict)
+    rounds: dict[str, int] = field(default_factory=dict)
     log: list[int] = field(default_factory=list)
     logits: dict[int, Buffer] = field(default_factory=dict)
     scores: array[float] = field(default_factory=lambda: array("f"))
@@ -273,9 +274,9 @@ class Gateway:
     def _on_output(self, port: str, received: Received) -> None:
         for row, part in rows_of(received):
             stream = self.streams.get(row.session)
-            if stream is None or row.epoch != stream.info.epoch or port in stream.outputs:
-                continue  # of a session that is over, or from a slower replica
-            stream.outputs[port] = part
+            if stream is None or row.epoch != stream.info.epoch or row.position <= stream.rounds.get(port, -1):
+                continue  # of a session that is over, from a slower replica, or of an earlier round of a loop
+            stream.outputs[port], stream.rounds[port] = part, row.position
             if stream.outputs.keys() == self._answers:
                 self._end(stream, "done")
 

@@ -1,0 +1,62 @@
+"""What do 16 MiB between two actors cost, against one memcpy? In shared memory and over the wire; and from which size on.
+
+Milliseconds of half a round trip, as in hop.py. Ours with shared memory copies once, into a segment that the other maps; the
+memcpy goes to and fro between two buffers that were touched before and that the third cache of a large processor holds; and
+round eight that it does not hold. The smaller sizes are what the default of
+`shared_from_bytes` was chosen by.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+import hop
+from contestants import Contestant, Makers, in_turn
+from report import Answer, Goal
+
+SIZES = {"64 KiB": 1 << 16, "256 KiB": 1 << 18, "1 MiB": 1 << 20, "16 MiB": 1 << 24}
+
+MEMCPY = """
+import ctypes, statistics, sys, time
+size, bounces, count = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+buffers = [ctypes.create_string_buffer(bytes(size), size) for _ in range(count)]
+for _ in sys.stdin:
+    times = []
+    for turn in range(2 * bounces):
+        began = time.perf_counter_ns()
+        ctypes.memmove(buffers[(turn + 1) % count], buffers[turn % count], size)
+        times.append(time.perf_counter_ns() - began)
+    print(statistics.median(times) / 1e6, flush=True)
+"""
+
+
+class InMilliseconds(Contestant):
+    def measure(self) -> float:
+        return super().measure() / 1000
+
+
+def _ours(nbytes: int, shared_from: int) -> Contestant:
+    overrides = f'{{"shared_from_bytes": "{shared_from}"}}'
+    bounces = max(20, min(500, (1 << 26) // nbytes))
+    return InMilliseconds(
+        sys.executable, hop.OURS, str(nbytes // 2), str(bounces), str(hop.GRAPH), overrides
+    )  # fmt: skip
+
+
+def ask(rounds: int) -> Answer:
+    makers: Makers = {
+        **{f"{name}, shared memory": partial(_ours, nbytes, 1) for name, nbytes in SIZES.items()},
+        **{f"{name}, over the wire": partial(_ours, nbytes, 0) for name, nbytes in SIZES.items()},
+        "16 MiB, bare pyzmq": lambda: InMilliseconds(sys.executable, hop.PYZMQ, str(1 << 23), "20"),
+        "16 MiB, gloo": lambda: InMilliseconds(sys.executable, hop.GLOO, str(1 << 23), "20"),
+        "16 MiB, one memcpy": lambda: Contestant(sys.executable, MEMCPY, str(1 << 24), "20", "2"),
+        "16 MiB, one memcpy, not cached": lambda: Contestant(sys.executable, MEMCPY, str(1 << 24), "20", "8"),
+    }
+    goals = [
+        Goal("16 MiB, shared memory", "16 MiB, one memcpy", round(1 / 0.9, 2), less=True),
+        Goal("16 MiB, shared memory", "16 MiB, one memcpy, not cached", less=True),
+        Goal("16 MiB, over the wire", "16 MiB, one memcpy", 2.0, less=True),
+        *(Goal(f"{name}, shared memory", f"{name}, over the wire", less=True) for name in SIZES),
+    ]
+    return Answer("milliseconds", in_turn(makers, rounds), goals)

@@ -1,0 +1,33 @@
+"""Ask the questions of this folder: each is a file of its own. `python benchmarks/run.py one_stream hop --rounds 5` prints a
+table for each, with what should hold, and writes results/<question>.json; without a name all are asked."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+
+import report
+
+QUESTIONS = (
+    "hop", "large", "one_stream", "sixteen_streams", "cut_one_stream", "cut_sixteen_streams", "four_or_one", "two_cores",
+    "split_or_threads", "more_streams", "long_prompt", "held_up", "tracing", "start", "memory", "products", "hedge",
+)  # fmt: skip
+
+
+def main() -> None:
+    listed = "\n".join(f"  {name:20} {importlib.import_module(name).__doc__.splitlines()[0]}" for name in QUESTIONS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"questions:\n{listed}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", help="all if none is given")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant (%(default)s)")
+    options = parser.parse_args()
+    if wrong := set(options.questions) - set(QUESTIONS):
+        parser.error(f"no such question: {', '.join(sorted(wrong))}; there are {', '.join(QUESTIONS)}")
+    for name in options.questions or QUESTIONS:
+        question = importlib.import_module(name)
+        report.tell(name, question.__doc__ or "", options.rounds, question.ask(options.rounds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Sixteen streams: four actors against transformers' batch of 16 and llama.cpp's 16 parallel sequences, on two cores.
+
+As in one_stream.py, 16 requests at once; llama.cpp decodes one token of all sequences a call. Ours has a thread an actor.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from contestants import FOUR, Makers, in_turn, llama_cpp, ours, transformers
+from report import Answer, Goal
+
+
+def ask(rounds: int) -> Answer:
+    makers: Makers = {
+        **{weights: partial(ours, FOUR, 16, weights=weights) for weights in ("bfloat16", "int8", "stored")},
+        "transformers, 2 threads": partial(transformers, 2, 16),
+        "llama.cpp, 2 threads": partial(llama_cpp, 2, 16),
+    }
+    return Answer(
+        "tokens/s",
+        in_turn(makers, rounds),
+        [
+            Goal("bfloat16", "transformers, 2 threads", 1.7),
+            Goal(["int8", "stored"], "llama.cpp, 2 threads", 2.0),
+        ],
+    )
