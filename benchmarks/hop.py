@@ -2,8 +2,8 @@
 
 576 bfloat16 values are played to and fro between two processes over ipc; microseconds of half a round trip, the median of
 a thousand. Ours has header, handshake, credits, acknowledgements and trace on; pyzmq is a PAIR without header or tensor; gloo
-is `torch.distributed`. Ray plays within one compiled graph, where what it takes to start and end one is taken off; or the caller
-sends to one actor, that to another, and that back to him.
+is `torch.distributed`. Ray plays within one compiled graph, where what it takes to start and end one is taken off; or the
+caller sends to one actor, that to another, and that back to him.
 """
 
 from __future__ import annotations

@@ -60,8 +60,9 @@ def in_turn(contestants: Mapping[str, Callable[[], float]], rounds: int) -> dict
     return figures
 
 
-def tell(name: str, question: str, rounds: int, answer: Answer) -> None:
+def tell(name: str, question: str, answer: Answer) -> None:
     """Print the table and write `results/<name>.json` with machine, versions and date."""
+    rounds = len(next(iter(answer.figures.values())))
     print(f"{name}: {question.strip()}\n\n{rounds} rounds in turn, {answer.unit}: median (least to most)")
     width = max(map(len, [*answer.figures, *map(str, answer.goals)]))
     for each, values in answer.figures.items():

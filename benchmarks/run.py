@@ -26,7 +26,7 @@ def main() -> None:
         parser.error(f"no such question: {', '.join(sorted(wrong))}; there are {', '.join(QUESTIONS)}")
     for name in options.questions or QUESTIONS:
         question = importlib.import_module(name)
-        report.tell(name, question.__doc__ or "", options.rounds, question.ask(options.rounds))
+        report.tell(name, question.__doc__ or "", question.ask(options.rounds))
 
 
 if __name__ == "__main__":

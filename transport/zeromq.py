@@ -170,7 +170,7 @@ class ZeroWire:
             elif not buffers:
                 _send(dealer, header, _LAST)
             else:
-                if peer in self._shares and self._shared_from <= max(map(len, buffers)):
+                if self._shared_from and peer in self._shares and self._shared_from <= max(map(len, buffers)):
                     kept = list(buffers)
                     buffers = self._lend(peer, dealer, buffers, kept)
                 _send(dealer, header, _MORE)
