@@ -48,8 +48,8 @@ def ask(rounds: int) -> Answer:
     makers: Makers = {
         **{f"{name}, shared memory": partial(_ours, nbytes, 1) for name, nbytes in SIZES.items()},
         **{f"{name}, over the wire": partial(_ours, nbytes, 0) for name, nbytes in SIZES.items()},
-        "16 MiB, bare pyzmq": lambda: InMilliseconds(sys.executable, hop.PYZMQ, str(1 << 23), "20"),
-        "16 MiB, gloo": lambda: InMilliseconds(sys.executable, hop.GLOO, str(1 << 23), "20"),
+        "16 MiB, bare pyzmq": lambda: InMilliseconds(sys.executable, hop.PYZMQ, str(1 << 23), "20", hop.FREE),
+        "16 MiB, gloo": lambda: InMilliseconds(sys.executable, hop.GLOO, str(1 << 23), "20", hop.FREE),
         "16 MiB, one memcpy": lambda: Contestant(sys.executable, MEMCPY, str(1 << 24), "20", "2"),
         "16 MiB, one memcpy, not cached": lambda: Contestant(sys.executable, MEMCPY, str(1 << 24), "20", "8"),
     }

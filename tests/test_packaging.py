@@ -118,3 +118,16 @@ def test_the_wheel_offers_ranvier_and_nothing_bare(tmp_path: Path) -> None:
     assert place.startswith(str(target))
     assert bare == "[None, None, None]"
     assert typed == "True"
+
+
+def test_every_benchmark_is_a_question_that_is_asked() -> None:
+    """`make bench` asks what lies in benchmarks/: one file a question, each with what should hold told by its first line."""
+    folder = REPOSITORY / "benchmarks"
+    shared = {"run", "report", "contestants"}
+    done = subprocess.run(
+        [sys.executable, str(folder / "run.py"), "--help"], capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    listed = [line.split()[0] for line in done.stdout.partition("questions:")[2].splitlines() if line.strip()]
+    assert sorted(listed) == sorted({file.stem for file in folder.glob("*.py")} - shared)
+    assert "benchmarks/run.py" in (REPOSITORY / "Makefile").read_text()

@@ -404,6 +404,7 @@ def test_a_branch_that_is_not_read_holds_up_its_senders_within_their_credits(
     assert len(read.done["other.0"]) == 8
     assert all(record.finished_ns < opened_ns[0] for record in read.done["other.0"])
     told = trace.summary(read)
+    assert told["counters"]["wide.0"]["shared_sent"] > 8, "through shared memory"
     first = told["waits"][0]
     assert (first["waiting"], first["for"], first["edge"]) == ("wide.0", "slow.0", "wide.y -> slow.x")
     assert first["longest_ms"] > 100
