@@ -1,7 +1,7 @@
 """Packed weights and their products with tokens, in C (kernels.c), for processors with AVX2 or AVX-512.
 
 A product of 16 rows at a time reads each weight once for some tokens, and a step through a group of layers is a single call:
-torch's own operations took two thirds of a decoding step's time before any number was multiplied (benchmarks/text.py).
+torch's own operations took two thirds of a decoding step's time before any number was multiplied (benchmarks/one_stream.py).
 Without such a processor, or a compiler when the package was installed, torch does it all.
 
 Shape suffixes: T tokens, R rows, C columns, B blocks of 32 columns.
