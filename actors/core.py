@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping
 import msgspec
 import torch
 
+from ranvier.transport.ends import Received, ReceivingLink
 from ranvier.transport.errors import ProtocolError
-from ranvier.transport.exchange import Exchange, Received, ReceivingLink, RefusedMessage
+from ranvier.transport.exchange import Exchange, RefusedMessage
 from ranvier.transport.header import MAX_ROWS, Row
 from ranvier.transport.tensors import from_buffer
 

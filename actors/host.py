@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from ranvier.transport.codec import Coding
+from ranvier.transport.ends import Received
 from ranvier.transport.errors import LinkBroken, ProtocolError
-from ranvier.transport.exchange import Exchange, Received, RefusedMessage
+from ranvier.transport.exchange import Exchange, RefusedMessage
 from ranvier.transport.header import Row
 from ranvier.transport.link import Arrival, LinkSpec
 from ranvier.transport.zeromq import ZeroWire

@@ -13,7 +13,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
-from ranvier.transport.exchange import Received
+from ranvier.transport.ends import Received
 from ranvier.transport.header import Row
 
 Step = tuple[int, int, int]

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 
 from ranvier.transport.codec import RAW, Coding
-from ranvier.transport.exchange import Exchange, SendingLink
+from ranvier.transport.ends import SendingLink
+from ranvier.transport.exchange import Exchange
 from ranvier.transport.header import Row, TensorMeta
 from ranvier.transport.message import Buffer
 from ranvier.transport.tensors import LOOK_EVERY, encode, to_buffer

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from ranvier.transport.codec import Coding
-from ranvier.transport.exchange import Exchange, SendingLink
+from ranvier.transport.ends import SendingLink
+from ranvier.transport.exchange import Exchange
 from ranvier.transport.header import Row, TensorMeta
 from ranvier.transport.message import Buffer
 

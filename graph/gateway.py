@@ -18,7 +18,8 @@ from ranvier.actors.session import SessionInfo
 from ranvier.actors.spec import GATEWAY, HostLink
 from ranvier.transport.codec import RAW
 from ranvier.transport.dtypes import BY_NAME
-from ranvier.transport.exchange import Exchange, Received
+from ranvier.transport.ends import Received
+from ranvier.transport.exchange import Exchange
 from ranvier.transport.header import Row, TensorMeta
 from ranvier.transport.message import Buffer
 

@@ -18,8 +18,9 @@ from ranvier.actors.spec import GATEWAY
 from ranvier.actors.supervisor import Supervisor
 from ranvier.actors.trace_file import DONE, SENT, UNSENT, TraceFile
 from ranvier.transport.codec import Coding
+from ranvier.transport.ends import Received
 from ranvier.transport.errors import LinkClosed, ProtocolError
-from ranvier.transport.exchange import Received, RefusedMessage
+from ranvier.transport.exchange import RefusedMessage
 from ranvier.transport.header import Row
 from ranvier.transport.link import LinkSpec
 from ranvier.transport.trio_wire import TrioWire

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
-
-import msgspec
+from typing import Any, TypeVar
 
 from . import auto
-from .codec import RAW, Codec, Coding
+from .codec import RAW, Coding
 from .codec import parse as parse_codec
+from .ends import Received, ReceivingLink, SendingLink, Waiting
 from .errors import LinkBroken, ProtocolError
 from .handshake import hello, objection
 from .header import DATA, VERSION, Ack, Control, Header, Kind, Row, TensorMeta, Verb, control, decode
@@ -24,82 +22,10 @@ from .message import Buffer, check_frames, check_specs, checksum
 from .window import Outgoing, ReceiveWindow, SendWindow
 
 Link = TypeVar("Link")
-_Shape = tuple[tuple[TensorMeta, ...], int, int]
-"""Tensors, rows and tokens of a message."""
-
-
-class Received(msgspec.Struct, frozen=True, eq=False):
-    """A message that was taken, `buffers` in the order of the header's tensors and never to be written to. Its credit
-    returns when the host calls `consumed`."""
-
-    link: ReceivingLink
-    header: Header
-    buffers: tuple[Buffer, ...]
-    nbytes: int
-    received_ns: int
-
-
 OnUnsent = Callable[[LinkSpec, tuple[Row, ...], int, int, int], None]
 """A message that never got credit: (link, rows, bytes, ready_ns, given_up_ns)."""
 OnSent = Callable[[LinkSpec, int, tuple[Row, ...], int, int, int, int, int, Coding | None], None]
 """What the sending end knows of one message: (link, sequence, rows, bytes, ready_ns, credit_ns, sent_ns, codec, coding)."""
-
-
-class _Waiting(NamedTuple):
-    rows: tuple[Row, ...]
-    tensors: tuple[TensorMeta, ...]
-    buffers: tuple[Buffer, ...]
-    nbytes: int
-    ready_ns: int
-    coding: Coding | None
-
-
-@dataclass(slots=True, eq=False)
-class SendingLink:
-    """The sender's end of one link. `waiting` holds what has no credit yet. `on_used`, on a prompt link, is called with the
-    nanoseconds since it was sent for each message that was used up, `on_credit` when there may be more credit. `chooser`
-    says which codec, where the edge leaves that open."""
-
-    spec: LinkSpec
-    window: SendWindow
-    codec: Codec
-    raw: bool
-    open: bool = False
-    refused: str | None = None
-    passed: _Shape | None = None
-    nbytes: int = 0
-    sent: int = 0
-    waiting: deque[_Waiting] = field(default_factory=deque)
-    on_used: Callable[[int], None] | None = None
-    on_credit: Callable[[], None] | None = None
-    sent_at: deque[tuple[int, int]] = field(default_factory=deque)
-    chooser: auto.Chooser | None = None
-
-    @property
-    def used(self) -> int:
-        """The highest sequence of which the receiver has said that it is used up."""
-        return max(0, self.window.sequence_limit - self.spec.credits_messages)
-
-    @property
-    def queued(self) -> int:
-        """Messages that were given to it and are not used up."""
-        return self.window.sequence - self.used + len(self.waiting)
-
-    def may_send(self, nbytes: int) -> bool:
-        """Whether a message of `nbytes` would go at once."""
-        return not self.waiting and self.window.may_send(nbytes)
-
-
-@dataclass(slots=True, eq=False)
-class ReceivingLink:
-    """The receiver's end of one link."""
-
-    spec: LinkSpec
-    window: ReceiveWindow
-    measured: bool
-    open: bool = False
-    passed: _Shape | None = None
-    nbytes: int = 0
 
 
 def _checked(link: SendingLink | ReceivingLink, rows: tuple[Row, ...], tensors: tuple[TensorMeta, ...]) -> int:
@@ -219,7 +145,7 @@ class Exchange:
         if not link.may_send(nbytes):
             self.counters["credit_waits"] += 1
             self.waiting += 1
-            link.waiting.append(_Waiting(rows, tensors, buffers, nbytes, ready_ns, coding))
+            link.waiting.append(Waiting(rows, tensors, buffers, nbytes, ready_ns, coding))
         else:
             self._transmit(link, rows, tensors, buffers, nbytes, ready_ns, ready_ns, coding)
 
@@ -229,7 +155,7 @@ class Exchange:
         if not self.waiting:
             return
         for link in self.sending.values():
-            kept = deque[_Waiting]()
+            kept = deque[Waiting]()
             for message in link.waiting:
                 if any(wanted(row) for row in message.rows):
                     kept.append(message)

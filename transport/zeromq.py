@@ -1,7 +1,7 @@
 """The ZeroMQ wire. The only file that sees a `ZMQError`.
 
-Between processes of one machine a large tensor may go through shared memory (shared.py): a message that begins with an empty
-frame is the wires' own, what they lend and give back, or one with its loans before the header.
+Between processes of one machine a large tensor may go through shared memory: what the wires say to each other for that begins
+with an empty frame (sharing.py).
 
 One ROUTER inbox, bound; one DEALER for each peer, connected, its identity this process's own. Everything that comes in
 (data, acknowledgements, wakes) comes through the inbox, so that the step thread waits on a single socket: waiting on
@@ -14,11 +14,9 @@ import contextlib
 import itertools
 import os
 import time
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import zmq
 
 from . import endpoint
@@ -26,7 +24,7 @@ from .errors import AddressError, LinkBroken, LinkClosed, ProtocolError
 from .header import MAX_TENSORS
 from .link import Arrival
 from .message import COPY_BELOW_BYTES, Buffer
-from .shared import Borrower, Lender, Loan
+from .sharing import Sharing
 
 LINGER_MS = 500
 AWAKE_NS = 500_000
@@ -40,28 +38,6 @@ _send: Any = zmq.backend.Socket.send  # without the sugar for DRAFT sockets: 0.8
 _serial = itertools.count()
 
 
-class _Offer(msgspec.Struct, tag=1, array_like=True):
-    loan: Loan
-
-
-class _Answer(msgspec.Struct, tag=2, array_like=True):
-    read: bytes
-
-
-class _Returned(msgspec.Struct, tag=3, array_like=True):
-    segments: list[int]
-
-
-class _Lent(msgspec.Struct, tag=4, array_like=True):
-    """Which tensor frames are loans, and which segments are gone. The message follows, with empty frames in their places."""
-
-    dropped: list[int]
-    loans: list[tuple[int, Loan]]
-
-
-_own = msgspec.msgpack.Decoder(_Offer | _Answer | _Returned | _Lent)
-_encode = msgspec.msgpack.Encoder().encode
-MAX_OWN_BYTES = 1 << 16
 MAX_FRAMES = MAX_TENSORS + 2
 """Behind the first frame: a wire's own, a header, tensors. How many tensors a message may have is its header's to say."""
 
@@ -105,11 +81,8 @@ class ZeroWire:
         self._lock: int | None = None
         self._timeout_s: float | None = None
         self._quick = False
-        self.counters: Counter[str] = Counter()
-        self._shared_from = shared_from_bytes
-        self._lender, self._borrower = Lender(), Borrower()
-        self._nonces: dict[str, bytes] = {}
-        self._shares: dict[str, bool] = {}
+        self._sharing = Sharing(me, shared_from_bytes)
+        self.counters = self._sharing.counters
         try:
             if place.scheme == "ipc":
                 self._lock = _claim(place.place)
@@ -147,14 +120,11 @@ class ZeroWire:
         except zmq.ZMQError as error:
             raise LinkBroken(f"{self.me}: cannot connect to {peer} at {place}: {error.strerror}") from error
         self._dealers[peer] = dealer
-        if self._shared_from and place.scheme == "ipc":
-            self._shares[peer] = False
+        if place.scheme == "ipc":
+            self._sharing.join(peer)
 
     def disconnect(self, peer: str) -> None:
-        self._shares.pop(peer, None)
-        self._nonces.pop(peer, None)
-        self._lender.forget(peer)
-        self._borrower.forget(peer)
+        self._sharing.leave(peer)
         dealer = self._dealers.pop(peer, None)
         if dealer is not None:
             dealer.close(linger=0)
@@ -170,9 +140,11 @@ class ZeroWire:
             elif not buffers:
                 _send(dealer, header, _LAST)
             else:
-                if self._shared_from and peer in self._shares and self._shared_from <= max(map(len, buffers)):
-                    kept = list(buffers)
-                    buffers = self._lend(peer, dealer, buffers, kept)
+                if self._sharing.from_bytes and self._sharing.concerns(peer, buffers):
+                    loans, buffers, kept = self._sharing.lend(peer, buffers)
+                    if loans is not None:
+                        _send(dealer, b"", _MORE)
+                        _send(dealer, loans, _MORE)
                 _send(dealer, header, _MORE)
                 last = len(buffers) - 1
                 for index, buffer in enumerate(buffers):
@@ -187,103 +159,33 @@ class ZeroWire:
         return kept
 
     def receive(self, timeout_s: float | None) -> Arrival | None:
-        if self._borrower.let_go:
-            self._give_back()
+        sharing = self._sharing
+        if sharing.borrower.let_go or sharing.outbox:
+            self._tell()
         arrival = self._receive(timeout_s)
-        if arrival is None or len(arrival.header) or not self._shared_from:
+        if arrival is None or len(arrival.header) or not sharing.from_bytes:
             return arrival
         until_s = time.monotonic() + timeout_s if timeout_s else None
         while arrival is not None and not len(arrival.header):
-            whole = self._own_affairs(arrival)
+            whole = sharing.take(arrival)
             if whole is not None:
                 return whole
+            self._tell()
             if until_s is not None:
                 timeout_s = max(0.0, until_s - time.monotonic())
             arrival = self._receive(timeout_s)
         return arrival
 
-    # -- shared memory ------------------------------------------------------------------------------------------
-
-    def _lend(
-        self, peer: str, dealer: zmq.Socket[bytes], buffers: Sequence[Buffer], keep: list[Buffer]
-    ) -> Sequence[Buffer]:
-        """Lend what is large; what the message carries instead, after the frames that say so. The first such message to a
-        peer goes over the wire, with an offer before it."""
-        if not self._shares[peer]:
-            if peer not in self._nonces and (made := self._lender.offer(peer)) is not None:
-                self._nonces[peer] = made[1]
-                self._tell(dealer, _Offer(made[0]))
-            return buffers
-        loans, left = [], list(buffers)
-        for index, buffer in enumerate(buffers):
-            if len(buffer) >= self._shared_from and (lent := self._lender.lend(peer, buffer)) is not None:
-                loans.append((index, lent[0]))
-                left[index], keep[index] = b"", lent[1]
-        if not loans:
-            self.counters["shared_full"] += 1
-        else:
-            self.counters["shared_sent"] += len(loans)
-            _send(dealer, b"", _MORE)
-            _send(dealer, _encode(_Lent(self._lender.dropped(peer), loans)), _MORE)
-        return left
-
-    def _tell(self, dealer: zmq.Socket[bytes], own: _Offer | _Answer | _Returned) -> None:
-        _send(dealer, b"", _MORE)
-        _send(dealer, _encode(own), _LAST)
-
-    def _give_back(self) -> None:
-        let_go: dict[str, list[int]] = {}
-        while self._borrower.let_go:
-            peer, segment = self._borrower.let_go.popleft()
-            let_go.setdefault(peer, []).append(segment)
-        for peer, segments in let_go.items():
+    def _tell(self) -> None:
+        """What the wires have to say to each other about shared memory."""
+        sharing = self._sharing
+        sharing.give_back()
+        while sharing.outbox:
+            peer, frame = sharing.outbox.popleft()
             dealer = self._dealers.get(peer)
             if dealer is not None:
-                self._tell(dealer, _Returned(segments))
-
-    def _own_affairs(self, arrival: Arrival) -> Arrival | None:
-        """A message of the wires' own: the whole message, if it comes with one.
-
-        Raises:
-            ProtocolError: it is none, or what it says is lent cannot be read.
-        """
-        peer, frames = arrival.peer, arrival.buffers
-        dealer = self._dealers.get(peer)
-        if dealer is None or not frames or len(frames[0]) > MAX_OWN_BYTES:
-            raise ProtocolError(f"{self.me}: expected a header from {peer}, got an empty frame")
-        try:
-            own = _own.decode(frames[0])
-        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            raise ProtocolError(f"{self.me}: expected a header, or a wire's own frame, from {peer}: {error}") from None
-        if isinstance(own, _Lent):
-            if len(frames) < 2:
-                raise ProtocolError(f"{self.me}: expected a message behind what {peer} lends, got none")
-            return self._with_loans(arrival, own)
-        if isinstance(own, _Returned):
-            self._lender.returned(peer, own.segments)
-        elif isinstance(own, _Answer):
-            self._shares[peer] = own.read == self._nonces.get(peer) and peer in self._shares
-        else:
-            try:
-                read = bytes(self._borrower.view(peer, own.loan))
-            except ProtocolError:
-                read = b""  # another user's, another machine's: tensors go over the wire
-            self._tell(dealer, _Answer(read))
-        return None
-
-    def _with_loans(self, arrival: Arrival, lent: _Lent) -> Arrival:
-        peer = arrival.peer
-        header, buffers = arrival.buffers[1], list(arrival.buffers[2:])
-        self._borrower.drop(peer, lent.dropped)
-        for index, loan in lent.loans:
-            if not 0 <= index < len(buffers) or len(buffers[index]):
-                raise ProtocolError(f"{self.me}: expected the place of a tensor that {peer} lends, got {index}")
-            try:
-                buffers[index] = self._borrower.view(peer, loan)
-            except ProtocolError:  # no descriptors, no memory: it will be asked for again, and come over the wire
-                self._tell(self._dealers[peer], _Answer(b""))
-                raise
-        return Arrival(peer, header, tuple(buffers), arrival.waiting_since_ns)
+                _send(dealer, b"", _MORE)
+                _send(dealer, frame, _LAST)
 
     def _receive(self, timeout_s: float | None) -> Arrival | None:
         inbox = self._inbox
@@ -349,7 +251,7 @@ class ZeroWire:
             with contextlib.suppress(OSError):
                 os.close(self._lock)
             self._lock = None
-        self._lender.close()
+        self._sharing.close()
         if self._own_context:
             self._context.term()
 

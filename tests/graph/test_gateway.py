@@ -12,7 +12,8 @@ from ranvier.actors.session import SessionInfo
 from ranvier.actors.spec import HostLink
 from ranvier.graph.gateway import Delivered, Gateway, Stream, token_tensor
 from ranvier.graph.placement import Placement
-from ranvier.transport.exchange import Exchange, Received
+from ranvier.transport.ends import Received
+from ranvier.transport.exchange import Exchange
 from ranvier.transport.header import Header, Row, TensorMeta
 from ranvier.transport.link import LinkSpec
 from ranvier.transport.spec import TensorSpec

@@ -75,7 +75,7 @@ def test_the_first_goes_over_the_wire_and_the_others_share_two_segments(wires: C
         hop(a, b, value)
     assert a.counters["shared_sent"] == 10
     # one is still held while the next is sent; and there are the random bytes of the beginning
-    assert a._lender.held_bytes <= 2 * MIB + shared.ROUND_BYTES
+    assert a._sharing.lender.held_bytes <= 2 * MIB + shared.ROUND_BYTES
     hop(a, b, 12, 1000)
     assert a.counters["shared_sent"] == 10, "small ones are not worth it"
 
@@ -89,12 +89,12 @@ def test_a_view_keeps_its_bytes_as_long_as_anyone_holds_it(wires: Callable[..., 
         hop(a, b, value)
     for value, tensor in enumerate(kept, 1):
         assert int(tensor.min()) == int(tensor.max()) == value
-    held = a._lender.held_bytes
+    held = a._sharing.lender.held_bytes
     kept.clear()
     settle(a, b)
     for value in range(120, 126):
         hop(a, b, value)
-    assert a._lender.held_bytes == held, "what was given back is lent again"
+    assert a._sharing.lender.held_bytes == held, "what was given back is lent again"
 
 
 def test_writing_into_what_one_was_lent_changes_nobody_elses(wires: Callable[..., Pair]) -> None:
@@ -113,11 +113,11 @@ def test_writing_into_what_one_was_lent_changes_nobody_elses(wires: Callable[...
 
 def test_more_than_may_be_lent_goes_over_the_wire(wires: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = wires()
-    a._lender = Lender(most_bytes=2 * MIB + shared.ROUND_BYTES)
+    a._sharing.lender = Lender(most_bytes=2 * MIB + shared.ROUND_BYTES)
     hop(a, b, 0)
     kept = [hop(a, b, value) for value in range(1, 6)]
     assert (a.counters["shared_sent"], a.counters["shared_full"]) == (2, 3)
-    assert a._lender.held_bytes <= 2 * MIB + shared.ROUND_BYTES
+    assert a._sharing.lender.held_bytes <= 2 * MIB + shared.ROUND_BYTES
     kept.clear()
     settle(a, b)
     hop(a, b, 9)
@@ -159,16 +159,16 @@ def test_segments_are_bounded_and_leave_nothing(wires: Callable[..., Pair]) -> N
     """Many sizes: what is idle stays under its bound, what is dropped is unmapped at the other end, descriptors go back."""
     a, b = wires()
     before = len(os.listdir("/proc/self/fd"))
-    a._lender = Lender(most_bytes=8 * MIB, most_idle_bytes=4 * MIB)
+    a._sharing.lender = Lender(most_bytes=8 * MIB, most_idle_bytes=4 * MIB)
     for size in [*range(1, 6), *range(5, 0, -1)] * 3:
         hop(a, b, size, size * MIB)
     assert a.counters["shared_sent"] >= 20
-    assert a._lender.held_bytes <= 4 * MIB + shared.ROUND_BYTES
-    mapped = sum(len(memory) for memory in b._borrower._mapped.values())
+    assert a._sharing.lender.held_bytes <= 4 * MIB + shared.ROUND_BYTES
+    mapped = sum(len(memory) for memory in b._sharing.borrower._mapped.values())
     assert mapped <= 8 * MIB
     b.disconnect("a.0.1")
     a.disconnect("b.0.1")
-    a._lender.close()
+    a._sharing.lender.close()
     gc.collect()
     assert len(os.listdir("/proc/self/fd")) <= before
     assert not [path for path in Path("/dev/shm").iterdir() if "ranvier" in path.name]

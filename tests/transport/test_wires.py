@@ -12,8 +12,9 @@ import pytest
 import torch
 import zmq
 
+from ranvier.transport.ends import Received, SendingLink
 from ranvier.transport.errors import AddressError, LinkBroken, LinkClosed, ProtocolError
-from ranvier.transport.exchange import Exchange, Received, SendingLink
+from ranvier.transport.exchange import Exchange
 from ranvier.transport.header import Row
 from ranvier.transport.link import LinkSpec, Wire
 from ranvier.transport.spec import TensorSpec
