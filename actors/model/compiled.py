@@ -1,4 +1,4 @@
-"""A step through a group of llama's blocks as a single call of kernels.c: prompts and single tokens, of many sessions.
+"""A step through a group of blocks as a single call of kernels.c: prompts and single tokens, of many sessions.
 
 Shape suffixes: T tokens, H hidden, P positions, D head width.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,14 +27,17 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         ("qkv", Matrix), ("out", Matrix), ("up", Matrix), ("down", Matrix),
         ("norm_in", ctypes.c_void_p), ("norm_mid", ctypes.c_void_p), ("qkv_bias", ctypes.c_void_p),
-        ("window", ctypes.c_int32),
+        ("norm_query", ctypes.c_void_p), ("norm_key", ctypes.c_void_p),
+        ("norm_attended", ctypes.c_void_p), ("norm_out", ctypes.c_void_p),
+        ("window", ctypes.c_int32), ("local", ctypes.c_int32),
     )  # fmt: skip
 
 
 class _Group(ctypes.Structure):
     _fields_ = (
         ("layers", ctypes.c_int32), ("hidden", ctypes.c_int32), ("heads", ctypes.c_int32), ("kv_heads", ctypes.c_int32),
-        ("width", ctypes.c_int32), ("inner", ctypes.c_int32), ("eps", ctypes.c_float), ("scale", ctypes.c_float),
+        ("width", ctypes.c_int32), ("inner", ctypes.c_int32), ("gelu", ctypes.c_int32), ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
         ("layer", ctypes.POINTER(_Layer)),
     )  # fmt: skip
 
@@ -42,10 +45,11 @@ class _Group(ctypes.Structure):
 class _Row(ctypes.Structure):
     _fields_ = (
         ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("position", ctypes.c_int64), ("capacity", ctypes.c_int64),
-        ("cosine", ctypes.c_void_p), ("sine", ctypes.c_void_p), ("tokens", ctypes.c_int32),
+        ("cosine", ctypes.c_void_p * 2), ("sine", ctypes.c_void_p * 2), ("tokens", ctypes.c_int32),
     )  # fmt: skip
 
 
+_Two = ctypes.c_void_p * 2
 MOST_QUERIES = 24
 """Of one key-value head, that the kernels take (QUERIES of kernels.c)."""
 
@@ -55,24 +59,25 @@ class Compiled:
 
     def __init__(self, config: ModelConfig, blocks: Sequence[Block], scale: float) -> None:
         self._held: list[torch.Tensor] = []
+        self._width = config.head_dim
+        self._tables = [RotaryTable(config.head_dim, config.rope_theta, config.rope_scaling, torch.float32)]
+        if config.local_rope_theta is not None:
+            self._tables.append(RotaryTable(config.head_dim, config.local_rope_theta, None, torch.float32))
         self._layers = (_Layer * len(blocks))(*(self._layer(block) for block in blocks))
         self._group = _Group(
             len(blocks), config.hidden, config.heads, config.kv_heads, config.head_dim, config.intermediate,
-            config.norm_eps, scale, self._layers,
+            config.activation == "gelu_tanh", config.norm_eps, scale, self._layers,
         )  # fmt: skip
         self._at = ctypes.byref(self._group)
-        self._width = config.head_dim
-        self._table = RotaryTable(config.head_dim, config.rope_theta, config.rope_scaling, torch.float32)
         self._room = torch.empty(0, dtype=torch.uint8)
 
     @classmethod
     def of(cls, config: ModelConfig, blocks: Sequence[Block], scale: float) -> Compiled | None:
         """None where the kernels cannot do it: not packed, or a family with parts that llama's blocks do not have."""
         plain = (
-            config.norm == "rms" and config.activation == "silu" and config.gated and not config.learned_positions
-            and not config.head_norms and not config.post_norms and not config.out_bias and not config.mlp_bias
-            and config.local_rope_theta is None and config.head_dim % 32 == 0 and config.hidden % 32 == 0
-            and config.heads // config.kv_heads <= MOST_QUERIES
+            config.norm != "layer" and config.activation in ("silu", "gelu_tanh") and config.gated
+            and not config.learned_positions and not config.out_bias and not config.mlp_bias
+            and config.head_dim % 32 == 0 and config.hidden % 32 == 0 and config.heads // config.kv_heads <= MOST_QUERIES
         )  # fmt: skip
         packed = all(
             isinstance(matrix, Packed) for block in blocks for matrix in (block.qkv, block.out, block.up, block.down)
@@ -81,15 +86,26 @@ class Compiled:
 
     def _layer(self, block: Block) -> _Layer:
         matrices = [block.qkv, block.out, block.up, block.down]
-        floats = [block.norm_in.weight_H, block.norm_mid.weight_H, block.qkv_bias]
-        wide = [tensor.float().contiguous() if tensor is not None else None for tensor in floats]
+        norms = [block.norm_in, block.norm_mid, block.norm_query, block.norm_key, block.norm_attended, block.norm_out]
+        wide = [norm.factors() if norm is not None else None for norm in norms]
+        bias = block.qkv_bias.float().contiguous() if block.qkv_bias is not None else None
+        wide.insert(2, bias)
         self._held += [tensor for tensor in wide if tensor is not None]
         pointers = [tensor.data_ptr() if tensor is not None else None for tensor in wide]
-        return _Layer(*(m.matrix for m in matrices if isinstance(m, Packed)), *pointers, block.window)
+        local = len(self._tables) > 1 and block.window > 0
+        return _Layer(*(m.matrix for m in matrices if isinstance(m, Packed)), *pointers, block.window, local)
 
     def reserve(self, positions: int) -> None:
         """Make ready for a session of so many positions."""
-        self._table.reserve(positions)
+        for table in self._tables:
+            table.reserve(positions)
+
+    def _turns(self, position: int) -> tuple[Any, Any]:
+        """Where cos and sin of the positions from this one on lie, in each table."""
+        both = []
+        for tables in ([t.cos_PD for t in self._tables], [t.sin_PD for t in self._tables]):
+            both.append(_Two(*(table.data_ptr() + 4 * self._width * position for table in tables)))
+        return both[0], both[1]
 
     def step(self, rows: Sequence[Row], caches: Sequence[SessionCache], hidden_TH: torch.Tensor) -> torch.Tensor:
         """[T, H] through all layers. Keys and values are written where each cache ends; its length is the caller's to set.
@@ -97,12 +113,11 @@ class Compiled:
         The caches are the kernels' own from then on: keys lie in tiles of 16 positions.
         """
         count, wide_TH = len(rows), hidden_TH.float()
-        cosine, sine, line = self._table.cos_PD.data_ptr(), self._table.sin_PD.data_ptr(), 4 * self._width
         made = (_Row * count)(
             *(
                 _Row(
                     cache.keys_LKPD.data_ptr(), cache.values_LKPD.data_ptr(), row.position, cache.keys_LKPD.shape[2],
-                    cosine + line * row.position, sine + line * row.position, row.tokens,
+                    *self._turns(row.position), row.tokens,
                 )
                 for row, cache in zip(rows, caches, strict=True)
             )

@@ -1,4 +1,4 @@
-/* Products of weights with tokens, and whole steps through llama's blocks, for processors with AVX2 or AVX-512 (vectors.h).
+/* Products of weights with tokens, and whole steps through blocks of llama's kind, for processors with AVX2 or AVX-512 (vectors.h).
 
    Weights lie in tiles of 16 rows, so that one vector holds the same columns of 16 rows: the sums of 16 rows grow side by
    side and are never added up across a vector. A tile of a group of columns holds, in order,
@@ -699,12 +699,15 @@ void ranvier_multiply(const Matrix *matrix, const float *from, int tokens, float
 
 typedef struct {
     Matrix qkv, out, up, down;
-    const float *norm_in, *norm_mid, *qkv_bias; /* the bias may be NULL */
+    const float *norm_in, *norm_mid, *qkv_bias; /* the bias may be NULL, and so may all that follow */
+    const float *norm_query, *norm_key;        /* of each head, before it is turned */
+    const float *norm_attended, *norm_out;     /* of what attention and the feed-forward part give, before it is added */
     int32_t window;                            /* positions that a token sees; 0: all */
+    int32_t local;                             /* which of a row's two rotary tables */
 } Layer;
 
 typedef struct {
-    int32_t layers, hidden, heads, kv_heads, width, inner;
+    int32_t layers, hidden, heads, kv_heads, width, inner, gelu;
     float eps, scale;
     const Layer *layer;
 } Group;
@@ -714,7 +717,7 @@ typedef struct {
 typedef struct {
     uint16_t *keys, *values;
     int64_t position, capacity;
-    const float *cosine, *sine; /* [tokens, width] from its first position on */
+    const float *cosine[2], *sine[2]; /* [tokens, width] from its first position on; the second of layers that are local */
     int32_t tokens;
 } Row;
 
@@ -731,23 +734,27 @@ typedef struct {
     const Span *spans;
     float *hidden, *norm, *qkv, *attended, *inner, *gated, *made;
     const float *weight; /* of the norm that is computed */
+    const float *after;  /* of the norm of what is added; NULL: none */
     float *scores;       /* for each thread that attends [QUERIES, longest + width] */
     _Atomic int *taken;  /* which of these are in use */
 } Step;
 
-static void normed(const void *context, int token) {
-    const Step *s = context;
-    int width = s->group->hidden;
-    const float *from = s->hidden + (size_t)token * width;
-    float *to = s->norm + (size_t)token * width;
+/* Divided by their root mean square, times a weight each. */
+INLINE void normalised(const float *from, float *to, const float *weight, int width, float eps) {
     F square = f_zero();
     for (int i = 0; i < width; i += 16) {
         F x = f_load(from + i);
         square = f_fma(x, x, square);
     }
-    F factor = f_all(1.0f / sqrtf(f_sum(square) / (float)width + s->group->eps));
+    F factor = f_all(1.0f / sqrtf(f_sum(square) / (float)width + eps));
     for (int i = 0; i < width; i += 16)
-        f_store(to + i, f_mul(f_mul(f_load(from + i), factor), f_load(s->weight + i)));
+        f_store(to + i, f_mul(f_mul(f_load(from + i), factor), f_load(weight + i)));
+}
+
+static void normed(const void *context, int token) {
+    const Step *s = context;
+    int width = s->group->hidden;
+    normalised(s->hidden + (size_t)token * width, s->norm + (size_t)token * width, s->weight, width, s->group->eps);
 }
 
 static void added(float *to, const float *more, size_t count) {
@@ -758,7 +765,10 @@ static void added(float *to, const float *more, size_t count) {
 static void made_added(const void *context, int token) {
     const Step *s = context;
     size_t width = s->group->hidden;
-    added(s->hidden + token * width, s->made + token * width, width);
+    float *made = s->made + token * width;
+    if (s->after)
+        normalised(made, made, s->after, (int)width, s->group->eps);
+    added(s->hidden + token * width, made, width);
 }
 
 static void activated(const void *context, int token) {
@@ -767,7 +777,10 @@ static void activated(const void *context, int token) {
     const float *gate = s->inner + token * 2 * inner, *up = gate + inner;
     float *to = s->gated + token * inner;
     for (size_t i = 0; i < inner; i += 16) {
-        F x = f_load(gate + i), near = f_min(f_all(80.0f), f_max(f_all(-80.0f), x));
+        F x = f_load(gate + i), steep = x;
+        if (s->group->gelu) /* its form by tanh is x times the logistic function of this */
+            steep = f_mul(f_mul(x, f_all(1.5957691216057308f)), f_fma(f_mul(x, x), f_all(0.044715f), f_all(1.0f)));
+        F near = f_min(f_all(80.0f), f_max(f_all(-80.0f), steep));
         F open = f_add(f_all(1.0f), f_exp(f_sub(f_zero(), near)));
         f_store(to + i, f_mul(f_div(x, open), f_load(up + i)));
     }
@@ -792,11 +805,17 @@ static void remember_chunk(void *context, int chunk) {
     size_t cache = ((size_t)s->index * g->kv_heads + head) * row->capacity * width;
     for (int t = 0; t < span->tokens; t++) {
         float *own = s->qkv + (size_t)(span->at + t) * (g->heads + 2 * g->kv_heads) * width;
-        const float *cosine = row->cosine + (size_t)(span->first + t) * width;
-        const float *sine = row->sine + (size_t)(span->first + t) * width;
+        const float *cosine = row->cosine[s->layer->local] + (size_t)(span->first + t) * width;
+        const float *sine = row->sine[s->layer->local] + (size_t)(span->first + t) * width;
         float *key = own + (size_t)(g->heads + head) * width, *value = key + (size_t)g->kv_heads * width;
-        for (int q = 0; q < queries; q++)
-            turned(own + (size_t)(head * queries + q) * width, cosine, sine, width);
+        for (int q = 0; q < queries; q++) {
+            float *query = own + (size_t)(head * queries + q) * width;
+            if (s->layer->norm_query)
+                normalised(query, query, s->layer->norm_query, width, g->eps);
+            turned(query, cosine, sine, width);
+        }
+        if (s->layer->norm_key)
+            normalised(key, key, s->layer->norm_key, width, g->eps);
         turned(key, cosine, sine, width);
         int64_t position = row->position + span->first + t;
         uint16_t narrow[16], *to = row->keys + cache + (size_t)(position / TILE) * TILE * width + 2 * (position % TILE);
@@ -952,6 +971,7 @@ void ranvier_step(const Group *g, const Row *rows, int count, float *hidden, int
         share(attend_chunk, &s, spans * g->kv_heads);
         ready = prepared(layer->out.kind, s.attended, tokens, (int)Q, rest);
         multiply(&layer->out, &ready, s.made);
+        s.after = layer->norm_attended;
         each(tokens, made_added, &s);
         s.weight = layer->norm_mid;
         each(tokens, normed, &s);
@@ -960,6 +980,7 @@ void ranvier_step(const Group *g, const Row *rows, int count, float *hidden, int
         each(tokens, activated, &s);
         ready = prepared(layer->down.kind, s.gated, tokens, g->inner, rest);
         multiply(&layer->down, &ready, s.made);
+        s.after = layer->norm_out;
         each(tokens, made_added, &s);
     }
     end();

@@ -80,6 +80,11 @@ class Norm:
         self.weight_H = weight_H
         self.bias_H = bias_H
 
+    def factors(self) -> torch.Tensor:
+        """What the normalised numbers are multiplied by, float32 [H]. Of root-mean-square norms."""
+        wide_H = self.weight_H.float().contiguous()
+        return 1.0 + wide_H if self._kind == "rms_plus_one" else wide_H
+
     def __call__(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         if self._kind == "layer":
             return F.layer_norm(hidden_TH, self.weight_H.shape, self.weight_H, self.bias_H, self._eps)

@@ -138,6 +138,15 @@ CONFIGS = [
     ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
     ("mistral", {"sliding_window": 11}),
     ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0}}),
+    ("qwen3", {}),
+    (
+        "gemma3_text",
+        {
+            "sliding_window": 9,
+            "query_pre_attn_scalar": 40,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
 ]
 SIZES = {
     "vocab_size": 320, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -168,6 +177,7 @@ def test_steps_are_those_of_transformers(
     folder, oracle = tiny(name, family, **{**SIZES, **changes})
     blocks = Blocks(open_checkpoint(folder), (0, 2), torch.bfloat16, 500, lambda _: None, precision)
     assert isinstance(blocks.blocks[0].qkv, Packed)
+    assert blocks._compiled is not None
     torch.manual_seed(5)
     given = {1: torch.randn(40, 128).bfloat16(), 2: torch.randn(31, 128).bfloat16()}
     expected = {session: hidden_after(oracle, hidden.float()) for session, hidden in given.items()}
