@@ -73,7 +73,7 @@ class Compiled:
 
     @classmethod
     def of(cls, config: ModelConfig, blocks: Sequence[Block], scale: float) -> Compiled | None:
-        """None where the kernels cannot do it: not packed, or a family with parts that llama's blocks do not have."""
+        """None where the kernels cannot do it: not packed, or a family with parts that they do not know."""
         plain = (
             config.norm != "layer" and config.activation in ("silu", "gelu_tanh") and config.gated
             and not config.learned_positions and not config.out_bias and not config.mlp_bias

@@ -695,7 +695,7 @@ void ranvier_multiply(const Matrix *matrix, const float *from, int tokens, float
     end();
 }
 
-/* -- a step through llama's blocks ------------------------------------------------------------------------------------------ */
+/* -- a step through a group of blocks ----------------------------------------------------------------------------------------- */
 
 typedef struct {
     Matrix qkv, out, up, down;
