@@ -38,8 +38,8 @@ def test_every_example_is_tested() -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        pytest.param("digits", TRAINED, marks=pytest.mark.slow),
-        pytest.param("experts", TRAINED, marks=pytest.mark.slow),
+        ("digits", TRAINED),
+        ("experts", TRAINED),
         pytest.param(
             "backwards",
             r"1[2-6] of 16 words that were not trained on are right; 16 as transformers alone spells them",
@@ -47,7 +47,7 @@ def test_every_example_is_tested() -> None:
         ),
         ("hedge", r"the answers are the same\n"),
         ("refine", r"   2  1\.414213562\n"),
-        pytest.param("classify", r"pieces that were not trained on: 9\d\.\d% right", marks=pytest.mark.slow),
+        ("classify", r"pieces that were not trained on: 9\d\.\d% right"),
     ],
 )
 def test_a_folder_runs_and_its_picture_is_true(name: str, words: str, runs: Path) -> None:
