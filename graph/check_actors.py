@@ -140,7 +140,12 @@ class ActorCheck(Findings):
         if checkpoint is None or not kind.uses_model:
             return
         family = checkpoint.config.family
-        if checkpoint.config.encoder is not None and kind.seq2seq is None:
+        if checkpoint.config.uncut and kind.name != "model":
+            self._wrong(
+                f"actor {name}: the model ({family}) cannot be cut: {checkpoint.config.uncut}; use kind: model for all of it",
+                "actors", name, "kind",
+            )  # fmt: skip
+        elif checkpoint.config.encoder is not None and kind.seq2seq is None:
             self._wrong(
                 f"actor {name}: the model ({family}) is an encoder–decoder; use encoder_embedding and encoder, embedding, "
                 "decoder and head", "actors", name, "kind",

@@ -94,6 +94,12 @@ class Graph:
             e.target == GATEWAY and e.into == "sampled" for e in self.edges
         )
 
+    @property
+    def prefill_chunk(self) -> int:
+        """Tokens of a prompt that one message holds at the most; of a model that keeps states, all of them."""
+        whole = self.checkpoint is not None and self.checkpoint.config.uncut
+        return self.checkpoint.config.context if whole and self.checkpoint is not None else self.file.prefill_chunk
+
     def policy(self, actor: str) -> Policy:
         """Of an actor, or of the gateway."""
         return self.actors[actor].policy if actor in self.actors else STICKY

@@ -115,7 +115,7 @@ async def _launched(
                         assert host.address is not None
                         wire.connect(spec.identity, host.address)
                         placement.join(spec.actor, spec.replica, host.capacity_tokens)
-                    gateway = Gateway(exchange, links, placement, graph.file.prefill_chunk, graph.generates)
+                    gateway = Gateway(exchange, links, placement, graph.prefill_chunk, graph.generates)
                     run = Run(planned, folder, supervisor, wire, gateway, codec)
                     holder.append(run)
                     nursery.start_soon(run._listen)

@@ -117,6 +117,8 @@ class ModelConfig:
     shared_expert: int = 0
     """The width of an expert that every token goes to, weighed by a gate of its own (qwen2_moe); 0: none."""
     encoder: Seq2Seq | None = None
+    uncut: str = ""
+    """Why its layers cannot be cut apart, nor a prompt; then one actor (`kind: model`) runs it whole. Empty: they can."""
 
     def __post_init__(self) -> None:
         for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "context"):

@@ -199,8 +199,8 @@ def _foreign(config: Config, why: str) -> ModelConfig:
     from transformers import CONFIG_MAPPING
 
     made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))  # fills in what the file leaves to defaults
-    _refuse_what_cannot_be_cut(made, why)
-    hidden, heads = made.hidden_size, made.num_attention_heads
+    uncut = _uncut(made, why)
+    hidden, heads = made.hidden_size, getattr(made, "num_attention_heads", 1)
     return ModelConfig(
         family=config["model_type"],
         vocab=made.vocab_size,
@@ -218,27 +218,27 @@ def _foreign(config: Config, why: str) -> ModelConfig:
         bos_token=made.bos_token_id if isinstance(made.bos_token_id, int) else None,
         eos_tokens=eos_tokens({"eos_token_id": made.eos_token_id}),
         native=False,
+        uncut=uncut,
     )
 
 
-def _refuse_what_cannot_be_cut(made: Any, why: str) -> None:
-    """Models whose config holds others (of pictures, of sound), and layers that keep a state that is no KV cache.
+def _uncut(made: Any, why: str) -> str:
+    """Why a model's layers cannot be cut apart: some keep a state that is no KV cache. Empty if they can be.
 
     Raises:
-        NotBuiltIn: it is one of them.
+        NotBuiltIn: it cannot even be run whole: its config holds others (of pictures, of sound), or it keeps its state in a way
+            of its own.
     """
     try:
-        missing = [name for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-                   if not isinstance(getattr(made, name, None), int)]  # fmt: skip
+        kinds = next((k for name in ("layer_types", "layers_block_type") if (k := getattr(made, name, None))), None)
+        needed = ["hidden_size", "num_hidden_layers", "vocab_size"] + ["num_attention_heads"] * (kinds is None)
+        missing = [name for name in needed if not isinstance(getattr(made, name, None), int)]
     except Exception as error:  # some configs say that a size is another one in each layer
-        raise NotBuiltIn(f"{why}, and it is of a kind that cannot be cut into layers: {error}") from None
+        raise NotBuiltIn(f"{why}, and it is of a kind that cannot be run: {error}") from None
     if missing:
-        raise NotBuiltIn(f"{why}, and it is of a kind that cannot be cut into layers: it has no {', '.join(missing)}")
-    for name in ("layer_types", "layers_block_type", "block_types", "_block_types"):
-        kinds = getattr(made, name, None)
-        odd = sorted({str(kind) for kind in kinds} - ATTENDING) if isinstance(kinds, list | tuple) else []
-        if odd:
-            raise NotBuiltIn(f"{why}, and layers of the type {', '.join(odd)} keep a state that is no KV cache")
+        raise NotBuiltIn(f"{why}, and it is of a kind that cannot be run: it has no {', '.join(missing)}")
+    odd = sorted({str(kind) for kind in kinds or ()} - ATTENDING)
+    return f"layers of the type {', '.join(odd)} keep a state that is no KV cache" if odd else ""
 
 
 ATTENDING = {

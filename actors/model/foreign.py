@@ -95,6 +95,7 @@ class Skeleton:
         self.bypasses = self.tuples = False
         self.past: Any = None
         self.layers = layers
+        self.whole = bool(checkpoint.config.uncut)
         # code that a checkpoint brings is never run: the library's own default, and nothing here asks for it
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
         with torch.inference_mode(False), no_init_weights():
@@ -115,7 +116,7 @@ class Skeleton:
             if (layer_of(parameter, name) in own if parameter.startswith(name + ".") else outside)
         }
         self.held_bytes = self._read(checkpoint, wanted, dtype, progress)
-        for index in range(len(stack)):
+        for index in range(0 if self.whole else len(stack)):
             stack[index] = _Place(self, index, stack[index], index in own)
 
     def _returns_tuples(self, layer: nn.Module) -> bool:
@@ -191,6 +192,12 @@ class Skeleton:
         self._set(leaves_before=0)
         return self._run(position, input_ids=token_t[None])
 
+    def all_logits(self, session: ForeignSession, token_t: torch.Tensor) -> torch.Tensor:
+        """[t, V]: the model's own forward pass, from tokens to logits. Takes effect on the session's states."""
+        made = self.model(input_ids=token_t[None], use_cache=True, **{self._past_name: session.past})
+        logits_tV: torch.Tensor = made.logits[0]
+        return logits_tV
+
     def run(self, session: ForeignSession, position: int, hidden_tH: torch.Tensor) -> torch.Tensor:
         """[t, H] through the own layers; takes effect on the session's cache."""
         assert self.layers is not None
@@ -265,7 +272,10 @@ class ForeignBlocks:
         parts = torch.split(hidden_TH, [row.tokens for row in rows])
         for row, part in zip(rows, parts, strict=True):
             session = self.cache.at(row.session, row.position, row.tokens)
-            made.append(self.skeleton.run(session, row.position, part))
+            if self.skeleton.whole:
+                made.append(self.skeleton.all_logits(session, part))
+            else:
+                made.append(self.skeleton.run(session, row.position, part))
             session.length = row.position + row.tokens
         return torch.cat(made)
 
@@ -282,6 +292,8 @@ class ForeignEmbedding(Embedding):
         self.skeleton = skeleton
 
     def forward(self, rows: tuple[Row, ...], token_T: torch.Tensor) -> torch.Tensor:
+        if self.skeleton.whole:
+            return token_T  # the model takes the tokens themselves
         parts = torch.split(token_T, [row.tokens for row in rows])
         return torch.cat([self.skeleton.embed(row.position, part) for row, part in zip(rows, parts, strict=True)])
 
@@ -307,6 +319,8 @@ class ForeignHead(Head):
         self.streams = {}
 
     def logits(self, picked_TH: torch.Tensor) -> torch.Tensor:
+        if self.skeleton.whole:
+            return picked_TH.float()  # what came of the blocks are logits already
         return self.skeleton.logits(picked_TH).float()
 
     def held_bytes(self) -> int:

@@ -85,15 +85,13 @@ def test_what_the_librarys_own_layers_are_not_given(
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "mamba"}, "cannot be cut into layers: it has no num_attention_heads"),
-        ({"model_type": "gemma3"}, "cannot be cut into layers: it has no hidden_size"),
-        ({"model_type": "recurrent_gemma"}, "layers of the type linear_attention keep a state that is no KV cache"),
-        ({"model_type": "qwen3_next"}, "layers of the type linear_attention keep a state that is no KV cache"),
+        ({"model_type": "rwkv"}, "of a kind that cannot be run: it has no num_attention_heads"),
+        ({"model_type": "gemma3"}, "of a kind that cannot be run: it has no hidden_size"),
         ({"model_type": "bert"}, "transformers knows no causal model of that type"),
         ({"model_type": "no-such-thing"}, "transformers knows no causal model of that type"),
     ],
 )
-def test_families_that_cannot_be_cut_are_refused_with_the_reason(config: dict[str, Any], words: str) -> None:
+def test_families_that_cannot_be_run_are_refused_with_the_reason(config: dict[str, Any], words: str) -> None:
     from ranvier.actors.checkpoint.hf_config import NotBuiltIn, from_hf
 
     with pytest.raises(NotBuiltIn, match=words):

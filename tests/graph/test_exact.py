@@ -360,6 +360,39 @@ def test_every_other_family_is_exact(
         check_stream(oracle, prompt, result.token_ids, logits)
 
 
+WHOLE = [
+    ("recurrent_gemma", {**SMALL, "num_key_value_heads": 2, "intermediate_size": 96, "lru_width": 48}),
+    pytest.param("mamba", {**SMALL, "state_size": 8}, marks=pytest.mark.slow),
+    pytest.param("lfm2", {**SMALL, "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 128,
+                          "layer_types": ["conv", "full_attention"] * 2}, marks=pytest.mark.slow),
+    pytest.param("qwen3_next", {
+        **SMALL, "initializer_range": 0.1, "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 128, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "head_dim": 8,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    }, marks=pytest.mark.slow),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "changes"), WHOLE)
+def test_models_with_states_run_whole(
+    family: str, changes: dict[str, Any], tiny: Any, runs: Path, graph_file: Callable[..., Path], split: Any
+) -> None:
+    """Recurrent and hybrid layers keep a state that is no KV cache: one actor, prompts in one piece, several streams at once.
+    Cut apart they are refused with the reason."""
+    folder, oracle = tiny(f"whole-{family}", family, **changes)
+    path = graph_file(model={"source": "unset", "dtype": "float32"}, prefill_chunk=16, **split(1, 4))
+    graph = ranvier.load(path, overrides={"model.source": str(folder)})
+    # the library itself takes a prompt of one token for a token that comes after others (recurrent_gemma)
+    prompts = [[5, 9, 200, 17], list(range(3, 50)), [11, 12, 13]]
+    requests = [(prompt, {"max_tokens": 12, "stop_tokens": ()}) for prompt in prompts]
+    for prompt, (result, logits) in zip(prompts, generate_all(graph, runs, requests, together=True), strict=True):
+        assert len(result.token_ids) == 12
+        check_stream(oracle, prompt, result.token_ids, logits)
+    cut = graph_file(model={"source": "unset", "dtype": "float32"}, **split(2, 4))
+    with pytest.raises(ranvier.GraphError, match="keep a state that is no KV cache; use kind: model for all of it"):
+        ranvier.load(cut, overrides={"model.source": str(folder)})
+
+
 def expert_graph(layers: int, groups: list[str]) -> dict[str, Any]:
     """Every layer cut into attention, groups of experts, and what combines them."""
     actors: dict[str, Any] = {"embed": {"kind": "embedding"}, "head": {"kind": "head"}}
