@@ -235,12 +235,16 @@ def _uncut(made: Any, why: str) -> str:
         missing = [name for name in needed if not isinstance(getattr(made, name, None), int)]
     except Exception as error:  # some configs say that a size is another one in each layer
         raise NotBuiltIn(f"{why}, and it is of a kind that cannot be run: {error}") from None
+    if made.model_type in IN_ITS_LAYERS:
+        raise NotBuiltIn(f"{why}, and the library keeps its state in its layers, where sessions would mix theirs")
     if missing:
         raise NotBuiltIn(f"{why}, and it is of a kind that cannot be run: it has no {', '.join(missing)}")
     odd = sorted({str(kind) for kind in kinds or ()} - ATTENDING)
     return f"layers of the type {', '.join(odd)} keep a state that is no KV cache" if odd else ""
 
 
+IN_ITS_LAYERS = ("recurrent_gemma",)
+"""Families of which transformers keeps no state a session, but one in the modules themselves."""
 ATTENDING = {
     "full_attention",
     "sliding_attention",

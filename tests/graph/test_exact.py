@@ -361,8 +361,7 @@ def test_every_other_family_is_exact(
 
 
 WHOLE = [
-    ("recurrent_gemma", {**SMALL, "num_key_value_heads": 2, "intermediate_size": 96, "lru_width": 48}),
-    pytest.param("mamba", {**SMALL, "state_size": 8}, marks=pytest.mark.slow),
+    ("mamba", {**SMALL, "state_size": 8}),
     pytest.param("lfm2", {**SMALL, "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 128,
                           "layer_types": ["conv", "full_attention"] * 2}, marks=pytest.mark.slow),
     pytest.param("qwen3_next", {
@@ -382,8 +381,7 @@ def test_models_with_states_run_whole(
     folder, oracle = tiny(f"whole-{family}", family, **changes)
     path = graph_file(model={"source": "unset", "dtype": "float32"}, prefill_chunk=16, **split(1, 4))
     graph = ranvier.load(path, overrides={"model.source": str(folder)})
-    # the library itself takes a prompt of one token for a token that comes after others (recurrent_gemma)
-    prompts = [[5, 9, 200, 17], list(range(3, 50)), [11, 12, 13]]
+    prompts = [[5, 9, 200, 17], list(range(3, 50)), [11]]
     requests = [(prompt, {"max_tokens": 12, "stop_tokens": ()}) for prompt in prompts]
     for prompt, (result, logits) in zip(prompts, generate_all(graph, runs, requests, together=True), strict=True):
         assert len(result.token_ids) == 12
