@@ -199,48 +199,71 @@ def _foreign(config: Config, why: str) -> ModelConfig:
     from transformers import CONFIG_MAPPING
 
     made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))  # fills in what the file leaves to defaults
-    uncut = _uncut(made, why)
-    hidden, heads = made.hidden_size, getattr(made, "num_attention_heads", 1)
+    sizes = made.get_text_config()  # of a model that takes pictures or sound, too, what it does with text
+    uncut = _uncut(made, sizes, why)
+    hidden, heads = sizes.hidden_size, _size(sizes, "num_attention_heads", 1)
     return ModelConfig(
         family=config["model_type"],
-        vocab=made.vocab_size,
+        vocab=sizes.vocab_size,
         hidden=hidden,
-        layers=made.num_hidden_layers,
+        layers=sizes.num_hidden_layers,
         heads=heads,
-        kv_heads=getattr(made, "num_key_value_heads", None) or heads,
-        head_dim=getattr(made, "head_dim", None) or hidden // heads,
-        intermediate=getattr(made, "intermediate_size", None) or 4 * hidden,
-        context=getattr(made, "max_position_embeddings", None) or 1 << 20,
+        kv_heads=heads if uncut else _size(sizes, "num_key_value_heads", heads),
+        head_dim=_size(sizes, "head_dim", max(1, hidden // heads)),
+        intermediate=_size(sizes, "intermediate_size", 4 * hidden),
+        context=getattr(sizes, "max_position_embeddings", None) or 1 << 20,
         norm_eps=0.0,
         rope_theta=0.0,
         rope_scaling=None,
         tied=bool(getattr(made, "tie_word_embeddings", False)),
-        bos_token=made.bos_token_id if isinstance(made.bos_token_id, int) else None,
-        eos_tokens=eos_tokens({"eos_token_id": made.eos_token_id}),
+        bos_token=sizes.bos_token_id if isinstance(sizes.bos_token_id, int) else None,
+        eos_tokens=eos_tokens({"eos_token_id": sizes.eos_token_id}),
         native=False,
         uncut=uncut,
     )
 
 
-def _uncut(made: Any, why: str) -> str:
-    """Why a model's layers cannot be cut apart: some keep a state that is no KV cache. Empty if they can be.
+def _size(sizes: Any, name: str, default: int) -> int:
+    """A size that is only shown and counted with; some families have it differ from layer to layer."""
+    try:
+        found = getattr(sizes, name, None)
+    except Exception:  # of a class of the library's own
+        return default
+    return found if isinstance(found, int) and found > 0 else default
+
+
+def _uncut(made: Any, sizes: Any, why: str) -> str:
+    """Why a model's layers cannot be cut apart: text is a part of it, layers keep a state that is no KV cache, or differ in
+    their sizes. Empty if they can be.
 
     Raises:
-        NotBuiltIn: it cannot even be run whole: its config holds others (of pictures, of sound), or it keeps its state in a way
-            of its own.
+        NotBuiltIn: it cannot even be run whole: it has no layers, or keeps its state in a way of its own.
     """
-    try:
-        kinds = next((k for name in ("layer_types", "layers_block_type") if (k := getattr(made, name, None))), None)
-        needed = ["hidden_size", "num_hidden_layers", "vocab_size"] + ["num_attention_heads"] * (kinds is None)
-        missing = [name for name in needed if not isinstance(getattr(made, name, None), int)]
-    except Exception as error:  # some configs say that a size is another one in each layer
-        raise NotBuiltIn(f"{why}, and it is of a kind that cannot be run: {error}") from None
     if made.model_type in IN_ITS_LAYERS:
         raise NotBuiltIn(f"{why}, and the library keeps its state in its layers, where sessions would mix theirs")
+    kinds = next((k for name in ("layer_types", "layers_block_type") if (k := getattr(sizes, name, None))), None)
+    needed = ["hidden_size", "num_hidden_layers", "vocab_size"]
+    missing = [name for name in needed if not isinstance(getattr(sizes, name, None), int)]
+    if kinds is None and _size(sizes, "num_attention_heads", 0) == 0:
+        missing.append("num_attention_heads")
     if missing:
         raise NotBuiltIn(f"{why}, and it is of a kind that cannot be run: it has no {', '.join(missing)}")
     odd = sorted({str(kind) for kind in kinds or ()} - ATTENDING)
-    return f"layers of the type {', '.join(odd)} keep a state that is no KV cache" if odd else ""
+    if odd:
+        return f"layers of the type {', '.join(odd)} keep a state that is no KV cache"
+    if sizes is not made:
+        return "text is only a part of what it takes"
+    return "its layers differ in their sizes" if any(_differs(sizes, name) for name in SIZES) else ""
+
+
+def _differs(sizes: Any, name: str) -> bool:
+    try:
+        return not isinstance(getattr(sizes, name, 1), int | None)
+    except Exception:  # of a class of the library's own
+        return True
+
+
+SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 
 
 IN_ITS_LAYERS = ("recurrent_gemma",)

@@ -107,16 +107,20 @@ class Skeleton:
         # 5.24 calls it `cache`, earlier versions `past_key_values`
         named = inspect.signature(self.model.forward).parameters
         self._past_name = "cache" if "cache" in named else "past_key_values"
+        parameters = [parameter for parameter, _ in self.model.named_parameters(remove_duplicate=False)]
+        if self.whole:
+            self.held_bytes = self._read(checkpoint, set(parameters), dtype, progress)
+            return
         stack, name = _layer_list(self.model, checkpoint.config.layers)
         self.tuples = self._returns_tuples(stack[0])
         own = range(layers[0], layers[1] + 1) if layers is not None else range(0)
         wanted = {
             parameter
-            for parameter, _ in self.model.named_parameters(remove_duplicate=False)
+            for parameter in parameters
             if (layer_of(parameter, name) in own if parameter.startswith(name + ".") else outside)
         }
         self.held_bytes = self._read(checkpoint, wanted, dtype, progress)
-        for index in range(0 if self.whole else len(stack)):
+        for index in range(len(stack)):
             stack[index] = _Place(self, index, stack[index], index in own)
 
     def _returns_tuples(self, layer: nn.Module) -> bool:

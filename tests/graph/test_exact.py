@@ -362,6 +362,13 @@ def test_every_other_family_is_exact(
 
 WHOLE = [
     ("mamba", {**SMALL, "state_size": 8}),
+    pytest.param("gemma3", {
+        "vocab_size": 320, "image_token_index": 319, "boi_token_index": 317, "eoi_token_index": 318, "mm_tokens_per_image": 4,
+        "text_config": {**SMALL, "num_key_value_heads": 2, "intermediate_size": 96, "head_dim": 8, "query_pre_attn_scalar": 8,
+                        "sliding_window": 9, "max_position_embeddings": 128},
+        "vision_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2,
+                          "image_size": 8, "patch_size": 2},
+    }, marks=pytest.mark.slow),
     pytest.param("lfm2", {**SMALL, "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 128,
                           "layer_types": ["conv", "full_attention"] * 2}, marks=pytest.mark.slow),
     pytest.param("qwen3_next", {
@@ -376,8 +383,8 @@ WHOLE = [
 def test_models_with_states_run_whole(
     family: str, changes: dict[str, Any], tiny: Any, runs: Path, graph_file: Callable[..., Path], split: Any
 ) -> None:
-    """Recurrent and hybrid layers keep a state that is no KV cache: one actor, prompts in one piece, several streams at once.
-    Cut apart they are refused with the reason."""
+    """Recurrent and hybrid layers, which keep a state that is no KV cache, and models that take pictures, too: one actor, prompts
+    in one piece, several streams at once. Cut apart they are refused with the reason."""
     folder, oracle = tiny(f"whole-{family}", family, **changes)
     path = graph_file(model={"source": "unset", "dtype": "float32"}, prefill_chunk=16, **split(1, 4))
     graph = ranvier.load(path, overrides={"model.source": str(folder)})
@@ -387,7 +394,7 @@ def test_models_with_states_run_whole(
         assert len(result.token_ids) == 12
         check_stream(oracle, prompt, result.token_ids, logits)
     cut = graph_file(model={"source": "unset", "dtype": "float32"}, **split(2, 4))
-    with pytest.raises(ranvier.GraphError, match="keep a state that is no KV cache; use kind: model for all of it"):
+    with pytest.raises(ranvier.GraphError, match=r"cannot be cut: .* (KV cache|takes); use kind: model for all of it"):
         ranvier.load(cut, overrides={"model.source": str(folder)})
 
 
