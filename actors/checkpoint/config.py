@@ -117,6 +117,9 @@ class ModelConfig:
     shared_expert: int = 0
     """The width of an expert that every token goes to, weighed by a gate of its own (qwen2_moe); 0: none."""
     encoder: Seq2Seq | None = None
+    uncached: bool = False
+    """Whether the library has no cache a session for it: then every step computes all tokens before it anew. Such a model is
+    `uncut`, too."""
     uncut: str = ""
     """Why its layers cannot be cut apart, nor a prompt; then one actor (`kind: model`) runs it whole. Empty: they can."""
 

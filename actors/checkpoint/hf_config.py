@@ -220,6 +220,7 @@ def _foreign(config: Config, why: str) -> ModelConfig:
         eos_tokens=eos_tokens({"eos_token_id": sizes.eos_token_id}),
         native=False,
         uncut=uncut,
+        uncached=uncut == WITHOUT_CACHE,
     )
 
 
@@ -237,17 +238,15 @@ def _uncut(made: Any, sizes: Any, why: str) -> str:
     their sizes. Empty if they can be.
 
     Raises:
-        NotBuiltIn: it cannot even be run whole: it has no layers, or keeps its state in a way of its own.
+        NotBuiltIn: it cannot even be run whole: it has no layers.
     """
-    if made.model_type in IN_ITS_LAYERS:
-        raise NotBuiltIn(f"{why}, and the library keeps its state in its layers, where sessions would mix theirs")
     kinds = next((k for name in ("layer_types", "layers_block_type") if (k := getattr(sizes, name, None))), None)
     needed = ["hidden_size", "num_hidden_layers", "vocab_size"]
     missing = [name for name in needed if not isinstance(getattr(sizes, name, None), int)]
-    if kinds is None and _size(sizes, "num_attention_heads", 0) == 0:
-        missing.append("num_attention_heads")
     if missing:
         raise NotBuiltIn(f"{why}, and it is of a kind that cannot be run: it has no {', '.join(missing)}")
+    if made.model_type in STATES_ELSEWHERE or (kinds is None and not hasattr(sizes, "num_attention_heads")):
+        return WITHOUT_CACHE
     odd = sorted({str(kind) for kind in kinds or ()} - ATTENDING)
     if odd:
         return f"layers of the type {', '.join(odd)} keep a state that is no KV cache"
@@ -266,8 +265,9 @@ def _differs(sizes: Any, name: str) -> bool:
 SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 
 
-IN_ITS_LAYERS = ("recurrent_gemma",)
-"""Families of which transformers keeps no state a session, but one in the modules themselves."""
+WITHOUT_CACHE = "the library keeps no state a session for it"
+STATES_ELSEWHERE = ("recurrent_gemma", "rwkv", "xlstm")
+"""Families of which transformers keeps its states elsewhere than in a cache a session: in the modules, or as a list."""
 ATTENDING = {
     "full_attention",
     "sliding_attention",

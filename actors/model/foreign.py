@@ -32,8 +32,9 @@ from .parts import BlocksActor, Embedding, Head, Stage, needed
 class ForeignSession:
     """One session's cache, of whatever class the model's own layers want."""
 
-    def __init__(self, config: Any, capacity: int) -> None:
-        self.past = DynamicCache(config=config)
+    def __init__(self, config: Any, capacity: int, uncached: bool) -> None:
+        self.past = None if uncached else DynamicCache(config=config)
+        self.tokens: list[int] = []
         self.capacity = capacity
         self.length = 0
 
@@ -95,7 +96,7 @@ class Skeleton:
         self.bypasses = self.tuples = False
         self.past: Any = None
         self.layers = layers
-        self.whole = bool(checkpoint.config.uncut)
+        self.whole, self.uncached = bool(checkpoint.config.uncut), checkpoint.config.uncached
         # code that a checkpoint brings is never run: the library's own default, and nothing here asks for it
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
         with torch.inference_mode(False), no_init_weights():
@@ -198,6 +199,11 @@ class Skeleton:
 
     def all_logits(self, session: ForeignSession, token_t: torch.Tensor) -> torch.Tensor:
         """[t, V]: the model's own forward pass, from tokens to logits. Takes effect on the session's states."""
+        if self.uncached:
+            session.tokens += token_t.tolist()
+            made = self.model(input_ids=torch.tensor([session.tokens]), use_cache=False)
+            anew_tV: torch.Tensor = made.logits[0, -len(token_t) :]
+            return anew_tV
         made = self.model(input_ids=token_t[None], use_cache=True, **{self._past_name: session.past})
         logits_tV: torch.Tensor = made.logits[0]
         return logits_tV
@@ -266,7 +272,9 @@ class ForeignBlocks:
 
     def __init__(self, skeleton: Skeleton, cache_tokens: int) -> None:
         self.skeleton = skeleton
-        self.cache = KVCache(cache_tokens, lambda capacity: ForeignSession(skeleton.config, capacity))
+        self.cache = KVCache(
+            cache_tokens, lambda capacity: ForeignSession(skeleton.config, capacity, skeleton.uncached)
+        )
 
     def open(self, session: int, capacity: int) -> None:
         self.cache.open(session, capacity)

@@ -362,6 +362,9 @@ def test_every_other_family_is_exact(
 
 WHOLE = [
     ("mamba", {**SMALL, "state_size": 8}),
+    pytest.param("recurrent_gemma", {**SMALL, "num_key_value_heads": 2, "intermediate_size": 96, "lru_width": 48},
+                 marks=pytest.mark.slow),
+    pytest.param("rwkv", {**SMALL, "attention_hidden_size": 48, "context_length": 128}, marks=pytest.mark.slow),
     pytest.param("gemma3", {
         "vocab_size": 320, "image_token_index": 319, "boi_token_index": 317, "eoi_token_index": 318, "mm_tokens_per_image": 4,
         "text_config": {**SMALL, "num_key_value_heads": 2, "intermediate_size": 96, "head_dim": 8, "query_pre_attn_scalar": 8,
@@ -394,7 +397,9 @@ def test_models_with_states_run_whole(
         assert len(result.token_ids) == 12
         check_stream(oracle, prompt, result.token_ids, logits)
     cut = graph_file(model={"source": "unset", "dtype": "float32"}, **split(2, 4))
-    with pytest.raises(ranvier.GraphError, match=r"cannot be cut: .* (KV cache|takes); use kind: model for all of it"):
+    with pytest.raises(
+        ranvier.GraphError, match=r"cannot be cut: .* (KV cache|takes|for it); use kind: model for all of it"
+    ):
         ranvier.load(cut, overrides={"model.source": str(folder)})
 
 
