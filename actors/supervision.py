@@ -81,7 +81,7 @@ class Supervision:
         elif kind == "heartbeat":
             host.steps, host.stepping_s, host.queued = fields["steps"], fields["stepping_s"], fields["queued"]
             host.counters = fields["counters"]
-        elif kind == "counters":
+        elif kind == "counters":  # the last ones, when it ends
             host.counters = fields["counters"]
         elif kind == "failed":
             self._fail(host, fields["error"], fields["traceback"])

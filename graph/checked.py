@@ -97,8 +97,9 @@ class Graph:
     @property
     def prefill_chunk(self) -> int:
         """Tokens of a prompt that one message holds at the most; of a model that keeps states, all of them."""
-        whole = self.checkpoint is not None and self.checkpoint.config.uncut
-        return self.checkpoint.config.context if whole and self.checkpoint is not None else self.file.prefill_chunk
+        if self.checkpoint is not None and self.checkpoint.config.uncut:
+            return self.checkpoint.config.context
+        return self.file.prefill_chunk
 
     def policy(self, actor: str) -> Policy:
         """Of an actor, or of the gateway."""

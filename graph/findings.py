@@ -33,7 +33,7 @@ class Findings:
 
 
 def near(name: str, names: Iterable[str]) -> str:
-
+    """A hint for a name that is none of these: the one that was meant, or all there are."""
     names = list(names)
     near = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names) or 'none'}"
