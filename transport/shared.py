@@ -131,9 +131,10 @@ class Lender:
         while idle > self._most_idle_bytes:
             idle -= self._drop(self._ready.popleft())
 
-    def dropped(self, peer: str) -> list[int]:
-        """Segments that are gone and that `peer` may still map; each is told once."""
-        return self._dropped.pop(peer, [])
+    def dropped(self) -> dict[str, list[int]]:
+        """Segments that are gone, by the peers that may still map them; each is told once."""
+        dropped, self._dropped = self._dropped, {}
+        return dropped
 
     def forget(self, peer: str) -> None:
         """`peer` is gone, and with it whatever it mapped."""

@@ -2,8 +2,8 @@
 what is lent, what is given back. Frames in, frames out; no ZeroMQ here.
 
 A message of the wires' own begins with an empty frame, which no header is; the next frame says what it is. An offer and its
-answer find out whether the peer can read this process's memory at all; a return gives segments back; loans come before the
-message that they are part of, which has empty frames in their places.
+answer find out whether the peer can read this process's memory at all; a return gives segments back, and what the lender
+drops is unmapped at the other end; loans come before the message that they are part of, which has empty frames in their places.
 """
 
 from __future__ import annotations
@@ -35,13 +35,18 @@ class _Returned(msgspec.Struct, tag=3, array_like=True):
 
 
 class _Lent(msgspec.Struct, tag=4, array_like=True):
-    """Which tensor frames are loans, and which segments are gone."""
+    """Which tensor frames are loans."""
 
-    dropped: list[int]
     loans: list[tuple[int, Loan]]
 
 
-_own = msgspec.msgpack.Decoder(_Offer | _Answer | _Returned | _Lent)
+class _Dropped(msgspec.Struct, tag=5, array_like=True):
+    """These segments are not lent any more: nobody need map them."""
+
+    segments: list[int]
+
+
+_own = msgspec.msgpack.Decoder(_Offer | _Answer | _Returned | _Lent | _Dropped)
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -102,19 +107,24 @@ class Sharing:
             if len(buffer) >= self.from_bytes and (lent := self.lender.lend(peer, buffer)) is not None:
                 loans.append((index, lent[0]))
                 sent[index], kept[index] = b"", lent[1]
+        self._tell_dropped()
         if not loans:
             self.counters["shared_full"] += 1
             return Lending(None, buffers, buffers)
         self.counters["shared_sent"] += len(loans)
-        return Lending(_encode(_Lent(self.lender.dropped(peer), loans)), sent, kept)
+        return Lending(_encode(_Lent(loans)), sent, kept)
 
     def give_back(self) -> None:
-        """Put into the outbox what nobody here looks at any more."""
+        """Put into the outbox what nobody here looks at any more, and what need not be mapped any more."""
         let_go: dict[str, list[int]] = {}
         while self.borrower.let_go:
             peer, segment = self.borrower.let_go.popleft()
             let_go.setdefault(peer, []).append(segment)
         self.outbox.extend((peer, _encode(_Returned(segments))) for peer, segments in let_go.items())
+        self._tell_dropped()
+
+    def _tell_dropped(self) -> None:
+        self.outbox.extend((peer, _encode(_Dropped(segments))) for peer, segments in self.lender.dropped().items())
 
     def take(self, arrival: Arrival) -> Arrival | None:
         """Take in a message of the wires' own: the message that comes with it, if one does.
@@ -133,6 +143,8 @@ class Sharing:
             return self._with_loans(arrival, own)
         if isinstance(own, _Returned):
             self.lender.returned(peer, own.segments)
+        elif isinstance(own, _Dropped):
+            self.borrower.drop(peer, own.segments)
         elif isinstance(own, _Answer):
             self._reads[peer] = own.read == self._nonces.get(peer)
         else:
@@ -148,7 +160,6 @@ class Sharing:
         if len(arrival.buffers) < 2:
             raise ProtocolError(f"{self._me}: expected a message behind what {peer} lends, got none")
         header, buffers = arrival.buffers[1], list(arrival.buffers[2:])
-        self.borrower.drop(peer, lent.dropped)
         for index, loan in lent.loans:
             if not 0 <= index < len(buffers) or len(buffers[index]):
                 raise ProtocolError(f"{self._me}: expected the place of a tensor that {peer} lends, got {index}")

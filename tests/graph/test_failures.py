@@ -353,8 +353,8 @@ def test_a_router_with_an_index_out_of_range(graph_file: Callable[..., Path], ru
 def test_a_branch_that_is_not_read_holds_up_its_senders_within_their_credits(
     graph_file: Callable[..., Path], runs: Path, tmp_path: Path
 ) -> None:
-    """64 MB a message to two branches, one of which stands still: what waits is bounded by the declared credits, an actor
-    that need not wait does all its steps meanwhile, and the trace says who waited for whom."""
+    """64 MB a message to two branches, one of which stands still: what all hosts hold together is bounded by the declared
+    credits, an actor that need not wait does all its steps meanwhile, and the trace says who waited for whom."""
     shutil.copy(HERE / "faulty.py", tmp_path / "faulty.py")
     gate = tmp_path / "gate"
     credits = {"credits": 2, "credit_bytes": 1 << 27}
@@ -365,24 +365,25 @@ def test_a_branch_that_is_not_read_holds_up_its_senders_within_their_credits(
                "slow.y -> sum.a", "fast.y -> sum.b", "sum.y -> gateway.y", "gateway.x -> other.x", "other.y -> gateway.z"],
     )  # fmt: skip
     answers: list[float] = []
-    most: dict[str, int] = {}
+    held_bytes: list[int] = []
     opened_ns: list[int] = []
+    count = 12
 
     async def main() -> Path:
         async with ranvier.launch(ranvier.load(path, allow_code=True), runs=runs) as run:
-            idle = {name: pss(pid) for name, pid in run.pids.items()}
+            # over all hosts, as the pages of one segment move from one's share to another's
+            idle = sum(map(pss, run.pids.values()))
 
             async def watch(task_status: trio.TaskStatus[None]) -> None:
                 task_status.started()
                 while True:
-                    for name, pid in run.pids.items():
-                        most[name] = max(most.get(name, 0), pss(pid) - idle[name])
+                    held_bytes.append(sum(map(pss, run.pids.values())) - idle)
                     await trio.sleep(0.05)
 
             async with trio.open_nursery() as nursery:
                 await nursery.start(watch)
                 async with trio.open_nursery() as calls:
-                    for value in range(8):
+                    for value in range(count):
                         calls.start_soon(collect, run, float(value), answers)
                     while not run.counters.get("wide.0", {}).get("credit_waits"):
                         await trio.sleep(0.05)
@@ -395,23 +396,22 @@ def test_a_branch_that_is_not_read_holds_up_its_senders_within_their_credits(
     with Deadline(60), gate.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         read = trace.read(trio.run(main))
-    assert sorted(answers) == [2.0 * value for value in range(8)]
+    assert sorted(answers) == [2.0 * value for value in range(count)]
+    # on each of two edges two messages on their way, at both ends; one in the step of each of three hosts; one that waits
     wide = 64 << 20
-    # two on their way, one that waits, one in the making
-    assert wide < most["wide.0.1"] < 5 * wide
-    assert max(most["slow.0.1"], most["fast.0.1"]) < 4 * wide
-    assert max(most[f"{name}.0.1"] for name in ("sum", "other")) < wide
-    assert len(read.done["other.0"]) == 8
+    assert 4 * wide < max(held_bytes) < (2 * 2 * 2 + 3 + 1) * wide
+    assert len(read.done["other.0"]) == count
     assert all(record.finished_ns < opened_ns[0] for record in read.done["other.0"])
     told = trace.summary(read)
     assert told["counters"]["wide.0"]["shared_sent"] > 8, "through shared memory"
-    first = told["waits"][0]
-    assert (first["waiting"], first["for"], first["edge"]) == ("wide.0", "slow.0", "wide.y -> slow.x")
-    assert first["longest_ms"] > 100
-    assert f"wide.0 waited {first['total_ms']:.1f} ms for credit of slow.0 (wide.y -> slow.x)" in trace.table(told)
-    waited = {(wait["waiting"], wait["for"]): wait["longest_ms"] for wait in told["waits"]}
-    assert waited.get(("wide.0", "fast.0"), 0) < first["longest_ms"] / 2
-    assert ("slow.0", "sum.0") not in waited
+    waits = {(wait["waiting"], wait["for"]): wait for wait in told["waits"]}
+    slow = waits["wide.0", "slow.0"]
+    assert slow["edge"] == "wide.y -> slow.x"
+    assert f"wide.0 waited {slow['total_ms']:.1f} ms for credit of slow.0 (wide.y -> slow.x)" in trace.table(told)
+    assert waits["gateway.0", "wide.0"]["edge"] == "gateway.x -> wide.x", "more calls than credits: they wait for wide in turn"
+    fast = waits.get(("wide.0", "fast.0"))
+    assert fast is None or fast["longest_ms"] < slow["longest_ms"] / 2
+    assert ("slow.0", "sum.0") not in waits
 
 
 def pss(pid: int) -> int:
