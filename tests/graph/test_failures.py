@@ -408,7 +408,9 @@ def test_a_branch_that_is_not_read_holds_up_its_senders_within_their_credits(
     slow = waits["wide.0", "slow.0"]
     assert slow["edge"] == "wide.y -> slow.x"
     assert f"wide.0 waited {slow['total_ms']:.1f} ms for credit of slow.0 (wide.y -> slow.x)" in trace.table(told)
-    assert waits["gateway.0", "wide.0"]["edge"] == "gateway.x -> wide.x", "more calls than credits: they wait for wide in turn"
+    assert waits["gateway.0", "wide.0"]["edge"] == "gateway.x -> wide.x", (
+        "more calls than credits: they wait for wide in turn"
+    )
     fast = waits.get(("wide.0", "fast.0"))
     assert fast is None or fast["longest_ms"] < slow["longest_ms"] / 2
     assert ("slow.0", "sum.0") not in waits
