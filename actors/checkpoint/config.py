@@ -120,6 +120,8 @@ class ModelConfig:
     uncached: bool = False
     """Whether the library has no cache a session for it: then every step computes all tokens before it anew. Such a model is
     `uncut`, too."""
+    both_ways: bool = False
+    """Whether the tokens of a prompt see each other in both directions. Such a model is `uncut`, too."""
     uncut: str = ""
     """Why its layers cannot be cut apart, nor a prompt; then one actor (`kind: model`) runs it whole. Empty: they can."""
 

@@ -198,29 +198,36 @@ def _foreign(config: Config, why: str) -> ModelConfig:
         raise NotBuiltIn(f"{why}, and transformers knows no causal model of that type")
     from transformers import CONFIG_MAPPING
 
+    if family in DRAFTERS:
+        raise NotBuiltIn(f"{why}, and {family} is no model by itself: it drafts for another, from that one's states")
     made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))  # fills in what the file leaves to defaults
-    sizes = made.get_text_config()  # of a model that takes pictures or sound, too, what it does with text
-    uncut = _uncut(made, sizes, why)
+    sizes = text = made.get_text_config()  # of a model that takes pictures or sound, too, what it does with text
+    uncut = _uncut(made, text)
+    if not hasattr(sizes, "hidden_size"):  # several stacks of layers: the sizes of the largest
+        stacks = [getattr(made, name) for name in made.sub_configs]
+        sizes = max(stacks, key=lambda stack: _size(stack, "num_hidden_layers", 0), default=sizes)
     hidden, heads = sizes.hidden_size, _size(sizes, "num_attention_heads", 1)
+    bos = getattr(text, "bos_token_id", None)
     return ModelConfig(
         family=config["model_type"],
-        vocab=sizes.vocab_size,
+        vocab=text.vocab_size,
         hidden=hidden,
         layers=sizes.num_hidden_layers,
         heads=heads,
         kv_heads=heads if uncut else _size(sizes, "num_key_value_heads", heads),
         head_dim=_size(sizes, "head_dim", max(1, hidden // heads)),
         intermediate=_size(sizes, "intermediate_size", 4 * hidden),
-        context=getattr(sizes, "max_position_embeddings", None) or 1 << 20,
+        context=_size(sizes, "max_position_embeddings", 1 << 20),
         norm_eps=0.0,
         rope_theta=0.0,
         rope_scaling=None,
         tied=bool(getattr(made, "tie_word_embeddings", False)),
-        bos_token=sizes.bos_token_id if isinstance(sizes.bos_token_id, int) else None,
-        eos_tokens=eos_tokens({"eos_token_id": sizes.eos_token_id}),
+        bos_token=bos if isinstance(bos, int) else None,
+        eos_tokens=eos_tokens({"eos_token_id": getattr(text, "eos_token_id", None)}),
         native=False,
         uncut=uncut,
         uncached=uncut == WITHOUT_CACHE,
+        both_ways=uncut == BOTH_WAYS,
     )
 
 
@@ -233,18 +240,12 @@ def _size(sizes: Any, name: str, default: int) -> int:
     return found if isinstance(found, int) and found > 0 else default
 
 
-def _uncut(made: Any, sizes: Any, why: str) -> str:
+def _uncut(made: Any, sizes: Any) -> str:
     """Why a model's layers cannot be cut apart: text is a part of it, layers keep a state that is no KV cache, or differ in
-    their sizes. Empty if they can be.
-
-    Raises:
-        NotBuiltIn: it cannot even be run whole: it has no layers.
-    """
+    their sizes, or see a prompt both ways. Empty if they can be."""
     kinds = next((k for name in ("layer_types", "layers_block_type") if (k := getattr(sizes, name, None))), None)
-    needed = ["hidden_size", "num_hidden_layers", "vocab_size"]
-    missing = [name for name in needed if not isinstance(getattr(sizes, name, None), int)]
-    if missing:
-        raise NotBuiltIn(f"{why}, and it is of a kind that cannot be run: it has no {', '.join(missing)}")
+    if made.model_type in PROMPTS_BOTH_WAYS:
+        return BOTH_WAYS
     if made.model_type in STATES_ELSEWHERE or (kinds is None and not hasattr(sizes, "num_attention_heads")):
         return WITHOUT_CACHE
     odd = sorted({str(kind) for kind in kinds or ()} - ATTENDING)
@@ -266,8 +267,11 @@ SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate
 
 
 WITHOUT_CACHE = "the library keeps no state a session for it"
-STATES_ELSEWHERE = ("recurrent_gemma", "rwkv", "xlstm")
+STATES_ELSEWHERE = ("recurrent_gemma", "rwkv", "xlstm", "blt")
 """Families of which transformers keeps its states elsewhere than in a cache a session: in the modules, or as a list."""
+BOTH_WAYS = "the tokens of a prompt see each other in both directions"
+PROMPTS_BOTH_WAYS = ("cpmant", "xlnet")
+DRAFTERS = ("gemma4_assistant",)
 ATTENDING = {
     "full_attention",
     "sliding_attention",

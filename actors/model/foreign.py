@@ -25,16 +25,17 @@ from ranvier.transport.header import Row
 from ..actor import Context
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CheckpointError
+from ..session import SessionInfo
 from .kv_cache import KVCache
 from .parts import BlocksActor, Embedding, Head, Stage, needed
+from .whole import Whole, WholeSession
 
 
 class ForeignSession:
     """One session's cache, of whatever class the model's own layers want."""
 
-    def __init__(self, config: Any, capacity: int, uncached: bool) -> None:
-        self.past = None if uncached else DynamicCache(config=config)
-        self.tokens: list[int] = []
+    def __init__(self, config: Any, capacity: int) -> None:
+        self.past = DynamicCache(config=config)
         self.capacity = capacity
         self.length = 0
 
@@ -96,7 +97,6 @@ class Skeleton:
         self.bypasses = self.tuples = False
         self.past: Any = None
         self.layers = layers
-        self.whole, self.uncached = bool(checkpoint.config.uncut), checkpoint.config.uncached
         # code that a checkpoint brings is never run: the library's own default, and nothing here asks for it
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
         with torch.inference_mode(False), no_init_weights():
@@ -108,8 +108,9 @@ class Skeleton:
         # 5.24 calls it `cache`, earlier versions `past_key_values`
         named = inspect.signature(self.model.forward).parameters
         self._past_name = "cache" if "cache" in named else "past_key_values"
+        self.whole = Whole(self.model, checkpoint.config, self._past_name) if checkpoint.config.uncut else None
         parameters = [parameter for parameter, _ in self.model.named_parameters(remove_duplicate=False)]
-        if self.whole:
+        if self.whole is not None:
             self.held_bytes = self._read(checkpoint, set(parameters), dtype, progress)
             return
         stack, name = _layer_list(self.model, checkpoint.config.layers)
@@ -197,17 +198,6 @@ class Skeleton:
         self._set(leaves_before=0)
         return self._run(position, input_ids=token_t[None])
 
-    def all_logits(self, session: ForeignSession, token_t: torch.Tensor) -> torch.Tensor:
-        """[t, V]: the model's own forward pass, from tokens to logits. Takes effect on the session's states."""
-        if self.uncached:
-            session.tokens += token_t.tolist()
-            made = self.model(input_ids=torch.tensor([session.tokens]), use_cache=False)
-            anew_tV: torch.Tensor = made.logits[0, -len(token_t) :]
-            return anew_tV
-        made = self.model(input_ids=token_t[None], use_cache=True, **{self._past_name: session.past})
-        logits_tV: torch.Tensor = made.logits[0]
-        return logits_tV
-
     def run(self, session: ForeignSession, position: int, hidden_tH: torch.Tensor) -> torch.Tensor:
         """[t, H] through the own layers; takes effect on the session's cache."""
         assert self.layers is not None
@@ -272,9 +262,11 @@ class ForeignBlocks:
 
     def __init__(self, skeleton: Skeleton, cache_tokens: int) -> None:
         self.skeleton = skeleton
-        self.cache = KVCache(
-            cache_tokens, lambda capacity: ForeignSession(skeleton.config, capacity, skeleton.uncached)
-        )
+        self.cache: KVCache[ForeignSession | WholeSession] = KVCache(cache_tokens, self._session)
+
+    def _session(self, capacity: int) -> ForeignSession | WholeSession:
+        whole = self.skeleton.whole
+        return ForeignSession(self.skeleton.config, capacity) if whole is None else whole.open(capacity)
 
     def open(self, session: int, capacity: int) -> None:
         self.cache.open(session, capacity)
@@ -284,8 +276,9 @@ class ForeignBlocks:
         parts = torch.split(hidden_TH, [row.tokens for row in rows])
         for row, part in zip(rows, parts, strict=True):
             session = self.cache.at(row.session, row.position, row.tokens)
-            if self.skeleton.whole:
-                made.append(self.skeleton.all_logits(session, part))
+            if isinstance(session, WholeSession):
+                assert self.skeleton.whole is not None
+                made.append(self.skeleton.whole.logits(session, part))
             else:
                 made.append(self.skeleton.run(session, row.position, part))
             session.length = row.position + row.tokens
@@ -304,7 +297,7 @@ class ForeignEmbedding(Embedding):
         self.skeleton = skeleton
 
     def forward(self, rows: tuple[Row, ...], token_T: torch.Tensor) -> torch.Tensor:
-        if self.skeleton.whole:
+        if self.skeleton.whole is not None:
             return token_T  # the model takes the tokens themselves
         parts = torch.split(token_T, [row.tokens for row in rows])
         return torch.cat([self.skeleton.embed(row.position, part) for row, part in zip(rows, parts, strict=True)])
@@ -331,7 +324,7 @@ class ForeignHead(Head):
         self.streams = {}
 
     def logits(self, picked_TH: torch.Tensor) -> torch.Tensor:
-        if self.skeleton.whole:
+        if self.skeleton.whole is not None:
             return picked_TH.float()  # what came of the blocks are logits already
         return self.skeleton.logits(picked_TH).float()
 
@@ -351,6 +344,12 @@ class ForeignStage(Stage):
         if isinstance(self.head, ForeignHead):
             self.head.use(skeleton)
         self.blocks = ForeignBlocks(skeleton, context.cache_tokens)
+
+    def open(self, session: SessionInfo) -> None:
+        super().open(session)
+        opened = self.blocks.cache.sessions[session.session]
+        if isinstance(opened, WholeSession):
+            opened.scored = session.score
 
     def held_bytes(self) -> int:
         return self.blocks.held_bytes()

@@ -85,7 +85,7 @@ def test_what_the_librarys_own_layers_are_not_given(
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"model_type": "blt"}, "of a kind that cannot be run: it has no"),
+        ({"model_type": "gemma4_assistant"}, "is no model by itself: it drafts for another"),
         ({"model_type": "bert"}, "transformers knows no causal model of that type"),
         ({"model_type": "no-such-thing"}, "transformers knows no causal model of that type"),
     ],

@@ -35,7 +35,7 @@ RAWS = ["The quick brown fox", "def fibonacci(n):\n", "Once upon a time, ", "1 +
 def check_stream(oracle: Any, prompt: Sequence[int], ids: Sequence[int], logits: Sequence[torch.Tensor]) -> None:
     """Every token is the oracle's own choice, and the logits agree within 1e-4."""
     with torch.inference_mode():
-        expected = oracle(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
+        expected = oracle(torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
     assert expected.argmax(-1).tolist() == list(ids)
     assert float((torch.stack(list(logits)) - expected).abs().max()) < 1e-4
 
@@ -360,6 +360,13 @@ def test_every_other_family_is_exact(
         check_stream(oracle, prompt, result.token_ids, logits)
 
 
+STACK = {
+    "vocab_size": 320,
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "intermediate_size": 96,
+    "initializer_range": 0.1,
+}
 WHOLE = [
     ("mamba", {**SMALL, "state_size": 8}),
     pytest.param("recurrent_gemma", {**SMALL, "num_key_value_heads": 2, "intermediate_size": 96, "lru_width": 48},
@@ -379,6 +386,16 @@ WHOLE = [
         "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "head_dim": 8,
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     }, marks=pytest.mark.slow),
+    pytest.param("blt", {
+        "vocab_size": 320, "max_position_embeddings": 128, "patch_size": 4, "encoder_hash_byte_group_vocab": 50,
+        "patcher_config": {**STACK, "num_hidden_layers": 1},
+        "encoder_config": {**STACK, "hidden_size_global": 96, "num_hidden_layers": 1},
+        "decoder_config": {**STACK, "hidden_size_global": 96, "num_hidden_layers": 2},
+        "global_config": {**STACK, "hidden_size": 96, "num_hidden_layers": 4},
+    }, marks=pytest.mark.slow),
+    pytest.param("cpmant", {**SMALL, "dim_head": 8, "dim_ff": 96, "prompt_types": 4, "prompt_length": 8}),
+    pytest.param("xlnet", {"vocab_size": 320, "d_model": 48, "n_layer": 4, "n_head": 6, "d_inner": 96, "initializer_range": 0.2},
+                 marks=pytest.mark.slow),
 ]  # fmt: skip
 
 
@@ -393,14 +410,55 @@ def test_models_with_states_run_whole(
     graph = ranvier.load(path, overrides={"model.source": str(folder)})
     prompts = [[5, 9, 200, 17], list(range(3, 50)), [11]]
     requests = [(prompt, {"max_tokens": 12, "stop_tokens": ()}) for prompt in prompts]
+    check = check_generated if family in ("cpmant", "xlnet") else check_stream
     for prompt, (result, logits) in zip(prompts, generate_all(graph, runs, requests, together=True), strict=True):
         assert len(result.token_ids) == 12
-        check_stream(oracle, prompt, result.token_ids, logits)
+        check(oracle, prompt, result.token_ids, logits)
     cut = graph_file(model={"source": "unset", "dtype": "float32"}, **split(2, 4))
     with pytest.raises(
-        ranvier.GraphError, match=r"cannot be cut: .* (KV cache|takes|for it); use kind: model for all of it"
+        ranvier.GraphError, match=r"cannot be cut: .* (KV cache|takes|for it|directions); use kind: model for all of it"
     ):
         ranvier.load(cut, overrides={"model.source": str(folder)})
+
+
+def check_generated(oracle: Any, prompt: Sequence[int], ids: Sequence[int], logits: Sequence[torch.Tensor]) -> None:
+    """As `check_stream`, of a model for which it matters where the prompt ends: by the library's own `generate`."""
+    with torch.inference_mode():
+        made = oracle.generate(
+            torch.tensor([list(prompt)]), max_new_tokens=len(ids), do_sample=False, output_logits=True, return_dict_in_generate=True,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+    assert made.sequences[0, len(prompt) :].tolist() == list(ids)
+    assert float((torch.stack(list(logits)) - torch.cat(made.logits)).abs().max()) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["cpmant", "xlnet"])
+def test_a_text_that_is_seen_both_ways_is_scored_without_what_follows(
+    family: str, tiny: Any, runs: Path, graph_file: Callable[..., Path], split: Any
+) -> None:
+    """Each token's probability is that of `generate` after the prompt that ends before it."""
+    changes = dict(getattr(whole, "values", whole) for whole in WHOLE)[family]
+    folder, oracle = tiny(f"whole-{family}", family, **changes)
+    path = graph_file(model={"source": "unset", "dtype": "float32"}, **split(1, 4))
+    graph = ranvier.load(path, overrides={"model.source": str(folder)})
+    text = [5, 9, 200, 17, 300, 2, 40]
+
+    async def main() -> list[float]:
+        async with ranvier.launch(graph, runs=runs) as run:
+            return await run.score(text)
+
+    expected = []
+    for end in range(1, len(text)):
+        made = oracle.generate(
+            torch.tensor([text[:end]]),
+            max_new_tokens=1,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        expected.append(made.logits[0][0].log_softmax(-1)[text[end]].item())
+    assert trio.run(main) == pytest.approx(expected, abs=1e-4)
 
 
 def expert_graph(layers: int, groups: list[str]) -> dict[str, Any]:
