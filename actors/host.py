@@ -84,7 +84,11 @@ class Host:
         spec, crossing = self.spec, self.crossing
         self._to(State.LOADING)
         wire = self.wire = ZeroWire(
-            spec.identity, spec.endpoint, max_frame_bytes=spec.max_frame_bytes, shared_from_bytes=spec.shared_from_bytes
+            spec.identity,
+            spec.endpoint,
+            max_frame_bytes=spec.max_frame_bytes,
+            shared_from_bytes=spec.shared_from_bytes,
+            direct=True,
         )
         crossing.waker = wire.waker()
         self.exchange = Exchange(

@@ -85,7 +85,7 @@ async def _launched(
     wire = TrioWire(
         ZeroWire(
             me, planned.gateway_endpoint(folder.sockets), max_frame_bytes=graph.file.max_frame_bytes,
-            shared_from_bytes=graph.file.shared_from_bytes,
+            shared_from_bytes=graph.file.shared_from_bytes, direct=True,
         )
     )  # fmt: skip
     holder: list[Run] = []

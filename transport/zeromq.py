@@ -14,12 +14,14 @@ import contextlib
 import itertools
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import zmq
 
 from . import endpoint
+from .direct import SUFFIX, Direct, is_mark
 from .errors import AddressError, LinkBroken, LinkClosed, ProtocolError
 from .header import MAX_TENSORS
 from .link import Arrival
@@ -38,8 +40,8 @@ _send: Any = zmq.backend.Socket.send  # without the sugar for DRAFT sockets: 0.8
 _serial = itertools.count()
 
 
-MAX_FRAMES = MAX_TENSORS + 2
-"""Behind the first frame: a wire's own, a header, tensors. How many tensors a message may have is its header's to say."""
+MAX_FRAMES = MAX_TENSORS + 3
+"""Behind the first frame: wires' own, a header, tensors. How many tensors a message may have is its header's to say."""
 
 
 class ZeroWire:
@@ -52,6 +54,7 @@ class ZeroWire:
         context: shared by wires that talk over inproc; one of its own if None.
         shared_from_bytes: tensors of so many bytes and more go through shared memory to peers at ipc addresses that can read
             it; 0: none do. `counters` says how many did.
+        direct: at an ipc address, exchange small messages with wires that do so, too, past ZeroMQ (direct.py).
 
     Raises:
         AddressError: the address may not be used or is in use.
@@ -65,6 +68,7 @@ class ZeroWire:
         max_frame_bytes: int,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
         shared_from_bytes: int = 0,
+        direct: bool = False,
     ) -> None:
         place = endpoint.parse(address)
         self.me = me
@@ -81,8 +85,10 @@ class ZeroWire:
         self._lock: int | None = None
         self._timeout_s: float | None = None
         self._quick = False
+        self._woken = False
         self._sharing = Sharing(me, shared_from_bytes)
-        self.counters = self._sharing.counters
+        self._direct: Direct | None = None
+        self._look = True
         try:
             if place.scheme == "ipc":
                 self._lock = _claim(place.place)
@@ -91,6 +97,9 @@ class ZeroWire:
             assert isinstance(bound, bytes)
             self._address = bound.rstrip(b"\x00").decode() if place.scheme == "tcp" else str(place)
             self._inbox.bind(self._wake_address)
+            if direct and place.scheme == "ipc":
+                with contextlib.suppress(OSError):  # then all goes through ZeroMQ
+                    self._direct = Direct(me, place.place + SUFFIX, int(self._inbox.getsockopt(zmq.FD)))
         except zmq.ZMQError as error:
             self.close()
             raise AddressError(f"{me}: cannot bind {place}: {error.strerror}") from error
@@ -103,9 +112,15 @@ class ZeroWire:
         return self._address
 
     @property
+    def counters(self) -> Counter[str]:
+        """What went another way than through ZeroMQ: `shared_sent`, `shared_full`, `direct_sent`."""
+        direct = self._direct
+        return self._sharing.counters + Counter(direct_sent=direct.sent if direct is not None else 0)
+
+    @property
     def fd(self) -> int:
-        """ZeroMQ's descriptor: edge-triggered, so look (`receive(0)`) before and after every wait on it."""
-        return int(self._inbox.getsockopt(zmq.FD))
+        """Edge-triggered as ZeroMQ's is, so look (`receive(0)`) before and after every wait on it."""
+        return self._direct.fd if self._direct is not None else int(self._inbox.getsockopt(zmq.FD))
 
     def connect(self, peer: str, address: str) -> None:
         place = endpoint.parse(address)
@@ -122,41 +137,59 @@ class ZeroWire:
         self._dealers[peer] = dealer
         if place.scheme == "ipc":
             self._sharing.join(peer)
+            if self._direct is not None:
+                self._direct.connect(peer, place.place + SUFFIX)
 
     def disconnect(self, peer: str) -> None:
         self._sharing.leave(peer)
+        if self._direct is not None:
+            self._direct.disconnect(peer)
         dealer = self._dealers.pop(peer, None)
         if dealer is not None:
             dealer.close(linger=0)
 
     def send(self, peer: str, header: bytes, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
-        dealer, kept = self._dealers.get(peer), buffers
+        if peer not in self._dealers:
+            self._answer(peer, header)
+            return buffers
+        if not buffers:
+            self._put(peer, (header,))
+            return buffers
+        if not (self._sharing.from_bytes and self._sharing.concerns(peer, buffers)):
+            self._put(peer, (header, *buffers))
+            return buffers
+        loans, sent, kept = self._sharing.lend(peer, buffers)
+        self._put(peer, (header, *sent) if loans is None else (b"", loans, header, *sent))
+        return kept
+
+    def _put(self, peer: str, frames: Sequence[Buffer]) -> None:
+        """The one way out to peers that are connected."""
+        direct = self._direct
+        if direct is not None and direct.reaches(peer):
+            mark = direct.send(peer, frames)
+            if mark is None:
+                return
+            frames = (mark, *frames)
+        dealer, last = self._dealers[peer], len(frames) - 1
         try:
-            if dealer is None:
-                # an answer to one who spoke first and is not of this graph: a refusal
-                with contextlib.suppress(zmq.Again):
-                    self._inbox.send(peer.encode("latin-1"), _MORE)
-                    self._inbox.send(header, _LAST)
-            elif not buffers:
-                _send(dealer, header, _LAST)
-            else:
-                if self._sharing.from_bytes and self._sharing.concerns(peer, buffers):
-                    loans, buffers, kept = self._sharing.lend(peer, buffers)
-                    if loans is not None:
-                        _send(dealer, b"", _MORE)
-                        _send(dealer, loans, _MORE)
-                _send(dealer, header, _MORE)
-                last = len(buffers) - 1
-                for index, buffer in enumerate(buffers):
-                    flags = _LAST if index == last else _MORE
-                    _send(dealer, buffer, flags, copy=len(buffer) < COPY_BELOW_BYTES)
+            for index, frame in enumerate(frames):
+                flags = _LAST if index == last else _MORE
+                _send(dealer, frame, flags, copy=len(frame) < COPY_BELOW_BYTES)
+        except zmq.ZMQError as error:
+            raise LinkBroken(f"{self.me}: cannot send to {peer}: {error.strerror}") from error
+
+    def _answer(self, peer: str, header: bytes) -> None:
+        """To one who spoke first and is not of this graph: a refusal."""
+        self._look = True  # what comes in meanwhile may not be told of again
+        try:
+            with contextlib.suppress(zmq.Again):
+                self._inbox.send(peer.encode("latin-1"), _MORE)
+                self._inbox.send(header, _LAST)
         except zmq.ZMQError as error:
             if self._inbox.closed:
                 raise LinkClosed(f"{self.me}: this wire is closed") from None
-            if dealer is None and error.errno == zmq.EHOSTUNREACH:
-                return kept  # it has gone since, and nobody waits for the answer
-            raise LinkBroken(f"{self.me}: cannot send to {peer}: {error.strerror}") from error
-        return kept
+            if error.errno != zmq.EHOSTUNREACH:  # it has gone since, and nobody waits for the answer
+                raise LinkBroken(f"{self.me}: cannot send to {peer}: {error.strerror}") from error
 
     def receive(self, timeout_s: float | None) -> Arrival | None:
         sharing = self._sharing
@@ -182,15 +215,58 @@ class ZeroWire:
         sharing.give_back()
         while sharing.outbox:
             peer, frame = sharing.outbox.popleft()
-            dealer = self._dealers.get(peer)
-            if dealer is not None:
-                _send(dealer, b"", _MORE)
-                _send(dealer, frame, _LAST)
+            if peer in self._dealers:
+                self._put(peer, (b"", frame))
 
     def _receive(self, timeout_s: float | None) -> Arrival | None:
+        return (
+            self._receive_zeromq(timeout_s) if self._direct is None else self._receive_either(self._direct, timeout_s)
+        )
+
+    def _receive_either(self, direct: Direct, timeout_s: float | None) -> Arrival | None:
+        """The next from a direct socket or from ZeroMQ."""
+        if direct.ready:
+            return direct.ready.popleft()
+        waits = timeout_s != 0
+        began_ns = time.monotonic_ns() if waits else 0
+        if waits and self._quick and not self._look:
+            direct.waits_awake(began_ns + AWAKE_NS)
+        left_s = timeout_s
+        while True:
+            self._look = direct.wait(0 if self._look else left_s, began_ns) or self._look
+            woken = self._look and self._drain(direct, began_ns)
+            if waits:
+                took_ns = time.monotonic_ns() - began_ns
+                self._quick = took_ns < AWAKE_NS
+                left_s = timeout_s - took_ns / 1e9 if timeout_s is not None else None
+            if direct.ready:
+                return direct.ready.popleft()
+            if woken or not waits or (left_s is not None and left_s <= 0):
+                return None
+
+    def _drain(self, direct: Direct, waiting_since_ns: int) -> bool:
+        """Take in all that ZeroMQ has, as its descriptor tells of it once. Whether a wake was among it."""
+        woken = False
+        while True:
+            arrival = self._receive_zeromq(0, waiting_since_ns)
+            if arrival is None:
+                if not self._woken:
+                    break
+                woken = True
+            elif is_mark(arrival.header):
+                peer, buffers = arrival.peer, arrival.buffers
+                if not buffers:
+                    raise ProtocolError(f"{self.me}: expected a message behind a mark from {peer}, got none")
+                direct.otherwise(peer, arrival.header, Arrival(peer, buffers[0], buffers[1:], waiting_since_ns))
+            else:
+                direct.ready.append(arrival)
+        self._look = False
+        return woken
+
+    def _receive_zeromq(self, timeout_s: float | None, began_ns: int = 0) -> Arrival | None:
         inbox = self._inbox
+        self._woken = False
         try:
-            began_ns = 0
             # The socket's own time limit, not a poll before the receive: that took 18 µs a hop more on one core.
             if timeout_s == 0:
                 identity = inbox.recv(_LAST)
@@ -206,6 +282,7 @@ class ZeroWire:
             header = inbox.recv(copy=False)  # a ROUTER's message has at least one frame after the identity
             if not header.more:
                 if identity == _WAKE:
+                    self._woken = True
                     return None
                 return Arrival(identity.decode("latin-1"), header.buffer, ())
             buffers = []
@@ -216,6 +293,8 @@ class ZeroWire:
                 buffers.append(frame.buffer)
                 if len(buffers) > MAX_FRAMES:
                     self._drop_rest(more)
+                    if self._direct is not None and is_mark(header.buffer):
+                        self._direct.otherwise(identity.decode("latin-1"), header.buffer, None)
                     raise ProtocolError(
                         f"{self.me}: expected at most {MAX_TENSORS} tensor frames from {identity!r}, got more"
                     )
@@ -252,6 +331,9 @@ class ZeroWire:
                 os.close(self._lock)
             self._lock = None
         self._sharing.close()
+        if self._direct is not None:
+            self._direct.close()
+            self._direct = None
         if self._own_context:
             self._context.term()
 

@@ -26,7 +26,7 @@ SPEC = (("x", TensorSpec("float32", ("tokens", "width"))),)
 MakeWire = Callable[[str], Wire]
 
 
-@pytest.fixture(params=["memory", "inproc", "ipc", "ipc, shared", "tcp"])
+@pytest.fixture(params=["memory", "inproc", "ipc", "ipc, shared", "ipc, direct", "ipc, direct, shared", "tcp"])
 def make_wire(request: pytest.FixtureRequest) -> Iterator[MakeWire]:
     """Makes wires that can reach each other; closes them all afterwards."""
     made: list[Wire] = []
@@ -34,16 +34,19 @@ def make_wire(request: pytest.FixtureRequest) -> Iterator[MakeWire]:
     context: zmq.Context[Any] = zmq.Context()
     folder = tempfile.TemporaryDirectory(prefix="rv-", dir="/tmp")
     ipc = f"ipc://{folder.name}/{{}}"
-    address = {"inproc": "inproc://{}", "ipc": ipc, "ipc, shared": ipc, "tcp": "tcp://127.0.0.1:0"}
+    address = {"inproc": "inproc://{}", "tcp": "tcp://127.0.0.1:0"}
 
     def make(me: str) -> Wire:
         if request.param == "memory":
             wire: Wire = network.wire(me)
         else:
-            place = address[request.param].format(me)
+            place = address.get(request.param, ipc).format(me)
             own = context if request.param == "inproc" else None
-            shared_from = 1 if request.param == "ipc, shared" else 0  # every tensor, however small
-            wire = ZeroWire(me, place, max_frame_bytes=1 << 26, context=own, shared_from_bytes=shared_from)
+            shared_from = 1 if "shared" in request.param else 0  # every tensor, however small
+            direct = "direct" in request.param
+            wire = ZeroWire(
+                me, place, max_frame_bytes=1 << 26, context=own, shared_from_bytes=shared_from, direct=direct
+            )
         made.append(wire)
         return wire
 
