@@ -264,6 +264,8 @@ class HostCore:
             return None
         if len(self._ready) > 1 and self._stacks:
             self._put_in_order()
+        if len(self._ready) == 1 and len(self._ready[0].batch.rows) == 1:
+            return self._current(self._ready.popleft())
         most_rows = -(-len(self._epochs) // self._batches) if self._batches > 1 else MAX_ROWS
         if len(self._ready) == 1:
             return self._current(self._next(most_rows))

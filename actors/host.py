@@ -205,7 +205,9 @@ class Host:
                 core.send_copies(time.monotonic_ns())
                 self._flush(wire)
                 due_ns = core.due_ns
-            if core.queued and core.may_batch:  # what has come meanwhile may go before what waits, or together with it
+            if not core.queued or exchange.waiting:
+                self._wait(wire, due_ns)
+            elif core.may_batch:  # what has come meanwhile may go before what waits, or together with it
                 while self._receive(wire, 0):
                     pass
             work = core.take()
@@ -213,20 +215,23 @@ class Host:
                 self._record_discarded()
             if work is not None:
                 self._step(work)
-                continue
+
+    def _wait(self, wire: ZeroWire, due_ns: int | None) -> None:
+        """Nothing can be done before something comes: take that in."""
+        exchange, core = self.exchange, self.core
+        self._flush(wire)
+        wait_s = ACK_DELAY_S if exchange.owes() else TICK_S
+        if due_ns is not None:
+            wait_s = min(wait_s, max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
+        if self._receive(wire, wait_s):
+            if core.may_batch:  # all that has queued up meanwhile may go into one step
+                while self._receive(wire, 0):
+                    pass
+        elif exchange.owes():
+            exchange.idle()
             self._flush(wire)
-            wait_s = ACK_DELAY_S if exchange.owes() else TICK_S
-            if due_ns is not None:
-                wait_s = min(wait_s, max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
-            if self._receive(wire, wait_s):
-                if core.may_batch:  # all that has queued up meanwhile may go into one step
-                    while self._receive(wire, 0):
-                        pass
-            elif exchange.owes():
-                exchange.idle()
-                self._flush(wire)
-            elif due_ns is None and not crossing.commands:
-                gc.collect()
+        elif due_ns is None and not self.crossing.commands:
+            gc.collect()
 
     def _receive(self, wire: ZeroWire, timeout_s: float) -> bool:
         """Take in what comes next; False if nothing came in time."""

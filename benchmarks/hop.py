@@ -104,25 +104,22 @@ def compiled(bounces):
             node = players[turn % 2].play.bind(node)
     return node.experimental_compile()
 ball = numpy.zeros(int(sys.argv[1]), numpy.uint16)
-def once(graph):
-    began = time.perf_counter()
-    ray.get(graph.execute(ball))
-    return time.perf_counter() - began
-few, many = 2, 42
-graph = compiled(few)
-times = [once(graph) for _ in range(300)]
-around = statistics.median(times[100:])
-graph.teardown()
-graph = compiled(many)
-whole = sys.argv[2] == "whole"
-if whole:
+def times(bounces, runs):
+    graph = compiled(bounces)  # for this turn only: its actors spin while they wait, which would disturb the others'
+    found = []
+    for _ in range(runs):
+        began = time.perf_counter()
+        ray.get(graph.execute(ball))
+        found.append(time.perf_counter() - began)
     graph.teardown()
-    graph = compiled(few)
+    return statistics.median(found[runs // 3:])
+few, many = 2, 42
 for _ in sys.stdin:
-    if whole:
-        print(statistics.median(once(graph) for _ in range(200)) / (few + 1) * 1e6, flush=True)
+    around = times(few, 300)
+    if sys.argv[2] == "whole":
+        print(around / (few + 1) * 1e6, flush=True)
     else:
-        print((statistics.median(once(graph) for _ in range(50)) - around) / (many - few) * 1e6, flush=True)
+        print((times(many, 75) - around) / (many - few) * 1e6, flush=True)
 """
 
 

@@ -36,10 +36,14 @@ BEHIND_S = 2.0
 MAX_FRAMES = MAX_TENSORS + 3
 """A header and tensors, and what a wire puts before them of its own (sharing.py)."""
 BACKLOG = 128
+MAX_EVENTS = 64
 ALIGN = 16
 _PAD = bytes(ALIGN)
+_PADS = [_PAD[: -size % ALIGN] for size in range(ALIGN)]
 _SIZES = [struct.Struct(f"<H{count}I") for count in range(MAX_FRAMES + 1)]
 _COUNT = struct.Struct("<H")
+_TWO = struct.Struct("<HII6x")
+"""Before a header and one tensor, as far as where the header begins."""
 _MARK = struct.Struct("<HI")
 _OTHERWISE = struct.Struct("<xI")
 """The frame before a message that was announced by a mark; no header begins with a zero byte."""
@@ -140,6 +144,22 @@ class Direct:
         self._put(out, parts)
         return None
 
+    def send_pair(self, peer: str, header: bytes, tensor: Buffer) -> bool:
+        """Send a header and one small tensor, what nearly every message is, in half the time of `send`. False: not done."""
+        out = self._out.get(peer)
+        if out is None or out.backlog:
+            return False
+        size = len(header)
+        packet = b"".join((_TWO.pack(2, size, len(tensor)), header, _PADS[size % ALIGN], tensor))
+        if len(packet) > out.most_bytes:
+            return False
+        try:
+            out.socket.send(packet, _FLAGS)
+        except OSError:  # full, or gone: `send` sees to it
+            return False
+        self.sent += 1
+        return True
+
     def _put(self, out: _Out, parts: Sequence[Buffer]) -> None:
         if not out.backlog:
             try:
@@ -168,15 +188,20 @@ class Direct:
 
     # -- receiving ----------------------------------------------------------------------------------------------
 
-    def wait(self, timeout_s: float | None, waiting_since_ns: int) -> bool:
+    def wait(self, timeout_s: float | None, waiting_since_ns: int, awake_until_ns: int = 0) -> bool:
         """Take in what has come, waiting up to `timeout_s` (None: for ever) for something to come. Whether ZeroMQ is to be
-        looked at. `waiting_since_ns` is what arrivals say.
+        looked at. `waiting_since_ns` is what arrivals say. Until `awake_until_ns` it waits without sleeping, giving way to
+        whoever else can run.
 
         Raises:
             ProtocolError: a peer sent what no message is; it is dropped.
         """
-        look = False
-        for fd, _ in self._epoll.poll(timeout_s):
+        look, poll = False, self._epoll.poll
+        events = poll(0, MAX_EVENTS) if awake_until_ns else []
+        while not events and time.monotonic_ns() < awake_until_ns:
+            os.sched_yield()
+            events = poll(0, MAX_EVENTS)
+        for fd, _ in events or poll(timeout_s, MAX_EVENTS):
             if (came := self._in.get(fd)) is not None:
                 self._read(fd, came, waiting_since_ns)
             elif fd == self._beside:
@@ -186,15 +211,6 @@ class Direct:
             else:
                 self._accept()
         return look
-
-    def waits_awake(self, until_ns: int) -> bool:
-        """Wait without sleeping, giving way to whoever else can run: whether something has come before `until_ns`."""
-        poll = self._epoll.poll
-        while not poll(0, 1):
-            if time.monotonic_ns() > until_ns:
-                return False
-            os.sched_yield()
-        return True
 
     def _accept(self) -> None:
         try:
@@ -334,7 +350,13 @@ def _frames(packet: memoryview) -> list[memoryview] | int:
     Raises:
         ProtocolError: its sizes are not what it says.
     """
-    count = _COUNT.unpack_from(packet)[0] if len(packet) >= _COUNT.size else MAX_FRAMES + 1
+    size = len(packet)
+    if size >= _TWO.size and packet[0] == 2:  # nearly every message: in half the time
+        count, of_header, of_tensor = _TWO.unpack_from(packet)
+        at = _TWO.size + of_header + len(_PADS[of_header % ALIGN])
+        if count == 2 and at + of_tensor == size:
+            return [packet[_TWO.size : _TWO.size + of_header], packet[at:]]
+    count = _COUNT.unpack_from(packet)[0] if size >= _COUNT.size else MAX_FRAMES + 1
     if count == 0 and len(packet) == _MARK.size:
         return int(_MARK.unpack(packet)[1])
     if not 0 < count <= MAX_FRAMES or len(packet) < _SIZES[count].size:

@@ -142,7 +142,7 @@ class Exchange:
             ProtocolError: the tensors are not what the edge carries.
         """
         nbytes = _checked(link, rows, tensors)
-        if not link.may_send(nbytes):
+        if link.waiting or not link.window.may_send(nbytes):
             self.counters["credit_waits"] += 1
             self.waiting += 1
             link.waiting.append(Waiting(rows, tensors, buffers, nbytes, ready_ns, coding))

@@ -88,6 +88,7 @@ class ZeroWire:
         self._woken = False
         self._sharing = Sharing(me, shared_from_bytes)
         self._direct: Direct | None = None
+        self._pair_bytes = min(COPY_BELOW_BYTES, shared_from_bytes or COPY_BELOW_BYTES)
         self._look = True
         try:
             if place.scheme == "ipc":
@@ -149,6 +150,9 @@ class ZeroWire:
             dealer.close(linger=0)
 
     def send(self, peer: str, header: bytes, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
+        if len(buffers) == 1 and len(buffers[0]) < self._pair_bytes and self._direct is not None:
+            if self._direct.send_pair(peer, header, buffers[0]):
+                return buffers
         if peer not in self._dealers:
             self._answer(peer, header)
             return buffers
@@ -229,11 +233,11 @@ class ZeroWire:
             return direct.ready.popleft()
         waits = timeout_s != 0
         began_ns = time.monotonic_ns() if waits else 0
-        if waits and self._quick and not self._look:
-            direct.waits_awake(began_ns + AWAKE_NS)
+        awake_until_ns = began_ns + AWAKE_NS if waits and self._quick and not self._look else 0
         left_s = timeout_s
         while True:
-            self._look = direct.wait(0 if self._look else left_s, began_ns) or self._look
+            self._look = direct.wait(0 if self._look else left_s, began_ns, awake_until_ns) or self._look
+            awake_until_ns = 0
             woken = self._look and self._drain(direct, began_ns)
             if waits:
                 took_ns = time.monotonic_ns() - began_ns
