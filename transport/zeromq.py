@@ -150,8 +150,10 @@ class ZeroWire:
             dealer.close(linger=0)
 
     def send(self, peer: str, header: bytes, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
-        if len(buffers) == 1 and len(buffers[0]) < self._pair_bytes and self._direct is not None:
-            if self._direct.send_pair(peer, header, buffers[0]):
+        direct = self._direct
+        if direct is not None and len(buffers) == 1 and len(buffers[0]) < self._pair_bytes:
+            [tensor] = buffers
+            if direct.send_pair(peer, header, tensor):
                 return buffers
         if peer not in self._dealers:
             self._answer(peer, header)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import mmap
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,8 @@ from . import native
 
 TILE, BLOCK = 16, 32
 BFLOAT16, INT8, INT4 = range(3)
-LARGE_BYTES = 4 << 20
+CHUNK_BYTES = 16 << 20
+"""Asked of the system at once for weights."""
 BITS = {BFLOAT16: 16, INT8: 8, INT4: 4}
 
 
@@ -96,7 +98,7 @@ def pack_bfloat16(weight_RC: torch.Tensor) -> Packed:
     """A matrix of numbers as bfloat16."""
     narrow = weight_RC.to(torch.bfloat16).contiguous()
     rows, columns = narrow.shape
-    data = _large(rows * columns * 2)
+    data = _pages.take(rows * columns * 2)
     library().ranvier_pack_bfloat16(
         ctypes.c_void_p(narrow.data_ptr()), ctypes.c_int(rows), ctypes.c_int(columns), ctypes.c_void_p(data.data_ptr())
     )
@@ -125,7 +127,7 @@ def pack_whole(
 ) -> Packed:
     """Whole numbers from 0 (int8: what stands for -128) on, uint8 [R, C], with their scales and least values."""
     rows, columns = whole_RC.shape
-    data = _large(rows * columns * BITS[kind] // 8)
+    data = _pages.take(rows * columns * BITS[kind] // 8)
     library().ranvier_pack_whole(
         ctypes.c_void_p(whole_RC.contiguous().data_ptr()), ctypes.c_int(rows), ctypes.c_int(columns), ctypes.c_int(kind),
         ctypes.c_void_p(data.data_ptr()),
@@ -141,14 +143,15 @@ def pack_stored(parts: Sequence[StoredRows], kind: int) -> Packed:
     """Matrices of GGUF blocks, one below the other: rounded to bfloat16, or (int8: Q8_0, int4: the others) as they are. Each
     has whole tiles of rows."""
     rows, columns = sum(part.rows for part in parts), parts[0].columns
-    data = _large(rows * columns * BITS[kind] // 8)
+    data = _pages.take(rows * columns * BITS[kind] // 8)
     if kind == BFLOAT16:
         start = 0
         for part in parts:
             _read_blocks(part, True, data.data_ptr() + 2 * start * columns)
             start += part.rows
         return Packed(kind, data, rows, columns)
-    scales, least = (torch.empty(rows // TILE, columns // BLOCK, TILE, dtype=torch.float16) for _ in range(2))
+    shape = rows // TILE, columns // BLOCK, TILE
+    scales, least = (_pages.take(2 * math.prod(shape)).view(torch.float16).view(shape) for _ in range(2))
     start = 0
     for part in parts:
         small = 2 * start * columns // BLOCK
@@ -179,20 +182,32 @@ def _order(part: StoredRows) -> ctypes.c_void_p:
     return ctypes.c_void_p(part.order.ctypes.data if part.order is not None else None)
 
 
-def _large(nbytes: int) -> torch.Tensor:
-    """uint8, in large pages where the system has them: a step reads all of it, and small pages have to be looked up one by
-    one."""
-    if nbytes < LARGE_BYTES:
-        return torch.empty(nbytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+class _LargePages:
+    """Memory for weights, in large pages where the system has them: a step reads all of it, and small pages have to be looked
+    up one by one, in a virtual machine through two tables each."""
+
+    def __init__(self) -> None:
+        self._left = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        """uint8, at a multiple of 64 bytes."""
+        if nbytes > self._left.numel():
+            size = max(nbytes, CHUNK_BYTES)
+            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with contextlib.suppress(OSError):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+            self._left = torch.frombuffer(memory, dtype=torch.uint8)
+        taken, self._left = self._left[:nbytes], self._left[-(-nbytes // 64) * 64 :]
+        return taken
+
+
+_pages = _LargePages()
 
 
 def _tiled(by_block_RB: torch.Tensor) -> torch.Tensor:
     """float16 [R / 16, B, 16]."""
-    return by_block_RB.half().view(-1, TILE, by_block_RB.shape[1]).transpose(1, 2).contiguous()
+    tiled = by_block_RB.half().view(-1, TILE, by_block_RB.shape[1]).transpose(1, 2)
+    return _pages.take(2 * tiled.numel()).view(torch.float16).view(tiled.shape).copy_(tiled)
 
 
 def _in_blocks(weight_RC: torch.Tensor) -> torch.Tensor:
