@@ -50,7 +50,7 @@ class ControlThread:
 
     async def _main(self) -> None:
         spec = self._spec
-        wire = TrioWire(ZeroWire(spec.label, spec.control, max_frame_bytes=MAX_BYTES))
+        wire = TrioWire(ZeroWire(spec.identity, spec.control, max_frame_bytes=MAX_BYTES))
         wire.connect(SUPERVISOR, spec.supervisor)
         events_in, events_out = trio.open_memory_channel[Event](100_000)
         self._crossing.attach(events_in)
@@ -114,7 +114,7 @@ class ControlThread:
             while not self._ending.is_set():
                 await trio.sleep(0.01)
             return
-        with TraceFile(Path(spec.run_dir), spec.label) as file:
+        with TraceFile(Path(spec.run_dir), spec.label, spec.file) as file:
             while True:
                 ending = self._ending.is_set()
                 shipped = file.write(self._crossing.ring.take(SHIP_AT_ONCE), self._crossing.ring.dropped)

@@ -26,7 +26,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "refused": {"what": str},
     "failed": {"error": str, "traceback": str},
     # supervisor -> host
-    "connect": {"peers": dict},
+    "connect": {"peers": dict, "links": list},
     "open": {"info": dict},
     "close": {"session": int},
     "link": {"peer": str, "address": str, "links": list},

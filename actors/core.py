@@ -64,35 +64,43 @@ class HostCore:
         self._inputs = {port.name: port for port in inputs}
         self.outputs = Outputs(outputs, exchange)
         self._in: dict[ReceivingLink, HostLink] = {}
-        links = list(links)
-        self._answers = Answers(link.link.edge for link in links if link.repeats and not link.outgoing)
-        for link in links:
-            self.add(link)
+        self._answers = Answers()
+        self._arriving: set[int] = set()
+        self._join: Join | None = None
         self._batch_tokens = batch_tokens
         self._batches = batches
         self._stacks = all(port.stacks for port in self._inputs.values())
         self._epochs: dict[int, int] = {}
-        self._newest = 0
-        self._early: dict[int, list[tuple[HostLink, Row, torch.Tensor, Received]]] = {}
+        self._newest = (0, 0)
+        self._early: dict[tuple[int, int], list[tuple[HostLink, Row, torch.Tensor, Received]]] = {}
         self._ready: deque[Work] = deque()
         self._passed: Row | None = None
         once = [port.name for port in self._inputs.values() if port.once]
         joined = tuple(port for port in self._inputs if port not in once)
         self._gate: Gate[Work] | None = Gate(once) if once else None
-        arrivals = len({link.link.edge for link in self._in.values() if not link.feedback and link.port in joined})
         # one port and nothing to choose from: messages are steps as they come
         plain = len(self._inputs) == 1 and needed is None
-        self._join = None if plain else Join(joined, needed or len(joined), arrivals)
+        if not plain:
+            self._join = Join(joined, needed or len(joined))
+        self._joined = joined
         self._shares: dict[tuple[ReceivingLink, int], int] = {}
+        for link in links:
+            self.add(link)
 
     # -- links --------------------------------------------------------------------------------------------------
 
     def add(self, link: HostLink) -> None:
         """A link that the exchange has."""
+        edge = link.link.edge
         if link.outgoing:
             self.outputs.add(link)
-        else:
-            self._in[self.exchange.receiving[link.link.edge, link.link.source]] = link
+            return
+        self._in[self.exchange.receiving[edge, link.link.source]] = link
+        if link.repeats:
+            self._answers.add(edge)
+        if self._join is not None and not link.feedback and link.port in self._joined:
+            self._arriving.add(edge)
+            self._join.arrivals = len(self._arriving)
 
     def remove(self, peer: str) -> None:
         """The links with a replica that has left."""
@@ -112,13 +120,13 @@ class HostCore:
 
     def open(self, session: int, epoch: int, places: Places | None = None) -> None:
         """Rows of the session are taken from now on, those of any other epoch refused. Sessions open in the order of their
-        numbers: rows of one that is newer than all so far were kept for it."""
+        epochs, and within one of their numbers: rows of one that is newer than all so far were kept for it."""
         self._epochs[session] = epoch
         if places:
             self.outputs.open(session, places)
-        if session > self._newest:
-            self._newest = session
-            for early in [early for early in self._early if early <= session]:
+        if (epoch, session) > self._newest:
+            self._newest = epoch, session
+            for early in [early for early in self._early if early <= self._newest]:
                 for here, row, tensor, received in self._early.pop(early):
                     self._put(here, (row,), tensor, received)
 
@@ -166,8 +174,9 @@ class HostCore:
             raise RefusedMessage(f"edge {received.link.spec.name}: {error}", rows) from None
         if self._join is not None:
             self._shares[received.link, header.sequence] = len(rows)
+        newest = self._newest
         for row in rows:
-            if row.session > self._newest:
+            if (row.epoch, row.session) > newest:
                 self._keep_early(here, rows, tensor, received)
                 return
         self._put(here, rows, tensor, received)
@@ -175,11 +184,11 @@ class HostCore:
     def _keep_early(self, here: HostLink, rows: tuple[Row, ...], tensor: torch.Tensor, received: Received) -> None:
         """Keep rows of sessions that will open here, too, but have not yet: the command comes by another way."""
         parts = self._split(here.port, rows, tensor)
-        early = [row.session > self._newest for row in rows]
+        early = [(row.epoch, row.session) > self._newest for row in rows]
         if self._join is None:
             self._shares[received.link, received.header.sequence] = sum(early) + (not all(early))
         for row, part in zip(itertools.compress(rows, early), itertools.compress(parts, early), strict=True):
-            self._early.setdefault(row.session, []).append((here, row, part, received))
+            self._early.setdefault((row.epoch, row.session), []).append((here, row, part, received))
         if not all(early):
             known = [not is_early for is_early in early]
             self._put(

@@ -10,6 +10,7 @@ class ActorFailed(RanvierError):
 
     Attributes:
         actor: `actor.replica`.
+        what: what happened, without the actor's name and the traceback.
         session: the session that was lost, or None if the whole actor is gone.
         remote_traceback: what Python printed over there, or "".
     """
@@ -18,8 +19,19 @@ class ActorFailed(RanvierError):
         self.actor = actor
         self.session = session
         self.remote_traceback = remote_traceback
+        self.what = what
         tail = f"\n\nTraceback of {actor}:\n{remote_traceback.rstrip()}" if remote_traceback else ""
         super().__init__(f"actor {actor}: {what}{tail}")
+
+    def of(self, session: int, times: int) -> ActorFailed:
+        """The same as what ended a session that was begun anew in vain."""
+        what = f"session {session}: {self.what}; that happened {times} times in a row"
+        return ActorFailed(self.actor, what, session=session, remote_traceback=self.remote_traceback)
+
+    def but(self, more: str) -> ActorFailed:
+        """The same with more to say."""
+        what = f"{self.what}; {more}"
+        return ActorFailed(self.actor, what, session=self.session, remote_traceback=self.remote_traceback)
 
 
 class CheckpointError(RanvierError):

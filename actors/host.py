@@ -7,11 +7,12 @@ way: waiting for the socket in trio took 18 µs a hop before any work was done.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import time
 import traceback
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,14 +95,12 @@ class Host:
         self.exchange = Exchange(
             spec.identity,
             spec.graph_hash,
-            [link.link for link in spec.links],
+            (),
             time.monotonic_ns,
             self._record_sent if spec.trace else None,
             self._record_unsent if spec.trace else None,
         )
-        self.core = HostCore(
-            spec.inputs, spec.outputs, spec.links, self.exchange, spec.batch_tokens, spec.needed, spec.batches
-        )
+        self.core = HostCore(spec.inputs, spec.outputs, (), self.exchange, spec.batch_tokens, spec.needed, spec.batches)
         with torch.inference_mode():
             self.actor = self._load()
             gc.collect()
@@ -150,26 +149,27 @@ class Host:
     # -- linking up ---------------------------------------------------------------------------------------------
 
     def _link_up(self, wire: ZeroWire) -> None:
-        """Connect to all neighbours once the supervisor has told where they are, and open every link."""
+        """Connect to all neighbours once the supervisor has told who and where they are, and open every link. A spare waits
+        here until it is needed. A neighbour that is lost meanwhile is not waited for."""
         early = deque[Arrival]()
-        while not (command := self._next_command()):
-            arrival = wire.receive(TICK_S)
-            if arrival is not None:  # a neighbour was told first; it is answered once we know where it listens
-                early.append(arrival)
-        kind, fields = command
-        if kind == "stop":
-            raise Stopped
-        assert kind == "connect", kind
-        for peer, address in fields["peers"].items():
-            wire.connect(peer, address)
-        self.exchange.open()
-        deadline = time.monotonic() + HANDSHAKE_DEADLINE_S
+        connected = False
+        deadline = math.inf
         while True:
+            while self.crossing.commands:
+                kind, fields = self.crossing.commands.popleft()
+                if kind == "connect":
+                    self._connect(wire, fields)
+                    connected, deadline = True, time.monotonic() + HANDSHAKE_DEADLINE_S
+                elif (connected or kind == "stop") and not self._obey(kind, fields):
+                    raise Stopped
+            if not connected:
+                arrival = wire.receive(TICK_S)
+                if arrival is not None:  # a neighbour was told first; it is answered once we know where it listens
+                    early.append(arrival)
+                continue
             self._flush(wire)
-            if self.exchange.ready:
+            if self.exchange.ready and not early:
                 return
-            if any(kind == "stop" for kind, _ in self.crossing.commands):
-                raise Stopped
             if time.monotonic() > deadline:
                 raise LinkBroken(
                     f"{self.spec.label}: links did not open within {HANDSHAKE_DEADLINE_S:.0f} s: {self._closed()}"
@@ -178,6 +178,18 @@ class Host:
                 self._take_in(early.popleft())
             elif not self._receive(wire, 0.2):
                 self.exchange.tick()
+
+    def _connect(self, wire: ZeroWire, fields: Mapping[str, Any]) -> None:
+        for peer, address in fields["peers"].items():
+            wire.connect(peer, address)
+        self._add_links(fields["links"])
+
+    def _add_links(self, plain: Sequence[Mapping[str, Any]]) -> None:
+        for each in plain:
+            link = HostLink.from_plain(each)
+            self.exchange.add(link.link)
+            self.core.add(link)
+        self.exchange.open()
 
     def _closed(self) -> str:
         closed = [link.spec.name for link in self.exchange.sending.values() if not link.open]
@@ -326,9 +338,6 @@ class Host:
 
     # -- commands -----------------------------------------------------------------------------------------------
 
-    def _next_command(self) -> tuple[str, Mapping[str, Any]] | None:
-        return self.crossing.commands.popleft() if self.crossing.commands else None
-
     def _obey(self, kind: str, fields: Mapping[str, Any]) -> bool:
         """False: stop."""
         if kind == "open":
@@ -351,11 +360,7 @@ class Host:
         assert self.wire is not None
         peer = fields["peer"]
         self.wire.connect(peer, fields["address"])
-        for plain in fields["links"]:
-            link = HostLink.from_plain(plain)
-            self.exchange.add(link.link)
-            self.core.add(link)
-        self.exchange.open()
+        self._add_links(fields["links"])
         self.crossing.tell("linked", peer=peer)
 
     def _unlink(self, peer: str) -> None:

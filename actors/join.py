@@ -48,13 +48,14 @@ class Join:
     Args:
         ports: the input ports.
         needed: how many of them make a step.
-        arrivals: how many edges come in: so often is one step offered in all, if nothing is lost.
+
+    `arrivals` is how many edges come in: so often is one step offered in all, if nothing is lost.
     """
 
-    def __init__(self, ports: Sequence[str], needed: int, arrivals: int) -> None:
+    def __init__(self, ports: Sequence[str], needed: int) -> None:
         self._ports = tuple(ports)
         self._needed = needed
-        self._arrivals = arrivals
+        self.arrivals = 0
         self._held: dict[Step, _Held] = {}
         self._late: dict[Step, int] = {}
 
@@ -79,8 +80,8 @@ class Join:
         if len(held.parts) < self._needed:
             return None
         del self._held[step]
-        if self._arrivals > self._needed:
-            self._late[step] = self._arrivals - self._needed
+        if self.arrivals > self._needed:
+            self._late[step] = self.arrivals - self._needed
         return {name: held.parts[name] for name in self._ports if name in held.parts}
 
     def drop(self, session: int) -> Iterator[Part]:

@@ -53,6 +53,7 @@ class LocalLauncher:
         self._ready = False
         self._exits_in, self._exits = trio.open_memory_channel[tuple[str, int]](1000)
         self._stdin: trio.lowlevel.FdStream | None = None
+        self._one_at_a_time = trio.Lock()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[LocalLauncher]:
@@ -119,6 +120,7 @@ class LocalLauncher:
     async def _command(self, **command: Any) -> None:
         assert self._stdin is not None
         try:
-            await self._stdin.send_all(json.dumps(command).encode() + b"\n")
+            async with self._one_at_a_time:
+                await self._stdin.send_all(json.dumps(command).encode() + b"\n")
         except trio.BrokenResourceError:
             raise self._gone() from None

@@ -157,6 +157,9 @@ class Outputs:
         groups = route.groups(rows, self._places_of)
         parts = self._split(port, rows, tensor) if len(groups) > 1 else []
         for replicas, chosen in groups:
+            if not replicas:
+                self._exchange.counters["rows_unsent"] += len(chosen)
+                continue
             part = torch.cat([parts[index] for index in chosen]) if parts else tensor
             own = tuple(rows[index] for index in chosen)
             tensors, buffers, coding = _coded(port, part, route.links[replicas[0]])

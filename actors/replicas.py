@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from ranvier.transport.codec import Coding
@@ -119,8 +119,8 @@ class Route:
     # -- choosing -----------------------------------------------------------------------------------------------
 
     def groups(self, rows: Sequence[Row], places: PlacesOf) -> list[tuple[tuple[int, ...], list[int]]]:
-        """Which rows (their numbers) go together where (replicas; several: a copy to each). A row that may need a second copy
-        goes alone."""
+        """Which rows (their numbers) go together where (replicas; several: a copy to each; none: all of the session's are
+        lost). A row that may need a second copy goes alone."""
         made: dict[tuple[int, ...], list[int]] = {}
         chosen_now: dict[int, int] = {}
         for index, row in enumerate(rows):
@@ -136,7 +136,9 @@ class Route:
     def _choose(self, row: Row, places: Places, chosen_now: dict[int, int]) -> tuple[int, ...]:
         replicas = places.get(self.actor, _EVERYWHERE)
         policy = self._policy
-        if len(replicas) == 1 or policy.places is not None:
+        if not all(replica in self.links for replica in replicas):  # lost: its sessions begin anew elsewhere
+            replicas = tuple(replica for replica in replicas if replica in self.links)
+        if len(replicas) <= 1 or policy.places is not None:
             return replicas
         if policy.name == "round_robin":
             return (replicas[(row.session + row.position) % len(replicas)],)
@@ -172,6 +174,9 @@ class Route:
         A replica that has fallen so far behind that it has no credit gets no more copies of that session, as long as
         another does: the fastest is not held up by the slowest.
         """
+        if not replicas:
+            exchange.counters["rows_unsent"] += len(rows)
+            return
         if len(replicas) > 1 and self._skips:
             # which of them is the slow one is not known while none has credit: held until one has
             self._held.append(_Held(exchange, replicas, rows, tensors, buffers, ready_ns, coding))
@@ -251,8 +256,11 @@ class Answers:
     The first answers of one session come in the order of its positions, so the last one seen is all there is to know.
     """
 
-    def __init__(self, edges: Iterable[int]) -> None:
-        self._last: dict[int, dict[int, int]] = {edge: {} for edge in edges}
+    def __init__(self) -> None:
+        self._last: dict[int, dict[int, int]] = {}
+
+    def add(self, edge: int) -> None:
+        self._last.setdefault(edge, {})
 
     def __contains__(self, edge: int) -> bool:
         return edge in self._last

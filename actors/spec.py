@@ -19,6 +19,11 @@ def identity(actor: str, replica: int, epoch: int) -> str:
     return f"{actor}.{replica}.{epoch}"
 
 
+def file_name(actor: str, replica: int, epoch: int) -> str:
+    """What a host's trace and sockets are named by: those of a host before it remain as they are."""
+    return f"{actor}.{replica}" if epoch == 1 else identity(actor, replica, epoch)
+
+
 def replica_of(name: str) -> int:
     """The replica that an identity, or a label, names."""
     return int(name.split(".")[1])
@@ -68,6 +73,16 @@ class Deadlines:
     """For a step that waits at a join for what other edges bring."""
     stop_deadline_s: float = 1.0
     """For a clean end; then killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """How often an actor that is lost is started anew: `max` times within `window_s` seconds, the first after `backoff_s`, each
+    further one within the window after twice as long as the one before. `max` 0: never."""
+
+    max: int = 5
+    window_s: float = 60.0
+    backoff_s: float = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +158,7 @@ class HostSpec:
     trace: bool = True
     shared_from_bytes: int = 0
     supervision: Deadlines = field(default_factory=Deadlines)
+    restart: Restart = field(default_factory=Restart)
 
     @property
     def identity(self) -> str:
@@ -152,6 +168,11 @@ class HostSpec:
     def label(self) -> str:
         """How people and files call this host: `actor.replica`."""
         return f"{self.actor}.{self.replica}"
+
+    @property
+    def file(self) -> str:
+        """See `file_name`."""
+        return file_name(self.actor, self.replica, self.epoch)
 
     def to_plain(self) -> dict[str, Any]:
         return asdict(self)
@@ -165,6 +186,7 @@ class HostSpec:
         fields["outputs"] = tuple(_port(port) for port in fields["outputs"])
         fields["links"] = tuple(HostLink.from_plain(link) for link in fields["links"])
         fields["supervision"] = Deadlines(**fields["supervision"])
+        fields["restart"] = Restart(**fields["restart"])
         return cls(**fields)
 
 

@@ -1,7 +1,7 @@
 """What a supervisor decides, without I/O: who is ready, who is late, who is dead, and what it means for the run.
 
-Events come in with the time they happened; `failure` holds the verdict. In this version a host that fails ends the run;
-a restart policy has its place in `_fail`.
+Events come in with the time they happened. Before the run has begun a host that fails ends it: `failure` holds the verdict.
+From then on one that fails is `lost`, and its actor's restart policy says whether it is started anew.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from ranvier.transport.errors import ProtocolError
 
 from .errors import ActorFailed
 from .lifecycle import IllegalTransition, Lifecycle, State
-from .spec import HostSpec
+from .restarts import Restarts
+from .spec import HostLink, HostSpec
 
 _PROGRESS = list(State)
 
@@ -37,9 +38,12 @@ class Watched:
     exited: int | None = None
     counters: Mapping[str, int] | None = None
     joining: bool = False
-    """Started while the run goes on: until it runs, its failure is not the run's."""
+    """Started while the run goes on: until it runs, its failure is the business of whoever started it."""
+    spare: bool = False
+    """It has no place in the run yet, and no links."""
     leaving: bool = False
     lost: ActorFailed | None = None
+    lost_s: float = 0.0
 
 
 class Supervision:
@@ -48,6 +52,9 @@ class Supervision:
     def __init__(self, specs: Iterable[HostSpec], now_s: float) -> None:
         self.hosts: dict[str, Watched] = {}
         self._by_label: dict[str, Watched] = {}
+        self._restarts: dict[str, Restarts] = {}
+        self.begun = False
+        """All were running once."""
         for spec in specs:
             self.add(spec, now_s)
         self.failure: ActorFailed | None = None
@@ -58,13 +65,13 @@ class Supervision:
 
     # -- events -------------------------------------------------------------------------------------------------
 
-    def on_message(self, label: str, kind: str, fields: Mapping[str, Any], now_s: float) -> None:
+    def on_message(self, key: str, kind: str, fields: Mapping[str, Any], now_s: float) -> None:
         """A control message of a host about itself.
 
         Raises:
             ProtocolError: a state that does not exist or cannot follow.
         """
-        host = self._by_label[label]
+        host = self.hosts[key]
         host.heard_s = now_s
         if kind == "state":
             try:
@@ -72,7 +79,7 @@ class Supervision:
                 if state is not host.life.state and not host.life.over:
                     host.life.to(state, fields["why"])
             except (ValueError, IllegalTransition) as error:
-                raise ProtocolError(f"control state of {label}: {error}") from None
+                raise ProtocolError(f"control state of {host.spec.label}: {error}") from None
         elif kind == "progress":
             host.loaded = fields["share"]
         elif kind == "ready":
@@ -84,16 +91,16 @@ class Supervision:
         elif kind == "counters":  # the last ones, when it ends
             host.counters = fields["counters"]
         elif kind == "failed":
-            self._fail(host, fields["error"], fields["traceback"])
+            self._fail(host, now_s, fields["error"], fields["traceback"])
 
-    def on_exit(self, key: str, code: int, stderr_tail: str) -> None:
+    def on_exit(self, key: str, code: int, stderr_tail: str, now_s: float) -> None:
         """The process of a host has ended (a negative code: by that signal)."""
         host = self.hosts[key]
         host.exited = code
         if self.stopping or host.leaving or host.life.state is State.STOPPED:
             return
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        self._fail(host, f"its process {how} while {host.life.state.value}", stderr_tail)
+        self._fail(host, now_s, f"its process {how} while {host.life.state.value}", stderr_tail)
 
     def on_tick(self, now_s: float) -> None:
         """Time has passed: who is late?"""
@@ -103,41 +110,61 @@ class Supervision:
             if host.exited is not None or self.stopping or host.leaving or host.lost is not None:
                 continue
             silent_s, starting_s = now_s - host.heard_s, now_s - host.started_s
-            if host.life.state in (State.STARTING, State.LOADING, State.READY):
+            waits = host.spare and host.life.state is State.READY
+            if not waits and host.life.state in (State.STARTING, State.LOADING, State.READY):
                 if starting_s > limits.start_deadline_s:
                     self._fail(
-                        host, f"not running {starting_s:.1f} s after its start (limit {limits.start_deadline_s} s), "
+                        host, now_s, f"not running {starting_s:.1f} s after its start (limit {limits.start_deadline_s} s), "
                         f"still {host.life.state.value}, {host.loaded:.0%} loaded",
                     )  # fmt: skip
             elif silent_s > limits.heartbeat_deadline_s:
                 self._fail(
-                    host, f"no heartbeat for {silent_s:.1f} s (limit {limits.heartbeat_deadline_s} s): hung or stopped"
-                )
+                    host, now_s,
+                    f"no heartbeat for {silent_s:.1f} s (limit {limits.heartbeat_deadline_s} s): hung or stopped",
+                )  # fmt: skip
             elif host.stepping_s > limits.progress_deadline_s:
                 self._fail(
-                    host, f"in one step for {host.stepping_s:.1f} s (limit {limits.progress_deadline_s} s): hung"
+                    host, now_s, f"in one step for {host.stepping_s:.1f} s (limit {limits.progress_deadline_s} s): hung"
                 )
 
-    def _fail(self, host: Watched, what: str, remote_traceback: str = "") -> None:
+    def _fail(self, host: Watched, now_s: float, what: str, remote_traceback: str = "") -> None:
         if not host.life.over:
             host.life.to(State.FAILED, what)
-        failure = ActorFailed(host.spec.label, what, remote_traceback=remote_traceback)
-        if host.joining or host.leaving:
-            host.lost = host.lost or failure
-        elif self.failure is None and not self.stopping:
-            self.failure = failure
+        if self.stopping or host.lost is not None:
+            return
+        host.lost, host.lost_s = ActorFailed(host.spec.label, what, remote_traceback=remote_traceback), now_s
+        if not self.begun and not host.joining:
+            self.failure = self.failure or host.lost
 
     # -- while the run goes on ------------------------------------------------------------------------------------
 
-    def add(self, spec: HostSpec, now_s: float, *, joining: bool = False) -> Watched:
+    def add(self, spec: HostSpec, now_s: float, *, joining: bool = False, spare: bool = False) -> Watched:
         """Watch a host from its start."""
-        host = Watched(spec, Lifecycle(spec.label), now_s, now_s, joining=joining)
+        host = Watched(spec, Lifecycle(spec.label), now_s, now_s, joining=joining, spare=spare)
         self.hosts[spec.identity] = self._by_label[spec.label] = host
         return host
 
     def remove(self, key: str) -> None:
-        """Forget a host that is over."""
-        del self._by_label[self.hosts.pop(key).spec.label]
+        """Forget a host that is over. One in its place may be there already."""
+        host = self.hosts.pop(key)
+        if self._by_label.get(host.spec.label) is host:
+            del self._by_label[host.spec.label]
+
+    def restart(self, failed: ActorFailed, spec: HostSpec, now_s: float) -> float | None:
+        """A host is lost, or one that was to take its place: the seconds to wait before one is started anew. None: that is
+        not to be, and the run ends with the `failure`."""
+        if self.failure is not None:
+            return None
+        restarts = self._restarts.setdefault(spec.actor, Restarts(spec.restart))
+        delay_s = restarts.take(now_s)
+        if delay_s is None:
+            self.failure = failed.but(str(restarts)) if spec.restart.max else failed
+        return delay_s
+
+    def is_lost(self, key: str) -> bool:
+        """Whether a host is not to be waited for."""
+        host = self.hosts.get(key)
+        return host is None or host.lost is not None or host.leaving
 
     # -- questions ----------------------------------------------------------------------------------------------
 
@@ -178,12 +205,12 @@ class Supervision:
         """Of all hosts, as last heard."""
         return sum(host.steps for host in self.hosts.values())
 
-    def neighbours(self, spec: HostSpec, gateway: str, gateway_address: str) -> dict[str, str]:
-        """Where everyone this host speaks with listens. All hosts must be loaded."""
+    def neighbours(self, links: Iterable[HostLink], gateway: str, gateway_address: str) -> dict[str, str]:
+        """Where everyone listens to whom `links` lead. All of them must be loaded."""
         addresses = {gateway: gateway_address}
         for key, host in self.hosts.items():
             if host.address is not None:  # else it is still on its way in
                 addresses[key] = host.address
         # a link to oneself is a link like any other
-        peers = {link.link.target if link.outgoing else link.link.source for link in spec.links}
+        peers = {link.link.target if link.outgoing else link.link.source for link in links}
         return {peer: addresses[peer] for peer in sorted(peers)}

@@ -1,12 +1,14 @@
 """The supervisor's hands: starts hosts, listens to them, watches the clock, stops or kills them. Runs in trio.
 
-Its decisions are in supervision.py. It owns the control socket of the run folder.
+Its decisions are in supervision.py. It owns the control socket of the run folder. Hosts are known to it by their identity,
+so that one that was lost is not taken for the one in its place; others call them by their label.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +20,10 @@ from ranvier.transport.zeromq import ZeroWire
 
 from .control import SUPERVISOR
 from .control_protocol import COMMANDS, MAX_BYTES, decode, encode
+from .errors import ActorFailed
 from .launcher import Launcher
 from .lifecycle import State
-from .spec import HostSpec
+from .spec import HostLink, HostSpec
 from .supervision import Supervision, Watched
 
 if TYPE_CHECKING:
@@ -52,10 +55,12 @@ class Supervisor:
         self.failed = trio.Event()
         self._changed = trio.Event()
         self._linked: set[tuple[str, str]] = set()
+        self.detour: Callable[[str, str, str], str] = lambda _source, _target, address: address
+        """By what address one host is to reach another."""
         self.on_command: Callable[[str, str, Mapping[str, Any]], None] | None = None
         self._wire = TrioWire(ZeroWire(SUPERVISOR, control, max_frame_bytes=MAX_BYTES))
         for spec in specs:
-            self._wire.connect(spec.label, spec.control)
+            self._wire.connect(spec.identity, spec.control)
 
     @property
     def pids(self) -> Mapping[str, int]:
@@ -89,38 +94,43 @@ class Supervisor:
             ActorFailed: one of them will not.
         """
         for host in self.supervision.hosts.values():
-            self.connect(host.spec, gateway, gateway_address)
+            self.connect(host.spec, host.spec.links, gateway, gateway_address)
         await self._until(lambda: self.supervision.all_running, lambda _: None)
+        self.supervision.begun = True
 
-    def connect(self, spec: HostSpec, gateway: str, gateway_address: str) -> None:
-        """Tell a host where its neighbours are."""
-        self.send(spec.label, "connect", peers=self.supervision.neighbours(spec, gateway, gateway_address))
+    def connect(self, spec: HostSpec, links: Sequence[HostLink], gateway: str, gateway_address: str) -> None:
+        """Tell a host what links it has and where its neighbours are."""
+        own = spec.identity
+        listening = self.supervision.neighbours(links, gateway, gateway_address)
+        peers = {peer: self.detour(own, peer, address) for peer, address in listening.items()}
+        self._send(own, "connect", peers=peers, links=[asdict(link) for link in links])
 
     # -- while the run goes on ----------------------------------------------------------------------------------
 
-    async def join(self, spec: HostSpec) -> str:
+    async def join(self, spec: HostSpec, *, spare: bool = False) -> str:
         """Start one host more and wait until it has its weights and its inbox: the address of that.
 
         Raises:
             ActorFailed: it will not.
         """
-        self._wire.connect(spec.label, spec.control)
-        host = self.supervision.add(spec, time.monotonic(), joining=True)
+        self._wire.connect(spec.identity, spec.control)
+        host = self.supervision.add(spec, time.monotonic(), joining=True, spare=spare)
         await self._start(spec)
         await self._until_it(host, lambda: host.address is not None)
         assert host.address is not None
         return host.address
 
-    async def until_linked(self, labels: Sequence[str], peer: str) -> None:
-        """Wait until these hosts have said that they know `peer`.
+    async def until_linked(self, hosts: Sequence[str], peer: str) -> None:
+        """Wait until these hosts have said that they know `peer`, or are lost.
 
         Raises:
             ActorFailed: it was lost meanwhile, or the run was.
         """
         await self._until_it(
-            self.supervision.hosts[peer], lambda: all((label, peer) in self._linked for label in labels)
+            self.supervision.hosts[peer],
+            lambda: all((host, peer) in self._linked or self.supervision.is_lost(host) for host in hosts),
         )
-        self._linked = {(label, other) for label, other in self._linked if other != peer}
+        self._linked = {(host, other) for host, other in self._linked if other != peer}
 
     async def until_joined(self, spec: HostSpec) -> None:
         """Wait until a host that was started while the run goes on has all its links open: it is one of the run's now.
@@ -132,12 +142,41 @@ class Supervisor:
         await self._until_it(host, lambda: host.life.state is State.RUNNING)
         host.joining = False
 
+    async def next_lost(self, known: Container[str]) -> Watched:
+        """The next host that is lost and not `known`, by its identity. One that was to join is its starter's business."""
+        while True:
+            for key, host in self.supervision.hosts.items():
+                if host.lost is not None and not host.joining and not host.leaving and key not in known:
+                    return host
+            await self._changed.wait()
+
+    def take(self, spec: HostSpec) -> None:
+        """A spare is to have a place in the run."""
+        host = self.supervision.hosts[spec.identity]
+        host.spare, host.started_s = False, time.monotonic()
+        self._notify()
+
+    async def until_taken(self, spec: HostSpec) -> None:
+        """Wait until a spare has a place in the run, or is to have one.
+
+        Raises:
+            ActorFailed: it was lost before.
+        """
+        host = self.supervision.hosts[spec.identity]
+        await self._until_it(host, lambda: not host.spare)
+
+    def restart(self, failed: ActorFailed, spec: HostSpec) -> float | None:
+        """See `Supervision.restart`."""
+        delay_s = self.supervision.restart(failed, spec, time.monotonic())
+        self._notify()
+        return delay_s
+
     async def leave(self, spec: HostSpec) -> None:
-        """End one host: asked first, killed after its deadline."""
+        """End one host: asked first, killed after its deadline. One that is lost is killed at once."""
         host = self.supervision.hosts[spec.identity]
         host.leaving = True
-        if host.exited is None:
-            self.send(spec.label, "stop")
+        if host.exited is None and host.lost is None:
+            self._send(spec.identity, "stop")
             with trio.move_on_after(spec.supervision.stop_deadline_s):
                 while host.exited is None:
                     await self._changed.wait()
@@ -146,7 +185,7 @@ class Supervisor:
             while host.exited is None:
                 await self._changed.wait()
         self.supervision.remove(spec.identity)
-        self._wire.disconnect(spec.label)
+        self._wire.disconnect(spec.identity)
 
     async def _until_it(self, host: Watched, holds: Callable[[], bool]) -> None:
         while not holds():
@@ -164,15 +203,16 @@ class Supervisor:
                 return
             await self._changed.wait()
 
-    def send(self, label: str, kind: str, **fields: Any) -> None:
-        """A command to one host."""
-        self._wire.send(label, encode(kind, fields))
+    def _send(self, key: str, kind: str, **fields: Any) -> None:
+        self._wire.send(key, encode(kind, fields))
 
     def tell(self, labels: Iterable[str], kind: str, **fields: Any) -> None:
-        """A command to several hosts."""
+        """A command to some hosts. Those that are not there any more are not told."""
         data = encode(kind, fields)
         for label in labels:
-            self._wire.send(label, data)
+            host = self.supervision.host(label)
+            if host is not None:
+                self._wire.send(host.spec.identity, data)
 
     def answer(self, client: str, kind: str, what: str) -> None:
         """What came of a client's command. One that has gone is not told."""
@@ -204,27 +244,32 @@ class Supervisor:
                 kind, fields = decode(arrival.header)
                 if kind in COMMANDS and self.on_command is not None:
                     self.on_command(arrival.peer, kind, fields)
-                elif self.supervision.host(arrival.peer) is None:
+                elif arrival.peer not in self.supervision.hosts:
                     raise ProtocolError(f"control: expected a host of this run, got {kind} from {arrival.peer!r}")
                 else:
                     self._take(arrival.peer, kind, fields)
             except ProtocolError as error:
                 self.refused(SUPERVISOR, str(error))
 
+    def note(self, event: str, **fields: Any) -> None:
+        """A line of the run's log."""
+        self._log.warning(event, **fields)
+
     def refused(self, by: str, what: str) -> None:
         """Log a message that was refused."""
         self._log.warning("refused", actor=by, what=what)
 
-    def _take(self, label: str, kind: str, fields: Mapping[str, Any]) -> None:
+    def _take(self, key: str, kind: str, fields: Mapping[str, Any]) -> None:
+        label = self.supervision.hosts[key].spec.label
         if kind == "session_failed":
             self._log.error("session failed", actor=label, **fields)
             self._on_session_failed(label, fields)
         elif kind == "linked":
-            self._linked.add((label, fields["peer"]))
+            self._linked.add((key, fields["peer"]))
         elif kind == "refused":
             self.refused(label, fields["what"])
         else:
-            self.supervision.on_message(label, kind, fields, time.monotonic())
+            self.supervision.on_message(key, kind, fields, time.monotonic())
             if kind in ("state", "ready", "failed", "counters"):
                 self._log.info(kind, actor=label, **fields)
         self._notify()
@@ -236,15 +281,16 @@ class Supervisor:
             if host is None:
                 continue
             label = host.spec.label
-            await self._last_words(key)
+            if code >= 0:
+                await self._last_words(host)
             self._log.info("exited", actor=label, code=code)
-            self.supervision.on_exit(key, code, self._stderr_tail(label))
+            self.supervision.on_exit(key, code, self._stderr_tail(label), time.monotonic())
             self._notify()
 
-    async def _last_words(self, key: str) -> None:
-        """A host tells why it failed before it ends; let that be read first."""
+    async def _last_words(self, host: Watched) -> None:
+        """A host tells why it failed before it ends by itself; let that be read first."""
         with trio.move_on_after(0.2):
-            while not self.supervision.hosts[key].life.over and not self.supervision.stopping:
+            while not host.life.over and not self.supervision.stopping:
                 await self._changed.wait()
 
     def _stderr_tail(self, label: str) -> str:

@@ -59,10 +59,11 @@ _to_lines = msgspec.json.Encoder().encode_lines
 
 
 class TraceFile:
-    """`trace/<actor>.<replica>.jsonl` of the run folder. A disk that is full costs records, counted, never a step."""
+    """`trace/<actor>.<replica>.jsonl` of the run folder, or `<name>.jsonl`. A disk that is full costs records, counted, never a
+    step."""
 
-    def __init__(self, run_dir: Path, label: str) -> None:
-        self._path = run_dir / "trace" / f"{label}.jsonl"
+    def __init__(self, run_dir: Path, label: str, name: str | None = None) -> None:
+        self._path = run_dir / "trace" / f"{name or label}.jsonl"
         self._dropped = 0
         self._lost = 0
         head = {"actor": label, "clock": "CLOCK_MONOTONIC", "pid": os.getpid(),

@@ -122,6 +122,9 @@ def run(
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")] = False,
     as_json: Json = False,
     runs: Annotated[Path, typer.Option("--runs", help="Where run folders are made.")] = run_folder.DEFAULT_ROOT,
+    chaos: Annotated[
+        Path | None, typer.Option("--chaos", help="A file that says what goes wrong on which tcp links.")
+    ] = None,
     allow_code: AllowCode = False,
     settings: Set = None,
 ) -> None:
@@ -138,8 +141,8 @@ def run(
         return
     if prompt is None or input_file is not None or output_file is not None:
         raise _Wrong(f"graph {checked.name} is a language model; give --prompt TEXT, not --input or --output")
-    options = {"max_tokens": max_tokens, "sampling": sampling, "stop": tuple(stop or ()), "raw": raw}
-    _run(checked, prompt, options, runs, as_json, context.obj)
+    options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": tuple(stop or ()), "raw": raw}
+    _run(checked, prompt, options, as_json, {"runs": runs, "zygote": context.obj, "chaos": chaos})
 
 
 def _call(
@@ -282,9 +285,7 @@ def new(
     print(f"wrote {', '.join(files)}\n{starts.hint(what.value, name)}")
 
 
-def _run(
-    checked: Graph, prompt: str, options: dict[str, Any], runs: Path, as_json: bool, zygote: ZygoteProcess | None
-) -> None:
+def _run(checked: Graph, prompt: str, options: dict[str, Any], as_json: bool, launching: dict[str, Any]) -> None:
     from .generation import Result
     from .launch import launch
     from .progress import Bar
@@ -293,7 +294,7 @@ def _run(
 
     async def main() -> tuple[Path, Result]:
         with bar:
-            async with launch(checked, runs=runs, progress=bar.show, zygote=zygote) as started:
+            async with launch(checked, progress=bar.show, **launching) as started:
                 bar.show("thinking", 1.0)
                 generation = started.generate(prompt, **options)
                 async for token in generation:

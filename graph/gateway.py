@@ -25,6 +25,8 @@ from ranvier.transport.message import Buffer
 
 from .placement import Placement
 
+MOST_LOSSES = 3
+"""A session that so often in a row has lost an actor, without any progress between, is taken for the cause."""
 Tensors = Mapping[str, tuple[TensorMeta, Buffer]]
 
 
@@ -40,10 +42,15 @@ class Delivered:
 @dataclass(slots=True, eq=False)
 class Stream:
     """One session as the gateway sees it. `events` waits for the client; the last one is a `str` (done: the reason) or
-    an exception."""
+    an exception. `info` is that of its present epoch, `asked` the one that the client asked for. While it `waits`, an actor
+    that it needs is lost and another one on its way: it is open nowhere."""
 
     info: SessionInfo
+    asked: SessionInfo
+    inputs: Tensors
     places: Places
+    waits: bool = True
+    losses: int = 0
     outputs: dict[str, tuple[TensorMeta, Buffer]] = field(default_factory=dict)
     rounds: dict[str, int] = field(default_factory=dict)
     log: list[int] = field(default_factory=list)
@@ -61,7 +68,7 @@ class Stream:
     @property
     def awaited(self) -> int:
         """The position that the client gets next."""
-        return len(self.info.log) + self.delivered
+        return len(self.asked.log) + self.delivered
 
 
 class Gateway:
@@ -90,6 +97,7 @@ class Gateway:
         self._chunk = prefill_chunk
         self._generates = generates
         self._next = 1
+        self._epoch = 1
         self._failure: Exception | None = None
         self._by_port: dict[str, dict[int, Route]] = {}
         self._answers: set[str] = set()
@@ -135,8 +143,12 @@ class Gateway:
         return stream.places if stream is not None else {}
 
     def _is_open(self, row: Row) -> bool:
+        return self._stream_of(row) is not None
+
+    def _stream_of(self, row: Row) -> Stream | None:
+        """The stream of a row that is of its present epoch."""
         stream = self.streams.get(row.session)
-        return stream is not None and stream.info.epoch == row.epoch
+        return stream if stream is not None and stream.info.epoch == row.epoch and not stream.waits else None
 
     # -- clients ------------------------------------------------------------------------------------------------
 
@@ -150,36 +162,92 @@ class Gateway:
         if self._failure is not None:
             raise self._failure
         places = self.placement.take(info.capacity)
-        chosen = {actor: replicas for actor, replicas in places.items() if replicas != (0,)}
-        info = replace(info, session=self._next, epoch=1, places=chosen)
+        info = replace(info, session=self._next)
         self._next += 1
-        stream = self.streams[info.session] = Stream(
-            info, places, log=list(info.log), submitted_ns=self.exchange.clock()
-        )
-        self.commands.append(("open", {"info": info.to_plain()}, self.placement.labels(places)))
+        stream = self.streams[info.session] = Stream(info, info, inputs or {}, places, log=list(info.log))
+        if self.placement.is_up(places):
+            self._open(stream)
+        return stream
+
+    def _open(self, stream: Stream) -> None:
+        """Open a session in the present epoch: everything that actors keep for it is built anew from its log."""
+        asked, log = stream.asked, stream.log
+        del log[stream.awaited :]  # recorded, but its logits have not come: they are computed again
+        stream.outputs.clear()
+        stream.rounds.clear()
+        stream.logits.clear()
+        del stream.scores[:]
+        chosen = {actor: replicas for actor, replicas in stream.places.items() if replicas != (0,)}
+        left = asked.max_tokens - (len(log) - len(asked.log))
+        stream.info = replace(asked, epoch=self._epoch, log=tuple(log), max_tokens=left, places=chosen)
+        stream.waits, stream.submitted_ns = False, self.exchange.clock()
+        self.commands.append(("open", {"info": stream.info.to_plain()}, self.placement.labels(stream.places)))
         try:
-            self._send_inputs(stream, inputs or {})
+            self._send_inputs(stream)
         except Exception as error:
             self._end(stream, error)
-            raise
-        return stream
 
     def cancel(self, stream: Stream) -> None:
         """The client has gone, or has seen enough."""
         self._end(stream, "cancelled")
 
+    # -- recovery -----------------------------------------------------------------------------------------------
+
+    def on_lost_replica(self, actor: str, replica: int, failure: ActorFailed) -> None:
+        """A host is gone. Its sessions end at all others; those that another replica has room for begin anew there at once, the
+        others wait for `on_replaced`. One that seems to be the cause ends with the failure."""
+        self.placement.down(actor, replica)
+        for stream in list(self.streams.values()):
+            if replica in stream.places.get(actor, ()):
+                stream.losses += not stream.waits
+                if stream.losses >= MOST_LOSSES:
+                    self._end(stream, failure.of(stream.info.session, MOST_LOSSES))
+                    continue
+                self._suspend(stream)
+                self._move(stream, actor)
+        self._resume()
+
+    def on_replaced(self, actor: str, lost: int, replica: int) -> None:
+        """One that runs has taken the place of a lost one, under its own number or another."""
+        if replica == lost:
+            self.placement.up(actor, replica)
+        else:
+            for stream in self.streams.values():
+                if lost in stream.places.get(actor, ()):
+                    self._move(stream, actor)
+            self.placement.remove(actor, lost)
+        self._resume()
+
+    def _move(self, stream: Stream, actor: str) -> None:
+        stream.places = self.placement.move(stream.places, actor, stream.info.capacity)
+
+    def _suspend(self, stream: Stream) -> None:
+        if stream.waits:
+            return
+        stream.waits = True
+        self._close(stream)
+
+    def _resume(self) -> None:
+        """Begin a new epoch with the sessions that waited and whose actors are all there."""
+        ready = [s for s in self.streams.values() if s.waits and self.placement.is_up(s.places)]
+        if ready:
+            self._epoch += 1
+        for stream in ready:
+            self.exchange.counters["sessions_replayed"] += stream.info.epoch > 0
+            self._open(stream)
+
     # -- hosts --------------------------------------------------------------------------------------------------
 
     def on_session_failed(self, label: str, fields: Mapping[str, Any]) -> None:
         """A host could not open a session, or has lost it."""
-        stream = self.streams.get(fields["session"])
-        if stream is not None and fields["epoch"] == stream.info.epoch:
+        stream = self._stream_of(Row(fields["session"], fields["epoch"], 0, 0))
+        if stream is not None:
             what, session = fields["error"], stream.info.session
             self._end(stream, ActorFailed(label, what, session=session, remote_traceback=fields["traceback"]))
 
-    def on_lost(self, session: int, error: Exception) -> None:
+    def on_lost(self, row: Row, error: Exception) -> None:
         """What was on its way to the client was refused here."""
-        stream = self.streams.get(session)
+        stream = self._stream_of(row)
         if stream is not None:
             self._end(stream, error)
 
@@ -191,7 +259,9 @@ class Gateway:
 
     def on_quiet(self, since_ns: int, quiet_s: float) -> None:
         """Every actor has been idle since then: what was asked before will never be answered."""
-        for stream in [stream for stream in self.streams.values() if stream.submitted_ns < since_ns]:
+        for stream in [
+            stream for stream in self.streams.values() if stream.submitted_ns < since_ns and not stream.waits
+        ]:
             if self._generates:
                 missing = f"a token at position {len(stream.log)}"
             else:
@@ -220,9 +290,9 @@ class Gateway:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _send_inputs(self, stream: Stream, inputs: Tensors) -> None:
+    def _send_inputs(self, stream: Stream) -> None:
         info, now_ns = stream.info, self.exchange.clock()
-        for port, (meta, buffer) in inputs.items():
+        for port, (meta, buffer) in stream.inputs.items():
             tokens = meta.shape[0] if meta.shape else 1
             self._send(stream, port, Row(info.session, info.epoch, 0, tokens), meta, buffer, now_ns)
         for start in range(0, len(info.log), self._chunk):
@@ -237,8 +307,8 @@ class Gateway:
             route.send(self.exchange, replicas, (row,), (meta,), (buffer,), now_ns)
 
     def _on_token(self, row: Row, token: int) -> None:
-        stream = self.streams.get(row.session)
-        if stream is None or row.epoch != stream.info.epoch or row.position != len(stream.log):
+        stream = self._stream_of(row)
+        if stream is None or row.position != len(stream.log):
             self.exchange.counters["tokens_refused"] += 1  # of a session that is over, or told twice
             return
         stream.log.append(token)  # recorded before it is shown
@@ -248,8 +318,8 @@ class Gateway:
 
     def _on_logits(self, received: Received) -> None:
         for row, (_, buffer) in rows_of(received):
-            stream = self.streams.get(row.session)
-            if stream is None or row.epoch != stream.info.epoch or row.position < stream.awaited:
+            stream = self._stream_of(row)
+            if stream is None or row.position < stream.awaited:
                 continue
             stream.logits[row.position] = bytes(buffer)
             if row.position < len(stream.log):
@@ -257,8 +327,8 @@ class Gateway:
 
     def _on_scores(self, received: Received) -> None:
         for row, (_, buffer) in rows_of(received):
-            stream = self.streams.get(row.session)
-            if stream is None or row.epoch != stream.info.epoch or row.position != len(stream.scores):
+            stream = self._stream_of(row)
+            if stream is None or row.position != len(stream.scores):
                 self.exchange.counters["tokens_refused"] += 1
                 continue
             stream.scores.frombytes(bytes(buffer))
@@ -268,14 +338,15 @@ class Gateway:
     def _deliver(self, stream: Stream, position: int) -> None:
         token = stream.log[position]
         stream.delivered += 1
+        stream.losses = 0
         stream.events.append(Delivered(position, token, stream.logits.pop(position, None)))
         if stream.info.finished(stream.generated, token):
             self._end(stream, "stop" if token in stream.info.stop_tokens else "length")
 
     def _on_output(self, port: str, received: Received) -> None:
         for row, part in rows_of(received):
-            stream = self.streams.get(row.session)
-            if stream is None or row.epoch != stream.info.epoch or row.position <= stream.rounds.get(port, -1):
+            stream = self._stream_of(row)
+            if stream is None or row.position <= stream.rounds.get(port, -1):
                 continue  # of a session that is over, from a slower replica, or of an earlier round of a loop
             stream.outputs[port], stream.rounds[port] = part, row.position
             if stream.outputs.keys() == self._answers:
@@ -287,13 +358,17 @@ class Gateway:
         stream.over = True
         stream.events.append(outcome)
         del self.streams[stream.info.session]
+        self._close(stream)
+        self.placement.give_back(stream.places, stream.info.capacity)
+
+    def _close(self, stream: Stream) -> None:
+        """End it at the hosts."""
         for route in self._routes():
             route.close(stream.info.session)
         if self.exchange.waiting:  # for credit: nobody wants it any more
             for route in self._routes():
                 route.give_up(self._is_open)
             self.exchange.give_up(self._is_open)
-        self.placement.give_back(stream.places, stream.info.capacity)
         self.commands.append(("close", {"session": stream.info.session}, self.placement.labels(stream.places)))
 
 

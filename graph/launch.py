@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,10 @@ from ranvier.transport.trio_wire import TrioWire
 from ranvier.transport.zeromq import ZeroWire
 
 from . import run_folder, tokenizer
+from .chaos import ChaosLink, Detours
+from .chaos import read as read_chaos
 from .checked import Graph
+from .errors import RequestError
 from .gateway import Gateway
 from .placement import Placement
 from .plan import EPOCH, Plan, plan
@@ -43,6 +46,7 @@ async def launch(
     runs: Path | str = run_folder.DEFAULT_ROOT,
     progress: Progress = lambda _what, _share: None,
     zygote: ZygoteProcess | None = None,
+    chaos: Path | None = None,
 ) -> AsyncIterator[Run]:
     """Start a graph; on leaving, everything it started is ended and nothing is left but the run folder.
 
@@ -50,6 +54,7 @@ async def launch(
         graph: from `ranvier.load`.
         runs: the folder in which the run's own folder is made.
         progress: told what goes on until the run is ready.
+        chaos: a file that says what goes wrong on which tcp links (graph/chaos.py).
         zygote: the process that hosts are forked from, where it was started before (it is ended in any case).
 
     Raises:
@@ -57,9 +62,12 @@ async def launch(
         GraphError: the run folder's path is too long for sockets.
     """
     planned = plan(graph)
+    bad_links = read_chaos(chaos) if chaos is not None else []
+    if bad_links and all(edge.local for edge in planned.edges):
+        raise RequestError("chaos is for tcp links, and this graph has none; set transport: tcp://127.0.0.1")
     folder = run_folder.create(planned, Path(runs))
     try:
-        async with _launched(planned, folder, progress, zygote) as run:
+        async with _launched(planned, folder, progress, zygote, bad_links) as run:
             yield run
     except BaseExceptionGroup as group:
         error = _single(group)
@@ -76,7 +84,7 @@ async def launch(
 
 @contextlib.asynccontextmanager
 async def _launched(
-    planned: Plan, folder: RunFolder, progress: Progress, zygote: ZygoteProcess | None
+    planned: Plan, folder: RunFolder, progress: Progress, zygote: ZygoteProcess | None, bad_links: Sequence[ChaosLink]
 ) -> AsyncIterator[Run]:
     graph = planned.graph
     specs = planned.place(folder.path, folder.sockets)
@@ -101,6 +109,8 @@ async def _launched(
             )  # fmt: skip
             try:
                 async with trio.open_nursery() as nursery:
+                    detours = Detours(bad_links, nursery)
+                    supervisor.detour = detours.address
                     nursery.start_soon(supervisor.run)
                     await supervisor.until_loaded(lambda share: progress("loading", share))
                     links = planned.links(GATEWAY, 0, planned.live)
@@ -113,10 +123,10 @@ async def _launched(
                     for spec in specs:
                         host = supervisor.supervision.hosts[spec.identity]
                         assert host.address is not None
-                        wire.connect(spec.identity, host.address)
+                        wire.connect(spec.identity, detours.address(me, spec.identity, host.address))
                         placement.join(spec.actor, spec.replica, host.capacity_tokens)
                     gateway = Gateway(exchange, links, placement, graph.prefill_chunk, graph.generates)
-                    run = Run(planned, folder, supervisor, wire, gateway, codec)
+                    run = Run(planned, folder, supervisor, wire, gateway, codec, detours)
                     holder.append(run)
                     nursery.start_soon(run._listen)
                     nursery.start_soon(run._failure)
@@ -127,6 +137,7 @@ async def _launched(
                     exchange.open()
                     run._flush()
                     await supervisor.until_running(me, wire.wire.address)
+                    nursery.start_soon(run._recovery.run)
                     progress("ready", 1.0)
                     try:
                         yield run

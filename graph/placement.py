@@ -19,6 +19,8 @@ class Replica:
     sessions: int = 0
     turn: int = 0
     leaving: bool = False
+    down: bool = False
+    """It is lost, and one in its place is on its way."""
 
     def fits(self, tokens: int) -> bool:
         return self.capacity_tokens is None or self.reserved_tokens + tokens <= self.capacity_tokens
@@ -47,6 +49,28 @@ class Placement:
     def remove(self, actor: str, replica: int) -> None:
         del self.replicas[actor][replica]
 
+    def down(self, actor: str, replica: int) -> None:
+        """It is lost. What it held stays reserved for its sessions until they move, or one in its place has come."""
+        self.replicas[actor][replica].down = True
+
+    def up(self, actor: str, replica: int) -> None:
+        """One in its place is there."""
+        self.replicas[actor][replica].down = False
+
+    def is_up(self, places: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether all of a session's replicas are there."""
+        return not any(replica.down for replica in self._of(places))
+
+    def move(self, places: Mapping[str, tuple[int, ...]], actor: str, tokens: int) -> dict[str, tuple[int, ...]]:
+        """The places of a session that has lost a replica of `actor`: others, or, where there is no room, as before."""
+        self.give_back({actor: places[actor]}, tokens)
+        try:
+            chosen = self._choose(actor, tokens)
+        except Overloaded:
+            chosen = places[actor]
+        self._reserve({actor: chosen}, tokens)
+        return {**places, actor: chosen}
+
     def active(self, actor: str) -> list[int]:
         """The replicas that take new sessions."""
         return [number for number, replica in sorted(self.replicas[actor].items()) if not replica.leaving]
@@ -58,12 +82,15 @@ class Placement:
             Overloaded: they do not fit anywhere.
         """
         chosen = {actor: self._choose(actor, tokens) for actor in self.replicas}
+        self._reserve(chosen, tokens)
+        return chosen
+
+    def _reserve(self, places: Mapping[str, tuple[int, ...]], tokens: int) -> None:
         self._turn += 1
-        for replica in self._of(chosen):
+        for replica in self._of(places):
             replica.reserved_tokens += tokens
             replica.sessions += 1
             replica.turn = self._turn
-        return chosen
 
     def give_back(self, places: Mapping[str, tuple[int, ...]], tokens: int) -> None:
         """The session is over."""
@@ -72,19 +99,20 @@ class Placement:
             replica.sessions -= 1
 
     def labels(self, places: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """The hosts that have the session."""
-        return [replica.label for replica in self._of(places)]
+        """The hosts that have the session and are there."""
+        return [replica.label for replica in self._of(places) if not replica.down]
 
     def _of(self, places: Mapping[str, tuple[int, ...]]) -> list[Replica]:
         return [self.replicas[actor][number] for actor, numbers in places.items() for number in numbers]
 
     def _choose(self, actor: str, tokens: int) -> tuple[int, ...]:
         replicas, active = self.replicas[actor], self.active(actor)
-        able = [number for number in active if replicas[number].fits(tokens)]
+        standing = [number for number in active if not replicas[number].down] or active
+        able = [number for number in standing if replicas[number].fits(tokens)]
         wanted = self._policies.get(actor, STICKY).places
-        wanted = len(active) if wanted is None else min(wanted, len(active))
+        wanted = len(standing) if wanted is None else min(wanted, len(standing))
         if len(able) < wanted:
-            full = [replicas[number] for number in active if number not in able]
+            full = [replicas[number] for number in standing if number not in able]
             best = max(full, key=lambda r: (r.capacity_tokens or 0) - r.reserved_tokens)
             raise Overloaded(
                 f"the session needs {tokens} tokens of KV cache, "

@@ -14,7 +14,7 @@ from typing import Any
 from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.kinds import Kind
 from ranvier.actors.model import weights
-from ranvier.actors.spec import GATEWAY, Deadlines, HostLink, HostSpec, PortSpec, identity
+from ranvier.actors.spec import GATEWAY, Deadlines, HostLink, HostSpec, PortSpec, Restart, file_name, identity
 from ranvier.transport import auto, codec
 from ranvier.transport.dtypes import BY_NAME
 from ranvier.transport.endpoint import parse
@@ -22,12 +22,13 @@ from ranvier.transport.link import LinkSpec
 from ranvier.transport.spec import TensorSpec
 
 from .checked import CheckedActor, CheckedEdge, Graph
-from .schema import ActorSection, Quorum
+from .schema import ActorSection, Quorum, RestartSection
 
 EPOCH = 1
-"""The generation of hosts that a run starts with."""
-Live = Mapping[str, Sequence[int]]
-"""The replicas there are, by actor."""
+"""The generation of hosts that a run starts with. One that is started anew has the next."""
+Live = Mapping[str, Mapping[int, int]]
+"""The epoch of each replica there is, by actor and replica."""
+_GATEWAY = {0: EPOCH}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +88,10 @@ class Plan:
         return sum(host.replicas for host in self.hosts)
 
     @property
-    def live(self) -> dict[str, list[int]]:
+    def live(self) -> dict[str, dict[int, int]]:
         """The replicas that a run starts with."""
-        return {actor.name: list(range(actor.section.replicas)) for actor in self.graph.actors.values()}
+        actors = self.graph.actors.values()
+        return {actor.name: dict.fromkeys(range(actor.section.replicas), EPOCH) for actor in actors}
 
     def links(self, actor: str, replica: int, live: Live) -> tuple[HostLink, ...]:
         """The links at one host, or at the gateway, to all that are `live`. An actor's edge to itself stays in the replica."""
@@ -101,15 +103,15 @@ class Plan:
             loop = edge.source == edge.target
             if edge.source == actor:
                 skips = sum(e.target == edge.target != e.source for e in graph.edges) == 1
-                for other in [replica] if loop else live.get(edge.target, (0,)):
+                for other in [replica] if loop else live.get(edge.target, _GATEWAY):
                     yield HostLink(
-                        edge.out, self._link(index, edge, replica, other), True, edge.feedback, edge.until, edge.at_most,
-                        policy=graph.policy(edge.target), skips=skips,
+                        edge.out, self._link(index, edge, replica, other, live), True, edge.feedback, edge.until,
+                        edge.at_most, policy=graph.policy(edge.target), skips=skips,
                     )  # fmt: skip
             if edge.target == actor:
                 repeats = not loop and graph.policy(edge.source).copies > 1
-                for other in [replica] if loop else live.get(edge.source, (0,)):
-                    link = self._link(index, edge, other, replica)
+                for other in [replica] if loop else live.get(edge.source, _GATEWAY):
+                    link = self._link(index, edge, other, replica, live)
                     yield HostLink(edge.into, link, outgoing=False, feedback=edge.feedback, repeats=repeats)
 
     def place(self, run_dir: Path, sockets: Path) -> list[HostSpec]:
@@ -129,12 +131,12 @@ class Plan:
             given = f"ipc://{sockets / name}" if self.graph.file.transport == "ipc" else self.graph.file.transport
         return str(parse(given))
 
-    def _link(self, index: int, edge: CheckedEdge, source: int, target: int) -> LinkSpec:
+    def _link(self, index: int, edge: CheckedEdge, source: int, target: int, live: Live) -> LinkSpec:
         return LinkSpec(
             edge=index,
             name=edge.name,
-            source=identity(edge.source, source, EPOCH),
-            target=identity(edge.target, target, EPOCH),
+            source=identity(edge.source, source, live.get(edge.source, _GATEWAY)[source]),
+            target=identity(edge.target, target, live.get(edge.target, _GATEWAY)[target]),
             tensors=((edge.out, edge.spec),),
             credits_messages=edge.credits_messages,
             credits_bytes=edge.credits_bytes,
@@ -160,12 +162,13 @@ class Plan:
         """
         actor = self.graph.actors[name]
         file, section = self.graph.file, actor.section
-        label = f"{name}.{replica}"
+        epoch = live[name][replica]
+        own = file_name(name, replica, epoch)
         checkpoint = self.graph.checkpoint
         return HostSpec(
             actor=actor.name,
             replica=replica,
-            epoch=EPOCH,
+            epoch=epoch,
             graph_hash=self.hash,
             implementation=_implementation(actor.kind, checkpoint),
             folder=actor.kind.folder,
@@ -185,8 +188,8 @@ class Plan:
             inputs=_ports(actor.inputs, actor.once),
             outputs=_ports(actor.outputs),
             links=self.links(name, replica, live),
-            endpoint=self._endpoint(section.endpoint, label, sockets),
-            control=str(parse(f"ipc://{sockets / label}.c")),
+            endpoint=self._endpoint(section.endpoint, own, sockets),
+            control=str(parse(f"ipc://{sockets / own}.c")),
             supervisor=str(parse(f"ipc://{sockets / 'supervisor'}")),
             run_dir=str(run_dir),
             max_frame_bytes=file.max_frame_bytes,
@@ -194,6 +197,7 @@ class Plan:
             batch_tokens=section.batch_tokens,
             trace=file.trace,
             supervision=Deadlines(**file.supervision.model_dump()),
+            restart=_restart(section.restart or file.restart),
         )
 
 
@@ -215,6 +219,10 @@ def _threads(graph: Graph, section: ActorSection) -> int:
     """As given, or its share of the cores: processes that compute at the same time must not wait for each other's threads."""
     processes = sum(actor.section.replicas for actor in graph.actors.values())
     return section.threads or max(1, len(section.cpus or os.sched_getaffinity(0)) // processes)
+
+
+def _restart(given: RestartSection | str) -> Restart:
+    return Restart(**given.model_dump()) if isinstance(given, RestartSection) else Restart(max=0)
 
 
 def _needed(section: ActorSection) -> int | None:

@@ -26,10 +26,13 @@ from ranvier.transport.link import LinkSpec
 from ranvier.transport.trio_wire import TrioWire
 
 from . import template
+from .chaos import Detours
 from .errors import RequestError
 from .gateway import Gateway, Tensors, token_tensor
 from .generation import Client, Generation, Wakes
+from .members import Members
 from .plan import Plan
+from .recovery import Recovered, Recovery
 from .run_folder import RunFolder
 from .scaling import Scaling
 from .text_stream import TextStream
@@ -53,6 +56,7 @@ class Run:
         wire: TrioWire,
         gateway: Gateway,
         codec: TextCodec | None,
+        detours: Detours,
     ) -> None:
         self.plan = plan
         self.folder = folder
@@ -60,12 +64,15 @@ class Run:
         self._wire = wire
         self._gateway = gateway
         self._codec = codec
+        self._detours = detours
         self._wakes: Wakes = {}
         self._over = False
         self._quiet_since_ns = 0
         self._steps = -1
         self._ring = Ring()
-        self._scaling = Scaling(plan, folder, supervisor, gateway, wire, self._flush)
+        members = Members(plan, folder, supervisor, gateway, wire, self._flush)
+        self._scaling = Scaling(plan, supervisor, gateway, members)
+        self._recovery = Recovery(plan, supervisor, gateway, members)
 
     @property
     def dir(self) -> Path:
@@ -76,6 +83,11 @@ class Run:
     def pids(self) -> Mapping[str, int]:
         """The processes of the hosts, by identity (`actor.replica.epoch`), where they run on this machine."""
         return self._supervisor.pids
+
+    @property
+    def recoveries(self) -> Sequence[Recovered]:
+        """The hosts that were lost so far and have been replaced."""
+        return self._recovery.done
 
     @property
     def codec(self) -> TextCodec:
@@ -283,6 +295,7 @@ class Run:
     def _close(self) -> None:
         """What clients still hold of their sessions ends. Messages are taken in and acknowledged until `_silence`: a host
         that is told to stop waits for that."""
+        self._recovery.stop()
         self._gateway.on_failure(LinkClosed("the run is over"))
         self._flush()
 
@@ -338,7 +351,7 @@ class Run:
         self._supervisor.refused(GATEWAY, str(error))
         if isinstance(error, RefusedMessage):
             for row in error.rows:
-                self._gateway.on_lost(row.session, error)
+                self._gateway.on_lost(row, error)
 
     async def _failure(self) -> None:
         await self._supervisor.failed.wait()
@@ -372,6 +385,8 @@ class Run:
         """What each process has counted, by `actor.replica`: rows that came late or were refused, second copies, waits for
         credit, …"""
         counted = {label: dict(own) for label, own in self._supervisor.supervision.counters.items()}
+        if done := self._detours.counters:
+            counted["chaos"] = dict(done)
         return {**counted, f"{GATEWAY}.0": {**self._gateway.exchange.counters, **self._wire.wire.counters}}
 
     async def _ship(self) -> None:

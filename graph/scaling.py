@@ -1,28 +1,24 @@
 """Replicas that join and leave while the run goes on.
 
-Joining: the new host loads its weights; everyone it will speak with learns where it is; then it opens its links, and
-sessions that begin later may be given to it. Leaving: no session is given to it any more; when its last one is over it
-is told to stop, and everyone forgets it. A session stays with the replicas it began with.
+One that joins (members.py) is given sessions that begin later. To one that is to leave no session is given any more; when its
+last one is over it is told to stop. A session stays with the replicas it began with, unless one of them is lost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import asdict
 from typing import Any, TypeVar
 
 import trio
 
 from ranvier.actors.errors import ActorFailed
-from ranvier.actors.spec import GATEWAY, HostSpec
 from ranvier.actors.supervisor import Supervisor
 from ranvier.transport.errors import RanvierError
-from ranvier.transport.trio_wire import TrioWire
 
 from .errors import RequestError
 from .gateway import Gateway
+from .members import Members
 from .plan import Plan
-from .run_folder import RunFolder
 
 MOST_REPLICAS = 64
 T = TypeVar("T")
@@ -49,24 +45,13 @@ class _Leaving:
 
 
 class Scaling:
-    """The replicas of one run. `flush` carries out what the gateway decided."""
+    """The replicas of one run."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        folder: RunFolder,
-        supervisor: Supervisor,
-        gateway: Gateway,
-        wire: TrioWire,
-        flush: Callable[[], None],
-    ) -> None:
+    def __init__(self, plan: Plan, supervisor: Supervisor, gateway: Gateway, members: Members) -> None:
         self._plan = plan
-        self._folder = folder
         self._supervisor = supervisor
         self._gateway = gateway
-        self._wire = wire
-        self._flush = flush
-        self._next = {actor: len(replicas) for actor, replicas in plan.live.items()}
+        self._members = members
         self._one_at_a_time = trio.Lock()
         self._nursery: trio.Nursery
         self._over = trio.Event()
@@ -151,67 +136,28 @@ class Scaling:
                 f"scale {actor}: its endpoint {actors[actor].section.endpoint} can be bound once; remove it, or its port"
             )
 
-    @property
-    def _live(self) -> dict[str, list[int]]:
-        return {actor: sorted(replicas) for actor, replicas in self._gateway.placement.replicas.items()}
-
     async def _join(self, actor: str) -> int:
-        replica = self._next[actor]
-        self._next[actor] += 1
-        live = self._live
-        live[actor] = [*live[actor], replica]
-        spec = self._plan.host(actor, replica, live, self._folder.path, self._folder.sockets)
+        spec = self._members.another(actor)
         try:
-            address = await self._supervisor.join(spec)
-            await self._introduce(spec, address, live)
-            self._supervisor.connect(spec, self._gateway.exchange.me, self._wire.wire.address)
-            await self._supervisor.until_joined(spec)
+            await self._supervisor.join(spec)
+            await self._members.enter(spec)
         except ActorFailed:
             await self._supervisor.leave(spec)  # before the others forget it: it may still speak to them
-            self._forget(spec, [host.spec.label for host in self._supervisor.supervision.hosts.values()])
+            self._members.forget(spec)
             raise
-        host = self._supervisor.supervision.hosts[spec.identity]
-        self._gateway.placement.join(actor, replica, host.capacity_tokens)
-        return replica
-
-    async def _introduce(self, spec: HostSpec, address: str, live: Mapping[str, list[int]]) -> None:
-        """Everyone who will speak with the new replica makes ready for it."""
-        labels = []
-        for host in list(self._supervisor.supervision.hosts.values()):
-            links = self._between(spec, host.spec.actor, host.spec.replica, live)
-            if links and host.spec.identity != spec.identity:
-                labels.append(host.spec.label)
-                self._supervisor.send(host.spec.label, "link", peer=spec.identity, address=address, links=links)
-        self._wire.connect(spec.identity, address)
-        for link in self._plan.links(GATEWAY, 0, live):
-            if spec.identity in (link.link.source, link.link.target):
-                self._gateway.exchange.add(link.link)
-                self._gateway.add(link)
-        self._gateway.exchange.open()
-        self._flush()
-        await self._supervisor.until_linked(labels, spec.identity)
-
-    def _between(self, spec: HostSpec, actor: str, replica: int, live: Mapping[str, list[int]]) -> list[dict[str, Any]]:
-        links = self._plan.links(actor, replica, live)
-        return [asdict(link) for link in links if spec.identity in (link.link.source, link.link.target)]
+        return spec.replica
 
     async def _leave(self, leaving: _Leaving) -> None:
         placement, actor, replica = self._gateway.placement, leaving.actor, leaving.replica
-        while placement.replicas[actor][replica].sessions:
+        while replica in placement.replicas[actor] and placement.replicas[actor][replica].sessions:
             await self._over.wait()
-        hosts = self._supervisor.supervision.hosts
-        spec = next(h.spec for h in hosts.values() if (h.spec.actor, h.spec.replica) == (actor, replica))
-        async with self._one_at_a_time:  # nobody is introduced to it meanwhile
-            await self._supervisor.leave(spec)
-            self._forget(spec, [host.spec.label for host in hosts.values()])
-            placement.remove(actor, replica)
+        host = self._supervisor.supervision.host(leaving.label)
+        if host is not None:
+            async with self._one_at_a_time:  # nobody is introduced to it meanwhile
+                await self._supervisor.leave(host.spec)
+                self._members.forget(host.spec)
+        placement.replicas[actor].pop(replica, None)
         leaving.gone()
-
-    def _forget(self, spec: HostSpec, labels: list[str]) -> None:
-        self._supervisor.tell([label for label in labels if label != spec.label], "unlink", peer=spec.identity)
-        self._gateway.remove(spec.identity)
-        self._gateway.exchange.remove(spec.identity)
-        self._wire.disconnect(spec.identity)
 
     def look(self) -> None:
         """Sessions may have ended."""

@@ -8,13 +8,13 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
-from ranvier.actors.spec import Deadlines
+from ranvier.actors.spec import Deadlines, Restart
 
 from .errors import GraphError, Problem
 from .load import Document
 
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,30}$")]
-_DEADLINES = Deadlines()
+_DEADLINES, _RESTART = Deadlines(), Restart()
 Port = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,30}\.[a-z][a-z0-9_]{0,60}$")]
 
 
@@ -58,6 +58,20 @@ class Hedge(Section):
     )
 
 
+class RestartSection(Section):
+    """How often an actor that is lost is started anew."""
+
+    max: int = Field(_RESTART.max, ge=1, le=1 << 20, description="so many times within the window; then the run ends")
+    window_s: float = Field(_RESTART.window_s, gt=0, strict=False, description="seconds")
+    backoff_s: float = Field(
+        _RESTART.backoff_s,
+        ge=0,
+        le=3600,
+        strict=False,
+        description="seconds before the first; then twice as long each time",
+    )
+
+
 class ActorSection(Section):
     """One actor: a component in a process of its own."""
 
@@ -80,6 +94,12 @@ class ActorSection(Section):
         "sticky",
         description="which replica a row goes to: always that of its session, in turn, the one with the shortest "
         "queue or with the lowest latency, or {hedge: 2} to two of which the first answer counts",
+    )
+    restart: Literal["never"] | RestartSection | None = Field(
+        None, description="when this actor is lost, in place of the graph's own `restart`"
+    )
+    spares: int = Field(
+        0, ge=0, le=8, description="copies kept ready, with their weights, to take the place of one that is lost"
     )
     cache_tokens: int = Field(65536, ge=1, le=1 << 31, description="positions of all sessions that its KV cache holds")
     batch_tokens: int = Field(256, ge=1, le=1 << 20, description="tokens laid together in one step at the most")
@@ -149,6 +169,10 @@ class GraphFile(Section):
         description="tensors of so many bytes go through shared memory between processes of one machine (ipc); 0: none",
     )  # fmt: skip
     trace: bool = Field(True, description="write a record of every message")
+    restart: Literal["never"] | RestartSection = Field(
+        default_factory=lambda: RestartSection(),
+        description="when an actor is lost: never, or {max: 5, window_s: 60, backoff_s: 0.2}",
+    )
     supervision: SupervisionSection = Field(default_factory=lambda: SupervisionSection())
 
 
@@ -185,7 +209,7 @@ def _spelled_out(document: Document, index: int, edge: Any, problems: list[Probl
 
 def _is_form(part: Any) -> bool:
     """Whether a part of a path names one of the forms that a value may have: a word of a list, or a section."""
-    return str(part).startswith("literal[") or part in ("Hedge", "Quorum")
+    return str(part).startswith("literal[") or part in ("Hedge", "Quorum", "RestartSection")
 
 
 def _of_other_form(document: Document, found: Any) -> bool:
@@ -221,6 +245,8 @@ def _fields_at(path: tuple[Any, ...]) -> list[str]:
     """The keys that may stand at `path`."""
     if path[-1:] == ("policy",):
         return list(Hedge.model_fields)
+    if path[-1:] == ("restart",):
+        return list(RestartSection.model_fields)
     if path[-1:] == ("join",):
         return list(Quorum.model_fields)
     sections: dict[str, type[Section]] = {

@@ -29,6 +29,8 @@ from .message import COPY_BELOW_BYTES, Buffer
 from .sharing import Sharing
 
 LINGER_MS = 500
+HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000
+"""Over tcp a peer that is silent for so long has gone, though its connection was never closed."""
 AWAKE_NS = 500_000
 """Where the last message came within so long, the next is waited for awake, yielding to whoever else can run: a core
 that falls asleep wakes late and cold (1.2 kB over ipc: 100 µs a hop instead of 165; benchmarks/hop.py)."""
@@ -93,6 +95,11 @@ class ZeroWire:
         try:
             if place.scheme == "ipc":
                 self._lock = _claim(place.place)
+            if place.scheme == "tcp":
+                _notices_half_open(self._inbox)
+                self._inbox.setsockopt(
+                    zmq.ROUTER_HANDOVER, 1
+                )  # who comes back is not kept out by its own dead connection
             self._inbox.bind(f"tcp://{place.place}:*" if place.scheme == "tcp" and not place.port else str(place))
             bound = self._inbox.getsockopt(zmq.LAST_ENDPOINT)
             assert isinstance(bound, bytes)
@@ -132,6 +139,8 @@ class ZeroWire:
             dealer.linger = 0
             dealer.setsockopt(zmq.IDENTITY, self.me.encode())
             dealer.setsockopt(zmq.SNDHWM, 0)
+            if place.scheme == "tcp":
+                _notices_half_open(dealer)
             dealer.connect(str(place))
         except zmq.ZMQError as error:
             raise LinkBroken(f"{self.me}: cannot connect to {peer} at {place}: {error.strerror}") from error
@@ -342,6 +351,11 @@ class ZeroWire:
             self._direct = None
         if self._own_context:
             self._context.term()
+
+
+def _notices_half_open(socket: zmq.Socket[bytes]) -> None:
+    socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
 
 
 def ask(me: str, address: str, question: bytes, timeout_s: float) -> Buffer | None:

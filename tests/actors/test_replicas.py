@@ -218,7 +218,9 @@ def test_a_replica_that_leaves() -> None:
 def test_each_step_counts_once(turns: list[tuple[int, int]]) -> None:
     """Two replicas answer the steps of four sessions, each in its own order, interleaved at will: every step counts once and
     in order."""
-    answers, sent, seen = Answers([5]), dict.fromkeys(((r, s) for r in (0, 1) for s in range(4)), 0), []
+    answers = Answers()
+    answers.add(5)
+    sent, seen = dict.fromkeys(((r, s) for r in (0, 1) for s in range(4)), 0), []
     for replica, session in turns:
         position = sent[replica, session]
         sent[replica, session] += 1

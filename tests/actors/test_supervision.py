@@ -71,16 +71,16 @@ def running(*specs: HostSpec) -> Supervision:
     supervision = Supervision(specs, 0.0)
     for each in specs:
         for state in ("loading", "ready", "running"):
-            supervision.on_message(each.label, "state", {"state": state, "why": ""}, 1.0)
+            supervision.on_message(each.identity, "state", {"state": state, "why": ""}, 1.0)
         supervision.on_message(
-            each.label, "ready", {"address": f"ipc:///{each.actor}", "capacity_tokens": 7, "held_bytes": 3}, 1.0
+            each.identity, "ready", {"address": f"ipc:///{each.actor}", "capacity_tokens": 7, "held_bytes": 3}, 1.0
         )
     return supervision
 
 
-def beat(supervision: Supervision, label: str, now_s: float, stepping_s: float = 0.0) -> None:
+def beat(supervision: Supervision, key: str, now_s: float, stepping_s: float = 0.0) -> None:
     fields = {"steps": 1, "stepping_s": stepping_s, "queued": 0, "counters": {}}
-    supervision.on_message(label, "heartbeat", fields, now_s)
+    supervision.on_message(key, "heartbeat", fields, now_s)
 
 
 def test_everyone_ready_then_running() -> None:
@@ -88,16 +88,16 @@ def test_everyone_ready_then_running() -> None:
     assert supervision.all_loaded
     assert supervision.all_running
     assert supervision.capacity_tokens == 7
-    assert supervision.neighbours(spec("a"), "gateway.0.1", "ipc:///g") == {"b.0.1": "ipc:///b"}
+    assert supervision.neighbours(spec("a").links, "gateway.0.1", "ipc:///g") == {"b.0.1": "ipc:///b"}
 
 
 def test_silence_is_failure_and_a_slow_host_is_not() -> None:
     """A host that beats is alive however slow; one that does not is lost at the deadline, not before."""
     supervision = running(spec("a", heartbeat_deadline_s=5.0), spec("b", heartbeat_deadline_s=5.0))
     for now_s in range(2, 20):
-        beat(supervision, "a.0", float(now_s), stepping_s=now_s - 1.0)
+        beat(supervision, "a.0.1", float(now_s), stepping_s=now_s - 1.0)
         if now_s <= 10:
-            beat(supervision, "b.0", float(now_s))
+            beat(supervision, "b.0.1", float(now_s))
         supervision.on_tick(float(now_s))
         assert (supervision.failure is not None) == (now_s > 15)
     assert "actor b.0: no heartbeat for 6.0 s (limit 5.0 s)" in str(supervision.failure)
@@ -105,10 +105,10 @@ def test_silence_is_failure_and_a_slow_host_is_not() -> None:
 
 def test_one_step_over_the_deadline_is_a_hang() -> None:
     supervision = running(spec("a", progress_deadline_s=3.0))
-    beat(supervision, "a.0", 2.0, stepping_s=2.9)
+    beat(supervision, "a.0.1", 2.0, stepping_s=2.9)
     supervision.on_tick(2.0)
     assert supervision.failure is None
-    beat(supervision, "a.0", 3.0, stepping_s=3.1)
+    beat(supervision, "a.0.1", 3.0, stepping_s=3.1)
     supervision.on_tick(3.0)
     assert "actor a.0: in one step for 3.1 s (limit 3.0 s): hung" in str(supervision.failure)
 
@@ -118,22 +118,22 @@ def test_a_state_that_cannot_be_is_refused() -> None:
     supervision = running(spec("a"))
     for state, words in (("flying", "'flying' is not a valid State"), ("loading", "running -> loading")):
         with pytest.raises(ProtocolError, match=words):
-            supervision.on_message("a.0", "state", {"state": state, "why": ""}, 2.0)
+            supervision.on_message("a.0.1", "state", {"state": state, "why": ""}, 2.0)
     assert supervision.failure is None
 
 
 def test_the_first_failure_is_the_reason() -> None:
     """When one host dies its neighbours follow; the run names the first."""
     supervision = running(spec("a"), spec("b"))
-    supervision.on_exit("b.0.1", -9, "")
-    supervision.on_exit("a.0.1", 1, "Traceback")
+    supervision.on_exit("b.0.1", -9, "", 2.0)
+    supervision.on_exit("a.0.1", 1, "Traceback", 2.0)
     assert str(supervision.failure) == "actor b.0: its process was ended by signal 9 while running"
 
 
 def test_an_end_that_was_asked_for_is_no_failure() -> None:
     supervision = running(spec("a"))
     supervision.stopping = True
-    supervision.on_exit("a.0.1", -9, "")
+    supervision.on_exit("a.0.1", -9, "", 2.0)
     supervision.on_tick(1e6)
     assert supervision.failure is None
 

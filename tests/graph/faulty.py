@@ -6,6 +6,7 @@ import fcntl
 import os
 import signal
 import time
+from pathlib import Path
 
 import torch
 
@@ -123,3 +124,45 @@ def go_wrong(how: str | None) -> None:
         import ctypes
 
         ctypes.PyDLL(None).sleep(3600)  # a C call that never lets go of the GIL
+
+
+class DiesOnce(Actor):
+    """Gives how many steps the session has had, and dies at the first of all, when it has counted it."""
+
+    inputs = {"x": TensorSpec("float32", ("tokens",))}
+    outputs = {"y": TensorSpec("float32", ("tokens",))}
+
+    def load(self, context: Context) -> None:
+        self.gate = Path(context.args["gate"])
+        self.steps: dict[int, int] = {}
+
+    def open(self, session: SessionInfo) -> None:
+        self.steps[session.session] = 0
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        [row] = batch.rows
+        self.steps[row.session] += 1
+        if not self.gate.exists():
+            self.gate.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return {"y": torch.tensor([float(self.steps[row.session])])}
+
+
+class LoadsOnce(Faulty):
+    """Writes a letter each time it loads, and can do so only once."""
+
+    def load(self, context: Context) -> None:
+        super().load(context)
+        gate = Path(context.args["gate"])
+        with gate.open("a") as file:
+            file.write("x")
+        if len(gate.read_text()) > 1:
+            raise RuntimeError("loads only once")
+
+
+class Slow(Faulty):
+    """Takes 20 ms for each row."""
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        time.sleep(0.02 * len(batch.rows))
+        return super().step(batch)

@@ -33,12 +33,12 @@ def faulty(graph_file: Callable[..., Path], tmp_path: Path) -> Make:
     """A chain of two actors of which the second goes wrong as its arguments say."""
     shutil.copy(HERE / "faulty.py", tmp_path / "faulty.py")
 
-    def make(supervision: dict[str, float] | None = None, **args: Any) -> ranvier.Graph:
+    def make(supervision: dict[str, float] | None = None, restart: Any = "never", **args: Any) -> ranvier.Graph:
         path = graph_file(
             actors={"good": {"kind": "./faulty.py:Faulty"}, "bad": {"kind": "./faulty.py:Faulty", "args": args}},
             edges=["gateway.x -> good.x", "good.y -> bad.x", "bad.y -> gateway.y"],
-            supervision=supervision or {},
-        )
+            supervision=supervision or {}, restart=restart,
+        )  # fmt: skip
         return ranvier.load(path, allow_code=True)
 
     return make
@@ -181,7 +181,7 @@ def test_a_session_that_an_actor_refuses_to_open(faulty: Make, runs: Path) -> No
         ("sleep", r"actor bad.0: in one step for \d"),
     ],
 )
-def test_an_actor_that_is_lost_ends_the_run_at_once(how: str, words: str, faulty: Make, runs: Path) -> None:
+def test_an_actor_that_is_lost_ends_a_run_that_restarts_none(how: str, words: str, faulty: Make, runs: Path) -> None:
     """Killed, gone, stopped, stuck: the stream gets the error that names the actor, and so does who comes later."""
     limits = {"heartbeat_interval_s": 0.1, "heartbeat_deadline_s": 1.5, "progress_deadline_s": 1.0}
     if how in ("stop", "hold the interpreter"):

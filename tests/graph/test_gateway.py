@@ -52,6 +52,10 @@ class Bench:
         self.gateway.on_message(Received(link, header, (data,), len(data), 0))
 
 
+def row_of(stream: Stream) -> Row:
+    return Row(stream.info.session, stream.info.epoch, 0, 1)
+
+
 def test_a_session_is_opened_and_its_prompt_goes_in_chunks() -> None:
     """The hosts are told of it, and nobody is waited for: a host keeps rows that overtake the command."""
     bench = Bench()
@@ -115,8 +119,8 @@ def test_what_does_not_fit_is_turned_away_at_the_door() -> None:
     [error] = second.events
     assert isinstance(error, ActorFailed)
     assert (error.actor, error.session, error.remote_traceback) == ("head.0", 2, "T")
-    bench.gateway.on_lost(third.info.session, ValueError("refused"))
-    bench.gateway.on_lost(third.info.session, ValueError("again"))
+    bench.gateway.on_lost(row_of(third), ValueError("refused"))
+    bench.gateway.on_lost(row_of(third), ValueError("again"))
     assert [str(event) for event in third.events] == ["refused"]
     bench.submit(prompt=10, tokens=2)
 
@@ -161,3 +165,103 @@ def test_a_stream_that_nobody_works_on_ends() -> None:
     assert not after.over
     [error] = before.events
     assert "every actor has been idle for 60 s: expected a token at position 3, got nothing" in str(error)
+
+
+def opened(bench: Bench) -> list[dict[str, Any]]:
+    """What hosts were told of sessions that open, and forget it."""
+    told = [fields["info"] for kind, fields, _ in bench.gateway.commands if kind == "open"]
+    bench.gateway.commands.clear()
+    return told
+
+
+LOST = ActorFailed("embed.0", "its process was ended by signal 9 while running")
+
+
+def test_a_session_begins_anew_from_its_log_and_what_is_late_is_refused() -> None:
+    """Each position is delivered once and in order through two losses; what is left to do gets less, and the epoch grows."""
+    bench = Bench()
+    stream = bench.submit(prompt=3, tokens=4)
+    bench.told([Row(1, 1, 3, 1)], [60])
+    assert [info["epoch"] for info in opened(bench)] == [1]
+    for epoch, token in ((2, 61), (3, 62)):
+        bench.gateway.on_lost_replica("embed", 0, LOST)
+        assert [(kind, hosts) for kind, _, hosts in bench.gateway.commands] == [("close", ["head.0"])]
+        late = Row(1, epoch - 1, 3 + epoch - 1, 1)
+        bench.told([late], [99])
+        bench.gateway.on_session_failed("head.0", {"session": 1, "epoch": epoch - 1, "error": "late", "traceback": ""})
+        bench.gateway.on_replaced("embed", 0, 0)
+        [info] = opened(bench)
+        assert (info["epoch"], list(info["log"]), info["max_tokens"]) == (epoch, stream.log, 7 - len(stream.log))
+        bench.told([late], [99])
+        bench.told([Row(1, epoch, 2 + epoch, 1)], [token])
+    bench.told([Row(1, 3, 6, 1)], [63])
+    assert list(stream.events) == [*(Delivered(position, 57 + position) for position in range(3, 7)), "length"]
+    assert bench.exchange.counters["tokens_refused"] == 4
+    assert bench.exchange.counters["sessions_replayed"] == 2
+
+
+def test_who_comes_while_an_actor_is_away_waits_and_opens_after_those_before() -> None:
+    """Hosts keep rows that overtake their session by (epoch, session): in that order sessions must open."""
+    bench = Bench()
+    bench.submit()
+    bench.gateway.on_lost_replica("head", 0, LOST)
+    waiting = bench.submit()
+    assert not bench.exchange.waiting
+    opened(bench)
+    bench.gateway.on_quiet(50, 60.0)
+    assert not waiting.over
+    bench.gateway.on_replaced("head", 0, 0)
+    bench.submit()
+    assert [(info["epoch"], info["session"]) for info in opened(bench)] == [(2, 1), (2, 2), (2, 3)]
+
+
+def test_a_session_whose_log_is_ahead_of_its_logits_computes_them_again() -> None:
+    bench = Bench()
+    stream = bench.submit(tokens=2, logits=True)
+    bench.told([Row(1, 1, 3, 1)], [60])
+    assert not stream.events
+    opened(bench)
+    bench.gateway.on_lost_replica("head", 0, LOST)
+    bench.gateway.on_replaced("head", 0, 0)
+    [info] = opened(bench)
+    assert (list(info["log"]), info["max_tokens"]) == ([0, 1, 2], 2)
+    for position in (3, 4):
+        bench.told([Row(1, 2, position, 1)], [57 + position])
+        bench.message(2, [Row(1, 2, position, 1)], TensorMeta("logits", 8, (1, 2), 0, 8), bytes(8))
+    assert list(stream.events) == [Delivered(3, 60, bytes(8)), Delivered(4, 61, bytes(8)), "length"]
+
+
+def test_a_session_that_loses_its_actors_again_and_again_ends_and_the_others_go_on() -> None:
+    """It is taken for the cause; one that makes progress between losses is not."""
+    bench = Bench()
+    poison, good = bench.submit(), bench.submit(tokens=9)
+    for epoch in (1, 2, 3):
+        bench.told([Row(2, epoch, 2 + epoch, 1)], [60])
+        bench.gateway.on_lost_replica("embed", 0, LOST)
+        bench.gateway.on_replaced("embed", 0, 0)
+    [error] = poison.events
+    assert isinstance(error, ActorFailed)
+    assert (error.actor, error.session) == ("embed.0", 1)
+    assert "session 1: its process was ended by signal 9 while running; that happened 3 times in a row" in str(error)
+    assert not good.over
+    assert good.delivered == 3
+
+
+def test_a_session_moves_to_a_replica_that_has_room_and_waits_where_none_has() -> None:
+    bench = Bench(capacity=None)
+    bench.gateway.placement.replicas["head"][0].capacity_tokens = 12
+    bench.gateway.placement.join("head", 1, 6)
+    first, second = bench.submit(), bench.submit()
+    assert [first.places["head"], second.places["head"]] == [(0,), (1,)]
+    third = bench.submit()
+    assert third.places["head"] == (0,)
+    opened(bench)
+    bench.gateway.placement.replicas["head"][1].capacity_tokens = 11
+    bench.gateway.on_lost_replica("head", 0, LOST)
+    assert [(info["session"], info["places"]) for info in opened(bench)] == [(1, {"head": (1,)})]
+    assert (first.places["head"], third.places["head"]) == ((1,), (0,))
+    assert third.waits
+    bench.gateway.placement.join("head", 2, 12)
+    bench.gateway.on_replaced("head", 0, 2)
+    assert [(info["session"], info["places"]) for info in opened(bench)] == [(3, {"head": (2,)})]
+    assert set(bench.gateway.placement.replicas["head"]) == {1, 2}
