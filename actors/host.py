@@ -185,9 +185,10 @@ class Host:
         self._add_links(fields["links"])
 
     def _add_links(self, plain: Sequence[Mapping[str, Any]]) -> None:
-        for each in plain:
-            link = HostLink.from_plain(each)
-            self.exchange.add(link.link)
+        links = [HostLink.from_plain(each) for each in plain]
+        for spec in dict.fromkeys(link.link for link in links):  # one to ourselves has both its ends here
+            self.exchange.add(spec)
+        for link in links:
             self.core.add(link)
         self.exchange.open()
 

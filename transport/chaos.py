@@ -185,7 +185,7 @@ class _Messages:
         self._chance, self._counters, self._faults = chance, counters, faults
         self._plain = not (faults.flip or faults.repeat or faults.reorder)
         self._pending = bytearray()
-        self._greeted = False
+        self._greeting_left = GREETING_BYTES
         self._parts: list[bytearray] = []
         self._held = b""
 
@@ -197,12 +197,13 @@ class _Messages:
         return b"".join(self._passed_on())
 
     def _passed_on(self) -> Iterator[bytes]:
-        if not self._greeted:
-            if len(self._pending) < GREETING_BYTES:
-                return
-            self._greeted = True
-            yield bytes(self._pending[:GREETING_BYTES])
-            del self._pending[:GREETING_BYTES]
+        if (
+            self._greeting_left
+        ):  # in pieces, as it comes: each end waits for the other's version before it says the rest
+            greeting = bytes(self._pending[: self._greeting_left])
+            self._greeting_left -= len(greeting)
+            del self._pending[: len(greeting)]
+            yield greeting
         while (size := self._frame_bytes()) and len(self._pending) >= size:
             frame = self._pending[:size]
             del self._pending[:size]

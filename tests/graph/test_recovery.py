@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -257,8 +258,8 @@ def test_random_kills_under_load(
                     nursery.start_soon(one, index)
                 for _ in range(5):
                     await trio.sleep(chance.random() * 0.7)
-                    actor = chance.choice(["embed", "blocks0", "blocks1", "head"])
-                    os.kill(pid_of(run, actor), signal.SIGKILL)
+                    with contextlib.suppress(ProcessLookupError):  # it was hit just before
+                        os.kill(pid_of(run, chance.choice(["embed", "blocks0", "blocks1", "head"])), signal.SIGKILL)
             assert run.recoveries
             for index, prompt in enumerate(prompts):
                 assert got[index] == exact(prompt, 40), f"stream {index}, RANVIER_SEED={seed}"
