@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ranvier.transport.codec import Coding
+from ranvier.transport.curve import read as read_keys
 from ranvier.transport.ends import Received
 from ranvier.transport.errors import LinkBroken, ProtocolError
 from ranvier.transport.exchange import Exchange, RefusedMessage
@@ -90,6 +91,7 @@ class Host:
             max_frame_bytes=spec.max_frame_bytes,
             shared_from_bytes=spec.shared_from_bytes,
             direct=True,
+            keys=read_keys(Path(spec.keys), spec.actor) if spec.keys is not None else None,
         )
         crossing.waker = wire.waker()
         self.exchange = Exchange(

@@ -157,6 +157,7 @@ class HostSpec:
     batches: int = 1
     trace: bool = True
     shared_from_bytes: int = 0
+    keys: str | None = None
     supervision: Deadlines = field(default_factory=Deadlines)
     restart: Restart = field(default_factory=Restart)
 

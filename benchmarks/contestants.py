@@ -144,6 +144,11 @@ class Contestant:
         self._with_it = with_it
         self.measure()  # ready, and warm
 
+    @property
+    def folder(self) -> Path:
+        """Where its code lies, and what it writes."""
+        return Path(self._folder.name)
+
     def measure(self) -> float:
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write("\n")

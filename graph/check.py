@@ -35,6 +35,7 @@ def load(path: str | Path, *, allow_code: bool = False, overrides: Mapping[str, 
     check.stop_if_wrong()
     actors = check.actors(found, checkpoint)
     check.endpoints()
+    check.keys()
     check.stop_if_wrong()
     check.layers(actors, checkpoint)
     between = EdgeCheck(document, file, problems, actors)

@@ -15,8 +15,8 @@ from ranvier.actors.errors import CheckpointError
 from ranvier.actors.kinds import Kind, KindError
 from ranvier.actors.model import native, weights
 from ranvier.actors.spec import GATEWAY
-from ranvier.transport import endpoint
-from ranvier.transport.errors import AddressError
+from ranvier.transport import curve, endpoint
+from ranvier.transport.errors import AddressError, KeyFileError
 from ranvier.transport.spec import TensorSpec
 
 from . import source
@@ -345,11 +345,27 @@ class ActorCheck(Findings):
         if missing:
             self._wrong(f"{what} {_ranges(missing)} are in no actor; add them to one", "actors", key=True)
 
+    def keys(self) -> None:
+        """Every actor, and the gateway, has keys that nobody else can read."""
+        given = self.file.keys
+        if given is None:
+            return
+        if ("keys",) not in self.document.overridden and (Path(given).is_absolute() or ".." in Path(given).parts):
+            self._wrong(f"keys {given!r} leaves the graph's folder; give it by --set keys=PATH if you mean it", "keys")
+            return
+        for name in (GATEWAY, *self.file.actors):
+            try:
+                curve.read(self.folder / given, name)
+            except KeyFileError as error:
+                self._wrong(str(error), "keys")
+                return
+
     def endpoints(self) -> None:
         taken: dict[str, str] = {}
+        guarded = self.file.keys is not None
         if self.file.transport != "ipc":
             try:
-                place = endpoint.parse(self.file.transport)
+                place = endpoint.parse(self.file.transport, guarded=guarded)
                 if place.scheme != "tcp" or place.port:
                     raise AddressError(
                         f"transport {self.file.transport!r}: expected ipc or tcp://address without a port"
@@ -360,7 +376,7 @@ class ActorCheck(Findings):
             if actor.endpoint is None:
                 continue
             try:
-                place = endpoint.parse(actor.endpoint)
+                place = endpoint.parse(actor.endpoint, guarded=guarded)
             except AddressError as error:
                 self._wrong(f"actor {name}: {error}; change the endpoint", "actors", name, "endpoint")
                 continue

@@ -88,6 +88,11 @@ class Graph:
         return self.file.name
 
     @property
+    def keys(self) -> Path | None:
+        """The folder of keys for tcp."""
+        return (self.path.parent / self.file.keys).resolve() if self.file.keys is not None else None
+
+    @property
     def generates(self) -> bool:
         """Whether it is a language model: the gateway sends tokens in and gets tokens out."""
         return any(e.source == GATEWAY and e.out == "token" for e in self.edges) and any(

@@ -322,6 +322,34 @@ def _run(checked: Graph, prompt: str, options: dict[str, Any], as_json: bool, la
     )
 
 
+keys = typer.Typer(help="Keys for tcp: who may speak as which actor.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+
+@keys.command("new")
+def keys_new(
+    graph: GraphFile,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where to put them; what `keys:` of the graph says, or keys/ beside it.")
+    ] = None,
+) -> None:
+    """Make a key pair for every actor of the graph, and for the gateway, that has none. Give each machine the .pub files of
+    all, and the .key files of those that run there; nobody else may read these."""
+    from ranvier.actors.spec import GATEWAY
+    from ranvier.transport import curve
+
+    from .load import read
+
+    data = read(graph).data
+    actors = data.get("actors")
+    if not isinstance(actors, dict):
+        raise _Wrong(f"{graph}: no actors; expected a mapping")
+    given = data.get("keys")
+    where = folder or graph.parent / (given if isinstance(given, str) else "keys")
+    for path in curve.write(where, (GATEWAY, *map(str, actors))):
+        print(path)
+
+
 @app.command("trace")
 def trace_command(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],

@@ -15,6 +15,7 @@ from ranvier.actors.launcher import LocalLauncher
 from ranvier.actors.spec import GATEWAY, identity
 from ranvier.actors.supervisor import Supervisor
 from ranvier.actors.zygote_process import ZygoteProcess
+from ranvier.transport.curve import read as read_keys
 from ranvier.transport.errors import RanvierError
 from ranvier.transport.exchange import Exchange
 from ranvier.transport.trio_wire import TrioWire
@@ -94,6 +95,7 @@ async def _launched(
         ZeroWire(
             me, planned.gateway_endpoint(folder.sockets), max_frame_bytes=graph.file.max_frame_bytes,
             shared_from_bytes=graph.file.shared_from_bytes, direct=True,
+            keys=read_keys(graph.keys, GATEWAY) if graph.keys is not None else None,
         )
     )  # fmt: skip
     holder: list[Run] = []

@@ -129,7 +129,7 @@ class Plan:
     def _endpoint(self, given: str | None, name: str, sockets: Path) -> str:
         if given is None:
             given = f"ipc://{sockets / name}" if self.graph.file.transport == "ipc" else self.graph.file.transport
-        return str(parse(given))
+        return str(parse(given, guarded=self.graph.keys is not None))
 
     def _link(self, index: int, edge: CheckedEdge, source: int, target: int, live: Live) -> LinkSpec:
         return LinkSpec(
@@ -194,6 +194,7 @@ class Plan:
             run_dir=str(run_dir),
             max_frame_bytes=file.max_frame_bytes,
             shared_from_bytes=file.shared_from_bytes,
+            keys=str(self.graph.keys) if self.graph.keys is not None else None,
             batch_tokens=section.batch_tokens,
             trace=file.trace,
             supervision=Deadlines(**file.supervision.model_dump()),

@@ -162,6 +162,11 @@ class GraphFile(Section):
     transport: Literal["ipc"] | str = Field(
         "ipc", description="ipc, or tcp://127.0.0.1 to give every actor a free port of that address"
     )
+    keys: str | None = Field(
+        None,
+        max_length=4096,
+        description="folder beside the graph file with keys for tcp; `ranvier keys new` makes them",
+    )
     prefill_chunk: int = Field(128, ge=1, le=1 << 16, description="prompt tokens of one message at the most")
     max_frame_bytes: int = Field(1 << 30, ge=1 << 16, le=1 << 40, description="a larger tensor is refused")
     shared_from_bytes: int = Field(

@@ -2,7 +2,7 @@
 
 Through ZeroMQ a message is handed from the sender's thread to an I/O thread, by it to another in the receiver, and by that to
 the receiver's: three threads to wake. Here it is one system call at each end, and one thread to wake (576 bfloat16 values
-to and fro between two processes with a core each: 4 µs awake and 18 asleep, ZeroMQ 29; benchmarks/hop.py).
+to and fro between two bare processes with a core each: 4 µs awake and 18 asleep, ZeroMQ 29).
 
 What is large still goes through ZeroMQ, whose thread sends while the actor computes. A mark stands in its place here, so that
 the order is kept: what comes behind a mark is held until the message that it announces has come the other way.

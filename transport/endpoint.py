@@ -1,8 +1,8 @@
 """Endpoints: where a wire may be bound. Checked before a socket exists.
 
 `inproc://name`, `ipc:///absolute/path` (at most 107 bytes: the kernel's limit for a socket's path) and
-`tcp://address:port` on loopback. Wildcards and abstract sockets are refused: the first let strangers in, the second have
-no permissions.
+`tcp://address:port`, without keys on loopback alone. Wildcards and abstract sockets are refused: the first let strangers in,
+the second have no permissions.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Endpoint:
         return self.scheme != "tcp"
 
 
-def parse(text: str) -> Endpoint:
-    """The endpoint in `text`.
+def parse(text: str, *, guarded: bool = False) -> Endpoint:
+    """The endpoint in `text`. Where connections are `guarded` by keys, it may be beyond loopback.
 
     Raises:
         AddressError: it may not be used; the message says what to write instead.
@@ -49,7 +49,7 @@ def parse(text: str) -> Endpoint:
     if scheme == "ipc":
         return _ipc(text, place)
     if scheme == "tcp":
-        return _tcp(text, place)
+        return _tcp(text, place, guarded)
     raise AddressError(f"endpoint {text!r}: unknown scheme {scheme!r}; use ipc, tcp or inproc")
 
 
@@ -67,7 +67,7 @@ def _ipc(text: str, place: str) -> Endpoint:
     return Endpoint("ipc", place)
 
 
-def _tcp(text: str, place: str) -> Endpoint:
+def _tcp(text: str, place: str, guarded: bool) -> Endpoint:
     host, separator, port = place.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not separator:
@@ -78,8 +78,10 @@ def _tcp(text: str, place: str) -> Endpoint:
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
     except ValueError:
         raise AddressError(f"endpoint {text!r}: {host!r} is not an address; use numbers such as 127.0.0.1") from None
-    if not address.is_loopback:
-        raise AddressError(f"endpoint {text!r}: {host} is not loopback, and tcp beyond loopback needs CURVE keys")
+    if not (address.is_loopback or guarded):
+        raise AddressError(
+            f"endpoint {text!r}: {host} is not loopback, and tcp beyond loopback needs CURVE keys; see `ranvier keys new`"
+        )
     if not port.isdecimal() or int(port) > 65535:
         raise AddressError(f"endpoint {text!r}: expected a port from 0 to 65535, got {port!r}")
     return Endpoint("tcp", str(address), int(port))

@@ -24,3 +24,7 @@ class LinkBroken(RanvierError):
 
 class AddressError(RanvierError, ValueError):
     """An endpoint that may not be used: a wildcard, a path too long, an unknown scheme."""
+
+
+class KeyFileError(RanvierError):
+    """A key is missing, is none, or may be read by others."""

@@ -21,6 +21,7 @@ from typing import Any
 import zmq
 
 from . import endpoint
+from .curve import Doorkeeper, Keys, guard, present
 from .direct import SUFFIX, Direct, is_mark
 from .errors import AddressError, LinkBroken, LinkClosed, ProtocolError
 from .header import MAX_TENSORS
@@ -56,6 +57,7 @@ class ZeroWire:
         context: shared by wires that talk over inproc; one of its own if None.
         shared_from_bytes: tensors of so many bytes and more go through shared memory to peers at ipc addresses that can read
             it; 0: none do. `counters` says how many did.
+        keys: at a tcp address, take and make only connections with keys (curve.py).
         direct: at an ipc address, exchange small messages with wires that do so, too, past ZeroMQ (direct.py).
 
     Raises:
@@ -71,9 +73,12 @@ class ZeroWire:
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
         shared_from_bytes: int = 0,
         direct: bool = False,
+        keys: Keys | None = None,
     ) -> None:
-        place = endpoint.parse(address)
+        place = endpoint.parse(address, guarded=keys is not None)
         self.me = me
+        self._keys = keys if place.scheme == "tcp" else None
+        self._doorkeeper: Doorkeeper | None = None
         self._own_context = context is None
         self._context = context or zmq.Context(io_threads=1)
         self._dealers: dict[str, zmq.Socket[bytes]] = {}
@@ -97,9 +102,12 @@ class ZeroWire:
                 self._lock = _claim(place.place)
             if place.scheme == "tcp":
                 _notices_half_open(self._inbox)
-                self._inbox.setsockopt(
-                    zmq.ROUTER_HANDOVER, 1
-                )  # who comes back is not kept out by its own dead connection
+                if self._keys is not None:
+                    self._doorkeeper = Doorkeeper(self._context, self._keys)
+                    self._doorkeeper.start()
+                    guard(self._inbox, self._keys)
+                # who comes back is not kept out by its own dead connection
+                self._inbox.setsockopt(zmq.ROUTER_HANDOVER, 1)
             self._inbox.bind(f"tcp://{place.place}:*" if place.scheme == "tcp" and not place.port else str(place))
             bound = self._inbox.getsockopt(zmq.LAST_ENDPOINT)
             assert isinstance(bound, bytes)
@@ -131,7 +139,7 @@ class ZeroWire:
         return self._direct.fd if self._direct is not None else int(self._inbox.getsockopt(zmq.FD))
 
     def connect(self, peer: str, address: str) -> None:
-        place = endpoint.parse(address)
+        place = endpoint.parse(address, guarded=self._keys is not None)
         if peer in self._dealers:
             return
         try:
@@ -141,6 +149,8 @@ class ZeroWire:
             dealer.setsockopt(zmq.SNDHWM, 0)
             if place.scheme == "tcp":
                 _notices_half_open(dealer)
+                if self._keys is not None:
+                    present(dealer, self._keys, peer)
             dealer.connect(str(place))
         except zmq.ZMQError as error:
             raise LinkBroken(f"{self.me}: cannot connect to {peer} at {place}: {error.strerror}") from error
@@ -295,6 +305,8 @@ class ZeroWire:
                 identity = inbox.recv()
                 self._quick = time.monotonic_ns() - began_ns < AWAKE_NS
             header = inbox.recv(copy=False)  # a ROUTER's message has at least one frame after the identity
+            if self._keys is not None and identity != _WAKE:
+                self._check_speaker(identity, header)
             if not header.more:
                 if identity == _WAKE:
                     self._woken = True
@@ -321,6 +333,19 @@ class ZeroWire:
                 raise LinkClosed(f"{self.me}: this wire is closed") from None
             raise LinkBroken(f"{self.me}: cannot receive: {error.strerror}") from error
         return Arrival(identity.decode("latin-1"), header.buffer, tuple(buffers), began_ns)
+
+    def _check_speaker(self, identity: bytes, header: zmq.Frame) -> None:
+        """The key of a connection says as which actor it may speak.
+
+        Raises:
+            ProtocolError: it speaks as another.
+        """
+        actor = header.get("User-Id")
+        if identity.partition(b".")[0].decode("latin-1") != actor:
+            self._drop_rest(header.more)
+            raise ProtocolError(
+                f"{self.me}: expected {actor} to speak as itself, got a message from {identity!r} with its key"
+            )
 
     def _wait_awake(self, until_ns: int) -> None:
         inbox, event = self._inbox, zmq.EVENTS
@@ -349,6 +374,8 @@ class ZeroWire:
         if self._direct is not None:
             self._direct.close()
             self._direct = None
+        if self._doorkeeper is not None:
+            self._doorkeeper.stop()
         if self._own_context:
             self._context.term()
 
