@@ -6,7 +6,9 @@ STAMP := $(VENV)/.installed
 MODEL := $(VENV)/.model
 PEERS := .bench-venv/.installed
 
-.PHONY: demo test test-all lint bench clean
+SECONDS_EACH ?= 60
+
+.PHONY: demo test test-all lint bench soak fuzz clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -45,6 +47,20 @@ $(PEERS): benchmarks/peers.sh
 
 bench: $(STAMP) $(MODEL) $(PEERS)
 	$(BIN)/python benchmarks/run.py
+
+# ten minutes of 32 sessions while actors are killed and stopped and links are cut
+soak: $(STAMP) $(MODEL)
+	$(BIN)/python tests/soak/soak.py
+
+# each target for SECONDS_EACH seconds; what is found is kept in tests/fuzz/found, what breaks a target in tests/fuzz/crash-*
+FUZZED := header packet own_frame control graph safetensors gguf
+fuzz: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable ".[fuzz]"
+	for target in $(FUZZED); do \
+	    mkdir -p tests/fuzz/found/$$target && echo "$$target:" && $(BIN)/python tests/fuzz/run.py $$target \
+	        -max_total_time=$(SECONDS_EACH) -timeout=10 -rss_limit_mb=4096 -max_len=65536 -verbosity=0 -print_final_stats=1 \
+	        -artifact_prefix=tests/fuzz/crash-$$target- tests/fuzz/found/$$target tests/fuzz/corpus/$$target || exit 1; \
+	done
 
 clean:
 	rm -rf $(VENV) .bench-venv actors/model/*.so build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

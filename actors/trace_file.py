@@ -6,6 +6,7 @@ kind it is. An array costs the control thread 0.5 µs a record; an object throug
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -69,24 +70,34 @@ class TraceFile:
         head = {"actor": label, "clock": "CLOCK_MONOTONIC", "pid": os.getpid(),
                 "columns": {SENT: SENT_COLUMNS, DONE: DONE_COLUMNS, UNSENT: UNSENT_COLUMNS,
                             DROPPED: DROPPED_COLUMNS}}  # fmt: skip
-        self._file: BinaryIO = self._path.open("wb")
-        self._file.write(_to_lines([head]))
-        self._file.flush()
+        self._file: BinaryIO = self._path.open("wb", buffering=0)
+        self._head = _to_lines([head])
+        self._bytes = 0
+        self.write([], 0)
 
     def write(self, records: list[tuple[Any, ...]], dropped: int) -> int:
         """Append records; returns how many there were."""
-        if not records and dropped == self._dropped:
+        if not records and dropped == self._dropped and not self._head:
             return 0
         lines: list[tuple[Any, ...]] = [*records]
         if dropped + self._lost > self._dropped:
             lines.append((DROPPED, dropped + self._lost - self._dropped))
-        try:
-            self._file.write(_to_lines(lines))
-            self._file.flush()
-            self._dropped = dropped + self._lost
-        except OSError:
+        if self._append(self._head + _to_lines(lines)):
+            self._head, self._dropped = b"", dropped + self._lost
+        else:
             self._lost += len(records)
         return len(records)
+
+    def _append(self, data: bytes) -> bool:
+        """Write all of it, or nothing: the beginning of a line must not stay."""
+        with contextlib.suppress(OSError):  # the disk is full; `write` counts what is lost
+            if self._file.write(data) == len(data):
+                self._bytes += len(data)
+                return True
+        with contextlib.suppress(OSError):
+            self._file.truncate(self._bytes)
+            self._file.seek(self._bytes)
+        return False
 
     def __enter__(self) -> TraceFile:
         return self

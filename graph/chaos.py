@@ -105,6 +105,10 @@ class Detours:
         return self._proxies[source, target].address
 
     @property
+    def proxies(self) -> Sequence[ChaosProxy]:
+        return tuple(self._proxies.values())
+
+    @property
     def counters(self) -> Counter[str]:
         """What was done to the links, all together."""
         return sum((proxy.counters for proxy in self._proxies.values()), Counter[str]())

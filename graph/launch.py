@@ -16,7 +16,7 @@ from ranvier.actors.spec import GATEWAY, identity
 from ranvier.actors.supervisor import Supervisor
 from ranvier.actors.zygote_process import ZygoteProcess
 from ranvier.transport.curve import read as read_keys
-from ranvier.transport.errors import RanvierError
+from ranvier.transport.errors import RanvierError, ResourceError
 from ranvier.transport.exchange import Exchange
 from ranvier.transport.trio_wire import TrioWire
 from ranvier.transport.zeromq import ZeroWire
@@ -61,19 +61,27 @@ async def launch(
     Raises:
         ActorFailed: an actor did not start, or was lost.
         GraphError: the run folder's path is too long for sockets.
+        ResourceError: there are no descriptors, no disk, no memory to start it with.
     """
     planned = plan(graph)
     bad_links = read_chaos(chaos) if chaos is not None else []
     if bad_links and all(edge.local for edge in planned.edges):
         raise RequestError("chaos is for tcp links, and this graph has none; set transport: tcp://127.0.0.1")
-    folder = run_folder.create(planned, Path(runs))
+    try:
+        folder = run_folder.create(planned, Path(runs))
+    except OSError as error:
+        raise ResourceError(f"the run's folder cannot be made: {error}") from error
+    began = False
     try:
         async with _launched(planned, folder, progress, zygote, bad_links) as run:
+            began = True
             yield run
-    except BaseExceptionGroup as group:
-        error = _single(group)
-        folder.outcome(outcome="failed", error=str(error))
-        raise error from None
+    except (BaseExceptionGroup, OSError) as several:
+        single = _single(several) if isinstance(several, BaseExceptionGroup) else several
+        if not began and isinstance(single, OSError):
+            single = ResourceError(f"the run cannot be started: {single}")
+        folder.outcome(outcome="failed", error=str(single))
+        raise single from None
     except BaseException as error:
         folder.outcome(outcome="failed", error=f"{type(error).__name__}: {error}")
         raise

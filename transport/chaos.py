@@ -84,6 +84,10 @@ class ChaosProxy:
 
     async def _cut(self) -> None:
         await trio.sleep(self._faults.cut_after_s)
+        self.cut()
+
+    def cut(self) -> None:
+        """End all its connections, whatever is on its way."""
         for connection in list(self._connections):
             self.counters["cut"] += 1
             connection.end()

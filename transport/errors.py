@@ -26,5 +26,9 @@ class AddressError(RanvierError, ValueError):
     """An endpoint that may not be used: a wildcard, a path too long, an unknown scheme."""
 
 
+class ResourceError(RanvierError):
+    """This machine has run out of something: descriptors, disk, memory. The message says of what."""
+
+
 class KeyFileError(RanvierError):
     """A key is missing, is none, or may be read by others."""

@@ -23,7 +23,7 @@ import zmq
 from . import endpoint
 from .curve import Doorkeeper, Keys, guard, present
 from .direct import SUFFIX, Direct, is_mark
-from .errors import AddressError, LinkBroken, LinkClosed, ProtocolError
+from .errors import AddressError, LinkBroken, LinkClosed, ProtocolError, ResourceError
 from .header import MAX_TENSORS
 from .link import Arrival
 from .message import COPY_BELOW_BYTES, Buffer
@@ -32,6 +32,8 @@ from .sharing import Sharing
 LINGER_MS = 500
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000
 """Over tcp a peer that is silent for so long has gone, though its connection was never closed."""
+OF_A_WIRE, OF_A_PEER = 32, 8
+"""Descriptors that a wire takes, its context and what comes in among them, and that one more peer takes; rounded up."""
 AWAKE_NS = 500_000
 """Where the last message came within so long, the next is waited for awake, yielding to whoever else can run: a core
 that falls asleep wakes late and cold (1.2 kB over ipc: 100 µs a hop instead of 165; benchmarks/hop.py)."""
@@ -62,6 +64,7 @@ class ZeroWire:
 
     Raises:
         AddressError: the address may not be used or is in use.
+        ResourceError: there are not enough descriptors.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class ZeroWire:
         keys: Keys | None = None,
     ) -> None:
         place = endpoint.parse(address, guarded=keys is not None)
+        _make_sure_of_descriptors(me, OF_A_WIRE)
         self.me = me
         self._keys = keys if place.scheme == "tcp" else None
         self._doorkeeper: Doorkeeper | None = None
@@ -142,6 +146,7 @@ class ZeroWire:
         place = endpoint.parse(address, guarded=self._keys is not None)
         if peer in self._dealers:
             return
+        _make_sure_of_descriptors(self.me, OF_A_PEER)
         try:
             dealer = self._context.socket(zmq.DEALER)
             dealer.linger = 0
@@ -378,6 +383,21 @@ class ZeroWire:
             self._doorkeeper.stop()
         if self._own_context:
             self._context.term()
+
+
+def _make_sure_of_descriptors(me: str, count: int) -> None:
+    """ZeroMQ ends the whole process where it gets no descriptor."""
+    taken = []
+    try:
+        for _ in range(count):
+            taken.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    except OSError as error:
+        raise ResourceError(
+            f"{me}: needs {count} descriptors for its sockets, got {len(taken)}: {error.strerror}"
+        ) from None
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
 
 
 def _notices_half_open(socket: zmq.Socket[bytes]) -> None:

@@ -102,7 +102,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
         ("entry is no object", lambda h: h.update({Q: 5}), f"tensor {Q}: expected dtype, shape and data_offsets"),
     ],
 )  # fmt: skip
-def test_a_damaged_header(name: str, change: Any, words: str, folder: Path) -> None:
+def test_a_damaged_header_cases_32_to_34(name: str, change: Any, words: str, folder: Path) -> None:
     """Cases 32 to 34, for safetensors: an error of the graph's check, before anything is started."""
     rewrite(folder / "model.safetensors", change)
     with pytest.raises(ranvier.GraphError) as caught:

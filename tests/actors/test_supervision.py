@@ -179,7 +179,7 @@ def test_the_ring_drops_and_counts_when_it_is_full() -> None:
         Ring(5)
 
 
-def test_a_trace_that_cannot_be_written_costs_records_and_nothing_else(
+def test_a_trace_that_cannot_be_written_costs_records_and_nothing_else_case_49(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Case 49's core: the disk is full for a while; what was lost is counted in the file once there is room."""
@@ -188,11 +188,23 @@ def test_a_trace_that_cannot_be_written_costs_records_and_nothing_else(
         file.write([("sent", 1)], 0)
 
         class Full:
-            def write(self, _text: str) -> None:
-                raise OSError(28, "No space left on device")
+            """Has room for some bytes at first, as a disk has."""
 
-        real, file._file = file._file, Full()  # type: ignore[assignment]
-        assert file.write([("sent", 2), ("sent", 3)], 0) == 2
+            def __init__(self, real: Any, room: int) -> None:
+                self.real, self.room = real, room
+
+            def write(self, data: bytes) -> int:
+                if not self.room:
+                    raise OSError(28, "No space left on device")
+                took, self.room = data[: self.room], 0
+                return int(self.real.write(took))
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self.real, name)
+
+        real, file._file = file._file, Full(file._file, 7)  # type: ignore[assignment]
+        assert file.write([("sent", 2)], 0) == 1
+        assert file.write([("sent", 3)], 0) == 1
         file._file = real
         file.write([("sent", 4)], 1)
     lines = [json.loads(line) for line in (tmp_path / "trace" / "a.0.jsonl").read_text().splitlines()]

@@ -113,7 +113,7 @@ def test_an_actor_that_never_finishes_loading(how: str, faulty: Make, runs: Path
         start(faulty({"start_deadline_s": 6.0}, at_load=how), runs)
 
 
-def test_an_error_in_a_step_ends_that_session_alone(faulty: Make, runs: Path) -> None:
+def test_an_error_in_a_step_ends_that_session_alone_case_7(faulty: Make, runs: Path) -> None:
     """Case 7: the session gets the error with its traceback, those before, beside and after it their answers."""
     answers = start(faulty(at_step="raise"), runs, 1.0, 13.0 - 1.0, 5.0)
     assert answers[0] == 3.0
@@ -193,7 +193,7 @@ def test_an_actor_that_is_lost_ends_a_run_that_restarts_none(how: str, words: st
             raise each if isinstance(each, Exception) else AssertionError(each)
 
 
-def test_strangers_and_rubbish_are_refused_and_the_host_goes_on(faulty: Make, runs: Path) -> None:
+def test_strangers_and_rubbish_are_refused_and_the_host_goes_on_case_41(faulty: Make, runs: Path) -> None:
     """Case 41 and the limits of the wire: a pickle, rubbish, a wrong version, an unknown edge, from a stranger and from a
     neighbour's name. Each is refused, logged, and the next call is answered."""
     canary = runs / "canary"
