@@ -7,8 +7,9 @@ MODEL := $(VENV)/.model
 PEERS := .bench-venv/.installed
 
 SECONDS_EACH ?= 60
+SEEDS ?= 1000
 
-.PHONY: demo test test-all lint bench soak fuzz clean
+.PHONY: demo test test-all lint bench soak simulate fuzz clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +52,10 @@ bench: $(STAMP) $(MODEL) $(PEERS)
 # ten minutes of 32 sessions while actors are killed and stopped and links are cut
 soak: $(STAMP) $(MODEL)
 	$(BIN)/python tests/soak/soak.py
+
+# schedules of whole graphs in virtual time, each by a seed; one that fails is named
+simulate: $(STAMP)
+	$(BIN)/python tests/simulation/simulate.py --seeds $(SEEDS)
 
 # each target for SECONDS_EACH seconds; what is found is kept in tests/fuzz/found, what breaks a target in tests/fuzz/crash-*
 FUZZED := header packet own_frame control graph safetensors gguf

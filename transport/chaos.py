@@ -138,7 +138,7 @@ class _Connection:
         self._scope.cancel()
 
     async def run(self) -> None:
-        with self._scope, contextlib.suppress(OSError, trio.BrokenResourceError, trio.ClosedResourceError):
+        with self._scope:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(
                     self._pump, self._near, self._far, _Messages(self._chance, self._counters, self._faults)
@@ -150,7 +150,7 @@ class _Connection:
         later_in, later = trio.open_memory_channel[tuple[float, bytes]](1 << 16)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._deliver, later, sink)
-            while data := await source.receive_some(READ_BYTES):
+            while data := await self._received(source):
                 if self.dead:
                     continue
                 if messages is not None:
@@ -161,6 +161,12 @@ class _Connection:
                 await later_in.send((trio.current_time() + delay_s, data))
             self.end()  # one side has closed
 
+    async def _received(self, source: trio.SocketStream) -> bytes:
+        try:
+            return bytes(await source.receive_some(READ_BYTES))
+        except trio.BrokenResourceError:  # reset by its end
+            return b""
+
     async def _deliver(self, later: trio.MemoryReceiveChannel[tuple[float, bytes]], sink: trio.SocketStream) -> None:
         step = self._faults.slice_bytes or READ_BYTES
         async for due_s, data in later:
@@ -169,7 +175,11 @@ class _Connection:
             for start in range(0, len(data), step):
                 if self.dead:
                     return
-                await sink.send_all(data[start : start + step])
+                try:
+                    await sink.send_all(data[start : start + step])
+                except trio.BrokenResourceError:
+                    self.end()
+                    return
                 self._count(min(step, len(data) - start))
 
     def _count(self, nbytes: int) -> None:

@@ -1,0 +1,441 @@
+"""A whole graph in one thread: the real gateway, links and host cores over wires in memory, in virtual time, in an order that a
+seed gives. Messages are lost, repeated, late and damaged, commands are late, hosts crash and are replaced, clients leave.
+
+The model is small enough to be computed beside it: a token is a number that depends on all tokens before it, and every actor
+that keeps something for a session checks that it is told each position once. A seed that fails is played again by
+`python tests/simulation/simulate.py --seed N`; `make simulate SEEDS=1000` plays many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ranvier.actors.actor import Batch
+from ranvier.actors.core import HostCore
+from ranvier.actors.errors import ActorFailed, Overloaded
+from ranvier.actors.session import SessionInfo
+from ranvier.actors.spec import GATEWAY, HostLink, PortSpec, identity
+from ranvier.graph.gateway import Delivered, Gateway, Stream
+from ranvier.graph.placement import Placement
+from ranvier.transport.errors import ProtocolError
+from ranvier.transport.exchange import Exchange
+from ranvier.transport.header import Row
+from ranvier.transport.link import LinkSpec
+from ranvier.transport.spec import TensorSpec
+from ranvier.transport.testing import Crossing, MemoryNetwork
+
+TOKEN = TensorSpec("int64", ("tokens",))
+SAMPLED = TensorSpec("int64", ("rows",))
+HIDDEN = TensorSpec("int64", ("tokens",))
+EDGES = (
+    (GATEWAY, "token", "embed", "token", TOKEN, False),
+    ("embed", "hidden", "lower", "hidden", HIDDEN, False),
+    ("lower", "hidden", "upper", "hidden", HIDDEN, False),
+    ("upper", "hidden", "head", "hidden", HIDDEN, False),
+    ("head", "token", "embed", "token", TOKEN, True),
+    ("head", "sampled", GATEWAY, "sampled", SAMPLED, False),
+)
+ACTORS = ("embed", "lower", "upper", "head")
+CHUNK, CAPACITY = 3, 200
+Live = Mapping[str, Mapping[int, int]]
+
+
+def following(tokens: Sequence[int]) -> int:
+    """The token after these."""
+    state = 7
+    for token in tokens:
+        state = (state * 31 + token + 1) % 100_003
+    return state % 97
+
+
+def links(actor: str, replica: int, live: Live) -> list[HostLink]:
+    """Those of one host, or of the gateway, to all that live."""
+    made = []
+    for edge, (source, out, target, into, spec, feedback) in enumerate(EDGES):
+        for mine, other, outgoing in ((source, target, True), (target, source, False)):
+            if mine != actor:
+                continue
+            for number in live[other]:
+                ends = [(mine, replica), (other, number)] if outgoing else [(other, number), (mine, replica)]
+                names = [identity(name, at, live[name][at]) for name, at in ends]
+                link = LinkSpec(edge, f"{source}.{out}", names[0], names[1], ((out, spec),), 6, 1 << 20, local=False)
+                made.append(HostLink(out if outgoing else into, link, outgoing, feedback and not outgoing))
+    return made
+
+
+class Host:
+    """The step thread of one host, without the thread."""
+
+    def __init__(self, actor: str, replica: int, epoch: int, network: MemoryNetwork) -> None:
+        self.actor, self.replica, self.epoch = actor, replica, epoch
+        self.name = identity(actor, replica, epoch)
+        self.wire = network.wire(self.name)
+        self.exchange = Exchange(self.name, "g", (), network.clock)
+        inputs = {into: spec for _, _, target, into, spec, _ in EDGES if target == actor}
+        outputs = {out: spec for source, out, _, _, spec, _ in EDGES if source == actor}
+        ports = [[PortSpec(name, spec) for name, spec in side.items()] for side in (inputs, outputs)]
+        self.core = HostCore(ports[0], ports[1], (), self.exchange, 8)
+        self.sessions: dict[int, SessionInfo] = {}
+        self.kept: dict[int, list[int]] = {}
+        self.commands: deque[tuple[str, dict[str, Any]]] = deque()
+        self.failed: list[tuple[Row, str]] = []
+
+    def obey(self) -> None:
+        kind, fields = self.commands.popleft()
+        if kind == "open":
+            info = SessionInfo.from_plain(fields["info"])
+            self.close(info.session)
+            self.sessions[info.session], self.kept[info.session] = info, []
+            self.core.open(info.session, info.epoch, info.places)
+        elif kind == "close":
+            self.close(fields["session"])
+        elif kind == "link":
+            for link in fields["links"]:
+                self.exchange.add(link.link)
+            for link in fields["links"]:
+                self.core.add(link)
+            self.exchange.open()
+        elif kind == "unlink":
+            self.core.remove(fields["peer"])
+            self.exchange.remove(fields["peer"])
+
+    def close(self, session: int) -> None:
+        if self.core.close(session):
+            del self.sessions[session], self.kept[session]
+
+    def step(self) -> bool:
+        """Whether there was one to take."""
+        work = self.core.take()
+        self.core.discarded.clear()
+        if work is None:
+            return False
+        outputs = self.computed(work.batch)
+        self.core.finish(work)
+        self.core.complete(work, outputs, 0)
+        return True
+
+    def computed(self, batch: Batch) -> dict[str, torch.Tensor | Batch]:
+        [(_, tensor)] = batch.tensors.items()
+        if self.actor == "embed":
+            return {"hidden": tensor + 1}
+        parts = torch.split(tensor, [row.tokens for row in batch.rows])
+        if self.actor in ("lower", "upper"):  # they keep what they have seen, as a KV cache does
+            for row, part in zip(batch.rows, parts, strict=True):
+                kept = self.kept[row.session]
+                assert len(kept) == row.position, f"{self.name}: {row}: expected position {len(kept)}"
+                kept += part.tolist()
+            return {"hidden": tensor}
+        rows, tokens, on = [], [], []
+        for row, part in zip(batch.rows, parts, strict=True):
+            info, kept = self.sessions[row.session], self.kept[row.session]
+            assert len(kept) == row.position, f"{self.name}: {row}: expected position {len(kept)}"
+            kept += [value - 1 for value in part.tolist()]
+            if len(kept) < len(info.log):
+                continue
+            token = following(kept)
+            rows.append(Row(row.session, row.epoch, len(kept), 1))
+            tokens.append(token)
+            on.append(not info.finished(len(kept) - len(info.log) + 1, token))
+        if not rows:
+            return {}
+        goes = [row for row, more in zip(rows, on, strict=True) if more]
+        again = [token for token, more in zip(tokens, on, strict=True) if more]
+        made: dict[str, torch.Tensor | Batch] = {"sampled": Batch(tuple(rows), {"sampled": torch.tensor(tokens)})}
+        if goes:
+            made["token"] = Batch(tuple(goes), {"token": torch.tensor(again)})
+        return made
+
+
+class Simulation:
+    """One schedule."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = chance = random.Random(seed)
+        self.happened: Counter[str] = Counter()
+        self.network = MemoryNetwork(self.fault)
+        self.calm = False
+        self.badness = chance.choice((0.0, 0.02, 0.1))
+        self.live = {actor: {0: 1} for actor in ACTORS} | {GATEWAY: {0: 1}}
+        if chance.random() < 0.5:
+            self.live[chance.choice(("lower", "upper"))][1] = 1
+        me = identity(GATEWAY, 0, 1)
+        self.wire = self.network.wire(me)
+        self.exchange = Exchange(me, "g", [link.link for link in links(GATEWAY, 0, self.live)], self.network.clock)
+        placement = Placement()
+        for actor in ACTORS:
+            for replica in self.live[actor]:
+                placement.join(actor, replica, CAPACITY)
+        self.gateway = Gateway(self.exchange, links(GATEWAY, 0, self.live), placement, CHUNK)
+        self.hosts = {}
+        for actor in ACTORS:
+            for replica in self.live[actor]:
+                host = self.hosts[actor, replica] = Host(actor, replica, 1, self.network)
+                host.commands.append(("link", {"links": links(actor, replica, self.live)}))
+        self.exchange.open()
+        self.away: list[tuple[str, int, int]] = []
+        self.coming: Host | None = None
+        self.introduced: list[tuple[Host, dict[str, Any]]] | None = None
+        self.streams: list[tuple[Stream, list[int]]] = []
+        self.left = chance.randrange(4, 12)
+        self.crashes = chance.randrange(0, 5)
+        self.leaving = chance.randrange(0, 3)
+
+    def fault(self, crossing: Crossing) -> Sequence[Crossing]:
+        dice = self.chance.random()
+        if self.calm or dice > self.badness:
+            return [crossing]
+        what = self.chance.choice(("lost", "repeated", "late", "damaged"))
+        self.happened[what] += 1
+        if what == "lost":
+            return []
+        if what == "repeated":
+            return [crossing, crossing]
+        if what == "late":
+            return [
+                Crossing(
+                    crossing.number, crossing.source, crossing.target, crossing.header, crossing.buffers, 900_000_000
+                )
+            ]
+        return [crossing.damaged()] if crossing.buffers else [crossing]
+
+    # -- one thing that happens -----------------------------------------------------------------------------------
+
+    def flush(self, exchange: Exchange, name: str) -> None:
+        for out in exchange.outbox:
+            if out.peer in self.network.wires:
+                self.network.wires[name].send(out.peer, out.header, out.buffers)
+        exchange.outbox.clear()
+
+    def flush_gateway(self) -> None:
+        for kind, fields, labels in self.gateway.commands:
+            for label in labels:
+                actor, _, replica = label.partition(".")
+                self.hosts[actor, int(replica)].commands.append((kind, fields))
+        self.gateway.commands.clear()
+        self.flush(self.exchange, self.exchange.me)
+
+    def receive_gateway(self) -> None:
+        arrival = self.wire.receive(0)
+        if arrival is None:
+            return
+        try:
+            received = self.exchange.on_arrival(arrival)
+        except ProtocolError:
+            self.happened["refused"] += 1
+        else:
+            if received is not None:
+                self.gateway.on_message(received)
+        self.flush_gateway()
+
+    def receive(self, host: Host) -> None:
+        arrival = host.wire.receive(0)
+        if arrival is None:
+            return
+        try:
+            received = host.exchange.on_arrival(arrival)
+            if received is not None:
+                host.core.on_message(received)
+        except ProtocolError:
+            self.happened["refused"] += 1
+        self.flush(host.exchange, host.name)
+
+    def submit(self) -> None:
+        self.left -= 1
+        prompt = [self.chance.randrange(97) for _ in range(self.chance.randrange(1, 9))]
+        count = self.chance.randrange(1, 9)
+        info = SessionInfo(0, 0, len(prompt) + count, tuple(prompt), count, logits=False)
+        try:
+            stream = self.gateway.submit(info)
+        except Overloaded:
+            self.happened["overloaded"] += 1
+            return
+        expected = list(prompt)
+        for _ in range(count):
+            expected.append(following(expected))
+        self.streams.append((stream, expected[len(prompt) :]))
+        self.flush_gateway()
+
+    def crash(self) -> None:
+        self.crashes -= 1
+        self.happened["crashed"] += 1
+        if self.coming is not None and self.chance.random() < 0.3:  # the one that was to take a place
+            host, self.coming = self.coming, None
+            self.away.append((host.actor, host.replica, host.epoch + 1))
+            self.forget(host)
+            return
+        (actor, replica), host = self.chance.choice(list(self.hosts.items()))
+        del self.hosts[actor, replica]
+        del self.live[actor][replica]
+        self.away.append((actor, replica, host.epoch + 1))
+        self.gateway.on_lost_replica(actor, replica, ActorFailed(f"{actor}.{replica}", "crashed"))
+        self.forget(host)
+
+    def forget(self, host: Host) -> None:
+        del self.network.wires[host.name]
+        for other in [*self.hosts.values(), *([self.coming] if self.coming is not None else [])]:
+            other.commands.append(("unlink", {"peer": host.name}))
+        self.gateway.remove(host.name)
+        self.exchange.remove(host.name)
+        self.flush_gateway()
+
+    def replace(self) -> None:
+        """Begin to put one in the place of a lost one."""
+        actor, replica, epoch = self.away.pop(self.chance.randrange(len(self.away)))
+        host = self.coming = Host(actor, replica, epoch, self.network)
+        live = {**self.live, actor: {**self.live[actor], replica: epoch}}
+        self.introduced = []
+        for (other, number), told in self.hosts.items():
+            between = [link for link in links(other, number, live) if host.name in (link.link.source, link.link.target)]
+            if between:
+                fields: dict[str, Any] = {"links": between}
+                told.commands.append(("link", fields))
+                self.introduced.append((told, fields))
+        for link in links(GATEWAY, 0, live):
+            if host.name in (link.link.source, link.link.target):
+                self.exchange.add(link.link)
+                self.gateway.add(link)
+        self.exchange.open()
+        self.flush_gateway()
+
+    def enter(self) -> None:
+        """The one that comes is told of its links once everyone knows it, and takes its place once they are open."""
+        host = self.coming
+        if host is None:
+            return
+        if self.introduced is not None:
+            if any(
+                told in self.hosts.values() and ("link", fields) in told.commands for told, fields in self.introduced
+            ):
+                return
+            self.introduced = None
+            live = {**self.live, host.actor: {**self.live[host.actor], host.replica: host.epoch}}
+            host.commands.append(("link", {"links": links(host.actor, host.replica, live)}))
+        if host.commands or not host.exchange.ready:
+            return
+        self.coming = None
+        self.hosts[host.actor, host.replica] = host
+        self.live[host.actor][host.replica] = host.epoch
+        self.happened["replaced"] += 1
+        self.gateway.on_replaced(host.actor, host.replica, host.replica)
+        self.flush_gateway()
+
+    def tick(self) -> None:
+        self.network.advance(0.3)
+        for host in self.all_hosts:
+            host.exchange.idle()
+            host.exchange.tick()
+            self.flush(host.exchange, host.name)
+        self.exchange.idle()
+        self.exchange.tick()
+        self.flush_gateway()
+
+    @property
+    def all_hosts(self) -> list[Host]:
+        return [*self.hosts.values(), *([self.coming] if self.coming is not None else [])]
+
+    def turn(self) -> None:
+        """One thing, at random."""
+        dice = self.chance.random()
+        if dice < 0.02 and self.left:
+            self.submit()
+        elif dice < 0.025 and self.crashes > 0 and self.hosts:
+            self.crash()
+        elif dice < 0.05 and self.away and self.coming is None:
+            self.replace()
+        elif dice < 0.053 and self.streams and self.leaving > 0:
+            stream, _ = self.chance.choice(self.streams)
+            self.leaving -= 1
+            self.happened["left"] += not stream.over
+            self.gateway.cancel(stream)
+            self.flush_gateway()
+        elif dice < 0.063:
+            self.tick()
+        elif dice < 0.25:
+            for _ in range(self.chance.choice((1, 1, 4, 16))):
+                self.receive_gateway()
+        else:
+            if not self.all_hosts:
+                return
+            host = self.chance.choice(self.all_hosts)
+            what = self.chance.random()
+            if host.commands and what < 0.2:
+                host.obey()
+                self.flush(host.exchange, host.name)
+            elif what < 0.6:
+                for _ in range(self.chance.choice((1, 1, 4, 16))):
+                    self.receive(host)
+            else:
+                host.step()
+                self.flush(host.exchange, host.name)
+        self.enter()
+
+    def play(self, most: int = 60_000) -> Counter[str]:
+        """The whole schedule: every stream has ended, and rightly.
+
+        Raises:
+            AssertionError: one has not.
+        """
+        for turn in range(most):
+            if turn > most // 2:
+                self.calm, self.crashes = True, 0
+            if not self.left and all(stream.over for stream, _ in self.streams):
+                break
+            self.turn()
+        for stream, expected in self.streams:
+            *delivered, end = stream.events or [None]
+            first = len(stream.asked.log)
+            tokens = [event.token for event in delivered if isinstance(event, Delivered)]
+            assert stream.over, f"session {stream.info.session}: no end; {len(tokens)} of {len(expected)} tokens"
+            positions = [event.position for event in delivered if isinstance(event, Delivered)]
+            assert positions == list(range(first, first + len(tokens))), "a gap, a repeat, or out of order"
+            assert tokens == expected[: len(tokens)], f"session {stream.info.session}: {tokens}, expected {expected}"
+            if isinstance(end, Exception):
+                assert isinstance(end, ActorFailed), end
+                assert "times in a row" in str(end), end
+                self.happened["given up"] += 1
+            elif end != "cancelled":
+                assert (end, len(tokens)) == ("length", len(expected)), end
+                self.happened["exact"] += 1
+        placement = self.gateway.placement
+        for replicas in placement.replicas.values():
+            for replica in replicas.values():
+                assert (replica.reserved_tokens, replica.sessions) == (0, 0), replica
+        return self.happened
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, help="play this one alone")
+    parser.add_argument("--seeds", type=int, default=1000, help="how many (%(default)s)")
+    parser.add_argument(
+        "--first", type=int, default=random.randrange(1 << 30), help="the first of them; a new one if it is not given"
+    )
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    seeds = [options.seed] if options.seed is not None else range(options.first, options.first + options.seeds)
+    happened: Counter[str] = Counter()
+    began = time.monotonic()
+    for seed in seeds:
+        try:
+            happened += Simulation(seed).play()
+        except Exception as error:
+            print(
+                f"seed {seed}: {type(error).__name__}: {error}\nplay it again: python tests/simulation/simulate.py --seed {seed}"
+            )
+            raise
+    took_s = time.monotonic() - began
+    print(f"{len(seeds)} schedules in {took_s:.1f} s, {len(seeds) / took_s * 60:.0f} a minute")
+    print(", ".join(f"{count} {what}" for what, count in happened.most_common()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
