@@ -40,3 +40,7 @@ class CheckpointError(RanvierError):
 
 class Overloaded(RanvierError):
     """Turned away at the door: there is no room for the request now. Nothing was started; try later or smaller."""
+
+
+class Expired(RanvierError):
+    """The deadline of a request passed before it was done. What it held is free again."""

@@ -119,6 +119,9 @@ def run(
     repetition_penalty: Annotated[float, typer.Option(help="Over 1: avoid tokens that were there before.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text. May be given again.")] = None,
+    deadline: Annotated[
+        float | None, typer.Option("--deadline", help="Seconds after which the stream ends, wherever it is.")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")] = False,
     as_json: Json = False,
     runs: Annotated[Path, typer.Option("--runs", help="Where run folders are made.")] = run_folder.DEFAULT_ROOT,
@@ -142,6 +145,7 @@ def run(
     if prompt is None or input_file is not None or output_file is not None:
         raise _Wrong(f"graph {checked.name} is a language model; give --prompt TEXT, not --input or --output")
     options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": tuple(stop or ()), "raw": raw}
+    options["deadline_s"] = deadline
     _run(checked, prompt, options, as_json, {"runs": runs, "zygote": context.obj, "chaos": chaos})
 
 

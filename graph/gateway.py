@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ranvier.actors.errors import ActorFailed
+from ranvier.actors.errors import ActorFailed, Expired
 from ranvier.actors.replicas import Places, Route
 from ranvier.actors.session import SessionInfo
 from ranvier.actors.spec import GATEWAY, HostLink
@@ -98,6 +98,7 @@ class Gateway:
         self._generates = generates
         self._next = 1
         self._epoch = 1
+        self._timed: dict[int, int] = {}
         self._failure: Exception | None = None
         self._by_port: dict[str, dict[int, Route]] = {}
         self._answers: set[str] = set()
@@ -130,11 +131,18 @@ class Gateway:
 
     @property
     def due_ns(self) -> int | None:
-        """When the next second copy of a hedged message goes out; None if none is to come."""
-        return min((due for route in self._routes() if (due := route.due_ns) is not None), default=None)
+        """When the next second copy of a hedged message goes out, or the next deadline passes; None if none is to come."""
+        copies = min((due for route in self._routes() if (due := route.due_ns) is not None), default=None)
+        if not self._timed:
+            return copies
+        return min(min(self._timed.values()), copies) if copies is not None else min(self._timed.values())
 
-    def send_copies(self, now_ns: int) -> None:
-        """Send the second copies that are due."""
+    def on_due(self, now_ns: int) -> None:
+        """Send the second copies that are due, end what is over its deadline."""
+        for session in [session for session, deadline_ns in self._timed.items() if deadline_ns <= now_ns]:
+            stream = self.streams[session]
+            what = f"session {session}: over its deadline, {stream.delivered} of {stream.asked.max_tokens} tokens were there"
+            self._end(stream, Expired(what))
         for route in self._routes():
             route.send_copies(self.exchange, now_ns, self._places_of, self._is_open)
 
@@ -152,8 +160,9 @@ class Gateway:
 
     # -- clients ------------------------------------------------------------------------------------------------
 
-    def submit(self, info: SessionInfo, inputs: Tensors | None = None) -> Stream:
-        """Accept a session: a generation from `info.log`, or a call with `inputs` by port. Its number is set here.
+    def submit(self, info: SessionInfo, inputs: Tensors | None = None, deadline_ns: int = 0) -> Stream:
+        """Accept a session: a generation from `info.log`, or a call with `inputs` by port, which ends with `Expired` at
+        `deadline_ns` (0: never). Its number is set here.
 
         Raises:
             Overloaded: it does not fit beside the others.
@@ -165,6 +174,8 @@ class Gateway:
         info = replace(info, session=self._next)
         self._next += 1
         stream = self.streams[info.session] = Stream(info, info, inputs or {}, places, log=list(info.log))
+        if deadline_ns:
+            self._timed[info.session] = deadline_ns
         if self.placement.is_up(places):
             self._open(stream)
         return stream
@@ -358,6 +369,7 @@ class Gateway:
         stream.over = True
         stream.events.append(outcome)
         del self.streams[stream.info.session]
+        self._timed.pop(stream.info.session, None)
         self._close(stream)
         self.placement.give_back(stream.places, stream.info.capacity)
 

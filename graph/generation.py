@@ -50,12 +50,19 @@ class Client:
     """One session at the gateway. Closed early, it is cancelled and its caches are freed everywhere."""
 
     def __init__(
-        self, gateway: Gateway, info: SessionInfo, inputs: Tensors, flush: Callable[[], None], wakes: Wakes
+        self,
+        gateway: Gateway,
+        info: SessionInfo,
+        inputs: Tensors,
+        flush: Callable[[], None],
+        wakes: Wakes,
+        deadline_s: float | None = None,
     ) -> None:
         self._gateway = gateway
         self._flush = flush
         self._wakes = wakes
-        self.stream = gateway.submit(info, inputs)
+        deadline_ns = time.monotonic_ns() + int(deadline_s * 1e9) if deadline_s is not None else 0
+        self.stream = gateway.submit(info, inputs, deadline_ns)
         flush()
 
     async def event(self) -> Delivered | str:
@@ -63,6 +70,7 @@ class Client:
 
         Raises:
             ActorFailed: the session was lost.
+            Expired: its deadline has passed.
         """
         stream = self.stream
         while not stream.events:

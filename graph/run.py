@@ -122,6 +122,7 @@ class Run:
         stop: Sequence[str] = (),
         stop_tokens: Sequence[int] | None = None,
         logits: bool = False,
+        deadline_s: float | None = None,
     ) -> Generation:
         """Generate tokens: `async for token in run.generate(…)` gives each as soon as it is there.
 
@@ -133,11 +134,13 @@ class Run:
             stop: strings that end the stream; they are not shown.
             stop_tokens: ids that end the stream (shown in `token_ids`); the model's own if None.
             logits: give the logits with every token.
+            deadline_s: seconds from now after which the stream ends with `Expired`, wherever it is.
 
         Raises:
             RequestError: the prompt is empty or too long, or the graph does not generate.
             Overloaded: no room now.
             ActorFailed: an actor was lost (here, or while iterating).
+            Expired: the deadline passed (while iterating).
         """
         graph = self.plan.graph
         if not graph.generates or graph.checkpoint is None:
@@ -163,7 +166,9 @@ class Run:
             sampling=sampling or Sampling(),
             logits=logits,
         )
-        client = Client(self._gateway, info, inputs, self._flush, self._wakes)
+        if deadline_s is not None and not deadline_s > 0:
+            raise RequestError(f"deadline_s: expected over 0, got {deadline_s}")
+        client = Client(self._gateway, info, inputs, self._flush, self._wakes, deadline_s)
         return Generation(client, TextStream(self._codec, stop), len(ids))
 
     async def score(self, ids: Sequence[int]) -> list[float]:
@@ -326,13 +331,13 @@ class Run:
                     if received is not None:
                         gateway.on_message(received)
                         self._record(received)
-            elif due_ns is not None and time.monotonic_ns() >= due_ns:
-                gateway.send_copies(time.monotonic_ns())
             elif exchange.owes():
                 exchange.idle()
             else:
                 exchange.tick()
                 self._give_up_unanswered()
+            if due_ns is not None and time.monotonic_ns() >= due_ns:
+                gateway.on_due(time.monotonic_ns())
             self._flush()
 
     def _give_up_unanswered(self) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ranvier.actors.actor import Actor, Batch, Context
-    from ranvier.actors.errors import ActorFailed, CheckpointError, Overloaded
+    from ranvier.actors.errors import ActorFailed, CheckpointError, Expired, Overloaded
     from ranvier.actors.routing import gather, scatter
     from ranvier.actors.session import Sampling, SessionInfo
     from ranvier.graph.blocking import BlockingRun, start
@@ -30,14 +30,22 @@ if TYPE_CHECKING:
     from ranvier.graph.launch import launch
     from ranvier.graph.plan import Plan, plan
     from ranvier.graph.run import Run
-    from ranvier.transport.errors import LinkBroken, LinkClosed, ProtocolError, RanvierError
+    from ranvier.transport.errors import (
+        KeyFileError,
+        LinkBroken,
+        LinkClosed,
+        ProtocolError,
+        RanvierError,
+        ResourceError,
+    )
     from ranvier.transport.header import Row
     from ranvier.transport.spec import TensorSpec
 
 # Imported when first asked for: `import ranvier` must not take the second that torch needs.
 _PLACES = {
     "Actor": "actors.actor", "Batch": "actors.actor", "Context": "actors.actor",
-    "ActorFailed": "actors.errors", "CheckpointError": "actors.errors", "Overloaded": "actors.errors",
+    "ActorFailed": "actors.errors", "CheckpointError": "actors.errors", "Expired": "actors.errors",
+    "Overloaded": "actors.errors",
     "gather": "actors.routing", "scatter": "actors.routing",
     "Sampling": "actors.session", "SessionInfo": "actors.session",
     "BlockingRun": "graph.blocking", "start": "graph.blocking",
@@ -47,14 +55,15 @@ _PLACES = {
     "Generation": "graph.generation", "Result": "graph.generation", "Token": "graph.generation",
     "Run": "graph.run", "launch": "graph.launch",
     "LinkBroken": "transport.errors", "LinkClosed": "transport.errors", "ProtocolError": "transport.errors",
-    "RanvierError": "transport.errors",
+    "RanvierError": "transport.errors", "ResourceError": "transport.errors", "KeyFileError": "transport.errors",
     "Row": "transport.header",
     "TensorSpec": "transport.spec",
 }  # fmt: skip
 
 __all__ = [
-    "Actor", "ActorFailed", "Batch", "BlockingRun", "CheckpointError", "Context", "Generation", "Graph", "GraphError",
-    "LinkBroken", "LinkClosed", "Overloaded", "Plan", "ProtocolError", "RanvierError", "RequestError", "Result", "Row", "Run",
+    "Actor", "ActorFailed", "Batch", "BlockingRun", "CheckpointError", "Context", "Expired", "Generation", "Graph",
+    "GraphError", "KeyFileError", "LinkBroken", "LinkClosed", "Overloaded", "Plan", "ProtocolError", "RanvierError",
+    "RequestError", "ResourceError", "Result", "Row", "Run",
     "Sampling", "SessionInfo", "TensorSpec", "Token", "gather", "launch", "load", "plan", "scatter", "start",
 ]  # fmt: skip
 

@@ -265,3 +265,20 @@ def test_a_session_moves_to_a_replica_that_has_room_and_waits_where_none_has() -
     bench.gateway.on_replaced("head", 0, 2)
     assert [(info["session"], info["places"]) for info in opened(bench)] == [(3, {"head": (2,)})]
     assert set(bench.gateway.placement.replicas["head"]) == {1, 2}
+
+
+def test_a_deadline_ends_a_stream_that_waits_too() -> None:
+    """At its time and not before, also while an actor is away; one that is done has none any more."""
+    bench = Bench()
+    info = SessionInfo(0, 0, 5, (1, 2, 3), 2)
+    soon, later = bench.gateway.submit(info, None, 100), bench.gateway.submit(info, None, 200)
+    assert bench.gateway.due_ns == 100
+    bench.gateway.on_lost_replica("head", 0, LOST)
+    bench.gateway.on_due(99)
+    assert not soon.over
+    bench.gateway.on_due(100)
+    [error] = soon.events
+    assert str(error) == "session 1: over its deadline, 0 of 2 tokens were there"
+    assert (bench.gateway.due_ns, later.over) == (200, False)
+    bench.gateway.cancel(later)
+    assert bench.gateway.due_ns is None

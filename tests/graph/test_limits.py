@@ -203,3 +203,21 @@ def test_the_outcome_is_written_down(two: Make, runs: Path) -> None:
 
     folder = trio.run(main)
     assert json.loads((folder / "run.json").read_text())["outcome"] == "done"
+
+
+def test_a_request_over_its_deadline_ends_and_frees_what_it_held(
+    two: Make, exact: Callable[..., list[int]], runs: Path
+) -> None:
+    async def main() -> None:
+        async with ranvier.launch(two(cache_tokens=500), runs=runs) as run:
+            got: list[int] = []
+            with pytest.raises(ranvier.Expired, match=r"session 1: over its deadline, \d+ of 480 tokens were there"):
+                async for token in run.generate(PROMPT, max_tokens=480, stop_tokens=(), deadline_s=0.2):
+                    got.append(token.id)
+            assert got == exact(PROMPT, len(got))
+            with pytest.raises(ranvier.RequestError, match="deadline_s: expected over 0, got -1"):
+                run.generate(PROMPT, deadline_s=-1)
+            ids = [token.id async for token in run.generate(PROMPT, max_tokens=20, stop_tokens=(), deadline_s=30)]
+            assert ids == exact(PROMPT, 20), "one that is done in time is not touched"
+
+    trio.run(main)
