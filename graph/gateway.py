@@ -25,8 +25,8 @@ from ranvier.transport.message import Buffer
 
 from .placement import Placement
 
-MOST_LOSSES = 3
-"""A session that so often in a row has lost an actor, without any progress between, is taken for the cause."""
+MOST_LOSSES = 4
+"""A session that so often in a row has lost the same actor, without any progress between, is taken for the cause."""
 Tensors = Mapping[str, tuple[TensorMeta, Buffer]]
 
 
@@ -51,6 +51,7 @@ class Stream:
     places: Places
     waits: bool = True
     losses: int = 0
+    lost_actor: str = ""
     outputs: dict[str, tuple[TensorMeta, Buffer]] = field(default_factory=dict)
     rounds: dict[str, int] = field(default_factory=dict)
     log: list[int] = field(default_factory=list)
@@ -210,7 +211,9 @@ class Gateway:
         self.placement.down(actor, replica)
         for stream in list(self.streams.values()):
             if replica in stream.places.get(actor, ()):
-                stream.losses += not stream.waits
+                if not stream.waits:
+                    stream.losses = stream.losses + 1 if stream.lost_actor == actor else 1
+                    stream.lost_actor = actor
                 if stream.losses >= MOST_LOSSES:
                     self._end(stream, failure.of(stream.info.session, MOST_LOSSES))
                     continue

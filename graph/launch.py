@@ -19,7 +19,7 @@ from ranvier.transport.curve import read as read_keys
 from ranvier.transport.errors import RanvierError, ResourceError
 from ranvier.transport.exchange import Exchange
 from ranvier.transport.trio_wire import TrioWire
-from ranvier.transport.zeromq import ZeroWire
+from ranvier.transport.zeromq import OF_A_PEER, OF_A_WIRE, ZeroWire, make_sure_of_descriptors
 
 from . import run_folder, tokenizer
 from .chaos import ChaosLink, Detours
@@ -67,6 +67,7 @@ async def launch(
     bad_links = read_chaos(chaos) if chaos is not None else []
     if bad_links and all(edge.local for edge in planned.edges):
         raise RequestError("chaos is for tcp links, and this graph has none; set transport: tcp://127.0.0.1")
+    make_sure_of_descriptors(f"graph {graph.name}", 2 * OF_A_WIRE + OF_A_PEER * (planned.processes + 1))
     try:
         folder = run_folder.create(planned, Path(runs))
     except OSError as error:

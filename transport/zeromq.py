@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import resource
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -33,7 +34,7 @@ LINGER_MS = 500
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000
 """Over tcp a peer that is silent for so long has gone, though its connection was never closed."""
 OF_A_WIRE, OF_A_PEER = 32, 8
-"""Descriptors that a wire takes, its context and what comes in among them, and that one more peer takes; rounded up."""
+"""Descriptors that a wire takes with its context, and that a peer takes, what comes in from it too; rounded up."""
 AWAKE_NS = 500_000
 """Where the last message came within so long, the next is waited for awake, yielding to whoever else can run: a core
 that falls asleep wakes late and cold (1.2 kB over ipc: 100 µs a hop instead of 165; benchmarks/hop.py)."""
@@ -79,7 +80,7 @@ class ZeroWire:
         keys: Keys | None = None,
     ) -> None:
         place = endpoint.parse(address, guarded=keys is not None)
-        _make_sure_of_descriptors(me, OF_A_WIRE)
+        make_sure_of_descriptors(me, OF_A_WIRE)
         self.me = me
         self._keys = keys if place.scheme == "tcp" else None
         self._doorkeeper: Doorkeeper | None = None
@@ -146,7 +147,7 @@ class ZeroWire:
         place = endpoint.parse(address, guarded=self._keys is not None)
         if peer in self._dealers:
             return
-        _make_sure_of_descriptors(self.me, OF_A_PEER)
+        make_sure_of_descriptors(self.me, OF_A_PEER * (len(self._dealers) + 1))
         try:
             dealer = self._context.socket(zmq.DEALER)
             dealer.linger = 0
@@ -385,19 +386,18 @@ class ZeroWire:
             self._context.term()
 
 
-def _make_sure_of_descriptors(me: str, count: int) -> None:
-    """ZeroMQ ends the whole process where it gets no descriptor."""
-    taken = []
-    try:
-        for _ in range(count):
-            taken.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-    except OSError as error:
+def make_sure_of_descriptors(me: str, count: int) -> None:
+    """ZeroMQ ends the whole process where it gets no descriptor, also for a connection that comes in.
+
+    Raises:
+        ResourceError: there are not so many left.
+    """
+    limit, taken = resource.getrlimit(resource.RLIMIT_NOFILE)[0], len(os.listdir("/proc/self/fd"))
+    if limit - taken < count:
         raise ResourceError(
-            f"{me}: needs {count} descriptors for its sockets, got {len(taken)}: {error.strerror}"
-        ) from None
-    finally:
-        for descriptor in taken:
-            os.close(descriptor)
+            f"{me}: needs {count} more descriptors for its sockets, {max(0, limit - taken)} of {limit} are left; "
+            "raise the limit (ulimit -n)"
+        )
 
 
 def _notices_half_open(socket: zmq.Socket[bytes]) -> None:

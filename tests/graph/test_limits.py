@@ -138,6 +138,7 @@ def test_a_full_disk_under_the_trace_costs_records_alone_case_49(
     assert set(read.dropped) == {"first.0", "last.0"}
 
 
+@pytest.mark.slow
 def test_descriptors_that_are_used_up_end_the_command_with_a_typed_error_case_51(runs: Path) -> None:
     """At every limit from too few to enough the command ends by itself, with tokens or with an error that says so."""
     command = [
@@ -145,14 +146,14 @@ def test_descriptors_that_are_used_up_end_the_command_with_a_typed_error_case_51
         "--json",
     ]  # fmt: skip
     outcomes = []
-    for limit in (16, 20, 24, 28, 32, 40, 60, 200):
+    for limit in (16, 24, 40, 60, 80, 100, 120, 140, 160, 300):
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=60, check=False,
             preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)),  # type: ignore[misc]
         )  # fmt: skip
         assert done.returncode in (0, 1), done.stderr
         if done.returncode:
-            assert "Too many open files" in done.stderr, (limit, done.stderr)
+            assert "Too many open files" in done.stderr or "more descriptors" in done.stderr, (limit, done.stderr)
             assert "ranvier: " in done.stderr, (limit, done.stderr)
         outcomes.append(done.returncode)
     assert outcomes[0] == 1
@@ -211,9 +212,13 @@ def test_a_request_over_its_deadline_ends_and_frees_what_it_held(
     async def main() -> None:
         async with ranvier.launch(two(cache_tokens=500), runs=runs) as run:
             got: list[int] = []
-            with pytest.raises(ranvier.Expired, match=r"session 1: over its deadline, \d+ of 480 tokens were there"):
+
+            async def read() -> None:
                 async for token in run.generate(PROMPT, max_tokens=480, stop_tokens=(), deadline_s=0.2):
                     got.append(token.id)
+
+            with pytest.raises(ranvier.Expired, match=r"session 1: over its deadline, \d+ of 480 tokens were there"):
+                await read()
             assert got == exact(PROMPT, len(got))
             with pytest.raises(ranvier.RequestError, match="deadline_s: expected over 0, got -1"):
                 run.generate(PROMPT, deadline_s=-1)

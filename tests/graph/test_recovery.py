@@ -456,7 +456,7 @@ def test_a_call_that_kills_its_actor_each_time_ends_and_the_run_goes_on(
     async def main() -> None:
         async with launched(own(at_step="kill"), runs) as run:
             assert await call(run, 1.0) == 3.0
-            with pytest.raises(ranvier.ActorFailed, match="signal 9 while running; that happened 3 times in a row"):
+            with pytest.raises(ranvier.ActorFailed, match="signal 9 while running; that happened 4 times in a row"):
                 await call(run, 12.0)
             assert await call(run, 2.0) == 4.0
 
