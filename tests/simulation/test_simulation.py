@@ -24,7 +24,7 @@ simulate = _simulate()
 @pytest.mark.parametrize("first", range(0, 200, 50))
 def test_every_stream_ends_and_rightly(first: int) -> None:
     """Loss, repetition, delay, damage, crashes while others are replaced, clients that leave: each happened, and each stream is
-    exact, or was ended by its client, or by the error of an actor that it lost three times."""
+    exact, or was ended by its client, or by the error of an actor that it lost four times in a row."""
     happened: Counter[str] = Counter()
     for seed in range(first, first + 50):
         happened += simulate.Simulation(seed).play()
