@@ -247,10 +247,7 @@ class Simulation:
             self.happened["refused"] += 1
         self.flush(host.exchange, host.name)
 
-    def submit(self) -> None:
-        self.left -= 1
-        prompt = [self.chance.randrange(97) for _ in range(self.chance.randrange(1, 9))]
-        count = self.chance.randrange(1, 9)
+    def submit(self, prompt: Sequence[int], count: int) -> None:
         info = SessionInfo(0, 0, len(prompt) + count, tuple(prompt), count, logits=False)
         try:
             stream = self.gateway.submit(info)
@@ -263,15 +260,14 @@ class Simulation:
         self.streams.append((stream, expected[len(prompt) :]))
         self.flush_gateway()
 
-    def crash(self) -> None:
-        self.crashes -= 1
+    def crash(self, host: Host) -> None:
         self.happened["crashed"] += 1
-        if self.coming is not None and self.chance.random() < 0.3:  # the one that was to take a place
-            host, self.coming = self.coming, None
-            self.away.append((host.actor, host.replica, host.epoch + 1))
+        actor, replica = host.actor, host.replica
+        if host is self.coming:  # it was to take a place
+            self.coming = None
+            self.away.append((actor, replica, host.epoch + 1))
             self.forget(host)
             return
-        (actor, replica), host = self.chance.choice(list(self.hosts.items()))
         del self.hosts[actor, replica]
         del self.live[actor][replica]
         self.away.append((actor, replica, host.epoch + 1))
@@ -286,9 +282,9 @@ class Simulation:
         self.exchange.remove(host.name)
         self.flush_gateway()
 
-    def replace(self) -> None:
+    def replace(self, which: int) -> None:
         """Begin to put one in the place of a lost one."""
-        actor, replica, epoch = self.away.pop(self.chance.randrange(len(self.away)))
+        actor, replica, epoch = self.away.pop(which)
         host = self.coming = Host(actor, replica, epoch, self.network)
         live = {**self.live, actor: {**self.live[actor], replica: epoch}}
         self.introduced = []
@@ -345,11 +341,15 @@ class Simulation:
         """One thing, at random."""
         dice = self.chance.random()
         if dice < 0.02 and self.left:
-            self.submit()
-        elif dice < 0.025 and self.crashes > 0 and self.hosts:
-            self.crash()
+            self.left -= 1
+            self.submit(
+                [self.chance.randrange(97) for _ in range(self.chance.randrange(1, 9))], self.chance.randrange(1, 9)
+            )
+        elif dice < 0.025 and self.crashes > 0 and self.all_hosts:
+            self.crashes -= 1
+            self.crash(self.chance.choice(self.all_hosts))
         elif dice < 0.05 and self.away and self.coming is None:
-            self.replace()
+            self.replace(self.chance.randrange(len(self.away)))
         elif dice < 0.053 and self.streams and self.leaving > 0:
             stream, _ = self.chance.choice(self.streams)
             self.leaving -= 1
@@ -389,6 +389,11 @@ class Simulation:
             if not self.left and all(stream.over for stream, _ in self.streams):
                 break
             self.turn()
+        self.check()
+        return self.happened
+
+    def check(self) -> None:
+        """Every stream has its end, and before it nothing but the tokens that it should have, each once and in order."""
         for stream, expected in self.streams:
             *delivered, end = stream.events or [None]
             first = len(stream.asked.log)
@@ -408,7 +413,6 @@ class Simulation:
         for replicas in placement.replicas.values():
             for replica in replicas.values():
                 assert (replica.reserved_tokens, replica.sessions) == (0, 0), replica
-        return self.happened
 
 
 def main() -> int:
