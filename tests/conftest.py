@@ -10,7 +10,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,23 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         return made[name]
 
     return make
+
+
+@pytest.fixture
+def exact(tiny: Tiny) -> Callable[[Sequence[int], int], list[int]]:
+    """`exact(prompt, count)`: the tokens of the small llama that transformers finds likeliest, one after the other."""
+    _, model = tiny("llama")
+
+    def generate(prompt: Sequence[int], count: int) -> list[int]:
+        import torch
+
+        ids = list(prompt)
+        with torch.inference_mode():
+            for _ in range(count):
+                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        return ids[len(prompt) :]
+
+    return generate
 
 
 @pytest.fixture

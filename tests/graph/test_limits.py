@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import trio
 
 import ranvier
@@ -41,20 +40,6 @@ def two(
         return ranvier.load(path, overrides={"model.source": str(folder)})
 
     return make
-
-
-@pytest.fixture
-def exact(tiny: Callable[..., tuple[Path, Any]]) -> Callable[[Sequence[int], int], list[int]]:
-    _, model = tiny("llama")
-
-    def generate(prompt: Sequence[int], count: int) -> list[int]:
-        ids = list(prompt)
-        with torch.inference_mode():
-            for _ in range(count):
-                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        return ids[len(prompt) :]
-
-    return generate
 
 
 async def tokens(run: ranvier.Run, prompt: Sequence[int], count: int) -> list[int]:

@@ -44,21 +44,6 @@ def four(tiny: Tiny, split: Split, graph_file: Callable[..., Path]) -> Callable[
     return make
 
 
-@pytest.fixture
-def exact(tiny: Tiny) -> Callable[[Sequence[int], int], list[int]]:
-    """The tokens that transformers finds likeliest, one after the other."""
-    _, model = tiny("llama")
-
-    def generate(prompt: Sequence[int], count: int) -> list[int]:
-        ids = list(prompt)
-        with torch.inference_mode():
-            for _ in range(count):
-                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        return ids[len(prompt) :]
-
-    return generate
-
-
 def pid_of(run: ranvier.Run, actor: str) -> int:
     """Of the newest process of an actor."""
     return next(pid for name, pid in reversed(run.pids.items()) if name.startswith(f"{actor}."))
@@ -316,6 +301,7 @@ def test_a_spare_takes_over_and_another_one_is_made(
     trio.run(main)
 
 
+@pytest.mark.slow
 def test_a_replica_that_is_lost_leaves_its_sessions_to_another(
     four: Callable[..., ranvier.Graph], exact: Callable[..., list[int]], runs: Path
 ) -> None:
@@ -368,7 +354,15 @@ async def call(run: ranvier.Run, value: float) -> float:
     return float((await run.call(x=torch.tensor([value])))["y"][0])
 
 
-@pytest.mark.parametrize("policy", ["round_robin", "least_queued", "lowest_latency", {"hedge": 2, "after": "p90"}])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        "round_robin",
+        pytest.param("least_queued", marks=pytest.mark.slow),
+        pytest.param("lowest_latency", marks=pytest.mark.slow),
+        {"hedge": 2, "after": "p90"},
+    ],
+)
 def test_a_replica_without_state_is_killed_under_load(
     policy: Any, graph_file: Callable[..., Path], runs: Path, tmp_path: Path
 ) -> None:
