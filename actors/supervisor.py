@@ -57,6 +57,7 @@ class Supervisor:
         self._linked: set[tuple[str, str]] = set()
         self.detour: Callable[[str, str, str], str] = lambda _source, _target, address: address
         """By what address one host is to reach another."""
+        self.on_forgotten: Callable[[str], None] = lambda _peer: None
         self.on_command: Callable[[str, str, Mapping[str, Any]], None] | None = None
         self._wire = TrioWire(ZeroWire(SUPERVISOR, control, max_frame_bytes=MAX_BYTES))
         for spec in specs:

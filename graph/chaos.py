@@ -90,6 +90,7 @@ class Detours:
         self._links = links
         self._nursery = nursery
         self._proxies: dict[tuple[str, str], ChaosProxy] = {}
+        self._before: Counter[str] = Counter()
 
     def address(self, source: str, target: str, address: str) -> str:
         """Where `source` is to reach `target`, identities both, that listens at `address`."""
@@ -104,6 +105,13 @@ class Detours:
             self._nursery.start_soon(proxy.run)
         return self._proxies[source, target].address
 
+    def forget(self, peer: str) -> None:
+        """A host is gone: its proxies go with it."""
+        for key in [key for key in self._proxies if peer in key]:
+            proxy = self._proxies.pop(key)
+            proxy.stop()
+            self._before += proxy.counters
+
     @property
     def proxies(self) -> Sequence[ChaosProxy]:
         return tuple(self._proxies.values())
@@ -111,4 +119,4 @@ class Detours:
     @property
     def counters(self) -> Counter[str]:
         """What was done to the links, all together."""
-        return sum((proxy.counters for proxy in self._proxies.values()), Counter[str]())
+        return sum((proxy.counters for proxy in self._proxies.values()), self._before)

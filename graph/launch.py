@@ -121,7 +121,7 @@ async def _launched(
             try:
                 async with trio.open_nursery() as nursery:
                     detours = Detours(bad_links, nursery)
-                    supervisor.detour = detours.address
+                    supervisor.detour, supervisor.on_forgotten = detours.address, detours.forget
                     nursery.start_soon(supervisor.run)
                     await supervisor.until_loaded(lambda share: progress("loading", share))
                     links = planned.links(GATEWAY, 0, planned.live)

@@ -109,6 +109,7 @@ class Members:
         self._gateway.remove(spec.identity)
         self._gateway.exchange.remove(spec.identity)
         self._wire.disconnect(spec.identity)
+        self._supervisor.on_forgotten(spec.identity)
 
 
 def _between(spec: HostSpec, links: Iterable[HostLink]) -> list[HostLink]:

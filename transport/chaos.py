@@ -65,11 +65,20 @@ class ChaosProxy:
         self._chance = random.Random(faults.seed)
         self._began_s = time.monotonic()
         self._connections: set[_Connection] = set()
+        self._scope = trio.CancelScope()
+
+    def stop(self) -> None:
+        """Let go of everything."""
+        self._scope.cancel()
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Until `stop`, or cancelled."""
         self._listener.setblocking(False)
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._listener))
+        with self._scope:
+            await self._run(listener)
+
+    async def _run(self, listener: trio.SocketListener) -> None:
         async with trio.open_nursery() as nursery, listener:
             if self._faults.cut_for_s:
                 nursery.start_soon(self._cut)
