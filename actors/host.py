@@ -18,13 +18,11 @@ from typing import Any
 
 import torch
 
-from ranvier.transport.codec import Coding
 from ranvier.transport.curve import read as read_keys
-from ranvier.transport.ends import Received
 from ranvier.transport.errors import LinkBroken, ProtocolError
 from ranvier.transport.exchange import Exchange, RefusedMessage
 from ranvier.transport.header import Row
-from ranvier.transport.link import Arrival, LinkSpec
+from ranvier.transport.link import Arrival
 from ranvier.transport.zeromq import ZeroWire
 
 from .actor import Actor, Batch, Context
@@ -34,9 +32,9 @@ from .core import HostCore, Work
 from .crossing import Crossing
 from .kinds import make
 from .lifecycle import Lifecycle, State
+from .records import Records
 from .session import SessionInfo
 from .spec import HostLink, HostSpec
-from .trace_file import DONE, SENT, UNSENT
 
 ACK_DELAY_S = 0.001
 """An acknowledgement that nobody waits for goes out after so long without work."""
@@ -79,6 +77,7 @@ class Host:
     def __init__(self, spec: HostSpec, crossing: Crossing) -> None:
         self.spec = spec
         self.crossing = crossing
+        self.records = Records(crossing.ring)
         self.life = Lifecycle(spec.label)
         self.wire: ZeroWire | None = None
 
@@ -99,8 +98,8 @@ class Host:
             spec.graph_hash,
             (),
             time.monotonic_ns,
-            self._record_sent if spec.trace else None,
-            self._record_unsent if spec.trace else None,
+            self.records.sent if spec.trace else None,
+            self.records.unsent if spec.trace else None,
         )
         self.core = HostCore(spec.inputs, spec.outputs, (), self.exchange, spec.batch_tokens, spec.needed, spec.batches)
         with torch.inference_mode():
@@ -295,9 +294,8 @@ class Host:
         crossing.queued = self.core.queued
         crossing.stepping_since_ns = 0
         if self.spec.trace:
-            put, batch = crossing.ring.put, len(done)
             for received in done:
-                put(_done_record(received, started_ns, finished_ns, batch))
+                self.records.done(received, started_ns, finished_ns, len(done))
 
     def _step_failed(self, work: Work, error: Exception) -> None:
         """End the sessions that the failure is due to; the others of the batch get their step alone."""
@@ -433,31 +431,10 @@ class Host:
         self.life.to(state)
         self.crossing.tell("state", state=state.value, why="")
 
-    def _record_sent(
-        self, link: LinkSpec, sequence: int, rows: tuple[Row, ...], nbytes: int, ready_ns: int, credit_ns: int, sent_ns: int,
-        codec: int, coding: Coding | None,
-    ) -> None:  # fmt: skip
-        self.crossing.ring.put(
-            (SENT, link.edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, codec, rows, coding, link.target)
-        )
-
-    def _record_unsent(
-        self, link: LinkSpec, rows: tuple[Row, ...], nbytes: int, ready_ns: int, given_up_ns: int
-    ) -> None:
-        self.crossing.ring.put((UNSENT, link.edge, nbytes, ready_ns, given_up_ns, rows, link.target))
-
     def _record_discarded(self) -> None:
         """Messages that went into no step: losers of a join, rows of sessions that are over."""
         if self.spec.trace:
             now_ns = time.monotonic_ns()
             for received in self.core.discarded:
-                self.crossing.ring.put(_done_record(received, now_ns, now_ns, 0))
+                self.records.done(received, now_ns, now_ns, 0)
         self.core.discarded.clear()
-
-
-def _done_record(received: Received, started_ns: int, finished_ns: int, batch: int) -> tuple[Any, ...]:
-    header = received.header
-    return (
-        DONE, header.edge, header.sequence, received.nbytes, header.sent_ns, received.received_ns, started_ns, finished_ns,
-        batch, header.rows, received.link.spec.source,
-    )  # fmt: skip

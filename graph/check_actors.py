@@ -350,7 +350,8 @@ class ActorCheck(Findings):
         given = self.file.keys
         if given is None:
             return
-        if ("keys",) not in self.document.overridden and (Path(given).is_absolute() or ".." in Path(given).parts):
+        inside = (self.folder / given).resolve().is_relative_to(self.folder.resolve())
+        if ("keys",) not in self.document.overridden and not inside:
             self._wrong(f"keys {given!r} leaves the graph's folder; give it by --set keys=PATH if you mean it", "keys")
             return
         for name in (GATEWAY, *self.file.actors):

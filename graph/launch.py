@@ -12,14 +12,17 @@ import trio
 
 from ranvier.actors.errors import ActorFailed
 from ranvier.actors.launcher import LocalLauncher
+from ranvier.actors.records import Records
+from ranvier.actors.ring import Ring
 from ranvier.actors.spec import GATEWAY, identity
 from ranvier.actors.supervisor import Supervisor
 from ranvier.actors.zygote_process import ZygoteProcess
 from ranvier.transport.curve import read as read_keys
+from ranvier.transport.descriptors import OF_A_PEER, OF_A_WIRE, make_sure_of_descriptors
 from ranvier.transport.errors import RanvierError, ResourceError
 from ranvier.transport.exchange import Exchange
 from ranvier.transport.trio_wire import TrioWire
-from ranvier.transport.zeromq import OF_A_PEER, OF_A_WIRE, ZeroWire, make_sure_of_descriptors
+from ranvier.transport.zeromq import ZeroWire
 
 from . import run_folder, tokenizer
 from .chaos import ChaosLink, Detours
@@ -125,10 +128,11 @@ async def _launched(
                     nursery.start_soon(supervisor.run)
                     await supervisor.until_loaded(lambda share: progress("loading", share))
                     links = planned.links(GATEWAY, 0, planned.live)
+                    ring = Ring()
+                    records = Records(ring)
                     exchange = Exchange(
                         me, planned.hash, [link.link for link in links], time.monotonic_ns,
-                        (lambda *sent: holder[0]._record_sent(*sent)) if graph.file.trace else None,
-                        (lambda *unsent: holder[0]._record_unsent(*unsent)) if graph.file.trace else None,
+                        records.sent if graph.file.trace else None, records.unsent if graph.file.trace else None,
                     )  # fmt: skip
                     placement = Placement({name: actor.policy for name, actor in graph.actors.items()})
                     for spec in specs:
@@ -137,7 +141,7 @@ async def _launched(
                         wire.connect(spec.identity, detours.address(me, spec.identity, host.address))
                         placement.join(spec.actor, spec.replica, host.capacity_tokens)
                     gateway = Gateway(exchange, links, placement, graph.prefill_chunk, graph.generates)
-                    run = Run(planned, folder, supervisor, wire, gateway, codec, detours)
+                    run = Run(planned, folder, supervisor, wire, gateway, codec, detours, ring)
                     holder.append(run)
                     nursery.start_soon(run._listen)
                     nursery.start_soon(run._failure)

@@ -12,17 +12,14 @@ import trio
 
 from ranvier.actors.checkpoint import ModelConfig
 from ranvier.actors.control import SHIP_AT_ONCE, SHIP_INTERVAL_S
+from ranvier.actors.records import Records
 from ranvier.actors.ring import Ring
 from ranvier.actors.session import Sampling, SessionInfo
 from ranvier.actors.spec import GATEWAY
 from ranvier.actors.supervisor import Supervisor
-from ranvier.actors.trace_file import DONE, SENT, UNSENT, TraceFile
-from ranvier.transport.codec import Coding
-from ranvier.transport.ends import Received
+from ranvier.actors.trace_file import TraceFile
 from ranvier.transport.errors import LinkClosed, ProtocolError
 from ranvier.transport.exchange import RefusedMessage
-from ranvier.transport.header import Row
-from ranvier.transport.link import LinkSpec
 from ranvier.transport.trio_wire import TrioWire
 
 from . import template
@@ -57,6 +54,7 @@ class Run:
         gateway: Gateway,
         codec: TextCodec | None,
         detours: Detours,
+        ring: Ring,
     ) -> None:
         self.plan = plan
         self.folder = folder
@@ -69,7 +67,8 @@ class Run:
         self._over = False
         self._quiet_since_ns = 0
         self._steps = -1
-        self._ring = Ring()
+        self._ring = ring
+        self._records = Records(ring)
         members = Members(plan, folder, supervisor, gateway, wire, self._flush)
         self._scaling = Scaling(plan, supervisor, gateway, members)
         self._recovery = Recovery(plan, supervisor, gateway, members)
@@ -330,7 +329,7 @@ class Run:
                 else:
                     if received is not None:
                         gateway.on_message(received)
-                        self._record(received)
+                        self._records.done(received, received.received_ns, time.monotonic_ns(), 1)
             elif exchange.owes():
                 exchange.idle()
             else:
@@ -364,26 +363,6 @@ class Run:
         assert failure is not None
         self._gateway.on_failure(failure)
         self._flush()
-
-    def _record(self, received: Received) -> None:
-        header, now_ns = received.header, time.monotonic_ns()
-        self._ring.put((
-            DONE, header.edge, header.sequence, received.nbytes, header.sent_ns, received.received_ns,
-            received.received_ns, now_ns, 1, header.rows, received.link.spec.source,
-        ))  # fmt: skip
-
-    def _record_sent(
-        self, link: LinkSpec, sequence: int, rows: tuple[Row, ...], nbytes: int, ready_ns: int, credit_ns: int, sent_ns: int,
-        codec: int, coding: Coding | None,
-    ) -> None:  # fmt: skip
-        self._ring.put(
-            (SENT, link.edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, codec, rows, coding, link.target)
-        )
-
-    def _record_unsent(
-        self, link: LinkSpec, rows: tuple[Row, ...], nbytes: int, ready_ns: int, given_up_ns: int
-    ) -> None:
-        self._ring.put((UNSENT, link.edge, nbytes, ready_ns, given_up_ns, rows, link.target))
 
     @property
     def counters(self) -> dict[str, dict[str, int]]:

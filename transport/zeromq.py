@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import resource
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -23,8 +22,9 @@ import zmq
 
 from . import endpoint
 from .curve import Doorkeeper, Keys, guard, present
+from .descriptors import OF_A_PEER, OF_A_WIRE, claim, make_sure_of_descriptors
 from .direct import SUFFIX, Direct, is_mark
-from .errors import AddressError, LinkBroken, LinkClosed, ProtocolError, ResourceError
+from .errors import AddressError, LinkBroken, LinkClosed, ProtocolError
 from .header import MAX_TENSORS
 from .link import Arrival
 from .message import COPY_BELOW_BYTES, Buffer
@@ -33,8 +33,6 @@ from .sharing import Sharing
 LINGER_MS = 500
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000
 """Over tcp a peer that is silent for so long has gone, though its connection was never closed."""
-OF_A_WIRE, OF_A_PEER = 32, 8
-"""Descriptors that a wire takes with its context, and that a peer takes, what comes in from it too; rounded up."""
 AWAKE_NS = 500_000
 """Where the last message came within so long, the next is waited for awake, yielding to whoever else can run: a core
 that falls asleep wakes late and cold (1.2 kB over ipc: 100 µs a hop instead of 165; benchmarks/hop.py)."""
@@ -104,7 +102,7 @@ class ZeroWire:
         self._look = True
         try:
             if place.scheme == "ipc":
-                self._lock = _claim(place.place)
+                self._lock = claim(place.place)
             if place.scheme == "tcp":
                 _notices_half_open(self._inbox)
                 if self._keys is not None:
@@ -386,20 +384,6 @@ class ZeroWire:
             self._context.term()
 
 
-def make_sure_of_descriptors(me: str, count: int) -> None:
-    """ZeroMQ ends the whole process where it gets no descriptor, also for a connection that comes in.
-
-    Raises:
-        ResourceError: there are not so many left.
-    """
-    limit, taken = resource.getrlimit(resource.RLIMIT_NOFILE)[0], len(os.listdir("/proc/self/fd"))
-    if limit - taken < count:
-        raise ResourceError(
-            f"{me}: needs {count} more descriptors for its sockets, {max(0, limit - taken)} of {limit} are left; "
-            "raise the limit (ulimit -n)"
-        )
-
-
 def _notices_half_open(socket: zmq.Socket[bytes]) -> None:
     socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
@@ -440,23 +424,3 @@ class ZeroWaker:
 
     def close(self) -> None:
         self._socket.close(linger=0)
-
-
-def _claim(path: str) -> int:
-    """Hold a lock beside the socket: binding a path that is in use would silently steal it.
-
-    Raises:
-        AddressError: another process holds it, or the folder is not there.
-    """
-    import fcntl
-
-    try:
-        lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise AddressError(f"ipc://{path}: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise AddressError(f"ipc://{path}: another process listens there") from None
-    return lock

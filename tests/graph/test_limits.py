@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def test_descriptors_that_are_used_up_end_the_command_with_a_typed_error_case_51
     for limit in (16, 24, 40, 60, 80, 100, 120, 140, 160, 300):
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=60, check=False,
-            preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)),  # type: ignore[misc]
+            preexec_fn=partial(resource.setrlimit, resource.RLIMIT_NOFILE, (limit, limit)),
         )  # fmt: skip
         assert done.returncode in (0, 1), done.stderr
         if done.returncode:

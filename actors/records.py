@@ -1,0 +1,35 @@
+"""What a process has to tell of a message, put into its ring for the trace: when it was sent, given up, or done with."""
+
+from __future__ import annotations
+
+from ranvier.transport.codec import Coding
+from ranvier.transport.ends import Received
+from ranvier.transport.header import Row
+from ranvier.transport.link import LinkSpec
+
+from .ring import Ring
+from .trace_file import DONE, SENT, UNSENT
+
+
+class Records:
+    """The columns are those of trace_file.py. `sent` and `unsent` are what an `Exchange` calls."""
+
+    def __init__(self, ring: Ring) -> None:
+        self._put = ring.put
+
+    def sent(
+        self, link: LinkSpec, sequence: int, rows: tuple[Row, ...], nbytes: int, ready_ns: int, credit_ns: int, sent_ns: int,
+        codec: int, coding: Coding | None,
+    ) -> None:  # fmt: skip
+        self._put((SENT, link.edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, codec, rows, coding, link.target))
+
+    def unsent(self, link: LinkSpec, rows: tuple[Row, ...], nbytes: int, ready_ns: int, given_up_ns: int) -> None:
+        self._put((UNSENT, link.edge, nbytes, ready_ns, given_up_ns, rows, link.target))
+
+    def done(self, received: Received, started_ns: int, finished_ns: int, batch: int) -> None:
+        """`batch` messages went into the step; 0: it went into none."""
+        header = received.header
+        self._put((
+            DONE, header.edge, header.sequence, received.nbytes, header.sent_ns, received.received_ns, started_ns,
+            finished_ns, batch, header.rows, received.link.spec.source,
+        ))  # fmt: skip
