@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 
+NOTHING, REWINDS, REPLAYED = "nothing", "rewinds", "replayed"
+"""What an actor keeps of a session, for those who recover it: nothing between steps; what can go on from an earlier position;
+what must be built anew from the session's inputs."""
+
+
 class Batch(msgspec.Struct, frozen=True, eq=False):
     """Flat rows and their tensors: rows say which tokens belong to which session, there is no padding.
 
@@ -88,6 +93,10 @@ class Actor:
     """Inputs that come once a session and belong to all its steps, such as what a decoder attends to. `step` gets each in a
     batch of its own before the first step of that session, and returns nothing for it; `join` is about the others."""
 
+    stateless: ClassVar[bool] = False
+    """Whether it keeps nothing of a session between steps but what `open` was told. If it is lost, the other actors then need
+    not forget what they have: only the step that was under way is taken again."""
+
     def load(self, context: Context) -> None:
         """Read weights, make state. Raises whatever went wrong; the run then does not start."""
 
@@ -102,6 +111,22 @@ class Actor:
     def close(self, session: int) -> None:
         """The session is over: free what it held. Called once for each `open`, also after an error."""
 
+    def rewind(self, session: SessionInfo) -> None:
+        """A session goes on in a new epoch: its first `session.kept` positions were taken and stand, what came after them
+        is to be forgotten. An actor that does not offer this is told `close` and `open`, and all is replayed."""
+        raise NotImplementedError(f"{type(self).__name__} has no rewind")
+
+    def snapshot(self) -> Mapping[str, torch.Tensor]:
+        """What it keeps beyond its sessions, for the one that takes its place if it is lost: it gets this by `restore`. Called
+        after steps, at most every `restart.snapshot_s` seconds, before their outputs go out. Sessions that were open are
+        replayed from their inputs after that: what they have left in the state already is to be told by session and
+        position, or by `open`, whose `epoch` is then a later one."""
+        raise NotImplementedError(f"{type(self).__name__} has no snapshot")
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Go on with what `snapshot` of a lost one gave. Called after `load`, before any `open`."""
+        raise NotImplementedError(f"{type(self).__name__} has no restore")
+
     def capacity_tokens(self) -> int | None:
         """How many positions of all sessions together fit here; None if there is no limit."""
         return None
@@ -109,3 +134,10 @@ class Actor:
     def held_bytes(self) -> int:
         """Bytes of the tensors this actor keeps for as long as it lives (its weights)."""
         return 0
+
+
+def keeps(actor: Actor) -> str:
+    """NOTHING, REWINDS or REPLAYED."""
+    if actor.stateless:
+        return NOTHING
+    return REWINDS if type(actor).rewind is not Actor.rewind else REPLAYED

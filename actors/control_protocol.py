@@ -18,7 +18,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     # host -> supervisor
     "state": {"state": str, "why": str},
     "progress": {"share": float},
-    "ready": {"address": str, "capacity_tokens": (int, type(None)), "held_bytes": int},
+    "ready": {"address": str, "capacity_tokens": (int, type(None)), "held_bytes": int, "keeps": str},
     "heartbeat": {"steps": int, "stepping_s": float, "queued": int, "counters": dict},
     "counters": {"counters": dict},
     "linked": {"peer": str},
@@ -26,8 +26,9 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "refused": {"what": str},
     "failed": {"error": str, "traceback": str},
     # supervisor -> host
-    "connect": {"peers": dict, "links": list},
+    "connect": {"peers": dict, "links": list, "instead_of": (str, type(None))},
     "open": {"info": dict},
+    "hold": {"session": int},
     "close": {"session": int},
     "link": {"peer": str, "address": str, "links": list},
     "unlink": {"peer": str},

@@ -25,15 +25,17 @@ from ranvier.transport.header import Row
 from ranvier.transport.link import Arrival
 from ranvier.transport.zeromq import ZeroWire
 
-from .actor import Actor, Batch, Context
+from .actor import Actor, Batch, Context, keeps
 from .checkpoint import known_checkpoint
 from .control import ControlThread
 from .core import HostCore, Work
 from .crossing import Crossing
 from .kinds import make
 from .lifecycle import Lifecycle, State
+from .open_sessions import OpenSessions
 from .records import Records
 from .session import SessionInfo
+from .snapshots import Snapshots
 from .spec import HostLink, HostSpec
 
 ACK_DELAY_S = 0.001
@@ -104,6 +106,9 @@ class Host:
         self.core = HostCore(spec.inputs, spec.outputs, (), self.exchange, spec.batch_tokens, spec.needed, spec.batches)
         with torch.inference_mode():
             self.actor = self._load()
+            self.sessions = OpenSessions(self.actor, self.core)
+            state = Path(spec.snapshot_of(spec.label))
+            self.snapshots = Snapshots.of(self.actor, state, spec.restart.snapshot_s)
             gc.collect()
             gc.freeze()
             # A full collection walks all of torch's objects: 1 ms in the middle of a step. Ticks collect what is young.
@@ -114,6 +119,7 @@ class Host:
                 address=wire.address,
                 capacity_tokens=self.actor.capacity_tokens(),
                 held_bytes=self.actor.held_bytes(),
+                keeps=keeps(self.actor),
             )
             self._link_up(wire)
             self._to(State.RUNNING)
@@ -184,6 +190,8 @@ class Host:
         for peer, address in fields["peers"].items():
             wire.connect(peer, address)
         self._add_links(fields["links"])
+        if self.snapshots is not None and fields["instead_of"] is not None:
+            self.snapshots.restore(Path(self.spec.snapshot_of(fields["instead_of"])))
 
     def _add_links(self, plain: Sequence[Mapping[str, Any]]) -> None:
         links = [HostLink.from_plain(each) for each in plain]
@@ -208,6 +216,8 @@ class Host:
                 tick_at_s = time.monotonic() + TICK_S
                 exchange.tick()
                 self._give_up_overdue()
+                if self.snapshots is not None:
+                    self.snapshots.on_tick()
                 self._flush(wire)
                 self._count()
             while crossing.commands:
@@ -281,6 +291,8 @@ class Host:
         try:
             outputs = self.actor.step(work.batch)
             finished_ns = time.monotonic_ns()
+            if self.snapshots is not None:
+                self.snapshots.on_step()
             done = self.core.finish(work)  # so that its credit rides along with the outputs, or goes before them
             self.core.complete(work, outputs, finished_ns)
         except Exception as error:
@@ -305,6 +317,8 @@ class Host:
         for single in self.core.alone(work):
             try:
                 outputs: Mapping[str, torch.Tensor | Batch] = self.actor.step(single.batch)
+                if self.snapshots is not None:
+                    self.snapshots.on_step()
                 self.core.complete(single, outputs, time.monotonic_ns())
             except Exception as own:
                 self._session_failed(single.batch.rows[0], own)
@@ -320,7 +334,7 @@ class Host:
             )
 
     def _session_failed(self, row: Row, error: Exception) -> None:
-        self._close_session(row.session)
+        self.sessions.close(row.session)
         self.crossing.tell(
             "session_failed",
             session=row.session,
@@ -347,9 +361,16 @@ class Host:
             except (KeyError, TypeError, ValueError) as error:
                 self._refused(ProtocolError(f"control open: {type(error).__name__}: {error}"))
                 return True
-            self._open_session(info)
+            try:
+                self.sessions.open(info)
+            except Exception as error:
+                self._session_failed(Row(info.session, info.epoch, 0, 0), error)
+        elif kind == "hold":
+            self.sessions.hold(fields["session"])
         elif kind == "close":
-            self._close_session(fields["session"])
+            self.sessions.close(fields["session"])
+            if self.snapshots is not None:
+                self.snapshots.on_step()
         elif kind == "link":
             self._link(fields)
         elif kind == "unlink":
@@ -370,22 +391,6 @@ class Host:
         self.core.remove(peer)
         self.exchange.remove(peer)
         self.wire.disconnect(peer)
-
-    def _open_session(self, info: SessionInfo) -> None:
-        row = Row(info.session, info.epoch, 0, 0)
-        try:
-            self._close_session(info.session)
-            self.actor.open(info)
-        except Exception as error:
-            self.core.open(info.session, info.epoch)  # what came for it already is refused with it
-            self.core.close(info.session)
-            self._session_failed(row, error)
-            return
-        self.core.open(info.session, info.epoch, info.places)
-
-    def _close_session(self, session: int) -> None:
-        if self.core.close(session):
-            self.actor.close(session)
 
     def _count(self) -> None:
         dropped = self.crossing.ring.dropped

@@ -114,6 +114,8 @@ def _spec(
 class ModuleActor(Actor):
     """Runs one module. `weights` in the graph file is a safetensors file with its state."""
 
+    stateless = True
+
     def __init__(self, module: type[nn.Module]) -> None:
         self._class = module
         self._inputs = inputs_of(module)

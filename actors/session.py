@@ -66,6 +66,8 @@ class SessionInfo:
     """Whether the head sends the logits of every generated position to the gateway."""
     score: bool = False
     """Whether nothing is generated, and the head sends the log-probability of every token of the log but the first."""
+    kept: int = 0
+    """The positions that actors still hold from the epoch before (see `Actor.rewind`); rows come from there on."""
     places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """The replicas that the session was opened at, by actor, where there is a choice; else replica 0. They remain the same
     for as long as it is open."""

@@ -78,11 +78,13 @@ class Deadlines:
 @dataclass(frozen=True, slots=True)
 class Restart:
     """How often an actor that is lost is started anew: `max` times within `window_s` seconds, the first after `backoff_s`, each
-    further one within the window after twice as long as the one before. `max` 0: never."""
+    further one within the window after twice as long as the one before. `max` 0: never. An actor that offers `snapshot` is
+    asked for one every `snapshot_s` seconds at most."""
 
     max: int = 5
     window_s: float = 60.0
     backoff_s: float = 0.2
+    snapshot_s: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +171,10 @@ class HostSpec:
     def label(self) -> str:
         """How people and files call this host: `actor.replica`."""
         return f"{self.actor}.{self.replica}"
+
+    def snapshot_of(self, label: str) -> str:
+        """Where the host of that label saves its state."""
+        return f"{self.run_dir}/state/{label}.safetensors"
 
     @property
     def file(self) -> str:

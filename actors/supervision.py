@@ -12,6 +12,7 @@ from typing import Any
 
 from ranvier.transport.errors import ProtocolError
 
+from .actor import REPLAYED
 from .errors import ActorFailed
 from .lifecycle import IllegalTransition, Lifecycle, State
 from .restarts import Restarts
@@ -32,6 +33,7 @@ class Watched:
     address: str | None = None
     capacity_tokens: int | None = None
     held_bytes: int = 0
+    keeps: str = REPLAYED
     steps: int = 0
     stepping_s: float = 0.0
     queued: int = 0
@@ -85,6 +87,7 @@ class Supervision:
         elif kind == "ready":
             host.address, host.loaded = fields["address"], 1.0
             host.capacity_tokens, host.held_bytes = fields["capacity_tokens"], fields["held_bytes"]
+            host.keeps = fields["keeps"]
         elif kind == "heartbeat":
             host.steps, host.stepping_s, host.queued = fields["steps"], fields["stepping_s"], fields["queued"]
             host.counters = fields["counters"]

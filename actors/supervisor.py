@@ -99,12 +99,20 @@ class Supervisor:
         await self._until(lambda: self.supervision.all_running, lambda _: None)
         self.supervision.begun = True
 
-    def connect(self, spec: HostSpec, links: Sequence[HostLink], gateway: str, gateway_address: str) -> None:
-        """Tell a host what links it has and where its neighbours are."""
+    def connect(
+        self,
+        spec: HostSpec,
+        links: Sequence[HostLink],
+        gateway: str,
+        gateway_address: str,
+        instead_of: str | None = None,
+    ) -> None:
+        """Tell a host what links it has and where its neighbours are, and whose place it takes, by its label."""
         own = spec.identity
         listening = self.supervision.neighbours(links, gateway, gateway_address)
         peers = {peer: self.detour(own, peer, address) for peer, address in listening.items()}
-        self._send(own, "connect", peers=peers, links=[asdict(link) for link in links])
+        plain = [asdict(link) for link in links]
+        self._send(own, "connect", peers=peers, links=plain, instead_of=instead_of)
 
     # -- while the run goes on ----------------------------------------------------------------------------------
 

@@ -43,13 +43,15 @@ class Delivered:
 class Stream:
     """One session as the gateway sees it. `events` waits for the client; the last one is a `str` (done: the reason) or
     an exception. `info` is that of its present epoch, `asked` the one that the client asked for. While it `waits`, an actor
-    that it needs is lost and another one on its way: it is open nowhere."""
+    that it needs is lost and another one on its way: it is open nowhere, or `held` by the others, who then go on where they
+    were."""
 
     info: SessionInfo
     asked: SessionInfo
     inputs: Tensors
     places: Places
     waits: bool = True
+    held: bool = False
     losses: int = 0
     lost_actor: str = ""
     outputs: dict[str, tuple[TensorMeta, Buffer]] = field(default_factory=dict)
@@ -63,7 +65,13 @@ class Stream:
     submitted_ns: int = 0
 
     @property
+    def taken(self) -> int:
+        """The positions that every actor has taken for sure in the present epoch."""
+        return len(self.log) - 1 if self.generated else self.info.kept
+
+    @property
     def generated(self) -> int:
+        """Tokens of the present epoch."""
         return len(self.log) - len(self.info.log)
 
     @property
@@ -182,7 +190,8 @@ class Gateway:
         return stream
 
     def _open(self, stream: Stream) -> None:
-        """Open a session in the present epoch: everything that actors keep for it is built anew from its log."""
+        """Open a session in the present epoch: everything that actors keep for it is built anew from its log. Where they have
+        held it they have it already, but for the last token."""
         asked, log = stream.asked, stream.log
         del log[stream.awaited :]  # recorded, but its logits have not come: they are computed again
         stream.outputs.clear()
@@ -191,8 +200,9 @@ class Gateway:
         del stream.scores[:]
         chosen = {actor: replicas for actor, replicas in stream.places.items() if replicas != (0,)}
         left = asked.max_tokens - (len(log) - len(asked.log))
-        stream.info = replace(asked, epoch=self._epoch, log=tuple(log), max_tokens=left, places=chosen)
-        stream.waits, stream.submitted_ns = False, self.exchange.clock()
+        kept = stream.taken if stream.held else 0
+        stream.info = replace(asked, epoch=self._epoch, log=tuple(log), max_tokens=left, kept=kept, places=chosen)
+        stream.waits, stream.held, stream.submitted_ns = False, False, self.exchange.clock()
         self.commands.append(("open", {"info": stream.info.to_plain()}, self.placement.labels(stream.places)))
         try:
             self._send_inputs(stream)
@@ -217,7 +227,7 @@ class Gateway:
                 if stream.losses >= MOST_LOSSES:
                     self._end(stream, failure.of(stream.info.session, MOST_LOSSES))
                     continue
-                self._suspend(stream)
+                self._suspend(stream, actor)
                 self._move(stream, actor)
         self._resume()
 
@@ -235,11 +245,13 @@ class Gateway:
     def _move(self, stream: Stream, actor: str) -> None:
         stream.places = self.placement.move(stream.places, actor, stream.info.capacity)
 
-    def _suspend(self, stream: Stream) -> None:
-        if stream.waits:
+    def _suspend(self, stream: Stream, lost: str) -> None:
+        """Have the others hold a session or, where they could not go on with it, end it there."""
+        if stream.waits and not stream.held:
             return
         stream.waits = True
-        self._close(stream)
+        stream.held = not stream.inputs and self.placement.outlive(stream.places, lost)
+        self._close(stream, "hold" if stream.held else "close")
 
     def _resume(self) -> None:
         """Begin a new epoch with the sessions that waited and whose actors are all there."""
@@ -247,15 +259,22 @@ class Gateway:
         if ready:
             self._epoch += 1
         for stream in ready:
-            self.exchange.counters["sessions_replayed"] += stream.info.epoch > 0
+            anew = stream.info.epoch > 0
             self._open(stream)
+            self.exchange.counters["sessions_resumed" if stream.info.kept else "sessions_replayed"] += anew
 
     # -- hosts --------------------------------------------------------------------------------------------------
 
     def on_session_failed(self, label: str, fields: Mapping[str, Any]) -> None:
         """A host could not open a session, or has lost it."""
-        stream = self._stream_of(Row(fields["session"], fields["epoch"], 0, 0))
-        if stream is not None:
+        stream = self.streams.get(fields["session"])
+        if stream is None or stream.info.epoch != fields["epoch"]:
+            return
+        if stream.waits:
+            if stream.held:  # one of those that were to go on with it cannot: all is replayed
+                stream.held = False
+                self._close(stream)
+        else:
             what, session = fields["error"], stream.info.session
             self._end(stream, ActorFailed(label, what, session=session, remote_traceback=fields["traceback"]))
 
@@ -309,7 +328,7 @@ class Gateway:
         for port, (meta, buffer) in stream.inputs.items():
             tokens = meta.shape[0] if meta.shape else 1
             self._send(stream, port, Row(info.session, info.epoch, 0, tokens), meta, buffer, now_ns)
-        for start in range(0, len(info.log), self._chunk):
+        for start in range(info.kept, len(info.log), self._chunk):
             chunk = info.log[start : start + self._chunk]
             row = Row(info.session, info.epoch, start, len(chunk))
             meta, buffer = token_tensor(chunk)
@@ -376,15 +395,15 @@ class Gateway:
         self._close(stream)
         self.placement.give_back(stream.places, stream.info.capacity)
 
-    def _close(self, stream: Stream) -> None:
-        """End it at the hosts."""
+    def _close(self, stream: Stream, command: str = "close") -> None:
+        """End it at the hosts, or have them hold it."""
         for route in self._routes():
             route.close(stream.info.session)
         if self.exchange.waiting:  # for credit: nobody wants it any more
             for route in self._routes():
                 route.give_up(self._is_open)
             self.exchange.give_up(self._is_open)
-        self.commands.append(("close", {"session": stream.info.session}, self.placement.labels(stream.places)))
+        self.commands.append((command, {"session": stream.info.session}, self.placement.labels(stream.places)))
 
 
 def token_tensor(ids: Sequence[int], name: str = "token") -> tuple[TensorMeta, bytes]:

@@ -139,7 +139,7 @@ async def _launched(
                         host = supervisor.supervision.hosts[spec.identity]
                         assert host.address is not None
                         wire.connect(spec.identity, detours.address(me, spec.identity, host.address))
-                        placement.join(spec.actor, spec.replica, host.capacity_tokens)
+                        placement.join(spec.actor, spec.replica, host.capacity_tokens, host.keeps)
                     gateway = Gateway(exchange, links, placement, graph.prefill_chunk, graph.generates)
                     run = Run(planned, folder, supervisor, wire, gateway, codec, detours, ring)
                     holder.append(run)

@@ -56,8 +56,8 @@ class Members:
         live: Live = {**self.live, actor: {**self.live[actor], replica: epoch}}
         return self._plan.host(actor, replica, live, self._folder.path, self._folder.sockets)
 
-    async def enter(self, spec: HostSpec) -> None:
-        """A host that has loaded takes its place: links to and from everyone, sessions from when it runs.
+    async def enter(self, spec: HostSpec, instead_of: str | None = None) -> None:
+        """A host that has loaded takes its place, or a lost one's: links to and from everyone, sessions from when it runs.
 
         Raises:
             ActorFailed: it was lost meanwhile; nobody has it in mind any more.
@@ -65,13 +65,14 @@ class Members:
         async with self._one_at_a_time:
             await self._introduce(spec)
             links = self._plan.links(spec.actor, spec.replica, self._live_with(spec))
-            self._supervisor.connect(spec, links, self._gateway.exchange.me, self._wire.wire.address)
+            gateway, address = self._gateway.exchange.me, self._wire.wire.address
+            self._supervisor.connect(spec, links, gateway, address, instead_of)
             await self._supervisor.until_joined(spec)
             self.live[spec.actor][spec.replica] = spec.epoch
         placement = self._gateway.placement
         if spec.replica not in placement.replicas[spec.actor]:
             host = self._supervisor.supervision.hosts[spec.identity]
-            placement.join(spec.actor, spec.replica, host.capacity_tokens)
+            placement.join(spec.actor, spec.replica, host.capacity_tokens, host.keeps)
 
     async def _introduce(self, spec: HostSpec) -> None:
         """Everyone who will speak with the new host makes ready for it."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ranvier.actors.actor import NOTHING, REPLAYED, REWINDS
 from ranvier.actors.errors import Overloaded
 from ranvier.actors.spec import STICKY, Policy
 
 
 @dataclass(slots=True)
 class Replica:
-    """One host as the gateway sees it. `capacity_tokens`: positions that its caches hold; None: no limit."""
+    """One host as the gateway sees it. `capacity_tokens`: positions that its caches hold; None: no limit. `keeps`: what it has
+    of a session between steps (see `Actor`)."""
 
     label: str
     capacity_tokens: int | None = None
+    keeps: str = REPLAYED
     reserved_tokens: int = 0
     sessions: int = 0
     turn: int = 0
@@ -38,9 +41,9 @@ class Placement:
         self.replicas: dict[str, dict[int, Replica]] = {}
         self._turn = 0
 
-    def join(self, actor: str, replica: int, capacity_tokens: int | None = None) -> None:
+    def join(self, actor: str, replica: int, capacity_tokens: int | None = None, keeps: str = REPLAYED) -> None:
         """Sessions may be placed there from now on."""
-        self.replicas.setdefault(actor, {})[replica] = Replica(f"{actor}.{replica}", capacity_tokens)
+        self.replicas.setdefault(actor, {})[replica] = Replica(f"{actor}.{replica}", capacity_tokens, keeps)
 
     def leave(self, actor: str, replica: int) -> None:
         """No new session is placed there."""
@@ -60,6 +63,15 @@ class Placement:
     def is_up(self, places: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether all of a session's replicas are there."""
         return not any(replica.down for replica in self._of(places))
+
+    def outlive(self, places: Mapping[str, tuple[int, ...]], actor: str) -> bool:
+        """Whether the others that have a session can go on with it where they were after `actor` is lost: that one kept
+        nothing, and they can go back to a position."""
+        return all(
+            self.replicas[name][number].keeps in ((NOTHING,) if name == actor else (NOTHING, REWINDS))
+            for name, numbers in places.items()
+            for number in numbers
+        )
 
     def move(self, places: Mapping[str, tuple[int, ...]], actor: str, tokens: int) -> dict[str, tuple[int, ...]]:
         """The places of a session that has lost a replica of `actor`: others, or, where there is no room, as before."""

@@ -111,7 +111,7 @@ class Recovery:
                     newest = spec = self._members.again(newest)
                     await self._supervisor.join(spec)
                 loaded_s = time.monotonic()
-                await self._members.enter(spec)
+                await self._members.enter(spec, lost.label)
                 break
             except ActorFailed as error:
                 self._members.forget(spec)

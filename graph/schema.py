@@ -70,6 +70,12 @@ class RestartSection(Section):
         strict=False,
         description="seconds before the first; then twice as long each time",
     )
+    snapshot_s: float = Field(
+        _RESTART.snapshot_s,
+        ge=0,
+        strict=False,
+        description="seconds between snapshots of an actor that offers them; 0: after every step",
+    )
 
 
 class ActorSection(Section):

@@ -66,6 +66,8 @@ class Attention(BlocksActor):
 class Experts(Actor):
     """The feed-forward parts of some experts of one layer: `expertN` [tokens, H] -> `expertN` [tokens, H], for each."""
 
+    stateless = True
+
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
         assert context.layers is not None and context.experts is not None
@@ -93,6 +95,8 @@ class Experts(Actor):
 class Combine(Actor):
     """`residual` [tokens, H], `index` and `weight` [tokens, k], `expertN` -> `hidden` [tokens, H]: what the experts made,
     each with its weight, back in order."""
+
+    stateless = True
 
     def load(self, context: Context) -> None:
         checkpoint, _ = needed(context)

@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 
 from ranvier.transport.header import Row
 
-from ..actor import Context
+from ..actor import Actor, Context
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..session import SessionInfo
@@ -307,6 +307,8 @@ class ForeignEmbedding(Embedding):
 
 
 class ForeignBlocksActor(BlocksActor):
+    rewind = Actor.rewind  # their caches may hold no more than a window, or sums over all positions
+
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
         self.blocks = ForeignBlocks(
@@ -333,6 +335,8 @@ class ForeignHead(Head):
 
 
 class ForeignStage(Stage):
+    rewind = Actor.rewind
+
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
         layers = context.layers or (0, checkpoint.config.layers - 1)

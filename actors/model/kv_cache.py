@@ -67,6 +67,17 @@ class KVCache(Generic[C]):
         if cache is not None:
             self.reserved -= cache.capacity
 
+    def rewind(self, session: int, length: int) -> None:
+        """Forget what is behind the first `length` positions.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        cache = self.sessions[session]
+        if length > cache.length:
+            raise ValueError(f"session {session}: expected {length} positions in its cache, there are {cache.length}")
+        cache.length = length
+
     def at(self, session: int, position: int, tokens: int) -> C:
         """The cache for a step that writes `tokens` entries from `position` on.
 

@@ -46,6 +46,8 @@ class AnyBlocks(Protocol):
 class Embedding(Actor):
     """`token` int64 [tokens] -> `hidden` [tokens, H]."""
 
+    stateless = True
+
     def load(self, context: Context) -> None:
         self.load_with(context, None)
 
@@ -101,6 +103,9 @@ class BlocksActor(Actor):
     def open(self, session: SessionInfo) -> None:
         self.blocks.open(session.session, session.capacity)
 
+    def rewind(self, session: SessionInfo) -> None:
+        self.blocks.cache.rewind(session.session, session.kept)
+
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
         return {"hidden": self.blocks.forward(batch.rows, batch["hidden"])}
 
@@ -129,6 +134,8 @@ class Head(Actor):
     `token` int64 [rows] goes back to the embedding, unless the stream has ended; `sampled` int64 [rows] and, for
     sessions that asked for them, `logits` float32 [rows, V] or `scores` float32 [tokens] go to the gateway.
     """
+
+    stateless = True
 
     def allowed(self, due: list[Row], logits_RV: torch.Tensor) -> torch.Tensor:
         """The logits that tokens are chosen by, -inf for those that may not be."""
@@ -260,6 +267,11 @@ class Stage(Actor):
 
     def open(self, session: SessionInfo) -> None:
         self.blocks.open(session.session, session.capacity)
+        if self.head is not None:
+            self.head.open(session)
+
+    def rewind(self, session: SessionInfo) -> None:
+        self.blocks.cache.rewind(session.session, session.kept)
         if self.head is not None:
             self.head.open(session)
 

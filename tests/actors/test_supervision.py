@@ -73,7 +73,10 @@ def running(*specs: HostSpec) -> Supervision:
         for state in ("loading", "ready", "running"):
             supervision.on_message(each.identity, "state", {"state": state, "why": ""}, 1.0)
         supervision.on_message(
-            each.identity, "ready", {"address": f"ipc:///{each.actor}", "capacity_tokens": 7, "held_bytes": 3}, 1.0
+            each.identity,
+            "ready",
+            {"address": f"ipc:///{each.actor}", "capacity_tokens": 7, "held_bytes": 3, "keeps": "nothing"},
+            1.0,
         )
     return supervision
 

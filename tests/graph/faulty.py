@@ -6,6 +6,7 @@ import fcntl
 import os
 import signal
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -46,6 +47,30 @@ class Faulty(Actor):
                 return {"y": 5}
             go_wrong(self.fault)
         return {"y": batch["x"] + 1}
+
+
+class Remembering(Actor):
+    """Gives the sum of all x so far, over all sessions, and saves it. A step counts once, however often it comes."""
+
+    inputs = {"x": TensorSpec("float32", ("tokens",))}
+    outputs = {"y": TensorSpec("float32", ("tokens",))}
+
+    def load(self, context: Context) -> None:
+        self.sum = torch.zeros(())
+        self.counted: set[int] = set()
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        [row] = batch.rows
+        if row.session not in self.counted:
+            self.counted.add(row.session)
+            self.sum = self.sum + batch["x"].sum()
+        return {"y": self.sum.repeat(len(batch["x"]))}
+
+    def snapshot(self) -> dict[str, torch.Tensor]:
+        return {"sum": self.sum, "counted": torch.tensor(sorted(self.counted))}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.sum, self.counted = state["sum"], set(state["counted"].tolist())
 
 
 class Wide(Actor):

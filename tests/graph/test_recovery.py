@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -101,6 +102,63 @@ def test_a_middle_actor_is_killed_at_every_token_case_1(
     read = trace.read(folder)
     assert {"blocks0.0", f"blocks0.0.{count + 1}"} <= {path.stem for path in (folder / "trace").iterdir()}
     assert trace.summary(read)["edges"], "the trace can be read"
+
+
+def test_an_actor_without_state_costs_one_step_not_a_prefill(
+    four: Callable[..., ranvier.Graph], exact: Callable[..., list[int]], runs: Path
+) -> None:
+    """The embedding and the head are killed at every token: the blocks go on with what they have."""
+    count = 6
+
+    async def main() -> Path:
+        async with launched(four(), runs) as run:
+            for victim in ("embed", "head"):
+                for kill_at in range(1, count):
+
+                    def kill(there: int, victim: str = victim, kill_at: int = kill_at) -> None:
+                        if there == kill_at:
+                            os.kill(pid_of(run, victim), signal.SIGKILL)
+
+                    before = len(run.recoveries)
+                    options = {"logits": True} if kill_at % 2 else {}
+                    assert await tokens(run, count, at=kill, **options) == exact(PROMPT, count), (victim, kill_at)
+                    while len(run.recoveries) <= before:
+                        await trio.sleep(0.01)
+            # the last token of a stream may be there before the loss is noticed
+            assert run.counters["gateway.0"].get("sessions_replayed", 0) == 0
+            assert run.counters["gateway.0"]["sessions_resumed"] >= 2 * (count - 2)
+            return run.dir
+
+    folder = trio.run(main)
+    for record in trace.read(folder).done["blocks0.0"]:
+        for session, epoch, position, size in record.rows:
+            assert size == 1 or (position, size) == (0, len(PROMPT)), f"a prefill again: {session} in epoch {epoch}"
+
+
+def test_a_session_that_cannot_go_on_where_it_was_is_replayed(
+    four: Callable[..., ranvier.Graph], exact: Callable[..., list[int]], runs: Path
+) -> None:
+    """The embedding and, before that is back, a blocks actor are killed: what was held is given up for a replay."""
+
+    async def main() -> None:
+        async with launched(four(restart={**MANY, "backoff_s": 0.3}), runs) as run:
+
+            def kill(there: int) -> None:
+                if there == 3:
+                    os.kill(pid_of(run, "embed"), signal.SIGKILL)
+
+            async def second() -> None:
+                while not any(stream.held for stream in run._gateway.streams.values()):
+                    await trio.sleep(0.001)
+                os.kill(pid_of(run, "blocks1"), signal.SIGKILL)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(second)
+                assert await tokens(run, 8, at=kill) == exact(PROMPT, 8)
+            assert {recovered.actor for recovered in run.recoveries} == {"embed.0", "blocks1.0"}
+            assert run.counters["gateway.0"]["sessions_replayed"] == 1
+
+    trio.run(main)
 
 
 def test_killed_during_a_prefill_case_2(
@@ -411,6 +469,55 @@ def test_killed_after_the_compute_and_before_the_send_case_3(
             assert recovered.actor == "bad.0"
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("spares", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_what_an_actor_has_saved_outlives_it(
+    spares: int, graph_file: Callable[..., Path], runs: Path, tmp_path: Path
+) -> None:
+    """Killed after every second call: the sum over all calls goes on, each counted once."""
+    shutil.copy(HERE / "faulty.py", tmp_path / "faulty.py")
+    path = graph_file(
+        actors={"sum": {"kind": "./faulty.py:Remembering", "spares": spares, "restart": {**MANY, "snapshot_s": 0}}},
+        edges=["gateway.x -> sum.x", "sum.y -> gateway.y"],
+    )  # fmt: skip
+
+    async def main() -> Path:
+        async with launched(ranvier.load(path, allow_code=True), runs) as run:
+            expected = 0.0
+            for number in range(1, 9):
+                expected += number
+                assert await call(run, float(number)) == expected
+                if number % 2:
+                    before = len(run.recoveries)
+                    os.kill(pid_of(run, run.recoveries[-1].by if run.recoveries else "sum.0"), signal.SIGKILL)
+                    while len(run.recoveries) == before:
+                        await trio.sleep(0.01)
+            return run.dir
+
+    folder = trio.run(main)
+    assert stat.S_IMODE((folder / "state").stat().st_mode) == 0o700
+
+
+def test_a_snapshot_that_cannot_be_read_is_an_error_that_names_it(
+    graph_file: Callable[..., Path], runs: Path, tmp_path: Path
+) -> None:
+    shutil.copy(HERE / "faulty.py", tmp_path / "faulty.py")
+    restart = {"max": 2, "window_s": 60, "backoff_s": 0, "snapshot_s": 0}
+    path = graph_file(
+        actors={"sum": {"kind": "./faulty.py:Remembering", "restart": restart}},
+        edges=["gateway.x -> sum.x", "sum.y -> gateway.y"],
+    )
+
+    async def main() -> None:
+        async with launched(ranvier.load(path, allow_code=True), runs) as run:
+            assert await call(run, 1.0) == 1.0
+            (run.dir / "state" / "sum.0.safetensors").write_bytes(b"not what was saved")
+            os.kill(pid_of(run, "sum"), signal.SIGKILL)
+            await call(run, 2.0)
+
+    with pytest.raises(ranvier.ActorFailed, match=r"sum\.0.*snapshot sum\.0\.safetensors"):
+        trio.run(main)
 
 
 def test_an_actor_that_dies_at_every_start_uses_up_its_budget_case_6(

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from ranvier.actors.actor import Batch
+from ranvier.actors.actor import Actor, Batch, keeps
 from ranvier.actors.core import HostCore
 from ranvier.actors.errors import ActorFailed, Overloaded
+from ranvier.actors.open_sessions import OpenSessions
 from ranvier.actors.session import SessionInfo
 from ranvier.actors.spec import GATEWAY, HostLink, PortSpec, identity
 from ranvier.graph.gateway import Delivered, Gateway, Stream
@@ -71,72 +72,65 @@ def links(actor: str, replica: int, live: Live) -> list[HostLink]:
     return made
 
 
-class Host:
-    """The step thread of one host, without the thread."""
+class Embed(Actor):
+    stateless = True
 
-    def __init__(self, actor: str, replica: int, epoch: int, network: MemoryNetwork) -> None:
-        self.actor, self.replica, self.epoch = actor, replica, epoch
-        self.name = identity(actor, replica, epoch)
-        self.wire = network.wire(self.name)
-        self.exchange = Exchange(self.name, "g", (), network.clock)
-        inputs = {into: spec for _, _, target, into, spec, _ in EDGES if target == actor}
-        outputs = {out: spec for source, out, _, _, spec, _ in EDGES if source == actor}
-        ports = [[PortSpec(name, spec) for name, spec in side.items()] for side in (inputs, outputs)]
-        self.core = HostCore(ports[0], ports[1], (), self.exchange, 8)
-        self.sessions: dict[int, SessionInfo] = {}
+    def step(self, batch: Batch) -> dict[str, torch.Tensor | Batch]:
+        return {"hidden": batch["token"] + 1}
+
+
+class Layers(Actor):
+    """They keep what they have seen, as a KV cache does, and can forget the end of it."""
+
+    def __init__(self) -> None:
         self.kept: dict[int, list[int]] = {}
-        self.commands: deque[tuple[str, dict[str, Any]]] = deque()
-        self.failed: list[tuple[Row, str]] = []
 
-    def obey(self) -> None:
-        kind, fields = self.commands.popleft()
-        if kind == "open":
-            info = SessionInfo.from_plain(fields["info"])
-            self.close(info.session)
-            self.sessions[info.session], self.kept[info.session] = info, []
-            self.core.open(info.session, info.epoch, info.places)
-        elif kind == "close":
-            self.close(fields["session"])
-        elif kind == "link":
-            for link in fields["links"]:
-                self.exchange.add(link.link)
-            for link in fields["links"]:
-                self.core.add(link)
-            self.exchange.open()
-        elif kind == "unlink":
-            self.core.remove(fields["peer"])
-            self.exchange.remove(fields["peer"])
+    def open(self, session: SessionInfo) -> None:
+        self.kept[session.session] = []
+
+    def rewind(self, session: SessionInfo) -> None:
+        kept = self.kept[session.session]
+        assert len(kept) >= session.kept, f"expected {session.kept} positions, {len(kept)} are there"
+        del kept[session.kept :]
 
     def close(self, session: int) -> None:
-        if self.core.close(session):
-            del self.sessions[session], self.kept[session]
+        del self.kept[session]
 
-    def step(self) -> bool:
-        """Whether there was one to take."""
-        work = self.core.take()
-        self.core.discarded.clear()
-        if work is None:
-            return False
-        outputs = self.computed(work.batch)
-        self.core.finish(work)
-        self.core.complete(work, outputs, 0)
-        return True
-
-    def computed(self, batch: Batch) -> dict[str, torch.Tensor | Batch]:
-        [(_, tensor)] = batch.tensors.items()
-        if self.actor == "embed":
-            return {"hidden": tensor + 1}
-        parts = torch.split(tensor, [row.tokens for row in batch.rows])
-        if self.actor in ("lower", "upper"):  # they keep what they have seen, as a KV cache does
-            for row, part in zip(batch.rows, parts, strict=True):
-                kept = self.kept[row.session]
-                assert len(kept) == row.position, f"{self.name}: {row}: expected position {len(kept)}"
-                kept += part.tolist()
-            return {"hidden": tensor}
-        rows, tokens, on = [], [], []
+    def step(self, batch: Batch) -> dict[str, torch.Tensor | Batch]:
+        parts = torch.split(batch["hidden"], [row.tokens for row in batch.rows])
         for row, part in zip(batch.rows, parts, strict=True):
-            info, kept = self.sessions[row.session], self.kept[row.session]
-            assert len(kept) == row.position, f"{self.name}: {row}: expected position {len(kept)}"
+            kept = self.kept[row.session]
+            assert len(kept) == row.position, f"{row}: expected position {len(kept)}"
+            kept += part.tolist()
+        return {"hidden": batch["hidden"]}
+
+
+class Forgetting(Layers):
+    """Layers that can only begin anew."""
+
+    rewind = Actor.rewind
+
+
+class Head(Actor):
+    """The next token is a function of what the layers have seen: of the log, then of what has come since."""
+
+    stateless = True
+
+    def __init__(self) -> None:
+        self.sessions: dict[int, tuple[SessionInfo, list[int]]] = {}
+
+    def open(self, session: SessionInfo) -> None:
+        self.sessions[session.session] = session, list(session.log[: session.kept])
+
+    def close(self, session: int) -> None:
+        del self.sessions[session]
+
+    def step(self, batch: Batch) -> dict[str, torch.Tensor | Batch]:
+        rows, tokens, on = [], [], []
+        parts = torch.split(batch["hidden"], [row.tokens for row in batch.rows])
+        for row, part in zip(batch.rows, parts, strict=True):
+            info, kept = self.sessions[row.session]
+            assert len(kept) == row.position, f"{row}: expected position {len(kept)}"
             kept += [value - 1 for value in part.tolist()]
             if len(kept) < len(info.log):
                 continue
@@ -152,6 +146,54 @@ class Host:
         if goes:
             made["token"] = Batch(tuple(goes), {"token": torch.tensor(again)})
         return made
+
+
+class Host:
+    """The step thread of one host, without the thread."""
+
+    def __init__(self, actor: str, replica: int, epoch: int, network: MemoryNetwork, layers: type[Actor]) -> None:
+        self.actor, self.replica, self.epoch = actor, replica, epoch
+        self.name = identity(actor, replica, epoch)
+        self.wire = network.wire(self.name)
+        self.exchange = Exchange(self.name, "g", (), network.clock)
+        inputs = {into: spec for _, _, target, into, spec, _ in EDGES if target == actor}
+        outputs = {out: spec for source, out, _, _, spec, _ in EDGES if source == actor}
+        ports = [[PortSpec(name, spec) for name, spec in side.items()] for side in (inputs, outputs)]
+        self.core = HostCore(ports[0], ports[1], (), self.exchange, 8)
+        self.component = Embed() if actor == "embed" else Head() if actor == "head" else layers()
+        self.open_sessions = OpenSessions(self.component, self.core)
+        self.commands: deque[tuple[str, dict[str, Any]]] = deque()
+        self.failed: list[tuple[Row, str]] = []
+
+    def obey(self) -> None:
+        kind, fields = self.commands.popleft()
+        if kind == "open":
+            info = SessionInfo.from_plain(fields["info"])
+            self.open_sessions.open(info)
+        elif kind == "hold":
+            self.open_sessions.hold(fields["session"])
+        elif kind == "close":
+            self.open_sessions.close(fields["session"])
+        elif kind == "link":
+            for link in fields["links"]:
+                self.exchange.add(link.link)
+            for link in fields["links"]:
+                self.core.add(link)
+            self.exchange.open()
+        elif kind == "unlink":
+            self.core.remove(fields["peer"])
+            self.exchange.remove(fields["peer"])
+
+    def step(self) -> bool:
+        """Whether there was one to take."""
+        work = self.core.take()
+        self.core.discarded.clear()
+        if work is None:
+            return False
+        outputs = self.component.step(work.batch)
+        self.core.finish(work)
+        self.core.complete(work, outputs, 0)
+        return True
 
 
 class Simulation:
@@ -170,22 +212,21 @@ class Simulation:
         self.wire = self.network.wire(me)
         self.exchange = Exchange(me, "g", [link.link for link in links(GATEWAY, 0, self.live)], self.network.clock)
         placement = Placement()
-        for actor in ACTORS:
-            for replica in self.live[actor]:
-                placement.join(actor, replica, CAPACITY)
-        self.gateway = Gateway(self.exchange, links(GATEWAY, 0, self.live), placement, CHUNK)
+        self.layers: type[Actor] = chance.choice((Layers, Layers, Forgetting))
         self.hosts = {}
         for actor in ACTORS:
             for replica in self.live[actor]:
-                host = self.hosts[actor, replica] = Host(actor, replica, 1, self.network)
+                host = self.hosts[actor, replica] = Host(actor, replica, 1, self.network, self.layers)
+                placement.join(actor, replica, CAPACITY, keeps(host.component))
                 host.commands.append(("link", {"links": links(actor, replica, self.live)}))
+        self.gateway = Gateway(self.exchange, links(GATEWAY, 0, self.live), placement, CHUNK)
         self.exchange.open()
         self.away: list[tuple[str, int, int]] = []
         self.coming: Host | None = None
         self.introduced: list[tuple[Host, dict[str, Any]]] | None = None
         self.streams: list[tuple[Stream, list[int]]] = []
         self.left = chance.randrange(4, 12)
-        self.crashes = chance.randrange(0, 5)
+        self.crashes, self.peril = chance.randrange(0, 5), chance.choice((0.005, 0.0005))
         self.leaving = chance.randrange(0, 3)
 
     def fault(self, crossing: Crossing) -> Sequence[Crossing]:
@@ -285,7 +326,7 @@ class Simulation:
     def replace(self, which: int) -> None:
         """Begin to put one in the place of a lost one."""
         actor, replica, epoch = self.away.pop(which)
-        host = self.coming = Host(actor, replica, epoch, self.network)
+        host = self.coming = Host(actor, replica, epoch, self.network, self.layers)
         live = {**self.live, actor: {**self.live[actor], replica: epoch}}
         self.introduced = []
         for (other, number), told in self.hosts.items():
@@ -342,10 +383,9 @@ class Simulation:
         dice = self.chance.random()
         if dice < 0.02 and self.left:
             self.left -= 1
-            self.submit(
-                [self.chance.randrange(97) for _ in range(self.chance.randrange(1, 9))], self.chance.randrange(1, 9)
-            )
-        elif dice < 0.025 and self.crashes > 0 and self.all_hosts:
+            prompt = [self.chance.randrange(97) for _ in range(self.chance.randrange(1, 9))]
+            self.submit(prompt, self.chance.randrange(1, 25))
+        elif dice < 0.02 + self.peril and self.crashes > 0 and self.all_hosts:
             self.crashes -= 1
             self.crash(self.chance.choice(self.all_hosts))
         elif dice < 0.05 and self.away and self.coming is None:
@@ -390,6 +430,8 @@ class Simulation:
                 break
             self.turn()
         self.check()
+        for what in ("sessions_resumed", "sessions_replayed"):
+            self.happened[what] += self.exchange.counters[what]
         return self.happened
 
     def check(self) -> None:

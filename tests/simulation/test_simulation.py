@@ -30,6 +30,7 @@ def test_every_stream_ends_and_rightly(first: int) -> None:
         happened += simulate.Simulation(seed).play()
     for what in ("lost", "repeated", "late", "damaged", "crashed", "replaced", "left", "exact"):
         assert happened[what] > 5, happened
+    assert happened["sessions_resumed"], "none went on where it was"
 
 
 def test_a_schedule_is_the_same_each_time() -> None:
