@@ -48,6 +48,7 @@ class Snapshots:
     def take(self) -> None:
         """Save the present state."""
         state = {name: tensor.contiguous() for name, tensor in self._actor.snapshot().items()}
+        self._file.parent.mkdir(mode=0o700, exist_ok=True)
         part = self._file.with_suffix(".part")
         save_file(state, part)
         part.replace(self._file)

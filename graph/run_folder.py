@@ -4,7 +4,7 @@
     graph.yaml   the file as it was          plan.json    what was made of it
     run.json     versions, times, outcome    logs/        a file a process, JSON lines and standard error
     trace/       a file an actor             sockets/     only while it runs
-    state/       what actors have saved for those in their places
+    state/       what actors have saved for those in their places, if any can
 """
 
 from __future__ import annotations
@@ -44,10 +44,6 @@ class RunFolder:
         return self.path / "trace"
 
     @property
-    def state(self) -> Path:
-        return self.path / "state"
-
-    @property
     def sockets(self) -> Path:
         return self.path / "sockets"
 
@@ -76,7 +72,7 @@ def create(plan: Plan, root: Path) -> RunFolder:
     _check_length(graph, path)
     folder = RunFolder(path)
     root.mkdir(parents=True, exist_ok=True)
-    for part in (path, folder.logs, folder.trace, folder.state, folder.sockets):
+    for part in (path, folder.logs, folder.trace, folder.sockets):
         part.mkdir(mode=0o700)
     shutil.copyfile(graph.path, path / "graph.yaml")
     (path / "plan.json").write_text(json.dumps({**plan.to_plain(), "expanded": graph.expanded()}, indent=1) + "\n")
