@@ -24,6 +24,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "linked": {"peer": str},
     "session_failed": {"session": int, "epoch": int, "error": str, "traceback": str},
     "refused": {"what": str},
+    "saved": {"round": int},
     "failed": {"error": str, "traceback": str},
     # supervisor -> host
     "connect": {"peers": dict, "links": list, "instead_of": (str, type(None))},

@@ -286,6 +286,20 @@ def load_class(implementation: str, folder: str | None) -> type[Any]:
     """
     from .actor import Actor
 
+    made = import_name(implementation, folder)
+    if not isinstance(made, type) or not (issubclass(made, Actor) or is_module(made)):
+        raise KindError(
+            f"kind {implementation!r}: expected a class that derives from ranvier.Actor or torch.nn.Module, got {made!r:.80}"
+        )
+    return made
+
+
+def import_name(implementation: str, folder: str | None) -> Any:
+    """What `module:Name`, or `file.py:Name` in a folder, is; None if there is no such name.
+
+    Raises:
+        KindError: the file is not there, or lies outside the folder.
+    """
     where, _, attribute = implementation.partition(":")
     if folder is None:
         module = importlib.import_module(where)
@@ -297,9 +311,4 @@ def load_class(implementation: str, folder: str | None) -> type[Any]:
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         spec.loader.exec_module(module)
-    made = getattr(module, attribute, None)
-    if not isinstance(made, type) or not (issubclass(made, Actor) or is_module(made)):
-        raise KindError(
-            f"kind {implementation!r}: expected a class that derives from ranvier.Actor or torch.nn.Module, got {made!r:.80}"
-        )
-    return made
+    return getattr(module, attribute, None)

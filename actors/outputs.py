@@ -148,7 +148,7 @@ class Outputs:
                 meta, buffer = plain = plain or to_buffer(port, tensor)
                 self._exchange.send(link, rows, (meta,), (buffer,), ready_ns)
             else:
-                tensors, buffers, coding = _coded(port, tensor, link)
+                tensors, buffers, coding = coded(port, tensor, link)
                 self._exchange.send(link, rows, tensors, buffers, ready_ns, coding)
 
     def _send_by_choice(
@@ -162,7 +162,7 @@ class Outputs:
                 continue
             part = torch.cat([parts[index] for index in chosen]) if parts else tensor
             own = tuple(rows[index] for index in chosen)
-            tensors, buffers, coding = _coded(port, part, route.links[replicas[0]])
+            tensors, buffers, coding = coded(port, part, route.links[replicas[0]])
             route.send(self._exchange, replicas, own, tensors, buffers, ready_ns, coding)
 
     def _go_round(
@@ -204,9 +204,8 @@ class Outputs:
         return list(torch.split(tensor, [row.tokens if by_tokens else 1 for row in rows]))
 
 
-def _coded(
-    port: str, tensor: torch.Tensor, link: SendingLink
-) -> tuple[tuple[TensorMeta], tuple[Buffer], Coding | None]:
+def coded(port: str, tensor: torch.Tensor, link: SendingLink) -> tuple[tuple[TensorMeta], tuple[Buffer], Coding | None]:
+    """A tensor as a link that is not raw, or that chooses by itself, carries it."""
     codec = link.codec if link.chooser is None else link.chooser.choose(tensor.nbytes)
     if codec.number == RAW:
         meta, buffer = to_buffer(port, tensor)

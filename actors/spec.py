@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ranvier.transport.link import LinkSpec
 from ranvier.transport.spec import TensorSpec
+
+from .training.spec import TrainingLink, TrainingSpec
 
 GATEWAY = "gateway"
 """The reserved actor name of the place where clients enter."""
@@ -162,6 +164,12 @@ class HostSpec:
     keys: str | None = None
     supervision: Deadlines = field(default_factory=Deadlines)
     restart: Restart = field(default_factory=Restart)
+    training: TrainingSpec | None = None
+
+    @property
+    def all_links(self) -> Sequence[HostLink | TrainingLink]:
+        """What it is to be connected with."""
+        return self.training.links if self.training is not None else self.links
 
     @property
     def identity(self) -> str:
@@ -194,6 +202,8 @@ class HostSpec:
         fields["links"] = tuple(HostLink.from_plain(link) for link in fields["links"])
         fields["supervision"] = Deadlines(**fields["supervision"])
         fields["restart"] = Restart(**fields["restart"])
+        training = fields["training"]
+        fields["training"] = TrainingSpec.from_plain(training) if training is not None else None
         return cls(**fields)
 
 

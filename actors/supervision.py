@@ -17,6 +17,7 @@ from .errors import ActorFailed
 from .lifecycle import IllegalTransition, Lifecycle, State
 from .restarts import Restarts
 from .spec import HostLink, HostSpec
+from .training.spec import TrainingLink
 
 _PROGRESS = list(State)
 
@@ -208,7 +209,9 @@ class Supervision:
         """Of all hosts, as last heard."""
         return sum(host.steps for host in self.hosts.values())
 
-    def neighbours(self, links: Iterable[HostLink], gateway: str, gateway_address: str) -> dict[str, str]:
+    def neighbours(
+        self, links: Iterable[HostLink | TrainingLink], gateway: str, gateway_address: str
+    ) -> dict[str, str]:
         """Where everyone listens to whom `links` lead. All of them must be loaded."""
         addresses = {gateway: gateway_address}
         for key, host in self.hosts.items():

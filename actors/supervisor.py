@@ -25,6 +25,7 @@ from .launcher import Launcher
 from .lifecycle import State
 from .spec import HostLink, HostSpec
 from .supervision import Supervision, Watched
+from .training.spec import TrainingLink
 
 if TYPE_CHECKING:
     import structlog
@@ -58,6 +59,8 @@ class Supervisor:
         self.detour: Callable[[str, str, str], str] = lambda _source, _target, address: address
         """By what address one host is to reach another."""
         self.on_forgotten: Callable[[str], None] = lambda _peer: None
+        self.on_saved: Callable[[str, int], None] = lambda _actor, _round: None
+        """Called when an actor of a training run has saved its shard, with how many rounds are done."""
         self.on_command: Callable[[str, str, Mapping[str, Any]], None] | None = None
         self._wire = TrioWire(ZeroWire(SUPERVISOR, control, max_frame_bytes=MAX_BYTES))
         for spec in specs:
@@ -95,14 +98,14 @@ class Supervisor:
             ActorFailed: one of them will not.
         """
         for host in self.supervision.hosts.values():
-            self.connect(host.spec, host.spec.links, gateway, gateway_address)
+            self.connect(host.spec, host.spec.all_links, gateway, gateway_address)
         await self._until(lambda: self.supervision.all_running, lambda _: None)
         self.supervision.begun = True
 
     def connect(
         self,
         spec: HostSpec,
-        links: Sequence[HostLink],
+        links: Sequence[HostLink | TrainingLink],
         gateway: str,
         gateway_address: str,
         instead_of: str | None = None,
@@ -275,6 +278,8 @@ class Supervisor:
             self._on_session_failed(label, fields)
         elif kind == "linked":
             self._linked.add((key, fields["peer"]))
+        elif kind == "saved":
+            self.on_saved(self.supervision.hosts[key].spec.actor, fields["round"])
         elif kind == "refused":
             self.refused(label, fields["what"])
         else:

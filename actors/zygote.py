@@ -128,13 +128,14 @@ class Zygote:
         os.close(null)
         os.close(errors)
         faulthandler.enable()
-        from ranvier.actors.host import main as host_main
         from ranvier.actors.spec import HostSpec
 
         spec = HostSpec.from_plain(command["spec"])
         with contextlib.suppress(OSError):  # the name in `ps` and `top`, where there is a /proc
             Path("/proc/self/comm").write_text(f"rv:{spec.label}"[:15])
-        return host_main(spec, self._lifeline)
+        place = "ranvier.actors.host" if spec.training is None else "ranvier.actors.training.host"
+        code: int = importlib.import_module(place).main(spec, self._lifeline)
+        return code
 
     def _reap(self) -> None:
         while self._children:

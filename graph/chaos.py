@@ -21,7 +21,7 @@ from ranvier.transport.chaos import ChaosProxy, Faults
 
 from . import load
 from .errors import GraphError, Problem
-from .schema import Section
+from .sections import Section
 
 _Share = Field(0.0, ge=0, le=1, strict=False)
 _Seconds = Field(0.0, ge=0, le=3600, strict=False)

@@ -81,11 +81,11 @@ async def launch(
             began = True
             yield run
     except (BaseExceptionGroup, OSError) as several:
-        single = _single(several) if isinstance(several, BaseExceptionGroup) else several
-        if not began and isinstance(single, OSError):
-            single = ResourceError(f"the run cannot be started: {single}")
-        folder.outcome(outcome="failed", error=str(single))
-        raise single from None
+        one = single(several) if isinstance(several, BaseExceptionGroup) else several
+        if not began and isinstance(one, OSError):
+            one = ResourceError(f"the run cannot be started: {one}")
+        folder.outcome(outcome="failed", error=str(one))
+        raise one from None
     except BaseException as error:
         folder.outcome(outcome="failed", error=f"{type(error).__name__}: {error}")
         raise
@@ -115,7 +115,7 @@ async def _launched(
         progress("starting", 0.0)
         async with LocalLauncher(folder.sockets, folder.logs, zygote).running() as launcher:
             # the hosts' process imports torch now; what this one has to do is done meanwhile
-            log = _logger(log_file)
+            log = logger(log_file)
             codec = _codec(graph)
             supervisor = Supervisor(
                 specs, launcher, f"ipc://{folder.sockets / 'supervisor'}", folder.logs, log,
@@ -176,10 +176,11 @@ def _codec(graph: Graph) -> TextCodec | None:
     return tokenizer.of(graph.checkpoint)
 
 
-def _logger(file: Any) -> structlog.typing.FilteringBoundLogger:
+def logger(file: Any) -> structlog.typing.FilteringBoundLogger:
+    """Writes a run's log as JSON lines."""
     import structlog  # 0.1 s, and the hosts' process is on its way meanwhile
 
-    logger: structlog.typing.FilteringBoundLogger = structlog.wrap_logger(
+    made: structlog.typing.FilteringBoundLogger = structlog.wrap_logger(
         structlog.WriteLogger(file),
         processors=[
             structlog.processors.add_log_level,
@@ -188,10 +189,10 @@ def _logger(file: Any) -> structlog.typing.FilteringBoundLogger:
         ],
         wrapper_class=structlog.make_filtering_bound_logger(0),
     )
-    return logger
+    return made
 
 
-def _single(group: BaseExceptionGroup[BaseException]) -> BaseException:
+def single(group: BaseExceptionGroup[BaseException]) -> BaseException:
     """The one error that a group of them comes to: an actor's failure, an interrupt, or the group if it is neither."""
     leaves: list[BaseException] = []
     stack: list[BaseException] = [group]

@@ -6,22 +6,16 @@ import difflib
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from ranvier.actors.spec import Deadlines, Restart
 
 from .errors import GraphError, Problem
 from .load import Document
+from .sections import Name, Port, Section
+from .training.section import PARTS, TrainingSection
 
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,30}$")]
 _DEADLINES, _RESTART = Deadlines(), Restart()
-Port = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,30}\.[a-z][a-z0-9_]{0,60}$")]
-
-
-class Section(BaseModel):
-    """Unknown keys are errors, and nothing is converted in silence."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ModelSection(Section):
@@ -185,6 +179,7 @@ class GraphFile(Section):
         description="when an actor is lost: never, or {max: 5, window_s: 60, backoff_s: 0.2}",
     )
     supervision: SupervisionSection = Field(default_factory=lambda: SupervisionSection())
+    training: TrainingSection | None = Field(None, description="how `ranvier train` trains it")
 
 
 def validate(document: Document) -> GraphFile:
@@ -261,7 +256,10 @@ def _fields_at(path: tuple[Any, ...]) -> list[str]:
     if path[-1:] == ("join",):
         return list(Quorum.model_fields)
     sections: dict[str, type[Section]] = {
-        "model": ModelSection, "actors": ActorSection, "edges": EdgeSection, "supervision": SupervisionSection
+        "model": ModelSection, "actors": ActorSection, "edges": EdgeSection, "supervision": SupervisionSection,
+        "training": TrainingSection,
     }  # fmt: skip
+    if path[:1] == ("training",) and len(path) > 1:
+        return list(PARTS[str(path[1])].model_fields)
     section = sections.get(str(path[0]), GraphFile) if path else GraphFile
     return [field.alias or name for name, field in section.model_fields.items()]

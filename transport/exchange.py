@@ -16,7 +16,7 @@ from .codec import parse as parse_codec
 from .ends import Received, ReceivingLink, SendingLink, Waiting
 from .errors import LinkBroken, ProtocolError
 from .handshake import hello, objection
-from .header import DATA, VERSION, Ack, Control, Header, Kind, Row, TensorMeta, Verb, control, decode
+from .header import VERSION, Ack, Control, Header, Kind, Row, TensorMeta, Verb, control, decode
 from .link import Arrival, LinkSpec
 from .message import Buffer, check_frames, check_specs, checksum
 from .window import Outgoing, ReceiveWindow, SendWindow
@@ -186,7 +186,7 @@ class Exchange:
         acks = self._acks_for(spec.target) if self._owing else ()
         sent_ns = self.clock()
         crc = 0 if spec.local else checksum(buffers)
-        header = Header(VERSION, DATA, spec.edge, sequence, rows, tensors, ready_ns, sent_ns, crc, acks).encode()
+        header = Header(VERSION, spec.kind, spec.edge, sequence, rows, tensors, ready_ns, sent_ns, crc, acks).encode()
         outgoing = Outgoing(spec.target, header, buffers, sequence, nbytes)
         window.keep(outgoing)
         self.outbox.append(outgoing)
@@ -230,7 +230,7 @@ class Exchange:
             if sending.on_credit is not None:
                 sending.on_credit()
         link = self.receiving.get((header.edge, peer))
-        if link is None or not link.open or header.kind != DATA:
+        if link is None or not link.open or header.kind != link.spec.kind:
             raise ProtocolError(self._misplaced(header, peer, link))
         if header.sequence != link.window.received + 1:
             self._out_of_order(link, header.sequence)
@@ -264,7 +264,8 @@ class Exchange:
             return f"{self.me}: expected an edge of the graph, got edge {header.edge} from {peer}"
         if not link.open:
             return f"edge {link.spec.name}: expected a handshake from {peer}, got a message"
-        return f"edge {link.spec.name}: expected data, got {Kind(header.kind).name.lower()}"
+        expected, got = (Kind(kind).name.lower() for kind in (link.spec.kind, header.kind))
+        return f"edge {link.spec.name}: expected {expected}, got {got}"
 
     def _out_of_order(self, link: ReceivingLink, sequence: int) -> None:
         """One already seen is dropped, a gap is asked for again."""

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import msgspec
 
+from .header import DATA
 from .message import Buffer
 from .spec import TensorSpec
 
@@ -81,7 +82,8 @@ class LinkSpec:
 
     `source` and `target` are the identities `actor.replica.epoch`; `tensors` the names and specs of what travels.
     A link that is not `local` (leaves the machine) carries checksums. On a `prompt` one each message is acknowledged as soon
-    as it is used up: the sender goes by how long that takes.
+    as it is used up: the sender goes by how long that takes. `kind` is what its messages are: data, or the gradients that
+    come back along the edge.
     """
 
     edge: int
@@ -94,6 +96,7 @@ class LinkSpec:
     local: bool = True
     codec: str = "raw"
     prompt: bool = False
+    kind: int = DATA
 
     def described(self) -> tuple[tuple[str, str], ...]:
         """The specs in the form the handshake compares."""

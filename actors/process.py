@@ -1,0 +1,293 @@
+"""What every host process does, whatever its step thread is for: load, link up, take in, send, fail, end.
+
+The step thread owns the data wire: it waits on it directly, runs the actor, sends the outputs. No event loop is in its
+way: waiting for the socket in trio took 18 µs a hop before any work was done. `host.py` serves, `training/host.py` trains.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ranvier.transport.curve import read as read_keys
+from ranvier.transport.ends import Received
+from ranvier.transport.errors import LinkBroken, ProtocolError
+from ranvier.transport.exchange import Exchange, RefusedMessage
+from ranvier.transport.header import Row
+from ranvier.transport.link import Arrival
+from ranvier.transport.zeromq import ZeroWire
+
+from .actor import Actor, Context
+from .checkpoint import known_checkpoint
+from .control import ControlThread
+from .crossing import Crossing
+from .kinds import make
+from .lifecycle import Lifecycle, State
+from .records import Records
+from .spec import HostSpec
+
+ACK_DELAY_S = 0.001
+"""An acknowledgement that nobody waits for goes out after so long without work."""
+TICK_S = 1.0
+"""Unanswered offers and probes are repeated this often; garbage is collected then, too."""
+HANDSHAKE_DEADLINE_S = 30.0
+
+
+class Stopped(Exception):
+    """The supervisor said stop before the run had begun."""
+
+
+class Process:
+    """The step thread's side of one host. Those that derive from it say what it prepares, does, and obeys."""
+
+    def __init__(self, spec: HostSpec, crossing: Crossing) -> None:
+        self.spec = spec
+        self.crossing = crossing
+        self.records = Records(crossing.ring)
+        self.life = Lifecycle(spec.label)
+        self.wire: ZeroWire | None = None
+        self.counted: Counter[str] = Counter()
+        """What happened here, beside what the links and the wire count."""
+
+    # -- what those that derive from it say -----------------------------------------------------------------------
+
+    def mode(self) -> AbstractContextManager[Any]:
+        """What torch records of what is computed."""
+        return torch.inference_mode()
+
+    def prepare(self) -> Mapping[str, Any]:
+        """Load everything, and what the supervisor is to know of it: `capacity_tokens`, `held_bytes`, `keeps`."""
+        raise NotImplementedError
+
+    def work(self, wire: ZeroWire) -> None:
+        """What it is there for, until it is told to stop, and its end."""
+        raise NotImplementedError
+
+    def add_links(self, plain: Sequence[Mapping[str, Any]]) -> None:
+        """Take in links that it was told of."""
+        raise NotImplementedError
+
+    def on_message(self, received: Received) -> None:
+        """A message has come."""
+        raise NotImplementedError
+
+    def obey(self, kind: str, fields: Mapping[str, Any]) -> bool:
+        """A command; False: stop."""
+        raise NotImplementedError
+
+    def lost_rows(self, rows: Sequence[Row], error: Exception) -> None:
+        """A message with these was refused; whoever waits for them must hear of it."""
+        raise NotImplementedError
+
+    # -- its life -------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        spec, crossing = self.spec, self.crossing
+        self._to(State.LOADING)
+        wire = self.wire = ZeroWire(
+            spec.identity,
+            spec.endpoint,
+            max_frame_bytes=spec.max_frame_bytes,
+            shared_from_bytes=spec.shared_from_bytes,
+            direct=True,
+            keys=read_keys(Path(spec.keys), spec.actor) if spec.keys is not None else None,
+        )
+        crossing.waker = wire.waker()
+        self.exchange = Exchange(
+            spec.identity,
+            spec.graph_hash,
+            (),
+            time.monotonic_ns,
+            self.records.sent if spec.trace else None,
+            self.records.unsent if spec.trace else None,
+        )
+        with self.mode():
+            ready = self.prepare()
+            gc.collect()
+            gc.freeze()
+            # A full collection walks all of torch's objects: 1 ms in the middle of a step. Ticks collect what is young.
+            gc.disable()
+            self._to(State.READY)
+            crossing.tell("ready", address=wire.address, **ready)
+            self._link_up(wire)
+            self._to(State.RUNNING)
+            self.work(wire)
+        self._to(State.STOPPED)
+
+    def load(self) -> Actor:
+        spec = self.spec
+        actor = make(spec.implementation, spec.folder)
+        actor.load(self.context())
+        return actor
+
+    def context(self) -> Context:
+        """What an actor may use while it loads."""
+        spec = self.spec
+        return Context(
+            name=spec.label,
+            args=spec.args,
+            progress=lambda share: self._progress(share),
+            checkpoint=known_checkpoint(Path(spec.model)) if spec.model is not None else None,
+            dtype=spec.dtype,
+            layers=spec.layers,
+            cache_tokens=spec.cache_tokens,
+            experts=spec.experts,
+            weights=Path(spec.weights) if spec.weights is not None else None,
+            replica=spec.replica,
+            precision=spec.precision,
+        )
+
+    def _progress(self, share: float) -> None:
+        self.crossing.tell("progress", share=float(share))
+        if any(kind == "stop" for kind, _ in self.crossing.commands):
+            raise Stopped
+
+    def _link_up(self, wire: ZeroWire) -> None:
+        """Connect to all neighbours once the supervisor has told who and where they are, and open every link. A spare waits
+        here until it is needed. A neighbour that is lost meanwhile is not waited for."""
+        early = deque[Arrival]()
+        connected = False
+        deadline = math.inf
+        while True:
+            while self.crossing.commands:
+                kind, fields = self.crossing.commands.popleft()
+                if kind == "connect":
+                    self._connect(wire, fields)
+                    connected, deadline = True, time.monotonic() + HANDSHAKE_DEADLINE_S
+                elif (connected or kind == "stop") and not self.obey(kind, fields):
+                    raise Stopped
+            if not connected:
+                arrival = wire.receive(TICK_S)
+                if arrival is not None:  # a neighbour was told first; it is answered once we know where it listens
+                    early.append(arrival)
+                continue
+            self._flush(wire)
+            if self.exchange.ready and not early:
+                return
+            if time.monotonic() > deadline:
+                raise LinkBroken(
+                    f"{self.spec.label}: links did not open within {HANDSHAKE_DEADLINE_S:.0f} s: {self._closed()}"
+                )
+            if early:
+                self._take_in(early.popleft())
+            elif not self._receive(wire, 0.2):
+                self.exchange.tick()
+
+    def _connect(self, wire: ZeroWire, fields: Mapping[str, Any]) -> None:
+        for peer, address in fields["peers"].items():
+            wire.connect(peer, address)
+        self.add_links(fields["links"])
+        self.exchange.open()
+        self.on_place(fields["instead_of"])
+
+    def on_place(self, instead_of: str | None) -> None:
+        """It has its place in the run now, that of a lost host if one is named."""
+
+    def _closed(self) -> str:
+        closed = [link.spec.name for link in self.exchange.sending.values() if not link.open]
+        closed += [link.spec.name for link in self.exchange.receiving.values() if not link.open]
+        return ", ".join(closed)
+
+    def _receive(self, wire: ZeroWire, timeout_s: float) -> bool:
+        """Take in what comes next; False if nothing came in time."""
+        try:
+            arrival = wire.receive(timeout_s)
+        except ProtocolError as error:
+            self.refused(error)
+            return True
+        if arrival is None:
+            return False
+        self._take_in(arrival)
+        return True
+
+    def _take_in(self, arrival: Arrival) -> None:
+        try:
+            received = self.exchange.on_arrival(arrival)
+            if received is not None:
+                self.on_message(received)
+        except ProtocolError as error:
+            self.refused(error)
+
+    def _flush(self, wire: ZeroWire) -> None:
+        outbox = self.exchange.outbox
+        if outbox:
+            for outgoing in outbox:
+                outgoing.buffers = wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
+            outbox.clear()
+
+    def refused(self, error: ProtocolError) -> None:
+        """A message or a command was refused."""
+        self.counted["refused"] += 1
+        self.crossing.tell("refused", what=str(error))
+        if isinstance(error, RefusedMessage):
+            self.lost_rows(error.rows, error)
+
+    def _count(self) -> None:
+        dropped = self.crossing.ring.dropped
+        assert self.wire is not None
+        self.crossing.counters = {
+            **self.exchange.counters, **self.counted, **self.wire.counters, "trace_dropped": dropped
+        }  # fmt: skip
+
+    def session_failed(self, row: Row, error: Exception) -> None:
+        """The step of a row cannot be taken; its session is to end."""
+        self.crossing.tell(
+            "session_failed",
+            session=row.session,
+            epoch=row.epoch,
+            error=f"session {row.session}, epoch {row.epoch}, position {row.position}: {type(error).__name__}: {error}",
+            traceback="".join(traceback.format_exception(error)),
+        )
+
+    def failed(self, error: BaseException) -> None:
+        if not self.life.over:
+            self.life.to(State.FAILED, str(error))
+        self.crossing.tell(
+            "failed",
+            error=f"{type(error).__name__} while {self.life.story[-2][0].value}: {error}",
+            traceback="".join(traceback.format_exception(error)),
+        )
+
+    def close(self) -> None:
+        """Close the wire. The control thread must be over: it holds the waker."""
+        if self.crossing.waker is not None:
+            self.crossing.waker.close()
+        if self.wire is not None:
+            self.wire.close()
+
+    def _to(self, state: State) -> None:
+        self.life.to(state)
+        self.crossing.tell("state", state=state.value, why="")
+
+
+def live(kind: type[Process], spec: HostSpec, lifeline: int) -> int:
+    """The whole life of a host process: its exit code. `lifeline` is a descriptor that ends when the supervisor does."""
+    torch.set_num_threads(spec.threads)
+    if spec.cpus is not None:  # before any thread is made, so that ZeroMQ's own runs on the same cores
+        os.sched_setaffinity(0, spec.cpus)
+    crossing = Crossing()
+    control = ControlThread(spec, crossing, lifeline)
+    control.start()
+    host = kind(spec, crossing)
+    try:
+        host.run()
+        code = 0
+    except Stopped:
+        code = 0
+    except BaseException as error:  # whatever it was, the supervisor must hear of it
+        host.failed(error)
+        code = 1
+    finally:
+        control.finish()
+        host.close()
+    return code

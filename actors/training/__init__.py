@@ -1,0 +1,1 @@
+"""Training across actors: gradients come back along the edges that activations went."""

@@ -1,0 +1,349 @@
+"""A host that trains: it executes its line of the schedule, action by action, and waits for what each needs.
+
+Every host has the same programme, rounds of the schedule and pauses for validation and for saving, all counted, so that nobody
+has to be told what comes next. See `schedule.py` for the actions and `stage.py` for what they do.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ranvier.transport.codec import RAW
+from ranvier.transport.ends import Received
+from ranvier.transport.header import Row
+from ranvier.transport.tensors import to_buffer
+from ranvier.transport.zeromq import ZeroWire
+
+from ..actor import REPLAYED
+from ..kinds import BUILT_IN
+from ..outputs import coded
+from ..process import ACK_DELAY_S, TICK_S, Process, live
+from ..spec import HostSpec
+from . import optimizer, shards
+from .core import Place, TrainingCore
+from .layers import NativeStage
+from .schedule import BACKWARD, FORWARD, UPDATE, WEIGHTS, Action, Stages, parse
+from .spec import (
+    INPUT,
+    INPUT_GRADIENT,
+    LOSS,
+    NORM,
+    OUTPUT,
+    OUTPUT_GRADIENT,
+    SCALE,
+    SHARED,
+    TARGET,
+    TRAINING,
+    VALIDATION,
+    TrainingLink,
+    TrainingSpec,
+)
+from .stage import Learner, Stage, Told, Wrapped
+
+DRAIN_DEADLINE_S = 5.0
+
+
+class Stop(Exception):
+    """The supervisor said stop."""
+
+
+def main(spec: HostSpec, lifeline: int) -> int:
+    """The whole life of a host that trains; returns the exit code."""
+    return live(TrainingHost, spec, lifeline)
+
+
+class TrainingHost(Process):
+    """The step thread's side: one stage and its line of the schedule."""
+
+    def mode(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def prepare(self) -> Mapping[str, Any]:
+        spec = self.spec
+        assert spec.training is not None
+        self.training: TrainingSpec = spec.training
+        training = self.training
+        self.core = TrainingCore(self.exchange)
+        self.counted = self.core.counters
+        self._links: dict[str, list[TrainingLink]] = {}
+        for link in training.links:
+            self._links.setdefault(link.role, []).append(link)
+        torch.manual_seed(training.seed)
+        self.stage = Stage(
+            spec.label,
+            self._module(),
+            training.losses,
+            given_back=[link.port for link in self._of(INPUT_GRADIENT)],
+            wanted=list(dict.fromkeys(link.port for link in self._of(OUTPUT_GRADIENT))),
+            trains=training.trains,
+            stashes=training.stashes,
+            recompute=training.recompute,
+        )
+        weights = list(self.stage.weights.values())
+        self.optimizer = optimizer.make(training.optimizer, weights) if weights else None
+        self._update = 0
+        if training.resume is not None:
+            self._update = shards.read(Path(training.resume), spec.actor, self.stage, self.optimizer)
+        stages = Stages((spec.actor,), (), {})
+        self._actions = parse(f"{spec.actor}: {' '.join(training.actions)}", stages).stages[spec.actor]
+        self._lowest_staleness = 0
+        held = sum(weight.nbytes for weight in self.stage.module.parameters())
+        return {"capacity_tokens": None, "held_bytes": held, "keeps": REPLAYED}
+
+    def _module(self) -> Learner:
+        """What is trained. Built-in kinds have a form of their own for it; any other actor's modules are."""
+        kind = self.training.kind
+        if kind in BUILT_IN:
+            context = self.context()
+            made: Learner = NativeStage(kind, context, self.training.context)
+            self._progress(1.0)
+        else:
+            made = Wrapped(self.load())
+        made.train(True)
+        return made
+
+    def _of(self, role: str) -> list[TrainingLink]:
+        return self._links.get(role, [])
+
+    def add_links(self, plain: Sequence[Mapping[str, Any]]) -> None:
+        links = [TrainingLink.from_plain(each) for each in plain]
+        for link in links:
+            self.exchange.add(link.link)
+        self.core.add(links)
+
+    def on_message(self, received: Received) -> None:
+        self.core.on_message(received)
+
+    def obey(self, kind: str, fields: Mapping[str, Any]) -> bool:
+        return kind != "stop"
+
+    def lost_rows(self, rows: Sequence[Row], error: Exception) -> None:
+        raise error  # nothing of a training run may be left out
+
+    # -- the programme --------------------------------------------------------------------------------------------
+
+    def work(self, wire: ZeroWire) -> None:
+        try:
+            self._programme(wire)
+            while True:
+                self._take_in_more(wire)
+        except Stop:
+            self._drain(wire)
+
+    def _programme(self, wire: ZeroWire) -> None:
+        training = self.training
+        for number in range(training.first, training.rounds):
+            self._round(wire, number)
+            done = number + 1
+            if training.validate_every and (done % training.validate_every == 0 or done == training.rounds):
+                self._validate(wire, number)
+            if (training.save_every and done % training.save_every == 0) or done == training.rounds:
+                shards.write(Path(training.folder), done, self.spec.actor, self.stage, self.optimizer, self._update)
+                self.crossing.tell("saved", round=done)
+            gc.collect(0)
+
+    def _round(self, wire: ZeroWire, number: int) -> None:
+        first = number * self.training.micro_batches
+        began_ns = time.monotonic_ns()
+        for action in self._actions:
+            place = (TRAINING, first + action.micro_batch)
+            if action.kind == FORWARD:
+                self._forward(wire, place)
+            elif action.kind == UPDATE:
+                self._make_update(wire)
+            elif action.kind == WEIGHTS:
+                self._timed(action, partial(self.stage.backward_weights, place[1]))
+            else:
+                self._backward(wire, place, action)
+            self.crossing.steps += 1
+        self.core.counters["rounds"] += 1
+        self.core.counters["rounds_us"] += (time.monotonic_ns() - began_ns) // 1000
+        self._count()
+
+    def _forward(self, wire: ZeroWire, place: Place) -> None:
+        inputs, targets, messages = self._inputs(wire, place)
+        # what is drawn at random is a function of the micro-batch, whatever happened before
+        torch.manual_seed(self.training.seed * 1_000_003 + place[1] + 1)
+        share = self.training.share
+        outputs, told = self._timed(
+            Action(FORWARD, place[1]), lambda: self.stage.forward(place[1], inputs, targets, share), messages
+        )
+        self._send_outputs(place, outputs, told)
+        self._flush(wire)
+
+    def _inputs(
+        self, wire: ZeroWire, place: Place
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[Received]]:
+        links, targets = self._of(INPUT), self._of(TARGET)
+        self._until(wire, [*links, *targets], place)
+        given, messages = self.core.take(links, place)
+        wanted, more = self.core.take(targets, place)
+        return (
+            {link.port: tensor for link, tensor in zip(links, given, strict=True)},
+            {link.port: tensor for link, tensor in zip(targets, wanted, strict=True)},
+            messages + more,
+        )
+
+    def _send_outputs(self, place: Place, outputs: Mapping[str, torch.Tensor], told: Sequence[Told]) -> None:
+        for link in self._of(OUTPUT):
+            self._send(link, place, outputs[link.port])
+        for link in self._of(LOSS):
+            self._send(link, place, torch.tensor(told, dtype=torch.float64).view(-1, 2))
+
+    def _backward(self, wire: ZeroWire, place: Place, action: Action) -> None:
+        links = self._of(OUTPUT_GRADIENT)
+        self._until(wire, links, place)
+        came, messages = self.core.take(links, place)
+        gradients: dict[str, torch.Tensor] = {}
+        for link, gradient in zip(links, came, strict=True):  # branches are summed in the order of the edges
+            gradients[link.port] = gradients[link.port] + gradient if link.port in gradients else gradient
+        take = self.stage.backward if action.kind == BACKWARD else self.stage.backward_inputs
+        made = self._timed(action, lambda: take(place[1], gradients), messages)
+        for link in self._of(INPUT_GRADIENT):
+            self._send(link, place, made[link.port])
+        self._flush(wire)
+
+    def _validate(self, wire: ZeroWire, number: int) -> None:
+        """Forwards alone, on what is held out."""
+        self.stage.module.train(False)
+        every, count = self.training.validate_every, self.training.validation
+        first = (number // every) * count
+        for index in range(first, first + count):
+            place = (VALIDATION, index)
+            inputs, targets, messages = self._inputs(wire, place)
+            action = Action(FORWARD, index)
+            outputs, told = self._timed(action, partial(self.stage.evaluate, inputs, targets), messages, "validation")
+            self._send_outputs(place, outputs, told)
+            self._flush(wire)
+        self.stage.module.train(True)
+
+    # -- updates --------------------------------------------------------------------------------------------------
+
+    def _make_update(self, wire: ZeroWire) -> None:
+        settings, place = self.training.optimizer, (TRAINING, self._update)
+        self._sum_shared(wire, place)
+        gradients = self.stage.gradients()
+        if settings.clip is not None and not self.training.stashes:
+            own = [gradient for key, gradient in gradients.items() if self._counts(key)]
+            for link in self._of(NORM):
+                self._send(link, place, torch.tensor([optimizer.squares(own)], dtype=torch.float64))
+            self._flush(wire)
+            self._until(wire, self._of(SCALE), place)
+            [scale], _ = self.core.take(self._of(SCALE), place)
+            self._clip(gradients, float(scale))
+        elif settings.clip is not None:  # nobody waits for anybody: each stage by itself
+            self._clip(gradients, optimizer.clipping(settings, optimizer.squares(gradients.values()) ** 0.5))
+        self._timed(Action(UPDATE), self._apply)
+
+    def _clip(self, gradients: Mapping[str, torch.Tensor], scale: float) -> None:
+        if scale < 1.0:
+            for gradient in gradients.values():
+                gradient.mul_(scale)
+
+    def _apply(self) -> None:
+        self.core.counters["staleness"] = max(self.core.counters["staleness"], self.stage.staleness)
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = optimizer.pace(self.training.optimizer, self._update, self.training.updates)
+            self.optimizer.step()
+        self.stage.updated()
+        self._update += 1
+
+    def _counts(self, key: str) -> bool:
+        """Whether the norm of this weight's gradient is told by this stage: one that others hold, too, counts once."""
+        return self.training.shared.get(key, self.spec.actor) == self.spec.actor
+
+    def _sum_shared(self, wire: ZeroWire, place: Place) -> None:
+        """Weights that several stages hold: the gradients go to the first of them, which gives back the sum."""
+        for key, owner in self.training.shared.items():
+            weight = self.stage.weights[key]
+            own = weight.grad if weight.grad is not None else torch.zeros_like(weight)
+            out = [link for link in self._of(SHARED) if link.outgoing and link.port.partition("/")[2] == key]
+            back = [link for link in self._of(SHARED) if not link.outgoing and link.port.partition("/")[2] == key]
+            if owner != self.spec.actor:
+                for link in out:
+                    self._send(link, place, own)
+                self._flush(wire)
+            self._until(wire, back, place)
+            came, _ = self.core.take(back, place)
+            if owner == self.spec.actor:
+                for gradient in came:
+                    own = own + gradient
+                for link in out:
+                    self._send(link, place, own)
+                self._flush(wire)
+                weight.grad = own
+            else:
+                weight.grad = came[0].clone()
+
+    # -- waiting and sending --------------------------------------------------------------------------------------
+
+    def _until(self, wire: ZeroWire, links: Iterable[TrainingLink], place: Place) -> None:
+        """Take in what comes until something of that number has come by all of these."""
+        missing = self.core.missing(links, place)
+        while missing:
+            self._take_in_more(wire)
+            missing = self.core.missing(missing, place)
+
+    def _take_in_more(self, wire: ZeroWire) -> None:
+        exchange, crossing = self.exchange, self.crossing
+        self._flush(wire)
+        if not self._receive(wire, ACK_DELAY_S if exchange.owes() else TICK_S):
+            if exchange.owes():
+                exchange.idle()
+            else:
+                exchange.tick()
+                self._count()
+            self._flush(wire)
+        while crossing.commands:
+            if not self.obey(*crossing.commands.popleft()):
+                raise Stop
+
+    def _send(self, link: TrainingLink, place: Place, tensor: torch.Tensor) -> None:
+        sending = self.exchange.sending[link.link.edge, link.link.target]
+        name = link.link.tensors[0][0]
+        row = Row(place[0], 1, place[1], len(tensor) if tensor.dim() else 1)
+        now_ns = time.monotonic_ns()
+        if sending.raw:
+            meta, buffer = to_buffer(name, tensor)
+            assert meta.codec == RAW
+            self.exchange.send(sending, (row,), (meta,), (buffer,), now_ns)
+        else:
+            tensors, buffers, coding = coded(name, tensor, sending)
+            self.exchange.send(sending, (row,), tensors, buffers, now_ns, coding)
+
+    def _timed(self, action: Action, what: Any, messages: Sequence[Received] = (), called: str | None = None) -> Any:
+        """Do it, and count how long it took."""
+        crossing = self.crossing
+        began_ns = crossing.stepping_since_ns = time.monotonic_ns()
+        try:
+            return what()
+        finally:
+            ended_ns = time.monotonic_ns()
+            crossing.stepping_since_ns = 0
+            name = called or action.kind
+            self.core.counters[f"{name}_us"] += (ended_ns - began_ns) // 1000
+            self.core.counters[name] += 1
+            if self.spec.trace:
+                for received in messages:
+                    self.records.done(received, began_ns, ended_ns, 1)
+
+    def _drain(self, wire: ZeroWire) -> None:
+        """Send what is owed and wait until what was sent is acknowledged, but not for long."""
+        deadline = time.monotonic() + DRAIN_DEADLINE_S
+        self.exchange.idle()
+        self._flush(wire)
+        while self.exchange.unfinished() and time.monotonic() < deadline:
+            self._receive(wire, 0.02)
+            self.exchange.idle()
+            self._flush(wire)
+        self._count()
+        self.crossing.tell("counters", counters=self.crossing.counters)

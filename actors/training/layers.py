@@ -1,0 +1,148 @@
+"""Built-in kinds as modules that learn: the families of `blocks.py`, without caches, over micro-batches of whole sequences.
+
+Shape suffixes: T tokens of the micro-batch, S of one sequence, B sequences (T = B·S), H hidden, N query heads, K key-value
+heads, D head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..actor import Batch, Context
+from ..checkpoint.config import ModelConfig
+from ..model import weights
+from ..model.blocks import activate, rotary_tables
+from ..model.parts import needed
+from ..model.rotary import rotate
+from ..model.slots import Slot
+from ..model.tensors import Norm, read_slot
+from .stage import Learner
+
+LOGITS = "logits"
+"""The output of the last layers that losses are taken of: [tokens, V]."""
+
+
+class NativeStage(Learner):
+    """The embedding, some blocks, the head, or several of these, as the kind says.
+
+    A parameter is one slot of `weights.py` (q, k and v lie in one matrix); `exported` gives the checkpoint's tensors.
+    """
+
+    def __init__(self, kind: str, context: Context, sequence: int) -> None:
+        super().__init__()
+        checkpoint, dtype = needed(context)
+        self.config: ModelConfig = checkpoint.config
+        self.sequence = sequence
+        self._begins = kind in ("embedding", "first_stage", "model")
+        self._ends = kind in ("head", "last_stage", "model")
+        last = self.config.layers - 1
+        self.layers = context.layers or ((0, last) if kind == "model" else None)
+        self._slots: dict[str, Slot] = {}
+        for name, slot in _slots(self.config, self._begins, self.layers, self._ends):
+            self._slots[name] = slot
+            self.register_parameter(name, nn.Parameter(read_slot(slot, checkpoint, dtype)))
+        self._rotary = rotary_tables(self.config, dtype)
+        for table in self._rotary.values():
+            table.reserve(sequence)
+        self._scale = self.config.attention_scale or self.config.head_dim**-0.5
+
+    def forward(self, batch: Batch) -> Mapping[str, torch.Tensor]:
+        hidden_TH = self._embedded(batch["token"]) if self._begins else batch["hidden"]
+        if self.layers is not None:
+            for layer in range(self.layers[0], self.layers[1] + 1):
+                hidden_TH = self._block(layer, hidden_TH)
+        return {LOGITS: self._logits(hidden_TH)} if self._ends else {"hidden": hidden_TH}
+
+    def exported(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The checkpoint's tensors that are in these weights, by its names."""
+        made = {}
+        for name, slot in self._slots.items():
+            start = 0
+            for part, rows in slot.parts:
+                piece = held[name][start : start + rows]
+                made[part] = (piece.t() if slot.transposed else piece).contiguous()
+                start += rows
+        return made
+
+    # -- parts --------------------------------------------------------------------------------------------------
+
+    def _held(self, name: str) -> torch.Tensor | None:
+        return getattr(self, name) if name in self._slots else None
+
+    def _embedded(self, token_T: torch.Tensor) -> torch.Tensor:
+        hidden_TH = F.embedding(token_T, self.get_parameter("embedding"))
+        if self.config.embedding_scale != 1.0:
+            hidden_TH = hidden_TH * torch.tensor(self.config.embedding_scale, dtype=hidden_TH.dtype)
+        positions_PH = self._held("positions")
+        if positions_PH is not None:
+            hidden_TH = hidden_TH + positions_PH[: self.sequence].repeat(len(token_T) // self.sequence, 1)
+        return hidden_TH
+
+    def _norm(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
+        return Norm(self.config, self.get_parameter(name), self._held(name + "_bias"))(hidden)
+
+    def _linear(self, name: str, given: torch.Tensor) -> torch.Tensor:
+        return F.linear(given, self.get_parameter(name), self._held(name + "_bias"))
+
+    def _block(self, layer: int, hidden_TH: torch.Tensor) -> torch.Tensor:
+        at, config = f"layer{layer}_", self.config
+        mixed_TH = self._linear(at + "out", self._attended(layer, self._norm(at + "norm_in", hidden_TH)))
+        hidden_TH = hidden_TH + (self._norm(at + "norm_attended", mixed_TH) if config.post_norms else mixed_TH)
+        inner = self._linear(at + "up", self._norm(at + "norm_mid", hidden_TH))
+        if config.gated:
+            gate_TI, up_TI = inner.chunk(2, dim=-1)
+            inner = activate(config, gate_TI) * up_TI
+        else:
+            inner = activate(config, inner)
+        made_TH = self._linear(at + "down", inner)
+        return hidden_TH + (self._norm(at + "norm_out", made_TH) if config.post_norms else made_TH)
+
+    def _attended(self, layer: int, normed_TH: torch.Tensor) -> torch.Tensor:
+        at, config, sequence = f"layer{layer}_", self.config, self.sequence
+        heads, kv_heads, width = config.heads, config.kv_heads, config.head_dim
+        qkv_TND = self._linear(at + "qkv", normed_TH).view(-1, heads + 2 * kv_heads, width)
+        turned_TND, values_TKD = torch.split(qkv_TND, [heads + kv_heads, kv_heads], 1)
+        if config.head_norms:
+            query_TND, keys_TKD = torch.split(turned_TND, [heads, kv_heads], 1)
+            normed = self._norm(at + "norm_query", query_TND), self._norm(at + "norm_key", keys_TKD)
+            turned_TND = torch.cat(normed, 1)
+        window = config.window(layer)
+        table = self._rotary.get(bool(window), self._rotary.get(False))
+        if table is not None:
+            positions_T = torch.arange(sequence).repeat(len(normed_TH) // sequence)
+            turned_TND = rotate(turned_TND, *table.at(positions_T))
+        query_TND, keys_TKD = torch.split(turned_TND, [heads, kv_heads], 1)
+        group = heads // kv_heads
+        query, keys, values = (
+            each.view(-1, sequence, each.shape[1], width).transpose(1, 2) for each in (query_TND, keys_TKD, values_TKD)
+        )
+        if group > 1:
+            keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+        if 0 < window < sequence:
+            seen_SS = torch.ones(sequence, sequence, dtype=torch.bool).tril().triu(1 - window)
+            mixed = F.scaled_dot_product_attention(query, keys, values, seen_SS, scale=self._scale)
+        else:
+            mixed = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=self._scale)
+        return mixed.transpose(1, 2).reshape(len(normed_TH), heads * width)
+
+    def _logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        matrix = "head" if "head" in self._slots else "embedding"
+        logits_TV = F.linear(self._norm("norm", hidden_TH), self.get_parameter(matrix))
+        cap = self.config.logit_softcap
+        return logits_TV if cap is None else torch.tanh(logits_TV / cap) * cap
+
+
+def _slots(config: ModelConfig, begins: bool, layers: tuple[int, int] | None, ends: bool) -> Iterator[tuple[str, Slot]]:
+    """Every tensor of a stage, and its name there. A tied head at the same stage is the embedding's matrix."""
+    if begins:
+        yield from ((slot.name, slot) for slot in weights.embedding(config))
+    if layers is not None:
+        for layer in range(layers[0], layers[1] + 1):
+            yield from ((f"layer{layer}_{slot.name}", slot) for slot in weights.block(config, layer))
+    if ends:
+        ending = weights.final_norm(config) if begins and config.tied else weights.head(config)
+        yield from ((slot.name, slot) for slot in ending)

@@ -1,0 +1,32 @@
+"""What is minimised: kinds of losses, each the mean over a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+Function = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+
+def _needed(target: torch.Tensor | None) -> torch.Tensor:
+    assert target is not None, "the check gives every loss that needs one its target"
+    return target
+
+
+KINDS: dict[str, Function] = {
+    "cross_entropy": lambda made, target: F.cross_entropy(made.float(), _needed(target)),
+    "mse": lambda made, target: F.mse_loss(made.float(), _needed(target).float()),
+    "l1": lambda made, target: F.l1_loss(made.float(), _needed(target).float()),
+    "mean": lambda made, _: made.float().mean(),
+}
+"""`mean` takes no target: the output is a loss already."""
+WITHOUT_TARGET = ("mean",)
+
+
+def correct(kind: str, made: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
+    """The share of right answers, where the loss has such: 0-dimensional float32, else NaN."""
+    if kind != "cross_entropy":
+        return torch.tensor(float("nan"))
+    return (made.argmax(-1) == _needed(target)).float().mean()

@@ -1,0 +1,42 @@
+"""Updates: torch's own optimisers, the pace of the learning rate, the norm over all actors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from .spec import Optimizer
+
+
+def make(settings: Optimizer, weights: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
+    """torch's optimiser of that kind over these."""
+    weights = list(weights)
+    if settings.kind == "sgd":
+        return torch.optim.SGD(weights, settings.lr, settings.momentum, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(
+        weights, settings.lr, settings.betas, settings.eps, weight_decay=settings.weight_decay, fused=True
+    )
+
+
+def pace(settings: Optimizer, update: int, updates: int) -> float:
+    """The learning rate of the `update`-th of so many, from 0 on: rising in `warmup` of them, then falling to `least` times
+    itself (cosine: Loshchilov and Hutter 2017)."""
+    if update < settings.warmup:
+        return settings.lr * (update + 1) / settings.warmup
+    if settings.decay == "constant":
+        return settings.lr
+    share = min(1.0, (update - settings.warmup) / max(1, updates - settings.warmup))
+    left = 1 - share if settings.decay == "linear" else (1 + math.cos(math.pi * share)) / 2
+    return settings.lr * (settings.least + (1 - settings.least) * left)
+
+
+def squares(gradients: Iterable[torch.Tensor]) -> float:
+    """The sum of the squares of all, in float64."""
+    return sum(float(gradient.double().pow(2).sum()) for gradient in gradients)
+
+
+def clipping(settings: Optimizer, norm: float) -> float:
+    """What gradients of that norm are multiplied by (as torch's `clip_grad_norm_` does)."""
+    return min(1.0, settings.clip / (norm + 1e-6)) if settings.clip is not None else 1.0

@@ -1,0 +1,75 @@
+"""Checkpoints of a training run, a shard an actor: weights by the names of a model's checkpoint, and what its optimiser keeps.
+
+A shard is written under another name and renamed; the trainer writes the index last (graph/training/checkpoints.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .spec import folder_of
+from .stage import Stage
+
+STATE = ".state"
+
+
+def write(
+    root: Path, done: int, actor: str, stage: Stage, optimizer: torch.optim.Optimizer | None, update: int
+) -> None:
+    """The weights as `ACTOR.safetensors`; as they are held here, with the optimiser's state, as `ACTOR.state.safetensors`."""
+    folder = folder_of(root, done)
+    folder.mkdir(parents=True, exist_ok=True)
+    held = {name: weight.detach() for name, weight in stage.module.named_parameters()}
+    exported = stage.exported(held)
+    _replace(folder / f"{actor}.safetensors", {name: tensor.contiguous() for name, tensor in exported.items()}, {})
+    state = {f"weight/{name}": tensor.contiguous() for name, tensor in held.items()}
+    state |= {f"buffer/{name}": tensor.contiguous() for name, tensor in stage.module.named_buffers()}
+    for index, weight in enumerate(stage.weights.values()):
+        for key, value in (optimizer.state.get(weight, {}) if optimizer is not None else {}).items():
+            if isinstance(value, torch.Tensor):
+                state[f"optimizer/{index}/{key}"] = value.detach().contiguous()
+    _replace(folder / f"{actor}{STATE}.safetensors", state, {"update": str(update), "version": str(stage.version)})
+
+
+def _replace(file: Path, tensors: dict[str, torch.Tensor], told: dict[str, str]) -> None:
+    part = file.with_suffix(".part")
+    save_file(tensors, part, {"format": "pt", **told})
+    part.replace(file)
+
+
+def read(folder: Path, actor: str, stage: Stage, optimizer: torch.optim.Optimizer | None) -> int:
+    """Go on from a shard: the number of updates so far.
+
+    Raises:
+        ValueError: it cannot be read, or is of other weights.
+    """
+    file = folder / f"{actor}{STATE}.safetensors"
+    try:
+        with safe_open(file, "pt") as opened:
+            told = opened.metadata() or {}
+            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file}: {error}") from error
+    module = stage.module
+    held: dict[str, torch.Tensor] = {f"weight/{name}": weight for name, weight in module.named_parameters()}
+    held |= {f"buffer/{name}": tensor for name, tensor in module.named_buffers()}
+    theirs = {name: tuple(tensor.shape) for name, tensor in state.items() if not name.startswith("optimizer/")}
+    ours = {name: tuple(tensor.shape) for name, tensor in held.items()}
+    if theirs != ours:
+        odd = sorted(set(theirs.items()) ^ set(ours.items()))[0]
+        raise ValueError(f"{file}: of another graph or actor: {odd[0]} with shape {odd[1]} is on one side alone")
+    with torch.no_grad():
+        for name, tensor in held.items():
+            tensor.copy_(state[name])
+    if optimizer is not None:
+        for index, weight in enumerate(stage.weights.values()):
+            prefix = f"optimizer/{index}/"
+            kept = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            if kept:
+                optimizer.state[weight] = kept
+    stage.version = int(told.get("version", 0))
+    return int(told.get("update", 0))

@@ -1,0 +1,283 @@
+"""One stage that learns, without I/O: forwards that are kept, backwards in any order, updates.
+
+Any actor made of torch modules will do: the modules that it holds are its weights, its `step` is its forward pass. Where
+updates are asynchronous a forward runs on a version of the weights that is kept until its backward is done (weight stashing,
+PipeDream, Narayanan et al. 2019), and the gradients are applied to the newest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint as recomputed
+
+from ranvier.transport.header import Row
+
+from ..actor import Actor, Batch
+from . import losses
+from .spec import Loss
+
+Weights = dict[str, torch.Tensor]
+
+
+class Learner(nn.Module):
+    """What a stage computes: a batch in, tensors by port out."""
+
+    def exported(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """These weights by the names that a checkpoint has for them."""
+        raise NotImplementedError
+
+
+class Wrapped(Learner):
+    """An actor's modules as one, whose forward pass is the actor's step.
+
+    Raises:
+        ValueError: it holds no modules, so that there is nothing to learn and no way to know.
+    """
+
+    def __init__(self, actor: Actor) -> None:
+        super().__init__()
+        self._step = actor.step
+        held = {name: value for name, value in vars(actor).items() if isinstance(value, nn.Module)}
+        for name, module in held.items():
+            self.add_module(name, module)
+        self._alone = len(held) == 1 and "module" in held
+
+    def forward(self, batch: Batch) -> Mapping[str, torch.Tensor]:
+        made = self._step(batch)
+        return {port: value[port] if isinstance(value, Batch) else value for port, value in made.items()}
+
+    def exported(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """As `weights:` of the graph file reads them again."""
+        state = {**dict(self.named_buffers()), **held}
+        return {name.removeprefix("module.") if self._alone else name: tensor for name, tensor in state.items()}
+
+
+class _Kept(NamedTuple):
+    """A micro-batch between its forward and its backward."""
+
+    inputs: Mapping[str, torch.Tensor]
+    outputs: Mapping[str, torch.Tensor]
+    losses: Sequence[torch.Tensor]
+    version: int
+
+
+class Told(NamedTuple):
+    """A loss of one micro-batch, and the share of right answers (NaN where there is no such)."""
+
+    loss: float
+    correct: float
+
+
+class Stage:
+    """The weights of one stage and the micro-batches under way.
+
+    Args:
+        name: for errors.
+        module: what is computed.
+        terms: the losses that are taken of its outputs.
+        given_back: inputs whose gradients others want.
+        wanted: outputs whose gradients others send.
+        trains: whether it learns; else only gradients of inputs are made.
+        stashes: whether each forward keeps the version of weights that it ran on.
+        recompute: whether activations are computed again in the backward instead of being kept.
+    """
+
+    def __init__(
+        self, name: str, module: Learner, terms: Sequence[Loss], given_back: Sequence[str], wanted: Sequence[str],
+        trains: bool = True, stashes: bool = False, recompute: bool = False,
+    ) -> None:  # fmt: skip
+        self.name = name
+        self.module = module
+        self.weights: Weights = {}
+        for key, weight in module.named_parameters():
+            weight.requires_grad_(trains)
+            if trains:
+                self.weights[key] = weight
+        self.version = 0
+        self._terms = terms
+        self._given_back, self._wanted = given_back, wanted
+        self._stashes = stashes
+        self._recompute = recompute
+        self._versions: dict[int, Weights] = {}
+        self._under_way: dict[int, _Kept] = {}
+        self._put_off: dict[int, tuple[list[torch.Tensor], list[torch.Tensor | None]]] = {}
+
+    def exported(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """See `Learner.exported`."""
+        return self.module.exported(held)
+
+    @property
+    def staleness(self) -> int:
+        """How many updates lie between the oldest micro-batch under way and now."""
+        return self.version - min((kept.version for kept in self._under_way.values()), default=self.version)
+
+    def forward(
+        self, number: int, inputs: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor], share: float
+    ) -> tuple[dict[str, torch.Tensor], list[Told]]:
+        """Outputs by port, and the losses. `share`: what a micro-batch counts of an update.
+
+        Raises:
+            ArithmeticError: an output is not finite; names actor, tensor, micro-batch.
+            ValueError: an output that others send a gradient for cannot be differentiated.
+        """
+        given = {port: tensor.detach().requires_grad_(port in self._given_back) for port, tensor in inputs.items()}
+        with torch.enable_grad():
+            outputs = self._computed(given)
+            told, terms = [], []
+            for term in self._terms:
+                target = targets.get(term.target) if term.target is not None else None
+                loss = losses.KINDS[term.kind](outputs[term.port], target)
+                terms.append(loss * (term.weight * share))
+                right = losses.correct(term.kind, outputs[term.port].detach(), target)
+                told.append(Told(float(loss.detach()), float(right)))
+        self._look(number, outputs, told)
+        self._under_way[number] = _Kept(given, outputs, terms, self.version)
+        return {port: tensor.detach() for port, tensor in outputs.items()}, told
+
+    def _computed(self, given: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+        held = self._stash() if self._stashes else None
+
+        def run() -> Mapping[str, torch.Tensor]:
+            batch = _batch(given)
+            made: Mapping[str, torch.Tensor]
+            made = self.module(batch) if held is None else functional_call(self.module, held, (batch,))
+            return made
+
+        if not self._recompute:
+            return run()
+        made: Mapping[str, torch.Tensor] = recomputed(run, use_reentrant=False)
+        return made
+
+    def _stash(self) -> Weights:
+        if self.version not in self._versions:
+            self._versions[self.version] = {
+                key: weight.detach().clone().requires_grad_() for key, weight in self.weights.items()
+            }
+        return self._versions[self.version]
+
+    def _look(self, number: int, outputs: Mapping[str, torch.Tensor], told: Sequence[Told]) -> None:
+        for port, tensor in outputs.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
+                raise ArithmeticError(f"{self.name}: output {port!r} of micro-batch {number} is not finite")
+            if port in self._wanted and not tensor.requires_grad and (self.weights or self._given_back):
+                raise ValueError(
+                    f"{self.name}: output {port!r} cannot be differentiated: it depends on no weight and no input in a way "
+                    "that has a gradient; leave the actor out of training (frozen), or mend its step"
+                )
+        for term, (loss, _) in zip(self._terms, told, strict=True):
+            if loss != loss or loss in (float("inf"), float("-inf")):
+                raise ArithmeticError(
+                    f"{self.name}: the {term.kind} loss of {term.port!r}, micro-batch {number}, is {loss}"
+                )
+
+    def evaluate(
+        self, inputs: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]
+    ) -> tuple[Mapping[str, torch.Tensor], list[Told]]:
+        """Outputs and losses, keeping nothing."""
+        with torch.no_grad():
+            outputs = self.module(_batch(inputs))
+            told = []
+            for term in self._terms:
+                target = targets.get(term.target) if term.target is not None else None
+                loss = losses.KINDS[term.kind](outputs[term.port], target)
+                told.append(Told(float(loss), float(losses.correct(term.kind, outputs[term.port], target))))
+        return outputs, told
+
+    def backward(self, number: int, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The gradients of inputs by port; those of weights are added to what is there."""
+        kept = self._under_way.pop(number)
+        roots, given = self._roots(kept, gradients)
+        if roots:
+            torch.autograd.backward(roots, given)
+        self._applied(kept)
+        return self._returned(kept.inputs, [tensor.grad for tensor in self._differentiated(kept)])
+
+    def backward_inputs(self, number: int, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The gradients of inputs alone. `backward_weights` follows."""
+        kept = self._under_way[number]
+        roots, given = self._roots(kept, gradients)
+        self._put_off[number] = roots, given
+        wanted = self._differentiated(kept)
+        made = (
+            torch.autograd.grad(roots, wanted, given, retain_graph=True, allow_unused=True) if wanted and roots else ()
+        )
+        return self._returned(kept.inputs, made or [None] * len(wanted))
+
+    def backward_weights(self, number: int) -> None:
+        """The gradients of weights that `backward_inputs` has left."""
+        kept = self._under_way.pop(number)
+        roots, given = self._put_off.pop(number)
+        held = list((self._versions[kept.version] if self._stashes else self.weights).values())
+        if held and roots:
+            torch.autograd.backward(roots, given, inputs=held)
+        self._applied(kept)
+
+    def _differentiated(self, kept: _Kept) -> list[torch.Tensor]:
+        return [kept.inputs[port] for port in self._given_back]
+
+    def _roots(
+        self, kept: _Kept, gradients: Mapping[str, torch.Tensor]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+        roots: list[torch.Tensor] = []
+        given: list[torch.Tensor | None] = []
+        for port, gradient in gradients.items():
+            if kept.outputs[port].requires_grad:
+                roots.append(kept.outputs[port])
+                given.append(gradient)
+        for loss in kept.losses:
+            if loss.requires_grad:
+                roots.append(loss)
+                given.append(None)
+        return roots, given
+
+    def _returned(
+        self, inputs: Mapping[str, torch.Tensor], made: Sequence[torch.Tensor | None]
+    ) -> dict[str, torch.Tensor]:
+        return {
+            port: torch.zeros_like(inputs[port]) if gradient is None else gradient
+            for port, gradient in zip(self._given_back, made, strict=True)
+        }
+
+    def _applied(self, kept: _Kept) -> None:
+        """Where weights are stashed: add the gradients of that version to the newest's, and drop it when it is done with."""
+        if not self._stashes:
+            return
+        for key, weight in self._versions[kept.version].items():
+            if weight.grad is not None:
+                master = self.weights[key]
+                master.grad = weight.grad.clone() if master.grad is None else master.grad + weight.grad
+                weight.grad = None
+        under_way = {other.version for other in self._under_way.values()}
+        for version in [version for version in self._versions if version not in under_way and version != self.version]:
+            del self._versions[version]
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Those that there are, by weight.
+
+        Raises:
+            ArithmeticError: one is not finite.
+        """
+        found = {key: weight.grad for key, weight in self.weights.items() if weight.grad is not None}
+        for key, gradient in found.items():
+            if not bool(torch.isfinite(gradient).all()):
+                raise ArithmeticError(f"{self.name}: the gradient of {key!r} is not finite")
+        return found
+
+    def updated(self) -> None:
+        """The weights have changed: what follows is a new version."""
+        self.version += 1
+        for weight in self.weights.values():
+            weight.grad = None
+        under_way = {kept.version for kept in self._under_way.values()}
+        for version in [version for version in self._versions if version not in under_way]:
+            del self._versions[version]
+
+
+def _batch(inputs: Mapping[str, torch.Tensor]) -> Batch:
+    tokens = max((len(tensor) for tensor in inputs.values() if tensor.dim()), default=1)
+    return Batch((Row(1, 1, 0, tokens),), inputs)

@@ -1,0 +1,100 @@
+"""Checkpoints of a training run: whole once their index is there, which is written last.
+
+OUT/round-00000100/   a shard an actor, index.json with the plan's hash and how far it is; of a model also what
+                      transformers and `ranvier run` need: config.json, the tokenizer, model.safetensors.index.json
+OUT/latest            the name of the newest whole one
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ranvier.actors.training.spec import folder_of
+
+from ..errors import RequestError
+from .plan import TrainingPlan
+
+INDEX, LATEST = "index.json", "latest"
+BROUGHT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A whole one: its folder, the rounds that are done, the steps so far with their losses."""
+
+    folder: Path
+    rounds: int
+    history: list[dict[str, Any]]
+
+
+def latest(out: Path, plan: TrainingPlan) -> Checkpoint | None:
+    """The newest whole checkpoint under `out`; None if there is none.
+
+    Raises:
+        RequestError: it is of another graph, or damaged.
+    """
+    try:
+        name = (out / LATEST).read_text().strip()
+    except FileNotFoundError:
+        return None
+    folder = out / name
+    try:
+        told = json.loads((folder / INDEX).read_text())
+        rounds, history, ours = int(told["rounds"]), list(told["history"]), told["hash"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{folder}: damaged: {error}; remove it, or give another --out") from None
+    if ours != plan.resumable:
+        raise RequestError(
+            f"{folder}: a checkpoint of another graph (expected {plan.resumable}, got {ours}): nothing was overwritten; give "
+            "another --out"
+        )
+    return Checkpoint(folder, rounds, history)
+
+
+def finish(out: Path, plan: TrainingPlan, rounds: int, history: Sequence[dict[str, Any]], keep: int) -> Path:
+    """All shards are there: write what makes them one checkpoint, and remove those before the last `keep`."""
+    folder = folder_of(out, rounds)
+    checkpoint = plan.graph.checkpoint
+    if checkpoint is not None:
+        _as_model(folder, plan)
+    told = {"hash": plan.resumable, "rounds": rounds, "graph": plan.graph.name, "history": list(history)}
+    _write(folder / INDEX, json.dumps(told) + "\n")
+    _write(out / LATEST, folder.name + "\n")
+    for old in sorted(out.glob("round-*"))[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _as_model(folder: Path, plan: TrainingPlan) -> None:
+    """What lets transformers and `ranvier run` open the shards as one model."""
+    from safetensors import safe_open
+
+    checkpoint = plan.graph.checkpoint
+    assert checkpoint is not None
+    place: dict[str, str] = {}
+    for actor in plan.graph.actors.values():
+        if actor.kind.uses_model:
+            file = folder / f"{actor.name}.safetensors"
+            with safe_open(file, "pt") as opened:
+                place |= {name: place.get(name, file.name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+    if checkpoint.config.tied:
+        place.pop("lm_head.weight", None)
+    sizes = sum((folder / name).stat().st_size for name in set(place.values()))
+    index = {"metadata": {"total_size": sizes}, "weight_map": place}
+    _write(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+    source = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+    if checkpoint.gguf is None:
+        for name in BROUGHT:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+
+
+def _write(file: Path, text: str) -> None:
+    part = file.with_suffix(file.suffix + ".part")
+    part.write_text(text)
+    part.replace(file)

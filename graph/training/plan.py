@@ -1,0 +1,398 @@
+"""What training makes of a checked graph: who learns, the links that gradients go back by, the schedule, every host's part.
+
+Gradients go back along the edges that activations went: the same number, the ends swapped, messages of kind `grad`. Losses,
+norms and the sums of shared weights have links of their own, numbered after the edges.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ranvier.actors.model import weights
+from ranvier.actors.spec import GATEWAY, HostSpec, identity
+from ranvier.actors.training import schedule as schedules
+from ranvier.actors.training.schedule import Schedule, ScheduleError, Stages
+from ranvier.actors.training.spec import (
+    INPUT,
+    INPUT_GRADIENT,
+    LOSS,
+    NORM,
+    OUTPUT,
+    OUTPUT_GRADIENT,
+    SCALE,
+    SHARED,
+    TARGET,
+    Loss,
+    Optimizer,
+    TrainingLink,
+    TrainingSpec,
+)
+from ranvier.transport.dtypes import BY_NAME
+from ranvier.transport.header import GRAD, STATE
+from ranvier.transport.link import LinkSpec
+from ranvier.transport.spec import TensorSpec
+
+from ..checked import CheckedActor, CheckedEdge, Graph
+from ..errors import GraphError, Position, Problem
+from ..plan import EPOCH, Plan, plan
+from .section import TrainingSection
+
+LOGITS, NEXT = "logits", "target"
+"""The output of a model's head that losses are taken of, and what the data calls the tokens that should come next."""
+KINDS = ("embedding", "blocks", "head", "first_stage", "last_stage", "model")
+"""The built-in kinds that learn."""
+CREDIT_BYTES = 1 << 30
+_NUMBER = TensorSpec("float64", (1,))
+
+
+class TrainingError(GraphError):
+    """A graph that cannot be trained as its file says."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """A plan, and what training adds. `schedule` is one round's: a step's, or, asynchronously, what lies between two pauses.
+    `steps_of_round` steps are one round."""
+
+    plan: Plan
+    section: TrainingSection
+    stages: Stages
+    schedule: Schedule
+    steps_of_round: int
+    losses: Mapping[str, tuple[Loss, ...]]
+    learning: frozenset[str]
+    links: Mapping[str, tuple[TrainingLink, ...]]
+    shared: Mapping[str, Mapping[str, str]]
+    targets: Mapping[str, TensorSpec]
+
+    @property
+    def graph(self) -> Graph:
+        return self.plan.graph
+
+    @property
+    def rounds(self) -> int:
+        return self.section.steps // self.steps_of_round
+
+    @property
+    def validate_rounds(self) -> int:
+        """Rounds between two validations; 0: there are none."""
+        return self.section.validate_.every // self.steps_of_round if self.section.validate_ is not None else 0
+
+    @property
+    def inputs(self) -> list[TrainingLink]:
+        """The links by which data goes in."""
+        return [link for link in self.links[GATEWAY] if link.role == OUTPUT]
+
+    @property
+    def resumable(self) -> str:
+        """16 hexadecimal digits over all that a checkpoint and who goes on from it must agree on."""
+        left_out = set() if self.asynchronous else {"validate_", "save", "schedule", "recompute"}
+        graph = self.graph
+        told = [
+            sorted(
+                (name, actor.kind.implementation, actor.layers, actor.section.args)
+                for name, actor in graph.actors.items()
+            ),
+            [edge.name for edge in graph.edges],
+            repr(graph.checkpoint.config) if graph.checkpoint is not None else None,
+            self.section.model_dump(exclude=left_out),
+        ]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def asynchronous(self) -> bool:
+        return self.section.schedule == "async"
+
+    @property
+    def updates(self) -> int:
+        """Of each stage, over the whole training."""
+        of_round = sum(action.kind == schedules.UPDATE for action in next(iter(self.schedule.stages.values())))
+        return of_round * self.rounds
+
+    def optimizer(self) -> Optimizer:
+        return Optimizer(**self.section.optimizer.model_dump())
+
+    def hosts(self, run_dir: Path, sockets: Path, out: Path, first: int, resume: Path | None) -> list[HostSpec]:
+        """Every host's part. `first`: the round to begin with; `resume`: the folder of the shards to go on from."""
+        section = self.section
+        made = []
+        for spec in self.plan.place(run_dir, sockets):
+            actor = self.graph.actors[spec.actor]
+            validate = section.validate_
+            training = TrainingSpec(
+                links=self.links[spec.actor],
+                losses=self.losses.get(spec.actor, ()),
+                actions=tuple(map(str, self.schedule.stages[spec.actor])),
+                micro_batches=self.schedule.micro_batches,
+                rounds=self.rounds,
+                updates=self.updates,
+                optimizer=self.optimizer(),
+                kind=actor.kind.name,
+                share=1 / (section.accumulate if self.asynchronous else section.micro_batches),
+                first=first,
+                context=section.data.context,
+                trains=spec.actor in self.learning,
+                stashes=self.asynchronous,
+                recompute=section.recompute,
+                validate_every=self.validate_rounds,
+                validation=validate.batches if validate is not None else 0,
+                save_every=section.save.every // self.steps_of_round if section.save is not None else 0,
+                folder=str(out),
+                resume=str(resume) if resume is not None else None,
+                seed=section.seed,
+                shared=self.shared.get(spec.actor, {}),
+            )
+            made.append(replace(spec, links=(), training=training))
+        return made
+
+
+def training_plan(graph: Graph) -> TrainingPlan:
+    """How a graph is to be trained.
+
+    Raises:
+        TrainingError: it cannot be; says why and what to do.
+    """
+    return _Planning(graph).made()
+
+
+class _Planning:
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        if graph.file.training is None:
+            raise self._wrong("there is no training: in this file; add it, with data, batch and steps")
+        self.section = graph.file.training
+        self.edges = [(index, edge) for index, edge in enumerate(graph.edges) if self._carries(edge)]
+        self.next_number = len(graph.edges)
+        self.links: dict[str, list[TrainingLink]] = {name: [] for name in (*graph.actors, GATEWAY)}
+
+    def _wrong(self, what: str) -> TrainingError:
+        return TrainingError(str(self.graph.path), [Problem(f"training: {what}", Position(1, 1))])
+
+    def _carries(self, edge: CheckedEdge) -> bool:
+        """Whether an edge has its part in training: what goes to the client has not, nor what comes back from it."""
+        if edge.target == GATEWAY:
+            return False
+        if edge.feedback:
+            if edge.out == "token" and self.graph.generates:
+                return False
+            raise self._wrong(f"edge {edge.name} goes round: loops cannot be trained; write the rounds out as actors")
+        return True
+
+    def made(self) -> TrainingPlan:
+        section, graph = self.section, self.graph
+        for name in section.frozen:
+            if name not in graph.actors:
+                raise self._wrong(f"frozen: no actor is called {name!r}; there are {', '.join(graph.actors)}")
+        if section.batch % section.micro_batches:
+            raise self._wrong(
+                f"a batch of {section.batch} cannot be cut into {section.micro_batches} micro-batches of one size; change one"
+            )
+        for actor in graph.actors.values():
+            self._check(actor)
+        stages = self._stages()
+        losses = self._losses()
+        learning = frozenset(name for name in graph.actors if name not in section.frozen)
+        steps_of_round = self._steps_of_round()
+        schedule = self._schedule(stages, steps_of_round)
+        self._link_edges(learning)
+        targets = self._link_losses(losses)
+        shared = self._share(learning)
+        if section.optimizer.clip is not None and section.schedule != "async":
+            self._link_norms(stages)
+        return TrainingPlan(
+            plan(graph), section, stages, schedule, steps_of_round, losses, learning,
+            {name: tuple(links) for name, links in self.links.items()}, shared, targets,
+        )  # fmt: skip
+
+    # -- what can be trained --------------------------------------------------------------------------------------
+
+    def _check(self, actor: CheckedActor) -> None:
+        kind, checkpoint = actor.kind, self.graph.checkpoint
+        if actor.section.replicas > 1:
+            raise self._wrong(f"actor {actor.name}: {actor.section.replicas} replicas; give each actor one")
+        if kind.uses_model:
+            config = checkpoint.config if checkpoint is not None else None
+            if kind.name not in KINDS or config is None or not config.native or config.experts or config.encoder:
+                raise self._wrong(
+                    f"actor {actor.name}: kind {kind.name} of this model runs, but does not learn; what does are "
+                    f"{', '.join(KINDS)} of llama, mistral, qwen2, qwen3, gemma3 and gpt2"
+                )
+            if self.graph.file.model is not None and self.graph.file.model.weights != "dtype":
+                raise self._wrong(f"model: weights: {self.graph.file.model.weights} cannot learn; leave it out")
+        for port, spec in actor.inputs.items():
+            if "rows" in spec.shape:
+                raise self._wrong(
+                    f"actor {actor.name}: input {port} is {spec}: micro-batches are one row each; write another name than rows"
+                )
+
+    def _stages(self) -> Stages:
+        pairs = [(edge.source, edge.target) for _, edge in self.edges if edge.source != GATEWAY]
+        order: list[str] = []
+        while len(order) < len(self.graph.actors):
+            order += [
+                name
+                for name in self.graph.actors
+                if name not in order and all(source in order for source, target in pairs if target == name)
+            ]
+        workers = {}
+        for name, actor in self.graph.actors.items():
+            if actor.section.cpus is not None:
+                workers[name] = ",".join(map(str, actor.section.cpus))
+        return Stages(tuple(order), tuple(dict.fromkeys(pairs)), workers)
+
+    def _losses(self) -> dict[str, tuple[Loss, ...]]:
+        graph = self.graph
+        ends = [name for name, actor in graph.actors.items() if actor.kind.name in ("head", "last_stage", "model")]
+        given = [
+            (loss.of, Loss(loss.of.partition(".")[2], loss.kind, loss.target, loss.weight))
+            for loss in self.section.loss
+        ]
+        if not given and ends:
+            given = [(f"{ends[0]}.{LOGITS}", Loss(LOGITS, "cross_entropy", NEXT))]
+        if not given:
+            raise self._wrong("no loss; add loss: [{of: ACTOR.PORT, kind: cross_entropy, target: NAME}]")
+        made: dict[str, list[Loss]] = {}
+        for of, loss in given:
+            name, kind = of.partition(".")[0], loss.kind
+            actor = graph.actors.get(name)
+            outputs = (
+                [LOGITS] if actor is not None and name in ends else list(actor.outputs if actor is not None else ())
+            )
+            if loss.port not in outputs:
+                there = f"it has {', '.join(outputs)}" if actor is not None else f"there are {', '.join(graph.actors)}"
+                raise self._wrong(f"loss of {of}: no such output; {there}")
+            if (kind == "mean") != (loss.target is None):
+                raise self._wrong(f"loss of {of}: {kind} takes {'no' if kind == 'mean' else 'a'} target; change it")
+            made.setdefault(name, []).append(loss)
+        return {name: tuple(losses) for name, losses in made.items()}
+
+    def _steps_of_round(self) -> int:
+        """How many steps make a round: asynchronous stages stop for nothing but validation, saving, and the end."""
+        section = self.section
+        pauses = {
+            name: pause.every
+            for name, pause in (("validate", section.validate_), ("save", section.save))
+            if pause is not None
+        }
+        if section.schedule != "async":
+            return 1
+        found = math.gcd(section.steps, *pauses.values())
+        for name, every in pauses.items():
+            if section.steps % every:
+                raise self._wrong(
+                    f"{name}: every {every} of {section.steps} steps: async stops there; give a divisor of the steps"
+                )
+        return found
+
+    def _schedule(self, stages: Stages, steps_of_round: int) -> Schedule:
+        section = self.section
+        count = section.micro_batches * steps_of_round
+        try:
+            if section.schedule in schedules.NAMES:
+                made = schedules.make(section.schedule, stages, count, section.accumulate)
+            else:
+                file = (self.graph.path.parent / section.schedule).resolve()
+                if not file.is_relative_to(self.graph.path.parent.resolve()):
+                    raise self._wrong(f"schedule {section.schedule!r} leaves the graph's folder")
+                made = schedules.parse(file.read_text(), stages)
+                if made.micro_batches != section.micro_batches:
+                    raise self._wrong(
+                        f"schedule {section.schedule} has {made.micro_batches} micro-batches, micro_batches is "
+                        f"{section.micro_batches}; make them the same"
+                    )
+            schedules.check(made, stages)
+        except ScheduleError as error:
+            raise self._wrong(f"schedule {section.schedule}: {error}") from None
+        except OSError as error:
+            raise self._wrong(
+                f"schedule {section.schedule!r}: neither one of {', '.join(schedules.NAMES)} nor a file: {error.strerror}"
+            ) from None
+        return made
+
+    # -- links ----------------------------------------------------------------------------------------------------
+
+    def _link_edges(self, learning: frozenset[str]) -> None:
+        reached = set(learning)
+        for _ in self.graph.actors:
+            reached |= {edge.target for _, edge in self.edges if edge.source in reached}
+        for index, edge in self.edges:
+            there = self._link(index, edge.name, edge.source, edge.target, edge.out, edge.spec, edge.codec)
+            self._add(OUTPUT, edge.out, INPUT, edge.into, there)
+            if edge.source in reached and BY_NAME[edge.spec.dtype].floats:
+                back = self._link(index, f"{edge.name} (gradient)", edge.target, edge.source, edge.out, edge.spec)
+                self._add(INPUT_GRADIENT, edge.into, OUTPUT_GRADIENT, edge.out, replace(back, kind=GRAD))
+
+    def _link_losses(self, losses: Mapping[str, Sequence[Loss]]) -> dict[str, TensorSpec]:
+        targets: dict[str, TensorSpec] = {}
+        for name, terms in losses.items():
+            actor = self.graph.actors[name]
+            for target in dict.fromkeys(term.target for term in terms if term.target is not None):
+                term = next(term for term in terms if term.target == target)
+                spec = (
+                    TensorSpec("int64", ("tokens",))
+                    if term.port not in actor.outputs or actor.kind.uses_model
+                    else None
+                )
+                if spec is None:
+                    made = actor.outputs[term.port]
+                    spec = TensorSpec("int64", made.shape[:-1]) if term.kind == "cross_entropy" else made
+                targets[target] = spec
+                link = self._own(f"{GATEWAY}.{target} -> {name} (target)", GATEWAY, name, target, spec)
+                self._add(OUTPUT, target, TARGET, target, link)
+            spec = TensorSpec("float64", (len(terms), 2))
+            self._add(LOSS, "loss", LOSS, name, self._own(f"{name} -> {GATEWAY} (loss)", name, GATEWAY, "loss", spec))
+        return targets
+
+    def _link_norms(self, stages: Stages) -> None:
+        for name in stages.names:
+            up = self._own(f"{name} -> {GATEWAY} (norm)", name, GATEWAY, "norm", _NUMBER)
+            self._add(NORM, "norm", NORM, name, up)
+            down = self._own(f"{GATEWAY} -> {name} (scale)", GATEWAY, name, "scale", _NUMBER)
+            self._add(SCALE, name, SCALE, "scale", down)
+
+    def _share(self, learning: frozenset[str]) -> dict[str, dict[str, str]]:
+        """A tied model whose ends are two actors: both hold the matrix, and the gradients of both count."""
+        graph = self.graph
+        if graph.checkpoint is None or not graph.checkpoint.config.tied:
+            return {}
+        begins = [name for name, actor in graph.actors.items() if actor.kind.name in ("embedding", "first_stage")]
+        ends = [name for name, actor in graph.actors.items() if actor.kind.name in ("head", "last_stage")]
+        if not begins or not ends:
+            return {}
+        [first], [last] = begins, ends
+        if (first in learning) != (last in learning):
+            raise self._wrong(f"frozen: {first} and {last} hold one matrix (the model is tied); freeze both or none")
+        if first not in learning:
+            return {}
+        [slot] = [slot for slot in weights.embedding(graph.checkpoint.config) if slot.name == "embedding"]
+        spec = TensorSpec(graph.file.model.dtype if graph.file.model is not None else "float32", slot.shape)
+        there = self._own(f"{last} -> {first} (shared)", last, first, "embedding", spec)
+        self._add(SHARED, f"{first}/head", SHARED, f"{last}/embedding", there)
+        back = self._own(f"{first} -> {last} (shared)", first, last, "embedding", spec)
+        self._add(SHARED, f"{last}/embedding", SHARED, f"{first}/head", back)
+        return {first: {"embedding": first}, last: {"head": first}}
+
+    def _own(self, name: str, source: str, target: str, port: str, spec: TensorSpec) -> LinkSpec:
+        """A link that is no edge of the graph."""
+        number = self.next_number
+        self.next_number += 1
+        return replace(self._link(number, name, source, target, port, spec), kind=STATE)
+
+    def _link(
+        self, number: int, name: str, source: str, target: str, port: str, spec: TensorSpec, codec: str = "raw"
+    ) -> LinkSpec:
+        return LinkSpec(
+            number, name, identity(source, 0, EPOCH), identity(target, 0, EPOCH), ((port, spec),),
+            credits_messages=2 * self.section.micro_batches + 8, credits_bytes=CREDIT_BYTES,
+            local=self.graph.file.transport == "ipc", codec=codec,
+        )  # fmt: skip
+
+    def _add(self, outgoing: str, port: str, incoming: str, into: str, link: LinkSpec) -> None:
+        source, target = (end.partition(".")[0] for end in (link.source, link.target))
+        self.links[source].append(TrainingLink(outgoing, port, link, True))
+        self.links[target].append(TrainingLink(incoming, into, link, False))

@@ -1,0 +1,104 @@
+"""Modules that the tests train, and data for them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Layer(nn.Module):
+    """x [pictures, width] -> [pictures, to]."""
+
+    def __init__(self, width: int, to: int, last: bool = False) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, to)
+        self.last = last
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = self.linear(x)
+        return made if self.last else torch.tanh(made)
+
+
+class Join(nn.Module):
+    """What two branches make of the same pictures, together."""
+
+    def __init__(self, width: int, to: int) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(width, to), nn.Linear(width, to)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.left(a) * self.right(b), "size": (a * b).pow(2)}
+
+
+class Rounding(nn.Module):
+    """Cannot be differentiated."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.detach().round()
+
+
+class Exploding(nn.Module):
+    """Gives what is not a number once it sees the hundredth picture."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+        self.seen = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen += len(x)
+        return x * self.scale / (0.0 if self.seen >= 100 else 1.0) - (x * 0 if self.seen < 100 else torch.inf)
+
+
+class Dropping(nn.Module):
+    """Draws at random in training."""
+
+    def __init__(self, width: int, to: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, to)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(nn.functional.dropout(x, 0.3, self.training))
+
+
+class Numbers:
+    """Data: pictures of eight numbers and which of them is largest."""
+
+    def __init__(self, batch: int, width: int = 8) -> None:
+        self.batch, self.width = batch, width
+
+    def __call__(self, step: int, validation: bool) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(step + (1_000_000 if validation else 0))
+        x = torch.randn(self.batch, self.width, generator=generator)
+        return {"x": x, "label": x.argmax(1) % 4, "wished": x.flip(1)}
+
+
+class Tokens:
+    """Data: sequences of token ids of a small vocabulary, and the tokens that come next."""
+
+    def __init__(self, batch: int, context: int, vocabulary: int) -> None:
+        self.batch, self.context, self.vocabulary = batch, context, vocabulary
+
+    def __call__(self, step: int, validation: bool) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(step + (1_000_000 if validation else 0))
+        ids = torch.randint(3, self.vocabulary, (self.batch, self.context + 1), generator=generator)
+        return {"token": ids[:, :-1].flatten(), "target": ids[:, 1:].flatten()}
+
+
+class Several(nn.Module):
+    """Some layers in a row."""
+
+    def __init__(self, widths: list[int], ends: bool) -> None:
+        super().__init__()
+        last = len(widths) - 2
+        self.layers = nn.ModuleList(
+            Layer(one, two, ends and index == last) for index, (one, two) in enumerate(pairwise(widths))
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x

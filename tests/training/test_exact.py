@@ -1,0 +1,264 @@
+"""Synchronous training equals plain torch autograd in one process, to rounding, for every schedule and cut.
+
+The oracle computes whole batches: neither its micro-batches nor its order of sums is ours. Float32, ten steps.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import ranvier
+from ranvier.graph.training.trainer import Trained
+
+STEPS, BATCH, MICRO = 10, 24, 4
+ADAMW = {"kind": "adamw", "lr": 0.001, "weight_decay": 0.1, "clip": 0.1}
+Train = Callable[..., Trained]
+Make = Callable[..., ranvier.Graph]
+Tiny = Callable[..., tuple[Path, Any]]
+
+
+def _parts() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("training_parts", Path(__file__).with_name("parts.py"))
+    assert spec is not None and spec.loader is not None
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    return made
+
+
+parts = _parts()
+
+
+def losses(trained: Trained) -> list[float]:
+    return [told["loss"] for told in trained.history if "validation" not in told]
+
+
+def weights(trained: Trained) -> dict[str, dict[str, torch.Tensor]]:
+    """Of each actor, as the last checkpoint has them."""
+    assert trained.folder is not None
+    files = [file for file in trained.folder.glob("*.safetensors") if ".state" not in file.name]
+    return {file.stem: load_file(file) for file in files}
+
+
+def same_losses(got: Sequence[float], expected: Sequence[float]) -> None:
+    assert len(got) == len(expected) == STEPS
+    for step, (one, other) in enumerate(zip(got, expected, strict=True), 1):
+        assert abs(one - other) <= 1e-5 * abs(other), f"step {step}: {one}, expected {other}"
+
+
+def same_weights(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in got.items():
+        assert float((tensor.detach() - expected[name].detach()).abs().max()) <= 1e-4, name
+
+
+def plain(
+    held: Iterable[nn.Parameter], loss_of: Callable[[int], torch.Tensor], clip: float | None = 0.1
+) -> list[float]:
+    """The oracle: AdamW over whole batches."""
+    held, told = list(held), []
+    optimizer = torch.optim.AdamW(held, 0.001, weight_decay=0.1)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_of(step)
+        loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(held, clip)
+        optimizer.step()
+        told.append(float(loss.detach()))
+    return told
+
+
+def numbers(step: int) -> dict[str, torch.Tensor]:
+    made: dict[str, torch.Tensor] = parts.Numbers(BATCH)(step, False)
+    return made
+
+
+def training(**more: Any) -> dict[str, Any]:
+    return {
+        "data": {"source": "./parts.py:Numbers", "args": {"batch": BATCH}}, "batch": BATCH, "micro_batches": MICRO,
+        "steps": STEPS, "optimizer": ADAMW, **more,
+    }  # fmt: skip
+
+
+# -- layers in a row ----------------------------------------------------------------------------------------------------
+
+WIDTHS = (8, 16, 12, 10, 4)
+
+
+def dense(count: int, tmp_path: Path) -> tuple[dict[str, Any], list[str], list[nn.Module]]:
+    """Four dense layers cut into so many actors, with weights in a file: actors, edges, the layers."""
+    torch.manual_seed(3)
+    layers = [parts.Layer(one, two, last=two == 4) for one, two in itertools.pairwise(WIDTHS)]
+    size = 4 // count
+    actors: dict[str, Any] = {}
+    for index in range(count):
+        own = layers[index * size : (index + 1) * size]
+        state = {
+            f"layers.{at}.{name}": value for at, layer in enumerate(own) for name, value in layer.state_dict().items()
+        }
+        save_file(state, tmp_path / f"actor{index}.safetensors")
+        first, last = index * size, (index + 1) * size
+        actors[f"actor{index}"] = {
+            "kind": "./parts.py:Several", "args": {"widths": list(WIDTHS[first : last + 1]), "ends": last == 4},
+            "weights": f"./actor{index}.safetensors", **({"inputs": {"x": "float32[pictures, 8]"}} if index == 0 else {}),
+        }  # fmt: skip
+    edges = ["gateway.x -> actor0.x", *(f"actor{index}.output -> actor{index + 1}.x" for index in range(count - 1))]
+    return actors, [*edges, f"actor{count - 1}.output -> gateway.made"], layers
+
+
+@pytest.mark.parametrize(
+    ("count", "schedule"),
+    [
+        (4, "1f1b"), (4, "zero-bubble"), (1, "1f1b"), (2, "gpipe"),
+        *(pytest.param(count, schedule, marks=pytest.mark.slow)
+          for count, schedule in [(2, "1f1b"), (4, "gpipe"), (2, "zero-bubble"), (1, "gpipe"), (1, "zero-bubble")]),
+    ],
+)  # fmt: skip
+def test_dense_layers(count: int, schedule: str, graph: Make, trained: Train, tmp_path: Path) -> None:
+    actors, edges, layers = dense(count, tmp_path)
+    loss = [{"of": f"actor{count - 1}.output", "target": "label"}]
+    made = trained(graph(actors, edges, training(schedule=schedule, loss=loss)))
+    whole = nn.Sequential(*layers)
+    expected = plain(
+        whole.parameters(), lambda step: F.cross_entropy(whole(numbers(step)["x"]), numbers(step)["label"])
+    )
+    same_losses(losses(made), expected)
+    for index in range(count):
+        size = 4 // count
+        own = nn.ModuleDict({str(at): layers[index * size + at] for at in range(size)})
+        same_weights(
+            weights(made)[f"actor{index}"], {f"layers.{name}": value for name, value in own.state_dict().items()}
+        )
+    norms = [told["norm"] for told in made.history]
+    assert min(norms) > 0.1, "clipped each time"
+
+
+def test_interleaved_and_recomputed_and_a_schedule_of_ones_own(graph: Make, trained: Train, tmp_path: Path) -> None:
+    """Four actors on two cores; activations computed twice; an order that a file gives: the same numbers, all of them."""
+    actors, edges, layers = dense(4, tmp_path)
+    dealt = {name: {**actor, "cpus": [index % 2]} for index, (name, actor) in enumerate(actors.items())}
+    own = "\n".join(f"actor{index}: F0 F1 F2 F3 B3 B2 B1 I0 W0 U  # backwards" for index in range(4))
+    (tmp_path / "own.schedule").write_text(own)
+    loss = [{"of": "actor3.output", "target": "label"}]
+    found = [
+        losses(trained(graph(dealt, edges, training(schedule="interleaved", loss=loss)), out="one")),
+        losses(
+            trained(graph(actors, edges, training(schedule="./own.schedule", loss=loss, recompute=True)), out="two")
+        ),
+    ]
+    whole = nn.Sequential(*layers)
+    expected = plain(
+        whole.parameters(), lambda step: F.cross_entropy(whole(numbers(step)["x"]), numbers(step)["label"])
+    )
+    for got in found:
+        same_losses(got, expected)
+
+
+def test_branches_a_join_and_two_losses(graph: Make, trained: Train, tmp_path: Path) -> None:
+    """A trunk whose output goes to two branches, whose outputs meet; a loss beside the first, and one of a frozen part."""
+    torch.manual_seed(5)
+    trunk, one, two = parts.Layer(8, 16), parts.Layer(16, 12), parts.Layer(16, 12)
+    join = parts.Join(12, 8)
+    fixed = parts.Layer(8, 4, last=True)
+    held = {"trunk": trunk, "one": one, "two": two, "join": join, "fixed": fixed}
+    save_file(
+        {f"{name}.{key}": value for name, part in held.items() for key, value in part.state_dict().items()},
+        tmp_path / "w.safetensors",
+    )
+    layer = {"kind": "./parts.py:Layer", "weights": "./w.safetensors"}
+    actors = {
+        "trunk": {**layer, "args": {"width": 8, "to": 16}, "inputs": {"x": "float32[pictures, 8]"}},
+        "one": {**layer, "args": {"width": 16, "to": 12}}, "two": {**layer, "args": {"width": 16, "to": 12}},
+        "join": {"kind": "./parts.py:Join", "args": {"width": 12, "to": 8}, "weights": "./w.safetensors"},
+        "fixed": {**layer, "args": {"width": 8, "to": 4, "last": True}},
+    }  # fmt: skip
+    edges = [
+        "gateway.x -> trunk.x", "trunk.output -> one.x", "trunk.output -> two.x", "one.output -> join.a",
+        "two.output -> join.b", "join.logits -> fixed.x", "fixed.output -> gateway.made", "join.size -> gateway.size",
+    ]  # fmt: skip
+    terms = [
+        {"of": "fixed.output", "target": "label"}, {"of": "join.logits", "kind": "mse", "target": "wished", "weight": 0.3},
+        {"of": "join.size", "kind": "mean", "weight": 0.1},
+    ]  # fmt: skip
+    made = trained(graph(actors, edges, training(loss=terms, frozen=["fixed"])))
+
+    def loss_of(step: int) -> torch.Tensor:
+        given = numbers(step)
+        middle = trunk(given["x"])
+        joined = join(one(middle), two(middle))
+        answer = F.cross_entropy(fixed(joined["logits"]), given["label"])
+        return answer + 0.3 * F.mse_loss(joined["logits"], given["wished"]) + 0.1 * joined["size"].mean()
+
+    learning = [weight for name, part in held.items() if name != "fixed" for weight in part.parameters()]
+    same_losses(losses(made), plain(learning, loss_of))
+    for name, part in held.items():
+        same_weights(weights(made)[name], part.state_dict())
+    assert set(made.history[0]["losses"]) == {"fixed.output", "join.logits", "join.size"}
+
+
+# -- models -------------------------------------------------------------------------------------------------------------
+
+CONTEXT, SEQUENCES = 12, 8
+
+
+def model_training(vocabulary: int, **more: Any) -> dict[str, Any]:
+    args = {"batch": SEQUENCES, "context": CONTEXT, "vocabulary": vocabulary}
+    data = {"source": "./parts.py:Tokens", "args": args, "context": CONTEXT}
+    return {**training(), "data": data, "batch": SEQUENCES, **more}
+
+
+@pytest.mark.parametrize(
+    ("family", "count", "changes"),
+    [
+        ("llama", 4, {}),
+        ("llama", 2, {}),
+        pytest.param("llama", 1, {}, marks=pytest.mark.slow),
+        pytest.param("llama", 4, {"tie_word_embeddings": False}, marks=pytest.mark.slow),
+        ("gpt2", 2, {"vocab_size": 320, "n_embd": 48, "n_layer": 4, "n_head": 4, "n_positions": 64}),
+        pytest.param("qwen3", 2, {}, marks=pytest.mark.slow),
+        pytest.param("gemma3_text", 2, {"sliding_window": 4, "layer_types": None}, marks=pytest.mark.slow),
+    ],
+)
+def test_models(
+    family: str, count: int, changes: dict[str, Any], graph: Make, trained: Train, tiny: Tiny, split: Any
+) -> None:
+    """Against transformers' own model and torch's autograd: losses, and every weight of the checkpoint that comes out. Tied
+    embeddings at both ends of a pipeline are one weight."""
+    if family == "gpt2":
+        changes = {**changes, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    folder, model = tiny(f"learns-{family}-{'-'.join(map(str, changes.values()))}", family, **changes)
+    layers = model.config.num_hidden_layers
+    content = split(count, layers)
+    edges: list[Any] = []
+    names = content["pipeline"]
+    for before, after in itertools.pairwise(names):
+        edges.append(f"{before}.hidden -> {after}.hidden")
+    edges.append({"from": f"{names[-1]}.token", "to": f"{names[0]}.token", "feedback": True})
+    made = trained(
+        graph(content["actors"], edges, model_training(320), model={"source": str(folder), "dtype": "float32"})
+    )
+
+    learner = copy.deepcopy(model).train()
+
+    def loss_of(step: int) -> torch.Tensor:
+        given = parts.Tokens(SEQUENCES, CONTEXT, 320)(step, False)
+        logits = learner(given["token"].view(SEQUENCES, CONTEXT), use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1), given["target"])
+
+    same_losses(losses(made), plain(learner.parameters(), loss_of))
+    assert made.folder is not None
+    from transformers import AutoModelForCausalLM
+
+    again = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32)
+    same_weights(dict(again.named_parameters()), dict(learner.named_parameters()))
