@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+FOR_TRAINING = ("ranvier.actors.training.host", "torch._dynamo")
+"""The second is what torch's optimisers import when the first one is made; it takes a second."""
 OF_OUR_OWN = ("ranvier.actors.model.parts", "ranvier.actors.model.foreign")
 
 
@@ -88,8 +90,12 @@ class Zygote:
 
     def _start(self, command: dict[str, Any]) -> None:
         place = command["spec"]["implementation"].partition(":")[0]
-        if place in OF_OUR_OWN:  # once here, not in every host: transformers takes two seconds
-            importlib.import_module(place)
+        wanted = [place] if place in OF_OUR_OWN else []
+        if command["spec"]["training"] is not None:
+            wanted += FOR_TRAINING
+        if not sys.modules.keys() >= set(wanted):  # once here, not in every host: transformers takes two seconds
+            for place in wanted:
+                importlib.import_module(place)
             gc.freeze()
         if command["spec"]["model"] is not None:
             self._know(Path(command["spec"]["model"]))

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Awaitable, Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
@@ -22,29 +21,31 @@ from ranvier.transport.errors import RanvierError
 from . import perfetto, run_folder, show, trace
 from .check import load as load_graph
 from .checked import Graph
+from .command_line import (
+    FAILED,
+    WRONG,
+    AllowCode,
+    GraphFile,
+    Json,
+    Set,
+    Wrong,
+    interruptible,
+    overrides,
+    print_json,
+)
 from .errors import GraphError
 from .plan import plan
-
-FAILED, WRONG, INTERRUPTED = 1, 2, 130
-Result_ = TypeVar("Result_")
+from .training.command import show_schedule, train_command
 
 app = typer.Typer(
     name="ranvier",
     help="Run the parts of a model as actors that exchange tensors over ZeroMQ.\n\n"
-    "Start with: ranvier check GRAPH, then ranvier show GRAPH, then ranvier run GRAPH --prompt TEXT.",
+    "Start with: ranvier check GRAPH, then ranvier show GRAPH, then ranvier run GRAPH --prompt TEXT, or ranvier train GRAPH.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-GraphFile = Annotated[Path, typer.Argument(metavar="GRAPH", help="The graph file (YAML).", show_default=False)]
-AllowCode = Annotated[bool, typer.Option("--allow-code", help="Import actors from Python files of the graph's folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the file, e.g. --set model.dtype=float32."),
-]
 
 
 class Format(StrEnum):
@@ -63,15 +64,15 @@ def check(
 ) -> None:
     """Find everything that is wrong with a graph file without starting a process."""
     try:
-        checked = load_graph(graph, allow_code=allow_code, overrides=_overrides(settings))
+        checked = load_graph(graph, allow_code=allow_code, overrides=overrides(settings))
     except GraphError as error:
         if not as_json:
             raise
         problems = [{"line": p.at.line, "column": p.at.column, "what": p.what} for p in error.problems]
-        _print_json({"ok": False, "file": str(graph), "problems": problems})
+        print_json({"ok": False, "file": str(graph), "problems": problems})
         raise typer.Exit(WRONG) from None
     if as_json:
-        _print_json(
+        print_json(
             {"ok": True, "file": str(graph), "problems": [], **({"graph": checked.expanded()} if expand else {})}
         )
     elif expand:
@@ -87,14 +88,21 @@ def check(
 def show_command(
     graph: GraphFile,
     form: Annotated[Format, typer.Option("--format", help="How to draw it.")] = Format.text,
+    schedule: Annotated[
+        bool, typer.Option("--schedule", help="Print what each actor does in training, in which order, and the bubble.")
+    ] = False,
     as_json: Json = False,
     allow_code: AllowCode = False,
     settings: Set = None,
 ) -> None:
     """Print the plan: processes, layers, bytes of weights, bytes per token on every edge."""
-    planned = plan(load_graph(graph, allow_code=allow_code, overrides=_overrides(settings)))
+    checked = load_graph(graph, allow_code=allow_code, overrides=overrides(settings))
+    if schedule:
+        show_schedule(checked, as_json)
+        return
+    planned = plan(checked)
     if as_json:
-        _print_json(planned.to_plain())
+        print_json(planned.to_plain())
     else:
         print({Format.text: show.text, Format.mermaid: show.mermaid, Format.dot: show.dot}[form](planned))
 
@@ -135,15 +143,15 @@ def run(
     try:
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     except ValueError as error:
-        raise _Wrong(f"--{error}") from None
-    checked = load_graph(graph, allow_code=allow_code, overrides=_overrides(settings))
+        raise Wrong(f"--{error}") from None
+    checked = load_graph(graph, allow_code=allow_code, overrides=overrides(settings))
     if not checked.generates:
         if prompt is not None or input_file is None:
-            raise _Wrong(f"graph {checked.name} is no language model; give --input FILE.safetensors, not --prompt")
+            raise Wrong(f"graph {checked.name} is no language model; give --input FILE.safetensors, not --prompt")
         _call(checked, input_file, output_file, runs, as_json, context.obj)
         return
     if prompt is None or input_file is not None or output_file is not None:
-        raise _Wrong(f"graph {checked.name} is a language model; give --prompt TEXT, not --input or --output")
+        raise Wrong(f"graph {checked.name} is a language model; give --prompt TEXT, not --input or --output")
     options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": tuple(stop or ()), "raw": raw}
     options["deadline_s"] = deadline
     _run(checked, prompt, options, as_json, {"runs": runs, "zygote": context.obj, "chaos": chaos})
@@ -164,7 +172,7 @@ def _call(
     try:
         inputs = load_file(input_file)
     except (OSError, SafetensorError) as error:
-        raise _Wrong(f"--input {input_file}: {error}") from None
+        raise Wrong(f"--input {input_file}: {error}") from None
     bar = Bar(sys.stderr)
 
     async def main() -> tuple[Path, dict[str, Any], float]:
@@ -187,27 +195,13 @@ def _call(
     }
     told = trace.summary(trace.read(run_dir)) if checked.file.trace else None
     if as_json:
-        _print_json({"outputs": shapes, "seconds": took_s, "run_dir": str(run_dir), "trace": told})
+        print_json({"outputs": shapes, "seconds": took_s, "run_dir": str(run_dir), "trace": told})
         return
     for name, shape in shapes.items():
         print(f"{name}: {shape}{f' in {output_file}' if output_file is not None else ''}")
     if told is not None:
         print(f"\n{trace.table(told)}")
     print(f"\n{took_s:.3f} s\nrun folder: {run_dir}")
-
-
-def interruptible(main: Callable[[], Awaitable[Result_]]) -> Result_:
-    """Run it under trio until it ends, or until Ctrl-C, which comes only where it waits.
-
-    Elsewhere it could come between a context's entry and its body: what the context had started was then never ended.
-    """
-    import trio
-
-    try:
-        return trio.run(main, restrict_keyboard_interrupt_to_checkpoints=True)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
 
 
 @app.command()
@@ -229,11 +223,11 @@ def score(
     from .launch import launch
     from .progress import Bar
 
-    checked = load_graph(graph, allow_code=allow_code, overrides=_overrides(settings))
+    checked = load_graph(graph, allow_code=allow_code, overrides=overrides(settings))
     try:
         written = text.read_bytes()[:most].decode("utf-8", "ignore" if most is not None else "strict")
     except (OSError, UnicodeDecodeError) as error:
-        raise _Wrong(f"--text {text}: {error}") from None
+        raise Wrong(f"--text {text}: {error}") from None
     bar, zygote = Bar(sys.stderr), context.obj
 
     async def main() -> tuple[Path, scoring.Score]:
@@ -244,12 +238,15 @@ def score(
 
     run_dir, made = interruptible(main)
     if as_json:
-        _print_json({
+        print_json({
             "tokens": made.tokens, "nll_per_token": made.nll_per_token, "perplexity": made.perplexity,
             "window": window, "run_dir": str(run_dir),
         })  # fmt: skip
     else:
         print(f"{made.tokens} tokens, {made.nll_per_token:.5f} nats a token, perplexity {made.perplexity:.4f}")
+
+
+app.command("train")(train_command)
 
 
 @app.command("actors")
@@ -259,7 +256,7 @@ def actors_command(as_json: Json = False) -> None:
 
     entries = catalogue.entries()
     if as_json:
-        _print_json(entries)
+        print_json(entries)
     else:
         print(catalogue.text(entries))
 
@@ -283,9 +280,9 @@ def new(
             with Path(file).open("x", encoding="utf-8") as opened:
                 opened.write(content)
     except FileExistsError as error:
-        raise _Wrong(f"{error.filename} exists; choose another name") from None
+        raise Wrong(f"{error.filename} exists; choose another name") from None
     except ValueError as error:
-        raise _Wrong(str(error)) from None
+        raise Wrong(str(error)) from None
     print(f"wrote {', '.join(files)}\n{starts.hint(what.value, name)}")
 
 
@@ -310,7 +307,7 @@ def _run(checked: Graph, prompt: str, options: dict[str, Any], as_json: bool, la
     run_dir, result = interruptible(main)
     told = trace.summary(trace.read(run_dir)) if checked.file.trace else None
     if as_json:
-        _print_json({
+        print_json({
             "text": result.text, "token_ids": result.token_ids, "prompt_tokens": result.prompt_tokens,
             "finish_reason": result.finish_reason, "time_to_first_token_s": result.first_token_s,
             "tokens_per_second": result.tokens_per_second, "run_dir": str(run_dir),
@@ -347,7 +344,7 @@ def keys_new(
     data = read(graph).data
     actors = data.get("actors")
     if not isinstance(actors, dict):
-        raise _Wrong(f"{graph}: no actors; expected a mapping")
+        raise Wrong(f"{graph}: no actors; expected a mapping")
     given = data.get("keys")
     where = folder or graph.parent / (given if isinstance(given, str) else "keys")
     for path in curve.write(where, (GATEWAY, *map(str, actors))):
@@ -369,7 +366,7 @@ def trace_command(
         print(f"wrote {to_perfetto}; open it in Perfetto or chrome://tracing", file=sys.stderr)
     told = trace.summary(read)
     if as_json:
-        _print_json(told)
+        print_json(told)
     else:
         print(trace.table(told))
 
@@ -393,10 +390,10 @@ def scale(
 
     actor, _, count = change.partition("=")
     if not actor or not count.isdecimal():
-        raise _Wrong(f"{change}: expected ACTOR=N, such as upper=2")
+        raise Wrong(f"{change}: expected ACTOR=N, such as upper=2")
     done = commands.ask(run_dir, "scale", timeout, actor=actor, replicas=int(count))
     if as_json:
-        _print_json({"done": done})
+        print_json({"done": done})
     else:
         print(done)
 
@@ -406,25 +403,7 @@ def schema() -> None:
     """Print the JSON Schema of the graph file, for editors."""
     from .schema import GraphFile as Schema
 
-    _print_json(Schema.model_json_schema(by_alias=True))
-
-
-class _Wrong(RanvierError):
-    """A request that is wrong."""
-
-
-def _overrides(settings: Sequence[str] | None) -> dict[str, str]:
-    made = {}
-    for setting in settings or ():
-        key, separator, value = setting.partition("=")
-        if not separator or not key:
-            raise _Wrong(f"--set {setting}: expected KEY=VALUE, such as model.dtype=float32")
-        made[key] = value
-    return made
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value))
+    print_json(Schema.model_json_schema(by_alias=True))
 
 
 def main(zygote: ZygoteProcess | None = None) -> None:
@@ -442,5 +421,5 @@ def main(zygote: ZygoteProcess | None = None) -> None:
 def _code(error: RanvierError) -> int:
     from .trace import TraceError
 
-    wrong: tuple[type[Exception], ...] = (GraphError, CheckpointError, _Wrong, TraceError, ValueError)
+    wrong: tuple[type[Exception], ...] = (GraphError, CheckpointError, Wrong, TraceError, ValueError)
     return WRONG if isinstance(error, wrong) else FAILED

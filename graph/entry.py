@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 
-STARTING = ("run", "score")
+STARTING = ("run", "score", "train")
 ASKING = ("--help", "-h")
 
 

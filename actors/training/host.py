@@ -7,8 +7,9 @@ has to be told what comes next. See `schedule.py` for the actions and `stage.py`
 from __future__ import annotations
 
 import gc
+import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..actor import REPLAYED
 from ..kinds import BUILT_IN
 from ..outputs import coded
 from ..process import ACK_DELAY_S, TICK_S, Process, live
-from ..spec import HostSpec
+from ..spec import GATEWAY, HostSpec
 from . import optimizer, shards
 from .core import Place, TrainingCore
 from .layers import NativeStage
@@ -38,7 +39,6 @@ from .spec import (
     NORM,
     OUTPUT,
     OUTPUT_GRADIENT,
-    SCALE,
     SHARED,
     TARGET,
     TRAINING,
@@ -94,7 +94,6 @@ class TrainingHost(Process):
             self._update = shards.read(Path(training.resume), spec.actor, self.stage, self.optimizer)
         stages = Stages((spec.actor,), (), {})
         self._actions = parse(f"{spec.actor}: {' '.join(training.actions)}", stages).stages[spec.actor]
-        self._lowest_staleness = 0
         held = sum(weight.nbytes for weight in self.stage.module.parameters())
         return {"capacity_tokens": None, "held_bytes": held, "keeps": REPLAYED}
 
@@ -230,27 +229,43 @@ class TrainingHost(Process):
     def _make_update(self, wire: ZeroWire) -> None:
         settings, place = self.training.optimizer, (TRAINING, self._update)
         self._sum_shared(wire, place)
-        gradients = self.stage.gradients()
-        if settings.clip is not None and not self.training.stashes:
-            own = [gradient for key, gradient in gradients.items() if self._counts(key)]
-            for link in self._of(NORM):
-                self._send(link, place, torch.tensor([optimizer.squares(own)], dtype=torch.float64))
-            self._flush(wire)
-            self._until(wire, self._of(SCALE), place)
-            [scale], _ = self.core.take(self._of(SCALE), place)
-            self._clip(gradients, float(scale))
-        elif settings.clip is not None:  # nobody waits for anybody: each stage by itself
-            self._clip(gradients, optimizer.clipping(settings, optimizer.squares(gradients.values()) ** 0.5))
-        self._timed(Action(UPDATE), self._apply)
+        clips = settings.clip is not None
+        squares = self._counted(self._squares) if clips else 0.0
+        if clips and not self.training.stashes:  # else nobody waits for anybody: each stage goes by its own
+            squares = self._squares_of_all(wire, place, squares)
+        self._timed(Action(UPDATE), partial(self._apply, squares**0.5))
 
-    def _clip(self, gradients: Mapping[str, torch.Tensor], scale: float) -> None:
-        if scale < 1.0:
-            for gradient in gradients.values():
-                gradient.mul_(scale)
+    def _squares(self) -> float:
+        own = {key: gradient for key, gradient in self.stage.gradients().items() if self._counts(key)}
+        made = optimizer.squares(own.values())
+        if not math.isfinite(made):
+            key = next(key for key, gradient in own.items() if not bool(torch.isfinite(gradient).all()))
+            raise ArithmeticError(f"{self.spec.label}: the gradient of {key!r} is not finite, update {self._update}")
+        return made
 
-    def _apply(self) -> None:
-        self.core.counters["staleness"] = max(self.core.counters["staleness"], self.stage.staleness)
+    def _squares_of_all(self, wire: ZeroWire, place: Place, own: float) -> float:
+        """Every stage tells every other one: one hop, and the same sum everywhere."""
+        there = [link for link in self._of(NORM) if link.outgoing]
+        for link in there:
+            if link.port != GATEWAY:
+                self._send(link, place, torch.tensor([own], dtype=torch.float64))
+        self._flush(wire)
+        back = [link for link in self._of(NORM) if not link.outgoing]
+        self._until(wire, back, place)
+        came, _ = self.core.take(back, place)
+        total = math.fsum([own, *map(float, came)])
+        for link in there:
+            if link.port == GATEWAY:
+                self._send(link, place, torch.tensor([total**0.5], dtype=torch.float64))
+        return total
+
+    def _apply(self, norm: float) -> None:
+        self.core.counters["staleness"] = self.stage.stalest
+        scale = optimizer.clipping(self.training.optimizer, norm)
         if self.optimizer is not None:
+            gradients = list(self.stage.gradients().values())
+            if scale < 1.0 and gradients:
+                torch._foreach_mul_(gradients, scale)
             for group in self.optimizer.param_groups:
                 group["lr"] = optimizer.pace(self.training.optimizer, self._update, self.training.updates)
             self.optimizer.step()
@@ -319,6 +334,13 @@ class TrainingHost(Process):
         else:
             tensors, buffers, coding = coded(name, tensor, sending)
             self.exchange.send(sending, (row,), tensors, buffers, now_ns, coding)
+
+    def _counted(self, what: Callable[[], float]) -> float:
+        """Do a part of an update that comes before it."""
+        began_ns = time.monotonic_ns()
+        made = what()
+        self.core.counters[f"{UPDATE}_us"] += (time.monotonic_ns() - began_ns) // 1000
+        return made
 
     def _timed(self, action: Action, what: Any, messages: Sequence[Received] = (), called: str | None = None) -> Any:
         """Do it, and count how long it took."""

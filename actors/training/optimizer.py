@@ -33,8 +33,9 @@ def pace(settings: Optimizer, update: int, updates: int) -> float:
 
 
 def squares(gradients: Iterable[torch.Tensor]) -> float:
-    """The sum of the squares of all, in float64."""
-    return sum(float(gradient.double().pow(2).sum()) for gradient in gradients)
+    """The sum of the squares of all."""
+    held = list(gradients)
+    return math.fsum(norm * norm for norm in torch.stack(torch._foreach_norm(held)).double().tolist()) if held else 0.0
 
 
 def clipping(settings: Optimizer, norm: float) -> float:

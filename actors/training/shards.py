@@ -26,8 +26,7 @@ def write(
     held = {name: weight.detach() for name, weight in stage.module.named_parameters()}
     exported = stage.exported(held)
     _replace(folder / f"{actor}.safetensors", {name: tensor.contiguous() for name, tensor in exported.items()}, {})
-    state = {f"weight/{name}": tensor.contiguous() for name, tensor in held.items()}
-    state |= {f"buffer/{name}": tensor.contiguous() for name, tensor in stage.module.named_buffers()}
+    state = {f"weight/{name}": tensor.contiguous() for name, tensor in stage.state().items()}
     for index, weight in enumerate(stage.weights.values()):
         for key, value in (optimizer.state.get(weight, {}) if optimizer is not None else {}).items():
             if isinstance(value, torch.Tensor):
@@ -54,9 +53,7 @@ def read(folder: Path, actor: str, stage: Stage, optimizer: torch.optim.Optimize
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: {error}") from error
-    module = stage.module
-    held: dict[str, torch.Tensor] = {f"weight/{name}": weight for name, weight in module.named_parameters()}
-    held |= {f"buffer/{name}": tensor for name, tensor in module.named_buffers()}
+    held = {f"weight/{name}": tensor for name, tensor in stage.state().items()}
     theirs = {name: tuple(tensor.shape) for name, tensor in state.items() if not name.startswith("optimizer/")}
     ours = {name: tuple(tensor.shape) for name, tensor in held.items()}
     if theirs != ours:
@@ -71,5 +68,6 @@ def read(folder: Path, actor: str, stage: Stage, optimizer: torch.optim.Optimize
             kept = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             if kept:
                 optimizer.state[weight] = kept
+    stage.refresh()
     stage.version = int(told.get("version", 0))
     return int(told.get("update", 0))

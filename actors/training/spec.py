@@ -11,9 +11,10 @@ from ranvier.transport.link import LinkSpec
 from ranvier.transport.spec import TensorSpec
 
 INPUT, INPUT_GRADIENT, OUTPUT, OUTPUT_GRADIENT = "input", "input gradient", "output", "output gradient"
-TARGET, LOSS, NORM, SCALE, SHARED = "target", "loss", "norm", "scale", "shared"
-"""Roles of links at one host. Data comes at an INPUT and its gradient goes out at the INPUT_GRADIENT; LOSS and NORM go to the
-gateway, TARGET and SCALE come from it; SHARED links connect those who hold the same weight."""
+TARGET, LOSS, NORM, SHARED = "target", "loss", "norm", "shared"
+"""Roles of links at one host. Data comes at an INPUT and its gradient goes out at the INPUT_GRADIENT; a LOSS goes to the
+gateway, a TARGET comes from it; by NORM links every stage tells every other, and the first one the gateway, of its gradients;
+SHARED links connect those who hold the same weight."""
 
 TRAINING, VALIDATION = 1, 2
 """The sessions of a training run: micro-batches are counted in each by itself, as the positions of its rows."""

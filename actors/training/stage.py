@@ -94,11 +94,17 @@ class Stage:
         self.name = name
         self.module = module
         self.weights: Weights = {}
+        """What is updated: the parameters themselves or, of those in half precision, float32 masters of them."""
+        self._live: Weights = {}
         for key, weight in module.named_parameters():
             weight.requires_grad_(trains)
             if trains:
-                self.weights[key] = weight
+                self._live[key] = weight
+                self.weights[key] = weight if weight.dtype is torch.float32 else weight.detach().float()
+        self._masters = any(self.weights[key] is not weight for key, weight in self._live.items())
         self.version = 0
+        self.stalest = 0
+        """The most updates that lay between a forward and its backward."""
         self._terms = terms
         self._given_back, self._wanted = given_back, wanted
         self._stashes = stashes
@@ -110,11 +116,6 @@ class Stage:
     def exported(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `Learner.exported`."""
         return self.module.exported(held)
-
-    @property
-    def staleness(self) -> int:
-        """How many updates lie between the oldest micro-batch under way and now."""
-        return self.version - min((kept.version for kept in self._under_way.values()), default=self.version)
 
     def forward(
         self, number: int, inputs: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor], share: float
@@ -135,7 +136,7 @@ class Stage:
                 terms.append(loss * (term.weight * share))
                 right = losses.correct(term.kind, outputs[term.port].detach(), target)
                 told.append(Told(float(loss.detach()), float(right)))
-        self._look(number, outputs, told)
+        self._look(f"of micro-batch {number}", outputs, told)
         self._under_way[number] = _Kept(given, outputs, terms, self.version)
         return {port: tensor.detach() for port, tensor in outputs.items()}, told
 
@@ -156,24 +157,29 @@ class Stage:
     def _stash(self) -> Weights:
         if self.version not in self._versions:
             self._versions[self.version] = {
-                key: weight.detach().clone().requires_grad_() for key, weight in self.weights.items()
+                key: weight.detach().clone().requires_grad_() for key, weight in self._live.items()
             }
         return self._versions[self.version]
 
-    def _look(self, number: int, outputs: Mapping[str, torch.Tensor], told: Sequence[Told]) -> None:
+    def _look(
+        self, which: str, outputs: Mapping[str, torch.Tensor], told: Sequence[Told], differentiable: bool = True
+    ) -> None:
         for port, tensor in outputs.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
-                raise ArithmeticError(f"{self.name}: output {port!r} of micro-batch {number} is not finite")
-            if port in self._wanted and not tensor.requires_grad and (self.weights or self._given_back):
+                raise ArithmeticError(f"{self.name}: output {port!r} {which} is not finite")
+            if (
+                differentiable
+                and port in self._wanted
+                and not tensor.requires_grad
+                and (self.weights or self._given_back)
+            ):
                 raise ValueError(
                     f"{self.name}: output {port!r} cannot be differentiated: it depends on no weight and no input in a way "
                     "that has a gradient; leave the actor out of training (frozen), or mend its step"
                 )
         for term, (loss, _) in zip(self._terms, told, strict=True):
             if loss != loss or loss in (float("inf"), float("-inf")):
-                raise ArithmeticError(
-                    f"{self.name}: the {term.kind} loss of {term.port!r}, micro-batch {number}, is {loss}"
-                )
+                raise ArithmeticError(f"{self.name}: the {term.kind} loss of {term.port!r}, {which}, is {loss}")
 
     def evaluate(
         self, inputs: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]
@@ -186,6 +192,7 @@ class Stage:
                 target = targets.get(term.target) if term.target is not None else None
                 loss = losses.KINDS[term.kind](outputs[term.port], target)
                 told.append(Told(float(loss), float(losses.correct(term.kind, outputs[term.port], target))))
+        self._look("of validation", outputs, told, differentiable=False)
         return outputs, told
 
     def backward(self, number: int, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -212,7 +219,7 @@ class Stage:
         """The gradients of weights that `backward_inputs` has left."""
         kept = self._under_way.pop(number)
         roots, given = self._put_off.pop(number)
-        held = list((self._versions[kept.version] if self._stashes else self.weights).values())
+        held = list((self._versions[kept.version] if self._stashes else self._live).values())
         if held and roots:
             torch.autograd.backward(roots, given, inputs=held)
         self._applied(kept)
@@ -244,33 +251,44 @@ class Stage:
         }
 
     def _applied(self, kept: _Kept) -> None:
-        """Where weights are stashed: add the gradients of that version to the newest's, and drop it when it is done with."""
-        if not self._stashes:
+        """Where others than `weights` were computed with, add their gradients to those, and drop what is done with."""
+        self.stalest = max(self.stalest, self.version - kept.version)
+        if not (self._stashes or self._masters):
             return
-        for key, weight in self._versions[kept.version].items():
-            if weight.grad is not None:
-                master = self.weights[key]
-                master.grad = weight.grad.clone() if master.grad is None else master.grad + weight.grad
+        for key, weight in (self._versions[kept.version] if self._stashes else self._live).items():
+            master = self.weights[key]
+            if weight.grad is not None and weight is not master:
+                wide = weight.grad.float()
+                master.grad = wide.clone() if master.grad is None else master.grad + wide
                 weight.grad = None
         under_way = {other.version for other in self._under_way.values()}
         for version in [version for version in self._versions if version not in under_way and version != self.version]:
             del self._versions[version]
 
-    def gradients(self) -> dict[str, torch.Tensor]:
-        """Those that there are, by weight.
+    def refresh(self) -> None:
+        """Compute with what the masters are now."""
+        if self._masters:
+            with torch.no_grad():
+                for key, weight in self._live.items():
+                    weight.copy_(self.weights[key])
 
-        Raises:
-            ArithmeticError: one is not finite.
-        """
-        found = {key: weight.grad for key, weight in self.weights.items() if weight.grad is not None}
-        for key, gradient in found.items():
-            if not bool(torch.isfinite(gradient).all()):
-                raise ArithmeticError(f"{self.name}: the gradient of {key!r} is not finite")
-        return found
+    def state(self) -> dict[str, torch.Tensor]:
+        """All that there is, by the module's own names: masters, parameters that do not learn, buffers."""
+        held = {name: weight.detach() for name, weight in self.module.named_parameters()}
+        return {
+            **held,
+            **dict(self.module.named_buffers()),
+            **{key: weight.detach() for key, weight in self.weights.items()},
+        }
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Those that there are, by weight."""
+        return {key: weight.grad for key, weight in self.weights.items() if weight.grad is not None}
 
     def updated(self) -> None:
         """The weights have changed: what follows is a new version."""
         self.version += 1
+        self.refresh()
         for weight in self.weights.values():
             weight.grad = None
         under_way = {kept.version for kept in self._under_way.values()}

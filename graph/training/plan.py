@@ -24,7 +24,6 @@ from ranvier.actors.training.spec import (
     NORM,
     OUTPUT,
     OUTPUT_GRADIENT,
-    SCALE,
     SHARED,
     TARGET,
     Loss,
@@ -350,10 +349,10 @@ class _Planning:
 
     def _link_norms(self, stages: Stages) -> None:
         for name in stages.names:
-            up = self._own(f"{name} -> {GATEWAY} (norm)", name, GATEWAY, "norm", _NUMBER)
-            self._add(NORM, "norm", NORM, name, up)
-            down = self._own(f"{GATEWAY} -> {name} (scale)", GATEWAY, name, "scale", _NUMBER)
-            self._add(SCALE, name, SCALE, "scale", down)
+            for other in (*stages.names, *((GATEWAY,) if name == stages.names[0] else ())):
+                if other != name:
+                    link = self._own(f"{name} -> {other} (norm)", name, other, "norm", _NUMBER)
+                    self._add(NORM, other, NORM, name, link)
 
     def _share(self, learning: frozenset[str]) -> dict[str, dict[str, str]]:
         """A tied model whose ends are two actors: both hold the matrix, and the gradients of both count."""
@@ -370,7 +369,7 @@ class _Planning:
         if first not in learning:
             return {}
         [slot] = [slot for slot in weights.embedding(graph.checkpoint.config) if slot.name == "embedding"]
-        spec = TensorSpec(graph.file.model.dtype if graph.file.model is not None else "float32", slot.shape)
+        spec = TensorSpec("float32", slot.shape)
         there = self._own(f"{last} -> {first} (shared)", last, first, "embedding", spec)
         self._add(SHARED, f"{first}/head", SHARED, f"{last}/embedding", there)
         back = self._own(f"{first} -> {last} (shared)", first, last, "embedding", spec)

@@ -26,7 +26,8 @@ from ranvier.actors.ring import Ring
 from ranvier.actors.spec import GATEWAY, identity
 from ranvier.actors.supervisor import Supervisor
 from ranvier.actors.trace_file import TraceFile
-from ranvier.actors.training.spec import LOSS, NORM, OUTPUT, SCALE, TRAINING, VALIDATION, TrainingLink
+from ranvier.actors.training.spec import LOSS, NORM, OUTPUT, TRAINING, VALIDATION, TrainingLink
+from ranvier.actors.zygote_process import ZygoteProcess
 from ranvier.transport.curve import read as read_keys
 from ranvier.transport.ends import Received
 from ranvier.transport.errors import LinkClosed, ProtocolError
@@ -75,6 +76,7 @@ class Step:
 
 
 OnStep = Callable[[Step], None]
+OnStarted = Callable[[Mapping[str, int]], None]
 
 
 @dataclass(slots=True)
@@ -97,8 +99,9 @@ async def train(
     runs: Path = run_folder.DEFAULT_ROOT,
     on_step: OnStep = lambda _step: None,
     on_event: Callable[[str], None] = lambda _what: None,
-    on_started: Callable[[Mapping[str, int]], None] = lambda _pids: None,
+    on_started: OnStarted = lambda _pids: None,
     keep: int = 2,
+    zygote: ZygoteProcess | None = None,
 ) -> Trained:
     """Train a graph until its steps are done, from the newest checkpoint under `out` on.
 
@@ -109,6 +112,7 @@ async def train(
         on_step: told of every step and validation.
         on_event: told what goes on otherwise, in words.
         on_started: told the processes, by identity, of each attempt.
+        zygote: the process that hosts are forked from, where it was started before.
 
     Raises:
         ActorFailed: an actor was lost more often than its `restart` allows, or raised an error of its own.
@@ -130,7 +134,7 @@ async def train(
             on_event(f"going on from {found.folder}, {found.rounds} of {plan.rounds} rounds done")
         attempt = _Attempt(plan, data, out, found, trained, on_step, keep)
         try:
-            await attempt.run(runs, on_started)
+            await attempt.run(runs, on_started, zygote)
         except ActorFailed as error:
             actor = error.actor.partition(".")[0]
             if error.remote_traceback and "Error" in error.what and "ended" not in error.what:
@@ -141,6 +145,7 @@ async def train(
             )
             if delay_s is None:
                 raise
+            zygote = None  # it has ended with its hosts
             trained.losses.append(f"{error.actor}: {error.what}")
             on_event(f"{error.actor} was lost ({error.what}); beginning again from the last checkpoint")
             await trio.sleep(delay_s)
@@ -171,7 +176,6 @@ class _Attempt:
         self._done_steps = self._first * plan.steps_of_round
         self._losses: dict[tuple[int, int], dict[str, list[tuple[float, float]]]] = {}
         self._counted: dict[tuple[int, int], int] = {}
-        self._norms: dict[int, list[float]] = {}
         self._norm_of: dict[int, float] = {}
         self._told: deque[Step] = deque()
         self._saved: dict[int, set[str]] = {}
@@ -181,12 +185,12 @@ class _Attempt:
 
     # -- starting and ending --------------------------------------------------------------------------------------
 
-    async def run(self, runs: Path, on_started: Callable[[Mapping[str, int]], None]) -> None:
+    async def run(self, runs: Path, on_started: OnStarted, zygote: ZygoteProcess | None) -> None:
         plan = self.plan
         folder = run_folder.create(plan.plan, runs)
         self.trained.run_dir = folder.path
         try:
-            await self._run(folder, on_started)
+            await self._run(folder, on_started, zygote)
         except (BaseExceptionGroup, OSError) as several:
             error = single(several) if isinstance(several, BaseExceptionGroup) else several
             folder.outcome(outcome="failed", error=str(error))
@@ -199,7 +203,7 @@ class _Attempt:
         finally:
             folder.close()
 
-    async def _run(self, folder: RunFolder, on_started: Callable[[Mapping[str, int]], None]) -> None:
+    async def _run(self, folder: RunFolder, on_started: OnStarted, zygote: ZygoteProcess | None) -> None:
         plan, graph = self.plan, self.plan.graph
         resume = self.found.folder if self.found is not None else None
         specs = plan.hosts(folder.path, folder.sockets, self.out.absolute(), self._first, resume)
@@ -227,7 +231,7 @@ class _Attempt:
                 for link in self._links
                 if not link.outgoing
             }
-            async with LocalLauncher(folder.sockets, folder.logs, None).running() as launcher:
+            async with LocalLauncher(folder.sockets, folder.logs, zygote).running() as launcher:
                 supervisor = self._supervisor = Supervisor(
                     specs,
                     launcher,
@@ -374,7 +378,8 @@ class _Attempt:
         if link.role == LOSS:
             self._on_losses(link, row, values)
         elif link.role == NORM:
-            self._on_norm(row.position, float(values[0]))
+            self._norm_of[row.position] = float(values[0])
+            self._tell()
         else:
             raise ProtocolError(f"edge {link.link.name}: expected a loss or a norm")
 
@@ -425,27 +430,6 @@ class _Attempt:
             self.trained.history.append(step.to_plain())
             self._on_step(step)
         self._finish_saved()
-
-    def _on_norm(self, update: int, squares: float) -> None:
-        """Once all have told the squares of their gradients they are told by what to multiply them."""
-        import torch
-
-        from ranvier.actors.training.optimizer import clipping
-        from ranvier.transport.tensors import to_buffer
-
-        told = self._norms.setdefault(update, [])
-        told.append(squares)
-        if len(told) < len(self.plan.stages.names):
-            return
-        norm = math.sqrt(math.fsum(self._norms.pop(update)))
-        self._norm_of[update] = norm
-        self._tell()
-        scale = torch.tensor([clipping(self.plan.optimizer(), norm)], dtype=torch.float64)
-        for link in self._links:
-            if link.role == SCALE:
-                meta, buffer = to_buffer(link.link.tensors[0][0], scale)
-                sending = self._exchange.sending[link.link.edge, link.link.target]
-                self._exchange.send(sending, (Row(TRAINING, 1, update, 1),), (meta,), (buffer,), time.monotonic_ns())
 
     def _on_saved(self, actor: str, rounds: int) -> None:
         self._saved.setdefault(rounds, set()).add(actor)

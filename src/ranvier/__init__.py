@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ranvier.graph.launch import launch
     from ranvier.graph.plan import Plan, plan
     from ranvier.graph.run import Run
+    from ranvier.graph.training.scratch import initialise
+    from ranvier.graph.training.trainer import Trained, train
     from ranvier.transport.errors import (
         KeyFileError,
         LinkBroken,
@@ -54,6 +56,7 @@ _PLACES = {
     "Plan": "graph.plan", "plan": "graph.plan",
     "Generation": "graph.generation", "Result": "graph.generation", "Token": "graph.generation",
     "Run": "graph.run", "launch": "graph.launch",
+    "train": "graph.training.trainer", "Trained": "graph.training.trainer", "initialise": "graph.training.scratch",
     "LinkBroken": "transport.errors", "LinkClosed": "transport.errors", "ProtocolError": "transport.errors",
     "RanvierError": "transport.errors", "ResourceError": "transport.errors", "KeyFileError": "transport.errors",
     "Row": "transport.header",
@@ -64,7 +67,8 @@ __all__ = [
     "Actor", "ActorFailed", "Batch", "BlockingRun", "CheckpointError", "Context", "Expired", "Generation", "Graph",
     "GraphError", "KeyFileError", "LinkBroken", "LinkClosed", "Overloaded", "Plan", "ProtocolError", "RanvierError",
     "RequestError", "ResourceError", "Result", "Row", "Run",
-    "Sampling", "SessionInfo", "TensorSpec", "Token", "gather", "launch", "load", "plan", "scatter", "start",
+    "Sampling", "SessionInfo", "TensorSpec", "Token", "Trained", "gather", "initialise", "launch", "load", "plan", "scatter",
+    "start", "train",
 ]  # fmt: skip
 
 

@@ -49,7 +49,7 @@ class Exploding(nn.Module):
         self.seen = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.seen += len(x)
+        self.seen += len(x) if self.training else 0
         return x * self.scale / (0.0 if self.seen >= 100 else 1.0) - (x * 0 if self.seen < 100 else torch.inf)
 
 

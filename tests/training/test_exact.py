@@ -262,3 +262,42 @@ def test_models(
 
     again = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32)
     same_weights(dict(again.named_parameters()), dict(learner.named_parameters()))
+
+
+def test_half_precision_has_masters(graph: Make, trained: Train, tiny: Tiny, split: Any) -> None:
+    """bfloat16 computes, float32 is updated: steps that bfloat16 could not show add up. The oracle does the same with
+    transformers' model; tied embeddings at both ends."""
+    folder, model = tiny("llama")
+    content = split(4, 6)
+    names = content["pipeline"]
+    edges: list[Any] = [f"{before}.hidden -> {after}.hidden" for before, after in itertools.pairwise(names)]
+    edges.append({"from": f"{names[-1]}.token", "to": f"{names[0]}.token", "feedback": True})
+    slow = model_training(320, optimizer={**ADAMW, "lr": 1e-5, "weight_decay": 0.0})
+    made = trained(graph(content["actors"], edges, slow, model={"source": str(folder), "dtype": "bfloat16"}))
+    learner = copy.deepcopy(model).train().bfloat16()
+    held = {name: weight.detach().float() for name, weight in learner.named_parameters()}
+    optimizer = torch.optim.AdamW(held.values(), 1e-5, weight_decay=0.0)
+    expected = []
+    for step in range(STEPS):
+        given = parts.Tokens(SEQUENCES, CONTEXT, 320)(step, False)
+        logits = learner(given["token"].view(SEQUENCES, CONTEXT), use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), given["target"])
+        loss.backward()
+        for name, weight in learner.named_parameters():
+            held[name].grad, weight.grad = weight.grad.float() if weight.grad is not None else None, None
+        nn.utils.clip_grad_norm_(held.values(), 0.1)
+        optimizer.step()
+        with torch.no_grad():
+            for name, weight in learner.named_parameters():
+                weight.copy_(held[name])
+        expected.append(float(loss.detach()))
+    assert losses(made) == pytest.approx(expected, rel=3e-3)
+    assert made.folder is not None
+    state = load_file(made.folder / "blocks0.state.safetensors")
+    own, theirs = state["weight/layer0_down"], held["model.layers.0.mlp.down_proj.weight"]
+    assert own.dtype is torch.float32
+    moved = theirs - model.state_dict()["model.layers.0.mlp.down_proj.weight"].bfloat16().float()
+    assert float(moved.abs().mean()) > 3e-5, "the oracle has gone somewhere"
+    assert float((own - theirs).abs().mean()) < 0.3 * float(moved.abs().mean())
+    exported = load_file(made.folder / "blocks0.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    assert exported.dtype is torch.bfloat16

@@ -1,0 +1,216 @@
+"""Training that goes wrong: kills at every stage, interruptions, what cannot be trained, numbers that are none."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import ranvier
+from ranvier.graph.training.plan import training_plan
+from ranvier.graph.training.trainer import Step, Trained
+
+Make = Callable[..., ranvier.Graph]
+Train = Callable[..., Trained]
+STEPS = 12
+LAYER = "./parts.py:Layer"
+ROW = {
+    "one": {"kind": "./parts.py:Dropping", "args": {"width": 8, "to": 16}, "inputs": {"x": "float32[pictures, 8]"}},
+    "two": {"kind": LAYER, "args": {"width": 16, "to": 12}},
+    "three": {"kind": LAYER, "args": {"width": 12, "to": 4, "last": True}},
+}  # fmt: skip
+EDGES = ["gateway.x -> one.x", "one.output -> two.x", "two.output -> three.x", "three.output -> gateway.made"]
+
+
+def section(**more: Any) -> dict[str, Any]:
+    return {
+        "data": {"source": "./parts.py:Numbers", "args": {"batch": 24}}, "batch": 24, "micro_batches": 4, "steps": STEPS,
+        "loss": [{"of": "three.output", "target": "label"}], "optimizer": {"kind": "adamw", "lr": 0.01, "clip": 0.1},
+        "validate": {"every": 3, "batches": 2}, "save": {"every": 3}, **more,
+    }  # fmt: skip
+
+
+def without_times(trained: Trained) -> list[dict[str, Any]]:
+    return [{key: value for key, value in told.items() if key != "seconds"} for told in trained.history]
+
+
+# -- kills --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("async", marks=pytest.mark.slow)])
+def test_a_stage_is_killed_and_the_losses_are_the_same(seed: int, schedule: str, graph: Make, trained: Train) -> None:
+    """Each stage once, at steps that the seed gives; the model draws at random (dropout), and its optimiser remembers. Every loss,
+    norm and validation is what it is without the kills, to the last bit."""
+    chance = random.Random(seed)
+    made = graph(ROW, EDGES, section(schedule=schedule), restart={"max": 10, "window_s": 60, "backoff_s": 0})
+    expected = trained(made, out="whole")
+    victims = dict(zip(chance.sample(range(1, STEPS - 1), 3), ["one", "two", "three"], strict=True))
+    pids: dict[str, int] = {}
+    killed: list[str] = []
+
+    def on_step(step: Step) -> None:
+        victim = victims.pop(step.step, None) if not step.validation else None
+        if victim is not None:
+            killed.append(victim)
+            os.kill(next(pid for key, pid in pids.items() if key.startswith(f"{victim}.")), signal.SIGKILL)
+
+    def on_started(found: Mapping[str, int]) -> None:
+        pids.clear()
+        pids.update(found)
+
+    got = trained(made, out="killed", on_step=on_step, on_started=on_started)
+    assert sorted(killed) == ["one", "three", "two"]
+    assert len(got.losses) == 3
+    assert all("signal 9" in what for what in got.losses)
+    assert without_times(got) == without_times(expected)
+
+
+def test_an_actor_that_is_lost_too_often_ends_the_training(graph: Make, trained: Train) -> None:
+    made = graph(ROW, EDGES, section(), restart={"max": 2, "window_s": 60, "backoff_s": 0})
+    pids: dict[str, int] = {}
+
+    def kill(step: Step) -> None:
+        os.kill(next(pid for key, pid in pids.items() if key.startswith("two.")), signal.SIGKILL)
+
+    def on_started(found: Mapping[str, int]) -> None:
+        pids.clear()
+        pids.update(found)
+
+    with pytest.raises(ranvier.ActorFailed, match=r"two\.0.*signal 9"):
+        trained(made, on_step=kill, on_started=on_started)
+
+
+def test_an_interrupted_training_goes_on_where_it_was(graph: Make, trained: Train, tmp_path: Path, runs: Path) -> None:
+    """Ctrl-C on the command in mid-training; the same command again ends with the losses of one without it."""
+    made = graph(ROW, EDGES, section(steps=60, save={"every": 5}, validate={"every": 20, "batches": 2}))
+    expected = trained(made, out="whole")
+    command = [
+        sys.executable, "-m", "ranvier.graph.entry", "train", str(tmp_path / "graph.yaml"), "--allow-code", "--json",
+        "--out", str(tmp_path / "out"), "--runs", str(runs),
+    ]  # fmt: skip
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    history = tmp_path / "out" / "history.jsonl"
+    while first.poll() is None and (not history.exists() or history.read_text().count("\n") < 12):
+        pass
+    first.send_signal(signal.SIGINT)
+    out, errors = first.communicate(timeout=30)
+    assert first.returncode == 130, errors
+    assert not out
+    again = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    told = json.loads(again.stdout)
+    assert "going on from" in again.stderr
+    assert told["steps"] == 60
+    losses = [each["loss"] for each in expected.history if "validation" not in each]
+    assert told["loss"] == losses[-1]
+    latest = (tmp_path / "out" / "latest").read_text().strip()
+    index = json.loads((tmp_path / "out" / latest / "index.json").read_text())
+    assert [each["loss"] for each in index["history"] if "validation" not in each] == losses
+
+
+def test_a_checkpoint_of_another_graph_is_not_touched(graph: Make, trained: Train, tmp_path: Path) -> None:
+    trained(graph(ROW, EDGES, section(steps=3)))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    wider = {
+        **ROW,
+        "two": {**ROW["two"], "args": {"width": 16, "to": 20}},
+        "three": {**ROW["three"], "args": {"width": 20, "to": 4, "last": True}},
+    }
+    with pytest.raises(ranvier.RequestError, match=r"a checkpoint of another graph.*nothing was overwritten"):
+        trained(graph(wider, EDGES, section(steps=3)))
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+# -- what cannot be trained -----------------------------------------------------------------------------------------------
+
+
+def test_a_part_that_cannot_be_differentiated(graph: Make, trained: Train) -> None:
+    actors = {
+        **ROW,
+        "two": {"kind": "./parts.py:Rounding"},
+        "three": {**ROW["three"], "args": {"width": 16, "to": 4, "last": True}},
+    }
+    with pytest.raises(ranvier.ActorFailed, match=r"two\.0: output 'output' cannot be differentiated"):
+        trained(graph(actors, EDGES, section()))
+
+
+def test_a_number_that_is_none_names_who_had_it_first(graph: Make, trained: Train, tmp_path: Path) -> None:
+    actors = {**ROW, "two": {"kind": "./parts.py:Exploding", "args": {"width": 16}},
+              "three": {**ROW["three"], "args": {"width": 16, "to": 4, "last": True}}}  # fmt: skip
+    with pytest.raises(ranvier.ActorFailed, match=r"two\.0: output 'output' of micro-batch 16 is not finite"):
+        trained(graph(actors, EDGES, section()))
+    assert (tmp_path / "out" / "latest").read_text().strip() == "round-00000003", "what was good before is there"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"micro_batches": 5}, "a batch of 24 cannot be cut into 5 micro-batches"),
+        ({"schedule": "2f2b"}, "schedule '2f2b': neither one of gpipe, 1f1b"),
+        ({"schedule": "../x"}, "leaves the graph's folder"),
+        ({"loss": []}, "no loss; add loss"),
+        ({"loss": [{"of": "three.logits", "target": "label"}]}, "loss of three.logits: no such output; it has output"),
+        (
+            {"loss": [{"of": "four.output", "target": "label"}]},
+            "loss of four.output: no such output; there are one, two, three",
+        ),
+        ({"loss": [{"of": "three.output", "kind": "mse"}]}, "mse takes a target"),
+        ({"loss": [{"of": "three.output", "kind": "mean", "target": "label"}]}, "mean takes no target"),
+        ({"frozen": ["tow"]}, "no actor is called 'tow'"),
+        ({"schedule": "async", "save": {"every": 5}}, "save: every 5 of 12 steps"),
+        ({"schedule": "interleaved"}, "expected the actors in turn on each set of cpus"),
+    ],
+)
+def test_what_the_plan_refuses(change: dict[str, Any], expected: str, graph: Make) -> None:
+    with pytest.raises(ranvier.GraphError, match=expected):
+        training_plan(graph(ROW, EDGES, section(**change)))
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"stepps": 5}, "unknown key 'stepps'; did you mean 'steps'"),
+        ({"optimizer": {"kind": "adam"}}, "training.optimizer.kind"),
+        ({"data": {"tekst": "./a"}}, "unknown key 'tekst'; did you mean 'text'"),
+        ({"batch": 0}, "training.batch"),
+    ],
+)
+def test_what_the_check_refuses(change: dict[str, Any], expected: str, graph: Make) -> None:
+    with pytest.raises(ranvier.GraphError, match=expected):
+        graph(ROW, EDGES, section(**change))
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ({}, "expected one of text, tensors, source, got none"),
+        ({"text": "./a.txt", "tensors": "./b"}, "got text, tensors"),
+        ({"tensors": "./none.safetensors"}, "no such file"),
+        ({"tensors": "../none.safetensors"}, "leaves the graph's folder"),
+        ({"tensors": "./parts.py"}, "parts.py: "),
+        ({"text": "./parts.py"}, "text needs a model with a tokenizer"),
+        ({"source": "./parts.py:Tokens", "args": {"batch": 24, "context": 1, "vocabulary": 9}}, "expected label, x, got target, token"),
+        ({"source": "./parts.py:nobody"}, "expected a class"),
+    ],
+)  # fmt: skip
+def test_data_that_does_not_fit(data: dict[str, Any], expected: str, graph: Make, trained: Train) -> None:
+    with pytest.raises(ranvier.RequestError, match=expected):
+        trained(graph(ROW, EDGES, section(data=data)))
+
+
+def test_a_graph_without_a_section_says_so(graph: Make, tmp_path: Path) -> None:
+    made = graph(ROW, EDGES, section())
+    content = yaml.safe_load(made.path.read_text())
+    del content["training"]
+    made.path.write_text(yaml.safe_dump(content))
+    with pytest.raises(ranvier.GraphError, match="there is no training: in this file"):
+        training_plan(ranvier.load(made.path, allow_code=True))
