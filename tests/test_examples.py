@@ -26,6 +26,8 @@ TESTED = {
     "experts",
     "hedge",
     "backwards",
+    "layers",
+    "bytes",
 }
 TRAINED = r"397 pictures that were not trained on: [89]\d\.\d% right; off the single process by (0|0e\+00|\de-0[67])\n"
 PICTURES = (EXAMPLES.parent / "docs" / "graphs.md").read_text()
@@ -52,10 +54,7 @@ def test_every_example_is_tested() -> None:
 )
 def test_a_folder_runs_and_its_picture_is_true(name: str, words: str, runs: Path) -> None:
     """The script of the folder, in a copy of it; what docs/graphs.md draws is what `show` draws."""
-    folder = runs / name
-    shutil.copytree(
-        EXAMPLES / name, folder, ignore=shutil.ignore_patterns("ranvier-runs", "*.safetensors", "model", "__pycache__")
-    )
+    folder = copied(name, runs)
     done = subprocess.run(
         [sys.executable, f"{name}.py"], cwd=folder, capture_output=True, text=True, check=False, timeout=100
     )
@@ -63,6 +62,64 @@ def test_a_folder_runs_and_its_picture_is_true(name: str, words: str, runs: Path
     assert re.search(words, done.stdout), done.stdout
     graph = ranvier.load(folder / f"{name}.yaml", allow_code=True)
     assert show.mermaid(ranvier.plan(graph)) in PICTURES
+
+
+def copied(name: str, runs: Path) -> Path:
+    """A folder of examples/ as it is after a clone."""
+    folder = runs / name
+    left_out = ("ranvier-runs", "*.safetensors", "model", "trained", "corpus.txt", "__pycache__")
+    shutil.copytree(EXAMPLES / name, folder, ignore=shutil.ignore_patterns(*left_out))
+    return folder
+
+
+def test_layers_learn(runs: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "layers.py"],
+        cwd=copied("layers", runs),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"359 pictures that were not trained on: 9[5-9]\.\d% right after 300 steps", done.stdout), (
+        done.stdout
+    )
+
+
+def test_bytes_learn_and_run(runs: Path) -> None:
+    """In a short form: some steps, and the checkpoint that comes of them speaks."""
+    folder = copied("bytes", runs)
+    subprocess.run([sys.executable, "prepare.py"], cwd=folder, check=True, timeout=60)
+    command = [sys.executable, "-m", "ranvier.graph.entry"]
+    short = [
+        "--set",
+        "training.steps=6",
+        "--set",
+        "training.validate={every: 3, batches: 4}",
+        "--set",
+        "training.batch=8",
+    ]
+    done = subprocess.run(
+        [*command, "train", "bytes.yaml", "--json", *short],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["steps"] == 6
+    assert told["validation"] < 5.6, "less than of bytes at random, log 256"
+    assert 0 < told["bubble"]["computed"] < told["bubble"]["measured"] < 1
+    said = subprocess.run(
+        [*command, "run", "bytes.yaml", "--json", "--raw", "--prompt", "The ", "--max-tokens", "8",
+         "--set", f"model.source={told['checkpoint']}"],
+        cwd=folder, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    assert len(json.loads(said.stdout)["token_ids"]) == 8
 
 
 @pytest.mark.parametrize("name", ["smollm2-one.yaml", "smollm2-tcp.yaml"])

@@ -27,7 +27,7 @@ from ..actor import REPLAYED
 from ..kinds import BUILT_IN
 from ..outputs import coded
 from ..process import ACK_DELAY_S, TICK_S, Process, live
-from ..spec import GATEWAY, HostSpec
+from ..spec import GATEWAY, HostSpec, identity
 from . import optimizer, shards
 from .core import Place, TrainingCore
 from .layers import NativeStage
@@ -90,6 +90,9 @@ class TrainingHost(Process):
         weights = list(self.stage.weights.values())
         self.optimizer = optimizer.make(training.optimizer, weights) if weights else None
         self._update = 0
+        self._gateway = identity(GATEWAY, 0, 1)
+        self._batch: tuple[Place, list[torch.Tensor], list[Received]] = (0, -1), [], []
+        self._told: list[torch.Tensor] = []
         if training.resume is not None:
             self._update = shards.read(Path(training.resume), spec.actor, self.stage, self.optimizer)
         stages = Stages((spec.actor,), (), {})
@@ -175,27 +178,36 @@ class TrainingHost(Process):
         outputs, told = self._timed(
             Action(FORWARD, place[1]), lambda: self.stage.forward(place[1], inputs, targets, share), messages
         )
-        self._send_outputs(place, outputs, told)
+        self._send_outputs(place, outputs, told, self.training.of_step)
         self._flush(wire)
 
     def _inputs(
         self, wire: ZeroWire, place: Place
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[Received]]:
-        links, targets = self._of(INPUT), self._of(TARGET)
-        self._until(wire, [*links, *targets], place)
-        given, messages = self.core.take(links, place)
-        wanted, more = self.core.take(targets, place)
-        return (
-            {link.port: tensor for link, tensor in zip(links, given, strict=True)},
-            {link.port: tensor for link, tensor in zip(targets, wanted, strict=True)},
-            messages + more,
-        )
+        size = self.training.of_step if place[0] == TRAINING else self.training.validation
+        whole = (place[0], place[1] // size)
+        given: dict[str, dict[str, torch.Tensor]] = {INPUT: {}, TARGET: {}}
+        fed = [link for role in given for link in self._of(role) if link.link.source == self._gateway]
+        if self._batch[0] != whole:  # what the gateway sends is a whole step's; it is cut here
+            self._until(wire, fed, whole)
+            self._batch = whole, *self.core.take(fed, whole)
+        index = place[1] % size
+        for link, tensor in zip(fed, self._batch[1], strict=True):
+            given[link.role][link.port] = tensor.chunk(size)[index]
+        links = [link for link in self._of(INPUT) if link.link.source != self._gateway]
+        self._until(wire, links, place)
+        came, messages = self.core.take(links, place)
+        given[INPUT] |= {link.port: tensor for link, tensor in zip(links, came, strict=True)}
+        return given[INPUT], given[TARGET], messages + (self._batch[2] if index == size - 1 else [])
 
-    def _send_outputs(self, place: Place, outputs: Mapping[str, torch.Tensor], told: Sequence[Told]) -> None:
+    def _send_outputs(self, place: Place, outputs: Mapping[str, torch.Tensor], told: Sequence[Told], size: int) -> None:
         for link in self._of(OUTPUT):
             self._send(link, place, outputs[link.port])
         for link in self._of(LOSS):
-            self._send(link, place, torch.tensor(told, dtype=torch.float64).view(-1, 2))
+            self._told.append(torch.tensor(told, dtype=torch.float64).view(-1, 2))
+            if len(self._told) == size:  # all of a step at once: who reads them shares a core with somebody
+                self._send(link, (place[0], place[1] // size), torch.stack(self._told))
+                self._told.clear()
 
     def _backward(self, wire: ZeroWire, place: Place, action: Action) -> None:
         links = self._of(OUTPUT_GRADIENT)
@@ -220,7 +232,7 @@ class TrainingHost(Process):
             inputs, targets, messages = self._inputs(wire, place)
             action = Action(FORWARD, index)
             outputs, told = self._timed(action, partial(self.stage.evaluate, inputs, targets), messages, "validation")
-            self._send_outputs(place, outputs, told)
+            self._send_outputs(place, outputs, told, count)
             self._flush(wire)
         self.stage.module.train(True)
 

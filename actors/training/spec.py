@@ -82,6 +82,8 @@ class TrainingSpec:
     losses: tuple[Loss, ...]
     actions: tuple[str, ...]
     micro_batches: int
+    of_step: int
+    """Micro-batches of a step: what the gateway sends, and what it is told of, at once."""
     rounds: int
     updates: int
     optimizer: Optimizer

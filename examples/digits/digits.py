@@ -1,4 +1,4 @@
-"""Two encoders and a head learn together as three actors, then collaborate on pictures they have not seen: `python digits.py`."""
+"""Two encoders and a head learn together as three actors, then work on pictures they have not seen: `python digits.py`."""
 
 from __future__ import annotations
 

@@ -83,6 +83,18 @@ class TrainingPlan:
         return self.section.validate_.every // self.steps_of_round if self.section.validate_ is not None else 0
 
     @property
+    def terms(self) -> dict[str, list[tuple[str, float]]]:
+        """What the losses of each actor are called, and what they count."""
+        made: dict[str, list[tuple[str, float]]] = {}
+        for actor, losses in self.losses.items():
+            ports = [loss.port for loss in losses]
+            made[actor] = [
+                (f"{actor}.{loss.port}" + (f" {loss.kind}" if ports.count(loss.port) > 1 else ""), loss.weight)
+                for loss in losses
+            ]
+        return made
+
+    @property
     def inputs(self) -> list[TrainingLink]:
         """The links by which data goes in."""
         return [link for link in self.links[GATEWAY] if link.role == OUTPUT]
@@ -128,6 +140,7 @@ class TrainingPlan:
                 losses=self.losses.get(spec.actor, ()),
                 actions=tuple(map(str, self.schedule.stages[spec.actor])),
                 micro_batches=self.schedule.micro_batches,
+                of_step=section.micro_batches,
                 rounds=self.rounds,
                 updates=self.updates,
                 optimizer=self.optimizer(),
@@ -343,7 +356,7 @@ class _Planning:
                 targets[target] = spec
                 link = self._own(f"{GATEWAY}.{target} -> {name} (target)", GATEWAY, name, target, spec)
                 self._add(OUTPUT, target, TARGET, target, link)
-            spec = TensorSpec("float64", (len(terms), 2))
+            spec = TensorSpec("float64", ("tokens", len(terms), 2))
             self._add(LOSS, "loss", LOSS, name, self._own(f"{name} -> {GATEWAY} (loss)", name, GATEWAY, "loss", spec))
         return targets
 

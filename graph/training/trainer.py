@@ -11,7 +11,7 @@ import contextlib
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,10 +172,10 @@ class _Attempt:
         self._keep = keep
         self._first = found.rounds if found is not None else 0
         self._links = plan.links[GATEWAY]
+        self._terms = plan.terms
         self._changed = trio.Event()
         self._done_steps = self._first * plan.steps_of_round
         self._losses: dict[tuple[int, int], dict[str, list[tuple[float, float]]]] = {}
-        self._counted: dict[tuple[int, int], int] = {}
         self._norm_of: dict[int, float] = {}
         self._told: deque[Step] = deque()
         self._saved: dict[int, set[str]] = {}
@@ -295,16 +295,12 @@ class _Attempt:
             for step in range(number * plan.steps_of_round, (number + 1) * plan.steps_of_round):
                 await self._until(lambda step=step: step - self._done_steps < AHEAD * self._patience)  # type: ignore[misc]
                 batch = await trio.to_thread.run_sync(self.data.training, step)
-                self._send_batch(batch, step * section.micro_batches, section.micro_batches)
+                self._send(TRAINING, step, batch)
             done = number + 1
             if self._pauses(done):
-                every = plan.validate_rounds
                 assert section.validate_ is not None
-                first = (number // every) * section.validate_.batches
-                for index in range(first, first + section.validate_.batches):
-                    batch = await trio.to_thread.run_sync(self.data.validation, index - first)
-                    await self._until(lambda: self._exchange.waiting < 64)
-                    self._send(VALIDATION, index, batch)
+                parts = [self.data.validation(index) for index in range(section.validate_.batches)]
+                self._send(VALIDATION, number // plan.validate_rounds, _together(parts))
         await self._until(lambda: self._done_steps >= section.steps)
 
     @property
@@ -315,14 +311,6 @@ class _Attempt:
     def _pauses(self, done: int) -> bool:
         every = self.plan.validate_rounds
         return bool(every) and (done % every == 0 or done == self.plan.rounds)
-
-    def _send_batch(self, batch: Mapping[str, torch.Tensor], first: int, count: int) -> None:
-        for index in range(count):
-            part = {}
-            for name, tensor in batch.items():
-                size = len(tensor) // count
-                part[name] = tensor[index * size : (index + 1) * size]
-            self._send(TRAINING, first + index, part)
 
     def _send(self, session: int, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
         from ranvier.transport.tensors import to_buffer
@@ -383,25 +371,19 @@ class _Attempt:
         else:
             raise ProtocolError(f"edge {link.link.name}: expected a loss or a norm")
 
-    def _on_losses(self, link: TrainingLink, row: Row, values: list[list[float]]) -> None:
-        plan, section = self.plan, self.plan.section
-        size = section.micro_batches
-        if row.session == VALIDATION:
-            assert section.validate_ is not None
-            size = section.validate_.batches
-        key = (row.session, row.position // size)
+    def _on_losses(self, link: TrainingLink, row: Row, values: list[list[list[float]]]) -> None:
+        """A step's losses of one actor, [micro-batches, terms, 2]."""
+        key = (row.session, row.position)
         terms = self._losses.setdefault(key, {})
-        for loss, told in zip(plan.losses[link.port], values, strict=True):
-            terms.setdefault(f"{link.port}.{loss.port}", []).append((told[0], told[1]))
-        self._counted[key] = self._counted.get(key, 0) + 1
-        if self._counted[key] == size * len(plan.losses):
-            del self._counted[key]
+        for index, (name, _) in enumerate(self._terms[link.port]):
+            terms[name] = [(told[index][0], told[index][1]) for told in values]
+        if len(terms) == sum(map(len, self._terms.values())):
             self._on_step_done(key, self._losses.pop(key))
 
     def _on_step_done(self, key: tuple[int, int], terms: Mapping[str, list[tuple[float, float]]]) -> None:
         plan = self.plan
         means = {name: math.fsum(loss for loss, _ in each) / len(each) for name, each in terms.items()}
-        weights = {f"{actor}.{loss.port}": loss.weight for actor, losses in plan.losses.items() for loss in losses}
+        weights = {name: weight for terms_of in self._terms.values() for name, weight in terms_of}
         right = [share for each in terms.values() for _, share in each if share == share]
         accuracy = math.fsum(right) / len(right) if right else math.nan
         total = math.fsum(weights[name] * mean for name, mean in means.items())
@@ -450,3 +432,9 @@ class _Attempt:
             self._last_saved = rounds
             self._changed.set()
             self._changed = trio.Event()
+
+
+def _together(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    import torch
+
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -189,7 +189,7 @@ def test_branches_a_join_and_two_losses(graph: Make, trained: Train, tmp_path: P
     ]  # fmt: skip
     terms = [
         {"of": "fixed.output", "target": "label"}, {"of": "join.logits", "kind": "mse", "target": "wished", "weight": 0.3},
-        {"of": "join.size", "kind": "mean", "weight": 0.1},
+        {"of": "join.size", "kind": "mean", "weight": 0.1}, {"of": "join.logits", "kind": "l1", "target": "wished", "weight": 0.2},
     ]  # fmt: skip
     made = trained(graph(actors, edges, training(loss=terms, frozen=["fixed"])))
 
@@ -198,13 +198,14 @@ def test_branches_a_join_and_two_losses(graph: Make, trained: Train, tmp_path: P
         middle = trunk(given["x"])
         joined = join(one(middle), two(middle))
         answer = F.cross_entropy(fixed(joined["logits"]), given["label"])
-        return answer + 0.3 * F.mse_loss(joined["logits"], given["wished"]) + 0.1 * joined["size"].mean()
+        more = 0.3 * F.mse_loss(joined["logits"], given["wished"]) + 0.2 * F.l1_loss(joined["logits"], given["wished"])
+        return answer + more + 0.1 * joined["size"].mean()
 
     learning = [weight for name, part in held.items() if name != "fixed" for weight in part.parameters()]
     same_losses(losses(made), plain(learning, loss_of))
     for name, part in held.items():
         same_weights(weights(made)[name], part.state_dict())
-    assert set(made.history[0]["losses"]) == {"fixed.output", "join.logits", "join.size"}
+    assert set(made.history[0]["losses"]) == {"fixed.output", "join.logits mse", "join.logits l1", "join.size"}
 
 
 # -- models -------------------------------------------------------------------------------------------------------------

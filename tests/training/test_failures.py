@@ -49,12 +49,13 @@ def without_times(trained: Trained) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 @pytest.mark.parametrize("schedule", ["1f1b", pytest.param("async", marks=pytest.mark.slow)])
 def test_a_stage_is_killed_and_the_losses_are_the_same(seed: int, schedule: str, graph: Make, trained: Train) -> None:
-    """Each stage once, at steps that the seed gives; the model draws at random (dropout), and its optimiser remembers. Every loss,
+    """One stage, or each once, at steps that the seed gives; the model draws at random (dropout), and its optimiser remembers. Every loss,
     norm and validation is what it is without the kills, to the last bit."""
     chance = random.Random(seed)
     made = graph(ROW, EDGES, section(schedule=schedule), restart={"max": 10, "window_s": 60, "backoff_s": 0})
     expected = trained(made, out="whole")
-    victims = dict(zip(chance.sample(range(1, STEPS - 1), 3), ["one", "two", "three"], strict=True))
+    names = chance.sample(["one", "two", "three"], 3 if seed else 1)
+    victims = dict(zip(chance.sample(range(1, STEPS - 1), len(names)), names, strict=True))
     pids: dict[str, int] = {}
     killed: list[str] = []
 
@@ -69,12 +70,13 @@ def test_a_stage_is_killed_and_the_losses_are_the_same(seed: int, schedule: str,
         pids.update(found)
 
     got = trained(made, out="killed", on_step=on_step, on_started=on_started)
-    assert sorted(killed) == ["one", "three", "two"]
-    assert len(got.losses) == 3
+    assert sorted(killed) == sorted(names)
+    assert len(got.losses) == len(names)
     assert all("signal 9" in what for what in got.losses)
     assert without_times(got) == without_times(expected)
 
 
+@pytest.mark.slow
 def test_an_actor_that_is_lost_too_often_ends_the_training(graph: Make, trained: Train) -> None:
     made = graph(ROW, EDGES, section(), restart={"max": 2, "window_s": 60, "backoff_s": 0})
     pids: dict[str, int] = {}
