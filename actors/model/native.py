@@ -10,14 +10,21 @@ from typing import Any
 
 @functools.cache
 def library() -> Any:
-    """The functions of kernels.c, as compiled for the widest vectors that this processor has (AVX-512 with BF16 and VNNI, or
-    AVX2); None where it has neither, or they were not compiled."""
-    for name in ("_kernels_avx512", "_kernels_avx2"):
-        spec = importlib.util.find_spec(f"ranvier.actors.model.{name}")
+    """The functions of kernels.c; None where they cannot be used."""
+    loaded = find("ranvier.actors.model", "_kernels")
+    if loaded is not None:
+        loaded.ranvier_room.restype = ctypes.c_int64
+    return loaded
+
+
+def find(package: str, name: str) -> Any:
+    """What was compiled under that name for the widest vectors that this processor has (AVX-512 or AVX2); None where it has
+    neither, or nothing was compiled."""
+    for vectors in ("avx512", "avx2"):
+        spec = importlib.util.find_spec(f"{package}.{name}_{vectors}")
         if spec is None or spec.origin is None:
             continue
         loaded = ctypes.CDLL(spec.origin)
         if loaded.ranvier_supported():
-            loaded.ranvier_room.restype = ctypes.c_int64
             return loaded
     return None

@@ -20,6 +20,8 @@ from ..model.parts import needed
 from ..model.rotary import rotate
 from ..model.slots import Slot
 from ..model.tensors import Norm, read_slot
+from . import fused
+from .fused import TILE
 from .stage import Learner
 
 LOGITS = "logits"
@@ -83,7 +85,11 @@ class NativeStage(Learner):
         return hidden_TH
 
     def _norm(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
-        return Norm(self.config, self.get_parameter(name), self._held(name + "_bias"))(hidden)
+        weight = self.get_parameter(name)
+        if self.config.norm != "layer" and fused.able(hidden.shape[-1], hidden, weight):
+            more = 1.0 if self.config.norm == "rms_plus_one" else 0.0
+            return fused.root_mean_square(hidden, weight, self.config.norm_eps, more)
+        return Norm(self.config, weight, self._held(name + "_bias"))(hidden)
 
     def _linear(self, name: str, given: torch.Tensor) -> torch.Tensor:
         return F.linear(given, self.get_parameter(name), self._held(name + "_bias"))
@@ -93,7 +99,9 @@ class NativeStage(Learner):
         mixed_TH = self._linear(at + "out", self._attended(layer, self._norm(at + "norm_in", hidden_TH)))
         hidden_TH = hidden_TH + (self._norm(at + "norm_attended", mixed_TH) if config.post_norms else mixed_TH)
         inner = self._linear(at + "up", self._norm(at + "norm_mid", hidden_TH))
-        if config.gated:
+        if config.gated and config.activation == "silu" and fused.able(inner.shape[-1] // 2, inner):
+            inner = fused.swiglu(inner)
+        elif config.gated:
             gate_TI, up_TI = inner.chunk(2, dim=-1)
             inner = activate(config, gate_TI) * up_TI
         else:
@@ -104,22 +112,30 @@ class NativeStage(Learner):
     def _attended(self, layer: int, normed_TH: torch.Tensor) -> torch.Tensor:
         at, config, sequence = f"layer{layer}_", self.config, self.sequence
         heads, kv_heads, width = config.heads, config.kv_heads, config.head_dim
-        qkv_TND = self._linear(at + "qkv", normed_TH).view(-1, heads + 2 * kv_heads, width)
+        qkv_TE = self._linear(at + "qkv", normed_TH)
+        window = config.window(layer)
+        table = self._rotary.get(bool(window), self._rotary.get(False))
+        if table is not None and not config.head_norms and fused.able(TILE, qkv_TE, table.cos_PD):
+            cos_SD, sin_SD = table.cos_PD[:sequence], table.sin_PD[:sequence]
+            return self._mixed(*fused.heads(qkv_TE, cos_SD, sin_SD, heads, kv_heads), window)
+        qkv_TND = qkv_TE.view(-1, heads + 2 * kv_heads, width)
         turned_TND, values_TKD = torch.split(qkv_TND, [heads + kv_heads, kv_heads], 1)
         if config.head_norms:
             query_TND, keys_TKD = torch.split(turned_TND, [heads, kv_heads], 1)
             normed = self._norm(at + "norm_query", query_TND), self._norm(at + "norm_key", keys_TKD)
             turned_TND = torch.cat(normed, 1)
-        window = config.window(layer)
-        table = self._rotary.get(bool(window), self._rotary.get(False))
         if table is not None:
             positions_T = torch.arange(sequence).repeat(len(normed_TH) // sequence)
             turned_TND = rotate(turned_TND, *table.at(positions_T))
         query_TND, keys_TKD = torch.split(turned_TND, [heads, kv_heads], 1)
-        group = heads // kv_heads
         query, keys, values = (
             each.view(-1, sequence, each.shape[1], width).transpose(1, 2) for each in (query_TND, keys_TKD, values_TKD)
         )
+        return self._mixed(query, keys, values, window)
+
+    def _mixed(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> torch.Tensor:
+        """[B, heads, S, D] of each -> [T, N·D]: causal attention, over the last `window` positions (0: all)."""
+        sequence, group = self.sequence, query.shape[1] // keys.shape[1]
         if group > 1:
             keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
         if 0 < window < sequence:
@@ -127,7 +143,7 @@ class NativeStage(Learner):
             mixed = F.scaled_dot_product_attention(query, keys, values, seen_SS, scale=self._scale)
         else:
             mixed = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=self._scale)
-        return mixed.transpose(1, 2).reshape(len(normed_TH), heads * width)
+        return mixed.transpose(1, 2).reshape(-1, mixed.shape[1] * mixed.shape[3])
 
     def _logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         matrix = "head" if "head" in self._slots else "embedding"
