@@ -36,6 +36,7 @@ from .command_line import (
 from .errors import GraphError
 from .plan import plan
 from .training.command import show_schedule, train_command
+from .training.plan import training_plan
 
 app = typer.Typer(
     name="ranvier",
@@ -65,6 +66,8 @@ def check(
     """Find everything that is wrong with a graph file without starting a process."""
     try:
         checked = load_graph(graph, allow_code=allow_code, overrides=overrides(settings))
+        if checked.file.training is not None:
+            training_plan(checked)
     except GraphError as error:
         if not as_json:
             raise

@@ -105,7 +105,7 @@ class TrainingHost(Process):
         kind = self.training.kind
         if kind in BUILT_IN:
             context = self.context()
-            made: Learner = NativeStage(kind, context, self.training.context)
+            made: Learner = NativeStage(kind, context, self.training.context, self.training.lora)
             self._progress(1.0)
         else:
             made = Wrapped(self.load())

@@ -6,6 +6,7 @@ heads, D head width, V vocabulary.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -22,8 +23,10 @@ from ..model.slots import Slot
 from ..model.tensors import Norm, read_slot
 from . import fused
 from .fused import TILE
+from .linear import linear
 from .stage import Learner
 
+DOWN, UP = "_lora_down", "_lora_up"
 LOGITS = "logits"
 """The output of the last layers that losses are taken of: [tokens, V]."""
 
@@ -34,7 +37,9 @@ class NativeStage(Learner):
     A parameter is one slot of `weights.py` (q, k and v lie in one matrix); `exported` gives the checkpoint's tensors.
     """
 
-    def __init__(self, kind: str, context: Context, sequence: int) -> None:
+    splits = True
+
+    def __init__(self, kind: str, context: Context, sequence: int, lora: tuple[int, float] | None = None) -> None:
         super().__init__()
         checkpoint, dtype = needed(context)
         self.config: ModelConfig = checkpoint.config
@@ -47,10 +52,26 @@ class NativeStage(Learner):
         for name, slot in _slots(self.config, self._begins, self.layers, self._ends):
             self._slots[name] = slot
             self.register_parameter(name, nn.Parameter(read_slot(slot, checkpoint, dtype)))
+        self._adapted = lora
+        if lora is not None:
+            self._adapt(lora[0], dtype)
         self._rotary = rotary_tables(self.config, dtype)
         for table in self._rotary.values():
             table.reserve(sequence)
         self._scale = self.config.attention_scale or self.config.head_dim**-0.5
+
+    def _adapt(self, rank: int, dtype: torch.dtype) -> None:
+        """Put a product of two narrow matrices, nothing at first, beside each one of the blocks. Drawn by name, so that it is
+        the same wherever a layer lies."""
+        for name, slot in self._slots.items():
+            if name.startswith("layer") and slot.columns is not None:
+                generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+                down = torch.empty(rank, slot.columns).normal_(0, slot.columns**-0.5, generator=generator)
+                self.register_parameter(f"{name}{DOWN}", nn.Parameter(down.to(dtype)))
+                self.register_parameter(f"{name}{UP}", nn.Parameter(torch.zeros(slot.shape[0], rank, dtype=dtype)))
+
+    def stays(self, name: str) -> bool:
+        return self._adapted is not None and not name.endswith((DOWN, UP))
 
     def forward(self, batch: Batch) -> Mapping[str, torch.Tensor]:
         hidden_TH = self._embedded(batch["token"]) if self._begins else batch["hidden"]
@@ -63,20 +84,27 @@ class NativeStage(Learner):
         """The checkpoint's tensors that are in these weights, by its names."""
         made = {}
         for name, slot in self._slots.items():
-            start = 0
+            start, whole = 0, held[name]
+            if f"{name}{UP}" in held and self._adapted is not None:
+                product = held[f"{name}{UP}"].float() @ held[f"{name}{DOWN}"].float()
+                whole = (whole.float() + self._adapted[1] * product).to(whole.dtype)
             for part, rows in slot.parts:
-                piece = held[name][start : start + rows]
+                piece = whole[start : start + rows]
                 made[part] = (piece.t() if slot.transposed else piece).contiguous()
                 start += rows
         return made
 
     # -- parts --------------------------------------------------------------------------------------------------
 
+    def _weight(self, name: str) -> torch.Tensor:
+        weight: torch.Tensor = getattr(self, name)  # a parameter, or the version of it that stands in its place
+        return weight
+
     def _held(self, name: str) -> torch.Tensor | None:
-        return getattr(self, name) if name in self._slots else None
+        return self._weight(name) if name in self._slots else None
 
     def _embedded(self, token_T: torch.Tensor) -> torch.Tensor:
-        hidden_TH = F.embedding(token_T, self.get_parameter("embedding"))
+        hidden_TH = F.embedding(token_T, self._weight("embedding"))
         if self.config.embedding_scale != 1.0:
             hidden_TH = hidden_TH * torch.tensor(self.config.embedding_scale, dtype=hidden_TH.dtype)
         positions_PH = self._held("positions")
@@ -85,14 +113,18 @@ class NativeStage(Learner):
         return hidden_TH
 
     def _norm(self, name: str, hidden: torch.Tensor) -> torch.Tensor:
-        weight = self.get_parameter(name)
+        weight = self._weight(name)
         if self.config.norm != "layer" and fused.able(hidden.shape[-1], hidden, weight):
             more = 1.0 if self.config.norm == "rms_plus_one" else 0.0
             return fused.root_mean_square(hidden, weight, self.config.norm_eps, more)
         return Norm(self.config, weight, self._held(name + "_bias"))(hidden)
 
     def _linear(self, name: str, given: torch.Tensor) -> torch.Tensor:
-        return F.linear(given, self.get_parameter(name), self._held(name + "_bias"))
+        made = linear(given, self._weight(name), self._held(name + "_bias"))
+        if self._adapted is None or not hasattr(self, f"{name}{UP}"):
+            return made
+        narrow = linear(given, self._weight(f"{name}{DOWN}"))
+        return made + self._adapted[1] * linear(narrow, self._weight(f"{name}{UP}"))
 
     def _block(self, layer: int, hidden_TH: torch.Tensor) -> torch.Tensor:
         at, config = f"layer{layer}_", self.config
@@ -147,7 +179,7 @@ class NativeStage(Learner):
 
     def _logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         matrix = "head" if "head" in self._slots else "embedding"
-        logits_TV = F.linear(self._norm("norm", hidden_TH), self.get_parameter(matrix))
+        logits_TV = linear(self._norm("norm", hidden_TH), self._weight(matrix))
         cap = self.config.logit_softcap
         return logits_TV if cap is None else torch.tanh(logits_TV / cap) * cap
 

@@ -101,6 +101,8 @@ class TrainingSpec:
     folder: str = ""
     resume: str | None = None
     seed: int = 0
+    lora: tuple[int, float] | None = None
+    """Rank and scale of what is learned beside the matrices of blocks, which themselves stay."""
     shared: Mapping[str, str] = field(default_factory=dict)
     """Weights that other actors hold, too, and who of them adds the gradients up."""
 
@@ -113,4 +115,5 @@ class TrainingSpec:
         optimizer = dict(fields["optimizer"])
         optimizer["betas"] = tuple(optimizer["betas"])
         fields["optimizer"] = Optimizer(**optimizer)
+        fields["lora"] = tuple(fields["lora"]) if fields["lora"] is not None else None
         return cls(**fields)

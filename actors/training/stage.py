@@ -19,6 +19,7 @@ from ranvier.transport.header import Row
 
 from ..actor import Actor, Batch
 from . import losses
+from .linear import Late, make_up, put_off
 from .spec import Loss
 
 Weights = dict[str, torch.Tensor]
@@ -26,6 +27,13 @@ Weights = dict[str, torch.Tensor]
 
 class Learner(nn.Module):
     """What a stage computes: a batch in, tensors by port out."""
+
+    splits = False
+    """Whether its matrix products can put off their weights' gradients (linear.py)."""
+
+    def stays(self, name: str) -> bool:
+        """Whether a parameter is not to learn, whatever the actor does."""
+        return False
 
     def exported(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """These weights by the names that a checkpoint has for them."""
@@ -97,8 +105,9 @@ class Stage:
         """What is updated: the parameters themselves or, of those in half precision, float32 masters of them."""
         self._live: Weights = {}
         for key, weight in module.named_parameters():
-            weight.requires_grad_(trains)
-            if trains:
+            learns = trains and not module.stays(key)
+            weight.requires_grad_(learns)
+            if learns:
                 self._live[key] = weight
                 self.weights[key] = weight if weight.dtype is torch.float32 else weight.detach().float()
         self._masters = any(self.weights[key] is not weight for key, weight in self._live.items())
@@ -112,6 +121,7 @@ class Stage:
         self._versions: dict[int, Weights] = {}
         self._under_way: dict[int, _Kept] = {}
         self._put_off: dict[int, tuple[list[torch.Tensor], list[torch.Tensor | None]]] = {}
+        self._late: dict[int, Late] = {}
 
     def exported(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See `Learner.exported`."""
@@ -205,9 +215,14 @@ class Stage:
         return self._returned(kept.inputs, [tensor.grad for tensor in self._differentiated(kept)])
 
     def backward_inputs(self, number: int, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The gradients of inputs alone. `backward_weights` follows."""
+        """The gradients of inputs alone. `backward_weights` follows. What cannot put off its weights' is gone through twice."""
         kept = self._under_way[number]
         roots, given = self._roots(kept, gradients)
+        if self.module.splits:
+            with put_off() as self._late[number]:
+                if roots:
+                    torch.autograd.backward(roots, given)
+            return self._returned(kept.inputs, [tensor.grad for tensor in self._differentiated(kept)])
         self._put_off[number] = roots, given
         wanted = self._differentiated(kept)
         made = (
@@ -218,6 +233,10 @@ class Stage:
     def backward_weights(self, number: int) -> None:
         """The gradients of weights that `backward_inputs` has left."""
         kept = self._under_way.pop(number)
+        if self.module.splits:
+            make_up(self._late.pop(number))
+            self._applied(kept)
+            return
         roots, given = self._put_off.pop(number)
         held = list((self._versions[kept.version] if self._stashes else self._live).values())
         if held and roots:
@@ -273,13 +292,9 @@ class Stage:
                     weight.copy_(self.weights[key])
 
     def state(self) -> dict[str, torch.Tensor]:
-        """All that there is, by the module's own names: masters, parameters that do not learn, buffers."""
-        held = {name: weight.detach() for name, weight in self.module.named_parameters()}
-        return {
-            **held,
-            **dict(self.module.named_buffers()),
-            **{key: weight.detach() for key, weight in self.weights.items()},
-        }
+        """What changes, by the module's own names: the weights, or their masters, and buffers."""
+        own = {key: weight.detach() for key, weight in self.weights.items()}
+        return {**dict(self.module.named_buffers()), **own}
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Those that there are, by weight."""

@@ -37,7 +37,8 @@ from ranvier.transport.link import LinkSpec
 from ranvier.transport.spec import TensorSpec
 
 from ..checked import CheckedActor, CheckedEdge, Graph
-from ..errors import GraphError, Position, Problem
+from ..errors import GraphError, Problem
+from ..load import read
 from ..plan import EPOCH, Plan, plan
 from .section import TrainingSection
 
@@ -157,6 +158,7 @@ class TrainingPlan:
                 folder=str(out),
                 resume=str(resume) if resume is not None else None,
                 seed=section.seed,
+                lora=(section.lora.rank, section.lora.alpha / section.lora.rank) if section.lora is not None else None,
                 shared=self.shared.get(spec.actor, {}),
             )
             made.append(replace(spec, links=(), training=training))
@@ -182,8 +184,9 @@ class _Planning:
         self.next_number = len(graph.edges)
         self.links: dict[str, list[TrainingLink]] = {name: [] for name in (*graph.actors, GATEWAY)}
 
-    def _wrong(self, what: str) -> TrainingError:
-        return TrainingError(str(self.graph.path), [Problem(f"training: {what}", Position(1, 1))])
+    def _wrong(self, what: str, *at: str | int) -> TrainingError:
+        place = read(self.graph.path).at("training", *at)
+        return TrainingError(str(self.graph.path), [Problem(f"training: {what}", place)])
 
     def _carries(self, edge: CheckedEdge) -> bool:
         """Whether an edge has its part in training: what goes to the client has not, nor what comes back from it."""
@@ -199,16 +202,17 @@ class _Planning:
         section, graph = self.section, self.graph
         for name in section.frozen:
             if name not in graph.actors:
-                raise self._wrong(f"frozen: no actor is called {name!r}; there are {', '.join(graph.actors)}")
+                raise self._wrong(f"frozen: no actor is called {name!r}; there are {', '.join(graph.actors)}", "frozen")
         if section.batch % section.micro_batches:
             raise self._wrong(
-                f"a batch of {section.batch} cannot be cut into {section.micro_batches} micro-batches of one size; change one"
+                f"a batch of {section.batch} cannot be cut into {section.micro_batches} micro-batches of one size; change one",
+                "micro_batches",
             )
         for actor in graph.actors.values():
             self._check(actor)
         stages = self._stages()
         losses = self._losses()
-        learning = frozenset(name for name in graph.actors if name not in section.frozen)
+        learning = frozenset(name for name, actor in graph.actors.items() if self._learns(actor))
         steps_of_round = self._steps_of_round()
         schedule = self._schedule(stages, steps_of_round)
         self._link_edges(learning)
@@ -220,6 +224,11 @@ class _Planning:
             plan(graph), section, stages, schedule, steps_of_round, losses, learning,
             {name: tuple(links) for name, links in self.links.items()}, shared, targets,
         )  # fmt: skip
+
+    def _learns(self, actor: CheckedActor) -> bool:
+        """With LoRA built-in kinds learn where they have blocks, and there alone."""
+        has_blocks = actor.layers is not None or actor.kind.name == "model" or not actor.kind.uses_model
+        return (self.section.lora is None or has_blocks) and actor.name not in self.section.frozen
 
     # -- what can be trained --------------------------------------------------------------------------------------
 
@@ -277,9 +286,11 @@ class _Planning:
             )
             if loss.port not in outputs:
                 there = f"it has {', '.join(outputs)}" if actor is not None else f"there are {', '.join(graph.actors)}"
-                raise self._wrong(f"loss of {of}: no such output; {there}")
+                raise self._wrong(f"loss of {of}: no such output; {there}", "loss")
             if (kind == "mean") != (loss.target is None):
-                raise self._wrong(f"loss of {of}: {kind} takes {'no' if kind == 'mean' else 'a'} target; change it")
+                raise self._wrong(
+                    f"loss of {of}: {kind} takes {'no' if kind == 'mean' else 'a'} target; change it", "loss"
+                )
             made.setdefault(name, []).append(loss)
         return {name: tuple(losses) for name, losses in made.items()}
 
@@ -297,7 +308,9 @@ class _Planning:
         for name, every in pauses.items():
             if section.steps % every:
                 raise self._wrong(
-                    f"{name}: every {every} of {section.steps} steps: async stops there; give a divisor of the steps"
+                    f"{name}: every {every} of {section.steps} steps: async stops there; give a divisor of the steps",
+                    name,
+                    "every",
                 )
         return found
 
@@ -310,19 +323,21 @@ class _Planning:
             else:
                 file = (self.graph.path.parent / section.schedule).resolve()
                 if not file.is_relative_to(self.graph.path.parent.resolve()):
-                    raise self._wrong(f"schedule {section.schedule!r} leaves the graph's folder")
+                    raise self._wrong(f"schedule {section.schedule!r} leaves the graph's folder", "schedule")
                 made = schedules.parse(file.read_text(), stages)
                 if made.micro_batches != section.micro_batches:
                     raise self._wrong(
                         f"schedule {section.schedule} has {made.micro_batches} micro-batches, micro_batches is "
-                        f"{section.micro_batches}; make them the same"
+                        f"{section.micro_batches}; make them the same",
+                        "schedule",
                     )
             schedules.check(made, stages)
         except ScheduleError as error:
-            raise self._wrong(f"schedule {section.schedule}: {error}") from None
+            raise self._wrong(f"schedule {section.schedule}: {error}", "schedule") from None
         except OSError as error:
             raise self._wrong(
-                f"schedule {section.schedule!r}: neither one of {', '.join(schedules.NAMES)} nor a file: {error.strerror}"
+                f"schedule {section.schedule!r}: neither one of {', '.join(schedules.NAMES)} nor a file: {error.strerror}",
+                "schedule",
             ) from None
         return made
 
@@ -370,15 +385,17 @@ class _Planning:
     def _share(self, learning: frozenset[str]) -> dict[str, dict[str, str]]:
         """A tied model whose ends are two actors: both hold the matrix, and the gradients of both count."""
         graph = self.graph
-        if graph.checkpoint is None or not graph.checkpoint.config.tied:
-            return {}
+        if graph.checkpoint is None or not graph.checkpoint.config.tied or self.section.lora is not None:
+            return {}  # with LoRA the matrix itself stays
         begins = [name for name, actor in graph.actors.items() if actor.kind.name in ("embedding", "first_stage")]
         ends = [name for name, actor in graph.actors.items() if actor.kind.name in ("head", "last_stage")]
         if not begins or not ends:
             return {}
         [first], [last] = begins, ends
         if (first in learning) != (last in learning):
-            raise self._wrong(f"frozen: {first} and {last} hold one matrix (the model is tied); freeze both or none")
+            raise self._wrong(
+                f"frozen: {first} and {last} hold one matrix (the model is tied); freeze both or none", "frozen"
+            )
         if first not in learning:
             return {}
         [slot] = [slot for slot in weights.embedding(graph.checkpoint.config) if slot.name == "embedding"]

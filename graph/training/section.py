@@ -61,6 +61,14 @@ class EverySection(Section):
     batches: int = Field(8, ge=1, le=1 << 20, description="micro-batches of a validation")
 
 
+class LoraSection(Section):
+    """Low-rank adaptation (LoRA, Hu et al. 2021): the matrices of blocks stay, and a product of two narrow ones beside each
+    learns."""
+
+    rank: int = Field(8, ge=1, le=4096, description="width of the narrow matrices")
+    alpha: float = Field(16.0, gt=0, strict=False, description="their product counts alpha / rank times")
+
+
 class TrainingSection(Section):
     """How the graph is trained."""
 
@@ -84,11 +92,13 @@ class TrainingSection(Section):
     optimizer: OptimizerSection = Field(default_factory=lambda: OptimizerSection())
     validate_: EverySection | None = Field(None, alias="validate", description="look at what is held out")
     save: EverySection | None = Field(None, description="write a checkpoint; one is written at the end in any case")
+    lora: LoraSection | None = Field(None, description="learn small matrices beside those of blocks, and nothing else")
     frozen: list[Name] = Field(default_factory=list, description="actors that learn nothing")
     recompute: bool = Field(False, description="compute activations again in the backward pass instead of keeping them")
     seed: int = Field(0, ge=0, lt=1 << 31)
 
 
 PARTS: dict[str, type[Section]] = {
-    "data": DataSection, "loss": LossSection, "optimizer": OptimizerSection, "validate": EverySection, "save": EverySection
+    "data": DataSection, "loss": LossSection, "optimizer": OptimizerSection, "validate": EverySection, "save": EverySection,
+    "lora": LoraSection,
 }  # fmt: skip

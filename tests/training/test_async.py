@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable
 from itertools import pairwise
@@ -110,3 +111,50 @@ def test_gradients_are_those_of_the_stale_versions(
             assert float((tensor - layer.state_dict()[key]).abs().max()) <= 1e-5, (name, key)
     assert made.counters["one.0"]["staleness"] == 2 // accumulate, "as many updates as stages follow"
     assert made.counters["three.0"]["staleness"] == 0
+
+
+def test_a_model_learns_asynchronously(
+    graph: Callable[..., ranvier.Graph],
+    trained: Callable[..., Trained],
+    tiny: Callable[..., tuple[Path, Any]],
+    split: Any,
+) -> None:
+    """In one actor nothing is stale: the oracle updates transformers' model after every micro-batch. In four, what it comes to is
+    near that."""
+    folder, model = tiny("llama")
+    data = {"source": "./parts.py:Tokens", "args": {"batch": 8, "context": 12, "vocabulary": 320}, "context": 12}
+    training = {
+        "data": data,
+        "batch": 8,
+        "micro_batches": 4,
+        "steps": 5,
+        "schedule": "async",
+        "optimizer": {"kind": "sgd", "lr": 0.05},
+    }
+    found = []
+    for count in (1, 4):
+        content = split(count, 6)
+        names = content["pipeline"]
+        edges: list[Any] = [f"{one}.hidden -> {other}.hidden" for one, other in pairwise(names)]
+        edges.append({"from": f"{names[-1]}.token", "to": f"{names[0]}.token", "feedback": True})
+        settings = {"source": str(folder), "dtype": "float32"}
+        if count == 4:  # tied ends would be one weight in two versions
+            folder, _ = tiny("untied", tie_word_embeddings=False)
+            settings["source"] = str(folder)
+        made = trained(graph(content["actors"], edges, training, model=settings), out=str(count))
+        found.append([told["loss"] for told in made.history])
+    learner = copy.deepcopy(model).train()
+    descent = torch.optim.SGD(learner.parameters(), 0.05)
+    expected = []
+    for step in range(5):
+        given, losses = parts.Tokens(8, 12, 320)(step, False), []
+        for ids, target in zip(given["token"].view(4, 2, 12), given["target"].chunk(4), strict=True):
+            loss = F.cross_entropy(learner(ids, use_cache=False).logits.flatten(0, 1), target)
+            descent.zero_grad()
+            loss.backward()
+            descent.step()
+            losses.append(float(loss.detach()))
+        expected.append(sum(losses) / 4)
+    assert found[0] == pytest.approx(expected, rel=1e-5)
+    assert found[1] == pytest.approx(expected, rel=0.2)
+    assert made.counters["embed.0"]["staleness"] == 3

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import itertools
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.func import functional_call
 
 import ranvier
 from ranvier.graph.training.trainer import Trained
@@ -223,6 +225,7 @@ def model_training(vocabulary: int, **more: Any) -> dict[str, Any]:
     ("family", "count", "changes"),
     [
         ("llama", 4, {}),
+        ("llama", 2, {"schedule": "zero-bubble"}),
         ("llama", 2, {}),
         pytest.param("llama", 1, {}, marks=pytest.mark.slow),
         pytest.param("llama", 4, {"tie_word_embeddings": False}, marks=pytest.mark.slow),
@@ -238,6 +241,8 @@ def test_models(
     embeddings at both ends of a pipeline are one weight."""
     if family == "gpt2":
         changes = {**changes, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    changes = dict(changes)
+    schedule = changes.pop("schedule", "1f1b")
     folder, model = tiny(f"learns-{family}-{'-'.join(map(str, changes.values()))}", family, **changes)
     layers = model.config.num_hidden_layers
     content = split(count, layers)
@@ -247,7 +252,12 @@ def test_models(
         edges.append(f"{before}.hidden -> {after}.hidden")
     edges.append({"from": f"{names[-1]}.token", "to": f"{names[0]}.token", "feedback": True})
     made = trained(
-        graph(content["actors"], edges, model_training(320), model={"source": str(folder), "dtype": "float32"})
+        graph(
+            content["actors"],
+            edges,
+            model_training(320, schedule=schedule),
+            model={"source": str(folder), "dtype": "float32"},
+        )
     )
 
     learner = copy.deepcopy(model).train()
@@ -302,3 +312,53 @@ def test_half_precision_has_masters(graph: Make, trained: Train, tiny: Tiny, spl
     assert float((own - theirs).abs().mean()) < 0.3 * float(moved.abs().mean())
     exported = load_file(made.folder / "blocks0.safetensors")["model.layers.0.mlp.down_proj.weight"]
     assert exported.dtype is torch.bfloat16
+
+
+def test_lora(graph: Make, trained: Train, tiny: Tiny, split: Any) -> None:
+    """The oracle computes each matrix of the blocks as W + scale · B A, by itself, with torch's autograd over A and B; embedding,
+    norms and head stay. What comes out has the sum, and resumes."""
+    folder, model = tiny("llama")
+    content = split(4, 6)
+    names = content["pipeline"]
+    edges: list[Any] = [f"{before}.hidden -> {after}.hidden" for before, after in itertools.pairwise(names)]
+    edges.append({"from": f"{names[-1]}.token", "to": f"{names[0]}.token", "feedback": True})
+    section = model_training(320, lora={"rank": 4, "alpha": 8}, save={"every": 5})
+    made = trained(graph(content["actors"], edges, section, model={"source": str(folder), "dtype": "float32"}))
+    frozen = {name: weight.detach() for name, weight in model.named_parameters()}
+    parts_of = {
+        "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "out": ("self_attn.o_proj",),
+        "up": ("mlp.gate_proj", "mlp.up_proj"), "down": ("mlp.down_proj",),
+    }  # fmt: skip
+    pairs: dict[tuple[int, str], tuple[nn.Parameter, nn.Parameter]] = {}
+    for layer in range(6):
+        for name, owns in parts_of.items():
+            whole = torch.cat([frozen[f"model.layers.{layer}.{part}.weight"] for part in owns])
+            generator = torch.Generator().manual_seed(zlib.crc32(f"layer{layer}_{name}".encode()))
+            down = torch.empty(4, whole.shape[1]).normal_(0, whole.shape[1] ** -0.5, generator=generator)
+            pairs[layer, name] = nn.Parameter(torch.zeros(len(whole), 4)), nn.Parameter(down)
+
+    def merged() -> dict[str, torch.Tensor]:
+        found = dict(frozen)
+        for (layer, name), (up, down) in pairs.items():
+            product, start = 2.0 * (up @ down), 0
+            for part in parts_of[name]:
+                key = f"model.layers.{layer}.{part}.weight"
+                found[key] = frozen[key] + product[start : start + len(frozen[key])]
+                start += len(frozen[key])
+        return found
+
+    def loss_of(step: int) -> torch.Tensor:
+        given = parts.Tokens(SEQUENCES, CONTEXT, 320)(step, False)
+        ids = given["token"].view(SEQUENCES, CONTEXT)
+        logits = functional_call(model, merged(), (ids,), {"use_cache": False}).logits
+        return F.cross_entropy(logits.flatten(0, 1), given["target"])
+
+    same_losses(losses(made), plain([each for pair in pairs.values() for each in pair], loss_of))
+    expected = {name: weight.detach() for name, weight in merged().items()}
+    for tensors in weights(made).values():
+        same_weights(tensors, expected)
+    assert made.folder is not None
+    state = load_file(made.folder / "blocks0.state.safetensors")
+    assert state and all("_lora_" in name for name in state if name.startswith("weight/")), "nothing else is kept"
+    moved = expected["model.layers.0.mlp.down_proj.weight"] - frozen["model.layers.0.mlp.down_proj.weight"]
+    assert float(moved.abs().max()) > 1e-4
