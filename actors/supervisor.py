@@ -59,8 +59,8 @@ class Supervisor:
         self.detour: Callable[[str, str, str], str] = lambda _source, _target, address: address
         """By what address one host is to reach another."""
         self.on_forgotten: Callable[[str], None] = lambda _peer: None
-        self.on_saved: Callable[[str, int], None] = lambda _actor, _round: None
-        """Called when an actor of a training run has saved its shard, with how many rounds are done."""
+        self.on_saved: Callable[[str, int], None] = lambda _label, _round: None
+        """Called when a host of a training run has saved its shard, with its label and how many rounds are done."""
         self.on_command: Callable[[str, str, Mapping[str, Any]], None] | None = None
         self._wire = TrioWire(ZeroWire(SUPERVISOR, control, max_frame_bytes=MAX_BYTES))
         for spec in specs:
@@ -279,7 +279,7 @@ class Supervisor:
         elif kind == "linked":
             self._linked.add((key, fields["peer"]))
         elif kind == "saved":
-            self.on_saved(self.supervision.hosts[key].spec.actor, fields["round"])
+            self.on_saved(label, fields["round"])
         elif kind == "refused":
             self.refused(label, fields["what"])
         else:

@@ -79,9 +79,15 @@ class EdgeCheck(Findings):
         return CheckedEdge(
             source_actor, out, target_actor, into, spec,
             section.feedback, section.codec, section.credits, section.credit_bytes, section.until, section.at_most or 0,
+            section.gradient_codec,
         )  # fmt: skip
 
     def _codec(self, section: EdgeSection, name: str, spec: TensorSpec, index: int) -> None:
+        try:
+            if auto.candidates(section.gradient_codec) is None:
+                codec.parse(section.gradient_codec)
+        except ValueError as error:
+            self._wrong(f"edge {name}: {error}", "edges", index, "gradient_codec")
         try:
             choices = auto.candidates(section.codec)
             made = codec.parse(section.codec) if choices is None else choices[-1]

@@ -66,6 +66,7 @@ class CheckedEdge:
     credits_bytes: int = 64 << 20
     until: str | None = None
     at_most: int = 0
+    gradient_codec: str = "raw"
     implied: bool = False
 
     @property
@@ -117,6 +118,7 @@ class Graph:
             {
                 "from": f"{e.source}.{e.out}", "to": f"{e.target}.{e.into}", "feedback": e.feedback, "codec": e.codec,
                 "credits": e.credits_messages, "credit_bytes": e.credits_bytes,
+                **({"gradient_codec": e.gradient_codec} if e.gradient_codec != "raw" else {}),
                 **({"at_most": e.at_most} if e.at_most else {}), **({"until": e.until} if e.until else {}),
             }
             for e in self.edges

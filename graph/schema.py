@@ -135,6 +135,11 @@ class EdgeSection(Section):
         description="how tensors are written: raw, bfloat16, float16, int8, topk or topk:SHARE, each perhaps followed by "
         "+lz4 or +zstd; auto or auto:FORM: by the link's speed",
     )
+    gradient_codec: str = Field(
+        "raw",
+        max_length=40,
+        description="how gradients that come back in training are written; what is lost is added to the next",
+    )
     credits: int = Field(8, ge=0, le=1 << 20, description="messages that may be on their way or unread")
     credit_bytes: int = Field(64 << 20, ge=1, le=1 << 40, description="bytes that may be on their way or unread")
 

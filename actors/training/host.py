@@ -20,7 +20,7 @@ import torch
 from ranvier.transport.codec import RAW
 from ranvier.transport.ends import Received
 from ranvier.transport.header import Row
-from ranvier.transport.tensors import to_buffer
+from ranvier.transport.tensors import from_buffer, to_buffer
 from ranvier.transport.zeromq import ZeroWire
 
 from ..actor import REPLAYED
@@ -39,6 +39,7 @@ from .spec import (
     NORM,
     OUTPUT,
     OUTPUT_GRADIENT,
+    RING,
     SHARED,
     TARGET,
     TRAINING,
@@ -93,10 +94,12 @@ class TrainingHost(Process):
         self._gateway = identity(GATEWAY, 0, 1)
         self._batch: tuple[Place, list[torch.Tensor], list[Received]] = (0, -1), [], []
         self._told: list[torch.Tensor] = []
+        self._owed: dict[TrainingLink, torch.Tensor] = {}
         if training.resume is not None:
-            self._update = shards.read(Path(training.resume), spec.actor, self.stage, self.optimizer)
+            self._update = shards.read(Path(training.resume), self._shard, self.stage, self.optimizer)
         stages = Stages((spec.actor,), (), {})
-        self._actions = parse(f"{spec.actor}: {' '.join(training.actions)}", stages).stages[spec.actor]
+        line = parse(f"{spec.actor}: {' '.join(training.actions)}", stages).stages[spec.actor]
+        self._actions = [action for action in line if action.kind == UPDATE or self._mine(action.micro_batch)]
         held = sum(weight.nbytes for weight in self.stage.module.parameters())
         return {"capacity_tokens": None, "held_bytes": held, "keeps": REPLAYED}
 
@@ -112,8 +115,19 @@ class TrainingHost(Process):
         made.train(True)
         return made
 
-    def _of(self, role: str) -> list[TrainingLink]:
-        return self._links.get(role, [])
+    def _of(self, role: str, number: int | None = None) -> list[TrainingLink]:
+        """The links of a role, all or those for one micro-batch."""
+        links = self._links.get(role, [])
+        return links if number is None else [link for link in links if link.carries(number)]
+
+    def _mine(self, number: int) -> bool:
+        """Whether a micro-batch is this replica's."""
+        return number % self.training.replicas == self.spec.replica
+
+    @property
+    def _shard(self) -> str:
+        """What files of this replica are called."""
+        return self.spec.actor if self.spec.replica == 0 else self.spec.label
 
     def add_links(self, plain: Sequence[Mapping[str, Any]]) -> None:
         links = [TrainingLink.from_plain(each) for each in plain]
@@ -148,8 +162,9 @@ class TrainingHost(Process):
             if training.validate_every and (done % training.validate_every == 0 or done == training.rounds):
                 self._validate(wire, number)
             if (training.save_every and done % training.save_every == 0) or done == training.rounds:
-                shards.write(Path(training.folder), done, self.spec.actor, self.stage, self.optimizer, self._update)
+                shards.write(Path(training.folder), done, self._shard, self.stage, self.optimizer, self._update)
                 self.crossing.tell("saved", round=done)
+                self._owed.clear()  # whoever goes on from here owes nothing
             gc.collect(0)
 
     def _round(self, wire: ZeroWire, number: int) -> None:
@@ -194,23 +209,25 @@ class TrainingHost(Process):
         index = place[1] % size
         for link, tensor in zip(fed, self._batch[1], strict=True):
             given[link.role][link.port] = tensor.chunk(size)[index]
-        links = [link for link in self._of(INPUT) if link.link.source != self._gateway]
+        links = [link for link in self._of(INPUT, place[1]) if link.link.source != self._gateway]
         self._until(wire, links, place)
         came, messages = self.core.take(links, place)
         given[INPUT] |= {link.port: tensor for link, tensor in zip(links, came, strict=True)}
-        return given[INPUT], given[TARGET], messages + (self._batch[2] if index == size - 1 else [])
+        return given[INPUT], given[TARGET], messages + (self._batch[2] if index == self.spec.replica else [])
 
     def _send_outputs(self, place: Place, outputs: Mapping[str, torch.Tensor], told: Sequence[Told], size: int) -> None:
-        for link in self._of(OUTPUT):
+        for link in self._of(OUTPUT, place[1]):
             self._send(link, place, outputs[link.port])
         for link in self._of(LOSS):
             self._told.append(torch.tensor(told, dtype=torch.float64).view(-1, 2))
-            if len(self._told) == size:  # all of a step at once: who reads them shares a core with somebody
+            if (
+                len(self._told) == size // self.training.replicas
+            ):  # all of a step at once: who reads them shares a core with somebody
                 self._send(link, (place[0], place[1] // size), torch.stack(self._told))
                 self._told.clear()
 
     def _backward(self, wire: ZeroWire, place: Place, action: Action) -> None:
-        links = self._of(OUTPUT_GRADIENT)
+        links = self._of(OUTPUT_GRADIENT, place[1])
         self._until(wire, links, place)
         came, messages = self.core.take(links, place)
         gradients: dict[str, torch.Tensor] = {}
@@ -218,7 +235,7 @@ class TrainingHost(Process):
             gradients[link.port] = gradients[link.port] + gradient if link.port in gradients else gradient
         take = self.stage.backward if action.kind == BACKWARD else self.stage.backward_inputs
         made = self._timed(action, lambda: take(place[1], gradients), messages)
-        for link in self._of(INPUT_GRADIENT):
+        for link in self._of(INPUT_GRADIENT, place[1]):
             self._send(link, place, made[link.port])
         self._flush(wire)
 
@@ -227,7 +244,7 @@ class TrainingHost(Process):
         self.stage.module.train(False)
         every, count = self.training.validate_every, self.training.validation
         first = (number // every) * count
-        for index in range(first, first + count):
+        for index in filter(self._mine, range(first, first + count)):
             place = (VALIDATION, index)
             inputs, targets, messages = self._inputs(wire, place)
             action = Action(FORWARD, index)
@@ -240,12 +257,52 @@ class TrainingHost(Process):
 
     def _make_update(self, wire: ZeroWire) -> None:
         settings, place = self.training.optimizer, (TRAINING, self._update)
+        replicated = self.training.replicas > 1 and not self.training.average_every
+        if replicated:
+            self._sum_over_ring(wire, [self._gradient(weight) for weight in self.stage.weights.values()], self._update)
         self._sum_shared(wire, place)
         clips = settings.clip is not None
         squares = self._counted(self._squares) if clips else 0.0
         if clips and not self.training.stashes:  # else nobody waits for anybody: each stage goes by its own
             squares = self._squares_of_all(wire, place, squares)
         self._timed(Action(UPDATE), partial(self._apply, squares**0.5))
+        every = self.training.average_every
+        if every and self._update % every == 0:
+            held = [weight.detach() for weight in self.stage.weights.values()]
+            self._sum_over_ring(wire, held, self._update)
+            torch._foreach_mul_(held, 1 / self.training.replicas)
+            self.stage.refresh()
+
+    def _gradient(self, weight: torch.Tensor) -> torch.Tensor:
+        if weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        return weight.grad
+
+    def _sum_over_ring(self, wire: ZeroWire, tensors: Sequence[torch.Tensor], round_: int) -> None:
+        """Replace tensors by their sums over all replicas: each part goes round once to be summed and once to be told (ring
+        all-reduce, Patarasuk and Yuan 2009)."""
+        if not tensors:
+            return
+        count, own = self.training.replicas, self.spec.replica
+        flat = torch.cat([tensor.flatten().float() for tensor in tensors])
+        parts = list(torch.nn.functional.pad(flat, (0, -len(flat) % count)).chunk(count))
+        [out] = [link for link in self._of(RING) if link.outgoing]
+        back = [link for link in self._of(RING) if not link.outgoing]
+        for turn in range(2 * (count - 1)):
+            place = (TRAINING, 2 * (count - 1) * round_ + turn)
+            summing = turn < count - 1
+            going, coming = (
+                (own - turn, own - turn - 1) if summing else (own + 1 - turn + count - 1, own - turn + count - 1)
+            )
+            self._send(out, place, parts[going % count].clone())  # it may still be on its way when the part changes
+            self._until(wire, back, place)
+            [came], _ = self.core.take(back, place)
+            parts[coming % count] = parts[coming % count] + came if summing else came.clone()
+        flat, start = torch.cat(parts), 0
+        with torch.no_grad():
+            for tensor in tensors:
+                tensor.copy_(flat[start : start + tensor.numel()].view_as(tensor))
+                start += tensor.numel()
 
     def _squares(self) -> float:
         own = {key: gradient for key, gradient in self.stage.gradients().items() if self._counts(key)}
@@ -265,7 +322,7 @@ class TrainingHost(Process):
         back = [link for link in self._of(NORM) if not link.outgoing]
         self._until(wire, back, place)
         came, _ = self.core.take(back, place)
-        total = math.fsum([own, *map(float, came)])
+        total = math.fsum([*([own] if self.spec.replica == 0 else []), *map(float, came)])
         for link in there:
             if link.port == GATEWAY:
                 self._send(link, place, torch.tensor([total**0.5], dtype=torch.float64))
@@ -344,7 +401,11 @@ class TrainingHost(Process):
             assert meta.codec == RAW
             self.exchange.send(sending, (row,), (meta,), (buffer,), now_ns)
         else:
+            if link.role == INPUT_GRADIENT and link in self._owed:
+                tensor = tensor + self._owed[link]
             tensors, buffers, coding = coded(name, tensor, sending)
+            if link.role == INPUT_GRADIENT:  # error feedback: what the codec lost goes with the next
+                self._owed[link] = tensor - from_buffer(tensors[0], buffers[0])
             self.exchange.send(sending, (row,), tensors, buffers, now_ns, coding)
 
     def _counted(self, what: Callable[[], float]) -> float:

@@ -25,7 +25,8 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     held = {name: weight.detach() for name, weight in stage.module.named_parameters()}
     exported = stage.exported(held)
-    _replace(folder / f"{actor}.safetensors", {name: tensor.contiguous() for name, tensor in exported.items()}, {})
+    if "." not in actor:  # of replicas the first, which all are like
+        _replace(folder / f"{actor}.safetensors", {name: tensor.contiguous() for name, tensor in exported.items()}, {})
     state = {f"weight/{name}": tensor.contiguous() for name, tensor in stage.state().items()}
     for index, weight in enumerate(stage.weights.values()):
         for key, value in (optimizer.state.get(weight, {}) if optimizer is not None else {}).items():

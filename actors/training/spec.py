@@ -11,10 +11,10 @@ from ranvier.transport.link import LinkSpec
 from ranvier.transport.spec import TensorSpec
 
 INPUT, INPUT_GRADIENT, OUTPUT, OUTPUT_GRADIENT = "input", "input gradient", "output", "output gradient"
-TARGET, LOSS, NORM, SHARED = "target", "loss", "norm", "shared"
+TARGET, LOSS, NORM, SHARED, RING = "target", "loss", "norm", "shared", "ring"
 """Roles of links at one host. Data comes at an INPUT and its gradient goes out at the INPUT_GRADIENT; a LOSS goes to the
 gateway, a TARGET comes from it; by NORM links every stage tells every other, and the first one the gateway, of its gradients;
-SHARED links connect those who hold the same weight."""
+SHARED links connect those who hold the same weight; RING links go from each replica of an actor to the next."""
 
 TRAINING, VALIDATION = 1, 2
 """The sessions of a training run: micro-batches are counted in each by itself, as the positions of its rows."""
@@ -28,12 +28,18 @@ def folder_of(root: Path, done: int) -> Path:
 @dataclass(frozen=True, slots=True)
 class TrainingLink:
     """One end of a link: what it is for, the port (for SHARED: the other actor and the weight, `actor/weight`), which way it
-    goes."""
+    goes. It is for the micro-batches whose number, divided by the `every` replicas at its other end, leaves `at`."""
 
     role: str
     port: str
     link: LinkSpec
     outgoing: bool
+    every: int = 1
+    at: int = 0
+
+    def carries(self, number: int) -> bool:
+        """Whether it is for that micro-batch."""
+        return number % self.every == self.at
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> TrainingLink:
@@ -101,6 +107,10 @@ class TrainingSpec:
     folder: str = ""
     resume: str | None = None
     seed: int = 0
+    replicas: int = 1
+    """Each takes every so manyth micro-batch; gradients are summed over all before an update."""
+    average_every: int = 0
+    """Or each updates by itself, and after so many updates the weights are averaged (local SGD, Stich 2019)."""
     lora: tuple[int, float] | None = None
     """Rank and scale of what is learned beside the matrices of blocks, which themselves stay."""
     shared: Mapping[str, str] = field(default_factory=dict)

@@ -24,6 +24,7 @@ from ranvier.actors.training.spec import (
     NORM,
     OUTPUT,
     OUTPUT_GRADIENT,
+    RING,
     SHARED,
     TARGET,
     Loss,
@@ -66,7 +67,7 @@ class TrainingPlan:
     steps_of_round: int
     losses: Mapping[str, tuple[Loss, ...]]
     learning: frozenset[str]
-    links: Mapping[str, tuple[TrainingLink, ...]]
+    links: Mapping[tuple[str, int], tuple[TrainingLink, ...]]
     shared: Mapping[str, Mapping[str, str]]
     targets: Mapping[str, TensorSpec]
 
@@ -98,7 +99,7 @@ class TrainingPlan:
     @property
     def inputs(self) -> list[TrainingLink]:
         """The links by which data goes in."""
-        return [link for link in self.links[GATEWAY] if link.role == OUTPUT]
+        return [link for link in self.links[GATEWAY, 0] if link.role == OUTPUT]
 
     @property
     def resumable(self) -> str:
@@ -107,7 +108,7 @@ class TrainingPlan:
         graph = self.graph
         told = [
             sorted(
-                (name, actor.kind.implementation, actor.layers, actor.section.args)
+                (name, actor.kind.implementation, actor.layers, actor.section.args, actor.section.replicas)
                 for name, actor in graph.actors.items()
             ),
             [edge.name for edge in graph.edges],
@@ -126,6 +127,12 @@ class TrainingPlan:
         of_round = sum(action.kind == schedules.UPDATE for action in next(iter(self.schedule.stages.values())))
         return of_round * self.rounds
 
+    def _share(self, replicas: int) -> float:
+        """What a micro-batch counts of an update."""
+        if self.asynchronous:
+            return 1 / self.section.accumulate
+        return (replicas if self.section.average_every else 1) / self.section.micro_batches
+
     def optimizer(self) -> Optimizer:
         return Optimizer(**self.section.optimizer.model_dump())
 
@@ -137,7 +144,9 @@ class TrainingPlan:
             actor = self.graph.actors[spec.actor]
             validate = section.validate_
             training = TrainingSpec(
-                links=self.links[spec.actor],
+                links=self.links[spec.actor, spec.replica],
+                replicas=actor.section.replicas,
+                average_every=section.average_every,
                 losses=self.losses.get(spec.actor, ()),
                 actions=tuple(map(str, self.schedule.stages[spec.actor])),
                 micro_batches=self.schedule.micro_batches,
@@ -146,7 +155,7 @@ class TrainingPlan:
                 updates=self.updates,
                 optimizer=self.optimizer(),
                 kind=actor.kind.name,
-                share=1 / (section.accumulate if self.asynchronous else section.micro_batches),
+                share=self._share(actor.section.replicas),
                 first=first,
                 context=section.data.context,
                 trains=spec.actor in self.learning,
@@ -182,7 +191,9 @@ class _Planning:
         self.section = graph.file.training
         self.edges = [(index, edge) for index, edge in enumerate(graph.edges) if self._carries(edge)]
         self.next_number = len(graph.edges)
-        self.links: dict[str, list[TrainingLink]] = {name: [] for name in (*graph.actors, GATEWAY)}
+        self.links: dict[tuple[str, int], list[TrainingLink]] = {
+            (name, replica): [] for name in (*graph.actors, GATEWAY) for replica in range(self._replicas(name))
+        }
 
     def _wrong(self, what: str, *at: str | int) -> TrainingError:
         place = read(self.graph.path).at("training", *at)
@@ -218,11 +229,12 @@ class _Planning:
         self._link_edges(learning)
         targets = self._link_losses(losses)
         shared = self._share(learning)
-        if section.optimizer.clip is not None and section.schedule != "async":
+        if section.optimizer.clip is not None and section.schedule != "async" and not section.average_every:
             self._link_norms(stages)
+        self._link_rings()
         return TrainingPlan(
             plan(graph), section, stages, schedule, steps_of_round, losses, learning,
-            {name: tuple(links) for name, links in self.links.items()}, shared, targets,
+            {host: tuple(links) for host, links in self.links.items()}, shared, targets,
         )  # fmt: skip
 
     def _learns(self, actor: CheckedActor) -> bool:
@@ -234,8 +246,7 @@ class _Planning:
 
     def _check(self, actor: CheckedActor) -> None:
         kind, checkpoint = actor.kind, self.graph.checkpoint
-        if actor.section.replicas > 1:
-            raise self._wrong(f"actor {actor.name}: {actor.section.replicas} replicas; give each actor one")
+        self._check_replicas(actor)
         if kind.uses_model:
             config = checkpoint.config if checkpoint is not None else None
             if kind.name not in KINDS or config is None or not config.native or config.experts or config.encoder:
@@ -250,6 +261,35 @@ class _Planning:
                 raise self._wrong(
                     f"actor {actor.name}: input {port} is {spec}: micro-batches are one row each; write another name than rows"
                 )
+
+    def _check_replicas(self, actor: CheckedActor) -> None:
+        section, count = self.section, actor.section.replicas
+        if count == 1:
+            return
+        if section.schedule == "async":
+            raise self._wrong(
+                f"actor {actor.name}: {count} replicas: async has one of each; leave them out", "schedule"
+            )
+        if section.micro_batches % count:
+            raise self._wrong(
+                f"actor {actor.name}: {count} replicas cannot share {section.micro_batches} micro-batches; give a multiple",
+                "micro_batches",
+            )
+        if section.validate_ is not None and section.validate_.batches % count:
+            raise self._wrong(
+                f"actor {actor.name}: {count} replicas cannot share {section.validate_.batches} batches; give a multiple",
+                "validate",
+            )
+        pauses = [pause.every for pause in (section.validate_, section.save) if pause is not None]
+        for every in [section.steps, *pauses] if section.average_every else []:
+            if every % section.average_every:
+                raise self._wrong(
+                    f"average_every: {section.average_every} is no part of {every} steps, after which all must be the same",
+                    "average_every",
+                )
+
+    def _replicas(self, name: str) -> int:
+        return self.graph.actors[name].section.replicas if name in self.graph.actors else 1
 
     def _stages(self) -> Stages:
         pairs = [(edge.source, edge.target) for _, edge in self.edges if edge.source != GATEWAY]
@@ -349,10 +389,20 @@ class _Planning:
             reached |= {edge.target for _, edge in self.edges if edge.source in reached}
         for index, edge in self.edges:
             there = self._link(index, edge.name, edge.source, edge.target, edge.out, edge.spec, edge.codec)
-            self._add(OUTPUT, edge.out, INPUT, edge.into, there)
+            self._add_all(OUTPUT, edge.out, INPUT, edge.into, there)
             if edge.source in reached and BY_NAME[edge.spec.dtype].floats:
-                back = self._link(index, f"{edge.name} (gradient)", edge.target, edge.source, edge.out, edge.spec)
-                self._add(INPUT_GRADIENT, edge.into, OUTPUT_GRADIENT, edge.out, replace(back, kind=GRAD))
+                name = f"{edge.name} (gradient)"
+                back = self._link(index, name, edge.target, edge.source, edge.out, edge.spec, edge.gradient_codec)
+                self._add_all(INPUT_GRADIENT, edge.into, OUTPUT_GRADIENT, edge.out, replace(back, kind=GRAD))
+
+    def _link_rings(self) -> None:
+        for name in self.graph.actors:
+            count = self._replicas(name)
+            for replica in range(count) if count > 1 else ():
+                following = (replica + 1) % count
+                if replica == 0:
+                    link = self._own(f"{name} (ring)", name, name, "part", TensorSpec("float32", ("tokens",)))
+                self._add(RING, name, RING, name, link, replica, following)
 
     def _link_losses(self, losses: Mapping[str, Sequence[Loss]]) -> dict[str, TensorSpec]:
         targets: dict[str, TensorSpec] = {}
@@ -370,17 +420,20 @@ class _Planning:
                     spec = TensorSpec("int64", made.shape[:-1]) if term.kind == "cross_entropy" else made
                 targets[target] = spec
                 link = self._own(f"{GATEWAY}.{target} -> {name} (target)", GATEWAY, name, target, spec)
-                self._add(OUTPUT, target, TARGET, target, link)
+                self._add_all(OUTPUT, target, TARGET, target, link)
             spec = TensorSpec("float64", ("tokens", len(terms), 2))
-            self._add(LOSS, "loss", LOSS, name, self._own(f"{name} -> {GATEWAY} (loss)", name, GATEWAY, "loss", spec))
+            self._add_all(
+                LOSS, "loss", LOSS, name, self._own(f"{name} -> {GATEWAY} (loss)", name, GATEWAY, "loss", spec)
+            )
         return targets
 
     def _link_norms(self, stages: Stages) -> None:
         for name in stages.names:
             for other in (*stages.names, *((GATEWAY,) if name == stages.names[0] else ())):
-                if other != name:
-                    link = self._own(f"{name} -> {other} (norm)", name, other, "norm", _NUMBER)
-                    self._add(NORM, other, NORM, name, link)
+                link = self._own(f"{name} -> {other} (norm)", name, other, "norm", _NUMBER)
+                for replica in range(self._replicas(other)):  # of replicas, which all have the same, the first tells
+                    if (other, replica) != (name, 0):
+                        self._add(NORM, other, NORM, name, link, 0, replica)
 
     def _share(self, learning: frozenset[str]) -> dict[str, dict[str, str]]:
         """A tied model whose ends are two actors: both hold the matrix, and the gradients of both count."""
@@ -398,6 +451,8 @@ class _Planning:
             )
         if first not in learning:
             return {}
+        if self._replicas(first) > 1 or self._replicas(last) > 1:
+            raise self._wrong(f"{first} and {last} hold one matrix (the model is tied): give each of them one replica")
         [slot] = [slot for slot in weights.embedding(graph.checkpoint.config) if slot.name == "embedding"]
         spec = TensorSpec("float32", slot.shape)
         there = self._own(f"{last} -> {first} (shared)", last, first, "embedding", spec)
@@ -421,7 +476,20 @@ class _Planning:
             local=self.graph.file.transport == "ipc", codec=codec,
         )  # fmt: skip
 
-    def _add(self, outgoing: str, port: str, incoming: str, into: str, link: LinkSpec) -> None:
+    def _add_all(self, outgoing: str, port: str, incoming: str, into: str, link: LinkSpec) -> None:
+        """Between all replicas that have a micro-batch in common; replica r of n takes those whose number leaves r."""
+        ends = [end.partition(".")[0] for end in (link.source, link.target)]
+        ours, theirs = map(self._replicas, ends)
+        pairs = {(number % ours, number % theirs) for number in range(math.lcm(ours, theirs))}
+        for replica, other in sorted(pairs):
+            self._add(outgoing, port, incoming, into, link, replica, other, ours, theirs)
+
+    def _add(
+        self, outgoing: str, port: str, incoming: str, into: str, link: LinkSpec, replica: int = 0, other: int = 0,
+        ours: int = 1, theirs: int = 1,
+    ) -> None:  # fmt: skip
         source, target = (end.partition(".")[0] for end in (link.source, link.target))
-        self.links[source].append(TrainingLink(outgoing, port, link, True))
-        self.links[target].append(TrainingLink(incoming, into, link, False))
+        link = replace(link, source=identity(source, replica, EPOCH), target=identity(target, other, EPOCH))
+        at, there = (other, replica) if ours * theirs > 1 else (0, 0)
+        self.links[source, replica].append(TrainingLink(outgoing, port, link, True, theirs, at if theirs > 1 else 0))
+        self.links[target, other].append(TrainingLink(incoming, into, link, False, ours, there if ours > 1 else 0))

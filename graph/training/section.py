@@ -94,6 +94,11 @@ class TrainingSection(Section):
     save: EverySection | None = Field(None, description="write a checkpoint; one is written at the end in any case")
     lora: LoraSection | None = Field(None, description="learn small matrices beside those of blocks, and nothing else")
     frozen: list[Name] = Field(default_factory=list, description="actors that learn nothing")
+    average_every: int = Field(
+        0,
+        ge=0,
+        description="replicas update by themselves and average their weights after so many updates; 0: their gradients",
+    )
     recompute: bool = Field(False, description="compute activations again in the backward pass instead of keeping them")
     seed: int = Field(0, ge=0, lt=1 << 31)
 

@@ -171,7 +171,7 @@ class _Attempt:
         self._on_step = on_step
         self._keep = keep
         self._first = found.rounds if found is not None else 0
-        self._links = plan.links[GATEWAY]
+        self._links = plan.links[GATEWAY, 0]
         self._terms = plan.terms
         self._changed = trio.Event()
         self._done_steps = self._first * plan.steps_of_round
@@ -207,6 +207,7 @@ class _Attempt:
         plan, graph = self.plan, self.plan.graph
         resume = self.found.folder if self.found is not None else None
         specs = plan.hosts(folder.path, folder.sockets, self.out.absolute(), self._first, resume)
+        self._labels = {spec.label for spec in specs}
         self.policies = {spec.actor: spec.restart for spec in specs}
         ring = Ring()
         records = Records(ring)
@@ -376,8 +377,13 @@ class _Attempt:
         key = (row.session, row.position)
         terms = self._losses.setdefault(key, {})
         for index, (name, _) in enumerate(self._terms[link.port]):
-            terms[name] = [(told[index][0], told[index][1]) for told in values]
-        if len(terms) == sum(map(len, self._terms.values())):
+            terms.setdefault(name, []).extend((told[index][0], told[index][1]) for told in values)
+        section = self.plan.section
+        size = section.micro_batches
+        if row.session == VALIDATION:
+            assert section.validate_ is not None
+            size = section.validate_.batches
+        if len(terms) == sum(map(len, self._terms.values())) and all(len(each) == size for each in terms.values()):
             self._on_step_done(key, self._losses.pop(key))
 
     def _on_step_done(self, key: tuple[int, int], terms: Mapping[str, list[tuple[float, float]]]) -> None:
@@ -413,8 +419,8 @@ class _Attempt:
             self._on_step(step)
         self._finish_saved()
 
-    def _on_saved(self, actor: str, rounds: int) -> None:
-        self._saved.setdefault(rounds, set()).add(actor)
+    def _on_saved(self, label: str, rounds: int) -> None:
+        self._saved.setdefault(rounds, set()).add(label)
         self._finish_saved()
 
     def _finish_saved(self) -> None:
@@ -422,7 +428,7 @@ class _Attempt:
         for rounds, saved in list(self._saved.items()):
             at = rounds * self.plan.steps_of_round
             known = {(told["step"], "validation" in told) for told in self.trained.history}
-            if saved != set(self.plan.graph.actors) or (at, False) not in known:
+            if saved != self._labels or (at, False) not in known:
                 return
             if self._pauses(rounds) and (at, True) not in known:
                 return

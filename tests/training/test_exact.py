@@ -22,7 +22,10 @@ from torch import nn
 from torch.func import functional_call
 
 import ranvier
+from ranvier.graph import trace
 from ranvier.graph.training.trainer import Trained
+from ranvier.transport.codec import parse
+from ranvier.transport.tensors import encode, from_buffer
 
 STEPS, BATCH, MICRO = 10, 24, 4
 ADAMW = {"kind": "adamw", "lr": 0.001, "weight_decay": 0.1, "clip": 0.1}
@@ -362,3 +365,38 @@ def test_lora(graph: Make, trained: Train, tiny: Tiny, split: Any) -> None:
     assert state and all("_lora_" in name for name in state if name.startswith("weight/")), "nothing else is kept"
     moved = expected["model.layers.0.mlp.down_proj.weight"] - frozen["model.layers.0.mlp.down_proj.weight"]
     assert float(moved.abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("codec", ["int8", pytest.param("topk:0.25+zstd", marks=pytest.mark.slow)])
+def test_codecs_of_gradients_feed_back_what_they_lose(codec: str, graph: Make, trained: Train, tmp_path: Path) -> None:
+    """The oracle writes and reads each gradient between its two halves as the edge does, and adds what was lost to the next."""
+    actors, edges, layers = dense(2, tmp_path)
+    edges[1] = {"from": "actor0.output", "to": "actor1.x", "gradient_codec": codec}
+    made = trained(graph(actors, edges, training(loss=[{"of": "actor1.output", "target": "label"}])))
+    first, second = nn.Sequential(*layers[:2]), nn.Sequential(*layers[2:])
+    held = [*first.parameters(), *second.parameters()]
+    optimizer = torch.optim.AdamW(held, 0.001, weight_decay=0.1)
+    parsed, owed, expected = parse(codec), torch.zeros(BATCH // MICRO, WIDTHS[2]), []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        given, told = numbers(step), []
+        for x, label in zip(given["x"].chunk(MICRO), given["label"].chunk(MICRO), strict=True):
+            between = first(x)
+            seen = between.detach().requires_grad_()
+            loss = F.cross_entropy(second(seen), label)
+            (loss / MICRO).backward()
+            assert seen.grad is not None
+            whole = seen.grad + owed
+            meta, packed, _ = encode("output", whole, parsed, look=False)
+            between.backward(from_buffer(meta, packed))
+            owed = whole - from_buffer(meta, packed)
+            told.append(float(loss.detach()))
+        nn.utils.clip_grad_norm_(held, 0.1)
+        optimizer.step()
+        expected.append(sum(told) / MICRO)
+    same_losses(losses(made), expected)
+    assert float(owed.abs().max()) > 0, "nothing was lost"
+    assert made.run_dir is not None
+    read = trace.read(made.run_dir)
+    sizes = {record.nbytes for record in read.sent["actor1.0"] if record.edge == 1}
+    assert max(sizes) < 0.6 * 4 * owed.numel(), sizes
