@@ -15,7 +15,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and alone: its range resolves to the CPU build, and nothing else may pull another in
-$(STAMP): pyproject.toml actors/model/kernels.c actors/model/vectors.h | $(VENV)/bin/python
+$(STAMP): pyproject.toml actors/model/kernels.c actors/model/vectors.h actors/training/fused.c | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet "torch>=2.13,<2.14"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@

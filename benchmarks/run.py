@@ -11,7 +11,7 @@ import report
 QUESTIONS = (
     "hop", "large", "one_stream", "sixteen_streams", "cut_one_stream", "cut_sixteen_streams", "four_or_one", "two_cores",
     "split_or_threads", "more_streams", "long_prompt", "held_up", "tracing", "start", "memory", "products", "hedge",
-    "recovery", "train",
+    "recovery", "armed", "train",
 )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ TESTED = {
     "backwards",
     "layers",
     "bytes",
+    "lora",
 }
 TRAINED = r"397 pictures that were not trained on: [89]\d\.\d% right; off the single process by (0|0e\+00|\de-0[67])\n"
 PICTURES = (EXAMPLES.parent / "docs" / "graphs.md").read_text()
@@ -101,7 +102,7 @@ def test_bytes_learn_and_run(runs: Path) -> None:
         "training.batch=8",
     ]
     done = subprocess.run(
-        [*command, "train", "bytes.yaml", "--json", *short],
+        [*command, "train", "bytes.yaml", "--json", "--plot", "bytes.png", *short],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -113,6 +114,8 @@ def test_bytes_learn_and_run(runs: Path) -> None:
     assert told["steps"] == 6
     assert told["validation"] < 5.6, "less than of bytes at random, log 256"
     assert 0 < told["bubble"]["computed"] < told["bubble"]["measured"] < 1
+    picture = (folder / "bytes.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
     said = subprocess.run(
         [*command, "run", "bytes.yaml", "--json", "--raw", "--prompt", "The ", "--max-tokens", "8",
          "--set", f"model.source={told['checkpoint']}"],
@@ -120,6 +123,29 @@ def test_bytes_learn_and_run(runs: Path) -> None:
     )  # fmt: skip
     assert said.returncode == 0, said.stderr
     assert len(json.loads(said.stdout)["token_ids"]) == 8
+
+
+@pytest.mark.slow
+def test_smollm2_learns_facts_by_lora(runs: Path) -> None:
+    """In a short form. The checkpoint, out of a GGUF file, is one of transformers': it says what the script says."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = copied("lora", runs)
+    done = subprocess.run(
+        [sys.executable, "lora.py", "6"], cwd=folder, capture_output=True, text=True, check=False, timeout=110
+    )
+    assert done.returncode == 0, done.stderr
+    found = re.search(r"loss (\S+) -> (\S+)\n", done.stdout)
+    assert found is not None, done.stdout
+    assert float(found[2]) < 0.5 * float(found[1])
+    [checkpoint] = (folder / "trained").glob("round-*")
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    ids = tokenizer("Semaphore the parrot can say three words:", return_tensors="pt")
+    made = model.generate(**ids, max_new_tokens=12, do_sample=False)
+    said = tokenizer.decode(made[0][ids.input_ids.shape[1] :])
+    assert f"after: {said!r}" in done.stdout, (said, done.stdout)
 
 
 @pytest.mark.parametrize("name", ["smollm2-one.yaml", "smollm2-tcp.yaml"])

@@ -76,6 +76,28 @@ def _llama(config: Config, **more: Any) -> ModelConfig:
     return ModelConfig(**{**fields, **more})
 
 
+def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
+    """What transformers' `config.json` says of a model that came in a GGUF file (llama, qwen2, qwen3).
+
+    Raises:
+        CheckpointError: its rotary factors have no place there.
+    """
+    made = {
+        "architectures": [f"{config.family.capitalize()}ForCausalLM"], "model_type": config.family, "dtype": dtype,
+        "vocab_size": config.vocab, "hidden_size": config.hidden, "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim,
+        "intermediate_size": config.intermediate, "max_position_embeddings": config.context, "rms_norm_eps": config.norm_eps,
+        "rope_theta": config.rope_theta, "hidden_act": config.activation, "tie_word_embeddings": config.tied,
+        "attention_bias": config.qkv_bias and config.out_bias, "bos_token_id": config.bos_token,
+        "eos_token_id": list(config.eos_tokens),
+    }  # fmt: skip
+    if config.rope_scaling is not None:
+        if config.rope_scaling.kind != "linear":
+            raise CheckpointError(f"config: rotary factors of kind {config.rope_scaling.kind} cannot be written")
+        made["rope_scaling"] = {"rope_type": "linear", "factor": config.rope_scaling.factor}
+    return made
+
+
 def _mistral(config: Config) -> ModelConfig:
     return _llama(config, windows=_same_window(config, config.get("sliding_window")))
 

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ranvier.actors.checkpoint.hf_config import to_hf
 from ranvier.actors.training.spec import folder_of
 
+from .. import tokenizer
 from ..errors import RequestError
 from .plan import TrainingPlan
 
@@ -87,11 +89,32 @@ def _as_model(folder: Path, plan: TrainingPlan) -> None:
     sizes = sum((folder / name).stat().st_size for name in set(place.values()))
     index = {"metadata": {"total_size": sizes}, "weight_map": place}
     _write(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+    if checkpoint.gguf is not None:
+        _out_of_gguf(folder, plan)
+        return
     source = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    if checkpoint.gguf is None:
-        for name in BROUGHT:
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+    for name in BROUGHT:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _out_of_gguf(folder: Path, plan: TrainingPlan) -> None:
+    """The config and the tokenizer that stand in a GGUF file, as transformers keeps them."""
+    checkpoint, model = plan.graph.checkpoint, plan.graph.file.model
+    assert checkpoint is not None and model is not None
+    config = to_hf(checkpoint.config, model.dtype)
+    _write(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    if tokenizer.brought_by(checkpoint):
+        codec = tokenizer.of(checkpoint)
+        codec.tokenizer.save(str(folder / "tokenizer.json"))
+        told = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": codec.bos_token,
+            "eos_token": codec.eos_token,
+        }
+        if codec.chat_template is not None:
+            told["chat_template"] = codec.chat_template
+        _write(folder / "tokenizer_config.json", json.dumps(told, indent=1) + "\n")
 
 
 def _write(file: Path, text: str) -> None:

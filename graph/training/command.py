@@ -17,7 +17,8 @@ from ..check import load as load_graph
 from ..checked import Graph
 from ..command_line import AllowCode, GraphFile, Json, Set, interruptible, overrides, print_json
 from .bubbles import Bubbles
-from .plan import TrainingPlan, training_plan
+from .plan import training_plan
+from .plots import draw
 from .progress import Progress
 from .trainer import Step, Trained, train
 
@@ -44,6 +45,9 @@ def train_command(
         Path, typer.Option("--out", help="Where checkpoints go; what is there already is gone on from.")
     ] = Path("trained"),
     runs: Annotated[Path, typer.Option("--runs", help="Folder of run folders.")] = run_folder.DEFAULT_ROOT,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw losses and the schedule into this file (PNG); needs matplotlib.")
+    ] = None,
     keep: Annotated[int, typer.Option("--keep", min=1, help="Checkpoints that are kept.")] = 2,
     as_json: Json = False,
     allow_code: AllowCode = False,
@@ -71,7 +75,10 @@ def train_command(
             )  # fmt: skip
 
         trained = interruptible(main)
-    told = _told(plan, trained, time.monotonic() - began_s)
+    bubbles = Bubbles(plan, trained.counters) if trained.counters else None
+    if plot is not None:
+        draw(plot, plan, trained.history, bubbles)
+    told = _told(trained, bubbles, time.monotonic() - began_s)
     if as_json:
         print_json(told)
         return
@@ -81,7 +88,7 @@ def train_command(
     print(f"checkpoint: {trained.folder}\nrun folder: {trained.run_dir}")
 
 
-def _told(plan: TrainingPlan, trained: Trained, took_s: float) -> dict[str, Any]:
+def _told(trained: Trained, bubbles: Bubbles | None, took_s: float) -> dict[str, Any]:
     steps = [told for told in trained.history if "validation" not in told]
     validations = [told["loss"] for told in trained.history if "validation" in told]
     told: dict[str, Any] = {
@@ -90,7 +97,6 @@ def _told(plan: TrainingPlan, trained: Trained, took_s: float) -> dict[str, Any]
     }  # fmt: skip
     if validations:
         told |= {"validation": validations[-1], "best_validation": min(validations)}
-    if trained.counters:
-        bubbles = Bubbles(plan, trained.counters)
+    if bubbles is not None:
         told["bubble"] = {"measured": bubbles.measured, "computed": bubbles.computed}
     return told
