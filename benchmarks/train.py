@@ -47,7 +47,7 @@ for _ in sys.stdin:
         trained = trio.run(lambda: ranvier.train(graph, pathlib.Path(out), allow_code=True, runs=file.parent))
     if sys.argv[4] == "bubble":
         from ranvier.graph.training.bubbles import Bubbles
-        from ranvier.graph.training.plan import training_plan
+        from ranvier.graph.training.planning import training_plan
         bubbles = Bubbles(training_plan(graph), trained.counters)
         print(bubbles.measured if sys.argv[5] == "measured" else bubbles.computed, flush=True)
     else:

@@ -36,7 +36,7 @@ from .command_line import (
 from .errors import GraphError
 from .plan import plan
 from .training.command import show_schedule, train_command
-from .training.plan import training_plan
+from .training.planning import training_plan
 
 app = typer.Typer(
     name="ranvier",

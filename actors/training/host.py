@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,20 +17,17 @@ from typing import Any
 
 import torch
 
-from ranvier.transport.codec import RAW
 from ranvier.transport.ends import Received
-from ranvier.transport.header import Row
-from ranvier.transport.tensors import from_buffer, to_buffer
 from ranvier.transport.zeromq import ZeroWire
 
 from ..actor import REPLAYED
 from ..kinds import BUILT_IN
-from ..outputs import coded
-from ..process import ACK_DELAY_S, TICK_S, Process, live
+from ..process import live
 from ..spec import GATEWAY, HostSpec, identity
 from . import optimizer, shards
-from .core import Place, TrainingCore
+from .core import Place
 from .layers import NativeStage
+from .mail import Mail, Stop
 from .schedule import BACKWARD, FORWARD, UPDATE, WEIGHTS, Action, Stages, parse
 from .spec import (
     INPUT,
@@ -44,16 +41,9 @@ from .spec import (
     TARGET,
     TRAINING,
     VALIDATION,
-    TrainingLink,
     TrainingSpec,
 )
 from .stage import Learner, Stage, Told, Wrapped
-
-DRAIN_DEADLINE_S = 5.0
-
-
-class Stop(Exception):
-    """The supervisor said stop."""
 
 
 def main(spec: HostSpec, lifeline: int) -> int:
@@ -61,7 +51,7 @@ def main(spec: HostSpec, lifeline: int) -> int:
     return live(TrainingHost, spec, lifeline)
 
 
-class TrainingHost(Process):
+class TrainingHost(Mail):
     """The step thread's side: one stage and its line of the schedule."""
 
     def mode(self) -> AbstractContextManager[Any]:
@@ -72,18 +62,14 @@ class TrainingHost(Process):
         assert spec.training is not None
         self.training: TrainingSpec = spec.training
         training = self.training
-        self.core = TrainingCore(self.exchange)
-        self.counted = self.core.counters
-        self._links: dict[str, list[TrainingLink]] = {}
-        for link in training.links:
-            self._links.setdefault(link.role, []).append(link)
+        self.begin(training.links)
         torch.manual_seed(training.seed)
         self.stage = Stage(
             spec.label,
             self._module(),
             training.losses,
-            given_back=[link.port for link in self._of(INPUT_GRADIENT)],
-            wanted=list(dict.fromkeys(link.port for link in self._of(OUTPUT_GRADIENT))),
+            given_back=list(dict.fromkeys(link.port for link in self.of(INPUT_GRADIENT))),
+            wanted=list(dict.fromkeys(link.port for link in self.of(OUTPUT_GRADIENT))),
             trains=training.trains,
             stashes=training.stashes,
             recompute=training.recompute,
@@ -94,7 +80,6 @@ class TrainingHost(Process):
         self._gateway = identity(GATEWAY, 0, 1)
         self._batch: tuple[Place, list[torch.Tensor], list[Received]] = (0, -1), [], []
         self._told: list[torch.Tensor] = []
-        self._owed: dict[TrainingLink, torch.Tensor] = {}
         if training.resume is not None:
             self._update = shards.read(Path(training.resume), self._shard, self.stage, self.optimizer)
         stages = Stages((spec.actor,), (), {})
@@ -115,11 +100,6 @@ class TrainingHost(Process):
         made.train(True)
         return made
 
-    def _of(self, role: str, number: int | None = None) -> list[TrainingLink]:
-        """The links of a role, all or those for one micro-batch."""
-        links = self._links.get(role, [])
-        return links if number is None else [link for link in links if link.carries(number)]
-
     def _mine(self, number: int) -> bool:
         """Whether a micro-batch is this replica's."""
         return number % self.training.replicas == self.spec.replica
@@ -129,30 +109,15 @@ class TrainingHost(Process):
         """What files of this replica are called."""
         return self.spec.actor if self.spec.replica == 0 else self.spec.label
 
-    def add_links(self, plain: Sequence[Mapping[str, Any]]) -> None:
-        links = [TrainingLink.from_plain(each) for each in plain]
-        for link in links:
-            self.exchange.add(link.link)
-        self.core.add(links)
-
-    def on_message(self, received: Received) -> None:
-        self.core.on_message(received)
-
-    def obey(self, kind: str, fields: Mapping[str, Any]) -> bool:
-        return kind != "stop"
-
-    def lost_rows(self, rows: Sequence[Row], error: Exception) -> None:
-        raise error  # nothing of a training run may be left out
-
     # -- the programme --------------------------------------------------------------------------------------------
 
     def work(self, wire: ZeroWire) -> None:
         try:
             self._programme(wire)
             while True:
-                self._take_in_more(wire)
+                self.take_in_more(wire)
         except Stop:
-            self._drain(wire)
+            self.drain(wire)
 
     def _programme(self, wire: ZeroWire) -> None:
         training = self.training
@@ -164,7 +129,7 @@ class TrainingHost(Process):
             if (training.save_every and done % training.save_every == 0) or done == training.rounds:
                 shards.write(Path(training.folder), done, self._shard, self.stage, self.optimizer, self._update)
                 self.crossing.tell("saved", round=done)
-                self._owed.clear()  # whoever goes on from here owes nothing
+                self.owed.clear()  # whoever goes on from here owes nothing
             gc.collect(0)
 
     def _round(self, wire: ZeroWire, number: int) -> None:
@@ -177,7 +142,7 @@ class TrainingHost(Process):
             elif action.kind == UPDATE:
                 self._make_update(wire)
             elif action.kind == WEIGHTS:
-                self._timed(action, partial(self.stage.backward_weights, place[1]))
+                self.timed(action, partial(self.stage.backward_weights, place[1]))
             else:
                 self._backward(wire, place, action)
             self.crossing.steps += 1
@@ -190,7 +155,7 @@ class TrainingHost(Process):
         # what is drawn at random is a function of the micro-batch, whatever happened before
         torch.manual_seed(self.training.seed * 1_000_003 + place[1] + 1)
         share = self.training.share
-        outputs, told = self._timed(
+        outputs, told = self.timed(
             Action(FORWARD, place[1]), lambda: self.stage.forward(place[1], inputs, targets, share), messages
         )
         self._send_outputs(place, outputs, told, self.training.of_step)
@@ -202,41 +167,39 @@ class TrainingHost(Process):
         size = self.training.of_step if place[0] == TRAINING else self.training.validation
         whole = (place[0], place[1] // size)
         given: dict[str, dict[str, torch.Tensor]] = {INPUT: {}, TARGET: {}}
-        fed = [link for role in given for link in self._of(role) if link.link.source == self._gateway]
+        fed = [link for role in given for link in self.of(role) if link.link.source == self._gateway]
         if self._batch[0] != whole:  # what the gateway sends is a whole step's; it is cut here
-            self._until(wire, fed, whole)
+            self.until(wire, fed, whole)
             self._batch = whole, *self.core.take(fed, whole)
         index = place[1] % size
         for link, tensor in zip(fed, self._batch[1], strict=True):
             given[link.role][link.port] = tensor.chunk(size)[index]
-        links = [link for link in self._of(INPUT, place[1]) if link.link.source != self._gateway]
-        self._until(wire, links, place)
+        links = [link for link in self.of(INPUT, place[1]) if link.link.source != self._gateway]
+        self.until(wire, links, place)
         came, messages = self.core.take(links, place)
         given[INPUT] |= {link.port: tensor for link, tensor in zip(links, came, strict=True)}
         return given[INPUT], given[TARGET], messages + (self._batch[2] if index == self.spec.replica else [])
 
     def _send_outputs(self, place: Place, outputs: Mapping[str, torch.Tensor], told: Sequence[Told], size: int) -> None:
-        for link in self._of(OUTPUT, place[1]):
-            self._send(link, place, outputs[link.port])
-        for link in self._of(LOSS):
+        for link in self.of(OUTPUT, place[1]):
+            self.send(link, place, outputs[link.port])
+        for link in self.of(LOSS):
             self._told.append(torch.tensor(told, dtype=torch.float64).view(-1, 2))
-            if (
-                len(self._told) == size // self.training.replicas
-            ):  # all of a step at once: who reads them shares a core with somebody
-                self._send(link, (place[0], place[1] // size), torch.stack(self._told))
+            if len(self._told) == size // self.training.replicas:  # of a step at once: who reads them shares a core
+                self.send(link, (place[0], place[1] // size), torch.stack(self._told))
                 self._told.clear()
 
     def _backward(self, wire: ZeroWire, place: Place, action: Action) -> None:
-        links = self._of(OUTPUT_GRADIENT, place[1])
-        self._until(wire, links, place)
+        links = self.of(OUTPUT_GRADIENT, place[1])
+        self.until(wire, links, place)
         came, messages = self.core.take(links, place)
         gradients: dict[str, torch.Tensor] = {}
         for link, gradient in zip(links, came, strict=True):  # branches are summed in the order of the edges
             gradients[link.port] = gradients[link.port] + gradient if link.port in gradients else gradient
         take = self.stage.backward if action.kind == BACKWARD else self.stage.backward_inputs
-        made = self._timed(action, lambda: take(place[1], gradients), messages)
-        for link in self._of(INPUT_GRADIENT, place[1]):
-            self._send(link, place, made[link.port])
+        made = self.timed(action, lambda: take(place[1], gradients), messages)
+        for link in self.of(INPUT_GRADIENT, place[1]):
+            self.send(link, place, made[link.port])
         self._flush(wire)
 
     def _validate(self, wire: ZeroWire, number: int) -> None:
@@ -248,7 +211,7 @@ class TrainingHost(Process):
             place = (VALIDATION, index)
             inputs, targets, messages = self._inputs(wire, place)
             action = Action(FORWARD, index)
-            outputs, told = self._timed(action, partial(self.stage.evaluate, inputs, targets), messages, "validation")
+            outputs, told = self.timed(action, partial(self.stage.evaluate, inputs, targets), messages, "validation")
             self._send_outputs(place, outputs, told, count)
             self._flush(wire)
         self.stage.module.train(True)
@@ -262,10 +225,10 @@ class TrainingHost(Process):
             self._sum_over_ring(wire, [self._gradient(weight) for weight in self.stage.weights.values()], self._update)
         self._sum_shared(wire, place)
         clips = settings.clip is not None
-        squares = self._counted(self._squares) if clips else 0.0
+        squares = self.counting(self._squares) if clips else 0.0
         if clips and not self.training.stashes:  # else nobody waits for anybody: each stage goes by its own
             squares = self._squares_of_all(wire, place, squares)
-        self._timed(Action(UPDATE), partial(self._apply, squares**0.5))
+        self.timed(Action(UPDATE), partial(self._apply, squares**0.5))
         every = self.training.average_every
         if every and self._update % every == 0:
             held = [weight.detach() for weight in self.stage.weights.values()]
@@ -286,16 +249,16 @@ class TrainingHost(Process):
         count, own = self.training.replicas, self.spec.replica
         flat = torch.cat([tensor.flatten().float() for tensor in tensors])
         parts = list(torch.nn.functional.pad(flat, (0, -len(flat) % count)).chunk(count))
-        [out] = [link for link in self._of(RING) if link.outgoing]
-        back = [link for link in self._of(RING) if not link.outgoing]
+        [out] = [link for link in self.of(RING) if link.outgoing]
+        back = [link for link in self.of(RING) if not link.outgoing]
         for turn in range(2 * (count - 1)):
             place = (TRAINING, 2 * (count - 1) * round_ + turn)
             summing = turn < count - 1
             going, coming = (
                 (own - turn, own - turn - 1) if summing else (own + 1 - turn + count - 1, own - turn + count - 1)
             )
-            self._send(out, place, parts[going % count].clone())  # it may still be on its way when the part changes
-            self._until(wire, back, place)
+            self.send(out, place, parts[going % count].clone())  # it may still be on its way when the part changes
+            self.until(wire, back, place)
             [came], _ = self.core.take(back, place)
             parts[coming % count] = parts[coming % count] + came if summing else came.clone()
         flat, start = torch.cat(parts), 0
@@ -314,18 +277,18 @@ class TrainingHost(Process):
 
     def _squares_of_all(self, wire: ZeroWire, place: Place, own: float) -> float:
         """Every stage tells every other one: one hop, and the same sum everywhere."""
-        there = [link for link in self._of(NORM) if link.outgoing]
+        there = [link for link in self.of(NORM) if link.outgoing]
         for link in there:
             if link.port != GATEWAY:
-                self._send(link, place, torch.tensor([own], dtype=torch.float64))
+                self.send(link, place, torch.tensor([own], dtype=torch.float64))
         self._flush(wire)
-        back = [link for link in self._of(NORM) if not link.outgoing]
-        self._until(wire, back, place)
+        back = [link for link in self.of(NORM) if not link.outgoing]
+        self.until(wire, back, place)
         came, _ = self.core.take(back, place)
         total = math.fsum([*([own] if self.spec.replica == 0 else []), *map(float, came)])
         for link in there:
             if link.port == GATEWAY:
-                self._send(link, place, torch.tensor([total**0.5], dtype=torch.float64))
+                self.send(link, place, torch.tensor([total**0.5], dtype=torch.float64))
         return total
 
     def _apply(self, norm: float) -> None:
@@ -350,95 +313,20 @@ class TrainingHost(Process):
         for key, owner in self.training.shared.items():
             weight = self.stage.weights[key]
             own = weight.grad if weight.grad is not None else torch.zeros_like(weight)
-            out = [link for link in self._of(SHARED) if link.outgoing and link.port.partition("/")[2] == key]
-            back = [link for link in self._of(SHARED) if not link.outgoing and link.port.partition("/")[2] == key]
+            out = [link for link in self.of(SHARED) if link.outgoing and link.port.partition("/")[2] == key]
+            back = [link for link in self.of(SHARED) if not link.outgoing and link.port.partition("/")[2] == key]
             if owner != self.spec.actor:
                 for link in out:
-                    self._send(link, place, own)
+                    self.send(link, place, own)
                 self._flush(wire)
-            self._until(wire, back, place)
+            self.until(wire, back, place)
             came, _ = self.core.take(back, place)
             if owner == self.spec.actor:
                 for gradient in came:
                     own = own + gradient
                 for link in out:
-                    self._send(link, place, own)
+                    self.send(link, place, own)
                 self._flush(wire)
                 weight.grad = own
             else:
                 weight.grad = came[0].clone()
-
-    # -- waiting and sending --------------------------------------------------------------------------------------
-
-    def _until(self, wire: ZeroWire, links: Iterable[TrainingLink], place: Place) -> None:
-        """Take in what comes until something of that number has come by all of these."""
-        missing = self.core.missing(links, place)
-        while missing:
-            self._take_in_more(wire)
-            missing = self.core.missing(missing, place)
-
-    def _take_in_more(self, wire: ZeroWire) -> None:
-        exchange, crossing = self.exchange, self.crossing
-        self._flush(wire)
-        if not self._receive(wire, ACK_DELAY_S if exchange.owes() else TICK_S):
-            if exchange.owes():
-                exchange.idle()
-            else:
-                exchange.tick()
-                self._count()
-            self._flush(wire)
-        while crossing.commands:
-            if not self.obey(*crossing.commands.popleft()):
-                raise Stop
-
-    def _send(self, link: TrainingLink, place: Place, tensor: torch.Tensor) -> None:
-        sending = self.exchange.sending[link.link.edge, link.link.target]
-        name = link.link.tensors[0][0]
-        row = Row(place[0], 1, place[1], len(tensor) if tensor.dim() else 1)
-        now_ns = time.monotonic_ns()
-        if sending.raw:
-            meta, buffer = to_buffer(name, tensor)
-            assert meta.codec == RAW
-            self.exchange.send(sending, (row,), (meta,), (buffer,), now_ns)
-        else:
-            if link.role == INPUT_GRADIENT and link in self._owed:
-                tensor = tensor + self._owed[link]
-            tensors, buffers, coding = coded(name, tensor, sending)
-            if link.role == INPUT_GRADIENT:  # error feedback: what the codec lost goes with the next
-                self._owed[link] = tensor - from_buffer(tensors[0], buffers[0])
-            self.exchange.send(sending, (row,), tensors, buffers, now_ns, coding)
-
-    def _counted(self, what: Callable[[], float]) -> float:
-        """Do a part of an update that comes before it."""
-        began_ns = time.monotonic_ns()
-        made = what()
-        self.core.counters[f"{UPDATE}_us"] += (time.monotonic_ns() - began_ns) // 1000
-        return made
-
-    def _timed(self, action: Action, what: Any, messages: Sequence[Received] = (), called: str | None = None) -> Any:
-        """Do it, and count how long it took."""
-        crossing = self.crossing
-        began_ns = crossing.stepping_since_ns = time.monotonic_ns()
-        try:
-            return what()
-        finally:
-            ended_ns = time.monotonic_ns()
-            crossing.stepping_since_ns = 0
-            name = called or action.kind
-            self.core.counters[f"{name}_us"] += (ended_ns - began_ns) // 1000
-            self.core.counters[name] += 1
-            if self.spec.trace:
-                for received in messages:
-                    self.records.done(received, began_ns, ended_ns, 1)
-
-    def _drain(self, wire: ZeroWire) -> None:
-        """Send what is owed and wait until what was sent is acknowledged, but not for long."""
-        deadline = time.monotonic() + DRAIN_DEADLINE_S
-        self.exchange.idle()
-        self._flush(wire)
-        while self.exchange.unfinished() and time.monotonic() < deadline:
-            self._receive(wire, 0.02)
-            self.exchange.idle()
-            self._flush(wire)
-        self._count()
-        self.crossing.tell("counters", counters=self.crossing.counters)

@@ -17,7 +17,7 @@ from ..check import load as load_graph
 from ..checked import Graph
 from ..command_line import AllowCode, GraphFile, Json, Set, interruptible, overrides, print_json
 from .bubbles import Bubbles
-from .plan import training_plan
+from .planning import training_plan
 from .plots import draw
 from .progress import Progress
 from .trainer import Step, Trained, train

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import ranvier
-from ranvier.graph.training.plan import training_plan
+from ranvier.graph.training.planning import training_plan
 from ranvier.graph.training.trainer import Step, Trained
 
 Make = Callable[..., ranvier.Graph]

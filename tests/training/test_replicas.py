@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import ranvier
-from ranvier.graph.training.plan import training_plan
+from ranvier.graph.training.planning import training_plan
 from ranvier.graph.training.trainer import Step, Trained
 
 spec = importlib.util.spec_from_file_location("training_parts", Path(__file__).with_name("parts.py"))

@@ -1,0 +1,343 @@
+"""One run of all hosts that train, from one checkpoint to the end or to the first loss: batches go in, losses come out, and what
+all have saved is made whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from ranvier.actors.launcher import LocalLauncher
+from ranvier.actors.records import Records
+from ranvier.actors.ring import Ring
+from ranvier.actors.spec import GATEWAY, identity
+from ranvier.actors.supervisor import Supervisor
+from ranvier.actors.trace_file import TraceFile
+from ranvier.actors.training.spec import LOSS, NORM, OUTPUT, TRAINING, VALIDATION, TrainingLink
+from ranvier.actors.zygote_process import ZygoteProcess
+from ranvier.transport.curve import read as read_keys
+from ranvier.transport.ends import Received
+from ranvier.transport.errors import LinkClosed, ProtocolError
+from ranvier.transport.exchange import Exchange
+from ranvier.transport.header import Row
+from ranvier.transport.trio_wire import TrioWire
+from ranvier.transport.zeromq import ZeroWire
+
+from .. import run_folder
+from ..launch import logger, single
+from ..plan import EPOCH
+from ..run_folder import RunFolder
+from . import checkpoints
+from .checkpoints import Checkpoint
+from .data import Data
+from .plan import TrainingPlan
+
+if TYPE_CHECKING:
+    import torch
+
+from .steps import OnStarted, OnStep, Step, Trained
+
+TICK_S, ACK_DELAY_S, SHIP_S = 1.0, 0.002, 0.4
+AHEAD = 2
+"""Steps whose batches are sent before the losses of those before have come."""
+ME = identity(GATEWAY, 0, EPOCH)
+
+
+class Attempt:
+    """One run of all hosts, from one checkpoint to the end or to the first loss."""
+
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        data: Data,
+        out: Path,
+        found: Checkpoint | None,
+        trained: Trained,
+        on_step: OnStep,
+        keep: int,
+    ) -> None:
+        self.plan, self.data, self.out, self.found, self.trained = plan, data, out, found, trained
+        self.policies: dict[str, Any] = {}
+        self._on_step = on_step
+        self._keep = keep
+        self._first = found.rounds if found is not None else 0
+        self._links = plan.links[GATEWAY, 0]
+        self._terms = plan.terms
+        self._changed = trio.Event()
+        self._done_steps = self._first * plan.steps_of_round
+        self._losses: dict[tuple[int, int], dict[str, list[tuple[float, float]]]] = {}
+        self._norm_of: dict[int, float] = {}
+        self._told: deque[Step] = deque()
+        self._saved: dict[int, set[str]] = {}
+        self._last_saved = self._first
+        self._step_began_s = 0.0
+        self._validated = 0
+
+    # -- starting and ending --------------------------------------------------------------------------------------
+
+    async def run(self, runs: Path, on_started: OnStarted, zygote: ZygoteProcess | None) -> None:
+        plan = self.plan
+        folder = run_folder.create(plan.plan, runs)
+        self.trained.run_dir = folder.path
+        try:
+            await self._run(folder, on_started, zygote)
+        except (BaseExceptionGroup, OSError) as several:
+            error = single(several) if isinstance(several, BaseExceptionGroup) else several
+            folder.outcome(outcome="failed", error=str(error))
+            raise error from None
+        except BaseException as error:
+            folder.outcome(outcome="failed", error=f"{type(error).__name__}: {error}")
+            raise
+        else:
+            folder.outcome(outcome="done")
+        finally:
+            folder.close()
+
+    async def _run(self, folder: RunFolder, on_started: OnStarted, zygote: ZygoteProcess | None) -> None:
+        plan, graph = self.plan, self.plan.graph
+        resume = self.found.folder if self.found is not None else None
+        specs = plan.hosts(folder.path, folder.sockets, self.out.absolute(), self._first, resume)
+        self._labels = {spec.label for spec in specs}
+        self.policies = {spec.actor: spec.restart for spec in specs}
+        ring = Ring()
+        records = Records(ring)
+        self._records = records
+        traced = graph.file.trace
+        with contextlib.ExitStack() as stack:
+            log = logger(stack.enter_context((folder.logs / "supervisor.jsonl").open("w", encoding="utf-8")))
+            self._wire = TrioWire(
+                ZeroWire(
+                    ME, plan.plan.gateway_endpoint(folder.sockets), max_frame_bytes=graph.file.max_frame_bytes,
+                    shared_from_bytes=graph.file.shared_from_bytes, direct=True,
+                    keys=read_keys(graph.keys, GATEWAY) if graph.keys is not None else None,
+                )
+            )  # fmt: skip
+            stack.callback(self._wire.close)
+            self._exchange = Exchange(
+                ME, plan.plan.hash, [link.link for link in self._links], time.monotonic_ns,
+                records.sent if traced else None, records.unsent if traced else None,
+            )  # fmt: skip
+            self._by_link = {
+                self._exchange.receiving[link.link.edge, link.link.source]: link
+                for link in self._links
+                if not link.outgoing
+            }
+            async with LocalLauncher(folder.sockets, folder.logs, zygote).running() as launcher:
+                supervisor = self._supervisor = Supervisor(
+                    specs,
+                    launcher,
+                    f"ipc://{folder.sockets / 'supervisor'}",
+                    folder.logs,
+                    log,
+                    lambda _label, _fields: None,
+                )
+                stack.callback(supervisor.close)
+                supervisor.on_saved = self._on_saved
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(supervisor.run)
+                    await supervisor.until_loaded(lambda _share: None)
+                    for spec in specs:
+                        address = supervisor.supervision.hosts[spec.identity].address
+                        assert address is not None
+                        self._wire.connect(spec.identity, address)
+                    nursery.start_soon(self._listen)
+                    if traced:
+                        nursery.start_soon(self._ship, folder, ring)
+                    self._exchange.open()
+                    self._flush()
+                    await supervisor.until_running(ME, self._wire.wire.address)
+                    on_started(dict(supervisor.pids))
+                    nursery.start_soon(self._watch)
+                    self._step_began_s = time.monotonic()
+                    try:
+                        await self._feed()
+                        await self._until(lambda: self._last_saved >= plan.rounds)
+                    finally:
+                        with trio.CancelScope(shield=True):
+                            await supervisor.stop()
+                        self.trained.counters = {
+                            label: dict(own) for label, own in supervisor.supervision.counters.items()
+                        }
+                        folder.outcome(counters=self.trained.counters)
+                    nursery.cancel_scope.cancel()
+
+    async def _watch(self) -> None:
+        """The first host that is lost ends the attempt."""
+        lost = await self._supervisor.next_lost(())
+        assert lost.lost is not None
+        raise lost.lost
+
+    async def _ship(self, folder: RunFolder, ring: Ring) -> None:
+        with TraceFile(folder.path, f"{GATEWAY}.0") as file:
+            try:
+                while True:
+                    file.write(ring.take(256), ring.dropped)
+                    await trio.sleep(SHIP_S)
+            finally:
+                while file.write(ring.take(256), ring.dropped):
+                    pass
+
+    # -- what goes in ---------------------------------------------------------------------------------------------
+
+    async def _feed(self) -> None:
+        """Send the batches of all rounds, some steps ahead of what has come of them."""
+        plan, section = self.plan, self.plan.section
+        for number in range(self._first, plan.rounds):
+            for step in range(number * plan.steps_of_round, (number + 1) * plan.steps_of_round):
+                await self._until(lambda step=step: step - self._done_steps < AHEAD * self._patience)  # type: ignore[misc]
+                batch = await trio.to_thread.run_sync(self.data.training, step)
+                self._send(TRAINING, step, batch)
+            done = number + 1
+            if self._pauses(done):
+                assert section.validate_ is not None
+                parts = [self.data.validation(index) for index in range(section.validate_.batches)]
+                self._send(VALIDATION, number // plan.validate_rounds, _together(parts))
+        await self._until(lambda: self._done_steps >= section.steps)
+
+    @property
+    def _patience(self) -> int:
+        """Asynchronous stages never wait for a step to end, so more of them are on their way."""
+        return max(1, -(-len(self.plan.stages.names) // self.plan.section.micro_batches))
+
+    def _pauses(self, done: int) -> bool:
+        every = self.plan.validate_rounds
+        return bool(every) and (done % every == 0 or done == self.plan.rounds)
+
+    def _send(self, session: int, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
+        from ranvier.transport.tensors import to_buffer
+
+        for link in self._links:
+            if link.role == OUTPUT:
+                tensor = tensors[link.port].contiguous()
+                meta, buffer = to_buffer(link.link.tensors[0][0], tensor)
+                sending = self._exchange.sending[link.link.edge, link.link.target]
+                row = Row(session, 1, number, len(tensor))
+                self._exchange.send(sending, (row,), (meta,), (buffer,), time.monotonic_ns())
+        self._flush()
+
+    # -- what comes out -------------------------------------------------------------------------------------------
+
+    async def _listen(self) -> None:
+        exchange = self._exchange
+        while True:
+            arrival = None
+            with trio.move_on_after(ACK_DELAY_S if exchange.owes() else TICK_S):
+                arrival = await self._wire.receive()
+            if arrival is not None:
+                received = exchange.on_arrival(arrival)
+                if received is not None:
+                    self._on_message(received)
+                    self._records.done(received, received.received_ns, time.monotonic_ns(), 1)
+            elif exchange.owes():
+                exchange.idle()
+            else:
+                exchange.tick()
+            self._flush()
+            self._changed.set()
+            self._changed = trio.Event()
+
+    def _flush(self) -> None:
+        for outgoing in self._exchange.outbox:
+            try:
+                outgoing.buffers = self._wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
+            except LinkClosed:
+                break
+        self._exchange.outbox.clear()
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        while not holds():
+            await self._changed.wait()
+
+    def _on_message(self, received: Received) -> None:
+        from ranvier.transport.tensors import from_buffer
+
+        link, row = self._by_link[received.link], received.header.rows[0]
+        values = from_buffer(received.header.tensors[0], received.buffers[0]).tolist()
+        self._exchange.consumed(received.link, received.nbytes)
+        if link.role == LOSS:
+            self._on_losses(link, row, values)
+        elif link.role == NORM:
+            self._norm_of[row.position] = float(values[0])
+            self._tell()
+        else:
+            raise ProtocolError(f"edge {link.link.name}: expected a loss or a norm")
+
+    def _on_losses(self, link: TrainingLink, row: Row, values: list[list[list[float]]]) -> None:
+        """A step's losses of one actor, [micro-batches, terms, 2]."""
+        key = (row.session, row.position)
+        terms = self._losses.setdefault(key, {})
+        for index, (name, _) in enumerate(self._terms[link.port]):
+            terms.setdefault(name, []).extend((told[index][0], told[index][1]) for told in values)
+        section = self.plan.section
+        size = section.micro_batches
+        if row.session == VALIDATION:
+            assert section.validate_ is not None
+            size = section.validate_.batches
+        if len(terms) == sum(map(len, self._terms.values())) and all(len(each) == size for each in terms.values()):
+            self._on_step_done(key, self._losses.pop(key))
+
+    def _on_step_done(self, key: tuple[int, int], terms: Mapping[str, list[tuple[float, float]]]) -> None:
+        plan = self.plan
+        means = {name: math.fsum(loss for loss, _ in each) / len(each) for name, each in terms.items()}
+        weights = {name: weight for terms_of in self._terms.values() for name, weight in terms_of}
+        right = [share for each in terms.values() for _, share in each if share == share]
+        accuracy = math.fsum(right) / len(right) if right else math.nan
+        total = math.fsum(weights[name] * mean for name, mean in means.items())
+        now_s = time.monotonic()
+        session, number = key
+        if session == VALIDATION:
+            at = min((number + 1) * plan.validate_rounds * plan.steps_of_round, plan.section.steps)
+            step = Step(at, total, means, accuracy, 0.0, validation=True)
+        else:
+            step = Step(number + 1, total, means, accuracy, now_s - self._step_began_s)
+            self._step_began_s = now_s
+            self._done_steps = max(self._done_steps, number + 1)
+        self._told.append(step)
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tell of steps in their order; of one whose norm is still to come, once that is there."""
+        clips = any(link.role == NORM for link in self._links)
+        while self._told:
+            step = self._told[0]
+            if clips and not step.validation:
+                if step.step - 1 not in self._norm_of:
+                    return
+                step.norm = self._norm_of.pop(step.step - 1)
+            self._told.popleft()
+            self.trained.history.append(step.to_plain())
+            self._on_step(step)
+        self._finish_saved()
+
+    def _on_saved(self, label: str, rounds: int) -> None:
+        self._saved.setdefault(rounds, set()).add(label)
+        self._finish_saved()
+
+    def _finish_saved(self) -> None:
+        """Make whole what all have saved, once the losses up to there are known, too: they come by another way."""
+        for rounds, saved in list(self._saved.items()):
+            at = rounds * self.plan.steps_of_round
+            known = {(told["step"], "validation" in told) for told in self.trained.history}
+            if saved != self._labels or (at, False) not in known:
+                return
+            if self._pauses(rounds) and (at, True) not in known:
+                return
+            del self._saved[rounds]
+            history = [told for told in self.trained.history if told["step"] <= at]
+            self.trained.folder = checkpoints.finish(self.out, self.plan, rounds, history, self._keep)
+            self._last_saved = rounds
+            self._changed.set()
+            self._changed = trio.Event()
+
+
+def _together(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    import torch
+
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
