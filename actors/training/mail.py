@@ -18,10 +18,7 @@ from ..outputs import coded
 from ..process import ACK_DELAY_S, TICK_S, Process
 from .core import Place, TrainingCore
 from .schedule import UPDATE, Action
-from .spec import (
-    INPUT_GRADIENT,
-    TrainingLink,
-)
+from .spec import INPUT_GRADIENT, TrainingLink
 
 DRAIN_DEADLINE_S = 5.0
 
@@ -70,6 +67,11 @@ class Mail(Process):
             missing = self.core.missing(missing, place)
 
     def take_in_more(self, wire: ZeroWire) -> None:
+        """Send what is to be sent, wait for something to come, obey.
+
+        Raises:
+            Stop: it is told to.
+        """
         exchange, crossing = self.exchange, self.crossing
         self._flush(wire)
         if not self._receive(wire, ACK_DELAY_S if exchange.owes() else TICK_S):
@@ -84,6 +86,7 @@ class Mail(Process):
                 raise Stop
 
     def send(self, link: TrainingLink, place: Place, tensor: torch.Tensor) -> None:
+        """Send a tensor as that number; it is not to be changed afterwards."""
         sending = self.exchange.sending[link.link.edge, link.link.target]
         name = link.link.tensors[0][0]
         row = Row(place[0], 1, place[1], len(tensor) if tensor.dim() else 1)

@@ -1,5 +1,5 @@
-"""One run of all hosts that train, from one checkpoint to the end or to the first loss: batches go in, losses come out, and what
-all have saved is made whole.
+"""One run of all hosts that train, from a checkpoint to the end or to the first loss: batches go in, losses come out,
+and what all have saved is made whole.
 """
 
 from __future__ import annotations
