@@ -2,8 +2,8 @@
 
 The model, the batch and its eight micro-batches are those of examples/bytes: 2.8 million parameters, 24 sequences of 128
 bytes, AdamW with clipping, 1F1B. Against one actor on one core, transformers' own model in one process on one core, and
-`torch.distributed.pipelining` over gloo: the same two modules, the same schedule, a process on each core. Each contestant takes
-the median of some twenty steps.
+`torch.distributed.pipelining` over gloo with the same schedule, a process on each core: over transformers' layers, and over
+the very modules that the actors run. Each contestant takes the median of some twenty steps.
 """
 
 from __future__ import annotations
@@ -97,11 +97,26 @@ class Half(torch.nn.Module):
     def forward(self, x):
         [made] = self.stage(Batch((), {self.port: x})).values()
         return made
+class Theirs(torch.nn.Module):
+    def __init__(self, rank):
+        super().__init__()
+        import transformers
+        whole = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+        self.first, self.turns = rank == 0, whole.model.rotary_emb
+        self.layers = whole.model.layers[:3] if self.first else whole.model.layers[3:]
+        self.embed = whole.model.embed_tokens if self.first else None
+        self.norm, self.head = (None, None) if self.first else (whole.model.norm, whole.lm_head)
+    def forward(self, x):
+        hidden = self.embed(x.view(-1, 128)) if self.first else x.view(-1, 128, 192)
+        turns = self.turns(hidden, torch.arange(128)[None])
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=None, position_embeddings=turns)
+        return (hidden if self.first else self.head(self.norm(hidden))).flatten(0, 1)
 def work(rank):
     os.sched_setaffinity(0, {rank})
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    half, data = Half(rank), Tokens()
+    half, data = (Theirs if sys.argv[2] == "transformers" else Half)(rank), Tokens()
     optimizer = torch.optim.AdamW(half.parameters(), 0.002, weight_decay=0.0, fused=True)
     loss = lambda made, target: torch.nn.functional.cross_entropy(made, target)
     schedule = Schedule1F1B(PipelineStage(half, rank, 2, torch.device("cpu")), 8, loss_fn=loss)
@@ -149,14 +164,20 @@ def ask(rounds: int) -> Answer:
             "two stages, two cores": partial(_ours, two, folder),
             "one actor, one core": partial(_ours, one, folder),
             "transformers, one core": partial(Contestant, sys.executable, TRANSFORMERS, str(folder)),
-            "torch.distributed.pipelining, two cores": partial(Contestant, sys.executable, PIPELINING, str(folder)),
+            **{
+                f"torch.distributed.pipelining, {whose} layers": partial(
+                    Contestant, sys.executable, PIPELINING, str(folder), whose
+                )
+                for whose in ("transformers", "our")
+            },
         }
         figures = in_turn(makers, rounds)
         measured, computed = (_ours(two, folder, "bubble", which).measure() for which in ("measured", "computed"))
     goals = [
         Goal("two stages, two cores", "one actor, one core", 1.7),
         Goal("two stages, two cores", "transformers, one core"),
-        Goal("two stages, two cores", "torch.distributed.pipelining, two cores", 1.1),
+        Goal("two stages, two cores", "torch.distributed.pipelining, transformers layers", 1.1),
+        Goal("two stages, two cores", "torch.distributed.pipelining, our layers"),
     ]
     note = f"bubble: {measured:.1%} measured, {computed:.1%} by the schedule with the measured costs"
     return Answer("steps/s", figures, goals, [note])

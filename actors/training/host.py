@@ -153,7 +153,7 @@ class TrainingHost(Mail):
     def _forward(self, wire: ZeroWire, place: Place) -> None:
         inputs, targets, messages = self._inputs(wire, place)
         # what is drawn at random is a function of the micro-batch, whatever happened before
-        torch.manual_seed(self.training.seed * 1_000_003 + place[1] + 1)
+        torch.default_generator.manual_seed(self.training.seed * 1_000_003 + place[1] + 1)  # all devices: 0.7 ms
         share = self.training.share
         outputs, told = self.timed(
             Action(FORWARD, place[1]), lambda: self.stage.forward(place[1], inputs, targets, share), messages

@@ -60,11 +60,15 @@ class Mail(Process):
         raise error  # nothing of a training run may be left out
 
     def until(self, wire: ZeroWire, links: Iterable[TrainingLink], place: Place) -> None:
-        """Take in what comes until something of that number has come by all of these."""
+        """Take in what comes until something of that number has come by all of these, and count how long that was waited for."""
         missing = self.core.missing(links, place)
+        if not missing:
+            return
+        role, began_ns = missing[0].role, time.monotonic_ns()
         while missing:
             self.take_in_more(wire)
             missing = self.core.missing(missing, place)
+        self.core.counters[f"{role} waited_us"] += (time.monotonic_ns() - began_ns) // 1000
 
     def take_in_more(self, wire: ZeroWire) -> None:
         """Send what is to be sent, wait for something to come, obey.
