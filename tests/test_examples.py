@@ -73,6 +73,7 @@ def copied(name: str, runs: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_layers_learn(runs: Path) -> None:
     done = subprocess.run(
         [sys.executable, "layers.py"],

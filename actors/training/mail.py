@@ -60,7 +60,7 @@ class Mail(Process):
         raise error  # nothing of a training run may be left out
 
     def until(self, wire: ZeroWire, links: Iterable[TrainingLink], place: Place) -> None:
-        """Take in what comes until something of that number has come by all of these, and count how long that was waited for."""
+        """Take in what comes until something of that number has come by all of these, and count how long that took."""
         missing = self.core.missing(links, place)
         if not missing:
             return

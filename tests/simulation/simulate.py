@@ -1,5 +1,6 @@
-"""A whole graph in one thread: the real gateway, links and host cores over wires in memory, in virtual time, in an order that a
-seed gives. Messages are lost, repeated, late and damaged, commands are late, hosts crash and are replaced, clients leave.
+"""A whole graph in one thread: the real gateway, supervision, links and host cores over wires in memory, in virtual time, in an
+order that a seed gives. Messages are lost, repeated, late and damaged, commands are late, hosts crash, hang, are noticed by their
+silence and replaced within their budget, clients leave.
 
 The model is small enough to be computed beside it: a token is a number that depends on all tokens before it, and every actor
 that keeps something for a session checks that it is told each position once. A seed that fails is played again by
@@ -21,9 +22,11 @@ import torch
 from ranvier.actors.actor import Actor, Batch, keeps
 from ranvier.actors.core import HostCore
 from ranvier.actors.errors import ActorFailed, Overloaded
+from ranvier.actors.lifecycle import State
 from ranvier.actors.open_sessions import OpenSessions
 from ranvier.actors.session import SessionInfo
-from ranvier.actors.spec import GATEWAY, HostLink, PortSpec, identity
+from ranvier.actors.spec import GATEWAY, Deadlines, HostLink, HostSpec, PortSpec, Restart, identity
+from ranvier.actors.supervision import Supervision
 from ranvier.graph.gateway import Delivered, Gateway, Stream
 from ranvier.graph.placement import Placement
 from ranvier.transport.errors import ProtocolError
@@ -163,6 +166,7 @@ class Host:
         self.component = Embed() if actor == "embed" else Head() if actor == "head" else layers()
         self.open_sessions = OpenSessions(self.component, self.core)
         self.commands: deque[tuple[str, dict[str, Any]]] = deque()
+        self.hangs = False
         self.failed: list[tuple[Row, str]] = []
 
     def obey(self) -> None:
@@ -221,7 +225,13 @@ class Simulation:
                 host.commands.append(("link", {"links": links(actor, replica, self.live)}))
         self.gateway = Gateway(self.exchange, links(GATEWAY, 0, self.live), placement, CHUNK)
         self.exchange.open()
-        self.away: list[tuple[str, int, int]] = []
+        self.restart = Restart(chance.choice((1, 20, 20, 20)), 1e6, 0.05)
+        specs = [self.spec(host.actor, host.replica, 1) for host in self.hosts.values()]
+        self.supervision = Supervision(specs, self.now_s)
+        for spec in specs:
+            self.say(spec.identity, State.LOADING, State.READY, State.RUNNING)
+        self.supervision.begun = True
+        self.away: list[tuple[str, int, int, float]] = []
         self.coming: Host | None = None
         self.introduced: list[tuple[Host, dict[str, Any]]] | None = None
         self.streams: list[tuple[Stream, list[int]]] = []
@@ -247,6 +257,23 @@ class Simulation:
             ]
         return [crossing.damaged()] if crossing.buffers else [crossing]
 
+    @property
+    def now_s(self) -> float:
+        return self.network.clock() / 1e9
+
+    def spec(self, actor: str, replica: int, epoch: int) -> HostSpec:
+        """What the supervisor knows of a host; nothing is started by it here."""
+        deadlines = Deadlines(heartbeat_deadline_s=2.0)
+        return HostSpec(
+            actor, replica, epoch, "g", "none", None, {}, None, "float32", None, 0, 1, "cpu", (), (), (), "", "", "", "", 1, 8,
+            supervision=deadlines, restart=self.restart,
+        )  # fmt: skip
+
+    def say(self, key: str, *states: State) -> None:
+        """What a host tells of itself."""
+        for state in states:
+            self.supervision.on_message(key, "state", {"state": state.value, "why": ""}, self.now_s)
+
     # -- one thing that happens -----------------------------------------------------------------------------------
 
     def flush(self, exchange: Exchange, name: str) -> None:
@@ -259,7 +286,9 @@ class Simulation:
         for kind, fields, labels in self.gateway.commands:
             for label in labels:
                 actor, _, replica = label.partition(".")
-                self.hosts[actor, int(replica)].commands.append((kind, fields))
+                host = self.hosts.get((actor, int(replica)))
+                if host is not None:  # those that are not there any more are not told, as `Supervisor.tell` has it
+                    host.commands.append((kind, fields))
         self.gateway.commands.clear()
         self.flush(self.exchange, self.exchange.me)
 
@@ -295,6 +324,10 @@ class Simulation:
         except Overloaded:
             self.happened["overloaded"] += 1
             return
+        except ActorFailed as error:
+            if error is not self.supervision.failure:
+                raise
+            return
         expected = list(prompt)
         for _ in range(count):
             expected.append(following(expected))
@@ -303,17 +336,35 @@ class Simulation:
 
     def crash(self, host: Host) -> None:
         self.happened["crashed"] += 1
+        self.supervision.on_exit(host.name, -9, "", self.now_s)
+
+    def notice(self) -> None:
+        """Whom the supervisor takes for lost is fenced, forgotten and, if its actor may be started anew, replaced."""
+        for host in self.all_hosts:
+            watched = self.supervision.hosts[host.name]
+            if watched.lost is not None:
+                self.happened["hung"] += host.hangs
+                self.lose(host, watched.lost)
+
+    def lose(self, host: Host, failure: ActorFailed) -> None:
         actor, replica = host.actor, host.replica
+        delay_s = self.supervision.restart(failure, self.spec(actor, replica, host.epoch), self.now_s)
+        if delay_s is not None:
+            self.away.append((actor, replica, host.epoch + 1, self.now_s + delay_s))
         if host is self.coming:  # it was to take a place
             self.coming = None
-            self.away.append((actor, replica, host.epoch + 1))
-            self.forget(host)
-            return
-        del self.hosts[actor, replica]
-        del self.live[actor][replica]
-        self.away.append((actor, replica, host.epoch + 1))
-        self.gateway.on_lost_replica(actor, replica, ActorFailed(f"{actor}.{replica}", "crashed"))
+        else:
+            del self.hosts[actor, replica]
+            del self.live[actor][replica]
+            if delay_s is not None:
+                self.gateway.on_lost_replica(actor, replica, failure)
         self.forget(host)
+        self.supervision.remove(host.name)
+        if self.supervision.failure is not None:
+            self.happened["budget used up"] += 1
+            self.gateway.on_failure(self.supervision.failure)
+            self.flush_gateway()
+            self.left = 0
 
     def forget(self, host: Host) -> None:
         del self.network.wires[host.name]
@@ -325,8 +376,13 @@ class Simulation:
 
     def replace(self, which: int) -> None:
         """Begin to put one in the place of a lost one."""
-        actor, replica, epoch = self.away.pop(which)
+        actor, replica, epoch, due_s = self.away[which]
+        if self.now_s < due_s:
+            return
+        del self.away[which]
+        self.supervision.add(self.spec(actor, replica, epoch), self.now_s, joining=True)
         host = self.coming = Host(actor, replica, epoch, self.network, self.layers)
+        self.say(host.name, State.LOADING, State.READY)
         live = {**self.live, actor: {**self.live[actor], replica: epoch}}
         self.introduced = []
         for (other, number), told in self.hosts.items():
@@ -357,6 +413,8 @@ class Simulation:
             host.commands.append(("link", {"links": links(host.actor, host.replica, live)}))
         if host.commands or not host.exchange.ready:
             return
+        self.say(host.name, State.RUNNING)
+        self.supervision.hosts[host.name].joining = False
         self.coming = None
         self.hosts[host.actor, host.replica] = host
         self.live[host.actor][host.replica] = host.epoch
@@ -366,10 +424,15 @@ class Simulation:
 
     def tick(self) -> None:
         self.network.advance(0.3)
+        beat = {"steps": 0, "stepping_s": 0.0, "queued": 0, "counters": {}}
         for host in self.all_hosts:
+            if host.hangs:
+                continue
+            self.supervision.on_message(host.name, "heartbeat", beat, self.now_s)
             host.exchange.idle()
             host.exchange.tick()
             self.flush(host.exchange, host.name)
+        self.supervision.on_tick(self.now_s)
         self.exchange.idle()
         self.exchange.tick()
         self.flush_gateway()
@@ -384,10 +447,14 @@ class Simulation:
         if dice < 0.02 and self.left:
             self.left -= 1
             prompt = [self.chance.randrange(97) for _ in range(self.chance.randrange(1, 9))]
-            self.submit(prompt, self.chance.randrange(1, 25))
+            self.submit(prompt, self.chance.randrange(1, 13))
         elif dice < 0.02 + self.peril and self.crashes > 0 and self.all_hosts:
             self.crashes -= 1
-            self.crash(self.chance.choice(self.all_hosts))
+            victim = self.chance.choice(self.all_hosts)
+            if self.chance.random() < 0.3:
+                victim.hangs = True
+            else:
+                self.crash(victim)
         elif dice < 0.05 and self.away and self.coming is None:
             self.replace(self.chance.randrange(len(self.away)))
         elif dice < 0.053 and self.streams and self.leaving > 0:
@@ -406,7 +473,9 @@ class Simulation:
                 return
             host = self.chance.choice(self.all_hosts)
             what = self.chance.random()
-            if host.commands and what < 0.2:
+            if host.hangs:
+                pass
+            elif host.commands and what < 0.2:
                 host.obey()
                 self.flush(host.exchange, host.name)
             elif what < 0.6:
@@ -415,6 +484,7 @@ class Simulation:
             else:
                 host.step()
                 self.flush(host.exchange, host.name)
+        self.notice()
         self.enter()
 
     def play(self, most: int = 60_000) -> Counter[str]:
@@ -446,7 +516,7 @@ class Simulation:
             assert tokens == expected[: len(tokens)], f"session {stream.info.session}: {tokens}, expected {expected}"
             if isinstance(end, Exception):
                 assert isinstance(end, ActorFailed), end
-                assert "times in a row" in str(end), end
+                assert end is self.supervision.failure or "times in a row" in str(end), end
                 self.happened["given up"] += 1
             elif end != "cancelled":
                 assert (end, len(tokens)) == ("length", len(expected)), end

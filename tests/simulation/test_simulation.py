@@ -23,12 +23,13 @@ simulate = _simulate()
 
 @pytest.mark.parametrize("first", range(0, 200, 50))
 def test_every_stream_ends_and_rightly(first: int) -> None:
-    """Loss, repetition, delay, damage, crashes while others are replaced, clients that leave: each happened, and each stream is
-    exact, or was ended by its client, or by the error of an actor that it lost four times in a row."""
+    """Loss, repetition, delay, damage, crashes while others are replaced, hosts that hang, clients that leave: each happened, and
+    each stream is exact, or was ended by its client, by the error of an actor that it lost four times in a row, or with the
+    run, once a budget was used up."""
     happened: Counter[str] = Counter()
     for seed in range(first, first + 50):
         happened += simulate.Simulation(seed).play()
-    for what in ("lost", "repeated", "late", "damaged", "crashed", "replaced", "left", "exact"):
+    for what in ("lost", "repeated", "late", "damaged", "crashed", "replaced", "hung", "left", "exact"):
         assert happened[what] > 5, happened
     assert happened["sessions_resumed"], "none went on where it was"
 
