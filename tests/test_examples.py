@@ -41,7 +41,7 @@ def test_every_example_is_tested() -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("digits", TRAINED),
+        pytest.param("digits", TRAINED, marks=pytest.mark.slow),
         ("experts", TRAINED),
         pytest.param(
             "backwards",

@@ -331,6 +331,7 @@ class Shift(torch.nn.Module):
 """
 
 
+@pytest.mark.slow
 def test_kinds_of_an_installed_package(tmp_path: Path, runs: Path) -> None:
     """By their entry points, without --allow-code: listed with ports and arguments, checked, run over real processes. One
     that cannot be loaded is listed with the reason and is in nobody's way."""

@@ -108,7 +108,7 @@ def test_an_actor_without_state_costs_one_step_not_a_prefill(
     four: Callable[..., ranvier.Graph], exact: Callable[..., list[int]], runs: Path
 ) -> None:
     """The embedding and the head are killed at every token: the blocks go on with what they have."""
-    count = 6
+    count = 4
 
     async def main() -> Path:
         async with launched(four(), runs) as run:

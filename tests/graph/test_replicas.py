@@ -302,6 +302,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_scale_is_a_command(counting: WriteGraph, runs: Path, tmp_path: Path) -> None:
     """From another process, by the run's folder; what cannot be is said, and the run goes on."""
     graph = counting(args={"no_more_than": 2})

@@ -113,6 +113,7 @@ def test_gradients_are_those_of_the_stale_versions(
     assert made.counters["three.0"]["staleness"] == 0
 
 
+@pytest.mark.slow
 def test_a_model_learns_asynchronously(
     graph: Callable[..., ranvier.Graph],
     trained: Callable[..., Trained],

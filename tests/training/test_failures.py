@@ -92,6 +92,7 @@ def test_an_actor_that_is_lost_too_often_ends_the_training(graph: Make, trained:
         trained(made, on_step=kill, on_started=on_started)
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_goes_on_where_it_was(graph: Make, trained: Train, tmp_path: Path, runs: Path) -> None:
     """Ctrl-C on the command in mid-training; the same command again ends with the losses of one without it."""
     made = graph(ROW, EDGES, section(steps=60, save={"every": 5}, validate={"every": 20, "batches": 2}))

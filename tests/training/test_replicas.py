@@ -89,6 +89,7 @@ def test_summed_gradients_are_those_of_one(
             assert float((tensor - layer.state_dict()[key]).abs().max()) <= 1e-5, (name, key)
 
 
+@pytest.mark.slow
 def test_averaged_weights(graph: Make, trained: Train, tmp_path: Path) -> None:
     """Two of each: for the oracle two whole models that learn from their halves of the micro-batches, and meet every second
     update. One is killed on the way; nothing differs for it."""
