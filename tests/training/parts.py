@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ranvier import Actor, Batch, Context, TensorSpec
+
 
 class Layer(nn.Module):
     """x [pictures, width] -> [pictures, to]."""
@@ -102,3 +104,18 @@ class Several(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+class Own(Actor):
+    """An actor of one's own that holds two modules, and does more in its step than call one."""
+
+    inputs = {"x": TensorSpec("float32", ("pictures", 8))}
+    outputs = {"y": TensorSpec("float32", ("pictures", 4))}
+
+    def load(self, context: Context) -> None:
+        torch.manual_seed(11)
+        self.inner, self.outer = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.loaded_as = context.name
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        return {"y": self.outer(torch.tanh(self.inner(batch["x"]))) + batch["x"][:, :4]}

@@ -214,6 +214,29 @@ def test_branches_a_join_and_two_losses(graph: Make, trained: Train, tmp_path: P
     assert set(made.history[0]["losses"]) == {"fixed.output", "join.logits mse", "join.logits l1", "join.size"}
 
 
+@pytest.mark.slow
+def test_an_actor_of_ones_own_that_holds_modules(graph: Make, trained: Train) -> None:
+    """Nothing is written for it: its step is the forward pass."""
+    actors = {"own": {"kind": "./parts.py:Own"}}
+    made = trained(
+        graph(actors, ["gateway.x -> own.x", "own.y -> gateway.y"], training(loss=[{"of": "own.y", "target": "label"}]))
+    )
+    torch.manual_seed(11)
+    inner, outer = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def loss_of(step: int) -> torch.Tensor:
+        x = numbers(step)["x"]
+        return F.cross_entropy(outer(torch.tanh(inner(x))) + x[:, :4], numbers(step)["label"])
+
+    same_losses(losses(made), plain([*inner.parameters(), *outer.parameters()], loss_of))
+    expected = {
+        f"{name}.{key}": value
+        for name, part in (("inner", inner), ("outer", outer))
+        for key, value in part.state_dict().items()
+    }
+    same_weights(weights(made)["own"], expected)
+
+
 # -- models -------------------------------------------------------------------------------------------------------------
 
 CONTEXT, SEQUENCES = 12, 8
