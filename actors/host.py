@@ -221,13 +221,7 @@ class Host(Process):
         """Send what is owed and wait until what was sent is acknowledged, but not for long."""
         self._to(State.DRAINING)
         self.core.outputs.give_up(lambda _row: False)  # every session is over
-        deadline = time.monotonic() + DRAIN_DEADLINE_S
-        self.exchange.idle()
-        self._flush(wire)
-        while self.exchange.unfinished() and time.monotonic() < deadline:
-            self._receive(wire, 0.02)
-            self.exchange.idle()
-            self._flush(wire)
+        self.send_owed(wire, DRAIN_DEADLINE_S)
         self._record_discarded()
         self._count()
         self.crossing.tell("counters", counters=self.crossing.counters)

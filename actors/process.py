@@ -232,6 +232,16 @@ class Process:
         if isinstance(error, RefusedMessage):
             self.lost_rows(error.rows, error)
 
+    def send_owed(self, wire: ZeroWire, deadline_s: float) -> None:
+        """Send what is owed and wait until what was sent is acknowledged, but not for long."""
+        until_s = time.monotonic() + deadline_s
+        self.exchange.idle()
+        self._flush(wire)
+        while self.exchange.unfinished() and time.monotonic() < until_s:
+            self._receive(wire, 0.02)
+            self.exchange.idle()
+            self._flush(wire)
+
     def _count(self) -> None:
         dropped = self.crossing.ring.dropped
         assert self.wire is not None

@@ -33,10 +33,6 @@ class TrainingCore:
             if not here.outgoing:
                 self._links[self.exchange.receiving[here.link.edge, here.link.source]] = here
 
-    def remove(self, peer: str) -> None:
-        """The links with a process that is gone."""
-        self._links = {link: here for link, here in self._links.items() if link.spec.source != peer}
-
     def on_message(self, received: Received) -> None:
         """Keep a message until it is taken.
 

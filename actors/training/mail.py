@@ -132,12 +132,6 @@ class Mail(Process):
 
     def drain(self, wire: ZeroWire) -> None:
         """Send what is owed and wait until what was sent is acknowledged, but not for long."""
-        deadline = time.monotonic() + DRAIN_DEADLINE_S
-        self.exchange.idle()
-        self._flush(wire)
-        while self.exchange.unfinished() and time.monotonic() < deadline:
-            self._receive(wire, 0.02)
-            self.exchange.idle()
-            self._flush(wire)
+        self.send_owed(wire, DRAIN_DEADLINE_S)
         self._count()
         self.crossing.tell("counters", counters=self.crossing.counters)

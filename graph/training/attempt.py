@@ -25,7 +25,7 @@ from ranvier.actors.zygote_process import ZygoteProcess
 from ranvier.transport.curve import read as read_keys
 from ranvier.transport.ends import Received
 from ranvier.transport.errors import LinkClosed, ProtocolError
-from ranvier.transport.exchange import Exchange
+from ranvier.transport.exchange import Exchange, RefusedMessage
 from ranvier.transport.header import Row
 from ranvier.transport.trio_wire import TrioWire
 from ranvier.transport.zeromq import ZeroWire
@@ -78,7 +78,6 @@ class Attempt:
         self._saved: dict[int, set[str]] = {}
         self._last_saved = self._first
         self._step_began_s = 0.0
-        self._validated = 0
 
     # -- starting and ending --------------------------------------------------------------------------------------
 
@@ -229,9 +228,18 @@ class Attempt:
         while True:
             arrival = None
             with trio.move_on_after(ACK_DELAY_S if exchange.owes() else TICK_S):
-                arrival = await self._wire.receive()
+                try:
+                    arrival = await self._wire.receive()
+                except ProtocolError as error:
+                    self._supervisor.refused(GATEWAY, str(error))
             if arrival is not None:
-                received = exchange.on_arrival(arrival)
+                try:
+                    received = exchange.on_arrival(arrival)
+                except RefusedMessage:
+                    raise  # nothing of a training run may be left out
+                except ProtocolError as error:  # what was damaged on the way is asked for again
+                    self._supervisor.refused(GATEWAY, str(error))
+                    received = None
                 if received is not None:
                     self._on_message(received)
                     self._records.done(received, received.received_ns, time.monotonic_ns(), 1)
