@@ -11,6 +11,7 @@ import math
 import os
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -47,7 +48,7 @@ class Stopped(Exception):
     """The supervisor said stop before the run had begun."""
 
 
-class Process:
+class Process(ABC):
     """The step thread's side of one host. Those that derive from it say what it prepares, does, and obeys."""
 
     def __init__(self, spec: HostSpec, crossing: Crossing) -> None:
@@ -65,29 +66,29 @@ class Process:
         """What torch records of what is computed."""
         return torch.inference_mode()
 
+    @abstractmethod
     def prepare(self) -> Mapping[str, Any]:
         """Load everything, and what the supervisor is to know of it: `capacity_tokens`, `held_bytes`, `keeps`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def work(self, wire: ZeroWire) -> None:
         """What it is there for, until it is told to stop, and its end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add_links(self, plain: Sequence[Mapping[str, Any]]) -> None:
         """Take in links that it was told of."""
-        raise NotImplementedError
 
+    @abstractmethod
     def on_message(self, received: Received) -> None:
         """A message has come."""
-        raise NotImplementedError
 
+    @abstractmethod
     def obey(self, kind: str, fields: Mapping[str, Any]) -> bool:
         """A command; False: stop."""
-        raise NotImplementedError
 
+    @abstractmethod
     def lost_rows(self, rows: Sequence[Row], error: Exception) -> None:
         """A message with these was refused; whoever waits for them must hear of it."""
-        raise NotImplementedError
 
     # -- its life -------------------------------------------------------------------------------------------------
 
@@ -190,7 +191,7 @@ class Process:
         self.exchange.open()
         self.on_place(fields["instead_of"])
 
-    def on_place(self, instead_of: str | None) -> None:
+    def on_place(self, instead_of: str | None) -> None:  # noqa: B027 - most have nothing to do
         """It has its place in the run now, that of a lost host if one is named."""
 
     def _closed(self) -> str:

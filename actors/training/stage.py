@@ -7,6 +7,7 @@ PipeDream, Narayanan et al. 2019), and the gradients are applied to the newest.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from .spec import Loss
 Weights = dict[str, torch.Tensor]
 
 
-class Learner(nn.Module):
+class Learner(nn.Module, ABC):
     """What a stage computes: a batch in, tensors by port out."""
 
     splits = False
@@ -35,9 +36,9 @@ class Learner(nn.Module):
         """Whether a parameter is not to learn, whatever the actor does."""
         return False
 
+    @abstractmethod
     def exported(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """These weights by the names that a checkpoint has for them."""
-        raise NotImplementedError
 
 
 class Wrapped(Learner):
