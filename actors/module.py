@@ -112,7 +112,7 @@ def _spec(
 
 
 class ModuleActor(Actor):
-    """Runs one module. `weights` in the graph file is a safetensors file with its state."""
+    """Runs one module."""
 
     stateless = True
 
@@ -122,8 +122,6 @@ class ModuleActor(Actor):
 
     def load(self, context: Context) -> None:
         self.module = self._class(**context.args).train(False)
-        if context.weights is not None:
-            read_state(self.module, context.weights, context.name.partition(".")[0])
         context.progress(1.0)
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
@@ -131,6 +129,12 @@ class ModuleActor(Actor):
 
     def held_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.module.state_dict().values())
+
+
+def held(actor: Actor) -> nn.Module:
+    """The modules that an actor holds, as one: the one that it is made of, or all by the names that it has for them."""
+    own = {name: value for name, value in vars(actor).items() if isinstance(value, nn.Module)}
+    return own["module"] if own.keys() == {"module"} else nn.ModuleDict(own)
 
 
 def read_state(module: nn.Module, file: Path, actor: str) -> None:

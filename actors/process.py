@@ -34,6 +34,7 @@ from .control import ControlThread
 from .crossing import Crossing
 from .kinds import make
 from .lifecycle import Lifecycle, State
+from .module import held, read_state
 from .records import Records
 from .spec import HostSpec
 
@@ -128,7 +129,10 @@ class Process(ABC):
     def load(self) -> Actor:
         spec = self.spec
         actor = make(spec.implementation, spec.folder)
-        actor.load(self.context())
+        context = self.context()
+        actor.load(context)
+        if context.weights is not None:
+            read_state(held(actor), context.weights, spec.actor)
         return actor
 
     def context(self) -> Context:

@@ -3,7 +3,7 @@
 A router's output to one expert is a `Batch` with the rows of its input, of which each counts its own tokens there, be it
 none: so every expert, and the combiner that waits for all of them, sees every step. For actors of one's own, too.
 
-Shape suffixes: T tokens, k choices a token, H hidden.
+Shape suffixes: T tokens, E experts, k choices a token, H hidden.
 """
 
 from __future__ import annotations
@@ -60,6 +60,25 @@ def gather(
         weight_t = torch.where(chosen_Tk, weight_Tk, 0.0).sum(1)[token_t]  # a token that chose it twice went there once
         mixed_TH.index_add_(0, token_t, (parts[port] * weight_t[:, None]).to(mixed_TH.dtype))
     return mixed_TH
+
+
+def balancing_loss(scores_TE: torch.Tensor, index_Tk: torch.Tensor) -> torch.Tensor:
+    """How unevenly a router chooses, as a term to be minimised: [], E times the sum over the experts of the share of choices
+    that each gets times its mean score; k where all are alike, more the more they differ. Its gradient goes by the scores
+    (Fedus et al. 2021, Switch Transformers, with k choices as transformers counts them).
+
+    Args:
+        scores_TE: each token's probabilities of all experts.
+        index_Tk: the experts chosen.
+    """
+    count = scores_TE.shape[1]
+    chosen_E = torch.bincount(index_Tk.flatten(), minlength=count).to(scores_TE.dtype) / max(len(index_Tk), 1)
+    return count * (chosen_E * scores_TE.mean(0)).sum()
+
+
+def expert_ports(numbers: tuple[int, int]) -> list[str]:
+    """The ports of experts `first` to `last`, both included."""
+    return [f"expert{number}" for number in range(numbers[0], numbers[1] + 1)]
 
 
 def _check_range(index_Tk: torch.Tensor, ports: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from ranvier.actors import kinds
 from ranvier.actors.checkpoint import Checkpoint, ModelConfig, open_checkpoint
 from ranvier.actors.errors import CheckpointError
-from ranvier.actors.kinds import Kind, KindError
+from ranvier.actors.kinds import BUILT_IN, Kind, KindError
 from ranvier.actors.model import native, weights
 from ranvier.actors.spec import GATEWAY
 from ranvier.transport import curve, endpoint
@@ -239,10 +239,11 @@ class ActorCheck(Findings):
     def _weights(self, name: str, section: ActorSection) -> Path | None:
         if section.weights is None:
             return None
-        if name not in self.modules:
+        if section.kind in BUILT_IN:
             self._wrong(
-                f"actor {name}: weights are for torch modules; remove the key", "actors", name, "weights", key=True
-            )
+                f"actor {name}: kind {section.kind} has its weights from the model; remove the key", "actors", name, "weights",
+                key=True,
+            )  # fmt: skip
             return None
         try:
             return source.resolve(section.weights, self.folder, ("actors", name, "weights") in self.document.overridden)

@@ -197,6 +197,8 @@ class EdgeCheck(Findings):
         fed = {(edge.target, edge.into) for edge in edges}
         used = {(edge.source, edge.out) for edge in edges}
         says_done = {(edge.source, edge.until) for edge in edges}
+        if self.file.training is not None:  # what is minimised need not go anywhere
+            used |= {(actor, port) for actor, _, port in (loss.of.partition(".") for loss in self.file.training.loss)}
         for actor in self.actors.values():
             self._joinable(actor, edges)
             for port in actor.inputs:

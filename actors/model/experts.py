@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from ..actor import Actor, Batch, Context
 from ..checkpoint.config import ModelConfig
-from ..routing import gather, scatter
+from ..routing import expert_ports, gather, scatter
 from . import weights
 from .blocks import Blocks, activate
 from .parts import BlocksActor, needed
@@ -24,11 +24,6 @@ from .tensors import read_slot
 def _fed_forward(config: ModelConfig, held: Mapping[str, torch.Tensor], hidden_TH: torch.Tensor) -> torch.Tensor:
     gate_TI, up_TI = F.linear(hidden_TH, held["up"]).chunk(2, dim=-1)
     return F.linear(activate(config, gate_TI) * up_TI, held["down"])
-
-
-def expert_ports(numbers: tuple[int, int]) -> list[str]:
-    """The ports of experts `first` to `last`, both included."""
-    return [f"expert{number}" for number in range(numbers[0], numbers[1] + 1)]
 
 
 class Attention(BlocksActor):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import math
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -24,7 +25,7 @@ from ..actor import REPLAYED
 from ..kinds import BUILT_IN
 from ..process import live
 from ..spec import GATEWAY, HostSpec, identity
-from . import optimizer, shards
+from . import mixture, optimizer, shards
 from .core import Place
 from .layers import NativeStage
 from .mail import Mail, Stop
@@ -63,7 +64,10 @@ class TrainingHost(Mail):
         self.training: TrainingSpec = spec.training
         training = self.training
         self.begin(training.links)
-        torch.manual_seed(training.seed)
+        self._seed = zlib.crc32(
+            f"{training.seed} {spec.actor}".encode()
+        )  # no two actors begin alike, replicas of one do
+        torch.manual_seed(self._seed)
         self.stage = Stage(
             spec.label,
             self._module(),
@@ -93,7 +97,8 @@ class TrainingHost(Mail):
         kind = self.training.kind
         if kind in BUILT_IN:
             context = self.context()
-            made: Learner = NativeStage(kind, context, self.training.context, self.training.lora)
+            made_of = mixture.STAGES.get(kind, NativeStage)
+            made: Learner = made_of(kind, context, self.training.context, self.training.lora)
             self._progress(1.0)
         else:
             made = Wrapped(self.load())
@@ -153,7 +158,7 @@ class TrainingHost(Mail):
     def _forward(self, wire: ZeroWire, place: Place) -> None:
         inputs, targets, messages = self._inputs(wire, place)
         # what is drawn at random is a function of the micro-batch, whatever happened before
-        torch.default_generator.manual_seed(self.training.seed * 1_000_003 + place[1] + 1)  # all devices: 0.7 ms
+        torch.default_generator.manual_seed(self._seed * 1_000_003 + place[1] + 1)  # all devices: 0.7 ms
         share = self.training.share
         outputs, told = self.timed(
             Action(FORWARD, place[1]), lambda: self.stage.forward(place[1], inputs, targets, share), messages

@@ -1,17 +1,20 @@
 """Built-in kinds as modules that learn: the families of `blocks.py`, without caches, over micro-batches of whole sequences.
 
 Shape suffixes: T tokens of the micro-batch, S of one sequence, B sequences (T = B·S), H hidden, N query heads, K key-value
-heads, D head width, V vocabulary.
+heads, D head width, V vocabulary, E experts, k choices a token.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from ranvier.transport.header import Row
 
 from ..actor import Batch, Context
 from ..checkpoint.config import ModelConfig
@@ -21,6 +24,7 @@ from ..model.parts import needed
 from ..model.rotary import rotate
 from ..model.slots import Slot
 from ..model.tensors import Norm, read_slot
+from ..routing import balancing_loss, expert_ports, gather, scatter
 from . import fused
 from .fused import TILE
 from .linear import linear
@@ -29,6 +33,16 @@ from .stage import Learner
 DOWN, UP = "_lora_down", "_lora_up"
 LOGITS = "logits"
 """The output of the last layers that losses are taken of: [tokens, V]."""
+BALANCE = "balance"
+"""The output of a mixture's layers that losses are taken of: [], the balancing loss, summed over the layers."""
+
+
+class Choices(NamedTuple):
+    """What a router has decided: for each token the numbers of its experts and their weights [T, k], and how uneven that is."""
+
+    numbers: torch.Tensor
+    weights: torch.Tensor
+    balance: torch.Tensor
 
 
 class NativeStage(Learner):
@@ -49,7 +63,7 @@ class NativeStage(Learner):
         last = self.config.layers - 1
         self.layers = context.layers or ((0, last) if kind == "model" else None)
         self._slots: dict[str, Slot] = {}
-        for name, slot in _slots(self.config, self._begins, self.layers, self._ends):
+        for name, slot in self._slots_of(context):
             self._slots[name] = slot
             self.register_parameter(name, nn.Parameter(read_slot(slot, checkpoint, dtype)))
         self._adapted = lora
@@ -60,11 +74,25 @@ class NativeStage(Learner):
             table.reserve(sequence)
         self._scale = self.config.attention_scale or self.config.head_dim**-0.5
 
+    def _slots_of(self, context: Context) -> Iterator[tuple[str, Slot]]:
+        """Every tensor, and its name here. A tied head at the same stage is the embedding's matrix."""
+        config = self.config
+        if self._begins:
+            yield from ((slot.name, slot) for slot in weights.embedding(config))
+        if self.layers is not None:
+            for layer in range(self.layers[0], self.layers[1] + 1):
+                yield from attention_slots(config, layer)
+                for number in range(config.experts):
+                    yield from expert_slots(config, layer, number)
+        if self._ends:
+            ending = weights.final_norm(config) if self._begins and config.tied else weights.head(config)
+            yield from ((slot.name, slot) for slot in ending)
+
     def _adapt(self, rank: int, dtype: torch.dtype) -> None:
         """Put a product of two narrow matrices, nothing at first, beside each one of the blocks. Drawn by name, so that it is
         the same wherever a layer lies."""
         for name, slot in self._slots.items():
-            if name.startswith("layer") and slot.columns is not None:
+            if name.startswith("layer") and slot.columns is not None and not name.endswith("gate"):
                 generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
                 down = torch.empty(rank, slot.columns).normal_(0, slot.columns**-0.5, generator=generator)
                 self.register_parameter(f"{name}{DOWN}", nn.Parameter(down.to(dtype)))
@@ -75,10 +103,18 @@ class NativeStage(Learner):
 
     def forward(self, batch: Batch) -> Mapping[str, torch.Tensor]:
         hidden_TH = self._embedded(batch["token"]) if self._begins else batch["hidden"]
+        uneven = []
         if self.layers is not None:
             for layer in range(self.layers[0], self.layers[1] + 1):
-                hidden_TH = self._block(layer, hidden_TH)
-        return {LOGITS: self._logits(hidden_TH)} if self._ends else {"hidden": hidden_TH}
+                hidden_TH, normed_TH = self._attention(layer, hidden_TH)
+                if self.config.experts:
+                    mixed_TH, balance = self._mixture(layer, normed_TH)
+                    hidden_TH = hidden_TH + mixed_TH
+                    uneven.append(balance)
+                else:
+                    hidden_TH = hidden_TH + self._fed(layer, normed_TH)
+        made = {LOGITS: self._logits(hidden_TH)} if self._ends else {"hidden": hidden_TH}
+        return {**made, BALANCE: torch.stack(uneven).sum()} if uneven else made
 
     def exported(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The checkpoint's tensors that are in these weights, by its names."""
@@ -126,11 +162,24 @@ class NativeStage(Learner):
         narrow = linear(given, self._weight(f"{name}{DOWN}"))
         return made + self._adapted[1] * linear(narrow, self._weight(f"{name}{UP}"))
 
-    def _block(self, layer: int, hidden_TH: torch.Tensor) -> torch.Tensor:
+    def _attention(self, layer: int, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the feed-forward part is added to, and what it is given."""
         at, config = f"layer{layer}_", self.config
         mixed_TH = self._linear(at + "out", self._attended(layer, self._norm(at + "norm_in", hidden_TH)))
         hidden_TH = hidden_TH + (self._norm(at + "norm_attended", mixed_TH) if config.post_norms else mixed_TH)
-        inner = self._linear(at + "up", self._norm(at + "norm_mid", hidden_TH))
+        normed_TH = self._norm(at + "norm_mid", hidden_TH)
+        if config.shared_expert:
+            opened_T1 = self._linear(at + "shared_gate", normed_TH).sigmoid()
+            hidden_TH = hidden_TH + opened_T1 * self._up_and_down(at + "shared_", normed_TH)
+        return hidden_TH, normed_TH
+
+    def _fed(self, layer: int, normed_TH: torch.Tensor) -> torch.Tensor:
+        at = f"layer{layer}_"
+        made_TH = self._up_and_down(at, normed_TH)
+        return self._norm(at + "norm_out", made_TH) if self.config.post_norms else made_TH
+
+    def _up_and_down(self, at: str, given_TH: torch.Tensor) -> torch.Tensor:
+        config, inner = self.config, self._linear(at + "up", given_TH)
         if config.gated and config.activation == "silu" and fused.able(inner.shape[-1] // 2, inner):
             inner = fused.swiglu(inner)
         elif config.gated:
@@ -138,8 +187,21 @@ class NativeStage(Learner):
             inner = activate(config, gate_TI) * up_TI
         else:
             inner = activate(config, inner)
-        made_TH = self._linear(at + "down", inner)
-        return hidden_TH + (self._norm(at + "norm_out", made_TH) if config.post_norms else made_TH)
+        return self._linear(at + "down", inner)
+
+    def _mixture(self, layer: int, normed_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All experts of a layer here, each over the tokens that chose it; and the balancing loss."""
+        chosen, ports = self._chosen(layer, normed_TH), expert_ports((0, self.config.experts - 1))
+        routed = scatter((Row(1, 1, 0, len(normed_TH)),), normed_TH, chosen.numbers, ports)
+        made = {port: self._up_and_down(f"layer{layer}_{port}_", routed[port][port]) for port in ports}
+        return gather(chosen.numbers, chosen.weights, made, ports), chosen.balance
+
+    def _chosen(self, layer: int, normed_TH: torch.Tensor) -> Choices:
+        scores_TE = linear(normed_TH, self._weight(f"layer{layer}_gate")).float().softmax(-1)
+        weight_Tk, index_Tk = scores_TE.topk(self.config.experts_per_token, dim=-1)
+        if self.config.normalises_choices:
+            weight_Tk = weight_Tk / weight_Tk.sum(-1, keepdim=True)
+        return Choices(index_Tk, weight_Tk, balancing_loss(scores_TE, index_Tk))
 
     def _attended(self, layer: int, normed_TH: torch.Tensor) -> torch.Tensor:
         at, config, sequence = f"layer{layer}_", self.config, self.sequence
@@ -184,13 +246,15 @@ class NativeStage(Learner):
         return logits_TV if cap is None else torch.tanh(logits_TV / cap) * cap
 
 
-def _slots(config: ModelConfig, begins: bool, layers: tuple[int, int] | None, ends: bool) -> Iterator[tuple[str, Slot]]:
-    """Every tensor of a stage, and its name there. A tied head at the same stage is the embedding's matrix."""
-    if begins:
-        yield from ((slot.name, slot) for slot in weights.embedding(config))
-    if layers is not None:
-        for layer in range(layers[0], layers[1] + 1):
-            yield from ((f"layer{layer}_{slot.name}", slot) for slot in weights.block(config, layer))
-    if ends:
-        ending = weights.final_norm(config) if begins and config.tied else weights.head(config)
-        yield from ((slot.name, slot) for slot in ending)
+def attention_slots(config: ModelConfig, layer: int) -> Iterator[tuple[str, Slot]]:
+    """What a stage has of a layer, and its name there, without the experts of a mixture."""
+    at = f"layer{layer}_"
+    yield from ((at + slot.name, slot) for slot in weights.block(config, layer))
+    if config.experts:
+        yield at + "gate", weights.gate(config, layer)
+        yield from ((f"{at}shared_{slot.name}", slot) for slot in weights.shared_expert(config, layer))
+
+
+def expert_slots(config: ModelConfig, layer: int, number: int) -> Iterator[tuple[str, Slot]]:
+    """What a stage has of one expert."""
+    yield from ((f"layer{layer}_expert{number}_{slot.name}", slot) for slot in weights.expert(config, layer, number))

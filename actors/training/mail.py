@@ -100,8 +100,9 @@ class Mail(Process):
             assert meta.codec == RAW
             self.exchange.send(sending, (row,), (meta,), (buffer,), now_ns)
         else:
-            if link.role == INPUT_GRADIENT and link in self.owed:
-                tensor = tensor + self.owed[link]
+            owed = self.owed.get(link)
+            if owed is not None and owed.shape == tensor.shape:  # a router's rows are others each time
+                tensor = tensor + owed
             tensors, buffers, coding = coded(name, tensor, sending)
             if link.role == INPUT_GRADIENT:  # error feedback: what the codec lost goes with the next
                 self.owed[link] = tensor - from_buffer(tensors[0], buffers[0])

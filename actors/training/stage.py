@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from ranvier.transport.header import Row
 
 from ..actor import Actor, Batch
+from ..module import held
 from . import losses
 from .linear import Late, make_up, put_off
 from .spec import Loss
@@ -42,19 +43,12 @@ class Learner(nn.Module, ABC):
 
 
 class Wrapped(Learner):
-    """An actor's modules as one, whose forward pass is the actor's step.
-
-    Raises:
-        ValueError: it holds no modules, so that there is nothing to learn and no way to know.
-    """
+    """An actor's modules as one, whose forward pass is the actor's step. It may hold none: gradients go through it."""
 
     def __init__(self, actor: Actor) -> None:
         super().__init__()
         self._step = actor.step
-        held = {name: value for name, value in vars(actor).items() if isinstance(value, nn.Module)}
-        for name, module in held.items():
-            self.add_module(name, module)
-        self._alone = len(held) == 1 and "module" in held
+        self.held = held(actor)
 
     def forward(self, batch: Batch) -> Mapping[str, torch.Tensor]:
         made = self._step(batch)
@@ -63,7 +57,7 @@ class Wrapped(Learner):
     def exported(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """As `weights:` of the graph file reads them again."""
         state = {**dict(self.named_buffers()), **held}
-        return {name.removeprefix("module.") if self._alone else name: tensor for name, tensor in state.items()}
+        return {name.removeprefix("held."): tensor for name, tensor in state.items()}
 
 
 class _Kept(NamedTuple):
@@ -178,19 +172,22 @@ class Stage:
         for port, tensor in outputs.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
                 raise ArithmeticError(f"{self.name}: output {port!r} {which} is not finite")
-            if (
-                differentiable
-                and port in self._wanted
-                and not tensor.requires_grad
-                and (self.weights or self._given_back)
-            ):
-                raise ValueError(
-                    f"{self.name}: output {port!r} cannot be differentiated: it depends on no weight and no input in a way "
-                    "that has a gradient; leave the actor out of training (frozen), or mend its step"
-                )
+        if differentiable:
+            self._look_for_gradients(outputs)
         for term, (loss, _) in zip(self._terms, told, strict=True):
             if loss != loss or loss in (float("inf"), float("-inf")):
                 raise ArithmeticError(f"{self.name}: the {term.kind} loss of {term.port!r}, {which}, is {loss}")
+
+    def _look_for_gradients(self, outputs: Mapping[str, torch.Tensor]) -> None:
+        """Whoever gives gradients back needs every output that has some; whoever has weights alone, one: a router may pass on
+        what it was given."""
+        without = [port for port in self._wanted if not outputs[port].requires_grad]
+        learned = len(without) < len(self._wanted) or any(outputs[term.port].requires_grad for term in self._terms)
+        if without and (self._given_back or (self.weights and not learned)):
+            raise ValueError(
+                f"{self.name}: output {without[0]!r} cannot be differentiated: it depends on no weight and no input in a way "
+                "that has a gradient; leave the actor out of training (frozen), or mend its step"
+            )
 
     def evaluate(
         self, inputs: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]
@@ -313,5 +310,8 @@ class Stage:
 
 
 def _batch(inputs: Mapping[str, torch.Tensor]) -> Batch:
-    tokens = max((len(tensor) for tensor in inputs.values() if tensor.dim()), default=1)
-    return Batch((Row(1, 1, 0, tokens),), inputs)
+    """A micro-batch is one row; a port that got only some of its tokens has a row of its own."""
+    lengths = {port: len(tensor) if tensor.dim() else 1 for port, tensor in inputs.items()}
+    row = Row(1, 1, 0, max(lengths.values(), default=1))
+    own = {port: (row._replace(tokens=length),) for port, length in lengths.items() if length != row.tokens}
+    return Batch((row,), inputs, own)

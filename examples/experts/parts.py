@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ranvier import Actor, Batch, Context, TensorSpec, gather, scatter
+from ranvier import Actor, Batch, Context, TensorSpec, balancing_loss, gather, scatter
 
 EXPERTS = 4
 CHOICES = 2
@@ -13,10 +13,11 @@ PORTS = [f"expert{number}" for number in range(EXPERTS)]
 PIXELS = TensorSpec("float32", ("tokens", 64))
 
 
-def choose(gate: nn.Linear, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two experts of each picture, and their weights."""
-    weight, index = gate(pixels).softmax(-1).topk(CHOICES)
-    return weight / weight.sum(-1, keepdim=True), index
+def choose(gate: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What each picture thinks of each expert, and the weights and numbers of the two that it chooses."""
+    scores = gate(pixels).softmax(-1)
+    weight, index = scores.topk(CHOICES)
+    return scores, weight / weight.sum(-1, keepdim=True), index
 
 
 class Router(Actor):
@@ -26,21 +27,17 @@ class Router(Actor):
     outputs = {
         "index": TensorSpec("int64", ("tokens", CHOICES)),
         "weight": TensorSpec("float32", ("tokens", CHOICES)),
+        "balance": TensorSpec("float32", ()),
         **dict.fromkeys(PORTS, PIXELS),
     }
 
     def load(self, context: Context) -> None:
-        from safetensors.torch import load_file
-
-        self.gate = nn.Linear(64, EXPERTS)
-        self.gate.load_state_dict(
-            {name.removeprefix("gate."): tensor for name, tensor in load_file(context.args["weights"]).items()
-             if name.startswith("gate.")}
-        )  # fmt: skip
+        self.gate = nn.Linear(64, EXPERTS)  # `weights:` fills it, as it fills a module
 
     def step(self, batch: Batch) -> dict[str, torch.Tensor | Batch]:
-        weight, index = choose(self.gate, batch["pixels"])
-        return {"weight": weight, "index": index, **scatter(batch.rows, batch["pixels"], index, PORTS)}
+        scores, weight, index = choose(self.gate, batch["pixels"])
+        routed = scatter(batch.rows, batch["pixels"], index, PORTS)
+        return {"weight": weight, "index": index, "balance": balancing_loss(scores, index), **routed}
 
 
 class Expert(nn.Module):

@@ -36,8 +36,12 @@ from .plan import NEXT, TrainingError, TrainingPlan
 
 LOGITS = "logits"
 """The output of a model's head that losses are taken of."""
-KINDS = ("embedding", "blocks", "head", "first_stage", "last_stage", "model")
+BALANCE = "balance"
+"""That of layers with experts: how unevenly their routers choose."""
+KINDS = ("embedding", "blocks", "head", "first_stage", "last_stage", "model", "attention", "experts", "combine")
 """The built-in kinds that learn."""
+ENDS = ("head", "last_stage", "model")
+"""Those that have logits."""
 CREDIT_BYTES = 1 << 30
 _NUMBER = TensorSpec("float64", (1,))
 
@@ -117,10 +121,10 @@ class _Planning:
         self._check_replicas(actor)
         if kind.uses_model:
             config = checkpoint.config if checkpoint is not None else None
-            if kind.name not in KINDS or config is None or not config.native or config.experts or config.encoder:
+            if kind.name not in KINDS or config is None or not (config.native or config.experts) or config.encoder:
                 raise self._wrong(
                     f"actor {actor.name}: kind {kind.name} of this model runs, but does not learn; what does are "
-                    f"{', '.join(KINDS)} of llama, mistral, qwen2, qwen3, gemma3 and gpt2"
+                    f"{', '.join(KINDS)} of llama, mistral, qwen2, qwen3, gemma3, gpt2, mixtral, qwen2_moe and qwen3_moe"
                 )
             if self.graph.file.model is not None and self.graph.file.model.weights != "dtype":
                 raise self._wrong(f"model: weights: {self.graph.file.model.weights} cannot learn; leave it out")
@@ -176,7 +180,7 @@ class _Planning:
 
     def _losses(self) -> dict[str, tuple[Loss, ...]]:
         graph = self.graph
-        ends = [name for name, actor in graph.actors.items() if actor.kind.name in ("head", "last_stage", "model")]
+        ends = [name for name, actor in graph.actors.items() if actor.kind.name in ENDS]
         given = [
             (loss.of, Loss(loss.of.partition(".")[2], loss.kind, loss.target, loss.weight))
             for loss in self.section.loss
@@ -189,9 +193,7 @@ class _Planning:
         for of, loss in given:
             name, kind = of.partition(".")[0], loss.kind
             actor = graph.actors.get(name)
-            outputs = (
-                [LOGITS] if actor is not None and name in ends else list(actor.outputs if actor is not None else ())
-            )
+            outputs = self._minimised(actor) if actor is not None else []
             if loss.port not in outputs:
                 there = f"it has {', '.join(outputs)}" if actor is not None else f"there are {', '.join(graph.actors)}"
                 raise self._wrong(f"loss of {of}: no such output; {there}", "loss")
@@ -201,6 +203,13 @@ class _Planning:
                 )
             made.setdefault(name, []).append(loss)
         return {name: tuple(losses) for name, losses in made.items()}
+
+    def _minimised(self, actor: CheckedActor) -> list[str]:
+        """Outputs that losses may be taken of."""
+        name, checkpoint = actor.kind.name, self.graph.checkpoint
+        made = [LOGITS] if name in ENDS else list(actor.outputs)
+        mixes = checkpoint is not None and checkpoint.config.experts and name not in ("experts", "combine")
+        return [*made, BALANCE] if (mixes and actor.layers is not None) or (mixes and name == "model") else made
 
     def _steps_of_round(self) -> int:
         """How many steps make a round: asynchronous stages stop for nothing but validation, saving, and the end."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ranvier.actors.actor import Actor, Batch, Context
     from ranvier.actors.errors import ActorFailed, CheckpointError, Expired, Overloaded
-    from ranvier.actors.routing import gather, scatter
+    from ranvier.actors.routing import balancing_loss, gather, scatter
     from ranvier.actors.session import Sampling, SessionInfo
     from ranvier.graph.blocking import BlockingRun, start
     from ranvier.graph.check import load
@@ -48,7 +48,7 @@ _PLACES = {
     "Actor": "actors.actor", "Batch": "actors.actor", "Context": "actors.actor",
     "ActorFailed": "actors.errors", "CheckpointError": "actors.errors", "Expired": "actors.errors",
     "Overloaded": "actors.errors",
-    "gather": "actors.routing", "scatter": "actors.routing",
+    "balancing_loss": "actors.routing", "gather": "actors.routing", "scatter": "actors.routing",
     "Sampling": "actors.session", "SessionInfo": "actors.session",
     "BlockingRun": "graph.blocking", "start": "graph.blocking",
     "Graph": "graph.checked", "load": "graph.check",
@@ -67,8 +67,8 @@ __all__ = [
     "Actor", "ActorFailed", "Batch", "BlockingRun", "CheckpointError", "Context", "Expired", "Generation", "Graph",
     "GraphError", "KeyFileError", "LinkBroken", "LinkClosed", "Overloaded", "Plan", "ProtocolError", "RanvierError",
     "RequestError", "ResourceError", "Result", "Row", "Run",
-    "Sampling", "SessionInfo", "TensorSpec", "Token", "Trained", "gather", "initialise", "launch", "load", "plan", "scatter",
-    "start", "train",
+    "Sampling", "SessionInfo", "TensorSpec", "Token", "Trained", "balancing_loss", "gather", "initialise", "launch",
+    "load", "plan", "scatter", "start", "train",
 ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import itertools
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -300,6 +301,116 @@ def test_models(
 
     again = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32)
     same_weights(dict(again.named_parameters()), dict(learner.named_parameters()))
+
+
+MIXTURE = {
+    "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320, "num_hidden_layers": 2,
+    "max_position_embeddings": 64, "initializer_range": 0.2,
+}  # fmt: skip
+MIXTRAL = {**MIXTURE, "intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN = {**MIXTURE, "head_dim": 12, "intermediate_size": 64, "moe_intermediate_size": 32, "num_experts": 4,
+        "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": []}  # fmt: skip
+
+
+def mixture_cut(layers: Sequence[str]) -> tuple[dict[str, Any], list[Any], list[str]]:
+    """Actors and edges where each layer is cut into attention, experts 0-1, experts 2-3 and combine; who has balances."""
+    actors: dict[str, Any] = {"embed": {"kind": "embedding"}}
+    edges: list[Any] = []
+    before = "embed"
+    for layer in layers:
+        at, mix = f"attention{layer}", f"combine{layer}"
+        actors[at] = {"kind": "attention", "layers": layer}
+        actors[mix] = {"kind": "combine", "layers": layer}
+        edges.append(f"{before}.hidden -> {at}.hidden")
+        edges += [f"{at}.{port} -> {mix}.{port}" for port in ("residual", "index", "weight")]
+        for first in (0, 2):
+            name = f"experts{layer}from{first}"
+            actors[name] = {"kind": "experts", "layers": layer, "experts": f"{first}-{first + 1}"}
+            for port in (f"expert{first}", f"expert{first + 1}"):
+                edges += [f"{at}.{port} -> {name}.{port}", f"{name}.{port} -> {mix}.{port}"]
+        before = mix
+    actors["head"] = {"kind": "head"}
+    edges += [f"{before}.hidden -> head.hidden", {"from": "head.token", "to": "embed.token", "feedback": True}]
+    return actors, edges, [f"attention{layer}" for layer in layers]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "count", "schedule"),
+    [
+        ("mixtral", MIXTRAL, 0, "1f1b"),
+        *(pytest.param("mixtral", MIXTRAL, count, schedule, marks=pytest.mark.slow)
+          for count, schedule in [(1, "1f1b"), (2, "1f1b"), (4, "1f1b"), (2, "zero-bubble"), (0, "gpipe"), (0, "zero-bubble")]),
+        pytest.param("qwen3_moe", {**QWEN, "norm_topk_prob": False}, 0, "1f1b", marks=pytest.mark.slow),
+        pytest.param("qwen2_moe", {**QWEN, "shared_expert_intermediate_size": 40}, 2, "1f1b", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_mixtures_of_experts(
+    family: str, changes: dict[str, Any], count: int, schedule: str, graph: Make, trained: Train, tiny: Tiny, split: Any
+) -> None:
+    """Against transformers' own model, its balancing loss of each layer included; the experts in so many stages with all
+    else (0: in actors of their own)."""
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    folder, model = tiny(f"learns-mixture-{family}", family, **changes)
+    if count:
+        content = split(count, 2)
+        actors, names = content["actors"], content["pipeline"]
+        edges: list[Any] = [f"{one}.hidden -> {two}.hidden" for one, two in itertools.pairwise(names)]
+        edges.append({"from": f"{names[-1]}.token", "to": f"{names[0]}.token", "feedback": True})
+        uneven = [name for name in names if actors[name]["kind"] not in ("embedding", "head")]
+    else:
+        actors, edges, uneven = mixture_cut(["0", "1"])
+        names = ["head"]
+    terms = [{"of": f"{names[-1]}.logits", "target": "target"}]
+    terms += [{"of": f"{name}.balance", "kind": "mean", "weight": 0.02} for name in uneven]
+    section = model_training(320, schedule=schedule, loss=terms, recompute=family == "qwen3_moe")
+    checked = graph(actors, edges, section, model={"source": str(folder), "dtype": "float32"})
+    made = trained(checked)
+
+    learner = copy.deepcopy(model).train()
+
+    def loss_of(step: int) -> torch.Tensor:
+        given = parts.Tokens(SEQUENCES, CONTEXT, 320)(step, False)
+        total = torch.zeros(())
+        for ids, targets in zip(given["token"].chunk(MICRO), given["target"].chunk(MICRO), strict=True):
+            # what a micro-batch's routers do is balanced by itself: the term is no mean over tokens
+            out = learner(ids.view(-1, CONTEXT), use_cache=False, output_router_logits=True)
+            answer = F.cross_entropy(out.logits.flatten(0, 1), targets)
+            balances = sum(load_balancing_loss_func((logits,), 4, 2) for logits in out.router_logits)
+            total = total + (answer + 0.02 * balances) / MICRO
+        return total
+
+    same_losses(losses(made), plain(learner.parameters(), loss_of))
+    assert made.folder is not None
+    from transformers import AutoModelForCausalLM
+
+    again = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32)
+    same_weights(dict(again.named_parameters()), dict(learner.named_parameters()))
+    if not count:
+        only_where_rows_went(checked, made)
+
+
+def only_where_rows_went(checked: ranvier.Graph, made: Trained) -> None:
+    """Micro-batch by micro-batch an expert's edge carries as many rows back as went there, and those are two of each token."""
+    assert made.run_dir is not None
+    read = trace.read(made.run_dir)
+    routed = [
+        (index, edge) for index, edge in enumerate(checked.edges)
+        if edge.out.startswith("expert") and edge.source.startswith("attention")
+    ]  # fmt: skip
+    assert len(routed) == 8
+    sent: Counter[int] = Counter()
+    for index, edge in routed:
+        there, back = (
+            {record.rows[0][2]: record.nbytes for record in read.sent[f"{name}.0"] if record.edge == index}
+            for name in (edge.source, edge.target)
+        )
+        assert there == back, edge.name
+        assert len(there) == STEPS * MICRO
+        sent.update(there)
+    assert set(sent.values()) == {
+        2 * 2 * (SEQUENCES // MICRO * CONTEXT) * 48 * 4
+    }  # layers, choices, tokens, width, bytes
 
 
 @pytest.mark.slow

@@ -1,0 +1,63 @@
+"""A mixture-of-experts layer that learns, cut into actors as `model/experts.py` cuts it. Only the tokens that chose an expert
+travel to it, and only their gradients come back.
+
+Shape suffixes as in `layers.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from ranvier.transport.header import Row
+
+from ..actor import Batch, Context
+from ..model.slots import Slot
+from ..routing import expert_ports, gather, scatter
+from .layers import BALANCE, NativeStage, attention_slots, expert_slots
+
+
+class Attention(NativeStage):
+    """`hidden` -> `residual`, `index`, `weight`, `expertN`, and the balancing loss."""
+
+    def _slots_of(self, context: Context) -> Iterator[tuple[str, Slot]]:
+        assert self.layers is not None
+        yield from attention_slots(self.config, self.layers[0])
+
+    def forward(self, batch: Batch) -> Mapping[str, torch.Tensor]:
+        assert self.layers is not None
+        residual_TH, normed_TH = self._attention(self.layers[0], batch["hidden"])
+        chosen, ports = self._chosen(self.layers[0], normed_TH), expert_ports((0, self.config.experts - 1))
+        routed = scatter((Row(1, 1, 0, len(normed_TH)),), normed_TH, chosen.numbers, ports)
+        made = {"residual": residual_TH, "index": chosen.numbers, "weight": chosen.weights, BALANCE: chosen.balance}
+        return {**made, **{port: part[port] for port, part in routed.items()}}
+
+
+class Experts(NativeStage):
+    """`expertN` -> `expertN`, each over its own tokens."""
+
+    def _slots_of(self, context: Context) -> Iterator[tuple[str, Slot]]:
+        assert self.layers is not None and context.experts is not None
+        self.ports = expert_ports(context.experts)
+        for number in range(context.experts[0], context.experts[1] + 1):
+            yield from expert_slots(self.config, self.layers[0], number)
+
+    def forward(self, batch: Batch) -> Mapping[str, torch.Tensor]:
+        assert self.layers is not None
+        return {port: self._up_and_down(f"layer{self.layers[0]}_{port}_", batch[port]) for port in self.ports}
+
+
+class Combine(NativeStage):
+    """`residual`, `index`, `weight`, `expertN` -> `hidden`. It has no weights of its own, and passes gradients on."""
+
+    def _slots_of(self, context: Context) -> Iterator[tuple[str, Slot]]:
+        yield from ()
+
+    def forward(self, batch: Batch) -> Mapping[str, torch.Tensor]:
+        ports = expert_ports((0, self.config.experts - 1))
+        return {"hidden": batch["residual"] + gather(batch["index"], batch["weight"], batch.tensors, ports)}
+
+
+STAGES: Mapping[str, type[NativeStage]] = {"attention": Attention, "experts": Experts, "combine": Combine}
+"""The kinds that are parts of a mixture."""
