@@ -9,6 +9,7 @@ the very modules that the actors run. Each contestant takes the median of some t
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -45,13 +46,14 @@ graph = ranvier.load(file, allow_code=True, overrides={"model.source": sys.argv[
 for _ in sys.stdin:
     with tempfile.TemporaryDirectory() as out:
         trained = trio.run(lambda: ranvier.train(graph, pathlib.Path(out), allow_code=True, runs=file.parent))
-    if sys.argv[4] == "bubble":
+    if len(graph.actors) > 1:
         from ranvier.graph.training.bubbles import Bubbles
         from ranvier.graph.training.planning import training_plan
-        bubbles = Bubbles(training_plan(graph), trained.counters)
-        print(bubbles.measured if sys.argv[5] == "measured" else bubbles.computed, flush=True)
-    else:
-        print(1 / statistics.median(step["seconds"] for step in trained.history[4:]), flush=True)
+        plan = training_plan(graph)
+        bubbles = Bubbles(plan.schedule, plan.stages, trained.counters)
+        with pathlib.Path(sys.argv[4]).open("a") as told:
+            print(json.dumps([bubbles.measured, bubbles.computed, bubbles.messages]), file=told)
+    print(1 / statistics.median(step["seconds"] for step in trained.history[4:]), flush=True)
 """
 
 TRANSFORMERS = (
@@ -162,6 +164,7 @@ def ask(rounds: int) -> Answer:
         one = {"model": {"kind": "model", "cpus": [0]}}
         makers: Makers = {
             "two stages, two cores": partial(_ours, two, folder),
+            "two stages, two cores, eager": partial(_ours, two, folder, "eager"),
             "one actor, one core": partial(_ours, one, folder),
             "transformers, one core": partial(Contestant, sys.executable, TRANSFORMERS, str(folder)),
             **{
@@ -172,18 +175,27 @@ def ask(rounds: int) -> Answer:
             },
         }
         figures = in_turn(makers, rounds)
-        measured, computed = (_ours(two, folder, "bubble", which).measure() for which in ("measured", "computed"))
+        notes = [_bubble(schedule, folder / schedule) for schedule in ("1f1b", "eager")]
     goals = [
         Goal("two stages, two cores", "one actor, one core", 1.7),
         Goal("two stages, two cores", "transformers, one core"),
         Goal("two stages, two cores", "torch.distributed.pipelining, transformers layers", 1.1),
         Goal("two stages, two cores", "torch.distributed.pipelining, our layers"),
     ]
-    note = f"bubble: {measured:.1%} measured, {computed:.1%} by the schedule with the measured costs"
-    return Answer("steps/s", figures, goals, [note])
+    return Answer("steps/s", figures, goals, notes)
 
 
-def _ours(actors: Mapping[str, Any], folder: Path, *what: str) -> Contestant:
+def _bubble(schedule: str, file: Path) -> str:
+    runs = [json.loads(line) for line in file.read_text().splitlines()]
+    measured, computed, messages = map(statistics.median, zip(*runs, strict=True))
+    ratio = statistics.median(one / other for one, other, _ in runs)
+    return (
+        f"bubble of {schedule}: {measured:.1%} measured, {computed:.1%} by the schedule with the measured costs, ratio "
+        f"{ratio:.2f} (1.10: {'holds' if ratio <= 1.1 else 'MISSED'}); messages {messages:.1%}"
+    )
+
+
+def _ours(actors: Mapping[str, Any], folder: Path, schedule: str = "1f1b") -> Contestant:
     names = list(actors)
     edges = [f"{names[0]}.hidden -> {names[1]}.hidden"] if len(names) == 2 else []
     graph = {
@@ -192,7 +204,7 @@ def _ours(actors: Mapping[str, Any], folder: Path, *what: str) -> Contestant:
         "edges": [*edges, {"from": f"{names[-1]}.token", "to": f"{names[0]}.token", "feedback": True}],
         "training": {
             "data": {"source": "./data.py:Tokens", "context": CONTEXT}, "batch": BATCH, "micro_batches": MICRO, "steps": STEPS,
-            "optimizer": ADAMW,
+            "optimizer": ADAMW, "schedule": schedule,
         },
     }  # fmt: skip
-    return Contestant(sys.executable, OURS, json.dumps(graph), DATA, str(folder), *(what or ("steps", "")))
+    return Contestant(sys.executable, OURS, json.dumps(graph), DATA, str(folder), str(folder / schedule))

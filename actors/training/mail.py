@@ -18,7 +18,7 @@ from ..outputs import coded
 from ..process import ACK_DELAY_S, TICK_S, Process
 from .core import Place, TrainingCore
 from .schedule import UPDATE, Action
-from .spec import INPUT_GRADIENT, TrainingLink
+from .spec import INPUT_GRADIENT, VALIDATION, WAITED, TrainingLink
 
 DRAIN_DEADLINE_S = 5.0
 
@@ -68,7 +68,8 @@ class Mail(Process):
         while missing:
             self.take_in_more(wire)
             missing = self.core.missing(missing, place)
-        self.core.counters[f"{role} waited_us"] += (time.monotonic_ns() - began_ns) // 1000
+        name = f"{role}{WAITED}" + (" in validation" if place[0] == VALIDATION else "")
+        self.core.counters[name] += (time.monotonic_ns() - began_ns) // 1000
 
     def take_in_more(self, wire: ZeroWire) -> None:
         """Send what is to be sent, wait for something to come, obey.

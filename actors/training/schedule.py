@@ -5,7 +5,7 @@ weights) or `U` (update). Printed as one line a stage, `name: F0 F1 B0 B1 U`, wh
 written as. A schedule is checked for deadlock and its bubble computed by playing it with given costs; `step.py` runs it.
 
 GPipe: Huang et al. 2019. One forward, one backward, and the asynchronous form with stashed weights: PipeDream, Narayanan et al.
-2019. Interleaved: Narayanan et al. 2021. Zero bubble (H1): Qi et al. 2023.
+2019. Eager: Zhuang et al. 2022. Interleaved: Narayanan et al. 2021. Zero bubble (H1): Qi et al. 2023.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 FORWARD, BACKWARD, INPUTS, WEIGHTS, UPDATE = "F", "B", "I", "W", "U"
-NAMES = ("gpipe", "1f1b", "interleaved", "zero-bubble", "async")
+NAMES = ("gpipe", "1f1b", "eager", "interleaved", "zero-bubble", "async")
 COSTS = {FORWARD: 1.0, BACKWARD: 2.0, INPUTS: 1.0, WEIGHTS: 1.0, UPDATE: 0.0}
 """What actions take where nothing was measured: a backward is twice a forward."""
 _ACTION = re.compile(r"([FBIW])(\d{1,9})|U")
@@ -105,6 +105,8 @@ def make(name: str, stages: Stages, micro_batches: int, accumulate: int = 1) -> 
         made = {stage: _gpipe(micro_batches) for stage in stages.names}
     elif name == "1f1b":
         made = {stage: _one_by_one(micro_batches, far[stage]) for stage in stages.names}
+    elif name == "eager":  # nobody waits for a message that is on its way, or for a step that took longer than others
+        made = {stage: _one_by_one(micro_batches, 2 * far[stage]) for stage in stages.names}
     elif name == "zero-bubble":
         made = {
             stage: _zero_bubble(micro_batches, far[stage], max(far.values()) - far[stage]) for stage in stages.names

@@ -16,6 +16,8 @@ TARGET, LOSS, NORM, SHARED, RING = "target", "loss", "norm", "shared", "ring"
 gateway, a TARGET comes from it; by NORM links every stage tells every other, and the first one the gateway, of its gradients;
 SHARED links connect those who hold the same weight; RING links go from each replica of an actor to the next."""
 
+WAITED = " waited_us"
+"""How a host's counter of waiting ends, after the role of the link that was waited for."""
 TRAINING, VALIDATION = 1, 2
 """The sessions of a training run: micro-batches are counted in each by itself, as the positions of its rows."""
 

@@ -4,46 +4,68 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ranvier.actors.training.schedule import BACKWARD, FORWARD, INPUTS, UPDATE, WEIGHTS, bubble, play
-
-from .plan import TrainingPlan
+from ranvier.actors.training.schedule import BACKWARD, FORWARD, INPUTS, UPDATE, WEIGHTS, Schedule, Stages, bubble, play
+from ranvier.actors.training.spec import WAITED
 
 KINDS = (FORWARD, BACKWARD, INPUTS, WEIGHTS, UPDATE)
 
 
 class Bubbles:
-    """Of one training run.
+    """Of one training run: each stage computes, has to do with messages, or waits for one. The last is the bubble.
 
     Args:
         counters: what the hosts have counted, by `actor.replica`: microseconds and number of each kind of action (`F_us`, `F`,
-            …), and of whole rounds.
+            …), of waiting by what for, and of whole rounds.
     """
 
-    def __init__(self, plan: TrainingPlan, counters: Mapping[str, Mapping[str, int]]) -> None:
+    def __init__(self, schedule: Schedule, stages: Stages, counters: Mapping[str, Mapping[str, int]]) -> None:
         own = {label.partition(".")[0]: counted for label, counted in counters.items()}
-        self._plan = plan
-        self._own = {name: own[name] for name in plan.stages.names if name in own}
-        self.costs = {
-            (name, kind): counted[f"{kind}_us"] / counted[kind]
-            for name, counted in self._own.items()
-            for kind in KINDS
-            if counted.get(kind)
-        }
-        """Microseconds that an action of a stage took, on average."""
+        self._schedule, self._stages = schedule, stages
+        self._own = {name: own[name] for name in stages.names if name in own}
+        self.costs: dict[tuple[str, str], float] = {}
+        """Microseconds that an action of a stage took on average, with its messages."""
+        for name, counted in self._own.items():
+            kinds = [kind for kind in KINDS if counted.get(kind)]
+            actions = sum(counted[kind] for kind in kinds if kind != UPDATE)
+            for kind in kinds:
+                more = 0.0 if kind == UPDATE else self._on_messages(name) / actions
+                self.costs[name, kind] = counted[f"{kind}_us"] / counted[kind] + more
+
+    def _waited(self, name: str) -> int:
+        return sum(spent for what, spent in self._own[name].items() if what.endswith(WAITED))
+
+    def _computed(self, name: str) -> int:
+        return sum(self._own[name].get(f"{kind}_us", 0) for kind in KINDS)
+
+    def _on_messages(self, name: str) -> int:
+        return max(self._own[name].get("rounds_us", 0) - self._computed(name) - self._waited(name), 0)
+
+    @property
+    def _spans(self) -> dict[str, int]:
+        """Microseconds from the beginning to the end of rounds, by worker."""
+        spans: dict[str, int] = {}
+        for name, counted in self._own.items():
+            worker = self._stages.worker(name)
+            spans[worker] = max(spans.get(worker, 0), counted.get("rounds_us", 0))
+        return spans
+
+    def _share(self, spent: int) -> float:
+        whole = sum(self._spans.values())
+        return spent / whole if whole else 0.0
+
+    @property
+    def messages(self) -> float:
+        """What sending and taking messages took of all workers' time: 0 to 1."""
+        return self._share(sum(map(self._on_messages, self._own)))
 
     @property
     def measured(self) -> float:
-        """0 to 1, of all workers' time from the beginning to the end of rounds."""
-        workers: dict[str, list[int]] = {}
-        for name, counted in self._own.items():
-            busy = sum(counted.get(f"{kind}_us", 0) for kind in KINDS)
-            spent = workers.setdefault(self._plan.stages.worker(name), [0, 0])
-            spent[0] += busy
-            spent[1] = max(spent[1], counted.get("rounds_us", 0))
-        spans = sum(span for _, span in workers.values())
-        return 1 - sum(busy for busy, _ in workers.values()) / spans if spans else 0.0
+        """What waiting took of all workers' time: 0 to 1."""
+        if not self._spans:
+            return 0.0
+        return 1 - self._share(sum(self._computed(name) + self._on_messages(name) for name in self._own))
 
     @property
     def computed(self) -> float:
         """What the schedule says for these costs."""
-        return bubble(play(self._plan.schedule, self._plan.stages, self.costs), self._plan.stages)
+        return bubble(play(self._schedule, self._stages, self.costs), self._stages)

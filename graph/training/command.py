@@ -75,7 +75,7 @@ def train_command(
             )  # fmt: skip
 
         trained = interruptible(main)
-    bubbles = Bubbles(plan, trained.counters) if trained.counters else None
+    bubbles = Bubbles(plan.schedule, plan.stages, trained.counters) if trained.counters else None
     if plot is not None:
         draw(plot, plan, trained.history, bubbles)
     told = _told(trained, bubbles, time.monotonic() - began_s)
@@ -84,7 +84,10 @@ def train_command(
         return
     print(f"loss {told['loss']:.4f}" + (f", validation {told['validation']:.4f}" if "validation" in told else ""))
     if "bubble" in told:
-        print(f"bubble {told['bubble']['measured']:.1%}, {told['bubble']['computed']:.1%} by the schedule")
+        shares = told["bubble"]
+        print(
+            f"bubble {shares['measured']:.1%}, {shares['computed']:.1%} by the schedule; messages {shares['messages']:.1%}"
+        )
     print(f"checkpoint: {trained.folder}\nrun folder: {trained.run_dir}")
 
 
@@ -98,5 +101,5 @@ def _told(trained: Trained, bubbles: Bubbles | None, took_s: float) -> dict[str,
     if validations:
         told |= {"validation": validations[-1], "best_validation": min(validations)}
     if bubbles is not None:
-        told["bubble"] = {"measured": bubbles.measured, "computed": bubbles.computed}
+        told["bubble"] = {"measured": bubbles.measured, "computed": bubbles.computed, "messages": bubbles.messages}
     return told

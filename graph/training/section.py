@@ -86,7 +86,7 @@ class TrainingSection(Section):
     schedule: str = Field(
         "1f1b",
         max_length=4096,
-        description="gpipe, 1f1b, interleaved, zero-bubble, async, or ./file with one as `ranvier show --schedule` prints",
+        description="gpipe, 1f1b, eager, interleaved, zero-bubble, async, or ./file as `ranvier show --schedule` prints",
     )
     accumulate: int = Field(1, ge=1, description="async: micro-batches of an update")
     optimizer: OptimizerSection = Field(default_factory=lambda: OptimizerSection())

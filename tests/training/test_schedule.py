@@ -19,6 +19,7 @@ from ranvier.actors.training.schedule import (
     parse,
     play,
 )
+from ranvier.graph.training.bubbles import Bubbles
 
 FOUR = Stages(("a", "b", "c", "d"), (("a", "b"), ("b", "c"), ("c", "d")), {})
 TWO_CORES = Stages(FOUR.names, FOUR.edges, {"a": "0", "b": "1", "c": "0", "d": "1"})
@@ -31,7 +32,7 @@ def test_bubbles_are_those_of_the_papers() -> None:
     """Of p stages and m micro-batches, a backward being twice a forward: (p - 1) / (m + p - 1) of GPipe and 1F1B; of zero bubble
     (H1) p - 1 forwards are waited for."""
     for count in (4, 8, 32):
-        for name in ("gpipe", "1f1b"):
+        for name in ("gpipe", "1f1b", "eager"):
             schedule = make(name, FOUR, count)
             assert bubble(play(schedule, FOUR), FOUR) == pytest.approx(3 / (count + 3))
         schedule = make("zero-bubble", FOUR, count)
@@ -39,7 +40,7 @@ def test_bubbles_are_those_of_the_papers() -> None:
 
 
 def test_how_much_is_kept() -> None:
-    """1F1B and zero bubble keep no more micro-batches than there are stages; GPipe keeps all."""
+    """1F1B and zero bubble keep no more micro-batches than there are stages, eager twice as many; GPipe keeps all."""
 
     def most(schedule: Schedule, stage: str) -> int:
         kept = found = 0
@@ -49,8 +50,23 @@ def test_how_much_is_kept() -> None:
         return found
 
     assert [most(make("1f1b", FOUR, 16), stage) for stage in FOUR.names] == [4, 3, 2, 1]
+    assert [most(make("eager", FOUR, 16), stage) for stage in FOUR.names] == [7, 5, 3, 1]
     assert max(most(make("zero-bubble", FOUR, 16), stage) for stage in FOUR.names) == 4
     assert most(make("gpipe", FOUR, 16), "a") == 16
+
+
+def test_time_is_computed_waited_or_on_messages() -> None:
+    """Of two stages with two micro-batches, each action 10 of 100 µs and 5 more for its messages: what is left was waited for. What
+    validation waited does not count."""
+    stages = Stages(("a", "b"), (("a", "b"),), {})
+    counted = {"F": 2, "B": 2, "U": 1, "F_us": 20, "B_us": 20, "U_us": 10, "rounds_us": 100}
+    waits = {"input waited_us": 20, "norm waited_us": 10, "input waited_us in validation": 1000}
+    found = Bubbles(make("1f1b", stages, 2), stages, {"a.0": {**counted, **waits}, "b.0": {**counted, **waits}})
+    assert found.costs == {(name, kind): cost for name in "ab" for kind, cost in (("F", 15), ("B", 15), ("U", 10))}
+    assert found.measured == pytest.approx(0.3)
+    assert found.messages == pytest.approx(0.2)
+    # a: F0 F1 . B0 . B1 U, of 15 each and 10: each stage waits 30 of 100, at its beginning, between, or at its end
+    assert found.computed == pytest.approx(0.3)
 
 
 @pytest.mark.parametrize("stages", [FOUR, DIAMOND, TWO_CORES], ids=["row", "diamond", "two cores"])
