@@ -67,9 +67,7 @@ async def launch(
         ResourceError: there are no descriptors, no disk, no memory to start it with.
     """
     planned = plan(graph)
-    bad_links = read_chaos(chaos) if chaos is not None else []
-    if bad_links and all(edge.local for edge in planned.edges):
-        raise RequestError("chaos is for tcp links, and this graph has none; set transport: tcp://127.0.0.1")
+    bad_links = bad_links_of(planned, chaos)
     make_sure_of_descriptors(f"graph {graph.name}", 2 * OF_A_WIRE + OF_A_PEER * (planned.processes + 1))
     try:
         folder = run_folder.create(planned, Path(runs))
@@ -93,6 +91,18 @@ async def launch(
         folder.outcome(outcome="done")
     finally:
         folder.close()
+
+
+def bad_links_of(planned: Plan, chaos: Path | None) -> Sequence[ChaosLink]:
+    """What a chaos file says.
+
+    Raises:
+        RequestError: it says nothing that can be done to this graph.
+    """
+    bad_links = read_chaos(chaos) if chaos is not None else []
+    if bad_links and all(edge.local for edge in planned.edges):
+        raise RequestError("chaos is for tcp links, and this graph has none; set transport: tcp://127.0.0.1")
+    return bad_links
 
 
 @contextlib.asynccontextmanager

@@ -31,6 +31,7 @@ from ranvier.transport.trio_wire import TrioWire
 from ranvier.transport.zeromq import ZeroWire
 
 from .. import run_folder
+from ..chaos import ChaosLink, Detours
 from ..launch import logger, single
 from ..plan import EPOCH
 from ..run_folder import RunFolder
@@ -62,7 +63,9 @@ class Attempt:
         trained: Trained,
         on_step: OnStep,
         keep: int,
+        bad_links: Sequence[ChaosLink] = (),
     ) -> None:
+        self._bad_links = bad_links
         self.plan, self.data, self.out, self.found, self.trained = plan, data, out, found, trained
         self.policies: dict[str, Any] = {}
         self._on_step = on_step
@@ -140,12 +143,14 @@ class Attempt:
                 stack.callback(supervisor.close)
                 supervisor.on_saved = self._on_saved
                 async with trio.open_nursery() as nursery:
+                    detours = Detours(self._bad_links, nursery)
+                    supervisor.detour, supervisor.on_forgotten = detours.address, detours.forget
                     nursery.start_soon(supervisor.run)
                     await supervisor.until_loaded(lambda _share: None)
                     for spec in specs:
                         address = supervisor.supervision.hosts[spec.identity].address
                         assert address is not None
-                        self._wire.connect(spec.identity, address)
+                        self._wire.connect(spec.identity, detours.address(ME, spec.identity, address))
                     nursery.start_soon(self._listen)
                     if traced:
                         nursery.start_soon(self._ship, folder, ring)
@@ -164,6 +169,8 @@ class Attempt:
                         self.trained.counters = {
                             label: dict(own) for label, own in supervisor.supervision.counters.items()
                         }
+                        if done := detours.counters:
+                            self.trained.counters["chaos"] = dict(done)
                         folder.outcome(counters=self.trained.counters)
                     nursery.cancel_scope.cancel()
 

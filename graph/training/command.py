@@ -49,6 +49,9 @@ def train_command(
         Path | None, typer.Option("--plot", help="Draw losses and the schedule into this file (PNG); needs matplotlib.")
     ] = None,
     keep: Annotated[int, typer.Option("--keep", min=1, help="Checkpoints that are kept.")] = 2,
+    chaos: Annotated[
+        Path | None, typer.Option("--chaos", help="A file that says what goes wrong on which tcp links.")
+    ] = None,
     as_json: Json = False,
     allow_code: AllowCode = False,
     settings: Set = None,
@@ -71,7 +74,7 @@ def train_command(
         async def main() -> Trained:
             return await train(
                 checked, out, allow_code=allow_code, runs=runs, on_step=on_step, on_event=progress.say, keep=keep,
-                zygote=context.obj,
+                chaos=chaos, zygote=context.obj,
             )  # fmt: skip
 
         trained = interruptible(main)

@@ -19,6 +19,7 @@ from ranvier.actors.zygote_process import ZygoteProcess
 
 from .. import run_folder
 from ..checked import Graph
+from ..launch import bad_links_of
 from . import checkpoints
 from .attempt import Attempt
 from .data import of as data_of
@@ -36,6 +37,7 @@ async def train(
     on_event: Callable[[str], None] = lambda _what: None,
     on_started: OnStarted = lambda _pids: None,
     keep: int = 2,
+    chaos: Path | None = None,
     zygote: ZygoteProcess | None = None,
 ) -> Trained:
     """Train a graph until its steps are done, from the newest checkpoint under `out` on.
@@ -47,6 +49,7 @@ async def train(
         on_step: told of every step and validation.
         on_event: told what goes on otherwise, in words.
         on_started: told the processes, by identity, of each attempt.
+        chaos: a file that says what goes wrong on which tcp links (graph/chaos.py).
         zygote: the process that hosts are forked from, where it was started before.
 
     Raises:
@@ -55,7 +58,7 @@ async def train(
         RequestError: the data is not there or does not fit, or `out` has a checkpoint of another graph.
     """
     plan = training_plan(graph)
-    data = data_of(plan, allow_code)
+    data, bad_links = data_of(plan, allow_code), bad_links_of(plan.plan, chaos)
     restarts: dict[str, Restarts] = {}
     trained = Trained()
     out.mkdir(parents=True, exist_ok=True)
@@ -67,7 +70,7 @@ async def train(
             return trained
         if found is not None:
             on_event(f"going on from {found.folder}, {found.rounds} of {plan.rounds} rounds done")
-        attempt = Attempt(plan, data, out, found, trained, on_step, keep)
+        attempt = Attempt(plan, data, out, found, trained, on_step, keep, bad_links)
         try:
             await attempt.run(runs, on_started, zygote)
         except ActorFailed as error:

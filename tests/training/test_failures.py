@@ -76,6 +76,24 @@ def test_a_stage_is_killed_and_the_losses_are_the_same(seed: int, schedule: str,
     assert without_times(got) == without_times(expected)
 
 
+@pytest.mark.parametrize(
+    ("faults", "happened"),
+    [({"flip": 0.04}, "flipped"), pytest.param({"reset_after_bytes": 20_001}, "reset", marks=pytest.mark.slow),
+     pytest.param({"reorder": 0.3}, "reordered", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_bad_links_change_nothing(
+    faults: Mapping[str, float], happened: str, graph: Make, trained: Train, tmp_path: Path
+) -> None:
+    """Between all stages and to the gateway, both ways: what was damaged is asked for again, and no loss is another."""
+    expected = trained(graph(ROW, EDGES, section()), out="whole")
+    bad = tmp_path / "chaos.yaml"
+    bad.write_text(json.dumps({"links": [{**faults, "seed": 5}]}))
+    got = trained(graph(ROW, EDGES, section(), transport="tcp://127.0.0.1"), out="bad", chaos=bad)
+    assert got.counters["chaos"][happened] > 0
+    assert not got.losses
+    assert without_times(got) == without_times(expected)
+
+
 @pytest.mark.slow
 def test_an_actor_that_is_lost_too_often_ends_the_training(graph: Make, trained: Train) -> None:
     made = graph(ROW, EDGES, section(), restart={"max": 2, "window_s": 60, "backoff_s": 0})
