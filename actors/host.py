@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +138,11 @@ class Host(Process):
         crossing.queued = self.core.queued
         crossing.stepping_since_ns = 0
         if self.spec.trace:
+            on = [] if len(done) == len(work.sources) else _others(work.sources, done)
             for received in done:
-                self.records.done(received, started_ns, finished_ns, len(done))
+                self.records.done(received, started_ns, finished_ns, len(done) + len(on))
+            for received in on:  # some of its rows go into a later step
+                self.records.part(received, started_ns, finished_ns, len(done) + len(on), work.batch.rows)
 
     def _step_failed(self, work: Work, error: Exception) -> None:
         """End the sessions that the failure is due to; the others of the batch get their step alone."""
@@ -233,3 +236,11 @@ class Host(Process):
             for received in self.core.discarded:
                 self.records.done(received, now_ns, now_ns, 0)
         self.core.discarded.clear()
+
+
+def _others(sources: Iterable[Received], done: Iterable[Received]) -> list[Received]:
+    """Each once, but those."""
+    found = {id(received): received for received in sources}
+    for received in done:
+        found.pop(id(received), None)
+    return list(found.values())

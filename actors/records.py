@@ -8,7 +8,7 @@ from ranvier.transport.header import Row
 from ranvier.transport.link import LinkSpec
 
 from .ring import Ring
-from .trace_file import DONE, SENT, UNSENT
+from .trace_file import DONE, PART, SENT, UNSENT
 
 
 class Records:
@@ -28,8 +28,18 @@ class Records:
 
     def done(self, received: Received, started_ns: int, finished_ns: int, batch: int) -> None:
         """`batch` messages went into the step; 0: it went into none."""
+        self._received(DONE, received, started_ns, finished_ns, batch, received.header.rows)
+
+    def part(self, received: Received, started_ns: int, finished_ns: int, batch: int, rows: tuple[Row, ...]) -> None:
+        """Only some of its rows went into the step, which has these."""
+        own = {row[:3] for row in received.header.rows}
+        self._received(PART, received, started_ns, finished_ns, batch, tuple(row for row in rows if row[:3] in own))
+
+    def _received(
+        self, kind: str, received: Received, started_ns: int, finished_ns: int, batch: int, rows: tuple[Row, ...]
+    ) -> None:
         header = received.header
         self._put((
-            DONE, header.edge, header.sequence, received.nbytes, header.sent_ns, received.received_ns, started_ns,
-            finished_ns, batch, header.rows, received.link.spec.source,
+            kind, header.edge, header.sequence, received.nbytes, header.sent_ns, received.received_ns, started_ns,
+            finished_ns, batch, rows, received.link.spec.source,
         ))  # fmt: skip

@@ -48,6 +48,11 @@ DONE_COLUMNS = (
 """At the receiving end: received (taken from the wire), started and finished (the step it went into); `batch` is the
 number of messages of that step, 0 if it went into none. Rows are [session, epoch, position, tokens]."""
 
+PART = "part"
+PART_COLUMNS = DONE_COLUMNS
+"""At the receiving end: a step that some rows of a message went into, others of which wait for a later one; the rows are
+those of the step."""
+
 UNSENT = "unsent"
 UNSENT_COLUMNS = ("kind", "edge", "bytes", "ready_ns", "given_up_ns", "rows", "target")
 """At the sending end: waited for credit that `target` never gave, until its sessions, or the run, were over."""
@@ -68,7 +73,7 @@ class TraceFile:
         self._dropped = 0
         self._lost = 0
         head = {"actor": label, "clock": "CLOCK_MONOTONIC", "pid": os.getpid(),
-                "columns": {SENT: SENT_COLUMNS, DONE: DONE_COLUMNS, UNSENT: UNSENT_COLUMNS,
+                "columns": {SENT: SENT_COLUMNS, DONE: DONE_COLUMNS, PART: PART_COLUMNS, UNSENT: UNSENT_COLUMNS,
                             DROPPED: DROPPED_COLUMNS}}  # fmt: skip
         self._file: BinaryIO = self._path.open("wb", buffering=0)
         self._head = _to_lines([head])

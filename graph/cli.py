@@ -18,7 +18,7 @@ from ranvier.actors.session import Sampling
 from ranvier.actors.zygote_process import ZygoteProcess
 from ranvier.transport.errors import RanvierError
 
-from . import perfetto, run_folder, show, trace
+from . import causes, perfetto, run_folder, show, trace
 from .check import load as load_graph
 from .checked import Graph
 from .command_line import (
@@ -361,9 +361,23 @@ def trace_command(
     to_perfetto: Annotated[
         Path | None, typer.Option("--perfetto", metavar="OUT", help="Write Chrome JSON that Perfetto opens.")
     ] = None,
+    why: Annotated[
+        int | None,
+        typer.Option("--why", metavar="SESSION", help="Why a request took so long: each microsecond put to one cause."),
+    ] = None,
+    idle: Annotated[
+        bool, typer.Option("--idle", help="What every actor waited for when it had nothing to do.")
+    ] = False,
 ) -> None:
     """Print what every message of a run cost, per edge and per actor."""
     read = trace.read(run_dir)
+    if why is not None or idle:
+        found = causes.why(read, why) if why is not None else causes.idle(read)
+        if as_json:
+            print_json(found)
+        else:
+            print(causes.why_table(found) if why is not None else causes.idle_table(found))
+        return
     if to_perfetto is not None:
         to_perfetto.write_text(json.dumps(perfetto.events(read)))
         print(f"wrote {to_perfetto}; open it in Perfetto or chrome://tracing", file=sys.stderr)

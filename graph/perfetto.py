@@ -24,12 +24,14 @@ def events(trace: Trace) -> dict[str, Any]:
         made.append({"ph": "M", "name": "process_name", "pid": pid, "tid": 1, "args": {"name": actor}})
         made.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": 1, "args": {"name": "step"}})
         steps: set[tuple[int, int]] = set()
-        for done in trace.done.get(actor, ()):
+        unused = [record for record in trace.done.get(actor, ()) if not record.batch]
+        for done in (*trace.in_steps(actor), *unused):
             if (done.started_ns, done.finished_ns) not in steps:  # a step may hold several messages
                 steps.add((done.started_ns, done.finished_ns))
                 args = {"messages": done.batch, "tokens": sum(row[3] for row in done.rows)}
                 name = "step" if done.batch else "went into no step"
                 made.append(_slice(pid, name, done.started_ns, done.finished_ns, begin, args))
+        for done in trace.done.get(actor, ()):
             made.append(_flow("f", pid, done_key(actor, done), done.started_ns, begin, trace))
         for sent in trace.sent.get(actor, ()):
             args = {

@@ -4,7 +4,8 @@ queued and were computed on.
     serialise   the actor had it (or the link let it go) → handed to the wire
     credit      the actor had it → the link let it go
     wire        handed to the wire → taken from it at the other end
-    queue       taken from the wire → its step began
+    join        taken from the wire → the last of what its step needed was, too
+    queue       all was there → its step began
     compute     the step
 """
 
@@ -18,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ranvier.actors.trace_file import DONE, DROPPED, SENT, UNSENT
+from ranvier.actors.trace_file import DONE, DROPPED, PART, SENT, UNSENT
 from ranvier.transport.codec import CODECS
 from ranvier.transport.errors import RanvierError
 
-PARTS = ("serialise", "credit", "wire", "queue", "compute")
+PARTS = ("serialise", "credit", "wire", "join", "queue", "compute")
 PERCENTILES = (50, 95, 99)
 _ODD = {"unused": "messages went into no step", "not_taken": "messages were sent and never taken"}
 _COUNTED = {
@@ -97,9 +98,26 @@ class Trace:
     edges: list[str]
     sent: dict[str, list[Sent]] = field(default_factory=dict)
     done: dict[str, list[Done]] = field(default_factory=dict)
+    parts: dict[str, list[Done]] = field(default_factory=dict)
+    """Steps that only some rows of a message went into, before the one that it was done with."""
     unsent: dict[str, list[Unsent]] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
     counters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    def in_steps(self, actor: str) -> list[Done]:
+        """What went into each step of an actor: of a message that went into several, each with the rows that it had there."""
+        parts = self.parts.get(actor, [])
+        before: dict[Message, set[tuple[int, ...]]] = defaultdict(set)
+        for part in parts:
+            before[done_key(actor, part)].update(tuple(row) for row in part.rows)
+        made = [*parts]
+        for record in self.done.get(actor, ()):
+            if record.batch:
+                gone = before.get(done_key(actor, record))
+                made.append(
+                    record._replace(rows=[row for row in record.rows if tuple(row) not in gone]) if gone else record
+                )
+        return made
 
 
 def read(run_dir: Path) -> Trace:
@@ -138,6 +156,8 @@ def _read_file(trace: Trace, file: Path) -> None:
                 sent.append(Sent(*values))
             elif kind == DONE:
                 done.append(Done(*values))
+            elif kind == PART:
+                trace.parts.setdefault(actor, []).append(Done(*values))
             elif kind == UNSENT:
                 trace.unsent.setdefault(actor, []).append(Unsent(*values))
             elif kind == DROPPED:
@@ -155,6 +175,7 @@ def summary(trace: Trace) -> dict[str, Any]:
         never_done.subtract(record.edge for record in records if done_key(actor, record) in sent_at)
     coded: dict[int, list[Sent]] = defaultdict(list)
     for actor, records in trace.done.items():
+        complete_ns = _complete(trace.in_steps(actor))
         for record in records:
             parts = times[record.edge]
             sender = sent_at.get(done_key(actor, record))
@@ -168,7 +189,10 @@ def summary(trace: Trace) -> dict[str, Any]:
             if not record.batch:
                 unused[record.edge] += 1
                 continue
-            parts["queue"].append((record.started_ns - record.received_ns) / 1e3)
+            whole_ns = (complete_ns.get((record.started_ns, *row[:3]), 0) for row in record.rows)
+            joined_ns = max(record.received_ns, *whole_ns)
+            parts["join"].append((joined_ns - record.received_ns) / 1e3)
+            parts["queue"].append((record.started_ns - joined_ns) / 1e3)
             parts["compute"].append((record.finished_ns - record.started_ns) / 1e3)
     edges = [
         {
@@ -186,12 +210,24 @@ def summary(trace: Trace) -> dict[str, Any]:
         "run_dir": str(trace.run_dir),
         "edges": edges,
         "actors": [
-            _actor(actor, records) for actor, records in trace.done.items() if any(record.batch for record in records)
+            _actor(actor, trace.in_steps(actor), records)
+            for actor, records in trace.done.items()
+            if any(record.batch for record in records)
         ],
         "waits": waits(trace),
         "counters": {actor: {name: n for name, n in own.items() if n} for actor, own in trace.counters.items()},
         "records_dropped": dict(trace.dropped),
     }
+
+
+def _complete(records: Iterable[Done]) -> dict[tuple[int, ...], int]:
+    """When all that a row needed had come, by the step's beginning and the row."""
+    found: dict[tuple[int, ...], int] = {}
+    for record in records:
+        for row in record.rows:
+            key = (record.started_ns, *row[:3])
+            found[key] = max(found.get(key, 0), record.received_ns)
+    return found
 
 
 def waits(trace: Trace) -> list[dict[str, Any]]:
@@ -233,8 +269,7 @@ def _codec(records: list[Sent]) -> dict[str, Any]:
     }
 
 
-def _actor(actor: str, records: list[Done]) -> dict[str, Any]:
-    records = [record for record in records if record.batch]
+def _actor(actor: str, records: list[Done], done: list[Done]) -> dict[str, Any]:
     steps = {(record.started_ns, record.finished_ns): record for record in records}
     tokens: Counter[tuple[int, int]] = Counter()
     for record in records:
@@ -244,7 +279,7 @@ def _actor(actor: str, records: list[Done]) -> dict[str, Any]:
     return {
         "actor": actor,
         "steps": len(steps),
-        "messages": len(records),
+        "messages": sum(record.batch > 0 for record in done),
         "busy": computing_ns / span_ns if span_ns else 1.0,
         "compute_microseconds": percentiles([(finished - started) / 1e3 for started, finished in steps]),
         "messages_a_step": percentiles([record.batch for record in steps.values()]),

@@ -86,7 +86,7 @@ def test_the_summary_adds_up(run_dir: Path) -> None:
     hidden = by_name["lower.hidden -> upper.hidden"]
     assert hidden["bytes"] == (12 + 29 + 10) * 48 * 4
     assert by_name["head.sampled -> gateway.sampled"]["bytes"] == 30 * 8
-    assert set(hidden["microseconds"]) == {"serialise", "credit", "wire", "queue", "compute"}
+    assert set(hidden["microseconds"]) == {"serialise", "credit", "wire", "join", "queue", "compute"}
     assert all(part["p50"] <= part["p95"] <= part["p99"] for part in hidden["microseconds"].values())
     assert {actor["actor"] for actor in told["actors"]} == {"embed.0", "lower.0", "upper.0", "head.0", "gateway.0"}
     text = trace.table(told)

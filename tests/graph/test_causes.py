@@ -1,0 +1,211 @@
+"""Why a request took so long and why an actor was idle: each microsecond has one cause, and they add up."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+import ranvier
+from ranvier.graph import causes, trace
+from ranvier.graph.causes import Causes, Stretch
+from ranvier.graph.trace import Done, Sent, Trace, TraceError
+
+GATEWAY, A, B = "gateway.0", "a.0", "b.0"
+EDGES = ["gateway.x -> a.x", "a.y -> b.y", "b.z -> gateway.z"]
+
+
+def sent(edge: int, sequence: int, session: int, ready: int, credit: int, at: int, target: str, epoch: int = 1) -> Sent:
+    return Sent(edge, sequence, 8, ready, credit, at, 0, [[session, epoch, 0, 1]], None, f"{target}.1")
+
+
+def done(
+    edge: int,
+    sequence: int,
+    sessions: list[int],
+    at: int,
+    taken: int,
+    started: int,
+    finished: int,
+    source: str,
+    epoch: int = 1,
+) -> Done:
+    return Done(edge, sequence, 8, at, taken, started, finished, 1, [[s, epoch, 0, 1] for s in sessions], f"{source}.1")
+
+
+def by_hand() -> Trace:
+    """Two sessions over two actors: the second waits for `a`, then for credit of `b`, then for `b`, and lies in its socket."""
+    return Trace(
+        Path("by-hand"), EDGES,
+        sent={
+            GATEWAY: [sent(0, 1, 1, 0, 0, 2, A), sent(0, 2, 2, 0, 0, 4, A)],
+            A: [sent(1, 1, 1, 110, 110, 112, B), sent(1, 2, 2, 150, 170, 175, B)],
+            B: [sent(2, 1, 1, 270, 270, 271, GATEWAY), sent(2, 2, 2, 400, 400, 402, GATEWAY)],
+        },
+        done={
+            A: [done(0, 1, [1], 2, 7, 10, 110, GATEWAY), done(0, 2, [2], 4, 8, 115, 150, GATEWAY)],
+            B: [done(1, 1, [1], 112, 118, 120, 270, A), done(1, 2, [2], 175, 280, 300, 400, A)],
+            GATEWAY: [done(2, 1, [1], 271, 275, 275, 276, B), done(2, 2, [2], 402, 405, 405, 409, B)],
+        },
+    )  # fmt: skip
+
+
+def test_a_request_whose_causes_are_known() -> None:
+    path = Causes(by_hand()).critical_path(2)
+    assert path == [
+        Stretch("serialise", EDGES[0], 0, 4), Stretch("wire", EDGES[0], 4, 8), Stretch("handling", A, 8, 10),
+        Stretch("busy", A, 10, 110), Stretch("handling", A, 110, 115), Stretch("compute", A, 115, 150),
+        Stretch("credit", EDGES[1], 150, 170), Stretch("serialise", EDGES[1], 170, 175), Stretch("busy", B, 175, 270),
+        Stretch("wire", EDGES[1], 270, 280), Stretch("handling", B, 280, 300), Stretch("compute", B, 300, 400),
+        Stretch("serialise", EDGES[2], 400, 402), Stretch("wire", EDGES[2], 402, 405), Stretch("compute", GATEWAY, 405, 409),
+    ]  # fmt: skip
+    told = causes.why(by_hand(), 2)
+    assert told["ms"] == pytest.approx(409 / 1e6)
+    assert {
+        "cause": "compute", "where": B, "ms": 100 / 1e6, "share": pytest.approx(100 / 409), "times": 1, "longest_ms": 100 / 1e6
+    } in told["causes"]  # fmt: skip
+
+
+def test_an_idle_time_is_blamed_on_what_ended_it() -> None:
+    """`b` has nothing from 270 to 300: its message was on its way, and then it handled it. `a` from 110 to 115: it had one."""
+    found = Causes(by_hand())
+    assert found.idle(B) == [Stretch("wire", EDGES[1], 270, 280), Stretch("handling", B, 280, 300)]
+    assert found.idle(A) == [Stretch("handling", A, 110, 115)]
+
+
+def test_an_idle_time_goes_back_to_whoever_was_slow() -> None:
+    """`b` ends at 100 and begins again at 300; `a` computed until 290, from what a client asked for at 40."""
+    slow = Trace(
+        Path("slow"), EDGES,
+        sent={GATEWAY: [sent(0, 2, 2, 40, 40, 50, A)], A: [sent(1, 1, 1, 20, 20, 21, B), sent(1, 2, 2, 290, 290, 293, B)]},
+        done={
+            GATEWAY: [],
+            A: [done(0, 1, [1], 2, 3, 5, 20, GATEWAY), done(0, 2, [2], 50, 60, 140, 290, GATEWAY)],
+            B: [done(1, 1, [1], 21, 22, 25, 30, A), done(1, 2, [2], 293, 298, 300, 310, A)],
+        },
+    )  # fmt: skip
+    assert Causes(slow).idle(B) == [
+        Stretch("client", GATEWAY, 30, 40), Stretch("serialise", EDGES[0], 40, 50), Stretch("wire", EDGES[0], 50, 60),
+        Stretch("handling", A, 60, 140), Stretch("compute", A, 140, 290), Stretch("serialise", EDGES[1], 290, 293),
+        Stretch("wire", EDGES[1], 293, 298), Stretch("handling", B, 298, 300),
+    ]  # fmt: skip
+
+
+def test_a_loss_is_a_cause() -> None:
+    """A session is taken up again in a later epoch: the time between is recovery, and what went before it is on the path."""
+    again = Trace(
+        Path("again"), [EDGES[0], "a.y -> gateway.y"],
+        sent={
+            GATEWAY: [sent(0, 1, 1, 0, 0, 1, A), sent(0, 2, 1, 500, 500, 501, A, epoch=2)],
+            A: [sent(1, 1, 1, 20, 20, 21, GATEWAY), sent(1, 2, 1, 520, 520, 521, GATEWAY, epoch=2)],
+        },
+        done={
+            A: [done(0, 1, [1], 1, 2, 2, 20, GATEWAY), done(0, 2, [1], 501, 503, 503, 520, GATEWAY, epoch=2)],
+            GATEWAY: [done(1, 1, [1], 21, 22, 22, 23, A), done(1, 2, [1], 521, 525, 525, 530, A, epoch=2)],
+        },
+    )  # fmt: skip
+    path = Causes(again).critical_path(1)
+    assert Stretch("recovery", GATEWAY, 23, 500) in path
+    assert sum(stretch.ns for stretch in path) == 530
+
+
+def test_records_that_are_missing_are_said_to_be() -> None:
+    holes = by_hand()
+    del holes.sent[A]
+    assert Causes(holes).critical_path(2)[0] == Stretch("unknown", EDGES[1], 0, 280)
+    assert causes.idle(holes)["actors"][1]["known"] == pytest.approx(20 / 30)
+
+
+def test_a_session_that_is_not_there() -> None:
+    with pytest.raises(TraceError, match="by-hand: session 5 is not in this trace; there are 1, 2"):
+        Causes(by_hand()).critical_path(5)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny: Any) -> Iterator[Path]:
+    """Sixteen streams over four actors, of which the batches are cut at the source."""
+    folder, _ = tiny("plain")
+    place = Path(tempfile.mkdtemp(prefix="rv-", dir="/tmp"))
+    graph_path = place / "graph.yaml"
+    graph_path.write_text(
+        json.dumps({
+            "ranvier": 1, "name": "why", "model": {"source": "unset", "dtype": "float32"}, "prefill_chunk": 8,
+            "actors": {"embed": {"kind": "embedding"}, "lower": {"kind": "blocks", "layers": "0-2"},
+                       "upper": {"kind": "blocks", "layers": "3-5"}, "head": {"kind": "head"}},
+            "pipeline": ["embed", "lower", "upper", "head"],
+        })
+    )  # fmt: skip
+    graph = ranvier.load(graph_path, overrides={"model.source": str(folder)})
+
+    async def one(run: ranvier.Run, prompt: list[int]) -> None:
+        async for _ in run.generate(prompt, max_tokens=12, stop_tokens=()):
+            pass
+
+    async def main() -> Path:
+        async with ranvier.launch(graph, runs=place) as run:
+            async with trio.open_nursery() as nursery:
+                for length in range(1, 17):
+                    nursery.start_soon(one, run, list(range(3, 3 + length)))
+            return run.dir
+
+    yield trio.run(main)
+    shutil.rmtree(place)
+
+
+def test_the_causes_of_real_requests_add_up(run_dir: Path) -> None:
+    """Four actors, 16 streams: each path is without a gap from the first message to the last answer."""
+    read = trace.read(run_dir)
+    found = Causes(read)
+    assert len(found.sessions) == 16
+    for session in found.sessions:
+        path = found.critical_path(session)
+        assert all(one.ended_ns == other.began_ns for one, other in pairwise(path))
+        asked = min(r.ready_ns for r in read.sent[GATEWAY] if any(row[0] == session for row in r.rows))
+        answered = max(r.finished_ns for r in read.done[GATEWAY] if any(row[0] == session for row in r.rows))
+        assert path[0].began_ns == asked
+        assert path[-1].ended_ns == answered
+        assert all(stretch.ns > 0 and stretch.cause != "unknown" for stretch in path)
+        computed = {stretch.where for stretch in path if stretch.cause == "compute"}
+        assert computed == {GATEWAY, "embed.0", "lower.0", "upper.0", "head.0"}
+        assert sum(stretch.cause == "compute" and stretch.where == "head.0" for stretch in path) >= 12
+
+
+def test_every_output_was_made_by_a_step_that_is_in_the_trace(run_dir: Path) -> None:
+    """Also where the rows of one message went into several steps."""
+    read = trace.read(run_dir)
+    assert read.parts, "no message was cut"
+    for actor, records in read.sent.items():
+        if actor != GATEWAY:
+            assert {record.ready_ns for record in records} <= {step.finished_ns for step in Causes(read).steps[actor]}
+    for actor in read.parts:  # and no row is in two of them
+        rows = [(record.edge, *row) for record in read.in_steps(actor) for row in record.rows]
+        assert len(rows) == len(set(rows))
+
+
+def test_idle_times_have_causes(run_dir: Path) -> None:
+    told = causes.idle(trace.read(run_dir))
+    assert {actor["actor"] for actor in told["actors"]} == {"embed.0", "lower.0", "upper.0", "head.0"}
+    for actor in told["actors"]:
+        assert sum(each["ms"] for each in actor["causes"]) == pytest.approx(actor["idle_ms"])
+        assert actor["known"] >= 0.95
+        assert 0 < actor["idle_ms"] < actor["ms"]
+
+
+def test_the_command(run_dir: Path) -> None:
+    def said(*more: str) -> str:
+        command = [sys.executable, "-m", "ranvier.graph.entry", "trace", str(run_dir), *more]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    assert "session 3: " in said("--why", "3") and "compute" in said("--why", "3")
+    assert json.loads(said("--why", "3", "--json"))["session"] == 3
+    assert "upper.0 had nothing to do for" in said("--idle")
+    assert {each["actor"] for each in json.loads(said("--idle", "--json"))["actors"]} >= {"upper.0"}
