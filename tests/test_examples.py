@@ -42,7 +42,7 @@ def test_every_example_is_tested() -> None:
     ("name", "words"),
     [
         pytest.param("digits", TRAINED, marks=pytest.mark.slow),
-        ("experts", TRAINED),
+        pytest.param("experts", TRAINED, marks=pytest.mark.slow),
         pytest.param(
             "backwards",
             r"1[2-6] of 16 words that were not trained on are right; 16 as transformers alone spells them",

@@ -253,7 +253,7 @@ def test_killed_while_it_is_being_replaced_case_10(
 
     async def main() -> None:
         async with launched(four(), runs) as run:
-            expected = exact(PROMPT, 6)
+            expected = exact(PROMPT, 24)
 
             async def kill_successors() -> None:
                 for _ in range(3):
@@ -272,9 +272,11 @@ def test_killed_while_it_is_being_replaced_case_10(
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(disturb)
                     got = await tokens(
-                        run, 6, at=lambda there: os.kill(pid_of(run, "blocks1"), signal.SIGKILL) if there == 3 else None
+                        run, 24, at=lambda there: os.kill(pid_of(run, "blocks1"), signal.SIGKILL) if there == 3 else None
                     )
                 assert got == expected
+            while len(run.recoveries) < 3:  # a slow client may have had all its tokens before
+                await trio.sleep(0.01)
             assert sorted(recovered.actor for recovered in run.recoveries) == ["blocks1.0", "blocks1.0", "head.0"]
 
     trio.run(main)
