@@ -85,7 +85,12 @@ class ControlThread:
             except ProtocolError as error:
                 self._crossing.tell("refused", what=str(error))
                 continue
-            self._crossing.command(kind, fields)
+            if kind == "explain":  # the step thread may be stuck: it is not asked
+                tell = self._crossing.situation
+                situation = tell() if tell is not None else {}
+                wire.send(SUPERVISOR, encode("situation", {"asked": fields["asked"], "situation": situation}))
+            else:
+                self._crossing.command(kind, fields)
 
     async def _lifeline_watch(self) -> None:
         await trio.lowlevel.wait_readable(self._lifeline)

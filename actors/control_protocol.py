@@ -26,6 +26,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "refused": {"what": str},
     "saved": {"round": int},
     "failed": {"error": str, "traceback": str},
+    "situation": {"asked": int, "situation": dict},
     # supervisor -> host
     "connect": {"peers": dict, "links": list, "instead_of": (str, type(None))},
     "open": {"info": dict},
@@ -34,13 +35,15 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "link": {"peer": str, "address": str, "links": list},
     "unlink": {"peer": str},
     "stop": {},
+    "explain": {"asked": int},
     # a command of the user's, to a run, and its answer
     "scale": {"actor": str, "replicas": int},
+    "why": {},
     "done": {"what": str},
     "wrong": {"what": str},
 }
 
-COMMANDS = ("scale",)
+COMMANDS = ("scale", "why")
 """What a client may ask of a run."""
 
 _decoder = msgspec.msgpack.Decoder(tuple[str, dict[str, Any]])

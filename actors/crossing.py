@@ -7,7 +7,7 @@ control thread by trio's `run_sync_soon`, so neither ever waits for the other.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import trio
@@ -22,13 +22,16 @@ Event = tuple[str, Mapping[str, Any]]
 class Crossing:
     """Shared by exactly one step thread and one control thread.
 
-    `steps` and `stepping_since_ns` (0 when waiting) are written by the step thread and read by the heartbeat.
+    `steps`, `stepping_since_ns` (0 when waiting) and `stepped_ns` (when the last step ended) are written by the step thread
+    and read by the heartbeat. `situation` says what the step thread waits for; the control thread calls it.
     """
 
     def __init__(self) -> None:
         self.ring = Ring()
         self.steps = 0
         self.stepping_since_ns = 0
+        self.stepped_ns = 0
+        self.situation: Callable[[], dict[str, Any]] | None = None
         self.queued = 0
         self.counters: dict[str, int] = {}
         self.commands: deque[Event] = deque()

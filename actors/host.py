@@ -17,6 +17,7 @@ from ranvier.transport.zeromq import ZeroWire
 
 from .actor import Batch, keeps
 from .core import HostCore, Work
+from .join import Overdue
 from .lifecycle import State
 from .open_sessions import OpenSessions
 from .process import ACK_DELAY_S, TICK_S, Process, live
@@ -136,7 +137,7 @@ class Host(Process):
         self._flush(self.wire)  # the next stage first, then our own books
         crossing.steps += 1
         crossing.queued = self.core.queued
-        crossing.stepping_since_ns = 0
+        crossing.stepped_ns, crossing.stepping_since_ns = finished_ns, 0
         if self.spec.trace:
             on = [] if len(done) == len(work.sources) else _others(work.sources, done)
             for received in done:
@@ -160,7 +161,7 @@ class Host(Process):
 
     def _give_up_overdue(self) -> None:
         limit_s = self.spec.supervision.join_deadline_s
-        for row, present, missing in self.core.overdue(time.monotonic_ns() - int(limit_s * 1e9)):
+        for row, present, missing, _ in self.core.overdue(time.monotonic_ns() - int(limit_s * 1e9)):
             self.session_failed(
                 row,
                 TimeoutError(
@@ -175,6 +176,9 @@ class Host(Process):
     def lost_rows(self, rows: Sequence[Row], error: Exception) -> None:
         for row in rows:
             self.session_failed(row, error)
+
+    def held_up(self, before_ns: int) -> Iterable[Overdue]:
+        return self.core.overdue(before_ns)
 
     # -- commands -----------------------------------------------------------------------------------------------
 

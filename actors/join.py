@@ -40,6 +40,7 @@ class Overdue(NamedTuple):
     row: Row
     present: tuple[str, ...]
     missing: tuple[str, ...]
+    since_ns: int
 
 
 class Join:
@@ -98,8 +99,9 @@ class Join:
                 next(iter(held.parts.values())).row,
                 tuple(held.parts),
                 tuple(port for port in self._ports if port not in held.parts),
+                held.since_ns,
             )
-            for held in self._held.values()
+            for held in list(self._held.values())
             if held.since_ns < before_ns
         ]
 
@@ -143,8 +145,8 @@ class Gate(Generic[W]):
     def overdue(self, before_ns: int) -> list[Overdue]:
         """The first step of each session that has waited since before then."""
         return [
-            Overdue(held[0][1], tuple(there), tuple(sorted(self._ports - there)))
-            for session, held in self._held.items()
+            Overdue(held[0][1], tuple(there), tuple(sorted(self._ports - there)), held[0][2])
+            for session, held in list(self._held.items())
             for there in [self._there.get(session, set())]
             if held[0][2] < before_ns
         ]

@@ -13,7 +13,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ from ranvier.transport.header import Row
 from ranvier.transport.link import Arrival
 from ranvier.transport.zeromq import ZeroWire
 
+from . import situation
 from .actor import Actor, Context
 from .checkpoint import known_checkpoint
 from .control import ControlThread
 from .crossing import Crossing
+from .join import Overdue
 from .kinds import make
 from .lifecycle import Lifecycle, State
 from .module import held, read_state
@@ -91,6 +93,10 @@ class Process(ABC):
     def lost_rows(self, rows: Sequence[Row], error: Exception) -> None:
         """A message with these was refused; whoever waits for them must hear of it."""
 
+    def held_up(self, before_ns: int) -> Iterable[Overdue]:
+        """Steps that wait for some of their inputs, since before a time."""
+        return ()
+
     # -- its life -------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -113,6 +119,7 @@ class Process(ABC):
             self.records.sent if spec.trace else None,
             self.records.unsent if spec.trace else None,
         )
+        crossing.situation = lambda: situation.tell(crossing, self.exchange, self.held_up)
         with self.mode():
             ready = self.prepare()
             gc.collect()

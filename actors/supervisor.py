@@ -36,8 +36,8 @@ OnSessionFailed = Callable[[str, Mapping[str, Any]], None]
 
 
 class Supervisor:
-    """All hosts of one run. `failed` is set when one of them is lost; `supervision.failure` says why. `on_command` is called
-    with what a client of the control socket asks for: its name, the kind, the fields."""
+    """All hosts of one run. `failed` is set when one of them is lost; `supervision.failure` says why. `commands` are called
+    with what a client of the control socket asks for, by its kind: the client's name, the fields."""
 
     def __init__(
         self,
@@ -61,7 +61,10 @@ class Supervisor:
         self.on_forgotten: Callable[[str], None] = lambda _peer: None
         self.on_saved: Callable[[str, int], None] = lambda _label, _round: None
         """Called when a host of a training run has saved its shard, with its label and how many rounds are done."""
-        self.on_command: Callable[[str, str, Mapping[str, Any]], None] | None = None
+        self.commands: dict[str, Callable[[str, Mapping[str, Any]], None]] = {}
+        self._asked = 0
+        self._asking = trio.Lock()
+        self._situations: dict[str, Mapping[str, Any]] = {}
         self._wire = TrioWire(ZeroWire(SUPERVISOR, control, max_frame_bytes=MAX_BYTES))
         for spec in specs:
             self._wire.connect(spec.identity, spec.control)
@@ -226,6 +229,20 @@ class Supervisor:
             if host is not None:
                 self._wire.send(host.spec.identity, data)
 
+    async def situations(self, within_s: float) -> Mapping[str, Mapping[str, Any] | None]:
+        """What each host says of itself when it is asked why it waits (situation.py), by its identity; None for those that do
+        not answer in time."""
+        async with self._asking:
+            self._asked += 1
+            self._situations = {}
+            asked = [key for key, host in self.supervision.hosts.items() if host.exited is None]
+            for key in asked:
+                self._send(key, "explain", asked=self._asked)
+            with trio.move_on_after(within_s):
+                while len(self._situations) < len(asked):
+                    await self._changed.wait()
+            return {key: self._situations.get(key) for key in asked}
+
     def answer(self, client: str, kind: str, what: str) -> None:
         """What came of a client's command. One that has gone is not told."""
         self._wire.send(client, encode(kind, {"what": what}))
@@ -254,8 +271,8 @@ class Supervisor:
             try:
                 arrival = await self._wire.receive()
                 kind, fields = decode(arrival.header)
-                if kind in COMMANDS and self.on_command is not None:
-                    self.on_command(arrival.peer, kind, fields)
+                if kind in COMMANDS and kind in self.commands:
+                    self.commands[kind](arrival.peer, fields)
                 elif arrival.peer not in self.supervision.hosts:
                     raise ProtocolError(f"control: expected a host of this run, got {kind} from {arrival.peer!r}")
                 else:
@@ -278,6 +295,9 @@ class Supervisor:
             self._on_session_failed(label, fields)
         elif kind == "linked":
             self._linked.add((key, fields["peer"]))
+        elif kind == "situation":
+            if fields["asked"] == self._asked:
+                self._situations[key] = fields["situation"]
         elif kind == "saved":
             self.on_saved(label, fields["round"])
         elif kind == "refused":

@@ -38,6 +38,9 @@ from .plan import plan
 from .training.command import show_schedule, train_command
 from .training.planning import training_plan
 
+WHY_S = 10.0
+"""A run that goes on answers within two seconds."""
+
 app = typer.Typer(
     name="ranvier",
     help="Run the parts of a model as actors that exchange tensors over ZeroMQ.\n\n"
@@ -386,6 +389,27 @@ def trace_command(
         print_json(told)
     else:
         print(trace.table(told))
+
+
+@app.command("why")
+def why_command(
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a run that goes on.", show_default=False)
+    ],
+    as_json: Json = False,
+) -> None:
+    """Say who waits for whom in a run that goes on, and who is to blame.
+
+    Whoever is stopped, silent, loading, or long in one step is named with its process and, where it can still say so,
+    the lines of Python it is at. Costs the run nothing while nobody asks.
+    """
+    from . import commands
+
+    found = json.loads(commands.ask(run_dir, "why", WHY_S))
+    if as_json:
+        print_json(found)
+    else:
+        print(found["text"])
 
 
 @app.command()

@@ -35,6 +35,7 @@ from .plan import EPOCH, Plan, plan
 from .run import Run
 from .run_folder import RunFolder
 from .tokenizer import TextCodec
+from .why import Why
 
 if TYPE_CHECKING:
     import structlog
@@ -133,6 +134,8 @@ async def _launched(
             )  # fmt: skip
             try:
                 async with trio.open_nursery() as nursery:
+                    why = Why(planned, supervisor, folder.path)
+                    nursery.start_soon(why.run)
                     detours = Detours(bad_links, nursery)
                     supervisor.detour, supervisor.on_forgotten = detours.address, detours.forget
                     nursery.start_soon(supervisor.run)
@@ -151,7 +154,7 @@ async def _launched(
                         wire.connect(spec.identity, detours.address(me, spec.identity, host.address))
                         placement.join(spec.actor, spec.replica, host.capacity_tokens, host.keeps)
                     gateway = Gateway(exchange, links, placement, graph.prefill_chunk, graph.generates)
-                    run = Run(planned, folder, supervisor, wire, gateway, codec, detours, ring)
+                    run = Run(planned, folder, supervisor, wire, gateway, codec, detours, ring, why)
                     holder.append(run)
                     nursery.start_soon(run._listen)
                     nursery.start_soon(run._failure)

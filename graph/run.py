@@ -34,6 +34,8 @@ from .run_folder import RunFolder
 from .scaling import Scaling
 from .text_stream import TextStream
 from .tokenizer import TextCodec
+from .wait_for import Answer
+from .why import Why
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +57,7 @@ class Run:
         codec: TextCodec | None,
         detours: Detours,
         ring: Ring,
+        why: Why,
     ) -> None:
         self.plan = plan
         self.folder = folder
@@ -68,6 +71,8 @@ class Run:
         self._quiet_since_ns = 0
         self._steps = -1
         self._ring = ring
+        self._why = why
+        why.gateway, why.taken_from = gateway, self._wakes
         self._records = Records(ring)
         members = Members(plan, folder, supervisor, gateway, wire, self._flush)
         self._scaling = Scaling(plan, supervisor, gateway, members)
@@ -274,6 +279,10 @@ class Run:
             ActorFailed: a replica that should have joined did not; the run goes on without it.
         """
         return await self._scaling.scale(actor, replicas)
+
+    async def why(self) -> Answer:
+        """Who waits for whom at this moment, in words, and who is to blame: what `ranvier why` says of a run."""
+        return await self._why.ask()
 
     # -- the gateway's hands ------------------------------------------------------------------------------------
 

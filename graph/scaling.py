@@ -56,11 +56,11 @@ class Scaling:
         self._nursery: trio.Nursery
         self._over = trio.Event()
         self._asked_in, self._asked = trio.open_memory_channel[tuple[str, Mapping[str, Any]]](100)
-        supervisor.on_command = self._on_command
+        supervisor.commands["scale"] = self._on_command
 
     # -- clients of the control socket --------------------------------------------------------------------------
 
-    def _on_command(self, client: str, _kind: str, fields: Mapping[str, Any]) -> None:
+    def _on_command(self, client: str, fields: Mapping[str, Any]) -> None:
         try:
             self._asked_in.send_nowait((client, fields))
         except trio.WouldBlock:

@@ -124,7 +124,7 @@ class Mail(Process):
             return what()
         finally:
             ended_ns = time.monotonic_ns()
-            crossing.stepping_since_ns = 0
+            crossing.stepped_ns, crossing.stepping_since_ns = ended_ns, 0
             name = called or action.kind
             self.core.counters[f"{name}_us"] += (ended_ns - began_ns) // 1000
             self.core.counters[name] += 1

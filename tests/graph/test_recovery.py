@@ -272,7 +272,9 @@ def test_killed_while_it_is_being_replaced_case_10(
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(disturb)
                     got = await tokens(
-                        run, 24, at=lambda there: os.kill(pid_of(run, "blocks1"), signal.SIGKILL) if there == 3 else None
+                        run,
+                        24,
+                        at=lambda there: os.kill(pid_of(run, "blocks1"), signal.SIGKILL) if there == 3 else None,
                     )
                 assert got == expected
             while len(run.recoveries) < 3:  # a slow client may have had all its tokens before

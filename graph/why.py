@@ -1,0 +1,107 @@
+"""Asking a run that goes on why it waits: what all hosts say of themselves, what the machine says of them, in one answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from ranvier.actors import situation
+from ranvier.actors.spec import GATEWAY
+from ranvier.actors.supervisor import Supervisor
+
+from .gateway import Gateway, Stream
+from .plan import Plan
+from .wait_for import Answer, AtGateway, Seen, explain
+
+ANSWER_S = 0.5
+"""A host that says nothing for so long is taken to be unable to. Its control thread answers at once, whatever the step does."""
+APART_S = 0.2
+"""What is seen twice, so far apart, is not just passing by."""
+
+
+class Why:
+    """The question, and whom to ask."""
+
+    def __init__(self, plan: Plan, supervisor: Supervisor, run_dir: Path) -> None:
+        self._plan, self._supervisor, self._run_dir = plan, supervisor, run_dir
+        self.gateway: Gateway | None = None
+        """Once there is one: before that, hosts load."""
+        self.taken_from: Iterable[Stream] = ()
+        """What clients take their answers from, also of sessions that are over."""
+        self._asked_in, self._asked = trio.open_memory_channel[str](100)
+        supervisor.commands["why"] = self._on_command
+
+    def _on_command(self, client: str, _fields: Mapping[str, Any]) -> None:
+        try:
+            self._asked_in.send_nowait(client)
+        except trio.WouldBlock:
+            self._supervisor.answer(client, "wrong", "too many questions at once; try later")
+
+    async def run(self) -> None:
+        """Answer the clients of the control socket, until cancelled."""
+        async for client in self._asked:
+            answer = await self.ask()
+            self._supervisor.answer(client, "done", json.dumps({**answer.to_plain(), "text": str(answer)}))
+
+    async def ask(self) -> Answer:
+        """Who waits for whom, and who is to blame. Takes about a second where somebody does not answer."""
+        untaken = self._untaken()
+        before = await self._supervisor.situations(ANSWER_S)
+        await trio.sleep(APART_S)
+        now = await self._supervisor.situations(ANSWER_S)
+        seen = [self._seen(key, before.get(key), told) for key, told in now.items()]
+        return explain(seen, self._at_gateway(untaken), self._feeds())
+
+    def _at_gateway(self, untaken: Mapping[int, tuple[int, object]]) -> AtGateway:
+        full = _is_full(self._run_dir)
+        if self.gateway is None:
+            return AtGateway([], disk_full=full)
+        still = {
+            session: count
+            for session, (count, first) in self._untaken().items()
+            if untaken.get(session, (0, None))[1] is first
+        }
+        waiting = situation.credit(self.gateway.exchange, time.monotonic_ns())
+        return AtGateway(list(self.gateway.streams), still, waiting, full)
+
+    def _untaken(self) -> dict[int, tuple[int, object]]:
+        """Sessions whose clients have something to take: how much, and what comes first."""
+        return {
+            stream.info.session: (len(stream.events), stream.events[0]) for stream in self.taken_from if stream.events
+        }
+
+    def _seen(self, key: str, before: Mapping[str, Any] | None, told: Mapping[str, Any] | None) -> Seen:
+        host, now_s = self._supervisor.supervision.hosts[key], time.monotonic()
+        pid = self._supervisor.pids.get(key)
+        return Seen(
+            host.spec.label, pid, process_state(pid) if pid is not None else "", host.life.state.value, host.loaded,
+            now_s - host.started_s, now_s - host.heard_s, str(host.lost.what) if host.lost is not None else None, told, before,
+        )  # fmt: skip
+
+    def _feeds(self) -> dict[tuple[str, str], list[str]]:
+        feeds: dict[tuple[str, str], list[str]] = {}
+        for edge in self._plan.graph.edges:
+            if edge.source != GATEWAY:
+                feeds.setdefault((edge.target, edge.into), []).append(edge.source)
+        return feeds
+
+
+def process_state(pid: int) -> str:
+    """Its letter in /proc (proc(5)): R, S, D, T, Z; empty if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return os.statvfs(folder).f_bavail == 0
+    except OSError:
+        return False

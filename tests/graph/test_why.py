@@ -1,0 +1,256 @@
+"""`ranvier why` names the right culprit and the right reason, of real processes that are really stuck."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+import ranvier
+from ranvier.graph.wait_for import Answer, AtGateway, Fact, Seen, explain
+
+HERE = Path(__file__).parent
+Graphs = Callable[..., ranvier.Graph]
+PATIENT = {"heartbeat_deadline_s": 60.0, "progress_deadline_s": 60.0, "join_deadline_s": 60.0, "start_deadline_s": 60.0}
+
+
+@pytest.fixture
+def graphs(graph_file: Callable[..., Path], tmp_path: Path) -> Graphs:
+    """A graph of actors of `faulty.py`, whose supervisor waits long before it does something about them."""
+    shutil.copy(HERE / "faulty.py", tmp_path / "faulty.py")
+
+    def make(actors: Mapping[str, Any], edges: Sequence[Any], **settings: Any) -> ranvier.Graph:
+        path = graph_file(actors=actors, edges=edges, supervision=PATIENT, **settings)
+        return ranvier.load(path, allow_code=True)
+
+    return make
+
+
+def actor(kind: str, **args: Any) -> dict[str, Any]:
+    return {"kind": f"./faulty.py:{kind}", **({"args": args} if args else {})}
+
+
+ROW = ["gateway.x -> good.x", "good.y -> bad.x", "bad.y -> gateway.y"]
+
+
+def asked(
+    graph: ranvier.Graph, runs: Path, x: Any, disturb: Callable[[ranvier.Run], None] = lambda _: None, calls: int = 1
+) -> Answer:
+    """What a run says while calls hang."""
+    found: list[Answer] = []
+
+    async def call(run: ranvier.Run) -> None:
+        await run.call(**x)
+
+    async def main() -> None:
+        with trio.fail_after(40):
+            async with ranvier.launch(graph, runs=runs) as run, trio.open_nursery() as nursery:
+                disturb(run)
+                for _ in range(calls):
+                    nursery.start_soon(call, run)
+                    await trio.sleep(0.05)  # else they go as one batch
+                await trio.sleep(0.6)
+                with trio.fail_after(2):
+                    found.append(await run.why())
+                for pid in run.pids.values():
+                    os.kill(pid, signal.SIGCONT)
+                    os.kill(pid, signal.SIGKILL)  # who is stuck in a step cannot be asked to end
+                nursery.cancel_scope.cancel()
+
+    trio.run(main)
+    return found[0]
+
+
+def thirteen() -> dict[str, Any]:
+    import torch
+
+    return {"x": torch.tensor([12.0])}
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "words"),
+    [
+        ("sleep", "in a step", r"it has been in one step for \d\.\d s \(pid \d+\)"),
+        ("hold the interpreter", "silent", r"it does not answer \(pid \d+\)"),
+        pytest.param("stop", "stopped", r"it is stopped \(pid \d+\)", marks=pytest.mark.slow),
+    ],
+)
+def test_an_actor_that_is_stuck(fault: str, reason: str, words: str, graphs: Graphs, runs: Path) -> None:
+    """A user's actor that waits for ever, a C call that never lets go of the interpreter, a process that is stopped."""
+    import re
+
+    graph = graphs({"good": actor("Faulty"), "bad": actor("Faulty", at_step=fault)}, ROW, restart="never")
+    answer = asked(graph, runs, thirteen())
+    [culprit] = answer.culprits
+    assert (culprit.who, culprit.reason) == ("bad.0", reason)
+    assert re.match(words, culprit.words)
+    if fault == "sleep":
+        assert any("time.sleep(3600)" in line for line in culprit.stack)
+    assert str(answer).startswith("because of bad.0: ")
+
+
+def test_a_stopped_actor_and_those_who_wait_for_it(graphs: Graphs, runs: Path) -> None:
+    """Its neighbour has no credit left: it waits, and is not to blame."""
+    graph = graphs(
+        {"good": actor("Faulty"), "bad": actor("Faulty")},
+        ["gateway.x -> good.x", {"from": "good.y", "to": "bad.x", "credits": 2}, "bad.y -> gateway.y"], restart="never",
+    )  # fmt: skip
+
+    def stop(run: ranvier.Run) -> None:
+        os.kill(next(pid for key, pid in run.pids.items() if key.startswith("bad.")), signal.SIGSTOP)
+
+    answer = asked(graph, runs, thirteen(), stop, calls=6)
+    assert [(fact.who, fact.reason) for fact in answer.culprits] == [("bad.0", "stopped")]
+    [waits] = [fact for fact in answer.waiting if fact.reason == "no credit" and fact.who == "good.0"]
+    assert waits.waits_for == "bad.0"
+    assert "credit of bad.0 (good.y -> bad.x: " in waits.words
+
+
+def test_a_join_that_lacks_one_input(graphs: Graphs, runs: Path) -> None:
+    graph = graphs(
+        {"one": actor("Faulty"), "two": actor("Faulty", at_step="say nothing"), "sum": actor("Sum")},
+        ["gateway.x -> one.x", "gateway.x -> two.x", "one.y -> sum.a", "two.y -> sum.b", "sum.y -> gateway.y"],
+        restart="never",
+    )  # fmt: skip
+    import torch
+
+    answer = asked(graph, runs, {"x": torch.tensor([13.0])})
+    assert [(fact.who, fact.reason) for fact in answer.culprits] == [("two.0", "sent nothing")]
+    [waits] = [fact for fact in answer.waiting if fact.reason == "join"]
+    assert "sum.0 has waited" in waits.words and "for b of session 1, position 0, from two.0; it has a" in waits.words
+
+
+def test_a_load_that_hangs_and_the_command(graphs: Graphs, runs: Path, tmp_path: Path) -> None:
+    """While the run is still being launched."""
+    graph = graphs({"good": actor("Faulty"), "bad": actor("Faulty", at_load="sleep")}, ROW, restart="never")
+    command = [sys.executable, "-m", "ranvier.graph.entry", "why"]
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(launch)
+            with trio.fail_after(30):
+                while not list(runs.glob("*/sockets/supervisor")):
+                    await trio.sleep(0.05)
+                [folder] = [path.parent.parent for path in runs.glob("*/sockets/supervisor")]
+                while True:
+                    done = await trio.run_process(
+                        [*command, str(folder), "--json"], capture_stdout=True, capture_stderr=True, check=False
+                    )
+                    assert done.returncode == 0, done.stderr
+                    told = json.loads(done.stdout)
+                    if [each["who"] for each in told["culprits"]] == ["bad.0"] and "50%" in told["culprits"][0][
+                        "words"
+                    ]:
+                        break  # the good one has loaded meanwhile
+                    await trio.sleep(0.2)
+                done = await trio.run_process([*command, str(folder)], capture_stdout=True)
+                assert b"because of bad.0: it is loading, 50% loaded after" in done.stdout
+            nursery.cancel_scope.cancel()
+
+    async def launch() -> None:
+        async with ranvier.launch(graph, runs=runs):
+            await trio.sleep_forever()
+
+    trio.run(main)
+
+
+def test_a_client_that_does_not_take_its_answers(
+    tiny: Any, graph_file: Callable[..., Path], split: Any, runs: Path
+) -> None:
+    folder, _ = tiny("llama")
+    path = graph_file(model={"source": "unset", "dtype": "float32"}, **split(2, 6))
+    graph = ranvier.load(path, overrides={"model.source": str(folder)})
+
+    async def main() -> Answer:
+        with trio.fail_after(40):
+            async with ranvier.launch(graph, runs=runs) as run:
+                generation = run.generate([1, 2, 3], max_tokens=40, stop_tokens=())
+                async for _ in generation:
+                    await trio.sleep(1)  # all others come meanwhile
+                    return await run.why()
+        raise AssertionError
+
+    answer = trio.run(main)
+    assert [(fact.who, fact.reason) for fact in answer.culprits] == [("client", "client")]
+    assert "the client of session 1 does not take what is there for it" in answer.culprits[0].words
+
+
+def test_nobody_asks(graphs: Graphs, runs: Path) -> None:
+    graph = graphs({"good": actor("Faulty"), "bad": actor("Faulty")}, ROW)
+
+    async def main() -> Answer:
+        with trio.fail_after(40):
+            async with ranvier.launch(graph, runs=runs) as run:
+                return await run.why()
+
+    [culprit] = trio.run(main).culprits
+    assert culprit.reason == "nobody asks"
+
+
+# -- the decision alone -------------------------------------------------------------------------------------------------
+
+
+def seen(label: str, **more: Any) -> Seen:
+    told = {
+        "stepping_s": 0.0,
+        "idle_s": 5.0,
+        "steps": 3,
+        "queued": 0,
+        "credit": [],
+        "unread": [],
+        "joins": [],
+        "stack": [],
+    }
+    told.update(more.pop("situation", {}))
+    fields = {
+        "pid": 7,
+        "process": "S",
+        "state": "running",
+        "loaded": 1.0,
+        "since_start_s": 9.0,
+        "silent_s": 0.1,
+        "lost": None,
+    }
+    return Seen(label, **{**fields, "situation": told, **more})
+
+
+def test_who_gives_no_credit_and_waits_for_nobody_keeps_what_it_took() -> None:
+    leak = explain(
+        [seen("a.0", situation={"credit": [["a.y -> b.x", "b.0", 3, 2.5]]}), seen("b.0")],
+        AtGateway([1]),
+        {("b", "x"): ["a"]},
+    )
+    assert [(fact.who, fact.reason) for fact in leak.culprits] == [("b.0", "gives no credit")]
+    assert "a.0 has waited 2.5 s for credit of b.0 (a.y -> b.x: 3 messages)" in str(leak)
+
+
+def test_a_circle() -> None:
+    answer = explain(
+        [seen("a.0", situation={"credit": [["a.y -> b.x", "b.0", 1, 2.0]]}),
+         seen("b.0", situation={"credit": [["b.y -> a.x", "a.0", 1, 2.0]]})],
+        AtGateway([1]), {},
+    )  # fmt: skip
+    assert answer.cycles == [["a.0", "b.0", "a.0"]]
+    assert "a circle: a.0 waits for b.0 waits for a.0" in str(answer)
+
+
+def test_a_link_that_is_slow_a_replica_with_too_much_and_a_full_disk() -> None:
+    unread = {"unread": [["a.y -> b.x", "b.0", 4]]}
+    slow = explain([seen("a.0", situation=unread, before=unread), seen("b.0")], AtGateway([1]), {})
+    assert [(fact.who, fact.reason) for fact in slow.culprits] == [("a.y -> b.x", "on the way")]
+    passing = explain([seen("a.0", situation=unread, before={}), seen("b.0")], AtGateway([1]), {})
+    assert not passing.culprits
+    many = explain([seen("a.0", situation={"queued": 9}), seen("a.1", situation={"queued": 1})], AtGateway([1]), {})
+    assert [(fact.who, fact.reason) for fact in many.culprits] == [("a.0", "overloaded")]
+    full = explain([seen("a.0")], AtGateway([1], disk_full=True), {})
+    assert [fact.reason for fact in full.culprits] == ["disk full"]
+    lost = explain([seen("a.0", lost="its process was ended by signal 9", situation={})], AtGateway([1]), {})
+    assert lost.culprits == [Fact("a.0", "lost", "it was lost (its process was ended by signal 9), and is replaced")]
