@@ -48,7 +48,7 @@ def test_every_example_is_tested() -> None:
             r"1[2-6] of 16 words that were not trained on are right; 16 as transformers alone spells them",
             marks=pytest.mark.slow,
         ),
-        ("hedge", r"the answers are the same\n"),
+        pytest.param("hedge", r"the answers are the same\n", marks=pytest.mark.slow),
         ("refine", r"   2  1\.414213562\n"),
         ("classify", r"pieces that were not trained on: 9\d\.\d% right"),
     ],

@@ -408,7 +408,7 @@ def test_a_step_that_waits_too_long_names_what_is_missing() -> None:
     bench.core.open(1, 1)
     bench.send([Row(1, 1, 0, 1)], edge=1, port="b")
     assert bench.core.overdue(0) == []
-    assert bench.core.overdue(1 << 62) == [(Row(1, 1, 0, 1), ("b",), ("a",))]
+    assert bench.core.overdue(1 << 62) == [(Row(1, 1, 0, 1), ("b",), ("a",), 0)]
     bench.core.close(1)
     assert bench.core.overdue(1 << 62) == []
 

@@ -368,7 +368,7 @@ STACK = {
     "initializer_range": 0.1,
 }
 WHOLE = [
-    ("mamba", {**SMALL, "state_size": 8}),
+    pytest.param("mamba", {**SMALL, "state_size": 8}, marks=pytest.mark.slow),
     pytest.param("recurrent_gemma", {**SMALL, "num_key_value_heads": 2, "intermediate_size": 96, "lru_width": 48},
                  marks=pytest.mark.slow),
     pytest.param("rwkv", {**SMALL, "attention_hidden_size": 48, "context_length": 128}, marks=pytest.mark.slow),

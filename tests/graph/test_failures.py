@@ -104,7 +104,9 @@ def test_an_actor_that_dies_while_loading(how: str, words: str, faulty: Make, ru
         assert "faulty.py" in caught.value.remote_traceback
 
 
-@pytest.mark.parametrize("how", ["sleep", pytest.param("hold the interpreter", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how", [pytest.param(how, marks=pytest.mark.slow) for how in ("sleep", "hold the interpreter")]
+)
 def test_an_actor_that_never_finishes_loading(how: str, faulty: Make, runs: Path) -> None:
     """The deadline for starting ends the run; a host that holds its interpreter is killed like any other."""
     with pytest.raises(

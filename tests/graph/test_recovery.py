@@ -284,6 +284,7 @@ def test_killed_while_it_is_being_replaced_case_10(
     trio.run(main)
 
 
+@pytest.mark.slow
 def test_random_kills_under_load(
     four: Callable[..., ranvier.Graph], exact: Callable[..., list[int]], runs: Path
 ) -> None:

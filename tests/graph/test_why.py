@@ -162,6 +162,7 @@ def test_a_load_that_hangs_and_the_command(graphs: Graphs, runs: Path, tmp_path:
     trio.run(main)
 
 
+@pytest.mark.slow
 def test_a_client_that_does_not_take_its_answers(
     tiny: Any, graph_file: Callable[..., Path], split: Any, runs: Path
 ) -> None:

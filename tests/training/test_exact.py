@@ -257,7 +257,12 @@ def model_training(vocabulary: int, **more: Any) -> dict[str, Any]:
         pytest.param("llama", 2, {}, marks=pytest.mark.slow),
         pytest.param("llama", 1, {}, marks=pytest.mark.slow),
         pytest.param("llama", 4, {"tie_word_embeddings": False}, marks=pytest.mark.slow),
-        ("gpt2", 2, {"vocab_size": 320, "n_embd": 48, "n_layer": 4, "n_head": 4, "n_positions": 64}),
+        pytest.param(
+            "gpt2",
+            2,
+            {"vocab_size": 320, "n_embd": 48, "n_layer": 4, "n_head": 4, "n_positions": 64},
+            marks=pytest.mark.slow,
+        ),
         pytest.param("qwen3", 2, {}, marks=pytest.mark.slow),
         pytest.param("gemma3_text", 2, {"sliding_window": 4, "layer_types": None}, marks=pytest.mark.slow),
     ],

@@ -172,6 +172,7 @@ def test_recorded_bytes_are_refused_when_played_again_case_40(folder: Path, wire
     listener.close()
 
 
+@pytest.mark.slow
 def test_a_thousand_idle_connections_do_not_keep_the_real_peers_out_case_44(folder: Path, wires: Wires) -> None:
     b = wires("b.0.1", curve.read(folder, "b"))
     port = int(b.address.rpartition(":")[2])
