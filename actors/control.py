@@ -120,7 +120,9 @@ class ControlThread:
             while not self._ending.is_set():
                 await trio.sleep(0.01)
             return
-        with TraceFile(Path(spec.run_dir), spec.label, spec.file) as file:
+        with TraceFile(
+            Path(spec.run_dir), spec.label, spec.file, sample=spec.trace_sample, most_bytes=spec.trace_bytes
+        ) as file:
             while True:
                 ending = self._ending.is_set()
                 shipped = file.write(self._crossing.ring.take(SHIP_AT_ONCE), self._crossing.ring.dropped)

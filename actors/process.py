@@ -57,7 +57,7 @@ class Process(ABC):
     def __init__(self, spec: HostSpec, crossing: Crossing) -> None:
         self.spec = spec
         self.crossing = crossing
-        self.records = Records(crossing.ring)
+        self.records = Records(crossing.ring, spec.trace_sample, by_position=spec.training is not None)
         self.life = Lifecycle(spec.label)
         self.wire: ZeroWire | None = None
         self.counted: Counter[str] = Counter()

@@ -10,21 +10,35 @@ from ranvier.transport.link import LinkSpec
 from .ring import Ring
 from .trace_file import DONE, PART, SENT, UNSENT
 
+SPREAD = 2654435761
+"""Odd, and near 2^32 over the golden ratio."""
+
 
 class Records:
-    """The columns are those of trace_file.py. `sent` and `unsent` are what an `Exchange` calls."""
+    """The columns are those of trace_file.py. `sent` and `unsent` are what an `Exchange` calls.
 
-    def __init__(self, ring: Ring) -> None:
+    Args:
+        sample: the share of sessions that leave records, or of positions where `by_position`: whole requests, or whole
+            micro-batches. Which those are is a function of their numbers, so that both ends of a link choose the same.
+    """
+
+    def __init__(self, ring: Ring, sample: float = 1.0, *, by_position: bool = False) -> None:
         self._put = ring.put
+        self._below = int(sample * (1 << 32)) if sample < 1.0 else None
+        self._field = 2 if by_position else 0
 
     def sent(
         self, link: LinkSpec, sequence: int, rows: tuple[Row, ...], nbytes: int, ready_ns: int, credit_ns: int, sent_ns: int,
         codec: int, coding: Coding | None,
     ) -> None:  # fmt: skip
-        self._put((SENT, link.edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, codec, rows, coding, link.target))
+        if self._below is None or self._chosen(rows):
+            self._put(
+                (SENT, link.edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, codec, rows, coding, link.target)
+            )
 
     def unsent(self, link: LinkSpec, rows: tuple[Row, ...], nbytes: int, ready_ns: int, given_up_ns: int) -> None:
-        self._put((UNSENT, link.edge, nbytes, ready_ns, given_up_ns, rows, link.target))
+        if self._below is None or self._chosen(rows):
+            self._put((UNSENT, link.edge, nbytes, ready_ns, given_up_ns, rows, link.target))
 
     def done(self, received: Received, started_ns: int, finished_ns: int, batch: int) -> None:
         """`batch` messages went into the step; 0: it went into none."""
@@ -39,7 +53,15 @@ class Records:
         self, kind: str, received: Received, started_ns: int, finished_ns: int, batch: int, rows: tuple[Row, ...]
     ) -> None:
         header = received.header
+        if self._below is not None and not self._chosen(header.rows):
+            return
         self._put((
             kind, header.edge, header.sequence, received.nbytes, header.sent_ns, received.received_ns, started_ns,
             finished_ns, batch, rows, received.link.spec.source,
         ))  # fmt: skip
+
+    def _chosen(self, rows: tuple[Row, ...]) -> bool:
+        """Whether a row of a message is of the sample: numbers one after the other are spread evenly (Knuth, multiplicative
+        hashing)."""
+        assert self._below is not None
+        return any((row[self._field] * SPREAD & 0xFFFFFFFF) < self._below for row in rows)

@@ -160,6 +160,10 @@ class HostSpec:
     precision: str = "dtype"
     batches: int = 1
     trace: bool = True
+    trace_sample: float = 1.0
+    """The share of sessions, or of a training's micro-batches, whose messages leave records: the same at both ends."""
+    trace_bytes: int = 0
+    """How long the trace's file may get; 0: as long as there is disk."""
     shared_from_bytes: int = 0
     keys: str | None = None
     supervision: Deadlines = field(default_factory=Deadlines)

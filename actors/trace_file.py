@@ -66,13 +66,17 @@ _to_lines = msgspec.json.Encoder().encode_lines
 
 class TraceFile:
     """`trace/<actor>.<replica>.jsonl` of the run folder, or `<name>.jsonl`. A disk that is full costs records, counted, never a
-    step."""
+    step; so does a file that has `most_bytes` (0: any). `sample` is what its reader should know of the records."""
 
-    def __init__(self, run_dir: Path, label: str, name: str | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, label: str, name: str | None = None, *, sample: float = 1.0, most_bytes: int = 0
+    ) -> None:
         self._path = run_dir / "trace" / f"{name or label}.jsonl"
         self._dropped = 0
         self._lost = 0
-        head = {"actor": label, "clock": "CLOCK_MONOTONIC", "pid": os.getpid(),
+        self._not_put = 0
+        self._most_bytes = most_bytes
+        head = {"actor": label, "clock": "CLOCK_MONOTONIC", "pid": os.getpid(), "sample": sample,
                 "columns": {SENT: SENT_COLUMNS, DONE: DONE_COLUMNS, PART: PART_COLUMNS, UNSENT: UNSENT_COLUMNS,
                             DROPPED: DROPPED_COLUMNS}}  # fmt: skip
         self._file: BinaryIO = self._path.open("wb", buffering=0)
@@ -82,8 +86,12 @@ class TraceFile:
 
     def write(self, records: list[tuple[Any, ...]], dropped: int) -> int:
         """Append records; returns how many there were."""
+        self._not_put = dropped
         if not records and dropped == self._dropped and not self._head:
             return 0
+        if self._most_bytes and self._bytes >= self._most_bytes:  # `__exit__` says how many there were
+            self._lost += len(records)
+            return len(records)
         lines: list[tuple[Any, ...]] = [*records]
         if dropped + self._lost > self._dropped:
             lines.append((DROPPED, dropped + self._lost - self._dropped))
@@ -108,4 +116,7 @@ class TraceFile:
         return self
 
     def __exit__(self, *_: object) -> None:
+        untold = self._not_put + self._lost - self._dropped
+        if untold:
+            self._append(_to_lines([(DROPPED, untold)]))
         self._file.close()

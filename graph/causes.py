@@ -227,7 +227,15 @@ def why(trace: Trace, session: int) -> dict[str, Any]:
 
 
 def idle(trace: Trace) -> dict[str, Any]:
-    """What every actor waited for between its first step and its last, as plain data."""
+    """What every actor waited for between its first step and its last, as plain data.
+
+    Raises:
+        TraceError: only some sessions left records.
+    """
+    if trace.sample < 1:
+        raise TraceError(
+            f"{trace.run_dir}: has records of {trace.sample:.2%} of the sessions; idle times need all (trace: true)"
+        )
     causes = Causes(trace)
     actors = []
     for actor, steps in causes.steps.items():

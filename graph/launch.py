@@ -142,7 +142,7 @@ async def _launched(
                     await supervisor.until_loaded(lambda share: progress("loading", share))
                     links = planned.links(GATEWAY, 0, planned.live)
                     ring = Ring()
-                    records = Records(ring)
+                    records = Records(ring, graph.file.sampling.sample)
                     exchange = Exchange(
                         me, planned.hash, [link.link for link in links], time.monotonic_ns,
                         records.sent if graph.file.trace else None, records.unsent if graph.file.trace else None,

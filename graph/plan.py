@@ -196,7 +196,9 @@ class Plan:
             shared_from_bytes=file.shared_from_bytes,
             keys=str(self.graph.keys) if self.graph.keys is not None else None,
             batch_tokens=section.batch_tokens,
-            trace=file.trace,
+            trace=bool(file.trace),
+            trace_sample=file.sampling.sample,
+            trace_bytes=file.sampling.megabytes << 20,
             supervision=Deadlines(**file.supervision.model_dump()),
             restart=_restart(section.restart or file.restart),
         )

@@ -73,7 +73,7 @@ class Run:
         self._ring = ring
         self._why = why
         why.gateway, why.taken_from = gateway, self._wakes
-        self._records = Records(ring)
+        self._records = Records(ring, plan.graph.file.sampling.sample)
         members = Members(plan, folder, supervisor, gateway, wire, self._flush)
         self._scaling = Scaling(plan, supervisor, gateway, members)
         self._recovery = Recovery(plan, supervisor, gateway, members)
@@ -383,7 +383,8 @@ class Run:
         return {**counted, f"{GATEWAY}.0": {**self._gateway.exchange.counters, **self._wire.wire.counters}}
 
     async def _ship(self) -> None:
-        with TraceFile(self.dir, f"{GATEWAY}.0") as file:
+        settings = self.plan.graph.file.sampling
+        with TraceFile(self.dir, f"{GATEWAY}.0", sample=settings.sample, most_bytes=settings.megabytes << 20) as file:
             try:
                 while True:
                     if not file.write(self._ring.take(SHIP_AT_ONCE), self._ring.dropped):

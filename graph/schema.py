@@ -155,6 +155,19 @@ class SupervisionSection(Section):
     stop_deadline_s: float = Field(_DEADLINES.stop_deadline_s, gt=0, le=60, strict=False)
 
 
+class TraceSection(Section):
+    """Records of some messages instead of all."""
+
+    sample: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        strict=False,
+        description="share of sessions, or of a training's micro-batches, that leave records",
+    )
+    megabytes: int = Field(0, ge=0, le=1 << 20, description="how long each process's file may get; 0: any length")
+
+
 class GraphFile(Section):
     """A graph: actors, edges, settings."""
 
@@ -178,13 +191,20 @@ class GraphFile(Section):
         1 << 18, ge=0, le=1 << 40,
         description="tensors of so many bytes go through shared memory between processes of one machine (ipc); 0: none",
     )  # fmt: skip
-    trace: bool = Field(True, description="write a record of every message")
+    trace: bool | TraceSection = Field(
+        True, description="write a record of every message, or {sample: 0.01, megabytes: 64} for some of them"
+    )
     restart: Literal["never"] | RestartSection = Field(
         default_factory=lambda: RestartSection(),
         description="when an actor is lost: never, or {max: 5, window_s: 60, backoff_s: 0.2}",
     )
     supervision: SupervisionSection = Field(default_factory=lambda: SupervisionSection())
     training: TrainingSection | None = Field(None, description="how `ranvier train` trains it")
+
+    @property
+    def sampling(self) -> TraceSection:
+        """What is recorded, where anything is."""
+        return self.trace if isinstance(self.trace, TraceSection) else TraceSection()
 
 
 def validate(document: Document) -> GraphFile:
@@ -220,7 +240,11 @@ def _spelled_out(document: Document, index: int, edge: Any, problems: list[Probl
 
 def _is_form(part: Any) -> bool:
     """Whether a part of a path names one of the forms that a value may have: a word of a list, or a section."""
-    return str(part).startswith("literal[") or part in ("Hedge", "Quorum", "RestartSection")
+    return _is_word(part) or part in ("Hedge", "Quorum", "RestartSection", "TraceSection")
+
+
+def _is_word(part: Any) -> bool:
+    return str(part).startswith("literal[") or part == "bool"
 
 
 def _of_other_form(document: Document, found: Any) -> bool:
@@ -230,7 +254,7 @@ def _of_other_form(document: Document, found: Any) -> bool:
             given = document.data
             for key in found["loc"][:index]:
                 given = given[key]
-            return isinstance(given, dict) == str(part).startswith("literal[")
+            return isinstance(given, dict) == _is_word(part)
     return False
 
 
@@ -258,6 +282,8 @@ def _fields_at(path: tuple[Any, ...]) -> list[str]:
         return list(Hedge.model_fields)
     if path[-1:] == ("restart",):
         return list(RestartSection.model_fields)
+    if path == ("trace",):
+        return list(TraceSection.model_fields)
     if path[-1:] == ("join",):
         return list(Quorum.model_fields)
     sections: dict[str, type[Section]] = {

@@ -103,6 +103,8 @@ class Trace:
     unsent: dict[str, list[Unsent]] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
     counters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    sample: float = 1.0
+    """The share of sessions that left records."""
 
     def in_steps(self, actor: str) -> list[Done]:
         """What went into each step of an actor: of a message that went into several, each with the rows that it had there."""
@@ -143,9 +145,11 @@ def read(run_dir: Path) -> Trace:
 def _read_file(trace: Trace, file: Path) -> None:
     with file.open(encoding="utf-8") as lines:
         try:
-            actor = json.loads(next(lines, "{}"))["actor"]
+            head = json.loads(next(lines, "{}"))
+            actor = head["actor"]
         except (ValueError, KeyError):
             raise TraceError(f"{file}: expected a first line that names the actor") from None
+        trace.sample = head.get("sample", 1.0)
         sent = trace.sent.setdefault(actor, [])
         done = trace.done.setdefault(actor, [])
         for line in lines:
@@ -217,6 +221,7 @@ def summary(trace: Trace) -> dict[str, Any]:
         "waits": waits(trace),
         "counters": {actor: {name: n for name, n in own.items() if n} for actor, own in trace.counters.items()},
         "records_dropped": dict(trace.dropped),
+        "sample": trace.sample,
     }
 
 
@@ -299,7 +304,8 @@ def percentiles(values: Iterable[float]) -> dict[str, float | None]:
 def table(told: dict[str, Any]) -> str:
     """The summary for people: microseconds, p50 / p95 / p99."""
     width = max(len(edge["edge"]) for edge in told["edges"])
-    lines = ["what every message cost, in microseconds (p50 / p95 / p99)", ""]
+    of = "every message" if told["sample"] == 1 else f"the messages of {told['sample']:.2%} of all sessions"
+    lines = [f"what {of} cost, in microseconds (p50 / p95 / p99)", ""]
     lines.append("  ".join(["edge".ljust(width), "messages", "bytes each", *(part.center(22) for part in PARTS)]))
     for edge in told["edges"]:
         each = edge["bytes"] // max(1, edge["messages"])

@@ -110,7 +110,7 @@ class Attempt:
         self._labels = {spec.label for spec in specs}
         self.policies = {spec.actor: spec.restart for spec in specs}
         ring = Ring()
-        records = Records(ring)
+        records = Records(ring, graph.file.sampling.sample, by_position=True)
         self._records = records
         traced = graph.file.trace
         with contextlib.ExitStack() as stack:
@@ -183,7 +183,10 @@ class Attempt:
         raise lost.lost
 
     async def _ship(self, folder: RunFolder, ring: Ring) -> None:
-        with TraceFile(folder.path, f"{GATEWAY}.0") as file:
+        settings = self.plan.graph.file.sampling
+        with TraceFile(
+            folder.path, f"{GATEWAY}.0", sample=settings.sample, most_bytes=settings.megabytes << 20
+        ) as file:
             try:
                 while True:
                     file.write(ring.take(256), ring.dropped)

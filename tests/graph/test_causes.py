@@ -16,6 +16,7 @@ import pytest
 import trio
 
 import ranvier
+from ranvier.actors.trace_file import DROPPED, SENT, TraceFile
 from ranvier.graph import causes, trace
 from ranvier.graph.causes import Causes, Stretch
 from ranvier.graph.trace import Done, Sent, Trace, TraceError
@@ -130,21 +131,18 @@ def test_a_session_that_is_not_there() -> None:
         Causes(by_hand()).critical_path(5)
 
 
-@pytest.fixture(scope="module")
-def run_dir(tiny: Any) -> Iterator[Path]:
-    """Sixteen streams over four actors, of which the batches are cut at the source."""
-    folder, _ = tiny("plain")
-    place = Path(tempfile.mkdtemp(prefix="rv-", dir="/tmp"))
+def sixteen_streams(model: Path, place: Path, **settings: Any) -> Path:
+    """A run of sixteen streams over four actors, of which the batches are cut at the source: its folder."""
     graph_path = place / "graph.yaml"
     graph_path.write_text(
         json.dumps({
             "ranvier": 1, "name": "why", "model": {"source": "unset", "dtype": "float32"}, "prefill_chunk": 8,
             "actors": {"embed": {"kind": "embedding"}, "lower": {"kind": "blocks", "layers": "0-2"},
                        "upper": {"kind": "blocks", "layers": "3-5"}, "head": {"kind": "head"}},
-            "pipeline": ["embed", "lower", "upper", "head"],
+            "pipeline": ["embed", "lower", "upper", "head"], **settings,
         })
     )  # fmt: skip
-    graph = ranvier.load(graph_path, overrides={"model.source": str(folder)})
+    graph = ranvier.load(graph_path, overrides={"model.source": str(model)})
 
     async def one(run: ranvier.Run, prompt: list[int]) -> None:
         async for _ in run.generate(prompt, max_tokens=12, stop_tokens=()):
@@ -157,8 +155,47 @@ def run_dir(tiny: Any) -> Iterator[Path]:
                     nursery.start_soon(one, run, list(range(3, 3 + length)))
             return run.dir
 
-    yield trio.run(main)
+    return trio.run(main)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tiny: Any) -> Iterator[Path]:
+    place = Path(tempfile.mkdtemp(prefix="rv-", dir="/tmp"))
+    yield sixteen_streams(tiny("plain")[0], place)
     shutil.rmtree(place)
+
+
+def test_a_sample_is_whole_requests_at_both_ends(tiny: Any, runs: Path) -> None:
+    """A session of the sample can be explained like any other; nobody else left a record but beside it."""
+    read = trace.read(sixteen_streams(tiny("plain")[0], runs, trace={"sample": 0.2}))
+    assert read.sample == 0.2
+    sent = {trace.sent_key(actor, record) for actor, own in read.sent.items() for record in own}
+    done = {trace.done_key(actor, record) for actor, own in read.done.items() for record in own}
+    assert sent == done
+    chosen = {session for session in range(1, 17) if (session * 2654435761 & 0xFFFFFFFF) < 0.2 * 2**32}
+    assert 1 <= len(chosen) <= 6
+    for own in (*read.sent.values(), *read.done.values()):
+        assert all(chosen & {row[0] for row in record.rows} for record in own)
+    for session in chosen:
+        path = Causes(read).critical_path(session)
+        assert all(one.ended_ns == other.began_ns for one, other in pairwise(path))
+        assert all(stretch.cause != "unknown" for stretch in path)
+    assert "the messages of 20.00% of all sessions" in trace.table(trace.summary(read))
+    with pytest.raises(TraceError, match=r"has records of 20.00% of the sessions; idle times need all"):
+        causes.idle(read)
+
+
+def test_a_file_that_may_get_no_longer(tmp_path: Path) -> None:
+    """What does not go in any more is counted, and the count is in it."""
+    (tmp_path / "trace").mkdir()
+    with TraceFile(tmp_path, "a.0", most_bytes=2000) as file:
+        for number in range(100):
+            file.write([(SENT, 0, number, 8, 1, 2, 3, 0, [[1, 1, 0, 1]], None, "b.0.1")], 0)
+    lines = (tmp_path / "trace" / "a.0.jsonl").read_text().splitlines()
+    assert sum(map(len, lines)) < 2200
+    kept = [json.loads(line) for line in lines[1:]]
+    assert 5 < len(kept) < 100
+    assert kept[-1] == [DROPPED, 100 - (len(kept) - 1)]
 
 
 def test_the_causes_of_real_requests_add_up(run_dir: Path) -> None:
