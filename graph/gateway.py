@@ -63,6 +63,8 @@ class Stream:
     delivered: int = 0
     over: bool = False
     submitted_ns: int = 0
+    why: str = ""
+    """What it waited for shortly before its deadline, in words."""
 
     @property
     def taken(self) -> int:
@@ -146,12 +148,17 @@ class Gateway:
             return copies
         return min(min(self._timed.values()), copies) if copies is not None else min(self._timed.values())
 
+    def nearly_due(self, before_ns: int) -> list[Stream]:
+        """Those whose deadline is before that time, and of which it is not yet known what they wait for."""
+        near = (self.streams[session] for session, deadline_ns in self._timed.items() if deadline_ns <= before_ns)
+        return [stream for stream in near if not stream.why]
+
     def on_due(self, now_ns: int) -> None:
         """Send the second copies that are due, end what is over its deadline."""
         for session in [session for session, deadline_ns in self._timed.items() if deadline_ns <= now_ns]:
             stream = self.streams[session]
             what = f"session {session}: over its deadline, {stream.delivered} of {stream.asked.max_tokens} tokens were there"
-            self._end(stream, Expired(what))
+            self._end(stream, Expired(f"{what}\n{stream.why}" if stream.why else what))
         for route in self._routes():
             route.send_copies(self.exchange, now_ns, self._places_of, self._is_open)
 

@@ -158,6 +158,7 @@ async def _launched(
                     holder.append(run)
                     nursery.start_soon(run._listen)
                     nursery.start_soon(run._failure)
+                    nursery.start_soon(why.watch)
                     await nursery.start(run._scaling.run)
                     if graph.file.trace:
                         nursery.start_soon(run._ship)

@@ -21,6 +21,8 @@ from .wait_for import Answer, AtGateway, Seen, explain
 
 ANSWER_S = 0.5
 """A host that says nothing for so long is taken to be unable to. Its control thread answers at once, whatever the step does."""
+LEAD_S, LOOK_S = 1.5, 0.25
+"""It is asked so long before a deadline what its request waits for: afterwards the request is gone everywhere."""
 APART_S = 0.2
 """What is seen twice, so far apart, is not just passing by."""
 
@@ -48,6 +50,16 @@ class Why:
         async for client in self._asked:
             answer = await self.ask()
             self._supervisor.answer(client, "done", json.dumps({**answer.to_plain(), "text": str(answer)}))
+
+    async def watch(self) -> None:
+        """Ask by itself before a deadline passes, so that the error says who was to blame."""
+        assert self.gateway is not None
+        while True:
+            await trio.sleep(LOOK_S)
+            if near := self.gateway.nearly_due(time.monotonic_ns() + int(LEAD_S * 1e9)):
+                answer = str(await self.ask())
+                for stream in near:
+                    stream.why = answer
 
     async def ask(self) -> Answer:
         """Who waits for whom, and who is to blame. Takes about a second where somebody does not answer."""

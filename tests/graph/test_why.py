@@ -114,6 +114,30 @@ def test_a_stopped_actor_and_those_who_wait_for_it(graphs: Graphs, runs: Path) -
     assert "credit of bad.0 (good.y -> bad.x: " in waits.words
 
 
+def test_a_deadline_that_passes_says_who_was_to_blame(
+    tiny: Any, graph_file: Callable[..., Path], split: Any, runs: Path
+) -> None:
+    """The error that the client gets has the answer in it; it was asked before the request was given up."""
+    path = graph_file(model={"source": "unset", "dtype": "float32"}, supervision=PATIENT, **split(2, 6))
+    graph = ranvier.load(path, overrides={"model.source": str(tiny("llama")[0])})
+    last = list(graph.actors)[-1]
+
+    async def main() -> None:
+        with trio.fail_after(40):
+            async with ranvier.launch(graph, runs=runs) as run:
+                pid = next(pid for key, pid in run.pids.items() if key.startswith(f"{last}."))
+                os.kill(pid, signal.SIGSTOP)
+                said = (
+                    rf"over its deadline, 0 of 9 tokens were there\nbecause of {last}\.0: it is stopped \(pid {pid}\)"
+                )
+                with pytest.raises(ranvier.Expired, match=said):
+                    async for _ in run.generate([1, 2, 3], max_tokens=9, stop_tokens=(), deadline_s=2):
+                        pass
+                os.kill(pid, signal.SIGCONT)
+
+    trio.run(main)
+
+
 def test_a_join_that_lacks_one_input(graphs: Graphs, runs: Path) -> None:
     graph = graphs(
         {"one": actor("Faulty"), "two": actor("Faulty", at_step="say nothing"), "sum": actor("Sum")},
