@@ -39,11 +39,12 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     # a command of the user's, to a run, and its answer
     "scale": {"actor": str, "replicas": int},
     "why": {},
+    "status": {},
     "done": {"what": str},
     "wrong": {"what": str},
 }
 
-COMMANDS = ("scale", "why")
+COMMANDS = ("scale", "why", "status")
 """What a client may ask of a run."""
 
 _decoder = msgspec.msgpack.Decoder(tuple[str, dict[str, Any]])

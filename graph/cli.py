@@ -19,6 +19,7 @@ from ranvier.actors.zygote_process import ZygoteProcess
 from ranvier.transport.errors import RanvierError
 
 from . import causes, perfetto, run_folder, show, trace
+from .attached import scale_command, top_command, why_command
 from .check import load as load_graph
 from .checked import Graph
 from .command_line import (
@@ -37,9 +38,6 @@ from .errors import GraphError
 from .plan import plan
 from .training.command import show_schedule, train_command
 from .training.planning import training_plan
-
-WHY_S = 10.0
-"""A run that goes on answers within two seconds."""
 
 app = typer.Typer(
     name="ranvier",
@@ -391,52 +389,9 @@ def trace_command(
         print(trace.table(told))
 
 
-@app.command("why")
-def why_command(
-    run_dir: Annotated[
-        Path, typer.Argument(metavar="RUN", help="The folder of a run that goes on.", show_default=False)
-    ],
-    as_json: Json = False,
-) -> None:
-    """Say who waits for whom in a run that goes on, and who is to blame.
-
-    Whoever is stopped, silent, loading, or long in one step is named with its process and, where it can still say so,
-    the lines of Python it is at. Costs the run nothing while nobody asks.
-    """
-    from . import commands
-
-    found = json.loads(commands.ask(run_dir, "why", WHY_S))
-    if as_json:
-        print_json(found)
-    else:
-        print(found["text"])
-
-
-@app.command()
-def scale(
-    run_dir: Annotated[
-        Path, typer.Argument(metavar="RUN", help="The folder of a run that goes on.", show_default=False)
-    ],
-    change: Annotated[
-        str, typer.Argument(metavar="ACTOR=N", help="How many replicas the actor is to have.", show_default=False)
-    ],
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for it to be done.")] = 120.0,
-    as_json: Json = False,
-) -> None:
-    """Change how many replicas an actor has while its run goes on.
-
-    A replica that joins gets sessions that begin later; one that leaves ends when its last session is over.
-    """
-    from . import commands
-
-    actor, _, count = change.partition("=")
-    if not actor or not count.isdecimal():
-        raise Wrong(f"{change}: expected ACTOR=N, such as upper=2")
-    done = commands.ask(run_dir, "scale", timeout, actor=actor, replicas=int(count))
-    if as_json:
-        print_json({"done": done})
-    else:
-        print(done)
+app.command("scale")(scale_command)
+app.command("why")(why_command)
+app.command("top")(top_command)
 
 
 @app.command()

@@ -34,6 +34,7 @@ from .placement import Placement
 from .plan import EPOCH, Plan, plan
 from .run import Run
 from .run_folder import RunFolder
+from .status import Status
 from .tokenizer import TextCodec
 from .why import Why
 
@@ -136,6 +137,7 @@ async def _launched(
                 async with trio.open_nursery() as nursery:
                     why = Why(planned, supervisor, folder.path)
                     nursery.start_soon(why.run)
+                    status = Status(supervisor)
                     detours = Detours(bad_links, nursery)
                     supervisor.detour, supervisor.on_forgotten = detours.address, detours.forget
                     nursery.start_soon(supervisor.run)
@@ -154,6 +156,7 @@ async def _launched(
                         wire.connect(spec.identity, detours.address(me, spec.identity, host.address))
                         placement.join(spec.actor, spec.replica, host.capacity_tokens, host.keeps)
                     gateway = Gateway(exchange, links, placement, graph.prefill_chunk, graph.generates)
+                    status.gateway = gateway
                     run = Run(planned, folder, supervisor, wire, gateway, codec, detours, ring, why)
                     holder.append(run)
                     nursery.start_soon(run._listen)

@@ -35,6 +35,7 @@ from ..chaos import ChaosLink, Detours
 from ..launch import logger, single
 from ..plan import EPOCH
 from ..run_folder import RunFolder
+from ..status import Status
 from ..why import Why
 from . import checkpoints
 from .checkpoints import Checkpoint
@@ -145,6 +146,7 @@ class Attempt:
                 supervisor.on_saved = self._on_saved
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(Why(plan.plan, supervisor, folder.path).run)
+                    Status(supervisor)
                     detours = Detours(self._bad_links, nursery)
                     supervisor.detour, supervisor.on_forgotten = detours.address, detours.forget
                     nursery.start_soon(supervisor.run)
