@@ -18,7 +18,7 @@ from ranvier.actors.session import Sampling
 from ranvier.actors.zygote_process import ZygoteProcess
 from ranvier.transport.errors import RanvierError
 
-from . import causes, perfetto, run_folder, show, trace
+from . import causes, compare, perfetto, run_folder, show, trace
 from .attached import scale_command, top_command, why_command
 from .check import load as load_graph
 from .checked import Graph
@@ -366,6 +366,10 @@ def trace_command(
         int | None,
         typer.Option("--why", metavar="SESSION", help="Why a request took so long: each microsecond put to one cause."),
     ] = None,
+    diff: Annotated[
+        Path | None,
+        typer.Option("--diff", metavar="RUN2", help="What changed from this run to another, largest first."),
+    ] = None,
     idle: Annotated[
         bool, typer.Option("--idle", help="What every actor waited for when it had nothing to do.")
     ] = False,
@@ -383,7 +387,13 @@ def trace_command(
         to_perfetto.write_text(json.dumps(perfetto.events(read)))
         print(f"wrote {to_perfetto}; open it in Perfetto or chrome://tracing", file=sys.stderr)
     told = trace.summary(read)
-    if as_json:
+    if diff is not None:
+        changed = compare.compare(told, trace.summary(trace.read(diff)))
+        if as_json:
+            print_json(changed)
+        else:
+            print(compare.table(changed))
+    elif as_json:
         print_json(told)
     else:
         print(trace.table(told))

@@ -245,4 +245,6 @@ def test_the_command(run_dir: Path) -> None:
     assert "session 3: " in said("--why", "3") and "compute" in said("--why", "3")
     assert json.loads(said("--why", "3", "--json"))["session"] == 3
     assert "upper.0 had nothing to do for" in said("--idle")
+    assert "no median changed by" in said("--diff", str(run_dir))
+    assert json.loads(said("--diff", str(run_dir), "--json"))["changes"] == []
     assert {each["actor"] for each in json.loads(said("--idle", "--json"))["actors"]} >= {"upper.0"}
