@@ -24,6 +24,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "linked": {"peer": str},
     "session_failed": {"session": int, "epoch": int, "error": str, "traceback": str},
     "refused": {"what": str},
+    "alarm": {"edge": str, "session": int, "position": int, "share": float, "at_ns": int},
     "saved": {"round": int},
     "failed": {"error": str, "traceback": str},
     "situation": {"asked": int, "situation": dict},

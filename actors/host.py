@@ -15,6 +15,7 @@ from ranvier.transport.errors import ProtocolError
 from ranvier.transport.header import Row
 from ranvier.transport.zeromq import ZeroWire
 
+from . import taps
 from .actor import Batch, keeps
 from .core import HostCore, Work
 from .join import Overdue
@@ -65,6 +66,13 @@ class Host(Process):
             self.exchange.add(spec)
         for link in links:
             self.core.add(link)
+            if link.tap is not None and link.outgoing and link.link.edge not in self.core.outputs.taps:
+                self.core.outputs.taps[link.link.edge] = taps.make(
+                    link.tap, link.link, self.spec.tap_folder, self.records.tapped, self._alarm
+                )
+
+    def _alarm(self, edge: str, row: Row, share: float, at_ns: int) -> None:
+        self.crossing.tell("alarm", edge=edge, session=row.session, position=row.position, share=share, at_ns=at_ns)
 
     # -- stepping -----------------------------------------------------------------------------------------------
 

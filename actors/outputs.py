@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -18,6 +18,9 @@ from ranvier.transport.tensors import LOOK_EVERY, encode, to_buffer
 from .actor import Batch
 from .replicas import Places, Route
 from .spec import GATEWAY, HostLink, PortSpec
+
+if TYPE_CHECKING:
+    from .taps import Tap
 
 
 class Loop(NamedTuple):
@@ -36,6 +39,8 @@ class Outputs:
     """
 
     def __init__(self, ports: Iterable[PortSpec], exchange: Exchange) -> None:
+        self.taps: dict[int, Tap] = {}
+        """By edge: called with what goes out (taps.py)."""
         self._exchange = exchange
         self._specs = {port.name: port.tensor for port in ports}
         self._routes: dict[str, list[Route]] = {port: [] for port in self._specs}
@@ -139,9 +144,15 @@ class Outputs:
     def _send(
         self, port: str, routes: Iterable[Route], rows: tuple[Row, ...], tensor: torch.Tensor, ready_ns: int
     ) -> None:
-        plain = None
+        plain, untouched = None, tensor
         for route in routes:
             link = route.only
+            if self.taps:
+                tap = self.taps.get(route.edge)
+                tensor = tap(untouched, rows) if tap is not None else untouched
+                if tensor is not untouched:
+                    self._send_patched(port, route, rows, tensor, ready_ns)
+                    continue
             if link is None:
                 self._send_by_choice(port, route, rows, tensor, ready_ns)
             elif link.raw:
@@ -150,6 +161,16 @@ class Outputs:
             else:
                 tensors, buffers, coding = coded(port, tensor, link)
                 self._exchange.send(link, rows, tensors, buffers, ready_ns, coding)
+
+    def _send_patched(
+        self, port: str, route: Route, rows: tuple[Row, ...], tensor: torch.Tensor, ready_ns: int
+    ) -> None:
+        link = route.only
+        if link is None:
+            self._send_by_choice(port, route, rows, tensor, ready_ns)
+        else:
+            tensors, buffers, coding = coded(port, tensor, link)
+            self._exchange.send(link, rows, tensors, buffers, ready_ns, coding)
 
     def _send_by_choice(
         self, port: str, route: Route, rows: tuple[Row, ...], tensor: torch.Tensor, ready_ns: int

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ranvier.transport.codec import Coding
 from ranvier.transport.ends import Received
 from ranvier.transport.header import Row
 from ranvier.transport.link import LinkSpec
 
 from .ring import Ring
-from .trace_file import DONE, PART, SENT, UNSENT
+from .trace_file import DONE, PART, SENT, TAP, UNSENT
 
 SPREAD = 2654435761
 """Odd, and near 2^32 over the golden ratio."""
@@ -43,6 +45,11 @@ class Records:
     def done(self, received: Received, started_ns: int, finished_ns: int, batch: int) -> None:
         """`batch` messages went into the step; 0: it went into none."""
         self._received(DONE, received, started_ns, finished_ns, batch, received.header.rows)
+
+    def tapped(self, edge: int, at_ns: int, told: Mapping[str, float], rows: tuple[Row, ...]) -> None:
+        """Statistics of what went out by an edge."""
+        if self._below is None or self._chosen(rows):
+            self._put((TAP, edge, at_ns, told["norm"], told["mean"], told["largest"], told["not_finite"], rows))
 
     def part(self, received: Received, started_ns: int, finished_ns: int, batch: int, rows: tuple[Row, ...]) -> None:
         """Only some of its rows went into the step, which has these."""

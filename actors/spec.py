@@ -109,7 +109,8 @@ class HostLink:
     itself has both its ends here. `policy` says how to choose among the links of one edge, which lead to the replicas of one
     actor; at the incoming end `repeats` says that a step may come again from another replica. `skips`: a copy without credit
     may be left out. `at_most`, at the outgoing end of a loop of the user's own: how often a row goes round,
-    unless the port `until` says that it is done; 0: the actor decides by what it sends."""
+    unless the port `until` says that it is done; 0: the actor decides by what it sends. `tap` is called with what goes out
+    (taps.py)."""
 
     port: str
     link: LinkSpec
@@ -120,10 +121,15 @@ class HostLink:
     policy: Policy = STICKY
     skips: bool = False
     repeats: bool = False
+    tap: str | None = None
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> HostLink:
         return cls(**{**plain, "link": _link(plain["link"]), "policy": Policy(**plain["policy"])})
+
+
+STATISTICS = "statistics"
+"""The tap that is not a function of the user's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +166,8 @@ class HostSpec:
     precision: str = "dtype"
     batches: int = 1
     trace: bool = True
+    tap_folder: str | None = None
+    """Where functions of taps lie."""
     trace_sample: float = 1.0
     """The share of sessions, or of a training's micro-batches, whose messages leave records: the same at both ends."""
     trace_bytes: int = 0

@@ -62,6 +62,8 @@ class Supervisor:
         self.on_saved: Callable[[str, int], None] = lambda _label, _round: None
         """Called when a host of a training run has saved its shard, with its label and how many rounds are done."""
         self.commands: dict[str, Callable[[str, Mapping[str, Any]], None]] = {}
+        self.alarms: list[dict[str, Any]] = []
+        """Edges that carried numbers that are none, the first one first."""
         self._asked = 0
         self._asking = trio.Lock()
         self._situations: dict[str, Mapping[str, Any]] = {}
@@ -295,6 +297,10 @@ class Supervisor:
             self._on_session_failed(label, fields)
         elif kind == "linked":
             self._linked.add((key, fields["peer"]))
+        elif kind == "alarm":
+            self._log.error("alarm", actor=label, **fields)
+            self.alarms.append({"actor": label, **fields})
+            self.alarms.sort(key=lambda alarm: alarm["at_ns"])
         elif kind == "situation":
             if fields["asked"] == self._asked:
                 self._situations[key] = fields["situation"]

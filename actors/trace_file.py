@@ -57,6 +57,11 @@ UNSENT = "unsent"
 UNSENT_COLUMNS = ("kind", "edge", "bytes", "ready_ns", "given_up_ns", "rows", "target")
 """At the sending end: waited for credit that `target` never gave, until its sessions, or the run, were over."""
 
+TAP = "tap"
+TAP_COLUMNS = ("kind", "edge", "at_ns", "norm", "mean", "largest", "not_finite", "rows")
+"""At the sending end of an edge with a tap: of the finite elements Euclidean norm, mean, largest magnitude; the share of the
+others."""
+
 DROPPED = "dropped"
 DROPPED_COLUMNS = ("kind", "records")
 """The ring was full or the disk was: so many records are missing before this line."""
@@ -78,7 +83,7 @@ class TraceFile:
         self._most_bytes = most_bytes
         head = {"actor": label, "clock": "CLOCK_MONOTONIC", "pid": os.getpid(), "sample": sample,
                 "columns": {SENT: SENT_COLUMNS, DONE: DONE_COLUMNS, PART: PART_COLUMNS, UNSENT: UNSENT_COLUMNS,
-                            DROPPED: DROPPED_COLUMNS}}  # fmt: skip
+                            TAP: TAP_COLUMNS, DROPPED: DROPPED_COLUMNS}}  # fmt: skip
         self._file: BinaryIO = self._path.open("wb", buffering=0)
         self._head = _to_lines([head])
         self._bytes = 0

@@ -38,7 +38,7 @@ def load(path: str | Path, *, allow_code: bool = False, overrides: Mapping[str, 
     check.keys()
     check.stop_if_wrong()
     check.layers(actors, checkpoint)
-    between = EdgeCheck(document, file, problems, actors)
+    between = EdgeCheck(document, file, problems, actors, path.parent, allow_code)
     edges = between.edges()
     between.stop_if_wrong()
     between.connected(edges)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 from ranvier.actors.checkpoint import Checkpoint
-from ranvier.actors.spec import GATEWAY
+from ranvier.actors.kinds import KindError, inside
+from ranvier.actors.spec import GATEWAY, STATISTICS
 from ranvier.transport import auto, codec
 from ranvier.transport.dtypes import BY_NAME
 from ranvier.transport.spec import TensorSpec
@@ -28,10 +30,12 @@ class EdgeCheck(Findings):
     """Checks the edges between actors whose ports are known."""
 
     def __init__(
-        self, document: Document, file: GraphFile, problems: list[Problem], actors: Mapping[str, CheckedActor]
-    ) -> None:
+        self, document: Document, file: GraphFile, problems: list[Problem], actors: Mapping[str, CheckedActor],
+        folder: Path, allow_code: bool,
+    ) -> None:  # fmt: skip
         super().__init__(document, file, problems)
         self.actors = actors
+        self.folder, self.allow_code = folder, allow_code
 
     def edges(self) -> list[CheckedEdge]:
         edges = []
@@ -76,10 +80,11 @@ class EdgeCheck(Findings):
             return None
         self._loop(section, name, index)
         self._codec(section, name, spec, index)
+        self._tap(section, name, index)
         return CheckedEdge(
             source_actor, out, target_actor, into, spec,
             section.feedback, section.codec, section.credits, section.credit_bytes, section.until, section.at_most or 0,
-            section.gradient_codec,
+            section.gradient_codec, section.tap,
         )  # fmt: skip
 
     def _codec(self, section: EdgeSection, name: str, spec: TensorSpec, index: int) -> None:
@@ -106,6 +111,30 @@ class EdgeCheck(Findings):
                 index,
                 "codec",
             )
+
+    def _tap(self, section: EdgeSection, name: str, index: int) -> None:
+        if section.tap is None:
+            return
+        file, separator, function = section.tap.partition(":")
+        if section.tap != STATISTICS and not (file.startswith("./") and separator and function.isidentifier()):
+            self._wrong(
+                f"edge {name}: tap {section.tap!r}: expected {STATISTICS} or ./file.py:function; change it",
+                "edges", index, "tap",
+            )  # fmt: skip
+        elif section.source.partition(".")[0] == GATEWAY:
+            self._wrong(
+                f"edge {name}: the gateway touches no tensor; put the tap on an edge behind it", "edges", index, "tap"
+            )
+        elif section.tap != STATISTICS:
+            try:
+                inside(self.folder, file)
+            except KindError as error:
+                self._wrong(f"edge {name}: tap: {error}", "edges", index, "tap")
+            if not self.allow_code:
+                self._wrong(
+                    f"edge {name}: tap {section.tap} is code of the graph's own folder; pass --allow-code if you trust it",
+                    "edges", index, "tap",
+                )  # fmt: skip
 
     def _loop(self, section: EdgeSection, name: str, index: int) -> None:
         """A loop of the user's own has a bound; one of tokens ends with its stream."""

@@ -67,6 +67,7 @@ class CheckedEdge:
     until: str | None = None
     at_most: int = 0
     gradient_codec: str = "raw"
+    tap: str | None = None
     implied: bool = False
 
     @property
@@ -119,6 +120,7 @@ class Graph:
                 "from": f"{e.source}.{e.out}", "to": f"{e.target}.{e.into}", "feedback": e.feedback, "codec": e.codec,
                 "credits": e.credits_messages, "credit_bytes": e.credits_bytes,
                 **({"gradient_codec": e.gradient_codec} if e.gradient_codec != "raw" else {}),
+                **({"tap": e.tap} if e.tap is not None else {}),
                 **({"at_most": e.at_most} if e.at_most else {}), **({"until": e.until} if e.until else {}),
             }
             for e in self.edges

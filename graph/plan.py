@@ -106,7 +106,7 @@ class Plan:
                 for other in [replica] if loop else live.get(edge.target, _GATEWAY):
                     yield HostLink(
                         edge.out, self._link(index, edge, replica, other, live), True, edge.feedback, edge.until,
-                        edge.at_most, policy=graph.policy(edge.target), skips=skips,
+                        edge.at_most, policy=graph.policy(edge.target), skips=skips, tap=edge.tap,
                     )  # fmt: skip
             if edge.target == actor:
                 repeats = not loop and graph.policy(edge.source).copies > 1
@@ -196,6 +196,7 @@ class Plan:
             shared_from_bytes=file.shared_from_bytes,
             keys=str(self.graph.keys) if self.graph.keys is not None else None,
             batch_tokens=section.batch_tokens,
+            tap_folder=str(self.graph.path.parent.resolve()),
             trace=bool(file.trace),
             trace_sample=file.sampling.sample,
             trace_bytes=file.sampling.megabytes << 20,

@@ -89,6 +89,12 @@ class Run:
         return self._supervisor.pids
 
     @property
+    def alarms(self) -> Sequence[Mapping[str, Any]]:
+        """Edges whose tap has seen NaN or infinities, the first one first: `actor`, `edge`, `session`, `position`, and the
+        `share` of the elements."""
+        return self._supervisor.alarms
+
+    @property
     def recoveries(self) -> Sequence[Recovered]:
         """The hosts that were lost so far and have been replaced."""
         return self._recovery.done

@@ -140,6 +140,12 @@ class EdgeSection(Section):
         max_length=40,
         description="how gradients that come back in training are written; what is lost is added to the next",
     )
+    tap: str | None = Field(
+        None,
+        max_length=4096,
+        description="statistics: norm, mean, largest and share of NaN of each message; ./file.py:function: called with the "
+        "tensor and its rows, may give another one back",
+    )
     credits: int = Field(8, ge=0, le=1 << 20, description="messages that may be on their way or unread")
     credit_bytes: int = Field(64 << 20, ge=1, le=1 << 40, description="bytes that may be on their way or unread")
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ranvier.actors.trace_file import DONE, DROPPED, PART, SENT, UNSENT
+from ranvier.actors.trace_file import DONE, DROPPED, PART, SENT, TAP, UNSENT
 from ranvier.transport.codec import CODECS
 from ranvier.transport.errors import RanvierError
 
@@ -78,6 +78,18 @@ class Unsent(NamedTuple):
     target: str
 
 
+class Tapped(NamedTuple):
+    """See `trace_file.TAP_COLUMNS`."""
+
+    edge: int
+    at_ns: int
+    norm: float
+    mean: float
+    largest: float
+    not_finite: float
+    rows: Sequence[Sequence[int]]
+
+
 Message = tuple[int, int, str, str]
 """What ties the two records of a message together: edge, sequence, and the `actor.replica` at either end."""
 
@@ -103,6 +115,7 @@ class Trace:
     unsent: dict[str, list[Unsent]] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
     counters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    taps: dict[str, list[Tapped]] = field(default_factory=dict)
     sample: float = 1.0
     """The share of sessions that left records."""
 
@@ -162,6 +175,8 @@ def _read_file(trace: Trace, file: Path) -> None:
                 done.append(Done(*values))
             elif kind == PART:
                 trace.parts.setdefault(actor, []).append(Done(*values))
+            elif kind == TAP:
+                trace.taps.setdefault(actor, []).append(Tapped(*values))
             elif kind == UNSENT:
                 trace.unsent.setdefault(actor, []).append(Unsent(*values))
             elif kind == DROPPED:
@@ -218,6 +233,7 @@ def summary(trace: Trace) -> dict[str, Any]:
             for actor, records in trace.done.items()
             if any(record.batch for record in records)
         ],
+        "taps": taps(trace),
         "waits": waits(trace),
         "counters": {actor: {name: n for name, n in own.items() if n} for actor, own in trace.counters.items()},
         "records_dropped": dict(trace.dropped),
@@ -233,6 +249,22 @@ def _complete(records: Iterable[Done]) -> dict[tuple[int, ...], int]:
             key = (record.started_ns, *row[:3])
             found[key] = max(found.get(key, 0), record.received_ns)
     return found
+
+
+def taps(trace: Trace) -> list[dict[str, Any]]:
+    """Of each edge with a tap: messages, norm and largest magnitude, and the first that had numbers that are none."""
+    made = []
+    for actor, own in trace.taps.items():
+        for edge in sorted({tapped.edge for tapped in own}):
+            told = [tapped for tapped in own if tapped.edge == edge]
+            bad = min((tapped for tapped in told if tapped.not_finite), key=lambda tapped: tapped.at_ns, default=None)
+            made.append({
+                "edge": trace.edges[edge], "actor": actor, "messages": len(told), "norm": percentiles(t.norm for t in told),
+                "largest": max(tapped.largest for tapped in told), "not_finite": sum(t.not_finite > 0 for t in told),
+                "first_not_finite": list(bad.rows[0]) if bad is not None else None,
+                "first_not_finite_ns": bad.at_ns if bad is not None else None,
+            })  # fmt: skip
+    return made
 
 
 def waits(trace: Trace) -> list[dict[str, Any]]:
@@ -334,6 +366,16 @@ def table(told: dict[str, Any]) -> str:
         odd = [f"{edge[key]} {words}" for key, words in _ODD.items() if edge[key]]
         if odd:
             lines.append(f"{edge['edge']}: {', '.join(odd)}")
+    for tap in told["taps"]:
+        norms = " / ".join(f"{value:.3g}" for value in tap["norm"].values())
+        lines.append(f"{tap['edge']}: norm {norms}, largest {tap['largest']:.3g}, over {tap['messages']} messages")
+    bad = [tap for tap in told["taps"] if tap["first_not_finite"] is not None]
+    for tap in sorted(bad, key=lambda tap: tap["first_not_finite_ns"])[:1]:
+        session, _, position, _ = tap["first_not_finite"]
+        lines.append(
+            f"{tap['edge']} was the first of {len(bad)} edges to carry NaN or infinities: session {session}, "
+            f"position {position}"
+        )
     for wait in told["waits"]:
         never = f", {wait['never_sent']} of them in vain" if wait["never_sent"] else ""
         lines.append(
