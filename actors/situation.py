@@ -10,12 +10,14 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ranvier.transport.exchange import Exchange
 
 from .crossing import Crossing
-from .join import Overdue
+
+if TYPE_CHECKING:
+    from .join import Overdue
 
 TRIES = 20
 STACK_LINES = 12
