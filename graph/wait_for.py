@@ -92,7 +92,8 @@ def explain(hosts: Sequence[Seen], gateway: AtGateway, feeds: Mapping[tuple[str,
         feeds: which actors send to an input, by actor and port.
     """
     guilty = [fact for host in hosts for fact in _by_itself(host)] + _overloaded(hosts) + _of_gateway(gateway)
-    blamed = {fact.who for fact in guilty}
+    stuck = {fact.who for fact in guilty}
+    blamed = set(stuck)
     waiting = [fact for host in hosts if host.label not in blamed for fact in _for_others(host, hosts, feeds)]
     waiting += [_no_credit(GATEWAY, *each) for each in gateway.credit]
     waits = {fact.who for fact in waiting}
@@ -101,7 +102,7 @@ def explain(hosts: Sequence[Seen], gateway: AtGateway, feeds: Mapping[tuple[str,
         if other is not None and other not in blamed | waits:
             blamed.add(other)
             guilty.append(_passive(other, fact))
-    guilty += _on_the_way(hosts, blamed | waits)
+    guilty += _on_the_way([host for host in hosts if host.label not in stuck], blamed | waits)
     if not guilty and not waiting and not gateway.sessions:
         guilty.append(Fact("client", "nobody asks", "no session is open: nobody has asked for anything"))
     rest = [
@@ -202,7 +203,7 @@ def _passive(label: str, fact: Fact) -> Fact:
 
 
 def _on_the_way(hosts: Sequence[Seen], known: set[str]) -> list[Fact]:
-    """Messages that do not arrive at who has nothing to do."""
+    """Messages that do not arrive at who has nothing to do. Of hosts that are not stuck: who is reads no acknowledgements."""
     idle = {
         host.label for host in hosts
         if host.label not in known and host.situation and host.situation.get("idle_s", 0.0) > STUCK_S

@@ -271,6 +271,12 @@ def test_a_link_that_is_slow_a_replica_with_too_much_and_a_full_disk() -> None:
     unread = {"unread": [["a.y -> b.x", "b.0", 4]]}
     slow = explain([seen("a.0", situation=unread, before=unread), seen("b.0")], AtGateway([1]), {})
     assert [(fact.who, fact.reason) for fact in slow.culprits] == [("a.y -> b.x", "on the way")]
+    stuck = explain(
+        [seen("a.0", situation={**unread, "stepping_s": 9.0}, before=unread), seen("b.0")], AtGateway([1]), {}
+    )
+    assert [(fact.who, fact.reason) for fact in stuck.culprits] == [("a.0", "in a step")], (
+        "it has read no acknowledgement"
+    )
     passing = explain([seen("a.0", situation=unread, before={}), seen("b.0")], AtGateway([1]), {})
     assert not passing.culprits
     many = explain([seen("a.0", situation={"queued": 9}), seen("a.1", situation={"queued": 1})], AtGateway([1]), {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -53,6 +54,21 @@ class Exploding(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.seen += len(x) if self.training else 0
         return x * self.scale / (0.0 if self.seen >= 100 else 1.0) - (x * 0 if self.seen < 100 else torch.inf)
+
+
+class Sleeping(nn.Module):
+    """Never comes back from its third forward."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += x.device.type != "meta"
+        if self.calls == 3:
+            time.sleep(3600)
+        return x * self.scale
 
 
 class Dropping(nn.Module):

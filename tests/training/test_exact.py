@@ -128,7 +128,8 @@ def dense(count: int, tmp_path: Path) -> tuple[dict[str, Any], list[str], list[n
     [
         (4, "1f1b"), (4, "zero-bubble"),
         *(pytest.param(count, schedule, marks=pytest.mark.slow)
-          for count, schedule in [(2, "gpipe"), (1, "1f1b"), (2, "1f1b"), (4, "gpipe"), (2, "zero-bubble"), (1, "gpipe"), (1, "zero-bubble")]),
+          for count, schedule in [(2, "gpipe"), (1, "1f1b"), (2, "1f1b"), (4, "gpipe"), (2, "zero-bubble"), (1, "gpipe"), (1, "zero-bubble"),
+                                    (4, "eager"), (2, "eager"), (1, "eager")]),
     ],
 )  # fmt: skip
 def test_dense_layers(count: int, schedule: str, graph: Make, trained: Train, tmp_path: Path) -> None:

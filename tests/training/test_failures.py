@@ -9,15 +9,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 import yaml
 
 import ranvier
 from ranvier.graph.training.planning import training_plan
-from ranvier.graph.training.trainer import Step, Trained
+from ranvier.graph.training.trainer import Step, Trained, train
 
 Make = Callable[..., ranvier.Graph]
 Train = Callable[..., Trained]
@@ -235,3 +237,44 @@ def test_a_graph_without_a_section_says_so(graph: Make, tmp_path: Path) -> None:
     made.path.write_text(yaml.safe_dump(content))
     with pytest.raises(ranvier.GraphError, match="there is no training: in this file"):
         training_plan(ranvier.load(made.path, allow_code=True))
+
+
+@pytest.mark.slow
+def test_a_training_that_hangs_says_why_and_shows_itself(graph: Make, runs: Path, tmp_path: Path) -> None:
+    """`ranvier why` and `top` attach to it as to any run."""
+    actors = {**ROW, "two": {"kind": "./parts.py:Sleeping", "args": {"width": 16}},
+              "three": {"kind": LAYER, "args": {"width": 16, "to": 4, "last": True}}}  # fmt: skip
+    made = graph(actors, EDGES, section(), restart="never", supervision={"progress_deadline_s": 60.0})
+    command = [sys.executable, "-m", "ranvier.graph.entry"]
+
+    async def said(*words: str) -> dict[str, Any]:
+        done = await trio.run_process(
+            [*command, *words, "--json"], capture_stdout=True, capture_stderr=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        told: dict[str, Any] = json.loads(done.stdout)
+        return told
+
+    async def main() -> None:
+        pids: dict[str, int] = {}
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(
+                partial(train, made, tmp_path / "out", allow_code=True, runs=runs, on_started=pids.update)
+            )
+            with trio.fail_after(40):
+                while not pids:
+                    await trio.sleep(0.05)
+                await trio.sleep(1)
+                [folder] = [path.parent.parent for path in runs.glob("*/sockets/supervisor")]
+                told = await said("why", str(folder))
+                assert [(each["who"], each["reason"]) for each in told["culprits"]] == [("two.0", "in a step")]
+                assert any("time.sleep(3600)" in line for line in told["culprits"][0]["stack"])
+                seen = await said("top", str(folder))
+                assert {host["label"]: host["state"] for host in seen["hosts"]} == {
+                    f"{name}.0": "running" for name in ("one", "two", "three")
+                }
+            for pid in pids.values():
+                os.kill(pid, signal.SIGKILL)
+            nursery.cancel_scope.cancel()
+
+    trio.run(main)
