@@ -18,7 +18,7 @@ from ranvier.actors.session import Sampling
 from ranvier.actors.zygote_process import ZygoteProcess
 from ranvier.transport.errors import RanvierError
 
-from . import causes, compare, perfetto, run_folder, show, trace
+from . import causes, compare, perfetto, run_folder, show, trace, trace_plot
 from .attached import scale_command, top_command, why_command
 from .check import load as load_graph
 from .checked import Graph
@@ -362,6 +362,12 @@ def trace_command(
     to_perfetto: Annotated[
         Path | None, typer.Option("--perfetto", metavar="OUT", help="Write Chrome JSON that Perfetto opens.")
     ] = None,
+    to_plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot", metavar="OUT", help="Draw latencies, pipeline and bytes (PNG or SVG); needs matplotlib."
+        ),
+    ] = None,
     why: Annotated[
         int | None,
         typer.Option("--why", metavar="SESSION", help="Why a request took so long: each microsecond put to one cause."),
@@ -386,6 +392,9 @@ def trace_command(
     if to_perfetto is not None:
         to_perfetto.write_text(json.dumps(perfetto.events(read)))
         print(f"wrote {to_perfetto}; open it in Perfetto or chrome://tracing", file=sys.stderr)
+    if to_plot is not None:
+        trace_plot.draw(to_plot, read)
+        print(f"wrote {to_plot}", file=sys.stderr)
     told = trace.summary(read)
     if diff is not None:
         changed = compare.compare(told, trace.summary(trace.read(diff)))

@@ -8,7 +8,7 @@ from typing import Any
 
 from ranvier.actors.training.schedule import play
 
-from ..errors import RequestError
+from ..picture import picture
 from .bubbles import Bubbles
 from .plan import TrainingPlan
 
@@ -24,26 +24,10 @@ def draw(file: Path, plan: TrainingPlan, history: Sequence[Mapping[str, Any]], b
     Raises:
         RequestError: matplotlib is not installed, or cannot write such a file.
     """
-    try:
-        import matplotlib as mpl
-
-        mpl.use("agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise RequestError("pictures need matplotlib; pip install 'ranvier[plot]'") from None
-    figure, axes = pyplot.subplots(
-        2 if bubbles is not None else 1, 1, figsize=(9, 7 if bubbles is not None else 4), squeeze=False
-    )
-    _losses(axes[0][0], plan, history)
-    if bubbles is not None:
-        _schedule(axes[1][0], plan, bubbles)
-    figure.tight_layout()
-    try:
-        figure.savefig(file, dpi=110)
-    except (ValueError, OSError) as error:
-        raise RequestError(f"--plot {file}: {error}") from None
-    finally:
-        pyplot.close(figure)
+    with picture(file, (4, 3) if bubbles is not None else (4,)) as axes:
+        _losses(axes[0], plan, history)
+        if bubbles is not None:
+            _schedule(axes[1], plan, bubbles)
 
 
 def _losses(axis: Any, plan: TrainingPlan, history: Sequence[Mapping[str, Any]]) -> None:

@@ -237,7 +237,7 @@ def test_idle_times_have_causes(run_dir: Path) -> None:
         assert 0 < actor["idle_ms"] < actor["ms"]
 
 
-def test_the_command(run_dir: Path) -> None:
+def test_the_command(run_dir: Path, tmp_path: Path) -> None:
     def said(*more: str) -> str:
         command = [sys.executable, "-m", "ranvier.graph.entry", "trace", str(run_dir), *more]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -246,5 +246,12 @@ def test_the_command(run_dir: Path) -> None:
     assert json.loads(said("--why", "3", "--json"))["session"] == 3
     assert "upper.0 had nothing to do for" in said("--idle")
     assert "no median changed by" in said("--diff", str(run_dir))
+    for name, beginning in (("page.png", b"\x89PNG"), ("page.svg", b"<?xml")):
+        said("--plot", str(tmp_path / name))
+        drawn = (tmp_path / name).read_bytes()
+        assert drawn.startswith(beginning) and len(drawn) > 20_000
+    page = (tmp_path / "page.svg").read_text()
+    for word in ("upper.0", "lower.hidden -&gt; upper.hidden", "bytes sent", "latency"):
+        assert f"<!-- {word} -->" in page, word
     assert json.loads(said("--diff", str(run_dir), "--json"))["changes"] == []
     assert {each["actor"] for each in json.loads(said("--idle", "--json"))["actors"]} >= {"upper.0"}
