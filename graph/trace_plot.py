@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .causes import ME, Causes
+from .causes import ME, Causes, Step
 from .picture import PALETTE, picture
 from .trace import Trace, done_key, sent_key
 
@@ -23,10 +24,11 @@ def draw(file: Path, trace: Trace) -> None:
     Raises:
         RequestError: matplotlib is not installed, or cannot write such a file.
     """
-    actors = [actor for actor in trace.done if actor != ME and trace.in_steps(actor)]
+    steps = {actor: own for actor, own in Causes(trace).steps.items() if actor != ME and own}
+    actors = sorted(steps, key=lambda actor: steps[actor][0].started_ns)  # in the order that the first message went
     with picture(file, (3.0, 1.2 + 0.35 * len(actors), 2.6)) as (latency, pipeline, traffic):
         _latency(latency, trace)
-        _pipeline(pipeline, trace, actors)
+        _pipeline(pipeline, {actor: steps[actor] for actor in actors})
         _traffic(traffic, trace)
 
 
@@ -48,9 +50,9 @@ def _latency(axis: Any, trace: Trace) -> None:
     axis.legend(fontsize=7)
 
 
-def _pipeline(axis: Any, trace: Trace, actors: list[str]) -> None:
-    causes = Causes(trace)
-    every = sorted((step.started_ns, step.finished_ns, actor) for actor in actors for step in causes.steps[actor])
+def _pipeline(axis: Any, steps: Mapping[str, Sequence[Step]]) -> None:
+    actors = list(steps)
+    every = sorted((step.started_ns, step.finished_ns, actor) for actor, own in steps.items() for step in own)
     first = max((len(every) - STEPS) // 2, 0)
     shown = every[first : first + STEPS]
     origin = shown[0][0] if shown else 0
