@@ -13,6 +13,7 @@ import trio
 
 from ranvier.actors import situation
 from ranvier.actors.spec import GATEWAY
+from ranvier.actors.supervision import Watched
 from ranvier.actors.supervisor import Supervisor
 
 from .gateway import Gateway, Stream
@@ -67,7 +68,11 @@ class Why:
         before = await self._supervisor.situations(ANSWER_S)
         await trio.sleep(APART_S)
         now = await self._supervisor.situations(ANSWER_S)
-        seen = [self._seen(key, before.get(key), told) for key, told in now.items()]
+        seen = [
+            self._seen(key, host, before.get(key), now.get(key))
+            for key, host in self._supervisor.supervision.hosts.items()
+            if not (host.spare or host.leaving)
+        ]
         return explain(seen, self._at_gateway(untaken), self._feeds())
 
     def _at_gateway(self, untaken: Mapping[int, tuple[int, object]]) -> AtGateway:
@@ -88,9 +93,8 @@ class Why:
             stream.info.session: (len(stream.events), stream.events[0]) for stream in self.taken_from if stream.events
         }
 
-    def _seen(self, key: str, before: Mapping[str, Any] | None, told: Mapping[str, Any] | None) -> Seen:
-        host, now_s = self._supervisor.supervision.hosts[key], time.monotonic()
-        pid = self._supervisor.pids.get(key)
+    def _seen(self, key: str, host: Watched, before: Mapping[str, Any] | None, told: Mapping[str, Any] | None) -> Seen:
+        now_s, pid = time.monotonic(), self._supervisor.pids.get(key)
         return Seen(
             host.spec.label, pid, process_state(pid) if pid is not None else "", host.life.state.value, host.loaded,
             now_s - host.started_s, now_s - host.heard_s, str(host.lost.what) if host.lost is not None else None, told, before,

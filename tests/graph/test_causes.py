@@ -7,15 +7,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
-import trio
 
-import ranvier
 from ranvier.actors.trace_file import DROPPED, SENT, TraceFile
 from ranvier.graph import causes, trace
 from ranvier.graph.causes import Causes, Stretch
@@ -131,43 +128,20 @@ def test_a_session_that_is_not_there() -> None:
         Causes(by_hand()).critical_path(5)
 
 
-def sixteen_streams(model: Path, place: Path, **settings: Any) -> Path:
-    """A run of sixteen streams over four actors, of which the batches are cut at the source: its folder."""
-    graph_path = place / "graph.yaml"
-    graph_path.write_text(
-        json.dumps({
-            "ranvier": 1, "name": "why", "model": {"source": "unset", "dtype": "float32"}, "prefill_chunk": 8,
-            "actors": {"embed": {"kind": "embedding"}, "lower": {"kind": "blocks", "layers": "0-2"},
-                       "upper": {"kind": "blocks", "layers": "3-5"}, "head": {"kind": "head"}},
-            "pipeline": ["embed", "lower", "upper", "head"], **settings,
-        })
-    )  # fmt: skip
-    graph = ranvier.load(graph_path, overrides={"model.source": str(model)})
-
-    async def one(run: ranvier.Run, prompt: list[int]) -> None:
-        async for _ in run.generate(prompt, max_tokens=12, stop_tokens=()):
-            pass
-
-    async def main() -> Path:
-        async with ranvier.launch(graph, runs=place) as run:
-            async with trio.open_nursery() as nursery:
-                for length in range(1, 17):
-                    nursery.start_soon(one, run, list(range(3, 3 + length)))
-            return run.dir
-
-    return trio.run(main)
+SIXTEEN = [list(range(3, 3 + length)) for length in range(1, 17)]
+"""So many that the batches are cut at the source."""
 
 
 @pytest.fixture(scope="module")
-def run_dir(tiny: Any) -> Iterator[Path]:
+def run_dir(streamed: Callable[..., Path]) -> Iterator[Path]:
     place = Path(tempfile.mkdtemp(prefix="rv-", dir="/tmp"))
-    yield sixteen_streams(tiny("plain")[0], place)
+    yield streamed(place, SIXTEEN, 12)
     shutil.rmtree(place)
 
 
-def test_a_sample_is_whole_requests_at_both_ends(tiny: Any, runs: Path) -> None:
+def test_a_sample_is_whole_requests_at_both_ends(streamed: Callable[..., Path], runs: Path) -> None:
     """A session of the sample can be explained like any other; nobody else left a record but beside it."""
-    read = trace.read(sixteen_streams(tiny("plain")[0], runs, trace={"sample": 0.2}))
+    read = trace.read(streamed(runs, SIXTEEN, 12, trace={"sample": 0.2}))
     assert read.sample == 0.2
     sent = {trace.sent_key(actor, record) for actor, own in read.sent.items() for record in own}
     done = {trace.done_key(actor, record) for actor, own in read.done.items() for record in own}

@@ -11,40 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 
-import ranvier
 from ranvier.graph import perfetto, trace
 
 
 @pytest.fixture(scope="module")
-def run_dir(tiny: Any) -> Iterator[Path]:
+def run_dir(streamed: Callable[..., Path]) -> Iterator[Path]:
     """A run of three sessions at once over four actors."""
-    folder, _ = tiny("plain")
     place = Path(tempfile.mkdtemp(prefix="rv-", dir="/tmp"))
-    graph_path = place / "graph.yaml"
-    graph_path.write_text(
-        json.dumps({
-            "ranvier": 1, "name": "traced", "model": {"source": "unset", "dtype": "float32"}, "prefill_chunk": 8,
-            "actors": {"embed": {"kind": "embedding"}, "lower": {"kind": "blocks", "layers": "0-2"},
-                       "upper": {"kind": "blocks", "layers": "3-5"}, "head": {"kind": "head"}},
-            "pipeline": ["embed", "lower", "upper", "head"],
-        })
-    )  # fmt: skip
-    graph = ranvier.load(graph_path, overrides={"model.source": str(folder)})
-
-    async def one(run: ranvier.Run, prompt: list[int]) -> None:
-        async for _ in run.generate(prompt, max_tokens=10, stop_tokens=()):
-            pass
-
-    async def main() -> Path:
-        async with ranvier.launch(graph, runs=place) as run:
-            async with trio.open_nursery() as nursery:
-                for prompt in ([1, 2, 3], list(range(20)), [7]):
-                    nursery.start_soon(one, run, prompt)
-            return run.dir
-
-    yield trio.run(main)
+    yield streamed(place, ([1, 2, 3], list(range(20)), [7]), 10)
     shutil.rmtree(place)
 
 

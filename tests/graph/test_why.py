@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -60,9 +61,10 @@ def asked(
                 await trio.sleep(0.6)
                 with trio.fail_after(2):
                     found.append(await run.why())
-                for pid in run.pids.values():
-                    os.kill(pid, signal.SIGCONT)
-                    os.kill(pid, signal.SIGKILL)  # who is stuck in a step cannot be asked to end
+                for pid in run.pids.values():  # who is stuck in a step cannot be asked to end; one may be gone already
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGCONT)
+                        os.kill(pid, signal.SIGKILL)
                 nursery.cancel_scope.cancel()
 
     trio.run(main)
@@ -136,6 +138,18 @@ def test_a_deadline_that_passes_says_who_was_to_blame(
                 os.kill(pid, signal.SIGCONT)
 
     trio.run(main)
+
+
+def test_an_actor_that_was_lost_and_is_not_back_yet(graphs: Graphs, runs: Path) -> None:
+    again = {"max": 3, "window_s": 60, "backoff_s": 20}
+    graph = graphs({"good": actor("Faulty"), "bad": actor("Faulty")}, ROW, restart=again)
+
+    def kill(run: ranvier.Run) -> None:
+        os.kill(next(pid for key, pid in run.pids.items() if key.startswith("bad.")), signal.SIGKILL)
+
+    answer = asked(graph, runs, thirteen(), kill)
+    assert [(fact.who, fact.reason) for fact in answer.culprits] == [("bad.0", "lost")]
+    assert "signal 9" in answer.culprits[0].words
 
 
 def test_a_join_that_lacks_one_input(graphs: Graphs, runs: Path) -> None:
