@@ -46,6 +46,8 @@ class AtGateway:
 
     sessions: Sequence[int]
     untaken: Mapping[int, int] = field(default_factory=dict)
+    lost: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Replicas that are gone and not replaced yet, and the sessions that wait for that."""
     credit: Sequence[Sequence[Any]] = ()
     disk_full: bool = False
 
@@ -161,6 +163,9 @@ def _of_gateway(gateway: AtGateway) -> list[Fact]:
         made.append(
             Fact(GATEWAY, "disk full", "the disk of the run's folder is full: what is to be written there is lost")
         )
+    for who, sessions in gateway.lost.items():
+        waiting = f"session{'s' if len(sessions) > 1 else ''} {', '.join(map(str, sessions[:8]))}"
+        made.append(Fact(who, "lost", f"it was lost, and {waiting} waits for the one in its place"))
     for session, count in gateway.untaken.items():
         made.append(
             Fact(

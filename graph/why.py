@@ -84,8 +84,13 @@ class Why:
             for session, (count, first) in self._untaken().items()
             if untaken.get(session, (0, None))[1] is first
         }
+        lost: dict[str, list[int]] = {}
+        for session, stream in self.gateway.streams.items():
+            if stream.waits and stream.lost_actor:
+                for replica in stream.places[stream.lost_actor]:
+                    lost.setdefault(f"{stream.lost_actor}.{replica}", []).append(session)
         waiting = situation.credit(self.gateway.exchange, time.monotonic_ns())
-        return AtGateway(list(self.gateway.streams), still, waiting, full)
+        return AtGateway(list(self.gateway.streams), still, lost, waiting, full)
 
     def _untaken(self) -> dict[int, tuple[int, object]]:
         """Sessions whose clients have something to take: how much, and what comes first."""
