@@ -19,7 +19,11 @@ from ..errors import RequestError
 from .plan import NEXT, TrainingPlan
 
 if TYPE_CHECKING:
+    import numpy
     import torch
+
+SOURCES = ("text", "tokens", "tensors", "source")
+"""What data may be given as."""
 
 Tensors = Mapping[str, "torch.Tensor"]
 
@@ -41,11 +45,13 @@ def of(plan: TrainingPlan, allow_code: bool) -> Data:
         RequestError: it is not there, too short, or does not name what the graph takes.
     """
     section, graph = plan.section.data, plan.graph
-    given = [name for name in ("text", "tensors", "source") if getattr(section, name) is not None]
+    given = [name for name in SOURCES if getattr(section, name) is not None]
     if len(given) != 1:
-        raise RequestError(f"training: data: expected one of text, tensors, source, got {', '.join(given) or 'none'}")
-    if section.text is not None:
-        return _Text(plan, _inside(graph, section.text))
+        raise RequestError(f"training: data: expected one of {', '.join(SOURCES)}, got {', '.join(given) or 'none'}")
+    for name, read in (("text", _of_text), ("tokens", _of_tokens)):
+        if given == [name]:
+            file = _inside(graph, getattr(section, name))
+            return _Windows(plan, read(plan, file), file.name)
     if section.tensors is not None:
         return _Stored(plan, _inside(graph, section.tensors))
     assert section.source is not None
@@ -68,22 +74,21 @@ def _generator(plan: TrainingPlan, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(plan.section.seed * 1_000_003 + step)
 
 
-class _Text:
-    """Windows of a text, at places that the seed and the step give; validation goes through the held-out end in order."""
+class _Windows:
+    """Windows of a row of tokens, at places that the seed and the step give; validation goes through the held-out end in order.
 
-    def __init__(self, plan: TrainingPlan, file: Path) -> None:
-        import torch
+    Args:
+        ids_T: the tokens; may be a file that is mapped.
+        name: of the file, for errors.
+    """
 
-        checkpoint = plan.graph.checkpoint
-        if checkpoint is None or not tokenizer.brought_by(checkpoint):
-            raise RequestError("training: data: text needs a model with a tokenizer; give tensors of token ids instead")
-        ids = torch.tensor(tokenizer.of(checkpoint).encode(file.read_text(encoding="utf-8"), special=False))
+    def __init__(self, plan: TrainingPlan, ids_T: numpy.ndarray[Any, Any], name: str) -> None:
         self._plan, self._length = plan, plan.section.data.context
-        held = int(len(ids) * plan.section.data.held_out)
-        self._learned, self._held = ids[: len(ids) - held], ids[len(ids) - held :]
+        held = int(len(ids_T) * plan.section.data.held_out)
+        self._learned, self._held = ids_T[: len(ids_T) - held], ids_T[len(ids_T) - held :]
         if len(self._learned) <= self._length:
             raise RequestError(
-                f"training: data: {file.name} has {len(ids)} tokens, {held} of them held out: expected more than the "
+                f"training: data: {name} has {len(ids_T)} tokens, {held} of them held out: expected more than the "
                 f"context, {self._length}"
             )
         if plan.section.validate_ is not None and held <= self._length:
@@ -96,22 +101,71 @@ class _Text:
 
         count = self._plan.section.batch
         places = torch.randint(len(self._learned) - self._length, (count,), generator=_generator(self._plan, step))
-        return _windows(self._learned, places, self._length)
+        return _windows(self._learned, places.numpy(), self._length)
 
     def validation(self, index: int) -> Tensors:
-        import torch
+        import numpy
 
         count = self._plan.section.batch // self._plan.section.micro_batches
         of_all = max(1, (len(self._held) - 1) // self._length)
-        places = (torch.arange(index * count, (index + 1) * count) % of_all) * self._length
+        places = (numpy.arange(index * count, (index + 1) * count) % of_all) * self._length
         return _windows(self._held, places, self._length)
 
 
-def _windows(ids: torch.Tensor, places_B: torch.Tensor, length: int) -> Tensors:
+def _windows(ids_T: numpy.ndarray[Any, Any], places_B: numpy.ndarray[Any, Any], length: int) -> Tensors:
+    import numpy
     import torch
 
-    at_BS = places_B[:, None] + torch.arange(length)
-    return {"token": ids[at_BS].flatten(), NEXT: ids[at_BS + 1].flatten()}
+    at_BS = places_B[:, None] + numpy.arange(length)
+    token, following = (torch.from_numpy(ids_T[at].astype(numpy.int64).ravel()) for at in (at_BS, at_BS + 1))
+    return {"token": token, NEXT: following}
+
+
+def _of_text(plan: TrainingPlan, file: Path) -> numpy.ndarray[Any, Any]:
+    import numpy
+
+    checkpoint = plan.graph.checkpoint
+    if checkpoint is None or not tokenizer.brought_by(checkpoint):
+        raise RequestError("training: data: text needs a model with a tokenizer; give a file of tokens instead")
+    return numpy.array(tokenizer.of(checkpoint).encode(file.read_text(encoding="utf-8"), special=False))
+
+
+def _of_tokens(plan: TrainingPlan, file: Path) -> numpy.ndarray[Any, Any]:
+    """Token ids as `.bin` (little-endian 16 bits each), `.npy`, or `.safetensors` with one tensor of integers: mapped."""
+    import numpy
+
+    def wrong(what: str) -> RequestError:
+        return RequestError(f"training: data: {file.name}: {what}")
+
+    try:
+        if file.suffix == ".bin":
+            ids = numpy.memmap(file, "<u2", "r") if file.stat().st_size else numpy.empty(0, "<u2")
+        elif file.suffix == ".npy":
+            ids = numpy.load(file, mmap_mode="r", allow_pickle=False)
+        elif file.suffix == ".safetensors":
+            from safetensors import SafetensorError
+            from safetensors.numpy import load_file
+
+            try:
+                held = load_file(file)
+            except SafetensorError as error:
+                raise wrong(str(error)) from None
+            if len(held) != 1:
+                raise wrong(f"expected one tensor of token ids, got {', '.join(sorted(held)) or 'none'}")
+            [ids] = held.values()
+        else:
+            raise wrong("expected tokens in a .bin, .npy or .safetensors file")
+    except RequestError:
+        raise
+    except (OSError, ValueError) as error:
+        raise wrong(str(error)) from None
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise wrong(f"expected a row of integers, got {ids.dtype}{list(ids.shape)}")
+    checkpoint = plan.graph.checkpoint
+    vocabulary = checkpoint.config.vocab if checkpoint is not None else None
+    if vocabulary is not None and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
+        raise wrong(f"expected token ids from 0 to {vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}")
+    return ids
 
 
 class _Stored:

@@ -14,9 +14,14 @@ _OPTIMIZER = Optimizer()
 
 
 class DataSection(Section):
-    """What is learned from: one of `text`, `tensors`, `source`."""
+    """What is learned from: one of `text`, `tokens`, `tensors`, `source`."""
 
     text: str | None = Field(None, max_length=4096, description="./file.txt, cut into windows of `context` tokens")
+    tokens: str | None = Field(
+        None,
+        max_length=4096,
+        description="./file with token ids, cut in the same way: .bin (16 bits each), .npy, or .safetensors with one tensor",
+    )
     tensors: str | None = Field(
         None, max_length=4096, description="./file.safetensors with a tensor for each input and target"
     )

@@ -215,7 +215,7 @@ def test_what_the_check_refuses(change: dict[str, Any], expected: str, graph: Ma
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        ({}, "expected one of text, tensors, source, got none"),
+        ({}, "expected one of text, tokens, tensors, source, got none"),
         ({"text": "./a.txt", "tensors": "./b"}, "got text, tensors"),
         ({"tensors": "./none.safetensors"}, "no such file"),
         ({"tensors": "../none.safetensors"}, "leaves the graph's folder"),
