@@ -179,7 +179,7 @@ def test_a_session_that_an_actor_refuses_to_open(faulty: Make, runs: Path) -> No
         ("kill", "actor bad.0: its process was ended by signal 9 while running"),
         pytest.param("exit", "actor bad.0: its process ended with exit code 7 while running", marks=pytest.mark.slow),
         ("stop", r"actor bad.0: no heartbeat for \d"),
-        ("hold the interpreter", r"actor bad.0: no heartbeat for \d"),
+        pytest.param("hold the interpreter", r"actor bad.0: no heartbeat for \d", marks=pytest.mark.slow),
         ("sleep", r"actor bad.0: in one step for \d"),
     ],
 )

@@ -254,7 +254,7 @@ def model_training(vocabulary: int, **more: Any) -> dict[str, Any]:
     ("family", "count", "changes"),
     [
         ("llama", 4, {}),
-        ("llama", 2, {"schedule": "zero-bubble"}),
+        pytest.param("llama", 2, {"schedule": "zero-bubble"}, marks=pytest.mark.slow),
         pytest.param("llama", 2, {}, marks=pytest.mark.slow),
         pytest.param("llama", 1, {}, marks=pytest.mark.slow),
         pytest.param("llama", 4, {"tie_word_embeddings": False}, marks=pytest.mark.slow),
