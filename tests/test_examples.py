@@ -49,7 +49,7 @@ def test_every_example_is_tested() -> None:
             marks=pytest.mark.slow,
         ),
         pytest.param("hedge", r"the answers are the same\n", marks=pytest.mark.slow),
-        ("refine", r"   2  1\.414213562\n"),
+        pytest.param("refine", r"   2  1\.414213562\n", marks=pytest.mark.slow),
         pytest.param("classify", r"pieces that were not trained on: 9\d\.\d% right", marks=pytest.mark.slow),
     ],
 )

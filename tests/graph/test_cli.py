@@ -385,6 +385,7 @@ def test_what_a_module_gives_is_found_out(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_new_actor_works_as_it_is(tmp_path: Path, runs: Path) -> None:
     """`new actor`, then a file through `run --input --output`; nothing is written over."""
     import torch
