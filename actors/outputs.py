@@ -144,33 +144,19 @@ class Outputs:
     def _send(
         self, port: str, routes: Iterable[Route], rows: tuple[Row, ...], tensor: torch.Tensor, ready_ns: int
     ) -> None:
-        plain, untouched = None, tensor
+        plain = None
         for route in routes:
+            tap = self.taps.get(route.edge) if self.taps else None
+            given = tensor if tap is None else tap(tensor, rows)
             link = route.only
-            if self.taps:
-                tap = self.taps.get(route.edge)
-                tensor = tap(untouched, rows) if tap is not None else untouched
-                if tensor is not untouched:
-                    self._send_patched(port, route, rows, tensor, ready_ns)
-                    continue
             if link is None:
-                self._send_by_choice(port, route, rows, tensor, ready_ns)
-            elif link.raw:
+                self._send_by_choice(port, route, rows, given, ready_ns)
+            elif link.raw and given is tensor:
                 meta, buffer = plain = plain or to_buffer(port, tensor)
                 self._exchange.send(link, rows, (meta,), (buffer,), ready_ns)
             else:
-                tensors, buffers, coding = coded(port, tensor, link)
+                tensors, buffers, coding = coded(port, given, link)
                 self._exchange.send(link, rows, tensors, buffers, ready_ns, coding)
-
-    def _send_patched(
-        self, port: str, route: Route, rows: tuple[Row, ...], tensor: torch.Tensor, ready_ns: int
-    ) -> None:
-        link = route.only
-        if link is None:
-            self._send_by_choice(port, route, rows, tensor, ready_ns)
-        else:
-            tensors, buffers, coding = coded(port, tensor, link)
-            self._exchange.send(link, rows, tensors, buffers, ready_ns, coding)
 
     def _send_by_choice(
         self, port: str, route: Route, rows: tuple[Row, ...], tensor: torch.Tensor, ready_ns: int

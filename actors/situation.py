@@ -10,7 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ranvier.transport.exchange import Exchange
 
@@ -23,8 +23,7 @@ TRIES = 20
 STACK_LINES = 12
 MOST_JOINS = 16
 STUCK_S = 0.25
-"""Whose step has taken so long tells where it is."""
-T = TypeVar("T")
+"""Whose step has taken so long tells where it is; less is a step like any other, and no waiting."""
 
 
 def tell(crossing: Crossing, exchange: Exchange, joins: Callable[[int], Iterable[Overdue]]) -> dict[str, Any]:
@@ -45,13 +44,14 @@ def tell(crossing: Crossing, exchange: Exchange, joins: Callable[[int], Iterable
     }
 
 
-def _undisturbed(look: Callable[[], T]) -> T:
-    for _ in range(TRIES - 1):
+def _undisturbed(look: Callable[[], list[Any]]) -> list[Any]:
+    """What it sees; nothing, where it was disturbed each time: the control thread must outlive the question."""
+    for _ in range(TRIES):
         try:
             return look()
-        except RuntimeError:  # a collection changed while it was gone through
+        except (RuntimeError, IndexError):  # a collection changed while it was gone through, or has become empty
             time.sleep(0)
-    return look()
+    return []
 
 
 def credit(exchange: Exchange, now_ns: int) -> list[list[Any]]:

@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ranvier.actors.situation import STUCK_S
 from ranvier.actors.spec import GATEWAY
 
-STUCK_S = 0.25
-"""A step that takes less is one like any other; who has rested for less has not been waiting."""
 QUEUES_APART = 4
 """A replica with so many times as many messages in its queue as the least of its fellows has too much to do."""
 

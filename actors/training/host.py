@@ -64,9 +64,8 @@ class TrainingHost(Mail):
         self.training: TrainingSpec = spec.training
         training = self.training
         self.begin(training.links)
-        self._seed = zlib.crc32(
-            f"{training.seed} {spec.actor}".encode()
-        )  # no two actors begin alike, replicas of one do
+        # no two actors begin alike, replicas of one do
+        self._seed = zlib.crc32(f"{training.seed} {spec.actor}".encode())
         torch.manual_seed(self._seed)
         self.stage = Stage(
             spec.label,
