@@ -28,20 +28,19 @@ from ..routing import balancing_loss, expert_ports, gather, scatter
 from . import fused
 from .fused import TILE
 from .linear import linear
+from .spec import BALANCE, LOGITS
 from .stage import Learner
 
 DOWN, UP = "_lora_down", "_lora_up"
-LOGITS = "logits"
-"""The output of the last layers that losses are taken of: [tokens, V]."""
-BALANCE = "balance"
-"""The output of a mixture's layers that losses are taken of: [], the balancing loss, summed over the layers."""
 
 
 class Choices(NamedTuple):
-    """What a router has decided: for each token the numbers of its experts and their weights [T, k], and how uneven that is."""
+    """What a router has decided: for each token the numbers of its experts and their weights [T, k], what goes to each expert,
+    by port, and how uneven that is."""
 
     numbers: torch.Tensor
     weights: torch.Tensor
+    parts: Mapping[str, torch.Tensor]
     balance: torch.Tensor
 
 
@@ -191,17 +190,19 @@ class NativeStage(Learner):
 
     def _mixture(self, layer: int, normed_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """All experts of a layer here, each over the tokens that chose it; and the balancing loss."""
-        chosen, ports = self._chosen(layer, normed_TH), expert_ports((0, self.config.experts - 1))
-        routed = scatter((Row(1, 1, 0, len(normed_TH)),), normed_TH, chosen.numbers, ports)
-        made = {port: self._up_and_down(f"layer{layer}_{port}_", routed[port][port]) for port in ports}
-        return gather(chosen.numbers, chosen.weights, made, ports), chosen.balance
+        chosen = self._chosen(layer, normed_TH)
+        made = {port: self._up_and_down(f"layer{layer}_{port}_", part) for port, part in chosen.parts.items()}
+        return gather(chosen.numbers, chosen.weights, made, list(made)), chosen.balance
 
     def _chosen(self, layer: int, normed_TH: torch.Tensor) -> Choices:
         scores_TE = linear(normed_TH, self._weight(f"layer{layer}_gate")).float().softmax(-1)
         weight_Tk, index_Tk = scores_TE.topk(self.config.experts_per_token, dim=-1)
         if self.config.normalises_choices:
             weight_Tk = weight_Tk / weight_Tk.sum(-1, keepdim=True)
-        return Choices(index_Tk, weight_Tk, balancing_loss(scores_TE, index_Tk))
+        ports = expert_ports((0, self.config.experts - 1))
+        routed = scatter((Row(1, 1, 0, len(normed_TH)),), normed_TH, index_Tk, ports)
+        parts = {port: part[port] for port, part in routed.items()}
+        return Choices(index_Tk, weight_Tk, parts, balancing_loss(scores_TE, index_Tk))
 
     def _attended(self, layer: int, normed_TH: torch.Tensor) -> torch.Tensor:
         at, config, sequence = f"layer{layer}_", self.config, self.sequence

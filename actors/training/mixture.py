@@ -10,12 +10,11 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from ranvier.transport.header import Row
-
 from ..actor import Batch, Context
 from ..model.slots import Slot
-from ..routing import expert_ports, gather, scatter
-from .layers import BALANCE, NativeStage, attention_slots, expert_slots
+from ..routing import expert_ports, gather
+from .layers import NativeStage, attention_slots, expert_slots
+from .spec import BALANCE
 
 
 class Attention(NativeStage):
@@ -28,10 +27,9 @@ class Attention(NativeStage):
     def forward(self, batch: Batch) -> Mapping[str, torch.Tensor]:
         assert self.layers is not None
         residual_TH, normed_TH = self._attention(self.layers[0], batch["hidden"])
-        chosen, ports = self._chosen(self.layers[0], normed_TH), expert_ports((0, self.config.experts - 1))
-        routed = scatter((Row(1, 1, 0, len(normed_TH)),), normed_TH, chosen.numbers, ports)
+        chosen = self._chosen(self.layers[0], normed_TH)
         made = {"residual": residual_TH, "index": chosen.numbers, "weight": chosen.weights, BALANCE: chosen.balance}
-        return {**made, **{port: part[port] for port, part in routed.items()}}
+        return {**made, **chosen.parts}
 
 
 class Experts(NativeStage):

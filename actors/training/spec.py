@@ -16,6 +16,10 @@ TARGET, LOSS, NORM, SHARED, RING = "target", "loss", "norm", "shared", "ring"
 gateway, a TARGET comes from it; by NORM links every stage tells every other, and the first one the gateway, of its gradients;
 SHARED links connect those who hold the same weight; RING links go from each replica of an actor to the next."""
 
+LOGITS = "logits"
+"""The output of a model's last layers that losses are taken of: [tokens, vocabulary]."""
+BALANCE = "balance"
+"""The output of a mixture's layers that losses are taken of: [], the balancing loss, summed over the layers."""
 WAITED = " waited_us"
 """How a host's counter of waiting ends, after the role of the link that was waited for."""
 TRAINING, VALIDATION = 1, 2

@@ -11,8 +11,10 @@ from ranvier.actors.spec import GATEWAY, identity
 from ranvier.actors.training import schedule as schedules
 from ranvier.actors.training.schedule import Schedule, ScheduleError, Stages
 from ranvier.actors.training.spec import (
+    BALANCE,
     INPUT,
     INPUT_GRADIENT,
+    LOGITS,
     LOSS,
     NORM,
     OUTPUT,
@@ -34,10 +36,6 @@ from ..load import read
 from ..plan import EPOCH, plan
 from .plan import NEXT, TrainingError, TrainingPlan
 
-LOGITS = "logits"
-"""The output of a model's head that losses are taken of."""
-BALANCE = "balance"
-"""That of layers with experts: how unevenly their routers choose."""
 KINDS = ("embedding", "blocks", "head", "first_stage", "last_stage", "model", "attention", "experts", "combine")
 """The built-in kinds that learn."""
 ENDS = ("head", "last_stage", "model")
