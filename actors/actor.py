@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from .checkpoint import Checkpoint
 
 
+Look = Callable[["int | None", str, "tuple[Row, ...]", "torch.Tensor"], None]
+"""Told of a tensor inside an actor while a step is watched (inside.py): the layer, if it is of one, its name, its rows."""
 NOTHING, REWINDS, REPLAYED = "nothing", "rewinds", "replayed"
 """What an actor keeps of a session, for those who recover it: nothing between steps; what can go on from an earlier position;
 what must be built anew from the session's inputs."""

@@ -44,3 +44,7 @@ class Overloaded(RanvierError):
 
 class Expired(RanvierError):
     """The deadline of a request passed before it was done. What it held is free again."""
+
+
+class RecordingError(RanvierError):
+    """There is no such recording, or it is damaged, or it lacks what was asked for."""

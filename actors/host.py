@@ -20,8 +20,10 @@ from .actor import Batch, keeps
 from .core import HostCore, Work
 from .join import Overdue
 from .lifecycle import State
+from .loading import load
 from .open_sessions import OpenSessions
 from .process import ACK_DELAY_S, TICK_S, Process, live
+from .recording import Recording
 from .session import SessionInfo
 from .snapshots import Snapshots
 from .spec import HostLink, HostSpec
@@ -41,8 +43,9 @@ class Host(Process):
         spec = self.spec
         self.core = HostCore(spec.inputs, spec.outputs, (), self.exchange, spec.batch_tokens, spec.needed, spec.batches)
         self.counted = self.core.counters
-        actor = self.actor = self.load()
-        self.sessions = OpenSessions(actor, self.core)
+        actor = self.actor = load(spec, self.progress)
+        self.recording = Recording(spec, spec.record) if spec.record is not None else None
+        self.sessions = OpenSessions(actor, self.core, self.recording)
         state = Path(spec.snapshot_of(spec.label))
         self.snapshots = Snapshots.of(actor, state, spec.restart.snapshot_s)
         return {
@@ -86,6 +89,8 @@ class Host(Process):
                 self._give_up_overdue()
                 if self.snapshots is not None:
                     self.snapshots.on_tick()
+                if self.recording is not None:
+                    self.recording.flush()
                 self._flush(wire)
                 self._count()
             while crossing.commands:
@@ -130,10 +135,8 @@ class Host(Process):
         started_ns = crossing.stepping_since_ns = time.monotonic_ns()
         done = None
         try:
-            outputs = self.actor.step(work.batch)
+            outputs = self._stepped(work.batch)
             finished_ns = time.monotonic_ns()
-            if self.snapshots is not None:
-                self.snapshots.on_step()
             done = self.core.finish(work)  # so that its credit rides along with the outputs, or goes before them
             self.core.complete(work, outputs, finished_ns)
         except Exception as error:
@@ -153,6 +156,20 @@ class Host(Process):
             for received in on:  # some of its rows go into a later step
                 self.records.part(received, started_ns, finished_ns, len(done) + len(on), work.batch.rows)
 
+    def _stepped(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
+        """What the actor makes of a batch. It is kept where that is asked for, and so is a step that fails."""
+        try:
+            outputs = self.actor.step(batch)
+        except Exception as error:
+            if self.recording is not None:
+                self.recording.stepped(batch, error)
+            raise
+        if self.recording is not None:
+            self.recording.stepped(batch, outputs)
+        if self.snapshots is not None:
+            self.snapshots.on_step()
+        return outputs
+
     def _step_failed(self, work: Work, error: Exception) -> None:
         """End the sessions that the failure is due to; the others of the batch get their step alone."""
         if len(work.batch.rows) == 1:
@@ -160,10 +177,7 @@ class Host(Process):
             return
         for single in self.core.alone(work):
             try:
-                outputs: Mapping[str, torch.Tensor | Batch] = self.actor.step(single.batch)
-                if self.snapshots is not None:
-                    self.snapshots.on_step()
-                self.core.complete(single, outputs, time.monotonic_ns())
+                self.core.complete(single, self._stepped(single.batch), time.monotonic_ns())
             except Exception as own:
                 self.session_failed(single.batch.rows[0], own)
 
@@ -237,6 +251,8 @@ class Host(Process):
         self._to(State.DRAINING)
         self.core.outputs.give_up(lambda _row: False)  # every session is over
         self.send_owed(wire, DRAIN_DEADLINE_S)
+        if self.recording is not None:
+            self.recording.flush()
         self._record_discarded()
         self._count()
         self.crossing.tell("counters", counters=self.crossing.counters)

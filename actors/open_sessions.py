@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from .actor import REWINDS, Actor, keeps
 from .core import HostCore
+from .recording import Recording
 from .session import SessionInfo
 
 
 class OpenSessions:
     """Of one host: its actor, and the core that takes or refuses the rows."""
 
-    def __init__(self, actor: Actor, core: HostCore) -> None:
+    def __init__(self, actor: Actor, core: HostCore, recording: Recording | None = None) -> None:
         self._actor = actor
         self._core = core
+        self._recording = recording
         self._rewinds = keeps(actor) == REWINDS
         self._held: set[int] = set()
 
@@ -33,9 +35,13 @@ class OpenSessions:
                     raise ValueError(f"session {session}: expected {info.kept} positions to be held, none are")
                 self._held.discard(session)
                 self._actor.rewind(info)
+                if self._recording is not None:
+                    self._recording.opened(info, rewound=True)
             else:
                 self.close(session)
                 self._actor.open(info)
+                if self._recording is not None:
+                    self._recording.opened(info)
         except Exception:
             self._core.open(session, info.epoch)
             self._core.close(session)
@@ -52,3 +58,5 @@ class OpenSessions:
         if self._core.close(session) or session in self._held:
             self._held.discard(session)
             self._actor.close(session)
+            if self._recording is not None:
+                self._recording.closed(session)

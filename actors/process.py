@@ -29,14 +29,10 @@ from ranvier.transport.link import Arrival
 from ranvier.transport.zeromq import ZeroWire
 
 from . import situation
-from .actor import Actor, Context
-from .checkpoint import known_checkpoint
 from .control import ControlThread
 from .crossing import Crossing
 from .join import Overdue
-from .kinds import make
 from .lifecycle import Lifecycle, State
-from .module import held, read_state
 from .records import Records
 from .spec import HostSpec
 
@@ -133,33 +129,12 @@ class Process(ABC):
             self.work(wire)
         self._to(State.STOPPED)
 
-    def load(self) -> Actor:
-        spec = self.spec
-        actor = make(spec.implementation, spec.folder)
-        context = self.context()
-        actor.load(context)
-        if context.weights is not None:
-            read_state(held(actor), context.weights, spec.actor)
-        return actor
+    def progress(self, share: float) -> None:
+        """Of its loading.
 
-    def context(self) -> Context:
-        """What an actor may use while it loads."""
-        spec = self.spec
-        return Context(
-            name=spec.label,
-            args=spec.args,
-            progress=lambda share: self._progress(share),
-            checkpoint=known_checkpoint(Path(spec.model)) if spec.model is not None else None,
-            dtype=spec.dtype,
-            layers=spec.layers,
-            cache_tokens=spec.cache_tokens,
-            experts=spec.experts,
-            weights=Path(spec.weights) if spec.weights is not None else None,
-            replica=spec.replica,
-            precision=spec.precision,
-        )
-
-    def _progress(self, share: float) -> None:
+        Raises:
+            Stopped: the supervisor does not want it any more.
+        """
         self.crossing.tell("progress", share=float(share))
         if any(kind == "stop" for kind, _ in self.crossing.commands):
             raise Stopped

@@ -128,6 +128,19 @@ class HostLink:
         return cls(**{**plain, "link": _link(plain["link"]), "policy": Policy(**plain["policy"])})
 
 
+@dataclass(frozen=True, slots=True)
+class RecordSpec:
+    """The ports of an actor whose tensors are kept (recording.py), and how many bytes of them at the most."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    most_bytes: int
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> RecordSpec:
+        return cls(tuple(plain["inputs"]), tuple(plain["outputs"]), plain["most_bytes"])
+
+
 STATISTICS = "statistics"
 """The tap that is not a function of the user's own."""
 
@@ -172,6 +185,7 @@ class HostSpec:
     """The share of sessions, or of a training's micro-batches, whose messages leave records: the same at both ends."""
     trace_bytes: int = 0
     """How long the trace's file may get; 0: as long as there is disk."""
+    record: RecordSpec | None = None
     shared_from_bytes: int = 0
     keys: str | None = None
     supervision: Deadlines = field(default_factory=Deadlines)
@@ -214,7 +228,8 @@ class HostSpec:
         fields["links"] = tuple(HostLink.from_plain(link) for link in fields["links"])
         fields["supervision"] = Deadlines(**fields["supervision"])
         fields["restart"] = Restart(**fields["restart"])
-        training = fields["training"]
+        record, training = fields["record"], fields["training"]
+        fields["record"] = RecordSpec.from_plain(record) if record is not None else None
         fields["training"] = TrainingSpec.from_plain(training) if training is not None else None
         return cls(**fields)
 

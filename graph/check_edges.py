@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from ranvier.actors.checkpoint import Checkpoint
@@ -221,6 +221,14 @@ class EdgeCheck(Findings):
                 if (actor.name, port, GATEWAY, port) not in given
             ]
         return made
+
+    def recorded(self, edges: Sequence[CheckedEdge]) -> None:
+        """What is to be recorded is there."""
+        section = self.file.record
+        for index, name in enumerate(section.edges if section is not None and section.edges != "all" else ()):
+            if not any(edge.is_meant_by(name) for edge in edges):
+                hint = near(name, [*self.actors, *(edge.name for edge in edges)])
+                self._wrong(f"record: no edge, port or actor is called {name!r}; {hint}", "record", "edges", index)
 
     def connected(self, edges: Iterable[CheckedEdge]) -> None:
         fed = {(edge.target, edge.into) for edge in edges}

@@ -74,6 +74,11 @@ class CheckedEdge:
     def name(self) -> str:
         return f"{self.source}.{self.out} -> {self.target}.{self.into}"
 
+    def is_meant_by(self, name: str) -> bool:
+        """Whether it is the edge of that name, or one at the actor or the port of that name."""
+        ends = (self.source, self.target, f"{self.source}.{self.out}", f"{self.target}.{self.into}")
+        return name in ends or name.replace(" ", "") == self.name.replace(" ", "")
+
 
 @dataclass(frozen=True, slots=True)
 class Graph:
@@ -107,6 +112,16 @@ class Graph:
         if self.checkpoint is not None and self.checkpoint.config.uncut:
             return self.checkpoint.config.context
         return self.file.prefill_chunk
+
+    @property
+    def recorded(self) -> tuple[CheckedEdge, ...]:
+        """What goes over these is kept."""
+        section = self.file.record
+        if section is None:
+            return ()
+        if section.edges == "all":
+            return self.edges
+        return tuple(edge for edge in self.edges if any(edge.is_meant_by(name) for name in section.edges))
 
     def policy(self, actor: str) -> Policy:
         """Of an actor, or of the gateway."""

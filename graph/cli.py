@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ranvier.actors.errors import CheckpointError
+from ranvier.actors.errors import CheckpointError, RecordingError
 from ranvier.actors.session import Sampling
 from ranvier.actors.zygote_process import ZygoteProcess
 from ranvier.transport.errors import RanvierError
@@ -36,6 +36,7 @@ from .command_line import (
 )
 from .errors import GraphError
 from .plan import plan
+from .recorded import RECORD_HELP, diverge_command, record_setting, replay_command
 from .training.command import show_schedule, train_command
 from .training.planning import training_plan
 
@@ -140,6 +141,7 @@ def run(
     chaos: Annotated[
         Path | None, typer.Option("--chaos", help="A file that says what goes wrong on which tcp links.")
     ] = None,
+    record: Annotated[str | None, typer.Option("--record", metavar="EDGES", help=RECORD_HELP)] = None,
     allow_code: AllowCode = False,
     settings: Set = None,
 ) -> None:
@@ -148,7 +150,7 @@ def run(
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     except ValueError as error:
         raise Wrong(f"--{error}") from None
-    checked = load_graph(graph, allow_code=allow_code, overrides=overrides(settings))
+    checked = load_graph(graph, allow_code=allow_code, overrides={**overrides(settings), **record_setting(record)})
     if not checked.generates:
         if prompt is not None or input_file is None:
             raise Wrong(f"graph {checked.name} is no language model; give --input FILE.safetensors, not --prompt")
@@ -411,6 +413,8 @@ def trace_command(
 app.command("scale")(scale_command)
 app.command("why")(why_command)
 app.command("top")(top_command)
+app.command("replay")(replay_command)
+app.command("diverge")(diverge_command)
 
 
 @app.command()
@@ -436,5 +440,5 @@ def main(zygote: ZygoteProcess | None = None) -> None:
 def _code(error: RanvierError) -> int:
     from .trace import TraceError
 
-    wrong: tuple[type[Exception], ...] = (GraphError, CheckpointError, Wrong, TraceError, ValueError)
+    wrong: tuple[type[Exception], ...] = (GraphError, CheckpointError, Wrong, TraceError, RecordingError, ValueError)
     return WRONG if isinstance(error, wrong) else FAILED

@@ -14,7 +14,17 @@ from typing import Any
 from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.kinds import Kind
 from ranvier.actors.model import weights
-from ranvier.actors.spec import GATEWAY, Deadlines, HostLink, HostSpec, PortSpec, Restart, file_name, identity
+from ranvier.actors.spec import (
+    GATEWAY,
+    Deadlines,
+    HostLink,
+    HostSpec,
+    PortSpec,
+    RecordSpec,
+    Restart,
+    file_name,
+    identity,
+)
 from ranvier.transport import auto, codec
 from ranvier.transport.dtypes import BY_NAME
 from ranvier.transport.endpoint import parse
@@ -193,6 +203,7 @@ class Plan:
             supervisor=str(parse(f"ipc://{sockets / 'supervisor'}")),
             run_dir=str(run_dir),
             max_frame_bytes=file.max_frame_bytes,
+            record=self._record(name),
             shared_from_bytes=file.shared_from_bytes,
             keys=str(self.graph.keys) if self.graph.keys is not None else None,
             batch_tokens=section.batch_tokens,
@@ -203,6 +214,15 @@ class Plan:
             supervision=Deadlines(**file.supervision.model_dump()),
             restart=_restart(section.restart or file.restart),
         )
+
+    def _record(self, name: str) -> RecordSpec | None:
+        """What an actor keeps of what it takes and makes."""
+        section, edges = self.graph.file.record, self.graph.recorded
+        inputs = tuple(dict.fromkeys(edge.into for edge in edges if edge.target == name))
+        outputs = tuple(dict.fromkeys(edge.out for edge in edges if edge.source == name))
+        if section is None or not (inputs or outputs):
+            return None
+        return RecordSpec(inputs, outputs, section.megabytes << 20)
 
 
 def plan(graph: Graph) -> Plan:

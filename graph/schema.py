@@ -174,6 +174,15 @@ class TraceSection(Section):
     megabytes: int = Field(0, ge=0, le=1 << 20, description="how long each process's file may get; 0: any length")
 
 
+class RecordSection(Section):
+    """Messages that are kept whole, for `ranvier replay` and `ranvier diverge`."""
+
+    edges: Literal["all"] | list[str] = Field(
+        "all", description="all, or edges (a.x -> b.y), ports (a.x) and actors (a: all edges at it)"
+    )
+    megabytes: int = Field(256, ge=1, le=1 << 20, description="how much each process keeps at the most")
+
+
 class GraphFile(Section):
     """A graph: actors, edges, settings."""
 
@@ -199,6 +208,9 @@ class GraphFile(Section):
     )  # fmt: skip
     trace: bool | TraceSection = Field(
         True, description="write a record of every message, or {sample: 0.01, megabytes: 64} for some of them"
+    )
+    record: RecordSection | None = Field(
+        None, description="keep what goes over these edges: {edges: all, megabytes: 256}"
     )
     restart: Literal["never"] | RestartSection = Field(
         default_factory=lambda: RestartSection(),
@@ -294,7 +306,7 @@ def _fields_at(path: tuple[Any, ...]) -> list[str]:
         return list(Quorum.model_fields)
     sections: dict[str, type[Section]] = {
         "model": ModelSection, "actors": ActorSection, "edges": EdgeSection, "supervision": SupervisionSection,
-        "training": TrainingSection,
+        "training": TrainingSection, "record": RecordSection,
     }  # fmt: skip
     if path[:1] == ("training",) and len(path) > 1:
         return list(PARTS[str(path[1])].model_fields)

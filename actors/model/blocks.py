@@ -6,6 +6,7 @@ each of these (N = K·G), D head width, P positions in the cache, I inner width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 
 from ranvier.transport.header import Row
 
+from ..actor import Look
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
 from . import weights
@@ -69,6 +71,8 @@ class Blocks:
         precision: str = "dtype",
     ) -> None:
         first, last = layers
+        self.look: Look | None = None
+        self._first = first
         self.config = checkpoint.config
         self._scale = self.config.attention_scale or self.config.head_dim**-0.5
         self.rotary = rotary_tables(self.config, dtype)
@@ -92,15 +96,25 @@ class Blocks:
         """One step of every row through every layer. Takes effect on the caches only if all went well."""
         if self._compiled is not None:
             caches = [self.cache.at(row.session, row.position, row.tokens) for row in rows]
-            hidden_TH = self._compiled.step(rows, caches, hidden_TH)
+            if self.look is None:
+                hidden_TH = self._compiled.step(rows, caches, hidden_TH)
+            else:
+                hidden_TH = self._compiled.watched(
+                    rows, caches, hidden_TH, functools.partial(self._tell, rows, "hidden")
+                )
             self._done(rows, caches)
             return hidden_TH
         caches, turns = self._begin(rows)
         for index, block in enumerate(self.blocks):
             hidden_TH = self._attended(index, block, rows, caches, hidden_TH, turns)
             hidden_TH = self._fed_forward(block, hidden_TH)
+            self._tell(rows, "hidden", index, hidden_TH)
         self._done(rows, caches)
         return hidden_TH
+
+    def _tell(self, rows: tuple[Row, ...], name: str, index: int, tensor_T: torch.Tensor) -> None:
+        if self.look is not None:
+            self.look(self._first + index, name, rows, tensor_T)
 
     def attention_alone(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The first half of a single layer: the residual, and what its feed-forward part (elsewhere) is given."""
@@ -137,6 +151,10 @@ class Blocks:
         turn = turns.get(bool(block.window), turns.get(False))
         if turn is not None:
             turned_TND = rotate(turned_TND, *turn)
+        if self.look is not None:
+            self._tell(rows, "query", index, turned_TND[:, :heads])
+            self._tell(rows, "key", index, turned_TND[:, heads:])
+            self._tell(rows, "value", index, qkv_TND[:, heads + kv_heads :])
         attended = []
         start = 0
         for row, cache in zip(rows, caches, strict=True):
@@ -154,7 +172,9 @@ class Blocks:
             )  # fmt: skip
             start = stop
         mixed_TH = product(attended[0] if len(attended) == 1 else torch.cat(attended), block.out, block.out_bias)
-        return hidden_TH + (mixed_TH if block.norm_attended is None else block.norm_attended(mixed_TH))
+        hidden_TH = hidden_TH + (mixed_TH if block.norm_attended is None else block.norm_attended(mixed_TH))
+        self._tell(rows, "attended", index, hidden_TH)
+        return hidden_TH
 
     def _fed_forward(self, block: Block, hidden_TH: torch.Tensor) -> torch.Tensor:
         made_TH = product(self._inner(block, block.norm_mid(hidden_TH)), block.down, block.down_bias)

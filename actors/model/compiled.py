@@ -6,7 +6,7 @@ Shape suffixes: T tokens, H hidden, P positions, D head width.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,6 +69,8 @@ class Compiled:
             config.activation == "gelu_tanh", config.norm_eps, scale, self._layers,
         )  # fmt: skip
         self._at = ctypes.byref(self._group)
+        self._first = _Group.from_buffer_copy(self._group)  # for one layer at a time
+        self._first.layers = 1
         self._room = torch.empty(0, dtype=torch.uint8)
 
     @classmethod
@@ -112,22 +114,49 @@ class Compiled:
 
         The caches are the kernels' own from then on: keys lie in tiles of 16 positions.
         """
-        count, wide_TH = len(rows), hidden_TH.float()
+        wide_TH = hidden_TH.float()
+        self._through(self._at, rows, [(cache.keys_LKPD, cache.values_LKPD) for cache in caches], wide_TH)
+        return wide_TH.to(hidden_TH.dtype)
+
+    def watched(
+        self,
+        rows: Sequence[Row],
+        caches: Sequence[SessionCache],
+        hidden_TH: torch.Tensor,
+        tell: Callable[[int, torch.Tensor], None],
+    ) -> torch.Tensor:
+        """The same, one layer after the other: the same numbers, and `tell` gets what each of them makes, in float32."""
+        wide_TH = hidden_TH.float()
+        for index, layer in enumerate(self._layers):
+            self._first.layer = ctypes.pointer(layer)
+            own = [(cache.keys_LKPD[index], cache.values_LKPD[index]) for cache in caches]
+            self._through(ctypes.byref(self._first), rows, own, wide_TH)
+            tell(index, wide_TH.clone())
+        return wide_TH.to(hidden_TH.dtype)
+
+    def _through(
+        self,
+        group: Any,
+        rows: Sequence[Row],
+        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        wide_TH: torch.Tensor,
+    ) -> None:
+        """`wide_TH` through the layers of a group, in place."""
+        count = len(rows)
         made = (_Row * count)(
             *(
                 _Row(
-                    cache.keys_LKPD.data_ptr(), cache.values_LKPD.data_ptr(), row.position, cache.keys_LKPD.shape[2],
+                    keys.data_ptr(), values.data_ptr(), row.position, keys.shape[-2],
                     *self._turns(row.position), row.tokens,
                 )
-                for row, cache in zip(rows, caches, strict=True)
+                for row, (keys, values) in zip(rows, caches, strict=True)
             )
         )  # fmt: skip
         longest = max(row.position + row.tokens for row in rows)
-        room = kernels.library().ranvier_room(self._at, ctypes.c_int(len(wide_TH)), ctypes.c_int64(longest))
+        room = kernels.library().ranvier_room(group, ctypes.c_int(len(wide_TH)), ctypes.c_int64(longest))
         if self._room.numel() < room:
             self._room = torch.empty(2 * room, dtype=torch.uint8)
         kernels.library().ranvier_step(
-            self._at, made, ctypes.c_int(count), ctypes.c_void_p(wide_TH.data_ptr()), ctypes.c_int64(longest),
+            group, made, ctypes.c_int(count), ctypes.c_void_p(wide_TH.data_ptr()), ctypes.c_int64(longest),
             ctypes.c_void_p(self._room.data_ptr()),
         )  # fmt: skip
-        return wide_TH.to(hidden_TH.dtype)

@@ -22,7 +22,7 @@ from transformers.initialization import no_init_weights
 
 from ranvier.transport.header import Row
 
-from ..actor import Actor, Context
+from ..actor import Actor, Context, Look
 from ..checkpoint.checkpoint import Checkpoint
 from ..errors import CheckpointError
 from ..session import SessionInfo
@@ -74,6 +74,8 @@ class _Place(nn.Module):
         elif skeleton.past is not None:
             nothing = torch.zeros(1, 1, hidden_states.shape[1], 1)
             skeleton.past.update(nothing, nothing, self._index)
+        if skeleton.look is not None and self.own is not None and not skeleton.bypasses:
+            skeleton.look(self._index, "hidden", skeleton.rows, hidden_states[0])
         if self._index == skeleton.leaves_after:
             raise _Left(hidden_states)
         return (hidden_states,) if skeleton.tuples else hidden_states
@@ -92,6 +94,9 @@ class Skeleton:
         progress: Callable[[float], None],
     ) -> None:
         logging.getLogger("transformers").setLevel(logging.ERROR)
+        self.look: Look | None = None
+        self.rows: tuple[Row, ...] = ()
+        """What `look` is told of."""
         self.entering: torch.Tensor | None = None
         self.enters_at = self.leaves_before = self.leaves_after = -1
         self.bypasses = self.tuples = False
@@ -262,6 +267,7 @@ class ForeignBlocks:
 
     def __init__(self, skeleton: Skeleton, cache_tokens: int) -> None:
         self.skeleton = skeleton
+        self.look: Look | None = None
         self.cache: KVCache[ForeignSession | WholeSession] = KVCache(cache_tokens, self._session)
 
     def _session(self, capacity: int) -> ForeignSession | WholeSession:
@@ -276,6 +282,7 @@ class ForeignBlocks:
         parts = torch.split(hidden_TH, [row.tokens for row in rows])
         for row, part in zip(rows, parts, strict=True):
             session = self.cache.at(row.session, row.position, row.tokens)
+            self.skeleton.look, self.skeleton.rows = self.look, (row,)
             if isinstance(session, WholeSession):
                 assert self.skeleton.whole is not None
                 made.append(self.skeleton.whole.logits(session, part))

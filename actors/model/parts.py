@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from ranvier.transport.header import Row
 from ranvier.transport.tensors import torch_dtype
 
-from ..actor import Actor, Batch, Context
+from ..actor import Actor, Batch, Context, Look
 from ..checkpoint import Checkpoint, ModelConfig
 from ..session import SessionInfo
 from . import kernels, weights
@@ -32,6 +32,8 @@ PIECE = 192
 
 class AnyBlocks(Protocol):
     """Layers with the caches of their sessions, native or not."""
+
+    look: Look | None
 
     @property
     def cache(self) -> KVCache[Any]: ...
@@ -136,6 +138,7 @@ class Head(Actor):
     """
 
     stateless = True
+    look: Look | None = None
 
     def allowed(self, due: list[Row], logits_RV: torch.Tensor) -> torch.Tensor:
         """The logits that tokens are chosen by, -inf for those that may not be."""
@@ -188,7 +191,10 @@ class Head(Actor):
         if not due:
             return outputs
         picked = hidden_TH if len(last) == hidden_TH.shape[0] else hidden_TH[last]
-        return {**outputs, **self._sampled(due, self.logits(picked))}
+        logits_RV = self.logits(picked)
+        if self.look is not None:
+            self.look(None, "logits", tuple(_last_of(row) for row in due), logits_RV)
+        return {**outputs, **self._sampled(due, logits_RV)}
 
     def _scored(self, row: Row, hidden_tH: torch.Tensor) -> list[tuple[Row, torch.Tensor]]:
         """The log-probability, float32 [t], of the token after each of the row; none after the last of the log."""
@@ -243,11 +249,17 @@ class Head(Actor):
         return self.held
 
 
+def _last_of(row: Row) -> Row:
+    """Its last token alone."""
+    return Row(row.session, row.epoch, row.position + row.tokens - 1, 1)
+
+
 class Stage(Actor):
     """Blocks together with the embedding before them (`begins`), the head after them (`ends`), or both."""
 
     begins: ClassVar[bool] = False
     ends: ClassVar[bool] = False
+    look: Look | None = None
 
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
@@ -279,6 +291,8 @@ class Stage(Actor):
         hidden_TH = (
             self.embedding.forward(batch.rows, batch["token"]) if self.embedding is not None else batch["hidden"]
         )
+        if self.look is not None:
+            self.look(None, "embedding", batch.rows, hidden_TH)
         hidden_TH = self.blocks.forward(batch.rows, hidden_TH)
         return self.head.forward(batch.rows, hidden_TH) if self.head is not None else {"hidden": hidden_TH}
 

@@ -23,6 +23,7 @@ from ranvier.transport.zeromq import ZeroWire
 
 from ..actor import REPLAYED
 from ..kinds import BUILT_IN
+from ..loading import context_of, load
 from ..process import live
 from ..spec import GATEWAY, HostSpec, identity
 from . import mixture, optimizer, shards
@@ -95,12 +96,12 @@ class TrainingHost(Mail):
         """What is trained. Built-in kinds have a form of their own for it; any other actor's modules are."""
         kind = self.training.kind
         if kind in BUILT_IN:
-            context = self.context()
+            context = context_of(self.spec, self.progress)
             made_of = mixture.STAGES.get(kind, NativeStage)
             made: Learner = made_of(kind, context, self.training.context, self.training.lora)
-            self._progress(1.0)
+            self.progress(1.0)
         else:
-            made = Wrapped(self.load())
+            made = Wrapped(load(self.spec, self.progress))
         made.train(True)
         return made
 

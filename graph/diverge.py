@@ -1,0 +1,250 @@
+"""Where two runs, or a run and the transformers reference, first differ: over recorded edges first, then inside the actor
+between the last place that agrees and the first that does not."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ranvier.actors.recording import Recorded
+from ranvier.transport.header import Row
+
+from . import reference, replay
+from .values import Difference, Place, RecordedRun, Values, compare, read
+
+THRESHOLDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
+"""By the coarser dtype of the two: what layers of rounding add up to, with room."""
+LOGITS = "logits"
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One of the two: a run, or the reference over the other's tokens (then `run` is None)."""
+
+    name: str
+    run: RecordedRun | None
+    values: Values
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """`actor`: whose doing it is; `edge`: if it is an edge's instead; `layer`: None if it is of none. `largest`: by place, in
+    order, how far apart the two are. `notes`: what else is to be known."""
+
+    first: Difference | None
+    actor: str | None
+    edge: str | None
+    layer: int | None
+    what: str
+    threshold: float
+    largest: Mapping[Place, float]
+    tokens: int
+    notes: tuple[str, ...]
+
+    def to_plain(self) -> dict[str, Any]:
+        first = self.first
+        return {
+            "differ": first is not None,
+            "actor": self.actor,
+            "edge": self.edge,
+            "layer": self.layer,
+            "tensor": first.place.name if first is not None else None,
+            "session": first.token.session if first is not None else None,
+            "position": first.token.position if first is not None else None,
+            "index": first.index if first is not None else None,
+            "size": _number(first.size) if first is not None else 0.0,
+            "values": [_number(first.one), _number(first.other)] if first is not None else None,
+            "what": self.what,
+            "threshold": self.threshold,
+            "places": [
+                {"place": place.name, "sent": place.sent, "size": _number(size)} for place, size in self.largest.items()
+            ],
+            "tokens": self.tokens,
+            "notes": list(self.notes),
+        }  # fmt: skip
+
+
+def _number(value: float) -> float | str:
+    """JSON has no others than finite ones."""
+    return value if math.isfinite(value) else str(value)
+
+
+def diverge(
+    first: Path,
+    second: Path | None,
+    threshold: float | None,
+    model: Path | None,
+    progress: Callable[[str, float], None],
+) -> Divergence:
+    """
+    Args:
+        first, second: run folders; without a second the reference, of `model` or of the first run's own checkpoint.
+
+    Raises:
+        RecordingError: what is needed was not recorded.
+    """
+    progress("reading", 0.0)
+    run = read(first)
+    one = Side(str(first), run, run.values())
+    if second is not None:
+        other_run = read(second)
+        other = Side(str(second), other_run, other_run.values())
+    else:
+        progress("computing the reference", 0.0)
+        other = Side(reference.NAME, None, reference.values(run, one.values, model))
+    return _found(one, other, _threshold(one, other) if threshold is None else threshold, progress)
+
+
+def _threshold(one: Side, other: Side) -> float:
+    dtypes = {
+        recorded.host.dtype
+        for side in (one, other) if side.run is not None
+        for hosts in side.run.hosts.values() for recorded in hosts
+    }  # fmt: skip
+    return max((THRESHOLDS.get(dtype, 1e-4) for dtype in dtypes), default=1e-4)
+
+
+def _found(one: Side, other: Side, threshold: float, progress: Callable[[str, float], None]) -> Divergence:
+    found, largest = compare(one.values, other.values, threshold)
+    edge = _edge(one, other, found)
+    notes: list[str] = []
+    if edge is None and (found is None or not _given(found.place)):
+        _look_inside(one, other, found, notes, progress)
+        found, largest = compare(one.values, other.values, threshold)
+    place = found.place if found is not None else None
+    actor = None
+    if place is not None and edge is None and not _given(place):
+        own = one if one.run is not None else other
+        actor = (own.values.who if place in own.values.who else other.values.who).get(place)
+    tokens = len({token for place in largest for token in one.values.at[place].keys() & other.values.at[place].keys()})
+    return Divergence(
+        found, actor, edge, _layer(place) if actor is not None else None,
+        _told(one, other, found, actor, edge, threshold, largest, tokens), threshold, largest, tokens, tuple(notes),
+    )  # fmt: skip
+
+
+def _given(place: Place) -> bool:
+    """Whether no actor made it: it is what the gateway sent."""
+    return place.depth < 0
+
+
+def _edge(one: Side, other: Side, found: Difference | None) -> str | None:
+    """The edge on which it happened: what was sent is the same for both, what came is not."""
+    if found is None or found.place.sent or _given(found.place):
+        return None
+    sent = found.place._replace(sent=True)
+    if not all(found.token in side.values.at.get(sent, {}) for side in (one, other)):
+        return None
+    for side in (other, one):
+        if side.run is not None:
+            source, target = side.values.who[sent], side.values.who[found.place]
+            for name in side.run.codecs:
+                if name.startswith(f"{source}.") and f"-> {target}." in name:
+                    return name
+    return None
+
+
+def _look_inside(
+    one: Side, other: Side, found: Difference | None, notes: list[str], progress: Callable[[str, float], None]
+) -> None:
+    """Replay the actors between the last place that both have in common and the first that differs: what is inside of them
+    joins the values."""
+    common = sorted(one.values.at.keys() & other.values.at.keys(), key=lambda place: place.order)
+    if found is None:  # the last actor made something that goes nowhere: the logits
+        before = [place for place in common if not place.sent]
+        span = (before[-1].order if before else (-1, 0, False), (math.inf, 0, False))
+    else:
+        before = [place for place in common if place.order < found.place.order and not place.sent]
+        span = (before[-1].order if before else (-1, 0, False), found.place.order)
+    for side in (one, other):
+        if side.run is None:
+            continue
+        for actor, hosts in side.run.hosts.items():
+            enters = [place for place, who in side.values.who.items() if who == actor and not place.sent]
+            leaves = [place for place, who in side.values.who.items() if who == actor and place.sent]
+            begins = min((place.order for place in enters), default=(-1, 0, False))
+            ends = max((place.order for place in leaves), default=(math.inf, 0, False))
+            if ends > span[0] and begins < span[1]:
+                for recorded in hosts:
+                    _replay(side, side.run, actor, recorded, notes, progress)
+
+
+def _replay(
+    side: Side,
+    run: RecordedRun,
+    actor: str,
+    recorded: Recorded,
+    notes: list[str],
+    progress: Callable[[str, float], None],
+) -> None:
+    seen: dict[str, int] = {}
+
+    def look(layer: int | None, name: str, rows: tuple[Row, ...], tensor: torch.Tensor) -> None:
+        place = run.inside(actor, layer, name, seen.setdefault(f"{layer} {name}", len(seen)))
+        if place not in side.values.at or side.values.who.get(place) == actor:
+            side.values.put(place, actor, run.sessions, rows, tensor.clone())
+
+    again = f"replaying {actor}"
+    worst = 0.0
+    for count, taken in enumerate(replay.steps(recorded, functools.partial(progress, again), look), 1):
+        worst = max([worst, *(mismatch.size for mismatch in replay.mismatches(taken))])
+        progress(again, count / max(1, recorded.steps))
+    if worst > 0:
+        notes.append(
+            f"{recorded.name} of {side.name} does not make here what it made in the run (differs by {worst:.2g}): what is said "
+            "of its layers is of the replay"
+        )
+    if recorded.ends_early:
+        notes.append(f"the recording of {recorded.name} of {side.name} ends early: {recorded.ends_early}")
+
+
+def _layer(place: Place | None) -> int | None:
+    if place is None:
+        return None
+    if place.name.startswith("layer "):
+        return int(place.name.split()[1])
+    if place.name.startswith("hidden ") and place.depth > 0:
+        return place.depth - 1
+    return None
+
+
+def _told(
+    one: Side, other: Side, found: Difference | None, actor: str | None, edge: str | None, threshold: float,
+    largest: Mapping[Place, float], tokens: int,
+) -> str:  # fmt: skip
+    if found is None:
+        return f"no difference over {threshold:.2g} in {len(largest)} places of {tokens} tokens"
+    where = f"session {found.token.session}, position {found.token.position}"
+    if found.shapes[0] != found.shapes[1]:
+        size = f"{found.shapes[0]} numbers against {found.shapes[1]}"
+    elif found.place.name.endswith("token"):
+        size = f"{found.one:g} against {found.other:g}"
+    else:
+        size = f"{found.size:.2g} of its norm; number {found.index}: {found.one:.6g} against {found.other:.6g}"
+    if edge is not None:
+        codecs = " against ".join(
+            side.run.codecs.get(edge, "no such edge") if side.run is not None else "none" for side in (one, other)
+        )
+        return f"edge {edge} changes what goes over it (codec {codecs}): {found.place.name}, {where}: {size}"
+    if _given(found.place):
+        return f"they were given different tokens: {where}: {size}"
+    layer = _layer(found.place)
+    of = f", layer {layer}" if layer is not None else ""
+    return f"actor {actor}{of}: {found.place.name} is the first that differs: {where}: {size}"
+
+
+def table(found: Divergence, sides: Sequence[str]) -> str:
+    """For people: the answer, then how far apart the two are from place to place."""
+    lines = [found.what, *found.notes, "", f"{'place':<34}{'largest difference':>20}"]
+    for place, size in found.largest.items():
+        end = "" if place.sent else " (as received)"
+        mark = "  <- first" if found.first is not None and place == found.first.place else ""
+        lines.append(f"{place.name + end:<34}{size:>20.2g}{mark}")
+    lines += ["", f"{sides[0]} against {sides[1]}; threshold {found.threshold:.2g}, {found.tokens} tokens"]
+    return "\n".join(lines)
