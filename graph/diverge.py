@@ -165,6 +165,7 @@ def _look_inside(
     for side in (one, other):
         if side.run is None:
             continue
+        recorded_places = frozenset(side.values.at)
         for actor, hosts in side.run.hosts.items():
             enters = [place for place, who in side.values.who.items() if who == actor and not place.sent]
             leaves = [place for place, who in side.values.who.items() if who == actor and place.sent]
@@ -172,22 +173,19 @@ def _look_inside(
             ends = max((place.order for place in leaves), default=(math.inf, 0, False))
             if ends > span[0] and begins < span[1]:
                 for recorded in hosts:
-                    _replay(side, side.run, actor, recorded, notes, progress)
+                    _replay(side, side.run, recorded, recorded_places, notes, progress)
 
 
 def _replay(
-    side: Side,
-    run: RecordedRun,
-    actor: str,
-    recorded: Recorded,
-    notes: list[str],
+    side: Side, run: RecordedRun, recorded: Recorded, recorded_places: frozenset[Place], notes: list[str],
     progress: Callable[[str, float], None],
-) -> None:
+) -> None:  # fmt: skip
+    actor = recorded.host.actor
     seen: dict[str, int] = {}
 
     def look(layer: int | None, name: str, rows: tuple[Row, ...], tensor: torch.Tensor) -> None:
         place = run.inside(actor, layer, name, seen.setdefault(f"{layer} {name}", len(seen)))
-        if place not in side.values.at or side.values.who.get(place) == actor:
+        if place not in recorded_places:
             side.values.put(place, actor, run.sessions, rows, tensor.clone())
 
     again = f"replaying {actor}"

@@ -53,7 +53,8 @@ def _read(path: Path) -> Any:
         from transformers.utils import logging
     except ImportError:
         raise RecordingError("the reference needs transformers; pip install 'ranvier[hf]'") from None
-    logging.disable_progress_bar()
+    quiet: Any = logging.disable_progress_bar
+    quiet()
     read: Any = AutoModelForCausalLM.from_pretrained
     folder, named = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
     return read(folder, dtype=torch.float32, local_files_only=True, **named).train(False)

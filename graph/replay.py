@@ -95,11 +95,13 @@ def _taken(actor: Actor, step: Step, look: Look | None, debugged: bool) -> Taken
 
 
 def mismatches(taken: Taken) -> Iterator[Mismatch]:
-    """One for each output that was recorded, with size 0 where it is the same bit for bit."""
+    """One for each output that was recorded, or for the error, with size 0 where it is the same bit for bit."""
     step = taken.step
     failed = f"{type(taken.error).__name__}: {taken.error}" if taken.error is not None else None
-    if failed != step.error:
-        yield Mismatch(step.number, "", f"expected {step.error or 'outputs'}, got {failed or 'outputs'}", math.inf)
+    if failed is not None or step.error is not None:
+        same = failed == step.error
+        what = "" if same else f"expected {step.error or 'outputs'}, got {failed or 'outputs'}"
+        yield Mismatch(step.number, "", what, 0.0 if same else math.inf)
         return
     for port, expected in step.outputs.items():
         got = taken.outputs.get(port)

@@ -288,11 +288,12 @@ class Stage(Actor):
             self.head.open(session)
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
-        hidden_TH = (
-            self.embedding.forward(batch.rows, batch["token"]) if self.embedding is not None else batch["hidden"]
-        )
-        if self.look is not None:
-            self.look(None, "embedding", batch.rows, hidden_TH)
+        if self.embedding is None:
+            hidden_TH = batch["hidden"]
+        else:
+            hidden_TH = self.embedding.forward(batch.rows, batch["token"])
+            if self.look is not None:
+                self.look(None, "embedding", batch.rows, hidden_TH)
         hidden_TH = self.blocks.forward(batch.rows, hidden_TH)
         return self.head.forward(batch.rows, hidden_TH) if self.head is not None else {"hidden": hidden_TH}
 
