@@ -26,6 +26,7 @@ from .process import ACK_DELAY_S, TICK_S, Process, live
 from .recording import Recording
 from .session import SessionInfo
 from .snapshots import Snapshots
+from .spans import Spans
 from .spec import HostLink, HostSpec
 
 DRAIN_DEADLINE_S = 1.0
@@ -45,7 +46,10 @@ class Host(Process):
         self.counted = self.core.counters
         actor = self.actor = load(spec, self.progress)
         self.recording = Recording(spec, spec.record) if spec.record is not None else None
-        self.sessions = OpenSessions(actor, self.core, self.recording)
+        self.spans = Spans(self.exchange, self.records)
+        self.sessions = OpenSessions(
+            actor, self.core, [self.spans, *([self.recording] if self.recording is not None else [])]
+        )
         state = Path(spec.snapshot_of(spec.label))
         self.snapshots = Snapshots.of(actor, state, spec.restart.snapshot_s)
         return {
@@ -133,7 +137,8 @@ class Host(Process):
     def _step(self, work: Work) -> None:
         crossing = self.crossing
         started_ns = crossing.stepping_since_ns = time.monotonic_ns()
-        done = None
+        spans = self.spans.begin(work.batch.rows)
+        done, failure = None, ""
         try:
             outputs = self._stepped(work.batch)
             finished_ns = time.monotonic_ns()
@@ -143,12 +148,15 @@ class Host(Process):
             finished_ns = time.monotonic_ns()
             if done is None:
                 done = self.core.finish(work)
+            failure = f"{type(error).__name__}: {error}"
             self._step_failed(work, error)
         assert self.wire is not None
         self._flush(self.wire)  # the next stage first, then our own books
         crossing.steps += 1
         crossing.queued = self.core.queued
         crossing.stepped_ns, crossing.stepping_since_ns = finished_ns, 0
+        if spans:
+            self.spans.end(spans, work.sources, started_ns, finished_ns, len(work.batch.rows), failure)
         if self.spec.trace:
             on = [] if len(done) == len(work.sources) else _others(work.sources, done)
             for received in done:

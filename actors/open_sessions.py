@@ -6,19 +6,29 @@ refused meanwhile, and take them up in the next epoch where the log says, by `Ac
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from .actor import REWINDS, Actor, keeps
 from .core import HostCore
-from .recording import Recording
 from .session import SessionInfo
+
+
+class Onlooker(Protocol):
+    """Whoever follows the sessions: the recording, the spans."""
+
+    def opened(self, info: SessionInfo, rewound: bool) -> None: ...
+
+    def closed(self, session: int) -> None: ...
 
 
 class OpenSessions:
     """Of one host: its actor, and the core that takes or refuses the rows."""
 
-    def __init__(self, actor: Actor, core: HostCore, recording: Recording | None = None) -> None:
+    def __init__(self, actor: Actor, core: HostCore, onlookers: Sequence[Onlooker] = ()) -> None:
         self._actor = actor
         self._core = core
-        self._recording = recording
+        self._onlookers = onlookers
         self._rewinds = keeps(actor) == REWINDS
         self._held: set[int] = set()
 
@@ -29,24 +39,23 @@ class OpenSessions:
             Exception: whatever the actor raised. Then what came for the session already is refused with it.
         """
         session = info.session
+        rewound = bool(info.kept) and self._rewinds
         try:
-            if info.kept and self._rewinds:
+            if rewound:
                 if session not in self._held:
                     raise ValueError(f"session {session}: expected {info.kept} positions to be held, none are")
                 self._held.discard(session)
                 self._actor.rewind(info)
-                if self._recording is not None:
-                    self._recording.opened(info, rewound=True)
             else:
                 self.close(session)
                 self._actor.open(info)
-                if self._recording is not None:
-                    self._recording.opened(info)
         except Exception:
             self._core.open(session, info.epoch)
             self._core.close(session)
             raise
         self._core.open(session, info.epoch, info.places)
+        for onlooker in self._onlookers:
+            onlooker.opened(info, rewound)
 
     def hold(self, session: int) -> None:
         """Refuse its rows until it is opened anew, and forget nothing."""
@@ -58,5 +67,5 @@ class OpenSessions:
         if self._core.close(session) or session in self._held:
             self._held.discard(session)
             self._actor.close(session)
-            if self._recording is not None:
-                self._recording.closed(session)
+            for onlooker in self._onlookers:
+                onlooker.closed(session)

@@ -114,6 +114,7 @@ class Process(ABC):
             time.monotonic_ns,
             self.records.sent if spec.trace else None,
             self.records.unsent if spec.trace else None,
+            self.records.control if spec.trace else None,
         )
         crossing.situation = lambda: situation.tell(crossing, self.exchange, self.held_up)
         with self.mode():

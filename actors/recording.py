@@ -51,7 +51,7 @@ class Recording:
     def _file(self) -> str:
         return f"{self._files:05d}.safetensors"
 
-    def opened(self, info: SessionInfo, rewound: bool = False) -> None:
+    def opened(self, info: SessionInfo, rewound: bool) -> None:
         self._put({"kind": REWOUND if rewound else OPENED, "info": info.to_plain()})
 
     def closed(self, session: int) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ranvier.transport.codec import Coding
 from ranvier.transport.ends import Received
-from ranvier.transport.header import Row
+from ranvier.transport.header import Row, TensorMeta, Verb
 from ranvier.transport.link import LinkSpec
 
 from .ring import Ring
-from .trace_file import DONE, PART, SENT, TAP, UNSENT
+from .trace_file import CONTROL, DONE, PART, SENT, SPAN, TAP, UNSENT
 
 SPREAD = 2654435761
 """Odd, and near 2^32 over the golden ratio."""
@@ -31,12 +33,24 @@ class Records:
 
     def sent(
         self, link: LinkSpec, sequence: int, rows: tuple[Row, ...], nbytes: int, ready_ns: int, credit_ns: int, sent_ns: int,
-        codec: int, coding: Coding | None,
+        tensors: tuple[TensorMeta, ...], coding: Coding | None, checksum: int,
     ) -> None:  # fmt: skip
         if self._below is None or self._chosen(rows):
-            self._put(
-                (SENT, link.edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, codec, rows, coding, link.target)
-            )
+            self._put((
+                SENT, link.edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, rows, coding, link.target, tensors, checksum
+            ))  # fmt: skip
+
+    def control(self, edge: int, verb: Verb, peer: str, sent: bool, arguments: tuple[Any, ...]) -> None:
+        """A control message of a link. They are few, and belong to no session."""
+        self._put((CONTROL, edge, verb.name.lower(), time.monotonic_ns(), peer, sent, arguments))
+
+    def span(
+        self, started_ns: int, finished_ns: int, row: Row, trace: str, span: str, parent: str, links: Sequence[str],
+        batch: int, error: str,
+    ) -> None:  # fmt: skip
+        """A step of a request that somebody traces (spans.py)."""
+        if self._below is None or self._chosen((row,)):
+            self._put((SPAN, started_ns, finished_ns, row, trace, span, parent, links, batch, error))
 
     def unsent(self, link: LinkSpec, rows: tuple[Row, ...], nbytes: int, ready_ns: int, given_up_ns: int) -> None:
         if self._below is None or self._chosen(rows):

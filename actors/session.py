@@ -66,6 +66,8 @@ class SessionInfo:
     """Whether the head sends the logits of every generated position to the gateway."""
     score: bool = False
     """Whether nothing is generated, and the head sends the log-probability of every token of the log but the first."""
+    traceparent: str = ""
+    """W3C trace context of the request's root span (spans.py); empty: it is not traced."""
     kept: int = 0
     """The positions that actors still hold from the epoch before (see `Actor.rewind`); rows come from there on."""
     places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)

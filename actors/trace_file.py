@@ -15,21 +15,12 @@ import msgspec
 
 SENT = "sent"
 SENT_COLUMNS = (
-    "kind",
-    "edge",
-    "sequence",
-    "bytes",
-    "ready_ns",
-    "credit_ns",
-    "sent_ns",
-    "codec",
-    "rows",
-    "coding",
-    "target",
-)
+    "kind", "edge", "sequence", "bytes", "ready_ns", "credit_ns", "sent_ns", "rows", "coding", "target", "tensors", "checksum",
+)  # fmt: skip
 """At the sending end: ready (the actor had it), credit (the link let it go), sent (handed to the wire).
 `coding`, where the codec is not raw: [bytes before, nanoseconds, largest relative error or null]. `target`: the identity
-at the other end."""
+at the other end. `tensors`: [name, dtype, shape, codec, bytes] of each, with the numbers of the header's tables. `checksum`:
+CRC-32 of the bytes, 0 within one machine."""
 
 DONE = "done"
 DONE_COLUMNS = (
@@ -62,6 +53,14 @@ TAP_COLUMNS = ("kind", "edge", "at_ns", "norm", "mean", "largest", "not_finite",
 """At the sending end of an edge with a tap: of the finite elements Euclidean norm, mean, largest magnitude; the share of the
 others."""
 
+CONTROL = "control"
+CONTROL_COLUMNS = ("kind", "edge", "verb", "at_ns", "peer", "sent", "arguments")
+"""A control message of a link, at both ends: offers, acknowledgements, what is asked for again (transport/header.py)."""
+
+SPAN = "span"
+SPAN_COLUMNS = ("kind", "started_ns", "finished_ns", "row", "trace", "span", "parent", "links", "batch", "error")
+"""A step that a row of a traced request went into (spans.py); `links`: the spans that made what it was given."""
+
 DROPPED = "dropped"
 DROPPED_COLUMNS = ("kind", "records")
 """The ring was full or the disk was: so many records are missing before this line."""
@@ -83,7 +82,8 @@ class TraceFile:
         self._most_bytes = most_bytes
         head = {"actor": label, "clock": "CLOCK_MONOTONIC", "pid": os.getpid(), "sample": sample,
                 "columns": {SENT: SENT_COLUMNS, DONE: DONE_COLUMNS, PART: PART_COLUMNS, UNSENT: UNSENT_COLUMNS,
-                            TAP: TAP_COLUMNS, DROPPED: DROPPED_COLUMNS}}  # fmt: skip
+                            TAP: TAP_COLUMNS, CONTROL: CONTROL_COLUMNS, SPAN: SPAN_COLUMNS,
+                            DROPPED: DROPPED_COLUMNS}}  # fmt: skip
         self._file: BinaryIO = self._path.open("wb", buffering=0)
         self._head = _to_lines([head])
         self._bytes = 0

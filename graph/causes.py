@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 from ranvier.actors.spec import GATEWAY
 
-from .trace import Done, Trace, TraceError, done_key, sent_key
+from .trace import Trace, done_key, sent_key
+from .trace_lines import Done, TraceError
 
 CAUSES = {
     "compute": "the actor computed on it",

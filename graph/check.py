@@ -42,7 +42,7 @@ def load(path: str | Path, *, allow_code: bool = False, overrides: Mapping[str, 
     edges = between.edges()
     between.stop_if_wrong()
     between.connected(edges)
-    between.recorded(edges)
+    between.observed(edges)
     between.cycles(edges)
     between.loops(edges)
     between.dims(edges)

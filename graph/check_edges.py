@@ -222,8 +222,12 @@ class EdgeCheck(Findings):
             ]
         return made
 
-    def recorded(self, edges: Sequence[CheckedEdge]) -> None:
-        """What is to be recorded is there."""
+    def observed(self, edges: Sequence[CheckedEdge]) -> None:
+        """What is to be recorded is there; what is to be exported is written."""
+        if self.file.telemetry.otlp is not None and not self.file.trace:
+            self._wrong(
+                "telemetry: spans are read from the trace, and it is off; remove trace: false", "telemetry", "otlp"
+            )
         section = self.file.record
         for index, name in enumerate(section.edges if section is not None and section.edges != "all" else ()):
             if not any(edge.is_meant_by(name) for edge in edges):

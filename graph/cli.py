@@ -28,6 +28,7 @@ from .command_line import (
     AllowCode,
     GraphFile,
     Json,
+    Log,
     Set,
     Wrong,
     interruptible,
@@ -141,6 +142,7 @@ def run(
     chaos: Annotated[
         Path | None, typer.Option("--chaos", help="A file that says what goes wrong on which tcp links.")
     ] = None,
+    log: Log = None,
     record: Annotated[str | None, typer.Option("--record", metavar="EDGES", help=RECORD_HELP)] = None,
     allow_code: AllowCode = False,
     settings: Set = None,
@@ -151,21 +153,20 @@ def run(
     except ValueError as error:
         raise Wrong(f"--{error}") from None
     checked = load_graph(graph, allow_code=allow_code, overrides={**overrides(settings), **record_setting(record)})
+    launching = {"runs": runs, "zygote": context.obj, "chaos": chaos, "log": log}
     if not checked.generates:
         if prompt is not None or input_file is None:
             raise Wrong(f"graph {checked.name} is no language model; give --input FILE.safetensors, not --prompt")
-        _call(checked, input_file, output_file, runs, as_json, context.obj)
+        _call(checked, input_file, output_file, as_json, launching)
         return
     if prompt is None or input_file is not None or output_file is not None:
         raise Wrong(f"graph {checked.name} is a language model; give --prompt TEXT, not --input or --output")
     options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": tuple(stop or ()), "raw": raw}
     options["deadline_s"] = deadline
-    _run(checked, prompt, options, as_json, {"runs": runs, "zygote": context.obj, "chaos": chaos})
+    _run(checked, prompt, options, as_json, launching)
 
 
-def _call(
-    checked: Graph, input_file: Path, output_file: Path | None, runs: Path, as_json: bool, zygote: ZygoteProcess | None
-) -> None:
+def _call(checked: Graph, input_file: Path, output_file: Path | None, as_json: bool, launching: dict[str, Any]) -> None:
     """One call of a graph that is no language model, from file to file."""
     import time
 
@@ -183,7 +184,7 @@ def _call(
 
     async def main() -> tuple[Path, dict[str, Any], float]:
         with bar:
-            async with launch(checked, runs=runs, progress=bar.show, zygote=zygote) as started:
+            async with launch(checked, progress=bar.show, **launching) as started:
                 bar.show("computing", 1.0)
                 began = time.monotonic()
                 outputs = await started.call(**inputs)
@@ -438,7 +439,7 @@ def main(zygote: ZygoteProcess | None = None) -> None:
 
 
 def _code(error: RanvierError) -> int:
-    from .trace import TraceError
+    from .trace_lines import TraceError
 
     wrong: tuple[type[Exception], ...] = (GraphError, CheckpointError, Wrong, TraceError, RecordingError, ValueError)
     return WRONG if isinstance(error, wrong) else FAILED

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ranvier.actors.errors import ActorFailed, Expired
 from ranvier.actors.replicas import Places, Route
 from ranvier.actors.session import SessionInfo
+from ranvier.actors.spans import TraceContext
 from ranvier.actors.spec import GATEWAY, HostLink
 from ranvier.transport.codec import RAW
 from ranvier.transport.dtypes import BY_NAME
@@ -62,7 +63,10 @@ class Stream:
     events: deque[Delivered | str | Exception] = field(default_factory=deque)
     delivered: int = 0
     over: bool = False
+    accepted_ns: int = 0
     submitted_ns: int = 0
+    caller: str = ""
+    """The span, in hexadecimal digits, that the request came from, where somebody traces it."""
     why: str = ""
     """What it waited for shortly before its deadline, in words."""
 
@@ -111,6 +115,10 @@ class Gateway:
         self._epoch = 1
         self._timed: dict[int, int] = {}
         self._failure: Exception | None = None
+        self.accepted = self.delivered = 0
+        """Requests, and tokens that clients were given, so far."""
+        self.on_ended: Callable[[Stream, str | Exception], None] = lambda _stream, _outcome: None
+        """Called with each session that is over."""
         self._by_port: dict[str, dict[int, Route]] = {}
         self._answers: set[str] = set()
         self._port_of: dict[int, str] = {}
@@ -176,7 +184,9 @@ class Gateway:
 
     # -- clients ------------------------------------------------------------------------------------------------
 
-    def submit(self, info: SessionInfo, inputs: Tensors | None = None, deadline_ns: int = 0) -> Stream:
+    def submit(
+        self, info: SessionInfo, inputs: Tensors | None = None, deadline_ns: int = 0, caller: str = ""
+    ) -> Stream:
         """Accept a session: a generation from `info.log`, or a call with `inputs` by port, which ends with `Expired` at
         `deadline_ns` (0: never). Its number is set here.
 
@@ -187,9 +197,12 @@ class Gateway:
         if self._failure is not None:
             raise self._failure
         places = self.placement.take(info.capacity)
+        self.accepted += 1
         info = replace(info, session=self._next)
         self._next += 1
-        stream = self.streams[info.session] = Stream(info, info, inputs or {}, places, log=list(info.log))
+        stream = self.streams[info.session] = Stream(
+            info, info, inputs or {}, places, log=list(info.log), accepted_ns=self.exchange.clock(), caller=caller
+        )
         if deadline_ns:
             self._timed[info.session] = deadline_ns
         if self.placement.is_up(places):
@@ -211,6 +224,10 @@ class Gateway:
         stream.info = replace(asked, epoch=self._epoch, log=tuple(log), max_tokens=left, kept=kept, places=chosen)
         stream.waits, stream.held, stream.submitted_ns = False, False, self.exchange.clock()
         self.commands.append(("open", {"info": stream.info.to_plain()}, self.placement.labels(stream.places)))
+        if asked.traceparent:
+            context = TraceContext(asked.traceparent)
+            if context.sampled:
+                self.exchange.traces[asked.session] = context.with_span(context.span)
         try:
             self._send_inputs(stream)
         except Exception as error:
@@ -378,6 +395,7 @@ class Gateway:
     def _deliver(self, stream: Stream, position: int) -> None:
         token = stream.log[position]
         stream.delivered += 1
+        self.delivered += 1
         stream.losses = 0
         stream.events.append(Delivered(position, token, stream.logits.pop(position, None)))
         if stream.info.finished(stream.generated, token):
@@ -398,9 +416,11 @@ class Gateway:
         stream.over = True
         stream.events.append(outcome)
         del self.streams[stream.info.session]
+        self.exchange.traces.pop(stream.info.session, None)
         self._timed.pop(stream.info.session, None)
         self._close(stream)
         self.placement.give_back(stream.places, stream.info.capacity)
+        self.on_ended(stream, outcome)
 
     def _close(self, stream: Stream, command: str = "close") -> None:
         """End it at the hosts, or have them hold it."""

@@ -57,12 +57,13 @@ class Client:
         flush: Callable[[], None],
         wakes: Wakes,
         deadline_s: float | None = None,
+        caller: str = "",
     ) -> None:
         self._gateway = gateway
         self._flush = flush
         self._wakes = wakes
         deadline_ns = time.monotonic_ns() + int(deadline_s * 1e9) if deadline_s is not None else 0
-        self.stream = gateway.submit(info, inputs, deadline_ns)
+        self.stream = gateway.submit(info, inputs, deadline_ns, caller)
         flush()
 
     async def event(self) -> Delivered | str:

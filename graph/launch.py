@@ -6,7 +6,6 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -24,22 +23,21 @@ from ranvier.transport.exchange import Exchange
 from ranvier.transport.trio_wire import TrioWire
 from ranvier.transport.zeromq import ZeroWire
 
-from . import run_folder, tokenizer
+from . import metrics, run_folder, tokenizer
 from .chaos import ChaosLink, Detours
 from .chaos import read as read_chaos
 from .checked import Graph
 from .errors import RequestError
 from .gateway import Gateway
+from .log import logger
 from .placement import Placement
 from .plan import EPOCH, Plan, plan
 from .run import Run
 from .run_folder import RunFolder
 from .status import Status
+from .telemetry import exporting
 from .tokenizer import TextCodec
 from .why import Why
-
-if TYPE_CHECKING:
-    import structlog
 
 Progress = Callable[[str, float], None]
 """Called with what is going on ("starting", "loading", "linking", "ready") and the share done, 0 to 1."""
@@ -53,6 +51,7 @@ async def launch(
     progress: Progress = lambda _what, _share: None,
     zygote: ZygoteProcess | None = None,
     chaos: Path | None = None,
+    log: str | None = None,
 ) -> AsyncIterator[Run]:
     """Start a graph; on leaving, everything it started is ended and nothing is left but the run folder.
 
@@ -61,6 +60,7 @@ async def launch(
         runs: the folder in which the run's own folder is made.
         progress: told what goes on until the run is ready.
         chaos: a file that says what goes wrong on which tcp links (graph/chaos.py).
+        log: `json` or `console`: the run's log goes to standard error, too, in that form.
         zygote: the process that hosts are forked from, where it was started before (it is ended in any case).
 
     Raises:
@@ -77,7 +77,7 @@ async def launch(
         raise ResourceError(f"the run's folder cannot be made: {error}") from error
     began = False
     try:
-        async with _launched(planned, folder, progress, zygote, bad_links) as run:
+        async with _launched(planned, folder, progress, zygote, bad_links, log) as run:
             began = True
             yield run
     except (BaseExceptionGroup, OSError) as several:
@@ -109,7 +109,12 @@ def bad_links_of(planned: Plan, chaos: Path | None) -> Sequence[ChaosLink]:
 
 @contextlib.asynccontextmanager
 async def _launched(
-    planned: Plan, folder: RunFolder, progress: Progress, zygote: ZygoteProcess | None, bad_links: Sequence[ChaosLink]
+    planned: Plan,
+    folder: RunFolder,
+    progress: Progress,
+    zygote: ZygoteProcess | None,
+    bad_links: Sequence[ChaosLink],
+    shown: str | None,
 ) -> AsyncIterator[Run]:
     graph = planned.graph
     specs = planned.place(folder.path, folder.sockets)
@@ -127,14 +132,17 @@ async def _launched(
         progress("starting", 0.0)
         async with LocalLauncher(folder.sockets, folder.logs, zygote).running() as launcher:
             # the hosts' process imports torch now; what this one has to do is done meanwhile
-            log = logger(log_file)
+            log = logger(log_file, shown)
             codec = _codec(graph)
             supervisor = Supervisor(
                 specs, launcher, f"ipc://{folder.sockets / 'supervisor'}", folder.logs, log,
                 lambda label, fields: holder[0].on_session_failed(label, fields) if holder else None,
             )  # fmt: skip
             try:
-                async with trio.open_nursery() as nursery:
+                async with (
+                    exporting(folder.path, graph.name, graph.file.telemetry.otlp, log) as exported,
+                    trio.open_nursery() as nursery,
+                ):
                     why = Why(planned, supervisor, folder.path)
                     nursery.start_soon(why.run)
                     status = Status(supervisor)
@@ -147,7 +155,7 @@ async def _launched(
                     records = Records(ring, graph.file.sampling.sample)
                     exchange = Exchange(
                         me, planned.hash, [link.link for link in links], time.monotonic_ns,
-                        records.sent if graph.file.trace else None, records.unsent if graph.file.trace else None,
+                        *((records.sent, records.unsent, records.control) if graph.file.trace else ()),
                     )  # fmt: skip
                     placement = Placement({name: actor.policy for name, actor in graph.actors.items()})
                     for spec in specs:
@@ -157,7 +165,7 @@ async def _launched(
                         placement.join(spec.actor, spec.replica, host.capacity_tokens, host.keeps)
                     gateway = Gateway(exchange, links, placement, graph.prefill_chunk, graph.generates)
                     status.gateway = gateway
-                    run = Run(planned, folder, supervisor, wire, gateway, codec, detours, ring, why)
+                    run = Run(planned, folder, supervisor, wire, gateway, codec, detours, ring, why, status)
                     holder.append(run)
                     nursery.start_soon(run._listen)
                     nursery.start_soon(run._failure)
@@ -172,7 +180,8 @@ async def _launched(
                     nursery.start_soon(run._recovery.run)
                     progress("ready", 1.0)
                     try:
-                        yield run
+                        with metrics.served(graph.file.telemetry.metrics, graph.name, run.status) as run.metrics:
+                            yield run
                     finally:
                         run._close()
                         with trio.CancelScope(shield=True):
@@ -180,6 +189,8 @@ async def _launched(
                         run._silence()
                         folder.outcome(counters=run.counters)
                     nursery.cancel_scope.cancel()
+                if exported:
+                    folder.outcome(spans=exported)
             finally:
                 supervisor.close()
     finally:
@@ -191,22 +202,6 @@ def _codec(graph: Graph) -> TextCodec | None:
     if not graph.generates or graph.checkpoint is None or not tokenizer.brought_by(graph.checkpoint):
         return None
     return tokenizer.of(graph.checkpoint)
-
-
-def logger(file: Any) -> structlog.typing.FilteringBoundLogger:
-    """Writes a run's log as JSON lines."""
-    import structlog  # 0.1 s, and the hosts' process is on its way meanwhile
-
-    made: structlog.typing.FilteringBoundLogger = structlog.wrap_logger(
-        structlog.WriteLogger(file),
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(0),
-    )
-    return made
 
 
 def single(group: BaseExceptionGroup[BaseException]) -> BaseException:

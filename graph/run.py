@@ -10,28 +10,32 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from ranvier.actors import spans
 from ranvier.actors.checkpoint import ModelConfig
 from ranvier.actors.control import SHIP_AT_ONCE, SHIP_INTERVAL_S
 from ranvier.actors.records import Records
 from ranvier.actors.ring import Ring
 from ranvier.actors.session import Sampling, SessionInfo
+from ranvier.actors.spans import TraceContext
 from ranvier.actors.spec import GATEWAY
 from ranvier.actors.supervisor import Supervisor
 from ranvier.actors.trace_file import TraceFile
 from ranvier.transport.errors import LinkClosed, ProtocolError
 from ranvier.transport.exchange import RefusedMessage
+from ranvier.transport.header import Row
 from ranvier.transport.trio_wire import TrioWire
 
 from . import template
 from .chaos import Detours
 from .errors import RequestError
-from .gateway import Gateway, Tensors, token_tensor
+from .gateway import Gateway, Stream, Tensors, token_tensor
 from .generation import Client, Generation, Wakes
 from .members import Members
 from .plan import Plan
 from .recovery import Recovered, Recovery
 from .run_folder import RunFolder
 from .scaling import Scaling
+from .status import Status
 from .text_stream import TextStream
 from .tokenizer import TextCodec
 from .wait_for import Answer
@@ -58,6 +62,7 @@ class Run:
         detours: Detours,
         ring: Ring,
         why: Why,
+        status: Status,
     ) -> None:
         self.plan = plan
         self.folder = folder
@@ -72,8 +77,12 @@ class Run:
         self._steps = -1
         self._ring = ring
         self._why = why
+        self._status = status
+        self.metrics: str | None = None
+        """Where Prometheus reads this run's /metrics, if anywhere."""
         why.gateway, why.taken_from = gateway, self._wakes
         self._records = Records(ring, plan.graph.file.sampling.sample)
+        gateway.on_ended = self._on_ended
         members = Members(plan, folder, supervisor, gateway, wire, self._flush)
         self._scaling = Scaling(plan, supervisor, gateway, members)
         self._recovery = Recovery(plan, supervisor, gateway, members)
@@ -93,6 +102,13 @@ class Run:
         """Edges whose tap has seen NaN or infinities, the first one first: `actor`, `edge`, `session`, `position`, and the
         `share` of the elements."""
         return self._supervisor.alarms
+
+    def status(self) -> dict[str, Any]:
+        """Hosts, open sessions, counters: what is known at this moment without asking anybody."""
+        return {
+            **self._status.snapshot(), "counters": self.counters, "recoveries": len(self.recoveries),
+            "requests": self._gateway.accepted, "tokens": self._gateway.delivered,
+        }  # fmt: skip
 
     @property
     def recoveries(self) -> Sequence[Recovered]:
@@ -133,6 +149,7 @@ class Run:
         stop_tokens: Sequence[int] | None = None,
         logits: bool = False,
         deadline_s: float | None = None,
+        traceparent: str | None = None,
     ) -> Generation:
         """Generate tokens: `async for token in run.generate(…)` gives each as soon as it is there.
 
@@ -145,6 +162,8 @@ class Run:
             stop_tokens: ids that end the stream (shown in `token_ids`); the model's own if None.
             logits: give the logits with every token.
             deadline_s: seconds from now after which the stream ends with `Expired`, wherever it is.
+            traceparent: the W3C trace context of whoever asks: the request's spans join that trace. Without one they are a
+                trace of their own, where the graph says `telemetry.otlp`.
 
         Raises:
             RequestError: the prompt is empty or too long, or the graph does not generate.
@@ -166,9 +185,11 @@ class Run:
             raise RequestError(f"graph {graph.name} has no encoder_embedding, so nothing takes the prompt")
         if config.encoder is not None:  # the prompt is the encoder's; the decoder begins with a token of its own
             log, inputs = (config.encoder.start_token,), {"prompt": token_tensor(ids, "prompt")}
+        root, caller = self._traced(traceparent)
         info = SessionInfo(
             session=0,
             epoch=0,
+            traceparent=root,
             capacity=len(ids) + max_tokens,
             log=log,
             max_tokens=max_tokens,
@@ -178,10 +199,19 @@ class Run:
         )
         if deadline_s is not None and not deadline_s > 0:
             raise RequestError(f"deadline_s: expected over 0, got {deadline_s}")
-        client = Client(self._gateway, info, inputs, self._flush, self._wakes, deadline_s)
+        client = Client(self._gateway, info, inputs, self._flush, self._wakes, deadline_s, caller)
         return Generation(client, TextStream(self._codec, stop), len(ids))
 
-    async def score(self, ids: Sequence[int]) -> list[float]:
+    def _traced(self, traceparent: str | None) -> tuple[str, str]:
+        """The trace context of a request's root span, empty if nobody traces it, and the span that it comes from."""
+        if traceparent is None and self.plan.graph.file.telemetry.otlp is None:
+            return "", ""
+        try:
+            return spans.root(traceparent)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+
+    async def score(self, ids: Sequence[int], *, traceparent: str | None = None) -> list[float]:
         """The log-probability (natural logarithm) of each token of `ids` but the first, given all before it.
 
         Raises:
@@ -198,13 +228,15 @@ class Run:
         self._check_prompt(list(ids), 1, config, spare=1)
         if len(ids) < 2:
             raise RequestError("score: expected at least two tokens, got 1")
-        info = SessionInfo(session=0, epoch=0, capacity=len(ids), log=tuple(ids), score=True)
-        with contextlib.closing(Client(self._gateway, info, {}, self._flush, self._wakes)) as client:
+        root, caller = self._traced(traceparent)
+        info = SessionInfo(session=0, epoch=0, capacity=len(ids), log=tuple(ids), score=True, traceparent=root)
+        with contextlib.closing(Client(self._gateway, info, {}, self._flush, self._wakes, caller=caller)) as client:
             await client.event()
         return list(client.stream.scores)
 
-    async def call(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Send one tensor to each input port of the gateway, wait for one from each output port.
+    async def call(self, traceparent: str | None = None, /, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Send one tensor to each input port of the gateway, wait for one from each output port. `traceparent`: see
+        `generate`.
 
         Raises:
             RequestError: the names are not the gateway's ports, or a tensor does not fit its edge.
@@ -224,9 +256,12 @@ class Run:
                     edge.spec.check(edge.name, dtype, tuple(tensor.shape), rows)
                 except ProtocolError as error:
                     raise RequestError(str(error)) from None
-        info = SessionInfo(session=0, epoch=0, capacity=0)
+        root, caller = self._traced(traceparent)
+        info = SessionInfo(session=0, epoch=0, capacity=0, traceparent=root)
         tensors = {port: to_buffer(port, tensor) for port, tensor in inputs.items()}
-        with contextlib.closing(Client(self._gateway, info, tensors, self._flush, self._wakes)) as client:
+        with contextlib.closing(
+            Client(self._gateway, info, tensors, self._flush, self._wakes, caller=caller)
+        ) as client:
             while not isinstance(await client.event(), str):
                 pass
         outputs = client.stream.outputs
@@ -295,6 +330,17 @@ class Run:
     def on_session_failed(self, label: str, fields: Mapping[str, Any]) -> None:
         self._gateway.on_session_failed(label, fields)
         self._flush()
+
+    def _on_ended(self, stream: Stream, outcome: str | Exception) -> None:
+        """The root span of a request that somebody traces."""
+        context = TraceContext(stream.asked.traceparent) if stream.asked.traceparent else None
+        if context is not None and context.sampled:
+            row = Row(stream.info.session, stream.info.epoch, 0, len(stream.log))
+            error = f"{type(outcome).__name__}: {outcome}" if isinstance(outcome, Exception) else ""
+            self._records.span(
+                stream.accepted_ns, time.monotonic_ns(), row, context.trace.hex(), context.span.hex(), stream.caller, [], 0,
+                error,
+            )  # fmt: skip
 
     def _flush(self) -> None:
         """Carry out what the gateway decided."""

@@ -183,6 +183,19 @@ class RecordSection(Section):
     megabytes: int = Field(256, ge=1, le=1 << 20, description="how much each process keeps at the most")
 
 
+class TelemetrySection(Section):
+    """What other people's tools are told."""
+
+    otlp: str | None = Field(
+        None, pattern=r"^https?://", max_length=2048,
+        description="where spans of requests go by OTLP over HTTP, such as http://127.0.0.1:4318",
+    )  # fmt: skip
+    metrics: str | None = Field(
+        None,
+        description="where Prometheus may read /metrics, on loopback, such as 127.0.0.1:9464; port 0: any free one",
+    )
+
+
 class GraphFile(Section):
     """A graph: actors, edges, settings."""
 
@@ -211,6 +224,10 @@ class GraphFile(Section):
     )
     record: RecordSection | None = Field(
         None, description="keep what goes over these edges: {edges: all, megabytes: 256}"
+    )
+    telemetry: TelemetrySection = Field(
+        default_factory=lambda: TelemetrySection(),
+        description="OpenTelemetry and Prometheus: {otlp: http://127.0.0.1:4318, metrics: 127.0.0.1:9464}",
     )
     restart: Literal["never"] | RestartSection = Field(
         default_factory=lambda: RestartSection(),
@@ -306,7 +323,7 @@ def _fields_at(path: tuple[Any, ...]) -> list[str]:
         return list(Quorum.model_fields)
     sections: dict[str, type[Section]] = {
         "model": ModelSection, "actors": ActorSection, "edges": EdgeSection, "supervision": SupervisionSection,
-        "training": TrainingSection, "record": RecordSection,
+        "training": TrainingSection, "record": RecordSection, "telemetry": TelemetrySection,
     }  # fmt: skip
     if path[:1] == ("training",) and len(path) > 1:
         return list(PARTS[str(path[1])].model_fields)

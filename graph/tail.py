@@ -9,7 +9,8 @@ from typing import Any
 
 from ranvier.actors.trace_file import DONE, PART, SENT
 
-from .trace import Done, Sent, percentiles
+from .trace import percentiles
+from .trace_lines import Done, Lines, Sent
 
 WINDOW_S = 5.0
 """Rates and percentiles are of so long before the newest record. Records come some 0.4 s after what they tell of."""
@@ -21,8 +22,7 @@ class Tail:
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._edges: list[str] = []
-        self._offsets: dict[Path, int] = {}
-        self._actors: dict[Path, str] = {}
+        self._lines = Lines(run_dir)
         self._done: deque[tuple[str, Done]] = deque()
         self._sent: deque[Sent] = deque()
         self._newest_ns = 0
@@ -31,30 +31,15 @@ class Tail:
         """Take in what has been written since. A line that is not whole yet is left for the next time."""
         if not self._edges:
             self._edges = [edge["name"] for edge in json.loads((self._run_dir / "plan.json").read_text())["edges"]]
-        for path in (self._run_dir / "trace").glob("*.jsonl"):
-            self._read_file(path)
+        for actor, kind, record in self._lines.read():
+            if kind in (DONE, PART):
+                self._done.append((actor, record))
+                self._newest_ns = max(self._newest_ns, record.finished_ns)
+            elif kind == SENT:
+                self._sent.append(record)
         since_ns = self._newest_ns - int(WINDOW_S * 1e9)
         self._done = deque(each for each in self._done if each[1].finished_ns >= since_ns)
         self._sent = deque(record for record in self._sent if record.sent_ns >= since_ns)
-
-    def _read_file(self, path: Path) -> None:
-        with path.open("rb") as file:
-            file.seek(self._offsets.get(path, 0))
-            data = file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offsets[path] = self._offsets.get(path, 0) + len(whole)
-        for line in whole.splitlines():
-            record = json.loads(line)
-            if isinstance(record, dict):
-                self._actors[path] = record["actor"]
-                continue
-            kind, *values = record
-            if kind in (DONE, PART):
-                done = Done(*values)
-                self._done.append((self._actors[path], done))
-                self._newest_ns = max(self._newest_ns, done.finished_ns)
-            elif kind == SENT:
-                self._sent.append(Sent(*values))
 
     def actors(self) -> dict[str, dict[str, Any]]:
         """Of each actor: tokens and steps a second, tokens a step, the share of time in which it computed."""

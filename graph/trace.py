@@ -14,14 +14,15 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ranvier.actors.trace_file import DONE, DROPPED, PART, SENT, TAP, UNSENT
+from ranvier.actors.trace_file import CONTROL, DONE, DROPPED, PART, SENT, SPAN, TAP, UNSENT
 from ranvier.transport.codec import CODECS
-from ranvier.transport.errors import RanvierError
+
+from .trace_lines import Controlled, Done, Lines, Sent, Spanned, Tapped, TraceError, Unsent
 
 PARTS = ("serialise", "credit", "wire", "join", "queue", "compute")
 PERCENTILES = (50, 95, 99)
@@ -31,63 +32,6 @@ _COUNTED = {
     "second_copies": "second copies were sent", "copies_left_out": "copies were left out for want of credit",
     "refused": "messages were refused", "damaged": "messages were damaged", "sent_again": "messages were sent again",
 }  # fmt: skip
-
-
-class TraceError(RanvierError):
-    """The folder holds no trace that can be read."""
-
-
-class Sent(NamedTuple):
-    """See `trace_file.SENT_COLUMNS`."""
-
-    edge: int
-    sequence: int
-    nbytes: int
-    ready_ns: int
-    credit_ns: int
-    sent_ns: int
-    codec: int
-    rows: Sequence[Sequence[int]]
-    coding: Sequence[float | None] | None
-    target: str
-
-
-class Done(NamedTuple):
-    """See `trace_file.DONE_COLUMNS`."""
-
-    edge: int
-    sequence: int
-    nbytes: int
-    sent_ns: int
-    received_ns: int
-    started_ns: int
-    finished_ns: int
-    batch: int
-    rows: Sequence[Sequence[int]]
-    source: str
-
-
-class Unsent(NamedTuple):
-    """See `trace_file.UNSENT_COLUMNS`."""
-
-    edge: int
-    nbytes: int
-    ready_ns: int
-    given_up_ns: int
-    rows: Sequence[Sequence[int]]
-    target: str
-
-
-class Tapped(NamedTuple):
-    """See `trace_file.TAP_COLUMNS`."""
-
-    edge: int
-    at_ns: int
-    norm: float
-    mean: float
-    largest: float
-    not_finite: float
-    rows: Sequence[Sequence[int]]
 
 
 Message = tuple[int, int, str, str]
@@ -116,6 +60,8 @@ class Trace:
     dropped: Counter[str] = field(default_factory=Counter)
     counters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     taps: dict[str, list[Tapped]] = field(default_factory=dict)
+    control: dict[str, list[Controlled]] = field(default_factory=dict)
+    spans: dict[str, list[Spanned]] = field(default_factory=dict)
     sample: float = 1.0
     """The share of sessions that left records."""
 
@@ -145,42 +91,26 @@ def read(run_dir: Path) -> Trace:
     if not plan.is_file() or not folder.is_dir():
         raise TraceError(f"{run_dir}: no run folder; expected plan.json and trace/ in it")
     trace = Trace(run_dir, [edge["name"] for edge in json.loads(plan.read_text())["edges"]])
-    for file in sorted(folder.glob("*.jsonl")):
-        _read_file(trace, file)
+    lines = Lines(run_dir)
+    by_kind: Mapping[str, dict[str, list[Any]]] = {
+        SENT: trace.sent, DONE: trace.done, PART: trace.parts, TAP: trace.taps, UNSENT: trace.unsent, CONTROL: trace.control,
+        SPAN: trace.spans,
+    }  # fmt: skip
+    for actor, kind, record in lines.read():
+        if kind == DROPPED:
+            trace.dropped[actor] += record.records
+        else:
+            by_kind[kind].setdefault(actor, []).append(record)
+    for head in lines.heads.values():
+        trace.sample = head.get("sample", 1.0)
+        for records in (trace.sent, trace.done):
+            records.setdefault(head["actor"], [])
     told = run_dir / "run.json"
     if told.is_file():  # counters are there once the run is over
         trace.counters = json.loads(told.read_text()).get("counters", {})
     if not trace.done:
         raise TraceError(f"{folder}: holds no records; was the run made with trace: false?")
     return trace
-
-
-def _read_file(trace: Trace, file: Path) -> None:
-    with file.open(encoding="utf-8") as lines:
-        try:
-            head = json.loads(next(lines, "{}"))
-            actor = head["actor"]
-        except (ValueError, KeyError):
-            raise TraceError(f"{file}: expected a first line that names the actor") from None
-        trace.sample = head.get("sample", 1.0)
-        sent = trace.sent.setdefault(actor, [])
-        done = trace.done.setdefault(actor, [])
-        for line in lines:
-            if not line.endswith("\n"):
-                break  # the process was ended in the middle of it
-            kind, *values = json.loads(line)
-            if kind == SENT:
-                sent.append(Sent(*values))
-            elif kind == DONE:
-                done.append(Done(*values))
-            elif kind == PART:
-                trace.parts.setdefault(actor, []).append(Done(*values))
-            elif kind == TAP:
-                trace.taps.setdefault(actor, []).append(Tapped(*values))
-            elif kind == UNSENT:
-                trace.unsent.setdefault(actor, []).append(Unsent(*values))
-            elif kind == DROPPED:
-                trace.dropped[actor] += values[0]
 
 
 def summary(trace: Trace) -> dict[str, Any]:

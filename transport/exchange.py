@@ -16,7 +16,7 @@ from .codec import parse as parse_codec
 from .ends import Received, ReceivingLink, SendingLink, Waiting
 from .errors import LinkBroken, ProtocolError
 from .handshake import hello, objection
-from .header import VERSION, Ack, Control, Header, Kind, Row, TensorMeta, Verb, control, decode
+from .header import VERSION, Ack, Control, Header, Kind, Row, TensorMeta, TracedHeader, Verb, control, decode
 from .link import Arrival, LinkSpec
 from .message import Buffer, check_frames, check_specs, checksum
 from .window import Outgoing, ReceiveWindow, SendWindow
@@ -24,8 +24,13 @@ from .window import Outgoing, ReceiveWindow, SendWindow
 Link = TypeVar("Link")
 OnUnsent = Callable[[LinkSpec, tuple[Row, ...], int, int, int], None]
 """A message that never got credit: (link, rows, bytes, ready_ns, given_up_ns)."""
-OnSent = Callable[[LinkSpec, int, tuple[Row, ...], int, int, int, int, int, Coding | None], None]
-"""What the sending end knows of one message: (link, sequence, rows, bytes, ready_ns, credit_ns, sent_ns, codec, coding)."""
+OnSent = Callable[
+    [LinkSpec, int, tuple[Row, ...], int, int, int, int, tuple[TensorMeta, ...], Coding | None, int], None
+]
+"""What the sending end knows of one message: (link, sequence, rows, bytes, ready_ns, credit_ns, sent_ns, tensors, coding,
+checksum)."""
+OnControl = Callable[[int, Verb, str, bool, tuple[Any, ...]], None]
+"""A control message of a link: (edge, verb, peer, whether it was sent from here, arguments)."""
 
 
 def _checked(link: SendingLink | ReceivingLink, rows: tuple[Row, ...], tensors: tuple[TensorMeta, ...]) -> int:
@@ -52,7 +57,9 @@ class Exchange:
         clock: nanoseconds; CLOCK_MONOTONIC in a run.
         on_sent: called for each message handed over (the trace).
         on_unsent: called for each that waited for credit and was given up.
+        on_control: called for each control message of the links, both ways.
 
+    `traces` holds the W3C trace context (header.py) of what is being done for a session, for those that are traced.
     `waiting` is the number of messages that wait for credit: the host starts no step meanwhile. `outbox` is for the
     driver to hand to the wire, and to clear.
     """
@@ -65,6 +72,7 @@ class Exchange:
         clock: Callable[[], int],
         on_sent: OnSent | None = None,
         on_unsent: OnUnsent | None = None,
+        on_control: OnControl | None = None,
     ) -> None:
         self.me = me
         self.graph = graph
@@ -75,8 +83,10 @@ class Exchange:
         self.clock = clock
         self._on_sent = on_sent
         self._on_unsent = on_unsent
+        self._on_control_message = on_control
         self._owing: dict[ReceivingLink, None] = {}
         self.waiting = 0
+        self.traces: dict[int, bytes] = {}
         for spec in links:
             self.add(spec)
 
@@ -186,15 +196,18 @@ class Exchange:
         acks = self._acks_for(spec.target) if self._owing else ()
         sent_ns = self.clock()
         crc = 0 if spec.local else checksum(buffers)
-        header = Header(VERSION, spec.kind, spec.edge, sequence, rows, tensors, ready_ns, sent_ns, crc, acks).encode()
+        fields = VERSION, spec.kind, spec.edge, sequence, rows, tensors, ready_ns, sent_ns, crc, acks
+        if self.traces and any(row.session in self.traces for row in rows):
+            header = TracedHeader(*fields, tuple(self.traces.get(row.session, b"") for row in rows)).encode()
+        else:
+            header = Header(*fields).encode()
         outgoing = Outgoing(spec.target, header, buffers, sequence, nbytes)
         window.keep(outgoing)
         self.outbox.append(outgoing)
         if link.on_used is not None:
             link.sent_at.append((sequence, sent_ns))
         if self._on_sent is not None:
-            codec = tensors[0].codec if tensors else 0
-            self._on_sent(spec, sequence, rows, nbytes, ready_ns, credit_ns, sent_ns, codec, coding)
+            self._on_sent(spec, sequence, rows, nbytes, ready_ns, credit_ns, sent_ns, tensors, coding, crc)
 
     def _acks_for(self, peer: str) -> tuple[Ack, ...]:
         """What is owed to `peer` rides along with a message that goes there anyway."""
@@ -313,11 +326,15 @@ class Exchange:
 
     def _tell(self, peer: str, message: Control) -> None:
         self.outbox.append(Outgoing(peer, message.encode()))
+        if self._on_control_message is not None:
+            self._on_control_message(message.edge, message.verb, peer, True, message.arguments)
 
     # -- control ------------------------------------------------------------------------------------------------
 
     def _on_control(self, peer: str, message: Control) -> None:
         verb, arguments = message.verb, message.arguments
+        if self._on_control_message is not None:
+            self._on_control_message(message.edge, verb, peer, False, arguments)
         if verb is Verb.HELLO:
             self._on_hello(peer, message.edge, arguments)
         elif verb is Verb.PROBE:

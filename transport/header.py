@@ -3,12 +3,14 @@
 Layout, positional, made once (wire version 1):
 
     data, grad, state   [version, kind, edge, sequence, rows, tensors, ready_ns, sent_ns, checksum, acks]
+    the same, traced    [… and traces: 25 bytes for each row, or none]
     control             [version, kind, edge, verb, argument, …]
 
 where a row is `[session, epoch, position, tokens]`, a tensor `[name, dtype, shape, codec, bytes]` and an ack, of an edge
-that comes the other way, `[edge, highest received, highest that may be sent, bytes that may be sent in all]`. Bytes from a
-socket reach nothing before `decode` has looked at every field: whatever they are, it returns a valid header or
-raises `ProtocolError`, and allocates no more than a small multiple of the 64 KiB a header may have.
+that comes the other way, `[edge, highest received, highest that may be sent, bytes that may be sent in all]`. A trace is the
+W3C trace context of the step that made a row: trace id (16 bytes), its span id (8), flags (1). Bytes from a socket reach
+nothing before `decode` has looked at every field: whatever they are, it returns a valid header or raises `ProtocolError`,
+and allocates no more than a small multiple of the 64 KiB a header may have.
 """
 
 from __future__ import annotations
@@ -35,6 +37,9 @@ _MAX_INT = (1 << 63) - 1
 _Count = Annotated[int, msgspec.Meta(ge=0, le=_MAX_INT)]
 _ARRAY_OF_TEN = 0x9A
 """The first byte of every header that carries tensors: msgpack's mark of an array of ten."""
+_ARRAY_OF_ELEVEN = 0x9B
+"""The first byte where rows are traced."""
+TRACE_BYTES = 25
 
 
 class Kind(enum.IntEnum):
@@ -125,6 +130,15 @@ class Header(msgspec.Struct, array_like=True, frozen=True, gc=False):
         return data
 
 
+class TracedHeader(Header, array_like=True, frozen=True, gc=False):
+    """One of whose rows some belong to a request that is traced (W3C Trace Context, 2021): a context for each row, empty for
+    those that are not."""
+
+    traces: Annotated[
+        tuple[Annotated[bytes, msgspec.Meta(max_length=TRACE_BYTES)], ...], msgspec.Meta(max_length=MAX_ROWS)
+    ] = ()
+
+
 class Control(NamedTuple):
     """A control message of one link; what `arguments` holds is said at each `Verb`."""
 
@@ -145,6 +159,7 @@ def control(edge: int, verb: Verb, *arguments: Any) -> Control:
 # Typed decoding in C checks every field in 0.9 µs; unpacking with msgpack and checking in Python took 6.8.
 encode = msgspec.msgpack.Encoder().encode
 _header_decoder = msgspec.msgpack.Decoder(Header)
+_traced_decoder = msgspec.msgpack.Decoder(TracedHeader)
 _control_decoder = msgspec.msgpack.Decoder(tuple[int | str | tuple[tuple[str, str], ...], ...])
 
 
@@ -157,17 +172,29 @@ def decode(data: bytes | memoryview) -> Header | Control:
     size = len(data)
     if size > MAX_HEADER_BYTES:
         raise ProtocolError(f"header: expected at most {MAX_HEADER_BYTES} bytes, got {size}")
-    if size < 4 or not 0x94 <= data[0] <= _ARRAY_OF_TEN:
-        raise ProtocolError(f"header: expected an array of 4 to 10 fields, got {_start(data)}")
+    if size < 4 or not 0x94 <= data[0] <= _ARRAY_OF_ELEVEN:
+        raise ProtocolError(f"header: expected an array of 4 to 11 fields, got {_start(data)}")
     if data[1] != VERSION:
         raise ProtocolError(f"header: expected wire version {VERSION}, got {data[1]}")
     try:
-        if data[0] != _ARRAY_OF_TEN:
+        if data[0] == _ARRAY_OF_TEN:
+            header = _header_decoder.decode(data)
+        elif data[0] == _ARRAY_OF_ELEVEN:
+            header = _traced(_traced_decoder.decode(data))
+        else:
             return _control(_control_decoder.decode(data))
-        header = _header_decoder.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ProtocolError(f"header: {_explain(error)}; got {_start(data)}") from None
     _check(header.tensors)
+    return header
+
+
+def _traced(header: TracedHeader) -> TracedHeader:
+    if len(header.traces) != len(header.rows):
+        raise ProtocolError(f"header: expected a trace for each of {len(header.rows)} rows, got {len(header.traces)}")
+    wrong = next((len(trace) for trace in header.traces if len(trace) not in (0, TRACE_BYTES)), None)
+    if wrong is not None:
+        raise ProtocolError(f"header: expected a trace of {TRACE_BYTES} bytes, got {wrong}")
     return header
 
 
@@ -204,7 +231,7 @@ def _explain(error: Exception) -> str:
 
     def named(path: re.Match[str]) -> str:
         field, index, part, rest = path.groups()
-        name = Header.__struct_fields__[int(field)]
+        name = TracedHeader.__struct_fields__[int(field)]
         if part is not None:
             index = f"[{index}].{_PARTS[name][int(part)]}" if name in _PARTS else f"[{index}][{part}]"
         elif index is not None:

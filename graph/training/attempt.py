@@ -32,7 +32,8 @@ from ranvier.transport.zeromq import ZeroWire
 
 from .. import run_folder
 from ..chaos import ChaosLink, Detours
-from ..launch import logger, single
+from ..launch import single
+from ..log import logger
 from ..plan import EPOCH
 from ..run_folder import RunFolder
 from ..status import Status
@@ -66,8 +67,9 @@ class Attempt:
         on_step: OnStep,
         keep: int,
         bad_links: Sequence[ChaosLink] = (),
+        log: str | None = None,
     ) -> None:
-        self._bad_links = bad_links
+        self._bad_links, self._shown = bad_links, log
         self.plan, self.data, self.out, self.found, self.trained = plan, data, out, found, trained
         self.policies: dict[str, Any] = {}
         self._on_step = on_step
@@ -115,7 +117,9 @@ class Attempt:
         self._records = records
         traced = graph.file.trace
         with contextlib.ExitStack() as stack:
-            log = logger(stack.enter_context((folder.logs / "supervisor.jsonl").open("w", encoding="utf-8")))
+            log = logger(
+                stack.enter_context((folder.logs / "supervisor.jsonl").open("w", encoding="utf-8")), self._shown
+            )
             self._wire = TrioWire(
                 ZeroWire(
                     ME, plan.plan.gateway_endpoint(folder.sockets), max_frame_bytes=graph.file.max_frame_bytes,
@@ -126,7 +130,7 @@ class Attempt:
             stack.callback(self._wire.close)
             self._exchange = Exchange(
                 ME, plan.plan.hash, [link.link for link in self._links], time.monotonic_ns,
-                records.sent if traced else None, records.unsent if traced else None,
+                *((records.sent, records.unsent, records.control) if traced else ()),
             )  # fmt: skip
             self._by_link = {
                 self._exchange.receiving[link.link.edge, link.link.source]: link

@@ -15,7 +15,7 @@ from ranvier.actors.training.schedule import bubble, play
 from .. import run_folder
 from ..check import load as load_graph
 from ..checked import Graph
-from ..command_line import AllowCode, GraphFile, Json, Set, interruptible, overrides, print_json
+from ..command_line import AllowCode, GraphFile, Json, Log, Set, interruptible, overrides, print_json
 from .bubbles import Bubbles
 from .planning import training_plan
 from .plots import draw
@@ -52,6 +52,7 @@ def train_command(
     chaos: Annotated[
         Path | None, typer.Option("--chaos", help="A file that says what goes wrong on which tcp links.")
     ] = None,
+    log: Log = None,
     as_json: Json = False,
     allow_code: AllowCode = False,
     settings: Set = None,
@@ -74,7 +75,7 @@ def train_command(
         async def main() -> Trained:
             return await train(
                 checked, out, allow_code=allow_code, runs=runs, on_step=on_step, on_event=progress.say, keep=keep,
-                chaos=chaos, zygote=context.obj,
+                chaos=chaos, log=log, zygote=context.obj,
             )  # fmt: skip
 
         trained = interruptible(main)

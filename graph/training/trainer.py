@@ -38,6 +38,7 @@ async def train(
     on_started: OnStarted = lambda _pids: None,
     keep: int = 2,
     chaos: Path | None = None,
+    log: str | None = None,
     zygote: ZygoteProcess | None = None,
 ) -> Trained:
     """Train a graph until its steps are done, from the newest checkpoint under `out` on.
@@ -50,6 +51,7 @@ async def train(
         on_event: told what goes on otherwise, in words.
         on_started: told the processes, by identity, of each attempt.
         chaos: a file that says what goes wrong on which tcp links (graph/chaos.py).
+        log: `json` or `console`: the runs' log goes to standard error, too, in that form.
         zygote: the process that hosts are forked from, where it was started before.
 
     Raises:
@@ -70,7 +72,7 @@ async def train(
             return trained
         if found is not None:
             on_event(f"going on from {found.folder}, {found.rounds} of {plan.rounds} rounds done")
-        attempt = Attempt(plan, data, out, found, trained, on_step, keep, bad_links)
+        attempt = Attempt(plan, data, out, found, trained, on_step, keep, bad_links, log)
         try:
             await attempt.run(runs, on_started, zygote)
         except ActorFailed as error:

@@ -20,7 +20,8 @@ from ranvier.actors.ring import Ring
 from ranvier.actors.trace_file import DONE, DROPPED, PART, SENT, TraceFile
 from ranvier.graph import causes, trace
 from ranvier.graph.causes import Causes, Stretch
-from ranvier.graph.trace import Done, Sent, Trace, TraceError
+from ranvier.graph.trace import Trace
+from ranvier.graph.trace_lines import Done, Sent, TraceError
 from ranvier.transport.header import Row
 
 GATEWAY, A, B = "gateway.0", "a.0", "b.0"
@@ -28,7 +29,7 @@ EDGES = ["gateway.x -> a.x", "a.y -> b.y", "b.z -> gateway.z"]
 
 
 def sent(edge: int, sequence: int, session: int, ready: int, credit: int, at: int, target: str, epoch: int = 1) -> Sent:
-    return Sent(edge, sequence, 8, ready, credit, at, 0, [[session, epoch, 0, 1]], None, f"{target}.1")
+    return Sent(edge, sequence, 8, ready, credit, at, [[session, epoch, 0, 1]], None, f"{target}.1")
 
 
 def done(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from ranvier.graph import perfetto, trace
+from ranvier.graph.trace_lines import TraceError
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_a_line_that_was_cut_off_is_left_out(run_dir: Path, tmp_path: Path) -> N
 )
 def test_no_trace(make: Callable[[Path], Any], words: str, tmp_path: Path) -> None:
     make(tmp_path)
-    with pytest.raises(trace.TraceError, match=words):
+    with pytest.raises(TraceError, match=words):
         trace.read(tmp_path)
 
 

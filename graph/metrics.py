@@ -1,0 +1,101 @@
+"""What Prometheus reads of a run that goes on: /metrics on loopback, made at the moment it is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import trio
+
+from ranvier.transport.endpoint import parse
+from ranvier.transport.errors import AddressError
+
+from .errors import RequestError
+
+Snapshot = Callable[[], Mapping[str, Any]]
+"""`Run.status`, called on the run's own thread."""
+
+
+@contextlib.contextmanager
+def served(address: str | None, graph: str, snapshot: Snapshot) -> Iterator[str | None]:
+    """Serve it at `host:port` while in the context: the address of the page, with the port that it was given.
+
+    Raises:
+        RequestError: prometheus_client is not installed, or the address may not be used.
+    """
+    if address is None:
+        yield None
+        return
+    try:
+        from prometheus_client import CollectorRegistry, start_http_server
+    except ImportError:
+        raise RequestError("telemetry.metrics needs prometheus_client; pip install 'ranvier[telemetry]'") from None
+    try:
+        endpoint = parse(f"tcp://{address}")
+    except AddressError as error:
+        raise RequestError(f"telemetry.metrics: {error}") from None
+    registry = CollectorRegistry()
+    registry.register(_Collector(graph, snapshot, trio.lowlevel.current_trio_token()))
+    try:
+        server, thread = start_http_server(endpoint.port, endpoint.place, registry)
+    except OSError as error:
+        raise RequestError(f"telemetry.metrics {address}: {error}") from None
+    try:
+        yield f"http://{endpoint.place}:{server.server_port}/metrics"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class _Collector:
+    """Asked on the server's thread; the run's state is looked at on the run's own."""
+
+    def __init__(self, graph: str, snapshot: Snapshot, token: trio.lowlevel.TrioToken) -> None:
+        self._graph, self._snapshot, self._token = graph, snapshot, token
+
+    def describe(self) -> list[Any]:
+        """Nothing is to be asked for before the run has begun."""
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        try:
+            told = trio.from_thread.run_sync(self._snapshot, trio_token=self._token)
+        except trio.RunFinishedError:
+            return
+        by_host: Mapping[str, tuple[type[Any], str, str]] = {
+            "up": (GaugeMetricFamily, "1 while it runs", "up"),
+            "steps": (CounterMetricFamily, "steps taken", "steps"),
+            "queued": (GaugeMetricFamily, "pieces that wait for a step", "queued"),
+            "stepping_seconds": (GaugeMetricFamily, "how long it has been in one step", "stepping_s"),
+            "heard_seconds": (GaugeMetricFamily, "since its last sign of life", "heard_s"),
+            "held_bytes": (GaugeMetricFamily, "of weights", "held_bytes"),
+            "kv_capacity_tokens": (GaugeMetricFamily, "positions that fit into its KV cache", "capacity_tokens"),
+        }  # fmt: skip
+        labels = ["graph", "host"]
+        for name, (kind, what, key) in by_host.items():
+            family = kind(f"ranvier_host_{name}", what, labels=labels)
+            for host in told["hosts"]:
+                value = float(host["state"] == "running") if key == "up" else host[key]
+                if value is not None:
+                    family.add_metric([self._graph, host["label"]], value)
+            yield family
+        held = GaugeMetricFamily("ranvier_host_kv_held_tokens", "positions that open sessions hold", labels=labels)
+        for host, tokens in told["held_tokens"].items():
+            held.add_metric([self._graph, host], tokens)
+        yield held
+        counted = CounterMetricFamily("ranvier_events", "what happened, by name", labels=[*labels, "event"])
+        for host, counters in told["counters"].items():
+            for event, count in counters.items():
+                counted.add_metric([self._graph, host, event], count)
+        yield counted
+        for name, what, kind in (
+            ("sessions", "open now", GaugeMetricFamily), ("requests", "accepted so far", CounterMetricFamily),
+            ("tokens", "delivered so far", CounterMetricFamily), ("recoveries", "hosts replaced", CounterMetricFamily),
+        ):  # fmt: skip
+            family = kind(f"ranvier_{name}", what, labels=["graph"])
+            family.add_metric([self._graph], told[name])
+            yield family

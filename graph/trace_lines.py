@@ -1,0 +1,149 @@
+"""The lines of a run's trace as they are read, once or while it goes on: each record with the actor that wrote it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ranvier.actors.trace_file import CONTROL, DONE, DROPPED, PART, SENT, SPAN, TAP, UNSENT
+from ranvier.transport.errors import RanvierError
+
+
+class TraceError(RanvierError):
+    """The folder holds no trace that can be read."""
+
+
+class Sent(NamedTuple):
+    """See `trace_file.SENT_COLUMNS`."""
+
+    edge: int
+    sequence: int
+    nbytes: int
+    ready_ns: int
+    credit_ns: int
+    sent_ns: int
+    rows: Sequence[Sequence[int]]
+    coding: Sequence[float | None] | None
+    target: str
+    tensors: Sequence[Sequence[Any]] = ()
+    checksum: int = 0
+
+    @property
+    def codec(self) -> int:
+        """Its number (transport/codec.py)."""
+        return int(self.tensors[0][3]) if self.tensors else 0
+
+
+class Done(NamedTuple):
+    """See `trace_file.DONE_COLUMNS`."""
+
+    edge: int
+    sequence: int
+    nbytes: int
+    sent_ns: int
+    received_ns: int
+    started_ns: int
+    finished_ns: int
+    batch: int
+    rows: Sequence[Sequence[int]]
+    source: str
+
+
+class Unsent(NamedTuple):
+    """See `trace_file.UNSENT_COLUMNS`."""
+
+    edge: int
+    nbytes: int
+    ready_ns: int
+    given_up_ns: int
+    rows: Sequence[Sequence[int]]
+    target: str
+
+
+class Tapped(NamedTuple):
+    """See `trace_file.TAP_COLUMNS`."""
+
+    edge: int
+    at_ns: int
+    norm: float
+    mean: float
+    largest: float
+    not_finite: float
+    rows: Sequence[Sequence[int]]
+
+
+class Controlled(NamedTuple):
+    """See `trace_file.CONTROL_COLUMNS`."""
+
+    edge: int
+    verb: str
+    at_ns: int
+    peer: str
+    sent: bool
+    arguments: Sequence[Any]
+
+
+class Spanned(NamedTuple):
+    """See `trace_file.SPAN_COLUMNS`."""
+
+    started_ns: int
+    finished_ns: int
+    row: Sequence[int]
+    trace: str
+    span: str
+    parent: str
+    links: Sequence[str]
+    batch: int
+    error: str
+
+
+class Dropped(NamedTuple):
+    """See `trace_file.DROPPED_COLUMNS`."""
+
+    records: int
+
+
+Record = Sent | Done | Unsent | Tapped | Controlled | Spanned | Dropped
+_FORMS: Mapping[str, type[Any]] = {
+    SENT: Sent, DONE: Done, PART: Done, UNSENT: Unsent, TAP: Tapped, CONTROL: Controlled, SPAN: Spanned, DROPPED: Dropped,
+}  # fmt: skip
+
+
+class Lines:
+    """All trace files of a run folder, read from where the last reading ended."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._folder = run_dir / "trace"
+        self._offsets: dict[Path, int] = {}
+        self.heads: dict[Path, Mapping[str, Any]] = {}
+        """The first line of each file."""
+
+    def read(self) -> Iterator[tuple[str, str, Any]]:
+        """Actor, kind and record of every line that is new. One that is not whole yet is left for the next time.
+
+        Raises:
+            TraceError: a file does not begin as a trace does.
+        """
+        for path in sorted(self._folder.glob("*.jsonl")):
+            with path.open("rb") as file:
+                file.seek(self._offsets.get(path, 0))
+                data = file.read()
+            whole = data[: data.rfind(b"\n") + 1]
+            self._offsets[path] = self._offsets.get(path, 0) + len(whole)
+            lines = whole.splitlines()
+            if lines and path not in self.heads:
+                self.heads[path] = _head(path, lines.pop(0))
+            for line in lines:
+                kind, *values = json.loads(line)
+                yield self.heads[path]["actor"], kind, _FORMS[kind](*values)
+
+
+def _head(path: Path, line: bytes) -> Mapping[str, Any]:
+    try:
+        head: Mapping[str, Any] = json.loads(line)
+        head["actor"]
+    except (ValueError, KeyError, TypeError):
+        raise TraceError(f"{path}: expected a first line that names the actor") from None
+    return head
