@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 the run failed, 2 the request or the graph is wrong, 130 i
 
 from __future__ import annotations
 
-import json
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -38,6 +37,7 @@ from .command_line import (
 from .errors import GraphError
 from .plan import plan
 from .recorded import RECORD_HELP, diverge_command, record_setting, replay_command
+from .timeline import timeline
 from .training.command import show_schedule, train_command
 from .training.planning import training_plan
 
@@ -363,7 +363,12 @@ def trace_command(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
     as_json: Json = False,
     to_perfetto: Annotated[
-        Path | None, typer.Option("--perfetto", metavar="OUT", help="Write Chrome JSON that Perfetto opens.")
+        Path | None,
+        typer.Option(
+            "--perfetto",
+            metavar="OUT",
+            help="Write what Perfetto opens: its protobuf, or Chrome's JSON if it ends in .json.",
+        ),
     ] = None,
     to_plot: Annotated[
         Path | None,
@@ -393,8 +398,8 @@ def trace_command(
             print(causes.why_table(found) if why is not None else causes.idle_table(found))
         return
     if to_perfetto is not None:
-        to_perfetto.write_text(json.dumps(perfetto.events(read)))
-        print(f"wrote {to_perfetto}; open it in Perfetto or chrome://tracing", file=sys.stderr)
+        perfetto.write(to_perfetto, timeline(read))
+        print(f"wrote {to_perfetto}; open it in Perfetto", file=sys.stderr)
     if to_plot is not None:
         trace_plot.draw(to_plot, read)
         print(f"wrote {to_plot}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections import Counter
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ranvier.graph import perfetto, trace
+from ranvier.graph import trace
 from ranvier.graph.trace_lines import TraceError
 
 
@@ -68,27 +67,6 @@ def test_the_summary_adds_up(run_dir: Path) -> None:
     text = trace.table(told)
     for word in ("lower.hidden -> upper.hidden", "tokens a step", "gateway.0"):
         assert word in text
-
-
-def test_perfetto_has_a_track_an_actor_and_an_arrow_a_message(run_dir: Path) -> None:
-    """Chrome JSON: a named process for each actor, one start and one finish for each message, start before finish, both
-    inside a slice of their own track."""
-    read = trace.read(run_dir)
-    made = json.loads(json.dumps(perfetto.events(read)))["traceEvents"]
-    names = {e["args"]["name"]: e["pid"] for e in made if e["name"] == "process_name"}
-    assert set(names) == {"embed.0", "gateway.0", "head.0", "lower.0", "upper.0"}
-    starts = {e["id"]: e for e in made if e["ph"] == "s"}
-    ends = {e["id"]: e for e in made if e["ph"] == "f"}
-    assert starts.keys() == ends.keys()
-    assert len(starts) == sum(map(len, read.sent.values()))
-    slices: dict[int, list[tuple[float, float]]] = {}
-    for event in made:
-        if event["ph"] == "X":
-            slices.setdefault(event["pid"], []).append((event["ts"], event["ts"] + event["dur"]))
-    for key, start in starts.items():
-        assert start["ts"] <= ends[key]["ts"]
-        for end in (start, ends[key]):
-            assert any(a - 1e-6 <= end["ts"] <= b + 1e-6 for a, b in slices[end["pid"]])
 
 
 def test_a_line_that_was_cut_off_is_left_out(run_dir: Path, tmp_path: Path) -> None:

@@ -1,0 +1,155 @@
+"""A run as tracks in time: slices (steps, sends), arrows from each send to the step that its message went into, counters.
+
+What perfetto.py writes in two forms. Times are nanoseconds of the machine's monotonic clock.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ranvier.actors.spec import GATEWAY
+
+from .trace import Message, Trace, done_key, sent_key
+from .trace_lines import Done
+
+STEPS, SENDS = "step", "send"
+QUEUE, BATCH, KV = "messages in queue", "tokens in batch", "positions in KV cache"
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """`leaves` and `arrives`: the arrows that begin and end here, by their messages."""
+
+    actor: str
+    track: str
+    name: str
+    start_ns: int
+    end_ns: int
+    args: Mapping[str, Any]
+    leaves: tuple[Message, ...] = ()
+    arrives: tuple[Message, ...] = ()
+
+
+@dataclass(slots=True)
+class Timeline:
+    """`counters`: by actor and name, the values from each time on, in order."""
+
+    actors: list[str]
+    slices: list[Slice]
+    edges: list[str]
+    counters: dict[tuple[str, str], list[tuple[int, int]]] = field(default_factory=dict)
+
+    @property
+    def begin_ns(self) -> int:
+        return min((one.start_ns for one in self.slices), default=0)
+
+
+def timeline(trace: Trace) -> Timeline:
+    """All of a trace."""
+    actors = sorted({*trace.sent, *trace.done})
+    arrived = {done_key(actor, record) for actor, records in trace.done.items() for record in records}
+    made = Timeline(actors, [], trace.edges)
+    for actor in actors:
+        made.slices += _steps(trace, actor)
+        for sent in trace.sent.get(actor, ()):
+            key = sent_key(actor, sent)
+            name = trace.edges[sent.edge]
+            args = {
+                "edge": name, "sequence": sent.sequence, "bytes": sent.nbytes, "rows": str([list(row) for row in sent.rows]),
+                "ready_to_credit_us": (sent.credit_ns - sent.ready_ns) / 1e3,
+            }  # fmt: skip
+            leaves = (key,) if key in arrived else ()
+            made.slices.append(Slice(actor, SENDS, f"send {name}", sent.credit_ns, sent.sent_ns, args, leaves))
+        _count(made, trace, actor)
+    return made
+
+
+def _steps(trace: Trace, actor: str) -> Iterable[Slice]:
+    """A step may hold several messages; one that went into none has a slice of its own."""
+    steps: dict[tuple[int, int, bool], list[Done]] = defaultdict(list)
+    ends: dict[tuple[int, int, bool], list[Message]] = defaultdict(list)
+    for record in trace.in_steps(actor):
+        steps[record.started_ns, record.finished_ns, True].append(record)
+    for record in trace.done.get(actor, ()):
+        key = record.started_ns, record.finished_ns, record.batch > 0
+        if not record.batch:
+            steps[key].append(record)
+        ends[key].append(done_key(actor, record))
+    for (started_ns, finished_ns, used), records in steps.items():
+        rows = [row for record in records for row in record.rows]
+        args = {
+            "messages": records[0].batch,
+            "tokens": sum(row[3] for row in rows),
+            "rows": str([list(row) for row in rows]),
+        }
+        name = "step" if used else "went into no step"
+        arrives = tuple(ends[started_ns, finished_ns, used])
+        yield Slice(actor, STEPS, name, started_ns, finished_ns, args, (), arrives)
+
+
+def _count(made: Timeline, trace: Trace, actor: str) -> None:
+    changes: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    for done in trace.done.get(actor, ()):
+        changes[QUEUE] += [(done.received_ns, 1), (done.started_ns, -1)]
+    for each in made.slices:
+        if each.actor == actor and each.track == STEPS and each.name == "step":
+            changes[BATCH] += [(each.start_ns, each.args["tokens"]), (each.end_ns, -each.args["tokens"])]
+    planned = {edge["name"]: edge for edge in _plan(trace)["edges"]}
+    used_ns = {
+        # of what is fed back credit returns at once
+        done_key(other, done): done.received_ns if planned[trace.edges[done.edge]]["feedback"] else done.finished_ns
+        for other, records in trace.done.items() for done in records
+    }  # fmt: skip
+    for sent in trace.sent.get(actor, ()):
+        name = f"credits left: {trace.edges[sent.edge]} to {sent.target.rpartition('.')[0]}"
+        if name not in changes:
+            changes[name].append((sent.credit_ns, planned[trace.edges[sent.edge]]["credits_messages"]))
+        changes[name].append((sent.credit_ns, -1))
+        end_ns = used_ns.get(sent_key(actor, sent))
+        if end_ns is not None:
+            changes[name].append((end_ns, 1))
+    made.counters.update({(actor, name): _summed(each) for name, each in changes.items()})
+    if positions := _positions(trace, actor):
+        made.counters[actor, KV] = positions
+
+
+def _plan(trace: Trace) -> Mapping[str, Any]:
+    plan: Mapping[str, Any] = json.loads((trace.run_dir / "plan.json").read_text())
+    return plan
+
+
+def _positions(trace: Trace, actor: str) -> list[tuple[int, int]]:
+    """What the open sessions hold in an actor with layers; a session is over when its last message was at the gateway."""
+    caches = {host["actor"] for host in _plan(trace)["hosts"] if host["cache_bytes_per_token"]}
+    if actor.partition(".")[0] not in caches:
+        return []
+    over: dict[int, int] = {}
+    for other, records in trace.done.items():
+        if other.partition(".")[0] == GATEWAY:
+            for record in records:
+                for row in record.rows:
+                    over[row[0]] = max(over.get(row[0], 0), record.finished_ns)
+    held: dict[int, int] = {}
+    changes = [(record.finished_ns, row[0], row[2] + row[3]) for record in trace.in_steps(actor) for row in record.rows]
+    changes += [(at_ns, session, 0) for session, at_ns in over.items()]
+    made = []
+    for at_ns, session, length in sorted(changes):
+        held[session] = length
+        made.append((at_ns, sum(held.values())))
+    return made
+
+
+def _summed(changes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The value from each time on, from what was added then."""
+    by_time: dict[int, int] = defaultdict(int)
+    for at_ns, change in changes:
+        by_time[at_ns] += change
+    value, made = 0, []
+    for at_ns in sorted(by_time):
+        value += by_time[at_ns]
+        made.append((at_ns, value))
+    return made
