@@ -69,9 +69,14 @@ def credit(exchange: Exchange, now_ns: int) -> list[list[Any]]:
 
 
 def unread(exchange: Exchange) -> list[list[Any]]:
-    """Edge, receiver, messages that were sent and of which the receiver has not said that they came."""
+    """Edge, receiver, messages and bytes that were sent and of which the receiver has not said that they came."""
     return [
-        [link.spec.name, link.spec.target.rpartition(".")[0], len(link.window.kept)]
+        [
+            link.spec.name,
+            link.spec.target.rpartition(".")[0],
+            len(link.window.kept),
+            sum(sent.nbytes for sent in link.window.kept),
+        ]
         for link in list(exchange.sending.values())
         if link.window.kept
     ]

@@ -37,6 +37,7 @@ class ChaosLink(Section):
     target: str | None = Field(None, alias="to")
     latency_s: float = _Seconds
     jitter_s: float = _Seconds
+    bytes_per_s: int = _Bytes
     slice_bytes: int = _Bytes
     cut_after_s: float = _Seconds
     cut_for_s: float = _Seconds

@@ -32,6 +32,8 @@ class Seen:
     lost: str | None
     situation: Mapping[str, Any] | None
     before: Mapping[str, Any] | None = None
+    outside: Sequence[str] = ()
+    """Where its step thread is, as seen from outside, if it did not answer."""
 
     @property
     def actor(self) -> str:
@@ -134,7 +136,7 @@ def _by_itself(host: Seen) -> list[Fact]:
             return fact("disk", f"it waits for the disk ({pid}), silent for {host.silent_s:.1f} s")
         return fact(
             "silent", f"it does not answer ({pid}), silent for {host.silent_s:.1f} s: a call that does not return holds its "
-            "interpreter",
+            "interpreter", host.outside,
         )  # fmt: skip
     stepping_s = host.situation.get("stepping_s", 0.0)
     if stepping_s > STUCK_S:
@@ -215,9 +217,11 @@ def _on_the_way(hosts: Sequence[Seen], known: set[str]) -> list[Fact]:
     made = []
     for host in hosts:
         earlier = {tuple(each[:2]) for each in (host.before or {}).get("unread", ())}
-        for edge, target, messages in (host.situation or {}).get("unread", ()):
+        for edge, target, messages, nbytes in (host.situation or {}).get("unread", ()):
             if target in idle and (edge, target) in earlier:
-                words = f"{messages} messages of {host.label} are on their way to {target} and do not come"
+                words = (
+                    f"{messages} messages ({nbytes} bytes) of {host.label} are on their way to {target}, which is idle"
+                )
                 made.append(Fact(edge, "on the way", words))
     return made
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import trio
 
 from ranvier.actors import situation
+from ranvier.actors.situation import STACK_LINES
 from ranvier.actors.spec import GATEWAY
 from ranvier.actors.supervision import Watched
 from ranvier.actors.supervisor import Supervisor
@@ -24,6 +27,7 @@ ANSWER_S = 0.5
 """A host that says nothing for so long is taken to be unable to. Its control thread answers at once, whatever the step does."""
 LEAD_S, LOOK_S = 1.5, 0.25
 """It is asked so long before a deadline what its request waits for: afterwards the request is gone everywhere."""
+LOOK_FROM_OUTSIDE_S = 0.8
 APART_S = 0.2
 """What is seen twice, so far apart, is not just passing by."""
 
@@ -66,10 +70,15 @@ class Why:
         """Who waits for whom, and who is to blame. Takes about a second where somebody does not answer."""
         untaken = self._untaken()
         before = await self._supervisor.situations(ANSWER_S)
-        await trio.sleep(APART_S)
-        now = await self._supervisor.situations(ANSWER_S)
+        outside: dict[str, Sequence[str]] = {}
+        async with trio.open_nursery() as nursery:
+            for key, pid in self._supervisor.pids.items():
+                if before.get(key) is None and process_state(pid) not in ("", "T", "Z"):
+                    nursery.start_soon(_look_from_outside, outside, key, pid)
+            await trio.sleep(APART_S)
+            now = await self._supervisor.situations(ANSWER_S)
         seen = [
-            self._seen(key, host, before.get(key), now.get(key))
+            self._seen(key, host, before.get(key), now.get(key), outside.get(key, ()))
             for key, host in self._supervisor.supervision.hosts.items()
             if not (host.spare or host.leaving)
         ]
@@ -98,11 +107,15 @@ class Why:
             stream.info.session: (len(stream.events), stream.events[0]) for stream in self.taken_from if stream.events
         }
 
-    def _seen(self, key: str, host: Watched, before: Mapping[str, Any] | None, told: Mapping[str, Any] | None) -> Seen:
+    def _seen(
+        self, key: str, host: Watched, before: Mapping[str, Any] | None, told: Mapping[str, Any] | None,
+        outside: Sequence[str],
+    ) -> Seen:  # fmt: skip
         now_s, pid = time.monotonic(), self._supervisor.pids.get(key)
         return Seen(
             host.spec.label, pid, process_state(pid) if pid is not None else "", host.life.state.value, host.loaded,
             now_s - host.started_s, now_s - host.heard_s, str(host.lost.what) if host.lost is not None else None, told, before,
+            outside,
         )  # fmt: skip
 
     def _feeds(self) -> dict[tuple[str, str], list[str]]:
@@ -111,6 +124,32 @@ class Why:
             if edge.source != GATEWAY:
                 feeds.setdefault((edge.target, edge.into), []).append(edge.source)
         return feeds
+
+
+async def _look_from_outside(found: dict[str, Sequence[str]], key: str, pid: int) -> None:
+    """The Python lines that a process is at which cannot say so itself, by py-spy where that is installed and may look."""
+    beside = Path(sys.executable).with_name("py-spy")
+    command = str(beside) if beside.exists() else shutil.which("py-spy")
+    if command is None:
+        return
+    with trio.move_on_after(LOOK_FROM_OUTSIDE_S):
+        done = await trio.run_process(
+            [command, "dump", "--nonblocking", "--pid", str(pid)], capture_stdout=True, capture_stderr=True, check=False
+        )
+        found[key] = main_thread(done.stdout.decode(errors="replace"), pid)
+
+
+def main_thread(dump: str, pid: int) -> list[str]:
+    """Of what `py-spy dump` prints, the lines of the main thread, whose number is the process's, the innermost last, as in
+    Python's own tracebacks."""
+    lines: list[str] = []
+    taken = False
+    for line in dump.splitlines():
+        if line.startswith("Thread "):
+            taken = line.split()[1] == str(pid)
+        elif taken and line.strip():
+            lines.append(line.strip())
+    return lines[:STACK_LINES][::-1]
 
 
 def process_state(pid: int) -> str:

@@ -23,20 +23,24 @@ from .endpoint import parse
 GREETING_BYTES = 64
 MORE, LONG, COMMAND = 1, 2, 4
 READ_BYTES = 1 << 16
+THROTTLED_PIECES = 20
+"""A link with a limit passes on so many pieces a second."""
 
 
 @dataclass(frozen=True, slots=True)
 class Faults:
     """What goes wrong on a link. Times are seconds from the start of the proxy; shares are of messages, 0 to 1.
 
-    `latency_s` and up to `jitter_s` more pass before bytes go on, in order. Writes are cut into pieces of `slice_bytes`. From
-    `cut_after_s` on, for `cut_for_s`, there is no connection. Each connection is reset once `reset_after_bytes` have passed,
-    most likely in the middle of a frame. From `hole_after_s` on, for `hole_for_s`, all that is sent vanishes, and the
-    connections of that time stay dead for ever without being closed.
+    `latency_s` and up to `jitter_s` more pass before bytes go on, in order, no more than `bytes_per_s` (0: any).
+    Writes are cut into pieces of `slice_bytes`. From `cut_after_s` on, for `cut_for_s`, there is no connection. Each
+    connection is reset once `reset_after_bytes` have passed, most likely in the middle of a frame. From
+    `hole_after_s` on, for `hole_for_s`, all that is sent vanishes, and the connections of that time stay dead for
+    ever without being closed.
     """
 
     latency_s: float = 0.0
     jitter_s: float = 0.0
+    bytes_per_s: int = 0
     slice_bytes: int = 0
     cut_after_s: float = 0.0
     cut_for_s: float = 0.0
@@ -177,7 +181,7 @@ class _Connection:
             return b""
 
     async def _deliver(self, later: trio.MemoryReceiveChannel[tuple[float, bytes]], sink: trio.SocketStream) -> None:
-        step = self._faults.slice_bytes or READ_BYTES
+        step = self._faults.slice_bytes or self._faults.bytes_per_s // THROTTLED_PIECES or READ_BYTES
         async for due_s, data in later:
             await trio.sleep_until(due_s)
             self._counters["sliced"] += len(data) > step
@@ -190,6 +194,9 @@ class _Connection:
                     self.end()
                     return
                 self._count(min(step, len(data) - start))
+                if self._faults.bytes_per_s:
+                    self._counters["throttled"] += 1
+                    await trio.sleep(min(step, len(data) - start) / self._faults.bytes_per_s)
 
     def _count(self, nbytes: int) -> None:
         every, before = self._faults.reset_after_bytes, self._passed

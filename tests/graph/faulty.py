@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -145,6 +146,10 @@ def go_wrong(how: str | None) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     if how == "sleep":
         time.sleep(3600)
+    if how == "deadlock":
+        lock = threading.Lock()
+        with lock, lock:
+            pass
     if how == "hold the interpreter":
         import ctypes
 
@@ -183,6 +188,32 @@ class LoadsOnce(Faulty):
             file.write("x")
         if len(gate.read_text()) > 1:
             raise RuntimeError("loads only once")
+
+
+class Leaky(Faulty):
+    """Never gives credit back: what its links say is used up stays unsaid."""
+
+    def load(self, context: Context) -> None:
+        super().load(context)
+        import gc
+
+        from ranvier.transport.exchange import Exchange
+
+        [exchange] = [one for one in gc.get_objects() if isinstance(one, Exchange)]
+        exchange.consumed = lambda _link, _nbytes: None
+
+
+class SlowReplica(Faulty):
+    """Its first replica takes 200 ms for each step."""
+
+    def load(self, context: Context) -> None:
+        super().load(context)
+        self.slow = context.replica == 0
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        if self.slow:
+            time.sleep(0.2)
+        return super().step(batch)
 
 
 class Slow(Faulty):
