@@ -104,7 +104,7 @@ def explain(hosts: Sequence[Seen], gateway: AtGateway, feeds: Mapping[tuple[str,
         other = fact.waits_for
         if other is not None and other not in blamed | waits:
             blamed.add(other)
-            guilty.append(_passive(other, fact))
+            guilty.append(_passive(next((host for host in hosts if host.label == other), None), other, fact))
     guilty += _on_the_way([host for host in hosts if host.label not in stuck], blamed | waits)
     if not guilty and not waiting and not gateway.sessions:
         guilty.append(Fact("client", "nobody asks", "no session is open: nobody has asked for anything"))
@@ -201,8 +201,15 @@ def _no_credit(label: str, edge: str, target: str, messages: int, since_s: float
     )  # fmt: skip
 
 
-def _passive(label: str, fact: Fact) -> Fact:
+def _passive(host: Seen | None, label: str, fact: Fact) -> Fact:
     """Somebody who waits for nobody is waited for."""
+    now, before = (host.situation or {}, host.before or {}) if host is not None else ({}, {})
+    steps = now.get("steps", 0) - before.get("steps", now.get("steps", 0))
+    if steps or now.get("queued", 0):
+        return Fact(
+            label, "slow", f"it is at work, and {fact.who} waits for it: {steps} steps between two looks, {now['queued']} "
+            "messages in its queue",
+        )  # fmt: skip
     if fact.reason == "join":
         return Fact(label, "sent nothing", f"it has sent nothing of what {fact.who} waits for, and waits for nobody")
     return Fact(label, "gives no credit", f"it gives {fact.who} no credit, and waits for nobody: it keeps what it took")

@@ -54,8 +54,9 @@ def asked(
     disturb: Callable[[ranvier.Run], None] = lambda _: None,
     calls: int = 1,
     apart_s: float = 0.05,
+    reason: str = "",
 ) -> Answer:
-    """What a run says while calls hang."""
+    """What a run says while calls hang, as soon as it blames anybody, or somebody for that `reason`."""
     found: list[Answer] = []
 
     async def call(run: ranvier.Run) -> None:
@@ -68,9 +69,10 @@ def asked(
                 for _ in range(calls):
                     nursery.start_soon(call, run)
                     await trio.sleep(apart_s)  # else they go as one batch
-                await trio.sleep(0.6)
-                with trio.fail_after(2):
-                    found.append(await run.why())
+                # what has just begun is no waiting yet
+                while not any(reason in fact.reason for fact in (found[-1].culprits if found else ())):
+                    with trio.fail_after(2):
+                        found.append(await run.why())
                 for pid in run.pids.values():  # who is stuck in a step cannot be asked to end; one may be gone already
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGCONT)
@@ -78,7 +80,7 @@ def asked(
                 nursery.cancel_scope.cancel()
 
     trio.run(main)
-    return found[0]
+    return found[-1]
 
 
 def thirteen() -> dict[str, Any]:
@@ -209,7 +211,7 @@ def test_a_replica_that_has_too_much_to_do(graphs: Graphs, runs: Path) -> None:
         {"good": actor("Faulty"), "bad": {**actor("SlowReplica"), "replicas": 2, "policy": "round_robin", "batch_tokens": 1}},
         ROW, restart="never",
     )  # fmt: skip
-    answer = asked(graph, runs, thirteen(), calls=24, apart_s=0.005)
+    answer = asked(graph, runs, thirteen(), calls=24, apart_s=0.005, reason="overloaded")
     assert [(fact.who, fact.reason) for fact in answer.culprits] == [("bad.0", "overloaded")], str(answer)
     assert answer.culprits[0].words.endswith("in that of another replica")
 
@@ -372,6 +374,14 @@ def test_who_gives_no_credit_and_waits_for_nobody_keeps_what_it_took() -> None:
     )
     assert [(fact.who, fact.reason) for fact in leak.culprits] == [("b.0", "gives no credit")]
     assert "a.0 has waited 2.5 s for credit of b.0 (a.y -> b.x: 3 messages)" in str(leak)
+
+
+def test_who_is_at_work_is_slow_and_no_leak() -> None:
+    waits = seen("a.0", situation={"credit": [["a.y -> b.x", "b.0", 3, 0.5]]})
+    works = {"steps": 5, "queued": 2}
+    slow = explain([waits, seen("b.0", situation=works, before={"steps": 3})], AtGateway([1]), {})
+    assert [(fact.who, fact.reason) for fact in slow.culprits] == [("b.0", "slow")]
+    assert "it is at work, and a.0 waits for it: 2 steps between two looks, 2 messages in its queue" in str(slow)
 
 
 def test_a_circle() -> None:
