@@ -10,7 +10,7 @@ import report
 
 QUESTIONS = (
     "hop", "large", "one_stream", "sixteen_streams", "cut_one_stream", "cut_sixteen_streams", "four_or_one", "two_cores",
-    "split_or_threads", "more_streams", "long_prompt", "held_up", "tracing", "start", "memory", "products", "hedge",
+    "split_or_threads", "more_streams", "long_prompt", "held_up", "tracing", "top", "start", "memory", "products", "hedge",
     "recovery", "armed", "train",
 )  # fmt: skip
 
