@@ -30,8 +30,9 @@ demo: $(STAMP) $(MODEL)
 	@echo
 	$(BIN)/ranvier run examples/smollm2.yaml --prompt "Why do nerve fibres have gaps in their sheath?" --max-tokens 64
 
+# two at a time, a file each: most of a test's time is a run that starts
 test: $(STAMP) $(MODEL)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(STAMP) $(MODEL)
 	$(BIN)/python -m pytest -m ""

@@ -28,6 +28,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "saved": {"round": int},
     "failed": {"error": str, "traceback": str},
     "situation": {"asked": int, "situation": dict},
+    "time": {"asked_ns": int, "heard_ns": int, "told_ns": int},
     # supervisor -> host
     "connect": {"peers": dict, "links": list, "instead_of": (str, type(None))},
     "open": {"info": dict},
@@ -37,6 +38,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "unlink": {"peer": str},
     "stop": {},
     "explain": {"asked": int},
+    "what time": {"asked_ns": int},
     # a command of the user's, to a run, and its answer
     "scale": {"actor": str, "replicas": int},
     "why": {},

@@ -65,7 +65,10 @@ class Host(Process):
 
     def on_place(self, instead_of: str | None) -> None:
         if self.snapshots is not None and instead_of is not None:
-            self.snapshots.restore(Path(self.spec.snapshot_of(instead_of)))
+            state = Path(self.spec.snapshot_of(instead_of))
+            if self.recording is not None:
+                self.recording.restored(state)
+            self.snapshots.restore(state)
 
     def add_links(self, plain: Sequence[Mapping[str, Any]]) -> None:
         links = [HostLink.from_plain(each) for each in plain]

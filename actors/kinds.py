@@ -257,6 +257,15 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+def is_offered(implementation: str) -> bool:
+    """Whether it is that of a built-in kind, or of one that an installed package offers: what a graph file may name without
+    bringing code."""
+    built_in = {name for kind in BUILT_IN.values() for name in (kind.implementation, kind.foreign, kind.seq2seq)}
+    return implementation in built_in or any(
+        entry.value == implementation for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)
+    )
+
+
 def make(implementation: str, folder: str | None) -> Actor:
     """An actor of a kind, not loaded yet.
 

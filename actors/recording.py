@@ -8,6 +8,7 @@ whole or not at all. What would go over the bound is left out, and everything af
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,10 @@ from .errors import RecordingError
 from .session import SessionInfo
 from .spec import HostSpec, RecordSpec
 
-FOLDER, INDEX, HOST = "record", "index.jsonl", "host.json"
+FOLDER, INDEX, HOST, STATE = "record", "index.jsonl", "host.json", "state.safetensors"
 FILE_BYTES = 8 << 20
 """A file of tensors has about so many."""
-OPENED, REWOUND, CLOSED, STEP, FULL = "open", "rewind", "close", "step", "full"
+OPENED, REWOUND, CLOSED, STEP, RESTORED, FULL = "open", "rewind", "close", "step", "restored", "full"
 Outputs = Mapping[str, "torch.Tensor | Batch"]
 
 
@@ -56,6 +57,12 @@ class Recording:
 
     def closed(self, session: int) -> None:
         self._put({"kind": CLOSED, "session": session})
+
+    def restored(self, state: Path) -> None:
+        """The actor has gone on with what another one saved."""
+        if state.exists():
+            shutil.copyfile(state, self._folder / STATE)
+            self._put({"kind": RESTORED})
 
     def stepped(self, batch: Batch, made: Outputs | Exception) -> None:
         """A step was taken, or failed: then it has an error and no outputs."""
@@ -155,7 +162,14 @@ class Closed:
     session: int
 
 
-Event = Step | Session | Closed
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """The actor was given what another one had saved."""
+
+    state: Mapping[str, torch.Tensor]
+
+
+Event = Step | Session | Closed | Restored
 
 
 class Recorded:
@@ -212,12 +226,20 @@ class Recorded:
         Raises:
             RecordingError: a file is damaged.
         """
+        try:
+            yield from self._events()
+        except (KeyError, TypeError, ValueError) as error:
+            raise RecordingError(f"{self.folder / INDEX}: a line is damaged: {type(error).__name__}: {error}") from None
+
+    def _events(self) -> Iterator[Event]:
         tensors: Mapping[str, torch.Tensor] = {}
         opened = ""
         for line in self._lines:
             kind = line["kind"]
             if kind in (OPENED, REWOUND):
                 yield Session(SessionInfo.from_plain(line["info"]), kind == REWOUND)
+            elif kind == RESTORED:
+                yield Restored(self._read(STATE))
             elif kind == CLOSED:
                 yield Closed(line["session"])
             elif kind == STEP:

@@ -18,6 +18,7 @@ from ranvier.transport.errors import ProtocolError
 from ranvier.transport.trio_wire import TrioWire
 from ranvier.transport.zeromq import ZeroWire
 
+from .clocks import Clock
 from .control import SUPERVISOR
 from .control_protocol import COMMANDS, MAX_BYTES, decode, encode
 from .errors import ActorFailed
@@ -61,6 +62,10 @@ class Supervisor:
         self.on_forgotten: Callable[[str], None] = lambda _peer: None
         self.on_saved: Callable[[str, int], None] = lambda _label, _round: None
         """Called when a host of a training run has saved its shard, with its label and how many rounds are done."""
+        self.clocks: dict[str, Clock] = {}
+        """By label: how far those of the hosts are ahead of this process's."""
+        self.on_clock: Callable[[], None] = lambda: None
+        """Called when one of them is known better."""
         self.commands: dict[str, Callable[[str, Mapping[str, Any]], None]] = {}
         self.alarms: list[dict[str, Any]] = []
         """Edges that carried numbers that are none, the first one first."""
@@ -304,12 +309,18 @@ class Supervisor:
         elif kind == "situation":
             if fields["asked"] == self._asked:
                 self._situations[key] = fields["situation"]
+        elif kind == "time":
+            clock = self.clocks[label]
+            if clock.on_answer(fields["asked_ns"], fields["heard_ns"], fields["told_ns"], time.monotonic_ns()):
+                self.on_clock()
         elif kind == "saved":
             self.on_saved(label, fields["round"])
         elif kind == "refused":
             self.refused(label, fields["what"])
         else:
             self.supervision.on_message(key, kind, fields, time.monotonic())
+            if kind == "heartbeat" and self.clocks.setdefault(label, Clock()).asks():
+                self._send(key, "what time", asked_ns=time.monotonic_ns())
             if kind in ("state", "ready", "failed", "counters"):
                 self._log.info(kind, actor=label, **fields)
         self._notify()

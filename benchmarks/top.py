@@ -1,7 +1,8 @@
 """What `ranvier top`, attached, costs a run: one and sixteen streams through four actors, with it and without.
 
-One run of each; while a figure is taken for "attached", `top` shows it on a terminal of its own, once a second, as it does by
-itself. It has been attached for two seconds then: what it costs to start Python is not what is asked. It shares the run's cores.
+One run of each; while a figure is taken for "attached", `top` shows it on a terminal of its own, once a second, as it does
+by itself. It has been attached for two seconds then: what it costs to start Python is not what is asked. It shares the
+run's cores.
 """
 
 from __future__ import annotations

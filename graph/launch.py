@@ -146,6 +146,7 @@ async def _launched(
                     why = Why(planned, supervisor, folder.path)
                     nursery.start_soon(why.run)
                     status = Status(supervisor)
+                    supervisor.on_clock = lambda: folder.clocks(supervisor.clocks)
                     detours = Detours(bad_links, nursery)
                     supervisor.detour, supervisor.on_forgotten = detours.address, detours.forget
                     nursery.start_soon(supervisor.run)

@@ -104,7 +104,12 @@ def _words(recorded: Recorded, done: Any, tolerance: float) -> str:
 
 
 def _allowed(chosen: Sequence[Recorded], allow_code: bool) -> None:
+    """A run's folder may come from anybody: it starts what a graph file could, and nothing else."""
+    from ranvier.actors.kinds import is_offered
+
     for recorded in chosen:
+        if recorded.host.folder is None and not is_offered(recorded.host.implementation):
+            raise Wrong(f"{recorded.name}: {recorded.host.implementation} is no kind of actor that is installed here")
         if recorded.host.folder is not None and not allow_code:
             raise Wrong(
                 f"{recorded.name} is code of a graph's own folder ({recorded.host.implementation}); pass --allow-code if you "

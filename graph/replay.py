@@ -14,7 +14,7 @@ from ranvier.actors import inside
 from ranvier.actors.actor import REWINDS, Actor, Batch, Look, keeps
 from ranvier.actors.errors import RecordingError
 from ranvier.actors.loading import load
-from ranvier.actors.recording import Closed, Recorded, Session, Step
+from ranvier.actors.recording import Closed, Recorded, Restored, Session, Step
 
 from .values import Difference, Place, Token, difference
 
@@ -70,7 +70,9 @@ def steps(
         actor = load(spec, progress)
         rewinds = keeps(actor) == REWINDS
         for event in recorded.events():
-            if isinstance(event, Closed):
+            if isinstance(event, Restored):
+                actor.restore(event.state)
+            elif isinstance(event, Closed):
                 actor.close(event.session)
             elif isinstance(event, Session):
                 (actor.rewind if event.rewound and rewinds else actor.open)(event.info)

@@ -4,11 +4,14 @@
     graph.yaml   the file as it was          plan.json    what was made of it
     run.json     versions, times, outcome    logs/        a file a process, JSON lines and standard error
     trace/       a file an actor             sockets/     only while it runs
+    clocks.json  how far the hosts' clocks are ahead of the run's own, and how well that is known
+    record/      what was kept of edges, a folder an actor (actors/recording.py)
     state/       what actors have saved for those in their places, if any can
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -22,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ranvier.actors.clocks import Clock
 from ranvier.transport.endpoint import MAX_IPC_PATH_BYTES
 
 from .checked import Graph
@@ -54,6 +58,17 @@ class RunFolder:
         part = file.with_suffix(".part")
         part.write_text(json.dumps({**told, **fields}, indent=1) + "\n")
         part.replace(file)
+
+    def clocks(self, clocks: Mapping[str, Clock]) -> None:
+        """Write how far the hosts' clocks are ahead, for whoever reads the trace."""
+        told = {
+            label: {"offset_ns": clock.offset_ns, "error_ns": clock.error_ns, "shift_ns": clock.shift_ns}
+            for label, clock in clocks.items()
+        }
+        part = self.path / "clocks.part"
+        with contextlib.suppress(OSError):  # the disk is full: what was written before stands
+            part.write_text(json.dumps(told))
+            part.replace(self.path / "clocks.json")
 
     def close(self) -> None:
         """Remove what only a live run needs."""

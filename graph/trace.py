@@ -62,6 +62,8 @@ class Trace:
     taps: dict[str, list[Tapped]] = field(default_factory=dict)
     control: dict[str, list[Controlled]] = field(default_factory=dict)
     spans: dict[str, list[Spanned]] = field(default_factory=dict)
+    clocks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Of hosts whose clock is not the run's: how far it was ahead, and how well that is known, in nanoseconds."""
     sample: float = 1.0
     """The share of sessions that left records."""
 
@@ -101,6 +103,7 @@ def read(run_dir: Path) -> Trace:
             trace.dropped[actor] += record.records
         else:
             by_kind[kind].setdefault(actor, []).append(record)
+    trace.clocks = {host: told for host, told in lines.clocks.items() if told["shift_ns"]}
     for head in lines.heads.values():
         trace.sample = head.get("sample", 1.0)
         for records in (trace.sent, trace.done):
@@ -167,6 +170,8 @@ def summary(trace: Trace) -> dict[str, Any]:
         "waits": waits(trace),
         "counters": {actor: {name: n for name, n in own.items() if n} for actor, own in trace.counters.items()},
         "records_dropped": dict(trace.dropped),
+        "clocks": trace.clocks,
+        "control": control(trace),
         "sample": trace.sample,
     }
 
@@ -195,6 +200,19 @@ def taps(trace: Trace) -> list[dict[str, Any]]:
                 "first_not_finite_ns": bad.at_ns if bad is not None else None,
             })  # fmt: skip
     return made
+
+
+def control(trace: Trace) -> list[dict[str, Any]]:
+    """How many control messages each link sent, by what they say (transport/header.py)."""
+    counted: dict[tuple[int, str], Counter[str]] = defaultdict(Counter)
+    for actor, records in trace.control.items():
+        for record in records:
+            if record.sent:
+                counted[record.edge, f"{actor} to {record.peer.rpartition('.')[0]}"][record.verb] += 1
+    return [
+        {"edge": trace.edges[edge], "way": way, "messages": dict(verbs)}
+        for (edge, way), verbs in sorted(counted.items())
+    ]
 
 
 def waits(trace: Trace) -> list[dict[str, Any]]:
@@ -305,6 +323,11 @@ def table(told: dict[str, Any]) -> str:
         lines.append(
             f"{tap['edge']} was the first of {len(bad)} edges to carry NaN or infinities: session {session}, "
             f"position {position}"
+        )
+    for host, clock in told["clocks"].items():
+        lines.append(
+            f"the clock of {host} is {clock['offset_ns'] / 1e6:.3f} ms ahead, give or take {clock['error_ns'] / 1e6:.3f} ms: "
+            "its times are corrected by that, and ways between it and others are known no better"
         )
     for wait in told["waits"]:
         never = f", {wait['never_sent']} of them in vain" if wait["never_sent"] else ""

@@ -112,11 +112,16 @@ _FORMS: Mapping[str, type[Any]] = {
 
 
 class Lines:
-    """All trace files of a run folder, read from where the last reading ended."""
+    """All trace files of a run folder, read from where the last reading ended. Times of hosts whose clock is another than the
+    run's are given in the run's."""
 
     def __init__(self, run_dir: Path) -> None:
         self._folder = run_dir / "trace"
         self._offsets: dict[Path, int] = {}
+        self._clocks = run_dir / "clocks.json"
+        self._shifts: Mapping[str, int] = {}
+        self.clocks: Mapping[str, Mapping[str, int]] = {}
+        """By host: `offset_ns`, `error_ns`, and `shift_ns`, by which its times were changed (actors/clocks.py)."""
         self.heads: dict[Path, Mapping[str, Any]] = {}
         """The first line of each file."""
 
@@ -126,6 +131,7 @@ class Lines:
         Raises:
             TraceError: a file does not begin as a trace does.
         """
+        self._read_clocks()
         for path in sorted(self._folder.glob("*.jsonl")):
             with path.open("rb") as file:
                 file.seek(self._offsets.get(path, 0))
@@ -137,7 +143,23 @@ class Lines:
                 self.heads[path] = _head(path, lines.pop(0))
             for line in lines:
                 kind, *values = json.loads(line)
-                yield self.heads[path]["actor"], kind, _FORMS[kind](*values)
+                actor = self.heads[path]["actor"]
+                record = _FORMS[kind](*values)
+                yield actor, kind, self._in_the_runs_time(actor, record) if self._shifts else record
+
+    def _read_clocks(self) -> None:
+        try:
+            self.clocks = json.loads(self._clocks.read_text())
+        except (OSError, ValueError):
+            return  # an older run, or one of another version: on one machine
+        self._shifts = {label: told["shift_ns"] for label, told in self.clocks.items() if told["shift_ns"]}
+
+    def _in_the_runs_time(self, actor: str, record: Any) -> Any:
+        own = self._shifts.get(actor, 0)
+        times = {name: getattr(record, name) - own for name in record._fields if name.endswith("_ns")}
+        if isinstance(record, Done):  # when it was sent is by the sender's clock
+            times["sent_ns"] = record.sent_ns - self._shifts.get(record.source.rpartition(".")[0], 0)
+        return record._replace(**times)
 
 
 def _head(path: Path, line: bytes) -> Mapping[str, Any]:

@@ -29,6 +29,7 @@ TESTED = {
     "layers",
     "bytes",
     "lora",
+    "slow",
 }
 TRAINED = r"397 pictures that were not trained on: [89]\d\.\d% right; off the single process by (0|0e\+00|\de-0[67])\n"
 PICTURES = (EXAMPLES.parent / "docs" / "graphs.md").read_text()
@@ -174,3 +175,38 @@ def test_three_sessions_at_once(runs: Path) -> None:
         assert prompt in done.stdout
     assert "Bonjour" in done.stdout
     assert len(list((runs / "ranvier-runs").iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_the_story_of_a_slow_pipeline(runs: Path) -> None:
+    """What docs/tracing.md tells: both graphs answer, the tap is the worst of the waits of the slow one and gone in the mended one,
+    and the edge that rounds is named."""
+    folder = copied("slow", runs)
+    found = {}
+    for name in ("slow", "mended"):
+        done = subprocess.run(
+            [sys.executable, "streams.py", f"{name}.yaml"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=100,
+        )
+        assert done.returncode == 0, done.stderr
+        found[name] = Path(re.search(r"run folder: (.*)", done.stdout).group(1))  # type: ignore[union-attr]
+    ranvier_ = [sys.executable, "-m", "ranvier.graph.entry"]
+    idle = subprocess.run(
+        [*ranvier_, "trace", str(folder / found["slow"]), "--idle", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    upper = json.loads(idle.stdout)["actors"]["upper.0"]
+    assert upper["causes"][0]["cause"] == "compute" and upper["causes"][0]["who"] == "lower.0"
+    diverged = subprocess.run(
+        [*ranvier_, "diverge", "mended.yaml", "slow.yaml", "--prompt", "Why is the sky blue?", "--allow-code", "--json",
+         "--threshold", "0.001"],
+        cwd=folder, capture_output=True, text=True, check=False, timeout=100,
+    )  # fmt: skip
+    assert diverged.returncode == 1, diverged.stderr
+    assert json.loads(diverged.stdout)["places"]

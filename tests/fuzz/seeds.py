@@ -12,7 +12,7 @@ from safetensors.torch import save
 from ranvier.actors.control_protocol import encode as encode_control
 from ranvier.transport import direct, sharing
 from ranvier.transport.codec import parse
-from ranvier.transport.header import Ack, Header, Row, Verb, control
+from ranvier.transport.header import Ack, Header, Row, TracedHeader, Verb, control
 from ranvier.transport.message import Buffer
 from ranvier.transport.shared import Lender
 from ranvier.transport.tensors import encode, to_buffer
@@ -42,7 +42,8 @@ def seeds() -> dict[str, list[bytes]]:
         control(1, Verb.WELCOME, 8, 1 << 20), control(1, Verb.REFUSE, "no"), control(1, Verb.ACK, 3, 8, 1 << 20),
         control(1, Verb.AGAIN, 4), control(1, Verb.PROBE, 9), control(1, Verb.SPEED, 1 << 20, 5000),
     ]  # fmt: skip
-    headers = [message[0] for message in messages] + [verb.encode() for verb in verbs]
+    traced = TracedHeader(1, 0, 4, 9, (row,), (), 10, 20, 0, (ack,), (bytes(range(25)),))
+    headers = [message[0] for message in messages] + [verb.encode() for verb in verbs] + [traced.encode()]
     lender = Lender()
     offer = lender.offer("peer.0.1")
     assert offer is not None

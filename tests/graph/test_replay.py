@@ -155,6 +155,44 @@ def test_a_step_that_failed_fails_again_under_the_debugger(faulty: Callable[...,
     assert "faulty.py" in debugged.stdout and "all 3 outputs are the same bit for bit" in debugged.stdout
 
 
+def test_a_state_that_was_restored(tmp_path: Path, runs: Path) -> None:
+    """An actor that sums over all sessions is killed; the one in its place goes on with its sum, and so does the replay."""
+    shutil.copy(HERE / "faulty.py", tmp_path / "faulty.py")
+    (tmp_path / "graph.yaml").write_text(json.dumps({
+        "ranvier": 1, "name": "t", "actors": {"sum": {"kind": "./faulty.py:Remembering"}}, "record": {},
+        "edges": ["gateway.x -> sum.x", "sum.y -> gateway.y"], "restart": {"max": 2, "backoff_s": 0.01, "snapshot_s": 0},
+    }))  # fmt: skip
+    graph = ranvier.load(tmp_path / "graph.yaml", allow_code=True)
+
+    async def main() -> Path:
+        async with ranvier.launch(graph, runs=runs) as run:
+            assert (await run.call(x=torch.tensor([5.0])))["y"].tolist() == [5.0]
+            os.kill(run.pids["sum.0.1"], signal.SIGKILL)
+            while not run.recoveries:
+                await trio.sleep(0.01)
+            assert (await run.call(x=torch.tensor([2.0])))["y"].tolist() == [7.0]
+        return run.dir
+
+    run = trio.run(main)
+    done = again(run, "sum.0.2")
+    assert (done.steps, done.compared, done.mismatches) == (1, 1, ())
+
+
+def test_a_folder_that_would_start_something_else(faulty: Callable[..., Path]) -> None:
+    """What a run's folder names is started only if a graph file could name it (case 45)."""
+    run = faulty([[1.0]])
+    host = run / "record" / "two.0" / "host.json"
+    told = json.loads(host.read_text())
+    host.write_text(json.dumps({**told, "folder": None, "implementation": "os:system"}))
+    for arguments in (["replay", str(run), "two"], ["diverge", str(run), str(run)]):
+        done = CliRunner().invoke(cli.app, [*arguments, "--allow-code"])
+        assert "two.0: os:system is no kind of actor that is installed here" in str(done.exception)
+    index = run / "record" / "one.0" / "index.jsonl"
+    index.write_text(index.read_text().replace('"rows"', '"raws"'))
+    with pytest.raises(RecordingError, match=r"one\.0/index\.jsonl: a line is damaged: KeyError"):
+        again(run, "one.0")
+
+
 def test_what_may_not_be_replayed(faulty: Callable[..., Path]) -> None:
     run = faulty([[1.0]], record={"edges": ["two.y"]})
     command = CliRunner()

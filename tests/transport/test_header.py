@@ -83,6 +83,17 @@ def test_no_msgpack_raises_anything_else(fields: list[Any], index: int, value: A
 
 
 @given(HEADERS, st.data())
+@settings(max_examples=100)
+def test_traces_go_with_their_rows(header: Header, data: Any) -> None:
+    """W3C trace contexts, 25 bytes or none for each row; the header without them is as it was."""
+    traces = tuple(data.draw(st.sampled_from([b"", bytes(range(25))])) for _ in header.rows)
+    traced = h.TracedHeader(*(getattr(header, name) for name in header.__struct_fields__), traces)
+    read = decode(traced.encode())
+    assert isinstance(read, h.TracedHeader) and read == traced
+    assert not isinstance(decode(header.encode()), h.TracedHeader)
+
+
+@given(HEADERS, st.data())
 @settings(max_examples=200)
 def test_a_damaged_header_is_refused_or_read(header: Header, data: Any) -> None:
     """Any one byte changed, any tail cut off."""
@@ -128,6 +139,15 @@ def test_a_damaged_header_is_refused_or_read(header: Header, data: Any) -> None:
         (
             msgpack.packb([1, 0, 0, 1, [], [], 0, 0, 0, [[1, 2, 3, -4]]]),
             "expected `int` >= 0 - at `acks[0].byte_limit`",
+        ),
+        (
+            msgpack.packb([1, 0, 0, 1, [[1, 1, 0, 1]], [], 0, 0, 0, [], []]),
+            "expected a trace for each of 1 rows, got 0",
+        ),
+        (msgpack.packb([1, 0, 0, 1, [[1, 1, 0, 1]], [], 0, 0, 0, [], [b"x"]]), "expected a trace of 25 bytes, got 1"),
+        (
+            msgpack.packb([1, 0, 0, 1, [[1, 1, 0, 1]], [], 0, 0, 0, [], [b"x" * 26]]),
+            "expected `bytes` of length <= 25 - at `traces[0]`",
         ),
         (msgpack.packb([1, 3, 0, 77]), "expected a verb from 0 to 6, got 77"),
         (msgpack.packb([1, 3, 0, 3, 1]), "control ACK: expected (int, int, int)"),
