@@ -181,7 +181,7 @@ async def _launched(
                     nursery.start_soon(run._recovery.run)
                     progress("ready", 1.0)
                     try:
-                        with metrics.served(graph.file.telemetry.metrics, graph.name, run.status) as run.metrics:
+                        async with metrics.served(graph.file.telemetry.metrics, graph.name, run.status) as run.metrics:
                             yield run
                     finally:
                         run._close()

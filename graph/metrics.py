@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from typing import Any
 
 import trio
@@ -17,8 +17,8 @@ Snapshot = Callable[[], Mapping[str, Any]]
 """`Run.status`, called on the run's own thread."""
 
 
-@contextlib.contextmanager
-def served(address: str | None, graph: str, snapshot: Snapshot) -> Iterator[str | None]:
+@contextlib.asynccontextmanager
+async def served(address: str | None, graph: str, snapshot: Snapshot) -> AsyncIterator[str | None]:
     """Serve it at `host:port` while in the context: the address of the page, with the port that it was given.
 
     Raises:
@@ -44,7 +44,8 @@ def served(address: str | None, graph: str, snapshot: Snapshot) -> Iterator[str 
     try:
         yield f"http://{endpoint.place}:{server.server_port}/metrics"
     finally:
-        server.shutdown()
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(server.shutdown)  # it looks twice a second whether it is to end
         server.server_close()
         thread.join()
 

@@ -73,6 +73,7 @@ class Exporter:
         self._endpoint = f"{endpoint.rstrip('/')}/v1/traces"
         self._exporter = OTLPSpanExporter(endpoint=self._endpoint, timeout=TIMEOUT_S)
         self._log = log
+        self._unsent: list[ReadableSpan] = []
         self.exported = self.lost = 0
 
     async def run(self) -> None:
@@ -88,15 +89,17 @@ class Exporter:
         shut_down()
 
     async def _export(self) -> None:
-        spans = [self._made.span(actor, record) for actor, kind, record in self._lines.read() if kind == SPAN]
-        for start in range(0, len(spans), AT_ONCE):
-            batch = spans[start : start + AT_ONCE]
-            if await trio.to_thread.run_sync(self._taken, batch):
+        self._unsent += [self._made.span(actor, record) for actor, kind, record in self._lines.read() if kind == SPAN]
+        while self._unsent:
+            batch = self._unsent[:AT_ONCE]
+            taken = await trio.to_thread.run_sync(self._taken, batch)
+            del self._unsent[: len(batch)]  # where that was cancelled before it began, `finish` sends them
+            if taken:
                 self.exported += len(batch)
-            else:
-                if not self.lost:
-                    self._log.warning("the collector takes no spans", endpoint=self._endpoint)
-                self.lost += len(batch)
+                continue
+            if not self.lost:
+                self._log.warning("the collector takes no spans", endpoint=self._endpoint)
+            self.lost += len(batch)
 
     def _taken(self, batch: Sequence[ReadableSpan]) -> bool:
         from opentelemetry.sdk.trace.export import SpanExportResult

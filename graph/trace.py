@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,34 +118,20 @@ def read(run_dir: Path) -> Trace:
 
 def summary(trace: Trace) -> dict[str, Any]:
     """Per edge and per actor: p50, p95 and p99 of each part in microseconds, messages, bytes, batch sizes."""
-    sent_at = {sent_key(actor, record): record for actor, records in trace.sent.items() for record in records}
     times: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     nbytes: Counter[int] = Counter()
     unused: Counter[int] = Counter()
-    never_done = Counter(record.edge for record in sent_at.values())
-    for actor, records in trace.done.items():
-        never_done.subtract(record.edge for record in records if done_key(actor, record) in sent_at)
+    never_done = Counter(record.edge for records in trace.sent.values() for record in records)
     coded: dict[int, list[Sent]] = defaultdict(list)
-    for actor, records in trace.done.items():
-        complete_ns = _complete(trace.in_steps(actor))
-        for record in records:
-            parts = times[record.edge]
-            sender = sent_at.get(done_key(actor, record))
-            if sender is not None:
-                parts["serialise"].append((sender.sent_ns - sender.credit_ns) / 1e3)
-                parts["credit"].append((sender.credit_ns - sender.ready_ns) / 1e3)
-                if sender.coding is not None:
-                    coded[record.edge].append(sender)
-            parts["wire"].append((record.received_ns - record.sent_ns) / 1e3)
-            nbytes[record.edge] += record.nbytes
-            if not record.batch:
-                unused[record.edge] += 1
-                continue
-            whole_ns = (complete_ns.get((record.started_ns, *row[:3]), 0) for row in record.rows)
-            joined_ns = max(record.received_ns, *whole_ns)
-            parts["join"].append((joined_ns - record.received_ns) / 1e3)
-            parts["queue"].append((record.started_ns - joined_ns) / 1e3)
-            parts["compute"].append((record.finished_ns - record.started_ns) / 1e3)
+    for sender, record, parts in messages(trace):
+        for part, spent_ns in parts.items():
+            times[record.edge][part].append(spent_ns / 1e3)
+        nbytes[record.edge] += record.nbytes
+        unused[record.edge] += not record.batch
+        if sender is not None:
+            never_done[record.edge] -= 1
+            if sender.coding is not None:
+                coded[record.edge].append(sender)
     edges = [
         {
             "edge": trace.edges[edge],
@@ -174,6 +160,28 @@ def summary(trace: Trace) -> dict[str, Any]:
         "control": control(trace),
         "sample": trace.sample,
     }
+
+
+def messages(trace: Trace) -> Iterator[tuple[Sent | None, Done, dict[str, int]]]:
+    """What is known of each message at both ends, and the nanoseconds of its parts: of one that went into a step, with both
+    records, they add up to the time from ready to finished."""
+    sent_at = {sent_key(actor, record): record for actor, records in trace.sent.items() for record in records}
+    for actor, records in trace.done.items():
+        complete_ns = _complete(trace.in_steps(actor))
+        for record in records:
+            sender = sent_at.get(done_key(actor, record))
+            parts = {}
+            if sender is not None:
+                parts["serialise"] = sender.sent_ns - sender.credit_ns
+                parts["credit"] = sender.credit_ns - sender.ready_ns
+            parts["wire"] = record.received_ns - record.sent_ns
+            if record.batch:
+                whole_ns = (complete_ns.get((record.started_ns, *row[:3]), 0) for row in record.rows)
+                joined_ns = max(record.received_ns, *whole_ns)
+                parts["join"] = joined_ns - record.received_ns
+                parts["queue"] = record.started_ns - joined_ns
+                parts["compute"] = record.finished_ns - record.started_ns
+            yield sender, record, parts
 
 
 def _complete(records: Iterable[Done]) -> dict[tuple[int, ...], int]:

@@ -196,6 +196,19 @@ def test_the_causes_of_real_requests_add_up(run_dir: Path) -> None:
         assert sum(stretch.cause == "compute" and stretch.where == "head.0" for stretch in path) >= 12
 
 
+def test_the_parts_of_every_message_add_up(run_dir: Path) -> None:
+    """Four actors, 16 streams: the parts of a message's time, at both ends, are its time from ready to finished."""
+    read, whole = trace.read(run_dir), 0
+    for sender, record, parts in trace.messages(read):
+        assert sender is not None and parts.keys() == set(trace.PARTS)
+        assert all(spent_ns >= 0 for spent_ns in parts.values())
+        took_ns = record.finished_ns - sender.ready_ns
+        assert abs(sum(parts.values()) - took_ns) <= took_ns // 100
+        assert sender.tensors[0][4] == record.nbytes
+        whole += 1
+    assert whole == sum(map(len, read.sent.values())) > 100
+
+
 def test_every_output_was_made_by_a_step_that_is_in_the_trace(run_dir: Path) -> None:
     """Also where the rows of one message went into several steps."""
     read = trace.read(run_dir)

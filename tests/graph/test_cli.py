@@ -140,7 +140,8 @@ def test_run_json_prints_one_object(runs: Path) -> None:
     run = json.loads((folder / "run.json").read_text())
     assert run["outcome"] == "done"
     assert run["versions"]["torch"].startswith("2.13")
-    assert {path.name for path in folder.iterdir()} == {"graph.yaml", "plan.json", "run.json", "logs", "trace"}
+    files = {"graph.yaml", "plan.json", "run.json", "clocks.json", "logs", "trace"}
+    assert {path.name for path in folder.iterdir()} == files
     again = ranvier("trace", str(folder), "--json")
     assert json.loads(again.stdout) == told["trace"]
 
