@@ -22,9 +22,10 @@ from .trace_lines import Done, TraceError
 CAUSES = {
     "compute": "the actor computed on it",
     "busy": "it had been sent, and the actor computed on other messages",
+    "sending": "it had been sent, and the actor tapped, encoded and handed over what it had made before",
     "handling": "it was there, and the actor was about its messages, or let a batch fill",
     "wire": "it was on its way",
-    "serialise": "it was encoded and handed to the wire",
+    "serialise": "it was tapped, encoded and handed to the wire",
     "credit": "it was ready, and the receiver had given no credit for it",
     "output": "its step was over, and it was not yet ready to be sent",
     "gateway": "the gateway had the answer before it, and had not asked for more",
@@ -79,7 +80,18 @@ class Causes:
         self.steps = {actor: _steps(trace.in_steps(actor)) for actor in trace.done}
         """Of each actor, in the order of time."""
         self._ends = {actor: [step.finished_ns for step in own] for actor, own in self.steps.items()}
-        self._begins = {actor: [step.started_ns for step in own] for actor, own in self.steps.items()}
+        self._occupied = {actor: list(self._occupations(actor)) for actor in self.steps}
+        """When an actor took nothing in, and what it did meanwhile: one after the other, in the order of time."""
+        self._begins = {actor: [began_ns for began_ns, _, _ in own] for actor, own in self._occupied.items()}
+
+    def _occupations(self, actor: str) -> Iterator[tuple[int, int, str]]:
+        both = [(step.started_ns, step.finished_ns, "busy") for step in self.steps[actor]]
+        both += [(record.credit_ns, record.sent_ns, "sending") for record in self._trace.sent.get(actor, ())]
+        until_ns = 0
+        for began_ns, ended_ns, cause in sorted(both):
+            if ended_ns > until_ns:
+                yield max(began_ns, until_ns), ended_ns, cause
+                until_ns = ended_ns
 
     @property
     def sessions(self) -> list[int]:
@@ -166,23 +178,23 @@ class Causes:
         return self._beside_steps(actor, "handling", actor, record.received_ns, record.started_ns)
 
     def _on_its_way(self, actor: str, edge: str, sent_ns: int, received_ns: int) -> Iterator[Stretch]:
-        """From its being taken in back to its sending: who computes takes nothing in, and what comes lies in the socket."""
+        """From its being taken in back to its sending: who computes or sends takes nothing in, and what comes lies in the
+        socket."""
         if received_ns < sent_ns:  # clocks of two machines
             return iter([Stretch("wire", edge, sent_ns, received_ns)])
         return self._beside_steps(actor, "wire", edge, sent_ns, received_ns)
 
     def _beside_steps(self, actor: str, cause: str, where: str, from_ns: int, at_ns: int) -> Iterator[Stretch]:
-        """Back from one time to another: `busy` while the actor took steps, else that cause."""
+        """Back from one time to another: `busy` while the actor took steps, `sending` while it sent, else that cause."""
         index = bisect.bisect_left(self._begins.get(actor, []), at_ns) - 1
         while index >= 0:
-            step = self.steps[actor][index]
-            if step.finished_ns <= from_ns:
+            began_ns, ended_ns, did = self._occupied[actor][index]
+            if ended_ns <= from_ns:
                 break
-            if step.finished_ns < at_ns:
-                yield Stretch(cause, where, step.finished_ns, at_ns)
-            began_ns, ended_ns = max(step.started_ns, from_ns), min(step.finished_ns, at_ns)
-            yield Stretch("busy", actor, began_ns, ended_ns)
-            at_ns = began_ns
+            if ended_ns < at_ns:
+                yield Stretch(cause, where, ended_ns, at_ns)
+            yield Stretch(did, actor, max(began_ns, from_ns), min(ended_ns, at_ns))
+            at_ns = max(began_ns, from_ns)
             index -= 1
         yield Stretch(cause, where, from_ns, at_ns)
 

@@ -67,9 +67,9 @@ def test_a_request_whose_causes_are_known() -> None:
     path = Causes(by_hand()).critical_path(2)
     assert path == [
         Stretch("serialise", EDGES[0], 0, 4), Stretch("wire", EDGES[0], 4, 8), Stretch("handling", A, 8, 10),
-        Stretch("busy", A, 10, 110), Stretch("handling", A, 110, 115), Stretch("compute", A, 115, 150),
+        Stretch("busy", A, 10, 110), Stretch("sending", A, 110, 112), Stretch("handling", A, 112, 115), Stretch("compute", A, 115, 150),
         Stretch("credit", EDGES[1], 150, 170), Stretch("serialise", EDGES[1], 170, 175), Stretch("busy", B, 175, 270),
-        Stretch("wire", EDGES[1], 270, 280), Stretch("handling", B, 280, 300), Stretch("compute", B, 300, 400),
+        Stretch("sending", B, 270, 271), Stretch("wire", EDGES[1], 271, 280), Stretch("handling", B, 280, 300), Stretch("compute", B, 300, 400),
         Stretch("serialise", EDGES[2], 400, 402), Stretch("wire", EDGES[2], 402, 405), Stretch("compute", GATEWAY, 405, 409),
     ]  # fmt: skip
     told = causes.why(by_hand(), 2)
@@ -82,7 +82,9 @@ def test_a_request_whose_causes_are_known() -> None:
 def test_an_idle_time_is_blamed_on_what_ended_it() -> None:
     """`b` has nothing from 270 to 300: its message was on its way, and then it handled it. `a` from 110 to 115: it had one."""
     found = Causes(by_hand())
-    assert found.idle(B) == [Stretch("wire", EDGES[1], 270, 280), Stretch("handling", B, 280, 300)]
+    assert found.idle(B) == [
+        Stretch("sending", B, 270, 271), Stretch("wire", EDGES[1], 271, 280), Stretch("handling", B, 280, 300)
+    ]  # fmt: skip
     assert found.idle(A) == [Stretch("handling", A, 110, 115)]
 
 
