@@ -20,7 +20,8 @@ from .values import Difference, Place, RecordedRun, Values, compare, read
 
 THRESHOLDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
 """By the coarser dtype of the two: what layers of rounding add up to, with room."""
-LOGITS = "logits"
+ALIKE = {"float32": 1e-5, "float16": 2e-4, "bfloat16": 1e-3}
+"""Of two runs that compute in the same way: a few last bits, where their batches are others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +103,15 @@ def diverge(
 
 
 def _threshold(one: Side, other: Side) -> float:
-    dtypes = {
-        recorded.host.dtype
+    """What rounding explains: little between two runs that are cut alike and compute in the same dtype with the same weights.
+    (Each edge rounds to its dtype what an actor keeps in float32.)"""
+    ways = {
+        (recorded.host.dtype, recorded.host.precision)
         for side in (one, other) if side.run is not None
         for hosts in side.run.hosts.values() for recorded in hosts
     }  # fmt: skip
-    return max((THRESHOLDS.get(dtype, 1e-4) for dtype in dtypes), default=1e-4)
+    alike = len(ways) == 1 and one.run is not None and other.run is not None and one.run.kinds == other.run.kinds
+    return max((ALIKE if alike else THRESHOLDS)[dtype] for dtype, _ in ways)
 
 
 def _found(one: Side, other: Side, threshold: float, progress: Callable[[str, float], None]) -> Divergence:

@@ -127,9 +127,7 @@ def diverge_command(
     ] = REFERENCE,
     threshold: Annotated[
         float | None,
-        typer.Option(
-            "--threshold", min=0, help="Share of a vector's norm; by default what the dtype's rounding explains."
-        ),
+        typer.Option("--threshold", min=0, help="Share of a vector's norm; by default what rounding explains."),
     ] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="For graph files: what to say to the model.")

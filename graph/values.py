@@ -96,6 +96,9 @@ def difference(place: Place, token: Token, one: torch.Tensor, other: torch.Tenso
         differs = (one != other).to(torch.float64)
         size = float(differs.any())
     else:
+        if one.dtype != other.dtype:  # what the coarser one cannot say is no difference
+            coarser = max(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+            one, other = one.to(coarser), other.to(coarser)
         wide, wider = one.double(), other.double()
         differs = (wide - wider).abs().nan_to_num(math.inf)
         same = (wide == wider) | (wide.isnan() & wider.isnan())  # equal infinities, too
@@ -109,23 +112,24 @@ def difference(place: Place, token: Token, one: torch.Tensor, other: torch.Tenso
 
 
 def compare(one: Values, other: Values, threshold: float) -> tuple[Difference | None, dict[Place, float]]:
-    """The first difference over the threshold, and the largest of every place that both have.
+    """The first difference over the threshold, and the largest of every place that both have, up to its moment.
 
     First is what was computed first: a prompt before the tokens after it, and of one moment what is less deep.
     """
     first: Difference | None = None
-    largest: dict[Place, float] = {}
+    sizes: dict[Place, list[tuple[int, float]]] = {}
     for place in sorted(one.at.keys() & other.at.keys(), key=lambda place: place.order):
         own, theirs = one.at[place], other.at[place]
-        largest[place] = 0.0
+        sizes[place] = []
         for token in sorted(own.keys() & theirs.keys()):
-            if first is not None and one.moment(token) >= one.moment(first.token):
-                continue
             found = difference(place, token, own[token], theirs[token])
-            largest[place] = max(largest[place], found.size)
-            if found.size > threshold:
+            sizes[place].append((one.moment(token), found.size))
+            if found.size > threshold and (first is None or one.moment(token) < one.moment(first.token)):
                 first = found
-    return first, largest
+    until = one.moment(first.token) if first is not None else math.inf
+    return first, {
+        place: max((size for moment, size in own if moment <= until), default=0.0) for place, own in sizes.items()
+    }
 
 
 # -- of a run -----------------------------------------------------------------------------------------------------

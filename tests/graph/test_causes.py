@@ -85,7 +85,7 @@ def test_an_idle_time_is_blamed_on_what_ended_it() -> None:
     assert found.idle(B) == [
         Stretch("sending", B, 270, 271), Stretch("wire", EDGES[1], 271, 280), Stretch("handling", B, 280, 300)
     ]  # fmt: skip
-    assert found.idle(A) == [Stretch("handling", A, 110, 115)]
+    assert found.idle(A) == [Stretch("sending", A, 110, 112), Stretch("handling", A, 112, 115)]
 
 
 def test_an_idle_time_goes_back_to_whoever_was_slow() -> None:

@@ -142,6 +142,7 @@ def test_nothing_differs(tiny: Any, recorded: Recorded) -> None:
     assert {"hidden 0", "hidden 3", "hidden 6", "logits"} <= {place.name for place in found.largest}
     assert found.tokens == sum(map(len, PROMPTS)) + 2 * 3
     assert diverge(run, run, 0.0, None, _quiet).first is None
+    assert diverge(run, run, None, None, _quiet).threshold == 1e-5
 
 
 def test_a_truncated_vocabulary(tiny: Any, recorded: Recorded, tmp_path: Path) -> None:
@@ -208,7 +209,7 @@ def test_the_command(tiny: Any, recorded: Recorded, tmp_path: Path) -> None:
     assert differs.exit_code == 1
     told = json.loads(differs.stdout)
     assert (told["actor"], told["layer"], told["tensor"]) == ("upper", 4, "hidden 5")
-    assert told["differ"] is True and told["size"] > told["threshold"] == 1e-4
+    assert told["differ"] is True and told["size"] > told["threshold"] == 1e-5
     text = command.invoke(cli.app, ["diverge", str(good), str(bad)])
     assert "<- first" in text.stdout and "actor upper, layer 4: hidden 5 is the first that differs" in text.stdout
 
@@ -237,6 +238,8 @@ def test_what_was_computed_first_comes_first() -> None:
     del other.at[shallow][Token(1, 2)]
     found, largest = compare(one, other, 0.1)
     assert found is not None and found.place == deep and largest == {shallow: 0.0, deep: 1.0}
+    other.at[deep][Token(1, 3)] = torch.ones(2) * 9  # after it, which says nothing
+    assert compare(one, other, 0.1)[1] == largest
 
 
 def _quiet(_what: str, _share: float) -> None:
