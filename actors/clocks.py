@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FIRST = 8
-"""So many questions with the first heartbeats, then one with every `EVERY`."""
+"""So many questions with the first signs of life, then one with every `EVERY`."""
 EVERY = 20
+DRIFT = 50e-6
+"""Two clocks may drift apart by so much: what is known of them grows old."""
 
 
 @dataclass(slots=True)
@@ -20,11 +22,12 @@ class Clock:
 
     offset_ns: int = 0
     error_ns: int = 0
+    at_ns: int = 0
     heard: int = 0
     beats: int = 0
 
     def asks(self) -> bool:
-        """Whether the heartbeat that has come is a time to ask."""
+        """Whether the sign of life that has come is a time to ask."""
         self.beats += 1
         return self.beats <= FIRST or self.beats % EVERY == 0
 
@@ -32,9 +35,10 @@ class Clock:
         """Whether it says more than what is known."""
         error_ns = (max(0, (now_ns - asked_ns) - (told_ns - heard_ns)) + 1) // 2
         self.heard += 1
-        if self.heard > 1 and error_ns >= self.error_ns:
+        if self.heard > 1 and error_ns >= self.error_ns + int((now_ns - self.at_ns) * DRIFT):
             return False
         self.offset_ns, self.error_ns = ((heard_ns - asked_ns) + (told_ns - now_ns)) // 2, error_ns
+        self.at_ns = now_ns
         return True
 
     @property

@@ -48,3 +48,8 @@ class Expired(RanvierError):
 
 class RecordingError(RanvierError):
     """There is no such recording, or it is damaged, or it lacks what was asked for."""
+
+
+def told(error: Exception) -> str:
+    """Its kind and its words, as they can be written."""
+    return f"{type(error).__name__}: {error}".encode(errors="replace").decode()

@@ -21,7 +21,7 @@ from .core import HostCore, Work
 from .join import Overdue
 from .lifecycle import State
 from .loading import load
-from .open_sessions import OpenSessions
+from .open_sessions import Onlooker, OpenSessions
 from .process import ACK_DELAY_S, TICK_S, Process, live
 from .recording import Recording
 from .session import SessionInfo
@@ -40,16 +40,19 @@ def main(spec: HostSpec, lifeline: int) -> int:
 class Host(Process):
     """The step thread's side: load, link up, step until told to stop."""
 
+    recording: Recording | None = None
+
     def prepare(self) -> Mapping[str, Any]:
         spec = self.spec
         self.core = HostCore(spec.inputs, spec.outputs, (), self.exchange, spec.batch_tokens, spec.needed, spec.batches)
         self.counted = self.core.counters
         actor = self.actor = load(spec, self.progress)
-        self.recording = Recording(spec, spec.record) if spec.record is not None else None
         self.spans = Spans(self.exchange, self.records)
-        self.sessions = OpenSessions(
-            actor, self.core, [self.spans, *([self.recording] if self.recording is not None else [])]
-        )
+        onlookers: list[Onlooker] = [self.spans] if spec.trace else []
+        if spec.record is not None:
+            self.recording = Recording(spec, spec.record)
+            onlookers.append(self.recording)
+        self.sessions = OpenSessions(actor, self.core, onlookers)
         state = Path(spec.snapshot_of(spec.label))
         self.snapshots = Snapshots.of(actor, state, spec.restart.snapshot_s)
         return {
@@ -141,25 +144,25 @@ class Host(Process):
         crossing = self.crossing
         started_ns = crossing.stepping_since_ns = time.monotonic_ns()
         spans = self.spans.begin(work.batch.rows)
-        done, failure = None, ""
+        done, failures = None, {}
         try:
-            outputs = self._stepped(work.batch)
-            finished_ns = time.monotonic_ns()
+            outputs, finished_ns = self._stepped(work.batch)
             done = self.core.finish(work)  # so that its credit rides along with the outputs, or goes before them
             self.core.complete(work, outputs, finished_ns)
         except Exception as error:
             finished_ns = time.monotonic_ns()
             if done is None:
                 done = self.core.finish(work)
-            failure = f"{type(error).__name__}: {error}"
-            self._step_failed(work, error)
+            failures = self._step_failed(work, error)
         assert self.wire is not None
         self._flush(self.wire)  # the next stage first, then our own books
         crossing.steps += 1
         crossing.queued = self.core.queued
         crossing.stepped_ns, crossing.stepping_since_ns = finished_ns, 0
+        if self.recording is not None:
+            self.recording.write_if_due()
         if spans:
-            self.spans.end(spans, work.sources, started_ns, finished_ns, len(work.batch.rows), failure)
+            self.spans.end(spans, work.sources, started_ns, finished_ns, len(work.batch.rows), failures)
         if self.spec.trace:
             on = [] if len(done) == len(work.sources) else _others(work.sources, done)
             for received in done:
@@ -167,30 +170,35 @@ class Host(Process):
             for received in on:  # some of its rows go into a later step
                 self.records.part(received, started_ns, finished_ns, len(done) + len(on), work.batch.rows)
 
-    def _stepped(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
-        """What the actor makes of a batch. It is kept where that is asked for, and so is a step that fails."""
+    def _stepped(self, batch: Batch) -> tuple[Mapping[str, torch.Tensor | Batch], int]:
+        """What the actor makes of a batch, and when it was done. It is kept where that is asked for, and so is a step that
+        fails."""
         try:
             outputs = self.actor.step(batch)
         except Exception as error:
             if self.recording is not None:
                 self.recording.stepped(batch, error)
             raise
+        finished_ns = time.monotonic_ns()
         if self.recording is not None:
             self.recording.stepped(batch, outputs)
         if self.snapshots is not None:
             self.snapshots.on_step()
-        return outputs
+        return outputs, finished_ns
 
-    def _step_failed(self, work: Work, error: Exception) -> None:
-        """End the sessions that the failure is due to; the others of the batch get their step alone."""
+    def _step_failed(self, work: Work, error: Exception) -> dict[int, Exception]:
+        """End the sessions that the failure is due to, which are returned; the others of the batch get their step alone."""
         if len(work.batch.rows) == 1:
             self.session_failed(work.batch.rows[0], error)
-            return
+            return {work.batch.rows[0].session: error}
+        failures = {}
         for single in self.core.alone(work):
             try:
-                self.core.complete(single, self._stepped(single.batch), time.monotonic_ns())
+                self.core.complete(single, *self._stepped(single.batch))
             except Exception as own:
                 self.session_failed(single.batch.rows[0], own)
+                failures[single.batch.rows[0].session] = own
+        return failures
 
     def _give_up_overdue(self) -> None:
         limit_s = self.spec.supervision.join_deadline_s
@@ -205,6 +213,11 @@ class Host(Process):
     def session_failed(self, row: Row, error: Exception) -> None:
         self.sessions.close(row.session)
         super().session_failed(row, error)
+
+    def failed(self, error: BaseException) -> None:
+        if self.recording is not None:
+            self.recording.flush()  # the last steps before a failure are those that are wanted
+        super().failed(error)
 
     def lost_rows(self, rows: Sequence[Row], error: Exception) -> None:
         for row in rows:
@@ -263,7 +276,8 @@ class Host(Process):
         self.core.outputs.give_up(lambda _row: False)  # every session is over
         self.send_owed(wire, DRAIN_DEADLINE_S)
         if self.recording is not None:
-            self.recording.flush()
+            self.recording.ended()
+            self.counted["recording_full"] = bool(self.recording.full)
         self._record_discarded()
         self._count()
         self.crossing.tell("counters", counters=self.crossing.counters)

@@ -1,6 +1,7 @@
 """A step of an actor, watched: what its layers make on the way from its inputs to its outputs.
 
-Built-in kinds tell of their own layers; of any other actor the outputs of its torch modules are seen, by their names in it.
+Blocks, stages and heads tell of their own layers (a model that cannot be cut of its logits alone); of any other actor the
+outputs of the torch modules that it holds are seen, by their names in it.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ class OpenSessions:
             if rewound:
                 if session not in self._held:
                     raise ValueError(f"session {session}: expected {info.kept} positions to be held, none are")
-                self._held.discard(session)
                 self._actor.rewind(info)
+                self._held.discard(session)
             else:
                 self.close(session)
                 self._actor.open(info)

@@ -1,15 +1,18 @@
 """What one actor was given and what it made, kept as it happened: enough to take the same steps again, alone, elsewhere.
 
 `record/<actor>.<replica>/` of the run folder: `host.json` (how the actor is loaded), `index.jsonl` (a line for each session
-that opened, went on or closed, and for each step, in their order), `00000.safetensors`, … (the tensors). A step is written
-whole or not at all. What would go over the bound is left out, and everything after it: a hole could not be replayed.
+that opened, went on or closed, for each step, and for the end, in their order), `00000.safetensors`, … (the tensors). A
+step is written whole or not at all. What would go over the bound is left out, with all that comes after it: a hole could not
+be replayed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,29 +22,77 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ranvier.transport.dtypes import BY_NAME
+from ranvier.transport.errors import ProtocolError
 from ranvier.transport.header import Row
+from ranvier.transport.spec import TensorSpec
 
 from .actor import Batch
-from .errors import RecordingError
+from .errors import RecordingError, told
 from .session import SessionInfo
 from .spec import HostSpec, RecordSpec
 
 FOLDER, INDEX, HOST, STATE = "record", "index.jsonl", "host.json", "state.safetensors"
 FILE_BYTES = 8 << 20
-"""A file of tensors has about so many."""
-OPENED, REWOUND, CLOSED, STEP, RESTORED, FULL = "open", "rewind", "close", "step", "restored", "full"
+"""What is held is written when it is so much, and with every tick."""
 Outputs = Mapping[str, "torch.Tensor | Batch"]
 
 
+class _Line(msgspec.Struct, frozen=True, tag_field="kind"):
+    """One line of the index."""
+
+
+class _Opened(_Line, frozen=True, tag="open"):
+    info: dict[str, Any]
+
+
+class _Rewound(_Line, frozen=True, tag="rewind"):
+    info: dict[str, Any]
+
+
+class _Closed(_Line, frozen=True, tag="close"):
+    session: int
+
+
+class _Step(_Line, frozen=True, tag="step"):
+    """`tensors`: `in.port` and `out.port` of those that were kept, in the file as `<step>.in.port`."""
+
+    step: int
+    file: str
+    rows: tuple[Row, ...]
+    in_rows: dict[str, tuple[Row, ...]]
+    out_rows: dict[str, tuple[Row, ...]]
+    tensors: tuple[str, ...]
+    error: str | None
+
+
+class _Restored(_Line, frozen=True, tag="restored"):
+    """The actor went on with what is in the file `STATE`."""
+
+
+class _Full(_Line, frozen=True, tag="full"):
+    why: str
+
+
+class _Ended(_Line, frozen=True, tag="ended"):
+    """The host ended in order."""
+
+
+_Any = _Opened | _Rewound | _Closed | _Step | _Restored | _Full | _Ended
+_to_line = msgspec.json.Encoder().encode
+_of_line = msgspec.json.Decoder(_Any).decode
+
+
 class Recording:
-    """The writing end, on the step thread: it copies what it keeps, since actors and links use their memory again."""
+    """The writing end, on the step thread: it copies what it keeps, since actors and links use their memory again. Whatever
+    goes wrong with it ends the recording, never a step."""
 
     def __init__(self, spec: HostSpec, record: RecordSpec) -> None:
         self._folder = Path(spec.run_dir) / FOLDER / spec.file
         self._folder.mkdir(parents=True, exist_ok=True)
         (self._folder / HOST).write_text(json.dumps(spec.to_plain()))
         self._ports = record
-        self._lines: list[Mapping[str, Any]] = []
+        self._lines: list[bytes] = []
         self._tensors: dict[str, torch.Tensor] = {}
         self._held_bytes = self._written_bytes = 0
         self._steps = self._files = 0
@@ -53,56 +104,69 @@ class Recording:
         return f"{self._files:05d}.safetensors"
 
     def opened(self, info: SessionInfo, rewound: bool) -> None:
-        self._put({"kind": REWOUND if rewound else OPENED, "info": info.to_plain()})
+        self._put((_Rewound if rewound else _Opened)(info.to_plain()))
 
     def closed(self, session: int) -> None:
-        self._put({"kind": CLOSED, "session": session})
+        self._put(_Closed(session))
 
     def restored(self, state: Path) -> None:
-        """The actor has gone on with what another one saved."""
-        if state.exists():
-            shutil.copyfile(state, self._folder / STATE)
-            self._put({"kind": RESTORED})
+        """The actor is to go on with what another one saved."""
+        try:
+            if state.exists():
+                shutil.copyfile(state, self._folder / STATE)
+                self._put(_Restored())
+        except OSError as error:
+            self._stop(error)
+
+    def ended(self) -> None:
+        """The host ends in order: nothing is missing."""
+        self._put(_Ended())
+        self.flush()
 
     def stepped(self, batch: Batch, made: Outputs | Exception) -> None:
         """A step was taken, or failed: then it has an error and no outputs."""
         if self.full:
             return
-        number, self._steps = self._steps, self._steps + 1
-        rows: dict[str, Sequence[Row]] = {port: batch.rows_of(port) for port in batch.tensors}
         kept = {f"in.{port}": batch[port] for port in batch.tensors if port in self._ports.inputs}
-        outputs = {} if isinstance(made, Exception) else made
-        out_rows: dict[str, Sequence[Row]] = {}
-        for port, output in outputs.items():
+        out_rows: dict[str, tuple[Row, ...]] = {}
+        for port, output in ({} if isinstance(made, Exception) else made).items():
             own = output if isinstance(output, Batch) else Batch(batch.rows, {port: output})
+            tensor = own.tensors.get(port)
+            if not isinstance(tensor, torch.Tensor) or str(tensor.dtype).removeprefix("torch.") not in BY_NAME:
+                continue  # which is no output of a step: whoever sends it will say so
             out_rows[port] = own.rows_of(port)
             if port in self._ports.outputs:
-                kept[f"out.{port}"] = own[port]
-        size = sum(tensor.nbytes for tensor in kept.values())
-        if self._written_bytes + self._held_bytes + size > self._ports.most_bytes:
-            self._end(f"the bound of {self._ports.most_bytes >> 20} MiB is reached (record.megabytes)")
-            return
+                kept[f"out.{port}"] = tensor
+        number, self._steps = self._steps, self._steps + 1
         for name, tensor in kept.items():
             self._tensors[f"{number}.{name}"] = tensor.detach().clone(memory_format=torch.contiguous_format)
-        self._held_bytes += size
-        self._put({
-            "kind": STEP, "step": number, "file": self._file, "rows": batch.rows, "in_rows": rows, "out_rows": out_rows,
-            "tensors": sorted(kept), "error": f"{type(made).__name__}: {made}" if isinstance(made, Exception) else None,
-        })  # fmt: skip
+        error = told(made) if isinstance(made, Exception) else None
+        in_rows = {port: batch.rows_of(port) for port in batch.tensors}
+        line = _Step(number, self._file, batch.rows, in_rows, out_rows, tuple(sorted(kept)), error)
+        self._put(line, sum(tensor.nbytes for tensor in kept.values()))
+
+    def _put(self, line: _Any, nbytes: int = 0) -> None:
+        """A line and the bytes of its tensors. What would go over the bound is left out, and all that would come after it."""
+        if self.full:
+            return
+        data = _to_line(line) + b"\n"
+        if self._written_bytes + self._held_bytes + len(data) + nbytes > self._ports.most_bytes:
+            if isinstance(line, _Step):
+                for name in line.tensors:
+                    del self._tensors[f"{line.step}.{name}"]
+            self.flush()
+            if not self.full:
+                self._stop(f"the bound of {self._ports.most_bytes >> 20} MiB is reached (record.megabytes)")
+            return
+        self._lines.append(data)
+        self._held_bytes += len(data) + nbytes
+
+    def write_if_due(self) -> None:
         if self._held_bytes >= FILE_BYTES:
             self.flush()
 
-    def _put(self, line: Mapping[str, Any]) -> None:
-        if not self.full:
-            self._lines.append(line)
-
-    def _end(self, why: str) -> None:
-        self.flush()
-        self.full = why
-        self._append([{"kind": FULL, "why": why}])
-
     def flush(self) -> None:
-        """Write what is held. A disk that is full ends the recording, never a step."""
+        """Write what is held: the tensors first, then the lines that name them."""
         if self.full or not self._lines:
             return
         lines, tensors = self._lines, self._tensors
@@ -111,25 +175,28 @@ class Recording:
         try:
             if tensors:
                 save_file(tensors, self._folder / self._file)
-                self._files += 1
-        except (OSError, SafetensorError) as error:
-            (self._folder / self._file).unlink(missing_ok=True)
-            self.full = f"it cannot be written: {error}"
-        if self.full:  # the tensors of these steps are not there
-            self._append([{"kind": FULL, "why": self.full}])
-        else:
-            self._append(lines)
+            self._append(b"".join(lines))
+            self._files += bool(tensors)
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            self._stop(error)
 
-    def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
+    def _stop(self, why: Exception | str) -> None:
+        self.full = why if isinstance(why, str) else f"it cannot be written: {why}"
+        (self._folder / self._file).unlink(missing_ok=True)  # of which no line tells
+        with contextlib.suppress(OSError):  # then it just ends, which its reader sees by the line that is missing
+            self._append(_to_line(_Full(self.full)) + b"\n")
+
+    def _append(self, data: bytes) -> None:
+        """All of it, or nothing: the beginning of a line must not stay."""
         index = self._folder / INDEX
         before = index.stat().st_size if index.exists() else 0
         try:
             with index.open("ab") as file:
-                file.write(msgspec.json.Encoder().encode_lines(lines))
-        except OSError as error:
-            self.full = f"it cannot be written: {error}"
-            with index.open("r+b") as file:
-                file.truncate(before)
+                file.write(data)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(index, before)
+            raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,18 +243,19 @@ class Recorded:
     """The reading end.
 
     Raises:
-        RecordingError: there is none in that folder.
+        RecordingError: there is none in that folder, or it is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
             self.host = HostSpec.from_plain(json.loads((folder / HOST).read_text()))
-            lines = (folder / INDEX).read_bytes().splitlines() if (folder / INDEX).exists() else []
-            self._lines: list[Mapping[str, Any]] = [msgspec.json.decode(line) for line in lines]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RecordingError(f"{folder}: no recording of an actor: {error}") from None
-        assert self.host.record is not None
+            data = (folder / INDEX).read_bytes() if (folder / INDEX).exists() else b""
+            self._lines = [_of_line(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, msgspec.MsgspecError) as error:
+            raise RecordingError(f"{folder}: no recording of an actor, or a damaged one: {error}") from None
+        if self.host.record is None:
+            raise RecordingError(f"{folder / HOST}: says nothing of what was recorded")
         self.ports = self.host.record
 
     @property
@@ -197,16 +265,23 @@ class Recorded:
 
     @property
     def ends_early(self) -> str:
-        """Why it ends before the run did; empty if it does not."""
-        return next((str(line["why"]) for line in self._lines if line["kind"] == FULL), "")
+        """Why it ends before its host did; empty if it does not."""
+        for line in reversed(self._lines):
+            if isinstance(line, _Full):
+                return line.why
+            if isinstance(line, _Ended):
+                return ""
+        return "its host was lost, or the run goes on"
 
     @property
     def steps(self) -> int:
-        return sum(line["kind"] == STEP for line in self._lines)
+        return sum(isinstance(line, _Step) for line in self._lines)
 
-    def sessions(self) -> list[SessionInfo]:
-        """Those that opened, each as often as it did."""
-        return [SessionInfo.from_plain(line["info"]) for line in self._lines if line["kind"] in (OPENED, REWOUND)]
+    @property
+    def sessions(self) -> list[tuple[int, tuple[int, ...]]]:
+        """Those that opened, each as often as it did, with what was known of their tokens."""
+        infos = [self._info(line.info) for line in self._lines if isinstance(line, _Opened | _Rewound)]
+        return [(info.session, info.log) for info in infos]
 
     def needs_inputs(self) -> None:
         """
@@ -224,51 +299,60 @@ class Recorded:
         """All that happened, in order; tensors are read as they are come to.
 
         Raises:
-            RecordingError: a file is damaged.
+            RecordingError: a file is damaged, or a tensor is not what its port takes.
         """
-        try:
-            yield from self._events()
-        except (KeyError, TypeError, ValueError) as error:
-            raise RecordingError(f"{self.folder / INDEX}: a line is damaged: {type(error).__name__}: {error}") from None
-
-    def _events(self) -> Iterator[Event]:
         tensors: Mapping[str, torch.Tensor] = {}
         opened = ""
         for line in self._lines:
-            kind = line["kind"]
-            if kind in (OPENED, REWOUND):
-                yield Session(SessionInfo.from_plain(line["info"]), kind == REWOUND)
-            elif kind == RESTORED:
-                yield Restored(self._read(STATE))
-            elif kind == CLOSED:
-                yield Closed(line["session"])
-            elif kind == STEP:
-                if line["tensors"] and line["file"] != opened:
-                    opened, tensors = line["file"], self._read(line["file"])
-                yield self._step(line, tensors)
+            match line:
+                case _Opened() | _Rewound():
+                    yield Session(self._info(line.info), isinstance(line, _Rewound))
+                case _Closed():
+                    yield Closed(line.session)
+                case _Restored():
+                    yield Restored(self._read(STATE))
+                case _Step():
+                    if line.tensors and line.file != opened:
+                        opened, tensors = line.file, self._read(line.file)
+                    yield self._step(line, tensors)
 
-    def _step(self, line: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Step:
-        number = line["step"]
+    def _info(self, plain: dict[str, Any]) -> SessionInfo:
+        try:
+            return SessionInfo.from_plain(plain)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RecordingError(f"{self.folder / INDEX}: a session is damaged: {error}") from None
+
+    def _step(self, line: _Step, tensors: Mapping[str, torch.Tensor]) -> Step:
         sides: dict[str, dict[str, Batch]] = {"in": {}, "out": {}}
-        for side, rows_of in (("in", line["in_rows"]), ("out", line["out_rows"])):
+        specs = {port.name: port.tensor for port in self.host.inputs}
+        for side, rows_of in (("in", line.in_rows), ("out", line.out_rows)):
             for port, rows in rows_of.items():
-                if f"{side}.{port}" in line["tensors"]:
-                    name = f"{number}.{side}.{port}"
+                if f"{side}.{port}" in line.tensors:
+                    name = f"{line.step}.{side}.{port}"
                     if name not in tensors:
-                        raise RecordingError(f"{self.folder / line['file']}: tensor {name} is missing")
-                    sides[side][port] = Batch(_rows(rows), {port: tensors[name]})
-        return Step(number, _rows(line["rows"]), sides["in"], sides["out"], line["error"])
+                        raise RecordingError(f"{self.folder / line.file}: tensor {name} is missing")
+                    tensor = tensors[name]
+                    if side == "in":
+                        self._check(specs, port, rows, tensor)
+                    sides[side][port] = Batch(rows, {port: tensor})
+        return Step(line.step, line.rows, sides["in"], sides["out"], line.error)
+
+    def _check(self, specs: Mapping[str, TensorSpec], port: str, rows: tuple[Row, ...], tensor: torch.Tensor) -> None:
+        """A folder may come from anybody: what is given to an actor is what a link would have let in."""
+        sizes = {"tokens": sum(row.tokens for row in rows), "rows": len(rows)}
+        try:
+            specs[port].check(port, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), sizes)
+        except (KeyError, ProtocolError) as error:
+            raise RecordingError(f"{self.folder}: {error}") from None
 
     def _read(self, name: str) -> Mapping[str, torch.Tensor]:
+        if Path(name).name != name:
+            raise RecordingError(f"{self.folder / INDEX}: expected a file of its own folder, got {name!r:.80}")
         try:
             with safe_open(self.folder / name, framework="pt") as file:
                 return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
         except (OSError, SafetensorError) as error:
             raise RecordingError(f"{self.folder / name}: {error}") from None
-
-
-def _rows(plain: Sequence[Sequence[int]]) -> tuple[Row, ...]:
-    return tuple(Row(*row) for row in plain)
 
 
 def recordings(run_dir: Path) -> list[Recorded]:

@@ -18,6 +18,10 @@ SPREAD = 2654435761
 """Odd, and near 2^32 over the golden ratio."""
 
 
+_VERBS = {verb: verb.name.lower() for verb in Verb}
+_MANY = (Verb.ACK, Verb.PROBE, Verb.SPEED)
+
+
 class Records:
     """The columns are those of trace_file.py. `sent` and `unsent` are what an `Exchange` calls.
 
@@ -41,8 +45,10 @@ class Records:
             ))  # fmt: skip
 
     def control(self, edge: int, verb: Verb, peer: str, sent: bool, arguments: tuple[Any, ...]) -> None:
-        """A control message of a link. They are few, and belong to no session."""
-        self._put((CONTROL, edge, verb.name.lower(), time.monotonic_ns(), peer, sent, arguments))
+        """A control message of a link. Acknowledgements are nearly as many as messages, and belong to no session: where only
+        some sessions leave records, they leave none."""
+        if self._below is None or verb not in _MANY:
+            self._put((CONTROL, edge, _VERBS[verb], time.monotonic_ns(), peer, sent, arguments))
 
     def span(
         self, started_ns: int, finished_ns: int, row: Row, trace: str, span: str, parent: str, links: Sequence[str],

@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ranvier.transport.ends import Received
 from ranvier.transport.exchange import Exchange
 from ranvier.transport.header import Row, TracedHeader
 
+from .errors import told
 from .records import Records
 from .session import SessionInfo
 
 _FORM = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 SAMPLED = 1
+MOST_CHARACTERS = 500
+"""Of an error that a span tells of."""
 _random = random.SystemRandom()
 
 
@@ -105,17 +108,19 @@ class Spans:
 
     def end(
         self, begun: Sequence[Begun], sources: Sequence[Received], started_ns: int, finished_ns: int, batch: int,
-        error: str,
+        failures: Mapping[int, Exception],
     ) -> None:  # fmt: skip
-        """`error` is of the sessions that the step has closed."""
+        """`failures` by session."""
         made_by: dict[int, list[str]] = {}
-        for source in sources:
+        for source in {id(source): source for source in sources}.values():  # one that was joined row by row comes often
             if isinstance(source.header, TracedHeader):
                 for row, trace in zip(source.header.rows, source.header.traces, strict=True):
                     if trace:
                         made_by.setdefault(row.session, []).append(trace[16:24].hex())
         for row, context, span in begun:
+            failure = failures.get(row.session)
+            error = told(failure)[:MOST_CHARACTERS] if failure is not None else ""
             self._records.span(
                 started_ns, finished_ns, row, context.trace.hex(), span.hex(), context.span.hex(),
-                made_by.get(row.session, []), batch, "" if row.session in self._traced else error,
+                made_by.get(row.session, []), batch, error,
             )  # fmt: skip

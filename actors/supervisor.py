@@ -63,7 +63,7 @@ class Supervisor:
         self.on_saved: Callable[[str, int], None] = lambda _label, _round: None
         """Called when a host of a training run has saved its shard, with its label and how many rounds are done."""
         self.clocks: dict[str, Clock] = {}
-        """By label: how far those of the hosts are ahead of this process's."""
+        """By identity: how far those of the hosts are ahead of this process's."""
         self.on_clock: Callable[[], None] = lambda: None
         """Called when one of them is known better."""
         self.commands: dict[str, Callable[[str, Mapping[str, Any]], None]] = {}
@@ -310,7 +310,9 @@ class Supervisor:
             if fields["asked"] == self._asked:
                 self._situations[key] = fields["situation"]
         elif kind == "time":
-            clock = self.clocks[label]
+            clock = self.clocks.get(key)
+            if clock is None:
+                raise ProtocolError(f"control time of {label}: it was not asked")
             if clock.on_answer(fields["asked_ns"], fields["heard_ns"], fields["told_ns"], time.monotonic_ns()):
                 self.on_clock()
         elif kind == "saved":
@@ -319,7 +321,7 @@ class Supervisor:
             self.refused(label, fields["what"])
         else:
             self.supervision.on_message(key, kind, fields, time.monotonic())
-            if kind == "heartbeat" and self.clocks.setdefault(label, Clock()).asks():
+            if kind in ("state", "ready", "heartbeat") and self.clocks.setdefault(key, Clock()).asks():
                 self._send(key, "what time", asked_ns=time.monotonic_ns())
             if kind in ("state", "ready", "failed", "counters"):
                 self._log.info(kind, actor=label, **fields)

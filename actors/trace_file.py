@@ -65,6 +65,10 @@ DROPPED = "dropped"
 DROPPED_COLUMNS = ("kind", "records")
 """The ring was full or the disk was: so many records are missing before this line."""
 
+COLUMNS = {
+    SENT: SENT_COLUMNS, DONE: DONE_COLUMNS, PART: PART_COLUMNS, UNSENT: UNSENT_COLUMNS, TAP: TAP_COLUMNS,
+    CONTROL: CONTROL_COLUMNS, SPAN: SPAN_COLUMNS, DROPPED: DROPPED_COLUMNS,
+}  # fmt: skip
 _to_lines = msgspec.json.Encoder().encode_lines
 
 
@@ -81,9 +85,7 @@ class TraceFile:
         self._not_put = 0
         self._most_bytes = most_bytes
         head = {"actor": label, "clock": "CLOCK_MONOTONIC", "pid": os.getpid(), "sample": sample,
-                "columns": {SENT: SENT_COLUMNS, DONE: DONE_COLUMNS, PART: PART_COLUMNS, UNSENT: UNSENT_COLUMNS,
-                            TAP: TAP_COLUMNS, CONTROL: CONTROL_COLUMNS, SPAN: SPAN_COLUMNS,
-                            DROPPED: DROPPED_COLUMNS}}  # fmt: skip
+                "columns": COLUMNS}  # fmt: skip
         self._file: BinaryIO = self._path.open("wb", buffering=0)
         self._head = _to_lines([head])
         self._bytes = 0

@@ -75,11 +75,11 @@ class BlockingRun:
         finally:
             trio.from_thread.run_sync(generation.close, trio_token=self._token)
 
-    def call(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+    def call(self, traceparent: str | None = None, /, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """As `Run.call`."""
 
         async def call() -> dict[str, torch.Tensor]:
-            return await self._run.call(**inputs)
+            return await self._run.call(traceparent, **inputs)
 
         return trio.from_thread.run(call, trio_token=self._token)
 

@@ -12,6 +12,8 @@ from ranvier.actors.kinds import KindError, inside
 from ranvier.actors.spec import GATEWAY, STATISTICS
 from ranvier.transport import auto, codec
 from ranvier.transport.dtypes import BY_NAME
+from ranvier.transport.endpoint import parse
+from ranvier.transport.errors import AddressError
 from ranvier.transport.spec import TensorSpec
 
 from . import check_dims
@@ -228,6 +230,14 @@ class EdgeCheck(Findings):
             self._wrong(
                 "telemetry: spans are read from the trace, and it is off; remove trace: false", "telemetry", "otlp"
             )
+        if self.file.telemetry.metrics is not None:
+            try:
+                parse(f"tcp://{self.file.telemetry.metrics}")
+            except AddressError:
+                what = (
+                    f"telemetry.metrics: {self.file.telemetry.metrics!r:.80}: expected loopback, such as 127.0.0.1:9464"
+                )
+                self._wrong(f"{what}, or port 0 for any free one", "telemetry", "metrics")
         section = self.file.record
         for index, name in enumerate(section.edges if section is not None and section.edges != "all" else ()):
             if not any(edge.is_meant_by(name) for edge in edges):

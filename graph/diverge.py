@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from ranvier.actors.errors import RecordingError
 from ranvier.actors.recording import Recorded
+from ranvier.actors.spec import GATEWAY
 from ranvier.transport.header import Row
 
 from . import reference, replay
-from .values import Difference, Place, RecordedRun, Values, compare, read
+from .values import GIVEN, Difference, Place, RecordedRun, Values, common, compare, read
 
 THRESHOLDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
 """By the coarser dtype of the two: what layers of rounding add up to, with room."""
@@ -110,47 +112,54 @@ def _threshold(one: Side, other: Side) -> float:
         for side in (one, other) if side.run is not None
         for hosts in side.run.hosts.values() for recorded in hosts
     }  # fmt: skip
-    alike = len(ways) == 1 and one.run is not None and other.run is not None and one.run.kinds == other.run.kinds
+    alike = len(ways) == 1 and one.run is not None and other.run is not None and one.run.cut == other.run.cut
     return max((ALIKE if alike else THRESHOLDS)[dtype] for dtype, _ in ways)
 
 
 def _found(one: Side, other: Side, threshold: float, progress: Callable[[str, float], None]) -> Divergence:
+    notes = [
+        f"the recording of {recorded.name} of {side.name} ends early: {recorded.ends_early}"
+        for side in (one, other) if side.run is not None
+        for recorded in side.run.all() if recorded.ends_early
+    ]  # fmt: skip
     found, largest = compare(one.values, other.values, threshold)
     edge = _edge(one, other, found)
-    notes: list[str] = []
-    if edge is None and (found is None or not _given(found.place)):
+    if edge is None and (found is None or not _given(one, found.place)):
         _look_inside(one, other, found, notes, progress)
         found, largest = compare(one.values, other.values, threshold)
+    tokens = len({token for place in largest for token in one.values.at[place].keys() & other.values.at[place].keys()})
+    if not tokens:
+        raise RecordingError(
+            f"{one.name} and {other.name} have nothing in common to compare; record all edges of both, with the same prompts"
+        )
     place = found.place if found is not None else None
     actor = None
-    if place is not None and edge is None and not _given(place):
+    if place is not None and edge is None and not _given(one, place):
         own = one if one.run is not None else other
-        actor = (own.values.who if place in own.values.who else other.values.who).get(place)
-    tokens = len({token for place in largest for token in one.values.at[place].keys() & other.values.at[place].keys()})
+        actor = (own.values.maker if place in own.values.maker else other.values.maker).get(place)
     return Divergence(
         found, actor, edge, _layer(place) if actor is not None else None,
-        _told(one, other, found, actor, edge, threshold, largest, tokens), threshold, largest, tokens, tuple(notes),
+        _words(one, other, found, actor, edge, threshold, len(largest), tokens), threshold, largest, tokens, tuple(notes),
     )  # fmt: skip
 
 
-def _given(place: Place) -> bool:
+def _given(one: Side, place: Place) -> bool:
     """Whether no actor made it: it is what the gateway sent."""
-    return place.depth < 0
+    return one.values.order[place][0] <= GIVEN
 
 
 def _edge(one: Side, other: Side, found: Difference | None) -> str | None:
     """The edge on which it happened: what was sent is the same for both, what came is not."""
-    if found is None or found.place.sent or _given(found.place):
+    if found is None or found.place.sent or _given(one, found.place):
         return None
     sent = found.place._replace(sent=True)
     if not all(found.token in side.values.at.get(sent, {}) for side in (one, other)):
         return None
     for side in (other, one):
         if side.run is not None:
-            source, target = side.values.who[sent], side.values.who[found.place]
-            for name in side.run.codecs:
-                if name.startswith(f"{source}.") and f"-> {target}." in name:
-                    return name
+            for edge in side.run.edges:
+                if edge.source != GATEWAY and side.run.made(edge.source, edge.out)[0] == sent:
+                    return edge.name
     return None
 
 
@@ -158,24 +167,20 @@ def _look_inside(
     one: Side, other: Side, found: Difference | None, notes: list[str], progress: Callable[[str, float], None]
 ) -> None:
     """Replay the actors between the last place that both have in common and the first that differs: what is inside of them
-    joins the values."""
-    common = sorted(one.values.at.keys() & other.values.at.keys(), key=lambda place: place.order)
-    if found is None:  # the last actor made something that goes nowhere: the logits
-        before = [place for place in common if not place.sent]
-        span = (before[-1].order if before else (-1, 0, False), (math.inf, 0, False))
-    else:
-        before = [place for place in common if place.order < found.place.order and not place.sent]
-        span = (before[-1].order if before else (-1, 0, False), found.place.order)
+    joins the values. Without a difference that is the last of them, which makes something that goes nowhere: the logits."""
+    orders = one.values.order
+    ends = orders[found.place] if found is not None else (math.inf, 0, False)
+    before = [orders[place] for place in common(one.values, other.values) if not place.sent and orders[place] < ends]
+    begins = before[-1] if before else (-math.inf, 0, False)
     for side in (one, other):
         if side.run is None:
             continue
         recorded_places = frozenset(side.values.at)
         for actor, hosts in side.run.hosts.items():
-            enters = [place for place, who in side.values.who.items() if who == actor and not place.sent]
-            leaves = [place for place, who in side.values.who.items() if who == actor and place.sent]
-            begins = min((place.order for place in enters), default=(-1, 0, False))
-            ends = max((place.order for place in leaves), default=(math.inf, 0, False))
-            if ends > span[0] and begins < span[1]:
+            order = side.values.order
+            takes = min((order[place] for place in side.values.takes.get(actor, ())), default=begins)
+            makes = max((order[place] for place, who in side.values.maker.items() if who == actor), default=ends)
+            if makes > begins and takes < ends:
                 for recorded in hosts:
                     _replay(side, side.run, recorded, recorded_places, notes, progress)
 
@@ -188,22 +193,23 @@ def _replay(
     seen: dict[str, int] = {}
 
     def look(layer: int | None, name: str, rows: tuple[Row, ...], tensor: torch.Tensor) -> None:
-        place = run.inside(actor, layer, name, seen.setdefault(f"{layer} {name}", len(seen)))
-        if place not in recorded_places:
-            side.values.put(place, actor, run.sessions, rows, tensor.clone())
+        where = run.inside(actor, layer, name, seen.setdefault(f"{layer} {name}", len(seen)))
+        if where[0] not in recorded_places:
+            side.values.put(where, actor, run.sessions, rows, tensor.clone())
 
     again = f"replaying {actor}"
     worst = 0.0
-    for count, taken in enumerate(replay.steps(recorded, functools.partial(progress, again), look), 1):
-        worst = max([worst, *(mismatch.size for mismatch in replay.mismatches(taken))])
-        progress(again, count / max(1, recorded.steps))
+    try:
+        for count, taken in enumerate(replay.steps(recorded, functools.partial(progress, again), look), 1):
+            worst = max([worst, *(mismatch.size for mismatch in replay.mismatches(taken))])
+            progress(again, count / max(1, recorded.steps))
+    except RecordingError as error:  # what is known of its edges stands
+        notes.append(f"{side.name}: its layers cannot be looked at: {error}")
     if worst > 0:
         notes.append(
             f"{recorded.name} of {side.name} does not make here what it made in the run (differs by {worst:.2g}): what is said "
             "of its layers is of the replay"
         )
-    if recorded.ends_early:
-        notes.append(f"the recording of {recorded.name} of {side.name} ends early: {recorded.ends_early}")
 
 
 def _layer(place: Place | None) -> int | None:
@@ -211,18 +217,18 @@ def _layer(place: Place | None) -> int | None:
         return None
     if place.name.startswith("layer "):
         return int(place.name.split()[1])
-    if place.name.startswith("hidden ") and place.depth > 0:
-        return place.depth - 1
+    if place.name.startswith("hidden ") and place.name != "hidden 0":
+        return int(place.name.split()[1]) - 1
     return None
 
 
-def _told(
-    one: Side, other: Side, found: Difference | None, actor: str | None, edge: str | None, threshold: float,
-    largest: Mapping[Place, float], tokens: int,
+def _words(
+    one: Side, other: Side, found: Difference | None, actor: str | None, edge: str | None, threshold: float, places: int,
+    tokens: int,
 ) -> str:  # fmt: skip
     if found is None:
-        return f"no difference over {threshold:.2g} in {len(largest)} places of {tokens} tokens"
-    where = f"session {found.token.session}, position {found.token.position}"
+        return f"no difference over {threshold:.2g} in {places} places of {tokens} tokens"
+    where = f"session {_number_of(one, other, found.token.session)}, position {found.token.position}"
     if found.shapes[0] != found.shapes[1]:
         size = f"{found.shapes[0]} numbers against {found.shapes[1]}"
     elif found.place.name.endswith("token"):
@@ -230,15 +236,25 @@ def _told(
     else:
         size = f"{found.size:.2g} of its norm; number {found.index}: {found.one:.6g} against {found.other:.6g}"
     if edge is not None:
-        codecs = " against ".join(
-            side.run.codecs.get(edge, "no such edge") if side.run is not None else "none" for side in (one, other)
-        )
+        codecs = " against ".join(_codec(side, edge) for side in (one, other))
         return f"edge {edge} changes what goes over it (codec {codecs}): {found.place.name}, {where}: {size}"
-    if _given(found.place):
-        return f"they were given different tokens: {where}: {size}"
+    if _given(one, found.place):
+        return f"they were given something else to begin with: {found.place.name}, {where}: {size}"
     layer = _layer(found.place)
     of = f", layer {layer}" if layer is not None else ""
     return f"actor {actor}{of}: {found.place.name} is the first that differs: {where}: {size}"
+
+
+def _number_of(one: Side, other: Side, session: int) -> int:
+    """As it is counted in the run."""
+    run = one.run or other.run
+    assert run is not None
+    return next(number for number, own in run.sessions.items() if own == session)
+
+
+def _codec(side: Side, edge: str) -> str:
+    codecs = {known.name: known.codec for known in side.run.edges} if side.run is not None else {}
+    return codecs.get(edge, "no such edge")
 
 
 def table(found: Divergence, sides: Sequence[str]) -> str:

@@ -138,9 +138,10 @@ async def _launched(
                 specs, launcher, f"ipc://{folder.sockets / 'supervisor'}", folder.logs, log,
                 lambda label, fields: holder[0].on_session_failed(label, fields) if holder else None,
             )  # fmt: skip
+            exported: dict[str, int] = {}
             try:
                 async with (
-                    exporting(folder.path, graph.name, graph.file.telemetry.otlp, log) as exported,
+                    exporting(folder.path, graph.name, graph.file.telemetry.otlp, log, exported),
                     trio.open_nursery() as nursery,
                 ):
                     why = Why(planned, supervisor, folder.path)
@@ -190,9 +191,9 @@ async def _launched(
                         run._silence()
                         folder.outcome(counters=run.counters)
                     nursery.cancel_scope.cancel()
+            finally:
                 if exported:
                     folder.outcome(spans=exported)
-            finally:
                 supervisor.close()
     finally:
         wire.close()

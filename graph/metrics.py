@@ -9,7 +9,6 @@ from typing import Any
 import trio
 
 from ranvier.transport.endpoint import parse
-from ranvier.transport.errors import AddressError
 
 from .errors import RequestError
 
@@ -22,7 +21,7 @@ async def served(address: str | None, graph: str, snapshot: Snapshot) -> AsyncIt
     """Serve it at `host:port` while in the context: the address of the page, with the port that it was given.
 
     Raises:
-        RequestError: prometheus_client is not installed, or the address may not be used.
+        RequestError: prometheus_client is not installed, or the port is taken.
     """
     if address is None:
         yield None
@@ -31,16 +30,15 @@ async def served(address: str | None, graph: str, snapshot: Snapshot) -> AsyncIt
         from prometheus_client import CollectorRegistry, start_http_server
     except ImportError:
         raise RequestError("telemetry.metrics needs prometheus_client; pip install 'ranvier[telemetry]'") from None
-    try:
-        endpoint = parse(f"tcp://{address}")
-    except AddressError as error:
-        raise RequestError(f"telemetry.metrics: {error}") from None
+    endpoint = parse(f"tcp://{address}")
     registry = CollectorRegistry()
     registry.register(_Collector(graph, snapshot, trio.lowlevel.current_trio_token()))
     try:
         server, thread = start_http_server(endpoint.port, endpoint.place, registry)
     except OSError as error:
-        raise RequestError(f"telemetry.metrics {address}: {error}") from None
+        raise RequestError(
+            f"telemetry.metrics {address}: {error.strerror}; give another port, or 0 for any free one"
+        ) from None
     try:
         yield f"http://{endpoint.place}:{server.server_port}/metrics"
     finally:

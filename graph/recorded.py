@@ -52,9 +52,10 @@ def replay_command(
     from . import replay
     from .progress import Bar
 
-    chosen = [r for r in recordings(run_dir) if actor in (r.host.actor, r.host.label, r.name)]
+    found = recordings(run_dir)
+    chosen = [r for r in found if r.name == actor] or [r for r in found if actor in (r.host.actor, r.host.label)]
     if not chosen:
-        names = ", ".join(sorted(r.name for r in recordings(run_dir)))
+        names = ", ".join(sorted(r.name for r in found))
         raise Wrong(f"{run_dir}: no actor {actor!r} was recorded; there are {names}")
     if debug is not None and len(chosen) > 1:
         raise Wrong(f"--debug: {actor} has several recordings; name one of {', '.join(r.name for r in chosen)}")
@@ -112,8 +113,8 @@ def _allowed(chosen: Sequence[Recorded], allow_code: bool) -> None:
             raise Wrong(f"{recorded.name}: {recorded.host.implementation} is no kind of actor that is installed here")
         if recorded.host.folder is not None and not allow_code:
             raise Wrong(
-                f"{recorded.name} is code of a graph's own folder ({recorded.host.implementation}); pass --allow-code if you "
-                "trust it"
+                f"{recorded.name} is code of a graph's own folder ({recorded.host.implementation} in {recorded.host.folder}); "
+                "pass --allow-code if you trust it"
             )
 
 

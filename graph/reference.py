@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 from ranvier.actors.errors import RecordingError
 from ranvier.transport.header import Row
 
-from .values import Place, RecordedRun, Values
+from .values import LAST, LOGITS, Order, Place, RecordedRun, Values, hidden, within
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,23 +28,30 @@ def values(run: RecordedRun, recorded: Values, model: Path | None) -> Values:
         model: a checkpoint to take instead of the run's own.
 
     Raises:
-        RecordingError: the run is of no language model, its tokens were not recorded, or there are no transformers.
+        RecordingError: the run is of no causal language model, its tokens were not recorded, or there are no transformers.
     """
-    path = model or next((Path(h.host.model) for hosts in run.hosts.values() for h in hosts if h.host.model), None)
-    tokens = next((at for place, at in recorded.at.items() if place.name == "token" and not place.sent), None)
+    path = model or next((Path(recorded.host.model) for recorded in run.all() if recorded.host.model), None)
+    tokens = recorded.at.get(Place("token", False))
     if path is None or tokens is None:
         raise RecordingError(
-            f"{run.folder}: expected a recorded run of a language model, with the edge into its embedding"
+            f"{run.folder}: expected a run of a language model with the edge into its embedding recorded; record all"
         )
+    if any(kind.name.startswith("encoder") or kind.name == "decoder" for kind in run.kinds.values()):
+        raise RecordingError(f"{run.folder}: the reference is for causal models, and this one has an encoder")
     oracle = _read(path)
     made = Values(prompt=dict(recorded.prompt))
-    for session in sorted({token.session for token in tokens}):
-        by_position = {token.position: at for token, at in tokens.items() if token.session == session}
-        ids = [int(by_position[position]) for position in range(len(by_position))]
-        _session(oracle, made, session, ids)
+    for session, log in recorded.logs.items():
+        known = dict(enumerate(log)) | {
+            token.position: int(at) for token, at in tokens.items() if token.session == session
+        }
+        ids = [known[position] for position in itertools.takewhile(known.__contains__, itertools.count())]
+        if ids:
+            _session(oracle, made, session, ids)
     for place in list(made.at):  # nothing lies between its layers
         if place.name.startswith("hidden"):
-            made.at[place._replace(sent=False)] = made.at[place]
+            layer = int(place.name.split()[1])
+            other, made.order[place._replace(sent=False)] = hidden(layer, sent=False)
+            made.at[other], made.maker[other] = made.at[place], NAME
     return made
 
 
@@ -56,23 +64,29 @@ def _read(path: Path) -> Any:
     quiet: Any = logging.disable_progress_bar
     quiet()
     read: Any = AutoModelForCausalLM.from_pretrained
-    folder, named = (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
-    return read(folder, dtype=torch.float32, local_files_only=True, **named).train(False)
+    # neither code that a checkpoint brings is run, nor a pickle read
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
+    try:
+        if path.is_dir():
+            return read(path, use_safetensors=True, **options).train(False)
+        return read(path.parent, gguf_file=path.name, **options).train(False)
+    except (OSError, ValueError) as error:
+        raise RecordingError(f"{path}: transformers cannot open it: {error}") from None
 
 
 def _session(oracle: Any, made: Values, session: int, ids: list[int]) -> None:
     layers = _layers(oracle)
     rows = (Row(session, 0, 0, len(ids)),)
 
-    def put(place: Place, tensor_1tX: torch.Tensor) -> None:
-        made.put(place, NAME, {}, rows, tensor_1tX[0])
+    def put(where: tuple[Place, Order], tensor_1tX: torch.Tensor) -> None:
+        made.put(where, NAME, {}, rows, tensor_1tX[0])
 
     with contextlib.ExitStack() as stack:
         for index, layer in enumerate(layers):
             stack.enter_context(_seen(layer, index, put))
         with torch.inference_mode():
             logits = oracle(input_ids=torch.tensor([ids]), use_cache=False).logits
-    put(Place(len(layers) + 1, 1, "logits", True), logits)
+    put((LOGITS, (LAST, 1, False)), logits)
 
 
 def _layers(oracle: Any) -> nn.ModuleList:
@@ -88,13 +102,13 @@ def _seen(layer: nn.Module, index: int, put: Any) -> Iterator[None]:
 
     def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         if index == 0:
-            put(Place(0, 0, "hidden 0", True), given[0] if given else named["hidden_states"])
+            put(hidden(0), given[0] if given else named["hidden_states"])
 
     def after(_: nn.Module, __: Any, made: Any) -> None:
-        put(Place(index + 1, 0, f"hidden {index + 1}", True), made[0] if isinstance(made, tuple) else made)
+        put(hidden(index + 1), made[0] if isinstance(made, tuple) else made)
 
     def between(_: nn.Module, given: tuple[Any, ...]) -> None:
-        put(Place(index, 4, f"layer {index} attended", True), given[0])
+        put(within(index, "attended"), given[0])
 
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
     children = dict(layer.named_children())

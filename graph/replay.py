@@ -12,7 +12,7 @@ import torch
 
 from ranvier.actors import inside
 from ranvier.actors.actor import REWINDS, Actor, Batch, Look, keeps
-from ranvier.actors.errors import RecordingError
+from ranvier.actors.errors import RecordingError, told
 from ranvier.actors.loading import load
 from ranvier.actors.recording import Closed, Recorded, Restored, Session, Step
 
@@ -23,9 +23,10 @@ Outputs = Mapping[str, "torch.Tensor | Batch"]
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A step that was taken again: what it made, or the error it raised."""
+    """A step that was taken again: what it made, or the error it raised. `recorded`: the outputs that were kept."""
 
     step: Step
+    recorded: tuple[str, ...]
     outputs: Mapping[str, Batch]
     error: Exception | None
 
@@ -77,10 +78,10 @@ def steps(
             elif isinstance(event, Session):
                 (actor.rewind if event.rewound and rewinds else actor.open)(event.info)
             else:
-                yield _taken(actor, event, look, stop_at == event.number)
+                yield _taken(actor, event, recorded.ports.outputs, look, stop_at == event.number)
 
 
-def _taken(actor: Actor, step: Step, look: Look | None, debugged: bool) -> Taken:
+def _taken(actor: Actor, step: Step, outputs: tuple[str, ...], look: Look | None, debugged: bool) -> Taken:
     batch = step.batch
     try:
         if debugged:
@@ -88,9 +89,10 @@ def _taken(actor: Actor, step: Step, look: Look | None, debugged: bool) -> Taken
         else:
             made = actor.step(batch) if look is None else inside.step(actor, batch, look)
     except Exception as error:
-        return Taken(step, {}, error)
+        return Taken(step, outputs, {}, error)
     return Taken(
         step,
+        outputs,
         {port: out if isinstance(out, Batch) else Batch(batch.rows, {port: out}) for port, out in made.items()},
         None,
     )
@@ -99,12 +101,14 @@ def _taken(actor: Actor, step: Step, look: Look | None, debugged: bool) -> Taken
 def mismatches(taken: Taken) -> Iterator[Mismatch]:
     """One for each output that was recorded, or for the error, with size 0 where it is the same bit for bit."""
     step = taken.step
-    failed = f"{type(taken.error).__name__}: {taken.error}" if taken.error is not None else None
+    failed = told(taken.error) if taken.error is not None else None
     if failed is not None or step.error is not None:
         same = failed == step.error
         what = "" if same else f"expected {step.error or 'outputs'}, got {failed or 'outputs'}"
         yield Mismatch(step.number, "", what, 0.0 if same else math.inf)
         return
+    for port in sorted((taken.outputs.keys() & set(taken.recorded)) - step.outputs.keys()):
+        yield Mismatch(step.number, port, "expected no output, got one", math.inf)
     for port, expected in step.outputs.items():
         got = taken.outputs.get(port)
         if got is None:
@@ -129,7 +133,7 @@ def _measured(number: int, port: str, expected: Batch, got: Batch) -> Mismatch:
 
 def worst(one: torch.Tensor, other: torch.Tensor) -> Difference:
     """As one vector."""
-    return difference(Place(0, 0, "", True), Token(0, 0), one.flatten(), other.flatten())
+    return difference(Place("", True), Token(0, 0), one.flatten(), other.flatten())
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

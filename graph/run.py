@@ -204,8 +204,9 @@ class Run:
 
     def _traced(self, traceparent: str | None) -> tuple[str, str]:
         """The trace context of a request's root span, empty if nobody traces it, and the span that it comes from."""
-        if traceparent is None and self.plan.graph.file.telemetry.otlp is None:
-            return "", ""
+        file = self.plan.graph.file
+        if not file.trace or (traceparent is None and file.telemetry.otlp is None):
+            return "", ""  # spans are read from the trace
         try:
             return spans.root(traceparent)
         except ValueError as error:

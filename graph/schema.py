@@ -275,7 +275,7 @@ def _spelled_out(document: Document, index: int, edge: Any, problems: list[Probl
 
 def _is_form(part: Any) -> bool:
     """Whether a part of a path names one of the forms that a value may have: a word of a list, or a section."""
-    return _is_word(part) or part in ("Hedge", "Quorum", "RestartSection", "TraceSection")
+    return _is_word(part) or part in ("list[str]", "Hedge", "Quorum", "RestartSection", "TraceSection")
 
 
 def _is_word(part: Any) -> bool:
@@ -289,7 +289,9 @@ def _of_other_form(document: Document, found: Any) -> bool:
             given = document.data
             for key in found["loc"][:index]:
                 given = given[key]
-            return isinstance(given, dict) == _is_word(part)
+            if part == "list[str]":
+                return not isinstance(given, list)
+            return isinstance(given, dict | list) if _is_word(part) else not isinstance(given, dict)
     return False
 
 
@@ -305,6 +307,8 @@ def _problem(document: Document, found: Any) -> Problem:
         return Problem(f"key {path[-1]!r} is missing; add it", document.at(*path[:-1]))
     if kind == "string_pattern_mismatch":
         expected = "actor.port" if path[-1] in ("from", "to") else "lower-case letters, digits and _"
+        if word == "telemetry.otlp":
+            return Problem(f"{word}: {given!r:.80} is no address; expected http://address:port", document.at(*path))
         if word == "name":
             expected = "letters, digits and . _ -"
         return Problem(f"{word}: {given!r:.80} is not a name; expected {expected}", document.at(*path))

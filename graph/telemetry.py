@@ -7,6 +7,7 @@ that made what the step was given. Nothing here is in the way of a message: what
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -25,31 +26,36 @@ if TYPE_CHECKING:
 
 EXPORT_EVERY_S = 1.0
 AT_ONCE = 512
+MOST_UNSENT = 16 * AT_ONCE
+"""A collector that has refused some and has so many to take is given none of them."""
 TIMEOUT_S = 3.0
 """For one request to the collector, repetitions included."""
 
 
 @contextlib.asynccontextmanager
-async def exporting(run_dir: Path, graph: str, endpoint: str | None, log: Any) -> AsyncIterator[dict[str, int]]:
-    """Export the spans of a run to a collector, if one is given, until all are written: how many, once that is over.
+async def exporting(
+    run_dir: Path, graph: str, endpoint: str | None, log: Any, told: dict[str, int]
+) -> AsyncIterator[None]:
+    """Export the spans of a run to a collector, if one is given, until all are written; `told` gets how many.
 
     Raises:
         RequestError: OpenTelemetry is not installed.
     """
-    told: dict[str, int] = {}
     if endpoint is None:
-        yield told
+        yield
         return
     exporter = Exporter(run_dir, graph, endpoint, log)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(exporter.run)
-        try:
-            yield told
-        finally:
-            nursery.cancel_scope.cancel()
-            with trio.CancelScope(shield=True):
-                await exporter.finish()
-            told.update(exported=exporter.exported, lost=exporter.lost)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(exporter.run)
+            try:
+                yield
+            finally:
+                nursery.cancel_scope.cancel()
+    finally:
+        with trio.CancelScope(shield=True):
+            await exporter.finish()
+        told.update(exported=exporter.exported, lost=exporter.lost)
 
 
 class Exporter:
@@ -74,6 +80,7 @@ class Exporter:
         self._exporter = OTLPSpanExporter(endpoint=self._endpoint, timeout=TIMEOUT_S)
         self._log = log
         self._unsent: list[ReadableSpan] = []
+        logging.getLogger("opentelemetry").addHandler(logging.NullHandler())  # we say it once, in the run's log
         self.exported = self.lost = 0
 
     async def run(self) -> None:
@@ -83,23 +90,28 @@ class Exporter:
             await self._export()
 
     async def finish(self) -> None:
-        """Everything is written: send the rest."""
-        await self._export()
+        """Everything is written: send the rest. A collector that does not take it is not waited for again."""
+        await self._export(until_refused=True)
         shut_down: Any = self._exporter.shutdown
         shut_down()
 
-    async def _export(self) -> None:
-        self._unsent += [self._made.span(actor, record) for actor, kind, record in self._lines.read() if kind == SPAN]
+    async def _export(self, until_refused: bool = False) -> None:
+        self._unsent += await trio.to_thread.run_sync(self._new)
         while self._unsent:
             batch = self._unsent[:AT_ONCE]
             taken = await trio.to_thread.run_sync(self._taken, batch)
-            del self._unsent[: len(batch)]  # where that was cancelled before it began, `finish` sends them
             if taken:
                 self.exported += len(batch)
+                del self._unsent[: len(batch)]
                 continue
             if not self.lost:
                 self._log.warning("the collector takes no spans", endpoint=self._endpoint)
-            self.lost += len(batch)
+            gone = len(self._unsent) if until_refused or len(self._unsent) > MOST_UNSENT else len(batch)
+            self.lost += gone
+            del self._unsent[:gone]
+
+    def _new(self) -> list[ReadableSpan]:
+        return [self._made.span(actor, record) for actor, kind, record in self._lines.read() if kind == SPAN]
 
     def _taken(self, batch: Sequence[ReadableSpan]) -> bool:
         from opentelemetry.sdk.trace.export import SpanExportResult

@@ -64,7 +64,7 @@ def timeline(trace: Trace) -> Timeline:
             }  # fmt: skip
             leaves = (key,) if key in arrived else ()
             made.slices.append(Slice(actor, SENDS, f"send {name}", sent.credit_ns, sent.sent_ns, args, leaves))
-        _count(made, trace, actor)
+    _count(made, trace)
     return made
 
 
@@ -91,30 +91,34 @@ def _steps(trace: Trace, actor: str) -> Iterable[Slice]:
         yield Slice(actor, STEPS, name, started_ns, finished_ns, args, (), arrives)
 
 
-def _count(made: Timeline, trace: Trace, actor: str) -> None:
-    changes: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    for done in trace.done.get(actor, ()):
-        changes[QUEUE] += [(done.received_ns, 1), (done.started_ns, -1)]
-    for each in made.slices:
-        if each.actor == actor and each.track == STEPS and each.name == "step":
-            changes[BATCH] += [(each.start_ns, each.args["tokens"]), (each.end_ns, -each.args["tokens"])]
-    planned = {edge["name"]: edge for edge in _plan(trace)["edges"]}
+def _count(made: Timeline, trace: Trace) -> None:
+    plan = _plan(trace)
+    planned = {edge["name"]: edge for edge in plan["edges"]}
+    caches = {host["actor"] for host in plan["hosts"] if host["cache_bytes_per_token"]}
     used_ns = {
         # of what is fed back credit returns at once
-        done_key(other, done): done.received_ns if planned[trace.edges[done.edge]]["feedback"] else done.finished_ns
-        for other, records in trace.done.items() for done in records
+        done_key(actor, done): done.received_ns if planned[trace.edges[done.edge]]["feedback"] else done.finished_ns
+        for actor, records in trace.done.items() for done in records
     }  # fmt: skip
-    for sent in trace.sent.get(actor, ()):
-        name = f"credits left: {trace.edges[sent.edge]} to {sent.target.rpartition('.')[0]}"
-        if name not in changes:
-            changes[name].append((sent.credit_ns, planned[trace.edges[sent.edge]]["credits_messages"]))
-        changes[name].append((sent.credit_ns, -1))
-        end_ns = used_ns.get(sent_key(actor, sent))
-        if end_ns is not None:
-            changes[name].append((end_ns, 1))
-    made.counters.update({(actor, name): _summed(each) for name, each in changes.items()})
-    if positions := _positions(trace, actor):
-        made.counters[actor, KV] = positions
+    changes: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    for actor, records in trace.done.items():
+        for done in records:
+            changes[actor, QUEUE] += [(done.received_ns, 1), (done.started_ns, -1)]
+        if actor.partition(".")[0] in caches:
+            made.counters[actor, KV] = _positions(trace, actor)
+    for one in made.slices:
+        if one.track == STEPS and one.name == "step":
+            changes[one.actor, BATCH] += [(one.start_ns, one.args["tokens"]), (one.end_ns, -one.args["tokens"])]
+    for actor, sent_records in trace.sent.items():
+        for sent in sent_records:
+            key = actor, f"credits left: {trace.edges[sent.edge]} to {sent.target.removesuffix('.1')}"
+            if key not in changes:
+                changes[key].append((sent.credit_ns, planned[trace.edges[sent.edge]]["credits_messages"]))
+            changes[key].append((sent.credit_ns, -1))
+            end_ns = used_ns.get(sent_key(actor, sent))
+            if end_ns is not None:
+                changes[key].append((end_ns, 1))
+    made.counters.update({key: _summed(each) for key, each in changes.items()})
 
 
 def _plan(trace: Trace) -> Mapping[str, Any]:
@@ -124,9 +128,6 @@ def _plan(trace: Trace) -> Mapping[str, Any]:
 
 def _positions(trace: Trace, actor: str) -> list[tuple[int, int]]:
     """What the open sessions hold in an actor with layers; a session is over when its last message was at the gateway."""
-    caches = {host["actor"] for host in _plan(trace)["hosts"] if host["cache_bytes_per_token"]}
-    if actor.partition(".")[0] not in caches:
-        return []
     over: dict[int, int] = {}
     for other, records in trace.done.items():
         if other.partition(".")[0] == GATEWAY:

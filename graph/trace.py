@@ -34,16 +34,17 @@ _COUNTED = {
 }  # fmt: skip
 
 
-Message = tuple[int, int, str, str]
-"""What ties the two records of a message together: edge, sequence, and the `actor.replica` at either end."""
+Message = tuple[int, int, str, str, int]
+"""What ties the two records of a message together: edge, sequence, the `actor.replica` at either end, and when it was sent:
+the links of a host that was started anew count from 1 again."""
 
 
 def sent_key(actor: str, record: Sent) -> Message:
-    return record.edge, record.sequence, actor, record.target.rpartition(".")[0]
+    return record.edge, record.sequence, actor, record.target.rpartition(".")[0], record.sent_ns
 
 
 def done_key(actor: str, record: Done) -> Message:
-    return record.edge, record.sequence, record.source.rpartition(".")[0], actor
+    return record.edge, record.sequence, record.source.rpartition(".")[0], actor, record.sent_ns
 
 
 @dataclass(slots=True)

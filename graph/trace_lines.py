@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ranvier.actors.trace_file import CONTROL, DONE, DROPPED, PART, SENT, SPAN, TAP, UNSENT
+from ranvier.actors.trace_file import COLUMNS, CONTROL, DONE, DROPPED, PART, SENT, SPAN, TAP, UNSENT
 from ranvier.transport.errors import RanvierError
 
 
@@ -121,7 +121,7 @@ class Lines:
         self._clocks = run_dir / "clocks.json"
         self._shifts: Mapping[str, int] = {}
         self.clocks: Mapping[str, Mapping[str, int]] = {}
-        """By host: `offset_ns`, `error_ns`, and `shift_ns`, by which its times were changed (actors/clocks.py)."""
+        """By the host's identity: `offset_ns`, `error_ns`, and `shift_ns`, by which its times were changed (clocks.py)."""
         self.heads: dict[Path, Mapping[str, Any]] = {}
         """The first line of each file."""
 
@@ -145,27 +145,35 @@ class Lines:
                 kind, *values = json.loads(line)
                 actor = self.heads[path]["actor"]
                 record = _FORMS[kind](*values)
-                yield actor, kind, self._in_the_runs_time(actor, record) if self._shifts else record
+                yield actor, kind, self._in_the_runs_time(_identity(path), record) if self._shifts else record
 
     def _read_clocks(self) -> None:
         try:
             self.clocks = json.loads(self._clocks.read_text())
         except (OSError, ValueError):
             return  # an older run, or one of another version: on one machine
-        self._shifts = {label: told["shift_ns"] for label, told in self.clocks.items() if told["shift_ns"]}
+        self._shifts = {host: told["shift_ns"] for host, told in self.clocks.items() if told["shift_ns"]}
 
-    def _in_the_runs_time(self, actor: str, record: Any) -> Any:
-        own = self._shifts.get(actor, 0)
+    def _in_the_runs_time(self, host: str, record: Any) -> Any:
+        own = self._shifts.get(host, 0)
         times = {name: getattr(record, name) - own for name in record._fields if name.endswith("_ns")}
         if isinstance(record, Done):  # when it was sent is by the sender's clock
-            times["sent_ns"] = record.sent_ns - self._shifts.get(record.source.rpartition(".")[0], 0)
+            times["sent_ns"] = record.sent_ns - self._shifts.get(record.source, 0)
         return record._replace(**times)
+
+
+def _identity(path: Path) -> str:
+    """Of the host that writes the file: the first in its place is named without its epoch (`file_name`)."""
+    return path.stem if path.stem.count(".") > 1 else f"{path.stem}.1"
 
 
 def _head(path: Path, line: bytes) -> Mapping[str, Any]:
     try:
         head: Mapping[str, Any] = json.loads(line)
         head["actor"]
-    except (ValueError, KeyError, TypeError):
+        columns = head.get("columns", COLUMNS)
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise TraceError(f"{path}: expected a first line that names the actor") from None
+    if any(list(columns.get(kind, own)) != list(own) for kind, own in COLUMNS.items()):
+        raise TraceError(f"{path}: was written by another version of ranvier, whose records have other columns")
     return head

@@ -8,34 +8,45 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from ranvier.actors.actor import Batch
 from ranvier.actors.errors import RecordingError
 from ranvier.actors.recording import Recorded, Session, Step, recordings
+from ranvier.actors.spec import GATEWAY
 from ranvier.transport.header import Row
 
-ORDER = ("query", "key", "value", "attended", "hidden")
+LAYER = ("query", "key", "value", "attended", "hidden")
 """What a layer makes, in this order."""
+GIVEN, ENCODER, LAST = -1e6, -1e3, 1e6
+"""Depths: of what the gateway sent, of the first layer of an encoder, of what is made of the last layer."""
+Order = tuple[float, int, bool]
 
 
 class Place(NamedTuple):
-    """Where in a model: `depth` and `part` put places in order; `sent` is at the sending end of an edge, or inside an actor,
-    else at the receiving end."""
+    """Where in a model. `sent`: at the sending end of an edge, or inside an actor, else at the receiving end."""
 
-    depth: int
-    part: int
     name: str
     sent: bool
 
-    @property
-    def order(self) -> tuple[int, int, bool]:
-        return self.depth, self.part, not self.sent
+
+LOGITS, SAMPLED = Place("logits", True), Place("token", True)
+
+
+def hidden(layer: int, sent: bool = True) -> tuple[Place, Order]:
+    """What enters a layer, or leaves the last one."""
+    return Place(f"hidden {layer}", sent), (layer, 0, not sent)
+
+
+def within(layer: int, name: str) -> tuple[Place, Order]:
+    """What a layer makes on its way."""
+    if name == "hidden":
+        return hidden(layer + 1)
+    return Place(f"layer {layer} {name}", True), (layer, 1 + LAYER.index(name) if name in LAYER else 1, False)
 
 
 class Token(NamedTuple):
@@ -45,30 +56,38 @@ class Token(NamedTuple):
 
 @dataclass(slots=True)
 class Values:
-    """`at` holds vectors by place and token; `who` the actor that a place belongs to; `prompt` how long each session's was."""
+    """`at` holds vectors by place and token, `order` puts the places in order, the shallow ones first; `maker` is the actor
+    that made what is there, `takes` are the places from which an actor takes. `prompt` says how long each session's was."""
 
     at: dict[Place, dict[Token, torch.Tensor]] = field(default_factory=dict)
-    who: dict[Place, str] = field(default_factory=dict)
+    order: dict[Place, Order] = field(default_factory=dict)
+    maker: dict[Place, str] = field(default_factory=dict)
+    takes: dict[str, set[Place]] = field(default_factory=dict)
     prompt: dict[int, int] = field(default_factory=dict)
+    logs: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """The longest that is known of each session."""
 
     def put(
-        self, place: Place, who: str, sessions: Mapping[int, int], rows: tuple[Row, ...], tensor: torch.Tensor
-    ) -> None:
-        """The parts of a tensor, by the tokens of its rows: one each, or one for a row."""
+        self, where: tuple[Place, Order], maker: str, sessions: Mapping[int, int], rows: tuple[Row, ...], tensor: torch.Tensor,
+        shift: int = 0,
+    ) -> None:  # fmt: skip
+        """The parts of a tensor, by the tokens of its rows: one each, or one for a row; `shift` is added to positions."""
+        place, order = where
         held = self.at.setdefault(place, {})
-        self.who.setdefault(place, who)
+        self.order.setdefault(place, order)
+        self.maker.setdefault(place, maker)
         by_tokens = tensor.dim() > 0 and len(tensor) == sum(row.tokens for row in rows)
         start = 0
         for index, row in enumerate(rows):
             session = sessions.get(row.session, row.session)
             if by_tokens:
                 for offset in range(row.tokens):
-                    held[Token(session, row.position + offset)] = tensor[start + offset].flatten()
+                    held[Token(session, row.position + offset + shift)] = tensor[start + offset].flatten()
                 start += row.tokens
             elif len(rows) == 1:
-                held[Token(session, row.position)] = tensor.flatten()
+                held[Token(session, row.position + shift)] = tensor.flatten()
             else:
-                held[Token(session, row.position)] = tensor[index].flatten()
+                held[Token(session, row.position + shift)] = tensor[index].flatten()
 
     def moment(self, token: Token) -> int:
         """Tokens of a prompt are computed together; each one after it by itself."""
@@ -103,12 +122,17 @@ def difference(place: Place, token: Token, one: torch.Tensor, other: torch.Tenso
         differs = (wide - wider).abs().nan_to_num(math.inf)
         same = (wide == wider) | (wide.isnan() & wider.isnan())  # equal infinities, too
         differs[same] = 0.0
-        norm = float(wide.norm())
+        norm = float(wide[wide.isfinite()].norm())
         distance = float(differs.norm())
         size = 0.0 if distance == 0 else distance / norm if norm > 0 and math.isfinite(distance) else math.inf
     index = int(differs.argmax()) if differs.numel() else 0
     pair = (float(one[index]), float(other[index])) if one.numel() else (0.0, 0.0)
     return Difference(place, token, size, index, *pair, (one.numel(), other.numel()))
+
+
+def common(one: Values, other: Values) -> list[Place]:
+    """The places that both have, in order."""
+    return sorted(one.at.keys() & other.at.keys(), key=lambda place: (one.order[place], place))
 
 
 def compare(one: Values, other: Values, threshold: float) -> tuple[Difference | None, dict[Place, float]]:
@@ -118,7 +142,7 @@ def compare(one: Values, other: Values, threshold: float) -> tuple[Difference | 
     """
     first: Difference | None = None
     sizes: dict[Place, list[tuple[int, float]]] = {}
-    for place in sorted(one.at.keys() & other.at.keys(), key=lambda place: place.order):
+    for place in common(one, other):
         own, theirs = one.at[place], other.at[place]
         sizes[place] = []
         for token in sorted(own.keys() & theirs.keys()):
@@ -136,120 +160,166 @@ def compare(one: Values, other: Values, threshold: float) -> tuple[Difference | 
 
 
 @dataclass(frozen=True, slots=True)
+class Kind:
+    """What is to be known of an actor. `index`: its place in the pipeline; `depth`: how many layers lie before it."""
+
+    name: str
+    layers: tuple[int, int] | None
+    index: int
+    depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    name: str
+    source: str
+    out: str
+    target: str
+    into: str
+    codec: str
+    feedback: bool
+
+
+@dataclass(frozen=True, slots=True)
 class RecordedRun:
-    """A run folder with recordings. `deep`: how many layers the model has; `codecs`: by edge."""
+    """A run folder with recordings."""
 
     folder: Path
     hosts: Mapping[str, list[Recorded]]
     """Its replicas, and those that were in their place before, by actor, in the order of the pipeline."""
-    kinds: Mapping[str, tuple[str, tuple[int, int] | None]]
-    deep: int
-    codecs: Mapping[str, str]
+    kinds: Mapping[str, Kind]
+    edges: tuple[Edge, ...]
     sessions: Mapping[int, int]
+    """By their number in the run: the same prompts have the same number in another."""
+
+    @property
+    def cut(self) -> Mapping[str, tuple[str, tuple[int, int] | None]]:
+        """Which actor is what."""
+        return {actor: (kind.name, kind.layers) for actor, kind in self.kinds.items()}
 
     def values(self) -> Values:
         """All that was recorded of its edges."""
         made = Values()
-        for recorded in self._all():
+        for recorded in self.all():
             for event in recorded.events():
                 if isinstance(event, Session):
-                    made.prompt.setdefault(self.sessions[event.info.session], len(event.info.log))
+                    number, log = self.sessions[event.info.session], event.info.log
+                    made.prompt[number] = min(made.prompt.get(number, len(log)), len(log))
+                    made.logs[number] = max(made.logs.get(number, ()), log, key=len)
                 elif isinstance(event, Step):
-                    self._put(made, recorded, event)
+                    self._put(made, recorded.host.actor, event)
         return made
 
-    def _put(self, made: Values, recorded: Recorded, step: Step) -> None:
-        actor = recorded.host.actor
-        for sent, side in ((False, step.inputs), (True, step.outputs)):
-            for port, batch in side.items():
-                if port != "sampled":  # which is the token that goes back
-                    self.put(made, actor, port, sent, batch)
+    def _put(self, made: Values, actor: str, step: Step) -> None:
+        for port, batch in step.inputs.items():
+            place, order, maker = self.taken(actor, port)
+            made.put((place, order), maker, self.sessions, batch.rows, batch[port])
+            made.takes.setdefault(actor, set()).add(place)
+        for port, batch in step.outputs.items():
+            if port == "sampled" and self.kinds[actor].name in _HEADS:  # made of the position before it
+                made.put((SAMPLED, (LAST, 2, False)), actor, self.sessions, batch.rows, batch[port], shift=-1)
+            elif port not in ("token", "logits") or self.kinds[actor].name not in _HEADS:
+                made.put(self.made(actor, port), actor, self.sessions, batch.rows, batch[port])
 
-    def put(self, made: Values, actor: str, port: str, sent: bool, batch: Batch) -> None:
-        made.put(self.place(actor, port, sent), actor, self.sessions, batch.rows, batch[port])
+    def made(self, actor: str, port: str, sent: bool = True) -> tuple[Place, Order]:
+        """Where an output is; `sent` or not: at its other end."""
+        kind = self.kinds[actor]
+        if port == "hidden" and kind.name in _ENCODERS:
+            layer = kind.layers[1] + 1 if kind.layers is not None else 0
+            return Place(f"encoder hidden {layer}", sent), (ENCODER + layer, 0, not sent)
+        if port == "hidden" and kind.name == "embedding":
+            return hidden(0, sent)
+        if port == "hidden" and kind.name in _LAYERED and kind.layers is not None:
+            return hidden(kind.layers[1] + 1, sent)
+        if kind.name in _HEADS:
+            return Place(port, sent), (LAST, 3, not sent)
+        return Place(f"{actor}.{port}", sent), (self._depth(actor), LAST_PART, not sent)
 
-    def place(self, actor: str, port: str, sent: bool) -> Place:
-        """Where the tensors of a port are."""
-        kind, layers = self.kinds[actor]
-        depth = None
-        if port in ("token", "logits") and kind in _TEXT:
-            return Place(self.deep + 1, 2, port, sent) if sent else Place(-1, 0, port, sent)
-        if port == "hidden" and kind in _TEXT:
-            if kind == "embedding":
-                depth = 0
-            elif kind == "head":
-                depth = self.deep
-            elif layers is not None:
-                depth = layers[1] + 1 if sent else layers[0]
-        if depth is not None:
-            return Place(depth, 0, f"hidden {depth}", sent)
-        order = list(self.hosts).index(actor) if actor in self.hosts else 0
-        return Place(layers[0] if layers is not None else order, 1 + sent, f"{actor}.{port}", sent)
+    def taken(self, actor: str, port: str) -> tuple[Place, Order, str]:
+        """Where an input is, and who made it: it is called as at its other end."""
+        into = [edge for edge in self.edges if (edge.target, edge.into) == (actor, port)]
+        edge = min(into, key=lambda edge: edge.feedback, default=None)
+        if edge is None or edge.source == GATEWAY:
+            return Place(port, False), (GIVEN, 0, True), GATEWAY
+        return *self.made(edge.source, edge.out, sent=False), edge.source
 
-    def inside(self, actor: str, layer: int | None, name: str, seen: int) -> Place:
+    def inside(self, actor: str, layer: int | None, name: str, seen: int) -> tuple[Place, Order]:
         """Where a tensor inside of an actor is; `seen`: how many names came before it."""
-        if layer is not None and name == "hidden":
-            return Place(layer + 1, 0, f"hidden {layer + 1}", True)
         if layer is not None:
-            return Place(layer, 1 + ORDER.index(name) if name in ORDER else 1, f"layer {layer} {name}", True)
+            return within(layer, name)
         if name == "embedding":
-            return Place(0, 0, "hidden 0", True)
+            return hidden(0)
         if name == "logits":
-            return Place(self.deep + 1, 1, "logits", True)
-        return Place(list(self.hosts).index(actor), 1, f"{actor}.{name}", True)._replace(part=-1000 + seen)
+            return LOGITS, (LAST, 1, False)
+        return Place(f"{actor}.{name}", True), (self._depth(actor), 1 + seen, False)
 
-    def _all(self) -> Iterator[Recorded]:
+    def _depth(self, actor: str) -> float:
+        kind = self.kinds[actor]
+        return (kind.layers[0] if kind.layers is not None else kind.depth) + (1 + kind.index) * 1e-4
+
+    def all(self) -> Iterator[Recorded]:
         for hosts in self.hosts.values():
             yield from hosts
 
 
-_TEXT = ("embedding", "blocks", "head", "first_stage", "last_stage", "model")
+_ENCODERS = ("encoder_embedding", "encoder")
+_LAYERED = ("blocks", "first_stage", "last_stage", "combine", "decoder")
+_HEADS = ("head", "last_stage", "model")
+LAST_PART = 1 << 20
 
 
 def read(folder: Path) -> RecordedRun:
     """
     Raises:
-        RecordingError: nothing was recorded there.
+        RecordingError: nothing was recorded there, or it is no run folder.
     """
     try:
-        plan: Mapping[str, Any] = json.loads((folder / "plan.json").read_text())
-    except (OSError, ValueError) as error:
-        raise RecordingError(f"{folder}: no run folder: {error}") from None
+        plan = json.loads((folder / "plan.json").read_text())
+        edges = tuple(_edge(edge) for edge in plan["edges"])
+        kinds = _kinds(plan["hosts"], edges)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise RecordingError(f"{folder}: no run folder: {type(error).__name__}: {error}") from None
     by_actor: dict[str, list[Recorded]] = {}
     for recorded in recordings(folder):
+        if recorded.host.actor not in kinds:
+            raise RecordingError(f"{recorded.folder}: {recorded.host.actor} is no actor of {folder / 'plan.json'}")
         by_actor.setdefault(recorded.host.actor, []).append(recorded)
-    kinds = {host["actor"]: (host["kind"], _layers(host["layers"])) for host in plan["hosts"]}
-    opened = {info.session for hosts in by_actor.values() for recorded in hosts for info in recorded.sessions()}
-    numbers = {session: index for index, session in enumerate(sorted(opened), 1)}
     return RecordedRun(
-        folder,
-        {actor: by_actor[actor] for actor in _in_order(plan) if actor in by_actor},
-        kinds,
-        max((layers[1] + 1 for _, layers in kinds.values() if layers is not None), default=0),
-        {edge["name"]: edge["codec"] for edge in plan["edges"]},
-        numbers,
+        folder, {actor: by_actor[actor] for actor in kinds if actor in by_actor}, kinds, edges, _numbered(by_actor)
     )
 
 
-def _layers(plain: list[int] | None) -> tuple[int, int] | None:
-    return (plain[0], plain[1]) if plain is not None else None
+def _numbered(by_actor: Mapping[str, Iterable[Recorded]]) -> dict[int, int]:
+    """Sessions from 1 on, by their prompts, and those of the same prompt in the order in which they came: what is asked at once
+    comes in another order each time."""
+    prompts: dict[int, tuple[int, ...]] = {}
+    for hosts in by_actor.values():
+        for recorded in hosts:
+            for session, log in recorded.sessions:
+                prompts[session] = min(prompts.get(session, log), log, key=len)
+    ordered = sorted(prompts, key=lambda session: (prompts[session], session))
+    return {session: number for number, session in enumerate(ordered, 1)}
 
 
-def _in_order(plan: Mapping[str, Any]) -> list[str]:
+def _edge(plain: Mapping[str, Any]) -> Edge:
+    source, target = plain["name"].split(" -> ")
+    (source, out), (target, into) = source.split("."), target.split(".")
+    return Edge(plain["name"], source, out, target, into, plain["codec"], plain["feedback"])
+
+
+def _kinds(hosts: Sequence[Mapping[str, Any]], edges: Sequence[Edge]) -> dict[str, Kind]:
     """The actors, each after those that it hears of, but for what is fed back."""
-    left = [host["actor"] for host in plan["hosts"]]
-    arrows = {
-        (edge["name"].split(".")[0], edge["name"].split("-> ")[1].split(".")[0])
-        for edge in plan["edges"]
-        if not edge["feedback"]
-    }
-    made: list[str] = []
+    left = {host["actor"]: host for host in hosts}
+    made: dict[str, Kind] = {}
+    depth = 0
     while left:
-        free = [
-            actor
-            for actor in left
-            if not any(source in left and source != actor for source, to in arrows if to == actor)
-        ]
-        made += free or left[:1]
-        left = [actor for actor in left if actor not in made]
+        waits = {
+            edge.target for edge in edges if not edge.feedback and edge.source in left and edge.source != edge.target
+        }
+        actor = next((actor for actor in left if actor not in waits), next(iter(left)))
+        host = left.pop(actor)
+        layers = (host["layers"][0], host["layers"][1]) if host["layers"] is not None else None
+        made[actor] = Kind(host["kind"], layers, len(made), depth)
+        if layers is not None and host["kind"] not in _ENCODERS:
+            depth = max(depth, layers[1] + 1)
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -132,7 +133,7 @@ async def _look_from_outside(found: dict[str, Sequence[str]], key: str, pid: int
     command = str(beside) if beside.exists() else shutil.which("py-spy")
     if command is None:
         return
-    with trio.move_on_after(LOOK_FROM_OUTSIDE_S):
+    with contextlib.suppress(OSError), trio.move_on_after(LOOK_FROM_OUTSIDE_S):  # no descriptors, no memory: no lines
         done = await trio.run_process(
             [command, "dump", "--nonblocking", "--pid", str(pid)], capture_stdout=True, capture_stderr=True, check=False
         )

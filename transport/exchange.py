@@ -16,7 +16,20 @@ from .codec import parse as parse_codec
 from .ends import Received, ReceivingLink, SendingLink, Waiting
 from .errors import LinkBroken, ProtocolError
 from .handshake import hello, objection
-from .header import VERSION, Ack, Control, Header, Kind, Row, TensorMeta, TracedHeader, Verb, control, decode
+from .header import (
+    MAX_TRACED_ROWS,
+    VERSION,
+    Ack,
+    Control,
+    Header,
+    Kind,
+    Row,
+    TensorMeta,
+    TracedHeader,
+    Verb,
+    control,
+    decode,
+)
 from .link import Arrival, LinkSpec
 from .message import Buffer, check_frames, check_specs, checksum
 from .window import Outgoing, ReceiveWindow, SendWindow
@@ -197,7 +210,7 @@ class Exchange:
         sent_ns = self.clock()
         crc = 0 if spec.local else checksum(buffers)
         fields = VERSION, spec.kind, spec.edge, sequence, rows, tensors, ready_ns, sent_ns, crc, acks
-        if self.traces and any(row.session in self.traces for row in rows):
+        if self.traces and len(rows) <= MAX_TRACED_ROWS and any(row.session in self.traces for row in rows):
             header = TracedHeader(*fields, tuple(self.traces.get(row.session, b"") for row in rows)).encode()
         else:
             header = Header(*fields).encode()

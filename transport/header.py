@@ -40,6 +40,8 @@ _ARRAY_OF_TEN = 0x9A
 _ARRAY_OF_ELEVEN = 0x9B
 """The first byte where rows are traced."""
 TRACE_BYTES = 25
+MAX_TRACED_ROWS = 1024
+"""A message of more goes without traces: its header has no room for them."""
 
 
 class Kind(enum.IntEnum):

@@ -141,8 +141,15 @@ class Compiled:
         caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
         wide_TH: torch.Tensor,
     ) -> None:
-        """`wide_TH` through the layers of a group, in place."""
+        """`wide_TH` through the layers of a group, in place.
+
+        Raises:
+            ValueError: it is not [T, H]; C would go past its end.
+        """
         count = len(rows)
+        expected = (sum(row.tokens for row in rows), self._group.hidden)
+        if wide_TH.shape != expected:
+            raise ValueError(f"hidden: expected {list(expected)}, got {list(wide_TH.shape)}")
         made = (_Row * count)(
             *(
                 _Row(

@@ -292,7 +292,7 @@ class Stage(Actor):
             hidden_TH = batch["hidden"]
         else:
             hidden_TH = self.embedding.forward(batch.rows, batch["token"])
-            if self.look is not None:
+            if self.look is not None and hidden_TH.is_floating_point():  # a model that cannot be cut takes tokens
                 self.look(None, "embedding", batch.rows, hidden_TH)
         hidden_TH = self.blocks.forward(batch.rows, hidden_TH)
         return self.head.forward(batch.rows, hidden_TH) if self.head is not None else {"hidden": hidden_TH}

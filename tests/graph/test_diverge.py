@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 import trio
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import ranvier
 from ranvier.graph import cli
 from ranvier.graph.diverge import diverge
-from ranvier.graph.values import Place, Token, Values, compare
+from ranvier.graph.values import Token, Values, compare, difference, hidden
+from ranvier.transport.header import Row
 
 HERE = Path(__file__).parent
 PROMPTS = ((5, 17, 200, 33, 8, 99, 140, 3, 61, 12), (7, 7, 250))
@@ -134,6 +138,34 @@ def test_against_another_run(fault: str, tiny: Any, recorded: Recorded, tmp_path
     assert found.first.token.position == (0 if tensor else 1)  # the first position is not turned
 
 
+def test_a_model_in_one_actor(tiny: Any, tmp_path: Path, runs: Path) -> None:
+    """Its layers are those of any other cut: against transformers, and against a run in four."""
+    right, model = tiny("llama")
+    wrong = altered(model, tmp_path / "wrong", one_weight)
+    (tmp_path / "graph.yaml").write_text(json.dumps({
+        "ranvier": 1, "name": "t", "model": {"source": str(wrong), "dtype": "float32"}, "record": {},
+        "actors": {"all": {"kind": "model"}}, "pipeline": ["all"],
+    }))  # fmt: skip
+    graph = ranvier.load(tmp_path / "graph.yaml", overrides={"model.source": str(wrong)})
+    found = diverge(trio.run(_streams, graph, runs), None, None, right, _quiet)
+    assert (found.actor, found.layer) == ("all", 4), found.what
+    assert found.first is not None and found.first.place.name == "hidden 5"
+
+
+def test_the_head_alone(tiny: Any, recorded: Recorded, tmp_path: Path) -> None:
+    """Nothing that goes over an edge differs but the token that it chose."""
+    right, model = tiny("llama")
+
+    def other_norm(other: Any) -> None:
+        other.model.norm.weight.copy_(-other.model.norm.weight)
+
+    run = recorded(altered(model, tmp_path / "wrong", other_norm))
+    found = diverge(recorded(right), run, None, None, _quiet)
+    assert (found.actor, found.layer, found.edge) == ("head", None, None), found.what
+    assert found.first is not None and found.first.place.name == "logits"
+    assert diverge(run, None, None, right, _quiet).actor == "head"
+
+
 def test_nothing_differs(tiny: Any, recorded: Recorded) -> None:
     right, _ = tiny("llama")
     run = recorded(right)
@@ -174,7 +206,18 @@ def test_in_an_actor_of_ones_own(fault: str, tmp_path: Path, runs: Path) -> None
     assert found.first is not None and found.first.place.name.startswith("middle.layers.1"), found.what
 
 
-def _stacks(folder: Path, runs: Path, fault: Mapping[str, Any]) -> Path:
+def test_what_is_between_actors_of_ones_own(tmp_path: Path, runs: Path) -> None:
+    """An edge that rounds, and a run that was given something else."""
+    shutil.copy(HERE / "wrong.py", tmp_path / "wrong.py")
+    right = _stacks(tmp_path, runs, {})
+    found = diverge(right, _stacks(tmp_path, runs, {}, codec="float16"), None, None, _quiet)
+    assert (found.actor, found.edge) == (None, "first.y -> middle.x"), found.what
+    found = diverge(right, _stacks(tmp_path, runs, {}, seed=6), None, None, _quiet)
+    assert (found.actor, found.edge) == (None, None)
+    assert found.what.startswith("they were given something else to begin with: x, session 1, position 0")
+
+
+def _stacks(folder: Path, runs: Path, fault: Mapping[str, Any], codec: str = "raw", seed: int = 5) -> Path:
     kind = {"kind": "./wrong.py:Stack"}
     path = folder / "graph.yaml"
     path.write_text(json.dumps({
@@ -184,13 +227,14 @@ def _stacks(folder: Path, runs: Path, fault: Mapping[str, Any]) -> Path:
             "middle": {**kind, "args": {"layers": 2, "seed": 2, **fault}},
             "last": {**kind, "args": {"layers": 2, "seed": 3}},
         },
-        "edges": ["gateway.x -> first.x", "first.y -> middle.x", "middle.y -> last.x", "last.y -> gateway.y"],
+        "edges": ["gateway.x -> first.x", {"from": "first.y", "to": "middle.x", "codec": codec}, "middle.y -> last.x",
+                  "last.y -> gateway.y"],
     }))  # fmt: skip
     graph = ranvier.load(path, allow_code=True)
 
     async def main() -> Path:
         async with ranvier.launch(graph, runs=runs) as run:
-            torch.manual_seed(5)
+            torch.manual_seed(seed)
             await run.call(x=torch.randn(7, 16))
         return run.dir
 
@@ -226,13 +270,14 @@ def test_what_was_not_recorded_is_told(streamed: Callable[..., Path], runs: Path
 
 def test_what_was_computed_first_comes_first() -> None:
     """A prompt is of one moment: the shallower place counts, though a deeper one differs at an earlier position."""
-    shallow, deep = Place(1, 0, "hidden 1", True), Place(2, 0, "hidden 2", True)
+    (shallow, _), (deep, _) = hidden(1), hidden(2)
     one, other = Values(prompt={1: 3}), Values(prompt={1: 3})
-    for place in (shallow, deep):
-        for position in range(4):
-            one.at.setdefault(place, {})[Token(1, position)] = torch.ones(2)
-            wrong = (place, position) in ((shallow, 2), (deep, 0))
-            other.at.setdefault(place, {})[Token(1, position)] = torch.ones(2) * (2 if wrong else 1)
+    rows = (Row(1, 1, 0, 4),)
+    for layer, wrong in ((1, 2), (2, 0)):
+        tensor = torch.ones(4, 2)
+        one.put(hidden(layer), "a", {}, rows, tensor.clone())
+        tensor[wrong] = 2
+        other.put(hidden(layer), "a", {}, rows, tensor)
     found, _ = compare(one, other, 0.1)
     assert found is not None and (found.place, found.token) == (shallow, Token(1, 2))
     del other.at[shallow][Token(1, 2)]
@@ -240,6 +285,18 @@ def test_what_was_computed_first_comes_first() -> None:
     assert found is not None and found.place == deep and largest == {shallow: 0.0, deep: 1.0}
     other.at[deep][Token(1, 3)] = torch.ones(2) * 9  # after it, which says nothing
     assert compare(one, other, 0.1)[1] == largest
+
+
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), min_size=1, max_size=8), st.integers(0, 7))
+def test_the_size_of_a_difference(numbers: list[float], at: int) -> None:
+    """None where all is the same, also NaN and infinities; one number that is other is never overlooked."""
+    one = torch.tensor(numbers)
+    place, token = hidden(0)[0], Token(1, 0)
+    assert difference(place, token, one, one.clone()).size == 0
+    other = one.clone()
+    other[at % len(numbers)] = 1.0 if one[at % len(numbers)] != 1.0 else 2.0
+    assert difference(place, token, one, other).size > 0
+    assert difference(place, token, one, one[:-1]).size == math.inf
 
 
 def _quiet(_what: str, _share: float) -> None:

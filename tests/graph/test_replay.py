@@ -189,7 +189,7 @@ def test_a_folder_that_would_start_something_else(faulty: Callable[..., Path]) -
         assert "two.0: os:system is no kind of actor that is installed here" in str(done.exception)
     index = run / "record" / "one.0" / "index.jsonl"
     index.write_text(index.read_text().replace('"rows"', '"raws"'))
-    with pytest.raises(RecordingError, match=r"one\.0/index\.jsonl: a line is damaged: KeyError"):
+    with pytest.raises(RecordingError, match=r"one\.0: no recording of an actor, or a damaged one: .*`rows`"):
         again(run, "one.0")
 
 
@@ -197,7 +197,7 @@ def test_what_may_not_be_replayed(faulty: Callable[..., Path]) -> None:
     run = faulty([[1.0]], record={"edges": ["two.y"]})
     command = CliRunner()
     for arguments, expected in (
-        (["two"], "is code of a graph's own folder (faulty.py:Faulty); pass --allow-code"),
+        (["two"], "is code of a graph's own folder (faulty.py:Faulty in "),
         (
             ["two", "--allow-code"],
             "two.0: expected all inputs to be recorded, x of it was not; run it with --record two",

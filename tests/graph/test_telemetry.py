@@ -227,16 +227,25 @@ def test_metrics_as_prometheus_reads_them(four: Four, runs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "words"),
+    ("telemetry", "words"),
     [
-        ("0.0.0.0:9464", "would listen on every interface"),
-        ("192.0.2.1:9464", "is not loopback"),
-        ("127.0.0.1:x", "a port"),
+        *(({"metrics": address}, "expected loopback, such as 127.0.0.1:9464, or port 0") for address in
+          ("0.0.0.0:9464", "192.0.2.1:9464", "127.0.0.1:x")),
+        ({"otlp": "127.0.0.1:4318"}, "telemetry.otlp: '127.0.0.1:4318' is no address; expected http://address:port"),
     ],
-)
-def test_metrics_are_served_on_loopback_alone(address: str, words: str, four: Four, runs: Path) -> None:
-    with pytest.raises(ranvier.RequestError, match=words):
-        generated(four(telemetry={"metrics": address}), runs)
+)  # fmt: skip
+def test_addresses_that_are_none(telemetry: dict[str, str], words: str, four: Four) -> None:
+    """Found before anything is started; /metrics are for loopback alone."""
+    with pytest.raises(ranvier.GraphError, match=words):
+        four(telemetry=telemetry)
+    with pytest.raises(ranvier.GraphError, match="remove trace: false"):
+        four(telemetry={"otlp": "http://127.0.0.1:4318"}, trace=False)
+
+
+def test_a_port_that_is_taken(four: Four, receiver: Receiver, runs: Path) -> None:
+    port = receiver.server.server_address[1]
+    with pytest.raises(ranvier.RequestError, match=f"127.0.0.1:{port}: Address already in use; give another port"):
+        generated(four(telemetry={"metrics": f"127.0.0.1:{port}"}), runs)
 
 
 @pytest.mark.parametrize("form", ["json", "console"])
