@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,9 +65,10 @@ def _read(path: Path) -> Any:
     quiet: Any = logging.disable_progress_bar
     quiet()
     read: Any = AutoModelForCausalLM.from_pretrained
-    # neither code that a checkpoint brings is run, nor a pickle read
-    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
-    try:
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
+    try:  # neither code that a checkpoint brings is run, which the library would ask about, nor a pickle read
+        if path.is_dir() and "auto_map" in json.loads((path / "config.json").read_text()):
+            raise RecordingError(f"{path}: brings code of its own, which is not run; there is no reference for it")
         if path.is_dir():
             return read(path, use_safetensors=True, **options).train(False)
         return read(path.parent, gguf_file=path.name, **options).train(False)

@@ -89,10 +89,11 @@ def test_compiled_layers_one_by_one_are_the_same_bits(tiny: Any, tmp_path: Path,
 async def _stream(graph: ranvier.Graph, runs: Path, prompt: Sequence[int], kill: str | None = None) -> Path:
     async with ranvier.launch(graph, runs=runs) as run:
         count = 0
-        async for _ in run.generate(prompt, max_tokens=8, stop_tokens=()):
+        async for _ in run.generate(prompt, max_tokens=8 if kill is None else 100, stop_tokens=()):
             count += 1
             if count == 3 and kill is not None:
                 os.kill(run.pids[kill], signal.SIGKILL)
+        assert len(run.recoveries) == (kill is not None)
     return run.dir
 
 
