@@ -14,11 +14,9 @@ from ranvier.actors import inside
 from ranvier.actors.actor import REWINDS, Actor, Batch, Look, keeps
 from ranvier.actors.errors import RecordingError, told
 from ranvier.actors.loading import load
-from ranvier.actors.recording import Closed, Recorded, Restored, Session, Step
+from ranvier.actors.recording import Closed, Outputs, Recorded, Restored, Session, Step
 
 from .values import Difference, Place, Token, difference
-
-Outputs = Mapping[str, "torch.Tensor | Batch"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ def graphs(graph_file: Callable[..., Path], tmp_path: Path) -> Graphs:
     return make
 
 
-def called(graph: ranvier.Graph, runs: Path, *values: list[float]) -> tuple[list[Any], ranvier.Run]:
+def called(graph: ranvier.Graph, runs: Path, *values: list[float], alarms: int = 0) -> tuple[list[Any], ranvier.Run]:
     made: list[Any] = []
 
     async def main() -> ranvier.Run:
@@ -63,7 +63,8 @@ def called(graph: ranvier.Graph, runs: Path, *values: list[float]) -> tuple[list
                         made.append((await run.call(x=torch.tensor(value)))["y"].tolist())
                     except ranvier.ActorFailed as error:
                         made.append(error)
-                await trio.sleep(0.1)  # an alarm goes by the control thread
+                while len(run.alarms) < alarms:  # which go by the control thread
+                    await trio.sleep(0.01)
             return run
 
     return made, trio.run(main)
@@ -72,7 +73,7 @@ def called(graph: ranvier.Graph, runs: Path, *values: list[float]) -> tuple[list
 def test_statistics_and_who_had_the_first_nan(graphs: Graphs, runs: Path) -> None:
     graph = graphs({"tap": "statistics"}, {"tap": "statistics"})
     assert graph.expanded()["edges"][1]["tap"] == "statistics"
-    made, run = called(graph, runs, [2.0, -6.0], [1.0, math.nan], [math.inf])
+    made, run = called(graph, runs, [2.0, -6.0], [1.0, math.nan], [math.inf], alarms=2)
     assert made[0] == [4.0, -4.0]
     assert [(alarm["actor"], alarm["edge"]) for alarm in run.alarms] == [
         ("one.0", "one.y -> two.x"), ("two.0", "two.y -> gateway.y")

@@ -52,7 +52,10 @@ def test_what_it_shows_of_a_run(tiny: Any, graph_file: Callable[..., Path], spli
 
                 nursery.start_soon(for_ever, [1, 2, 3])
                 nursery.start_soon(for_ever, [4, 5])
-                await trio.sleep(1.5)  # records are shipped every 0.4 s
+                tail = Tail(run.dir)
+                while len(tail.actors()) < len(run.pids) + 1:  # records are shipped every 0.4 s
+                    await trio.sleep(0.05)
+                    tail.read()
                 before = files(run.dir)
                 done = await trio.run_process([*COMMAND, str(run.dir), "--json"], capture_stdout=True)
                 assert files(run.dir) == before
