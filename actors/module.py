@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ranvier.transport.spec import TensorSpec
-from ranvier.transport.tensors import torch_dtype
+from ranvier.transport.tensors import dtype_name, torch_dtype
 
 from .actor import Actor, Batch, Context
 from .errors import CheckpointError
@@ -108,7 +108,7 @@ def _spec(
     for index, (one, two) in enumerate(zip(first.shape, second.shape, strict=True)):
         named = next((n for n in first_sizes if (first_sizes[n], second_sizes[n]) == (one, two)), f"{port}_{index}")
         shape.append(one if one == two else named)
-    return TensorSpec(str(first.dtype).removeprefix("torch."), tuple(shape))
+    return TensorSpec(dtype_name(first.dtype), tuple(shape))
 
 
 class ModuleActor(Actor):

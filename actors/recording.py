@@ -19,13 +19,14 @@ from typing import Any
 
 import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from ranvier.transport.dtypes import BY_NAME
 from ranvier.transport.errors import ProtocolError
 from ranvier.transport.header import Row
 from ranvier.transport.spec import TensorSpec
+from ranvier.transport.tensors import dtype_name
 
 from .actor import Batch
 from .errors import RecordingError, told
@@ -132,7 +133,7 @@ class Recording:
         for port, output in ({} if isinstance(made, Exception) else made).items():
             own = output if isinstance(output, Batch) else Batch(batch.rows, {port: output})
             tensor = own.tensors.get(port)
-            if not isinstance(tensor, torch.Tensor) or str(tensor.dtype).removeprefix("torch.") not in BY_NAME:
+            if not isinstance(tensor, torch.Tensor) or dtype_name(tensor.dtype) not in BY_NAME:
                 continue  # which is no output of a step: whoever sends it will say so
             out_rows[port] = own.rows_of(port)
             if port in self._ports.outputs:
@@ -341,7 +342,7 @@ class Recorded:
         """A folder may come from anybody: what is given to an actor is what a link would have let in."""
         sizes = {"tokens": sum(row.tokens for row in rows), "rows": len(rows)}
         try:
-            specs[port].check(port, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), sizes)
+            specs[port].check(port, dtype_name(tensor.dtype), tuple(tensor.shape), sizes)
         except (KeyError, ProtocolError) as error:
             raise RecordingError(f"{self.folder}: {error}") from None
 
@@ -349,8 +350,7 @@ class Recorded:
         if Path(name).name != name:
             raise RecordingError(f"{self.folder / INDEX}: expected a file of its own folder, got {name!r:.80}")
         try:
-            with safe_open(self.folder / name, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+            return load_file(self.folder / name)
         except (OSError, SafetensorError) as error:
             raise RecordingError(f"{self.folder / name}: {error}") from None
 

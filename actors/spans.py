@@ -71,6 +71,11 @@ def root(caller: str | None) -> tuple[str, str]:
     return f"00-{trace.hex()}-{new_span().hex()}-{flags.hex()}", given.span.hex() if given is not None else ""
 
 
+def words(error: object) -> str:
+    """Why a span failed; empty if it did not."""
+    return told(error)[:MOST_CHARACTERS] if isinstance(error, Exception) else ""
+
+
 Begun = tuple[Row, TraceContext, bytes]
 """A row's span, which is under way."""
 
@@ -118,8 +123,7 @@ class Spans:
                     if trace:
                         made_by.setdefault(row.session, []).append(trace[16:24].hex())
         for row, context, span in begun:
-            failure = failures.get(row.session)
-            error = told(failure)[:MOST_CHARACTERS] if failure is not None else ""
+            error = words(failures.get(row.session))
             self._records.span(
                 started_ns, finished_ns, row, context.trace.hex(), span.hex(), context.span.hex(),
                 made_by.get(row.session, []), batch, error,

@@ -18,7 +18,8 @@ from ranvier.actors.spec import GATEWAY
 from ranvier.transport.header import Row
 
 from . import reference, replay
-from .values import GIVEN, Difference, Place, RecordedRun, Values, common, compare, read
+from .places import GIVEN, RecordedRun, read
+from .values import Difference, Place, Values, common, compare
 
 THRESHOLDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
 """By the coarser dtype of the two: what layers of rounding add up to, with room."""
@@ -37,10 +38,11 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """`actor`: whose doing it is; `edge`: if it is an edge's instead; `layer`: None if it is of none. `largest`: by place, in
-    order, how far apart the two are. `notes`: what else is to be known."""
+    """`session`: as it is counted in the run; `actor`: whose doing it is; `edge`: if it is an edge's instead; `layer`: None if
+    it is of none. `largest`: by place, in order, how far apart the two are. `notes`: what else is to be known."""
 
     first: Difference | None
+    session: int | None
     actor: str | None
     edge: str | None
     layer: int | None
@@ -58,11 +60,11 @@ class Divergence:
             "edge": self.edge,
             "layer": self.layer,
             "tensor": first.place.name if first is not None else None,
-            "session": first.token.session if first is not None else None,
+            "session": self.session,
             "position": first.token.position if first is not None else None,
-            "index": first.index if first is not None else None,
-            "size": _number(first.size) if first is not None else 0.0,
-            "values": [_number(first.one), _number(first.other)] if first is not None else None,
+            "index": first.by.index if first is not None else None,
+            "size": _number(first.by.size) if first is not None else 0.0,
+            "values": [_number(first.by.one), _number(first.by.other)] if first is not None else None,
             "what": self.what,
             "threshold": self.threshold,
             "places": [
@@ -137,10 +139,10 @@ def _found(one: Side, other: Side, threshold: float, progress: Callable[[str, fl
     if place is not None and edge is None and not _given(one, place):
         own = one if one.run is not None else other
         actor = (own.values.maker if place in own.values.maker else other.values.maker).get(place)
-    return Divergence(
-        found, actor, edge, _layer(place) if actor is not None else None,
-        _words(one, other, found, actor, edge, threshold, len(largest), tokens), threshold, largest, tokens, tuple(notes),
-    )  # fmt: skip
+    session = _number_of(one, other, found.token.session) if found is not None else None
+    what = _words(one, other, found, session, actor, edge, threshold, len(largest), tokens)
+    layer = _layer(place) if actor is not None else None
+    return Divergence(found, session, actor, edge, layer, what, threshold, largest, tokens, tuple(notes))
 
 
 def _given(one: Side, place: Place) -> bool:
@@ -223,18 +225,18 @@ def _layer(place: Place | None) -> int | None:
 
 
 def _words(
-    one: Side, other: Side, found: Difference | None, actor: str | None, edge: str | None, threshold: float, places: int,
-    tokens: int,
+    one: Side, other: Side, found: Difference | None, session: int | None, actor: str | None, edge: str | None,
+    threshold: float, places: int, tokens: int,
 ) -> str:  # fmt: skip
     if found is None:
         return f"no difference over {threshold:.2g} in {places} places of {tokens} tokens"
-    where = f"session {_number_of(one, other, found.token.session)}, position {found.token.position}"
-    if found.shapes[0] != found.shapes[1]:
-        size = f"{found.shapes[0]} numbers against {found.shapes[1]}"
+    where, by = f"session {session}, position {found.token.position}", found.by
+    if by.shapes[0] != by.shapes[1]:
+        size = f"{by.shapes[0]} numbers against {by.shapes[1]}"
     elif found.place.name.endswith("token"):
-        size = f"{found.one:g} against {found.other:g}"
+        size = f"{by.one:g} against {by.other:g}"
     else:
-        size = f"{found.size:.2g} of its norm; number {found.index}: {found.one:.6g} against {found.other:.6g}"
+        size = f"{by.size:.2g} of its norm; number {by.index}: {by.one:.6g} against {by.other:.6g}"
     if edge is not None:
         codecs = " against ".join(_codec(side, edge) for side in (one, other))
         return f"edge {edge} changes what goes over it (codec {codecs}): {found.place.name}, {where}: {size}"

@@ -10,7 +10,8 @@ import trio
 
 from ranvier.actors.session import SessionInfo
 
-from .gateway import Delivered, Gateway, Stream, Tensors
+from .gateway import Gateway
+from .stream import Delivered, Stream, Tensors
 from .text_stream import TextStream
 
 Wakes = dict[Stream, trio.Event]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -10,10 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import run_folder
 from .command_line import FAILED, AllowCode, Json, Wrong, interruptible, print_json
 
 if TYPE_CHECKING:
     from ranvier.actors.recording import Recorded
+
+    from .replay import Replayed
 
 REFERENCE = "reference"
 RECORD_HELP = "Keep what goes over these edges for `replay` and `diverge`: all, or edges, ports and actors with commas."
@@ -21,8 +25,6 @@ RECORD_HELP = "Keep what goes over these edges for `replay` and `diverge`: all, 
 
 def record_setting(edges: str | None) -> dict[str, str]:
     """What `--record` says, as a setting of the file."""
-    import json
-
     if edges is None:
         return {}
     names = [name.strip() for name in edges.split(",")]
@@ -77,7 +79,7 @@ def replay_command(
         raise typer.Exit(FAILED)
 
 
-def _plain(recorded: Recorded, done: Any) -> dict[str, Any]:
+def _plain(recorded: Recorded, done: Replayed) -> dict[str, Any]:
     return {
         "steps": done.steps, "sessions": done.sessions, "compared": done.compared,
         "largest": done.largest if math.isfinite(done.largest) else str(done.largest),
@@ -86,7 +88,7 @@ def _plain(recorded: Recorded, done: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _words(recorded: Recorded, done: Any, tolerance: float) -> str:
+def _words(recorded: Recorded, done: Replayed, tolerance: float) -> str:
     lines = [f"{recorded.name}: {done.steps} steps of {done.sessions} sessions in {done.seconds:.2f} s"]
     if done.mismatches:
         first = done.mismatches[0]
@@ -137,7 +139,7 @@ def diverge_command(
     model: Annotated[
         Path | None, typer.Option("--model", help="A checkpoint for the reference instead of the run's own.")
     ] = None,
-    runs: Annotated[Path, typer.Option("--runs", help="Where run folders are made.")] = Path("ranvier-runs"),
+    runs: Annotated[Path, typer.Option("--runs", help="Where run folders are made.")] = run_folder.DEFAULT_ROOT,
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:

@@ -14,7 +14,8 @@ import torch
 from ranvier.actors.errors import RecordingError
 from ranvier.transport.header import Row
 
-from .values import LAST, LOGITS, Order, Place, RecordedRun, Values, hidden, within
+from .places import LAST, LOGITS, RecordedRun, hidden, within
+from .values import Order, Place, Values
 
 if TYPE_CHECKING:
     from torch import nn

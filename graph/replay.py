@@ -16,7 +16,7 @@ from ranvier.actors.errors import RecordingError, told
 from ranvier.actors.loading import load
 from ranvier.actors.recording import Closed, Outputs, Recorded, Restored, Session, Step
 
-from .values import Difference, Place, Token, difference
+from .values import measure
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ def mismatches(taken: Taken) -> Iterator[Mismatch]:
         if got is None:
             yield Mismatch(step.number, port, "expected an output, got none", math.inf)
         elif got.rows != expected.rows:
-            yield Mismatch(step.number, port, f"expected the rows {_told(expected)}, got {_told(got)}", math.inf)
+            yield Mismatch(step.number, port, f"expected the rows {_rows(expected)}, got {_rows(got)}", math.inf)
         else:
             yield _measured(step.number, port, expected, got)
 
@@ -125,13 +125,8 @@ def _measured(number: int, port: str, expected: Batch, got: Batch) -> Mismatch:
         )
     if torch.equal(_bits(one), _bits(other)):
         return Mismatch(number, port, "", 0.0)
-    found = worst(one, other)
+    found = measure(one.flatten(), other.flatten())
     return Mismatch(number, port, f"element {found.index}: expected {found.one:.7g}, got {found.other:.7g}", found.size)
-
-
-def worst(one: torch.Tensor, other: torch.Tensor) -> Difference:
-    """As one vector."""
-    return difference(Place("", True), Token(0, 0), one.flatten(), other.flatten())
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -139,7 +134,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
-def _told(batch: Batch) -> str:
+def _rows(batch: Batch) -> str:
     return ", ".join(f"{row.session}:{row.position}+{row.tokens}" for row in batch.rows[:4])
 
 

@@ -16,7 +16,6 @@ from ranvier.actors.control import SHIP_AT_ONCE, SHIP_INTERVAL_S
 from ranvier.actors.records import Records
 from ranvier.actors.ring import Ring
 from ranvier.actors.session import Sampling, SessionInfo
-from ranvier.actors.spans import TraceContext
 from ranvier.actors.spec import GATEWAY
 from ranvier.actors.supervisor import Supervisor
 from ranvier.actors.trace_file import TraceFile
@@ -28,7 +27,7 @@ from ranvier.transport.trio_wire import TrioWire
 from . import template
 from .chaos import Detours
 from .errors import RequestError
-from .gateway import Gateway, Stream, Tensors, token_tensor
+from .gateway import Gateway, token_tensor
 from .generation import Client, Generation, Wakes
 from .members import Members
 from .plan import Plan
@@ -36,6 +35,7 @@ from .recovery import Recovered, Recovery
 from .run_folder import RunFolder
 from .scaling import Scaling
 from .status import Status
+from .stream import Stream, Tensors
 from .text_stream import TextStream
 from .tokenizer import TextCodec
 from .wait_for import Answer
@@ -243,7 +243,7 @@ class Run:
             RequestError: the names are not the gateway's ports, or a tensor does not fit its edge.
             ActorFailed: an actor was lost.
         """
-        from ranvier.transport.tensors import from_buffer, to_buffer
+        from ranvier.transport.tensors import dtype_name, from_buffer, to_buffer
 
         ports = {edge.out for edge in self.plan.graph.edges if edge.source == GATEWAY}
         if inputs.keys() != ports:
@@ -252,7 +252,7 @@ class Run:
             if edge.source == GATEWAY:
                 tensor = inputs[edge.out]
                 rows = {"tokens": tensor.shape[0] if tensor.dim() else 1, "rows": 1}
-                dtype = str(tensor.dtype).removeprefix("torch.")
+                dtype = dtype_name(tensor.dtype)
                 try:
                     edge.spec.check(edge.name, dtype, tuple(tensor.shape), rows)
                 except ProtocolError as error:
@@ -334,13 +334,12 @@ class Run:
 
     def _on_ended(self, stream: Stream, outcome: str | Exception) -> None:
         """The root span of a request that somebody traces."""
-        context = TraceContext(stream.asked.traceparent) if stream.asked.traceparent else None
+        context = spans.TraceContext(stream.asked.traceparent) if stream.asked.traceparent else None
         if context is not None and context.sampled:
             row = Row(stream.info.session, stream.info.epoch, 0, len(stream.log))
-            error = f"{type(outcome).__name__}: {outcome}" if isinstance(outcome, Exception) else ""
             self._records.span(
                 stream.accepted_ns, time.monotonic_ns(), row, context.trace.hex(), context.span.hex(), stream.caller, [], 0,
-                error,
+                spans.words(outcome),
             )  # fmt: skip
 
     def _flush(self) -> None:

@@ -5,7 +5,6 @@ What perfetto.py writes in two forms. Times are nanoseconds of the machine's mon
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -92,9 +91,8 @@ def _steps(trace: Trace, actor: str) -> Iterable[Slice]:
 
 
 def _count(made: Timeline, trace: Trace) -> None:
-    plan = _plan(trace)
-    planned = {edge["name"]: edge for edge in plan["edges"]}
-    caches = {host["actor"] for host in plan["hosts"] if host["cache_bytes_per_token"]}
+    planned = {edge["name"]: edge for edge in trace.plan["edges"]}
+    caches = {host["actor"] for host in trace.plan["hosts"] if host["cache_bytes_per_token"]}
     used_ns = {
         # of what is fed back credit returns at once
         done_key(actor, done): done.received_ns if planned[trace.edges[done.edge]]["feedback"] else done.finished_ns
@@ -119,11 +117,6 @@ def _count(made: Timeline, trace: Trace) -> None:
             if end_ns is not None:
                 changes[key].append((end_ns, 1))
     made.counters.update({key: _summed(each) for key, each in changes.items()})
-
-
-def _plan(trace: Trace) -> Mapping[str, Any]:
-    plan: Mapping[str, Any] = json.loads((trace.run_dir / "plan.json").read_text())
-    return plan
 
 
 def _positions(trace: Trace, actor: str) -> list[tuple[int, int]]:

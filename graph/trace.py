@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ranvier.actors.trace_file import CONTROL, DONE, DROPPED, PART, SENT, SPAN, TAP, UNSENT
+from ranvier.actors.trace_file import CONTROL, DONE, DROPPED, PART, SENT, TAP, UNSENT
 from ranvier.transport.codec import CODECS
 
-from .trace_lines import Controlled, Done, Lines, Sent, Spanned, Tapped, TraceError, Unsent
+from .trace_lines import Controlled, Done, Lines, Sent, Tapped, TraceError, Unsent
 
 PARTS = ("serialise", "credit", "wire", "join", "queue", "compute")
 PERCENTILES = (50, 95, 99)
@@ -49,10 +49,11 @@ def done_key(actor: str, record: Done) -> Message:
 
 @dataclass(slots=True)
 class Trace:
-    """All records of a run, by actor, and the names of its edges."""
+    """All records of a run, by actor, its plan, and the names of its edges."""
 
     run_dir: Path
     edges: list[str]
+    plan: Mapping[str, Any] = field(default_factory=dict)
     sent: dict[str, list[Sent]] = field(default_factory=dict)
     done: dict[str, list[Done]] = field(default_factory=dict)
     parts: dict[str, list[Done]] = field(default_factory=dict)
@@ -62,7 +63,6 @@ class Trace:
     counters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     taps: dict[str, list[Tapped]] = field(default_factory=dict)
     control: dict[str, list[Controlled]] = field(default_factory=dict)
-    spans: dict[str, list[Spanned]] = field(default_factory=dict)
     clocks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Of hosts whose clock is not the run's: how far it was ahead, and how well that is known, in nanoseconds."""
     sample: float = 1.0
@@ -90,19 +90,19 @@ def read(run_dir: Path) -> Trace:
     Raises:
         TraceError: no such folder, no trace in it, or a file that is none.
     """
-    plan, folder = run_dir / "plan.json", run_dir / "trace"
-    if not plan.is_file() or not folder.is_dir():
+    file, folder = run_dir / "plan.json", run_dir / "trace"
+    if not file.is_file() or not folder.is_dir():
         raise TraceError(f"{run_dir}: no run folder; expected plan.json and trace/ in it")
-    trace = Trace(run_dir, [edge["name"] for edge in json.loads(plan.read_text())["edges"]])
+    plan = json.loads(file.read_text())
+    trace = Trace(run_dir, [edge["name"] for edge in plan["edges"]], plan)
     lines = Lines(run_dir)
     by_kind: Mapping[str, dict[str, list[Any]]] = {
         SENT: trace.sent, DONE: trace.done, PART: trace.parts, TAP: trace.taps, UNSENT: trace.unsent, CONTROL: trace.control,
-        SPAN: trace.spans,
     }  # fmt: skip
     for actor, kind, record in lines.read():
         if kind == DROPPED:
             trace.dropped[actor] += record.records
-        else:
+        elif kind in by_kind:  # spans are the exporter's
             by_kind[kind].setdefault(actor, []).append(record)
     trace.clocks = {host: told for host, told in lines.clocks.items() if told["shift_ns"]}
     for head in lines.heads.values():

@@ -20,8 +20,9 @@ from ranvier.actors.spec import GATEWAY
 from ranvier.actors.supervision import Watched
 from ranvier.actors.supervisor import Supervisor
 
-from .gateway import Gateway, Stream
+from .gateway import Gateway
 from .plan import Plan
+from .stream import Stream
 from .wait_for import Answer, AtGateway, Seen, explain
 
 ANSWER_S = 0.5

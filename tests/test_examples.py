@@ -58,13 +58,19 @@ def test_every_example_is_tested() -> None:
 def test_a_folder_runs_and_its_picture_is_true(name: str, words: str, runs: Path) -> None:
     """The script of the folder, in a copy of it; what docs/graphs.md draws is what `show` draws."""
     folder = copied(name, runs)
-    done = subprocess.run(
-        [sys.executable, f"{name}.py"], cwd=folder, capture_output=True, text=True, check=False, timeout=100
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.search(words, done.stdout), done.stdout
+    done = ran(folder, f"{name}.py")
+    assert re.search(words, done), done
     graph = ranvier.load(folder / f"{name}.yaml", allow_code=True)
     assert show.mermaid(ranvier.plan(graph)) in PICTURES
+
+
+def ran(folder: Path, *arguments: str, code: int = 0) -> str:
+    """What Python prints with these arguments there."""
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout
 
 
 def copied(name: str, runs: Path) -> Path:
@@ -77,25 +83,15 @@ def copied(name: str, runs: Path) -> Path:
 
 @pytest.mark.slow
 def test_layers_learn(runs: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "layers.py"],
-        cwd=copied("layers", runs),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"359 pictures that were not trained on: 9[5-9]\.\d% right after 300 steps", done.stdout), (
-        done.stdout
-    )
+    done = ran(copied("layers", runs), "layers.py")
+    assert re.search(r"359 pictures that were not trained on: 9[5-9]\.\d% right after 300 steps", done), done
 
 
 def test_bytes_learn_and_run(runs: Path) -> None:
     """In a short form: some steps, and the checkpoint that comes of them speaks."""
     folder = copied("bytes", runs)
     subprocess.run([sys.executable, "prepare.py"], cwd=folder, check=True, timeout=60)
-    command = [sys.executable, "-m", "ranvier.graph.entry"]
+    command = ("-m", "ranvier.graph.entry")
     short = [
         "--set",
         "training.steps=6",
@@ -104,28 +100,28 @@ def test_bytes_learn_and_run(runs: Path) -> None:
         "--set",
         "training.batch=8",
     ]
-    done = subprocess.run(
-        [*command, "train", "bytes.yaml", "--json", "--plot", "bytes.png", *short],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    done = ran(folder, *command, "train", "bytes.yaml", "--json", "--plot", "bytes.png", *short)
+    told = json.loads(done)
     assert told["steps"] == 6
     assert told["validation"] < 5.6, "less than of bytes at random, log 256"
     assert all(0 < told["bubble"][share] < 1 for share in ("computed", "measured", "messages"))
     picture = (folder / "bytes.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
-    said = subprocess.run(
-        [*command, "run", "bytes.yaml", "--json", "--raw", "--prompt", "The ", "--max-tokens", "8",
-         "--set", f"model.source={told['checkpoint']}"],
-        cwd=folder, capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
-    assert said.returncode == 0, said.stderr
-    assert len(json.loads(said.stdout)["token_ids"]) == 8
+    said = ran(
+        folder,
+        *command,
+        "run",
+        "bytes.yaml",
+        "--json",
+        "--raw",
+        "--prompt",
+        "The ",
+        "--max-tokens",
+        "8",
+        "--set",
+        f"model.source={told['checkpoint']}",
+    )
+    assert len(json.loads(said)["token_ids"]) == 8
 
 
 @pytest.mark.slow
@@ -135,12 +131,9 @@ def test_smollm2_learns_facts_by_lora(runs: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = copied("lora", runs)
-    done = subprocess.run(
-        [sys.executable, "lora.py", "6"], cwd=folder, capture_output=True, text=True, check=False, timeout=110
-    )
-    assert done.returncode == 0, done.stderr
-    found = re.search(r"loss (\S+) -> (\S+)\n", done.stdout)
-    assert found is not None, done.stdout
+    done = ran(folder, "lora.py", "6")
+    found = re.search(r"loss (\S+) -> (\S+)\n", done)
+    assert found is not None, done
     assert float(found[2]) < 0.5 * float(found[1])
     [checkpoint] = (folder / "trained").glob("round-*")
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
@@ -148,19 +141,25 @@ def test_smollm2_learns_facts_by_lora(runs: Path) -> None:
     ids = tokenizer("Semaphore the parrot can say three words:", return_tensors="pt")
     made = model.generate(**ids, max_new_tokens=12, do_sample=False)
     said = tokenizer.decode(made[0][ids.input_ids.shape[1] :])
-    assert f"after: {said!r}" in done.stdout, (said, done.stdout)
+    assert f"after: {said!r}" in done, (said, done)
 
 
 @pytest.mark.parametrize("name", ["smollm2-one.yaml", "smollm2-tcp.yaml"])
 def test_a_graph_answers(name: str, runs: Path) -> None:
     """(smollm2.yaml itself is run by the tests of the command.)"""
-    done = subprocess.run(
-        [sys.executable, "-m", "ranvier.graph.entry", "run", str(EXAMPLES / name), "--json", "--runs", str(runs),
-         "--prompt", "What is the capital of France?"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout)
+    done = ran(
+        runs,
+        "-m",
+        "ranvier.graph.entry",
+        "run",
+        str(EXAMPLES / name),
+        "--json",
+        "--runs",
+        str(runs),
+        "--prompt",
+        "What is the capital of France?",
+    )
+    told = json.loads(done)
     assert told["text"] == "The capital of France is Paris."
     edges = {edge["edge"] for edge in told["trace"]["edges"]}
     assert ("lower.hidden -> upper.hidden" in edges) == (name == "smollm2-tcp.yaml")
@@ -168,13 +167,10 @@ def test_a_graph_answers(name: str, runs: Path) -> None:
 
 def test_three_sessions_at_once(runs: Path) -> None:
     """Run from another folder, as a user may; the run folder lands there."""
-    done = subprocess.run(
-        [sys.executable, str(EXAMPLES / "three_sessions.py")], cwd=runs, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    done = ran(runs, str(EXAMPLES / "three_sessions.py"))
     for prompt in ("Name three colours.", "What is two plus two?", "Say hello in French."):
-        assert prompt in done.stdout
-    assert "Bonjour" in done.stdout
+        assert prompt in done
+    assert "Bonjour" in done
     assert len(list((runs / "ranvier-runs").iterdir())) == 1
 
 
@@ -184,26 +180,13 @@ def test_the_story_of_a_slow_pipeline(runs: Path) -> None:
     folder = copied("slow", runs)
 
     def ranvier_(*arguments: str, code: int = 0) -> Any:
-        done = subprocess.run(
-            [sys.executable, "-m", "ranvier.graph.entry", *arguments, "--json"],
-            cwd=folder, capture_output=True, text=True, check=False, timeout=100,
-        )  # fmt: skip
-        assert done.returncode == code, done.stderr
-        return json.loads(done.stdout)
+        return json.loads(ran(folder, "-m", "ranvier.graph.entry", *arguments, "--json", code=code))
 
     busy = {}
     for name, expected in (("slow", "serialise"), ("uneven", "compute"), ("mended", "compute")):
-        done = subprocess.run(
-            [sys.executable, "streams.py", f"{name}.yaml"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=100,
-        )
-        assert done.returncode == 0, done.stderr
-        found = re.fullmatch(r"[\d.]+ tokens/s\nrun folder: (.*)\n", done.stdout)
-        assert found is not None, done.stdout
+        printed = ran(folder, "streams.py", f"{name}.yaml")
+        found = re.fullmatch(r"[\d.]+ tokens/s\nrun folder: (.*)\n", printed)
+        assert found is not None, printed
         idle = {actor["actor"]: actor for actor in ranvier_("trace", found[1], "--idle")["actors"]}
         assert idle["upper.0"]["causes"][0]["cause"] == expected, idle["upper.0"]["causes"][:2]
         busy[name] = 1 - idle["upper.0"]["idle_ms"] / idle["upper.0"]["ms"]

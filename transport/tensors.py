@@ -32,6 +32,11 @@ def torch_dtype(name: str) -> torch.dtype:
     return _TORCH[BY_NAME[name].number]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the table and the specs call it; also of those that are in neither."""
+    return str(dtype).removeprefix("torch.")
+
+
 def to_buffer(name: str, tensor: torch.Tensor) -> tuple[TensorMeta, Buffer]:
     """The meta of `tensor` (any shape, any strides, in host memory) and a view of its bytes.
 

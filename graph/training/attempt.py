@@ -148,6 +148,7 @@ class Attempt:
                 )
                 stack.callback(supervisor.close)
                 supervisor.on_saved = self._on_saved
+                supervisor.on_clock = lambda: folder.clocks(supervisor.clocks)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(Why(plan.plan, supervisor, folder.path).run)
                     Status(supervisor)

@@ -210,7 +210,7 @@ class SlowReplica(Faulty):
         super().load(context)
         self.slow = context.replica == 0
 
-    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+    def step(self, batch: Batch) -> Mapping[str, torch.Tensor]:
         if self.slow:
             time.sleep(0.2)
         return super().step(batch)

@@ -21,7 +21,8 @@ from typer.testing import CliRunner
 import ranvier
 from ranvier.graph import cli
 from ranvier.graph.diverge import diverge
-from ranvier.graph.values import Token, Values, compare, difference, hidden
+from ranvier.graph.places import hidden
+from ranvier.graph.values import Token, Values, compare, measure
 from ranvier.transport.header import Row
 
 HERE = Path(__file__).parent
@@ -291,12 +292,11 @@ def test_what_was_computed_first_comes_first() -> None:
 def test_the_size_of_a_difference(numbers: list[float], at: int) -> None:
     """None where all is the same, also NaN and infinities; one number that is other is never overlooked."""
     one = torch.tensor(numbers)
-    place, token = hidden(0)[0], Token(1, 0)
-    assert difference(place, token, one, one.clone()).size == 0
+    assert measure(one, one.clone()).size == 0
     other = one.clone()
     other[at % len(numbers)] = 1.0 if one[at % len(numbers)] != 1.0 else 2.0
-    assert difference(place, token, one, other).size > 0
-    assert difference(place, token, one, one[:-1]).size == math.inf
+    assert measure(one, other).size > 0
+    assert measure(one, one[:-1]).size == math.inf
 
 
 def _quiet(_what: str, _share: float) -> None:

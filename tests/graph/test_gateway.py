@@ -10,8 +10,9 @@ import pytest
 from ranvier.actors.errors import ActorFailed, Overloaded
 from ranvier.actors.session import SessionInfo
 from ranvier.actors.spec import HostLink
-from ranvier.graph.gateway import Delivered, Gateway, Stream, token_tensor
+from ranvier.graph.gateway import Gateway, token_tensor
 from ranvier.graph.placement import Placement
+from ranvier.graph.stream import Delivered, Stream
 from ranvier.transport.ends import Received
 from ranvier.transport.exchange import Exchange
 from ranvier.transport.header import Header, Row, TensorMeta

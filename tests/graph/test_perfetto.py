@@ -7,6 +7,7 @@ import importlib.util
 import json
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,6 +114,24 @@ def test_every_hop_and_every_arrow(ending: str, run_dir: Path, opened: Opened, t
     assert {row.right_name for row in arrows} == {"step"}
     [bad] = processor.query("select count(*) as n from stats where severity = 'error' and value > 0")
     assert bad.n == 0
+
+
+@pytest.mark.slow
+def test_the_demo_opens(runs: Path, opened: Opened, tmp_path: Path) -> None:
+    """What `make demo` runs: an arrow for each message, send before receive."""
+    told = subprocess.run(
+        [sys.executable, "-m", "ranvier.graph.entry", "run", str(HERE.parent.parent / "examples" / "smollm2.yaml"), "--prompt",
+         "Why do nerve fibres have gaps in their sheath?", "--max-tokens", "64", "--runs", str(runs), "--json"],
+        capture_output=True, text=True, check=True, timeout=100,
+    )  # fmt: skip
+    run = Path(json.loads(told.stdout)["run_dir"])
+    written(run, tmp_path / "demo.pftrace")
+    query = (
+        "select count(*) as arrows, sum(a.ts <= b.ts) as forward "
+        "from flow join slice a on flow.slice_out = a.id join slice b on flow.slice_in = b.id"
+    )
+    [row] = opened(tmp_path / "demo.pftrace").query(query)
+    assert row.arrows == row.forward == sum(map(len, trace.read(run).sent.values())) > 5 * 64
 
 
 def test_counters(run_dir: Path, opened: Opened, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import ranvier
 from ranvier.actors.spans import TraceContext, root
-from ranvier.graph import trace
+from ranvier.actors.trace_file import SPAN
 from ranvier.graph.trace_lines import Lines
 
 CALLER = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -152,11 +152,10 @@ def test_the_context_is_in_the_header_of_every_message(four: Four, runs: Path) -
     """Without an exporter, too, and only for those who are traced; a caller that samples nothing is not traced."""
     for traceparent, traced in ((CALLER, True), (CALLER[:-1] + "0", False), (None, False)):
         run = generated(four(), runs, traceparent=traceparent)
-        spans = trace.read(run.dir).spans
-        assert ("head.0" in spans) == traced
-        assert all(
-            record.links for records in spans.values() for record in records if records is not spans["gateway.0"]
-        )
+        spans = [(actor, record) for actor, kind, record in Lines(run.dir).read() if kind == SPAN]
+        everyone = {"gateway.0", "embed.0", "blocks0.0", "blocks1.0", "head.0"}
+        assert {actor for actor, _ in spans} == (everyone if traced else set())
+        assert all(record.links for actor, record in spans if actor != "gateway.0")
 
 
 def test_a_step_that_fails_has_an_error(runs: Path, tmp_path: Path, receiver: Receiver) -> None:

@@ -27,8 +27,9 @@ from ranvier.actors.open_sessions import OpenSessions
 from ranvier.actors.session import SessionInfo
 from ranvier.actors.spec import GATEWAY, Deadlines, HostLink, HostSpec, PortSpec, Restart, identity
 from ranvier.actors.supervision import Supervision
-from ranvier.graph.gateway import Delivered, Gateway, Stream
+from ranvier.graph.gateway import Gateway
 from ranvier.graph.placement import Placement
+from ranvier.graph.stream import Delivered, Stream
 from ranvier.transport.errors import ProtocolError
 from ranvier.transport.exchange import Exchange
 from ranvier.transport.header import Row

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ranvier.graph.gateway import Delivered
+from ranvier.graph.stream import Delivered
 from ranvier.transport.testing import Crossing
 
 spec = importlib.util.spec_from_file_location("simulate_protocol", Path(__file__).with_name("simulate.py"))
