@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,27 +92,33 @@ def test_it_ends(how: str, tiny: Any, graph_file: Callable[..., Path], split: An
     """In a real terminal, with the run or by Ctrl-C; the screen is given back."""
     graph = graph_of(tiny, graph_file, split)
     here, there = pty.openpty()
+    pieces: list[bytes] = []
+
+    def watch() -> None:  # as a terminal does: who is not read cannot write on
+        with contextlib.suppress(OSError):  # the other end is closed
+            while data := os.read(here, 1 << 16):
+                pieces.append(data)
+
+    watcher = threading.Thread(target=watch)
 
     async def main() -> subprocess.Popen[bytes]:
         with trio.fail_after(60):
             async with ranvier.launch(graph, runs=runs) as run:
                 process = subprocess.Popen([*COMMAND, str(run.dir), "--interval", "0.2"], stdout=there, stderr=there)
                 os.close(there)
+                watcher.start()
                 await stream(run, [1, 2, 3])
-                await trio.sleep(2)
+                while b"tok/s" not in b"".join(pieces):
+                    await trio.sleep(0.02)
                 if how == "ctrl-c":
                     process.send_signal(signal.SIGINT)
                     await trio.to_thread.run_sync(process.wait, 10)
         return process
 
     process = trio.run(main)
-    drawn = b""
-    try:
-        while data := os.read(here, 1 << 16):
-            drawn += data
-    except OSError:  # the other end is closed
-        pass
+    watcher.join(10)
     os.close(here)
+    drawn = b"".join(pieces)
     assert process.wait(10) == (130 if how == "ctrl-c" else 0), drawn.decode()
     assert b"tok/s" in drawn
     assert b"\x1b[?1049h" in drawn and b"\x1b[?1049l" in drawn
