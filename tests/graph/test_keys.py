@@ -58,11 +58,11 @@ def test_a_graph_with_keys(
                     stranger.connect(address)
                     stranger.send(b"evil")
                     got = []
-                    async for token in run.generate(PROMPT, max_tokens=20, stop_tokens=()):
+                    async for token in run.generate(PROMPT, max_tokens=100, stop_tokens=()):
                         got.append(token.id)
                         if len(got) == 5:
                             os.kill(run.pids["last.0.1"], signal.SIGKILL)
-                assert got == exact(PROMPT, 20)
+                assert got == exact(PROMPT, 100)
                 assert "evil" not in (run.dir / "logs" / "supervisor.jsonl").read_text()
                 assert [recovered.actor for recovered in run.recoveries] == ["last.0"]
 

@@ -57,6 +57,10 @@ async def launched(graph: ranvier.Graph, runs: Path, seconds: float = 60) -> Asy
             yield run
 
 
+LONG = 100
+"""So many tokens are not all there before a kill that comes with the first ones: a client sees them later than they are made."""
+
+
 async def tokens(
     run: ranvier.Run,
     count: int,
@@ -112,6 +116,7 @@ def test_an_actor_without_state_costs_one_step_not_a_prefill(
 
     async def main() -> Path:
         async with launched(four(), runs) as run:
+            expected = exact(PROMPT, LONG)
             for victim in ("embed", "head"):
                 for kill_at in range(1, count):
 
@@ -121,12 +126,11 @@ def test_an_actor_without_state_costs_one_step_not_a_prefill(
 
                     before = len(run.recoveries)
                     options = {"logits": True} if kill_at % 2 else {}
-                    assert await tokens(run, count, at=kill, **options) == exact(PROMPT, count), (victim, kill_at)
+                    assert await tokens(run, LONG, at=kill, **options) == expected, (victim, kill_at)
                     while len(run.recoveries) <= before:
                         await trio.sleep(0.01)
-            # the last token of a stream may be there before the loss is noticed
             assert run.counters["gateway.0"].get("sessions_replayed", 0) == 0
-            assert run.counters["gateway.0"]["sessions_resumed"] >= 2 * (count - 2)
+            assert run.counters["gateway.0"]["sessions_resumed"] == 2 * (count - 1)
             return run.dir
 
     folder = trio.run(main)
@@ -154,7 +158,7 @@ def test_a_session_that_cannot_go_on_where_it_was_is_replayed(
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(second)
-                assert await tokens(run, 8, at=kill) == exact(PROMPT, 8)
+                assert await tokens(run, LONG, at=kill) == exact(PROMPT, LONG)
             assert {recovered.actor for recovered in run.recoveries} == {"embed.0", "blocks1.0"}
             assert run.counters["gateway.0"]["sessions_replayed"] == 1
 
@@ -164,12 +168,12 @@ def test_a_session_that_cannot_go_on_where_it_was_is_replayed(
 def test_killed_during_a_prefill_case_2(
     four: Callable[..., ranvier.Graph], exact: Callable[..., list[int]], runs: Path
 ) -> None:
-    """480 tokens in 240 steps: once the first are through, and again while it is replayed."""
+    """480 tokens in as many steps: once the first are through, and again while it is replayed."""
     prompt = [3 + index * 7 % 300 for index in range(480)]
-    slow = {"prefill_chunk": 2, "supervision": {"heartbeat_interval_s": 0.005}}
+    slow = {"prefill_chunk": 1, "supervision": {"heartbeat_interval_s": 0.005}}
 
     async def main() -> None:
-        async with launched(four(actors={"blocks1": {"batch_tokens": 2}}, **slow), runs) as run:
+        async with launched(four(actors={"blocks1": {"batch_tokens": 1}}, **slow), runs) as run:
 
             async def kill() -> None:
                 for _ in range(2):
@@ -187,7 +191,7 @@ def test_killed_during_a_prefill_case_2(
                 got.extend(await tokens(run, 4, prompt))
             assert got == exact(prompt, 4)
             await recovered(run, 2)
-            assert max(killed_at) < 240, "all parts were through"
+            assert max(killed_at) < 480, "all parts were through"
 
     killed_at: list[int] = []
     got: list[int] = []
@@ -247,8 +251,8 @@ def test_stopped_past_the_deadline_is_fenced_and_replaced_case_5(
         async with launched(four(supervision=limits), runs) as run:
             victim = pid_of(run, "blocks0")
             assert await tokens(
-                run, 6, at=lambda there: os.kill(victim, signal.SIGSTOP) if there == 2 else None
-            ) == exact(PROMPT, 6)
+                run, LONG, at=lambda there: os.kill(victim, signal.SIGSTOP) if there == 2 else None
+            ) == exact(PROMPT, LONG)
             [recovered] = run.recoveries
             assert "no heartbeat for" in recovered.why
             with pytest.raises(ProcessLookupError):
@@ -334,9 +338,9 @@ def test_sampling_logits_and_scores_go_on_as_they_would_have(four: Callable[...,
             if kill and there == 3:
                 os.kill(pid_of(run, "head"), signal.SIGKILL)
 
-        ids = await tokens(run, 10, at=at, sampling=sampling)
+        ids = await tokens(run, LONG, at=at, sampling=sampling)
         logits = []
-        async for token in run.generate(PROMPT, max_tokens=6, logits=True, stop_tokens=()):
+        async for token in run.generate(PROMPT, max_tokens=LONG, logits=True, stop_tokens=()):
             assert token.logits is not None
             logits.append(token.logits.tolist())
             if kill and len(logits) == 3:
