@@ -61,10 +61,7 @@ class RunFolder:
 
     def clocks(self, clocks: Mapping[str, Clock]) -> None:
         """Write how far the hosts' clocks are ahead, for whoever reads the trace."""
-        told = {
-            label: {"offset_ns": clock.offset_ns, "error_ns": clock.error_ns, "shift_ns": clock.shift_ns}
-            for label, clock in clocks.items()
-        }
+        told = {host: clock.estimates for host, clock in clocks.items()}
         part = self.path / "clocks.part"
         with contextlib.suppress(OSError):  # the disk is full: what was written before stands
             part.write_text(json.dumps(told))
