@@ -91,7 +91,7 @@ class ControlThread:
                 wire.send(SUPERVISOR, encode("situation", {"asked": fields["asked"], "situation": situation}))
             elif kind == "what time":
                 now_ns = time.monotonic_ns()
-                answer = {"asked_ns": fields["asked_ns"], "heard_ns": now_ns, "told_ns": time.monotonic_ns()}
+                answer = {"asked_ns": fields["sent_ns"], "heard_ns": now_ns, "told_ns": time.monotonic_ns()}
                 wire.send(SUPERVISOR, encode("time", answer))
             else:
                 self._crossing.command(kind, fields)

@@ -29,16 +29,17 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "failed": {"error": str, "traceback": str},
     "situation": {"asked": int, "situation": dict},
     "time": {"asked_ns": int, "heard_ns": int, "told_ns": int},
-    # supervisor -> host
-    "connect": {"peers": dict, "links": list, "instead_of": (str, type(None))},
-    "open": {"info": dict},
-    "hold": {"session": int},
-    "close": {"session": int},
-    "link": {"peer": str, "address": str, "links": list},
-    "unlink": {"peer": str},
-    "stop": {},
-    "explain": {"asked": int},
-    "what time": {"asked_ns": int},
+    # supervisor -> host, to be obeyed by its step thread
+    "connect": {"sent_ns": int, "peers": dict, "links": list, "instead_of": (str, type(None))},
+    "open": {"sent_ns": int, "info": dict},
+    "hold": {"sent_ns": int, "session": int},
+    "close": {"sent_ns": int, "session": int},
+    "link": {"sent_ns": int, "peer": str, "address": str, "links": list},
+    "unlink": {"sent_ns": int, "peer": str},
+    "stop": {"sent_ns": int},
+    # supervisor -> host, answered at once by its control thread
+    "explain": {"sent_ns": int, "asked": int},
+    "what time": {"sent_ns": int},
     # a command of the user's, to a run, and its answer
     "scale": {"actor": str, "replicas": int},
     "why": {},

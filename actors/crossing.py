@@ -6,9 +6,10 @@ control thread by trio's `run_sync_soon`, so neither ever waits for the other.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import trio
 
@@ -17,6 +18,14 @@ from ranvier.transport.link import Waker
 from .ring import Ring
 
 Event = tuple[str, Mapping[str, Any]]
+
+
+class Command(NamedTuple):
+    """What the supervisor wants, and when it came, in nanoseconds of this machine's clock."""
+
+    kind: str
+    fields: Mapping[str, Any]
+    received_ns: int
 
 
 class Crossing:
@@ -34,7 +43,7 @@ class Crossing:
         self.situation: Callable[[], dict[str, Any]] | None = None
         self.queued = 0
         self.counters: dict[str, int] = {}
-        self.commands: deque[Event] = deque()
+        self.commands: deque[Command] = deque()
         self.waker: Waker | None = None
         self._events: trio.MemorySendChannel[Event] | None = None
         self._token: trio.lowlevel.TrioToken | None = None
@@ -63,7 +72,7 @@ class Crossing:
 
     def command(self, kind: str, fields: Mapping[str, Any]) -> None:
         """A command for the step thread."""
-        self.commands.append((kind, fields))
+        self.commands.append(Command(kind, fields, time.monotonic_ns()))
         if self.waker is not None:
             self.waker.wake()
 

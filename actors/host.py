@@ -104,7 +104,7 @@ class Host(Process):
                 self._flush(wire)
                 self._count()
             while crossing.commands:
-                if not self.obey(*crossing.commands.popleft()):
+                if not self.obey_next():
                     return
                 self._flush(wire)
             due_ns = core.due_ns

@@ -7,7 +7,6 @@ way: waiting for the socket in trio took 18 µs a hop before any work was done. 
 from __future__ import annotations
 
 import gc
-import math
 import os
 import time
 import traceback
@@ -56,6 +55,7 @@ class Process(ABC):
         self.records = Records(crossing.ring, spec.trace_sample, by_position=spec.training is not None)
         self.life = Lifecycle(spec.label)
         self.wire: ZeroWire | None = None
+        self._connected_s: float | None = None
         self.counted: Counter[str] = Counter()
         """What happened here, beside what the links and the wire count."""
 
@@ -137,24 +137,18 @@ class Process(ABC):
             Stopped: the supervisor does not want it any more.
         """
         self.crossing.tell("progress", share=float(share))
-        if any(kind == "stop" for kind, _ in self.crossing.commands):
+        if any(command.kind == "stop" for command in self.crossing.commands):
             raise Stopped
 
     def _link_up(self, wire: ZeroWire) -> None:
         """Connect to all neighbours once the supervisor has told who and where they are, and open every link. A spare waits
         here until it is needed. A neighbour that is lost meanwhile is not waited for."""
         early = deque[Arrival]()
-        connected = False
-        deadline = math.inf
         while True:
             while self.crossing.commands:
-                kind, fields = self.crossing.commands.popleft()
-                if kind == "connect":
-                    self._connect(wire, fields)
-                    connected, deadline = True, time.monotonic() + HANDSHAKE_DEADLINE_S
-                elif (connected or kind == "stop") and not self.obey(kind, fields):
+                if not self.obey_next():
                     raise Stopped
-            if not connected:
+            if self._connected_s is None:
                 arrival = wire.receive(TICK_S)
                 if arrival is not None:  # a neighbour was told first; it is answered once we know where it listens
                     early.append(arrival)
@@ -162,7 +156,7 @@ class Process(ABC):
             self._flush(wire)
             if self.exchange.ready and not early:
                 return
-            if time.monotonic() > deadline:
+            if time.monotonic() > self._connected_s + HANDSHAKE_DEADLINE_S:
                 raise LinkBroken(
                     f"{self.spec.label}: links did not open within {HANDSHAKE_DEADLINE_S:.0f} s: {self._closed()}"
                 )
@@ -171,11 +165,27 @@ class Process(ABC):
             elif not self._receive(wire, 0.2):
                 self.exchange.tick()
 
-    def _connect(self, wire: ZeroWire, fields: Mapping[str, Any]) -> None:
+    def obey_next(self) -> bool:
+        """Obey the command that came first; False: stop. Before it is connected, it can do nothing but that and end."""
+        command = self.crossing.commands.popleft()
+        started_ns, going_on = time.monotonic_ns(), True
+        if command.kind == "connect":
+            self._connect(command.fields)
+        elif self._connected_s is None and command.kind != "stop":
+            return True
+        else:
+            going_on = self.obey(command.kind, command.fields)
+        if self.spec.trace:
+            self.records.command(command, started_ns, time.monotonic_ns())
+        return going_on
+
+    def _connect(self, fields: Mapping[str, Any]) -> None:
+        assert self.wire is not None
         for peer, address in fields["peers"].items():
-            wire.connect(peer, address)
+            self.wire.connect(peer, address)
         self.add_links(fields["links"])
         self.exchange.open()
+        self._connected_s = time.monotonic()
         self.on_place(fields["instead_of"])
 
     def on_place(self, instead_of: str | None) -> None:  # noqa: B027 - most have nothing to do

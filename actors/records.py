@@ -11,8 +11,9 @@ from ranvier.transport.ends import Received
 from ranvier.transport.header import Row, TensorMeta, Verb
 from ranvier.transport.link import LinkSpec
 
+from .crossing import Command
 from .ring import Ring
-from .trace_file import CONTROL, DONE, PART, SENT, SPAN, TAP, UNSENT
+from .trace_file import COMMAND, CONTROL, DONE, PART, SENT, SPAN, TAP, UNSENT
 
 SPREAD = 2654435761
 """Odd, and near 2^32 over the golden ratio."""
@@ -49,6 +50,16 @@ class Records:
         some sessions leave records, they leave none."""
         if self._below is None or verb not in _MANY:
             self._put((CONTROL, edge, _VERBS[verb], time.monotonic_ns(), peer, sent, arguments))
+
+    def command(self, command: Command, started_ns: int, finished_ns: int) -> None:
+        """A command of the supervisor's was obeyed. Those that name no session are not many."""
+        fields = command.fields
+        named = fields.get("info", fields)
+        session, epoch = named.get("session", 0), named.get("epoch", 0)
+        if self._below is None or not session or self._chosen((Row(session, epoch, 0, 0),)):
+            self._put((
+                COMMAND, command.kind, fields["sent_ns"], command.received_ns, started_ns, finished_ns, session, epoch
+            ))  # fmt: skip
 
     def span(
         self, started_ns: int, finished_ns: int, row: Row, trace: str, span: str, parent: str, links: Sequence[str],

@@ -226,15 +226,14 @@ class Supervisor:
             await self._changed.wait()
 
     def _send(self, key: str, kind: str, **fields: Any) -> None:
-        self._wire.send(key, encode(kind, fields))
+        self._wire.send(key, encode(kind, {"sent_ns": time.monotonic_ns(), **fields}))
 
     def tell(self, labels: Iterable[str], kind: str, **fields: Any) -> None:
         """A command to some hosts. Those that are not there any more are not told."""
-        data = encode(kind, fields)
         for label in labels:
             host = self.supervision.host(label)
             if host is not None:
-                self._wire.send(host.spec.identity, data)
+                self._send(host.spec.identity, kind, **fields)
 
     async def situations(self, within_s: float) -> Mapping[str, Mapping[str, Any] | None]:
         """What each host says of itself when it is asked why it waits (situation.py), by its identity; None for those that do
@@ -322,7 +321,7 @@ class Supervisor:
         else:
             self.supervision.on_message(key, kind, fields, time.monotonic())
             if kind in ("state", "ready", "heartbeat") and self.clocks.setdefault(key, Clock()).asks():
-                self._send(key, "what time", asked_ns=time.monotonic_ns())
+                self._send(key, "what time")
             if kind in ("state", "ready", "failed", "counters"):
                 self._log.info(kind, actor=label, **fields)
         self._notify()

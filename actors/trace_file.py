@@ -57,6 +57,11 @@ CONTROL = "control"
 CONTROL_COLUMNS = ("kind", "edge", "verb", "at_ns", "peer", "sent", "arguments")
 """A control message of a link, at both ends: offers, acknowledgements, what is asked for again (transport/header.py)."""
 
+COMMAND = "command"
+COMMAND_COLUMNS = ("kind", "verb", "sent_ns", "received_ns", "started_ns", "finished_ns", "session", "epoch")
+"""A command of the supervisor's that the host obeyed: sent by the run's clock, received by the host's control thread,
+started and finished by its step thread; 0 for what it does not name."""
+
 SPAN = "span"
 SPAN_COLUMNS = ("kind", "started_ns", "finished_ns", "row", "trace", "span", "parent", "links", "batch", "error")
 """A step that a row of a traced request went into (spans.py); `links`: the spans that made what it was given."""
@@ -67,7 +72,7 @@ DROPPED_COLUMNS = ("kind", "records")
 
 COLUMNS = {
     SENT: SENT_COLUMNS, DONE: DONE_COLUMNS, PART: PART_COLUMNS, UNSENT: UNSENT_COLUMNS, TAP: TAP_COLUMNS,
-    CONTROL: CONTROL_COLUMNS, SPAN: SPAN_COLUMNS, DROPPED: DROPPED_COLUMNS,
+    CONTROL: CONTROL_COLUMNS, COMMAND: COMMAND_COLUMNS, SPAN: SPAN_COLUMNS, DROPPED: DROPPED_COLUMNS,
 }  # fmt: skip
 _to_lines = msgspec.json.Encoder().encode_lines
 

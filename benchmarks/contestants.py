@@ -158,6 +158,10 @@ class Contestant:
             sys.exit(f"a contestant has ended: {' '.join(map(str, self.process.args))[:300]}")
         return float(line)
 
+    def cpu_s(self) -> float:
+        """Processor time that it has used so far, with all processes that it has started."""
+        return sum(_cpu_ns(pid) for pid in _with_children(self.process.pid)) / 1e9
+
     def close(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
@@ -250,6 +254,17 @@ def _llama_cpp(arguments: Sequence[str], servers: Sequence[subprocess.Popen[byte
         PEERS / "bin" / "python", LLAMA_CPP, *arguments, with_it=servers,
         LLAMA_CPP_LIB_PATH=str(home / "build" / "bin"), PYTHONPATH=str(home),
     )  # fmt: skip
+
+
+def _with_children(pid: int) -> list[int]:
+    children = [
+        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+    ]
+    return [pid, *(each for child in children for each in _with_children(child))]
+
+
+def _cpu_ns(pid: int) -> int:
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in Path(f"/proc/{pid}/task").iterdir())
 
 
 def _free_port() -> int:

@@ -182,7 +182,9 @@ async def _launched(
                     nursery.start_soon(run._recovery.run)
                     progress("ready", 1.0)
                     try:
-                        async with metrics.served(graph.file.telemetry.metrics, graph.name, run.status) as run.metrics:
+                        async with metrics.served(
+                            graph.file.telemetry.metrics, graph.name, run.status, log
+                        ) as run.metrics:
                             yield run
                     finally:
                         run._close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -12,13 +12,19 @@ from ranvier.transport.endpoint import parse
 
 from .errors import RequestError
 
+if TYPE_CHECKING:
+    import structlog
+
 Snapshot = Callable[[], Mapping[str, Any]]
-"""`Run.status`, called on the run's own thread."""
+"""`Run.status`, or what a training says in its place, called on the run's own thread."""
 
 
 @contextlib.asynccontextmanager
-async def served(address: str | None, graph: str, snapshot: Snapshot) -> AsyncIterator[str | None]:
-    """Serve it at `host:port` while in the context: the address of the page, with the port that it was given.
+async def served(
+    address: str | None, graph: str, snapshot: Snapshot, log: structlog.typing.FilteringBoundLogger
+) -> AsyncIterator[str | None]:
+    """Serve it at `host:port` while in the context: the address of the page, with the port that it was given, which the log
+    has, too.
 
     Raises:
         RequestError: prometheus_client is not installed, or the port is taken.
@@ -39,8 +45,10 @@ async def served(address: str | None, graph: str, snapshot: Snapshot) -> AsyncIt
         raise RequestError(
             f"telemetry.metrics {address}: {error.strerror}; give another port, or 0 for any free one"
         ) from None
+    page = f"http://{endpoint.place}:{server.server_port}/metrics"
+    log.info("metrics", page=page)
     try:
-        yield f"http://{endpoint.place}:{server.server_port}/metrics"
+        yield page
     finally:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(server.shutdown)  # it looks twice a second whether it is to end
@@ -95,6 +103,18 @@ class _Collector:
             ("sessions", "open now", GaugeMetricFamily), ("requests", "accepted so far", CounterMetricFamily),
             ("tokens", "delivered so far", CounterMetricFamily), ("recoveries", "hosts replaced", CounterMetricFamily),
         ):  # fmt: skip
-            family = kind(f"ranvier_{name}", what, labels=["graph"])
-            family.add_metric([self._graph], told[name])
-            yield family
+            if name in told:
+                yield self._of_the_run(kind, name, what, told[name])
+        trained = told.get("training", {})
+        for name, what in (
+            ("step", "of the run's steps, the last one that is done"), ("loss", "of that step"), ("accuracy", "in that step"),
+            ("norm", "of all gradients of that step"), ("seconds", "that it took"),
+            ("validation_loss", "the last one"), ("validation_accuracy", "in the last validation"),
+        ):  # fmt: skip
+            if name in trained:
+                yield self._of_the_run(GaugeMetricFamily, f"training_{name}", what, trained[name])
+
+    def _of_the_run(self, kind: type[Any], name: str, what: str, value: float) -> Any:
+        family = kind(f"ranvier_{name}", what, labels=["graph"])
+        family.add_metric([self._graph], value)
+        return family

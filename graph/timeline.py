@@ -53,7 +53,7 @@ def timeline(trace: Trace) -> Timeline:
     arrived = {done_key(actor, record) for actor, records in trace.done.items() for record in records}
     made = Timeline(actors, [], trace.edges)
     for actor in actors:
-        made.slices += _steps(trace, actor)
+        made.slices += [*_steps(trace, actor), *_commands(trace, actor)]
         for sent in trace.sent.get(actor, ()):
             key = sent_key(actor, sent)
             name = trace.edges[sent.edge]
@@ -88,6 +88,14 @@ def _steps(trace: Trace, actor: str) -> Iterable[Slice]:
         name = "step" if used else "went into no step"
         arrives = tuple(ends[started_ns, finished_ns, used])
         yield Slice(actor, STEPS, name, started_ns, finished_ns, args, (), arrives)
+
+
+def _commands(trace: Trace, actor: str) -> Iterable[Slice]:
+    """What the supervisor told it, which it does between two steps."""
+    for told in trace.commands.get(actor, ()):
+        name = f"{told.verb} {told.session}" if told.session else told.verb
+        args = {"epoch": told.epoch, "sent_to_started_us": (told.started_ns - told.sent_ns) / 1e3}
+        yield Slice(actor, STEPS, name, told.started_ns, told.finished_ns, args)
 
 
 def _count(made: Timeline, trace: Trace) -> None:

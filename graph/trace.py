@@ -14,15 +14,16 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ranvier.actors.trace_file import CONTROL, DONE, DROPPED, PART, SENT, TAP, UNSENT
+from ranvier.actors.clocks import Estimate
+from ranvier.actors.trace_file import COMMAND, CONTROL, DONE, DROPPED, PART, SENT, TAP, UNSENT
 from ranvier.transport.codec import CODECS
 
-from .trace_lines import Controlled, Done, Lines, Sent, Tapped, TraceError, Unsent
+from .trace_lines import Commanded, Controlled, Done, Lines, Sent, Tapped, TraceError, Unsent
 
 PARTS = ("serialise", "credit", "wire", "join", "queue", "compute")
 PERCENTILES = (50, 95, 99)
@@ -63,8 +64,10 @@ class Trace:
     counters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     taps: dict[str, list[Tapped]] = field(default_factory=dict)
     control: dict[str, list[Controlled]] = field(default_factory=dict)
-    clocks: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Of hosts whose clock is not the run's: how far it was ahead, and how well that is known, in nanoseconds."""
+    commands: dict[str, list[Commanded]] = field(default_factory=dict)
+    """What each host was told by the supervisor, and did."""
+    clocks: Mapping[str, Sequence[Estimate]] = field(default_factory=dict)
+    """Of hosts whose clock is not the run's: how far it was ahead when, and how well that is known."""
     sample: float = 1.0
     """The share of sessions that left records."""
 
@@ -98,13 +101,14 @@ def read(run_dir: Path) -> Trace:
     lines = Lines(run_dir)
     by_kind: Mapping[str, dict[str, list[Any]]] = {
         SENT: trace.sent, DONE: trace.done, PART: trace.parts, TAP: trace.taps, UNSENT: trace.unsent, CONTROL: trace.control,
+        COMMAND: trace.commands,
     }  # fmt: skip
     for actor, kind, record in lines.read():
         if kind == DROPPED:
             trace.dropped[actor] += record.records
         elif kind in by_kind:  # spans are the exporter's
             by_kind[kind].setdefault(actor, []).append(record)
-    trace.clocks = {host: told for host, told in lines.clocks.items() if told["shift_ns"]}
+    trace.clocks = lines.clocks
     for head in lines.heads.values():
         trace.sample = head.get("sample", 1.0)
         for records in (trace.sent, trace.done):
@@ -157,8 +161,9 @@ def summary(trace: Trace) -> dict[str, Any]:
         "waits": waits(trace),
         "counters": {actor: {name: n for name, n in own.items() if n} for actor, own in trace.counters.items()},
         "records_dropped": dict(trace.dropped),
-        "clocks": trace.clocks,
+        "clocks": {host: _clock(estimates) for host, estimates in trace.clocks.items()},
         "control": control(trace),
+        "commands": commands(trace),
         "sample": trace.sample,
     }
 
@@ -222,6 +227,35 @@ def control(trace: Trace) -> list[dict[str, Any]]:
         {"edge": trace.edges[edge], "way": way, "messages": dict(verbs)}
         for (edge, way), verbs in sorted(counted.items())
     ]
+
+
+def commands(trace: Trace) -> list[dict[str, Any]]:
+    """How many commands of the supervisor's each host obeyed, by what they say, and the microseconds that they were on their
+    way, lay there, and took."""
+    told: dict[tuple[str, str], list[Commanded]] = defaultdict(list)
+    for actor, records in trace.commands.items():
+        for record in records:
+            told[actor, record.verb].append(record)
+    return [
+        {
+            "actor": actor, "command": verb, "number": len(records),
+            "microseconds": {
+                "wire": percentiles((one.received_ns - one.sent_ns) / 1e3 for one in records),
+                "queue": percentiles((one.started_ns - one.received_ns) / 1e3 for one in records),
+                "obey": percentiles((one.finished_ns - one.started_ns) / 1e3 for one in records),
+            },
+        }
+        for (actor, verb), records in sorted(told.items())
+    ]  # fmt: skip
+
+
+def _clock(estimates: Sequence[Estimate]) -> dict[str, int]:
+    """How far a clock was ahead at last, how well that was known at any time, and by how much that had changed."""
+    first, last = estimates[0], estimates[-1]
+    return {
+        "offset_ns": last.offset_ns, "error_ns": max(known.error_ns for known in estimates),
+        "drift_ns": last.offset_ns - first.offset_ns,
+    }  # fmt: skip
 
 
 def waits(trace: Trace) -> list[dict[str, Any]]:
@@ -334,9 +368,14 @@ def table(told: dict[str, Any]) -> str:
             f"position {position}"
         )
     for host, clock in told["clocks"].items():
+        drifted = (
+            f", after it drifted by {clock['drift_ns'] / 1e6:.3f} ms"
+            if abs(clock["drift_ns"]) > clock["error_ns"]
+            else ""
+        )
         lines.append(
-            f"the clock of {host} is {clock['offset_ns'] / 1e6:.3f} ms ahead, give or take {clock['error_ns'] / 1e6:.3f} ms: "
-            "its times are corrected by that, and ways between it and others are known no better"
+            f"the clock of {host} is {clock['offset_ns'] / 1e6:.3f} ms ahead, give or take {clock['error_ns'] / 1e6:.3f} ms"
+            f"{drifted}: its times are corrected by that, and ways between it and others are known no better"
         )
     for wait in told["waits"]:
         never = f", {wait['never_sent']} of them in vain" if wait["never_sent"] else ""

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ranvier.actors.trace_file import COLUMNS, CONTROL, DONE, DROPPED, PART, SENT, SPAN, TAP, UNSENT
+from ranvier.actors.clocks import Correction, Estimate, is_another
+from ranvier.actors.trace_file import COLUMNS, COMMAND, CONTROL, DONE, DROPPED, PART, SENT, SPAN, TAP, UNSENT
 from ranvier.transport.errors import RanvierError
 
 
@@ -85,6 +86,18 @@ class Controlled(NamedTuple):
     arguments: Sequence[Any]
 
 
+class Commanded(NamedTuple):
+    """See `trace_file.COMMAND_COLUMNS`."""
+
+    verb: str
+    sent_ns: int
+    received_ns: int
+    started_ns: int
+    finished_ns: int
+    session: int
+    epoch: int
+
+
 class Spanned(NamedTuple):
     """See `trace_file.SPAN_COLUMNS`."""
 
@@ -105,9 +118,10 @@ class Dropped(NamedTuple):
     records: int
 
 
-Record = Sent | Done | Unsent | Tapped | Controlled | Spanned | Dropped
+Record = Sent | Done | Unsent | Tapped | Controlled | Commanded | Spanned | Dropped
 _FORMS: Mapping[str, type[Any]] = {
-    SENT: Sent, DONE: Done, PART: Done, UNSENT: Unsent, TAP: Tapped, CONTROL: Controlled, SPAN: Spanned, DROPPED: Dropped,
+    SENT: Sent, DONE: Done, PART: Done, UNSENT: Unsent, TAP: Tapped, CONTROL: Controlled, COMMAND: Commanded, SPAN: Spanned,
+    DROPPED: Dropped,
 }  # fmt: skip
 
 
@@ -119,9 +133,9 @@ class Lines:
         self._folder = run_dir / "trace"
         self._offsets: dict[Path, int] = {}
         self._clocks = run_dir / "clocks.json"
-        self._shifts: Mapping[str, int] = {}
-        self.clocks: Mapping[str, Mapping[str, int]] = {}
-        """By the host's identity: `offset_ns`, `error_ns`, and `shift_ns`, by which its times were changed (clocks.py)."""
+        self._corrections: Mapping[str, Correction] = {}
+        self.clocks: Mapping[str, Sequence[Estimate]] = {}
+        """Those that are not the run's, by the host's identity: what is known of them (clocks.py)."""
         self.heads: dict[Path, Mapping[str, Any]] = {}
         """The first line of each file."""
 
@@ -145,21 +159,28 @@ class Lines:
                 kind, *values = json.loads(line)
                 actor = self.heads[path]["actor"]
                 record = _FORMS[kind](*values)
-                yield actor, kind, self._in_the_runs_time(_identity(path), record) if self._shifts else record
+                yield actor, kind, self._in_the_runs_time(_identity(path), record) if self._corrections else record
 
     def _read_clocks(self) -> None:
         try:
-            self.clocks = json.loads(self._clocks.read_text())
-        except (OSError, ValueError):
+            told = json.loads(self._clocks.read_text())
+            known = {host: [Estimate(*each) for each in estimates] for host, estimates in told.items()}
+        except (OSError, ValueError, TypeError):
             return  # an older run, or one of another version: on one machine
-        self._shifts = {host: told["shift_ns"] for host, told in self.clocks.items() if told["shift_ns"]}
+        self.clocks = {host: estimates for host, estimates in known.items() if is_another(estimates)}
+        self._corrections = {host: Correction(estimates) for host, estimates in self.clocks.items()}
 
     def _in_the_runs_time(self, host: str, record: Any) -> Any:
-        own = self._shifts.get(host, 0)
-        times = {name: getattr(record, name) - own for name in record._fields if name.endswith("_ns")}
+        times = {name: self._corrected(host, getattr(record, name)) for name in record._fields if name.endswith("_ns")}
         if isinstance(record, Done):  # when it was sent is by the sender's clock
-            times["sent_ns"] = record.sent_ns - self._shifts.get(record.source, 0)
+            times["sent_ns"] = self._corrected(record.source, record.sent_ns)
+        elif isinstance(record, Commanded):  # by the run's
+            times["sent_ns"] = record.sent_ns
         return record._replace(**times)
+
+    def _corrected(self, host: str, time_ns: int) -> int:
+        own = self._corrections.get(host)
+        return time_ns - own.ahead_ns(time_ns) if own is not None else time_ns
 
 
 def _identity(path: Path) -> str:

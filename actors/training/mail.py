@@ -87,7 +87,7 @@ class Mail(Process):
                 self._count()
             self._flush(wire)
         while crossing.commands:
-            if not self.obey(*crossing.commands.popleft()):
+            if not self.obey_next():
                 raise Stop
 
     def send(self, link: TrainingLink, place: Place, tensor: torch.Tensor) -> None:

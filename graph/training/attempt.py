@@ -30,7 +30,7 @@ from ranvier.transport.header import Row
 from ranvier.transport.trio_wire import TrioWire
 from ranvier.transport.zeromq import ZeroWire
 
-from .. import run_folder
+from .. import metrics, run_folder
 from ..chaos import ChaosLink, Detours
 from ..launch import single
 from ..log import logger
@@ -151,7 +151,7 @@ class Attempt:
                 supervisor.on_clock = lambda: folder.clocks(supervisor.clocks)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(Why(plan.plan, supervisor, folder.path).run)
-                    Status(supervisor)
+                    status = Status(supervisor)
                     detours = Detours(self._bad_links, nursery)
                     supervisor.detour, supervisor.on_forgotten = detours.address, detours.forget
                     nursery.start_soon(supervisor.run)
@@ -170,8 +170,10 @@ class Attempt:
                     nursery.start_soon(self._watch)
                     self._step_began_s = time.monotonic()
                     try:
-                        await self._feed()
-                        await self._until(lambda: self._last_saved >= plan.rounds)
+                        address = graph.file.telemetry.metrics
+                        async with metrics.served(address, graph.name, lambda: self._at_a_glance(status), log):
+                            await self._feed()
+                            await self._until(lambda: self._last_saved >= plan.rounds)
                     finally:
                         with trio.CancelScope(shield=True):
                             await supervisor.stop()
@@ -182,6 +184,19 @@ class Attempt:
                             self.trained.counters["chaos"] = dict(done)
                         folder.outcome(counters=self.trained.counters)
                     nursery.cancel_scope.cancel()
+
+    def _at_a_glance(self, status: Status) -> dict[str, Any]:
+        """What is known at this moment without asking anybody (`Run.status`)."""
+        last, validated = self._latest(validation=False), self._latest(validation=True)
+        return {
+            **status.snapshot(), "counters": self._supervisor.supervision.counters, "recoveries": len(self.trained.losses),
+            "training": {name: last[name] for name in ("step", "loss", "accuracy", "norm", "seconds") if name in last}
+            | {f"validation_{name}": validated[name] for name in ("loss", "accuracy") if name in validated},
+        }  # fmt: skip
+
+    def _latest(self, *, validation: bool) -> Mapping[str, Any]:
+        told = (step for step in reversed(self.trained.history) if step.get("validation", False) is validation)
+        return next(told, {})
 
     async def _watch(self) -> None:
         """The first host that is lost ends the attempt."""

@@ -55,8 +55,8 @@ def seeds() -> dict[str, list[bytes]]:
     lender.close()
     said = [
         encode_control("heartbeat", {"steps": 1, "stepping_s": 0.5, "queued": 2, "counters": {"refused": 1}}),
-        encode_control("open", {"info": {"session": 1, "epoch": 2}}), encode_control("stop", {}),
-        encode_control("link", {"peer": "a.0.2", "address": "ipc:///x", "links": []}),
+        encode_control("open", {"sent_ns": 5, "info": {"session": 1, "epoch": 2}}), encode_control("stop", {"sent_ns": 6}),
+        encode_control("link", {"sent_ns": 7, "peer": "a.0.2", "address": "ipc:///x", "links": []}),
     ]  # fmt: skip
     text = b"\x05\x00\x00\x00\x00\x00\x00\x00llama"
     gguf = b"GGUF" + struct.pack("<IQQ", 3, 1, 1)

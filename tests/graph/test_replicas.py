@@ -371,7 +371,7 @@ def test_a_client_that_goes_away_or_talks_nonsense(counting: WriteGraph, runs: P
             questions = [
                 encode("scale", {"actor": "work", "replicas": 2}),
                 encode("scale", {"actor": "work"}),
-                encode("stop", {}),
+                encode("stop", {"sent_ns": 1}),
                 b"\xc1 nonsense",
             ]
             for number, question in enumerate(questions):

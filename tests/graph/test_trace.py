@@ -1,4 +1,4 @@
-"""Traces: what a real run left is complete, in order, and Perfetto's JSON has an arrow for every message."""
+"""Traces: what a real run left is complete and in order."""
 
 from __future__ import annotations
 
@@ -39,6 +39,44 @@ def test_every_message_left_a_record_at_both_ends(run_dir: Path) -> None:
     for edge in range(len(read.edges)):
         sequences = sorted(sequence for e, sequence in sent if e == edge)
         assert sequences == list(range(1, len(sequences) + 1))
+
+
+def test_every_control_message_left_a_record_at_both_ends(run_dir: Path) -> None:
+    """Of links: what one end says it sent the other end says it heard, but for what came after its own end."""
+    read = trace.read(run_dir)
+    sent, heard = Counter[Any](), Counter[Any]()
+    for actor, records in read.control.items():
+        for record in records:
+            ends = (actor, record.peer.rpartition(".")[0])
+            if record.sent:
+                sent[record.edge, record.verb, *ends] += 1
+            else:
+                heard[record.edge, record.verb, *reversed(ends)] += 1
+    assert {verb for _, verb, *_ in sent} >= {"hello", "welcome", "ack"}
+    assert heard <= sent
+    assert sum((sent - heard).values()) <= 0.1 * sent.total()
+    for way in trace.summary(read)["control"]:
+        assert sum(way["messages"].values()) > 0
+
+
+def test_every_command_left_a_record(run_dir: Path) -> None:
+    """Of the supervisor: each host was connected, opened each session before its first step and closed it, and stopped."""
+    read = trace.read(run_dir)
+    assert read.commands.keys() == {"embed.0", "lower.0", "upper.0", "head.0"}
+    for actor, told in read.commands.items():
+        for one in told:
+            assert one.sent_ns <= one.received_ns <= one.started_ns <= one.finished_ns
+        obeyed = [(one.verb, one.session) for one in told]
+        assert obeyed[0] == ("connect", 0) and obeyed[-1] == ("stop", 0)
+        assert sorted(obeyed[1:-1]) == [(verb, session) for verb in ("close", "open") for session in (1, 2, 3)]
+        for one in told:
+            steps = [step.started_ns for step in read.in_steps(actor) if one.session in {row[0] for row in step.rows}]
+            assert one.verb != "open" or (one.epoch == 1 and one.finished_ns <= min(steps))
+            assert one.verb != "close" or one.started_ns >= max(steps)
+    numbers = [
+        (told["command"], told["number"]) for told in trace.summary(read)["commands"] if told["actor"] == "head.0"
+    ]
+    assert numbers == [("close", 3), ("connect", 1), ("open", 3), ("stop", 1)]
 
 
 def test_every_position_of_every_session_is_in_it(run_dir: Path) -> None:
