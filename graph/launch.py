@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
@@ -11,17 +10,11 @@ import trio
 
 from ranvier.actors.errors import ActorFailed
 from ranvier.actors.launcher import LocalLauncher
-from ranvier.actors.records import Records
-from ranvier.actors.ring import Ring
-from ranvier.actors.spec import GATEWAY, identity
+from ranvier.actors.spec import GATEWAY
 from ranvier.actors.supervisor import Supervisor
 from ranvier.actors.zygote_process import ZygoteProcess
-from ranvier.transport.curve import read as read_keys
 from ranvier.transport.descriptors import OF_A_PEER, OF_A_WIRE, make_sure_of_descriptors
 from ranvier.transport.errors import RanvierError, ResourceError
-from ranvier.transport.exchange import Exchange
-from ranvier.transport.trio_wire import TrioWire
-from ranvier.transport.zeromq import ZeroWire
 
 from . import metrics, run_folder, tokenizer
 from .chaos import ChaosLink, Detours
@@ -30,8 +23,9 @@ from .checked import Graph
 from .errors import RequestError
 from .gateway import Gateway
 from .log import logger
+from .own_end import ME, OwnEnd
 from .placement import Placement
-from .plan import EPOCH, Plan, plan
+from .plan import Plan, plan
 from .run import Run
 from .run_folder import RunFolder
 from .status import Status
@@ -118,15 +112,8 @@ async def _launched(
 ) -> AsyncIterator[Run]:
     graph = planned.graph
     specs = planned.place(folder.path, folder.sockets)
-    me = identity(GATEWAY, 0, EPOCH)
     log_file = (folder.logs / "supervisor.jsonl").open("w", encoding="utf-8")
-    wire = TrioWire(
-        ZeroWire(
-            me, planned.gateway_endpoint(folder.sockets), max_frame_bytes=graph.file.max_frame_bytes,
-            shared_from_bytes=graph.file.shared_from_bytes, direct=True,
-            keys=read_keys(graph.keys, GATEWAY) if graph.keys is not None else None,
-        )
-    )  # fmt: skip
+    own = OwnEnd(planned, folder)
     holder: list[Run] = []
     try:
         progress("starting", 0.0)
@@ -153,32 +140,26 @@ async def _launched(
                     nursery.start_soon(supervisor.run)
                     await supervisor.until_loaded(lambda share: progress("loading", share))
                     links = planned.links(GATEWAY, 0, planned.live)
-                    ring = Ring()
-                    records = Records(ring, graph.file.sampling.sample)
-                    exchange = Exchange(
-                        me, planned.hash, [link.link for link in links], time.monotonic_ns,
-                        *((records.sent, records.unsent, records.control) if graph.file.trace else ()),
-                    )  # fmt: skip
+                    exchange = own.exchange([link.link for link in links])
                     placement = Placement({name: actor.policy for name, actor in graph.actors.items()})
                     for spec in specs:
                         host = supervisor.supervision.hosts[spec.identity]
                         assert host.address is not None
-                        wire.connect(spec.identity, detours.address(me, spec.identity, host.address))
+                        own.wire.connect(spec.identity, detours.address(ME, spec.identity, host.address))
                         placement.join(spec.actor, spec.replica, host.capacity_tokens, host.keeps)
                     gateway = Gateway(exchange, links, placement, graph.prefill_chunk, graph.generates)
                     status.gateway = gateway
-                    run = Run(planned, folder, supervisor, wire, gateway, codec, detours, ring, why, status)
+                    run = Run(planned, folder, supervisor, own, gateway, codec, detours, why, status)
                     holder.append(run)
                     nursery.start_soon(run._listen)
                     nursery.start_soon(run._failure)
                     nursery.start_soon(why.watch)
                     await nursery.start(run._scaling.run)
-                    if graph.file.trace:
-                        nursery.start_soon(run._ship)
+                    nursery.start_soon(own.ship)
                     progress("linking", 1.0)
                     exchange.open()
                     run._flush()
-                    await supervisor.until_running(me, wire.wire.address)
+                    await supervisor.until_running(ME, own.wire.wire.address)
                     nursery.start_soon(run._recovery.run)
                     progress("ready", 1.0)
                     try:
@@ -198,7 +179,7 @@ async def _launched(
                     folder.outcome(spans=exported)
                 supervisor.close()
     finally:
-        wire.close()
+        own.wire.close()
         log_file.close()
 
 

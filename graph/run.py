@@ -12,17 +12,12 @@ import trio
 
 from ranvier.actors import spans
 from ranvier.actors.checkpoint import ModelConfig
-from ranvier.actors.control import SHIP_AT_ONCE, SHIP_INTERVAL_S
-from ranvier.actors.records import Records
-from ranvier.actors.ring import Ring
 from ranvier.actors.session import Sampling, SessionInfo
 from ranvier.actors.spec import GATEWAY
 from ranvier.actors.supervisor import Supervisor
-from ranvier.actors.trace_file import TraceFile
 from ranvier.transport.errors import LinkClosed, ProtocolError
 from ranvier.transport.exchange import RefusedMessage
 from ranvier.transport.header import Row
-from ranvier.transport.trio_wire import TrioWire
 
 from . import template
 from .chaos import Detours
@@ -30,6 +25,7 @@ from .errors import RequestError
 from .gateway import Gateway, token_tensor
 from .generation import Client, Generation, Wakes
 from .members import Members
+from .own_end import OwnEnd
 from .plan import Plan
 from .recovery import Recovered, Recovery
 from .run_folder import RunFolder
@@ -56,18 +52,17 @@ class Run:
         plan: Plan,
         folder: RunFolder,
         supervisor: Supervisor,
-        wire: TrioWire,
+        own: OwnEnd,
         gateway: Gateway,
         codec: TextCodec | None,
         detours: Detours,
-        ring: Ring,
         why: Why,
         status: Status,
     ) -> None:
         self.plan = plan
         self.folder = folder
         self._supervisor = supervisor
-        self._wire = wire
+        self._own, self._wire = own, own.wire
         self._gateway = gateway
         self._codec = codec
         self._detours = detours
@@ -75,15 +70,13 @@ class Run:
         self._over = False
         self._quiet_since_ns = 0
         self._steps = -1
-        self._ring = ring
         self._why = why
         self._status = status
         self.metrics: str | None = None
         """Where Prometheus reads this run's /metrics, if anywhere."""
         why.gateway, why.taken_from = gateway, self._wakes
-        self._records = Records(ring, plan.graph.file.sampling.sample)
         gateway.on_ended = self._on_ended
-        members = Members(plan, folder, supervisor, gateway, wire, self._flush)
+        members = Members(plan, folder, supervisor, gateway, own.wire, self._flush)
         self._scaling = Scaling(plan, supervisor, gateway, members)
         self._recovery = Recovery(plan, supervisor, gateway, members)
 
@@ -337,7 +330,7 @@ class Run:
         context = spans.TraceContext(stream.asked.traceparent) if stream.asked.traceparent else None
         if context is not None and context.sampled:
             row = Row(stream.info.session, stream.info.epoch, 0, len(stream.log))
-            self._records.span(
+            self._own.records.span(
                 stream.accepted_ns, time.monotonic_ns(), row, context.trace.hex(), context.span.hex(), stream.caller, [], 0,
                 spans.words(outcome),
             )  # fmt: skip
@@ -390,7 +383,7 @@ class Run:
                 else:
                     if received is not None:
                         gateway.on_message(received)
-                        self._records.done(received, received.received_ns, time.monotonic_ns(), 1)
+                        self._own.done(received)
             elif exchange.owes():
                 exchange.idle()
             else:
@@ -433,15 +426,3 @@ class Run:
         if done := self._detours.counters:
             counted["chaos"] = dict(done)
         return {**counted, f"{GATEWAY}.0": {**self._gateway.exchange.counters, **self._wire.wire.counters}}
-
-    async def _ship(self) -> None:
-        settings = self.plan.graph.file.sampling
-        with TraceFile(self.dir, f"{GATEWAY}.0", sample=settings.sample, most_bytes=settings.megabytes << 20) as file:
-            try:
-                while True:
-                    if not file.write(self._ring.take(SHIP_AT_ONCE), self._ring.dropped):
-                        await trio.sleep(SHIP_INTERVAL_S)
-                    await trio.lowlevel.checkpoint()
-            finally:
-                while file.write(self._ring.take(SHIP_AT_ONCE), self._ring.dropped):
-                    pass

@@ -15,26 +15,20 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from ranvier.actors.launcher import LocalLauncher
-from ranvier.actors.records import Records
-from ranvier.actors.ring import Ring
-from ranvier.actors.spec import GATEWAY, identity
+from ranvier.actors.spec import GATEWAY
 from ranvier.actors.supervisor import Supervisor
-from ranvier.actors.trace_file import TraceFile
 from ranvier.actors.training.spec import LOSS, NORM, OUTPUT, TRAINING, VALIDATION, TrainingLink
 from ranvier.actors.zygote_process import ZygoteProcess
-from ranvier.transport.curve import read as read_keys
 from ranvier.transport.ends import Received
 from ranvier.transport.errors import LinkClosed, ProtocolError
-from ranvier.transport.exchange import Exchange, RefusedMessage
+from ranvier.transport.exchange import RefusedMessage
 from ranvier.transport.header import Row
-from ranvier.transport.trio_wire import TrioWire
-from ranvier.transport.zeromq import ZeroWire
 
 from .. import metrics, run_folder
 from ..chaos import ChaosLink, Detours
 from ..launch import single
 from ..log import logger
-from ..plan import EPOCH
+from ..own_end import ME, OwnEnd
 from ..run_folder import RunFolder
 from ..status import Status
 from ..why import Why
@@ -48,10 +42,9 @@ if TYPE_CHECKING:
 
 from .steps import OnStarted, OnStep, Step, Trained
 
-TICK_S, ACK_DELAY_S, SHIP_S = 1.0, 0.002, 0.4
+TICK_S, ACK_DELAY_S = 1.0, 0.002
 AHEAD = 2
 """Steps whose batches are sent before the losses of those before have come."""
-ME = identity(GATEWAY, 0, EPOCH)
 
 
 class Attempt:
@@ -112,26 +105,14 @@ class Attempt:
         specs = plan.hosts(folder.path, folder.sockets, self.out.absolute(), self._first, resume)
         self._labels = {spec.label for spec in specs}
         self.policies = {spec.actor: spec.restart for spec in specs}
-        ring = Ring()
-        records = Records(ring, graph.file.sampling.sample, by_position=True)
-        self._records = records
-        traced = graph.file.trace
         with contextlib.ExitStack() as stack:
             log = logger(
                 stack.enter_context((folder.logs / "supervisor.jsonl").open("w", encoding="utf-8")), self._shown
             )
-            self._wire = TrioWire(
-                ZeroWire(
-                    ME, plan.plan.gateway_endpoint(folder.sockets), max_frame_bytes=graph.file.max_frame_bytes,
-                    shared_from_bytes=graph.file.shared_from_bytes, direct=True,
-                    keys=read_keys(graph.keys, GATEWAY) if graph.keys is not None else None,
-                )
-            )  # fmt: skip
-            stack.callback(self._wire.close)
-            self._exchange = Exchange(
-                ME, plan.plan.hash, [link.link for link in self._links], time.monotonic_ns,
-                *((records.sent, records.unsent, records.control) if traced else ()),
-            )  # fmt: skip
+            own = self._own = OwnEnd(plan.plan, folder, by_position=True)
+            self._wire = own.wire
+            stack.callback(own.wire.close)
+            self._exchange = own.exchange([link.link for link in self._links])
             self._by_link = {
                 self._exchange.receiving[link.link.edge, link.link.source]: link
                 for link in self._links
@@ -161,8 +142,7 @@ class Attempt:
                         assert address is not None
                         self._wire.connect(spec.identity, detours.address(ME, spec.identity, address))
                     nursery.start_soon(self._listen)
-                    if traced:
-                        nursery.start_soon(self._ship, folder, ring)
+                    nursery.start_soon(own.ship)
                     self._exchange.open()
                     self._flush()
                     await supervisor.until_running(ME, self._wire.wire.address)
@@ -203,19 +183,6 @@ class Attempt:
         lost = await self._supervisor.next_lost(())
         assert lost.lost is not None
         raise lost.lost
-
-    async def _ship(self, folder: RunFolder, ring: Ring) -> None:
-        settings = self.plan.graph.file.sampling
-        with TraceFile(
-            folder.path, f"{GATEWAY}.0", sample=settings.sample, most_bytes=settings.megabytes << 20
-        ) as file:
-            try:
-                while True:
-                    file.write(ring.take(256), ring.dropped)
-                    await trio.sleep(SHIP_S)
-            finally:
-                while file.write(ring.take(256), ring.dropped):
-                    pass
 
     # -- what goes in ---------------------------------------------------------------------------------------------
 
@@ -276,7 +243,7 @@ class Attempt:
                     received = None
                 if received is not None:
                     self._on_message(received)
-                    self._records.done(received, received.received_ns, time.monotonic_ns(), 1)
+                    self._own.done(received)
             elif exchange.owes():
                 exchange.idle()
             else:
