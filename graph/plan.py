@@ -155,13 +155,13 @@ class Plan:
             prompt=self.graph.policy(edge.target).by_load,
         )
 
-    def _batches(self, actor: CheckedActor) -> int:
-        """Into how many batches the actor where tokens come back cuts the sessions: one for each stage with layers, but no
-        more than there are cores to run them."""
-        comes_back = any(
-            edge.feedback and edge.target == actor.name and edge.into == "token" for edge in self.graph.edges
-        )
-        stages = sum(other.kind.caches for other in self.graph.actors.values())
+    @property
+    def _batches(self) -> int:
+        """Into how many batches the sessions are cut where tokens come back, and stay cut at every actor: one for each stage
+        with layers, but no more than there are cores to run them. If only the first actor cut them, one that finds two of
+        them in its queue would lay them together, and its neighbours would wait for it each time."""
+        comes_back = any(edge.feedback and edge.into == "token" for edge in self.graph.edges)
+        stages = sum(actor.kind.caches for actor in self.graph.actors.values())
         return max(1, min(stages, len(os.sched_getaffinity(0)))) if comes_back and self.graph.generates else 1
 
     def host(self, name: str, replica: int, live: Live, run_dir: Path, sockets: Path) -> HostSpec:
@@ -191,7 +191,7 @@ class Plan:
             cpus=section.cpus,
             needed=_needed(section),
             experts=actor.experts,
-            batches=self._batches(actor),
+            batches=self._batches,
             precision=file.model.weights if file.model is not None else "dtype",
             weights=str(actor.weights) if actor.weights is not None else None,
             device=section.device,

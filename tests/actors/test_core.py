@@ -498,6 +498,21 @@ def test_what_another_replica_answered_before_is_dropped() -> None:
     assert bench.step() is not None
 
 
+def test_what_came_as_two_batches_stays_two() -> None:
+    """Of four sessions in two batches: whoever finds both in its queue takes one after the other, and puts together what is less
+    than half."""
+    bench = Bench(batches=2)
+    for session in range(1, 5):
+        bench.core.open(session, 1)
+    for position, messages in enumerate([[[1, 2], [3, 4]], [[1], [2], [3, 4]], [[1], [2, 3], [4]]]):
+        for message in messages:
+            bench.send([Row(session, 1, position, 1) for session in message])
+    taken = []
+    while (work := bench.step()) is not None:
+        taken.append([row.session for row in work.batch.rows])
+    assert taken == [[1, 2], [3, 4], [1, 2], [3, 4], [1], [2, 3], [4]]
+
+
 def test_sessions_are_cut_into_batches_that_keep_every_stage_busy() -> None:
     """Five sessions in two batches: three and two, also when they come in one message; the credit of a message that was cut
     comes back with its last row."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -145,6 +146,17 @@ def run_dir(streamed: Callable[..., Path]) -> Iterator[Path]:
     place = Path(tempfile.mkdtemp(prefix="rv-", dir="/tmp"))
     yield streamed(place, SIXTEEN, 12)
     shutil.rmtree(place)
+
+
+def test_what_is_cut_at_the_source_stays_cut(run_dir: Path) -> None:
+    """Two stages: no actor ever has more than half of the sessions in one step, while its neighbour has nothing to do."""
+    read = trace.read(run_dir)
+    most = -(-len(SIXTEEN) // min(2, len(os.sched_getaffinity(0))))
+    for actor in ("embed.0", "lower.0", "upper.0", "head.0"):
+        steps: dict[int, set[int]] = {}
+        for record in read.in_steps(actor):
+            steps.setdefault(record.started_ns, set()).update(row[0] for row in record.rows)
+        assert 1 < max(map(len, steps.values())) <= most
 
 
 def test_a_sample_is_whole_requests_at_both_ends(streamed: Callable[..., Path], runs: Path) -> None:
