@@ -2,9 +2,8 @@
 
 The actors are bound to their cores, since where the system places four of them on two moves the figure by a third. Every figure
 is of processes of its own, the mean of some measures in them: two that are there for the whole time differ by more than what is
-asked for, whichever of them traces, by where their memory happens to lie. Sixteen streams fall into batches by chance, which
-moves tokens a second by a tenth from one measure to the next, and the processor time of a token by half of that: so that is
-told, too.
+asked for, whichever of them traces, by where their memory happens to lie. The processor time of a token is told, too: it is
+what tracing takes, whether or not somebody waits for it.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class Tail:
         """Take in what has been written since. A line that is not whole yet is left for the next time."""
         if not self._edges:
             self._edges = [edge["name"] for edge in json.loads((self._run_dir / "plan.json").read_text())["edges"]]
-        for actor, kind, record in self._lines.read():
+        for actor, kind, record in self._lines.read((DONE, PART, SENT)):
             if kind in (DONE, PART):
                 self._done.append((actor, record))
                 self._newest_ns = max(self._newest_ns, record.finished_ns)

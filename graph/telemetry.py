@@ -111,7 +111,7 @@ class Exporter:
             del self._unsent[:gone]
 
     def _new(self) -> list[ReadableSpan]:
-        return [self._made.span(actor, record) for actor, kind, record in self._lines.read() if kind == SPAN]
+        return [self._made.span(actor, record) for actor, _, record in self._lines.read((SPAN,))]
 
     def _taken(self, batch: Sequence[ReadableSpan]) -> bool:
         from opentelemetry.sdk.trace.export import SpanExportResult

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import msgspec
 
 from ranvier.actors.clocks import Correction, Estimate, is_another
 from ranvier.actors.trace_file import COLUMNS, COMMAND, CONTROL, DONE, DROPPED, PART, SENT, SPAN, TAP, UNSENT
@@ -125,6 +127,9 @@ _FORMS: Mapping[str, type[Any]] = {
 }  # fmt: skip
 
 
+_of_line = msgspec.json.Decoder(list[Any]).decode
+
+
 class Lines:
     """All trace files of a run folder, read from where the last reading ended. Times of hosts whose clock is another than the
     run's are given in the run's."""
@@ -139,13 +144,15 @@ class Lines:
         self.heads: dict[Path, Mapping[str, Any]] = {}
         """The first line of each file."""
 
-    def read(self) -> Iterator[tuple[str, str, Any]]:
-        """Actor, kind and record of every line that is new. One that is not whole yet is left for the next time.
+    def read(self, kinds: Iterable[str] | None = None) -> Iterator[tuple[str, str, Any]]:
+        """Actor, kind and record of every line that is new, or of those of some kinds. One that is not whole yet is left for
+        the next time.
 
         Raises:
             TraceError: a file does not begin as a trace does.
         """
         self._read_clocks()
+        beginnings = tuple(f'["{kind}",'.encode() for kind in kinds or ())
         for path in sorted(self._folder.glob("*.jsonl")):
             with path.open("rb") as file:
                 file.seek(self._offsets.get(path, 0))
@@ -156,7 +163,9 @@ class Lines:
             if lines and path not in self.heads:
                 self.heads[path] = _head(path, lines.pop(0))
             for line in lines:
-                kind, *values = json.loads(line)
+                if kinds is not None and not line.startswith(beginnings):
+                    continue
+                kind, *values = _of_line(line)
                 actor = self.heads[path]["actor"]
                 record = _FORMS[kind](*values)
                 yield actor, kind, self._in_the_runs_time(_identity(path), record) if self._corrections else record
