@@ -15,6 +15,10 @@ from .trace_lines import Done, Lines, Sent
 WINDOW_S = 5.0
 """Rates and percentiles are of so long before the newest record. Records come some 0.4 s after what they tell of."""
 
+AT_FIRST = 1 << 20
+"""So many bytes of each file are read at first: what a busy process writes in several seconds. All of a run that has gone on
+for hours would take minutes."""
+
 
 class Tail:
     """The records of a run folder that are not older than the window."""
@@ -22,7 +26,7 @@ class Tail:
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._edges: list[str] = []
-        self._lines = Lines(run_dir)
+        self._lines = Lines(run_dir, AT_FIRST)
         self._done: deque[tuple[str, Done]] = deque()
         self._sent: deque[Sent] = deque()
         self._newest_ns = 0

@@ -132,9 +132,10 @@ _of_line = msgspec.json.Decoder(list[Any]).decode
 
 class Lines:
     """All trace files of a run folder, read from where the last reading ended. Times of hosts whose clock is another than the
-    run's are given in the run's."""
+    run's are given in the run's. `last_bytes`: what was in a file before, when it is first seen, is left out."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, last_bytes: int | None = None) -> None:
+        self._last_bytes = last_bytes
         self._folder = run_dir / "trace"
         self._offsets: dict[Path, int] = {}
         self._clocks = run_dir / "clocks.json"
@@ -154,21 +155,31 @@ class Lines:
         self._read_clocks()
         beginnings = tuple(f'["{kind}",'.encode() for kind in kinds or ())
         for path in sorted(self._folder.glob("*.jsonl")):
-            with path.open("rb") as file:
-                file.seek(self._offsets.get(path, 0))
-                data = file.read()
-            whole = data[: data.rfind(b"\n") + 1]
-            self._offsets[path] = self._offsets.get(path, 0) + len(whole)
-            lines = whole.splitlines()
-            if lines and path not in self.heads:
-                self.heads[path] = _head(path, lines.pop(0))
-            for line in lines:
+            for line in self._new_lines(path):
                 if kinds is not None and not line.startswith(beginnings):
                     continue
                 kind, *values = _of_line(line)
                 actor = self.heads[path]["actor"]
                 record = _FORMS[kind](*values)
                 yield actor, kind, self._in_the_runs_time(_identity(path), record) if self._corrections else record
+
+    def _new_lines(self, path: Path) -> Iterable[bytes]:
+        """The whole lines of a file since the last time; its head is taken in."""
+        with path.open("rb") as file:
+            if path not in self.heads:
+                before = head = file.readline()
+                size = path.stat().st_size
+                if self._last_bytes is not None and size - self._last_bytes > len(head):
+                    file.seek(size - self._last_bytes - 1)
+                    before = file.readline()  # of which the beginning is left out, or all but its end
+                if not before.endswith(b"\n"):
+                    return ()
+                self.heads[path], self._offsets[path] = _head(path, head), file.tell()
+            file.seek(self._offsets[path])
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offsets[path] += len(whole)
+        return whole.splitlines()
 
     def _read_clocks(self) -> None:
         try:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ranvier.graph import trace
-from ranvier.graph.trace_lines import TraceError
+from ranvier.graph.trace_lines import Lines, TraceError
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,22 @@ def test_the_summary_adds_up(run_dir: Path) -> None:
     text = trace.table(told)
     for word in ("lower.hidden -> upper.hidden", "tokens a step", "gateway.0"):
         assert word in text
+
+
+def test_the_end_of_a_long_file_is_read_alone(run_dir: Path) -> None:
+    """Whole lines, the last ones, wherever it begins; then all that comes."""
+    every = list(Lines(run_dir).read())
+    for last_bytes in (0, 1, 200, 3000, 10**6):
+        lines = Lines(run_dir, last_bytes)
+        found = list(lines.read())
+        assert lines.heads.keys() == set((run_dir / "trace").glob("*.jsonl"))
+        for actor in {actor for actor, *_ in every}:
+            own = [each for each in every if each[0] == actor]
+            last = [each for each in found if each[0] == actor]
+            assert last == own[len(own) - len(last) :]
+            assert len(last) in (0, 1) if last_bytes < 2 else len(last) > 0
+        assert last_bytes < 10**6 or len(found) == len(every)
+        assert not list(lines.read())
 
 
 def test_a_line_that_was_cut_off_is_left_out(run_dir: Path, tmp_path: Path) -> None:
