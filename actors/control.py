@@ -18,7 +18,7 @@ from ranvier.transport.zeromq import ZeroWire
 
 from .control_protocol import MAX_BYTES, decode, encode
 from .crossing import Crossing, Event
-from .spec import HostSpec
+from .spec import SUPERVISOR, HostSpec
 from .trace_file import TraceFile
 
 SHIP_INTERVAL_S = 0.4
@@ -26,7 +26,6 @@ SHIP_INTERVAL_S = 0.4
 SHIP_AT_ONCE = 256
 """Records turned into text in one go: the step thread waits for the interpreter meanwhile, about half a millisecond."""
 FINISH_DEADLINE_S = 2.0
-SUPERVISOR = "supervisor"
 
 
 class ControlThread:

@@ -13,6 +13,8 @@ from .training.spec import TrainingLink, TrainingSpec
 
 GATEWAY = "gateway"
 """The reserved actor name of the place where clients enter."""
+SUPERVISOR = "supervisor"
+"""Who commands the hosts, over sockets of its own."""
 
 
 def identity(actor: str, replica: int, epoch: int) -> str:

@@ -19,12 +19,11 @@ from ranvier.transport.trio_wire import TrioWire
 from ranvier.transport.zeromq import ZeroWire
 
 from .clocks import Clock
-from .control import SUPERVISOR
 from .control_protocol import COMMANDS, MAX_BYTES, decode, encode
 from .errors import ActorFailed
 from .launcher import Launcher
 from .lifecycle import State
-from .spec import HostLink, HostSpec
+from .spec import SUPERVISOR, HostLink, HostSpec
 from .supervision import Supervision, Watched
 from .training.spec import TrainingLink
 
@@ -226,14 +225,15 @@ class Supervisor:
             await self._changed.wait()
 
     def _send(self, key: str, kind: str, **fields: Any) -> None:
-        self._wire.send(key, encode(kind, {"sent_ns": time.monotonic_ns(), **fields}))
+        self._wire.send(key, _command(kind, fields))
 
     def tell(self, labels: Iterable[str], kind: str, **fields: Any) -> None:
         """A command to some hosts. Those that are not there any more are not told."""
+        data = _command(kind, fields)
         for label in labels:
             host = self.supervision.host(label)
             if host is not None:
-                self._send(host.spec.identity, kind, **fields)
+                self._wire.send(host.spec.identity, data)
 
     async def situations(self, within_s: float) -> Mapping[str, Mapping[str, Any] | None]:
         """What each host says of itself when it is asked why it waits (situation.py), by its identity; None for those that do
@@ -364,3 +364,7 @@ class Supervisor:
             self.failed.set()
         self._changed.set()
         self._changed = trio.Event()
+
+
+def _command(kind: str, fields: Mapping[str, Any]) -> bytes:
+    return encode(kind, {"sent_ns": time.monotonic_ns(), **fields})

@@ -37,7 +37,7 @@ class Fresh:
 
     def __init__(self, make: Callable[[], Contestant], streams: int) -> None:
         self._make, self._streams = make, streams
-        self._cpu_s = 0.0
+        self._cpu_s_a_token = 0.0
 
     def speed(self) -> float:
         """Tokens a second, the mean of some measures."""
@@ -45,14 +45,14 @@ class Fresh:
         try:
             before_s = contestant.cpu_s()
             speed = mean(contestant.measure() for _ in range(measures))
-            self._cpu_s = (contestant.cpu_s() - before_s) / (measures * self._streams * NEW)
+            self._cpu_s_a_token = (contestant.cpu_s() - before_s) / (measures * self._streams * NEW)
         finally:
             contestant.close()
         return speed
 
     def cpu_ms(self) -> float:
         """Processor time of a token, of the same measures."""
-        return self._cpu_s * 1e3
+        return self._cpu_s_a_token * 1e3
 
 
 def ask(rounds: int) -> Answer:

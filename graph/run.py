@@ -62,7 +62,7 @@ class Run:
         self.plan = plan
         self.folder = folder
         self._supervisor = supervisor
-        self._own, self._wire = own, own.wire
+        self._own = own
         self._gateway = gateway
         self._codec = codec
         self._detours = detours
@@ -343,7 +343,7 @@ class Run:
             self._supervisor.tell(labels, kind, **fields)
         self._gateway.commands.clear()
         for outgoing in self._gateway.exchange.outbox:
-            outgoing.buffers = self._wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
+            outgoing.buffers = self._own.wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
         self._gateway.exchange.outbox.clear()
         for stream, wake in self._wakes.items():
             if stream.events:
@@ -372,7 +372,7 @@ class Run:
                 wait_s = min(wait_s, max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
             with trio.move_on_after(wait_s):
                 try:
-                    arrival = await self._wire.receive()
+                    arrival = await self._own.wire.receive()
                 except ProtocolError as error:
                     self._refused(error)
             if arrival is not None:
@@ -425,4 +425,4 @@ class Run:
         counted = {label: dict(own) for label, own in self._supervisor.supervision.counters.items()}
         if done := self._detours.counters:
             counted["chaos"] = dict(done)
-        return {**counted, f"{GATEWAY}.0": {**self._gateway.exchange.counters, **self._wire.wire.counters}}
+        return {**counted, f"{GATEWAY}.0": {**self._gateway.exchange.counters, **self._own.wire.wire.counters}}

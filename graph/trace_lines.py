@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ranvier.actors.clocks import Correction, Estimate, is_another
+from ranvier.actors.spec import SUPERVISOR
 from ranvier.actors.trace_file import COLUMNS, COMMAND, CONTROL, DONE, DROPPED, PART, SENT, SPAN, TAP, UNSENT
 from ranvier.transport.errors import RanvierError
 
@@ -99,6 +100,11 @@ class Commanded(NamedTuple):
     session: int
     epoch: int
 
+    @property
+    def source(self) -> str:
+        """Who sent it, by the run's own clock."""
+        return SUPERVISOR
+
 
 class Spanned(NamedTuple):
     """See `trace_file.SPAN_COLUMNS`."""
@@ -155,15 +161,18 @@ class Lines:
         self._read_clocks()
         beginnings = tuple(f'["{kind}",'.encode() for kind in kinds or ())
         for path in sorted(self._folder.glob("*.jsonl")):
-            for line in self._new_lines(path):
+            lines = self._new_lines(path)
+            if not lines:
+                continue
+            actor, host = self.heads[path]["actor"], _identity(path)
+            for line in lines:
                 if kinds is not None and not line.startswith(beginnings):
                     continue
                 kind, *values = _of_line(line)
-                actor = self.heads[path]["actor"]
                 record = _FORMS[kind](*values)
-                yield actor, kind, self._in_the_runs_time(_identity(path), record) if self._corrections else record
+                yield actor, kind, self._in_the_runs_time(host, record) if self._corrections else record
 
-    def _new_lines(self, path: Path) -> Iterable[bytes]:
+    def _new_lines(self, path: Path) -> Sequence[bytes]:
         """The whole lines of a file since the last time; its head is taken in."""
         with path.open("rb") as file:
             if path not in self.heads:
@@ -192,10 +201,8 @@ class Lines:
 
     def _in_the_runs_time(self, host: str, record: Any) -> Any:
         times = {name: self._corrected(host, getattr(record, name)) for name in record._fields if name.endswith("_ns")}
-        if isinstance(record, Done):  # when it was sent is by the sender's clock
+        if isinstance(record, Done | Commanded):  # when it was sent is by the sender's clock
             times["sent_ns"] = self._corrected(record.source, record.sent_ns)
-        elif isinstance(record, Commanded):  # by the run's
-            times["sent_ns"] = record.sent_ns
         return record._replace(**times)
 
     def _corrected(self, host: str, time_ns: int) -> int:

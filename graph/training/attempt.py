@@ -110,7 +110,6 @@ class Attempt:
                 stack.enter_context((folder.logs / "supervisor.jsonl").open("w", encoding="utf-8")), self._shown
             )
             own = self._own = OwnEnd(plan.plan, folder, by_position=True)
-            self._wire = own.wire
             stack.callback(own.wire.close)
             self._exchange = own.exchange([link.link for link in self._links])
             self._by_link = {
@@ -140,12 +139,12 @@ class Attempt:
                     for spec in specs:
                         address = supervisor.supervision.hosts[spec.identity].address
                         assert address is not None
-                        self._wire.connect(spec.identity, detours.address(ME, spec.identity, address))
+                        self._own.wire.connect(spec.identity, detours.address(ME, spec.identity, address))
                     nursery.start_soon(self._listen)
                     nursery.start_soon(own.ship)
                     self._exchange.open()
                     self._flush()
-                    await supervisor.until_running(ME, self._wire.wire.address)
+                    await supervisor.until_running(ME, self._own.wire.wire.address)
                     on_started(dict(supervisor.pids))
                     nursery.start_soon(self._watch)
                     self._step_began_s = time.monotonic()
@@ -230,7 +229,7 @@ class Attempt:
             arrival = None
             with trio.move_on_after(ACK_DELAY_S if exchange.owes() else TICK_S):
                 try:
-                    arrival = await self._wire.receive()
+                    arrival = await self._own.wire.receive()
                 except ProtocolError as error:
                     self._supervisor.refused(GATEWAY, str(error))
             if arrival is not None:
@@ -255,7 +254,7 @@ class Attempt:
     def _flush(self) -> None:
         for outgoing in self._exchange.outbox:
             try:
-                outgoing.buffers = self._wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
+                outgoing.buffers = self._own.wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
             except LinkClosed:
                 break
         self._exchange.outbox.clear()
