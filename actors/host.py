@@ -173,6 +173,7 @@ class Host(Process):
     def _stepped(self, batch: Batch) -> tuple[Mapping[str, torch.Tensor | Batch], int]:
         """What the actor makes of a batch, and when it was done. It is kept where that is asked for, and so is a step that
         fails."""
+        batch = batch.aligned()
         try:
             outputs = self.actor.step(batch)
         except Exception as error:

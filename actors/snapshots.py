@@ -12,6 +12,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ranvier.transport.aligned import aligned
+
 from .actor import Actor
 
 
@@ -68,5 +70,5 @@ class Snapshots:
             state = load_file(file)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"snapshot {file.name}: {error}") from error
-        self._actor.restore(state)
+        self._actor.restore({name: aligned(tensor) for name, tensor in state.items()})
         self.take()

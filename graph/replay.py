@@ -15,6 +15,7 @@ from ranvier.actors.actor import REWINDS, Actor, Batch, Look, keeps
 from ranvier.actors.errors import RecordingError, told
 from ranvier.actors.loading import load
 from ranvier.actors.recording import Closed, Outputs, Recorded, Restored, Session, Step
+from ranvier.transport.aligned import aligned
 
 from .values import measure
 
@@ -70,7 +71,7 @@ def steps(
         rewinds = keeps(actor) == REWINDS
         for event in recorded.events():
             if isinstance(event, Restored):
-                actor.restore(event.state)
+                actor.restore({name: aligned(tensor) for name, tensor in event.state.items()})
             elif isinstance(event, Closed):
                 actor.close(event.session)
             elif isinstance(event, Session):
@@ -80,7 +81,7 @@ def steps(
 
 
 def _taken(actor: Actor, step: Step, outputs: tuple[str, ...], look: Look | None, debugged: bool) -> Taken:
-    batch = step.batch
+    batch = step.batch.aligned()
     try:
         if debugged:
             made: Outputs = pdb.runcall(actor.step, batch) or {}

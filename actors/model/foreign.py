@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.initialization import no_init_weights
 
+from ranvier.transport.aligned import aligned
 from ranvier.transport.header import Row
 
 from ..actor import Actor, Context, Look
@@ -280,7 +281,8 @@ class ForeignBlocks:
     def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
         made = []
         parts = torch.split(hidden_TH, [row.tokens for row in rows])
-        for row, part in zip(rows, parts, strict=True):
+        for row, unaligned in zip(rows, parts, strict=True):
+            part = aligned(unaligned)  # what lies before it in the batch changes nothing
             session = self.cache.at(row.session, row.position, row.tokens)
             self.skeleton.look, self.skeleton.rows = self.look, (row,)
             if isinstance(session, WholeSession):

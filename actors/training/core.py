@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from ranvier.transport.aligned import aligned
 from ranvier.transport.ends import Received, ReceivingLink
 from ranvier.transport.errors import ProtocolError
 from ranvier.transport.exchange import Exchange, RefusedMessage
@@ -59,6 +60,6 @@ class TrainingCore:
         for link in links:
             tensor, received = self._came.pop((link, place))
             self.exchange.consumed(received.link, received.nbytes)
-            tensors.append(tensor)
+            tensors.append(aligned(tensor))
             messages.append(received)
         return tensors, messages

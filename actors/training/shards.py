@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ranvier.transport.aligned import aligned
+
 from .spec import folder_of
 from .stage import Stage
 
@@ -66,7 +68,9 @@ def read(folder: Path, actor: str, stage: Stage, optimizer: torch.optim.Optimize
     if optimizer is not None:
         for index, weight in enumerate(stage.weights.values()):
             prefix = f"optimizer/{index}/"
-            kept = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            kept = {
+                name.removeprefix(prefix): aligned(value) for name, value in state.items() if name.startswith(prefix)
+            }
             if kept:
                 optimizer.state[weight] = kept
     stage.refresh()

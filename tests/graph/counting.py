@@ -52,6 +52,16 @@ class Pass(Actor):
         return {"x": batch["x"]}
 
 
+class Begins(Actor):
+    """How many bytes after a multiple of 64 its input begins in memory."""
+
+    inputs = {"x": TensorSpec("float32", ("tokens",))}
+    outputs = {"begins": TensorSpec("int64", ("rows",))}
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        return {"begins": torch.full((len(batch.rows),), batch["x"].data_ptr() % 64)}
+
+
 class Spreader(Actor):
     """Gives x as it is, for branches."""
 

@@ -120,3 +120,32 @@ def test_auto_measures_the_link_and_tries_what_it_may(
     assert tried in edge["codec"]["name"].split(", ")
     assert ("int8" in edge["codec"]["name"]) == (codec == "auto:int8")
     assert 0 < edge["codec"]["messages"] < edge["messages"], "the first tell how fast the link is, as they are"
+
+
+@pytest.mark.parametrize(
+    ("transport", "codec"), [("ipc", "raw"), ("tcp://127.0.0.1", "raw"), ("tcp://127.0.0.1", "raw+lz4")]
+)
+def test_what_a_step_is_given_begins_where_torchs_own_memory_does(
+    transport: str, codec: str, graph_file: Callable[..., Path], runs: Path
+) -> None:
+    """Else what is computed of it would be another in its last bits from wire to wire, and from run to run."""
+    path = graph_file(
+        transport=transport,
+        actors={"front": {"kind": "./counting.py:Spreader"}, "where": {"kind": "./counting.py:Begins"}},
+        edges=[
+            "gateway.x -> front.x",
+            {"from": "front.x", "to": "where.x", "codec": codec},
+            "where.begins -> gateway.begins",
+        ],
+    )
+    shutil.copy(Path(__file__).parent / "counting.py", path.parent)
+
+    async def main() -> list[int]:
+        async with ranvier.launch(ranvier.load(path, allow_code=True), runs=runs) as run:
+            begins = []
+            for tokens in (1, 2, 5, 11, 100, 1001, 150_001):
+                made = await run.call(x=torch.rand(tokens))
+                begins += made["begins"].tolist()
+            return begins
+
+    assert trio.run(main) == [0] * 7

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ranvier.transport.aligned import ALIGNED_BYTES, aligned
 from ranvier.transport.dtypes import TABLE
 from ranvier.transport.errors import ProtocolError
 from ranvier.transport.header import Header, Row, TensorMeta, decode
@@ -139,3 +140,15 @@ def test_named_sizes_fit_when_they_agree() -> None:
 def test_a_spec_that_cannot_be(dtype: str, shape: tuple[Any, ...], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         TensorSpec(dtype, shape)
+
+
+@pytest.mark.parametrize("begins", range(0, 130, 2))
+def test_a_tensor_that_begins_elsewhere_is_copied(begins: int) -> None:
+    """And no other one."""
+    memory = torch.arange(400, dtype=torch.uint8)
+    assert memory.data_ptr() % ALIGNED_BYTES == 0
+    tensor = memory[begins : begins + 48].view(torch.bfloat16).view(3, 8)
+    made = aligned(tensor)
+    assert made.data_ptr() % ALIGNED_BYTES == 0
+    assert made.equal(tensor)
+    assert (made is tensor) == (begins % ALIGNED_BYTES == 0)
