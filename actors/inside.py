@@ -1,7 +1,7 @@
 """A step of an actor, watched: what its layers make on the way from its inputs to its outputs.
 
-Blocks, stages and heads tell of their own layers (a model that cannot be cut of its logits alone); of any other actor the
-outputs of the torch modules that it holds are seen, by their names in it.
+Blocks, stages, encoders, decoders and heads tell of their own layers; of any other actor the outputs of the torch modules that
+it holds are seen, by their names in it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ranvier.transport.header import Row
 
 from .actor import Actor, Batch, Look
 from .model.parts import AnyBlocks, BlocksActor, Head, Stage
+from .model.seq2seq import Decoder, Encoder
 from .module import held
 
 
@@ -38,12 +39,12 @@ def step(actor: Actor, batch: Batch, look: Look) -> Mapping[str, torch.Tensor | 
     return made
 
 
-def _that_tell(actor: Actor) -> list[Stage | Head | AnyBlocks]:
+def _that_tell(actor: Actor) -> list[Stage | Head | AnyBlocks | Encoder | Decoder]:
     if isinstance(actor, Stage):
         return [actor, actor.blocks, *([actor.head] if actor.head is not None else [])]
     if isinstance(actor, BlocksActor):
         return [actor.blocks]
-    return [actor] if isinstance(actor, Head) else []
+    return [actor] if isinstance(actor, Head | Encoder | Decoder) else []
 
 
 @contextlib.contextmanager

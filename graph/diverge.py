@@ -197,7 +197,7 @@ def _replay(
     def look(layer: int | None, name: str, rows: tuple[Row, ...], tensor: torch.Tensor) -> None:
         where = run.inside(actor, layer, name, seen.setdefault(f"{layer} {name}", len(seen)))
         if where[0] not in recorded_places:
-            side.values.put(where, actor, run.sessions, rows, tensor.clone())
+            side.values.put(where, actor, run.sessions, rows, tensor.clone(), at_once=run.encodes(actor))
 
     again = f"replaying {actor}"
     worst = 0.0
@@ -219,9 +219,8 @@ def _layer(place: Place | None) -> int | None:
         return None
     if place.name.startswith("layer "):
         return int(place.name.split()[1])
-    if place.name.startswith("hidden ") and place.name != "hidden 0":
-        return int(place.name.split()[1]) - 1
-    return None
+    words = place.name.split()
+    return int(words[-1]) - 1 if words[-2:-1] == ["hidden"] and words[-1] != "0" else None
 
 
 def _words(

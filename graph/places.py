@@ -29,6 +29,11 @@ def hidden(layer: int, sent: bool = True) -> tuple[Place, Order]:
     return Place(f"hidden {layer}", sent), (layer, 0, not sent)
 
 
+def encoder_hidden(layer: int, sent: bool = True) -> tuple[Place, Order]:
+    """What enters a layer of an encoder, or leaves it behind its last one."""
+    return Place(f"encoder hidden {layer}", sent), (ENCODER + layer, 0, not sent)
+
+
 def within(layer: int, name: str) -> tuple[Place, Order]:
     """What a layer makes on its way."""
     if name == "hidden":
@@ -90,20 +95,25 @@ class RecordedRun:
     def _put(self, made: Values, actor: str, step: Step) -> None:
         for port, batch in step.inputs.items():
             place, order, maker = self.taken(actor, port)
-            made.put((place, order), maker, self.sessions, batch.rows, batch[port])
+            at_once = self.encodes(actor) or self.encodes(maker)
+            made.put((place, order), maker, self.sessions, batch.rows, batch[port], at_once=at_once)
             made.takes.setdefault(actor, set()).add(place)
         for port, batch in step.outputs.items():
             if port == "sampled" and self.kinds[actor].name in _HEADS:  # made of the position before it
                 made.put((SAMPLED, (LAST, 2, False)), actor, self.sessions, batch.rows, batch[port], shift=-1)
             elif port not in ("token", "logits") or self.kinds[actor].name not in _HEADS:
-                made.put(self.made(actor, port), actor, self.sessions, batch.rows, batch[port])
+                where = self.made(actor, port)
+                made.put(where, actor, self.sessions, batch.rows, batch[port], at_once=self.encodes(actor))
+
+    def encodes(self, actor: str) -> bool:
+        """Whether it takes a whole source at once."""
+        return actor in self.kinds and self.kinds[actor].name in _ENCODERS
 
     def made(self, actor: str, port: str, sent: bool = True) -> tuple[Place, Order]:
         """Where an output is; `sent` or not: at its other end."""
         kind = self.kinds[actor]
-        if port == "hidden" and kind.name in _ENCODERS:
-            layer = kind.layers[1] + 1 if kind.layers is not None else 0
-            return Place(f"encoder hidden {layer}", sent), (ENCODER + layer, 0, not sent)
+        if port == "hidden" and self.encodes(actor):
+            return encoder_hidden(kind.layers[1] + 1 if kind.layers is not None else 0, sent)
         if port == "hidden" and kind.name == "embedding":
             return hidden(0, sent)
         if port == "hidden" and kind.name in _LAYERED and kind.layers is not None:
@@ -123,7 +133,7 @@ class RecordedRun:
     def inside(self, actor: str, layer: int | None, name: str, seen: int) -> tuple[Place, Order]:
         """Where a tensor inside of an actor is; `seen`: how many names came before it."""
         if layer is not None:
-            return within(layer, name)
+            return encoder_hidden(layer + 1) if self.encodes(actor) else within(layer, name)
         if name == "embedding":
             return hidden(0)
         if name == "logits":
@@ -162,20 +172,38 @@ def read(folder: Path) -> RecordedRun:
             raise RecordingError(f"{recorded.folder}: {recorded.host.actor} is no actor of {folder / 'plan.json'}")
         by_actor.setdefault(recorded.host.actor, []).append(recorded)
     return RecordedRun(
-        folder, {actor: by_actor[actor] for actor in kinds if actor in by_actor}, kinds, edges, _numbered(by_actor)
+        folder,
+        {actor: by_actor[actor] for actor in kinds if actor in by_actor},
+        kinds,
+        edges,
+        _numbered(by_actor, kinds),
     )
 
 
-def _numbered(by_actor: Mapping[str, Iterable[Recorded]]) -> dict[int, int]:
+def _numbered(by_actor: Mapping[str, Iterable[Recorded]], kinds: Mapping[str, Kind]) -> dict[int, int]:
     """Sessions from 1 on, by their prompts, and those of the same prompt in the order in which they came: what is asked at once
     comes in another order each time."""
     prompts: dict[int, tuple[int, ...]] = {}
-    for hosts in by_actor.values():
+    sources: dict[int, list[int]] = {}
+    for actor, hosts in by_actor.items():
         for recorded in hosts:
             for session, log in recorded.sessions:
                 prompts[session] = min(prompts.get(session, log), log, key=len)
-    ordered = sorted(prompts, key=lambda session: (prompts[session], session))
+            if kinds[actor].name == "encoder_embedding":
+                sources.update(_sources(recorded))
+    ordered = sorted(prompts, key=lambda session: (prompts[session], sources.get(session, []), session))
     return {session: number for number, session in enumerate(ordered, 1)}
+
+
+def _sources(recorded: Recorded) -> Iterator[tuple[int, list[int]]]:
+    """What each session gave to an encoder."""
+    for event in recorded.events():
+        if isinstance(event, Step):
+            for port, batch in event.inputs.items():
+                start = 0
+                for row in batch.rows:
+                    yield row.session, batch[port][start : start + row.tokens].tolist()
+                    start += row.tokens
 
 
 def _edge(plain: Mapping[str, Any]) -> Edge:

@@ -42,13 +42,17 @@ class Values:
     prompt: dict[int, int] = field(default_factory=dict)
     logs: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """The longest that is known of each session."""
+    at_once: set[Place] = field(default_factory=set)
+    """Where all tokens of a session are computed together, before anything else: an encoder's."""
 
     def put(
         self, where: tuple[Place, Order], maker: str, sessions: Mapping[int, int], rows: tuple[Row, ...], tensor: torch.Tensor,
-        shift: int = 0,
+        shift: int = 0, at_once: bool = False,
     ) -> None:  # fmt: skip
         """The parts of a tensor, by the tokens of its rows: one each, or one for a row; `shift` is added to positions."""
         place, order = where
+        if at_once:
+            self.at_once.add(place)
         held = self.at.setdefault(place, {})
         self.order.setdefault(place, order)
         self.maker.setdefault(place, maker)
@@ -65,9 +69,9 @@ class Values:
             else:
                 held[Token(session, row.position + shift)] = tensor[index].flatten()
 
-    def moment(self, token: Token) -> int:
+    def moment(self, place: Place, token: Token) -> int:
         """Tokens of a prompt are computed together; each one after it by itself."""
-        return max(token.position, self.prompt.get(token.session, 1) - 1)
+        return -1 if place in self.at_once else max(token.position, self.prompt.get(token.session, 1) - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +133,11 @@ def compare(one: Values, other: Values, threshold: float) -> tuple[Difference | 
         sizes[place] = []
         for token in sorted(own.keys() & theirs.keys()):
             found = measure(own[token], theirs[token])
-            sizes[place].append((one.moment(token), found.size))
-            if found.size > threshold and (first is None or one.moment(token) < one.moment(first.token)):
+            moment = one.moment(place, token)
+            sizes[place].append((moment, found.size))
+            if found.size > threshold and (first is None or moment < one.moment(first.place, first.token)):
                 first = Difference(place, token, found)
-    until = one.moment(first.token) if first is not None else math.inf
+    until = one.moment(first.place, first.token) if first is not None else math.inf
     return first, {
         place: max((size for moment, size in own if moment <= until), default=0.0) for place, own in sizes.items()
     }

@@ -10,6 +10,7 @@ Shape suffixes: T tokens of the batch, t tokens of one row, H hidden, V vocabula
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 from collections.abc import Callable
@@ -286,8 +287,10 @@ class ForeignBlocks:
             session = self.cache.at(row.session, row.position, row.tokens)
             self.skeleton.look, self.skeleton.rows = self.look, (row,)
             if isinstance(session, WholeSession):
-                assert self.skeleton.whole is not None
-                made.append(self.skeleton.whole.logits(session, part))
+                whole = self.skeleton.whole
+                assert whole is not None
+                with whole.watched(row, self.look) if self.look is not None else contextlib.nullcontext():
+                    made.append(whole.logits(session, part))
             else:
                 made.append(self.skeleton.run(session, row.position, part))
             session.length = row.position + row.tokens

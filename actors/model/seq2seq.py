@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from ranvier.transport.header import Row
 
-from ..actor import Actor, Batch, Context
+from ..actor import Actor, Batch, Context, Look
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
 from ..session import SessionInfo
@@ -73,19 +73,21 @@ class EncoderEmbedding(SourceEmbedding):
 class Encoder(Actor):
     """`hidden` [tokens, H] -> `hidden` [tokens, H], through encoder layers; every token of a source sees all of it."""
 
+    look: Look | None = None
+
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
         assert context.layers is not None
         config = checkpoint.config
         self.stack = Stack(checkpoint, "encoder", context.layers, dtype, context.progress)
-        last = context.layers[1] == seq2seq(config).layers - 1
+        self._first, last = context.layers[0], context.layers[1] == seq2seq(config).layers - 1
         final = _read(checkpoint, seq2seq_weights.final_norm(config, "encoder"), dtype) if last else {}
         self._norm = _norm(config, final, "norm")
         self._held = self.stack.held_bytes + sum(tensor.nbytes for tensor in final.values())
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
         hidden_TH, stack = batch["hidden"], self.stack
-        for layer in stack.layers:
+        for index, layer in enumerate(stack.layers):
 
             def attend(query_TND: torch.Tensor, keys_TND: torch.Tensor, values_TND: torch.Tensor) -> torch.Tensor:
                 made, start = [], 0
@@ -99,7 +101,11 @@ class Encoder(Actor):
                 return torch.cat(made)
 
             hidden_TH = layer.forward(hidden_TH, attend)
-        return {"hidden": self._norm(hidden_TH) if self._norm is not None else hidden_TH}
+            if layer is stack.layers[-1] and self._norm is not None:
+                hidden_TH = self._norm(hidden_TH)
+            if self.look is not None:
+                self.look(self._first + index, "hidden", batch.rows, hidden_TH)
+        return {"hidden": hidden_TH}
 
     def held_bytes(self) -> int:
         return self._held
@@ -117,14 +123,16 @@ class Decoder(Actor):
     """`hidden` [tokens, H] -> `hidden` [tokens, H], through decoder layers with their KV cache. What came of the encoder,
     `memory` [tokens, H], comes once a session, before its first step."""
 
+    look: Look | None = None
+
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
         assert context.layers is not None
-        first, last = context.layers
+        self._first, last = context.layers
         self.stack = Stack(checkpoint, "decoder", context.layers, dtype, context.progress)
         self.cache = KVCache(
             context.cache_tokens,
-            lambda capacity: DecoderSession(checkpoint.config, last - first + 1, capacity, dtype),
+            lambda capacity: DecoderSession(checkpoint.config, last - self._first + 1, capacity, dtype),
         )
 
     def open(self, session: SessionInfo) -> None:
@@ -152,6 +160,8 @@ class Decoder(Actor):
             hidden_TH = layer.forward(
                 hidden_TH, partial(self._attend, rows, own, scores), partial(self._attend_across, rows, memory)
             )
+            if self.look is not None:
+                self.look(self._first + index, "hidden", rows, hidden_TH)
         for row, cache in zip(rows, caches, strict=True):
             cache.length = row.position + row.tokens
         return hidden_TH

@@ -8,12 +8,17 @@ Shape suffixes: t tokens of one step, V vocabulary.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from transformers import DynamicCache
 
+from ranvier.transport.header import Row
+
+from ..actor import Look
 from ..checkpoint.config import ModelConfig
+from .watched import layer_count, watched
 
 
 class WholeSession:
@@ -37,6 +42,17 @@ class Whole:
     def open(self, capacity: int) -> WholeSession:
         cached = not self._uncached and self._past_name != "mems"
         return WholeSession(DynamicCache(config=self._model.config) if cached else None, capacity)
+
+    def watched(self, row: Row, look: Look) -> AbstractContextManager[None]:
+        """Meanwhile `look` hears of the layers that make one of each token, or of the last alone where tokens are seen both
+        ways."""
+        seen = Row(row.session, row.epoch, row.position + row.tokens - 1, 1) if self._both_ways else row
+
+        def told(layer: int | None, name: str, tensor_1tH: torch.Tensor) -> None:
+            if tensor_1tH.dim() == 3 and len(tensor_1tH) == 1 and tensor_1tH.shape[1] >= row.tokens:
+                look(layer, name, (seen,), tensor_1tH[0, -seen.tokens :])
+
+        return watched(self._model, layer_count(self._model), told)
 
     def logits(self, session: WholeSession, token_t: torch.Tensor) -> torch.Tensor:
         """[t, V]. Takes effect on the session. Of a prompt that is seen both ways, and not scored, only the last row means
