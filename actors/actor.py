@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
-from ranvier.transport.aligned import ALIGNED_BYTES, aligned
+from ranvier.transport.aligned import aligned, misplaced
 from ranvier.transport.header import Row
 from ranvier.transport.spec import TensorSpec
 
@@ -57,12 +57,10 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
         return self.tensors[port]
 
     def aligned(self) -> Batch:
-        """The batch as a step is given it: with copies of the tensors that begin elsewhere than torch's own memory."""
-        for tensor in self.tensors.values():
-            if tensor.data_ptr() % ALIGNED_BYTES:
-                made = {port: aligned(tensor) for port, tensor in self.tensors.items()}
-                return Batch(self.rows, made, self.own_rows)
-        return self
+        """The batch as a step is given it: with copies of tensors where it matters where they begin."""
+        if not any(map(misplaced, self.tensors.values())):
+            return self
+        return Batch(self.rows, {port: aligned(tensor) for port, tensor in self.tensors.items()}, self.own_rows)
 
     @property
     def tokens(self) -> int:

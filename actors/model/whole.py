@@ -3,7 +3,7 @@
 Most keep what they remember of a session in a cache. Of some the library keeps it elsewhere: they compute all tokens anew.
 And a few let the tokens of a prompt see each other in both directions: those take the steps of the library's `generate`.
 
-Shape suffixes: t tokens of one step, V vocabulary.
+Shape suffixes: t tokens of one step, H hidden, V vocabulary.
 """
 
 from __future__ import annotations

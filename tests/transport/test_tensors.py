@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ranvier import Batch
 from ranvier.transport.aligned import ALIGNED_BYTES, aligned
 from ranvier.transport.dtypes import TABLE
 from ranvier.transport.errors import ProtocolError
@@ -142,13 +143,30 @@ def test_a_spec_that_cannot_be(dtype: str, shape: tuple[Any, ...], words: str) -
         TensorSpec(dtype, shape)
 
 
-@pytest.mark.parametrize("begins", range(0, 130, 2))
-def test_a_tensor_that_begins_elsewhere_is_copied(begins: int) -> None:
-    """And no other one."""
-    memory = torch.arange(400, dtype=torch.uint8)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_tensor_that_begins_elsewhere_is_copied(dtype: torch.dtype) -> None:
+    """And no other one: of bfloat16 none."""
+    memory = (torch.arange(400) % 100).to(torch.uint8)  # no bytes of what is not a number
     assert memory.data_ptr() % ALIGNED_BYTES == 0
-    tensor = memory[begins : begins + 48].view(torch.bfloat16).view(3, 8)
-    made = aligned(tensor)
-    assert made.data_ptr() % ALIGNED_BYTES == 0
-    assert made.equal(tensor)
-    assert (made is tensor) == (begins % ALIGNED_BYTES == 0)
+    for begins in range(0, 200, dtype.itemsize):
+        tensor = memory[begins : begins + 192].view(dtype).view(3, -1)
+        made = aligned(tensor)
+        assert torch.equal(made, tensor)
+        keeps = begins % ALIGNED_BYTES == 0 or dtype is torch.bfloat16
+        assert (made is tensor) == keeps
+        assert keeps or made.data_ptr() % ALIGNED_BYTES == 0
+
+
+def test_a_step_of_several_inputs_has_them_where_they_matter() -> None:
+    memory = (torch.arange(400) % 100).to(torch.uint8)  # no bytes of what is not a number
+    odd, narrow, even = (
+        memory[4:68].view(torch.float32),
+        memory[4:68].view(torch.bfloat16),
+        memory[:64].view(torch.float32),
+    )
+    batch = Batch((Row(1, 1, 0, 1),), {"odd": odd, "narrow": narrow, "even": even})
+    made = batch.aligned()
+    assert made["odd"].data_ptr() % ALIGNED_BYTES == 0
+    assert made["odd"].equal(odd)
+    assert made["narrow"] is narrow and made["even"] is even
+    assert made.aligned() is made
