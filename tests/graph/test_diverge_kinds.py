@@ -129,16 +129,15 @@ def test_an_encoder_and_its_decoder(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "sizes"),
     [
         ("cpmant", {**SMALL, "dim_head": 8, "dim_ff": 96, "prompt_types": 4, "prompt_length": 8}),
-        pytest.param("mamba", {**SMALL, "state_size": 8}, marks=pytest.mark.slow),
-        pytest.param("rwkv", {**SMALL, "attention_hidden_size": 48, "context_length": 128}, marks=pytest.mark.slow),
-        pytest.param(
-            "lfm2", {**SMALL, "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 128,
-                     "layer_types": ["conv", "full_attention"] * 2}, marks=pytest.mark.slow,
-        ),
+        ("mamba", {**SMALL, "state_size": 8}),
+        ("rwkv", {**SMALL, "attention_hidden_size": 48, "context_length": 128}),
+        ("lfm2", {**SMALL, "num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 128,
+                  "layer_types": ["conv", "full_attention"] * 2}),
     ],
 )  # fmt: skip
 def test_a_model_that_runs_whole(family: str, sizes: Mapping[str, Any], run_of: RunOf) -> None:
