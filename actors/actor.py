@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
-from ranvier.transport.aligned import aligned, misplaced
+from ranvier.transport.aligned import each_aligned, misplaced
 from ranvier.transport.header import Row
 from ranvier.transport.spec import TensorSpec
 
@@ -60,7 +60,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
         """The batch as a step is given it: with copies of tensors where it matters where they begin."""
         if not any(map(misplaced, self.tensors.values())):
             return self
-        return Batch(self.rows, {port: aligned(tensor) for port, tensor in self.tensors.items()}, self.own_rows)
+        return Batch(self.rows, each_aligned(self.tensors), self.own_rows)
 
     @property
     def tokens(self) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ranvier.transport.aligned import aligned
+from ranvier.transport.aligned import each_aligned
 
 from .actor import Actor
 
@@ -70,5 +70,5 @@ class Snapshots:
             state = load_file(file)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"snapshot {file.name}: {error}") from error
-        self._actor.restore({name: aligned(tensor) for name, tensor in state.items()})
+        self._actor.restore(each_aligned(state))
         self.take()

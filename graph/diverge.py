@@ -18,7 +18,7 @@ from ranvier.actors.spec import GATEWAY
 from ranvier.transport.header import Row
 
 from . import reference, replay
-from .places import GIVEN, RecordedRun, read
+from .places import RecordedRun, read
 from .values import Difference, Place, Values, common, compare
 
 THRESHOLDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
@@ -147,7 +147,7 @@ def _found(one: Side, other: Side, threshold: float, progress: Callable[[str, fl
 
 def _given(one: Side, place: Place) -> bool:
     """Whether no actor made it: it is what the gateway sent."""
-    return one.values.order[place][0] <= GIVEN
+    return one.values.maker[place] == GATEWAY
 
 
 def _edge(one: Side, other: Side, found: Difference | None) -> str | None:
@@ -197,7 +197,7 @@ def _replay(
     def look(layer: int | None, name: str, rows: tuple[Row, ...], tensor: torch.Tensor) -> None:
         where = run.inside(actor, layer, name, seen.setdefault(f"{layer} {name}", len(seen)))
         if where[0] not in recorded_places:
-            side.values.put(where, actor, run.sessions, rows, tensor.clone(), at_once=run.encodes(actor))
+            side.values.put(where, actor, run.sessions, rows, tensor.clone())
 
     again = f"replaying {actor}"
     worst = 0.0

@@ -15,12 +15,10 @@ from ranvier.actors.errors import RecordingError
 from ranvier.actors.recording import Recorded, Session, Step, recordings
 from ranvier.actors.spec import GATEWAY
 
-from .values import Order, Place, Values
+from .values import ENCODER, GIVEN, LAST, Order, Place, Values
 
 LAYER = ("query", "key", "value", "attended", "hidden")
 """What a layer makes, in this order."""
-GIVEN, ENCODER, LAST = -1e6, -1e3, 1e6
-"""Depths: of what the gateway sent, of the first layer of an encoder, of what is made of the last layer."""
 LOGITS, SAMPLED = Place("logits", True), Place("token", True)
 
 
@@ -95,24 +93,18 @@ class RecordedRun:
     def _put(self, made: Values, actor: str, step: Step) -> None:
         for port, batch in step.inputs.items():
             place, order, maker = self.taken(actor, port)
-            at_once = self.encodes(actor) or self.encodes(maker)
-            made.put((place, order), maker, self.sessions, batch.rows, batch[port], at_once=at_once)
+            made.put((place, order), maker, self.sessions, batch.rows, batch[port])
             made.takes.setdefault(actor, set()).add(place)
         for port, batch in step.outputs.items():
             if port == "sampled" and self.kinds[actor].name in _HEADS:  # made of the position before it
                 made.put((SAMPLED, (LAST, 2, False)), actor, self.sessions, batch.rows, batch[port], shift=-1)
             elif port not in ("token", "logits") or self.kinds[actor].name not in _HEADS:
-                where = self.made(actor, port)
-                made.put(where, actor, self.sessions, batch.rows, batch[port], at_once=self.encodes(actor))
-
-    def encodes(self, actor: str) -> bool:
-        """Whether it takes a whole source at once."""
-        return actor in self.kinds and self.kinds[actor].name in _ENCODERS
+                made.put(self.made(actor, port), actor, self.sessions, batch.rows, batch[port])
 
     def made(self, actor: str, port: str, sent: bool = True) -> tuple[Place, Order]:
         """Where an output is; `sent` or not: at its other end."""
         kind = self.kinds[actor]
-        if port == "hidden" and self.encodes(actor):
+        if port == "hidden" and kind.name in _ENCODERS:
             return encoder_hidden(kind.layers[1] + 1 if kind.layers is not None else 0, sent)
         if port == "hidden" and kind.name == "embedding":
             return hidden(0, sent)
@@ -127,13 +119,14 @@ class RecordedRun:
         into = [edge for edge in self.edges if (edge.target, edge.into) == (actor, port)]
         edge = min(into, key=lambda edge: edge.feedback, default=None)
         if edge is None or edge.source == GATEWAY:
-            return Place(port, False), (GIVEN, 0, True), GATEWAY
+            source = self.kinds[actor].name in _ENCODERS
+            return Place(port, False), (ENCODER - 1 if source else GIVEN, 0, True), GATEWAY
         return *self.made(edge.source, edge.out, sent=False), edge.source
 
     def inside(self, actor: str, layer: int | None, name: str, seen: int) -> tuple[Place, Order]:
         """Where a tensor inside of an actor is; `seen`: how many names came before it."""
         if layer is not None:
-            return encoder_hidden(layer + 1) if self.encodes(actor) else within(layer, name)
+            return encoder_hidden(layer + 1) if self.kinds[actor].name in _ENCODERS else within(layer, name)
         if name == "embedding":
             return hidden(0)
         if name == "logits":

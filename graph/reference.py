@@ -15,8 +15,8 @@ from ranvier.actors.errors import RecordingError
 from ranvier.actors.model.watched import Told, layer_count, watched
 from ranvier.transport.header import Row
 
-from .places import LAST, LOGITS, RecordedRun, encoder_hidden, hidden, within
-from .values import Order, Place, Values
+from .places import LOGITS, RecordedRun, encoder_hidden, hidden, within
+from .values import LAST, Order, Place, Values
 
 NAME = "transformers"
 
@@ -125,23 +125,19 @@ class _Oracle:
 
     def translate(self, session: int, source: list[int], ids: list[int], encoder_layers: int) -> None:
         """Of an encoder–decoder model: what leaves its encoder is behind that one's last norm."""
-        encoder, decoder = self._model.get_encoder(), self._model.get_decoder()
 
         def told(layer: int | None, name: str, tensor_1mH: torch.Tensor) -> None:
             index = layer if layer is not None else -1
             if name != "attended" and index < encoder_layers - 1:
-                self._put(encoder_hidden(index + 1), session, 0, tensor_1mH[0], at_once=True)
+                self._put(encoder_hidden(index + 1), session, 0, tensor_1mH[0])
 
-        def left(_module: Any, _given: Any, made: Any) -> None:
-            self._put(encoder_hidden(encoder_layers), session, 0, made.last_hidden_state[0], at_once=True)
-
-        handle = encoder.register_forward_hook(left)
         with (
-            watched(encoder, encoder_layers, told), watched(decoder, self._layers, self._told(session, len(ids))),
+            watched(self._model.get_encoder(), encoder_layers, told),
+            watched(self._model.get_decoder(), self._layers, self._told(session, len(ids))),
             torch.inference_mode(),
-        ):  # fmt: skip
+        ):
             made = self._model(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([ids]), use_cache=False)
-        handle.remove()
+        self._put(encoder_hidden(encoder_layers), session, 0, made.encoder_last_hidden_state[0])
         self._put((LOGITS, (LAST, 1, False)), session, 0, made.logits[0])
 
     def _told(self, session: int, count: int) -> Told:
@@ -151,10 +147,8 @@ class _Oracle:
 
         return told
 
-    def _put(
-        self, where: tuple[Place, Order], session: int, position: int, tensor_tX: torch.Tensor, at_once: bool = False
-    ) -> None:
-        self.made.put(where, NAME, {}, (Row(session, 0, position, len(tensor_tX)),), tensor_tX, at_once=at_once)
+    def _put(self, where: tuple[Place, Order], session: int, position: int, tensor_tX: torch.Tensor) -> None:
+        self.made.put(where, NAME, {}, (Row(session, 0, position, len(tensor_tX)),), tensor_tX)
 
 
 def _where(layer: int | None, name: str) -> tuple[Place, Order]:

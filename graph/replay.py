@@ -15,7 +15,7 @@ from ranvier.actors.actor import REWINDS, Actor, Batch, Look, keeps
 from ranvier.actors.errors import RecordingError, told
 from ranvier.actors.loading import load
 from ranvier.actors.recording import Closed, Outputs, Recorded, Restored, Session, Step
-from ranvier.transport.aligned import aligned
+from ranvier.transport.aligned import each_aligned
 
 from .values import measure
 
@@ -71,7 +71,7 @@ def steps(
         rewinds = keeps(actor) == REWINDS
         for event in recorded.events():
             if isinstance(event, Restored):
-                actor.restore({name: aligned(tensor) for name, tensor in event.state.items()})
+                actor.restore(each_aligned(event.state))
             elif isinstance(event, Closed):
                 actor.close(event.session)
             elif isinstance(event, Session):

@@ -16,6 +16,8 @@ from ranvier.transport.header import Row
 
 Order = tuple[float, int, bool]
 """Depth in the model, part of that depth, whether it is at a receiving end."""
+GIVEN, ENCODER, LAST = -1e6, -1e3, 1e6
+"""Depths: of what the gateway sent step by step, of the first layer of an encoder, of what is made of the last layer."""
 
 
 class Place(NamedTuple):
@@ -42,17 +44,13 @@ class Values:
     prompt: dict[int, int] = field(default_factory=dict)
     logs: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """The longest that is known of each session."""
-    at_once: set[Place] = field(default_factory=set)
-    """Where all tokens of a session are computed together, before anything else: an encoder's."""
 
     def put(
         self, where: tuple[Place, Order], maker: str, sessions: Mapping[int, int], rows: tuple[Row, ...], tensor: torch.Tensor,
-        shift: int = 0, at_once: bool = False,
+        shift: int = 0,
     ) -> None:  # fmt: skip
         """The parts of a tensor, by the tokens of its rows: one each, or one for a row; `shift` is added to positions."""
         place, order = where
-        if at_once:
-            self.at_once.add(place)
         held = self.at.setdefault(place, {})
         self.order.setdefault(place, order)
         self.maker.setdefault(place, maker)
@@ -70,8 +68,9 @@ class Values:
                 held[Token(session, row.position + shift)] = tensor[index].flatten()
 
     def moment(self, place: Place, token: Token) -> int:
-        """Tokens of a prompt are computed together; each one after it by itself."""
-        return -1 if place in self.at_once else max(token.position, self.prompt.get(token.session, 1) - 1)
+        """Tokens of a prompt are computed together; each one after it by itself. What an encoder reads comes before either."""
+        read_first = GIVEN < self.order[place][0] < 0
+        return -1 if read_first else max(token.position, self.prompt.get(token.session, 1) - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ the tensor's own methods is needed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -29,3 +30,7 @@ def aligned(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy of it if it is misplaced. 0.2 µs, 1.5 with the copy of a small one; 16 MiB that come over the wire
     take 8 instead of 5 ms."""
     return tensor.clone() if misplaced(tensor) else tensor
+
+
+def each_aligned(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: aligned(tensor) for name, tensor in tensors.items()}

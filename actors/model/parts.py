@@ -193,7 +193,7 @@ class Head(Actor):
         picked = hidden_TH if len(last) == hidden_TH.shape[0] else hidden_TH[last]
         logits_RV = self.logits(picked)
         if self.look is not None:
-            self.look(None, "logits", tuple(_last_of(row) for row in due), logits_RV)
+            self.look(None, "logits", tuple(last_of(row) for row in due), logits_RV)
         return {**outputs, **self._sampled(due, logits_RV)}
 
     def _scored(self, row: Row, hidden_tH: torch.Tensor) -> list[tuple[Row, torch.Tensor]]:
@@ -249,7 +249,7 @@ class Head(Actor):
         return self.held
 
 
-def _last_of(row: Row) -> Row:
+def last_of(row: Row) -> Row:
     """Its last token alone."""
     return Row(row.session, row.epoch, row.position + row.tokens - 1, 1)
 

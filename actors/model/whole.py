@@ -18,6 +18,7 @@ from ranvier.transport.header import Row
 
 from ..actor import Look
 from ..checkpoint.config import ModelConfig
+from .parts import last_of
 from .watched import layer_count, watched
 
 
@@ -46,7 +47,7 @@ class Whole:
     def watched(self, row: Row, look: Look) -> AbstractContextManager[None]:
         """Meanwhile `look` hears of the layers that make one of each token, or of the last alone where tokens are seen both
         ways."""
-        seen = Row(row.session, row.epoch, row.position + row.tokens - 1, 1) if self._both_ways else row
+        seen = last_of(row) if self._both_ways else row
 
         def told(layer: int | None, name: str, tensor_1tH: torch.Tensor) -> None:
             if tensor_1tH.dim() == 3 and len(tensor_1tH) == 1 and tensor_1tH.shape[1] >= row.tokens:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ranvier.actors.actor import Batch
 from ranvier.actors.core import HostCore, Work
 from ranvier.actors.spec import HostLink, PortSpec
+from ranvier.transport.aligned import ALIGNED_BYTES
 from ranvier.transport.exchange import Exchange
 from ranvier.transport.header import Row
 from ranvier.transport.link import LinkSpec
@@ -532,3 +533,18 @@ def test_sessions_are_cut_into_batches_that_keep_every_stage_busy() -> None:
     assert not bench.ends[UP].waiting
     bench.turn()
     assert not bench.ends[UP].unfinished()
+
+
+def test_a_step_of_several_inputs_has_them_where_they_matter() -> None:
+    memory = (torch.arange(400) % 100).to(torch.uint8)  # no bytes of what is not a number
+    odd, narrow, even = (
+        memory[4:68].view(torch.float32),
+        memory[4:68].view(torch.bfloat16),
+        memory[:64].view(torch.float32),
+    )
+    batch = Batch((Row(1, 1, 0, 1),), {"odd": odd, "narrow": narrow, "even": even})
+    made = batch.aligned()
+    assert made["odd"].data_ptr() % ALIGNED_BYTES == 0
+    assert made["odd"].equal(odd)
+    assert made["narrow"] is narrow and made["even"] is even
+    assert made.aligned() is made

@@ -58,7 +58,7 @@ class Begins(Actor):
     inputs = {"x": TensorSpec("float32", ("tokens",))}
     outputs = {"begins": TensorSpec("int64", ("rows",))}
 
-    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+    def step(self, batch: Batch) -> dict[str, torch.Tensor]:
         return {"begins": torch.full((len(batch.rows),), batch["x"].data_ptr() % 64)}
 
 

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ranvier import Batch
 from ranvier.transport.aligned import ALIGNED_BYTES, aligned
 from ranvier.transport.dtypes import TABLE
 from ranvier.transport.errors import ProtocolError
@@ -155,18 +154,3 @@ def test_a_tensor_that_begins_elsewhere_is_copied(dtype: torch.dtype) -> None:
         keeps = begins % ALIGNED_BYTES == 0 or dtype is torch.bfloat16
         assert (made is tensor) == keeps
         assert keeps or made.data_ptr() % ALIGNED_BYTES == 0
-
-
-def test_a_step_of_several_inputs_has_them_where_they_matter() -> None:
-    memory = (torch.arange(400) % 100).to(torch.uint8)  # no bytes of what is not a number
-    odd, narrow, even = (
-        memory[4:68].view(torch.float32),
-        memory[4:68].view(torch.bfloat16),
-        memory[:64].view(torch.float32),
-    )
-    batch = Batch((Row(1, 1, 0, 1),), {"odd": odd, "narrow": narrow, "even": even})
-    made = batch.aligned()
-    assert made["odd"].data_ptr() % ALIGNED_BYTES == 0
-    assert made["odd"].equal(odd)
-    assert made["narrow"] is narrow and made["even"] is even
-    assert made.aligned() is made
