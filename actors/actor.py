@@ -41,8 +41,8 @@ what must be built anew from the session's inputs."""
 class Batch(msgspec.Struct, frozen=True, eq=False):
     """Flat rows and their tensors: rows say which tokens belong to which session, there is no padding.
 
-    A tensor whose first dimension is `tokens` holds the tokens of all rows one after the other. Tensors of a batch are
-    views of received bytes and must not be written in place.
+    A tensor whose first dimension is `tokens` holds the tokens of all rows one after the other. Tensors of a batch are an
+    actor's to read. If it writes into them, nobody else sees that.
     """
 
     rows: tuple[Row, ...]
@@ -61,6 +61,10 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
         if not any(map(misplaced, self.tensors.values())):
             return self
         return Batch(self.rows, each_aligned(self.tensors), self.own_rows)
+
+    def copied(self) -> Batch:
+        """Return the batch with copies of its tensors."""
+        return Batch(self.rows, {port: tensor.clone() for port, tensor in self.tensors.items()}, self.own_rows)
 
     @property
     def tokens(self) -> int:
@@ -92,6 +96,9 @@ class Actor:
     """One component. The host calls `load` once, then `open`, `step` and `close` from one thread.
 
     `step` may raise: only the sessions of that batch end, with an error that carries the traceback.
+
+    Tensors: what `step` returns is the message's from then on. It may return the same buffer each time, a view of its input,
+    or what it keeps: what goes out are the values of the moment in which it returned. What it is given it may read and keep.
     """
 
     inputs: ClassVar[Mapping[str, TensorSpec]] = {}
@@ -105,6 +112,9 @@ class Actor:
     stateless: ClassVar[bool] = False
     """Whether it keeps nothing of a session between steps but what `open` was told. If it is lost, the other actors then need
     not forget what they have: only the step that was under way is taken again."""
+
+    writes: ClassVar[bool] = True
+    """Whether `step` may write into its inputs. Then it gets copies where a retry or a recording needs what was sent."""
 
     def load(self, context: Context) -> None:
         """Read weights, make state. Raises whatever went wrong; the run then does not start."""

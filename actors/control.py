@@ -5,6 +5,7 @@ It ends the process by itself when the supervisor is gone (the lifeline's other 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -18,6 +19,7 @@ from ranvier.transport.zeromq import ZeroWire
 
 from .control_protocol import MAX_BYTES, decode, encode
 from .crossing import Crossing, Event
+from .refusals import Refusals, with_left_out
 from .spec import SUPERVISOR, HostSpec
 from .trace_file import TraceFile
 
@@ -35,6 +37,7 @@ class ControlThread:
         self._spec = spec
         self._crossing = crossing
         self._lifeline = lifeline
+        self._refusals = Refusals()
         self._ending = threading.Event()
         self._attached = threading.Event()
         self._thread = threading.Thread(target=trio.run, args=(self._main,), name="control", daemon=True)
@@ -50,11 +53,13 @@ class ControlThread:
 
     async def _main(self) -> None:
         spec = self._spec
-        wire = TrioWire(ZeroWire(spec.identity, spec.control, max_frame_bytes=MAX_BYTES))
-        wire.connect(SUPERVISOR, spec.supervisor)
-        events_in, events_out = trio.open_memory_channel[Event](100_000)
-        self._crossing.attach(events_in)
-        self._attached.set()
+        events_in, events_out = trio.open_memory_channel[Event](math.inf)  # refusals, which anyone can cause, are few
+        try:
+            wire = TrioWire(ZeroWire(spec.identity, spec.control, max_frame_bytes=MAX_BYTES))
+            wire.connect(SUPERVISOR, spec.supervisor)
+            self._crossing.attach(events_in)
+        finally:
+            self._attached.set()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._commands, wire)
@@ -82,7 +87,9 @@ class ControlThread:
                     raise ProtocolError(f"control: expected commands from {SUPERVISOR}, got some from {arrival.peer}")
                 kind, fields = decode(arrival.header)
             except ProtocolError as error:
-                self._crossing.tell("refused", what=str(error))
+                left_out = self._refusals.one_more(time.monotonic())
+                if left_out is not None:
+                    self._crossing.tell("refused", what=with_left_out(str(error), left_out))
                 continue
             if kind == "explain":  # the step thread may be stuck: it is not asked
                 tell = self._crossing.situation

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 import torch
@@ -51,7 +51,7 @@ class HostCore:
     def __init__(
         self,
         inputs: Iterable[PortSpec],
-        outputs: Iterable[PortSpec],
+        outputs: Sequence[PortSpec],
         links: Iterable[HostLink],
         exchange: Exchange,
         batch_tokens: int,
@@ -70,11 +70,14 @@ class HostCore:
         self._batch_tokens = batch_tokens
         self._batches = batches
         self._stacks = all(port.stacks for port in self._inputs.values())
+        # rows of one step share its outputs, which must then have a place for each
+        self._most_rows = MAX_ROWS if all(port.stacks for port in outputs) else 1
         self._epochs: dict[int, int] = {}
         self._newest = (0, 0)
         self._early: dict[tuple[int, int], list[tuple[HostLink, Row, torch.Tensor, Received]]] = {}
         self._ready: deque[Work] = deque()
         self._passed: Row | None = None
+        self._taken: list[Work] = []
         once = [port.name for port in self._inputs.values() if port.once]
         joined = tuple(port for port in self._inputs if port not in once)
         self._gate: Gate[Work] | None = Gate(once) if once else None
@@ -245,7 +248,7 @@ class HostCore:
     def _split(self, port: str, rows: tuple[Row, ...], tensor: torch.Tensor) -> list[torch.Tensor]:
         if len(rows) == 1:
             return [tensor]
-        by_tokens = self._inputs[port].tensor.shape[0] == "tokens"
+        by_tokens = self._inputs[port].tensor.shape[:1] == ("tokens",)
         return list(torch.split(tensor, [row.tokens if by_tokens else 1 for row in rows]))
 
     # -- work ---------------------------------------------------------------------------------------------------
@@ -271,13 +274,15 @@ class HostCore:
         """
         if not self._ready or self.exchange.waiting:
             return None
+        self._taken.clear()
         if len(self._ready) > 1 and self._stacks:
             self._put_in_order()
         if len(self._ready) == 1 and len(self._ready[0].batch.rows) == 1:
             return self._current(self._ready.popleft())
-        most_rows = -(-len(self._epochs) // self._batches) if self._batches > 1 else MAX_ROWS
+        # with no session open, as after clients that left together, what is queued is dropped piece by piece
+        most_rows = max(1, -(-len(self._epochs) // self._batches)) if self._batches > 1 else self._most_rows
         if len(self._ready) == 1:
-            return self._current(self._next(most_rows))
+            return self._next_current(most_rows)
         pieces: list[Work] = []
         sessions: set[int] = set()
         tokens = 0
@@ -292,7 +297,7 @@ class HostCore:
                 break  # other ports came first
             if not sessions.isdisjoint(row.session for row in piece.batch.rows):
                 break  # a session's next step stands on the one before
-            current = self._current(self._next(most_rows))
+            current = self._next_current(most_rows)
             if current is not None:
                 pieces.append(current)
                 tokens += size
@@ -308,6 +313,14 @@ class HostCore:
             tuple(source for piece in pieces for source in piece.sources),
             tuple(pieces),
         )
+
+    def abandon(self) -> tuple[Row, ...]:
+        """Drop the pieces that the last `take` was laying together when it failed, and give their credit back. Returns
+        their rows: these sessions have lost a step."""
+        taken, self._taken = self._taken or ([self._ready.popleft()] if self._ready else []), []
+        for piece in taken:
+            self._discard(piece.sources)
+        return tuple(dict.fromkeys(row for piece in taken for row in piece.batch.rows))
 
     def _put_in_order(self) -> None:
         """See `take`. A piece is ranked no higher than what its sessions have before it: their own order stays."""
@@ -334,11 +347,18 @@ class HostCore:
         self._ready = deque(piece for _, piece in ranked)
         self._passed = lead
 
+    def _next_current(self, most_rows: int) -> Work | None:
+        current = self._current(self._next(most_rows))
+        if current is None:
+            self._taken.pop()  # its credit is given back
+        return current
+
     def _next(self, most_rows: int) -> Work:
         """The first piece, or its first rows if it has too many for one batch."""
         piece = self._ready.popleft()
+        self._taken.append(piece)
         rows = piece.batch.rows
-        if len(rows) <= max(1, most_rows):
+        if len(rows) <= most_rows:
             return piece
         [received] = piece.sources  # rows that were joined come one by one
         parts = {port: self._split(port, rows, tensor) for port, tensor in piece.batch.tensors.items()}
@@ -349,6 +369,7 @@ class HostCore:
         key = received.link, received.header.sequence
         self._shares[key] = self._shares.get(key, 1) + 1
         self._ready.appendleft(rest)
+        self._taken[-1] = first
         return first
 
     def _own_rows(self, pieces: list[Work]) -> dict[str, tuple[Row, ...]]:
@@ -383,14 +404,20 @@ class HostCore:
         }
         return Work(Batch(tuple(itertools.compress(rows, keep)), tensors), piece.sources)
 
-    def complete(self, work: Work, outputs: Mapping[str, torch.Tensor | Batch], ready_ns: int) -> None:
-        """Send the outputs of a step down their edges.
+    def complete(
+        self,
+        work: Work,
+        outputs: Mapping[str, torch.Tensor | Batch],
+        ready_ns: int,
+        soles: frozenset[str] = frozenset(),
+    ) -> None:
+        """Send the outputs of a step down their edges. `soles`: ports whose memory nobody else holds.
 
         Raises:
             ProtocolError: an output is not what its edge carries.
             ValueError, TypeError: the actor returned a port it does not have, or no tensor.
         """
-        self.outputs.send(work.batch.rows, outputs, ready_ns)
+        self.outputs.send(work.batch.rows, outputs, ready_ns, soles)
 
     def alone(self, work: Work) -> list[Work]:
         """One work a row of the batch, to find out which sessions a failing step is due to. They hold no credit."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 from ranvier.transport.errors import RanvierError
 
 
@@ -50,6 +52,40 @@ class RecordingError(RanvierError):
     """There is no such recording, or it is damaged, or it lacks what was asked for."""
 
 
-def told(error: Exception) -> str:
-    """Its kind and its words, as they can be written."""
-    return f"{type(error).__name__}: {error}".encode(errors="replace").decode()
+MOST_LETTERS = 16_384
+"""Of an error's words, or of its traceback: a step may raise an exception of 30 MB."""
+
+
+def told(error: BaseException) -> str:
+    """Return the error's kind and its words, in letters that can be written, at most `MOST_LETTERS` of them."""
+    return f"{type(error).__name__}: {words(error)}"
+
+
+def words(error: BaseException) -> str:
+    """Return the error's own words, without its kind. See `told`."""
+    try:
+        return _writable(str(error))
+    except Exception as own:  # code of the user's own
+        return f"(its text cannot be made: {type(own).__name__})"
+
+
+def traceback_of(error: BaseException) -> str:
+    """Return the traceback as Python prints it, in letters that can be written: its end, if it is long."""
+    try:
+        text = "".join(traceback.format_exception(error))
+    except Exception as own:
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        text = f"{frames}{told(error)} (not printed by Python: {type(own).__name__})"
+    return _writable(text, end=True)
+
+
+def _writable(text: str, *, end: bool = False) -> str:
+    left_out = len(text) - MOST_LETTERS
+    if left_out > 0:
+        half = MOST_LETTERS // 2
+        text = (
+            f"{text[:half]} … {left_out} letters left out … {text[-half:]}"
+            if end
+            else (f"{text[:MOST_LETTERS]} … {left_out} letters left out")
+        )
+    return text.encode(errors="replace").decode()

@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,18 +18,29 @@ from ranvier.transport.zeromq import ZeroWire
 from . import taps
 from .actor import Batch, keeps
 from .core import HostCore, Work
+from .errors import told, traceback_of
 from .join import Overdue
 from .lifecycle import State
 from .loading import load
 from .open_sessions import Onlooker, OpenSessions
+from .ownership import soles
 from .process import ACK_DELAY_S, TICK_S, Process, live
 from .recording import Recording
 from .session import SessionInfo
 from .snapshots import Snapshots
 from .spans import Spans
 from .spec import HostLink, HostSpec
+from .step_board import StepBoard
 
 DRAIN_DEADLINE_S = 1.0
+
+
+class _Made(NamedTuple):
+    """What a step returned, the ports whose memory nobody else holds, and when it was done."""
+
+    outputs: Mapping[str, torch.Tensor | Batch]
+    soles: frozenset[str]
+    finished_ns: int
 
 
 def main(spec: HostSpec, lifeline: int) -> int:
@@ -48,13 +59,14 @@ class Host(Process):
         self.counted = self.core.counters
         actor = self.actor = load(spec, self.progress)
         self.spans = Spans(self.exchange, self.records)
+        self.board = StepBoard(Path(spec.board))
         onlookers: list[Onlooker] = [self.spans] if spec.trace else []
         if spec.record is not None:
             self.recording = Recording(spec, spec.record)
             onlookers.append(self.recording)
         self.sessions = OpenSessions(actor, self.core, onlookers)
         state = Path(spec.snapshot_of(spec.label))
-        self.snapshots = Snapshots.of(actor, state, spec.restart.snapshot_s)
+        self.snapshots = Snapshots.of(actor, state, spec.restart.snapshot_s, self._snapshot_failed)
         return {
             "capacity_tokens": actor.capacity_tokens(), "held_bytes": actor.held_bytes(), "keeps": keeps(actor)
         }  # fmt: skip
@@ -83,6 +95,10 @@ class Host(Process):
                 self.core.outputs.taps[link.link.edge] = taps.make(
                     link.tap, link.link, self.spec.tap_folder, self.records.tapped, self._alarm
                 )
+
+    def _snapshot_failed(self, error: Exception) -> None:
+        self.counted["snapshots_failed"] += 1
+        self.told_of(f"a snapshot could not be taken: {told(error)}")
 
     def _alarm(self, edge: str, row: Row, share: float, at_ns: int) -> None:
         self.crossing.tell("alarm", edge=edge, session=row.session, position=row.position, share=share, at_ns=at_ns)
@@ -117,7 +133,11 @@ class Host(Process):
             elif core.may_batch:  # what has come meanwhile may go before what waits, or together with it
                 while self._receive(wire, 0):
                     pass
-            work = core.take()
+            try:
+                work = core.take()
+            except Exception as error:
+                self.decision_failed(core.abandon(), error)
+                work = None
             if core.discarded:
                 self._record_discarded()
             if work is not None:
@@ -144,16 +164,17 @@ class Host(Process):
         crossing = self.crossing
         started_ns = crossing.stepping_since_ns = time.monotonic_ns()
         spans = self.spans.begin(work.batch.rows)
-        done, failures = None, {}
+        done, failures, made = None, {}, None
         try:
-            outputs, finished_ns = self._stepped(work.batch)
+            made = self._stepped(work.batch, again=len(work.batch.rows) > 1 and not work.pieces)
+            finished_ns = made.finished_ns
             done = self.core.finish(work)  # so that its credit rides along with the outputs, or goes before them
-            self.core.complete(work, outputs, finished_ns)
-        except Exception as error:
+            self.core.complete(work, made.outputs, finished_ns, made.soles)
+        except BaseException as error:  # sys.exit in a step ends its sessions, too, not the host
             finished_ns = time.monotonic_ns()
             if done is None:
                 done = self.core.finish(work)
-            failures = self._step_failed(work, error)
+            failures = self._step_failed(work, error, again=made is None)
         assert self.wire is not None
         self._flush(self.wire)  # the next stage first, then our own books
         crossing.steps += 1
@@ -170,33 +191,47 @@ class Host(Process):
             for received in on:  # some of its rows go into a later step
                 self.records.part(received, started_ns, finished_ns, len(done) + len(on), work.batch.rows)
 
-    def _stepped(self, batch: Batch) -> tuple[Mapping[str, torch.Tensor | Batch], int]:
-        """What the actor makes of a batch, and when it was done. It is kept where that is asked for, and so is a step that
-        fails."""
+    def _stepped(self, batch: Batch, *, again: bool = False) -> _Made:
+        """Take a step, and record it where that is asked for. `again`: if it fails, its rows are taken from this batch once
+        more."""
         batch = batch.aligned()
+        # what it may write into is its own copy, where the original is needed afterwards
+        given = batch.copied() if self.actor.writes and (again or self.recording is not None) else batch
+        self.board.inside([row.session for row in batch.rows])
         try:
-            outputs = self.actor.step(batch)
-        except Exception as error:
+            outputs = self.actor.step(given)
+        except BaseException as error:
             if self.recording is not None:
                 self.recording.stepped(batch, error)
             raise
+        finally:
+            self.board.outside()
         finished_ns = time.monotonic_ns()
+        own = soles(outputs, given)
         if self.recording is not None:
             self.recording.stepped(batch, outputs)
         if self.snapshots is not None:
             self.snapshots.on_step()
-        return outputs, finished_ns
+        return _Made(outputs, own, finished_ns)
 
-    def _step_failed(self, work: Work, error: Exception) -> dict[int, Exception]:
-        """End the sessions that the failure is due to, which are returned; the others of the batch get their step alone."""
-        if len(work.batch.rows) == 1:
-            self.session_failed(work.batch.rows[0], error)
-            return {work.batch.rows[0].session: error}
-        failures = {}
-        for single in self.core.alone(work):
+    def _step_failed(self, work: Work, error: BaseException, *, again: bool) -> dict[int, BaseException]:
+        """End the sessions that the failure is due to, which are returned. `again`: the step itself failed, so the others of
+        the batch get theirs alone. What failed afterwards is due to all: the actor has taken the step."""
+        rows = work.batch.rows
+        if len(rows) == 1 or not again:
+            for row in rows:
+                self.session_failed(row, error)
+            return {row.session: error for row in rows}
+        failures: dict[int, BaseException] = {}
+        try:
+            singles = self.core.alone(work)
+        except Exception as own:
+            return self._step_failed(work, own, again=False)
+        for single in singles:
             try:
-                self.core.complete(single, *self._stepped(single.batch))
-            except Exception as own:
+                made = self._stepped(single.batch)
+                self.core.complete(single, made.outputs, made.finished_ns, made.soles)
+            except BaseException as own:
                 self.session_failed(single.batch.rows[0], own)
                 failures[single.batch.rows[0].session] = own
         return failures
@@ -211,8 +246,11 @@ class Host(Process):
                 ),
             )
 
-    def session_failed(self, row: Row, error: Exception) -> None:
-        self.sessions.close(row.session)
+    def session_failed(self, row: Row, error: BaseException) -> None:
+        try:
+            self.sessions.close(row.session)
+        except BaseException as own:  # of the actor's own `close`; the session is closed here all the same
+            super().session_failed(row, own)
         super().session_failed(row, error)
 
     def failed(self, error: BaseException) -> None:
@@ -237,28 +275,41 @@ class Host(Process):
             except (KeyError, TypeError, ValueError) as error:
                 self.refused(ProtocolError(f"control open: {type(error).__name__}: {error}"))
                 return True
+            self.board.inside([info.session])
             try:
                 self.sessions.open(info)
-            except Exception as error:
+            except BaseException as error:
                 self.session_failed(Row(info.session, info.epoch, 0, 0), error)
+            self.board.outside()
         elif kind == "hold":
             self.sessions.hold(fields["session"])
         elif kind == "close":
-            self.sessions.close(fields["session"])
-            if self.snapshots is not None:
-                self.snapshots.on_step()
+            self._close(fields["session"])
         elif kind == "link":
             self._link(fields)
         elif kind == "unlink":
             self._unlink(fields["peer"])
         return kind != "stop"
 
+    def _close(self, session: int) -> None:
+        try:
+            self.sessions.close(session)
+        except BaseException as error:  # of the actor's own `close`: its other sessions are not concerned
+            self.told_of(f"session {session} could not be closed: {traceback_of(error)}")
+        if self.snapshots is not None:
+            self.snapshots.on_step()
+
     def _link(self, fields: Mapping[str, Any]) -> None:
-        """A replica has joined: it will answer our offers, and we its own."""
+        """A replica has joined: it will answer our offers, and we its own. One that cannot be linked with is its starter's
+        business, who waits for `linked`."""
         assert self.wire is not None
         peer = fields["peer"]
-        self.wire.connect(peer, fields["address"])
-        self.add_links(fields["links"])
+        try:
+            self.wire.connect(peer, fields["address"])
+            self.add_links(fields["links"])
+        except Exception as error:
+            self.told_of(f"no link with {peer}: {traceback_of(error)}")
+            return
         self.exchange.open()
         self.crossing.tell("linked", peer=peer)
 

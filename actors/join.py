@@ -96,13 +96,13 @@ class Join:
         """Steps whose first part came before then."""
         return [
             Overdue(
-                next(iter(held.parts.values())).row,
+                parts[0].row,
                 tuple(held.parts),
                 tuple(port for port in self._ports if port not in held.parts),
                 held.since_ns,
             )
             for held in list(self._held.values())
-            if held.since_ns < before_ns
+            if held.since_ns < before_ns and (parts := list(held.parts.values()))
         ]
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ranvier.transport.errors import RanvierError
 from ranvier.transport.spec import TensorSpec
 
+from . import own_code
 from .checkpoint.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -310,14 +310,5 @@ def import_name(implementation: str, folder: str | None) -> Any:
         KindError: the file is not there, or lies outside the folder.
     """
     where, _, attribute = implementation.partition(":")
-    if folder is None:
-        module = importlib.import_module(where)
-    else:
-        path = inside(Path(folder), where)
-        name = f"ranvier_graph_code_{path.stem}"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
+    module = importlib.import_module(where) if folder is None else own_code.module(inside(Path(folder), where))
     return getattr(module, attribute, None)

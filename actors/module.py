@@ -148,10 +148,41 @@ def read_state(module: nn.Module, file: Path, actor: str) -> None:
     found = open_tensors(file)
     own = {name.removeprefix(f"{actor}."): name for name in found.tensors if name.startswith(f"{actor}.")}
     names = own or {name: name for name in found.tensors}
-    state = module.state_dict()
-    if names.keys() != state.keys():
-        missing, extra = sorted(state.keys() - names.keys()), sorted(names.keys() - state.keys())
+    state = tensors_of(module)
+    beside = {name: buffer for name, buffer in module.named_buffers(remove_duplicate=False) if name not in state}
+    given = {_place(name, tensor) for name, tensor in state.items() if name in names}
+    missing = sorted(name for name, tensor in state.items() if _place(name, tensor) not in given)
+    extra = sorted(names.keys() - state.keys() - beside.keys())
+    if missing or extra:
         raise CheckpointError(f"{file}: actor {actor}: missing {missing}, not the module's {extra}")
-    for name, tensor in state.items():
-        if tensor.dtype.is_floating_point:
-            found.read_into(names[name], tensor if tensor.dim() else tensor.view(1))
+    read: dict[Any, tuple[str, torch.Tensor]] = {}
+    for name, tensor in {**state, **beside}.items():
+        if name in names:
+            made = torch.empty(tensor.shape, dtype=tensor.dtype)
+            found.read_into(names[name], made)
+            other, before = read.setdefault(_place(name, tensor), (name, made))
+            if before is not made and not torch.equal(before, made):
+                raise CheckpointError(
+                    f"{file}: actor {actor}: {other} and {name} are one tensor of the module, two in the file"
+                )
+            fill(tensor, made)
+
+
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """What `state_dict` has, by every name; what a module adds that is no tensor is left out."""
+    return {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+
+
+def fill(tensor: torch.Tensor, values: torch.Tensor) -> None:
+    """Write `values` into a tensor of that shape, whatever its strides; what was expanded has one place for many."""
+    for dim, stride in enumerate(tensor.stride()):
+        if not stride and tensor.shape[dim] > 1:
+            tensor, values = tensor.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
+    with torch.no_grad():
+        tensor.copy_(values)
+
+
+def _place(name: str, tensor: torch.Tensor) -> Any:
+    """The same for two names of one tensor."""
+    storage = tensor.untyped_storage().data_ptr()
+    return (storage, tensor.storage_offset(), tensor.shape, tensor.stride()) if storage else name

@@ -49,7 +49,7 @@ class OpenSessions:
             else:
                 self.close(session)
                 self._actor.open(info)
-        except Exception:
+        except BaseException:
             self._core.open(session, info.epoch)
             self._core.close(session)
             raise
@@ -66,6 +66,8 @@ class OpenSessions:
         """Idempotent."""
         if self._core.close(session) or session in self._held:
             self._held.discard(session)
-            self._actor.close(session)
-            for onlooker in self._onlookers:
-                onlooker.closed(session)
+            try:
+                self._actor.close(session)
+            finally:
+                for onlooker in self._onlookers:
+                    onlooker.closed(session)

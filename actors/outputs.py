@@ -106,8 +106,14 @@ class Outputs:
 
     # -- sending ------------------------------------------------------------------------------------------------
 
-    def send(self, rows: tuple[Row, ...], outputs: Mapping[str, torch.Tensor | Batch], ready_ns: int) -> None:
-        """Send the outputs of a step down their edges.
+    def send(
+        self,
+        rows: tuple[Row, ...],
+        outputs: Mapping[str, torch.Tensor | Batch],
+        ready_ns: int,
+        soles: frozenset[str] = frozenset(),
+    ) -> None:
+        """Send the outputs of a step down their edges. `soles`: ports whose memory nobody else holds.
 
         Raises:
             ProtocolError: an output is not what its edge carries.
@@ -124,25 +130,27 @@ class Outputs:
             if not routes and loop is None:
                 continue
             own, tensor = (value.rows, value.tensors[port]) if isinstance(value, Batch) else (rows, value)
+            sole = port in soles
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"step returned {type(tensor).__name__} for the port {port!r}, expected a torch.Tensor")
             if loop is not None:
                 entered = own
                 own, tensor = self._go_round(port, own, tensor, *loop, outputs, ready_ns)
+                sole = False
                 going.update(entered)
                 going.difference_update(own)
             elif going and any(row in going for row in own):
                 # the client gets what leaves the loop, whichever port it asks
-                self._send(port, [route for route in routes if route.actor != GATEWAY], own, tensor, ready_ns)
+                self._send(port, [route for route in routes if route.actor != GATEWAY], own, tensor, ready_ns, sole)
                 routes = [route for route in routes if route.actor == GATEWAY]
                 parts, stays = self._split(port, own, tensor), [row not in going for row in own]
                 own = tuple(itertools.compress(own, stays))
-                tensor = torch.cat(list(itertools.compress(parts, stays))) if own else tensor[:0]
+                tensor, sole = torch.cat(list(itertools.compress(parts, stays))) if own else tensor[:0], True
             if own:
-                self._send(port, routes, own, tensor, ready_ns)
+                self._send(port, routes, own, tensor, ready_ns, sole)
 
     def _send(
-        self, port: str, routes: Iterable[Route], rows: tuple[Row, ...], tensor: torch.Tensor, ready_ns: int
+        self, port: str, routes: Iterable[Route], rows: tuple[Row, ...], tensor: torch.Tensor, ready_ns: int, sole: bool
     ) -> None:
         plain = None
         for route in routes:
@@ -152,7 +160,7 @@ class Outputs:
             if link is None:
                 self._send_by_choice(port, route, rows, given, ready_ns)
             elif link.raw and given is tensor:
-                meta, buffer = plain = plain or to_buffer(port, tensor)
+                meta, buffer = plain = plain or to_buffer(port, tensor, sole=sole)
                 self._exchange.send(link, rows, (meta,), (buffer,), ready_ns)
             else:
                 tensors, buffers, coding = coded(port, given, link)
@@ -184,7 +192,7 @@ class Outputs:
     ) -> tuple[tuple[Row, ...], torch.Tensor]:
         """Send on what goes round once more, one position further; what is done, or was round often enough, remains."""
         if loop.until is None and len(rows) == 1 and rows[0].position + 1 < loop.at_most:
-            self._send(port, [route], (rows[0]._replace(position=rows[0].position + 1),), tensor, ready_ns)
+            self._send(port, [route], (rows[0]._replace(position=rows[0].position + 1),), tensor, ready_ns, False)
             return (), tensor
         done = outputs.get(loop.until) if loop.until is not None else None
         said = [False] * len(rows)
@@ -199,7 +207,7 @@ class Outputs:
             return rows, tensor
         parts = self._split(port, rows, tensor)
         on = tuple(row._replace(position=row.position + 1) for row in itertools.compress(rows, goes))
-        self._send(port, [route], on, torch.cat(list(itertools.compress(parts, goes))), ready_ns)
+        self._send(port, [route], on, torch.cat(list(itertools.compress(parts, goes))), ready_ns, True)
         stays = [not going for going in goes]
         left = list(itertools.compress(parts, stays))
         return tuple(itertools.compress(rows, stays)), torch.cat(left or [tensor[:0]])

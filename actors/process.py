@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import time
-import traceback
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,7 +20,7 @@ import torch
 
 from ranvier.transport.curve import read as read_keys
 from ranvier.transport.ends import Received
-from ranvier.transport.errors import LinkBroken, ProtocolError
+from ranvier.transport.errors import ProtocolError
 from ranvier.transport.exchange import Exchange, RefusedMessage
 from ranvier.transport.header import Row
 from ranvier.transport.link import Arrival
@@ -30,16 +29,20 @@ from ranvier.transport.zeromq import ZeroWire
 from . import situation
 from .control import ControlThread
 from .crossing import Crossing
+from .errors import told, traceback_of, words
 from .join import Overdue
 from .lifecycle import Lifecycle, State
 from .records import Records
+from .refusals import Refusals, with_left_out
 from .spec import HostSpec
 
 ACK_DELAY_S = 0.001
 """An acknowledgement that nobody waits for goes out after so long without work."""
 TICK_S = 1.0
 """Unanswered offers and probes are repeated this often; garbage is collected then, too."""
-HANDSHAKE_DEADLINE_S = 30.0
+UNLINKED_S = 30.0
+"""A host whose links are closed for so long says which. How long it may wait is for the supervisor to decide: the parent
+may have stood still itself."""
 
 
 class Stopped(Exception):
@@ -56,6 +59,7 @@ class Process(ABC):
         self.life = Lifecycle(spec.label)
         self.wire: ZeroWire | None = None
         self._connected_s: float | None = None
+        self._refusals = Refusals()
         self.counted: Counter[str] = Counter()
         """What happened here, beside what the links and the wire count."""
 
@@ -87,7 +91,7 @@ class Process(ABC):
 
     @abstractmethod
     def lost_rows(self, rows: Sequence[Row], error: Exception) -> None:
-        """A message with these was refused; whoever waits for them must hear of it."""
+        """End the sessions of these rows: their message was refused, or what was to be done with it failed."""
 
     def held_up(self, before_ns: int) -> Iterable[Overdue]:
         """Steps that wait for some of their inputs, since before a time."""
@@ -144,6 +148,7 @@ class Process(ABC):
         """Connect to all neighbours once the supervisor has told who and where they are, and open every link. A spare waits
         here until it is needed. A neighbour that is lost meanwhile is not waited for."""
         early = deque[Arrival]()
+        complained = False
         while True:
             while self.crossing.commands:
                 if not self.obey_next():
@@ -156,10 +161,9 @@ class Process(ABC):
             self._flush(wire)
             if self.exchange.ready and not early:
                 return
-            if time.monotonic() > self._connected_s + HANDSHAKE_DEADLINE_S:
-                raise LinkBroken(
-                    f"{self.spec.label}: links did not open within {HANDSHAKE_DEADLINE_S:.0f} s: {self._closed()}"
-                )
+            if not complained and time.monotonic() > self._connected_s + UNLINKED_S:
+                complained = True
+                self.told_of(f"links are not open after {UNLINKED_S:.0f} s: {self._closed()}")
             if early:
                 self._take_in(early.popleft())
             elif not self._receive(wire, 0.2):
@@ -209,12 +213,17 @@ class Process(ABC):
         return True
 
     def _take_in(self, arrival: Arrival) -> None:
+        received = None
         try:
             received = self.exchange.on_arrival(arrival)
             if received is not None:
                 self.on_message(received)
         except ProtocolError as error:
             self.refused(error)
+        except Exception as error:
+            if received is None:
+                raise  # a link that has lost count cannot go on: this host is replaced
+            self.decision_failed(received.header.rows, error)
 
     def _flush(self, wire: ZeroWire) -> None:
         outbox = self.exchange.outbox
@@ -226,9 +235,21 @@ class Process(ABC):
     def refused(self, error: ProtocolError) -> None:
         """A message or a command was refused."""
         self.counted["refused"] += 1
-        self.crossing.tell("refused", what=str(error))
+        self.told_of(words(error))
         if isinstance(error, RefusedMessage):
             self.lost_rows(error.rows, error)
+
+    def told_of(self, what: str) -> None:
+        """Have the supervisor log something that went wrong, or only count it where there is too much of it."""
+        left_out = self._refusals.one_more(time.monotonic())
+        if left_out is not None:
+            self.crossing.tell("refused", what=with_left_out(what, left_out))
+
+    def decision_failed(self, rows: Sequence[Row], error: Exception) -> None:
+        """Something other than the actor's own step has failed: it is an error of the sessions concerned, not of the host."""
+        self.counted["decisions_failed"] += 1
+        self.told_of(f"a decision failed: {traceback_of(error)}")
+        self.lost_rows(rows, error)
 
     def send_owed(self, wire: ZeroWire, deadline_s: float) -> None:
         """Send what is owed and wait until what was sent is acknowledged, but not for long."""
@@ -241,29 +262,32 @@ class Process(ABC):
             self._flush(wire)
 
     def _count(self) -> None:
+        left_out = self._refusals.overdue(time.monotonic())
+        if left_out:
+            self.crossing.tell("refused", what=f"{left_out} more, left out")
         dropped = self.crossing.ring.dropped
         assert self.wire is not None
         self.crossing.counters = {
             **self.exchange.counters, **self.counted, **self.wire.counters, "trace_dropped": dropped
         }  # fmt: skip
 
-    def session_failed(self, row: Row, error: Exception) -> None:
-        """The step of a row cannot be taken; its session is to end."""
+    def session_failed(self, row: Row, error: BaseException) -> None:
+        """Tell the supervisor that the step of a row cannot be taken: its session is to end."""
         self.crossing.tell(
             "session_failed",
             session=row.session,
             epoch=row.epoch,
-            error=f"session {row.session}, epoch {row.epoch}, position {row.position}: {type(error).__name__}: {error}",
-            traceback="".join(traceback.format_exception(error)),
+            error=f"session {row.session}, epoch {row.epoch}, position {row.position}: {told(error)}",
+            traceback=traceback_of(error),
         )
 
     def failed(self, error: BaseException) -> None:
+        what = words(error)
         if not self.life.over:
-            self.life.to(State.FAILED, str(error))
+            self.life.to(State.FAILED, what)
+        state = self.life.story[-2][0].value
         self.crossing.tell(
-            "failed",
-            error=f"{type(error).__name__} while {self.life.story[-2][0].value}: {error}",
-            traceback="".join(traceback.format_exception(error)),
+            "failed", error=f"{type(error).__name__} while {state}: {what}", traceback=traceback_of(error)
         )
 
     def close(self) -> None:

@@ -90,8 +90,6 @@ class Recording:
 
     def __init__(self, spec: HostSpec, record: RecordSpec) -> None:
         self._folder = Path(spec.run_dir) / FOLDER / spec.file
-        self._folder.mkdir(parents=True, exist_ok=True)
-        (self._folder / HOST).write_text(json.dumps(spec.to_plain()))
         self._ports = record
         self._lines: list[bytes] = []
         self._tensors: dict[str, torch.Tensor] = {}
@@ -99,6 +97,11 @@ class Recording:
         self._steps = self._files = 0
         self.full = ""
         """Why nothing more is kept."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / HOST).write_text(json.dumps(spec.to_plain()))
+        except OSError as error:
+            self._stop(error)
 
     @property
     def _file(self) -> str:
@@ -124,13 +127,13 @@ class Recording:
         self._put(_Ended())
         self.flush()
 
-    def stepped(self, batch: Batch, made: Outputs | Exception) -> None:
+    def stepped(self, batch: Batch, made: Outputs | BaseException) -> None:
         """A step was taken, or failed: then it has an error and no outputs."""
         if self.full:
             return
         kept = {f"in.{port}": batch[port] for port in batch.tensors if port in self._ports.inputs}
         out_rows: dict[str, tuple[Row, ...]] = {}
-        for port, output in ({} if isinstance(made, Exception) else made).items():
+        for port, output in ({} if isinstance(made, BaseException) else made).items():
             own = output if isinstance(output, Batch) else Batch(batch.rows, {port: output})
             tensor = own.tensors.get(port)
             if not isinstance(tensor, torch.Tensor) or dtype_name(tensor.dtype) not in BY_NAME:
@@ -141,7 +144,7 @@ class Recording:
         number, self._steps = self._steps, self._steps + 1
         for name, tensor in kept.items():
             self._tensors[f"{number}.{name}"] = tensor.detach().clone(memory_format=torch.contiguous_format)
-        error = told(made) if isinstance(made, Exception) else None
+        error = told(made) if isinstance(made, BaseException) else None
         in_rows = {port: batch.rows_of(port) for port in batch.tensors}
         line = _Step(number, self._file, batch.rows, in_rows, out_rows, tuple(sorted(kept)), error)
         self._put(line, sum(tensor.nbytes for tensor in kept.values()))
@@ -183,7 +186,8 @@ class Recording:
 
     def _stop(self, why: Exception | str) -> None:
         self.full = why if isinstance(why, str) else f"it cannot be written: {why}"
-        (self._folder / self._file).unlink(missing_ok=True)  # of which no line tells
+        with contextlib.suppress(OSError):
+            (self._folder / self._file).unlink(missing_ok=True)  # of which no line tells
         with contextlib.suppress(OSError):  # then it just ends, which its reader sees by the line that is missing
             self._append(_to_line(_Full(self.full)) + b"\n")
 

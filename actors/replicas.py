@@ -15,7 +15,7 @@ from ranvier.transport.codec import Coding
 from ranvier.transport.ends import SendingLink
 from ranvier.transport.exchange import Exchange
 from ranvier.transport.header import Row, TensorMeta
-from ranvier.transport.message import Buffer
+from ranvier.transport.message import Buffer, stable
 
 from .spec import STICKY, Policy, replica_of
 
@@ -177,6 +177,8 @@ class Route:
         if not replicas:
             exchange.counters["rows_unsent"] += len(rows)
             return
+        if self._policy.copies > 1:  # what is sent again later has the values of now
+            buffers = tuple(map(stable, buffers))
         if len(replicas) > 1 and self._skips:
             # which of them is the slow one is not known while none has credit: held until one has
             self._held.append(_Held(exchange, replicas, rows, tensors, buffers, ready_ns, coding))

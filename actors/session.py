@@ -6,6 +6,8 @@ name every step it ever takes; whatever an actor keeps for it is a function of t
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -34,12 +36,18 @@ class Sampling:
     """With the position it determines each draw: the same seed gives the same text, through any recovery."""
 
     def __post_init__(self) -> None:
+        for name, kind in (("temperature", float), ("top_k", operator.index), ("top_p", float), ("min_p", float),
+                           ("repetition_penalty", float), ("seed", operator.index)):  # fmt: skip
+            try:
+                object.__setattr__(self, name, kind(getattr(self, name)))  # of Python's own: numpy's cannot be sent
+            except (TypeError, ValueError):
+                raise ValueError(f"{name}: expected a number, got {getattr(self, name)!r:.80}") from None
         checks = (
-            ("temperature", self.temperature >= 0, "at least 0"),
-            ("top_k", self.top_k >= 0, "at least 0"),
+            ("temperature", 0 <= self.temperature < math.inf, "at least 0 and finite"),
+            ("top_k", 0 <= self.top_k < 1 << 63, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "over 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
-            ("repetition_penalty", self.repetition_penalty > 0, "over 0"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "over 0 and finite"),
             ("seed", 0 <= self.seed < 1 << 63, "from 0 to 2^63 - 1"),
         )
         for name, holds, expected in checks:

@@ -6,7 +6,9 @@ step go out: with `snapshot_s: 0` whoever sees an output can rely on it that the
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -23,9 +25,12 @@ class Snapshots:
     Args:
         file: where they go.
         every_s: at most so often, in seconds; 0: after every step.
+        failed: called with what went wrong: the actor's `snapshot`, or a full disk. The snapshot before stands, and the next
+            one comes in its time.
     """
 
-    def __init__(self, actor: Actor, file: Path, every_s: float) -> None:
+    def __init__(self, actor: Actor, file: Path, every_s: float, failed: Callable[[Exception], None]) -> None:
+        self._failed = failed
         self._actor = actor
         self._file = file
         self._every_s = every_s
@@ -33,9 +38,9 @@ class Snapshots:
         self._changed = False
 
     @classmethod
-    def of(cls, actor: Actor, file: Path, every_s: float) -> Snapshots | None:
+    def of(cls, actor: Actor, file: Path, every_s: float, failed: Callable[[Exception], None]) -> Snapshots | None:
         """None if the actor has nothing to save."""
-        return cls(actor, file, every_s) if type(actor).snapshot is not Actor.snapshot else None
+        return cls(actor, file, every_s, failed) if type(actor).snapshot is not Actor.snapshot else None
 
     def on_step(self) -> None:
         """The actor has taken a step, or ended a session."""
@@ -48,14 +53,20 @@ class Snapshots:
             self.take()
 
     def take(self) -> None:
-        """Save the present state."""
-        state = {name: tensor.contiguous() for name, tensor in self._actor.snapshot().items()}
-        self._file.parent.mkdir(mode=0o700, exist_ok=True)
-        part = self._file.with_suffix(".part")
-        save_file(state, part)
-        part.replace(self._file)
-        self._changed = False
+        """Save the present state, or say that it failed."""
         self._due_s = time.monotonic() + self._every_s
+        part = self._file.with_suffix(".part")
+        try:
+            state = {name: tensor.contiguous() for name, tensor in self._actor.snapshot().items()}
+            self._file.parent.mkdir(mode=0o700, exist_ok=True)
+            save_file(state, part)
+            part.replace(self._file)
+        except Exception as error:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            self._failed(error)
+            return
+        self._changed = False
 
     def restore(self, file: Path) -> None:
         """Go on with what another one has saved, and save it as one's own. Nothing happens if there is no such file: that one

@@ -73,7 +73,7 @@ def root(caller: str | None) -> tuple[str, str]:
 
 def words(error: object) -> str:
     """Why a span failed; empty if it did not."""
-    return told(error)[:MOST_CHARACTERS] if isinstance(error, Exception) else ""
+    return told(error)[:MOST_CHARACTERS] if isinstance(error, BaseException) else ""
 
 
 Begun = tuple[Row, TraceContext, bytes]
@@ -113,7 +113,7 @@ class Spans:
 
     def end(
         self, begun: Sequence[Begun], sources: Sequence[Received], started_ns: int, finished_ns: int, batch: int,
-        failures: Mapping[int, Exception],
+        failures: Mapping[int, BaseException],
     ) -> None:  # fmt: skip
         """`failures` by session."""
         made_by: dict[int, list[str]] = {}

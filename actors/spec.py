@@ -213,6 +213,11 @@ class HostSpec:
         return f"{self.run_dir}/state/{label}.safetensors"
 
     @property
+    def board(self) -> str:
+        """Where the host writes which sessions are inside its step (step_board.py): beside its control socket."""
+        return f"{self.control.removeprefix('ipc://')}.step"
+
+    @property
     def file(self) -> str:
         """See `file_name`."""
         return file_name(self.actor, self.replica, self.epoch)

@@ -20,6 +20,9 @@ from .spec import HostLink, HostSpec
 from .training.spec import TrainingLink
 
 _PROGRESS = list(State)
+LATE = 1 / 3
+"""The share of a host's deadline. A tick that comes so long after the one before shows that the supervisor itself stood still:
+under Ctrl-Z, in a debugger, behind user code that blocks its loop."""
 
 
 @dataclass(slots=True)
@@ -47,6 +50,8 @@ class Watched:
     leaving: bool = False
     lost: ActorFailed | None = None
     lost_s: float = 0.0
+    because: str = ""
+    """What else was lost, if its own loss is only the consequence of that."""
 
 
 class Supervision:
@@ -62,6 +67,7 @@ class Supervision:
             self.add(spec, now_s)
         self.failure: ActorFailed | None = None
         self.stopping = False
+        self._ticked_s = now_s
 
     def host(self, label: str) -> Watched | None:
         return self._by_label.get(label)
@@ -97,21 +103,29 @@ class Supervision:
         elif kind == "failed":
             self._fail(host, now_s, fields["error"], fields["traceback"])
 
-    def on_exit(self, key: str, code: int, stderr_tail: str, now_s: float) -> None:
-        """The process of a host has ended (a negative code: by that signal)."""
+    def on_exit(self, key: str, code: int, stderr_tail: str, now_s: float, because: str = "") -> None:
+        """The process of a host has ended (a negative code: by that signal), perhaps because something else was lost."""
         host = self.hosts[key]
         host.exited = code
+        if host.lost is None:
+            host.because = because
         if self.stopping or host.leaving or host.life.state is State.STOPPED:
             return
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        self._fail(host, now_s, f"its process {how} while {host.life.state.value}", stderr_tail)
+        why = f": {because}" if because else ""
+        self._fail(host, now_s, f"its process {how} while {host.life.state.value}{why}", stderr_tail)
 
     def on_tick(self, now_s: float) -> None:
-        """Time has passed: who is late?"""
+        """Judge who is late. A tick that is late itself judges nobody: the signs of life of that time are still unread, so the
+        hosts get that time back."""
+        stood_s, self._ticked_s = now_s - self._ticked_s, now_s
         # who is furthest behind comes first: a host that is ready and waits for another is not to blame
         for host in sorted(self.hosts.values(), key=lambda host: _PROGRESS.index(host.life.state)):
             limits = host.spec.supervision
             if host.exited is not None or self.stopping or host.leaving or host.lost is not None:
+                continue
+            if stood_s > limits.heartbeat_deadline_s * LATE:
+                host.heard_s, host.started_s = (min(now_s, at_s + stood_s) for at_s in (host.heard_s, host.started_s))
                 continue
             silent_s, starting_s = now_s - host.heard_s, now_s - host.started_s
             waits = host.spare and host.life.state is State.READY
@@ -150,15 +164,18 @@ class Supervision:
 
     def remove(self, key: str) -> None:
         """Forget a host that is over. One in its place may be there already."""
-        host = self.hosts.pop(key)
-        if self._by_label.get(host.spec.label) is host:
+        host = self.hosts.pop(key, None)
+        if host is not None and self._by_label.get(host.spec.label) is host:
             del self._by_label[host.spec.label]
 
     def restart(self, failed: ActorFailed, spec: HostSpec, now_s: float) -> float | None:
         """A host is lost, or one that was to take its place: the seconds to wait before one is started anew. None: that is
-        not to be, and the run ends with the `failure`."""
+        not to be, and the run ends with the `failure`. One that is lost because of something else costs its actor nothing."""
         if self.failure is not None:
             return None
+        host = self.hosts.get(spec.identity)
+        if host is not None and host.because and spec.restart.max:
+            return 0.0
         restarts = self._restarts.setdefault(spec.actor, Restarts(spec.restart))
         delay_s = restarts.take(now_s)
         if delay_s is None:

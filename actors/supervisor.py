@@ -23,6 +23,7 @@ from .control_protocol import COMMANDS, MAX_BYTES, decode, encode
 from .errors import ActorFailed
 from .launcher import Launcher
 from .lifecycle import State
+from .refusals import Refusals, with_left_out
 from .spec import SUPERVISOR, HostLink, HostSpec
 from .supervision import Supervision, Watched
 from .training.spec import TrainingLink
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     import structlog
 
 TICK_S = 0.1
+NEVER_STARTED = 127
+"""The exit code of a host that there is no process of, as shells have it."""
 OnSessionFailed = Callable[[str, Mapping[str, Any]], None]
 """Called with the label of the host, and the fields of its `session_failed`."""
 
@@ -68,6 +71,9 @@ class Supervisor:
         self.commands: dict[str, Callable[[str, Mapping[str, Any]], None]] = {}
         self.alarms: list[dict[str, Any]] = []
         """Edges that carried numbers that are none, the first one first."""
+        self._refusals = Refusals()
+        self.refusals = 0
+        """Messages and commands that were refused so far, logged or only counted."""
         self._asked = 0
         self._asking = trio.Lock()
         self._situations: dict[str, Mapping[str, Any]] = {}
@@ -89,7 +95,11 @@ class Supervisor:
                 await self._start(host.spec)
 
     async def _start(self, spec: HostSpec) -> None:
-        await self._launcher.start(spec)
+        try:
+            await self._launcher.start(spec)
+        except ActorFailed:
+            self.supervision.hosts[spec.identity].exited = NEVER_STARTED
+            raise
         self._log.info("starting", actor=spec.label)
 
     async def until_loaded(self, progress: Callable[[float], None]) -> None:
@@ -194,7 +204,9 @@ class Supervisor:
 
     async def leave(self, spec: HostSpec) -> None:
         """End one host: asked first, killed after its deadline. One that is lost is killed at once."""
-        host = self.supervision.hosts[spec.identity]
+        host = self.supervision.hosts.get(spec.identity)
+        if host is None:
+            return
         host.leaving = True
         if host.exited is None and host.lost is None:
             self._send(spec.identity, "stop")
@@ -291,8 +303,11 @@ class Supervisor:
         self._log.warning(event, **fields)
 
     def refused(self, by: str, what: str) -> None:
-        """Log a message that was refused."""
-        self._log.warning("refused", actor=by, what=what)
+        """Log a message that was refused, or count it where there are too many."""
+        self.refusals += 1
+        left_out = self._refusals.one_more(time.monotonic())
+        if left_out is not None:
+            self._log.warning("refused", actor=by, what=with_left_out(what, left_out))
 
     def _take(self, key: str, kind: str, fields: Mapping[str, Any]) -> None:
         label = self.supervision.hosts[key].spec.label
@@ -328,7 +343,7 @@ class Supervisor:
 
     async def _reap(self) -> None:
         while True:
-            key, code = await self._launcher.wait()
+            key, code, because = await self._launcher.wait()
             host = self.supervision.hosts.get(key)
             if host is None:
                 continue
@@ -336,7 +351,7 @@ class Supervisor:
             if code >= 0:
                 await self._last_words(host)
             self._log.info("exited", actor=label, code=code)
-            self.supervision.on_exit(key, code, self._stderr_tail(label), time.monotonic())
+            self.supervision.on_exit(key, code, self._stderr_tail(label), time.monotonic(), because)
             self._notify()
 
     async def _last_words(self, host: Watched) -> None:
@@ -355,6 +370,9 @@ class Supervisor:
         while True:
             await trio.sleep(TICK_S)
             self.supervision.on_tick(time.monotonic())
+            left_out = self._refusals.overdue(time.monotonic())
+            if left_out:
+                self._log.warning("refused", actor=SUPERVISOR, what=f"{left_out} more, left out")
             if self.supervision.failure is not None or any(h.lost for h in self.supervision.hosts.values()):
                 self._notify()
 

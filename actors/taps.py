@@ -76,7 +76,7 @@ class Own:
         Raises:
             ValueError: what it gives is no tensor of that shape and dtype.
         """
-        made = self._function(tensor, rows)
+        made = self._function(tensor.clone(), rows)  # the other edges carry what was sent
         if made is None:
             return tensor
         if not isinstance(made, torch.Tensor) or made.shape != tensor.shape or made.dtype != tensor.dtype:

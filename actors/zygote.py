@@ -4,7 +4,7 @@ One import of torch is 1.6 s and 140 MB; four hosts and two cores would spend ov
 starts in 20 ms and shares those pages. It speaks JSON lines: commands on standard input, events on standard output.
 
 It is also what guards against orphans that hang: when its standard input ends, so when the supervisor is gone for
-whatever reason, it kills every host, removes their sockets, and leaves.
+whatever reason, it kills every host and whatever their actors have started, removes their sockets, and leaves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 FOR_TRAINING = ("ranvier.actors.training.host", "torch._dynamo")
 """The second is what torch's optimisers import when the first one is made; it takes a second."""
 OF_OUR_OWN = ("ranvier.actors.model.parts", "ranvier.actors.model.foreign")
@@ -36,6 +36,8 @@ def main() -> int:
     import ranvier.actors.host
     import ranvier.actors.model.parts  # noqa: F401
 
+    # what the actors' own code starts and leaves behind comes to this process, which ends it
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     gc.collect()
     gc.freeze()  # what is alive now stays, and a collection in a host must not copy its pages
     zygote = Zygote(lifeline)
@@ -78,15 +80,14 @@ class Zygote:
     def _obey(self, command: dict[str, Any]) -> None:
         if command["do"] == "begin":
             self._sockets = Path(command["sockets"])
-            errors = os.open(command["errors"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            errors = _opened_log(command["errors"])
             os.dup2(errors, 2)
             os.close(errors)
         elif command["do"] == "start":
-            self._start(command)
-        elif command["do"] == "kill":
-            for pid, key in self._children.items():
-                if key == command["key"]:
-                    os.kill(pid, signal.SIGKILL)
+            try:
+                self._start(command)
+            except Exception as error:  # no process, no memory, or what its kind needs cannot be imported
+                self.tell(event="refused", key=command["key"], why=f"its process cannot be started: {error}")
 
     def _start(self, command: dict[str, Any]) -> None:
         place = command["spec"]["implementation"].partition(":")[0]
@@ -122,12 +123,13 @@ class Zygote:
     def _become_host(self, command: dict[str, Any]) -> int:
         # The signal follows the parent's thread: the zygote has only one. Were it gone already, the lifeline would tell.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        os.setpgid(0, 0)  # what an actor's own code starts can be ended with it
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for descriptor in (self._wake_read, self._wake_write):
             os.close(descriptor)
         null = os.open(os.devnull, os.O_RDONLY)
-        errors = os.open(command["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        errors = _opened_log(command["stderr"])
         os.dup2(null, 0)
         os.dup2(errors, 1)
         os.dup2(errors, 2)
@@ -144,28 +146,55 @@ class Zygote:
         return code
 
     def _reap(self) -> None:
-        while self._children:
+        while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
                 return
             if pid == 0:
                 return
-            self.tell(event="exited", key=self._children.pop(pid), code=os.waitstatus_to_exitcode(status))
+            if pid in self._children:  # else a host has left it behind
+                _kill_group(pid)
+                self.tell(event="exited", key=self._children.pop(pid), code=os.waitstatus_to_exitcode(status))
 
     def _end(self) -> int:
         for pid in self._children:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+            _kill_group(pid)
         for pid in self._children:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, 0)
+        while left := _left_behind():  # each may leave others
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
         if self._sockets is not None:
             with contextlib.suppress(OSError):
                 for path in self._sockets.iterdir():
                     path.unlink(missing_ok=True)
                 self._sockets.rmdir()
         return 0
+
+
+def _kill_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def _left_behind() -> list[int]:
+    """Return the processes that have become this one's children, which has one thread and had none but hosts."""
+    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+
+
+def _opened_log(path: str) -> int:
+    """Open a file for what a process prints. Where the disk is full it goes nowhere: that must not stop a host."""
+    try:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    except OSError:
+        return os.open(os.devnull, os.O_WRONLY)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 class BlockingRun:
     """A run for code that does not await. Several threads may use it at once. Made by `start`; use it in a `with`."""
 
-    def __init__(self, graph: Graph, runs: Path | str, progress: Progress) -> None:
+    def __init__(self, graph: Graph, runs: Path | str, progress: Progress, resume: Path | None = None) -> None:
         self._started = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(
-            target=self._main, args=(graph, runs, progress), name="ranvier-run", daemon=True
+            target=self._main, args=(graph, runs, progress, resume), name="ranvier-run", daemon=True
         )
         self._thread.start()
         try:
@@ -39,12 +39,12 @@ class BlockingRun:
             self._thread.join()
             raise self._error
 
-    def _main(self, graph: Graph, runs: Path | str, progress: Progress) -> None:
+    def _main(self, graph: Graph, runs: Path | str, progress: Progress, resume: Path | None) -> None:
         async def main() -> None:
             self._token = trio.lowlevel.current_trio_token()
             self._stop = trio.Event()
             with trio.CancelScope() as self._scope:
-                async with launch(graph, runs=runs, progress=progress) as self._run:
+                async with launch(graph, runs=runs, progress=progress, resume=resume) as self._run:
                     self._started.set()
                     await self._stop.wait()
 
@@ -65,6 +65,9 @@ class BlockingRun:
         async def begin() -> Generation:
             return self._run.generate(prompt, **options)
 
+        return self._tokens(begin)
+
+    def _tokens(self, begin: Callable[[], Awaitable[Generation]]) -> Iterator[Token]:
         async def following() -> Token | None:
             return await anext(generation, None)
 
@@ -74,6 +77,14 @@ class BlockingRun:
                 yield token
         finally:
             trio.from_thread.run_sync(generation.close, trio_token=self._token)
+
+    def resume(self, request_id: str, after: int | None = None) -> Iterator[Token]:
+        """As `Run.resume`."""
+
+        async def begin() -> Generation:
+            return self._run.resume(request_id, after)
+
+        return self._tokens(begin)
 
     def call(self, traceparent: str | None = None, /, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """As `Run.call`."""
@@ -111,7 +122,11 @@ class BlockingRun:
 
 
 def start(
-    graph: Graph, *, runs: Path | str = run_folder.DEFAULT_ROOT, progress: Progress = lambda _what, _share: None
+    graph: Graph,
+    *,
+    runs: Path | str = run_folder.DEFAULT_ROOT,
+    progress: Progress = lambda _what, _share: None,
+    resume: Path | None = None,
 ) -> BlockingRun:
     """Start a graph and wait until it is ready. Arguments and errors are those of `launch`."""
-    return BlockingRun(graph, runs, progress)
+    return BlockingRun(graph, runs, progress, resume)

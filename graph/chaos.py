@@ -17,7 +17,7 @@ import pydantic
 import trio
 from pydantic import ConfigDict, Field
 
-from ranvier.transport.chaos import ChaosProxy, Faults
+from ranvier.transport.chaos import ChaosProxy, Faults, MessageProxy
 
 from . import load
 from .errors import GraphError, Problem
@@ -85,12 +85,15 @@ def read(path: Path) -> list[ChaosLink]:
 
 
 class Detours:
-    """The proxies of one run, each in the place of an inbox for one sender; they run in `nursery`."""
+    """The proxies of one run, each in the place of an inbox for one sender; they run in `nursery`. `keys` is the folder of the
+    run's keys."""
 
-    def __init__(self, links: Sequence[ChaosLink], nursery: trio.Nursery) -> None:
+    def __init__(self, links: Sequence[ChaosLink], nursery: trio.Nursery, keys: Path | None) -> None:
         self._links = links
         self._nursery = nursery
+        self._keys = keys
         self._proxies: dict[tuple[str, str], ChaosProxy] = {}
+        self._behind: dict[tuple[str, str], MessageProxy] = {}
         self._before: Counter[str] = Counter()
 
     def address(self, source: str, target: str, address: str) -> str:
@@ -102,7 +105,13 @@ class Detours:
             link = next((link for link in self._links if link.fits(*actors)), None)
             if link is None:
                 return address
-            proxy = self._proxies[source, target] = ChaosProxy(address, link.faults)
+            counters: Counter[str] = Counter()
+            if link.faults.of_messages:
+                assert self._keys is not None  # no tcp without
+                behind = MessageProxy(source, target, address, link.faults, self._keys, counters)
+                self._behind[source, target], address = behind, behind.address
+                self._nursery.start_soon(behind.run)
+            proxy = self._proxies[source, target] = ChaosProxy(address, link.faults, counters)
             self._nursery.start_soon(proxy.run)
         return self._proxies[source, target].address
 
@@ -111,6 +120,8 @@ class Detours:
         for key in [key for key in self._proxies if peer in key]:
             proxy = self._proxies.pop(key)
             proxy.stop()
+            if key in self._behind:
+                self._behind.pop(key).stop()
             self._before += proxy.counters
 
     @property

@@ -362,6 +362,11 @@ class ActorCheck(Findings):
                 self._wrong(str(error), "keys")
                 return
 
+    def journal(self, generates: bool) -> None:
+        """A journal holds tokens."""
+        if self.file.journal and not generates:
+            self._wrong("journal is for graphs that generate tokens; remove the key", "journal", key=True)
+
     def endpoints(self) -> None:
         taken: dict[str, str] = {}
         guarded = self.file.keys is not None
@@ -378,7 +383,8 @@ class ActorCheck(Findings):
             if actor.endpoint is None:
                 continue
             try:
-                place = endpoint.parse(actor.endpoint, guarded=guarded)
+                place = endpoint.parse(endpoint.settled(actor.endpoint, self.folder), guarded=guarded)
+                self._in_folder(name, place)
             except AddressError as error:
                 self._wrong(f"actor {name}: {error}; change the endpoint", "actors", name, "endpoint")
                 continue
@@ -393,6 +399,22 @@ class ActorCheck(Findings):
                         "actors", name, "endpoint",
                     )  # fmt: skip
                 taken[str(place)] = name
+
+    def _in_folder(self, name: str, place: endpoint.Endpoint) -> None:
+        """A socket lies in the graph's folder, where nothing else is yet. `--set` may put it elsewhere.
+
+        Raises:
+            AddressError: it does not.
+        """
+        if place.scheme != "ipc":
+            return
+        path = Path(place.place)
+        if ("actors", name, "endpoint") not in self.document.overridden and not path.parent.resolve().is_relative_to(
+            self.folder.resolve()
+        ):
+            raise AddressError(f"endpoint {str(place)!r} leaves the graph's folder; write {'ipc://./' + path.name!r}")
+        if path.is_symlink() or (path.exists() and not path.is_socket()):
+            raise AddressError(f"endpoint {str(place)!r}: there is a file that is not a socket")
 
 
 def _layers_of(kind: Kind, checkpoint: Checkpoint) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,15 @@ class CheckedEdge:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """A graph that can run."""
+    """A graph that can run. `overrides` and `allow_code` are what it was loaded with."""
 
     path: Path
     file: GraphFile
     checkpoint: Checkpoint | None
     actors: Mapping[str, CheckedActor]
     edges: tuple[CheckedEdge, ...]
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    allow_code: bool = False
 
     @property
     def name(self) -> str:

@@ -17,7 +17,7 @@ from ranvier.actors.session import Sampling
 from ranvier.actors.zygote_process import ZygoteProcess
 from ranvier.transport.errors import RanvierError
 
-from . import causes, compare, perfetto, run_folder, show, trace, trace_plot
+from . import causes, compare, perfetto, resumed, run_folder, show, trace, trace_plot
 from .attached import scale_command, top_command, why_command
 from .check import load as load_graph
 from .checked import Graph
@@ -33,6 +33,7 @@ from .command_line import (
     interruptible,
     overrides,
     print_json,
+    prompt_of,
 )
 from .errors import GraphError
 from .plan import plan
@@ -116,8 +117,19 @@ def show_command(
 @app.command()
 def run(
     context: typer.Context,
-    graph: GraphFile,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="What to say to the model.")] = None,
+    graph: Annotated[
+        Path | None,
+        typer.Argument(metavar="GRAPH", help="The graph file (YAML); not with --resume.", show_default=False),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt", "-p", help="What to say to the model; - reads it from standard input, unseen by others."
+        ),
+    ] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option("--prompt-file", metavar="FILE", help="Read what to say from a file (UTF-8).")
+    ] = None,
     input_file: Annotated[
         Path | None,
         typer.Option("--input", help="For graphs that are no language models: safetensors, a tensor an input port."),
@@ -144,16 +156,36 @@ def run(
     ] = None,
     log: Log = None,
     record: Annotated[str | None, typer.Option("--record", metavar="EDGES", help=RECORD_HELP)] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume", metavar="RUN", help="Go on with the requests of a run with a journal that was killed."
+        ),
+    ] = None,
+    after: Annotated[
+        int | None,
+        typer.Option("--after", metavar="POSITION", help="With --resume: print what comes after this position."),
+    ] = None,
     allow_code: AllowCode = False,
     settings: Set = None,
 ) -> None:
     """Start the graph, stream the text, print what every message cost, write the run folder."""
+    if resume is not None:
+        if graph is not None or prompt is not None or prompt_file is not None or input_file is not None:
+            raise Wrong(
+                "--resume takes graph and requests from the run; give nothing else but --after, --runs, --log, --json"
+            )
+        resumed.run(resume, after, as_json, allow_code, {"runs": runs, "zygote": context.obj, "log": log})
+        return
+    if graph is None:
+        raise Wrong("GRAPH is missing; give a graph file, or --resume RUN")
     try:
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     except ValueError as error:
         raise Wrong(f"--{error}") from None
     checked = load_graph(graph, allow_code=allow_code, overrides={**overrides(settings), **record_setting(record)})
     launching = {"runs": runs, "zygote": context.obj, "chaos": chaos, "log": log}
+    prompt = prompt_of(prompt, prompt_file)
     if not checked.generates:
         if prompt is not None or input_file is None:
             raise Wrong(f"graph {checked.name} is no language model; give --input FILE.safetensors, not --prompt")

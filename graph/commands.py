@@ -25,7 +25,7 @@ def ask(run_dir: Path, kind: str, timeout_s: float, **fields: Any) -> str:
         RequestError: no such run goes on, or it will not.
         NoAnswer: it did not answer in time.
     """
-    socket = run_dir.absolute() / "sockets" / "supervisor"
+    socket = (run_dir / "sockets").resolve() / "supervisor"
     if not (run_dir / "plan.json").is_file():
         raise RequestError(f"{run_dir}: no run folder; expected plan.json in it")
     if not socket.exists():

@@ -3,22 +3,32 @@ graph itself: both take most of a second. A graph that is wrong ends that proces
 
 from __future__ import annotations
 
+import os
 import sys
 
 STARTING = ("run", "score", "train")
 ASKING = ("--help", "-h")
+INTERRUPTED = 130
 
 
 def main() -> None:
+    """Run the command line. Ctrl-C ends it without a traceback at any time, while it imports what it needs, too."""
     zygote = None
-    if sys.argv[1:2] and sys.argv[1] in STARTING and not set(ASKING) & set(sys.argv):
-        from ranvier.actors.zygote_process import ZygoteProcess
-
-        zygote = ZygoteProcess()
     try:
+        from ranvier.actors.zygote_process import ZygoteProcess, open_standard_streams
+
+        open_standard_streams()
+        for name in ("stdin", "stdout", "stderr"):  # None where it was closed, as cron and init do
+            if getattr(sys, name) is None:
+                setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
+        if sys.argv[1:2] and sys.argv[1] in STARTING and not set(ASKING) & set(sys.argv):
+            zygote = ZygoteProcess()
         from . import cli
 
         cli.main(zygote)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     finally:
         if zygote is not None:
             zygote.end()

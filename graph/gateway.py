@@ -27,7 +27,10 @@ from .placement import Placement
 from .stream import Delivered, Stream, Tensors
 
 MOST_LOSSES = 4
-"""A session that so often in a row has lost the same actor, without any progress between, is taken for the cause."""
+"""A session that was so often in a row inside the step in which the same actor was lost, without any progress between, is taken
+for the cause."""
+SUSPECTED = 2
+"""From so many on it is opened while no other one that is suspected is: those that shared its steps are not the cause."""
 
 
 class Gateway:
@@ -63,6 +66,8 @@ class Gateway:
         """Requests, and tokens that clients were given, so far."""
         self.on_ended: Callable[[Stream, str | Exception], None] = lambda _stream, _outcome: None
         """Called with each session that is over."""
+        self.on_delivered: Callable[[Stream, int, int], None] = lambda _stream, _position, _token: None
+        """Called with each token that its client is about to get, and its position."""
         self._by_port: dict[str, dict[int, Route]] = {}
         self._answers: set[str] = set()
         self._port_of: dict[int, str] = {}
@@ -129,10 +134,16 @@ class Gateway:
     # -- clients ------------------------------------------------------------------------------------------------
 
     def submit(
-        self, info: SessionInfo, inputs: Tensors | None = None, deadline_ns: int = 0, caller: str = ""
+        self,
+        info: SessionInfo,
+        inputs: Tensors | None = None,
+        deadline_ns: int = 0,
+        caller: str = "",
+        key: str = "",
+        tokens: Sequence[int] = (),
     ) -> Stream:
         """Accept a session: a generation from `info.log`, or a call with `inputs` by port, which ends with `Expired` at
-        `deadline_ns` (0: never). Its number is set here.
+        `deadline_ns` (0: never). Its number is set here. `tokens` were delivered already, by a run that was lost.
 
         Raises:
             Overloaded: it does not fit beside the others.
@@ -145,8 +156,9 @@ class Gateway:
         info = replace(info, session=self._next)
         self._next += 1
         stream = self.streams[info.session] = Stream(
-            info, info, inputs or {}, places, log=list(info.log), accepted_ns=self.exchange.clock(), caller=caller
-        )
+            info, info, inputs or {}, places, log=[*info.log, *tokens], accepted_ns=self.exchange.clock(), caller=caller,
+            key=key, delivered=len(tokens),
+        )  # fmt: skip
         if deadline_ns:
             self._timed[info.session] = deadline_ns
         if self.placement.is_up(places):
@@ -183,13 +195,16 @@ class Gateway:
 
     # -- recovery -----------------------------------------------------------------------------------------------
 
-    def on_lost_replica(self, actor: str, replica: int, failure: ActorFailed) -> None:
+    def on_lost_replica(
+        self, actor: str, replica: int, failure: ActorFailed, inside: frozenset[int] | None = None
+    ) -> None:
         """A host is gone. Its sessions end at all others; those that another replica has room for begin anew there at once, the
-        others wait for `on_replaced`. One that seems to be the cause ends with the failure."""
+        others wait for `on_replaced`. `inside` are the sessions of the step that it was in, all of its sessions if that is not
+        known. One of them that seems to be the cause ends with the failure."""
         self.placement.down(actor, replica)
         for stream in list(self.streams.values()):
             if replica in stream.places.get(actor, ()):
-                if not stream.waits:
+                if not stream.waits and (inside is None or stream.info.session in inside):
                     stream.losses = stream.losses + 1 if stream.lost_actor == actor else 1
                     stream.lost_actor = actor
                 if stream.losses >= MOST_LOSSES:
@@ -223,7 +238,13 @@ class Gateway:
 
     def _resume(self) -> None:
         """Begin a new epoch with the sessions that waited and whose actors are all there."""
+        if self._failure is not None:
+            return
         ready = [s for s in self.streams.values() if s.waits and self.placement.is_up(s.places)]
+        suspected = [stream for stream in ready if stream.losses >= SUSPECTED]
+        tried = any(s.losses >= SUSPECTED and not s.waits for s in self.streams.values())
+        for stream in suspected[0 if tried else 1 :]:
+            ready.remove(stream)
         if ready:
             self._epoch += 1
         for stream in ready:
@@ -340,10 +361,17 @@ class Gateway:
         token = stream.log[position]
         stream.delivered += 1
         self.delivered += 1
-        stream.losses = 0
+        if stream.losses:
+            self._acquit(stream)
         stream.events.append(Delivered(position, token, stream.logits.pop(position, None)))
+        self.on_delivered(stream, position, token)
         if stream.info.finished(stream.generated, token):
             self._end(stream, "stop" if token in stream.info.stop_tokens else "length")
+
+    def _acquit(self, stream: Stream) -> None:
+        """It has made progress, or is over: the next one that is suspected may begin."""
+        stream.losses = 0
+        self._resume()
 
     def _on_output(self, port: str, received: Received) -> None:
         for row, part in rows_of(received):
@@ -365,6 +393,8 @@ class Gateway:
         self._close(stream)
         self.placement.give_back(stream.places, stream.info.capacity)
         self.on_ended(stream, outcome)
+        if stream.losses:
+            self._acquit(stream)
 
     def _close(self, stream: Stream, command: str = "close") -> None:
         """End it at the hosts, or have them hold it."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import trio
 
@@ -27,6 +29,8 @@ class Token:
     text: str
     logits: memoryview[float] | None = None
     """float32, one for each token of the vocabulary, if asked for."""
+    durable: bool = True
+    """Whether it is in the run's journal, where there is one. False on a full disk: then it would not outlive the process."""
 
 
 @dataclass(slots=True)
@@ -47,6 +51,32 @@ class Result:
         return (len(self.token_ids) - 1) / spent if spent > 0 and len(self.token_ids) > 1 else 0.0
 
 
+class Source(Protocol):
+    """Where a generation gets its tokens from."""
+
+    async def event(self) -> Delivered | str:
+        """What happens next; a string is the end and its reason. Raises the error that it ended with."""
+
+    def close(self) -> None:
+        """Nobody wants more. Idempotent."""
+
+
+class Over:
+    """A request that had ended before its run was lost, for whoever comes back for its tokens."""
+
+    def __init__(self, end: str | Exception) -> None:
+        self._end = end
+
+    async def event(self) -> str:
+        await trio.lowlevel.checkpoint()
+        if isinstance(self._end, Exception):
+            raise self._end
+        return self._end
+
+    def close(self) -> None:
+        """There is nothing to give up."""
+
+
 class Client:
     """One session at the gateway. Closed early, it is cancelled and its caches are freed everywhere."""
 
@@ -57,14 +87,15 @@ class Client:
         inputs: Tensors,
         flush: Callable[[], None],
         wakes: Wakes,
-        deadline_s: float | None = None,
+        deadline_ns: int = 0,
         caller: str = "",
+        key: str = "",
+        tokens: Sequence[int] = (),
     ) -> None:
         self._gateway = gateway
         self._flush = flush
         self._wakes = wakes
-        deadline_ns = time.monotonic_ns() + int(deadline_s * 1e9) if deadline_s is not None else 0
-        self.stream = gateway.submit(info, inputs, deadline_ns, caller)
+        self.stream = gateway.submit(info, inputs, deadline_ns, caller, key, tokens)
         flush()
 
     async def event(self) -> Delivered | str:
@@ -96,22 +127,62 @@ class Client:
 class Generation:
     """The tokens of one request, as an asynchronous iterator. `result` grows with it and is complete at its end.
 
-    One that is not read to its end is cancelled by `close`, or when it is let go of.
+    One that is not read to its end is cancelled by `close`, or when it is let go of. It begins once its prompt is known as
+    token ids (`begin`), or is refused.
     """
 
-    def __init__(self, client: Client, text: TextStream, prompt_tokens: int) -> None:
-        self._client = client
+    def __init__(self, text: TextStream) -> None:
+        self._client: Source | None = None
+        self._refusal: Exception | None = None
+        self._begun: trio.Event | None = None
         self._text = text
-        self._info = client.stream.info
         self._began = time.monotonic()
-        self.result = Result(prompt_tokens)
+        self.closed = False
+        self.result = Result(0)
+        self.request_id = ""
+        """What the request is called in the run's journal, if there is one: with it, it can be resumed after a crash."""
+        self.is_durable: Callable[[], bool] = lambda: True
+        self._again: deque[Token] = deque()
+
+    def begin(self, client: Source, info: SessionInfo, prompt_tokens: int) -> None:
+        """The request is a session of the gateway now, or one that is over already."""
+        self._client, self._info = client, info
+        self.result.prompt_tokens = prompt_tokens
+        self._wake()
+
+    def recorded(self, first: int, tokens: Sequence[int], after: int | None) -> None:
+        """Take tokens that a journal has, the first of them at position `first`: those after the position `after` are given
+        again, those up to it only count."""
+        for position, token in enumerate(tokens, first):
+            made = self._token(Delivered(position, token))
+            if after is None or position > after:
+                self._again.append(made)
+
+    def refuse(self, why: Exception) -> None:
+        """The request will not begin: its reader gets the reason."""
+        self._refusal = self._refusal or why
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._begun is not None:
+            self._begun.set()
 
     def __aiter__(self) -> Generation:
         return self
 
     async def __anext__(self) -> Token:
+        if self._again:
+            await trio.lowlevel.checkpoint()
+            return self._again.popleft()
         if self.result.finish_reason:
             raise StopAsyncIteration
+        while self._client is None:
+            if self._refusal is not None:
+                raise self._refusal
+            if self.closed:
+                raise StopAsyncIteration
+            self._begun = trio.Event()
+            await self._begun.wait()
         event = await self._client.event()
         if isinstance(event, str):
             self.result.finish_reason = event
@@ -132,13 +203,16 @@ class Generation:
             result.finish_reason = "stop"
             self.close()
         logits = memoryview(event.logits).cast("f") if event.logits is not None else None
-        return Token(event.token, event.position, piece, logits)
+        return Token(event.token, event.position, piece, logits, self.is_durable())
 
     def close(self) -> None:
-        """End the session now."""
-        self._client.close()
+        """End the session now, or do not begin it. Idempotent."""
+        self.closed = True
+        if self._client is not None:
+            self._client.close()
+        else:
+            self._wake()
 
     def __del__(self) -> None:
         # Needs no event loop: the hosts are told by a message. A run that is over has no stream left to close.
-        if hasattr(self, "_client"):
-            self.close()
+        self.close()

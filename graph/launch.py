@@ -16,13 +16,14 @@ from ranvier.actors.zygote_process import ZygoteProcess
 from ranvier.transport.descriptors import OF_A_PEER, OF_A_WIRE, make_sure_of_descriptors
 from ranvier.transport.errors import RanvierError, ResourceError
 
-from . import metrics, run_folder, tokenizer
+from . import journal, metrics, run_folder, tokenizer
 from .chaos import ChaosLink, Detours
 from .chaos import read as read_chaos
 from .checked import Graph
 from .errors import RequestError
 from .gateway import Gateway
-from .log import logger
+from .journal import Journal, Resumed
+from .log import LogFile, logger
 from .own_end import ME, OwnEnd
 from .placement import Placement
 from .plan import Plan, plan
@@ -30,6 +31,7 @@ from .run import Run
 from .run_folder import RunFolder
 from .status import Status
 from .telemetry import exporting
+from .text_process import TextProcess
 from .tokenizer import TextCodec
 from .why import Why
 
@@ -46,6 +48,7 @@ async def launch(
     zygote: ZygoteProcess | None = None,
     chaos: Path | None = None,
     log: str | None = None,
+    resume: Path | None = None,
 ) -> AsyncIterator[Run]:
     """Start a graph; on leaving, everything it started is ended and nothing is left but the run folder.
 
@@ -55,14 +58,17 @@ async def launch(
         progress: told what goes on until the run is ready.
         chaos: a file that says what goes wrong on which tcp links (graph/chaos.py).
         log: `json` or `console`: the run's log goes to standard error, too, in that form.
+        resume: the folder of a run with a journal that was killed. Its requests go on here (`Run.resume`).
         zygote: the process that hosts are forked from, where it was started before (it is ended in any case).
 
     Raises:
         ActorFailed: an actor did not start, or was lost.
-        GraphError: the run folder's path is too long for sockets.
+        RequestError: there is nothing to resume, or it is of another graph or model.
         ResourceError: there are no descriptors, no disk, no memory to start it with.
     """
     planned = plan(graph)
+    if resume is not None and not graph.file.journal:
+        raise RequestError(f"graph {graph.name} has no journal; set journal: true to resume a run of it")
     bad_links = bad_links_of(planned, chaos)
     make_sure_of_descriptors(f"graph {graph.name}", 2 * OF_A_WIRE + OF_A_PEER * (planned.processes + 1))
     try:
@@ -71,7 +77,7 @@ async def launch(
         raise ResourceError(f"the run's folder cannot be made: {error}") from error
     began = False
     try:
-        async with _launched(planned, folder, progress, zygote, bad_links, log) as run:
+        async with _launched(planned, folder, progress, zygote, bad_links, log, resume) as run:
             began = True
             yield run
     except (BaseExceptionGroup, OSError) as several:
@@ -109,18 +115,26 @@ async def _launched(
     zygote: ZygoteProcess | None,
     bad_links: Sequence[ChaosLink],
     shown: str | None,
+    resume: Path | None,
 ) -> AsyncIterator[Run]:
     graph = planned.graph
     specs = planned.place(folder.path, folder.sockets)
-    log_file = (folder.logs / "supervisor.jsonl").open("w", encoding="utf-8")
-    own = OwnEnd(planned, folder)
     holder: list[Run] = []
-    try:
+    with contextlib.ExitStack() as ending:
+        log_file = LogFile(folder.logs)
+        ending.callback(log_file.close)
+        own = OwnEnd(planned, folder)
+        ending.callback(own.wire.close)
         progress("starting", 0.0)
+        kept, left = await _journals(planned, folder, resume, ending)
         async with LocalLauncher(folder.sockets, folder.logs, zygote).running() as launcher:
             # the hosts' process imports torch now; what this one has to do is done meanwhile
             log = logger(log_file, shown)
             codec = _codec(graph)
+            text = TextProcess(codec) if codec is not None else None
+            if text is not None:
+                ending.callback(text.close)
+                text.start()
             supervisor = Supervisor(
                 specs, launcher, f"ipc://{folder.sockets / 'supervisor'}", folder.logs, log,
                 lambda label, fields: holder[0].on_session_failed(label, fields) if holder else None,
@@ -135,7 +149,7 @@ async def _launched(
                     nursery.start_soon(why.run)
                     status = Status(supervisor)
                     supervisor.on_clock = lambda: folder.clocks(supervisor.clocks)
-                    detours = Detours(bad_links, nursery)
+                    detours = Detours(bad_links, nursery, planned.keys(folder.path))
                     supervisor.detour, supervisor.on_forgotten = detours.address, detours.forget
                     nursery.start_soon(supervisor.run)
                     await supervisor.until_loaded(lambda share: progress("loading", share))
@@ -149,10 +163,12 @@ async def _launched(
                         placement.join(spec.actor, spec.replica, host.capacity_tokens, host.keeps)
                     gateway = Gateway(exchange, links, placement, graph.prefill_chunk, graph.generates)
                     status.gateway = gateway
-                    run = Run(planned, folder, supervisor, own, gateway, codec, detours, why, status)
+                    run = Run(planned, folder, supervisor, own, gateway, codec, text, detours, why, status)
                     holder.append(run)
+                    run.journal = kept
                     nursery.start_soon(run._listen)
                     nursery.start_soon(run._failure)
+                    nursery.start_soon(run._prepare)
                     nursery.start_soon(why.watch)
                     await nursery.start(run._scaling.run)
                     nursery.start_soon(own.ship)
@@ -161,6 +177,10 @@ async def _launched(
                     run._flush()
                     await supervisor.until_running(ME, own.wire.wire.address)
                     nursery.start_soon(run._recovery.run)
+                    if left is not None:
+                        run.go_on(left.requests)
+                        left.moved_to(folder.path)
+                        left.close()
                     progress("ready", 1.0)
                     try:
                         async with metrics.served(
@@ -178,9 +198,22 @@ async def _launched(
                 if exported:
                     folder.outcome(spans=exported)
                 supervisor.close()
-    finally:
-        own.wire.close()
-        log_file.close()
+
+
+async def _journals(
+    planned: Plan, folder: RunFolder, resume: Path | None, ending: contextlib.ExitStack
+) -> tuple[Journal | None, Resumed | None]:
+    """The run's own journal, where the graph asks for one, and that of the run that is to be resumed."""
+    if not planned.graph.file.journal:
+        return None, None
+    began = await trio.to_thread.run_sync(journal.began, planned)
+    left = None
+    if resume is not None:
+        left = Resumed(resume, began)
+        ending.callback(left.close)
+    kept = Journal(folder.path, began)
+    ending.callback(kept.close)
+    return kept, left
 
 
 def _codec(graph: Graph) -> TextCodec | None:

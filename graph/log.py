@@ -2,14 +2,67 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
 from collections.abc import MutableMapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import structlog
 
 JSON, CONSOLE = "json", "console"
+MOST_BYTES = 16 << 20
+"""Of one file. Then it becomes the one before, `supervisor.1.jsonl`, in whose place that was is gone."""
+
+
+class LogFile:
+    """`supervisor.jsonl` of a run, which structlog writes to. A full disk costs lines, counted in `lost`, never the run.
+
+    Raises:
+        OSError: it cannot be made, before the run begins.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.lost = 0
+        self._path, self._before = folder / "supervisor.jsonl", folder / "supervisor.1.jsonl"
+        self._file = self._path.open("wb", buffering=0)
+        self._bytes = 0
+
+    def write(self, line: str) -> None:
+        data = line.encode(errors="replace")
+        if self.lost:
+            data = (
+                json.dumps({"event": "lines were lost", "level": "warning", "lines": self.lost}).encode() + b"\n" + data
+            )
+        try:
+            if self._bytes + len(data) > MOST_BYTES:
+                self._rotate()
+            written = self._file.write(data)
+        except (OSError, ValueError):  # the disk is full, or the folder is gone
+            written = 0
+        if written == len(data):
+            self._bytes += len(data)
+            self.lost = 0
+            return
+        self.lost += 1
+        with contextlib.suppress(OSError, ValueError):  # the beginning of a line must not stay
+            self._file.truncate(self._bytes)
+            self._file.seek(self._bytes)
+
+    def _rotate(self) -> None:
+        self._file.close()
+        with contextlib.suppress(OSError):
+            self._path.replace(self._before)
+        self._file = self._path.open("wb", buffering=0)
+        self._bytes = 0
+
+    def flush(self) -> None:
+        """Every line is written at once."""
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def logger(file: Any, shown: str | None = None) -> structlog.typing.FilteringBoundLogger:
@@ -48,5 +101,6 @@ class _Shown:
         )
 
     def __call__(self, logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-        print(self._render(logger, method, dict(event)), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # whoever read it has gone
+            print(self._render(logger, method, dict(event)), file=sys.stderr, flush=True)
         return event

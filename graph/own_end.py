@@ -32,11 +32,12 @@ class OwnEnd:
         graph = plan.graph
         self._plan, self._folder = plan, folder
         self._traces, self._sampling = bool(graph.file.trace), graph.file.sampling
+        keys = plan.keys(folder.path)
         self.wire = TrioWire(
             ZeroWire(
                 ME, plan.gateway_endpoint(folder.sockets), max_frame_bytes=graph.file.max_frame_bytes,
                 shared_from_bytes=graph.file.shared_from_bytes, direct=True,
-                keys=read_keys(graph.keys, GATEWAY) if graph.keys is not None else None,
+                keys=read_keys(keys, GATEWAY) if keys is not None else None,
             )
         )  # fmt: skip
         self._ring = Ring()

@@ -27,7 +27,7 @@ from ranvier.actors.spec import (
 )
 from ranvier.transport import auto, codec
 from ranvier.transport.dtypes import BY_NAME
-from ranvier.transport.endpoint import parse
+from ranvier.transport.endpoint import parse, settled
 from ranvier.transport.link import LinkSpec
 from ranvier.transport.spec import TensorSpec
 
@@ -103,6 +103,12 @@ class Plan:
         actors = self.graph.actors.values()
         return {actor.name: dict.fromkeys(range(actor.section.replicas), EPOCH) for actor in actors}
 
+    def keys(self, run_dir: Path) -> Path | None:
+        """The folder of the keys for tcp: the graph's own, or one that the run makes for itself. None if all is local."""
+        if self.graph.keys is not None or all(edge.local for edge in self.edges):
+            return self.graph.keys
+        return run_dir / "keys"
+
     def links(self, actor: str, replica: int, live: Live) -> tuple[HostLink, ...]:
         """The links at one host, or at the gateway, to all that are `live`. An actor's edge to itself stays in the replica."""
         return tuple(self._links(actor, replica, live))
@@ -139,7 +145,7 @@ class Plan:
     def _endpoint(self, given: str | None, name: str, sockets: Path) -> str:
         if given is None:
             given = f"ipc://{sockets / name}" if self.graph.file.transport == "ipc" else self.graph.file.transport
-        return str(parse(given, guarded=self.graph.keys is not None))
+        return str(parse(settled(given, self.graph.path.parent), guarded=self.graph.keys is not None))
 
     def _link(self, index: int, edge: CheckedEdge, source: int, target: int, live: Live) -> LinkSpec:
         return LinkSpec(
@@ -205,7 +211,7 @@ class Plan:
             max_frame_bytes=file.max_frame_bytes,
             record=self._record(name),
             shared_from_bytes=file.shared_from_bytes,
-            keys=str(self.graph.keys) if self.graph.keys is not None else None,
+            keys=str(keys) if (keys := self.keys(run_dir)) is not None else None,
             batch_tokens=section.batch_tokens,
             tap_folder=str(self.graph.path.parent.resolve()),
             trace=bool(file.trace),

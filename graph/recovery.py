@@ -11,11 +11,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import trio
 
 from ranvier.actors.errors import ActorFailed
 from ranvier.actors.spec import HostSpec
+from ranvier.actors.step_board import inside
 from ranvier.actors.supervision import Watched
 from ranvier.actors.supervisor import Supervisor
 
@@ -95,7 +97,7 @@ class Recovery:
         delay_s = self._supervisor.restart(failure, lost)
         if delay_s is None:
             return
-        self._gateway.on_lost_replica(lost.actor, lost.replica, failure)
+        self._gateway.on_lost_replica(lost.actor, lost.replica, failure, inside(Path(lost.board)))
         self._members.forget(lost)
         self._members.flush()
         nursery.start_soon(self._supervisor.leave, lost)

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import operator
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import trio
 
 from ranvier.actors import spans
 from ranvier.actors.checkpoint import ModelConfig
+from ranvier.actors.errors import ActorFailed, told
 from ranvier.actors.session import Sampling, SessionInfo
 from ranvier.actors.spec import GATEWAY
 from ranvier.actors.supervisor import Supervisor
-from ranvier.transport.errors import LinkClosed, ProtocolError
+from ranvier.transport.ends import Received
+from ranvier.transport.errors import LinkClosed, ProtocolError, RanvierError
 from ranvier.transport.exchange import RefusedMessage
 from ranvier.transport.header import Row
+from ranvier.transport.message import stable
 
-from . import template
+from . import journal
 from .chaos import Detours
 from .errors import RequestError
 from .gateway import Gateway, token_tensor
-from .generation import Client, Generation, Wakes
+from .generation import Client, Generation, Over, Wakes
+from .journal import Journal, Request
 from .members import Members
 from .own_end import OwnEnd
 from .plan import Plan
@@ -32,6 +39,7 @@ from .run_folder import RunFolder
 from .scaling import Scaling
 from .status import Status
 from .stream import Stream, Tensors
+from .text_process import TextProcess
 from .text_stream import TextStream
 from .tokenizer import TextCodec
 from .wait_for import Answer
@@ -42,6 +50,31 @@ if TYPE_CHECKING:
 
 TICK_S = 1.0
 ACK_DELAY_S = 0.002
+LATE_NS = 3_000_000_000
+"""Between two looks at who is quiet; each comes a tick after the last message."""
+
+
+class _Request(NamedTuple):
+    """What is asked for, but for the prompt. `root` and `caller` are of its trace."""
+
+    max_tokens: int
+    sampling: Sampling
+    stop_tokens: tuple[int, ...] | None
+    logits: bool
+    deadline_ns: int
+    root: str
+    caller: str
+    key: str
+    stop: tuple[str, ...]
+
+
+class _Asked(NamedTuple):
+    """A request whose prompt is text yet, or the messages of a chat."""
+
+    generation: Generation
+    prompt: str | list[dict[str, Any]]
+    raw: bool
+    request: _Request
 
 
 class Run:
@@ -55,6 +88,7 @@ class Run:
         own: OwnEnd,
         gateway: Gateway,
         codec: TextCodec | None,
+        text: TextProcess | None,
         detours: Detours,
         why: Why,
         status: Status,
@@ -65,17 +99,25 @@ class Run:
         self._own = own
         self._gateway = gateway
         self._codec = codec
+        self._text = text
+        self._asked_in, self._asked = trio.open_memory_channel[_Asked](math.inf)
         self._detours = detours
         self._wakes: Wakes = {}
         self._over = False
         self._quiet_since_ns = 0
+        self._looked_ns = 0
         self._steps = -1
         self._why = why
         self._status = status
+        self.journal: Journal | None = None
+        self._left: dict[str, Request] = {}
+        self._resumed: dict[str, Client | Over] = {}
+        self._not_durable: set[str] = set()
         self.metrics: str | None = None
         """Where Prometheus reads this run's /metrics, if anywhere."""
         why.gateway, why.taken_from = gateway, self._wakes
         gateway.on_ended = self._on_ended
+        gateway.on_delivered = self._on_delivered
         members = Members(plan, folder, supervisor, gateway, own.wire, self._flush)
         self._scaling = Scaling(plan, supervisor, gateway, members)
         self._recovery = Recovery(plan, supervisor, gateway, members)
@@ -119,15 +161,21 @@ class Run:
             raise RequestError(f"graph {self.plan.graph.name} has no tokenizer; give token ids and use `stop_tokens`")
         return self._codec
 
-    def chat_tokens(self, messages: Sequence[dict[str, str]] | str) -> list[int]:
-        """Token ids of a chat (a string: one message of the user), by the model's own template."""
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": messages}]
-        codec = self.codec
-        if codec.chat_template is None:
-            raise RequestError("the model brings no chat template; use a raw prompt")
-        text = template.render(codec.chat_template, messages, codec.bos_token, codec.eos_token)
-        return codec.encode(text, special=False)
+    def chat_tokens(self, messages: Sequence[dict[str, Any]] | str) -> list[int]:
+        """Return the token ids of a chat (a string: one message of the user), by the model's own template. Blocks for a second
+        at most; `generate` does not.
+
+        Raises:
+            RequestError: the graph does not generate text, or its model brings no tokenizer.
+            CheckpointError: the template is missing or wrong, refuses the messages, or takes too long.
+        """
+        return self._prompts.chat_ids(_chat(messages))
+
+    @property
+    def _prompts(self) -> TextProcess:
+        if self._text is None:
+            raise RequestError(f"graph {self.plan.graph.name} has no tokenizer; give token ids and use `stop_tokens`")
+        return self._text
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -167,33 +215,145 @@ class Run:
         graph = self.plan.graph
         if not graph.generates or graph.checkpoint is None:
             raise RequestError(f"graph {graph.name} does not generate tokens; use call()")
-        config = graph.checkpoint.config
-        ids = self._prompt_ids(prompt, raw)
-        self._check_prompt(ids, max_tokens, config)
         if stop and self._codec is None:
             raise RequestError("stop strings need the model's tokenizer, and it brings none; use stop_tokens")
+        if deadline_s is not None and not deadline_s > 0:
+            raise RequestError(f"deadline_s: expected over 0, got {deadline_s}")
+        request = _Request(
+            _whole("max_tokens", max_tokens),
+            sampling or Sampling(),
+            tuple(_whole("stop_tokens", token) for token in stop_tokens) if stop_tokens is not None else None,
+            logits,
+            time.monotonic_ns() + int(deadline_s * 1e9) if deadline_s is not None else 0,
+            *self._traced(traceparent),
+            secrets.token_hex(8) if self.journal is not None else "",
+            tuple(stop),
+        )
+        generation = Generation(TextStream(self._codec, stop))
+        generation.request_id = request.key
+        generation.is_durable = self._is_durable
+        asked = _prompt(prompt)
+        if isinstance(asked, list) and not isinstance(next(iter(asked), 0), dict):
+            self._begin(generation, cast(list[int], asked), request)
+        else:
+            self._prompts.start()
+            self._asked_in.send_nowait(_Asked(generation, cast(str | list[dict[str, Any]], asked), raw, request))
+        return generation
+
+    def _begin(self, generation: Generation, ids: list[int], request: _Request) -> None:
+        """Submit a request whose prompt is known as token ids.
+
+        Raises:
+            RequestError, Overloaded, ActorFailed: see `generate`.
+        """
+        graph = self.plan.graph
+        assert graph.checkpoint is not None
+        config = graph.checkpoint.config
+        self._check_prompt(ids, request.max_tokens, config)
         log: tuple[int, ...] = tuple(ids)
         inputs: Tensors = {}
         if config.encoder is not None and not any(e.source == GATEWAY and e.out == "prompt" for e in graph.edges):
             raise RequestError(f"graph {graph.name} has no encoder_embedding, so nothing takes the prompt")
         if config.encoder is not None:  # the prompt is the encoder's; the decoder begins with a token of its own
             log, inputs = (config.encoder.start_token,), {"prompt": token_tensor(ids, "prompt")}
-        root, caller = self._traced(traceparent)
         info = SessionInfo(
             session=0,
             epoch=0,
-            traceparent=root,
-            capacity=len(ids) + max_tokens,
+            traceparent=request.root,
+            capacity=len(ids) + request.max_tokens,
             log=log,
-            max_tokens=max_tokens,
-            stop_tokens=tuple(config.eos_tokens if stop_tokens is None else stop_tokens),
-            sampling=sampling or Sampling(),
-            logits=logits,
+            max_tokens=request.max_tokens,
+            stop_tokens=tuple(config.eos_tokens) if request.stop_tokens is None else request.stop_tokens,
+            sampling=request.sampling,
+            logits=request.logits,
         )
-        if deadline_s is not None and not deadline_s > 0:
-            raise RequestError(f"deadline_s: expected over 0, got {deadline_s}")
-        client = Client(self._gateway, info, inputs, self._flush, self._wakes, deadline_s, caller)
-        return Generation(client, TextStream(self._codec, stop), len(ids))
+        deadline_s = time.time() + (request.deadline_ns - time.monotonic_ns()) / 1e9 if request.deadline_ns else 0.0
+        self._note(request.key, info, request.stop, deadline_s)
+        client = Client(
+            self._gateway, info, inputs, self._flush, self._wakes, request.deadline_ns, request.caller, request.key
+        )
+        generation.begin(client, client.stream.info, len(ids))
+
+    async def _prepare(self) -> None:
+        """Turn the prompts that are text into token ids, in the order in which they were asked for, and begin them. That may
+        take a second where a template is hostile; the gateway goes on meanwhile."""
+        async for generation, prompt, raw, request in self._asked:
+            if generation.closed:
+                continue
+            try:
+                ids = await trio.to_thread.run_sync(self._ids, prompt, raw, abandon_on_cancel=True)
+                if not generation.closed:
+                    self._begin(generation, ids, request)
+            except RanvierError as error:
+                generation.refuse(error)
+
+    def _ids(self, prompt: str | list[dict[str, Any]], raw: bool) -> list[int]:
+        checkpoint = self.plan.graph.checkpoint
+        raw = raw or (checkpoint is not None and checkpoint.config.encoder is not None)
+        return self._prompts.ids(prompt) if raw and isinstance(prompt, str) else self._prompts.chat_ids(_chat(prompt))
+
+    # -- the journal --------------------------------------------------------------------------------------------
+
+    def _note(
+        self, key: str, info: SessionInfo, stop: Sequence[str], deadline_s: float, tokens: Sequence[int] = ()
+    ) -> None:
+        """Note a request in the journal, which the next flush writes: before its client sees anything."""
+        if self.journal is not None:
+            self.journal.add(journal.of_request(key, info, stop, deadline_s, tokens))
+
+    def _on_delivered(self, stream: Stream, position: int, token: int) -> None:
+        if self.journal is not None and stream.key:
+            self.journal.add(journal.Made(stream.key, position, token))
+
+    def _is_durable(self) -> bool:
+        return self.journal is None or self.journal.durable
+
+    @property
+    def resumed(self) -> Sequence[str]:
+        """The requests of the run that was resumed, by the ids that their clients know (`Generation.request_id`): those that go
+        on here, and those that were over."""
+        return list(self._left)
+
+    def go_on(self, left: Mapping[str, Request]) -> None:
+        """Continue the open requests of a run that was lost, each from the tokens that its journal has."""
+        for key, request in left.items():
+            asked, tokens, reason = request.asked, request.tokens, request.reason
+            self._left[key] = request
+            self._note(key, request.info, asked.stop, asked.deadline_s, tokens)
+            if reason is not None:
+                error = request.end.error if request.end is not None else ""
+                if self.journal is not None:
+                    self.journal.add(request.end or journal.Ended(key, reason))
+                self._resumed[key] = Over(ActorFailed(GATEWAY, error) if error else reason)
+                continue
+            try:
+                self._resumed[key] = Client(
+                    self._gateway, request.info, {}, self._flush, self._wakes, request.deadline_ns, "", key, tokens
+                )
+            except RanvierError as error:
+                if self.journal is not None:
+                    self.journal.add(journal.Ended(key, "", str(error)))
+                self._resumed[key] = Over(error)
+        self._flush()
+
+    def resume(self, request_id: str, after: int | None = None) -> Generation:
+        """Take up a request of the run that was resumed: its tokens after the position `after` (`Token.position` of the last
+        one that the client has seen; None: all), those from the journal first.
+
+        Raises:
+            RequestError: there is no such request, or another client has taken it up.
+        """
+        source = self._resumed.pop(request_id, None)
+        if source is None:
+            why = "another client has taken it up" if request_id in self._left else f"one of {list(self._left)[:5]}"
+            raise RequestError(f"request {request_id!r:.80}: expected one that was resumed: {why}")
+        request = self._left[request_id]
+        generation = Generation(TextStream(self._codec, request.asked.stop))
+        generation.request_id = request_id
+        generation.is_durable = self._is_durable
+        generation.begin(source, request.info, len(request.info.log))
+        generation.recorded(len(request.info.log), request.tokens, after)
+        return generation
 
     def _traced(self, traceparent: str | None) -> tuple[str, str]:
         """The trace context of a request's root span, empty if nobody traces it, and the span that it comes from."""
@@ -252,7 +412,13 @@ class Run:
                     raise RequestError(str(error)) from None
         root, caller = self._traced(traceparent)
         info = SessionInfo(session=0, epoch=0, capacity=0, traceparent=root)
-        tensors = {port: to_buffer(port, tensor) for port, tensor in inputs.items()}
+        tensors = {}
+        for port, tensor in inputs.items():
+            try:
+                meta, buffer = to_buffer(port, tensor)
+            except ValueError as error:
+                raise RequestError(f"call: {error}") from None
+            tensors[port] = meta, stable(buffer)  # the caller may fill it anew, and it may have to be sent again
         with contextlib.closing(
             Client(self._gateway, info, tensors, self._flush, self._wakes, caller=caller)
         ) as client:
@@ -260,22 +426,6 @@ class Run:
                 pass
         outputs = client.stream.outputs
         return {port: from_buffer(meta, buffer) for port, (meta, buffer) in outputs.items()}
-
-    def _prompt_ids(self, prompt: str | Sequence[dict[str, str]] | Sequence[int], raw: bool) -> list[int]:
-        if isinstance(prompt, str):
-            checkpoint = self.plan.graph.checkpoint
-            raw = raw or (checkpoint is not None and checkpoint.config.encoder is not None)
-            return self.codec.encode(prompt, special=True) if raw else self.chat_tokens(prompt)
-        messages = [item for item in prompt if isinstance(item, dict)]
-        tokens = [item for item in prompt if isinstance(item, int)]
-        if len(messages) == len(prompt) > 0:
-            return self.chat_tokens(messages)
-        if len(tokens) == len(prompt):
-            return tokens
-        kinds = ", ".join(sorted({type(item).__name__ for item in prompt}))
-        raise RequestError(
-            f"prompt: expected text, a list of chat messages, or a list of token ids, got a list of {kinds}"
-        )
 
     def _check_prompt(self, ids: list[int], max_tokens: int, config: ModelConfig, spare: int = 0) -> None:
         context = config.context + spare
@@ -326,7 +476,10 @@ class Run:
         self._flush()
 
     def _on_ended(self, stream: Stream, outcome: str | Exception) -> None:
-        """The root span of a request that somebody traces."""
+        """Note the end in the journal, and the root span of a request that somebody traces."""
+        if self.journal is not None and stream.key:
+            failed = isinstance(outcome, Exception)
+            self.journal.add(journal.Ended(stream.key, "" if failed else str(outcome), str(outcome) if failed else ""))
         context = spans.TraceContext(stream.asked.traceparent) if stream.asked.traceparent else None
         if context is not None and context.sampled:
             row = Row(stream.info.session, stream.info.epoch, 0, len(stream.log))
@@ -339,12 +492,14 @@ class Run:
         """Carry out what the gateway decided."""
         if self._over:
             return
-        for kind, fields, labels in self._gateway.commands:
+        commands, self._gateway.commands = self._gateway.commands, []  # one that cannot be sent is not tried again
+        for kind, fields, labels in commands:
             self._supervisor.tell(labels, kind, **fields)
-        self._gateway.commands.clear()
         for outgoing in self._gateway.exchange.outbox:
             outgoing.buffers = self._own.wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
         self._gateway.exchange.outbox.clear()
+        if self.journal is not None and not self.journal.flush():
+            self._not_durable.update(stream.key for stream in self._gateway.streams.values() if stream.key)
         for stream, wake in self._wakes.items():
             if stream.events:
                 wake.set()
@@ -354,7 +509,11 @@ class Run:
         """What clients still hold of their sessions ends. Messages are taken in and acknowledged until `_silence`: a host
         that is told to stop waits for that."""
         self._recovery.stop()
-        self._gateway.on_failure(LinkClosed("the run is over"))
+        over = LinkClosed("the run is over")
+        self._gateway.on_failure(over)
+        with contextlib.suppress(trio.WouldBlock):
+            while True:
+                self._asked.receive_nowait().generation.refuse(over)
         self._flush()
 
     def _silence(self) -> None:
@@ -382,7 +541,7 @@ class Run:
                     self._refused(error)
                 else:
                     if received is not None:
-                        gateway.on_message(received)
+                        self._take(received)
                         self._own.done(received)
             elif exchange.owes():
                 exchange.idle()
@@ -393,11 +552,22 @@ class Run:
                 gateway.on_due(time.monotonic_ns())
             self._flush()
 
+    def _take(self, received: Received) -> None:
+        try:
+            self._gateway.on_message(received)
+        except Exception as error:  # it is an error of the sessions in that message, not of the run
+            edge = received.link.spec.name
+            self._refused(
+                RefusedMessage(f"edge {edge}: the gateway cannot take it: {told(error)}", received.header.rows)
+            )
+
     def _give_up_unanswered(self) -> None:
         """Sessions that nobody works on any more: an actor has left an output out."""
         supervision, now_ns = self._supervisor.supervision, time.monotonic_ns()
         limits = self.plan.graph.file.supervision
-        if not supervision.quiet or supervision.steps != self._steps or not self._quiet_since_ns:
+        # who looks late may have stood still itself: what was answered meanwhile is still unread
+        late, self._looked_ns = now_ns - self._looked_ns > LATE_NS, now_ns
+        if late or not supervision.quiet or supervision.steps != self._steps or not self._quiet_since_ns:
             self._quiet_since_ns, self._steps = now_ns, supervision.steps
         # what a host has just begun, its next heartbeat tells
         quiet_s = (now_ns - self._quiet_since_ns) / 1e9 - 2 * limits.heartbeat_interval_s
@@ -425,4 +595,45 @@ class Run:
         counted = {label: dict(own) for label, own in self._supervisor.supervision.counters.items()}
         if done := self._detours.counters:
             counted["chaos"] = dict(done)
-        return {**counted, f"{GATEWAY}.0": {**self._gateway.exchange.counters, **self._own.wire.wire.counters}}
+        own = {**self._gateway.exchange.counters, **self._own.wire.wire.counters}
+        if self.journal is not None:
+            own["requests_not_durable"] = len(self._not_durable)
+        own |= {f"{name}_not_written": times for name, times in self.folder.lost.items()}
+        return {**counted, f"{GATEWAY}.0": own}
+
+
+def _chat(messages: Sequence[dict[str, Any]] | str) -> Sequence[dict[str, Any]]:
+    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+
+
+def _prompt(prompt: str | Sequence[dict[str, Any]] | Sequence[int]) -> str | list[dict[str, Any]] | list[int]:
+    """Check that a prompt is of one of its three forms.
+
+    Raises:
+        RequestError: it is not.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) and all(isinstance(item, dict) for item in prompt):
+        return [item for item in prompt if isinstance(item, dict)]
+    if any(isinstance(item, bool | str | dict) for item in prompt):
+        kinds = ", ".join(sorted({type(item).__name__ for item in prompt}))
+        raise RequestError(
+            f"prompt: expected text, a list of chat messages, or a list of token ids, got a list of {kinds}"
+        )
+    return [_whole("prompt", item) for item in prompt]
+
+
+def _whole(name: str, value: Any) -> int:
+    """Return a whole number of Python's own: others, such as numpy's, cannot be sent.
+
+    Raises:
+        RequestError: it is none, or too large for a token or a count.
+    """
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        raise RequestError(f"{name}: expected a whole number, got {type(value).__name__}") from None
+    if not -(1 << 63) <= whole < 1 << 63:
+        raise RequestError(f"{name}: expected at most 63 bits, got {whole:.3e}")
+    return whole

@@ -4,6 +4,7 @@
     graph.yaml   the file as it was          plan.json    what was made of it
     run.json     versions, times, outcome    logs/        a file a process, JSON lines and standard error
     trace/       a file an actor             sockets/     only while it runs
+    keys/        for tcp, made for this run alone where the graph names none; only while it runs
     clocks.json  how far the hosts' clocks are ahead of the run's own, and how well that is known
     record/      what was kept of edges, a folder an actor (actors/recording.py)
     state/       what actors have saved for those in their places, if any can
@@ -13,23 +14,27 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import os
 import platform
 import secrets
 import shutil
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ranvier.actors.clocks import Clock
+from ranvier.actors.spec import GATEWAY
+from ranvier.transport import curve
 from ranvier.transport.endpoint import MAX_IPC_PATH_BYTES
 
 from .checked import Graph
-from .errors import GraphError, Position, Problem
 from .plan import Plan
 
 DEFAULT_ROOT = Path("ranvier-runs")
@@ -37,7 +42,13 @@ DEFAULT_ROOT = Path("ranvier-runs")
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
+    """The folder of one run. `known` is what `run.json` says, `lost` how often a file could not be written."""
+
     path: Path
+    sockets: Path
+    """Where the sockets are: a folder of its own where paths in the run's would be too long."""
+    known: dict[str, Any] = field(default_factory=dict)
+    lost: Counter[str] = field(default_factory=Counter)
 
     @property
     def logs(self) -> Path:
@@ -48,54 +59,69 @@ class RunFolder:
         return self.path / "trace"
 
     @property
-    def sockets(self) -> Path:
-        return self.path / "sockets"
+    def keys(self) -> Path:
+        return self.path / "keys"
 
     def outcome(self, **fields: Any) -> None:
-        """Add to `run.json`, replacing it whole."""
-        file = self.path / "run.json"
-        told = json.loads(file.read_text()) if file.exists() else {}
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps({**told, **fields}, indent=1) + "\n")
-        part.replace(file)
+        """Add to `run.json`, replacing it whole. On a full disk what was written before stands, and the loss is counted."""
+        self.known.update(fields)
+        self._write("run.json", json.dumps(self.known, indent=1) + "\n")
 
     def clocks(self, clocks: Mapping[str, Clock]) -> None:
         """Write how far the hosts' clocks are ahead, for whoever reads the trace."""
-        told = {host: clock.estimates for host, clock in clocks.items()}
-        part = self.path / "clocks.part"
-        with contextlib.suppress(OSError):  # the disk is full: what was written before stands
-            part.write_text(json.dumps(told))
-            part.replace(self.path / "clocks.json")
+        self._write("clocks.json", json.dumps({host: clock.estimates for host, clock in clocks.items()}))
+
+    def _write(self, name: str, text: str) -> None:
+        """Replace a file whole, or leave it as it was."""
+        part = self.path / f"{name}.part"
+        try:
+            part.write_text(text)
+            part.replace(self.path / name)
+        except OSError:
+            self.lost[name] += 1
+            with contextlib.suppress(OSError):
+                part.unlink()
 
     def close(self) -> None:
         """Remove what only a live run needs."""
-        shutil.rmtree(self.sockets, ignore_errors=True)
+        for folder in (self.sockets, self.keys):
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it led to a short one
+            (self.path / "sockets").unlink()
 
 
 def create(plan: Plan, root: Path) -> RunFolder:
     """Make the folder of a new run under `root`.
 
     Raises:
-        GraphError: the path is too long for sockets; says what to do.
+        OSError: it cannot be made, or not all of it can be written.
     """
     graph = plan.graph
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     path = root.absolute() / f"{graph.name}-{stamp}-{secrets.token_hex(2)}"
-    _check_length(graph, path)
-    folder = RunFolder(path)
     root.mkdir(parents=True, exist_ok=True)
-    for part in (path, folder.logs, folder.trace, folder.sockets):
+    path.mkdir(mode=0o700)
+    folder = RunFolder(path, _sockets(graph, path))
+    for part in (folder.logs, folder.trace):
         part.mkdir(mode=0o700)
+    if plan.keys(path) == folder.keys:
+        curve.write(folder.keys, (GATEWAY, *graph.actors))
     shutil.copyfile(graph.path, path / "graph.yaml")
     (path / "plan.json").write_text(json.dumps({**plan.to_plain(), "expanded": graph.expanded()}, indent=1) + "\n")
     folder.outcome(
         graph=graph.name,
         hash=plan.hash,
+        file=str(graph.path.absolute()),
+        settings=dict(graph.overrides),
+        allow_code=graph.allow_code,
+        pid=os.getpid(),
         started=datetime.datetime.now(datetime.UTC).isoformat(),
         monotonic_ns=time.monotonic_ns(),
         machine={"system": platform.platform(), "cores": os.cpu_count()},
         versions=versions(),
     )
+    if folder.lost:
+        raise OSError(errno.ENOSPC, "run.json cannot be written", str(path))
     return folder
 
 
@@ -104,13 +130,17 @@ def versions() -> Mapping[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def _check_length(graph: Graph, path: Path) -> None:
+def _sockets(graph: Graph, path: Path) -> Path:
+    """Make the folder for sockets: in the run's own, or a short private one where a socket's path would be too long."""
     longest = max([*(f"{actor}.9999" for actor in graph.actors), "supervisor"], key=len)
-    socket = path / "sockets" / f"{longest}.c.lock"
-    size = len(os.fsencode(socket.with_suffix("")))
-    if size > MAX_IPC_PATH_BYTES:
-        what = (
-            f"the socket {socket.with_suffix('')} would have a path of {size} bytes, at most {MAX_IPC_PATH_BYTES} are "
-            "possible; give a shorter folder with --runs"
-        )
-        raise GraphError(str(graph.path), [Problem(what, Position(1, 1))])
+    own = path / "sockets"
+    if len(os.fsencode(own / f"{longest}.9999.c")) <= MAX_IPC_PATH_BYTES:
+        own.mkdir(mode=0o700)
+        return own
+    for place in (None, "/dev/shm", "/tmp"):
+        made = Path(tempfile.mkdtemp(prefix="rv-", dir=place))  # mode 0700
+        if len(os.fsencode(made / f"{longest}.9999.c")) <= MAX_IPC_PATH_BYTES:
+            own.symlink_to(made)  # so that commands find it
+            return made
+        made.rmdir()
+    raise OSError(f"no folder is short enough for the socket {longest}.c: at most {MAX_IPC_PATH_BYTES} bytes")

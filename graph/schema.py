@@ -103,7 +103,10 @@ class ActorSection(Section):
     )
     cache_tokens: int = Field(65536, ge=1, le=1 << 31, description="positions of all sessions that its KV cache holds")
     batch_tokens: int = Field(256, ge=1, le=1 << 20, description="tokens laid together in one step at the most")
-    endpoint: str | None = Field(None, description="where its inbox is bound, such as tcp://127.0.0.1:5555")
+    endpoint: str | None = Field(
+        None,
+        description="where its inbox is bound, such as tcp://127.0.0.1:5555 or, in the graph's folder, ipc://./name",
+    )
     weights: str | None = Field(
         None, max_length=4096, description="for a torch module: ./file.safetensors with its state"
     )
@@ -228,6 +231,11 @@ class GraphFile(Section):
     telemetry: TelemetrySection = Field(
         default_factory=lambda: TelemetrySection(),
         description="OpenTelemetry and Prometheus: {otlp: http://127.0.0.1:4318, metrics: 127.0.0.1:9464}",
+    )
+    journal: bool = Field(
+        False,
+        description="keep requests and their tokens in a file, so that they can go on after the process was killed: "
+        "ranvier run --resume RUN",
     )
     restart: Literal["never"] | RestartSection = Field(
         default_factory=lambda: RestartSection(),

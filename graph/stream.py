@@ -51,6 +51,8 @@ class Stream:
     submitted_ns: int = 0
     caller: str = ""
     """The span, in hexadecimal digits, that the request came from, where somebody traces it."""
+    key: str = ""
+    """What the request is called in the run's journal, if there is one."""
     why: str = ""
     """What it waited for shortly before its deadline, in words."""
 

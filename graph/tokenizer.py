@@ -6,7 +6,9 @@ BPE (`llama`), as llama.cpp and transformers do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.checkpoint.checkpoint import read_json
 from ranvier.actors.errors import CheckpointError
+
+from . import template
 
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _NORMAL, _CONTROL, _USER = 1, 3, 4
@@ -34,14 +38,91 @@ class TextCodec:
     add_bos: int | None = None
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Token ids. `special`: put the model's own tokens around it (a raw prompt; a chat's template has them)."""
+        """Return token ids. `special`: put the model's own tokens around it (a raw prompt; a chat's template has them)."""
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
         return [self.add_bos, *ids] if special and self.add_bos is not None else ids
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return the text of a chat, open for the answer.
+
+        Raises:
+            CheckpointError: there is no template, or it is wrong or refuses the messages.
+        """
+        if self.chat_template is None:
+            raise CheckpointError("the model brings no chat template; use a raw prompt")
+        return template.render(self.chat_template, messages, self.bos_token, self.eos_token)
+
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the token ids of a chat, open for the answer. Control tokens are those that the template writes. What
+        messages spell like one (`<|im_end|>`), or spell in parts that the template joins, is ordinary text. Errors are those of
+        `render`.
+        """
+        rendered, controls = self.render(messages), self._controls()
+        hidden = _Hidden(controls, messages)
+        if hidden.needed:
+            apart = self.render(hidden.hide(messages))
+            pattern = re.compile(f"({'|'.join(map(re.escape, sorted(controls, key=len, reverse=True)))})")
+            if pattern.findall(rendered) != pattern.findall(apart):
+                ids: list[int] = []
+                for part in pattern.split(apart):
+                    token = controls.get(part)
+                    ids += [token] if token is not None else self._ordinary(hidden.restored(part), controls)
+                return ids
+        return self.encode(rendered, special=False)
+
+    def _controls(self) -> dict[str, int]:
+        added = self.tokenizer.get_added_tokens_decoder().items()
+        return {token.content: number for number, token in added if token.special and token.content}
+
+    def _ordinary(self, text: str, controls: Mapping[str, int]) -> list[int]:
+        """Encode text in which nothing is a control token."""
+        if not text:
+            return []
+        self.tokenizer.encode_special_tokens = True
+        try:
+            ids = self.encode(text, special=False)
+            if not set(ids).isdisjoint(
+                controls.values()
+            ):  # the vocabulary has it, too: it is cut behind its first letter
+                cut = "|".join(
+                    f"(?<={re.escape(word[0])})(?={re.escape(word[1:])})" for word in controls if len(word) > 1
+                )
+                ids = [token for part in re.split(cut, text) if part for token in self.encode(part, special=False)]
+            return ids
+        finally:
+            self.tokenizer.encode_special_tokens = False
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text without special tokens."""
         text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         return text
+
+
+class _Hidden:
+    """Puts letters of private use in the place of those that control tokens begin with, in all that messages say, so that no
+    template can make a control token of it."""
+
+    PRIVATE = range(0x10_0000, 0x10_FFFE)
+    """Supplementary private use area B: no character of any language, and no template looks for one."""
+
+    def __init__(self, controls: Iterable[str], messages: Sequence[Mapping[str, Any]]) -> None:
+        said = set(json.dumps(messages, ensure_ascii=False, default=str))
+        free = (chr(number) for number in self.PRIVATE if chr(number) not in said)
+        first = sorted({control[0] for control in controls} & said - {'"', "\\"})
+        self._there = str.maketrans({letter: next(free) for letter in first})
+        self._back = str.maketrans({stand: chr(letter) for letter, stand in self._there.items()})
+        self.needed = bool(first)
+
+    def hide(self, value: Any) -> Any:
+        """Return the value with all of its texts changed, keys other than those that messages have among them."""
+        if isinstance(value, str):
+            return value.translate(self._there)
+        if isinstance(value, Mapping):
+            return {self.hide(key): self.hide(each) for key, each in value.items()}
+        return [self.hide(each) for each in value] if isinstance(value, list | tuple) else value
+
+    def restored(self, text: str) -> str:
+        return text.translate(self._back)
 
 
 class StreamDecoder:

@@ -1,7 +1,7 @@
-"""A proxy for tcp that does to a connection what networks do: slow, slice, cut, reset, swallow; flip bits, repeat and
-reorder messages. It stands between a sender and the inbox that it connects to.
+"""Proxies for tcp that do what networks do: slow a connection, slice, cut, reset, swallow it; flip bits of messages, repeat and
+reorder them. They stand between a sender and the inbox that it connects to.
 
-What it does to messages it does to ZMTP's frames (https://rfc.zeromq.org/spec/23/), so there must be no encryption; flipped
+`ChaosProxy` sees the bytes of a connection, which are encrypted. `MessageProxy` stands behind it and sees messages. Flipped
 bits are those of tensors, as a network's own checksums let through what was changed before they were made.
 """
 
@@ -13,15 +13,18 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import trio
 
+from . import curve
 from .endpoint import parse
+from .errors import ProtocolError
+from .link import Arrival
+from .trio_wire import TrioWire
+from .zeromq import ZeroWire
 
-GREETING_BYTES = 64
-MORE, LONG, COMMAND = 1, 2, 4
 READ_BYTES = 1 << 16
 THROTTLED_PIECES = 20
 """A link with a limit passes on so many pieces a second."""
@@ -52,16 +55,21 @@ class Faults:
     reorder: float = 0.0
     seed: int = 0
 
+    @property
+    def of_messages(self) -> bool:
+        """Whether messages are changed, for which their keys are needed."""
+        return bool(self.flip or self.repeat or self.reorder)
+
 
 class ChaosProxy:
-    """One link with `faults`, to the inbox at `target`. `counters` says what was done; `address` is where to connect to.
+    """One link with `faults`, to the inbox at `target`. It counts in `counters` what it did; `address` is where to connect to.
 
     Raises:
         OSError: there is no port for it.
     """
 
-    def __init__(self, target: str, faults: Faults) -> None:
-        self.counters: Counter[str] = Counter()
+    def __init__(self, target: str, faults: Faults, counters: Counter[str]) -> None:
+        self.counters = counters
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.address = f"tcp://127.0.0.1:{self._listener.getsockname()[1]}"
         self._target = parse(target)
@@ -153,21 +161,17 @@ class _Connection:
     async def run(self) -> None:
         with self._scope:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(
-                    self._pump, self._near, self._far, _Messages(self._chance, self._counters, self._faults)
-                )
-                nursery.start_soon(self._pump, self._far, self._near, None)
+                nursery.start_soon(self._pump, self._near, self._far)
+                nursery.start_soon(self._pump, self._far, self._near)
                 await trio.sleep_forever()
 
-    async def _pump(self, source: trio.SocketStream, sink: trio.SocketStream, messages: _Messages | None) -> None:
+    async def _pump(self, source: trio.SocketStream, sink: trio.SocketStream) -> None:
         later_in, later = trio.open_memory_channel[tuple[float, bytes]](1 << 16)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._deliver, later, sink)
             while data := await self._received(source):
                 if self.dead:
                     continue
-                if messages is not None:
-                    data = messages.changed(data)
                 faults = self._faults
                 delay_s = faults.latency_s + faults.jitter_s * self._chance.random()
                 self._counters["delayed"] += delay_s > 0
@@ -208,70 +212,76 @@ class _Connection:
             self.end()
 
 
-class _Messages:
-    """The messages of one direction, as their bytes come: passed on, and some of them changed."""
+class MessageProxy:
+    """Flips bits of the messages from `source` to `target`, repeats and reorders them. Connections are encrypted, so it holds
+    the keys of both: to the source it is the target, and to the target the source. `address` is where to connect to.
 
-    def __init__(self, chance: random.Random, counters: Counter[str], faults: Faults) -> None:
-        self._chance, self._counters, self._faults = chance, counters, faults
-        self._plain = not (faults.flip or faults.repeat or faults.reorder)
-        self._pending = bytearray()
-        self._greeting_left = GREETING_BYTES
-        self._parts: list[bytearray] = []
-        self._held = b""
+    Args:
+        source, target: identities.
+        address: where the target listens.
+        faults: `flip`, `repeat` and `reorder` count here.
+        keys: the folder of the run's keys.
+        counters: where it counts what it did.
 
-    def changed(self, data: bytes) -> bytes:
-        """What to send in place of the next bytes."""
-        if self._plain:
-            return data
-        self._pending += data
-        return b"".join(self._passed_on())
+    Raises:
+        AddressError, ResourceError: there is no port or no descriptor for it.
+    """
 
-    def _passed_on(self) -> Iterator[bytes]:
-        if (
-            self._greeting_left
-        ):  # in pieces, as it comes: each end waits for the other's version before it says the rest
-            greeting = bytes(self._pending[: self._greeting_left])
-            self._greeting_left -= len(greeting)
-            del self._pending[: len(greeting)]
-            yield greeting
-        while (size := self._frame_bytes()) and len(self._pending) >= size:
-            frame = self._pending[:size]
-            del self._pending[:size]
-            if frame[0] & COMMAND:
-                yield bytes(frame)
-                continue
-            self._parts.append(frame)
-            if not frame[0] & MORE:
-                yield from self._message()
-                self._parts = []
+    def __init__(
+        self, source: str, target: str, address: str, faults: Faults, keys: Path, counters: Counter[str]
+    ) -> None:
+        self._target, self._faults, self._counters = target, faults, counters
+        self._chance = random.Random(faults.seed)
+        self._held: Arrival | None = None
+        self._scope = trio.CancelScope()
+        self._near, self._far = (
+            ZeroWire(me, "tcp://127.0.0.1:0", max_frame_bytes=1 << 40, keys=curve.read(keys, me.partition(".")[0]))
+            for me in (target, source)
+        )
+        self._far.connect(target, address)
+        self.address = self._near.address
 
-    def _frame_bytes(self) -> int:
-        """Of the next frame with its head; 0: not known yet."""
-        if len(self._pending) < 9:
-            return 2 + self._pending[1] if len(self._pending) > 1 and not self._pending[0] & LONG else 0
-        if self._pending[0] & LONG:
-            return 9 + int.from_bytes(self._pending[1:9], "big")
-        return 2 + self._pending[1]
+    def stop(self) -> None:
+        """Let go of everything."""
+        self._scope.cancel()
+
+    async def run(self) -> None:
+        """Pass messages on until `stop`, or cancelled."""
+        near = TrioWire(self._near)
+        try:
+            with self._scope:
+                while True:
+                    try:
+                        self._pass_on(await near.receive())
+                    except ProtocolError:  # of frames that no message has: nobody gets them
+                        self._counters["refused"] += 1
+        finally:
+            near.close()
+            self._far.close()
+
+    def _pass_on(self, arrival: Arrival) -> None:
+        faults = self._faults
+        if arrival.buffers and len(arrival.buffers[-1]) and self._happens("flipped", faults.flip):
+            *others, last = arrival.buffers
+            changed = bytearray(last)
+            changed[self._chance.randrange(len(changed))] ^= 1 << self._chance.randrange(8)
+            arrival = Arrival(arrival.peer, arrival.header, (*others, bytes(changed)))
+        if self._held is not None:
+            held, self._held = self._held, None
+            self._send(arrival, held)
+        elif self._happens("reordered", faults.reorder):
+            self._held = arrival
+        elif self._happens("repeated", faults.repeat):
+            self._send(arrival, arrival)
+        else:
+            self._send(arrival)
+
+    def _send(self, *arrivals: Arrival) -> None:
+        for arrival in arrivals:
+            self._far.send(self._target, bytes(arrival.header), [bytes(buffer) for buffer in arrival.buffers])
 
     def _happens(self, what: str, share: float) -> bool:
         if not share or self._chance.random() >= share:
             return False
         self._counters[what] += 1
         return True
-
-    def _message(self) -> Iterator[bytes]:
-        faults = self._faults
-        head = 9 if self._parts[-1][0] & LONG else 2
-        if len(self._parts) > 1 and len(self._parts[-1]) > head and self._happens("flipped", faults.flip):
-            at = self._chance.randrange(head, len(self._parts[-1]))
-            self._parts[-1][at] ^= 1 << self._chance.randrange(8)
-        whole = b"".join(self._parts)
-        if self._held:
-            yield whole + self._held
-            self._held = b""
-        elif self._happens("reordered", faults.reorder):
-            self._held = whole
-        elif self._happens("repeated", faults.repeat):
-            yield whole + whole
-        else:
-            yield whole

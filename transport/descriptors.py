@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import resource
+import stat
 
 from .errors import AddressError, ResourceError
 
@@ -26,14 +27,18 @@ def make_sure_of_descriptors(me: str, count: int) -> None:
         )
 
 
-def claim(path: str) -> int:
-    """Hold a lock beside the socket: binding a path that is in use would silently steal it.
+def claim(path: str, *beside: str) -> int:
+    """Hold a lock beside the socket at `path`: binding a path that is in use would silently steal it. Sockets that a dead run
+    left there, or at paths `beside` it, may then be replaced. Nothing else ever is.
 
     Raises:
-        AddressError: another process holds it, or the folder is not there.
+        AddressError: another process listens there, something else is there, or the folder is not.
     """
+    ours = os.path.exists(f"{path}.lock")
+    for place in (path, *beside):
+        _may_replace(place, ours)
     try:
-        lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
         raise AddressError(f"ipc://{path}: {error.strerror}") from error
     try:
@@ -42,3 +47,20 @@ def claim(path: str) -> int:
         os.close(lock)
         raise AddressError(f"ipc://{path}: another process listens there") from None
     return lock
+
+
+def _may_replace(path: str, ours: bool) -> None:
+    """
+    Raises:
+        AddressError: what is at `path` is not a socket, or not one with a lock of `ours` beside it.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise AddressError(f"ipc://{path}: {error.strerror}") from error
+    if not stat.S_ISSOCK(mode):
+        raise AddressError(f"ipc://{path}: expected nothing there, found what is not a socket; it was left untouched")
+    if not ours:
+        raise AddressError(f"ipc://{path}: expected nothing there, found a socket that no run of ours left; remove it")

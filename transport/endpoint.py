@@ -10,10 +10,12 @@ from __future__ import annotations
 import ipaddress
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from .errors import AddressError
 
 MAX_IPC_PATH_BYTES = 107
+_BESIDE = "ipc://./"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,11 @@ class Endpoint:
     def local(self) -> bool:
         """Whether bytes stay in this machine's memory without passing a network stack."""
         return self.scheme != "tcp"
+
+
+def settled(text: str, folder: Path) -> str:
+    """Return an endpoint of a file in `folder` as wires take it: `ipc://./name` is a socket of that folder."""
+    return f"ipc://{folder.resolve() / text.removeprefix(_BESIDE)}" if text.startswith(_BESIDE) else text
 
 
 def parse(text: str, *, guarded: bool = False) -> Endpoint:

@@ -31,7 +31,7 @@ from .header import (
     decode,
 )
 from .link import Arrival, LinkSpec
-from .message import Buffer, check_frames, check_specs, checksum
+from .message import Buffer, check_frames, check_specs, checksum, stable
 from .window import Outgoing, ReceiveWindow, SendWindow
 
 Link = TypeVar("Link")
@@ -159,7 +159,8 @@ class Exchange:
         ready_ns: int,
         coding: Coding | None = None,
     ) -> None:
-        """Send a message, or keep it until there is credit (`waiting` counts).
+        """Send a message, or keep it until there is credit (`waiting` counts). Buffers that can be written to are copied where
+        they wait; else the wire sees to it.
 
         Raises:
             ProtocolError: the tensors are not what the edge carries.
@@ -168,7 +169,8 @@ class Exchange:
         if link.waiting or not link.window.may_send(nbytes):
             self.counters["credit_waits"] += 1
             self.waiting += 1
-            link.waiting.append(Waiting(rows, tensors, buffers, nbytes, ready_ns, coding))
+            held = tuple(map(stable, buffers))  # whoever made them goes on meanwhile
+            link.waiting.append(Waiting(rows, tensors, held, nbytes, ready_ns, coding))
         else:
             self._transmit(link, rows, tensors, buffers, nbytes, ready_ns, ready_ns, coding)
 

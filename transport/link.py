@@ -48,8 +48,8 @@ class Wire(Protocol):
         """Forget `peer`; what was not delivered to it is dropped. Unknown peers are ignored."""
 
     def send(self, peer: str, header: bytes, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
-        """Hand frames over without blocking. Returns what to keep, in place of `buffers`, until it is acknowledged: that
-        must not be written to.
+        """Hand frames over without blocking. Buffers that can be written to are copied where they would go by reference.
+        Returns what to keep, in place of `buffers`, until it is acknowledged.
 
         Raises:
             LinkClosed: this wire is closed.

@@ -23,6 +23,15 @@ COPY_BELOW_BYTES = 64 * 1024
 """Buffers smaller than this are copied on their way out: tracking their release costs more (pyzmq's own threshold)."""
 
 
+def stable(buffer: Buffer) -> Buffer:
+    """Return bytes that nobody can change any more: the buffer itself if it cannot be written to, else a copy.
+
+    A view that can be written to may be of memory that an actor, or a caller, uses again. Whoever knows that nobody else holds
+    that memory makes the view read-only (`tensors.to_buffer`).
+    """
+    return buffer if isinstance(buffer, bytes) or buffer.readonly else bytes(buffer)
+
+
 def checksum(buffers: Sequence[Buffer]) -> int:
     """CRC-32 over the tensors' bytes, never 0 (which stands for: not checked)."""
     value = 0
@@ -68,10 +77,16 @@ def check_specs(
     Raises:
         ProtocolError: naming the edge, the expected and the actual.
     """
+    if not rows:
+        raise ProtocolError(f"edge {edge}: expected at least one row, got none")
     if len(tensors) != len(specs):
         raise ProtocolError(f"edge {edge}: expected {len(specs)} tensors, got {len(tensors)}")
     bound = {"tokens": rows[0].tokens if len(rows) == 1 else sum(row.tokens for row in rows), "rows": len(rows)}
     for (name, spec), meta in zip(specs, tensors, strict=True):
         if meta.name != name:
             raise ProtocolError(f"edge {edge}: expected tensor {name!r}, got {meta.name!r}")
+        if len(rows) > 1 and spec.shape[:1] not in (("tokens",), ("rows",)):
+            raise ProtocolError(
+                f"edge {edge}: expected one row for {spec}, which has no place for each, got {len(rows)}"
+            )
         spec.check(edge, TABLE[meta.dtype].name, meta.shape, bound)

@@ -184,6 +184,8 @@ class Borrower:
         Raises:
             ProtocolError: it cannot be opened, or is not a sealed segment of that size.
         """
+        if not 0 < loan.nbytes <= loan.size:
+            raise ProtocolError(f"expected at most the {loan.size} bytes of a segment of {peer}, got {loan.nbytes}")
         memory = self._mapped.get((peer, loan.segment))
         if memory is None or len(memory) != loan.size:
             memory = self._mapped[peer, loan.segment] = _map(peer, loan)
@@ -211,8 +213,6 @@ def _view(memory: mmap.mmap, nbytes: int, let_go: deque[T], what: T) -> memoryvi
 
 def _map(peer: str, loan: Loan) -> mmap.mmap:
     where = f"a segment of {peer}, {loan.size} bytes at descriptor {loan.fd} of process {loan.pid}"
-    if not 0 < loan.nbytes <= loan.size:
-        raise ProtocolError(f"expected at most the bytes of {where}, got {loan.nbytes}")
     with contextlib.ExitStack() as stack:
         try:
             fd = os.open(f"/proc/{loan.pid}/fd/{loan.fd}", os.O_RDWR | os.O_CLOEXEC)

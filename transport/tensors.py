@@ -1,7 +1,7 @@
 """torch tensors to buffers and back, without copying.
 
-A tensor handed to the wire must not be written to until it is acknowledged; a tensor made from a received buffer is
-a view of the message's own bytes and must never be written in place.
+From the moment a tensor is handed over, its values are the message's. A buffer of memory that others may hold can be written
+to, and is copied by whoever keeps it (`message.stable`); one of memory that nobody else holds is read-only.
 """
 
 from __future__ import annotations
@@ -37,25 +37,37 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def to_buffer(name: str, tensor: torch.Tensor) -> tuple[TensorMeta, Buffer]:
-    """The meta of `tensor` (any shape, any strides, in host memory) and a view of its bytes.
+def to_buffer(name: str, tensor: torch.Tensor, *, sole: bool = False) -> tuple[TensorMeta, Buffer]:
+    """The meta of `tensor` (any shape, any strides, in host memory) and its bytes: a view of them, read-only if nobody else
+    can change them (`sole`), or a copy if it is not contiguous or small.
 
-    Copied only if it is not contiguous, or so small that a copy is cheaper than a view. Raises ValueError for a dtype
-    that is not in the table.
+    Raises:
+        ValueError: a dtype that is not in the table, or memory that is no tensor's of this machine: on the meta device or
+            another one, sparse, or shorter than the tensor.
     """
     meta = _meta(name, tensor.dtype, tensor.shape)
     nbytes = meta.nbytes
+    if not (tensor.is_cpu and tensor.layout is torch.strided):
+        raise ValueError(
+            f"tensor {name}: expected a dense tensor in host memory, got {tensor.layout} on {tensor.device}"
+        )
     if nbytes == 0:
         return meta, b""
     if tensor.requires_grad:
         tensor = tensor.detach()
+    if tensor.is_neg():  # an imaginary part: its sign is a flag, not in its bytes
+        tensor = tensor.resolve_neg()
     if not tensor.is_contiguous():
-        tensor = tensor.contiguous()
+        tensor, sole = tensor.contiguous(), True
     if nbytes < COPY_BELOW_BYTES:  # ZeroMQ would copy it anyway, and so it takes 1 µs instead of 5
-        return meta, ctypes.string_at(tensor.data_ptr(), nbytes)
+        address = tensor.data_ptr()
+        if not address:
+            raise ValueError(f"tensor {name}: expected memory, got a {type(tensor).__name__} that has none")
+        return meta, ctypes.string_at(address, nbytes)
     if tensor.dtype is torch.bfloat16:  # numpy knows none: the bytes are what is sent, so integers will do
         tensor = tensor.view(torch.int16)
-    return meta, tensor.numpy().data.cast("B")
+    view = tensor.numpy().data.cast("B")
+    return meta, view.toreadonly() if sole else view
 
 
 @functools.lru_cache(maxsize=1024)  # an edge carries the same few shapes over and over: 0.2 µs instead of 1.5

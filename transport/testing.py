@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from .errors import LinkBroken, LinkClosed
 from .link import Arrival
-from .message import Buffer
+from .message import Buffer, stable
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class MemoryWire:
         if peer not in self._network.wires:
             raise LinkBroken(f"{self.me}: cannot send to {peer}: no such wire")
         self._network.carry(self.me, peer, header, buffers)
-        return buffers
+        return tuple(map(stable, buffers))
 
     def receive(self, timeout_s: float | None) -> Arrival | None:
         if self.closed:

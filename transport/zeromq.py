@@ -27,7 +27,7 @@ from .direct import SUFFIX, Direct, is_mark
 from .errors import AddressError, LinkBroken, LinkClosed, ProtocolError
 from .header import MAX_TENSORS
 from .link import Arrival
-from .message import COPY_BELOW_BYTES, Buffer
+from .message import COPY_BELOW_BYTES, Buffer, stable
 from .sharing import Sharing
 
 LINGER_MS = 500
@@ -58,7 +58,7 @@ class ZeroWire:
         context: shared by wires that talk over inproc; one of its own if None.
         shared_from_bytes: tensors of so many bytes and more go through shared memory to peers at ipc addresses that can read
             it; 0: none do. `counters` says how many did.
-        keys: at a tcp address, take and make only connections with keys (curve.py).
+        keys: for tcp: only connections with keys are taken and made (curve.py). Without them tcp is refused.
         direct: at an ipc address, exchange small messages with wires that do so, too, past ZeroMQ (direct.py).
 
     Raises:
@@ -78,9 +78,11 @@ class ZeroWire:
         keys: Keys | None = None,
     ) -> None:
         place = endpoint.parse(address, guarded=keys is not None)
+        if place.scheme == "tcp" and keys is None:
+            raise AddressError(f"{me}: {place}: tcp needs keys, on loopback, too: others use this machine; give `keys`")
         make_sure_of_descriptors(me, OF_A_WIRE)
         self.me = me
-        self._keys = keys if place.scheme == "tcp" else None
+        self._keys = keys
         self._doorkeeper: Doorkeeper | None = None
         self._own_context = context is None
         self._context = context or zmq.Context(io_threads=1)
@@ -102,13 +104,13 @@ class ZeroWire:
         self._look = True
         try:
             if place.scheme == "ipc":
-                self._lock = claim(place.place)
+                self._lock = claim(place.place, place.place + SUFFIX)
             if place.scheme == "tcp":
                 _notices_half_open(self._inbox)
-                if self._keys is not None:
-                    self._doorkeeper = Doorkeeper(self._context, self._keys)
-                    self._doorkeeper.start()
-                    guard(self._inbox, self._keys)
+                assert keys is not None
+                self._doorkeeper = Doorkeeper(self._context, keys)
+                self._doorkeeper.start()
+                guard(self._inbox, keys)
                 # who comes back is not kept out by its own dead connection
                 self._inbox.setsockopt(zmq.ROUTER_HANDOVER, 1)
             self._inbox.bind(f"tcp://{place.place}:*" if place.scheme == "tcp" and not place.port else str(place))
@@ -145,6 +147,8 @@ class ZeroWire:
         place = endpoint.parse(address, guarded=self._keys is not None)
         if peer in self._dealers:
             return
+        if place.scheme == "tcp" and self._keys is None:
+            raise AddressError(f"{self.me}: {peer} at {place}: tcp needs keys; give `keys`")
         make_sure_of_descriptors(self.me, OF_A_PEER * (len(self._dealers) + 1))
         try:
             dealer = self._context.socket(zmq.DEALER)
@@ -153,8 +157,8 @@ class ZeroWire:
             dealer.setsockopt(zmq.SNDHWM, 0)
             if place.scheme == "tcp":
                 _notices_half_open(dealer)
-                if self._keys is not None:
-                    present(dealer, self._keys, peer)
+                assert self._keys is not None
+                present(dealer, self._keys, peer)
             dealer.connect(str(place))
         except zmq.ZMQError as error:
             raise LinkBroken(f"{self.me}: cannot connect to {peer} at {place}: {error.strerror}") from error
@@ -184,11 +188,14 @@ class ZeroWire:
         if not buffers:
             self._put(peer, (header,))
             return buffers
-        if not (self._sharing.from_bytes and self._sharing.concerns(peer, buffers)):
+        loans = None
+        if self._sharing.from_bytes and self._sharing.concerns(peer, buffers):
+            loans, sent, kept = self._sharing.lend(peer, buffers)
+        if loans is None:  # they go by reference, and are kept until they are acknowledged
+            buffers = tuple(map(stable, buffers))
             self._put(peer, (header, *buffers))
             return buffers
-        loans, sent, kept = self._sharing.lend(peer, buffers)
-        self._put(peer, (header, *sent) if loans is None else (b"", loans, header, *sent))
+        self._put(peer, (b"", loans, header, *sent))
         return kept
 
     def _put(self, peer: str, frames: Sequence[Buffer]) -> None:
@@ -309,7 +316,7 @@ class ZeroWire:
                 identity = inbox.recv()
                 self._quick = time.monotonic_ns() - began_ns < AWAKE_NS
             header = inbox.recv(copy=False)  # a ROUTER's message has at least one frame after the identity
-            if self._keys is not None and identity != _WAKE:
+            if self._doorkeeper is not None and identity != _WAKE:
                 self._check_speaker(identity, header)
             if not header.more:
                 if identity == _WAKE:

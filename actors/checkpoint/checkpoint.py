@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 PIECE_ELEMENTS = 1 << 18
 """Elements converted at a time: 1 MiB of float32 stays in the cache, and no host ever holds more beside its own tensors."""
 MAX_JSON_BYTES = 64 << 20
+WHOLE = ("bool", "uint8", "int8", "int16", "int32", "int64")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +66,8 @@ class Tensors:
     path: Path
     tensors: Mapping[str, TensorEntry]
 
-    def require(self, name: str, shape: tuple[int, ...]) -> TensorEntry:
-        """The entry of a tensor that must be there.
+    def require(self, name: str, shape: tuple[int, ...], dtype: str = "float32") -> TensorEntry:
+        """The entry of a tensor that must be there; floating-point numbers of any kind for those of another, else of `dtype`.
 
         Raises:
             CheckpointError: missing, or of another shape; names file and tensor.
@@ -76,17 +77,21 @@ class Tensors:
             raise CheckpointError(f"{self.path}: tensor {name} is missing")
         if entry.shape != shape:
             raise CheckpointError(f"{entry.file}: tensor {name}: expected shape {shape}, got {entry.shape}")
-        if entry.stored in ("bool", "uint8", "int8", "int16", "int32", "int64"):
+        if dtype in WHOLE and entry.stored != dtype:
+            raise CheckpointError(f"{entry.file}: tensor {name}: expected {dtype}, got {entry.stored}")
+        if dtype not in WHOLE and entry.stored in WHOLE:
             raise CheckpointError(f"{entry.file}: tensor {name}: expected floating-point weights, got {entry.stored}")
         return entry
 
     def read_into(self, name: str, target: torch.Tensor) -> None:
-        """Read a tensor into `target` (its shape, any strides, any floating dtype), converting to the target's dtype.
+        """Read a tensor into `target` (its shape, any strides), converting to the target's dtype where that is a floating one.
 
         Raises:
             CheckpointError: the file ends early, or has no tensor of that name and shape.
         """
-        entry = self.require(name, tuple(target.shape))
+        entry = self.require(name, tuple(target.shape), str(target.dtype).removeprefix("torch."))
+        if not target.numel():
+            return
         rows = _rows(target, bool(entry.permuted_heads))
         order = _head_order(entry) if entry.permuted_heads else None
         row_bytes = entry.nbytes // rows.shape[0]

@@ -61,6 +61,8 @@ class Attention(BlocksActor):
 class Experts(Actor):
     """The feed-forward parts of some experts of one layer: `expertN` [tokens, H] -> `expertN` [tokens, H], for each."""
 
+    writes = False
+
     stateless = True
 
     def load(self, context: Context) -> None:
@@ -90,6 +92,8 @@ class Experts(Actor):
 class Combine(Actor):
     """`residual` [tokens, H], `index` and `weight` [tokens, k], `expertN` -> `hidden` [tokens, H]: what the experts made,
     each with its weight, back in order."""
+
+    writes = False
 
     stateless = True
 

@@ -319,6 +319,7 @@ class ForeignEmbedding(Embedding):
 
 
 class ForeignBlocksActor(BlocksActor):
+    writes = True
     rewind = Actor.rewind  # their caches may hold no more than a window, or sums over all positions
 
     def load(self, context: Context) -> None:

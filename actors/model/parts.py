@@ -48,6 +48,8 @@ class AnyBlocks(Protocol):
 class Embedding(Actor):
     """`token` int64 [tokens] -> `hidden` [tokens, H]."""
 
+    writes = False
+
     stateless = True
 
     def load(self, context: Context) -> None:
@@ -95,6 +97,8 @@ class Embedding(Actor):
 class BlocksActor(Actor):
     """`hidden` [tokens, H] -> `hidden` [tokens, H], through the layers it was given, with their KV cache."""
 
+    writes = False
+
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
         assert context.layers is not None
@@ -136,6 +140,8 @@ class Head(Actor):
     `token` int64 [rows] goes back to the embedding, unless the stream has ended; `sampled` int64 [rows] and, for
     sessions that asked for them, `logits` float32 [rows, V] or `scores` float32 [tokens] go to the gateway.
     """
+
+    writes = False
 
     stateless = True
     look: Look | None = None
@@ -256,6 +262,8 @@ def last_of(row: Row) -> Row:
 
 class Stage(Actor):
     """Blocks together with the embedding before them (`begins`), the head after them (`ends`), or both."""
+
+    writes = False
 
     begins: ClassVar[bool] = False
     ends: ClassVar[bool] = False

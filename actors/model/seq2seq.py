@@ -73,6 +73,8 @@ class EncoderEmbedding(SourceEmbedding):
 class Encoder(Actor):
     """`hidden` [tokens, H] -> `hidden` [tokens, H], through encoder layers; every token of a source sees all of it."""
 
+    writes = False
+
     look: Look | None = None
 
     def load(self, context: Context) -> None:
@@ -122,6 +124,8 @@ class DecoderSession(SessionCache):
 class Decoder(Actor):
     """`hidden` [tokens, H] -> `hidden` [tokens, H], through decoder layers with their KV cache. What came of the encoder,
     `memory` [tokens, H], comes once a session, before its first step."""
+
+    writes = False
 
     look: Look | None = None
 

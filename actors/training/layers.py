@@ -51,6 +51,7 @@ class NativeStage(Learner):
     """
 
     splits = True
+    writes = False
 
     def __init__(self, kind: str, context: Context, sequence: int, lora: tuple[int, float] | None = None) -> None:
         super().__init__()

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from ranvier.transport.aligned import aligned
 
+from ..module import fill
 from .spec import folder_of
 from .stage import Stage
 
@@ -38,7 +39,12 @@ def write(
 
 
 def _replace(file: Path, tensors: dict[str, torch.Tensor], told: dict[str, str]) -> None:
-    part = file.with_suffix(".part")
+    part, seen = file.with_suffix(".part"), set()
+    for name, tensor in tensors.items():  # safetensors keeps no two that share memory
+        place = tensor.untyped_storage().data_ptr()
+        if place in seen:
+            tensors[name] = tensor.clone()
+        seen.add(place)
     save_file(tensors, part, {"format": "pt", **told})
     part.replace(file)
 
@@ -64,7 +70,7 @@ def read(folder: Path, actor: str, stage: Stage, optimizer: torch.optim.Optimize
         raise ValueError(f"{file}: of another graph or actor: {odd[0]} with shape {odd[1]} is on one side alone")
     with torch.no_grad():
         for name, tensor in held.items():
-            tensor.copy_(state[name])
+            fill(tensor, state[name])
     if optimizer is not None:
         for index, weight in enumerate(stage.weights.values()):
             prefix = f"optimizer/{index}/"

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from ranvier.transport.header import Row
 
 from ..actor import Actor, Batch
-from ..module import held
+from ..module import held, tensors_of
 from . import losses
 from .linear import Late, make_up, put_off
 from .spec import Loss
@@ -32,6 +32,8 @@ class Learner(nn.Module, ABC):
 
     splits = False
     """Whether its matrix products can put off their weights' gradients (linear.py)."""
+    writes = True
+    """Whether it may change its inputs in place."""
 
     def stays(self, name: str) -> bool:
         """Whether a parameter is not to learn, whatever the actor does."""
@@ -55,9 +57,8 @@ class Wrapped(Learner):
         return {port: value[port] if isinstance(value, Batch) else value for port, value in made.items()}
 
     def exported(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """As `weights:` of the graph file reads them again."""
-        state = {**dict(self.named_buffers()), **held}
-        return {name.removeprefix("held."): tensor for name, tensor in state.items()}
+        """As `weights:` of the graph file reads them again, and torch's `load_state_dict`: by every name that a tensor has."""
+        return tensors_of(self.held)
 
 
 class _Kept(NamedTuple):
@@ -149,7 +150,8 @@ class Stage:
         held = self._stash() if self._stashes else None
 
         def run() -> Mapping[str, torch.Tensor]:
-            batch = _batch(given)
+            # what is given may be written to in place: of a tensor that wants a gradient that needs a copy
+            batch = _batch({port: tensor.clone() if self.module.writes else tensor for port, tensor in given.items()})
             made: Mapping[str, torch.Tensor]
             made = self.module(batch) if held is None else functional_call(self.module, held, (batch,))
             return made

@@ -27,7 +27,7 @@ from ranvier.transport.header import Row
 from .. import metrics, run_folder
 from ..chaos import ChaosLink, Detours
 from ..launch import single
-from ..log import logger
+from ..log import LogFile, logger
 from ..own_end import ME, OwnEnd
 from ..run_folder import RunFolder
 from ..status import Status
@@ -106,9 +106,9 @@ class Attempt:
         self._labels = {spec.label for spec in specs}
         self.policies = {spec.actor: spec.restart for spec in specs}
         with contextlib.ExitStack() as stack:
-            log = logger(
-                stack.enter_context((folder.logs / "supervisor.jsonl").open("w", encoding="utf-8")), self._shown
-            )
+            log_file = LogFile(folder.logs)
+            stack.callback(log_file.close)
+            log = logger(log_file, self._shown)
             own = self._own = OwnEnd(plan.plan, folder, by_position=True)
             stack.callback(own.wire.close)
             self._exchange = own.exchange([link.link for link in self._links])
@@ -132,7 +132,7 @@ class Attempt:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(Why(plan.plan, supervisor, folder.path).run)
                     status = Status(supervisor)
-                    detours = Detours(self._bad_links, nursery)
+                    detours = Detours(self._bad_links, nursery, plan.plan.keys(folder.path))
                     supervisor.detour, supervisor.on_forgotten = detours.address, detours.forget
                     nursery.start_soon(supervisor.run)
                     await supervisor.until_loaded(lambda _share: None)

@@ -3,13 +3,16 @@
 OUT/round-00000100/   a shard an actor, index.json with the plan's hash and how far it is; of a model also what
                       transformers and `ranvier run` need: config.json, the tokenizer, model.safetensors.index.json
 OUT/latest            the name of the newest whole one
+OUT/lock              held by whoever trains there; the kernel lets go of it with the process
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from .. import tokenizer
 from ..errors import RequestError
 from .plan import TrainingPlan
 
-INDEX, LATEST = "index.json", "latest"
+INDEX, LATEST, LOCK = "index.json", "latest", "lock"
 BROUGHT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -32,6 +35,28 @@ class Checkpoint:
     folder: Path
     rounds: int
     history: list[dict[str, Any]]
+
+
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """`out`, for one training alone; nobody else may write there meanwhile.
+
+    Raises:
+        RequestError: another training has it, or it cannot be written to.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / LOCK).open("ab")
+    except OSError as error:
+        raise RequestError(f"{out}: cannot be written to: {error.strerror}; give another --out") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RequestError(
+                f"{out}: another training writes there; wait for its end, or give another --out"
+            ) from None
+        yield
 
 
 def latest(out: Path, plan: TrainingPlan) -> Checkpoint | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..check import load as load_graph
 from ..checked import Graph
 from ..command_line import AllowCode, GraphFile, Json, Log, Set, interruptible, overrides, print_json
 from .bubbles import Bubbles
+from .history import History
 from .planning import training_plan
 from .plots import draw
 from .progress import Progress
@@ -65,17 +65,16 @@ def train_command(
     checked = load_graph(graph, allow_code=allow_code, overrides=overrides(settings))
     plan = training_plan(checked)
     began_s = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
-    with Progress(plan, sys.stderr) as progress, (out / HISTORY).open("a", encoding="utf-8") as history:
+    with Progress(plan, sys.stderr) as progress, History(out / HISTORY) as history:
 
         def on_step(step: Step) -> None:
-            print(json.dumps(step.to_plain()), file=history, flush=True)
+            history.add(step.to_plain())
             progress.show(step)
 
         async def main() -> Trained:
             return await train(
-                checked, out, allow_code=allow_code, runs=runs, on_step=on_step, on_event=progress.say, keep=keep,
-                chaos=chaos, log=log, zygote=context.obj,
+                checked, out, allow_code=allow_code, runs=runs, on_step=on_step, on_event=progress.say,
+                on_begin=history.begin, keep=keep, chaos=chaos, log=log, zygote=context.obj,
             )  # fmt: skip
 
         trained = interruptible(main)

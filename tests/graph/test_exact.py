@@ -92,15 +92,12 @@ def generate_all(
 
 def prompts_of(graph: ranvier.Graph) -> list[tuple[list[int], dict[str, Any]]]:
     """Ten prompts as token ids: chat and raw, one of 700 tokens."""
-    from ranvier.graph import template, tokenizer
+    from ranvier.graph import tokenizer
 
     assert graph.checkpoint is not None
     codec = tokenizer.of(graph.checkpoint)
     assert codec.chat_template is not None
-    chats = [
-        codec.encode(template.render(codec.chat_template, [{"role": "user", "content": text}], "", ""), special=False)
-        for text in CHATS
-    ]
+    chats = [codec.chat_ids([{"role": "user", "content": text}]) for text in CHATS]
     long = codec.encode(pydoc_data.topics.topics["assert"] + pydoc_data.topics.topics["class"], special=True)[:700]
     assert len(long) == 700
     return [(ids, {"max_tokens": 64}) for ids in [*chats, *(codec.encode(text, special=True) for text in RAWS), long]]

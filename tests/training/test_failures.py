@@ -48,22 +48,34 @@ def without_times(trained: Trained) -> list[dict[str, Any]]:
 # -- kills --------------------------------------------------------------------------------------------------------------
 
 
+AHEAD = 4
+"""A kill at one step is seen before so many steps more are told: the gateway sends two steps ahead, a loss comes before its norm."""
+LONG = 18
+
+
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 @pytest.mark.parametrize("schedule", ["1f1b", pytest.param("async", marks=pytest.mark.slow)])
 def test_a_stage_is_killed_and_the_losses_are_the_same(seed: int, schedule: str, graph: Make, trained: Train) -> None:
-    """One stage, or each once, at steps that the seed gives; the model draws at random (dropout), and its optimiser remembers. Every loss,
-    norm and validation is what it is without the kills, to the last bit."""
+    """One stage, or each once, at steps that the seed gives, so far apart that a kill is noticed before the next one, however late the
+    gateway is; the model draws at random (dropout), and its optimiser remembers. Every loss, norm and validation is what it is without
+    the kills, to the last bit."""
     chance = random.Random(seed)
-    made = graph(ROW, EDGES, section(schedule=schedule), restart={"max": 10, "window_s": 60, "backoff_s": 0})
+    made = graph(
+        ROW, EDGES, section(schedule=schedule, steps=LONG), restart={"max": 10, "window_s": 600, "backoff_s": 0}
+    )
     expected = trained(made, out="whole")
     names = chance.sample(["one", "two", "three"], 3 if seed else 1)
-    victims = dict(zip(chance.sample(range(1, STEPS - 1), len(names)), names, strict=True))
+    free = sorted(chance.sample(range(1, LONG - AHEAD - (AHEAD - 1) * (len(names) - 1) + 1), len(names)))
+    victims = {step + (AHEAD - 1) * index: name for index, (step, name) in enumerate(zip(free, names, strict=True))}
+    assert max(victims) <= LONG - AHEAD
     pids: dict[str, int] = {}
     killed: list[str] = []
+    attempts: list[int] = []
 
     def on_step(step: Step) -> None:
         victim = victims.pop(step.step, None) if not step.validation else None
         if victim is not None:
+            attempts.append(next(iter(pids.values())))
             killed.append(victim)
             os.kill(next(pid for key, pid in pids.items() if key.startswith(f"{victim}.")), signal.SIGKILL)
 
@@ -73,6 +85,7 @@ def test_a_stage_is_killed_and_the_losses_are_the_same(seed: int, schedule: str,
 
     got = trained(made, out="killed", on_step=on_step, on_started=on_started)
     assert sorted(killed) == sorted(names)
+    assert len(set(attempts)) == len(names), "two were killed in one attempt"
     assert len(got.losses) == len(names)
     assert all("signal 9" in what for what in got.losses)
     assert without_times(got) == without_times(expected)

@@ -211,6 +211,7 @@ def test_nothing_is_left_behind(wire: Make, folder: Path) -> None:
 
 def test_a_socket_left_by_a_process_that_was_killed_is_taken_over(folder: Path) -> None:
     left = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    (folder / "b.lock").touch()  # that process claimed the place first
     left.bind(f"{folder}/b{direct.SUFFIX}")
     left.close()
     b = ZeroWire("b.0.2", f"ipc://{folder}/b", max_frame_bytes=1 << 20, direct=True)

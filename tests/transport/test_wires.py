@@ -12,6 +12,7 @@ import pytest
 import torch
 import zmq
 
+from ranvier.transport import curve
 from ranvier.transport.ends import Received, SendingLink
 from ranvier.transport.errors import AddressError, LinkBroken, LinkClosed, ProtocolError
 from ranvier.transport.exchange import Exchange
@@ -34,6 +35,7 @@ def make_wire(request: pytest.FixtureRequest) -> Iterator[MakeWire]:
     context: zmq.Context[Any] = zmq.Context()
     folder = tempfile.TemporaryDirectory(prefix="rv-", dir="/tmp")
     ipc = f"ipc://{folder.name}/{{}}"
+    curve.write(Path(folder.name) / "keys", ["a", "b", "c", "stranger"])
     address = {"inproc": "inproc://{}", "tcp": "tcp://127.0.0.1:0"}
 
     def make(me: str) -> Wire:
@@ -44,8 +46,9 @@ def make_wire(request: pytest.FixtureRequest) -> Iterator[MakeWire]:
             own = context if request.param == "inproc" else None
             shared_from = 1 if "shared" in request.param else 0  # every tensor, however small
             direct = "direct" in request.param
+            keys = curve.read(Path(folder.name) / "keys", me.partition(".")[0]) if request.param == "tcp" else None
             wire = ZeroWire(
-                me, place, max_frame_bytes=1 << 26, context=own, shared_from_bytes=shared_from, direct=direct
+                me, place, max_frame_bytes=1 << 26, context=own, shared_from_bytes=shared_from, direct=direct, keys=keys
             )
         made.append(wire)
         return wire

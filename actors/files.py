@@ -1,0 +1,52 @@
+"""Reading files that somebody else may have put there: never a pipe that waits for ever, nor a device without an end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+
+class FileRefused(OSError):
+    """What stands in the place of a file is none, or it is larger than such a file can be."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        super().__init__(errno.EINVAL, why, str(path))
+
+
+def regular(path: Path) -> Path:
+    """Return the path of a file, links followed. For libraries that open it themselves.
+
+    Raises:
+        OSError: it cannot be looked at; `FileRefused`: it is a pipe, a device, a folder or a socket.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise FileRefused(path, "expected a file, found something else")
+    return path
+
+
+def read_bounded(path: Path, most_bytes: int) -> bytes:
+    """Return the bytes of a file.
+
+    Raises:
+        OSError: it cannot be read; `FileRefused`: it is no file, or has over `most_bytes` bytes.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise FileRefused(path, "expected a file, found something else")
+        data = file.read(most_bytes + 1)
+    if len(data) > most_bytes:
+        raise FileRefused(path, f"expected at most {most_bytes} bytes, found more")
+    return data
+
+
+def read_text(path: Path, most_bytes: int) -> str:
+    """Return the text of a file (UTF-8).
+
+    Raises:
+        OSError: see `read_bounded`.
+        UnicodeDecodeError: it is not UTF-8, a `ValueError`.
+    """
+    return read_bounded(path, most_bytes).decode()

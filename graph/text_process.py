@@ -1,0 +1,178 @@
+"""Prompts to token ids in a process of its own (text_child.py).
+
+The template and the tokenizer's patterns are a stranger's. Either may compute for ever, or take all memory, within one call
+into C that nothing in its process can interrupt. So they run where they can be killed, and only the request at hand ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
+
+import msgspec
+
+from ranvier.actors.errors import CheckpointError
+from ranvier.transport.errors import ResourceError
+
+from .text_child import LENGTH, Chat, Ids, Load, Ready, Refused, Rendered, Reply, Request, Text, to_bytes
+from .tokenizer import TextCodec
+
+TEMPLATE_LIMIT_S = 1.0
+LETTERS_PER_S = 200_000
+"""A prompt gets a second more for each so many. SmolLM2's tokenizer makes ids of about three million a second."""
+START_LIMIT_S = 60.0
+_reply = msgspec.msgpack.Decoder(Reply)
+
+
+class TextProcess:
+    """One checkpoint's template and tokenizer. Threads may share it: requests wait for each other. `close` it."""
+
+    def __init__(self, codec: TextCodec) -> None:
+        self._load = Load(
+            codec.tokenizer.to_str(), codec.chat_template, codec.bos_token, codec.eos_token, codec.add_bos
+        )
+        self._one_at_a_time = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_ready = self._closed = False
+
+    def start(self) -> None:
+        """Start the process, if it does not run. It gets ready by itself meanwhile.
+
+        Raises:
+            ResourceError: it cannot be started.
+        """
+        if self._process is not None:
+            return
+        command = [sys.executable, "-P", "-m", "ranvier.graph.text_child"]
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ResourceError(f"the process for prompts cannot be started: {error}") from None
+        self._is_ready = False
+        # in a thread: a tokenizer is larger than a pipe, and nobody reads it before Python has started
+        threading.Thread(target=_send, args=(self._process.stdin, self._load), daemon=True).start()
+
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the token ids of a chat, open for the answer.
+
+        Raises:
+            CheckpointError: the template or the tokenizer is wrong, refuses the messages, or takes too long.
+            ResourceError: there is no process to be had.
+        """
+        reply = self._ask(
+            Chat([dict(message) for message in messages], _whole(TEMPLATE_LIMIT_S), True), TEMPLATE_LIMIT_S
+        )
+        return reply.ids if isinstance(reply, Ids) else []
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return the text of a chat. Errors are those of `chat_ids`."""
+        reply = self._ask(
+            Chat([dict(message) for message in messages], _whole(TEMPLATE_LIMIT_S), False), TEMPLATE_LIMIT_S
+        )
+        return reply.text if isinstance(reply, Rendered) else ""
+
+    def ids(self, text: str) -> list[int]:
+        """Return the token ids of a raw prompt. Errors are those of `chat_ids`."""
+        limit_s = 1.0 + len(text) / LETTERS_PER_S
+        reply = self._ask(Text(text, _whole(limit_s)), limit_s, "tokenizer")
+        return reply.ids if isinstance(reply, Ids) else []
+
+    def _ask(self, request: Chat | Text, limit_s: float, what: str = "chat template") -> Reply:
+        with self._one_at_a_time:
+            if self._closed:
+                raise ResourceError("the process for prompts has ended with its run")
+            self.start()
+            process = self._process
+            assert process is not None
+            try:
+                if not self._is_ready:
+                    ready = _receive(process.stdout, START_LIMIT_S)
+                    if isinstance(ready, Refused):
+                        raise CheckpointError(ready.why)
+                    self._is_ready = isinstance(ready, Ready)
+                _send(process.stdin, request)
+                reply = _receive(process.stdout, limit_s)
+            except TimeoutError:
+                self._kill()
+                raise CheckpointError(f"{what}: took over {limit_s:.0f} s; it was ended") from None
+            except (OSError, EOFError):
+                self._kill()
+                if self._closed:
+                    raise ResourceError("the process for prompts has ended with its run") from None
+                raise CheckpointError(f"{what}: its process has ended: it used up time or memory") from None
+            except CheckpointError:
+                self._kill()
+                raise
+            if isinstance(reply, Refused):
+                raise CheckpointError(reply.why)
+            return reply
+
+    def _kill(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):  # what was not sent is not wanted any more
+                if pipe is not None:
+                    pipe.close()
+
+    def close(self) -> None:
+        """End the process. A request that waits for it ends with `ResourceError`. Idempotent."""
+        self._closed = True
+        process = self._process
+        if process is not None:
+            process.kill()  # wakes whoever waits for an answer
+        with self._one_at_a_time:
+            self._kill()
+
+
+def _whole(seconds: float) -> int:
+    return int(seconds) + 1
+
+
+def _send(pipe: IO[bytes] | None, request: Request) -> None:
+    assert pipe is not None
+    data = to_bytes(request)
+    with contextlib.suppress(
+        BrokenPipeError, ValueError
+    ):  # it has ended, or was: whoever waits for its answer sees that
+        pipe.write(LENGTH.pack(len(data)) + data)
+        pipe.flush()
+
+
+def _receive(pipe: IO[bytes] | None, limit_s: float) -> Reply:
+    """
+    Raises:
+        TimeoutError: nothing came in time.
+        EOFError: the process has ended.
+    """
+    assert pipe is not None
+    until_s = time.monotonic() + limit_s
+    data, size = bytearray(), LENGTH.size
+    while len(data) < size:
+        readable, _, _ = select.select([pipe], [], [], max(0.0, until_s - time.monotonic()))
+        if not readable:
+            raise TimeoutError
+        part = os.read(pipe.fileno(), 1 << 16)
+        if not part:
+            raise EOFError
+        data += part
+        if len(data) >= LENGTH.size:
+            size = LENGTH.size + LENGTH.unpack_from(data)[0]
+    reply: Reply = _reply.decode(data[LENGTH.size :])
+    return reply
