@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from ranvier.transport.dtypes import BY_NAME
 from ranvier.transport.errors import ProtocolError
+from ranvier.transport.files import read_bounded, regular
 from ranvier.transport.header import Row
 from ranvier.transport.spec import TensorSpec
 from ranvier.transport.tensors import dtype_name
@@ -34,6 +35,7 @@ from .session import SessionInfo
 from .spec import HostSpec, RecordSpec
 
 FOLDER, INDEX, HOST, STATE = "record", "index.jsonl", "host.json", "state.safetensors"
+MOST_HOST_BYTES, MOST_INDEX_BYTES = 16 << 20, 1 << 30
 FILE_BYTES = 8 << 20
 """What is held is written when it is so much, and with every tick."""
 Outputs = Mapping[str, "torch.Tensor | Batch"]
@@ -254,10 +256,10 @@ class Recorded:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.host = HostSpec.from_plain(json.loads((folder / HOST).read_text()))
-            data = (folder / INDEX).read_bytes() if (folder / INDEX).exists() else b""
+            self.host = HostSpec.from_plain(json.loads(read_bounded(folder / HOST, MOST_HOST_BYTES)))
+            data = read_bounded(folder / INDEX, MOST_INDEX_BYTES) if (folder / INDEX).exists() else b""
             self._lines = [_of_line(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, msgspec.MsgspecError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RecordingError(f"{folder}: no recording of an actor, or a damaged one: {error}") from None
         if self.host.record is None:
             raise RecordingError(f"{folder / HOST}: says nothing of what was recorded")
@@ -324,7 +326,7 @@ class Recorded:
     def _info(self, plain: dict[str, Any]) -> SessionInfo:
         try:
             return SessionInfo.from_plain(plain)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RecordingError(f"{self.folder / INDEX}: a session is damaged: {error}") from None
 
     def _step(self, line: _Step, tensors: Mapping[str, torch.Tensor]) -> Step:
@@ -354,7 +356,7 @@ class Recorded:
         if Path(name).name != name:
             raise RecordingError(f"{self.folder / INDEX}: expected a file of its own folder, got {name!r:.80}")
         try:
-            return load_file(self.folder / name)
+            return load_file(regular(self.folder / name))
         except (OSError, SafetensorError) as error:
             raise RecordingError(f"{self.folder / name}: {error}") from None
 

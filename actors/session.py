@@ -43,7 +43,8 @@ class Sampling:
             except (TypeError, ValueError):
                 raise ValueError(f"{name}: expected a number, got {getattr(self, name)!r:.80}") from None
         checks = (
-            ("temperature", 0 <= self.temperature < math.inf, "at least 0 and finite"),
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("temperature", self.temperature < math.inf, "a finite number"),
             ("top_k", 0 <= self.top_k < 1 << 63, "at least 0"),
             ("top_p", 0 < self.top_p <= 1, "over 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),

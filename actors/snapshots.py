@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ranvier.transport.aligned import each_aligned
+from ranvier.transport.files import regular
 
 from .actor import Actor
 
@@ -78,7 +79,7 @@ class Snapshots:
         if not file.exists():
             return
         try:
-            state = load_file(file)
+            state = load_file(regular(file))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"snapshot {file.name}: {error}") from error
         self._actor.restore(each_aligned(state))

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .command_line import INTERRUPTED, Json, Wrong, print_json
+from .command_line import INTERRUPTED, Json, Wrong, print_json, reading, say
 
 WHY_S = 10.0
 """A run that goes on answers within two seconds."""
@@ -24,11 +24,12 @@ def why_command(run_dir: RunFolder, as_json: Json = False) -> None:
     """
     from . import commands
 
-    found = json.loads(commands.ask(run_dir, "why", WHY_S))
-    if as_json:
-        print_json(found)
-    else:
-        print(found["text"])
+    with reading(run_dir):
+        found = json.loads(commands.ask(run_dir, "why", WHY_S))
+        if as_json:
+            print_json(found)
+        else:
+            say(str(found["text"]))
 
 
 def top_command(
@@ -44,11 +45,12 @@ def top_command(
 
     from . import top
 
-    if as_json:
-        print_json(top.Top(run_dir).look())
-        return
     try:
-        top.show(run_dir, interval, Console())
+        with reading(run_dir):
+            if as_json:
+                print_json(top.Top(run_dir).look())
+                return
+            top.show(run_dir, interval, Console())
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     print("the run is over", file=sys.stderr)
@@ -71,8 +73,9 @@ def scale_command(
     actor, _, count = change.partition("=")
     if not actor or not count.isdecimal():
         raise Wrong(f"{change}: expected ACTOR=N, such as upper=2")
-    done = commands.ask(run_dir, "scale", timeout, actor=actor, replicas=int(count))
+    with reading(run_dir):
+        done = commands.ask(run_dir, "scale", timeout, actor=actor, replicas=int(count))
     if as_json:
         print_json({"done": done})
     else:
-        print(done)
+        say(done)

@@ -138,10 +138,14 @@ class Causes:
                 return
 
     def _endless(self, actor: str, record: Done, until_ns: int, session: int | None) -> Iterator[Stretch]:
-        """The same, beyond that point."""
+        """The same, beyond that point. Each step back is to an earlier one: else the trace tells what cannot have been."""
+        seen: set[tuple[str, int]] = set()
         while True:
+            if (actor, record.started_ns) in seen:
+                raise TraceError(f"{actor}: damaged: a step that began at {record.started_ns} waits for itself")
+            seen.add((actor, record.started_ns))
             yield from self._queued(actor, record)
-            edge = self._trace.edges[record.edge] if record.edge < len(self._trace.edges) else f"link {record.edge}"
+            edge = self._trace.edge(record.edge)
             found = self._sent.get(done_key(actor, record))
             if found is None:
                 yield Stretch("unknown", edge, until_ns, record.received_ns)

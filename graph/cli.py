@@ -15,7 +15,8 @@ import typer
 from ranvier.actors.errors import CheckpointError, RecordingError
 from ranvier.actors.session import Sampling
 from ranvier.actors.zygote_process import ZygoteProcess
-from ranvier.transport.errors import RanvierError
+from ranvier.transport.errors import KeyFileError, RanvierError
+from ranvier.transport.files import read_beginning, read_bounded, regular
 
 from . import causes, compare, perfetto, resumed, run_folder, show, trace, trace_plot
 from .attached import scale_command, top_command, why_command
@@ -30,10 +31,15 @@ from .command_line import (
     Log,
     Set,
     Wrong,
+    folder_of_runs,
     interruptible,
     overrides,
     print_json,
     prompt_of,
+    reading,
+    say,
+    show_text,
+    writable,
 )
 from .errors import GraphError
 from .plan import plan
@@ -51,6 +57,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+MOST_TEXT_BYTES = 1 << 30
 
 
 class Format(StrEnum):
@@ -184,7 +193,7 @@ def run(
     except ValueError as error:
         raise Wrong(f"--{error}") from None
     checked = load_graph(graph, allow_code=allow_code, overrides={**overrides(settings), **record_setting(record)})
-    launching = {"runs": runs, "zygote": context.obj, "chaos": chaos, "log": log}
+    launching = {"runs": folder_of_runs(runs), "zygote": context.obj, "chaos": chaos, "log": log}
     prompt = prompt_of(prompt, prompt_file)
     if not checked.generates:
         if prompt is not None or input_file is None:
@@ -209,9 +218,11 @@ def _call(checked: Graph, input_file: Path, output_file: Path | None, as_json: b
     from .progress import Bar
 
     try:
-        inputs = load_file(input_file)
+        inputs = load_file(regular(input_file))
     except (OSError, SafetensorError) as error:
         raise Wrong(f"--input {input_file}: {error}") from None
+    if output_file is not None:
+        writable(output_file)
     bar = Bar(sys.stderr)
 
     async def main() -> tuple[Path, dict[str, Any], float]:
@@ -239,7 +250,7 @@ def _call(checked: Graph, input_file: Path, output_file: Path | None, as_json: b
     for name, shape in shapes.items():
         print(f"{name}: {shape}{f' in {output_file}' if output_file is not None else ''}")
     if told is not None:
-        print(f"\n{trace.table(told)}")
+        say(f"\n{trace.table(told)}")
     print(f"\n{took_s:.3f} s\nrun folder: {run_dir}")
 
 
@@ -264,14 +275,15 @@ def score(
 
     checked = load_graph(graph, allow_code=allow_code, overrides=overrides(settings))
     try:
-        written = text.read_bytes()[:most].decode("utf-8", "ignore" if most is not None else "strict")
+        data = read_bounded(text, MOST_TEXT_BYTES) if most is None else read_beginning(text, most)
+        written = data.decode("utf-8", "ignore" if most is not None else "strict")
     except (OSError, UnicodeDecodeError) as error:
         raise Wrong(f"--text {text}: {error}") from None
     bar, zygote = Bar(sys.stderr), context.obj
 
     async def main() -> tuple[Path, scoring.Score]:
         with bar:
-            async with launch(checked, runs=runs, progress=bar.show, zygote=zygote) as started:
+            async with launch(checked, runs=folder_of_runs(runs), progress=bar.show, zygote=zygote) as started:
                 ids = started.codec.encode(written, special=True)
                 return started.dir, await scoring.score(started, ids, window, lambda share: bar.show("scoring", share))
 
@@ -340,7 +352,7 @@ def _run(checked: Graph, prompt: str, options: dict[str, Any], as_json: bool, la
                 async for token in generation:
                     bar.done()
                     if not as_json:
-                        print(token.text, end="", flush=True)
+                        show_text(token.text)
                 return started.dir, generation.result
 
     run_dir, result = interruptible(main)
@@ -355,7 +367,7 @@ def _run(checked: Graph, prompt: str, options: dict[str, Any], as_json: bool, la
         return
     print("\n")
     if told is not None:
-        print(trace.table(told))
+        say(trace.table(told))
     print(
         f"\n{result.prompt_tokens} tokens in, {len(result.token_ids)} out ({result.finish_reason}); first token after "
         f"{result.first_token_s:.2f} s, then {result.tokens_per_second:.1f} tokens/s\nrun folder: {run_dir}"
@@ -421,13 +433,29 @@ def trace_command(
     ] = False,
 ) -> None:
     """Print what every message of a run cost, per edge and per actor."""
+    for path in (to_perfetto, to_plot):
+        if path is not None:
+            writable(path)
+    with reading(run_dir, diff):
+        _trace(run_dir, as_json, to_perfetto, to_plot, why, diff, idle)
+
+
+def _trace(
+    run_dir: Path,
+    as_json: bool,
+    to_perfetto: Path | None,
+    to_plot: Path | None,
+    why: int | None,
+    diff: Path | None,
+    idle: bool,
+) -> None:
     read = trace.read(run_dir)
     if why is not None or idle:
         found = causes.why(read, why) if why is not None else causes.idle(read)
         if as_json:
             print_json(found)
         else:
-            print(causes.why_table(found) if why is not None else causes.idle_table(found))
+            say(causes.why_table(found) if why is not None else causes.idle_table(found))
         return
     if to_perfetto is not None:
         perfetto.write(to_perfetto, timeline(read))
@@ -441,11 +469,11 @@ def trace_command(
         if as_json:
             print_json(changed)
         else:
-            print(compare.table(changed))
+            say(compare.table(changed))
     elif as_json:
         print_json(told)
     else:
-        print(trace.table(told))
+        say(trace.table(told))
 
 
 app.command("scale")(scale_command)
@@ -471,12 +499,20 @@ def main(zygote: ZygoteProcess | None = None) -> None:
         sys.stderr.close()  # whoever read the output has had enough
         sys.exit(FAILED)
     except RanvierError as error:
-        print(f"{error}" if isinstance(error, GraphError) else f"ranvier: {error}", file=sys.stderr)
+        say(f"{error}" if isinstance(error, GraphError) else f"ranvier: {error}", error=True)
         sys.exit(_code(error))
 
 
 def _code(error: RanvierError) -> int:
     from .trace_lines import TraceError
 
-    wrong: tuple[type[Exception], ...] = (GraphError, CheckpointError, Wrong, TraceError, RecordingError, ValueError)
+    wrong: tuple[type[Exception], ...] = (
+        GraphError,
+        CheckpointError,
+        Wrong,
+        TraceError,
+        RecordingError,
+        KeyFileError,
+        ValueError,
+    )
     return WRONG if isinstance(error, wrong) else FAILED

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
+import stat
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
-from ranvier.actors.files import read_bounded
+from ranvier.actors.errors import told
 from ranvier.transport.errors import RanvierError
+from ranvier.transport.files import read_bounded
+
+from .printable import printable
 
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -116,6 +121,64 @@ def prompt_of(text: str | None, file: Path | None) -> str | None:
         return data.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise Wrong(f"{where}: {error}") from None
+
+
+def say(text: str, *, end: str = "\n", error: bool = False) -> None:
+    """Print a text that others may have written."""
+    print(printable(text), end=end, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def show_text(text: str) -> None:
+    """Print a piece of a model's text as it is, but for a terminal."""
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+def writable(path: Path) -> None:
+    """Make sure, before any work is done, that a file can be written to a path that the user gave.
+
+    Raises:
+        Wrong: something else than a file is there, a link among it, or the folder is not.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        if not path.absolute().parent.is_dir():
+            raise Wrong(f"{path}: there is no such folder; make it, or give another path") from None
+        return
+    except OSError as error:
+        raise Wrong(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise Wrong(f"{path}: expected a file or nothing there, found something else; give another path")
+
+
+def folder_of_runs(path: Path) -> Path:
+    """Return a folder that is there, or can be made.
+
+    Raises:
+        Wrong: something else is there.
+    """
+    if path.exists() and not path.is_dir():
+        raise Wrong(f"{path}: expected a folder, found a file; give another one")
+    return path
+
+
+@contextlib.contextmanager
+def reading(*folders: Path | None) -> Iterator[None]:
+    """Work on folders that somebody else may have made.
+
+    Raises:
+        TraceError: what is in them made the work fail, in a way that no check has a word for.
+    """
+    from .trace_lines import TraceError
+
+    try:
+        yield
+    except RanvierError:
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError,
+            TypeError, ValueError) as error:  # fmt: skip
+        names = ", ".join(str(folder) for folder in folders if folder is not None)
+        raise TraceError(f"{names}: damaged, or none of a run: {told(error)}") from error
 
 
 def print_json(value: Any) -> None:

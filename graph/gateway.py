@@ -205,8 +205,9 @@ class Gateway:
         for stream in list(self.streams.values()):
             if replica in stream.places.get(actor, ()):
                 if not stream.waits and (inside is None or stream.info.session in inside):
-                    stream.losses = stream.losses + 1 if stream.lost_actor == actor else 1
-                    stream.lost_actor = actor
+                    stream.losses = stream.losses + 1 if stream.suspected_of == actor else 1
+                    stream.suspected_of = actor
+                stream.lost_actor = actor
                 if stream.losses >= MOST_LOSSES:
                     self._end(stream, failure.of(stream.info.session, MOST_LOSSES))
                     continue

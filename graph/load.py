@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from ranvier.transport.files import regular
+
 from .errors import GraphError, Position, Problem
 
 MAX_FILE_BYTES = 1 << 20
@@ -65,7 +67,7 @@ def read(path: Path, overrides: Mapping[str, str] | None = None) -> Document:
     """
     document = Document(str(path))
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             text = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise _fail(document, START, f"cannot be read: {error.strerror}; check the path") from None

@@ -5,7 +5,6 @@ They are named so that runs that are cut differently have names in common: `hidd
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from ranvier.actors.errors import RecordingError
 from ranvier.actors.recording import Recorded, Session, Step, recordings
 from ranvier.actors.spec import GATEWAY
 
+from .trace_lines import TraceError, read_plan
 from .values import ENCODER, GIVEN, LAST, Order, Place, Values
 
 LAYER = ("query", "key", "value", "attended", "hidden")
@@ -154,10 +154,10 @@ def read(folder: Path) -> RecordedRun:
         RecordingError: nothing was recorded there, or it is no run folder.
     """
     try:
-        plan = json.loads((folder / "plan.json").read_text())
+        plan = read_plan(folder)
         edges = tuple(_edge(edge) for edge in plan["edges"])
         kinds = _kinds(plan["hosts"], edges)
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (TraceError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise RecordingError(f"{folder}: no run folder: {type(error).__name__}: {error}") from None
     by_actor: dict[str, list[Recorded]] = {}
     for recorded in recordings(folder):

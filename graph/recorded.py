@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import run_folder
-from .command_line import FAILED, AllowCode, Json, Wrong, interruptible, print_json
+from .command_line import FAILED, AllowCode, Json, Wrong, interruptible, print_json, reading, say
 
 if TYPE_CHECKING:
     from ranvier.actors.recording import Recorded
@@ -54,7 +54,8 @@ def replay_command(
     from . import replay
     from .progress import Bar
 
-    found = recordings(run_dir)
+    with reading(run_dir):
+        found = recordings(run_dir)
     chosen = [r for r in found if r.name == actor] or [r for r in found if actor in (r.host.actor, r.host.label)]
     if not chosen:
         names = ", ".join(sorted(r.name for r in found))
@@ -64,17 +65,18 @@ def replay_command(
     _allowed(chosen, allow_code)
     bar = Bar(sys.stderr)
     made = {}
-    for recorded in chosen:
-        if debug is None:
-            with bar:
-                made[recorded] = replay.replay(recorded, tolerance, lambda share: bar.show("replaying", share))
-        else:
-            made[recorded] = replay.replay(recorded, tolerance, lambda _: None, debug)
+    with reading(run_dir):
+        for recorded in chosen:
+            if debug is None:
+                with bar:
+                    made[recorded] = replay.replay(recorded, tolerance, lambda share: bar.show("replaying", share))
+            else:
+                made[recorded] = replay.replay(recorded, tolerance, lambda _: None, debug)
     if as_json:
         print_json({recorded.name: _plain(recorded, done) for recorded, done in made.items()})
     else:
         for recorded, done in made.items():
-            print(_words(recorded, done, tolerance))
+            say(_words(recorded, done, tolerance))
     if any(done.mismatches for done in made.values()):
         raise typer.Exit(FAILED)
 
@@ -159,16 +161,17 @@ def diverge_command(
     ]
     if folders[0] is None:
         raise Wrong(f"A: expected a run folder or a graph file, got {REFERENCE}; give it as B")
-    for folder in folders:
-        if folder is not None:
-            _allowed(recordings(folder), allow_code)
     bar = Bar(sys.stderr)
-    with bar:
-        found = diverge.diverge(folders[0], folders[1], threshold, model, bar.show)
+    with reading(*folders):
+        for folder in folders:
+            if folder is not None:
+                _allowed(recordings(folder), allow_code)
+        with bar:
+            found = diverge.diverge(folders[0], folders[1], threshold, model, bar.show)
     if as_json:
         print_json(found.to_plain())
     else:
-        print(diverge.table(found, (str(folders[0]), str(folders[1] or "transformers"))))
+        say(diverge.table(found, (str(folders[0]), str(folders[1] or "transformers"))))
     if found.first is not None:
         raise typer.Exit(FAILED)
 

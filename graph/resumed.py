@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ranvier.actors.files import read_text
 from ranvier.transport.errors import RanvierError
+from ranvier.transport.files import read_text
 
 from .check import load as load_graph
 from .checked import Graph
-from .command_line import Wrong, interruptible, print_json
+from .command_line import Wrong, interruptible, print_json, say, show_text
 from .generation import Result
 
 MOST_BYTES = 16 << 20
@@ -43,7 +43,7 @@ def run(run_dir: Path, after: int | None, as_json: bool, allow_code: bool, launc
                         async for token in generation:
                             bar.done()
                             if not as_json:
-                                print(token.text, end="", flush=True)
+                                show_text(token.text)
                     except RanvierError as error:
                         failed = str(error)
                     results.append((key, generation.result, failed))
@@ -60,7 +60,7 @@ def run(run_dir: Path, after: int | None, as_json: bool, allow_code: bool, launc
     print(f"\n\n{len(results)} requests of {run_dir} went on\nrun folder: {path}")
     for key, _, failed in results:
         if failed:
-            print(f"{key}: {failed}", file=sys.stderr)
+            say(f"{key}: {failed}", error=True)
 
 
 def graph_of(run_dir: Path, allow_code: bool) -> Graph:

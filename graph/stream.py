@@ -37,8 +37,10 @@ class Stream:
     places: Places
     waits: bool = True
     held: bool = False
-    losses: int = 0
     lost_actor: str = ""
+    losses: int = 0
+    """How often in a row it was inside the step in which the actor `suspected_of` was lost."""
+    suspected_of: str = ""
     outputs: dict[str, tuple[TensorMeta, Buffer]] = field(default_factory=dict)
     rounds: dict[str, int] = field(default_factory=dict)
     log: list[int] = field(default_factory=list)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, deque
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from ranvier.actors.trace_file import DONE, PART, SENT
 
 from .trace import percentiles
-from .trace_lines import Done, Lines, Sent
+from .trace_lines import Done, Lines, Sent, read_plan
 
 WINDOW_S = 5.0
 """Rates and percentiles are of so long before the newest record. Records come some 0.4 s after what they tell of."""
@@ -34,7 +33,7 @@ class Tail:
     def read(self) -> None:
         """Take in what has been written since. A line that is not whole yet is left for the next time."""
         if not self._edges:
-            self._edges = [edge["name"] for edge in json.loads((self._run_dir / "plan.json").read_text())["edges"]]
+            self._edges = [edge["name"] for edge in read_plan(self._run_dir)["edges"]]
         for actor, kind, record in self._lines.read((DONE, PART, SENT)):
             if kind in (DONE, PART):
                 self._done.append((actor, record))

@@ -21,6 +21,7 @@ import msgspec
 from ranvier.actors.errors import CheckpointError
 from ranvier.transport.errors import ResourceError
 
+from .errors import RequestError
 from .text_child import LENGTH, Chat, Ids, Load, Ready, Refused, Rendered, Reply, Request, Text, to_bytes
 from .tokenizer import TextCodec
 
@@ -91,6 +92,10 @@ class TextProcess:
         return reply.ids if isinstance(reply, Ids) else []
 
     def _ask(self, request: Chat | Text, limit_s: float, what: str = "chat template") -> Reply:
+        try:
+            to_bytes(request)
+        except UnicodeEncodeError:
+            raise RequestError("prompt: expected text, got bytes that are none (lone surrogates)") from None
         with self._one_at_a_time:
             if self._closed:
                 raise ResourceError("the process for prompts has ended with its run")

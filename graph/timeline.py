@@ -56,7 +56,7 @@ def timeline(trace: Trace) -> Timeline:
         made.slices += [*_steps(trace, actor), *_commands(trace, actor)]
         for sent in trace.sent.get(actor, ()):
             key = sent_key(actor, sent)
-            name = trace.edges[sent.edge]
+            name = trace.edge(sent.edge)
             args = {
                 "edge": name, "sequence": sent.sequence, "bytes": sent.nbytes, "rows": str([list(row) for row in sent.rows]),
                 "ready_to_credit_us": (sent.credit_ns - sent.ready_ns) / 1e3,
@@ -103,7 +103,7 @@ def _count(made: Timeline, trace: Trace) -> None:
     caches = {host["actor"] for host in trace.plan["hosts"] if host["cache_bytes_per_token"]}
     used_ns = {
         # of what is fed back credit returns at once
-        done_key(actor, done): done.received_ns if planned[trace.edges[done.edge]]["feedback"] else done.finished_ns
+        done_key(actor, done): done.received_ns if planned[trace.edge(done.edge)]["feedback"] else done.finished_ns
         for actor, records in trace.done.items() for done in records
     }  # fmt: skip
     changes: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
@@ -117,9 +117,9 @@ def _count(made: Timeline, trace: Trace) -> None:
             changes[one.actor, BATCH] += [(one.start_ns, one.args["tokens"]), (one.end_ns, -one.args["tokens"])]
     for actor, sent_records in trace.sent.items():
         for sent in sent_records:
-            key = actor, f"credits left: {trace.edges[sent.edge]} to {sent.target.removesuffix('.1')}"
+            key = actor, f"credits left: {trace.edge(sent.edge)} to {sent.target.removesuffix('.1')}"
             if key not in changes:
-                changes[key].append((sent.credit_ns, planned[trace.edges[sent.edge]]["credits_messages"]))
+                changes[key].append((sent.credit_ns, planned[trace.edge(sent.edge)]["credits_messages"]))
             changes[key].append((sent.credit_ns, -1))
             end_ns = used_ns.get(sent_key(actor, sent))
             if end_ns is not None:

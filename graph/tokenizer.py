@@ -10,18 +10,22 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.checkpoint.checkpoint import read_json
-from ranvier.actors.errors import CheckpointError
+from ranvier.actors.errors import CheckpointError, told
+from ranvier.transport.files import read_text
 
 from . import template
 
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _NORMAL, _CONTROL, _USER = 1, 3, 4
+MOST_BYTES = 64 << 20
+"""Of a tokenizer's file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +97,17 @@ class TextCodec:
             self.tokenizer.encode_special_tokens = False
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
-        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        """Return text without special tokens.
+
+        Raises:
+            CheckpointError: the tokenizer's library fails.
+        """
+        try:
+            text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # its panics are no Exception
+            raise CheckpointError(f"tokenizer: cannot decode: {told(error)}") from None
         return text
 
 
@@ -164,9 +177,18 @@ def of(checkpoint: Checkpoint) -> TextCodec:
     Raises:
         CheckpointError: it has none, or one of a kind that is not built in.
     """
-    if checkpoint.gguf is not None:
-        return _from_gguf(checkpoint.gguf, str(checkpoint.path))
-    return _from_folder(checkpoint)
+    try:
+        made = (
+            _from_gguf(checkpoint.gguf, str(checkpoint.path))
+            if checkpoint.gguf is not None
+            else _from_folder(checkpoint)
+        )
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint.path}: tokenizer: damaged: {told(error)}") from None
+    if not isinstance(made.chat_template, str | None):
+        what = type(made.chat_template).__name__
+        raise CheckpointError(f"{checkpoint.path}: chat template: expected a text, got a {what}")
+    return made
 
 
 def _from_folder(checkpoint: Checkpoint) -> TextCodec:
@@ -174,18 +196,57 @@ def _from_folder(checkpoint: Checkpoint) -> TextCodec:
     if not file.exists():
         raise CheckpointError(f"{file}: no such file; the checkpoint brings no tokenizer")
     try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare Exception for whatever it dislikes in the file
-        raise CheckpointError(f"{file}: {error}") from None
+        tokenizer = Tokenizer.from_str(read_text(file, MOST_BYTES))
+        tokenizer.no_truncation()  # a file's own limits would cut prompts without a word
+        tokenizer.no_padding()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except (
+        BaseException
+    ) as error:  # the library raises bare Exception for what it dislikes, and its panics are not even that
+        raise CheckpointError(f"{file}: {told(error)}") from None
+    _check_decoder(file, json.loads(tokenizer.to_str()).get("decoder"))
     config_file = checkpoint.path / "tokenizer_config.json"
     config = read_json(config_file) if config_file.exists() else {}
     template_file = checkpoint.path / "chat_template.jinja"
-    template = template_file.read_text() if template_file.exists() else config.get("chat_template")
+    try:
+        template = read_text(template_file, MOST_BYTES) if template_file.exists() else config.get("chat_template")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{template_file}: {error}") from None
     return TextCodec(tokenizer, template, _content(config.get("bos_token")), _content(config.get("eos_token")))
 
 
+DECODERS = ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "WordPiece", "BPEDecoder", "CTC")
+MOST_DECODED = 16
+"""Letters that a decoder may put in the place of a pattern, or take away at an end."""
+
+
+def _check_decoder(file: Path, decoder: Any) -> None:
+    """Tokens are decoded in the process of the run, so a decoder must not be able to grow a text without bound.
+
+    Raises:
+        CheckpointError: it may.
+    """
+    if decoder is None:
+        return
+    kind = decoder.get("type")
+    if kind == "Sequence":
+        for each in decoder.get("decoders", []):
+            _check_decoder(file, each)
+    elif kind == "Replace":
+        if "String" not in decoder.get("pattern", {}) or len(decoder.get("content", "")) > MOST_DECODED:
+            raise CheckpointError(
+                f"{file}: decoder: expected Replace of a plain text by a short one, got {decoder!r:.200}"
+            )
+    elif kind == "Strip":
+        if max(decoder.get("start", 0), decoder.get("stop", 0)) > MOST_DECODED:
+            raise CheckpointError(f"{file}: decoder: expected Strip of at most {MOST_DECODED}, got {decoder!r:.200}")
+    elif kind not in DECODERS:
+        raise CheckpointError(f"{file}: decoder {kind!r:.80} is not built in; built in: {', '.join(DECODERS)}")
+
+
 def _content(token: Any) -> str:
-    return str(token["content"]) if isinstance(token, dict) else str(token or "")
+    return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
 
 
 def _from_gguf(fields: Mapping[str, Any], where: str) -> TextCodec:

@@ -14,9 +14,11 @@ from typing import Any
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from . import commands
 from .errors import RequestError
+from .printable import printable
 from .tail import Tail
 
 ANSWER_S = 5.0
@@ -81,7 +83,7 @@ def _go_last() -> None:
 def view(told: Mapping[str, Any]) -> Group:
     """Two tables: actors and edges."""
     actors = Table(
-        title=f"{told['run_dir']}: {told['sessions']} sessions", title_justify="left", box=None, pad_edge=False
+        title=_text(f"{told['run_dir']}: {told['sessions']} sessions"), title_justify="left", box=None, pad_edge=False
     )
     for name in ("actor", "state"):
         actors.add_column(name)
@@ -90,9 +92,9 @@ def view(told: Mapping[str, Any]) -> Group:
     for host in told["hosts"]:
         batch = host.get("tokens_a_step", {}).get("p50")
         actors.add_row(
-            host["label"], "spare" if host["spare"] else host["state"], str(host["pid"] or "-"),
+            _text(host["label"]), _text("spare" if host["spare"] else host["state"]), _text(host["pid"] or "-"),
             _number(host.get("tokens_per_second")), _number(host.get("steps_per_second")), _number(batch),
-            _share(host.get("busy")), str(host["queued"]), f"{host['stepping_s']:.1f}" if host["stepping_s"] > 0.5 else "-",
+            _share(host.get("busy")), _text(host["queued"]), f"{host['stepping_s']:.1f}" if host["stepping_s"] > 0.5 else "-",
             _share(host["kv_use"]), _number(host["resident_bytes"] / MIB),
         )  # fmt: skip
     edges = Table(box=None, pad_edge=False)
@@ -101,10 +103,15 @@ def view(told: Mapping[str, Any]) -> Group:
         edges.add_column(name, justify="right")
     for edge in told["edges"]:
         edges.add_row(
-            edge["edge"], _number(edge["messages_per_second"]), _number(edge["bytes_per_second"] / 1024),
+            _text(edge["edge"]), _number(edge["messages_per_second"]), _number(edge["bytes_per_second"] / 1024),
             _number(edge["wire_us"]["p50"]), _number(edge["wire_us"]["p95"]), _number(edge["credit_us"]["p95"]),
         )  # fmt: skip
     return Group(actors, "", edges)
+
+
+def _text(value: object) -> Text:
+    """What others wrote, which is no markup."""
+    return Text(printable(str(value)))
 
 
 def _number(value: float | None) -> str:

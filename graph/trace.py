@@ -11,7 +11,6 @@ queued and were computed on.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,11 +18,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ranvier.actors.clocks import Estimate
 from ranvier.actors.trace_file import COMMAND, CONTROL, DONE, DROPPED, PART, SENT, TAP, UNSENT
 from ranvier.transport.codec import CODECS
 
-from .trace_lines import Commanded, Controlled, Done, Lines, Sent, Tapped, TraceError, Unsent
+from .trace_lines import (
+    Commanded,
+    Controlled,
+    Done,
+    Lines,
+    Name,
+    Sent,
+    Tapped,
+    TraceError,
+    Unsent,
+    read_json,
+    read_plan,
+)
 
 PARTS = ("serialise", "credit", "wire", "join", "queue", "compute")
 PERCENTILES = (50, 95, 99)
@@ -71,6 +84,10 @@ class Trace:
     sample: float = 1.0
     """The share of sessions that left records."""
 
+    def edge(self, number: int) -> str:
+        """Return the name of an edge; those of a training's own links have none."""
+        return self.edges[number] if number < len(self.edges) else f"link {number}"
+
     def in_steps(self, actor: str) -> list[Done]:
         """What went into each step of an actor: of a message that went into several, each with the rows that it had there."""
         parts = self.parts.get(actor, [])
@@ -82,9 +99,15 @@ class Trace:
             if record.batch:
                 gone = before.get(done_key(actor, record))
                 made.append(
-                    record._replace(rows=[row for row in record.rows if tuple(row) not in gone]) if gone else record
+                    record._replace(rows=tuple(row for row in record.rows if row not in gone)) if gone else record
                 )
         return made
+
+
+class _Outcome(msgspec.Struct):
+    """What is read of `run.json`."""
+
+    counters: dict[Name, dict[Name, float]] = {}
 
 
 def read(run_dir: Path) -> Trace:
@@ -96,7 +119,7 @@ def read(run_dir: Path) -> Trace:
     file, folder = run_dir / "plan.json", run_dir / "trace"
     if not file.is_file() or not folder.is_dir():
         raise TraceError(f"{run_dir}: no run folder; expected plan.json and trace/ in it")
-    plan = json.loads(file.read_text())
+    plan = read_plan(run_dir)
     trace = Trace(run_dir, [edge["name"] for edge in plan["edges"]], plan)
     lines = Lines(run_dir)
     by_kind: Mapping[str, dict[str, list[Any]]] = {
@@ -115,7 +138,7 @@ def read(run_dir: Path) -> Trace:
             records.setdefault(head["actor"], [])
     told = run_dir / "run.json"
     if told.is_file():  # counters are there once the run is over
-        trace.counters = json.loads(told.read_text()).get("counters", {})
+        trace.counters = read_json(told, _Outcome).get("counters", {})
     if not trace.done:
         raise TraceError(f"{folder}: holds no records; was the run made with trace: false?")
     return trace
@@ -139,7 +162,7 @@ def summary(trace: Trace) -> dict[str, Any]:
                 coded[record.edge].append(sender)
     edges = [
         {
-            "edge": trace.edges[edge],
+            "edge": trace.edge(edge),
             "messages": len(times[edge]["wire"]),
             "bytes": nbytes[edge],
             "unused": unused[edge],
@@ -200,6 +223,11 @@ def _complete(records: Iterable[Done]) -> dict[tuple[int, ...], int]:
     return found
 
 
+def _number(told: float | None) -> float:
+    """JSON has no infinity."""
+    return math.inf if told is None else told
+
+
 def taps(trace: Trace) -> list[dict[str, Any]]:
     """Of each edge with a tap: messages, norm and largest magnitude, and the first that had numbers that are none."""
     made = []
@@ -208,8 +236,9 @@ def taps(trace: Trace) -> list[dict[str, Any]]:
             told = [tapped for tapped in own if tapped.edge == edge]
             bad = min((tapped for tapped in told if tapped.not_finite), key=lambda tapped: tapped.at_ns, default=None)
             made.append({
-                "edge": trace.edges[edge], "actor": actor, "messages": len(told), "norm": percentiles(t.norm for t in told),
-                "largest": max(tapped.largest for tapped in told), "not_finite": sum(t.not_finite > 0 for t in told),
+                "edge": trace.edge(edge), "actor": actor, "messages": len(told),
+                "norm": percentiles(_number(t.norm) for t in told),
+                "largest": max(_number(t.largest) for t in told), "not_finite": sum(_number(t.not_finite) > 0 for t in told),
                 "first_not_finite": list(bad.rows[0]) if bad is not None else None,
                 "first_not_finite_ns": bad.at_ns if bad is not None else None,
             })  # fmt: skip
@@ -224,7 +253,7 @@ def control(trace: Trace) -> list[dict[str, Any]]:
             if record.sent:
                 counted[record.edge, f"{actor} to {record.peer.rpartition('.')[0]}"][record.verb] += 1
     return [
-        {"edge": trace.edges[edge], "way": way, "messages": dict(verbs)}
+        {"edge": trace.edge(edge), "way": way, "messages": dict(verbs)}
         for (edge, way), verbs in sorted(counted.items())
     ]
 
@@ -273,7 +302,7 @@ def waits(trace: Trace) -> list[dict[str, Any]]:
             found[key].append((lost.given_up_ns - lost.ready_ns, False))
     told = [
         {
-            "edge": trace.edges[edge], "waiting": actor, "for": target, "messages": len(waited),
+            "edge": trace.edge(edge), "waiting": actor, "for": target, "messages": len(waited),
             "never_sent": sum(not went for _, went in waited), "total_ms": sum(ns for ns, _ in waited) / 1e6,
             "longest_ms": max(ns for ns, _ in waited) / 1e6,
         }

@@ -2,89 +2,147 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, BinaryIO, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
 from ranvier.actors.clocks import Correction, Estimate, is_another
 from ranvier.actors.spec import SUPERVISOR
 from ranvier.actors.trace_file import COLUMNS, COMMAND, CONTROL, DONE, DROPPED, PART, SENT, SPAN, TAP, UNSENT
+from ranvier.transport.codec import CODECS
 from ranvier.transport.errors import RanvierError
+from ranvier.transport.files import read_bounded, regular
 
 
 class TraceError(RanvierError):
     """The folder holds no trace that can be read."""
 
 
+Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
+Name = Annotated[str, Meta(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+Codec = Annotated[int, Meta(ge=0, lt=len(CODECS))]
+RowOf = tuple[Count, Count, Count, Count]
+"""Session, epoch, position, tokens."""
+Rows = Annotated[tuple[RowOf, ...], Meta(min_length=1)]
+MOST_BYTES = 16 << 20
+"""Of `plan.json` and the like."""
+MOST_LINE_BYTES = 16 << 20
+
+
+class _Head(msgspec.Struct, frozen=True):
+    """The first line of a file."""
+
+    actor: Name
+    sample: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    columns: dict[str, tuple[str, ...]] | None = None
+
+
+class _PlannedEdge(msgspec.Struct, frozen=True):
+    name: Annotated[str, Meta(max_length=500, pattern=r"^[^\x00-\x1f\x7f]*$")]
+    feedback: bool = False
+    credits_messages: Count = 0
+
+
+class _PlannedHost(msgspec.Struct, frozen=True):
+    actor: Name
+    kind: str = ""
+    cache_bytes_per_token: Count = 0
+
+
+class _Planned(msgspec.Struct, frozen=True):
+    edges: Annotated[tuple[_PlannedEdge, ...], Meta(max_length=1 << 20)]
+    hosts: tuple[_PlannedHost, ...]
+
+
+def read_json(file: Path, kind: Any = Any) -> Any:
+    """Return what a JSON file of a run folder says.
+
+    Raises:
+        TraceError: it cannot be read, or does not say what such a file says.
+    """
+    try:
+        told = msgspec.json.decode(read_bounded(file, MOST_BYTES))
+        msgspec.convert(told, kind)
+        return told
+    except (OSError, ValueError, RecursionError) as error:
+        raise TraceError(f"{file}: {error}") from None
+
+
+def read_plan(run_dir: Path) -> dict[str, Any]:
+    """Return the plan of a run, whose edges and hosts are what they must be. Errors are those of `read_json`."""
+    plan: dict[str, Any] = read_json(run_dir / "plan.json", _Planned)
+    return plan
+
+
 class Sent(NamedTuple):
     """See `trace_file.SENT_COLUMNS`."""
 
-    edge: int
-    sequence: int
-    nbytes: int
-    ready_ns: int
-    credit_ns: int
-    sent_ns: int
-    rows: Sequence[Sequence[int]]
-    coding: Sequence[float | None] | None
-    target: str
-    tensors: Sequence[Sequence[Any]] = ()
-    checksum: int = 0
+    edge: Count
+    sequence: Count
+    nbytes: Count
+    ready_ns: Count
+    credit_ns: Count
+    sent_ns: Count
+    rows: Rows
+    coding: tuple[Count, Count, float | None] | None
+    target: Name
+    tensors: tuple[tuple[Name, Count, tuple[Count, ...], Codec, Count], ...] = ()
+    checksum: Count = 0
 
     @property
     def codec(self) -> int:
         """Its number (transport/codec.py)."""
-        return int(self.tensors[0][3]) if self.tensors else 0
+        return self.tensors[0][3] if self.tensors else 0
 
 
 class Done(NamedTuple):
     """See `trace_file.DONE_COLUMNS`."""
 
-    edge: int
-    sequence: int
-    nbytes: int
-    sent_ns: int
-    received_ns: int
-    started_ns: int
-    finished_ns: int
-    batch: int
-    rows: Sequence[Sequence[int]]
+    edge: Count
+    sequence: Count
+    nbytes: Count
+    sent_ns: Count
+    received_ns: Count
+    started_ns: Count
+    finished_ns: Count
+    batch: Count
+    rows: Rows
     source: str
 
 
 class Unsent(NamedTuple):
     """See `trace_file.UNSENT_COLUMNS`."""
 
-    edge: int
-    nbytes: int
-    ready_ns: int
-    given_up_ns: int
-    rows: Sequence[Sequence[int]]
-    target: str
+    edge: Count
+    nbytes: Count
+    ready_ns: Count
+    given_up_ns: Count
+    rows: Rows
+    target: Name
 
 
 class Tapped(NamedTuple):
     """See `trace_file.TAP_COLUMNS`."""
 
-    edge: int
-    at_ns: int
-    norm: float
-    mean: float
-    largest: float
-    not_finite: float
-    rows: Sequence[Sequence[int]]
+    edge: Count
+    at_ns: Count
+    norm: float | None
+    mean: float | None
+    largest: float | None
+    not_finite: float | None
+    rows: Rows
 
 
 class Controlled(NamedTuple):
     """See `trace_file.CONTROL_COLUMNS`."""
 
-    edge: int
-    verb: str
-    at_ns: int
-    peer: str
+    edge: Count
+    verb: Name
+    at_ns: Count
+    peer: Name
     sent: bool
     arguments: Sequence[Any]
 
@@ -92,13 +150,13 @@ class Controlled(NamedTuple):
 class Commanded(NamedTuple):
     """See `trace_file.COMMAND_COLUMNS`."""
 
-    verb: str
-    sent_ns: int
-    received_ns: int
-    started_ns: int
-    finished_ns: int
-    session: int
-    epoch: int
+    verb: Name
+    sent_ns: Count
+    received_ns: Count
+    started_ns: Count
+    finished_ns: Count
+    session: Count
+    epoch: Count
 
     @property
     def source(self) -> str:
@@ -109,21 +167,21 @@ class Commanded(NamedTuple):
 class Spanned(NamedTuple):
     """See `trace_file.SPAN_COLUMNS`."""
 
-    started_ns: int
-    finished_ns: int
-    row: Sequence[int]
+    started_ns: Count
+    finished_ns: Count
+    row: RowOf
     trace: str
     span: str
     parent: str
     links: Sequence[str]
-    batch: int
+    batch: Count
     error: str
 
 
 class Dropped(NamedTuple):
     """See `trace_file.DROPPED_COLUMNS`."""
 
-    records: int
+    records: Count
 
 
 Record = Sent | Done | Unsent | Tapped | Controlled | Commanded | Spanned | Dropped
@@ -133,7 +191,9 @@ _FORMS: Mapping[str, type[Any]] = {
 }  # fmt: skip
 
 
+Estimated = tuple[Count, Annotated[int, Meta(gt=-(1 << 62), lt=1 << 62)], Count]
 _of_line = msgspec.json.Decoder(list[Any]).decode
+_head_of = msgspec.json.Decoder(_Head).decode
 
 
 class Lines:
@@ -168,19 +228,18 @@ class Lines:
             for line in lines:
                 if kinds is not None and not line.startswith(beginnings):
                     continue
-                kind, *values = _of_line(line)
-                record = _FORMS[kind](*values)
+                kind, record = _record(path, line)
                 yield actor, kind, self._in_the_runs_time(host, record) if self._corrections else record
 
     def _new_lines(self, path: Path) -> Sequence[bytes]:
         """The whole lines of a file since the last time; its head is taken in."""
-        with path.open("rb") as file:
+        with _opened(path) as file:
             if path not in self.heads:
-                before = head = file.readline()
+                before = head = file.readline(MOST_LINE_BYTES)
                 size = path.stat().st_size
                 if self._last_bytes is not None and size - self._last_bytes > len(head):
                     file.seek(size - self._last_bytes - 1)
-                    before = file.readline()  # of which the beginning is left out, or all but its end
+                    before = file.readline(MOST_LINE_BYTES)  # of which the beginning is left out, or all but its end
                 if not before.endswith(b"\n"):
                     return ()
                 self.heads[path], self._offsets[path] = _head(path, head), file.tell()
@@ -191,11 +250,10 @@ class Lines:
         return whole.splitlines()
 
     def _read_clocks(self) -> None:
-        try:
-            told = json.loads(self._clocks.read_text())
-            known = {host: [Estimate(*each) for each in estimates] for host, estimates in told.items()}
-        except (OSError, ValueError, TypeError):
-            return  # an older run, or one of another version: on one machine
+        if not self._clocks.exists():
+            return  # a run on one machine
+        told = read_json(self._clocks, dict[Name, tuple[Estimated, ...]])
+        known = {host: [Estimate(*each) for each in estimates] for host, estimates in told.items()}
         self.clocks = {host: estimates for host, estimates in known.items() if is_another(estimates)}
         self._corrections = {host: Correction(estimates) for host, estimates in self.clocks.items()}
 
@@ -215,13 +273,27 @@ def _identity(path: Path) -> str:
     return path.stem if path.stem.count(".") > 1 else f"{path.stem}.1"
 
 
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return regular(path).open("rb")
+    except OSError as error:
+        raise TraceError(f"{path}: {error.strerror}") from None
+
+
 def _head(path: Path, line: bytes) -> Mapping[str, Any]:
     try:
-        head: Mapping[str, Any] = json.loads(line)
-        head["actor"]
-        columns = head.get("columns", COLUMNS)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise TraceError(f"{path}: expected a first line that names the actor") from None
+        head = _head_of(line)
+    except (ValueError, RecursionError) as error:
+        raise TraceError(f"{path}: expected a first line that names the actor: {error}") from None
+    columns = head.columns or {}
     if any(list(columns.get(kind, own)) != list(own) for kind, own in COLUMNS.items()):
         raise TraceError(f"{path}: was written by another version of ranvier, whose records have other columns")
-    return head
+    return {"actor": head.actor, "sample": head.sample}
+
+
+def _record(path: Path, line: bytes) -> tuple[str, Any]:
+    try:
+        kind, *values = _of_line(line)
+        return kind, msgspec.convert(values, _FORMS[kind])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise TraceError(f"{path}: damaged: {error}: {line[:80]!r}") from None

@@ -44,7 +44,7 @@ def _latency(axis: Any, trace: Trace) -> None:
     for index, edge in enumerate(sorted(times)[:MOST_EDGES]):
         ordered = sorted(times[edge])
         shares = [(number + 1) / len(ordered) for number in range(len(ordered))]
-        axis.plot(ordered, shares, color=PALETTE[index % len(PALETTE)], lw=1.2, label=trace.edges[edge])
+        axis.plot(ordered, shares, color=PALETTE[index % len(PALETTE)], lw=1.2, label=trace.edge(edge))
     axis.set(xscale="log", xlabel="microseconds from ready to the step", ylabel="share of messages", title="latency")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
@@ -78,7 +78,7 @@ def _traffic(axis: Any, trace: Trace) -> None:
     axis.stackplot(
         [index * seconds for index in range(SLICES)],
         [[value / seconds / 1024 for value in by_edge[edge]] for edge in largest],
-        labels=[trace.edges[edge] for edge in largest], colors=[PALETTE[i % len(PALETTE)] for i in range(len(largest))],
+        labels=[trace.edge(edge) for edge in largest], colors=[PALETTE[i % len(PALETTE)] for i in range(len(largest))],
     )  # fmt: skip
     axis.set(xlabel="seconds", ylabel="KiB/s", title="bytes sent")
     axis.legend(fontsize=7, loc="upper right")

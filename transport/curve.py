@@ -17,9 +17,11 @@ import zmq
 import zmq.auth.thread
 
 from .errors import KeyFileError
+from .files import read_bounded
 
 DOMAIN = "ranvier"
 """Of ZeroMQ's authentication (ZAP): without one, a connection is not asked about."""
+MOST_KEY_BYTES = 256
 KEY_BYTES = 40
 """Of a key as text (Z85)."""
 
@@ -94,7 +96,7 @@ def read(folder: Path, actor: str) -> Keys:
 
 
 def _key(path: Path) -> bytes:
-    text = path.read_bytes().strip()
+    text = read_bounded(path, MOST_KEY_BYTES).strip()
     if len(text) != KEY_BYTES:
         raise KeyFileError(f"{path}: expected a key of {KEY_BYTES} letters, got {len(text)}")
     return text

@@ -16,6 +16,7 @@ from .link import LinkSpec
 from .message import Buffer
 from .window import ReceiveWindow, SendWindow
 
+MOST_TIMED = 64
 Shape = tuple[tuple[TensorMeta, ...], int, int]
 """Tensors, rows and tokens of a message."""
 
@@ -61,6 +62,8 @@ class SendingLink:
     on_used: Callable[[int], None] | None = None
     on_credit: Callable[[], None] | None = None
     sent_at: deque[tuple[int, int]] = field(default_factory=deque)
+    timed: deque[tuple[int, int, int]] = field(default_factory=lambda: deque(maxlen=MOST_TIMED))
+    """Of an edge whose codec is chosen: sequence, time and bytes of large messages that nothing was heard of yet."""
     chooser: auto.Chooser | None = None
 
     @property

@@ -54,6 +54,8 @@ def _checked(link: SendingLink | ReceivingLink, rows: tuple[Row, ...], tensors: 
     """
     shape = (tensors, len(rows), rows[0].tokens if len(rows) == 1 else sum([row.tokens for row in rows]))
     if shape != link.passed:
+        if not rows:
+            raise ProtocolError(f"edge {link.spec.name}: expected at least one row, got none")
         check_specs(link.spec.name, link.spec.tensors, rows, tensors)
         link.passed = shape
         link.nbytes = sum([meta.nbytes for meta in tensors])
@@ -221,6 +223,8 @@ class Exchange:
         self.outbox.append(outgoing)
         if link.on_used is not None:
             link.sent_at.append((sequence, sent_ns))
+        if link.chooser is not None and nbytes >= auto.MEASURED_BYTES:
+            link.timed.append((sequence, sent_ns, nbytes))
         if self._on_sent is not None:
             self._on_sent(spec, sequence, rows, nbytes, ready_ns, credit_ns, sent_ns, tensors, coding, crc)
 
@@ -246,7 +250,7 @@ class Exchange:
         """
         header, peer = decode(arrival.header), arrival.peer
         if isinstance(header, Control):
-            self._on_control(peer, header)
+            self._on_control(peer, header, arrival.waiting_since_ns)
             return None
         for ack in header.acks:
             sending = self._link(self.sending, peer, ack.edge, "an ack")
@@ -271,8 +275,8 @@ class Exchange:
             raise
         link.window.received = header.sequence
         self._owing[link] = None
-        if link.measured and 0 < arrival.waiting_since_ns <= header.sent_ns:
-            self._tell_speed(link, header)
+        if link.measured and arrival.waiting_since_ns:
+            self._tell_waited(link, header, arrival.waiting_since_ns)
         try:
             nbytes = _checked(link, header.rows, header.tensors)
         except ProtocolError as error:
@@ -280,12 +284,23 @@ class Exchange:
             raise RefusedMessage(str(error), header.rows) from None
         return Received(link, header, arrival.buffers, nbytes, self.clock())
 
-    def _tell_speed(self, link: ReceivingLink, header: Header) -> None:
-        # one clock: hosts are processes of one machine
-        nbytes = sum(meta.nbytes for meta in header.tensors)
-        if nbytes >= auto.MEASURED_BYTES:
-            took_ns = max(1, self.clock() - header.sent_ns)
-            self._tell(link.spec.source, control(link.spec.edge, Verb.SPEED, nbytes, took_ns))
+    def _tell_waited(self, link: ReceivingLink, header: Header, since_ns: int) -> None:
+        """Let the sender find out how fast the link is, by its own clock: the clocks of two machines are never compared."""
+        if sum(meta.nbytes for meta in header.tensors) >= auto.MEASURED_BYTES:
+            waited_ns = max(0, self.clock() - since_ns)
+            self._tell(link.spec.source, control(link.spec.edge, Verb.SPEED, header.sequence, waited_ns))
+
+    def _learn_speed(self, link: SendingLink, sequence: int, waited_ns: int, waiting_since_ns: int) -> None:
+        """A round trip says how fast the link is where nobody was busy meanwhile: the receiver had waited for longer than it
+        took, and the answer was waited for here."""
+        while link.timed and link.timed[0][0] < sequence:
+            link.timed.popleft()
+        if link.chooser is None or not link.timed or link.timed[0][0] != sequence:
+            return
+        _, sent_ns, nbytes = link.timed.popleft()
+        took_ns = max(1, self.clock() - sent_ns)
+        if waiting_since_ns and waited_ns >= took_ns:
+            link.chooser.measured(nbytes, took_ns)
 
     def _misplaced(self, header: Header, peer: str, link: ReceivingLink | None) -> str:
         if link is None:
@@ -346,7 +361,7 @@ class Exchange:
 
     # -- control ------------------------------------------------------------------------------------------------
 
-    def _on_control(self, peer: str, message: Control) -> None:
+    def _on_control(self, peer: str, message: Control, waiting_since_ns: int) -> None:
         verb, arguments = message.verb, message.arguments
         if self._on_control_message is not None:
             self._on_control_message(message.edge, verb, peer, False, arguments)
@@ -360,7 +375,8 @@ class Exchange:
             else:
                 self._acknowledge(receiving)
         else:
-            self._on_answer(self._link(self.sending, peer, message.edge, verb.name), verb, arguments)
+            link = self._link(self.sending, peer, message.edge, verb.name)
+            self._on_answer(link, verb, arguments, waiting_since_ns)
 
     def _on_hello(self, peer: str, edge: int, offer: tuple[Any, ...]) -> None:
         link = self.receiving.get((edge, peer))
@@ -372,7 +388,7 @@ class Exchange:
         link.open = True
         self._tell(peer, control(edge, Verb.WELCOME, *link.window.limits()))
 
-    def _on_answer(self, link: SendingLink, verb: Verb, arguments: tuple[Any, ...]) -> None:
+    def _on_answer(self, link: SendingLink, verb: Verb, arguments: tuple[Any, ...], waiting_since_ns: int) -> None:
         if verb is Verb.WELCOME:
             link.open = True
             link.window.grant(*arguments)
@@ -383,8 +399,7 @@ class Exchange:
             if link.on_used is not None:
                 self._tell_used(link, link.on_used)
         elif verb is Verb.SPEED:
-            if link.chooser is not None:
-                link.chooser.measured(*arguments)
+            self._learn_speed(link, arguments[0], arguments[1], waiting_since_ns)
         elif verb is Verb.AGAIN:
             for sent in link.window.since(arguments[0]):
                 self.counters["sent_again"] += 1

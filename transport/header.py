@@ -73,7 +73,7 @@ class Verb(enum.IntEnum):
     PROBE = 5
     """sender → receiver: nothing came back for a while; [highest sequence sent]."""
     SPEED = 6
-    """receiver → sender: a message that it waited for; [bytes, nanoseconds on the way]."""
+    """receiver → sender: a large message has come; [its sequence, nanoseconds that the receiver had waited for it]."""
 
 
 class Row(NamedTuple):

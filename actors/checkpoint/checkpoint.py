@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ranvier.transport.files import read_bounded
+
 from ..errors import CheckpointError
 from . import config as configs
 from . import gguf_file, safetensors_file
@@ -272,9 +274,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: missing, too large, or no JSON object.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: expected at most {MAX_JSON_BYTES} bytes")
-        made = json.loads(path.read_bytes())
+        made = json.loads(read_bounded(path, MAX_JSON_BYTES))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import CheckpointError
+from .bounds import MOST_COUNT, MOST_LAYERS, MOST_SIZE, number, whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,20 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_context: int = 8192
     factors: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            if not number(getattr(self, name), 0.0, 1e6):
+                raise CheckpointError(f"config: rope: expected {name} over 0, got {getattr(self, name)!r}")
+        if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
+            low, high = self.low_freq_factor, self.high_freq_factor
+            raise CheckpointError(
+                f"config: rope: expected low_freq_factor under high_freq_factor, got {low} and {high}"
+            )
+        if not whole(self.original_context, 1, MOST_COUNT):
+            raise CheckpointError(f"config: rope: expected a context of at least 1, got {self.original_context!r}")
+        if not all(number(factor, 0.0, 1e6) for factor in self.factors):
+            raise CheckpointError("config: rope: expected all factors over 0")
 
 
 LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
@@ -62,10 +77,22 @@ class Seq2Seq:
     """Whether the two ends have embeddings of their own."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "heads", "intermediate", "source_vocab"):
+        for name, most in (
+            ("layers", MOST_LAYERS),
+            ("heads", MOST_SIZE),
+            ("intermediate", MOST_SIZE),
+            ("source_vocab", MOST_SIZE),
+        ):
             value = getattr(self, name)
-            if type(value) is not int or not 0 < value < 1 << 31:
+            if not whole(value, 1, most):
                 raise CheckpointError(f"config: expected the encoder's {name} as a positive integer, got {value!r}")
+        if not whole(self.start_token, 0, MOST_COUNT):
+            raise CheckpointError(f"config: expected a token to start with, got {self.start_token!r}")
+        if self.positions == "relative" and not (4 <= self.buckets <= 4096 and self.distance > self.buckets // 4):
+            raise CheckpointError(
+                f"config: expected 4 to 4096 buckets of relative positions and a larger distance, got {self.buckets} and "
+                f"{self.distance}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,14 +153,40 @@ class ModelConfig:
     """Why its layers cannot be cut apart, nor a prompt; then one actor (`kind: model`) runs it whole. Empty: they can."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab", "hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "context"):
+        sizes = dict.fromkeys(("vocab", "hidden", "heads", "kv_heads", "head_dim", "intermediate"), MOST_SIZE)
+        for name, most in {**sizes, "layers": MOST_LAYERS, "context": MOST_COUNT}.items():
             value = getattr(self, name)
-            if type(value) is not int or not 0 < value < 1 << 31:
-                raise CheckpointError(f"config: expected {name} as a positive integer, got {value!r}")
+            if not whole(value, 1, most):
+                raise CheckpointError(f"config: expected {name} as a positive integer of at most {most}, got {value!r}")
+        if self.native or self.experts:
+            self._check_numbers()
         if self.heads % self.kv_heads:
             raise CheckpointError(f"config: {self.heads} heads are no multiple of {self.kv_heads} key-value heads")
         if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0):
             raise CheckpointError(f"config: expected a window for each of {self.layers} layers, got {self.windows}")
+
+    def _check_numbers(self) -> None:
+        """What this package's own blocks compute with."""
+        if not number(self.norm_eps, 0.0, 0.1):
+            raise CheckpointError(f"config: expected a norm's epsilon over 0 and at most 0.1, got {self.norm_eps!r}")
+        turned = not self.learned_positions and self.encoder is None
+        for base in (self.rope_theta, self.local_rope_theta if self.local_rope_theta is not None else self.rope_theta):
+            if turned and not number(base, 1.0, 1e12):
+                raise CheckpointError(f"config: expected a rotary base over 1 and at most 1e12, got {base!r}")
+        for name in ("attention_scale", "logit_softcap", "embedding_scale"):
+            value = getattr(self, name)
+            if value is not None and not number(value, 0.0, 1e6):
+                raise CheckpointError(f"config: expected {name} over 0, got {value!r}")
+        if not whole(self.experts, 0, MOST_LAYERS) or not whole(self.experts_per_token, 0, self.experts):
+            raise CheckpointError(
+                f"config: expected experts and fewer of them for a token, got {self.experts} and {self.experts_per_token}"
+            )
+        if not whole(self.shared_expert, 0, MOST_SIZE):
+            raise CheckpointError(f"config: expected the width of the shared expert, got {self.shared_expert!r}")
+        if not all(whole(window, 0, MOST_COUNT) for window in self.windows):
+            raise CheckpointError("config: expected each window as a whole number of positions")
+        if not all(whole(token, 0, MOST_COUNT) for token in self.eos_tokens):
+            raise CheckpointError(f"config: expected the ids of tokens that end a text, got {self.eos_tokens!r:.80}")
 
     @property
     def kv_elements_per_token_and_layer(self) -> int:
@@ -205,5 +258,5 @@ def from_gguf(
         raise CheckpointError(
             f"{where}: expected the metadata {f'{arch}.{error.args[0]}'!r}, which is missing"
         ) from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{where}: {error}") from None

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ranvier.transport.files import regular
+
 from ..errors import CheckpointError
 
 MAX_TENSORS = 65_536
@@ -56,7 +58,7 @@ def read_header(path: Path) -> GGUFHeader:
         CheckpointError: not a GGUF file, truncated, a name twice, an offset that overlaps or leaves the file.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with regular(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             return _Reader(path, data).read()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None

@@ -9,8 +9,8 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..errors import CheckpointError
-from . import hf_seq2seq
+from ..errors import CheckpointError, told
+from . import bounds, hf_seq2seq
 from .config import Activation, ModelConfig, RopeScaling
 from .hf_seq2seq import eos_tokens
 
@@ -28,6 +28,10 @@ def from_hf(config: Config, where: str) -> ModelConfig:
         NotBuiltIn: a family or feature that is not built in.
         CheckpointError: a field that is missing or cannot be.
     """
+    try:
+        bounds.check(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from None
     family = config.get("model_type")
     made = FAMILIES.get(str(family)) or hf_seq2seq.FAMILIES.get(str(family))
     try:
@@ -41,7 +45,7 @@ def from_hf(config: Config, where: str) -> ModelConfig:
         raise CheckpointError(f"{where}: expected the field {error.args[0]!r}, which is missing") from None
     except NotBuiltIn as error:
         raise NotBuiltIn(f"{where}: {error}") from None
-    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
         raise CheckpointError(f"{where}: {error}") from None
 
 
@@ -222,7 +226,10 @@ def _foreign(config: Config, why: str) -> ModelConfig:
 
     if family in DRAFTERS:
         raise NotBuiltIn(f"{why}, and {family} is no model by itself: it drafts for another, from that one's states")
-    made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))  # fills in what the file leaves to defaults
+    try:
+        made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))  # fills in what the file leaves to defaults
+    except Exception as error:  # of a class of the library's own
+        raise CheckpointError(f"config: transformers refuses it: {told(error)[:300]}") from None
     sizes = text = made.get_text_config()  # of a model that takes pictures or sound, too, what it does with text
     uncut = _uncut(made, text)
     if not hasattr(sizes, "hidden_size"):  # several stacks of layers: the sizes of the largest

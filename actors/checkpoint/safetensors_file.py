@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ranvier.transport.files import regular
+
 from ..errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
@@ -50,7 +52,7 @@ def read_header(path: Path) -> dict[str, SafeTensor]:
         CheckpointError: truncated, a header too large, a name twice, offsets that overlap or leave the file.
     """
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
             head = file.read(8)

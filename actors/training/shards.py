@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ranvier.transport.aligned import aligned
+from ranvier.transport.files import regular
 
 from ..module import fill
 from .spec import folder_of
@@ -57,7 +58,7 @@ def read(folder: Path, actor: str, stage: Stage, optimizer: torch.optim.Optimize
     """
     file = folder / f"{actor}{STATE}.safetensors"
     try:
-        with safe_open(file, "pt") as opened:
+        with safe_open(regular(file), "pt") as opened:
             told = opened.metadata() or {}
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
     except (SafetensorError, OSError) as error:

@@ -19,11 +19,14 @@ from typing import Any
 
 from ranvier.actors.checkpoint.hf_config import to_hf
 from ranvier.actors.training.spec import folder_of
+from ranvier.transport.files import read_text
 
 from .. import tokenizer
 from ..errors import RequestError
 from .plan import TrainingPlan
 
+MOST_BYTES = 1 << 30
+"""Of an index, which has the history of all steps."""
 INDEX, LATEST, LOCK = "index.json", "latest", "lock"
 BROUGHT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -66,14 +69,18 @@ def latest(out: Path, plan: TrainingPlan) -> Checkpoint | None:
         RequestError: it is of another graph, or damaged.
     """
     try:
-        name = (out / LATEST).read_text().strip()
+        name = read_text(out / LATEST, 4096).strip()
     except FileNotFoundError:
         return None
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{out / LATEST}: {error}; remove it, or give another --out") from None
+    if Path(name).name != name:
+        raise RequestError(f"{out / LATEST}: expected a folder of {out}, got {name!r:.80}; remove it")
     folder = out / name
     try:
-        told = json.loads((folder / INDEX).read_text())
+        told = json.loads(read_text(folder / INDEX, MOST_BYTES))
         rounds, history, ours = int(told["rounds"]), list(told["history"]), told["hash"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RequestError(f"{folder}: damaged: {error}; remove it, or give another --out") from None
     if ours != plan.resumable:
         raise RequestError(

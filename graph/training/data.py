@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ranvier.actors import kinds
 from ranvier.actors.kinds import KindError
+from ranvier.transport.files import read_text
 
 from .. import tokenizer
 from ..checked import Graph
@@ -26,6 +27,9 @@ SOURCES = ("text", "tokens", "tensors", "source")
 """What data may be given as."""
 
 Tensors = Mapping[str, "torch.Tensor"]
+
+MOST_BYTES = 1 << 32
+"""Of a text."""
 
 
 class Data(Protocol):
@@ -127,7 +131,11 @@ def _of_text(plan: TrainingPlan, file: Path) -> numpy.ndarray[Any, Any]:
     checkpoint = plan.graph.checkpoint
     if checkpoint is None or not tokenizer.brought_by(checkpoint):
         raise RequestError("training: data: text needs a model with a tokenizer; give a file of tokens instead")
-    return numpy.array(tokenizer.of(checkpoint).encode(file.read_text(encoding="utf-8"), special=False))
+    try:
+        text = read_text(file, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"training: data: {file.name}: {error}") from None
+    return numpy.array(tokenizer.of(checkpoint).encode(text, special=False))
 
 
 def _of_tokens(plan: TrainingPlan, file: Path) -> numpy.ndarray[Any, Any]:

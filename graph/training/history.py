@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..command_line import writable
+
 
 class History:
     """Use it in a `with`. Nothing is touched before `begin`."""
@@ -26,6 +28,7 @@ class History:
         """From here on what follows these is told: what was written of later steps comes again, and is taken out."""
         if self._open is not None:
             self._open.close()
+        writable(self._file)
         part = self._file.with_suffix(".part")
         part.write_text("".join(json.dumps(told) + "\n" for told in stands), encoding="utf-8")
         part.replace(self._file)

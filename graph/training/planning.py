@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from ranvier.actors.errors import words
 from ranvier.actors.model import weights
 from ranvier.actors.spec import GATEWAY, identity
 from ranvier.actors.training import schedule as schedules
@@ -26,6 +27,7 @@ from ranvier.actors.training.spec import (
     TrainingLink,
 )
 from ranvier.transport.dtypes import BY_NAME
+from ranvier.transport.files import read_text
 from ranvier.transport.header import GRAD, STATE
 from ranvier.transport.link import LinkSpec
 from ranvier.transport.spec import TensorSpec
@@ -42,6 +44,9 @@ ENDS = ("head", "last_stage", "model")
 """Those that have logits."""
 CREDIT_BYTES = 1 << 30
 _NUMBER = TensorSpec("float64", (1,))
+
+MOST_BYTES = 1 << 20
+"""Of a schedule's file."""
 
 
 def training_plan(graph: Graph) -> TrainingPlan:
@@ -239,7 +244,7 @@ class _Planning:
                 file = (self.graph.path.parent / section.schedule).resolve()
                 if not file.is_relative_to(self.graph.path.parent.resolve()):
                     raise self._wrong(f"schedule {section.schedule!r} leaves the graph's folder", "schedule")
-                made = schedules.parse(file.read_text(), stages)
+                made = schedules.parse(read_text(file, MOST_BYTES), stages)
                 if made.micro_batches != section.micro_batches:
                     raise self._wrong(
                         f"schedule {section.schedule} has {made.micro_batches} micro-batches, micro_batches is "
@@ -249,9 +254,9 @@ class _Planning:
             schedules.check(made, stages)
         except ScheduleError as error:
             raise self._wrong(f"schedule {section.schedule}: {error}", "schedule") from None
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise self._wrong(
-                f"schedule {section.schedule!r}: neither one of {', '.join(schedules.NAMES)} nor a file: {error.strerror}",
+                f"schedule {section.schedule!r}: neither one of {', '.join(schedules.NAMES)} nor a file: {words(error)}",
                 "schedule",
             ) from None
         return made

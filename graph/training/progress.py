@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from ..printable import printable
 from .plan import TrainingPlan
 from .trainer import Step
 
@@ -46,7 +47,7 @@ class Progress:
     def say(self, what: str) -> None:
         """Something else than a step."""
         if self._bar is not None:
-            self._bar.console.print(what)
+            self._bar.console.print(printable(what), markup=False, highlight=False)
         else:
             print(f"ranvier: {what}", file=self._stream, flush=True)
 

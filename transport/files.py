@@ -42,6 +42,12 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
     return data
 
 
+def read_beginning(path: Path, most_bytes: int) -> bytes:
+    """Return the first bytes of a file, however long it is. Errors are those of `read_bounded`."""
+    with regular(path).open("rb") as file:
+        return file.read(most_bytes)
+
+
 def read_text(path: Path, most_bytes: int) -> str:
     """Return the text of a file (UTF-8).
 

@@ -1,0 +1,99 @@
+"""What the values of a config can be. A file may come from anybody: NaN, a negative size or a list for a number is refused by
+the check, before it becomes a wrong answer, an error deep in a library, or memory without end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import CheckpointError
+
+MOST_LAYERS, MOST_SIZE, MOST_COUNT = 4096, 1 << 24, (1 << 31) - 1
+LAYERS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "num_encoder_layers",
+    "num_decoder_layers",
+)  # fmt: skip
+SIZES = (
+    "vocab_size", "hidden_size", "d_model", "n_embd", "intermediate_size", "moe_intermediate_size", "d_ff", "d_kv",
+    "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "head_dim", "num_attention_heads", "n_head", "num_heads",
+    "num_key_value_heads", "encoder_attention_heads", "decoder_attention_heads",
+)  # fmt: skip
+EXPERTS = ("num_local_experts", "num_experts", "num_experts_per_tok")
+COUNTS = (
+    "max_position_embeddings", "n_positions", "sliding_window", "shared_expert_intermediate_size",
+    "original_max_position_embeddings", "relative_attention_num_buckets", "relative_attention_max_distance",
+)  # fmt: skip
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+BASES = ("rope_theta", "rope_local_base_freq")
+FACTORS = (
+    "final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar", "factor", "low_freq_factor",
+    "high_freq_factor",
+)  # fmt: skip
+TOKENS = (
+    "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id",
+)  # fmt: skip
+FLAGS = (
+    "attention_bias", "mlp_bias", "tie_word_embeddings", "norm_topk_prob", "scale_embedding", "use_sliding_window",
+    "normalize_before", "add_final_layer_norm",
+)  # fmt: skip
+WORDS = ("hidden_act", "hidden_activation", "activation_function", "rope_type", "feed_forward_proj", "dense_act_fn")
+
+
+def check(config: Mapping[str, Any], where: str = "") -> None:
+    """Check all values that are used under any family's name for them, those of nested objects, too. Null is as good as none.
+
+    Raises:
+        CheckpointError: one cannot be; names it.
+    """
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            check(value, f"{where}{name}.")
+        elif value is not None:
+            expected = _expected(name, value)
+            if expected:
+                raise CheckpointError(f"config: {where}{name}: expected {expected}, got {value!r:.80}")
+    types, layers = config.get("layer_types"), config.get("num_hidden_layers")
+    if types is not None and not (isinstance(types, list) and all(isinstance(each, str) for each in types)):
+        raise CheckpointError(f"config: {where}layer_types: expected a list of words, got {types!r:.80}")
+    if types is not None and isinstance(layers, int) and len(types) != layers:
+        raise CheckpointError(f"config: {where}layer_types: expected one for each of {layers} layers, got {len(types)}")
+
+
+def _expected(name: str, value: Any) -> str:
+    """What a value was expected to be; empty if it is that."""
+    if isinstance(value, list) and name not in (*TOKENS, *LAYERS, *EPSILONS, *BASES, *FACTORS, *FLAGS, *WORDS):
+        return ""  # of families whose layers differ; others do not take it
+    if name in LAYERS:
+        return "" if whole(value, 1, MOST_LAYERS) else f"a whole number from 1 to {MOST_LAYERS}"
+    if name in SIZES:
+        return "" if whole(value, 1, MOST_SIZE) else f"a whole number from 1 to {MOST_SIZE}"
+    if name in EXPERTS:
+        return "" if whole(value, 0, MOST_LAYERS) else f"a whole number from 0 to {MOST_LAYERS}"
+    if name in COUNTS:
+        return "" if whole(value, 0, MOST_COUNT) else f"a whole number from 0 to {MOST_COUNT}"
+    if name in EPSILONS:
+        return "" if number(value, 0.0, 0.1) else "a number over 0 and at most 0.1"
+    if name in BASES:
+        return "" if number(value, 1.0, 1e12) else "a number over 1 and at most 1e12"
+    if name in FACTORS:
+        return "" if number(value, 0.0, 1e6) else "a number over 0 and at most 1e6"
+    if name in TOKENS:
+        ids = value if isinstance(value, list) else [value]
+        return "" if all(whole(token, -1, MOST_COUNT) for token in ids) else "a token's id, or a list of them"
+    if name in FLAGS:
+        return "" if isinstance(value, bool) else "true or false"
+    if name in WORDS:
+        return "" if isinstance(value, str) else "a word"
+    return "a finite number" if isinstance(value, float) and not math.isfinite(value) else ""
+
+
+def whole(value: Any, least: int, most: int) -> bool:
+    """Whether a value is a whole number in a range. True and false are none."""
+    return type(value) is int and least <= value <= most
+
+
+def number(value: Any, over: float, most: float) -> bool:
+    """Whether a value is a finite number in a range."""
+    return type(value) in (int, float) and math.isfinite(value) and over < value <= most
