@@ -279,8 +279,7 @@ class HostCore:
             self._put_in_order()
         if len(self._ready) == 1 and len(self._ready[0].batch.rows) == 1:
             return self._current(self._ready.popleft())
-        # with no session open, as after clients that left together, what is queued is dropped piece by piece
-        most_rows = max(1, -(-len(self._epochs) // self._batches)) if self._batches > 1 else self._most_rows
+        most_rows = self._rows_of_a_batch
         if len(self._ready) == 1:
             return self._next_current(most_rows)
         pieces: list[Work] = []
@@ -313,6 +312,14 @@ class HostCore:
             tuple(source for piece in pieces for source in piece.sources),
             tuple(pieces),
         )
+
+    @property
+    def _rows_of_a_batch(self) -> int:
+        """How many rows go into one batch. With no session open, as after clients that left together, what is queued is still
+        dropped piece by piece: never none."""
+        if self._batches == 1:
+            return self._most_rows
+        return max(1, -(-len(self._epochs) // self._batches))
 
     def abandon(self) -> tuple[Row, ...]:
         """Drop the pieces that the last `take` was laying together when it failed, and give their credit back. Returns

@@ -18,7 +18,7 @@ from ranvier.actors.zygote_process import ZygoteProcess
 from ranvier.transport.errors import KeyFileError, RanvierError
 from ranvier.transport.files import read_beginning, read_bounded, regular
 
-from . import causes, compare, perfetto, resumed, run_folder, show, trace, trace_plot
+from . import causes, compare, perfetto, resumed, run_folder, runs_command, show, trace, trace_plot
 from .attached import scale_command, top_command, why_command
 from .check import load as load_graph
 from .checked import Graph
@@ -476,6 +476,7 @@ def _trace(
         say(trace.table(told))
 
 
+app.add_typer(runs_command.app, name="runs")
 app.command("scale")(scale_command)
 app.command("why")(why_command)
 app.command("top")(top_command)

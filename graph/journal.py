@@ -17,7 +17,7 @@ import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,14 +113,15 @@ class Request:
 
 
 class Journal:
-    """The writing end. `known` are the requests that it tells of, by id.
+    """The writing end. `known` are the requests that it tells of, by id; `write` is `os.pwrite`, but for tests.
 
     Raises:
         OSError: it cannot be made.
     """
 
-    def __init__(self, folder: Path, run: Began) -> None:
+    def __init__(self, folder: Path, run: Began, write: Callable[[int, bytes, int], int] = os.pwrite) -> None:
         self._path = folder / FILE
+        self._write = write
         self._run = run
         self._pending: list[Line] = []
         self._bytes = self._compact_at = 0
@@ -160,10 +161,15 @@ class Journal:
             self._behind = not self._append(lines)
         return not self._behind
 
+    def catch_up(self) -> None:
+        """Write what a full disk has kept out of the file, though nothing new has happened."""
+        if self._behind:
+            self._behind = not self._write_anew()
+
     def _append(self, lines: Iterable[Line]) -> bool:
         data = b"".join([_to_line(line) + b"\n" for line in lines])
         with contextlib.suppress(OSError):
-            if os.pwrite(self._file, data, self._bytes) == len(data):
+            if self._write(self._file, data, self._bytes) == len(data):
                 self._bytes += len(data)
                 return True
         with contextlib.suppress(OSError):
@@ -178,7 +184,7 @@ class Journal:
             part.unlink(missing_ok=True)
             made = _locked(part, os.O_RDWR | os.O_CREAT | os.O_EXCL)
             try:
-                if os.pwrite(made, data, 0) != len(data):
+                if self._write(made, data, 0) != len(data):
                     raise OSError("short write")
                 part.replace(self._path)
             except OSError:

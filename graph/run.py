@@ -548,6 +548,8 @@ class Run:
             else:
                 exchange.tick()
                 self._give_up_unanswered()
+                if self.journal is not None:
+                    self.journal.catch_up()
             if due_ns is not None and time.monotonic_ns() >= due_ns:
                 gateway.on_due(time.monotonic_ns())
             self._flush()

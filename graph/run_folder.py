@@ -20,6 +20,7 @@ import os
 import platform
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -34,6 +35,7 @@ from ranvier.actors.spec import GATEWAY
 from ranvier.transport import curve
 from ranvier.transport.endpoint import MAX_IPC_PATH_BYTES
 
+from . import runs
 from .checked import Graph
 from .plan import Plan
 
@@ -47,6 +49,8 @@ class RunFolder:
     path: Path
     sockets: Path
     """Where the sockets are: a folder of its own where paths in the run's would be too long."""
+    lock: int
+    """The descriptor that holds the folder while the run goes on."""
     known: dict[str, Any] = field(default_factory=dict)
     lost: Counter[str] = field(default_factory=Counter)
 
@@ -88,6 +92,8 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # it led to a short one
             (self.path / "sockets").unlink()
+        with contextlib.suppress(OSError):  # done before
+            os.close(self.lock)
 
 
 def create(plan: Plan, root: Path) -> RunFolder:
@@ -101,7 +107,7 @@ def create(plan: Plan, root: Path) -> RunFolder:
     path = root.absolute() / f"{graph.name}-{stamp}-{secrets.token_hex(2)}"
     root.mkdir(parents=True, exist_ok=True)
     path.mkdir(mode=0o700)
-    folder = RunFolder(path, _sockets(graph, path))
+    folder = RunFolder(path, _sockets(graph, path), runs.hold(path))
     for part in (folder.logs, folder.trace):
         part.mkdir(mode=0o700)
     if plan.keys(path) == folder.keys:
@@ -120,9 +126,24 @@ def create(plan: Plan, root: Path) -> RunFolder:
         machine={"system": platform.platform(), "cores": os.cpu_count()},
         versions=versions(),
     )
+    _prune(root, graph)
     if folder.lost:
         raise OSError(errno.ENOSPC, "run.json cannot be written", str(path))
     return folder
+
+
+def _prune(root: Path, graph: Graph) -> None:
+    """Keep a folder of runs within the graph's bounds, and say so once: when it is done there for the first time."""
+    bound = graph.file.runs
+    gone = runs.prune(root, bound.newest, int(bound.gigabytes * 1e9))
+    said = root / ".pruned"
+    if gone and not said.exists():
+        with contextlib.suppress(OSError):
+            said.touch()
+        what = (
+            f"the newest {bound.newest} runs stay, {bound.gigabytes:g} GB at most; {len(gone)} older ones were removed"
+        )
+        print(f"ranvier: {root}: {what} (runs: of the graph file; this is said once)", file=sys.stderr)
 
 
 def versions() -> Mapping[str, str]:

@@ -199,6 +199,13 @@ class TelemetrySection(Section):
     )
 
 
+class RunsSection(Section):
+    """How many run folders stay beside each other. The oldest are removed when a run begins."""
+
+    newest: int = Field(50, ge=1, le=1 << 20, description="this many")
+    gigabytes: float = Field(2.0, ge=0, le=1e9, strict=False, description="and no more than this, in 10^9 bytes")
+
+
 class GraphFile(Section):
     """A graph: actors, edges, settings."""
 
@@ -231,6 +238,9 @@ class GraphFile(Section):
     telemetry: TelemetrySection = Field(
         default_factory=lambda: TelemetrySection(),
         description="OpenTelemetry and Prometheus: {otlp: http://127.0.0.1:4318, metrics: 127.0.0.1:9464}",
+    )
+    runs: RunsSection = Field(
+        default_factory=lambda: RunsSection(), description="which run folders stay: {newest: 50, gigabytes: 2}"
     )
     journal: bool = Field(
         False,
@@ -335,7 +345,7 @@ def _fields_at(path: tuple[Any, ...]) -> list[str]:
         return list(Quorum.model_fields)
     sections: dict[str, type[Section]] = {
         "model": ModelSection, "actors": ActorSection, "edges": EdgeSection, "supervision": SupervisionSection,
-        "training": TrainingSection, "record": RecordSection, "telemetry": TelemetrySection,
+        "training": TrainingSection, "record": RecordSection, "telemetry": TelemetrySection, "runs": RunsSection,
     }  # fmt: skip
     if path[:1] == ("training",) and len(path) > 1:
         return list(PARTS[str(path[1])].model_fields)

@@ -1,6 +1,6 @@
 """A whole graph in one thread: the real gateway, supervision, links and host cores over wires in memory, in virtual time, in an
 order that a seed gives. Messages are lost, repeated, late and damaged, commands are late, hosts crash, hang, are noticed by their
-silence and replaced within their budget, clients leave.
+silence and replaced within their budget, clients leave; and more from outside (mishaps.py).
 
 The model is small enough to be computed beside it: a token is a number that depends on all tokens before it, and every actor
 that keeps something for a session checks that it is told each position once. A seed that fails is played again by
@@ -15,13 +15,14 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ranvier.actors.actor import Actor, Batch, keeps
 from ranvier.actors.core import HostCore
-from ranvier.actors.errors import ActorFailed, Overloaded
+from ranvier.actors.errors import ActorFailed, Expired, Overloaded
 from ranvier.actors.lifecycle import State
 from ranvier.actors.open_sessions import OpenSessions
 from ranvier.actors.session import SessionInfo
@@ -36,6 +37,9 @@ from ranvier.transport.header import Row
 from ranvier.transport.link import LinkSpec
 from ranvier.transport.spec import TensorSpec
 from ranvier.transport.testing import Crossing, MemoryNetwork
+
+sys.path.insert(0, str(Path(__file__).parent))
+from mishaps import Mishaps
 
 TOKEN = TensorSpec("int64", ("tokens",))
 SAMPLED = TensorSpec("int64", ("rows",))
@@ -155,15 +159,19 @@ class Head(Actor):
 class Host:
     """The step thread of one host, without the thread."""
 
-    def __init__(self, actor: str, replica: int, epoch: int, network: MemoryNetwork, layers: type[Actor]) -> None:
+    def __init__(
+        self, actor: str, replica: int, epoch: int, network: MemoryNetwork, layers: type[Actor], batches: int = 1
+    ) -> None:
         self.actor, self.replica, self.epoch = actor, replica, epoch
         self.name = identity(actor, replica, epoch)
         self.wire = network.wire(self.name)
-        self.exchange = Exchange(self.name, "g", (), network.clock)
+        self.offset_ns = 0
+        """How far the clock of its machine is ahead."""
+        self.exchange = Exchange(self.name, "g", (), lambda: network.clock() + self.offset_ns)
         inputs = {into: spec for _, _, target, into, spec, _ in EDGES if target == actor}
         outputs = {out: spec for source, out, _, _, spec, _ in EDGES if source == actor}
         ports = [[PortSpec(name, spec) for name, spec in side.items()] for side in (inputs, outputs)]
-        self.core = HostCore(ports[0], ports[1], (), self.exchange, 8)
+        self.core = HostCore(ports[0], ports[1], (), self.exchange, 8, batches=batches)
         self.component = Embed() if actor == "embed" else Head() if actor == "head" else layers()
         self.open_sessions = OpenSessions(self.component, self.core)
         self.commands: deque[tuple[str, dict[str, Any]]] = deque()
@@ -208,6 +216,9 @@ class Simulation:
         self.chance = chance = random.Random(seed)
         self.happened: Counter[str] = Counter()
         self.network = MemoryNetwork(self.fault)
+        self.mishaps = Mishaps(seed, self)
+        self.batches = self.mishaps.chance.choice((1, 2))
+        self.deadlines: dict[Stream, int] = {}
         self.calm = False
         self.badness = chance.choice((0.0, 0.02, 0.1))
         self.live = {actor: {0: 1} for actor in ACTORS} | {GATEWAY: {0: 1}}
@@ -221,10 +232,11 @@ class Simulation:
         self.hosts = {}
         for actor in ACTORS:
             for replica in self.live[actor]:
-                host = self.hosts[actor, replica] = Host(actor, replica, 1, self.network, self.layers)
+                host = self.hosts[actor, replica] = Host(actor, replica, 1, self.network, self.layers, self.batches)
                 placement.join(actor, replica, CAPACITY, keeps(host.component))
                 host.commands.append(("link", {"links": links(actor, replica, self.live)}))
         self.gateway = Gateway(self.exchange, links(GATEWAY, 0, self.live), placement, CHUNK)
+        self.gateway.on_delivered, self.gateway.on_ended = self.mishaps.delivered, self.mishaps.ended
         self.exchange.open()
         self.restart = Restart(chance.choice((1, 20, 20, 20)), 1e6, 0.05)
         specs = [self.spec(host.actor, host.replica, 1) for host in self.hosts.values()]
@@ -292,6 +304,7 @@ class Simulation:
                     host.commands.append((kind, fields))
         self.gateway.commands.clear()
         self.flush(self.exchange, self.exchange.me)
+        self.mishaps.journal.flush()
 
     def receive_gateway(self) -> None:
         arrival = self.wire.receive(0)
@@ -320,8 +333,11 @@ class Simulation:
 
     def submit(self, prompt: Sequence[int], count: int) -> None:
         info = SessionInfo(0, 0, len(prompt) + count, tuple(prompt), count, logits=False)
+        due_ns = 0
+        if self.mishaps.chance.random() < 0.2:
+            due_ns = self.network.clock() + self.mishaps.chance.randrange(10**9, 10**11)
         try:
-            stream = self.gateway.submit(info)
+            stream = self.gateway.submit(info, deadline_ns=due_ns)
         except Overloaded:
             self.happened["overloaded"] += 1
             return
@@ -329,6 +345,9 @@ class Simulation:
             if error is not self.supervision.failure:
                 raise
             return
+        self.mishaps.asked(stream, info)
+        if due_ns:
+            self.deadlines[stream] = due_ns
         expected = list(prompt)
         for _ in range(count):
             expected.append(following(expected))
@@ -378,11 +397,11 @@ class Simulation:
     def replace(self, which: int) -> None:
         """Begin to put one in the place of a lost one."""
         actor, replica, epoch, due_s = self.away[which]
-        if self.now_s < due_s:
+        if self.now_s < max(due_s, self.mishaps.no_starts_until_s):
             return
         del self.away[which]
         self.supervision.add(self.spec(actor, replica, epoch), self.now_s, joining=True)
-        host = self.coming = Host(actor, replica, epoch, self.network, self.layers)
+        host = self.coming = Host(actor, replica, epoch, self.network, self.layers, self.batches)
         self.say(host.name, State.LOADING, State.READY)
         live = {**self.live, actor: {**self.live[actor], replica: epoch}}
         self.introduced = []
@@ -434,6 +453,7 @@ class Simulation:
             host.exchange.tick()
             self.flush(host.exchange, host.name)
         self.supervision.on_tick(self.now_s)
+        self.gateway.on_due(self.network.clock())
         self.exchange.idle()
         self.exchange.tick()
         self.flush_gateway()
@@ -444,6 +464,7 @@ class Simulation:
 
     def turn(self) -> None:
         """One thing, at random."""
+        self.mishaps.turn()
         dice = self.chance.random()
         if dice < 0.02 and self.left:
             self.left -= 1
@@ -496,11 +517,12 @@ class Simulation:
         """
         for turn in range(most):
             if turn > most // 2:
-                self.calm, self.crashes = True, 0
+                self.calm, self.crashes, self.mishaps.left = True, 0, 0
             if not self.left and all(stream.over for stream, _ in self.streams):
                 break
             self.turn()
         self.check()
+        self.mishaps.check()
         for what in ("sessions_resumed", "sessions_replayed"):
             self.happened[what] += self.exchange.counters[what]
         return self.happened
@@ -515,7 +537,9 @@ class Simulation:
             positions = [event.position for event in delivered if isinstance(event, Delivered)]
             assert positions == list(range(first, first + len(tokens))), "a gap, a repeat, or out of order"
             assert tokens == expected[: len(tokens)], f"session {stream.info.session}: {tokens}, expected {expected}"
-            if isinstance(end, Exception):
+            if isinstance(end, Expired):
+                assert stream in self.deadlines, end
+            elif isinstance(end, Exception):
                 assert isinstance(end, ActorFailed), end
                 assert end is self.supervision.failure or "times in a row" in str(end), end
                 self.happened["given up"] += 1

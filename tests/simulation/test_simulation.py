@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import re
+import time
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from ranvier.actors import supervision
+from ranvier.actors.core import HostCore
 
 
 def _simulate() -> ModuleType:
@@ -24,15 +30,43 @@ simulate = _simulate()
 @pytest.mark.parametrize("first", range(0, 200, 50))
 def test_every_stream_ends_and_rightly(first: int) -> None:
     """Loss, repetition, delay, damage, crashes while others are replaced, hosts that hang, clients that leave: each happened, and
-    each stream is exact, or was ended by its client, by the error of an actor that it lost four times in a row, or with the
+    each stream is exact, or was ended by its client or its deadline, by the error of an actor that it lost four times in a row, or with the
     run, once a budget was used up."""
     happened: Counter[str] = Counter()
     for seed in range(first, first + 50):
         happened += simulate.Simulation(seed).play()
     for what in ("lost", "repeated", "late", "damaged", "crashed", "replaced", "hung", "left", "exact"):
         assert happened[what] > 5, happened
+    for what in ("left together", "expired", "paused", "disk full", "zygote died", "clocks jumped"):
+        assert happened[what], happened
     assert happened["sessions_resumed"], "none went on where it was"
 
 
 def test_a_schedule_is_the_same_each_time() -> None:
     assert simulate.Simulation(11).play() == simulate.Simulation(11).play()
+
+
+def found_within(seconds: float) -> str:
+    """What the first schedule that finds a fault says of it."""
+    until_s = time.monotonic() + seconds
+    for seed in itertools.count():
+        assert time.monotonic() < until_s, f"not found in {seed} schedules"
+        try:
+            simulate.Simulation(seed).play()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    raise AssertionError
+
+
+def test_it_finds_the_batch_of_no_rows_case_53(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case 53: a host that cut its batches by the number of open sessions laid an empty one together when all clients had left.
+    With that fault put back in, a schedule finds it within ten seconds."""
+    faulty = property(lambda core: -(-len(core._epochs) // core._batches) if core._batches > 1 else core._most_rows)
+    monkeypatch.setattr(HostCore, "_rows_of_a_batch", faulty)
+    assert re.search("empty|at least one row", found_within(10))
+
+
+def test_it_finds_a_supervisor_that_judges_by_its_own_late_clock_case_54(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case 54: a tick that is late itself must judge nobody. With that fault put back in, a schedule finds it."""
+    monkeypatch.setattr(supervision, "LATE", float("inf"))
+    assert "a healthy host was lost by a pause" in found_within(10)

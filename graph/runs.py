@@ -1,0 +1,114 @@
+"""The runs in a folder: what each was and came to, and which of them may go.
+
+A folder of runs is bounded: the newest stay. A run that still goes on stays, and so does one whose journal has requests that
+may be resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from ranvier.transport.files import read_text
+
+from . import journal
+
+LOCK = "lock"
+RUNNING, KILLED, UNKNOWN = "running", "killed", "unknown"
+MOST_BYTES = 16 << 20
+_NAME = re.compile(r".+-\d{8}-\d{6}-[0-9a-f]{4}")
+
+
+@dataclass(frozen=True, slots=True)
+class RunOfFolder:
+    """One run. `outcome`: what `run.json` says, `running`, or `killed`: its process ended without a word. `began`: ISO 8601."""
+
+    path: Path
+    began: str
+    outcome: str
+    nbytes: int
+    resumable: bool
+
+    @property
+    def may_go(self) -> bool:
+        """Whether nobody has a use for it but its reader."""
+        return self.outcome != RUNNING and not self.resumable
+
+
+def hold(path: Path) -> int:
+    """Lock a run's folder for as long as this process lives. Returns the descriptor to close at its end."""
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def _goes_on(path: Path) -> bool:
+    try:
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def found(root: Path) -> list[RunOfFolder]:
+    """Return the runs of a folder, the newest first."""
+    runs = []
+    with contextlib.suppress(OSError):
+        runs = [_of(path) for path in root.iterdir() if _is_run(path)]
+    return sorted(runs, key=lambda run: (run.began, run.path.name), reverse=True)
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a folder is a run's: nothing else is ever removed."""
+    named = _NAME.fullmatch(path.name) is not None and not path.is_symlink() and path.is_dir()
+    return named and (path / "plan.json").is_file() and (path / "logs").is_dir()
+
+
+def _of(path: Path) -> RunOfFolder:
+    told = {}
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        told = json.loads(read_text(path / "run.json", MOST_BYTES))
+    if not isinstance(told, dict):
+        told = {}
+    began = str(told.get("started") or "")
+    outcome = RUNNING if _goes_on(path) else str(told.get("outcome") or (KILLED if began else UNKNOWN))
+    nbytes = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(OSError):  # it goes on, and this was a socket
+                nbytes += os.lstat(os.path.join(folder, name)).st_blocks * 512
+    return RunOfFolder(path, began, outcome, nbytes, journal.is_open(path))
+
+
+def too_many(runs: list[RunOfFolder], newest: int, most_bytes: int) -> list[RunOfFolder]:
+    """Return those that are over a bound: not among the `newest`, or beyond `most_bytes` of all that are newer. The newest of
+    all stays."""
+    over, nbytes = [], 0
+    for index, run in enumerate(runs):
+        nbytes += run.nbytes
+        if index and (index >= newest or nbytes > most_bytes) and run.may_go:
+            over.append(run)
+            nbytes -= run.nbytes
+    return over
+
+
+def prune(root: Path, newest: int, most_bytes: int) -> list[RunOfFolder]:
+    """Remove the runs of a folder that are over a bound: those that were removed."""
+    gone = []
+    for run in too_many(found(root), newest, most_bytes):
+        shutil.rmtree(run.path, ignore_errors=True)
+        if not run.path.exists():
+            gone.append(run)
+    return gone

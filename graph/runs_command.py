@@ -1,0 +1,56 @@
+"""`ranvier runs`: what runs there are, and removing old ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import run_folder, runs
+from .command_line import Json, Wrong, print_json, say
+from .schema import RunsSection
+
+app = typer.Typer(help="List run folders, or remove old ones.", invoke_without_command=True)
+Folder = Annotated[Path, typer.Option("--runs", help="The folder that runs are made in.")]
+_BOUND = RunsSection()
+
+
+@app.callback()
+def list_runs(context: typer.Context, folder: Folder = run_folder.DEFAULT_ROOT, as_json: Json = False) -> None:
+    """List the runs of a folder, the newest first: name, when it began, outcome, size."""
+    if context.invoked_subcommand is not None:
+        return
+    if not folder.is_dir():
+        raise Wrong(f"{folder}: no such folder; give one with --runs")
+    found = runs.found(folder)
+    if as_json:
+        print_json([
+            {"name": run.path.name, "began": run.began, "outcome": run.outcome, "bytes": run.nbytes, "resumable": run.resumable}
+            for run in found
+        ])  # fmt: skip
+        return
+    width = max((len(run.path.name) for run in found), default=0)
+    for run in found:
+        more = "  can be resumed" if run.resumable else ""
+        say(f"{run.path.name:{width}}  {run.began[:19]:19}  {run.outcome:11}  {run.nbytes / 1e6:9.1f} MB{more}")
+    say(f"{len(found)} runs, {sum(run.nbytes for run in found) / 1e6:.1f} MB")
+
+
+@app.command("prune")
+def prune_command(
+    folder: Folder = run_folder.DEFAULT_ROOT,
+    newest: Annotated[int, typer.Option(min=1, help="Keep this many.")] = _BOUND.newest,
+    gigabytes: Annotated[float, typer.Option(min=0, help="Keep no more than this.")] = _BOUND.gigabytes,
+    as_json: Json = False,
+) -> None:
+    """Remove the oldest runs until the folder is within the bounds. A run that goes on, or can be resumed, stays."""
+    if not folder.is_dir():
+        raise Wrong(f"{folder}: no such folder; give one with --runs")
+    gone = runs.prune(folder, newest, int(gigabytes * 1e9))
+    if as_json:
+        print_json([run.path.name for run in gone])
+        return
+    for run in gone:
+        say(f"removed {run.path.name}")
+    say(f"{len(gone)} runs removed, {sum(run.nbytes for run in gone) / 1e6:.1f} MB")
