@@ -15,7 +15,7 @@ from ranvier.transport.spec import TensorSpec
 _NAMED = {7919: "hidden", 7907: "vocab", 2: "choices"}
 """Sizes that no dimension has by itself, and what they stand for."""
 _ANY = ModelConfig(
-    "any", 7907, 7919, 1, 1, 1, 1, 1, 1, 0.0, 0.0, None, True, experts=2, experts_per_token=2
+    "any", 7907, 7919, 1, 1, 1, 1, 1, 1, 1e-6, 10000.0, None, True, experts=2, experts_per_token=2
 )  # fmt: skip
 
 

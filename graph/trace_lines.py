@@ -54,7 +54,7 @@ class _PlannedHost(msgspec.Struct, frozen=True):
 
 class _Planned(msgspec.Struct, frozen=True):
     edges: Annotated[tuple[_PlannedEdge, ...], Meta(max_length=1 << 20)]
-    hosts: tuple[_PlannedHost, ...]
+    hosts: tuple[_PlannedHost, ...] = ()
 
 
 def read_json(file: Path, kind: Any = Any) -> Any:

@@ -7,6 +7,8 @@ import os
 import stat
 from pathlib import Path
 
+PIECE_BYTES = 1 << 18
+
 
 class FileRefused(OSError):
     """What stands in the place of a file is none, or it is larger than such a file can be."""
@@ -36,10 +38,12 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
     with os.fdopen(descriptor, "rb") as file:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise FileRefused(path, "expected a file, found something else")
-        data = file.read(most_bytes + 1)
+        data = bytearray()
+        while len(data) <= most_bytes and (piece := file.read(PIECE_BYTES)):  # no memory for what is not there
+            data += piece
     if len(data) > most_bytes:
         raise FileRefused(path, f"expected at most {most_bytes} bytes, found more")
-    return data
+    return bytes(data)
 
 
 def read_beginning(path: Path, most_bytes: int) -> bytes:

@@ -181,9 +181,9 @@ def test_shards_stay_in_their_folder_case_42(folder: Path) -> None:
             "model_type 'bert' is not built in, and transformers knows no causal model of that type",
         ),
         ({"hidden_size": None}, "hidden"),
-        ({"hidden_size": -4}, "expected hidden as a positive integer, got -4"),
+        ({"hidden_size": -4}, "hidden_size: expected a whole number from 1 to 16777216, got -4"),
         ({"num_key_value_heads": 3}, "4 heads are no multiple of 3"),
-        ({"vocab_size": "many"}, "expected vocab as a positive integer, got 'many'"),
+        ({"vocab_size": "many"}, "vocab_size: expected a whole number from 1 to 16777216, got 'many'"),
     ],
 )
 def test_a_config_that_cannot_be(change: dict[str, Any], words: str, folder: Path) -> None:

@@ -1,8 +1,9 @@
-"""A run whose trace is read by several tests."""
+"""Graphs that several tests run, and a run whose trace they read."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,42 @@ import pytest
 import trio
 
 import ranvier
+
+HERE = Path(__file__).parent
+MANY = {"max": 100, "window_s": 60, "backoff_s": 0}
+
+
+@pytest.fixture
+def four(
+    tiny: Any, split: Callable[[int, int], dict[str, Any]], graph_file: Callable[..., Path]
+) -> Callable[..., ranvier.Graph]:
+    """A small llama as embed, blocks0, blocks1 and head."""
+    folder, _ = tiny("llama")
+
+    def make(restart: Any = MANY, actors: dict[str, Any] | None = None, **settings: Any) -> ranvier.Graph:
+        content = split(4, 6)
+        for name, more in (actors or {}).items():
+            content["actors"][name].update(more)
+        path = graph_file(model={"source": "./set", "dtype": "float32"}, restart=restart, **content, **settings)
+        return ranvier.load(path, overrides={"model.source": str(folder)})
+
+    return make
+
+
+@pytest.fixture
+def own(graph_file: Callable[..., Path], tmp_path: Path) -> Callable[..., ranvier.Graph]:
+    """A chain of two actors of which the second goes wrong as its arguments say."""
+    shutil.copy(HERE / "faulty.py", tmp_path / "faulty.py")
+
+    def make(restart: Any = MANY, kind: str = "Faulty", supervision: Any = None, **args: Any) -> ranvier.Graph:
+        path = graph_file(
+            actors={"good": {"kind": "./faulty.py:Faulty"}, "bad": {"kind": f"./faulty.py:{kind}", "args": args}},
+            edges=["gateway.x -> good.x", "good.y -> bad.x", "bad.y -> gateway.y"],
+            restart=restart, supervision=supervision or {},
+        )  # fmt: skip
+        return ranvier.load(path, allow_code=True)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -25,24 +25,7 @@ from ranvier.graph import trace
 
 HERE = Path(__file__).parent
 PROMPT = [1, 17, 40, 9, 300, 12, 77]
-Split = Callable[[int, int], dict[str, Any]]
-Tiny = Callable[..., tuple[Path, Any]]
 MANY = {"max": 100, "window_s": 60, "backoff_s": 0}
-
-
-@pytest.fixture
-def four(tiny: Tiny, split: Split, graph_file: Callable[..., Path]) -> Callable[..., ranvier.Graph]:
-    """A small llama as embed, blocks0, blocks1 and head."""
-    folder, _ = tiny("llama")
-
-    def make(restart: Any = MANY, actors: dict[str, Any] | None = None, **settings: Any) -> ranvier.Graph:
-        content = split(4, 6)
-        for name, more in (actors or {}).items():
-            content["actors"][name].update(more)
-        path = graph_file(model={"source": "./set", "dtype": "float32"}, restart=restart, **content, **settings)
-        return ranvier.load(path, overrides={"model.source": str(folder)})
-
-    return make
 
 
 def pid_of(run: ranvier.Run, actor: str) -> int:
@@ -426,22 +409,6 @@ def test_a_replica_that_is_lost_leaves_its_sessions_to_another(
 
 
 # -- actors of one's own ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def own(graph_file: Callable[..., Path], tmp_path: Path) -> Callable[..., ranvier.Graph]:
-    """A chain of two actors of which the second goes wrong as its arguments say."""
-    shutil.copy(HERE / "faulty.py", tmp_path / "faulty.py")
-
-    def make(restart: Any = MANY, kind: str = "Faulty", supervision: Any = None, **args: Any) -> ranvier.Graph:
-        path = graph_file(
-            actors={"good": {"kind": "./faulty.py:Faulty"}, "bad": {"kind": f"./faulty.py:{kind}", "args": args}},
-            edges=["gateway.x -> good.x", "good.y -> bad.x", "bad.y -> gateway.y"],
-            restart=restart, supervision=supervision or {},
-        )  # fmt: skip
-        return ranvier.load(path, allow_code=True)
-
-    return make
 
 
 async def call(run: ranvier.Run, value: float) -> float:
