@@ -70,7 +70,6 @@ def interruptible(main: Callable[[], Awaitable[Result_]]) -> Result_:
     try:
         made = trio.run(watched, restrict_keyboard_interrupt_to_checkpoints=True)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     if not made:
         print(f"ended by {signal.Signals(ended_by[0]).name}", file=sys.stderr)

@@ -13,7 +13,7 @@ INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line. Ctrl-C ends it without a traceback at any time, while it imports what it needs, too."""
-    zygote = None
+    zygote, interrupted = None, False
     try:
         from ranvier.actors.zygote_process import ZygoteProcess, open_standard_streams
 
@@ -27,11 +27,17 @@ def main() -> None:
 
         cli.main(zygote)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        interrupted = True
+    except SystemExit as error:
+        interrupted = error.code == INTERRUPTED
+        if not interrupted:
+            raise
     finally:
         if zygote is not None:
             zygote.end()
+    if interrupted:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)  # at once: the end of an interpreter has words of its own for it
 
 
 if __name__ == "__main__":

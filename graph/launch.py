@@ -84,10 +84,10 @@ async def launch(
         one = single(several) if isinstance(several, BaseExceptionGroup) else several
         if not began and isinstance(one, OSError):
             one = ResourceError(f"the run cannot be started: {one}")
-        folder.outcome(outcome="failed", error=str(one))
+        folder.failed(one)
         raise one from None
     except BaseException as error:
-        folder.outcome(outcome="failed", error=f"{type(error).__name__}: {error}")
+        folder.failed(error)
         raise
     else:
         folder.outcome(outcome="done")

@@ -30,10 +30,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import trio
+
 from ranvier.actors.clocks import Clock
+from ranvier.actors.errors import told
 from ranvier.actors.spec import GATEWAY
 from ranvier.transport import curve
 from ranvier.transport.endpoint import MAX_IPC_PATH_BYTES
+from ranvier.transport.errors import RanvierError
 
 from . import runs
 from .checked import Graph
@@ -71,6 +75,14 @@ class RunFolder:
         self.known.update(fields)
         self._write("run.json", json.dumps(self.known, indent=1) + "\n")
 
+    def failed(self, error: BaseException) -> None:
+        """Write why the run ended: an error, or that somebody ended it."""
+        interrupted = isinstance(error, KeyboardInterrupt | trio.Cancelled)
+        if isinstance(error, BaseExceptionGroup):
+            interrupted = error.split((KeyboardInterrupt, trio.Cancelled))[1] is None
+        what = str(error) if isinstance(error, RanvierError) else told(error)
+        self.outcome(outcome="interrupted" if interrupted else "failed", error=what)
+
     def clocks(self, clocks: Mapping[str, Clock]) -> None:
         """Write how far the hosts' clocks are ahead, for whoever reads the trace."""
         self._write("clocks.json", json.dumps({host: clock.estimates for host, clock in clocks.items()}))
@@ -92,6 +104,8 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # it led to a short one
             (self.path / "sockets").unlink()
+        with contextlib.suppress(OSError):
+            (self.path / runs.LOCK).unlink()
         with contextlib.suppress(OSError):  # done before
             os.close(self.lock)
 

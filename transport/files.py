@@ -35,9 +35,10 @@ def read_bounded(path: Path, most_bytes: int) -> bytes:
         OSError: it cannot be read; `FileRefused`: it is no file, or has over `most_bytes` bytes.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise FileRefused(path, "expected a file, found something else")
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise FileRefused(path, "expected a file, found something else")
         data = bytearray()
         while len(data) <= most_bytes and (piece := file.read(PIECE_BYTES)):  # no memory for what is not there
             data += piece

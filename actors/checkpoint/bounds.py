@@ -39,19 +39,21 @@ FLAGS = (
     "normalize_before", "add_final_layer_norm",
 )  # fmt: skip
 WORDS = ("hidden_act", "hidden_activation", "activation_function", "rope_type", "feed_forward_proj", "dense_act_fn")
+NAMES = {*LAYERS, *SIZES, *EXPERTS, *COUNTS, *EPSILONS, *BASES, *FACTORS, *TOKENS, *FLAGS, *WORDS}
 
 
-def check(config: Mapping[str, Any], where: str = "") -> None:
+def check(config: Mapping[str, Any], *, alike: bool, where: str = "") -> None:
     """Check all values that are used under any family's name for them, those of nested objects, too. Null is as good as none.
+    `alike`: the family's layers are, so a size is one number; of others it may be a list.
 
     Raises:
         CheckpointError: one cannot be; names it.
     """
     for name, value in config.items():
-        if isinstance(value, Mapping):
-            check(value, f"{where}{name}.")
+        if isinstance(value, Mapping) and name not in NAMES:
+            check(value, alike=alike, where=f"{where}{name}.")
         elif value is not None:
-            expected = _expected(name, value)
+            expected = _expected(name, value, alike)
             if expected:
                 raise CheckpointError(f"config: {where}{name}: expected {expected}, got {value!r:.80}")
     types, layers = config.get("layer_types"), config.get("num_hidden_layers")
@@ -61,16 +63,16 @@ def check(config: Mapping[str, Any], where: str = "") -> None:
         raise CheckpointError(f"config: {where}layer_types: expected one for each of {layers} layers, got {len(types)}")
 
 
-def _expected(name: str, value: Any) -> str:
+def _expected(name: str, value: Any, alike: bool) -> str:
     """What a value was expected to be; empty if it is that."""
-    if isinstance(value, list) and name not in (*TOKENS, *LAYERS, *EPSILONS, *BASES, *FACTORS, *FLAGS, *WORDS):
-        return ""  # of families whose layers differ; others do not take it
+    if isinstance(value, list) and (name not in NAMES or (not alike and name in (*SIZES, *EXPERTS, *COUNTS))):
+        return ""
     if name in LAYERS:
         return "" if whole(value, 1, MOST_LAYERS) else f"a whole number from 1 to {MOST_LAYERS}"
     if name in SIZES:
         return "" if whole(value, 1, MOST_SIZE) else f"a whole number from 1 to {MOST_SIZE}"
     if name in EXPERTS:
-        return "" if whole(value, 0, MOST_LAYERS) else f"a whole number from 0 to {MOST_LAYERS}"
+        return "" if whole(value, int(alike), MOST_LAYERS) else f"a whole number from {int(alike)} to {MOST_LAYERS}"
     if name in COUNTS:
         return "" if whole(value, 0, MOST_COUNT) else f"a whole number from 0 to {MOST_COUNT}"
     if name in EPSILONS:

@@ -28,12 +28,12 @@ def from_hf(config: Config, where: str) -> ModelConfig:
         NotBuiltIn: a family or feature that is not built in.
         CheckpointError: a field that is missing or cannot be.
     """
-    try:
-        bounds.check(config)
-    except CheckpointError as error:
-        raise CheckpointError(f"{where}: {error}") from None
     family = config.get("model_type")
     made = FAMILIES.get(str(family)) or hf_seq2seq.FAMILIES.get(str(family))
+    try:
+        bounds.check(config, alike=made is not None)
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from None
     try:
         if made is None:
             return _foreign(config, f"model_type {family!r} is not built in")

@@ -89,10 +89,10 @@ class Attempt:
             await self._run(folder, on_started, zygote)
         except (BaseExceptionGroup, OSError) as several:
             error = single(several) if isinstance(several, BaseExceptionGroup) else several
-            folder.outcome(outcome="failed", error=str(error))
+            folder.failed(error)
             raise error from None
         except BaseException as error:
-            folder.outcome(outcome="failed", error=f"{type(error).__name__}: {error}")
+            folder.failed(error)
             raise
         else:
             folder.outcome(outcome="done")

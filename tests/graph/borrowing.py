@@ -1,0 +1,118 @@
+"""Actors that use memory again, change what they are given, and return what cannot be sent, for the tests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from ranvier import Actor, Batch, Context, TensorSpec
+
+
+class Fills(Actor):
+    """Returns one buffer again and again, filled with x, or a view of it."""
+
+    inputs = {"x": TensorSpec("float32", ("n",))}
+    outputs = {"y": TensorSpec("float32", ("m", "k"))}
+    stateless = True
+
+    def load(self, context: Context) -> None:
+        self.buffer = torch.zeros(2, int(context.args["k"]))
+        self.views = bool(context.args.get("views"))
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        self.buffer.fill_(float(batch["x"][0]))
+        return {"y": self.buffer[1:] if self.views else self.buffer}
+
+
+class Slow(Actor):
+    """Gives the least and the largest of what it gets, late."""
+
+    inputs = {"y": TensorSpec("float32", ("m", "k"))}
+    outputs = {"z": TensorSpec("float32", ("two",))}
+    stateless = True
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        time.sleep(0.02)
+        return {"z": torch.stack([batch["y"].min(), batch["y"].max()])}
+
+
+class InPlace(Actor):
+    """Doubles its input where it lies, in a way that torch does not see if `hidden`, and fails where a row says 13. Waits for a
+    file to be there before its first step, so that calls come together."""
+
+    inputs = {"x": TensorSpec("float32", ("tokens",))}
+    outputs = {"y": TensorSpec("float32", ("tokens",))}
+
+    def load(self, context: Context) -> None:
+        self.hidden = bool(context.args.get("hidden"))
+        self.waits = bool(context.args.get("waits"))
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        if self.waits:
+            self.waits = False
+            time.sleep(0.3)
+        x = batch["x"]
+        if self.hidden:
+            x.numpy()[:] *= 2
+        else:
+            x.mul_(2)
+        if (x == 26).any():
+            raise ValueError("thirteen")
+        return {"y": x}
+
+
+class Odd(Actor):
+    """Returns as an output what its first number says."""
+
+    inputs = {"x": TensorSpec("float32", ("n", 4))}
+    outputs = {"y": TensorSpec("float32", ("m", "k"))}
+    stateless = True
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        x = batch["x"]
+        made: list[Callable[[], object]] = [
+            lambda: x.t(),
+            lambda: x[:1].expand(3, 4),
+            lambda: torch.complex(x, x).conj().imag,
+            lambda: x.to("meta"),
+            lambda: x.to_sparse(),
+            lambda: x.numpy(),
+            lambda: x.to(torch.float8_e4m3fn),
+            lambda: torch._efficientzerotensor((3, 4)),
+        ]
+        return {"y": made[int(x[0, 0])]()}
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class Raises(Actor):
+    """Raises what x says, in its step."""
+
+    inputs = {"x": TensorSpec("float32", ("tokens",))}
+    outputs = {"y": TensorSpec("float32", ("tokens",))}
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        errors: dict[int, Callable[[], BaseException]] = {
+            1: lambda: ValueError("x" * 30_000_000),
+            2: Unspeakable,
+            3: lambda: SystemExit(3),
+            4: KeyboardInterrupt,
+            5: lambda: GeneratorExit(),
+            6: lambda: ValueError("\udce9"),
+        }
+        which = int(batch["x"][0])
+        if which in errors:
+            raise errors[which]()
+        return {"y": batch["x"] + 1}
+
+
+class BadAtClose(Raises):
+    """Cannot be closed."""
+
+    def close(self, session: int) -> None:
+        raise RuntimeError("will not close")
