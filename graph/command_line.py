@@ -68,13 +68,26 @@ def interruptible(main: Callable[[], Awaitable[Result_]]) -> Result_:
         return []
 
     try:
-        made = trio.run(watched, restrict_keyboard_interrupt_to_checkpoints=True)
+        with interrupts():
+            made = trio.run(watched, restrict_keyboard_interrupt_to_checkpoints=True)
     except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     if not made:
         print(f"ended by {signal.Signals(ended_by[0]).name}", file=sys.stderr)
         raise typer.Exit(128 + ended_by[0])
     return made[0]
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[None]:
+    """Let Ctrl-C raise `KeyboardInterrupt` within: something is to be ended in order. Elsewhere a command ends at once."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _receiver() -> Any:
@@ -171,7 +184,8 @@ def reading(*folders: Path | None) -> Iterator[None]:
     from .trace_lines import TraceError
 
     try:
-        yield
+        with interrupts():
+            yield
     except RanvierError:
         raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError,

@@ -4,6 +4,7 @@ graph itself: both take most of a second. A graph that is wrong ends that proces
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 STARTING = ("run", "score", "train")
@@ -11,8 +12,17 @@ ASKING = ("--help", "-h")
 INTERRUPTED = 130
 
 
+def _at_once(_number: int, _frame: object) -> None:
+    """Ctrl-C where nothing has been begun that must be ended: an exception could come up within any library, as an error of
+    that one's own. The hosts' process ends with its standard input."""
+    os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
+
+
 def main() -> None:
     """Run the command line. Ctrl-C ends it without a traceback at any time, while it imports what it needs, too."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _at_once)
     zygote, interrupted = None, False
     try:
         from ranvier.actors.zygote_process import ZygoteProcess, open_standard_streams
