@@ -222,3 +222,13 @@ class Slow(Faulty):
     def step(self, batch: Batch):  # type: ignore[no-untyped-def]
         time.sleep(0.02 * len(batch.rows))
         return super().step(batch)
+
+
+class SlowKilled(Slow):
+    """Dies in a step with 13 in it; takes its time for each row, so that calls come together."""
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        made = super().step(batch)
+        if (batch["x"] == 13).any():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made

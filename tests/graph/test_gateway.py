@@ -283,3 +283,25 @@ def test_a_deadline_ends_a_stream_that_waits_too() -> None:
     assert (bench.gateway.due_ns, later.over) == (200, False)
     bench.gateway.cancel(later)
     assert bench.gateway.due_ns is None
+
+
+def test_only_those_inside_the_step_are_blamed_and_suspects_are_tried_one_at_a_time_case_74() -> None:
+    """Case 74: three sessions share a step that kills. Each is tried alone from the second loss on: who then makes progress is
+    free, who kills again, alone, is the cause. One that is never inside is opened each time."""
+    bench = Bench()
+    guilty, first, second, nearby = (bench.submit(tokens=9) for _ in range(4))
+    shared = frozenset({1, 2, 3})
+    for _ in range(2):
+        bench.gateway.on_lost_replica("embed", 0, LOST, shared)
+        bench.gateway.on_replaced("embed", 0, 0)
+    assert [stream.waits for stream in (guilty, first, second, nearby)] == [False, True, True, False]
+    for _ in range(2):
+        bench.gateway.on_lost_replica("embed", 0, LOST, frozenset({1}))
+        bench.gateway.on_replaced("embed", 0, 0)
+    assert guilty.over
+    assert "that happened 4 times in a row" in str(guilty.events[0])
+    assert [stream.waits for stream in (first, second, nearby)] == [False, True, False]
+    bench.told([Row(2, first.info.epoch, 3, 1)], [60])
+    assert [stream.waits for stream in (first, second, nearby)] == [False, False, False]
+    assert [stream.losses for stream in (first, second, nearby)] == [0, 2, 0]
+    assert not any(stream.over for stream in (first, second, nearby))

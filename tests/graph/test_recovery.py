@@ -598,3 +598,32 @@ def test_ctrl_c_in_the_middle_of_a_recovery_leaves_nothing(own: Callable[..., ra
                 await call(run, 1.0)
 
     trio.run(main)
+
+
+def test_who_was_only_nearby_is_not_blamed_case_74(own: Callable[..., ranvier.Graph], runs: Path) -> None:
+    """One call kills its actor whenever it is in a step. Twelve others that are open there, and that share its steps, all get
+    their answers; that one ends, and nobody else."""
+
+    async def main() -> None:
+        async with launched(own(kind="SlowKilled"), runs, seconds=100) as run:
+            got: dict[int, float] = {}
+            guilty: list[str] = []
+
+            async def innocent(index: int) -> None:
+                for turn in range(3):
+                    got[3 * index + turn] = await call(run, 100.0 * index + turn)
+
+            async def kills() -> None:
+                with pytest.raises(ranvier.ActorFailed) as caught:
+                    await call(run, 12.0)
+                guilty.append(str(caught.value))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(kills)
+                for index in range(12):
+                    nursery.start_soon(innocent, index)
+            assert got == {3 * index + turn: 100.0 * index + turn + 2 for index in range(12) for turn in range(3)}
+            assert "that happened 4 times in a row" in guilty[0]
+            assert len(run.recoveries) >= 3
+
+    trio.run(main)

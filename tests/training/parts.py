@@ -135,3 +135,43 @@ class Own(Actor):
 
     def step(self, batch: Batch):  # type: ignore[no-untyped-def]
         return {"y": self.outer(torch.tanh(self.inner(batch["x"]))) + batch["x"][:, :4]}
+
+
+class InPlace(nn.Module):
+    """Changes its input where it lies, first of all, as `nn.ReLU(inplace=True)` does."""
+
+    def __init__(self, width: int, to: int) -> None:
+        super().__init__()
+        self.act, self.linear = nn.ReLU(inplace=True), nn.Linear(width, to)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.act(x))
+
+
+class Everything(nn.Module):
+    """Has all kinds of state: tied weights, whole numbers, flags, views of one memory, what is not in `state_dict`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.two.weight = self.one.weight
+        self.norm = nn.BatchNorm1d(8, momentum=None)
+        shared = torch.arange(24.0).view(3, 8)
+        self.register_buffer("p", shared[:2])
+        self.register_buffer("q", shared[1:])
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("hidden", torch.zeros(3), persistent=False)
+        self.register_buffer("wide", torch.ones(1).expand(4))
+        self.register_buffer("flag", torch.tensor([False, True]))
+        self.register_buffer("none", torch.empty(0, 3))
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.turned = nn.Parameter(torch.randn(2, 8, 3).transpose(0, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and x.device.type != "meta":
+            self.calls += 1
+            self.hidden += 1
+            self.q += 1
+            self.flag.logical_not_()
+        made: torch.Tensor = self.norm(self.two(torch.tanh(self.one(x)))) * self.scale + self.turned.sum() + self.p[0]
+        return made

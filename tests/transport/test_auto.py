@@ -79,25 +79,29 @@ def test_what_may_be_chosen() -> None:
         parse_codec("auto")
 
 
+@pytest.mark.parametrize("ahead_s", [0, 1000, -1000])
 @pytest.mark.parametrize(("nbytes", "told"), [(MEASURED_BYTES, True), (MEASURED_BYTES - 4, False)])
-def test_the_receiver_tells_how_long_a_large_message_took(nbytes: int, told: bool) -> None:
-    """Three milliseconds on the way, in virtual time, of a message that was waited for; one that came while the receiver
-    was busy says nothing."""
+def test_a_round_trip_says_how_long_a_large_message_took_case_76(nbytes: int, told: bool, ahead_s: int) -> None:
+    """Case 76: three milliseconds on the way, in virtual time, of a message that was waited for; one that came while the receiver
+    was busy says nothing. The clock of the receiver's machine makes no difference."""
     network = MemoryNetwork()
+    network.now_ns = 10**13
+    ahead_ns = {"a": 0, "b": ahead_s * 10**9}
     spec = LinkSpec(0, "a -> b", "a", "b", (("x", TensorSpec("float32", ("tokens",))),), 8, 1 << 30, codec="auto")
-    a, b = (Exchange(name, "g", [spec], network.clock) for name in "ab")
+    a, b = (Exchange(name, "g", [spec], lambda name=name: network.clock() + ahead_ns[name]) for name in "ab")
     wires = {name: network.wire(name) for name in "ab"}
 
     def turn(busy: bool = False) -> None:
         for name, end in (("a", a), ("b", b)) * 3:
             while (arrival := wires[name].receive(0)) is not None:
-                if busy:
-                    arrival = type(arrival)(arrival.peer, arrival.header, arrival.buffers, 0)
+                since_ns = 0 if busy and name == "b" else waiting_since_ns + ahead_ns[name]
+                arrival = type(arrival)(arrival.peer, arrival.header, arrival.buffers, since_ns)
                 end.on_arrival(arrival)
             for out in end.outbox:
                 wires[name].send(out.peer, out.header, out.buffers)
             end.outbox.clear()
 
+    waiting_since_ns = network.now_ns
     a.open()
     turn()
     link = a.sending[0, "b"]
