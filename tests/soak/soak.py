@@ -1,7 +1,8 @@
-"""Many streams through four actors over tcp while actors are killed and stopped and links are cut at random: `make soak`.
+"""Many streams through four actors over tcp while actors are killed and stopped, links are cut, all clients leave in one moment,
+this process stands still, its disk is full for a while, and the process that hosts are forked from is killed: `make soak`.
 
-Every stream must be exact, greedy in float32 against transformers; none may stay without an end; memory and descriptors of the run
-must be as before at the end. What was done is printed. `python tests/soak/soak.py --seconds 600 --sessions 32 --seed 1`.
+Every stream must be exact, greedy in float32 against transformers, or end with one typed error; none may stay without an end; clients
+that leave, and a pause, cost no host; memory and descriptors of the run must be as before at the end. What was done is printed. `python tests/soak/soak.py --seconds 600 --sessions 32 --seed 1`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ import argparse
 import importlib.util
 import os
 import random
+import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,9 +32,12 @@ TOKENS = 32
 PROMPTS = [[504 + 37 * index % 5000, 260, 1400 + index, 282, 338 + 11 * index][: 2 + index % 4] for index in range(16)]
 LIMITS = {
     "model.dtype": "float32", "transport": "tcp://127.0.0.1", "restart": "{max: 100000, window_s: 60, backoff_s: 0}",
-    "supervision.heartbeat_interval_s": "0.2", "supervision.heartbeat_deadline_s": "4", "trace": "false",
+    "supervision.heartbeat_interval_s": "0.2", "supervision.heartbeat_deadline_s": "4",
+    "trace": "{megabytes: 4}", "journal": "true",
 }  # fmt: skip
-FAULTS = ("kill", "kill two", "stop", "cut")
+FAULTS = ("kill", "kill two", "stop", "cut", "leave", "stand still", "disk full", "zygote")
+QUIET_S, STILL_S, FULL_S = 6.0, 7.0, 3.0
+"""For the losses of before to be over; longer than a host may be silent; how long nothing can be written."""
 
 
 def expected() -> list[list[int]]:
@@ -58,6 +64,7 @@ class Soak:
         self.run, self.exact, self.chance = run, exact, chance
         self.done: Counter[str] = Counter()
         self.wrong: list[str] = []
+        self.scopes: set[trio.CancelScope] = set()
 
     def pids(self) -> Mapping[str, int]:
         """Of the hosts that live, by identity."""
@@ -69,13 +76,25 @@ class Soak:
         while time.monotonic() < until_s:
             index = self.chance.randrange(len(PROMPTS))
             ids: list[int] = []
+            scope = trio.CancelScope()
+            self.scopes.add(scope)
             try:
-                with trio.fail_after(120):
+                with trio.fail_after(120), scope:
                     async for token in self.run.generate(PROMPTS[index], max_tokens=TOKENS, stop_tokens=()):
                         ids.append(token.id)
             except trio.TooSlowError:
                 self.wrong.append(f"prompt {index}: no end after {len(ids)} tokens")
                 return
+            except ranvier.RanvierError as error:
+                self.done[f"ended with {type(error).__name__}"] += 1
+                continue
+            finally:
+                self.scopes.discard(scope)
+            if scope.cancelled_caught:
+                self.done["left"] += 1
+                if ids != self.exact[index][: len(ids)]:
+                    self.wrong.append(f"prompt {index}, which left: expected {self.exact[index]}, got {ids}")
+                continue
             self.done["sessions"] += 1
             if ids != self.exact[index]:
                 self.wrong.append(f"prompt {index}: expected {self.exact[index]}, got {ids}")
@@ -84,6 +103,9 @@ class Soak:
         while time.monotonic() < until_s - 10:  # the last ones end undisturbed
             await trio.sleep(self.chance.uniform(0.5, 2 * every_s - 0.5))
             fault = self.chance.choice(FAULTS)
+            if fault in ("leave", "stand still", "disk full", "zygote"):
+                await self.from_outside(fault)
+                continue
             victims = self.chance.sample(sorted(self.pids()), 2 if fault == "kill two" else 1)
             self.done[fault] += 1
             if fault == "cut":
@@ -95,6 +117,34 @@ class Soak:
                     os.kill(self.run.pids[victim], signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
                 except ProcessLookupError:  # it was hit just before
                     self.done["hit twice"] += 1
+
+    async def from_outside(self, fault: str) -> None:
+        """What leaves every host healthy, but for the zygote, whose hosts go with it."""
+        await trio.sleep(QUIET_S)
+        self.done[fault] += 1
+        before = len(self.run.recoveries)
+        if fault == "leave":
+            for scope in self.scopes:
+                scope.cancel()
+        elif fault == "stand still":
+            me = os.getpid()
+            command = f"sleep 0.1; kill -STOP {me}; sleep {STILL_S}; kill -CONT {me}"
+            subprocess.Popen(["sh", "-c", command], start_new_session=True)
+            await trio.sleep(1)
+        elif fault == "disk full":
+            limits = {pid: resource.prlimit(pid, resource.RLIMIT_FSIZE) for pid in (os.getpid(), *self.pids().values())}
+            for pid, (_, hard) in limits.items():
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
+            await trio.sleep(FULL_S)
+            for pid, own in limits.items():
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, own)
+        else:
+            zygotes: Any = self.run._supervisor._launcher
+            os.kill(zygotes._zygotes[-1].process.process.pid, signal.SIGKILL)
+            return
+        await trio.sleep(QUIET_S)
+        if len(self.run.recoveries) != before:
+            self.wrong.append(f"{fault}: {len(self.run.recoveries) - before} healthy hosts were lost")
 
     def held(self) -> tuple[int, int]:
         """Resident bytes and descriptors of the run: this process and its hosts."""
