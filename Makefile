@@ -35,7 +35,7 @@ test: $(STAMP) $(MODEL)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: $(STAMP) $(MODEL)
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -m "" -n 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

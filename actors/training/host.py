@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ranvier.transport.ends import Received
 from ranvier.transport.zeromq import ZeroWire
 
 from ..actor import REPLAYED
+from ..errors import told
 from ..kinds import BUILT_IN
 from ..loading import context_of, load
 from ..process import live
@@ -46,6 +48,9 @@ from .spec import (
     TrainingSpec,
 )
 from .stage import Learner, Stage, Told, Wrapped
+
+FULL_DEADLINE_S = 60.0
+"""How long the last checkpoint waits for room on the disk."""
 
 
 def main(spec: HostSpec, lifeline: int) -> int:
@@ -132,10 +137,32 @@ class TrainingHost(Mail):
             if training.validate_every and (done % training.validate_every == 0 or done == training.rounds):
                 self._validate(wire, number)
             if (training.save_every and done % training.save_every == 0) or done == training.rounds:
-                shards.write(Path(training.folder), done, self._shard, self.stage, self.optimizer, self._update)
-                self.crossing.tell("saved", round=done)
-                self.owed.clear()  # whoever goes on from here owes nothing
+                self._save(done)
             gc.collect(0)
+
+    def _save(self, done: int) -> None:
+        """Save a checkpoint's part. On a full disk the one before stands, and the next comes in its time; the last one of all
+        is tried again for a while.
+
+        Raises:
+            OSError: the last one cannot be written.
+        """
+        until_s = time.monotonic() + (FULL_DEADLINE_S if done == self.training.rounds else 0.0)
+        while True:
+            try:
+                shards.write(Path(self.training.folder), done, self._shard, self.stage, self.optimizer, self._update)
+                break
+            except (OSError, SafetensorError) as error:
+                self.core.counters["saves_failed"] += 1
+                self.told_of(f"round {done} could not be saved: {told(error)}")
+                if time.monotonic() < until_s:
+                    time.sleep(1.0)
+                elif done == self.training.rounds:
+                    raise
+                else:
+                    return
+        self.crossing.tell("saved", round=done)
+        self.owed.clear()  # whoever goes on from here owes nothing
 
     def _round(self, wire: ZeroWire, number: int) -> None:
         first = number * self.training.micro_batches

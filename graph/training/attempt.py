@@ -334,12 +334,18 @@ class Attempt:
             at = rounds * self.plan.steps_of_round
             known = {(told["step"], "validation" in told) for told in self.trained.history}
             if saved != self._labels or (at, False) not in known:
-                return
+                continue  # a host may have had no room for its part
             if self._pauses(rounds) and (at, True) not in known:
-                return
-            del self._saved[rounds]
+                continue
+            self._saved = {other: told for other, told in self._saved.items() if other > rounds}
             history = [told for told in self.trained.history if told["step"] <= at]
-            self.trained.folder = checkpoints.finish(self.out, self.plan, rounds, history, self._keep)
+            try:
+                self.trained.folder = checkpoints.finish(self.out, self.plan, rounds, history, self._keep)
+            except OSError as error:  # the disk is full: the checkpoint before stands
+                if rounds == self.plan.rounds:
+                    raise
+                self._supervisor.note("checkpoint not finished", round=rounds, what=str(error))
+                continue
             self._last_saved = rounds
             self._changed.set()
             self._changed = trio.Event()

@@ -6,6 +6,7 @@ The numbers are those of the faults in docs/reliability.md.
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import ranvier
 from ranvier.actors.module import read_state
 from ranvier.graph.errors import RequestError
 from ranvier.graph.training import checkpoints
-from ranvier.graph.training.trainer import Trained
+from ranvier.graph.training.trainer import Step, Trained
 
 Make = Callable[..., ranvier.Graph]
 Train = Callable[..., Trained]
@@ -164,3 +165,35 @@ def test_a_training_that_goes_on_tells_each_step_once_case_75(graph: Make, runs:
     assert second.returncode == 0, second.stderr
     steps = [json.loads(line)["step"] for line in history.read_text().splitlines()]
     assert steps == list(range(1, 401))
+
+
+def test_a_disk_that_is_full_costs_a_training_checkpoints_alone_case_58(
+    graph: Make, trained: Train, tmp_path: Path
+) -> None:
+    """No host may write from the fourth step to the fourteenth: checkpoints of that time are left out and counted, the losses and the
+    last checkpoint are those of a training with room."""
+    row = {
+        "one": {"kind": "./parts.py:Layer", "args": {"width": 8, "to": 8, "last": True}, "inputs": {"x": "float32[pictures, 8]"}},
+        "two": {"kind": "./parts.py:Layer", "args": {"width": 8, "to": 4, "last": True}},
+    }  # fmt: skip
+    edges = ["gateway.x -> one.x", "one.output -> two.x", "two.output -> gateway.made"]
+    made = graph(row, edges, section("two.output", steps=24, save={"every": 2}))
+    expected = trained(made, out="whole")
+    pids: dict[str, int] = {}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_step(step: Step) -> None:
+        limit = {4: 0, 14: soft}.get(step.step)
+        if limit is not None:
+            for pid in pids.values():
+                resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, hard))
+
+    got = trained(made, out="full", on_step=on_step, on_started=pids.update)
+    assert not got.losses
+    assert [told["loss"] for told in got.history] == [told["loss"] for told in expected.history]
+    assert sum(counters.get("saves_failed", 0) for counters in got.counters.values()) >= 4
+    assert got.folder is not None
+    assert expected.folder is not None
+    for name in ("one", "two"):
+        ours, theirs = (load_file(folder / f"{name}.safetensors") for folder in (got.folder, expected.folder))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
