@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from ranvier.transport.descriptors import make_sure_of_files
+
 from . import schema
 from .check_actors import ActorCheck
 from .check_edges import EdgeCheck
@@ -23,8 +25,10 @@ def load(path: str | Path, *, allow_code: bool = False, overrides: Mapping[str, 
 
     Raises:
         GraphError: with every problem found, each with line and column.
+        ResourceError: this process may not write files.
     """
     path = Path(path)
+    make_sure_of_files(str(path))
     document = read(path, overrides)
     file = schema.validate(document)
     problems: list[Problem] = []

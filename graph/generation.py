@@ -13,7 +13,7 @@ import trio
 from ranvier.actors.session import SessionInfo
 
 from .gateway import Gateway
-from .stream import Delivered, Stream, Tensors
+from .stream import Delivered, Stream
 from .text_stream import TextStream
 
 Wakes = dict[Stream, trio.Event]
@@ -80,22 +80,11 @@ class Over:
 class Client:
     """One session at the gateway. Closed early, it is cancelled and its caches are freed everywhere."""
 
-    def __init__(
-        self,
-        gateway: Gateway,
-        info: SessionInfo,
-        inputs: Tensors,
-        flush: Callable[[], None],
-        wakes: Wakes,
-        deadline_ns: int = 0,
-        caller: str = "",
-        key: str = "",
-        tokens: Sequence[int] = (),
-    ) -> None:
+    def __init__(self, gateway: Gateway, stream: Stream, flush: Callable[[], None], wakes: Wakes) -> None:
         self._gateway = gateway
         self._flush = flush
         self._wakes = wakes
-        self.stream = gateway.submit(info, inputs, deadline_ns, caller, key, tokens)
+        self.stream = stream
         flush()
 
     async def event(self) -> Delivered | str:

@@ -58,6 +58,8 @@ class Asked(_Line, frozen=True, tag="request"):
     stop: tuple[str, ...] = ()
     deadline_s: float = 0.0
     tokens: tuple[int, ...] = ()
+    source: tuple[int, ...] = ()
+    """The prompt of an encoder–decoder model, whose log has the decoder's tokens alone."""
 
 
 class Made(_Line, frozen=True, tag="token"):
@@ -356,7 +358,9 @@ def _files(graph: Graph) -> Iterable[Path]:
     return found
 
 
-def of_request(key: str, info: SessionInfo, stop: Sequence[str], deadline_s: float, tokens: Sequence[int]) -> Asked:
+def of_request(
+    key: str, info: SessionInfo, stop: Sequence[str], deadline_s: float, *, source: tuple[int, ...] = ()
+) -> Asked:
     """The line of a request, whose session's number and epoch are those of its run alone."""
     plain: Mapping[str, Any] = {**info.to_plain(), "session": 0, "epoch": 0, "traceparent": "", "places": {}}
-    return Asked(key, dict(plain), tuple(stop), deadline_s, tuple(tokens))
+    return Asked(key, dict(plain), tuple(stop), deadline_s, source=source)

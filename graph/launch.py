@@ -165,10 +165,10 @@ async def _launched(
                     status.gateway = gateway
                     run = Run(planned, folder, supervisor, own, gateway, codec, text, detours, why, status)
                     holder.append(run)
-                    run.journal = kept
+                    run._requests.journal = kept
                     nursery.start_soon(run._listen)
                     nursery.start_soon(run._failure)
-                    nursery.start_soon(run._prepare)
+                    nursery.start_soon(run._requests.prepare)
                     nursery.start_soon(why.watch)
                     await nursery.start(run._scaling.run)
                     nursery.start_soon(own.ship)
@@ -178,7 +178,7 @@ async def _launched(
                     await supervisor.until_running(ME, own.wire.wire.address)
                     nursery.start_soon(run._recovery.run)
                     if left is not None:
-                        run.go_on(left.requests)
+                        run._requests.go_on(left.requests)
                         left.moved_to(folder.path)
                         left.close()
                     progress("ready", 1.0)

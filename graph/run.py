@@ -3,44 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import operator
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any
 
 import trio
 
 from ranvier.actors import spans
-from ranvier.actors.checkpoint import ModelConfig
-from ranvier.actors.errors import ActorFailed, told
+from ranvier.actors.errors import told
 from ranvier.actors.session import Sampling, SessionInfo
 from ranvier.actors.spec import GATEWAY
 from ranvier.actors.supervisor import Supervisor
 from ranvier.transport.ends import Received
-from ranvier.transport.errors import LinkClosed, ProtocolError, RanvierError
+from ranvier.transport.errors import LinkClosed, ProtocolError
 from ranvier.transport.exchange import RefusedMessage
 from ranvier.transport.header import Row
 from ranvier.transport.message import stable
 
-from . import journal
 from .chaos import Detours
 from .errors import RequestError
-from .gateway import Gateway, token_tensor
-from .generation import Client, Generation, Over, Wakes
-from .journal import Journal, Request
+from .gateway import Gateway
+from .generation import Client, Generation, Wakes
 from .members import Members
 from .own_end import OwnEnd
 from .plan import Plan
 from .recovery import Recovered, Recovery
+from .requests import Requests
 from .run_folder import RunFolder
 from .scaling import Scaling
 from .status import Status
-from .stream import Stream, Tensors
+from .stream import Stream
 from .text_process import TextProcess
-from .text_stream import TextStream
 from .tokenizer import TextCodec
 from .wait_for import Answer
 from .why import Why
@@ -52,29 +46,6 @@ TICK_S = 1.0
 ACK_DELAY_S = 0.002
 LATE_NS = 3_000_000_000
 """Between two looks at who is quiet; each comes a tick after the last message."""
-
-
-class _Request(NamedTuple):
-    """What is asked for, but for the prompt. `root` and `caller` are of its trace."""
-
-    max_tokens: int
-    sampling: Sampling
-    stop_tokens: tuple[int, ...] | None
-    logits: bool
-    deadline_ns: int
-    root: str
-    caller: str
-    key: str
-    stop: tuple[str, ...]
-
-
-class _Asked(NamedTuple):
-    """A request whose prompt is text yet, or the messages of a chat."""
-
-    generation: Generation
-    prompt: str | list[dict[str, Any]]
-    raw: bool
-    request: _Request
 
 
 class Run:
@@ -99,8 +70,6 @@ class Run:
         self._own = own
         self._gateway = gateway
         self._codec = codec
-        self._text = text
-        self._asked_in, self._asked = trio.open_memory_channel[_Asked](math.inf)
         self._detours = detours
         self._wakes: Wakes = {}
         self._over = False
@@ -109,15 +78,14 @@ class Run:
         self._steps = -1
         self._why = why
         self._status = status
-        self.journal: Journal | None = None
-        self._left: dict[str, Request] = {}
-        self._resumed: dict[str, Client | Over] = {}
-        self._not_durable: set[str] = set()
         self.metrics: str | None = None
         """Where Prometheus reads this run's /metrics, if anywhere."""
         why.gateway, why.taken_from = gateway, self._wakes
+        self._requests = Requests(
+            plan.graph, gateway, codec, text, self._flush, self._wakes, lambda: supervisor.supervision.capacity_tokens
+        )
         gateway.on_ended = self._on_ended
-        gateway.on_delivered = self._on_delivered
+        gateway.on_delivered = self._requests.on_delivered
         members = Members(plan, folder, supervisor, gateway, own.wire, self._flush)
         self._scaling = Scaling(plan, supervisor, gateway, members)
         self._recovery = Recovery(plan, supervisor, gateway, members)
@@ -169,13 +137,7 @@ class Run:
             RequestError: the graph does not generate text, or its model brings no tokenizer.
             CheckpointError: the template is missing or wrong, refuses the messages, or takes too long.
         """
-        return self._prompts.chat_ids(_chat(messages))
-
-    @property
-    def _prompts(self) -> TextProcess:
-        if self._text is None:
-            raise RequestError(f"graph {self.plan.graph.name} has no tokenizer; give token ids and use `stop_tokens`")
-        return self._text
+        return self._requests.chat_ids(messages)
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -212,129 +174,16 @@ class Run:
             ActorFailed: an actor was lost (here, or while iterating).
             Expired: the deadline passed (while iterating).
         """
-        graph = self.plan.graph
-        if not graph.generates or graph.checkpoint is None:
-            raise RequestError(f"graph {graph.name} does not generate tokens; use call()")
-        if stop and self._codec is None:
-            raise RequestError("stop strings need the model's tokenizer, and it brings none; use stop_tokens")
-        if deadline_s is not None and not deadline_s > 0:
-            raise RequestError(f"deadline_s: expected over 0, got {deadline_s}")
-        request = _Request(
-            _whole("max_tokens", max_tokens),
-            sampling or Sampling(),
-            tuple(_whole("stop_tokens", token) for token in stop_tokens) if stop_tokens is not None else None,
-            logits,
-            time.monotonic_ns() + int(deadline_s * 1e9) if deadline_s is not None else 0,
-            *self._traced(traceparent),
-            secrets.token_hex(8) if self.journal is not None else "",
-            tuple(stop),
-        )
-        generation = Generation(TextStream(self._codec, stop))
-        generation.request_id = request.key
-        generation.is_durable = self._is_durable
-        asked = _prompt(prompt)
-        if isinstance(asked, list) and not isinstance(next(iter(asked), 0), dict):
-            self._begin(generation, cast(list[int], asked), request)
-        else:
-            self._prompts.start()
-            self._asked_in.send_nowait(_Asked(generation, cast(str | list[dict[str, Any]], asked), raw, request))
-        return generation
-
-    def _begin(self, generation: Generation, ids: list[int], request: _Request) -> None:
-        """Submit a request whose prompt is known as token ids.
-
-        Raises:
-            RequestError, Overloaded, ActorFailed: see `generate`.
-        """
-        graph = self.plan.graph
-        assert graph.checkpoint is not None
-        config = graph.checkpoint.config
-        self._check_prompt(ids, request.max_tokens, config)
-        log: tuple[int, ...] = tuple(ids)
-        inputs: Tensors = {}
-        if config.encoder is not None and not any(e.source == GATEWAY and e.out == "prompt" for e in graph.edges):
-            raise RequestError(f"graph {graph.name} has no encoder_embedding, so nothing takes the prompt")
-        if config.encoder is not None:  # the prompt is the encoder's; the decoder begins with a token of its own
-            log, inputs = (config.encoder.start_token,), {"prompt": token_tensor(ids, "prompt")}
-        info = SessionInfo(
-            session=0,
-            epoch=0,
-            traceparent=request.root,
-            capacity=len(ids) + request.max_tokens,
-            log=log,
-            max_tokens=request.max_tokens,
-            stop_tokens=tuple(config.eos_tokens) if request.stop_tokens is None else request.stop_tokens,
-            sampling=request.sampling,
-            logits=request.logits,
-        )
-        deadline_s = time.time() + (request.deadline_ns - time.monotonic_ns()) / 1e9 if request.deadline_ns else 0.0
-        self._note(request.key, info, request.stop, deadline_s)
-        client = Client(
-            self._gateway, info, inputs, self._flush, self._wakes, request.deadline_ns, request.caller, request.key
-        )
-        generation.begin(client, client.stream.info, len(ids))
-
-    async def _prepare(self) -> None:
-        """Turn the prompts that are text into token ids, in the order in which they were asked for, and begin them. That may
-        take a second where a template is hostile; the gateway goes on meanwhile."""
-        async for generation, prompt, raw, request in self._asked:
-            if generation.closed:
-                continue
-            try:
-                ids = await trio.to_thread.run_sync(self._ids, prompt, raw, abandon_on_cancel=True)
-                if not generation.closed:
-                    self._begin(generation, ids, request)
-            except RanvierError as error:
-                generation.refuse(error)
-
-    def _ids(self, prompt: str | list[dict[str, Any]], raw: bool) -> list[int]:
-        checkpoint = self.plan.graph.checkpoint
-        raw = raw or (checkpoint is not None and checkpoint.config.encoder is not None)
-        return self._prompts.ids(prompt) if raw and isinstance(prompt, str) else self._prompts.chat_ids(_chat(prompt))
-
-    # -- the journal --------------------------------------------------------------------------------------------
-
-    def _note(
-        self, key: str, info: SessionInfo, stop: Sequence[str], deadline_s: float, tokens: Sequence[int] = ()
-    ) -> None:
-        """Note a request in the journal, which the next flush writes: before its client sees anything."""
-        if self.journal is not None:
-            self.journal.add(journal.of_request(key, info, stop, deadline_s, tokens))
-
-    def _on_delivered(self, stream: Stream, position: int, token: int) -> None:
-        if self.journal is not None and stream.key:
-            self.journal.add(journal.Made(stream.key, position, token))
-
-    def _is_durable(self) -> bool:
-        return self.journal is None or self.journal.durable
+        return self._requests.generate(
+            prompt, max_tokens=max_tokens, raw=raw, sampling=sampling, stop=stop, stop_tokens=stop_tokens, logits=logits,
+            deadline_s=deadline_s, traceparent=traceparent,
+        )  # fmt: skip
 
     @property
     def resumed(self) -> Sequence[str]:
         """The requests of the run that was resumed, by the ids that their clients know (`Generation.request_id`): those that go
         on here, and those that were over."""
-        return list(self._left)
-
-    def go_on(self, left: Mapping[str, Request]) -> None:
-        """Continue the open requests of a run that was lost, each from the tokens that its journal has."""
-        for key, request in left.items():
-            asked, tokens, reason = request.asked, request.tokens, request.reason
-            self._left[key] = request
-            self._note(key, request.info, asked.stop, asked.deadline_s, tokens)
-            if reason is not None:
-                error = request.end.error if request.end is not None else ""
-                if self.journal is not None:
-                    self.journal.add(request.end or journal.Ended(key, reason))
-                self._resumed[key] = Over(ActorFailed(GATEWAY, error) if error else reason)
-                continue
-            try:
-                self._resumed[key] = Client(
-                    self._gateway, request.info, {}, self._flush, self._wakes, request.deadline_ns, "", key, tokens
-                )
-            except RanvierError as error:
-                if self.journal is not None:
-                    self.journal.add(journal.Ended(key, "", str(error)))
-                self._resumed[key] = Over(error)
-        self._flush()
+        return self._requests.resumed
 
     def resume(self, request_id: str, after: int | None = None) -> Generation:
         """Take up a request of the run that was resumed: its tokens after the position `after` (`Token.position` of the last
@@ -343,27 +192,7 @@ class Run:
         Raises:
             RequestError: there is no such request, or another client has taken it up.
         """
-        source = self._resumed.pop(request_id, None)
-        if source is None:
-            why = "another client has taken it up" if request_id in self._left else f"one of {list(self._left)[:5]}"
-            raise RequestError(f"request {request_id!r:.80}: expected one that was resumed: {why}")
-        request = self._left[request_id]
-        generation = Generation(TextStream(self._codec, request.asked.stop))
-        generation.request_id = request_id
-        generation.is_durable = self._is_durable
-        generation.begin(source, request.info, len(request.info.log))
-        generation.recorded(len(request.info.log), request.tokens, after)
-        return generation
-
-    def _traced(self, traceparent: str | None) -> tuple[str, str]:
-        """The trace context of a request's root span, empty if nobody traces it, and the span that it comes from."""
-        file = self.plan.graph.file
-        if not file.trace or (traceparent is None and file.telemetry.otlp is None):
-            return "", ""  # spans are read from the trace
-        try:
-            return spans.root(traceparent)
-        except ValueError as error:
-            raise RequestError(str(error)) from None
+        return self._requests.resume(request_id, after)
 
     async def score(self, ids: Sequence[int], *, traceparent: str | None = None) -> list[float]:
         """The log-probability (natural logarithm) of each token of `ids` but the first, given all before it.
@@ -379,12 +208,14 @@ class Run:
         config = graph.checkpoint.config
         if config.encoder is not None:
             raise RequestError(f"graph {graph.name} is an encoder–decoder model; score is for causal ones")
-        self._check_prompt(list(ids), 1, config, spare=1)
+        self._requests.check(list(ids), 1, spare=1)
         if len(ids) < 2:
             raise RequestError("score: expected at least two tokens, got 1")
-        root, caller = self._traced(traceparent)
+        root, caller = self._requests.traced(traceparent)
         info = SessionInfo(session=0, epoch=0, capacity=len(ids), log=tuple(ids), score=True, traceparent=root)
-        with contextlib.closing(Client(self._gateway, info, {}, self._flush, self._wakes, caller=caller)) as client:
+        with contextlib.closing(
+            Client(self._gateway, self._gateway.submit(info, caller=caller), self._flush, self._wakes)
+        ) as client:
             await client.event()
         return list(client.stream.scores)
 
@@ -410,7 +241,7 @@ class Run:
                     edge.spec.check(edge.name, dtype, tuple(tensor.shape), rows)
                 except ProtocolError as error:
                     raise RequestError(str(error)) from None
-        root, caller = self._traced(traceparent)
+        root, caller = self._requests.traced(traceparent)
         info = SessionInfo(session=0, epoch=0, capacity=0, traceparent=root)
         tensors = {}
         for port, tensor in inputs.items():
@@ -420,39 +251,12 @@ class Run:
                 raise RequestError(f"call: {error}") from None
             tensors[port] = meta, stable(buffer)  # the caller may fill it anew, and it may have to be sent again
         with contextlib.closing(
-            Client(self._gateway, info, tensors, self._flush, self._wakes, caller=caller)
+            Client(self._gateway, self._gateway.submit(info, tensors, caller=caller), self._flush, self._wakes)
         ) as client:
             while not isinstance(await client.event(), str):
                 pass
         outputs = client.stream.outputs
         return {port: from_buffer(meta, buffer) for port, (meta, buffer) in outputs.items()}
-
-    def _check_prompt(self, ids: list[int], max_tokens: int, config: ModelConfig, spare: int = 0) -> None:
-        context = config.context + spare
-        vocab = config.vocab if config.encoder is None else config.encoder.source_vocab
-        if not ids:
-            raise RequestError("the prompt is empty; give at least one token")
-        if max_tokens < 1:
-            raise RequestError(f"max_tokens: expected at least 1, got {max_tokens}")
-        if config.encoder is not None:  # each end has the context for itself
-            if max(len(ids), max_tokens) > context:
-                raise RequestError(
-                    f"the prompt has {len(ids)} tokens and {max_tokens} are asked for, but either end of the model holds "
-                    f"{context}; shorten one of them"
-                )
-        elif len(ids) + max_tokens > context:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens and {max_tokens} are asked for, but the model's context is {context}; "
-                "shorten one of them"
-            )
-        wrong = next((token for token in ids if not 0 <= token < vocab), None)
-        if wrong is not None:
-            raise RequestError(f"token {wrong} is not in the vocabulary of {vocab}")
-        capacity = self._supervisor.supervision.capacity_tokens
-        if capacity is not None and len(ids) + max_tokens > capacity:
-            raise RequestError(
-                f"the request needs {len(ids) + max_tokens} tokens of KV cache, an actor holds {capacity}; raise cache_tokens"
-            )
 
     async def scale(self, actor: str, replicas: int) -> str:
         """Bring an actor to so many replicas while the run goes on: what was done, in words.
@@ -477,9 +281,7 @@ class Run:
 
     def _on_ended(self, stream: Stream, outcome: str | Exception) -> None:
         """Note the end in the journal, and the root span of a request that somebody traces."""
-        if self.journal is not None and stream.key:
-            failed = isinstance(outcome, Exception)
-            self.journal.add(journal.Ended(stream.key, "" if failed else str(outcome), str(outcome) if failed else ""))
+        self._requests.on_ended(stream, outcome)
         context = spans.TraceContext(stream.asked.traceparent) if stream.asked.traceparent else None
         if context is not None and context.sampled:
             row = Row(stream.info.session, stream.info.epoch, 0, len(stream.log))
@@ -498,8 +300,7 @@ class Run:
         for outgoing in self._gateway.exchange.outbox:
             outgoing.buffers = self._own.wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
         self._gateway.exchange.outbox.clear()
-        if self.journal is not None and not self.journal.flush():
-            self._not_durable.update(stream.key for stream in self._gateway.streams.values() if stream.key)
+        self._requests.write()
         for stream, wake in self._wakes.items():
             if stream.events:
                 wake.set()
@@ -511,9 +312,7 @@ class Run:
         self._recovery.stop()
         over = LinkClosed("the run is over")
         self._gateway.on_failure(over)
-        with contextlib.suppress(trio.WouldBlock):
-            while True:
-                self._asked.receive_nowait().generation.refuse(over)
+        self._requests.refuse(over)
         self._flush()
 
     def _silence(self) -> None:
@@ -548,8 +347,7 @@ class Run:
             else:
                 exchange.tick()
                 self._give_up_unanswered()
-                if self.journal is not None:
-                    self.journal.catch_up()
+                self._requests.catch_up()
             if due_ns is not None and time.monotonic_ns() >= due_ns:
                 gateway.on_due(time.monotonic_ns())
             self._flush()
@@ -598,44 +396,6 @@ class Run:
         if done := self._detours.counters:
             counted["chaos"] = dict(done)
         own = {**self._gateway.exchange.counters, **self._own.wire.wire.counters}
-        if self.journal is not None:
-            own["requests_not_durable"] = len(self._not_durable)
+        own |= self._requests.counters
         own |= {f"{name}_not_written": times for name, times in self.folder.lost.items()}
         return {**counted, f"{GATEWAY}.0": own}
-
-
-def _chat(messages: Sequence[dict[str, Any]] | str) -> Sequence[dict[str, Any]]:
-    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-
-
-def _prompt(prompt: str | Sequence[dict[str, Any]] | Sequence[int]) -> str | list[dict[str, Any]] | list[int]:
-    """Check that a prompt is of one of its three forms.
-
-    Raises:
-        RequestError: it is not.
-    """
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) and all(isinstance(item, dict) for item in prompt):
-        return [item for item in prompt if isinstance(item, dict)]
-    if any(isinstance(item, bool | str | dict) for item in prompt):
-        kinds = ", ".join(sorted({type(item).__name__ for item in prompt}))
-        raise RequestError(
-            f"prompt: expected text, a list of chat messages, or a list of token ids, got a list of {kinds}"
-        )
-    return [_whole("prompt", item) for item in prompt]
-
-
-def _whole(name: str, value: Any) -> int:
-    """Return a whole number of Python's own: others, such as numpy's, cannot be sent.
-
-    Raises:
-        RequestError: it is none, or too large for a token or a count.
-    """
-    try:
-        whole = operator.index(value)
-    except TypeError:
-        raise RequestError(f"{name}: expected a whole number, got {type(value).__name__}") from None
-    if not -(1 << 63) <= whole < 1 << 63:
-        raise RequestError(f"{name}: expected at most 63 bits, got {whole:.3e}")
-    return whole

@@ -32,6 +32,7 @@ TESTED = {
     "lora",
     "slow",
 }
+LONG = [pytest.mark.slow, pytest.mark.timeout(450)]
 TRAINED = r"397 pictures that were not trained on: [89]\d\.\d% right; off the single process by (0|0e\+00|\de-0[67])\n"
 PICTURES = (EXAMPLES.parent / "docs" / "graphs.md").read_text()
 
@@ -43,16 +44,20 @@ def test_every_example_is_tested() -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        pytest.param("digits", TRAINED, marks=pytest.mark.slow),
-        pytest.param("experts", TRAINED, marks=pytest.mark.slow),
+        pytest.param("digits", TRAINED, marks=LONG),
+        pytest.param("experts", TRAINED, marks=LONG),
         pytest.param(
             "backwards",
             r"1[2-6] of 16 words that were not trained on are right; 16 as transformers alone spells them",
-            marks=pytest.mark.slow,
+            marks=LONG,
         ),
-        pytest.param("hedge", r"the answers are the same\n", marks=pytest.mark.slow),
-        pytest.param("refine", r"   2  1\.414213562\n", marks=pytest.mark.slow),
-        pytest.param("classify", r"pieces that were not trained on: 9\d\.\d% right", marks=pytest.mark.slow),
+        pytest.param("hedge", r"the answers are the same\n", marks=LONG),
+        pytest.param("refine", r"   2  1\.414213562\n", marks=LONG),
+        pytest.param(
+            "classify",
+            r"pieces that were not trained on: 9\d\.\d% right",
+            marks=LONG,
+        ),
     ],
 )
 def test_a_folder_runs_and_its_picture_is_true(name: str, words: str, runs: Path) -> None:
@@ -67,7 +72,7 @@ def test_a_folder_runs_and_its_picture_is_true(name: str, words: str, runs: Path
 def ran(folder: Path, *arguments: str, code: int = 0) -> str:
     """What Python prints with these arguments there."""
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=100
+        [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=400
     )
     assert done.returncode == code, done.stderr
     return done.stdout
@@ -82,6 +87,7 @@ def copied(name: str, runs: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(450)
 def test_layers_learn(runs: Path) -> None:
     done = ran(copied("layers", runs), "layers.py")
     assert re.search(r"359 pictures that were not trained on: 9[5-9]\.\d% right after 300 steps", done), done
@@ -125,6 +131,7 @@ def test_bytes_learn_and_run(runs: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(450)
 def test_smollm2_learns_facts_by_lora(runs: Path) -> None:
     """In a short form. The checkpoint, out of a GGUF file, is one of transformers': it says what the script says."""
     import torch
@@ -175,6 +182,7 @@ def test_three_sessions_at_once(runs: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(450)
 def test_the_story_of_a_slow_pipeline(runs: Path) -> None:
     """What docs/tracing.md tells: the tap is what everybody waits for, then the cut, and the edge that rounds is named."""
     folder = copied("slow", runs)

@@ -9,6 +9,7 @@ import stat
 
 from .errors import AddressError, ResourceError
 
+LEAST_FILE_BYTES = 1 << 12
 OF_A_WIRE, OF_A_PEER = 32, 8
 """Descriptors that a wire takes with its context, and that a peer takes, what comes in from it too; rounded up."""
 
@@ -24,6 +25,20 @@ def make_sure_of_descriptors(me: str, count: int) -> None:
         raise ResourceError(
             f"{me}: needs {count} more descriptors for its sockets, {max(0, limit - taken)} of {limit} are left; "
             "raise the limit (ulimit -n)"
+        )
+
+
+def make_sure_of_files(me: str) -> None:
+    """Where no file may be written, torch and others fail in ways of their own.
+
+    Raises:
+        ResourceError: the limit on the size of files is too low to work with.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and limit < LEAST_FILE_BYTES:
+        raise ResourceError(
+            f"{me}: no file may be larger than {limit} bytes here, expected at least {LEAST_FILE_BYTES}; raise the limit "
+            "(ulimit -f)"
         )
 
 

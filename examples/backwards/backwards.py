@@ -76,7 +76,7 @@ async def spelled(graph: ranvier.Graph, asked: list[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     known, asked = words()
     model = trained(known)
     model.save_pretrained(HERE / "model")

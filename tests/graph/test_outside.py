@@ -266,8 +266,8 @@ def test_on_a_full_disk_a_request_goes_on_and_says_that_it_is_not_durable_case_5
 
     async def main() -> Path:
         async with ranvier.launch(four(journal=True), runs=runs) as run:
-            assert run.journal is not None
-            monkeypatch.setattr(run.journal, "_write", write)
+            assert run._requests.journal is not None
+            monkeypatch.setattr(run._requests.journal, "_write", write)
             durable = {}
             ids = []
             async for token in run.generate(PROMPT, max_tokens=30, stop_tokens=()):

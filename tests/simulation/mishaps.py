@@ -116,7 +116,7 @@ class Mishaps:
     def asked(self, stream: Stream, info: SessionInfo) -> None:
         """A request was accepted."""
         stream.key = str(stream.info.session)
-        self.journal.add(journal.of_request(stream.key, info, (), 0.0, ()))
+        self.journal.add(journal.of_request(stream.key, info, (), 0.0))
 
     def delivered(self, stream: Stream, position: int, token: int) -> None:
         self.journal.add(journal.Made(stream.key, position, token))
