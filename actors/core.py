@@ -274,11 +274,13 @@ class HostCore:
         """
         if not self._ready or self.exchange.waiting:
             return None
-        self._taken.clear()
         if len(self._ready) > 1 and self._stacks:
             self._put_in_order()
         if len(self._ready) == 1 and len(self._ready[0].batch.rows) == 1:
-            return self._current(self._ready.popleft())
+            current = self._current(self._ready[0])
+            self._ready.popleft()
+            return current
+        self._taken = []
         most_rows = self._rows_of_a_batch
         if len(self._ready) == 1:
             return self._next_current(most_rows)

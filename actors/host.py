@@ -6,16 +6,18 @@ import gc
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from ranvier.transport.aligned import NARROW_BYTES
+from ranvier.transport.dtypes import BY_NAME
 from ranvier.transport.ends import Received
 from ranvier.transport.errors import ProtocolError
 from ranvier.transport.header import Row
 from ranvier.transport.zeromq import ZeroWire
 
-from . import taps
+from . import step_board, taps
 from .actor import Batch, keeps
 from .core import HostCore, Work
 from .errors import told, traceback_of
@@ -30,17 +32,13 @@ from .session import SessionInfo
 from .snapshots import Snapshots
 from .spans import Spans
 from .spec import HostLink, HostSpec
-from .step_board import StepBoard
 
 DRAIN_DEADLINE_S = 1.0
 
 
-class _Made(NamedTuple):
-    """What a step returned, the ports whose memory nobody else holds, and when it was done."""
-
-    outputs: Mapping[str, torch.Tensor | Batch]
-    soles: frozenset[str]
-    finished_ns: int
+Made = tuple[Mapping[str, torch.Tensor | Batch], int, frozenset[str]]
+"""What a step returned, when it was done, and the ports whose memory nobody else holds."""
+_NONE = frozenset[str]()
 
 
 def main(spec: HostSpec, lifeline: int) -> int:
@@ -59,7 +57,8 @@ class Host(Process):
         self.counted = self.core.counters
         actor = self.actor = load(spec, self.progress)
         self.spans = Spans(self.exchange, self.records)
-        self.board = StepBoard(Path(spec.board))
+        self.board = step_board.board(Path(spec.board))
+        self._place_matters = any(BY_NAME[port.tensor.dtype].itemsize > NARROW_BYTES for port in spec.inputs)
         onlookers: list[Onlooker] = [self.spans] if spec.trace else []
         if spec.record is not None:
             self.recording = Recording(spec, spec.record)
@@ -167,9 +166,9 @@ class Host(Process):
         done, failures, made = None, {}, None
         try:
             made = self._stepped(work.batch, again=len(work.batch.rows) > 1 and not work.pieces)
-            finished_ns = made.finished_ns
+            outputs, finished_ns, own = made
             done = self.core.finish(work)  # so that its credit rides along with the outputs, or goes before them
-            self.core.complete(work, made.outputs, finished_ns, made.soles)
+            self.core.complete(work, outputs, finished_ns, own)
         except BaseException as error:  # sys.exit in a step ends its sessions, too, not the host
             finished_ns = time.monotonic_ns()
             if done is None:
@@ -191,13 +190,18 @@ class Host(Process):
             for received in on:  # some of its rows go into a later step
                 self.records.part(received, started_ns, finished_ns, len(done) + len(on), work.batch.rows)
 
-    def _stepped(self, batch: Batch, *, again: bool = False) -> _Made:
+    def _stepped(self, batch: Batch, *, again: bool = False) -> Made:
         """Take a step, and record it where that is asked for. `again`: if it fails, its rows are taken from this batch once
         more."""
-        batch = batch.aligned()
+        if self._place_matters:
+            batch = batch.aligned()
         # what it may write into is its own copy, where the original is needed afterwards
-        given = batch.copied() if self.actor.writes and (again or self.recording is not None) else batch
-        self.board.inside([row.session for row in batch.rows])
+        given = batch.copied() if (again or self.recording is not None) and self.actor.writes else batch
+        rows, board = batch.rows, self.board
+        if len(rows) == 1:
+            board[1], board[0] = rows[0].session, 1
+        else:
+            step_board.write(board, [row.session for row in rows])
         try:
             outputs = self.actor.step(given)
         except BaseException as error:
@@ -205,14 +209,14 @@ class Host(Process):
                 self.recording.stepped(batch, error)
             raise
         finally:
-            self.board.outside()
+            board[0] = 0
         finished_ns = time.monotonic_ns()
-        own = soles(outputs, given)
+        own = soles(outputs, given) if self.core.outputs.large else _NONE
         if self.recording is not None:
             self.recording.stepped(batch, outputs)
         if self.snapshots is not None:
             self.snapshots.on_step()
-        return _Made(outputs, own, finished_ns)
+        return outputs, finished_ns, own
 
     def _step_failed(self, work: Work, error: BaseException, *, again: bool) -> dict[int, BaseException]:
         """End the sessions that the failure is due to, which are returned. `again`: the step itself failed, so the others of
@@ -229,8 +233,7 @@ class Host(Process):
             return self._step_failed(work, own, again=False)
         for single in singles:
             try:
-                made = self._stepped(single.batch)
-                self.core.complete(single, made.outputs, made.finished_ns, made.soles)
+                self.core.complete(single, *self._stepped(single.batch))
             except BaseException as own:
                 self.session_failed(single.batch.rows[0], own)
                 failures[single.batch.rows[0].session] = own
@@ -275,12 +278,12 @@ class Host(Process):
             except (KeyError, TypeError, ValueError) as error:
                 self.refused(ProtocolError(f"control open: {type(error).__name__}: {error}"))
                 return True
-            self.board.inside([info.session])
+            step_board.write(self.board, [info.session])
             try:
                 self.sessions.open(info)
             except BaseException as error:
                 self.session_failed(Row(info.session, info.epoch, 0, 0), error)
-            self.board.outside()
+            self.board[0] = 0
         elif kind == "hold":
             self.sessions.hold(fields["session"])
         elif kind == "close":

@@ -41,6 +41,8 @@ class Outputs:
     def __init__(self, ports: Iterable[PortSpec], exchange: Exchange) -> None:
         self.taps: dict[int, Tap] = {}
         """By edge: called with what goes out (taps.py)."""
+        self.large = False
+        """Whether anything was sent as a view of its memory so far. Until then nobody need ask who holds it."""
         self._exchange = exchange
         self._specs = {port.name: port.tensor for port in ports}
         self._routes: dict[str, list[Route]] = {port: [] for port in self._specs}
@@ -135,8 +137,8 @@ class Outputs:
                 raise TypeError(f"step returned {type(tensor).__name__} for the port {port!r}, expected a torch.Tensor")
             if loop is not None:
                 entered = own
-                own, tensor = self._go_round(port, own, tensor, *loop, outputs, ready_ns)
-                sole = False
+                own, tensor = self._go_round(port, own, tensor, *loop, outputs, ready_ns, sole)
+                sole = False  # some of it may be on its way round
                 going.update(entered)
                 going.difference_update(own)
             elif going and any(row in going for row in own):
@@ -161,6 +163,8 @@ class Outputs:
                 self._send_by_choice(port, route, rows, given, ready_ns)
             elif link.raw and given is tensor:
                 meta, buffer = plain = plain or to_buffer(port, tensor, sole=sole)
+                if buffer.__class__ is not bytes:
+                    self.large = True
                 self._exchange.send(link, rows, (meta,), (buffer,), ready_ns)
             else:
                 tensors, buffers, coding = coded(port, given, link)
@@ -189,10 +193,11 @@ class Outputs:
         loop: Loop,
         outputs: Mapping[str, torch.Tensor | Batch],
         ready_ns: int,
+        sole: bool,
     ) -> tuple[tuple[Row, ...], torch.Tensor]:
         """Send on what goes round once more, one position further; what is done, or was round often enough, remains."""
         if loop.until is None and len(rows) == 1 and rows[0].position + 1 < loop.at_most:
-            self._send(port, [route], (rows[0]._replace(position=rows[0].position + 1),), tensor, ready_ns, False)
+            self._send(port, [route], (rows[0]._replace(position=rows[0].position + 1),), tensor, ready_ns, sole)
             return (), tensor
         done = outputs.get(loop.until) if loop.until is not None else None
         said = [False] * len(rows)

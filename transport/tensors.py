@@ -25,6 +25,8 @@ from .message import COPY_BELOW_BYTES, Buffer
 
 _TORCH: tuple[torch.dtype, ...] = tuple(getattr(torch, row.name) for row in TABLE)
 _NUMBER: dict[torch.dtype, int] = {dtype: number for number, dtype in enumerate(_TORCH)}
+_OF_COMPLEX = frozenset([_NUMBER[torch.float16], _NUMBER[torch.float32], _NUMBER[torch.float64]])
+"""The real dtypes that there are complex numbers of."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -37,6 +39,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _no_bytes(name: str, tensor: torch.Tensor) -> ValueError:
+    kind = f"{type(tensor).__name__}, {tensor.layout} on {tensor.device}"
+    return ValueError(f"tensor {name}: expected a dense tensor with host memory of its own, got a {kind}")
+
+
 def to_buffer(name: str, tensor: torch.Tensor, *, sole: bool = False) -> tuple[TensorMeta, Buffer]:
     """The meta of `tensor` (any shape, any strides, in host memory) and its bytes: a view of them, read-only if nobody else
     can change them (`sole`), or a copy if it is not contiguous or small.
@@ -47,22 +54,23 @@ def to_buffer(name: str, tensor: torch.Tensor, *, sole: bool = False) -> tuple[T
     """
     meta = _meta(name, tensor.dtype, tensor.shape)
     nbytes = meta.nbytes
-    if not (tensor.is_cpu and tensor.layout is torch.strided):
-        raise ValueError(
-            f"tensor {name}: expected a dense tensor in host memory, got {tensor.layout} on {tensor.device}"
-        )
+    if not tensor.is_cpu:
+        raise _no_bytes(name, tensor)
     if nbytes == 0:
         return meta, b""
     if tensor.requires_grad:
         tensor = tensor.detach()
-    if tensor.is_neg():  # an imaginary part: its sign is a flag, not in its bytes
+    if meta.dtype in _OF_COMPLEX and tensor.is_neg():  # an imaginary part: its sign is a flag, not in its bytes
         tensor = tensor.resolve_neg()
-    if not tensor.is_contiguous():
-        tensor, sole = tensor.contiguous(), True
+    try:
+        if not tensor.is_contiguous():
+            tensor, sole = tensor.contiguous(), True
+        address = tensor.data_ptr()  # raises where the layout has none
+    except RuntimeError as error:
+        raise _no_bytes(name, tensor) from error
+    if not address:
+        raise _no_bytes(name, tensor)
     if nbytes < COPY_BELOW_BYTES:  # ZeroMQ would copy it anyway, and so it takes 1 µs instead of 5
-        address = tensor.data_ptr()
-        if not address:
-            raise ValueError(f"tensor {name}: expected memory, got a {type(tensor).__name__} that has none")
         return meta, ctypes.string_at(address, nbytes)
     if tensor.dtype is torch.bfloat16:  # numpy knows none: the bytes are what is sent, so integers will do
         tensor = tensor.view(torch.int16)

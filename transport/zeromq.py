@@ -192,7 +192,10 @@ class ZeroWire:
         if self._sharing.from_bytes and self._sharing.concerns(peer, buffers):
             loans, sent, kept = self._sharing.lend(peer, buffers)
         if loans is None:  # they go by reference, and are kept until they are acknowledged
-            buffers = tuple(map(stable, buffers))
+            for buffer in buffers:
+                if buffer.__class__ is not bytes:
+                    buffers = tuple(map(stable, buffers))
+                    break
             self._put(peer, (header, *buffers))
             return buffers
         self._put(peer, (b"", loans, header, *sent))
