@@ -352,7 +352,8 @@ def _files(graph: Graph) -> Iterable[Path]:
             found.update(path for path in graph.checkpoint.path.glob("*.json") if path.is_file())
     for actor in graph.actors.values():
         if actor.kind.folder is not None:
-            found.add(Path(actor.kind.folder) / actor.kind.implementation.partition(":")[0])
+            code = Path(actor.kind.folder) / actor.kind.implementation.partition(":")[0]
+            found.update((code, *(path for path in code.parent.glob("*.py") if path.is_file())))  # it may import these
         if actor.weights is not None:
             found.add(actor.weights)
     return found

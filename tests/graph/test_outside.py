@@ -21,6 +21,7 @@ import trio
 
 import ranvier
 from ranvier.actors import launcher
+from ranvier.graph import journal
 from ranvier.graph.errors import RequestError
 
 PROMPT = [1, 17, 40, 9, 300, 12, 77]
@@ -250,6 +251,18 @@ def test_a_request_is_not_resumed_by_another_model_case_57(four: Four, tiny: Any
             assert len(run.resumed) == 1
 
     trio.run(main)
+
+
+def test_the_code_beside_an_actor_is_of_the_model_case_57(tmp_path: Path) -> None:
+    """An actor's file may import its neighbours: another one there is another model."""
+    refine = Path(__file__).parents[2] / "examples" / "refine"
+    shutil.copytree(refine, tmp_path / "refine", ignore=shutil.ignore_patterns("ranvier-runs", "__pycache__"))
+    plan = ranvier.plan(ranvier.load(tmp_path / "refine" / "refine.yaml", allow_code=True))
+    before = journal.began(plan)
+    assert journal.began(plan) == before
+    (tmp_path / "refine" / "helper.py").write_text("STEPS = 3\n")
+    assert journal.began(plan).model != before.model
+    assert journal.began(plan).hash == before.hash
 
 
 def test_on_a_full_disk_a_request_goes_on_and_says_that_it_is_not_durable_case_57(
