@@ -317,8 +317,8 @@ class HostCore:
 
     @property
     def _rows_of_a_batch(self) -> int:
-        """How many rows go into one batch. With no session open, as after clients that left together, what is queued is still
-        dropped piece by piece: never none."""
+        """Return how many rows go into one batch: never none. With no session open, as after clients that left together, what
+        is queued is still dropped piece by piece."""
         if self._batches == 1:
             return self._most_rows
         return max(1, -(-len(self._epochs) // self._batches))

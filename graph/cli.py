@@ -18,7 +18,7 @@ from ranvier.actors.zygote_process import ZygoteProcess
 from ranvier.transport.errors import KeyFileError, RanvierError
 from ranvier.transport.files import read_beginning, read_bounded, regular
 
-from . import causes, compare, perfetto, resumed, run_folder, runs_command, show, trace, trace_plot
+from . import resumed, run_folder, runs_command, show, trace
 from .attached import scale_command, top_command, why_command
 from .check import load as load_graph
 from .checked import Graph
@@ -36,7 +36,6 @@ from .command_line import (
     overrides,
     print_json,
     prompt_of,
-    reading,
     say,
     show_text,
     writable,
@@ -44,7 +43,7 @@ from .command_line import (
 from .errors import GraphError
 from .plan import plan
 from .recorded import RECORD_HELP, diverge_command, record_setting, replay_command
-from .timeline import timeline
+from .trace_command import trace_command
 from .training.command import show_schedule, train_command
 from .training.planning import training_plan
 
@@ -402,81 +401,8 @@ def keys_new(
         print(path)
 
 
-@app.command("trace")
-def trace_command(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
-    as_json: Json = False,
-    to_perfetto: Annotated[
-        Path | None,
-        typer.Option(
-            "--perfetto",
-            metavar="OUT",
-            help="Write what Perfetto opens: its protobuf, or Chrome's JSON if it ends in .json.",
-        ),
-    ] = None,
-    to_plot: Annotated[
-        Path | None,
-        typer.Option(
-            "--plot", metavar="OUT", help="Draw latencies, pipeline and bytes (PNG or SVG); needs matplotlib."
-        ),
-    ] = None,
-    why: Annotated[
-        int | None,
-        typer.Option("--why", metavar="SESSION", help="Why a request took so long: each microsecond put to one cause."),
-    ] = None,
-    diff: Annotated[
-        Path | None,
-        typer.Option("--diff", metavar="RUN2", help="What changed from this run to another, largest first."),
-    ] = None,
-    idle: Annotated[
-        bool, typer.Option("--idle", help="What every actor waited for when it had nothing to do.")
-    ] = False,
-) -> None:
-    """Print what every message of a run cost, per edge and per actor."""
-    for path in (to_perfetto, to_plot):
-        if path is not None:
-            writable(path)
-    with reading(run_dir, diff):
-        _trace(run_dir, as_json, to_perfetto, to_plot, why, diff, idle)
-
-
-def _trace(
-    run_dir: Path,
-    as_json: bool,
-    to_perfetto: Path | None,
-    to_plot: Path | None,
-    why: int | None,
-    diff: Path | None,
-    idle: bool,
-) -> None:
-    read = trace.read(run_dir)
-    if why is not None or idle:
-        found = causes.why(read, why) if why is not None else causes.idle(read)
-        if as_json:
-            print_json(found)
-        else:
-            say(causes.why_table(found) if why is not None else causes.idle_table(found))
-        return
-    if to_perfetto is not None:
-        perfetto.write(to_perfetto, timeline(read))
-        print(f"wrote {to_perfetto}; open it in Perfetto", file=sys.stderr)
-    if to_plot is not None:
-        trace_plot.draw(to_plot, read)
-        print(f"wrote {to_plot}", file=sys.stderr)
-    told = trace.summary(read)
-    if diff is not None:
-        changed = compare.compare(told, trace.summary(trace.read(diff)))
-        if as_json:
-            print_json(changed)
-        else:
-            say(compare.table(changed))
-    elif as_json:
-        print_json(told)
-    else:
-        say(trace.table(told))
-
-
 app.add_typer(runs_command.app, name="runs")
+app.command("trace")(trace_command)
 app.command("scale")(scale_command)
 app.command("why")(why_command)
 app.command("top")(top_command)

@@ -1,4 +1,4 @@
-"""What the values of a config can be. A file may come from anybody: NaN, a negative size or a list for a number is refused by
+"""Bounds of the values of a config. A file may come from anybody: NaN, a negative size or a list for a number is refused by
 the check, before it becomes a wrong answer, an error deep in a library, or memory without end.
 """
 
@@ -64,7 +64,7 @@ def check(config: Mapping[str, Any], *, alike: bool, where: str = "") -> None:
 
 
 def _expected(name: str, value: Any, alike: bool) -> str:
-    """What a value was expected to be; empty if it is that."""
+    """Say what a value was expected to be; empty if it is that."""
     if isinstance(value, list) and (name not in NAMES or (not alike and name in (*SIZES, *EXPERTS, *COUNTS))):
         return ""
     if name in LAYERS:
@@ -92,10 +92,10 @@ def _expected(name: str, value: Any, alike: bool) -> str:
 
 
 def whole(value: Any, least: int, most: int) -> bool:
-    """Whether a value is a whole number in a range. True and false are none."""
+    """Return whether a value is a whole number in a range. True and false are none."""
     return type(value) is int and least <= value <= most
 
 
 def number(value: Any, over: float, most: float) -> bool:
-    """Whether a value is a finite number in a range."""
+    """Return whether a value is a finite number in a range."""
     return type(value) in (int, float) and math.isfinite(value) and over < value <= most

@@ -166,7 +166,7 @@ class ModelConfig:
             raise CheckpointError(f"config: expected a window for each of {self.layers} layers, got {self.windows}")
 
     def _check_numbers(self) -> None:
-        """What this package's own blocks compute with."""
+        """Check the numbers that this package's own blocks compute with."""
         if not number(self.norm_eps, 0.0, 0.1):
             raise CheckpointError(f"config: expected a norm's epsilon over 0 and at most 0.1, got {self.norm_eps!r}")
         turned = not self.learned_positions and self.encoder is None
