@@ -12,7 +12,6 @@ last of them. The file is locked for as long as the run lives. It is written ane
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import time
@@ -25,6 +24,7 @@ from typing import Any
 import msgspec
 
 from ranvier.actors.session import SessionInfo
+from ranvier.transport.files import locked
 
 from .checked import Graph
 from .errors import RequestError
@@ -221,13 +221,10 @@ def _locked(path: Path, flags: int) -> int:
         OSError: it cannot be opened.
         RequestError: another process has it.
     """
-    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
+        return locked(path, flags)
+    except BlockingIOError:
         raise RequestError(f"{path}: the run still goes on; ask that one") from None
-    return descriptor
 
 
 class Resumed:

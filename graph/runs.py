@@ -7,7 +7,6 @@ may be resumed.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ranvier.transport.files import read_text
+from ranvier.transport.files import locked, read_text
 
 from . import journal
 
@@ -43,22 +42,16 @@ class RunOfFolder:
 
 def hold(path: Path) -> int:
     """Lock a run's folder for as long as this process lives. Returns the descriptor to close at its end."""
-    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return descriptor
+    return locked(path / LOCK)
 
 
 def _goes_on(path: Path) -> bool:
     try:
-        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        os.close(locked(path / LOCK, os.O_RDWR))
+    except BlockingIOError:
+        return True
     except OSError:
         return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
     return False
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import resource
 import stat
 
 from .errors import AddressError, ResourceError
+from .files import locked
 
 LEAST_FILE_BYTES = 1 << 12
 OF_A_WIRE, OF_A_PEER = 32, 8
@@ -53,15 +53,11 @@ def claim(path: str, *beside: str) -> int:
     for place in (path, *beside):
         _may_replace(place, ours)
     try:
-        lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        return locked(f"{path}.lock")
+    except BlockingIOError:
+        raise AddressError(f"ipc://{path}: another process listens there") from None
     except OSError as error:
         raise AddressError(f"ipc://{path}: {error.strerror}") from error
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise AddressError(f"ipc://{path}: another process listens there") from None
-    return lock
 
 
 def _may_replace(path: str, ours: bool) -> None:

@@ -1,8 +1,9 @@
-"""Reading files that somebody else may have put there: never a pipe that waits for ever, nor a device without an end."""
+"""Opening files that somebody else may have put there: never a pipe that waits for ever, nor a device without an end."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from pathlib import Path
@@ -61,3 +62,19 @@ def read_text(path: Path, most_bytes: int) -> str:
         UnicodeDecodeError: it is not UTF-8, a `ValueError`.
     """
     return read_bounded(path, most_bytes).decode()
+
+
+def locked(path: str | Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
+    """Open a file and lock it for this process. Returns the descriptor, which holds the lock until it is closed.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: it cannot be opened or locked.
+    """
+    descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor

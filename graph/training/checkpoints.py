@@ -9,8 +9,8 @@ OUT/lock              held by whoever trains there; the kernel lets go of it wit
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from typing import Any
 
 from ranvier.actors.checkpoint.hf_config import to_hf
 from ranvier.actors.training.spec import folder_of
-from ranvier.transport.files import read_text
+from ranvier.transport.files import locked, read_text
 
 from .. import tokenizer
 from ..errors import RequestError
@@ -49,17 +49,15 @@ def claimed(out: Path) -> Iterator[None]:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / LOCK).open("ab")
+        lock = locked(out / LOCK)
+    except BlockingIOError:
+        raise RequestError(f"{out}: another training writes there; wait for its end, or give another --out") from None
     except OSError as error:
         raise RequestError(f"{out}: cannot be written to: {error.strerror}; give another --out") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RequestError(
-                f"{out}: another training writes there; wait for its end, or give another --out"
-            ) from None
+    try:
         yield
+    finally:
+        os.close(lock)
 
 
 def latest(out: Path, plan: TrainingPlan) -> Checkpoint | None:
