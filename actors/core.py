@@ -70,6 +70,7 @@ class HostCore:
         self._batch_tokens = batch_tokens
         self._batches = batches
         self._stacks = all(port.stacks for port in self._inputs.values())
+        self._alike = all(isinstance(size, int) for port in self._inputs.values() for size in port.tensor.shape[1:])
         # rows of one step share its outputs, which must then have a place for each
         self._most_rows = MAX_ROWS if all(port.stacks for port in outputs) else 1
         self._epochs: dict[int, int] = {}
@@ -281,7 +282,11 @@ class HostCore:
             self._ready.popleft()
             return current
         self._taken = []
-        most_rows = self._rows_of_a_batch
+        work = self._together(self._rows_of_a_batch)
+        self._taken = []
+        return work
+
+    def _together(self, most_rows: int) -> Work | None:
         if len(self._ready) == 1:
             return self._next_current(most_rows)
         pieces: list[Work] = []
@@ -296,6 +301,8 @@ class HostCore:
                 break
             if pieces and piece.batch.tensors.keys() != pieces[0].batch.tensors.keys():
                 break  # other ports came first
+            if pieces and not self._alike and _widths(piece) != _widths(pieces[0]):
+                break  # a dimension is free, and these are of another size
             if not sessions.isdisjoint(row.session for row in piece.batch.rows):
                 break  # a session's next step stands on the one before
             current = self._next_current(most_rows)
@@ -321,7 +328,7 @@ class HostCore:
         is queued is still dropped piece by piece."""
         if self._batches == 1:
             return self._most_rows
-        return max(1, -(-len(self._epochs) // self._batches))
+        return min(self._most_rows, max(1, -(-len(self._epochs) // self._batches)))
 
     def abandon(self) -> tuple[Row, ...]:
         """Drop the pieces that the last `take` was laying together when it failed, and give their credit back. Returns
@@ -464,3 +471,7 @@ class HostCore:
                 self.exchange.consumed(received.link, received.nbytes)
             done.append(received)
         return done
+
+
+def _widths(piece: Work) -> list[torch.Size]:
+    return [tensor.shape[1:] for tensor in piece.batch.tensors.values()]

@@ -41,6 +41,14 @@ Made = tuple[Mapping[str, torch.Tensor | Batch], int, frozenset[str]]
 _NONE = frozenset[str]()
 
 
+class _Afterwards(Exception):
+    """The actor has taken the step, and what comes with it has failed: for the reason that this is raised from."""
+
+
+def _cause(error: BaseException) -> BaseException:
+    return error.__cause__ or error if isinstance(error, _Afterwards) else error
+
+
 def main(spec: HostSpec, lifeline: int) -> int:
     """The whole life of a host; returns the exit code. `lifeline` is a descriptor that ends when the supervisor does."""
     return live(Host, spec, lifeline)
@@ -173,7 +181,7 @@ class Host(Process):
             finished_ns = time.monotonic_ns()
             if done is None:
                 done = self.core.finish(work)
-            failures = self._step_failed(work, error, again=made is None)
+            failures = self._step_failed(work, _cause(error), again=made is None and not isinstance(error, _Afterwards))
         assert self.wire is not None
         self._flush(self.wire)  # the next stage first, then our own books
         crossing.steps += 1
@@ -211,11 +219,14 @@ class Host(Process):
         finally:
             board[0] = 0
         finished_ns = time.monotonic_ns()
-        own = soles(outputs, given) if self.core.outputs.large else _NONE
-        if self.recording is not None:
-            self.recording.stepped(batch, outputs)
-        if self.snapshots is not None:
-            self.snapshots.on_step()
+        try:
+            own = soles(outputs, given) if self.core.outputs.large else _NONE
+            if self.recording is not None:
+                self.recording.stepped(batch, outputs)
+            if self.snapshots is not None:
+                self.snapshots.on_step()
+        except Exception as error:
+            raise _Afterwards from error
         return outputs, finished_ns, own
 
     def _step_failed(self, work: Work, error: BaseException, *, again: bool) -> dict[int, BaseException]:
@@ -231,12 +242,14 @@ class Host(Process):
             singles = self.core.alone(work)
         except Exception as own:
             return self._step_failed(work, own, again=False)
+        assert self.wire is not None
         for single in singles:
             try:
                 self.core.complete(single, *self._stepped(single.batch))
+                self._flush(self.wire)  # before the next step: it may use the memory of these outputs again
             except BaseException as own:
-                self.session_failed(single.batch.rows[0], own)
-                failures[single.batch.rows[0].session] = own
+                self.session_failed(single.batch.rows[0], _cause(own))
+                failures[single.batch.rows[0].session] = _cause(own)
         return failures
 
     def _give_up_overdue(self) -> None:
@@ -250,11 +263,11 @@ class Host(Process):
             )
 
     def session_failed(self, row: Row, error: BaseException) -> None:
+        super().session_failed(row, error)
         try:
             self.sessions.close(row.session)
         except BaseException as own:  # of the actor's own `close`; the session is closed here all the same
-            super().session_failed(row, own)
-        super().session_failed(row, error)
+            self.told_of(f"session {row.session} could not be closed: {traceback_of(own)}")
 
     def failed(self, error: BaseException) -> None:
         if self.recording is not None:

@@ -129,16 +129,22 @@ class LocalLauncher:
     # -- zygotes ------------------------------------------------------------------------------------------------
 
     async def _new_zygote(self, given: ZygoteProcess | None = None) -> _Zygote:
+        process = given
+        assert self._nursery is not None
         try:
-            process = given or ZygoteProcess()
+            process = process or ZygoteProcess()
+            stdin, stdout = process.process.stdin, process.process.stdout
+            assert stdin is not None and stdout is not None
+            commands = trio.lowlevel.FdStream(os.dup(stdin.fileno()))
+            zygote = _Zygote(process, commands)
+            events = trio.lowlevel.FdStream(os.dup(stdout.fileno()))
         except OSError as error:
+            if process is not None:
+                process.end()
             raise ResourceError(f"the process that hosts are forked from cannot be started: {error}") from None
-        stdin, stdout = process.process.stdin, process.process.stdout
-        assert stdin is not None and stdout is not None and self._nursery is not None
-        zygote = _Zygote(process, trio.lowlevel.FdStream(os.dup(stdin.fileno())))
         stdin.close()
         self._zygotes.append(zygote)
-        self._nursery.start_soon(self._read_events, zygote, trio.lowlevel.FdStream(os.dup(stdout.fileno())))
+        self._nursery.start_soon(self._read_events, zygote, events)
         with contextlib.suppress(trio.BrokenResourceError):  # it has ended already, as its events will tell
             await self._command(zygote, do="begin", sockets=str(self._sockets), errors=str(self._errors))
         return zygote
@@ -225,7 +231,10 @@ class LocalLauncher:
         """
         async with self._one_at_a_time:
             while True:
-                zygote = await self._living()
+                try:
+                    zygote = await self._living()
+                except ResourceError as error:
+                    raise ActorFailed(spec.label, str(error)) from None
                 why = await self._started(zygote, spec)
                 if why is None:
                     continue
@@ -259,6 +268,7 @@ class LocalLauncher:
                 await host.zygote.changed.wait()
         _kill_group(host)
         _close(host)
+        self._hosts.pop(key, None)  # its number may come to mean another process
         told = key in host.zygote.codes
         because = "the process that hosts are forked from was lost, and its hosts with it" if host.zygote.gone else ""
         self._exits_in.send_nowait(Exit(key, host.zygote.codes.pop(key, KILLED), "" if told else because))

@@ -155,13 +155,13 @@ def read_state(module: nn.Module, file: Path, actor: str) -> None:
     extra = sorted(names.keys() - state.keys() - beside.keys())
     if missing or extra:
         raise CheckpointError(f"{file}: actor {actor}: missing {missing}, not the module's {extra}")
-    read: dict[Any, tuple[str, torch.Tensor]] = {}
+    filled: dict[Any, str] = {}
     for name, tensor in {**state, **beside}.items():
         if name in names:
             made = torch.empty(tensor.shape, dtype=tensor.dtype)
             found.read_into(names[name], made)
-            other, before = read.setdefault(_place(name, tensor), (name, made))
-            if before is not made and not torch.equal(before, made):
+            other = filled.setdefault(_place(name, tensor), name)
+            if other != name and not torch.equal(tensor.detach().to(made), made):
                 raise CheckpointError(
                     f"{file}: actor {actor}: {other} and {name} are one tensor of the module, two in the file"
                 )

@@ -12,7 +12,7 @@ from ranvier.transport.codec import RAW, Coding
 from ranvier.transport.ends import SendingLink
 from ranvier.transport.exchange import Exchange
 from ranvier.transport.header import Row, TensorMeta
-from ranvier.transport.message import Buffer
+from ranvier.transport.message import Buffer, stable
 from ranvier.transport.tensors import LOOK_EVERY, encode, to_buffer
 
 from .actor import Batch
@@ -168,6 +168,8 @@ class Outputs:
                 self._exchange.send(link, rows, (meta,), (buffer,), ready_ns)
             else:
                 tensors, buffers, coding = coded(port, given, link)
+                if given is not tensor:  # the tap of another edge may use that memory again
+                    buffers = (stable(buffers[0]),)
                 self._exchange.send(link, rows, tensors, buffers, ready_ns, coding)
 
     def _send_by_choice(

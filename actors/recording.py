@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 import torch
@@ -133,12 +133,18 @@ class Recording:
         """A step was taken, or failed: then it has an error and no outputs."""
         if self.full:
             return
+        try:
+            self._keep(batch, made)
+        except Exception as error:
+            self._stop(error)
+
+    def _keep(self, batch: Batch, made: Outputs | BaseException) -> None:
         kept = {f"in.{port}": batch[port] for port in batch.tensors if port in self._ports.inputs}
         out_rows: dict[str, tuple[Row, ...]] = {}
         for port, output in ({} if isinstance(made, BaseException) else made).items():
             own = output if isinstance(output, Batch) else Batch(batch.rows, {port: output})
             tensor = own.tensors.get(port)
-            if not isinstance(tensor, torch.Tensor) or dtype_name(tensor.dtype) not in BY_NAME:
+            if not _is_sent(tensor):
                 continue  # which is no output of a step: whoever sends it will say so
             out_rows[port] = own.rows_of(port)
             if port in self._ports.outputs:
@@ -183,7 +189,7 @@ class Recording:
                 save_file(tensors, self._folder / self._file)
             self._append(b"".join(lines))
             self._files += bool(tensors)
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except Exception as error:
             self._stop(error)
 
     def _stop(self, why: Exception | str) -> None:
@@ -204,6 +210,12 @@ class Recording:
             with contextlib.suppress(OSError):
                 os.truncate(index, before)
             raise
+
+
+def _is_sent(tensor: object) -> TypeGuard[torch.Tensor]:
+    if not isinstance(tensor, torch.Tensor) or dtype_name(tensor.dtype) not in BY_NAME:
+        return False
+    return tensor.is_cpu and tensor.layout is torch.strided
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ from .spec import HostLink, HostSpec
 from .training.spec import TrainingLink
 
 _PROGRESS = list(State)
+LEAST_LATE_S = 0.25
+"""A tick that comes so long after the one before is not late yet, however short the deadline."""
 LATE = 1 / 3
 """The share of a host's deadline. A tick that comes so long after the one before shows that the supervisor itself stood still:
 under Ctrl-Z, in a debugger, behind user code that blocks its loop."""
@@ -124,7 +126,7 @@ class Supervision:
             limits = host.spec.supervision
             if host.exited is not None or self.stopping or host.leaving or host.lost is not None:
                 continue
-            if stood_s > limits.heartbeat_deadline_s * LATE:
+            if stood_s > max(LEAST_LATE_S, limits.heartbeat_deadline_s * LATE):
                 host.heard_s, host.started_s = (min(now_s, at_s + stood_s) for at_s in (host.heard_s, host.started_s))
                 continue
             silent_s, starting_s = now_s - host.heard_s, now_s - host.started_s

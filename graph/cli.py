@@ -179,12 +179,11 @@ def run(
 ) -> None:
     """Start the graph, stream the text, print what every message cost, write the run folder."""
     if resume is not None:
-        if graph is not None or prompt is not None or prompt_file is not None or input_file is not None:
-            raise Wrong(
-                "--resume takes graph and requests from the run; give nothing else but --after, --runs, --log, --json"
-            )
+        resumed.check(context)
         resumed.run(resume, after, as_json, allow_code, {"runs": runs, "zygote": context.obj, "log": log})
         return
+    if after is not None:
+        raise Wrong("--after says where --resume goes on from; give --resume RUN, too")
     if graph is None:
         raise Wrong("GRAPH is missing; give a graph file, or --resume RUN")
     try:

@@ -129,7 +129,11 @@ def prompt_of(text: str | None, file: Path | None) -> str | None:
         return text
     where = f"--prompt-file {file}" if file is not None else "--prompt -"
     try:
-        data = read_bounded(file, MOST_PROMPT_BYTES) if file is not None else sys.stdin.buffer.read(MOST_PROMPT_BYTES)
+        data = (
+            read_bounded(file, MOST_PROMPT_BYTES) if file is not None else sys.stdin.buffer.read(MOST_PROMPT_BYTES + 1)
+        )
+        if len(data) > MOST_PROMPT_BYTES:
+            raise Wrong(f"{where}: expected at most {MOST_PROMPT_BYTES} bytes, got more")
         return data.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise Wrong(f"{where}: {error}") from None
@@ -175,6 +179,19 @@ def folder_of_runs(path: Path) -> Path:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Write a file to a path that the user gave.
+
+    Raises:
+        Wrong: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise Wrong(f"{path}: {error.strerror or error}; give another path, or make room") from None
+
+
+@contextlib.contextmanager
 def reading(*folders: Path | None) -> Iterator[None]:
     """Work on folders that somebody else may have made.
 
@@ -186,7 +203,7 @@ def reading(*folders: Path | None) -> Iterator[None]:
     try:
         with interrupts():
             yield
-    except RanvierError:
+    except (RanvierError, BrokenPipeError):  # whoever read what is printed has seen enough
         raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError,
             TypeError, ValueError) as error:  # fmt: skip

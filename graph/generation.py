@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Protocol
 
 import trio
 
+from ranvier.actors.errors import Expired
 from ranvier.actors.session import SessionInfo
 
 from .gateway import Gateway
@@ -77,6 +79,34 @@ class Over:
         """There is nothing to give up."""
 
 
+class Later:
+    """A request that waits for room: it has a source once there is some."""
+
+    def __init__(self) -> None:
+        self._source: Source | None = None
+        self._there = trio.Event()
+        self.closed = False
+
+    def begin(self, source: Source) -> None:
+        """There is room now, or there never will be."""
+        self._source = source
+        if self.closed:
+            source.close()
+        self._there.set()
+
+    async def event(self) -> Delivered | str:
+        """What happens next; a string is the end and its reason. Raises the error that it ended with."""
+        await self._there.wait()
+        assert self._source is not None
+        return await self._source.event()
+
+    def close(self) -> None:
+        """Nobody wants more. Idempotent."""
+        self.closed = True
+        if self._source is not None:
+            self._source.close()
+
+
 class Client:
     """One session at the gateway. Closed early, it is cancelled and its caches are freed everywhere."""
 
@@ -128,6 +158,8 @@ class Generation:
         self._began = time.monotonic()
         self.closed = False
         self.result = Result(0)
+        self.deadline_ns = 0
+        """When it ends with `Expired` though it has not begun: the prompts before it may take their time. 0: never."""
         self.request_id = ""
         """What the request is called in the run's journal, if there is one: with it, it can be resumed after a crash."""
         self.is_durable: Callable[[], bool] = lambda: True
@@ -146,6 +178,8 @@ class Generation:
             made = self._token(Delivered(position, token))
             if after is None or position > after:
                 self._again.append(made)
+            if self._text.stopped:  # the gateway, which knows no stop strings, was ahead of the client
+                return
 
     def refuse(self, why: Exception) -> None:
         """The request will not begin: its reader gets the reason."""
@@ -171,7 +205,12 @@ class Generation:
             if self.closed:
                 raise StopAsyncIteration
             self._begun = trio.Event()
-            await self._begun.wait()
+            left_s = (self.deadline_ns - time.monotonic_ns()) / 1e9 if self.deadline_ns else math.inf
+            with trio.move_on_after(max(0.0, left_s)):
+                await self._begun.wait()
+                continue
+            self.closed = True
+            self.refuse(Expired("the deadline has passed before the prompt was known as token ids"))
         event = await self._client.event()
         if isinstance(event, str):
             self.result.finish_reason = event

@@ -23,8 +23,9 @@ from typing import Any
 
 import msgspec
 
+from ranvier.actors.errors import told
 from ranvier.actors.session import SessionInfo
-from ranvier.transport.files import locked
+from ranvier.transport.files import locked, regular
 
 from .checked import Graph
 from .errors import RequestError
@@ -36,7 +37,8 @@ MOST_BYTES = 64 << 20
 MOST_ENDED = 1000
 """Requests that are over, whose tokens are kept for clients that come back for them."""
 MOST_LINE_BYTES = 1 << 24
-PIECE_BYTES = 1 << 20
+REST = 20
+"""After an attempt to write the file anew has failed, the next waits for so many times as long as it took."""
 
 
 class _Line(msgspec.Struct, frozen=True, tag_field="kind"):
@@ -127,12 +129,12 @@ class Journal:
         self._run = run
         self._pending: list[Line] = []
         self._bytes = self._compact_at = 0
-        self._behind = False
+        self._next_try_s = 0.0
         self._over: deque[str] = deque()
         self.known: dict[str, Request] = {}
         self._file = _locked(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         self._compact_at = MOST_BYTES
-        self._append([run])
+        self._behind = not self._append([run])
 
     @property
     def durable(self) -> bool:
@@ -141,7 +143,6 @@ class Journal:
 
     def add(self, line: Asked | Made | Ended) -> None:
         """Something has happened; `flush` writes it."""
-        self._pending.append(line)
         if isinstance(line, Asked):
             self.known[line.id] = Request(line, SessionInfo.from_plain(line.info), list(line.tokens))
         elif isinstance(line, Made):
@@ -151,21 +152,22 @@ class Journal:
             self._over.append(line.id)
             if len(self._over) > MOST_ENDED:
                 del self.known[self._over.popleft()]
+        self._pending.append(line)
 
     def flush(self) -> bool:
         """Write what was added: whether all is in the file now. After a disk was full, what was missed is written with it."""
         if not self._pending:
             return not self._behind
         lines, self._pending = self._pending, []
-        if self._behind or self._bytes > self._compact_at:
-            self._behind = not self._write_anew()
-        else:
+        if self._behind:
+            self.catch_up()
+        elif self._bytes <= self._compact_at or not self._write_anew():
             self._behind = not self._append(lines)
         return not self._behind
 
     def catch_up(self) -> None:
         """Write what a full disk has kept out of the file, though nothing new has happened."""
-        if self._behind:
+        if self._behind and time.monotonic() >= self._next_try_s:
             self._behind = not self._write_anew()
 
     def _append(self, lines: Iterable[Line]) -> bool:
@@ -180,6 +182,7 @@ class Journal:
 
     def _write_anew(self) -> bool:
         """Replace the file by one with the requests that are open, and the last of those that are over."""
+        began_s = time.monotonic()
         data = b"".join([_to_line(line) + b"\n" for line in self._lines()])
         part = self._path.with_suffix(".part")
         try:
@@ -194,6 +197,8 @@ class Journal:
                 part.unlink(missing_ok=True)
                 raise
         except (OSError, RequestError):
+            now_s = time.monotonic()
+            self._next_try_s, self._compact_at = now_s + REST * (now_s - began_s), self._bytes + MOST_BYTES
             return False
         os.close(self._file)
         self._file, self._bytes, self._compact_at = made, len(data), max(MOST_BYTES, 4 * len(data))
@@ -254,13 +259,16 @@ class Resumed:
             for number, data in enumerate(iter(lambda: file.readline(MOST_LINE_BYTES), b""), 1):
                 if not data.endswith(b"\n"):
                     break
-                size += len(data)
                 try:
-                    self._take(_of_line(data), began)
+                    line = _of_line(data)
+                    if not size and not isinstance(line, Began):
+                        raise ValueError("expected first of all what the run was of")
+                    size += len(data)
+                    self._take(line, began)
                 except RequestError:
                     raise
                 except (msgspec.MsgspecError, ValueError, KeyError, TypeError, RecursionError) as error:
-                    raise RequestError(f"{self._path}:{number}: damaged: {error}") from None
+                    raise RequestError(f"{self._path}:{number}: damaged: {told(error)}") from None
         if not size:
             raise RequestError(f"{self._path}: empty; nothing can be resumed")
         return size
@@ -274,7 +282,10 @@ class Resumed:
                             f"{self._path}: its requests were asked of another {what}: expected hash {there}, got {here}"
                         )
             case Asked():
-                self.requests[line.id] = Request(line, SessionInfo.from_plain(line.info), list(line.tokens))
+                info = msgspec.convert(line.info, SessionInfo)
+                if not info.log or info.capacity < 1 or info.max_tokens < 1:
+                    raise ValueError(f"request {line.id:.80} asks for nothing")
+                self.requests[line.id] = Request(line, info, list(line.tokens))
             case Made():
                 request = self.requests[line.id]
                 if line.position != len(request.info.log) + len(request.tokens):
@@ -310,7 +321,7 @@ def is_open(run_dir: Path) -> bool:
         return False
     left: set[str] = set()
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             for data in iter(lambda: file.readline(MOST_LINE_BYTES), b""):
                 if not data.endswith(b"\n"):
                     break
@@ -350,10 +361,20 @@ def _files(graph: Graph) -> Iterable[Path]:
     for actor in graph.actors.values():
         if actor.kind.folder is not None:
             code = Path(actor.kind.folder) / actor.kind.implementation.partition(":")[0]
-            found.update((code, *(path for path in code.parent.glob("*.py") if path.is_file())))  # it may import these
+            found.update((code, *_code_below(code.parent)))  # it may import these
         if actor.weights is not None:
             found.add(actor.weights)
+    for edge in graph.edges:
+        if edge.tap is not None and edge.tap.startswith("./"):
+            found.update(_code_below((graph.path.parent / edge.tap.partition(":")[0]).parent))
     return found
+
+
+def _code_below(folder: Path) -> Iterable[Path]:
+    """Return the Python files that code of a folder may import: its own and those of the packages in it."""
+    for inside, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if (Path(inside, name) / "__init__.py").is_file()]
+        yield from (path for name in names if name.endswith(".py") and (path := Path(inside, name)).is_file())
 
 
 def of_request(

@@ -17,6 +17,7 @@ from ranvier.transport.descriptors import OF_A_PEER, OF_A_WIRE, make_sure_of_des
 from ranvier.transport.errors import RanvierError, ResourceError
 
 from . import journal, metrics, run_folder, tokenizer
+from . import runs as runs_of
 from .chaos import ChaosLink, Detours
 from .chaos import read as read_chaos
 from .checked import Graph
@@ -72,7 +73,8 @@ async def launch(
     bad_links = bad_links_of(planned, chaos)
     make_sure_of_descriptors(f"graph {graph.name}", 2 * OF_A_WIRE + OF_A_PEER * (planned.processes + 1))
     try:
-        folder = run_folder.create(planned, Path(runs))
+        with runs_of.using(resume):  # to make room, old runs may go: not this one
+            folder = run_folder.create(planned, Path(runs))
     except OSError as error:
         raise ResourceError(f"the run's folder cannot be made: {error}") from error
     began = False
@@ -178,8 +180,8 @@ async def _launched(
                     await supervisor.until_running(ME, own.wire.wire.address)
                     nursery.start_soon(run._recovery.run)
                     if left is not None:
-                        run._requests.go_on(left.requests)
-                        left.moved_to(folder.path)
+                        nursery.start_soon(run._requests.make_room)
+                        run._requests.go_on(left)
                         left.close()
                     progress("ready", 1.0)
                     try:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import run_folder
+from . import runs as runs_of
 from .command_line import FAILED, AllowCode, Json, Wrong, interruptible, print_json, reading, say
 
 if TYPE_CHECKING:
@@ -155,10 +156,11 @@ def diverge_command(
     from . import diverge
     from .progress import Bar
 
-    folders = [
-        None if given == REFERENCE else _folder(Path(given), prompt, max_tokens, runs, allow_code, context.obj)
-        for given in (str(first), second)
-    ]
+    with runs_of.using(first, Path(second)):
+        folders = [
+            None if given == REFERENCE else _folder(Path(given), prompt, max_tokens, runs, allow_code, context.obj)
+            for given in (str(first), second)
+        ]
     if folders[0] is None:
         raise Wrong(f"A: expected a run folder or a graph file, got {REFERENCE}; give it as B")
     bar = Bar(sys.stderr)

@@ -97,7 +97,10 @@ class Recovery:
         delay_s = self._supervisor.restart(failure, lost)
         if delay_s is None:
             return
-        self._gateway.on_lost_replica(lost.actor, lost.replica, failure, inside(Path(lost.board)))
+        blamed = (
+            frozenset[int]() if host.because else inside(Path(lost.board))
+        )  # something else was lost, and it with that
+        self._gateway.on_lost_replica(lost.actor, lost.replica, failure, blamed)
         self._members.forget(lost)
         self._members.flush()
         nursery.start_soon(self._supervisor.leave, lost)

@@ -7,24 +7,25 @@ import math
 import operator
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import msgspec
 import trio
 
 from ranvier.actors import spans
-from ranvier.actors.errors import ActorFailed
+from ranvier.actors.errors import ActorFailed, Overloaded
 from ranvier.actors.session import Sampling, SessionInfo
 from ranvier.actors.spec import GATEWAY
-from ranvier.transport.errors import RanvierError
+from ranvier.transport.errors import RanvierError, ResourceError
 
 from . import journal
 from .checked import Graph
 from .errors import RequestError
 from .gateway import Gateway, token_tensor
-from .generation import Client, Generation, Over, Wakes
-from .journal import Asked, Ended, Journal, Request
+from .generation import Client, Generation, Later, Over, Source, Wakes
+from .journal import Asked, Ended, Journal, Request, Resumed
 from .stream import Stream, Tensors
 from .text_process import TextProcess
 from .text_stream import TextStream
@@ -56,7 +57,7 @@ class _Waiting(NamedTuple):
 
 class Requests:
     """The generations of one run. `flush` carries out what the gateway decided, `capacity` says how many positions fit into
-    every actor's KV cache. `journal` is set once its file is there, where the graph asks for one."""
+    every actor's KV cache; `folder` is the run's. `journal` is set once its file is there, where the graph asks for one."""
 
     def __init__(
         self,
@@ -67,6 +68,7 @@ class Requests:
         flush: Callable[[], None],
         wakes: Wakes,
         capacity: Callable[[], int | None],
+        folder: Path,
     ) -> None:
         self.journal: Journal | None = None
         self._graph = graph
@@ -76,15 +78,21 @@ class Requests:
         self._flush = flush
         self._wakes = wakes
         self._capacity = capacity
+        self._folder = folder
         self._waiting_in, self._waiting = trio.open_memory_channel[_Waiting](math.inf)
         self._left: dict[str, Request] = {}
-        self._resumed: dict[str, Client | Over] = {}
+        self._resumed: dict[str, Source] = {}
+        self._no_room: dict[str, Later] = {}
+        """Of those: what waits until another ends."""
+        self._one_is_over = trio.Event()
+        self._preparing: Generation | None = None
+        self._over: Exception | None = None
         self._not_durable: set[str] = set()
 
     @property
     def _process(self) -> TextProcess:
         if self._text is None:
-            raise RequestError(f"graph {self._graph.name} has no tokenizer; give token ids and use `stop_tokens`")
+            raise no_tokenizer(self._graph)
         return self._text
 
     def chat_ids(self, messages: Sequence[dict[str, Any]] | str) -> list[int]:
@@ -130,7 +138,11 @@ class Requests:
         if isinstance(asked, list) and not isinstance(next(iter(asked), 0), dict):
             self._begin(generation, cast(list[int], asked), request)
         else:
-            self._process.start()
+            if self._over is not None:
+                raise self._over
+            if self._text is None:
+                raise no_tokenizer(graph)
+            generation.deadline_ns = request.deadline_ns
             self._waiting_in.send_nowait(_Waiting(generation, cast(str | list[dict[str, Any]], asked), raw, request))
         return generation
 
@@ -173,12 +185,14 @@ class Requests:
         async for generation, prompt, raw, request in self._waiting:
             if generation.closed:
                 continue
+            self._preparing = generation
             try:
                 ids = await trio.to_thread.run_sync(self._ids, prompt, raw, abandon_on_cancel=True)
                 if not generation.closed:
                     self._begin(generation, ids, request)
-            except RanvierError as error:
+            except Exception as error:  # whatever is wrong with this prompt, the others go on
                 generation.refuse(error)
+            self._preparing = None
 
     def _ids(self, prompt: str | list[dict[str, Any]], raw: bool) -> list[int]:
         checkpoint = self._graph.checkpoint
@@ -186,7 +200,10 @@ class Requests:
         return self._process.ids(prompt) if raw and isinstance(prompt, str) else self._process.chat_ids(_chat(prompt))
 
     def refuse(self, why: Exception) -> None:
-        """The requests whose prompts are still text end with this."""
+        """The requests whose prompts are still text end with this, and so do those that come."""
+        self._over = why
+        if self._preparing is not None:
+            self._preparing.refuse(why)
         with contextlib.suppress(trio.WouldBlock):
             while True:
                 self._waiting.receive_nowait().generation.refuse(why)
@@ -264,6 +281,7 @@ class Requests:
         if stream.key:
             failed = isinstance(outcome, Exception)
             self._note(Ended(stream.key, "" if failed else str(outcome), str(outcome) if failed else ""))
+        self._one_is_over.set()
 
     def write(self) -> None:
         """Write what was noted, before any client is woken."""
@@ -289,26 +307,58 @@ class Requests:
         on here, and those that were over."""
         return list(self._left)
 
-    def go_on(self, left: Mapping[str, Request]) -> None:
-        """Continue the open requests of a run that was lost, each from the tokens that its journal has."""
-        for key, request in left.items():
-            asked, reason = request.asked, request.reason
-            asked = msgspec.structs.replace(asked, tokens=tuple(request.tokens))
+    def go_on(self, left: Resumed) -> None:
+        """Continue the open requests of a run that was lost, each from the tokens that its journal has. Those that there is no
+        room for wait until another ends (`make_room`).
+
+        Raises:
+            ResourceError: this run's journal cannot be written. That of the lost run remains as it was.
+        """
+        for key, request in left.requests.items():
             self._left[key] = request
+            reason = request.reason
             if reason is None:
-                inputs: Tensors = {"prompt": token_tensor(asked.source, "prompt")} if asked.source else {}
-                try:
-                    self._resumed[key] = self._client(request.info, inputs, asked, request.deadline_ns)
-                except RanvierError as error:
-                    self._note(asked)
-                    self._note(Ended(key, "", str(error)))
-                    self._resumed[key] = Over(error)
+                self._resumed[key] = self._gone_on(key) or self._no_room.setdefault(key, Later())
                 continue
             end = request.end or Ended(key, reason)
-            self._note(asked)
+            self._note(_so_far(request))
             self._note(end)
             self._resumed[key] = Over(ActorFailed(GATEWAY, end.error) if end.error else reason)
+        for key in self._no_room:
+            self._note(_so_far(self._left[key]))
         self._flush()
+        if not self._is_durable():
+            raise ResourceError("the journal of the new run cannot be written; make room on the disk, and resume again")
+        left.moved_to(self._folder)
+
+    def _gone_on(self, key: str) -> Source | None:
+        """Submit a request of the lost run; None if there is no room for it now."""
+        request, asked = self._left[key], _so_far(self._left[key])
+        inputs: Tensors = {"prompt": token_tensor(asked.source, "prompt")} if asked.source else {}
+        try:
+            return self._client(request.info, inputs, asked, request.deadline_ns)
+        except Overloaded as error:
+            if self._gateway.streams:
+                return None
+            why: RanvierError = error  # nobody is there who could make room
+        except RanvierError as error:
+            why = error
+        self._note(asked)
+        self._note(Ended(key, "", str(why)))
+        return Over(why)
+
+    async def make_room(self) -> None:
+        """Let the requests of the lost run that wait for room go on, in their order, as others end."""
+        while True:
+            await self._one_is_over.wait()
+            self._one_is_over = trio.Event()
+            for key, later in list(self._no_room.items()):
+                source = self._gone_on(key)
+                if source is None:
+                    break
+                del self._no_room[key]
+                later.begin(source)
+            self._flush()
 
     def resume(self, request_id: str, after: int | None = None) -> Generation:
         """Take up a request of the run that was resumed: its tokens after the position `after` (`Token.position` of the last
@@ -328,6 +378,16 @@ class Requests:
         generation.begin(source, request.info, len(request.asked.source or request.info.log))
         generation.recorded(len(request.info.log), request.tokens, after)
         return generation
+
+
+def no_tokenizer(graph: Graph) -> RequestError:
+    """The error of text where a graph has no use for it."""
+    return RequestError(f"graph {graph.name} has no tokenizer; give token ids and use `stop_tokens`")
+
+
+def _so_far(request: Request) -> Asked:
+    """What was asked, with the tokens that there are."""
+    return msgspec.structs.replace(request.asked, tokens=tuple(request.tokens))
 
 
 def _chat(messages: Sequence[dict[str, Any]] | str) -> Sequence[dict[str, Any]]:

@@ -7,15 +7,35 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from ranvier.transport.errors import RanvierError
 from ranvier.transport.files import read_text
 
 from .check import load as load_graph
 from .checked import Graph
-from .command_line import Wrong, interruptible, print_json, say, show_text
+from .command_line import FAILED, Wrong, interruptible, print_json, say, show_text
 from .generation import Result
 
 MOST_BYTES = 16 << 20
+WITH_RESUME = ("resume", "after", "runs", "log", "as_json", "allow_code")
+"""The options of `ranvier run` that mean something beside `--resume`: all else is the run's."""
+
+
+def check(context: typer.Context) -> None:
+    """Refuse options that would be passed over.
+
+    Raises:
+        Wrong: there are some.
+    """
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if name not in WITH_RESUME and source is not None and source.name == "COMMANDLINE":
+            raise Wrong(
+                f"{parameter.opts[0]}: --resume takes graph and requests from the run; give nothing else but --after, --runs, "
+                "--log, --json, --allow-code"
+            )
 
 
 def run(run_dir: Path, after: int | None, as_json: bool, allow_code: bool, launching: dict[str, Any]) -> None:
@@ -24,6 +44,7 @@ def run(run_dir: Path, after: int | None, as_json: bool, allow_code: bool, launc
     Raises:
         Wrong: the folder is not that of a run.
         RequestError: there is nothing to resume, or it is of another graph or model.
+        typer.Exit: a request has failed; the others are done.
     """
     from .launch import launch
     from .progress import Bar
@@ -38,7 +59,7 @@ def run(run_dir: Path, after: int | None, as_json: bool, allow_code: bool, launc
                 for key in started.resumed:
                     generation, failed = started.resume(key, after), ""
                     if not as_json and len(started.resumed) > 1:
-                        print(f"\n[{key}]")
+                        say(f"\n[{key}]")
                     try:
                         async for token in generation:
                             bar.done()
@@ -56,11 +77,13 @@ def run(run_dir: Path, after: int | None, as_json: bool, allow_code: bool, launc
              "error": failed or None}
             for key, result, failed in results
         ]})  # fmt: skip
-        return
-    print(f"\n\n{len(results)} requests of {run_dir} went on\nrun folder: {path}")
-    for key, _, failed in results:
-        if failed:
-            say(f"{key}: {failed}", error=True)
+    else:
+        print(f"\n\n{len(results)} requests of {run_dir} went on\nrun folder: {path}")
+        for key, _, failed in results:
+            if failed:
+                say(f"{key}: {failed}", error=True)
+    if any(failed for _, _, failed in results):
+        raise typer.Exit(FAILED)
 
 
 def graph_of(run_dir: Path, allow_code: bool) -> Graph:

@@ -29,7 +29,7 @@ from .members import Members
 from .own_end import OwnEnd
 from .plan import Plan
 from .recovery import Recovered, Recovery
-from .requests import Requests
+from .requests import Requests, no_tokenizer
 from .run_folder import RunFolder
 from .scaling import Scaling
 from .status import Status
@@ -82,8 +82,9 @@ class Run:
         """Where Prometheus reads this run's /metrics, if anywhere."""
         why.gateway, why.taken_from = gateway, self._wakes
         self._requests = Requests(
-            plan.graph, gateway, codec, text, self._flush, self._wakes, lambda: supervisor.supervision.capacity_tokens
-        )
+            plan.graph, gateway, codec, text, self._flush, self._wakes,
+            lambda: supervisor.supervision.capacity_tokens, folder.path,
+        )  # fmt: skip
         gateway.on_ended = self._on_ended
         gateway.on_delivered = self._requests.on_delivered
         members = Members(plan, folder, supervisor, gateway, own.wire, self._flush)
@@ -126,12 +127,12 @@ class Run:
             RequestError: the graph does not generate text, or its model brings no tokenizer.
         """
         if self._codec is None:
-            raise RequestError(f"graph {self.plan.graph.name} has no tokenizer; give token ids and use `stop_tokens`")
+            raise no_tokenizer(self.plan.graph)
         return self._codec
 
     def chat_tokens(self, messages: Sequence[dict[str, Any]] | str) -> list[int]:
-        """Return the token ids of a chat (a string: one message of the user), by the model's own template. Blocks for a second
-        at most; `generate` does not.
+        """Return the token ids of a chat (a string: one message of the user), by the model's own template. Blocks until it
+        is there: a second at most, and as long as the prompts before it take. `generate` does not.
 
         Raises:
             RequestError: the graph does not generate text, or its model brings no tokenizer.

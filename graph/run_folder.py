@@ -3,6 +3,7 @@
 <runs>/<graph>-<date>-<time>-<letters>/      mode 0700
     graph.yaml   the file as it was          plan.json    what was made of it
     run.json     versions, times, outcome    logs/        a file a process, JSON lines and standard error
+    lock         held while it runs          journal.jsonl  requests and their tokens, with `journal: true`
     trace/       a file an actor             sockets/     only while it runs
     keys/        for tcp, made for this run alone where the graph names none; only while it runs
     clocks.json  how far the hosts' clocks are ahead of the run's own, and how well that is known
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -117,11 +118,26 @@ def create(plan: Plan, root: Path) -> RunFolder:
         OSError: it cannot be made, or not all of it can be written.
     """
     graph = plan.graph
+    root.mkdir(parents=True, exist_ok=True)
+    removed = _prune(root, graph)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     path = root.absolute() / f"{graph.name}-{stamp}-{secrets.token_hex(2)}"
-    root.mkdir(parents=True, exist_ok=True)
     path.mkdir(mode=0o700)
-    folder = RunFolder(path, _sockets(graph, path), runs.hold(path))
+    with contextlib.ExitStack() as undo:
+        undo.callback(shutil.rmtree, path, ignore_errors=True)
+        lock = runs.hold(path)
+        undo.callback(os.close, lock)
+        sockets = _sockets(graph, path)
+        undo.callback(shutil.rmtree, sockets, ignore_errors=True)
+        folder = RunFolder(path, sockets, lock)
+        _fill(folder, plan, removed)
+        undo.pop_all()
+    return folder
+
+
+def _fill(folder: RunFolder, plan: Plan, removed: Sequence[str]) -> None:
+    """Write what a run begins with. `removed`: the names of older runs that went to make room."""
+    graph, path = plan.graph, folder.path
     for part in (folder.logs, folder.trace):
         part.mkdir(mode=0o700)
     if plan.keys(path) == folder.keys:
@@ -139,17 +155,19 @@ def create(plan: Plan, root: Path) -> RunFolder:
         monotonic_ns=time.monotonic_ns(),
         machine={"system": platform.platform(), "cores": os.cpu_count()},
         versions=versions(),
+        removed=list(removed),
     )
-    _prune(root, graph)
     if folder.lost:
         raise OSError(errno.ENOSPC, "run.json cannot be written", str(path))
-    return folder
 
 
-def _prune(root: Path, graph: Graph) -> None:
-    """Keep a folder of runs within the graph's bounds, and say so once: when it is done there for the first time."""
+def _prune(root: Path, graph: Graph) -> Sequence[str]:
+    """Keep a folder of runs within the graph's bounds, with the run that is to come. Say so once: when it is done there for
+    the first time. Returns the names of the runs that are gone."""
     bound = graph.file.runs
-    gone = runs.prune(root, bound.newest, int(bound.gigabytes * 1e9))
+    gone: list[runs.RunOfFolder] = []
+    with contextlib.suppress(OSError):  # it cannot be read: nothing goes
+        gone = runs.prune(root, bound.newest, int(bound.gigabytes * 1e9), coming=1)
     said = root / ".pruned"
     if gone and not said.exists():
         with contextlib.suppress(OSError):
@@ -158,6 +176,7 @@ def _prune(root: Path, graph: Graph) -> None:
             f"the newest {bound.newest} runs stay, {bound.gigabytes:g} GB at most; {len(gone)} older ones were removed"
         )
         print(f"ranvier: {root}: {what} (runs: of the graph file; this is said once)", file=sys.stderr)
+    return [run.path.name for run in gone]
 
 
 def versions() -> Mapping[str, str]:

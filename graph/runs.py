@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,20 @@ def hold(path: Path) -> int:
     return locked(path / LOCK)
 
 
+@contextlib.contextmanager
+def using(*paths: Path | None) -> Iterator[None]:
+    """Have the runs among these paths stay meanwhile, whoever prunes their folder."""
+    with contextlib.ExitStack() as held:
+        for path in paths:
+            with contextlib.suppress(OSError):  # one that goes on
+                if path is not None and _is_run(path):
+                    is_new = not (path / LOCK).exists()
+                    held.callback(os.close, hold(path))
+                    if is_new:
+                        held.callback((path / LOCK).unlink, missing_ok=True)
+        yield
+
+
 def _goes_on(path: Path) -> bool:
     try:
         os.close(locked(path / LOCK, os.O_RDWR))
@@ -56,10 +71,16 @@ def _goes_on(path: Path) -> bool:
 
 
 def found(root: Path) -> list[RunOfFolder]:
-    """Return the runs of a folder, the newest first."""
+    """Return the runs of a folder that one may look into, the newest first.
+
+    Raises:
+        OSError: the folder itself cannot be read.
+    """
     runs = []
-    with contextlib.suppress(OSError):
-        runs = [_of(path) for path in root.iterdir() if _is_run(path)]
+    for path in root.iterdir():
+        with contextlib.suppress(OSError):  # another user's, or gone meanwhile
+            if _is_run(path):
+                runs.append(_of(path))
     return sorted(runs, key=lambda run: (run.began, run.path.name), reverse=True)
 
 
@@ -85,11 +106,11 @@ def _of(path: Path) -> RunOfFolder:
     return RunOfFolder(path, began, outcome, nbytes, journal.is_open(path))
 
 
-def too_many(runs: list[RunOfFolder], newest: int, most_bytes: int) -> list[RunOfFolder]:
+def too_many(runs: list[RunOfFolder], newest: int, most_bytes: int, coming: int = 0) -> list[RunOfFolder]:
     """Return those that are over a bound: not among the `newest`, or beyond `most_bytes` of all that are newer. The newest of
-    all stays."""
+    all stays. `coming`: runs that are to be made yet, the newest then."""
     over, nbytes = [], 0
-    for index, run in enumerate(runs):
+    for index, run in enumerate(runs, coming):
         nbytes += run.nbytes
         if index and (index >= newest or nbytes > most_bytes) and run.may_go:
             over.append(run)
@@ -97,10 +118,14 @@ def too_many(runs: list[RunOfFolder], newest: int, most_bytes: int) -> list[RunO
     return over
 
 
-def prune(root: Path, newest: int, most_bytes: int) -> list[RunOfFolder]:
-    """Remove the runs of a folder that are over a bound: those that were removed."""
+def prune(root: Path, newest: int, most_bytes: int, coming: int = 0) -> list[RunOfFolder]:
+    """Remove the runs of a folder that are over a bound (see `too_many`). Returns those that were removed.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
     gone = []
-    for run in too_many(found(root), newest, most_bytes):
+    for run in too_many(found(root), newest, most_bytes, coming):
         shutil.rmtree(run.path, ignore_errors=True)
         if not run.path.exists():
             gone.append(run)

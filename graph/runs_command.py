@@ -20,10 +20,14 @@ _BOUND = RunsSection()
 def list_runs(context: typer.Context, folder: Folder = run_folder.DEFAULT_ROOT, as_json: Json = False) -> None:
     """List the runs of a folder, the newest first: name, when it began, outcome, size."""
     if context.invoked_subcommand is not None:
+        context.obj = (folder, as_json)  # they may stand before the command, too
         return
     if not folder.is_dir():
         raise Wrong(f"{folder}: no such folder; give one with --runs")
-    found = runs.found(folder)
+    try:
+        found = runs.found(folder)
+    except OSError as error:
+        raise Wrong(f"{folder}: {error.strerror}") from None
     if as_json:
         print_json([
             {"name": run.path.name, "began": run.began, "outcome": run.outcome, "bytes": run.nbytes, "resumable": run.resumable}
@@ -39,15 +43,24 @@ def list_runs(context: typer.Context, folder: Folder = run_folder.DEFAULT_ROOT, 
 
 @app.command("prune")
 def prune_command(
-    folder: Folder = run_folder.DEFAULT_ROOT,
+    context: typer.Context,
+    own_folder: Annotated[
+        Path | None,
+        typer.Option("--runs", help="The folder that runs are made in.", show_default=str(run_folder.DEFAULT_ROOT)),
+    ] = None,
     newest: Annotated[int, typer.Option(min=1, help="Keep this many.")] = _BOUND.newest,
     gigabytes: Annotated[float, typer.Option(min=0, help="Keep no more than this.")] = _BOUND.gigabytes,
     as_json: Json = False,
 ) -> None:
     """Remove the oldest runs until the folder is within the bounds. A run that goes on, or can be resumed, stays."""
+    folder, before_json = context.obj
+    folder, as_json = own_folder or folder, as_json or before_json
     if not folder.is_dir():
         raise Wrong(f"{folder}: no such folder; give one with --runs")
-    gone = runs.prune(folder, newest, int(gigabytes * 1e9))
+    try:
+        gone = runs.prune(folder, newest, int(gigabytes * 1e9))
+    except OSError as error:
+        raise Wrong(f"{folder}: {error.strerror}") from None
     if as_json:
         print_json([run.path.name for run in gone])
         return

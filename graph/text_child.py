@@ -92,9 +92,15 @@ def main() -> int:
 
 def _limit_memory() -> None:
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY_LIMIT_BYTES,) * 2)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _limit(resource.RLIMIT_AS, now + MEMORY_LIMIT_BYTES)
+    _limit(resource.RLIMIT_FSIZE, 0)
+    _limit(resource.RLIMIT_CORE, 0)
+
+
+def _limit(resource_: int, value: int) -> None:
+    """Set a limit, which is none beyond what the process may have in any case."""
+    most = resource.getrlimit(resource_)[1]
+    resource.setrlimit(resource_, (value if most == resource.RLIM_INFINITY else min(value, most), most))
 
 
 def _loaded(request: Load) -> tuple[Worker | None, Reply]:
@@ -122,7 +128,7 @@ class Worker:
 
         spent = resource.getrusage(resource.RUSAGE_SELF)
         limit = int(spent.ru_utime + spent.ru_stime) + 1 + request.seconds
-        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.RLIM_INFINITY))
+        _limit(resource.RLIMIT_CPU, limit)
         try:
             if isinstance(request, Text):
                 return Ids(self._codec.encode(request.text, special=True))

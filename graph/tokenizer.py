@@ -218,23 +218,26 @@ def _from_folder(checkpoint: Checkpoint) -> TextCodec:
 
 DECODERS = ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "WordPiece", "BPEDecoder", "CTC")
 MOST_DECODED = 16
-"""Letters that a decoder may put in the place of a pattern, or take away at an end."""
+"""Letters that decoders may make of one, all together, or take away at an end."""
 
 
-def _check_decoder(file: Path, decoder: Any) -> None:
-    """Tokens are decoded in the process of the run, so a decoder must not be able to grow a text without bound.
+def _check_decoder(file: Path, decoder: Any, grown: int = 1) -> int:
+    """Tokens are decoded in the process of the run, so a decoder must not be able to grow a text without bound. Returns how
+    many letters it may make of one, after others that made `grown` of it.
 
     Raises:
-        CheckpointError: it may.
+        CheckpointError: they are too many.
     """
     if decoder is None:
-        return
+        return grown
     kind = decoder.get("type")
     if kind == "Sequence":
         for each in decoder.get("decoders", []):
-            _check_decoder(file, each)
+            grown = _check_decoder(file, each, grown)
     elif kind == "Replace":
-        if "String" not in decoder.get("pattern", {}) or len(decoder.get("content", "")) > MOST_DECODED:
+        pattern, content = decoder.get("pattern", {}).get("String"), decoder.get("content", "")
+        grown *= max(1, -(-len(content) // len(pattern))) if pattern else MOST_DECODED + 1
+        if grown > MOST_DECODED:
             raise CheckpointError(
                 f"{file}: decoder: expected Replace of a plain text by a short one, got {decoder!r:.200}"
             )
@@ -243,6 +246,7 @@ def _check_decoder(file: Path, decoder: Any) -> None:
             raise CheckpointError(f"{file}: decoder: expected Strip of at most {MOST_DECODED}, got {decoder!r:.200}")
     elif kind not in DECODERS:
         raise CheckpointError(f"{file}: decoder {kind!r:.80} is not built in; built in: {', '.join(DECODERS)}")
+    return grown
 
 
 def _content(token: Any) -> str:

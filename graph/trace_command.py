@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from . import causes, compare, perfetto, trace, trace_plot
-from .command_line import Json, print_json, reading, say, writable
+from .command_line import Json, print_json, reading, say, writable, writing
 from .timeline import timeline
 
 
@@ -68,10 +68,13 @@ def _trace(
             say(causes.why_table(found) if why is not None else causes.idle_table(found))
         return
     if to_perfetto is not None:
-        perfetto.write(to_perfetto, timeline(read))
+        drawn = timeline(read)
+        with writing(to_perfetto):
+            perfetto.write(to_perfetto, drawn)
         print(f"wrote {to_perfetto}; open it in Perfetto", file=sys.stderr)
     if to_plot is not None:
-        trace_plot.draw(to_plot, read)
+        with writing(to_plot):
+            trace_plot.draw(to_plot, read)
         print(f"wrote {to_plot}", file=sys.stderr)
     told = trace.summary(read)
     if diff is not None:

@@ -62,7 +62,7 @@ def runs() -> Iterator[Path]:
     """A folder for run folders, short enough for sockets. Afterwards nothing of a run may be left in it but files."""
     folder = Path(tempfile.mkdtemp(prefix="rv-", dir="/tmp"))
     yield folder
-    clean = wait_until(lambda: not left_behind(folder), 3.0)
+    clean = wait_until(lambda: not left_behind(folder), 10.0)
     left = left_behind(folder)
     shutil.rmtree(folder, ignore_errors=True)
     assert clean, f"left behind: {left}"

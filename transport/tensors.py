@@ -66,9 +66,10 @@ def to_buffer(name: str, tensor: torch.Tensor, *, sole: bool = False) -> tuple[T
         if not tensor.is_contiguous():
             tensor, sole = tensor.contiguous(), True
         address = tensor.data_ptr()  # raises where the layout has none
+        held = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize
     except RuntimeError as error:
         raise _no_bytes(name, tensor) from error
-    if not address:
+    if not address or held < nbytes:  # there is none, or it was made smaller
         raise _no_bytes(name, tensor)
     if nbytes < COPY_BELOW_BYTES:  # ZeroMQ would copy it anyway, and so it takes 1 µs instead of 5
         return meta, ctypes.string_at(address, nbytes)

@@ -20,7 +20,7 @@ from ranvier.actors.supervisor import Supervisor
 from ranvier.actors.training.spec import LOSS, NORM, OUTPUT, TRAINING, VALIDATION, TrainingLink
 from ranvier.actors.zygote_process import ZygoteProcess
 from ranvier.transport.ends import Received
-from ranvier.transport.errors import LinkClosed, ProtocolError
+from ranvier.transport.errors import LinkClosed, ProtocolError, ResourceError
 from ranvier.transport.exchange import RefusedMessage
 from ranvier.transport.header import Row
 
@@ -83,12 +83,17 @@ class Attempt:
 
     async def run(self, runs: Path, on_started: OnStarted, zygote: ZygoteProcess | None) -> None:
         plan = self.plan
-        folder = run_folder.create(plan.plan, runs)
+        try:
+            folder = run_folder.create(plan.plan, runs)
+        except OSError as full:
+            raise ResourceError(f"the run's folder cannot be made: {full}") from full
         self.trained.run_dir = folder.path
         try:
             await self._run(folder, on_started, zygote)
         except (BaseExceptionGroup, OSError) as several:
             error = single(several) if isinstance(several, BaseExceptionGroup) else several
+            if isinstance(error, OSError):
+                error = ResourceError(f"the training cannot go on: {error}; its last checkpoint stands")
             folder.failed(error)
             raise error from None
         except BaseException as error:

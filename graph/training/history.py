@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,6 +17,7 @@ class History:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._open: TextIO | None = None
+        self._missed = ""
 
     def __enter__(self) -> History:
         return self
@@ -35,5 +37,12 @@ class History:
         self._open = self._file.open("a", encoding="utf-8")
 
     def add(self, told: Mapping[str, Any]) -> None:
+        """Tell of a step. On a full disk the training goes on, and what was missed is written with what comes later."""
         assert self._open is not None
-        print(json.dumps(told), file=self._open, flush=True)
+        self._missed += json.dumps(told) + "\n"
+        data = self._missed.encode()
+        try:
+            done = os.write(self._open.fileno(), data)
+        except OSError:
+            return
+        self._missed = data[done:].decode()

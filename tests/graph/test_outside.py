@@ -16,11 +16,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
 import ranvier
 from ranvier.actors import launcher
+from ranvier.actors.session import SessionInfo
 from ranvier.graph import journal
 from ranvier.graph.errors import RequestError
 
@@ -251,6 +253,69 @@ def test_a_request_is_not_resumed_by_another_model_case_57(four: Four, tiny: Any
             assert len(run.resumed) == 1
 
     trio.run(main)
+
+
+def left_by_a_run(graph: ranvier.Graph, runs: Path, *lines: journal.Line) -> Path:
+    """The folder of a run that is over, with these lines in its journal."""
+
+    async def main() -> Path:
+        async with ranvier.launch(graph, runs=runs) as run:
+            return run.dir
+
+    file = trio.run(main) / journal.FILE
+    [began] = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(began + b"".join([msgspec.json.encode(line) + b"\n" for line in lines]))
+    return file.parent
+
+
+def asked(key: str, count: int) -> journal.Asked:
+    info = SessionInfo(session=0, epoch=0, capacity=len(PROMPT) + count, log=tuple(PROMPT), max_tokens=count)
+    return journal.of_request(key, info, (), 0.0)
+
+
+def test_requests_that_there_is_no_room_for_at_once_go_on_case_57(four: Four, exact: Exact, runs: Path) -> None:
+    """Each of three needs more than half of every cache: one goes on after the other, all exact. One has ended meanwhile, and
+    one cannot be placed at all."""
+    graph = four(journal=True, actors=dict.fromkeys(("blocks0", "blocks1"), {"cache_tokens": 100}))
+    keys = ("first", "second", "third")
+    where = left_by_a_run(
+        graph, runs, *[asked(key, 50) for key in keys], asked("over", 2), journal.Ended("over", "cancelled"), asked("huge", 400)
+    )  # fmt: skip
+    got: dict[str, list[int]] = {}
+
+    async def main() -> None:
+        async with ranvier.launch(graph, runs=runs, resume=where) as run:
+
+            async def read(key: str) -> None:
+                got[key] = [token.id async for token in run.resume(key)]
+
+            assert list(run.resumed) == [*keys, "over", "huge"]
+            async with trio.open_nursery() as nursery:
+                for key in keys:
+                    nursery.start_soon(read, key)
+            assert [token async for token in run.resume("over")] == []
+            with pytest.raises(ranvier.RanvierError, match=r"407|room"):
+                await run.resume("huge").__anext__()
+
+    trio.run(main)
+    assert got == dict.fromkeys(keys, exact(PROMPT, 50))
+
+
+def test_a_journal_that_does_not_say_what_it_is_of_is_refused_case_57(four: Four, runs: Path) -> None:
+    """Nor is one with a request that cannot be one. The run stays as it is, also where its folder is bounded."""
+    graph = four(journal=True, runs={"newest": 1})
+    wrong = msgspec.structs.replace(asked("a", 5), info={**asked("a", 5).info, "log": ["x"]})
+    where = left_by_a_run(graph, runs, wrong)
+    file = where / journal.FILE
+
+    async def refused(words: str) -> None:
+        with pytest.raises(RequestError, match=words):
+            async with ranvier.launch(graph, runs=runs, resume=where):
+                pass
+
+    trio.run(refused, "journal.jsonl:2: damaged: .*Expected `int`")
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[1:]))
+    trio.run(refused, "journal.jsonl:1: damaged: .*expected first of all what the run was of")
 
 
 def test_the_code_beside_an_actor_is_of_the_model_case_57(tmp_path: Path) -> None:

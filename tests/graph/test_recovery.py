@@ -228,7 +228,7 @@ def test_stopped_past_the_deadline_is_fenced_and_replaced_case_5(
     four: Callable[..., ranvier.Graph], exact: Callable[..., list[int]], runs: Path
 ) -> None:
     """A stopped process is not dead: it is killed before another takes its place, so it never says anything late."""
-    limits = {"heartbeat_interval_s": 0.1, "heartbeat_deadline_s": 1.0}
+    limits = {"heartbeat_interval_s": 0.1, "heartbeat_deadline_s": 3.0}
 
     async def main() -> None:
         async with launched(four(supervision=limits), runs) as run:
@@ -568,10 +568,11 @@ def test_a_call_that_kills_its_actor_each_time_ends_and_the_run_goes_on(
 
 
 def test_ten_times_slower_is_not_lost_case_8(own: Callable[..., ranvier.Graph], runs: Path) -> None:
-    """A hundred calls at an actor that takes 20 ms for each: nobody is killed, and the senders wait within their credits."""
+    """Calls that take an actor longer, all together, than it may be silent: nobody is killed, and the senders wait within their
+    credits."""
 
     async def main() -> None:
-        limits = {"heartbeat_interval_s": 0.1, "heartbeat_deadline_s": 1.0, "progress_deadline_s": 20.0}
+        limits = {"heartbeat_interval_s": 0.1, "heartbeat_deadline_s": 3.0, "progress_deadline_s": 30.0}
         async with launched(own(kind="Slow", supervision=limits), runs) as run:
             got: dict[int, float] = {}
 
@@ -579,9 +580,9 @@ def test_ten_times_slower_is_not_lost_case_8(own: Callable[..., ranvier.Graph], 
                 got[value] = await call(run, float(value))
 
             async with trio.open_nursery() as nursery:
-                for value in range(100):
+                for value in range(200):
                     nursery.start_soon(one, value)
-            assert got == {value: value + 2.0 for value in range(100)}
+            assert got == {value: value + 2.0 for value in range(200)}
             assert not run.recoveries
             assert run.counters["good.0"]["credit_waits"] > 0
 

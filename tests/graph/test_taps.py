@@ -56,7 +56,7 @@ def called(graph: ranvier.Graph, runs: Path, *values: list[float], alarms: int =
     made: list[Any] = []
 
     async def main() -> ranvier.Run:
-        with trio.fail_after(40):
+        with trio.fail_after(90):
             async with ranvier.launch(graph, runs=runs) as run:
                 for value in values:
                     try:

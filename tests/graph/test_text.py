@@ -5,16 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from ranvier.actors.checkpoint import open_checkpoint
 from ranvier.actors.errors import CheckpointError
+from ranvier.actors.session import SessionInfo
 from ranvier.graph import tokenizer
+from ranvier.graph.errors import RequestError
+from ranvier.graph.generation import Generation, Over, Token
 from ranvier.graph.text_process import TextProcess
 from ranvier.graph.text_stream import TextStream
 
@@ -185,6 +191,55 @@ def test_stop_strings(text: str, stop: tuple[str, ...], shown: str, stopped: boo
     out += stream.rest()
     assert (out, stream.stopped) == (shown, stopped)
     assert stream.text == shown
+
+
+def test_a_stream_that_is_resumed_ends_at_its_stop_string(codec: tokenizer.TextCodec) -> None:
+    """The journal has tokens after it, which the gateway was ahead with: nobody gets them."""
+    ids = codec.encode("one two STOP three four", special=False)
+    generation = Generation(TextStream(codec, ("STOP",)))
+    generation.begin(Over("length"), SessionInfo(session=0, epoch=0, capacity=100, log=(1,), max_tokens=90), 1)
+    generation.recorded(1, ids, after=1)
+
+    async def read() -> list[Token]:
+        return [token async for token in generation]
+
+    tokens = trio.run(read)
+    assert generation.result.text == "one two "
+    assert generation.result.finish_reason == "stop"
+    assert [token.position for token in tokens] == list(range(2, 2 + len(tokens)))
+    assert len(tokens) < len(ids) - 1
+
+
+@pytest.mark.parametrize("content", [object(), 1 << 70, "\ud800"], ids=["object", "huge", "surrogate"])
+def test_messages_that_are_no_data_are_refused_alone(content: Any, codec: tokenizer.TextCodec) -> None:
+    with contextlib.closing(TextProcess(codec)) as process:
+        with pytest.raises(RequestError, match="prompt: expected"):
+            process.chat_ids([{"role": "user", "content": content}])
+        assert process.chat_ids([{"role": "user", "content": "hi"}])
+
+
+def test_limits_of_the_shell_are_kept(codec: tokenizer.TextCodec, smollm2: Path) -> None:
+    """`ulimit -t`, which nobody may raise again: prompts are turned into ids all the same."""
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_CPU, (3600, 3600))\n"
+        "from ranvier.actors.checkpoint import open_checkpoint\n"
+        "from ranvier.graph import tokenizer; from ranvier.graph.text_process import TextProcess; from pathlib import Path\n"
+        "process = TextProcess(tokenizer.of(open_checkpoint(Path(sys.argv[1]))))\n"
+        "import ctypes; ctypes.CDLL(None).prctl(24, 24)\n"  # root may not raise limits either: CAP_SYS_RESOURCE is dropped
+        "print(process.ids('Hello')); process.close()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(smollm2)], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == codec.encode("Hello", special=True)
+
+
+def test_decoders_that_grow_a_text_together_are_refused() -> None:
+    each = {"type": "Replace", "pattern": {"String": "a"}, "content": "aaaa"}
+    tokenizer._check_decoder(Path("tokenizer.json"), {"type": "Sequence", "decoders": [each, each]})
+    with pytest.raises(CheckpointError, match="expected Replace of a plain text by a short one"):
+        tokenizer._check_decoder(Path("tokenizer.json"), {"type": "Sequence", "decoders": [each, each, each]})
 
 
 def test_a_tokenizer_of_a_folder(tiny: Any, tmp_path: Path) -> None:

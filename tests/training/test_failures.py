@@ -274,7 +274,7 @@ def test_a_training_that_hangs_says_why_and_shows_itself(graph: Make, runs: Path
             nursery.start_soon(
                 partial(train, made, tmp_path / "out", allow_code=True, runs=runs, on_started=pids.update)
             )
-            with trio.fail_after(40):
+            with trio.fail_after(90):
                 while not pids:
                     await trio.sleep(0.05)
                 await trio.sleep(1)
