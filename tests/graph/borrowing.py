@@ -49,6 +49,22 @@ class FillsRows(Actor):
         return {"y": made}
 
 
+class Wide(Actor):
+    """Doubles rows of any width. Waits for the file `gate` before its first step, so that calls come together."""
+
+    inputs = {"x": TensorSpec("float32", ("rows", "width"))}
+    outputs = {"y": TensorSpec("float32", ("rows", "width"))}
+    stateless = True
+
+    def load(self, context: Context) -> None:
+        self.gate = Path(str(context.args["gate"]))
+
+    def step(self, batch: Batch):  # type: ignore[no-untyped-def]
+        while not self.gate.exists():
+            time.sleep(0.01)
+        return {"y": batch["x"] * 2}
+
+
 class Slow(Actor):
     """Gives the least and the largest of what it gets, late."""
 

@@ -176,6 +176,25 @@ def test_outputs_that_are_no_memory_of_this_machine_case_65(borrowing: Make, run
         assert words in str(made[which]), made[which]
 
 
+def test_what_cannot_be_recorded_ends_no_host(borrowing: Make, runs: Path) -> None:
+    """An output on the meta device, and a sparse one: errors of their calls, also where all is recorded."""
+    graph = borrowing({"odd": {"kind": "Odd"}}, ["gateway.x -> odd.x", "odd.y -> gateway.y"], record={"edges": "all"})
+    inputs = [torch.full((3, 4), float(which)) for which in (3, 4, 0)]
+    made = called(graph, runs, inputs, "y")
+    assert all("actor odd.0" in str(error) for error in made[:2])
+    assert made[2] == [[0.0] * 3] * 4
+
+
+def test_calls_of_different_widths_at_once(borrowing: Make, runs: Path, tmp_path: Path) -> None:
+    """They wait together, and cannot be one step: each has its answer."""
+    gate = tmp_path / "gate"
+    graph = borrowing(
+        {"wide": {"kind": "Wide", "args": {"gate": str(gate)}}}, ["gateway.x -> wide.x", "wide.y -> gateway.y"]
+    )
+    inputs = [torch.full((1, width), float(width)) for width in (1, 3, 3, 5, 3)]
+    assert called(graph, runs, inputs, "y", gate) == [(tensor * 2).tolist() for tensor in inputs]
+
+
 def test_memory_that_nobody_else_holds_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a step makes anew, or passes on, is not copied. Whatever its actor still holds in any way is."""
     monkeypatch.setattr(ownership, "COPY_BELOW_BYTES", 0)
@@ -218,10 +237,12 @@ def test_errors_that_cannot_be_told_end_one_session_at_once_case_66(kind: str, b
 
     async def main() -> None:
         async with ranvier.launch(graph, runs=runs) as run:
-            for which in range(1, 7):
+            kinds = ("ValueError", "Unspeakable", "SystemExit", "KeyboardInterrupt", "GeneratorExit", "ValueError")
+            for which, name in enumerate(kinds, 1):
                 with trio.fail_after(30), pytest.raises(ranvier.ActorFailed) as caught:
                     await run.call(x=torch.tensor([float(which)]))
                 assert len(str(caught.value)) < 100_000
+                assert name in str(caught.value), "the step's own error is the one that is told"
                 caught.value.args[0].encode()
                 with trio.fail_after(30):
                     assert (await run.call(x=torch.tensor([7.0])))["y"].tolist() == [8.0]
