@@ -111,11 +111,6 @@ class HostCore:
         self.outputs.remove(peer)
         self._in = {link: here for link, here in self._in.items() if link.spec.source != peer}
 
-    @property
-    def due_ns(self) -> int | None:
-        """When the next second copy of a hedged message goes out; None if none is to come."""
-        return self.outputs.due_ns
-
     def send_copies(self, now_ns: int) -> None:
         """Send the second copies that are due."""
         self.outputs.send_copies(now_ns, self._is_open)
@@ -459,13 +454,12 @@ class HostCore:
         """The messages that are done with. Where the rows of one go different ways, the last of them ends it."""
         done = []
         for received in sources:
-            key = received.link, received.header.sequence
-            shares = self._shares.get(key) if self._shares else None
-            if shares is not None:
-                if shares > 1:
-                    self._shares[key] = shares - 1
+            if self._shares:
+                key = received.link, received.header.sequence
+                left = self._shares.pop(key, 1) - 1
+                if left:
+                    self._shares[key] = left
                     continue
-                del self._shares[key]
             here = self._in.get(received.link)
             if here is not None and not here.feedback:
                 self.exchange.consumed(received.link, received.nbytes)

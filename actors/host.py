@@ -114,6 +114,7 @@ class Host(Process):
 
     def _steps(self, wire: ZeroWire) -> None:
         exchange, core, crossing = self.exchange, self.core, self.crossing
+        outputs = core.outputs
         tick_at_s = time.monotonic() + TICK_S
         while True:
             if time.monotonic() > tick_at_s:  # whether or not there is work: a join may wait while others go on
@@ -130,11 +131,11 @@ class Host(Process):
                 if not self.obey_next():
                     return
                 self._flush(wire)
-            due_ns = core.due_ns
+            due_ns = outputs.due_ns
             if due_ns is not None and time.monotonic_ns() >= due_ns:
                 core.send_copies(time.monotonic_ns())
                 self._flush(wire)
-                due_ns = core.due_ns
+                due_ns = outputs.due_ns
             if not core.queued or exchange.waiting:
                 self._wait(wire, due_ns)
             elif core.may_batch:  # what has come meanwhile may go before what waits, or together with it

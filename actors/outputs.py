@@ -121,7 +121,7 @@ class Outputs:
             ProtocolError: an output is not what its edge carries.
             ValueError, TypeError: the actor returned a port it does not have, or no tensor.
         """
-        going: set[Row] = set()
+        going: set[Row] | None = None
         # loops first: they say which rows go round
         ordered = sorted(outputs.items(), key=lambda one: one[0] not in self._loops) if self._loops else outputs.items()
         for port, value in ordered:
@@ -139,9 +139,8 @@ class Outputs:
                 entered = own
                 own, tensor = self._go_round(port, own, tensor, *loop, outputs, ready_ns, sole)
                 sole = False  # some of it may be on its way round
-                going.update(entered)
-                going.difference_update(own)
-            elif going and any(row in going for row in own):
+                going = (going or set()).union(entered).difference(own)
+            elif going and not going.isdisjoint(own):
                 # the client gets what leaves the loop, whichever port it asks
                 self._send(port, [route for route in routes if route.actor != GATEWAY], own, tensor, ready_ns, sole)
                 routes = [route for route in routes if route.actor == GATEWAY]

@@ -58,21 +58,23 @@ def to_buffer(name: str, tensor: torch.Tensor, *, sole: bool = False) -> tuple[T
         raise _no_bytes(name, tensor)
     if nbytes == 0:
         return meta, b""
-    if tensor.requires_grad:
-        tensor = tensor.detach()
     if meta.dtype in _OF_COMPLEX and tensor.is_neg():  # an imaginary part: its sign is a flag, not in its bytes
         tensor = tensor.resolve_neg()
     try:
         if not tensor.is_contiguous():
             tensor, sole = tensor.contiguous(), True
         address = tensor.data_ptr()  # raises where the layout has none
-        held = tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize
+        held = tensor.untyped_storage().nbytes()
+        if held != nbytes:
+            held -= tensor.storage_offset() * tensor.itemsize
     except RuntimeError as error:
         raise _no_bytes(name, tensor) from error
     if not address or held < nbytes:  # there is none, or it was made smaller
         raise _no_bytes(name, tensor)
     if nbytes < COPY_BELOW_BYTES:  # ZeroMQ would copy it anyway, and so it takes 1 µs instead of 5
         return meta, ctypes.string_at(address, nbytes)
+    if tensor.requires_grad:
+        tensor = tensor.detach()
     if tensor.dtype is torch.bfloat16:  # numpy knows none: the bytes are what is sent, so integers will do
         tensor = tensor.view(torch.int16)
     view = tensor.numpy().data.cast("B")

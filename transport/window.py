@@ -61,7 +61,10 @@ class SendWindow:
         kept = self.kept
         while kept and kept[0].sequence <= sequence:
             kept.popleft()
-        self.grant(sequence_limit, byte_limit)
+        if sequence_limit > self.sequence_limit:
+            self.sequence_limit = sequence_limit
+        if byte_limit > self.byte_limit:
+            self.byte_limit = byte_limit
 
     def since(self, sequence: int) -> list[Outgoing]:
         """What must be sent again when the receiver misses `sequence` and all after it."""

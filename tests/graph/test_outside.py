@@ -276,7 +276,7 @@ def asked(key: str, count: int) -> journal.Asked:
 def test_requests_that_there_is_no_room_for_at_once_go_on_case_57(four: Four, exact: Exact, runs: Path) -> None:
     """Each of three needs more than half of every cache: one goes on after the other, all exact. One has ended meanwhile, and
     one cannot be placed at all."""
-    graph = four(journal=True, actors=dict.fromkeys(("blocks0", "blocks1"), {"cache_tokens": 100}))
+    graph = four(journal=True, actors={name: {"cache_tokens": 100} for name in ("blocks0", "blocks1")})
     keys = ("first", "second", "third")
     where = left_by_a_run(
         graph, runs, *[asked(key, 50) for key in keys], asked("over", 2), journal.Ended("over", "cancelled"), asked("huge", 400)
