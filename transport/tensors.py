@@ -66,7 +66,7 @@ def to_buffer(name: str, tensor: torch.Tensor, *, sole: bool = False) -> tuple[T
         address = tensor.data_ptr()  # raises where the layout has none
         held = tensor.untyped_storage().nbytes()
         if held != nbytes:
-            held -= tensor.storage_offset() * tensor.itemsize
+            held -= int(tensor.storage_offset()) * tensor.itemsize
     except RuntimeError as error:
         raise _no_bytes(name, tensor) from error
     if not address or held < nbytes:  # there is none, or it was made smaller
