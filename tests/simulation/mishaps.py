@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -128,7 +129,9 @@ class Mishaps:
     def check(self) -> None:
         """The journal that a new process would find says what the clients were given."""
         self._full_until_s = 0.0
-        self.journal.catch_up()
+        until_s = time.monotonic() + 5
+        while not self.journal.durable and time.monotonic() < until_s:  # it rests after an attempt that failed
+            self.journal.catch_up()
         assert self.journal.durable
         self.journal.close()
         left = journal.Resumed(self._folder, Began("g", "m"))
