@@ -112,7 +112,7 @@ def test_a_signal_ends_the_run_and_what_its_actors_started_case_56(
     _, errors = process.communicate(timeout=20)
     assert process.returncode == code, errors
     assert b"Traceback" not in errors
-    until(lambda: not processes(mark), 5)
+    until(lambda: not processes(mark), 20)
     [folder] = runs.glob("starts-*")
     outcome = json.loads((folder / "run.json").read_text()).get("outcome")
     assert outcome == (None if number is signal.SIGKILL else "interrupted")
@@ -128,10 +128,10 @@ def test_an_actor_that_is_lost_takes_along_what_it_started_case_56(starter: Path
     first = until(lambda: asleep(mark) if len(asleep(mark)) == 2 else [])
     host = int(Path(f"/proc/{first[0]}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(host, signal.SIGKILL)
-    until(lambda: len(set(asleep(mark)) & set(first)) < 2, 5)  # the one of its own session stays until the run ends
+    until(lambda: len(set(asleep(mark)) & set(first)) < 2, 20)  # the one of its own session stays until the run ends
     process.terminate()
     process.wait(20)
-    until(lambda: not processes(mark), 5)
+    until(lambda: not processes(mark), 20)
 
 
 def test_ctrl_c_while_it_imports_ends_without_a_traceback_case_78(runs: Path) -> None:
