@@ -97,9 +97,8 @@ class Recovery:
         delay_s = self._supervisor.restart(failure, lost)
         if delay_s is None:
             return
-        blamed = (
-            frozenset[int]() if host.because else inside(Path(lost.board))
-        )  # something else was lost, and it with that
+        # of one that was lost with something else, nobody is to blame
+        blamed = frozenset[int]() if host.because else inside(Path(lost.board))
         self._gateway.on_lost_replica(lost.actor, lost.replica, failure, blamed)
         self._members.forget(lost)
         self._members.flush()

@@ -200,8 +200,13 @@ class Requests:
         return self._process.ids(prompt) if raw and isinstance(prompt, str) else self._process.chat_ids(_chat(prompt))
 
     def refuse(self, why: Exception) -> None:
-        """The requests whose prompts are still text end with this, and so do those that come."""
+        """What has not begun ends with this: requests whose prompts are still text, those that wait for room, and those that
+        come."""
         self._over = why
+        for key, later in self._no_room.items():
+            self._note(Ended(key, "", str(why)))
+            later.begin(Over(why))
+        self._no_room.clear()
         if self._preparing is not None:
             self._preparing.refuse(why)
         with contextlib.suppress(trio.WouldBlock):

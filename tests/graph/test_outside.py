@@ -25,6 +25,7 @@ from ranvier.actors import launcher
 from ranvier.actors.session import SessionInfo
 from ranvier.graph import journal
 from ranvier.graph.errors import RequestError
+from ranvier.transport.errors import LinkClosed
 
 PROMPT = [1, 17, 40, 9, 300, 12, 77]
 Four = Callable[..., ranvier.Graph]
@@ -299,6 +300,26 @@ def test_requests_that_there_is_no_room_for_at_once_go_on_case_57(four: Four, ex
 
     trio.run(main)
     assert got == dict.fromkeys(keys, exact(PROMPT, 50))
+
+
+def test_a_request_that_waits_for_room_ends_with_its_run_case_57(four: Four, runs: Path) -> None:
+    """Whoever reads it hears of the end, as the others do."""
+    graph = four(journal=True, actors={name: {"cache_tokens": 100} for name in ("blocks0", "blocks1")})
+    where = left_by_a_run(graph, runs, asked("first", 60), asked("second", 60))
+
+    async def read(generation: ranvier.Generation) -> None:
+        with pytest.raises(LinkClosed, match="the run is over"):
+            async for _ in generation:
+                pass
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            with trio.fail_after(60):
+                async with ranvier.launch(graph, runs=runs, resume=where) as run:
+                    nursery.start_soon(read, run.resume("second"))
+                    await run.resume("first").__anext__()
+
+    trio.run(main)
 
 
 def test_a_journal_that_does_not_say_what_it_is_of_is_refused_case_57(four: Four, runs: Path) -> None:
