@@ -22,8 +22,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 settings.register_profile("ranvier", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ranvier")
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Tests that a shell started in the background ignore Ctrl-C, and so would all that they start, which is sent it here.
+# Tests that a shell started in the background, or under nohup, ignore signals that are sent here to what they start, which
+# would ignore them, too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+for ignored in (signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(ignored, signal.SIG_DFL)
 
 
 def processes_under(folder: Path) -> list[str]:
