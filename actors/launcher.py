@@ -145,7 +145,9 @@ class LocalLauncher:
         stdin.close()
         self._zygotes.append(zygote)
         self._nursery.start_soon(self._read_events, zygote, events)
-        with contextlib.suppress(trio.BrokenResourceError):  # it has ended already, as its events will tell
+        with contextlib.suppress(
+            trio.BrokenResourceError, trio.ClosedResourceError
+        ):  # it has ended already, as its events will tell
             await self._command(zygote, do="begin", sockets=str(self._sockets), errors=str(self._errors))
         return zygote
 
@@ -177,6 +179,8 @@ class LocalLauncher:
                     zygote.notify()
         zygote.gone = True
         zygote.notify()
+        await zygote.stdin.aclose()
+        zygote.process.end()  # another one takes its place: nothing of this one is held any longer
 
     def _on_event(self, zygote: _Zygote, event: Mapping[str, Any]) -> None:
         match event["event"]:
@@ -248,7 +252,7 @@ class LocalLauncher:
         stderr = str(self._logs / f"{spec.label}.err")
         zygote.answers.pop(key, None)
         with trio.move_on_after(STARTED_DEADLINE_S if zygote.ready.is_set() else READY_DEADLINE_S):
-            with contextlib.suppress(trio.BrokenResourceError):
+            with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
                 await self._command(zygote, do="start", key=key, spec=spec.to_plain(), stderr=stderr)
             while key not in zygote.answers and not zygote.gone:
                 await zygote.changed.wait()

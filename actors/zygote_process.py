@@ -35,6 +35,7 @@ class ZygoteProcess:
         open_standard_streams()
         lifeline, self.lifeline = os.pipe2(os.O_CLOEXEC)
         self._errors = -1
+        self._said = ""
         # numpy's threads would not survive the fork
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
         try:
@@ -59,7 +60,7 @@ class ZygoteProcess:
     def last_words(self) -> str:
         """Return the end of what it wrote to standard error before it was given a log."""
         if self._errors < 0:
-            return ""
+            return self._said
         size = os.fstat(self._errors).st_size
         return os.pread(self._errors, 4000, max(0, size - 4000)).decode(errors="replace")
 
@@ -68,6 +69,7 @@ class ZygoteProcess:
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
+        self._said = self.last_words()
         for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):  # a command may be left that nobody will read
                 if pipe is not None:

@@ -415,6 +415,8 @@ def test_a_zygote_that_is_killed_is_replaced_case_55(four: Four, exact: Exact, r
                         await trio.sleep(0.01)
                 assert zygote_of(run) != victim
                 assert run._supervisor._launcher.counters["zygotes_lost"] == times  # type: ignore[attr-defined]
+                held = [path.resolve().name for path in Path("/proc/self/fd").iterdir()]
+                assert len([name for name in held if "zygote.err" in name]) == 1, "nothing is held of one that is gone"
 
     trio.run(main)
 
