@@ -65,6 +65,10 @@ class Launcher(Protocol):
         """End a host at once, whatever it is doing."""
 
 
+_ENDED = trio.BrokenResourceError, trio.ClosedResourceError
+"""What a command to a zygote ends with that is gone. Its events tell of that."""
+
+
 @dataclass(eq=False)
 class _Zygote:
     """One process that forks hosts, as its launcher sees it. `answers` are of starts: an empty one means that it was done."""
@@ -145,9 +149,7 @@ class LocalLauncher:
         stdin.close()
         self._zygotes.append(zygote)
         self._nursery.start_soon(self._read_events, zygote, events)
-        with contextlib.suppress(
-            trio.BrokenResourceError, trio.ClosedResourceError
-        ):  # it has ended already, as its events will tell
+        with contextlib.suppress(*_ENDED):
             await self._command(zygote, do="begin", sockets=str(self._sockets), errors=str(self._errors))
         return zygote
 
@@ -252,7 +254,7 @@ class LocalLauncher:
         stderr = str(self._logs / f"{spec.label}.err")
         zygote.answers.pop(key, None)
         with trio.move_on_after(STARTED_DEADLINE_S if zygote.ready.is_set() else READY_DEADLINE_S):
-            with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            with contextlib.suppress(*_ENDED):
                 await self._command(zygote, do="start", key=key, spec=spec.to_plain(), stderr=stderr)
             while key not in zygote.answers and not zygote.gone:
                 await zygote.changed.wait()

@@ -95,7 +95,8 @@ class Later:
         self._there.set()
 
     async def event(self) -> Delivered | str:
-        """What happens next; a string is the end and its reason. Raises the error that it ended with."""
+        """Wait for room, and then for what happens next; a string is the end and its reason. Raises the error that it ended
+        with."""
         await self._there.wait()
         assert self._source is not None
         return await self._source.event()

@@ -83,7 +83,7 @@ class Requests:
         self._left: dict[str, Request] = {}
         self._resumed: dict[str, Source] = {}
         self._no_room: dict[str, Later] = {}
-        """Of those: what waits until another ends."""
+        """Those of the lost run that wait until another one ends."""
         self._one_is_over = trio.Event()
         self._preparing: Generation | None = None
         self._over: Exception | None = None
@@ -200,7 +200,7 @@ class Requests:
         return self._process.ids(prompt) if raw and isinstance(prompt, str) else self._process.chat_ids(_chat(prompt))
 
     def refuse(self, why: Exception) -> None:
-        """What has not begun ends with this: requests whose prompts are still text, those that wait for room, and those that
+        """End with this what has not begun: requests whose prompts are still text, those that wait for room, and those that
         come."""
         self._over = why
         for key, later in self._no_room.items():
@@ -386,12 +386,12 @@ class Requests:
 
 
 def no_tokenizer(graph: Graph) -> RequestError:
-    """The error of text where a graph has no use for it."""
+    """Return the error of text where a graph has no use for it."""
     return RequestError(f"graph {graph.name} has no tokenizer; give token ids and use `stop_tokens`")
 
 
 def _so_far(request: Request) -> Asked:
-    """What was asked, with the tokens that there are."""
+    """Return what was asked, with the tokens that there are."""
     return msgspec.structs.replace(request.asked, tokens=tuple(request.tokens))
 
 

@@ -195,7 +195,7 @@ def _wait(pipe: IO[bytes], event: int, until_s: float) -> None:
 
 
 def _last_words(pipe: IO[bytes] | None) -> str:
-    """What the process said before it ended, for whoever looks for the cause."""
+    """Return what the process said before it ended, for whoever looks for the cause."""
     assert pipe is not None
     try:
         said = os.read(pipe.fileno(), 1 << 16).decode(errors="replace").strip()
