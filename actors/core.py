@@ -10,7 +10,6 @@ import itertools
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 
-import msgspec
 import torch
 
 from ranvier.transport.ends import Received, ReceivingLink
@@ -20,19 +19,11 @@ from ranvier.transport.header import MAX_ROWS, Row
 from ranvier.transport.tensors import from_buffer
 
 from .actor import Batch
+from .batcher import Work, in_order, laid_together, widths
 from .join import Gate, Join, Late, Overdue, Part
 from .outputs import Outputs
 from .replicas import Answers, Places
 from .spec import HostLink, PortSpec
-
-
-class Work(msgspec.Struct, frozen=True, eq=False):
-    """One step to take, or a piece of one: rows that have what they need, and the messages they were in. `pieces` are what
-    was laid together."""
-
-    batch: Batch
-    sources: tuple[Received, ...]
-    pieces: tuple[Work, ...] = ()
 
 
 class HostCore:
@@ -271,7 +262,7 @@ class HostCore:
         if not self._ready or self.exchange.waiting:
             return None
         if len(self._ready) > 1 and self._stacks:
-            self._put_in_order()
+            self._ready, self._passed = in_order(self._ready, self._passed)
         if len(self._ready) == 1 and len(self._ready[0].batch.rows) == 1:
             current = self._current(self._ready[0])
             self._ready.popleft()
@@ -296,7 +287,7 @@ class HostCore:
                 break
             if pieces and piece.batch.tensors.keys() != pieces[0].batch.tensors.keys():
                 break  # other ports came first
-            if pieces and not self._alike and _widths(piece) != _widths(pieces[0]):
+            if pieces and not self._alike and widths(piece) != widths(pieces[0]):
                 break  # a dimension is free, and these are of another size
             if not sessions.isdisjoint(row.session for row in piece.batch.rows):
                 break  # a session's next step stands on the one before
@@ -305,17 +296,7 @@ class HostCore:
                 pieces.append(current)
                 tokens += size
                 sessions.update(row.session for row in current.batch.rows)
-        if len(pieces) < 2:
-            return pieces[0] if pieces else None
-        return Work(
-            Batch(
-                tuple(row for piece in pieces for row in piece.batch.rows),
-                {port: torch.cat([piece.batch[port] for piece in pieces]) for port in pieces[0].batch.tensors},
-                self._own_rows(pieces),
-            ),
-            tuple(source for piece in pieces for source in piece.sources),
-            tuple(pieces),
-        )
+        return laid_together(pieces) if pieces else None
 
     @property
     def _rows_of_a_batch(self) -> int:
@@ -332,31 +313,6 @@ class HostCore:
         for piece in taken:
             self._discard(piece.sources)
         return tuple(dict.fromkeys(row for piece in taken for row in piece.batch.rows))
-
-    def _put_in_order(self) -> None:
-        """See `take`. A piece is ranked no higher than what its sessions have before it: their own order stays."""
-        parts = [piece for piece in self._ready if all(row.tokens > 1 for row in piece.batch.rows)]
-        if not parts:
-            return
-        oldest = parts[0]
-        lead = oldest.batch.rows[0]
-        of_sessions: dict[int, tuple[int, int]] = {}
-        ranked: list[tuple[tuple[int, int], Work]] = []
-        for piece in self._ready:
-            rows = piece.batch.rows
-            before = max((of_sessions[row.session] for row in rows if row.session in of_sessions), default=None)
-            if piece is oldest:
-                rank = (0 if lead == self._passed else 2, 0)
-            elif before is None and any(row.tokens <= 1 for row in rows):
-                rank = (1, 0)
-            else:
-                rank = (3, max(row.position for row in rows))
-            rank = max(rank, before or rank)
-            of_sessions.update((row.session, rank) for row in rows)
-            ranked.append((rank, piece))
-        ranked.sort(key=lambda one: one[0])
-        self._ready = deque(piece for _, piece in ranked)
-        self._passed = lead
 
     def _next_current(self, most_rows: int) -> Work | None:
         current = self._current(self._next(most_rows))
@@ -382,10 +338,6 @@ class HostCore:
         self._ready.appendleft(rest)
         self._taken[-1] = first
         return first
-
-    def _own_rows(self, pieces: list[Work]) -> dict[str, tuple[Row, ...]]:
-        ports = {port for piece in pieces for port in piece.batch.own_rows}
-        return {port: tuple(row for piece in pieces for row in piece.batch.rows_of(port)) for port in ports}
 
     def _current(self, piece: Work) -> Work | None:
         """The piece without rows of sessions that are closed or of another epoch; None if no row is left."""
@@ -465,7 +417,3 @@ class HostCore:
                 self.exchange.consumed(received.link, received.nbytes)
             done.append(received)
         return done
-
-
-def _widths(piece: Work) -> list[torch.Size]:
-    return [tensor.shape[1:] for tensor in piece.batch.tensors.values()]

@@ -19,7 +19,8 @@ from ranvier.transport.zeromq import ZeroWire
 
 from . import step_board, taps
 from .actor import Batch, keeps
-from .core import HostCore, Work
+from .batcher import Work
+from .core import HostCore
 from .errors import told, traceback_of
 from .join import Overdue
 from .lifecycle import State

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ranvier.actors.actor import Batch
-from ranvier.actors.core import HostCore, Work
+from ranvier.actors.batcher import Work
+from ranvier.actors.core import HostCore
 from ranvier.actors.spec import HostLink, PortSpec
 from ranvier.transport.aligned import ALIGNED_BYTES
 from ranvier.transport.exchange import Exchange
