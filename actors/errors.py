@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 
-from ranvier.transport.errors import RanvierError
+from ranvier.transport.format.errors import RanvierError
 
 
 class ActorFailed(RanvierError):

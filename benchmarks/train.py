@@ -48,7 +48,7 @@ for _ in sys.stdin:
         trained = trio.run(lambda: ranvier.train(graph, pathlib.Path(out), allow_code=True, runs=file.parent))
     if len(graph.actors) > 1:
         from ranvier.graph.training.bubbles import Bubbles
-        from ranvier.graph.training.planning import training_plan
+        from ranvier.graph.training.planner import training_plan
         plan = training_plan(graph)
         bubbles = Bubbles(plan.schedule, plan.stages, trained.counters)
         with pathlib.Path(sys.argv[4]).open("a") as told:

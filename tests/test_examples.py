@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import ranvier
-from ranvier.graph import show
+from ranvier.graph.plan import show
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TESTED = {
@@ -97,7 +97,7 @@ def test_bytes_learn_and_run(runs: Path) -> None:
     """In a short form: some steps, and the checkpoint that comes of them speaks."""
     folder = copied("bytes", runs)
     subprocess.run([sys.executable, "prepare.py"], cwd=folder, check=True, timeout=60)
-    command = ("-m", "ranvier.graph.entry")
+    command = ("-m", "ranvier")
     short = [
         "--set",
         "training.steps=6",
@@ -157,7 +157,7 @@ def test_a_graph_answers(name: str, runs: Path) -> None:
     done = ran(
         runs,
         "-m",
-        "ranvier.graph.entry",
+        "ranvier",
         "run",
         str(EXAMPLES / name),
         "--json",
@@ -188,7 +188,7 @@ def test_the_story_of_a_slow_pipeline(runs: Path) -> None:
     folder = copied("slow", runs)
 
     def ranvier_(*arguments: str, code: int = 0) -> Any:
-        return json.loads(ran(folder, "-m", "ranvier.graph.entry", *arguments, "--json", code=code))
+        return json.loads(ran(folder, "-m", "ranvier", *arguments, "--json", code=code))
 
     busy = {}
     for name, expected in (("slow", "serialise"), ("uneven", "compute"), ("mended", "compute")):

@@ -69,7 +69,7 @@ def test_importing_is_light() -> None:
     """Neither `import ranvier` nor checking a graph takes torch; importing does no work and starts no thread."""
     script = (
         "import sys, threading, ranvier; from ranvier import load, plan; "
-        f"plan(load({str(REPOSITORY / 'examples' / 'smollm2.yaml')!r})); import ranvier.graph.launch; "
+        f"plan(load({str(REPOSITORY / 'examples' / 'smollm2.yaml')!r})); import ranvier.graph.run.launch; "
         "print('torch' in sys.modules, threading.active_count())"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
@@ -104,7 +104,7 @@ def test_the_wheel_offers_ranvier_and_nothing_bare(tmp_path: Path) -> None:
     here = [path for path in sys.path if path.endswith("site-packages")]
     script = (
         f"import sys, importlib.util as u; sys.path[:] = [p for p in sys.path if p] + {here!r}; "
-        "import ranvier.actors.host, ranvier.transport.zeromq, ranvier.graph.cli; "
+        "import ranvier.actors.host.host, ranvier.transport.wires.zeromq, ranvier.graph.commands.cli; "
         "print(ranvier.__file__); print([u.find_spec(n) for n in ('actors', 'graph', 'transport')]); "
         "import pathlib; print((pathlib.Path(ranvier.__file__).parent / 'py.typed').exists()); "
         "print(u.find_spec('ranvier.actors.model._kernels_avx2') is not None)"

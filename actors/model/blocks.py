@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ranvier.transport.header import Row
+from ranvier.transport.format.header import Row
 
-from ..actor import Look
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
+from ..component.actor import Look
 from . import weights
 from .compiled import Compiled
 from .kv_cache import KVCache, SessionCache

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ranvier.transport.header import Row
+from ranvier.transport.format.header import Row
 
 from ..checkpoint.config import ModelConfig
 from . import kernels

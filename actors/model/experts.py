@@ -12,12 +12,12 @@ from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
 
-from ..actor import Actor, Batch, Context
 from ..checkpoint.config import ModelConfig
-from ..routing import expert_ports, gather, scatter
+from ..component.actor import Actor, Batch, Context
+from ..component.routing import expert_ports, gather, scatter
 from . import weights
 from .blocks import Blocks, activate
-from .parts import BlocksActor, needed
+from .causal import BlocksActor, needed
 from .tensors import read_slot
 
 

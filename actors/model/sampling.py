@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..session import Sampling
+from ..component.session import Sampling
 
 _MASK = (1 << 64) - 1
 

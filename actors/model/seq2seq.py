@@ -17,16 +17,16 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from ranvier.transport.header import Row
+from ranvier.transport.format.header import Row
 
-from ..actor import Actor, Batch, Context, Look
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
-from ..session import SessionInfo
+from ..component.actor import Actor, Batch, Context, Look
+from ..component.session import SessionInfo
 from . import seq2seq_weights
 from .blocks import activate
+from .causal import Embedding, Head, needed
 from .kv_cache import KVCache, SessionCache
-from .parts import Embedding, Head, needed
 from .seq2seq_weights import LEARNED_FROM, Side, seq2seq
 from .slots import Slot
 from .tensors import Norm, product, read_slot

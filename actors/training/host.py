@@ -19,21 +19,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ranvier.transport.ends import Received
-from ranvier.transport.zeromq import ZeroWire
+from ranvier.transport.links.link_state import Received
+from ranvier.transport.wires.zeromq import ZeroWire
 
-from ..actor import REPLAYED
+from ..component.actor import REPLAYED
+from ..component.kinds import BUILT_IN
 from ..errors import told
-from ..kinds import BUILT_IN
-from ..loading import context_of, load
-from ..process import live
-from ..spec import GATEWAY, HostSpec, identity
-from . import mixture, optimizer, shards
-from .core import Place
-from .layers import NativeStage
-from .mail import Mail, Stop
-from .schedule import BACKWARD, FORWARD, UPDATE, WEIGHTS, Action, Stages, parse
-from .spec import (
+from ..host.loading import context_of, load
+from ..host.process import live
+from ..protocol.host_spec import GATEWAY, HostSpec, identity
+from ..protocol.schedule import BACKWARD, FORWARD, UPDATE, WEIGHTS, Action, Stages, parse
+from ..protocol.training_spec import (
     INPUT,
     INPUT_GRADIENT,
     LOSS,
@@ -47,7 +43,11 @@ from .spec import (
     VALIDATION,
     TrainingSpec,
 )
+from . import mixture, optimizer, shards
+from .inbox import Place
+from .layers import NativeStage
 from .stage import Learner, Stage, Told, Wrapped
+from .training_process import Mail, Stop
 
 FULL_DEADLINE_S = 60.0
 """How long the last checkpoint waits for room on the disk."""

@@ -14,21 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ranvier.transport.header import Row
+from ranvier.transport.format.header import Row
 
-from ..actor import Batch, Context
 from ..checkpoint.config import ModelConfig
+from ..component.actor import Batch, Context
+from ..component.routing import balancing_loss, expert_ports, gather, scatter
 from ..model import weights
 from ..model.blocks import activate, rotary_tables
-from ..model.parts import needed
+from ..model.causal import needed
 from ..model.rotary import rotate
 from ..model.slots import Slot
 from ..model.tensors import Norm, read_slot
-from ..routing import balancing_loss, expert_ports, gather, scatter
+from ..protocol.training_spec import BALANCE, LOGITS
 from . import fused
 from .fused import TILE
 from .linear import linear
-from .spec import BALANCE, LOGITS
 from .stage import Learner
 
 DOWN, UP = "_lora_down", "_lora_up"

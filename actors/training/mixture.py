@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from ..actor import Batch, Context
+from ..component.actor import Batch, Context
+from ..component.routing import expert_ports, gather
 from ..model.slots import Slot
-from ..routing import expert_ports, gather
+from ..protocol.training_spec import BALANCE
 from .layers import NativeStage, attention_slots, expert_slots
-from .spec import BALANCE
 
 
 class Attention(NativeStage):

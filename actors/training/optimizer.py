@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .spec import Optimizer
+from ..protocol.training_spec import Optimizer
 
 
 def make(settings: Optimizer, weights: Iterable[torch.Tensor]) -> torch.optim.Optimizer:

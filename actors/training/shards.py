@@ -11,11 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ranvier.transport.aligned import aligned
 from ranvier.transport.files import regular
+from ranvier.transport.format.aligned import aligned
 
-from ..module import fill
-from .spec import folder_of
+from ..component.module import fill
+from ..protocol.training_spec import folder_of
 from .stage import Stage
 
 STATE = ".state"

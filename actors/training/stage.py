@@ -16,13 +16,13 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from ranvier.transport.header import Row
+from ranvier.transport.format.header import Row
 
-from ..actor import Actor, Batch
-from ..module import held, tensors_of
+from ..component.actor import Actor, Batch
+from ..component.module import held, tensors_of
+from ..protocol.training_spec import Loss
 from . import losses
 from .linear import Late, make_up, put_off
-from .spec import Loss
 
 Weights = dict[str, torch.Tensor]
 

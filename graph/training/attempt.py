@@ -14,24 +14,24 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from ranvier.actors.launcher import LocalLauncher
-from ranvier.actors.spec import GATEWAY
-from ranvier.actors.supervisor import Supervisor
-from ranvier.actors.training.spec import LOSS, NORM, OUTPUT, TRAINING, VALIDATION, TrainingLink
-from ranvier.actors.zygote_process import ZygoteProcess
-from ranvier.transport.ends import Received
-from ranvier.transport.errors import LinkClosed, ProtocolError, ResourceError
-from ranvier.transport.exchange import RefusedMessage
-from ranvier.transport.header import Row
+from ranvier.actors.protocol.host_spec import GATEWAY
+from ranvier.actors.protocol.training_spec import LOSS, NORM, OUTPUT, TRAINING, VALIDATION, TrainingLink
+from ranvier.actors.supervise.launcher import LocalLauncher
+from ranvier.actors.supervise.supervisor import Supervisor
+from ranvier.actors.supervise.zygote_process import ZygoteProcess
+from ranvier.transport.format.errors import LinkClosed, ProtocolError, ResourceError
+from ranvier.transport.format.header import Row
+from ranvier.transport.links.exchange import RefusedMessage
+from ranvier.transport.links.link_state import Received
 
-from .. import metrics, run_folder
-from ..chaos import ChaosLink, Detours
-from ..launch import single
-from ..log import LogFile, logger
-from ..own_end import ME, OwnEnd
-from ..run_folder import RunFolder
-from ..status import Status
-from ..why import Why
+from ..run import metrics, run_folder
+from ..run.chaos import ChaosLink, Detours
+from ..run.launch import single
+from ..run.log import LogFile, logger
+from ..run.parent_end import ME, OwnEnd
+from ..run.run_folder import RunFolder
+from ..run.status import Status
+from ..run.why import Why
 from . import checkpoints
 from .checkpoints import Checkpoint
 from .data import Data
@@ -215,7 +215,7 @@ class Attempt:
         return bool(every) and (done % every == 0 or done == self.plan.rounds)
 
     def _send(self, session: int, number: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        from ranvier.transport.tensors import to_buffer
+        from ranvier.transport.format.tensors import to_buffer
 
         for link in self._links:
             if link.role == OUTPUT:
@@ -269,7 +269,7 @@ class Attempt:
             await self._changed.wait()
 
     def _on_message(self, received: Received) -> None:
-        from ranvier.transport.tensors import from_buffer
+        from ranvier.transport.format.tensors import from_buffer
 
         link, row = self._by_link[received.link], received.header.rows[0]
         values = from_buffer(received.header.tensors[0], received.buffers[0]).tolist()

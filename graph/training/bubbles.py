@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ranvier.actors.training.schedule import BACKWARD, FORWARD, INPUTS, UPDATE, WEIGHTS, Schedule, Stages, bubble, play
-from ranvier.actors.training.spec import WAITED
+from ranvier.actors.protocol.schedule import BACKWARD, FORWARD, INPUTS, UPDATE, WEIGHTS, Schedule, Stages, bubble, play
+from ranvier.actors.protocol.training_spec import WAITED
 
 KINDS = (FORWARD, BACKWARD, INPUTS, WEIGHTS, UPDATE)
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from ranvier.actors.checkpoint.hf_config import to_hf
-from ranvier.actors.training.spec import folder_of
+from ranvier.actors.protocol.training_spec import folder_of
 from ranvier.transport.files import locked, read_text
 
-from .. import tokenizer
-from ..errors import RequestError
+from ..file.errors import RequestError
+from ..sessions import tokenizer
 from .plan import TrainingPlan
 
 MOST_BYTES = 1 << 30

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ranvier.actors import kinds
-from ranvier.actors.kinds import KindError
+from ranvier.actors.component import kinds
+from ranvier.actors.component.kinds import KindError
 from ranvier.transport.files import read_text
 
-from .. import tokenizer
-from ..checked import Graph
-from ..errors import RequestError
+from ..file.checked import Graph
+from ..file.errors import RequestError
+from ..sessions import tokenizer
 from .plan import NEXT, TrainingPlan
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..command_line import writable
+from ..run.paths import writable
 
 
 class History:

@@ -12,22 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ranvier.actors.spec import GATEWAY, HostSpec
-from ranvier.actors.training import schedule as schedules
-from ranvier.actors.training.schedule import Schedule, Stages
-from ranvier.actors.training.spec import (
-    OUTPUT,
-    Loss,
-    Optimizer,
-    TrainingLink,
-    TrainingSpec,
-)
-from ranvier.transport.spec import TensorSpec
+from ranvier.actors.protocol import schedule as schedules
+from ranvier.actors.protocol.host_spec import GATEWAY, HostSpec
+from ranvier.actors.protocol.schedule import Schedule, Stages
+from ranvier.actors.protocol.training_spec import OUTPUT, Loss, Optimizer, TrainingLink, TrainingSpec
+from ranvier.transport.format.tensor_spec import TensorSpec
 
-from ..checked import Graph
-from ..errors import GraphError
-from ..plan import Plan
-from .section import TrainingSection
+from ..file.checked import Graph
+from ..file.errors import GraphError
+from ..file.training_section import TrainingSection
+from ..plan.plan import Plan
 
 NEXT = "target"
 """What the data calls the tokens that should come next."""

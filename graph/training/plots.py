@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ranvier.actors.training.schedule import play
+from ranvier.actors.protocol.schedule import play
 
-from ..picture import picture
+from ..trace.picture import picture
 from .bubbles import Bubbles
 from .plan import TrainingPlan
 

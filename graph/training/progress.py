@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from ..printable import printable
+from ..sessions.printable import printable
 from .plan import TrainingPlan
 from .trainer import Step
 

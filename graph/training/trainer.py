@@ -15,16 +15,16 @@ from typing import Any
 import trio
 
 from ranvier.actors.errors import ActorFailed
-from ranvier.actors.restarts import Restarts
-from ranvier.actors.zygote_process import ZygoteProcess
+from ranvier.actors.supervise.restarts import Restarts
+from ranvier.actors.supervise.zygote_process import ZygoteProcess
 
-from .. import run_folder
-from ..checked import Graph
-from ..launch import bad_links_of
+from ..file.checked import Graph
+from ..run import run_folder
+from ..run.launch import bad_links_of
 from . import checkpoints
 from .attempt import Attempt
 from .data import of as data_of
-from .planning import training_plan
+from .planner import training_plan
 from .steps import OnStarted, OnStep, Step, Trained
 
 OnBegin = Callable[[Sequence[Mapping[str, Any]]], None]
@@ -55,7 +55,7 @@ async def train(
         on_event: told what goes on otherwise, in words.
         on_started: told the processes, by identity, of each attempt.
         on_begin: told, before each attempt, of the steps and validations that stand; those after them come again.
-        chaos: a file that says what goes wrong on which tcp links (graph/chaos.py).
+        chaos: a file that says what goes wrong on which tcp links (chaos.py).
         log: `json` or `console`: the runs' log goes to standard error, too, in that form.
         zygote: the process that hosts are forked from, where it was started before.
 

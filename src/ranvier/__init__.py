@@ -18,21 +18,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ranvier.actors.actor import Actor, Batch, Context
+    from ranvier.actors.component.actor import Actor, Batch, Context
+    from ranvier.actors.component.routing import balancing_loss, gather, scatter
+    from ranvier.actors.component.session import Sampling, SessionInfo
     from ranvier.actors.errors import ActorFailed, CheckpointError, Expired, Overloaded
-    from ranvier.actors.routing import balancing_loss, gather, scatter
-    from ranvier.actors.session import Sampling, SessionInfo
-    from ranvier.graph.blocking import BlockingRun, start
-    from ranvier.graph.check import load
-    from ranvier.graph.checked import Graph
-    from ranvier.graph.errors import GraphError, RequestError
-    from ranvier.graph.generation import Generation, Result, Token
-    from ranvier.graph.launch import launch
-    from ranvier.graph.plan import Plan, plan
-    from ranvier.graph.run import Run
-    from ranvier.graph.training.scratch import initialise
+    from ranvier.graph.file.check import load
+    from ranvier.graph.file.checked import Graph
+    from ranvier.graph.file.errors import GraphError, RequestError
+    from ranvier.graph.plan.plan import Plan, plan
+    from ranvier.graph.run.blocking import BlockingRun, start
+    from ranvier.graph.run.launch import launch
+    from ranvier.graph.run.run import Run
+    from ranvier.graph.sessions.generation import Generation, Result, Token
+    from ranvier.graph.training.init_model import initialise
     from ranvier.graph.training.trainer import Trained, train
-    from ranvier.transport.errors import (
+    from ranvier.transport.format.errors import (
         KeyFileError,
         LinkBroken,
         LinkClosed,
@@ -40,27 +40,28 @@ if TYPE_CHECKING:
         RanvierError,
         ResourceError,
     )
-    from ranvier.transport.header import Row
-    from ranvier.transport.spec import TensorSpec
+    from ranvier.transport.format.header import Row
+    from ranvier.transport.format.tensor_spec import TensorSpec
 
 # Imported when first asked for: `import ranvier` must not take the second that torch needs.
 _PLACES = {
-    "Actor": "actors.actor", "Batch": "actors.actor", "Context": "actors.actor",
+    "Actor": "actors.component.actor", "Batch": "actors.component.actor", "Context": "actors.component.actor",
     "ActorFailed": "actors.errors", "CheckpointError": "actors.errors", "Expired": "actors.errors",
     "Overloaded": "actors.errors",
-    "balancing_loss": "actors.routing", "gather": "actors.routing", "scatter": "actors.routing",
-    "Sampling": "actors.session", "SessionInfo": "actors.session",
-    "BlockingRun": "graph.blocking", "start": "graph.blocking",
-    "Graph": "graph.checked", "load": "graph.check",
-    "GraphError": "graph.errors", "RequestError": "graph.errors",
-    "Plan": "graph.plan", "plan": "graph.plan",
-    "Generation": "graph.generation", "Result": "graph.generation", "Token": "graph.generation",
-    "Run": "graph.run", "launch": "graph.launch",
-    "train": "graph.training.trainer", "Trained": "graph.training.trainer", "initialise": "graph.training.scratch",
-    "LinkBroken": "transport.errors", "LinkClosed": "transport.errors", "ProtocolError": "transport.errors",
-    "RanvierError": "transport.errors", "ResourceError": "transport.errors", "KeyFileError": "transport.errors",
-    "Row": "transport.header",
-    "TensorSpec": "transport.spec",
+    "balancing_loss": "actors.component.routing", "gather": "actors.component.routing", "scatter": "actors.component.routing",
+    "Sampling": "actors.component.session", "SessionInfo": "actors.component.session",
+    "BlockingRun": "graph.run.blocking", "start": "graph.run.blocking",
+    "Graph": "graph.file.checked", "load": "graph.file.check",
+    "GraphError": "graph.file.errors", "RequestError": "graph.file.errors",
+    "Plan": "graph.plan.plan", "plan": "graph.plan.plan",
+    "Generation": "graph.sessions.generation", "Result": "graph.sessions.generation", "Token": "graph.sessions.generation",
+    "Run": "graph.run.run", "launch": "graph.run.launch",
+    "train": "graph.training.trainer", "Trained": "graph.training.trainer", "initialise": "graph.training.init_model",
+    "LinkBroken": "transport.format.errors", "LinkClosed": "transport.format.errors",
+    "ProtocolError": "transport.format.errors", "RanvierError": "transport.format.errors",
+    "ResourceError": "transport.format.errors", "KeyFileError": "transport.format.errors",
+    "Row": "transport.format.header",
+    "TensorSpec": "transport.format.tensor_spec",
 }  # fmt: skip
 
 __all__ = [

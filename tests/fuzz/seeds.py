@@ -9,20 +9,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from ranvier.actors.control_protocol import encode as encode_control
-from ranvier.transport import direct, sharing
-from ranvier.transport.codec import parse
-from ranvier.transport.header import Ack, Header, Row, TracedHeader, Verb, control
-from ranvier.transport.message import Buffer
-from ranvier.transport.shared import Lender
-from ranvier.transport.tensors import encode, to_buffer
+from ranvier.actors.protocol.control_protocol import encode as encode_control
+from ranvier.transport.format.codec import parse
+from ranvier.transport.format.header import Ack, Header, Row, TracedHeader, Verb, control
+from ranvier.transport.format.message import Buffer
+from ranvier.transport.format.tensors import encode, to_buffer
+from ranvier.transport.wires import lending, unix_sockets
+from ranvier.transport.wires.shared_memory import Lender
 
 CORPUS = Path(__file__).parent / "corpus"
 CASES = Path(__file__).parent.parent / "graph" / "cases"
 
 
 def packet(header: bytes, *tensors: Buffer) -> bytes:
-    parts = direct._packet((header, *tensors), 1 << 20)
+    parts = unix_sockets._packet((header, *tensors), 1 << 20)
     assert parts is not None
     return b"".join(parts)
 
@@ -48,9 +48,9 @@ def seeds() -> dict[str, list[bytes]]:
     offer = lender.offer("peer.0.1")
     assert offer is not None
     own = [
-        sharing._encode(sharing._Offer(offer[0])), sharing._encode(sharing._Answer(b"nonce")),
-        sharing._encode(sharing._Returned([1, 2])), sharing._encode(sharing._Lent([(0, offer[0])])),
-        sharing._encode(sharing._Dropped([7])),
+        lending._encode(lending._Offer(offer[0])), lending._encode(lending._Answer(b"nonce")),
+        lending._encode(lending._Returned([1, 2])), lending._encode(lending._Lent([(0, offer[0])])),
+        lending._encode(lending._Dropped([7])),
     ]  # fmt: skip
     lender.close()
     said = [
@@ -65,7 +65,7 @@ def seeds() -> dict[str, list[bytes]]:
     gguf += bytes(-len(gguf) % 32) + bytes(256)
     return {
         "header": headers,
-        "packet": [packet(*message) for message in messages] + [direct._MARK.pack(0, 7), packet(b"x"), packet(b"x", b"1", b"2")],
+        "packet": [packet(*message) for message in messages] + [unix_sockets._MARK.pack(0, 7), packet(b"x"), packet(b"x", b"1", b"2")],
         "own_frame": own,
         "control": said,
         "graph": [path.read_bytes() for path in sorted(CASES.glob("*.yaml")) if path.stat().st_size < 2000],

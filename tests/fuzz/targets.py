@@ -13,16 +13,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ranvier.actors.checkpoint import gguf_file, safetensors_file
-from ranvier.actors.control_protocol import decode as decode_control
 from ranvier.actors.errors import CheckpointError
-from ranvier.graph import load, schema
-from ranvier.graph.errors import GraphError
-from ranvier.transport.direct import _frames
-from ranvier.transport.errors import ProtocolError
-from ranvier.transport.header import Control, decode
-from ranvier.transport.message import check_frames
-from ranvier.transport.sharing import Sharing
-from ranvier.transport.tensors import from_buffer
+from ranvier.actors.protocol.control_protocol import decode as decode_control
+from ranvier.graph.file import load, schema
+from ranvier.graph.file.errors import GraphError
+from ranvier.transport.format.errors import ProtocolError
+from ranvier.transport.format.header import Control, decode
+from ranvier.transport.format.message import check_frames
+from ranvier.transport.format.tensors import from_buffer
+from ranvier.transport.wires.lending import Sharing
+from ranvier.transport.wires.unix_sockets import _frames
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -50,7 +50,7 @@ def packet(data: bytes) -> None:
 
 def own_frame(data: bytes) -> None:
     """What wires say to each other about shared memory."""
-    from ranvier.transport.link import Arrival
+    from ranvier.transport.links.link import Arrival
 
     sharing = Sharing("me.0.1", 1 << 18)
     sharing.join("peer.0.1")

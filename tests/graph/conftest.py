@@ -13,7 +13,7 @@ import trio
 
 import ranvier
 
-HERE = Path(__file__).parent
+CUSTOM = Path(__file__).parent / "custom"
 MANY = {"max": 100, "window_s": 60, "backoff_s": 0}
 
 
@@ -37,7 +37,7 @@ def four(
 @pytest.fixture
 def own(graph_file: Callable[..., Path], tmp_path: Path) -> Callable[..., ranvier.Graph]:
     """A chain of two actors of which the second goes wrong as its arguments say."""
-    shutil.copy(HERE / "faulty.py", tmp_path / "faulty.py")
+    shutil.copy(CUSTOM / "faulty.py", tmp_path / "faulty.py")
 
     def make(restart: Any = MANY, kind: str = "Faulty", supervision: Any = None, **args: Any) -> ranvier.Graph:
         path = graph_file(

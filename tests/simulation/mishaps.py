@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ranvier.actors.session import SessionInfo
-from ranvier.graph import journal
-from ranvier.graph.journal import Began, Journal
-from ranvier.graph.stream import Stream
+from ranvier.actors.component.session import SessionInfo
+from ranvier.graph.sessions import journal
+from ranvier.graph.sessions.journal import Began, Journal
+from ranvier.graph.sessions.stream import Stream
 
 if TYPE_CHECKING:
     from .simulate import Simulation

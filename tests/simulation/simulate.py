@@ -20,23 +20,23 @@ from typing import Any
 
 import torch
 
-from ranvier.actors.actor import Actor, Batch, keeps
-from ranvier.actors.core import HostCore
+from ranvier.actors.component.actor import Actor, Batch, keeps
+from ranvier.actors.component.session import SessionInfo
 from ranvier.actors.errors import ActorFailed, Expired, Overloaded
-from ranvier.actors.lifecycle import State
-from ranvier.actors.open_sessions import OpenSessions
-from ranvier.actors.session import SessionInfo
-from ranvier.actors.spec import GATEWAY, Deadlines, HostLink, HostSpec, PortSpec, Restart, identity
-from ranvier.actors.supervision import Supervision
-from ranvier.graph.gateway import Gateway
-from ranvier.graph.placement import Placement
-from ranvier.graph.stream import Delivered, Stream
-from ranvier.transport.errors import ProtocolError
-from ranvier.transport.exchange import Exchange
-from ranvier.transport.header import Row
-from ranvier.transport.link import LinkSpec
-from ranvier.transport.spec import TensorSpec
-from ranvier.transport.testing import Crossing, MemoryNetwork
+from ranvier.actors.host.open_sessions import OpenSessions
+from ranvier.actors.host.scheduler import HostCore
+from ranvier.actors.protocol.host_spec import GATEWAY, Deadlines, HostLink, HostSpec, PortSpec, Restart, identity
+from ranvier.actors.protocol.lifecycle import State
+from ranvier.actors.supervise.supervision import Supervision
+from ranvier.graph.sessions.gateway import Gateway
+from ranvier.graph.sessions.placement import Placement
+from ranvier.graph.sessions.stream import Delivered, Stream
+from ranvier.transport.format.errors import ProtocolError
+from ranvier.transport.format.header import Row
+from ranvier.transport.format.tensor_spec import TensorSpec
+from ranvier.transport.links.exchange import Exchange
+from ranvier.transport.links.link import LinkSpec
+from ranvier.transport.wires.testing import Crossing, MemoryNetwork
 
 sys.path.insert(0, str(Path(__file__).parent))
 from mishaps import Mishaps

@@ -13,8 +13,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ranvier.graph.stream import Delivered
-from ranvier.transport.testing import Crossing
+from ranvier.graph.sessions.stream import Delivered
+from ranvier.transport.wires.testing import Crossing
 
 spec = importlib.util.spec_from_file_location("simulate_protocol", Path(__file__).with_name("simulate.py"))
 assert spec is not None and spec.loader is not None

@@ -12,8 +12,8 @@ from types import ModuleType
 
 import pytest
 
-from ranvier.actors import supervision
-from ranvier.actors.core import HostCore
+from ranvier.actors.host.scheduler import HostCore
+from ranvier.actors.supervise import supervision
 
 
 def _simulate() -> ModuleType:

@@ -1,0 +1,1 @@
+"""What an actor is: its ports, its kind, its sessions."""

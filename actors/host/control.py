@@ -1,0 +1,144 @@
+"""The control thread of a host: heartbeats, commands, the shipping of trace records. It runs trio and owns no data socket.
+
+It ends the process by itself when the supervisor is gone (the lifeline's other end is closed): no orphans.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from pathlib import Path
+
+import trio
+
+from ranvier.transport.format.errors import ProtocolError
+from ranvier.transport.wires.trio_wire import TrioWire
+from ranvier.transport.wires.zeromq import ZeroWire
+
+from ..protocol.control_protocol import MAX_BYTES, decode, encode
+from ..protocol.host_spec import SUPERVISOR, HostSpec
+from ..protocol.refusals import Refusals, with_left_out
+from ..trace.crossing import Crossing, Event
+from ..trace.trace_file import TraceFile
+
+SHIP_INTERVAL_S = 0.4
+"""A full ring takes longer at the fastest; each time costs the core of the step thread some 100 µs."""
+SHIP_AT_ONCE = 256
+"""Records turned into text in one go: the step thread waits for the interpreter meanwhile, about half a millisecond."""
+FINISH_DEADLINE_S = 2.0
+
+
+class ControlThread:
+    """Started before the weights are loaded, finished after the step thread is done."""
+
+    def __init__(self, spec: HostSpec, crossing: Crossing, lifeline: int) -> None:
+        self._spec = spec
+        self._crossing = crossing
+        self._lifeline = lifeline
+        self._refusals = Refusals()
+        self._ending = threading.Event()
+        self._attached = threading.Event()
+        self._thread = threading.Thread(target=trio.run, args=(self._main,), name="control", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+        self._attached.wait()
+
+    def finish(self) -> None:
+        """Ship what is left and end. Called by the step thread, last of all."""
+        self._ending.set()
+        self._thread.join(FINISH_DEADLINE_S)
+
+    async def _main(self) -> None:
+        spec = self._spec
+        events_in, events_out = trio.open_memory_channel[Event](math.inf)  # refusals, which anyone can cause, are few
+        try:
+            wire = TrioWire(ZeroWire(spec.identity, spec.control, max_frame_bytes=MAX_BYTES))
+            wire.connect(SUPERVISOR, spec.supervisor)
+            self._crossing.attach(events_in)
+        finally:
+            self._attached.set()
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._commands, wire)
+                nursery.start_soon(self._lifeline_watch)
+                nursery.start_soon(self._heartbeats, wire)
+                nursery.start_soon(self._events, wire, events_out)
+                await self._ship(spec)
+                # everything is written; let what the step thread told last go out
+                with trio.move_on_after(FINISH_DEADLINE_S / 2):
+                    while self._crossing.untold or events_out.statistics().current_buffer_used:
+                        await trio.sleep(0.001)
+                nursery.cancel_scope.cancel()
+        finally:
+            wire.close()
+
+    async def _events(self, wire: TrioWire, events: trio.MemoryReceiveChannel[Event]) -> None:
+        async for kind, fields in events:
+            wire.send(SUPERVISOR, encode(kind, dict(fields)))
+
+    async def _commands(self, wire: TrioWire) -> None:
+        while True:
+            try:
+                arrival = await wire.receive()
+                if arrival.peer != SUPERVISOR:
+                    raise ProtocolError(f"control: expected commands from {SUPERVISOR}, got some from {arrival.peer}")
+                kind, fields = decode(arrival.header)
+            except ProtocolError as error:
+                left_out = self._refusals.one_more(time.monotonic())
+                if left_out is not None:
+                    self._crossing.tell("refused", what=with_left_out(str(error), left_out))
+                continue
+            if kind == "explain":  # the step thread may be stuck: it is not asked
+                tell = self._crossing.situation
+                situation = tell() if tell is not None else {}
+                wire.send(SUPERVISOR, encode("situation", {"asked": fields["asked"], "situation": situation}))
+            elif kind == "what time":
+                now_ns = time.monotonic_ns()
+                answer = {"asked_ns": fields["sent_ns"], "heard_ns": now_ns, "told_ns": time.monotonic_ns()}
+                wire.send(SUPERVISOR, encode("time", answer))
+            else:
+                self._crossing.command(kind, fields)
+
+    async def _lifeline_watch(self) -> None:
+        await trio.lowlevel.wait_readable(self._lifeline)
+        os._exit(3)  # nothing is ever written to it: the supervisor is gone, nobody waits for an orderly end
+
+    async def _heartbeats(self, wire: TrioWire) -> None:
+        crossing = self._crossing
+        while True:
+            since = crossing.stepping_since_ns
+            wire.send(
+                SUPERVISOR,
+                encode(
+                    "heartbeat",
+                    {
+                        "steps": crossing.steps,
+                        "stepping_s": (time.monotonic_ns() - since) / 1e9 if since else 0.0,
+                        "queued": crossing.queued,
+                        "counters": crossing.counters,
+                    },
+                ),
+            )
+            await trio.sleep(self._spec.supervision.heartbeat_interval_s)
+
+    async def _ship(self, spec: HostSpec) -> None:
+        """Write trace records until the step thread is done and the ring is empty."""
+        if not spec.trace:
+            while not self._ending.is_set():
+                await trio.sleep(0.01)
+            return
+        with TraceFile(
+            Path(spec.run_dir), spec.label, spec.file, sample=spec.trace_sample, most_bytes=spec.trace_bytes
+        ) as file:
+            while True:
+                ending = self._ending.is_set()
+                shipped = file.write(self._crossing.ring.take(SHIP_AT_ONCE), self._crossing.ring.dropped)
+                if not shipped:
+                    if ending:
+                        return
+                    await trio.sleep(0.005 if self._crossing.steps == 0 else SHIP_INTERVAL_S)
+                else:
+                    await trio.lowlevel.checkpoint()

@@ -1,0 +1,370 @@
+"""A host that serves: it joins and batches what comes, takes steps, sends what they make. See process.py for its life."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ranvier.transport.format.aligned import NARROW_BYTES
+from ranvier.transport.format.dtypes import BY_NAME
+from ranvier.transport.format.errors import ProtocolError
+from ranvier.transport.format.header import Row
+from ranvier.transport.links.link_state import Received
+from ranvier.transport.wires.zeromq import ZeroWire
+
+from ..component.actor import Batch, keeps
+from ..component.ownership import soles
+from ..component.session import SessionInfo
+from ..errors import told, traceback_of
+from ..protocol import step_board
+from ..protocol.host_spec import HostLink, HostSpec
+from ..protocol.lifecycle import State
+from ..trace.recording import Recording
+from ..trace.spans import Spans
+from . import taps
+from .batcher import Work
+from .join import Overdue
+from .loading import load
+from .open_sessions import Onlooker, OpenSessions
+from .process import ACK_DELAY_S, TICK_S, Process, live
+from .scheduler import HostCore
+from .snapshots import Snapshots
+
+DRAIN_DEADLINE_S = 1.0
+
+
+Made = tuple[Mapping[str, torch.Tensor | Batch], int, frozenset[str]]
+"""What a step returned, when it was done, and the ports whose memory nobody else holds."""
+_NONE = frozenset[str]()
+
+
+class _Afterwards(Exception):
+    """The actor has taken the step, and what comes with it has failed: for the reason that this is raised from."""
+
+
+def _cause(error: BaseException) -> BaseException:
+    return error.__cause__ or error if isinstance(error, _Afterwards) else error
+
+
+def main(spec: HostSpec, lifeline: int) -> int:
+    """The whole life of a host; returns the exit code. `lifeline` is a descriptor that ends when the supervisor does."""
+    return live(Host, spec, lifeline)
+
+
+class Host(Process):
+    """The step thread's side: load, link up, step until told to stop."""
+
+    recording: Recording | None = None
+
+    def prepare(self) -> Mapping[str, Any]:
+        spec = self.spec
+        self.core = HostCore(spec.inputs, spec.outputs, (), self.exchange, spec.batch_tokens, spec.needed, spec.batches)
+        self.counted = self.core.counters
+        actor = self.actor = load(spec, self.progress)
+        self.spans = Spans(self.exchange, self.records)
+        self.board = step_board.board(Path(spec.board))
+        self._place_matters = any(BY_NAME[port.tensor.dtype].itemsize > NARROW_BYTES for port in spec.inputs)
+        onlookers: list[Onlooker] = [self.spans] if spec.trace else []
+        if spec.record is not None:
+            self.recording = Recording(spec, spec.record)
+            onlookers.append(self.recording)
+        self.sessions = OpenSessions(actor, self.core, onlookers)
+        state = Path(spec.snapshot_of(spec.label))
+        self.snapshots = Snapshots.of(actor, state, spec.restart.snapshot_s, self._snapshot_failed)
+        return {
+            "capacity_tokens": actor.capacity_tokens(), "held_bytes": actor.held_bytes(), "keeps": keeps(actor)
+        }  # fmt: skip
+
+    def work(self, wire: ZeroWire) -> None:
+        self._steps(wire)
+        self._drain(wire)
+
+    def on_message(self, received: Received) -> None:
+        self.core.on_message(received)
+
+    def on_place(self, instead_of: str | None) -> None:
+        if self.snapshots is not None and instead_of is not None:
+            state = Path(self.spec.snapshot_of(instead_of))
+            if self.recording is not None:
+                self.recording.restored(state)
+            self.snapshots.restore(state)
+
+    def add_links(self, plain: Sequence[Mapping[str, Any]]) -> None:
+        links = [HostLink.from_plain(each) for each in plain]
+        for spec in dict.fromkeys(link.link for link in links):  # one to ourselves has both its ends here
+            self.exchange.add(spec)
+        for link in links:
+            self.core.add(link)
+            if link.tap is not None and link.outgoing and link.link.edge not in self.core.outputs.taps:
+                self.core.outputs.taps[link.link.edge] = taps.make(
+                    link.tap, link.link, self.spec.tap_folder, self.records.tapped, self._alarm
+                )
+
+    def _snapshot_failed(self, error: Exception) -> None:
+        self.counted["snapshots_failed"] += 1
+        self.told_of(f"a snapshot could not be taken: {told(error)}")
+
+    def _alarm(self, edge: str, row: Row, share: float, at_ns: int) -> None:
+        self.crossing.tell("alarm", edge=edge, session=row.session, position=row.position, share=share, at_ns=at_ns)
+
+    # -- stepping -----------------------------------------------------------------------------------------------
+
+    def _steps(self, wire: ZeroWire) -> None:
+        exchange, core, crossing = self.exchange, self.core, self.crossing
+        outputs = core.outputs
+        tick_at_s = time.monotonic() + TICK_S
+        while True:
+            if time.monotonic() > tick_at_s:  # whether or not there is work: a join may wait while others go on
+                tick_at_s = time.monotonic() + TICK_S
+                exchange.tick()
+                self._give_up_overdue()
+                if self.snapshots is not None:
+                    self.snapshots.on_tick()
+                if self.recording is not None:
+                    self.recording.flush()
+                self._flush(wire)
+                self._count()
+            while crossing.commands:
+                if not self.obey_next():
+                    return
+                self._flush(wire)
+            due_ns = outputs.due_ns
+            if due_ns is not None and time.monotonic_ns() >= due_ns:
+                core.send_copies(time.monotonic_ns())
+                self._flush(wire)
+                due_ns = outputs.due_ns
+            if not core.queued or exchange.waiting:
+                self._wait(wire, due_ns)
+            elif core.may_batch:  # what has come meanwhile may go before what waits, or together with it
+                while self._receive(wire, 0):
+                    pass
+            try:
+                work = core.take()
+            except Exception as error:
+                self.decision_failed(core.abandon(), error)
+                work = None
+            if core.discarded:
+                self._record_discarded()
+            if work is not None:
+                self._step(work)
+
+    def _wait(self, wire: ZeroWire, due_ns: int | None) -> None:
+        """Nothing can be done before something comes: take that in."""
+        exchange, core = self.exchange, self.core
+        self._flush(wire)
+        wait_s = ACK_DELAY_S if exchange.owes() else TICK_S
+        if due_ns is not None:
+            wait_s = min(wait_s, max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
+        if self._receive(wire, wait_s):
+            if core.may_batch:  # all that has queued up meanwhile may go into one step
+                while self._receive(wire, 0):
+                    pass
+        elif exchange.owes():
+            exchange.idle()
+            self._flush(wire)
+        elif due_ns is None and not self.crossing.commands:
+            gc.collect()
+
+    def _step(self, work: Work) -> None:
+        crossing = self.crossing
+        started_ns = crossing.stepping_since_ns = time.monotonic_ns()
+        spans = self.spans.begin(work.batch.rows)
+        done, failures, made = None, {}, None
+        try:
+            made = self._stepped(work.batch, again=len(work.batch.rows) > 1 and not work.pieces)
+            outputs, finished_ns, own = made
+            done = self.core.finish(work)  # so that its credit rides along with the outputs, or goes before them
+            self.core.complete(work, outputs, finished_ns, own)
+        except BaseException as error:  # sys.exit in a step ends its sessions, too, not the host
+            finished_ns = time.monotonic_ns()
+            if done is None:
+                done = self.core.finish(work)
+            failures = self._step_failed(work, _cause(error), again=made is None and not isinstance(error, _Afterwards))
+        assert self.wire is not None
+        self._flush(self.wire)  # the next stage first, then our own books
+        crossing.steps += 1
+        crossing.queued = self.core.queued
+        crossing.stepped_ns, crossing.stepping_since_ns = finished_ns, 0
+        if self.recording is not None:
+            self.recording.write_if_due()
+        if spans:
+            self.spans.end(spans, work.sources, started_ns, finished_ns, len(work.batch.rows), failures)
+        if self.spec.trace:
+            on = [] if len(done) == len(work.sources) else _others(work.sources, done)
+            for received in done:
+                self.records.done(received, started_ns, finished_ns, len(done) + len(on))
+            for received in on:  # some of its rows go into a later step
+                self.records.part(received, started_ns, finished_ns, len(done) + len(on), work.batch.rows)
+
+    def _stepped(self, batch: Batch, *, again: bool = False) -> Made:
+        """Take a step, and record it where that is asked for. `again`: if it fails, its rows are taken from this batch once
+        more."""
+        if self._place_matters:
+            batch = batch.aligned()
+        # what it may write into is its own copy, where the original is needed afterwards
+        given = batch.copied() if (again or self.recording is not None) and self.actor.writes else batch
+        rows, board = batch.rows, self.board
+        if len(rows) == 1:
+            board[1], board[0] = rows[0].session, 1
+        else:
+            step_board.write(board, [row.session for row in rows])
+        try:
+            outputs = self.actor.step(given)
+        except BaseException as error:
+            if self.recording is not None:
+                self.recording.stepped(batch, error)
+            raise
+        finally:
+            board[0] = 0
+        finished_ns = time.monotonic_ns()
+        try:
+            own = soles(outputs, given) if self.core.outputs.large else _NONE
+            if self.recording is not None:
+                self.recording.stepped(batch, outputs)
+            if self.snapshots is not None:
+                self.snapshots.on_step()
+        except Exception as error:
+            raise _Afterwards from error
+        return outputs, finished_ns, own
+
+    def _step_failed(self, work: Work, error: BaseException, *, again: bool) -> dict[int, BaseException]:
+        """End the sessions that the failure is due to, which are returned. `again`: the step itself failed, so the others of
+        the batch get theirs alone. What failed afterwards is due to all: the actor has taken the step."""
+        rows = work.batch.rows
+        if len(rows) == 1 or not again:
+            for row in rows:
+                self.session_failed(row, error)
+            return {row.session: error for row in rows}
+        failures: dict[int, BaseException] = {}
+        try:
+            singles = self.core.alone(work)
+        except Exception as own:
+            return self._step_failed(work, own, again=False)
+        assert self.wire is not None
+        for single in singles:
+            try:
+                self.core.complete(single, *self._stepped(single.batch))
+                self._flush(self.wire)  # before the next step: it may use the memory of these outputs again
+            except BaseException as own:
+                self.session_failed(single.batch.rows[0], _cause(own))
+                failures[single.batch.rows[0].session] = _cause(own)
+        return failures
+
+    def _give_up_overdue(self) -> None:
+        limit_s = self.spec.supervision.join_deadline_s
+        for row, present, missing, _ in self.core.overdue(time.monotonic_ns() - int(limit_s * 1e9)):
+            self.session_failed(
+                row,
+                TimeoutError(
+                    f"the join waited over {limit_s:g} s: expected {', '.join(missing)}, got only {', '.join(present)}"
+                ),
+            )
+
+    def session_failed(self, row: Row, error: BaseException) -> None:
+        super().session_failed(row, error)
+        try:
+            self.sessions.close(row.session)
+        except BaseException as own:  # of the actor's own `close`; the session is closed here all the same
+            self.told_of(f"session {row.session} could not be closed: {traceback_of(own)}")
+
+    def failed(self, error: BaseException) -> None:
+        if self.recording is not None:
+            self.recording.flush()  # the last steps before a failure are those that are wanted
+        super().failed(error)
+
+    def lost_rows(self, rows: Sequence[Row], error: Exception) -> None:
+        for row in rows:
+            self.session_failed(row, error)
+
+    def held_up(self, before_ns: int) -> Iterable[Overdue]:
+        return self.core.overdue(before_ns)
+
+    # -- commands -----------------------------------------------------------------------------------------------
+
+    def obey(self, kind: str, fields: Mapping[str, Any]) -> bool:
+        """False: stop."""
+        if kind == "open":
+            try:
+                info = SessionInfo.from_plain(fields["info"])
+            except (KeyError, TypeError, ValueError) as error:
+                self.refused(ProtocolError(f"control open: {type(error).__name__}: {error}"))
+                return True
+            step_board.write(self.board, [info.session])
+            try:
+                self.sessions.open(info)
+            except BaseException as error:
+                self.session_failed(Row(info.session, info.epoch, 0, 0), error)
+            self.board[0] = 0
+        elif kind == "hold":
+            self.sessions.hold(fields["session"])
+        elif kind == "close":
+            self._close(fields["session"])
+        elif kind == "link":
+            self._link(fields)
+        elif kind == "unlink":
+            self._unlink(fields["peer"])
+        return kind != "stop"
+
+    def _close(self, session: int) -> None:
+        try:
+            self.sessions.close(session)
+        except BaseException as error:  # of the actor's own `close`: its other sessions are not concerned
+            self.told_of(f"session {session} could not be closed: {traceback_of(error)}")
+        if self.snapshots is not None:
+            self.snapshots.on_step()
+
+    def _link(self, fields: Mapping[str, Any]) -> None:
+        """A replica has joined: it will answer our offers, and we its own. One that cannot be linked with is its starter's
+        business, who waits for `linked`."""
+        assert self.wire is not None
+        peer = fields["peer"]
+        try:
+            self.wire.connect(peer, fields["address"])
+            self.add_links(fields["links"])
+        except Exception as error:
+            self.told_of(f"no link with {peer}: {traceback_of(error)}")
+            return
+        self.exchange.open()
+        self.crossing.tell("linked", peer=peer)
+
+    def _unlink(self, peer: str) -> None:
+        """A replica has left."""
+        assert self.wire is not None
+        self.core.remove(peer)
+        self.exchange.remove(peer)
+        self.wire.disconnect(peer)
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def _drain(self, wire: ZeroWire) -> None:
+        """Send what is owed and wait until what was sent is acknowledged, but not for long."""
+        self._to(State.DRAINING)
+        self.core.outputs.give_up(lambda _row: False)  # every session is over
+        self.send_owed(wire, DRAIN_DEADLINE_S)
+        if self.recording is not None:
+            self.recording.ended()
+            self.counted["recording_full"] = bool(self.recording.full)
+        self._record_discarded()
+        self._count()
+        self.crossing.tell("counters", counters=self.crossing.counters)
+
+    def _record_discarded(self) -> None:
+        """Messages that went into no step: losers of a join, rows of sessions that are over."""
+        if self.spec.trace:
+            now_ns = time.monotonic_ns()
+            for received in self.core.discarded:
+                self.records.done(received, now_ns, now_ns, 0)
+        self.core.discarded.clear()
+
+
+def _others(sources: Iterable[Received], done: Iterable[Received]) -> list[Received]:
+    """Each once, but those."""
+    found = {id(received): received for received in sources}
+    for received in done:
+        found.pop(id(received), None)
+    return list(found.values())

@@ -1,0 +1,42 @@
+"""An actor as its host loads it: of its kind, with its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ..checkpoint import known_checkpoint
+from ..component.actor import Actor, Context
+from ..component.kinds import make
+from ..component.module import held, read_state
+from ..protocol.host_spec import HostSpec
+
+
+def load(spec: HostSpec, progress: Callable[[float], None]) -> Actor:
+    """
+    Raises:
+        Exception: whatever went wrong; the actor cannot be used.
+    """
+    actor = make(spec.implementation, spec.folder)
+    context = context_of(spec, progress)
+    actor.load(context)
+    if context.weights is not None:
+        read_state(held(actor), context.weights, spec.actor)
+    return actor
+
+
+def context_of(spec: HostSpec, progress: Callable[[float], None]) -> Context:
+    """What an actor may use while it loads."""
+    return Context(
+        name=spec.label,
+        args=spec.args,
+        progress=progress,
+        checkpoint=known_checkpoint(Path(spec.model)) if spec.model is not None else None,
+        dtype=spec.dtype,
+        layers=spec.layers,
+        cache_tokens=spec.cache_tokens,
+        experts=spec.experts,
+        weights=Path(spec.weights) if spec.weights is not None else None,
+        replica=spec.replica,
+        precision=spec.precision,
+    )

@@ -1,0 +1,238 @@
+"""The sending side of a host: which edges an output goes down, to which replicas, and what goes round a loop. No I/O."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from ranvier.transport.format.codec import RAW, Coding
+from ranvier.transport.format.header import Row, TensorMeta
+from ranvier.transport.format.message import Buffer, stable
+from ranvier.transport.format.tensors import LOOK_EVERY, encode, to_buffer
+from ranvier.transport.links.exchange import Exchange
+from ranvier.transport.links.link_state import SendingLink
+
+from ..component.actor import Batch
+from ..protocol.host_spec import GATEWAY, HostLink, PortSpec
+from .route import Places, Route
+
+if TYPE_CHECKING:
+    from .taps import Tap
+
+
+class Loop(NamedTuple):
+    """What an edge that a user's actor feeds back to itself carries: the port that says done, and a bound."""
+
+    until: str | None
+    at_most: int
+
+
+class Outputs:
+    """The output ports of one actor and the links from them.
+
+    Args:
+        ports: the ports.
+        exchange: the links' own state.
+    """
+
+    def __init__(self, ports: Iterable[PortSpec], exchange: Exchange) -> None:
+        self.taps: dict[int, Tap] = {}
+        """By edge: called with what goes out (taps.py)."""
+        self.large = False
+        """Whether anything was sent as a view of its memory so far. Until then nobody need ask who holds it."""
+        self._exchange = exchange
+        self._specs = {port.name: port.tensor for port in ports}
+        self._routes: dict[str, list[Route]] = {port: [] for port in self._specs}
+        self._loops: dict[str, tuple[Route, Loop]] = {}
+        self._places: dict[int, Places] = {}
+
+    # -- links and sessions -------------------------------------------------------------------------------------
+
+    def add(self, link: HostLink) -> None:
+        """An outgoing link that the exchange has."""
+        spec, routes = link.link, self._routes[link.port]
+        known = itertools.chain(routes, (route for route, _ in self._loops.values()))
+        route = next((route for route in known if route.edge == spec.edge), None)
+        if route is None:
+            route = Route(spec.edge, spec.target.partition(".")[0], link.policy, link.skips)
+            if link.at_most:
+                self._loops[link.port] = route, Loop(link.until, link.at_most)
+            else:
+                routes.append(route)
+        route.add(self._exchange.sending[spec.edge, spec.target])
+
+    def remove(self, peer: str) -> None:
+        """The links to a replica that has left."""
+        for route in self._every():
+            route.remove(peer)
+
+    def open(self, session: int, places: Places) -> None:
+        """The replicas that the session has."""
+        self._places[session] = places
+
+    def close(self, session: int) -> None:
+        if self._places.pop(session, None) is not None:
+            for route in self._every():
+                route.close(session)
+
+    def give_up(self, wanted: Callable[[Row], bool]) -> None:
+        """Drop what waits for credit and of which no row is `wanted` any more."""
+        for route in self._every():
+            route.give_up(wanted)
+        self._exchange.give_up(wanted)
+
+    def _every(self) -> Iterator[Route]:
+        yield from itertools.chain.from_iterable(self._routes.values())
+        for route, _ in self._loops.values():
+            yield route
+
+    def _places_of(self, session: int) -> Places:
+        return self._places.get(session, {})
+
+    # -- second copies ------------------------------------------------------------------------------------------
+
+    @property
+    def due_ns(self) -> int | None:
+        """When the next second copy of a hedged message goes out; None if none is to come."""
+        if not self._places:
+            return None
+        return min((due for route in self._every() if (due := route.due_ns) is not None), default=None)
+
+    def send_copies(self, now_ns: int, is_open: Callable[[Row], bool]) -> None:
+        """Send the second copies that are due."""
+        for route in self._every():
+            route.send_copies(self._exchange, now_ns, self._places_of, is_open)
+
+    # -- sending ------------------------------------------------------------------------------------------------
+
+    def send(
+        self,
+        rows: tuple[Row, ...],
+        outputs: Mapping[str, torch.Tensor | Batch],
+        ready_ns: int,
+        soles: frozenset[str] = frozenset(),
+    ) -> None:
+        """Send the outputs of a step down their edges. `soles`: ports whose memory nobody else holds.
+
+        Raises:
+            ProtocolError: an output is not what its edge carries.
+            ValueError, TypeError: the actor returned a port it does not have, or no tensor.
+        """
+        going: set[Row] | None = None
+        # loops first: they say which rows go round
+        ordered = sorted(outputs.items(), key=lambda one: one[0] not in self._loops) if self._loops else outputs.items()
+        for port, value in ordered:
+            routes = self._routes.get(port)
+            if routes is None:
+                raise ValueError(f"step returned the port {port!r}; the actor's outputs are {', '.join(self._routes)}")
+            loop = self._loops.get(port)
+            if not routes and loop is None:
+                continue
+            own, tensor = (value.rows, value.tensors[port]) if isinstance(value, Batch) else (rows, value)
+            sole = port in soles
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"step returned {type(tensor).__name__} for the port {port!r}, expected a torch.Tensor")
+            if loop is not None:
+                entered = own
+                own, tensor = self._go_round(port, own, tensor, *loop, outputs, ready_ns, sole)
+                sole = False  # some of it may be on its way round
+                going = (going or set()).union(entered).difference(own)
+            elif going and not going.isdisjoint(own):
+                # the client gets what leaves the loop, whichever port it asks
+                self._send(port, [route for route in routes if route.actor != GATEWAY], own, tensor, ready_ns, sole)
+                routes = [route for route in routes if route.actor == GATEWAY]
+                parts, stays = self._split(port, own, tensor), [row not in going for row in own]
+                own = tuple(itertools.compress(own, stays))
+                tensor, sole = torch.cat(list(itertools.compress(parts, stays))) if own else tensor[:0], True
+            if own:
+                self._send(port, routes, own, tensor, ready_ns, sole)
+
+    def _send(
+        self, port: str, routes: Iterable[Route], rows: tuple[Row, ...], tensor: torch.Tensor, ready_ns: int, sole: bool
+    ) -> None:
+        plain = None
+        for route in routes:
+            tap = self.taps.get(route.edge) if self.taps else None
+            given = tensor if tap is None else tap(tensor, rows)
+            link = route.only
+            if link is None:
+                self._send_by_choice(port, route, rows, given, ready_ns)
+            elif link.raw and given is tensor:
+                meta, buffer = plain = plain or to_buffer(port, tensor, sole=sole)
+                if buffer.__class__ is not bytes:
+                    self.large = True
+                self._exchange.send(link, rows, (meta,), (buffer,), ready_ns)
+            else:
+                tensors, buffers, coding = coded(port, given, link)
+                if given is not tensor:  # the tap of another edge may use that memory again
+                    buffers = (stable(buffers[0]),)
+                self._exchange.send(link, rows, tensors, buffers, ready_ns, coding)
+
+    def _send_by_choice(
+        self, port: str, route: Route, rows: tuple[Row, ...], tensor: torch.Tensor, ready_ns: int
+    ) -> None:
+        groups = route.groups(rows, self._places_of)
+        parts = self._split(port, rows, tensor) if len(groups) > 1 else []
+        for replicas, chosen in groups:
+            if not replicas:
+                self._exchange.counters["rows_unsent"] += len(chosen)
+                continue
+            part = torch.cat([parts[index] for index in chosen]) if parts else tensor
+            own = tuple(rows[index] for index in chosen)
+            tensors, buffers, coding = coded(port, part, route.links[replicas[0]])
+            route.send(self._exchange, replicas, own, tensors, buffers, ready_ns, coding)
+
+    def _go_round(
+        self,
+        port: str,
+        rows: tuple[Row, ...],
+        tensor: torch.Tensor,
+        route: Route,
+        loop: Loop,
+        outputs: Mapping[str, torch.Tensor | Batch],
+        ready_ns: int,
+        sole: bool,
+    ) -> tuple[tuple[Row, ...], torch.Tensor]:
+        """Send on what goes round once more, one position further; what is done, or was round often enough, remains."""
+        if loop.until is None and len(rows) == 1 and rows[0].position + 1 < loop.at_most:
+            self._send(port, [route], (rows[0]._replace(position=rows[0].position + 1),), tensor, ready_ns, sole)
+            return (), tensor
+        done = outputs.get(loop.until) if loop.until is not None else None
+        said = [False] * len(rows)
+        if isinstance(done, torch.Tensor):
+            if done.numel() != len(rows):
+                raise ValueError(
+                    f"step returned {list(done.shape)} for the port {loop.until!r}, expected one of {len(rows)} rows each"
+                )
+            said = [bool(flag) for flag in done.reshape(-1).tolist()]
+        goes = [not flag and row.position + 1 < loop.at_most for flag, row in zip(said, rows, strict=True)]
+        if not any(goes):
+            return rows, tensor
+        parts = self._split(port, rows, tensor)
+        on = tuple(row._replace(position=row.position + 1) for row in itertools.compress(rows, goes))
+        self._send(port, [route], on, torch.cat(list(itertools.compress(parts, goes))), ready_ns, True)
+        stays = [not going for going in goes]
+        left = list(itertools.compress(parts, stays))
+        return tuple(itertools.compress(rows, stays)), torch.cat(left or [tensor[:0]])
+
+    def _split(self, port: str, rows: tuple[Row, ...], tensor: torch.Tensor) -> list[torch.Tensor]:
+        if len(rows) == 1:
+            return [tensor]
+        by_tokens = self._specs[port].shape[:1] == ("tokens",)
+        return list(torch.split(tensor, [row.tokens if by_tokens else 1 for row in rows]))
+
+
+def coded(port: str, tensor: torch.Tensor, link: SendingLink) -> tuple[tuple[TensorMeta], tuple[Buffer], Coding | None]:
+    """A tensor as a link that is not raw, or that chooses by itself, carries it."""
+    codec = link.codec if link.chooser is None else link.chooser.choose(tensor.nbytes)
+    if codec.number == RAW:
+        meta, buffer = to_buffer(port, tensor)
+        return (meta,), (buffer,), None
+    meta, buffer, coding = encode(port, tensor, codec, link.sent % LOOK_EVERY == 0)
+    link.sent += 1
+    if link.chooser is not None:
+        link.chooser.learned(codec, coding, meta.nbytes)
+    return (meta,), (buffer,), coding

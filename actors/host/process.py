@@ -1,0 +1,325 @@
+"""What every host process does, whatever its step thread is for: load, link up, take in, send, fail, end.
+
+The step thread owns the data wire: it waits on it directly, runs the actor, sends the outputs. No event loop is in its
+way: waiting for the socket in trio took 18 µs a hop before any work was done. `host.py` serves, `training/host.py` trains.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ranvier.transport.format.errors import ProtocolError
+from ranvier.transport.format.header import Row
+from ranvier.transport.links.exchange import Exchange, RefusedMessage
+from ranvier.transport.links.link import Arrival
+from ranvier.transport.links.link_state import Received
+from ranvier.transport.wires.curve import read as read_keys
+from ranvier.transport.wires.zeromq import ZeroWire
+
+from ..errors import told, traceback_of, words
+from ..protocol.host_spec import HostSpec
+from ..protocol.lifecycle import Lifecycle, State
+from ..protocol.refusals import Refusals, with_left_out
+from ..trace.crossing import Crossing
+from ..trace.trace_records import Records
+from . import situation
+from .control import ControlThread
+from .join import Overdue
+
+ACK_DELAY_S = 0.001
+"""An acknowledgement that nobody waits for goes out after so long without work."""
+TICK_S = 1.0
+"""Unanswered offers and probes are repeated this often; garbage is collected then, too."""
+UNLINKED_S = 30.0
+"""A host whose links are closed for so long says which. How long it may wait is for the supervisor to decide: the parent
+may have stood still itself."""
+
+
+class Stopped(Exception):
+    """The supervisor said stop before the run had begun."""
+
+
+class Process(ABC):
+    """The step thread's side of one host. Those that derive from it say what it prepares, does, and obeys."""
+
+    def __init__(self, spec: HostSpec, crossing: Crossing) -> None:
+        self.spec = spec
+        self.crossing = crossing
+        self.records = Records(crossing.ring, spec.trace_sample, by_position=spec.training is not None)
+        self.life = Lifecycle(spec.label)
+        self.wire: ZeroWire | None = None
+        self._connected_s: float | None = None
+        self._refusals = Refusals()
+        self.counted: Counter[str] = Counter()
+        """What happened here, beside what the links and the wire count."""
+
+    # -- what those that derive from it say -----------------------------------------------------------------------
+
+    def mode(self) -> AbstractContextManager[Any]:
+        """What torch records of what is computed."""
+        return torch.inference_mode()
+
+    @abstractmethod
+    def prepare(self) -> Mapping[str, Any]:
+        """Load everything, and what the supervisor is to know of it: `capacity_tokens`, `held_bytes`, `keeps`."""
+
+    @abstractmethod
+    def work(self, wire: ZeroWire) -> None:
+        """What it is there for, until it is told to stop, and its end."""
+
+    @abstractmethod
+    def add_links(self, plain: Sequence[Mapping[str, Any]]) -> None:
+        """Take in links that it was told of."""
+
+    @abstractmethod
+    def on_message(self, received: Received) -> None:
+        """A message has come."""
+
+    @abstractmethod
+    def obey(self, kind: str, fields: Mapping[str, Any]) -> bool:
+        """A command; False: stop."""
+
+    @abstractmethod
+    def lost_rows(self, rows: Sequence[Row], error: Exception) -> None:
+        """End the sessions of these rows: their message was refused, or what was to be done with it failed."""
+
+    def held_up(self, before_ns: int) -> Iterable[Overdue]:
+        """Steps that wait for some of their inputs, since before a time."""
+        return ()
+
+    # -- its life -------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        spec, crossing = self.spec, self.crossing
+        self._to(State.LOADING)
+        wire = self.wire = ZeroWire(
+            spec.identity,
+            spec.endpoint,
+            max_frame_bytes=spec.max_frame_bytes,
+            shared_from_bytes=spec.shared_from_bytes,
+            direct=True,
+            keys=read_keys(Path(spec.keys), spec.actor) if spec.keys is not None else None,
+        )
+        crossing.waker = wire.waker()
+        self.exchange = Exchange(
+            spec.identity,
+            spec.graph_hash,
+            (),
+            time.monotonic_ns,
+            self.records.sent if spec.trace else None,
+            self.records.unsent if spec.trace else None,
+            self.records.control if spec.trace else None,
+        )
+        crossing.situation = lambda: situation.tell(crossing, self.exchange, self.held_up)
+        with self.mode():
+            ready = self.prepare()
+            gc.collect()
+            gc.freeze()
+            # A full collection walks all of torch's objects: 1 ms in the middle of a step. Ticks collect what is young.
+            gc.disable()
+            self._to(State.READY)
+            crossing.tell("ready", address=wire.address, **ready)
+            self._link_up(wire)
+            self._to(State.RUNNING)
+            self.work(wire)
+        self._to(State.STOPPED)
+
+    def progress(self, share: float) -> None:
+        """Of its loading.
+
+        Raises:
+            Stopped: the supervisor does not want it any more.
+        """
+        self.crossing.tell("progress", share=float(share))
+        if any(command.kind == "stop" for command in self.crossing.commands):
+            raise Stopped
+
+    def _link_up(self, wire: ZeroWire) -> None:
+        """Connect to all neighbours once the supervisor has told who and where they are, and open every link. A spare waits
+        here until it is needed. A neighbour that is lost meanwhile is not waited for."""
+        early = deque[Arrival]()
+        complained = False
+        while True:
+            while self.crossing.commands:
+                if not self.obey_next():
+                    raise Stopped
+            if self._connected_s is None:
+                arrival = wire.receive(TICK_S)
+                if arrival is not None:  # a neighbour was told first; it is answered once we know where it listens
+                    early.append(arrival)
+                continue
+            self._flush(wire)
+            if self.exchange.ready and not early:
+                return
+            if not complained and time.monotonic() > self._connected_s + UNLINKED_S:
+                complained = True
+                self.told_of(f"links are not open after {UNLINKED_S:.0f} s: {self._closed()}")
+            if early:
+                self._take_in(early.popleft())
+            elif not self._receive(wire, 0.2):
+                self.exchange.tick()
+
+    def obey_next(self) -> bool:
+        """Obey the command that came first; False: stop. Before it is connected, it can do nothing but that and end."""
+        command = self.crossing.commands.popleft()
+        started_ns, going_on = time.monotonic_ns(), True
+        if command.kind == "connect":
+            self._connect(command.fields)
+        elif self._connected_s is None and command.kind != "stop":
+            return True
+        else:
+            going_on = self.obey(command.kind, command.fields)
+        if self.spec.trace:
+            self.records.command(command, started_ns, time.monotonic_ns())
+        return going_on
+
+    def _connect(self, fields: Mapping[str, Any]) -> None:
+        assert self.wire is not None
+        for peer, address in fields["peers"].items():
+            self.wire.connect(peer, address)
+        self.add_links(fields["links"])
+        self.exchange.open()
+        self._connected_s = time.monotonic()
+        self.on_place(fields["instead_of"])
+
+    def on_place(self, instead_of: str | None) -> None:  # noqa: B027 - most have nothing to do
+        """It has its place in the run now, that of a lost host if one is named."""
+
+    def _closed(self) -> str:
+        closed = [link.spec.name for link in self.exchange.sending.values() if not link.open]
+        closed += [link.spec.name for link in self.exchange.receiving.values() if not link.open]
+        return ", ".join(closed)
+
+    def _receive(self, wire: ZeroWire, timeout_s: float) -> bool:
+        """Take in what comes next; False if nothing came in time."""
+        try:
+            arrival = wire.receive(timeout_s)
+        except ProtocolError as error:
+            self.refused(error)
+            return True
+        if arrival is None:
+            return False
+        self._take_in(arrival)
+        return True
+
+    def _take_in(self, arrival: Arrival) -> None:
+        received = None
+        try:
+            received = self.exchange.on_arrival(arrival)
+            if received is not None:
+                self.on_message(received)
+        except ProtocolError as error:
+            self.refused(error)
+        except Exception as error:
+            if received is None:
+                raise  # a link that has lost count cannot go on: this host is replaced
+            self.decision_failed(received.header.rows, error)
+
+    def _flush(self, wire: ZeroWire) -> None:
+        outbox = self.exchange.outbox
+        if outbox:
+            for outgoing in outbox:
+                outgoing.buffers = wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
+            outbox.clear()
+
+    def refused(self, error: ProtocolError) -> None:
+        """A message or a command was refused."""
+        self.counted["refused"] += 1
+        self.told_of(words(error))
+        if isinstance(error, RefusedMessage):
+            self.lost_rows(error.rows, error)
+
+    def told_of(self, what: str) -> None:
+        """Have the supervisor log something that went wrong, or only count it where there is too much of it."""
+        left_out = self._refusals.one_more(time.monotonic())
+        if left_out is not None:
+            self.crossing.tell("refused", what=with_left_out(what, left_out))
+
+    def decision_failed(self, rows: Sequence[Row], error: Exception) -> None:
+        """Something other than the actor's own step has failed: it is an error of the sessions concerned, not of the host."""
+        self.counted["decisions_failed"] += 1
+        self.told_of(f"a decision failed: {traceback_of(error)}")
+        self.lost_rows(rows, error)
+
+    def send_owed(self, wire: ZeroWire, deadline_s: float) -> None:
+        """Send what is owed and wait until what was sent is acknowledged, but not for long."""
+        until_s = time.monotonic() + deadline_s
+        self.exchange.idle()
+        self._flush(wire)
+        while self.exchange.unfinished() and time.monotonic() < until_s:
+            self._receive(wire, 0.02)
+            self.exchange.idle()
+            self._flush(wire)
+
+    def _count(self) -> None:
+        left_out = self._refusals.overdue(time.monotonic())
+        if left_out:
+            self.crossing.tell("refused", what=f"{left_out} more, left out")
+        dropped = self.crossing.ring.dropped
+        assert self.wire is not None
+        self.crossing.counters = {
+            **self.exchange.counters, **self.counted, **self.wire.counters, "trace_dropped": dropped
+        }  # fmt: skip
+
+    def session_failed(self, row: Row, error: BaseException) -> None:
+        """Tell the supervisor that the step of a row cannot be taken: its session is to end."""
+        self.crossing.tell(
+            "session_failed",
+            session=row.session,
+            epoch=row.epoch,
+            error=f"session {row.session}, epoch {row.epoch}, position {row.position}: {told(error)}",
+            traceback=traceback_of(error),
+        )
+
+    def failed(self, error: BaseException) -> None:
+        what = words(error)
+        if not self.life.over:
+            self.life.to(State.FAILED, what)
+        state = self.life.story[-2][0].value
+        self.crossing.tell(
+            "failed", error=f"{type(error).__name__} while {state}: {what}", traceback=traceback_of(error)
+        )
+
+    def close(self) -> None:
+        """Close the wire. The control thread must be over: it holds the waker."""
+        if self.crossing.waker is not None:
+            self.crossing.waker.close()
+        if self.wire is not None:
+            self.wire.close()
+
+    def _to(self, state: State) -> None:
+        self.life.to(state)
+        self.crossing.tell("state", state=state.value, why="")
+
+
+def live(kind: type[Process], spec: HostSpec, lifeline: int) -> int:
+    """The whole life of a host process: its exit code. `lifeline` is a descriptor that ends when the supervisor does."""
+    torch.set_num_threads(spec.threads)
+    if spec.cpus is not None:  # before any thread is made, so that ZeroMQ's own runs on the same cores
+        os.sched_setaffinity(0, spec.cpus)
+    crossing = Crossing()
+    control = ControlThread(spec, crossing, lifeline)
+    control.start()
+    host = kind(spec, crossing)
+    try:
+        host.run()
+        code = 0
+    except Stopped:
+        code = 0
+    except BaseException as error:  # whatever it was, the supervisor must hear of it
+        host.failed(error)
+        code = 1
+    finally:
+        control.finish()
+        host.close()
+    return code

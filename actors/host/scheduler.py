@@ -1,0 +1,419 @@
+"""What a host decides, without I/O: which rows to join, what to batch, what to refuse, where outputs go.
+
+Events come in (`on_message`, `open`, `close`), work comes out (`take`), its result goes back in (`complete`). The step
+thread drives it over ZeroMQ; the tests drive the same over memory wires.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from ranvier.transport.format.errors import ProtocolError
+from ranvier.transport.format.header import MAX_ROWS, Row
+from ranvier.transport.format.tensors import from_buffer
+from ranvier.transport.links.exchange import Exchange, RefusedMessage
+from ranvier.transport.links.link_state import Received, ReceivingLink
+
+from ..component.actor import Batch
+from ..protocol.host_spec import HostLink, PortSpec
+from .batcher import Work, in_order, laid_together, widths
+from .join import Gate, Join, Late, Overdue, Part
+from .outputs import Outputs
+from .route import Answers, Places
+
+
+class HostCore:
+    """The decisions of one host.
+
+    Args:
+        inputs, outputs: the actor's ports.
+        links: every link at this host, with the port at this end.
+        exchange: the links' own state.
+        batch_tokens: at most so many tokens are laid together in one step (a single message may hold more).
+        needed: how many input ports make a step; all if it is not given.
+        batches: into how many batches the open sessions are cut. More than one where tokens come back to the beginning
+            of a ring of stages: with all sessions in one batch, one stage would work and the others wait.
+    """
+
+    def __init__(
+        self,
+        inputs: Iterable[PortSpec],
+        outputs: Sequence[PortSpec],
+        links: Iterable[HostLink],
+        exchange: Exchange,
+        batch_tokens: int,
+        needed: int | None = None,
+        batches: int = 1,
+    ) -> None:
+        self.exchange = exchange
+        self.counters: Counter[str] = Counter()
+        self.discarded: list[Received] = []
+        self._inputs = {port.name: port for port in inputs}
+        self.outputs = Outputs(outputs, exchange)
+        self._in: dict[ReceivingLink, HostLink] = {}
+        self._answers = Answers()
+        self._arriving: set[int] = set()
+        self._join: Join | None = None
+        self._batch_tokens = batch_tokens
+        self._batches = batches
+        self._stacks = all(port.stacks for port in self._inputs.values())
+        self._alike = all(isinstance(size, int) for port in self._inputs.values() for size in port.tensor.shape[1:])
+        # rows of one step share its outputs, which must then have a place for each
+        self._most_rows = MAX_ROWS if all(port.stacks for port in outputs) else 1
+        self._epochs: dict[int, int] = {}
+        self._newest = (0, 0)
+        self._early: dict[tuple[int, int], list[tuple[HostLink, Row, torch.Tensor, Received]]] = {}
+        self._ready: deque[Work] = deque()
+        self._passed: Row | None = None
+        self._taken: list[Work] = []
+        once = [port.name for port in self._inputs.values() if port.once]
+        joined = tuple(port for port in self._inputs if port not in once)
+        self._gate: Gate[Work] | None = Gate(once) if once else None
+        # one port and nothing to choose from: messages are steps as they come
+        plain = len(self._inputs) == 1 and needed is None
+        if not plain:
+            self._join = Join(joined, needed or len(joined))
+        self._joined = joined
+        self._shares: dict[tuple[ReceivingLink, int], int] = {}
+        for link in links:
+            self.add(link)
+
+    # -- links --------------------------------------------------------------------------------------------------
+
+    def add(self, link: HostLink) -> None:
+        """A link that the exchange has."""
+        edge = link.link.edge
+        if link.outgoing:
+            self.outputs.add(link)
+            return
+        self._in[self.exchange.receiving[edge, link.link.source]] = link
+        if link.repeats:
+            self._answers.add(edge)
+        if self._join is not None and not link.feedback and link.port in self._joined:
+            self._arriving.add(edge)
+            self._join.arrivals = len(self._arriving)
+
+    def remove(self, peer: str) -> None:
+        """The links with a replica that has left."""
+        self.outputs.remove(peer)
+        self._in = {link: here for link, here in self._in.items() if link.spec.source != peer}
+
+    def send_copies(self, now_ns: int) -> None:
+        """Send the second copies that are due."""
+        self.outputs.send_copies(now_ns, self._is_open)
+
+    # -- sessions -----------------------------------------------------------------------------------------------
+
+    def open(self, session: int, epoch: int, places: Places | None = None) -> None:
+        """Rows of the session are taken from now on, those of any other epoch refused. Sessions open in the order of their
+        epochs, and within one of their numbers: rows of one that is newer than all so far were kept for it."""
+        self._epochs[session] = epoch
+        if places:
+            self.outputs.open(session, places)
+        if (epoch, session) > self._newest:
+            self._newest = epoch, session
+            for early in [early for early in self._early if early <= self._newest]:
+                for here, row, tensor, received in self._early.pop(early):
+                    self._put(here, (row,), tensor, received)
+
+    def _is_open(self, row: Row) -> bool:
+        return self._epochs.get(row.session) == row.epoch
+
+    def close(self, session: int) -> bool:
+        """Rows of the session are refused from now on. False if it was not open."""
+        if self._join is not None:
+            self._discard(part.source for part in self._join.drop(session))
+        if self._gate is not None:
+            for work in self._gate.drop(session):
+                self._discard(work.sources)
+        self._answers.close(session)
+        self.outputs.close(session)
+        was_open = self._epochs.pop(session, None) is not None
+        if self.exchange.waiting:
+            self.outputs.give_up(self._is_open)
+        return was_open
+
+    @property
+    def sessions(self) -> tuple[int, ...]:
+        return tuple(self._epochs)
+
+    # -- in -----------------------------------------------------------------------------------------------------
+
+    def on_message(self, received: Received) -> None:
+        """Queue a message; a port that waits for others keeps its rows until they are there.
+
+        Raises:
+            RefusedMessage: its bytes are not what its codec writes.
+        """
+        header = received.header
+        rows = header.rows
+        here = self._in[received.link]
+        if here.feedback:
+            # What comes back is bounded by the open sessions, one step each. Its credit returns at once, so that a
+            # ring of full links cannot stand still.
+            self.exchange.consumed(received.link, received.nbytes)
+        try:
+            tensor = from_buffer(header.tensors[0], received.buffers[0])
+        except ProtocolError as error:  # a codec's bytes that are not what the header says
+            if not here.feedback:
+                self.exchange.consumed(received.link, received.nbytes)
+            raise RefusedMessage(f"edge {received.link.spec.name}: {error}", rows) from None
+        if self._join is not None:
+            self._shares[received.link, header.sequence] = len(rows)
+        newest = self._newest
+        for row in rows:
+            if (row.epoch, row.session) > newest:
+                self._keep_early(here, rows, tensor, received)
+                return
+        self._put(here, rows, tensor, received)
+
+    def _keep_early(self, here: HostLink, rows: tuple[Row, ...], tensor: torch.Tensor, received: Received) -> None:
+        """Keep rows of sessions that will open here, too, but have not yet: the command comes by another way."""
+        parts = self._split(here.port, rows, tensor)
+        early = [(row.epoch, row.session) > self._newest for row in rows]
+        if self._join is None:
+            self._shares[received.link, received.header.sequence] = sum(early) + (not all(early))
+        for row, part in zip(itertools.compress(rows, early), itertools.compress(parts, early), strict=True):
+            self._early.setdefault((row.epoch, row.session), []).append((here, row, part, received))
+        if not all(early):
+            known = [not is_early for is_early in early]
+            self._put(
+                here,
+                tuple(itertools.compress(rows, known)),
+                torch.cat(list(itertools.compress(parts, known))),
+                received,
+            )
+
+    def _put(self, here: HostLink, rows: tuple[Row, ...], tensor: torch.Tensor, received: Received) -> None:
+        if self._join is not None:
+            self._offer(self._join, here.port, rows, tensor, received)
+            return
+        piece = Work(Batch(rows, {here.port: tensor}), (received,))
+        kept = self._without_repeats(piece, here) if here.repeats else piece
+        if kept is not None:
+            self._ready.append(kept)
+
+    def _offer(self, join: Join, port: str, rows: tuple[Row, ...], tensor: torch.Tensor, received: Received) -> None:
+        for row, part in zip(rows, self._split(port, rows, tensor), strict=True):
+            if not self._is_open(row):
+                self.counters["rows_refused"] += 1
+                self._discard((received,))
+                continue
+            edge = received.link.spec.edge
+            if edge in self._answers and not self._answers.first(edge, row):
+                self.counters["rows_late"] += 1
+                self._discard((received,))
+                continue
+            if self._gate is not None and port in self._gate:
+                self._ready.append(Work(Batch((row,), {port: part}), (received,)))
+                self._ready.extend(self._gate.came(row.session, port))
+                continue
+            try:
+                whole = join.offer(port, Part(row, part, received))
+            except Late:
+                self.counters["rows_late"] += 1
+                self._discard((received,))
+                continue
+            if whole is not None:
+                parts = whole.values()
+                tensors = {name: held.tensor for name, held in whole.items()}
+                lead = next(iter(parts)).row
+                own = {name: (held.row,) for name, held in whole.items() if held.row != lead}
+                work = Work(Batch((lead,), tensors, own), tuple(held.source for held in parts))
+                if self._gate is None or not self._gate.holds(work, lead, received.received_ns):
+                    self._ready.append(work)
+
+    def overdue(self, before_ns: int) -> list[Overdue]:
+        """Steps that have waited at the join, or for what their session gets once, since before then."""
+        found = self._join.overdue(before_ns) if self._join is not None else []
+        return found + (self._gate.overdue(before_ns) if self._gate is not None else [])
+
+    def _split(self, port: str, rows: tuple[Row, ...], tensor: torch.Tensor) -> list[torch.Tensor]:
+        if len(rows) == 1:
+            return [tensor]
+        by_tokens = self._inputs[port].tensor.shape[:1] == ("tokens",)
+        return list(torch.split(tensor, [row.tokens if by_tokens else 1 for row in rows]))
+
+    # -- work ---------------------------------------------------------------------------------------------------
+
+    @property
+    def may_batch(self) -> bool:
+        """Whether several sessions are open: looking for more that came in costs 15 µs, and one has nothing to add."""
+        return len(self._epochs) > 1
+
+    @property
+    def queued(self) -> int:
+        """Pieces that wait for a step."""
+        return len(self._ready)
+
+    def take(self) -> Work | None:
+        """The next step: what has queued up, one row a session, up to the token budget. None if there is none or an
+        output has no credit.
+
+        Rows of one token (decoding) go before parts of prompts: a token waits for the step that runs and, where a part does
+        not fit beside it, for one such part.
+        Then come the part that has waited longest, which is passed over once at the most, and the parts of those prompts
+        that are least far: a short one is not held up by a long one.
+        """
+        if not self._ready or self.exchange.waiting:
+            return None
+        if len(self._ready) > 1 and self._stacks:
+            self._ready, self._passed = in_order(self._ready, self._passed)
+        if len(self._ready) == 1 and len(self._ready[0].batch.rows) == 1:
+            current = self._current(self._ready[0])
+            self._ready.popleft()
+            return current
+        self._taken = []
+        work = self._together(self._rows_of_a_batch)
+        self._taken = []
+        return work
+
+    def _together(self, most_rows: int) -> Work | None:
+        if len(self._ready) == 1:
+            return self._next_current(most_rows)
+        pieces: list[Work] = []
+        sessions: set[int] = set()
+        tokens = 0
+        while self._ready:
+            piece = self._ready[0]
+            size = piece.batch.tokens
+            if pieces and (not self._stacks or tokens + size > self._batch_tokens):
+                break
+            if pieces and len(sessions) + len(piece.batch.rows) > most_rows:
+                break
+            if pieces and piece.batch.tensors.keys() != pieces[0].batch.tensors.keys():
+                break  # other ports came first
+            if pieces and not self._alike and widths(piece) != widths(pieces[0]):
+                break  # a dimension is free, and these are of another size
+            if not sessions.isdisjoint(row.session for row in piece.batch.rows):
+                break  # a session's next step stands on the one before
+            current = self._next_current(most_rows)
+            if current is not None:
+                pieces.append(current)
+                tokens += size
+                sessions.update(row.session for row in current.batch.rows)
+        return laid_together(pieces) if pieces else None
+
+    @property
+    def _rows_of_a_batch(self) -> int:
+        """Return how many rows go into one batch: never none. With no session open, as after clients that left together, what
+        is queued is still dropped piece by piece."""
+        if self._batches == 1:
+            return self._most_rows
+        return min(self._most_rows, max(1, -(-len(self._epochs) // self._batches)))
+
+    def abandon(self) -> tuple[Row, ...]:
+        """Drop the pieces that the last `take` was laying together when it failed, and give their credit back. Returns
+        their rows: these sessions have lost a step."""
+        taken, self._taken = self._taken or ([self._ready.popleft()] if self._ready else []), []
+        for piece in taken:
+            self._discard(piece.sources)
+        return tuple(dict.fromkeys(row for piece in taken for row in piece.batch.rows))
+
+    def _next_current(self, most_rows: int) -> Work | None:
+        current = self._current(self._next(most_rows))
+        if current is None:
+            self._taken.pop()  # its credit is given back
+        return current
+
+    def _next(self, most_rows: int) -> Work:
+        """The first piece, or its first rows if it has too many for one batch."""
+        piece = self._ready.popleft()
+        self._taken.append(piece)
+        rows = piece.batch.rows
+        if len(rows) <= most_rows:
+            return piece
+        [received] = piece.sources  # rows that were joined come one by one
+        parts = {port: self._split(port, rows, tensor) for port, tensor in piece.batch.tensors.items()}
+        first, rest = (
+            Work(Batch(rows[own], {port: torch.cat(split[own]) for port, split in parts.items()}), piece.sources)
+            for own in (slice(None, most_rows), slice(most_rows, None))
+        )
+        key = received.link, received.header.sequence
+        self._shares[key] = self._shares.get(key, 1) + 1
+        self._ready.appendleft(rest)
+        self._taken[-1] = first
+        return first
+
+    def _current(self, piece: Work) -> Work | None:
+        """The piece without rows of sessions that are closed or of another epoch; None if no row is left."""
+        epochs, rows = self._epochs, piece.batch.rows
+        for row in rows:
+            if epochs.get(row.session) != row.epoch:
+                break
+        else:
+            return piece
+        return self._filtered(piece, [self._is_open(row) for row in rows], "rows_refused")
+
+    def _without_repeats(self, piece: Work, here: HostLink) -> Work | None:
+        """The piece without rows that another replica has answered before; None if no row is left."""
+        edge = here.link.edge
+        first = [not self._is_open(row) or self._answers.first(edge, row) for row in piece.batch.rows]
+        return piece if all(first) else self._filtered(piece, first, "rows_late")
+
+    def _filtered(self, piece: Work, keep: list[bool], counter: str) -> Work | None:
+        rows = piece.batch.rows
+        self.counters[counter] += len(rows) - sum(keep)
+        if not any(keep):
+            self._discard(piece.sources)
+            return None
+        tensors = {
+            port: torch.cat(list(itertools.compress(self._split(port, rows, tensor), keep)))
+            for port, tensor in piece.batch.tensors.items()
+        }
+        return Work(Batch(tuple(itertools.compress(rows, keep)), tensors), piece.sources)
+
+    def complete(
+        self,
+        work: Work,
+        outputs: Mapping[str, torch.Tensor | Batch],
+        ready_ns: int,
+        soles: frozenset[str] = frozenset(),
+    ) -> None:
+        """Send the outputs of a step down their edges. `soles`: ports whose memory nobody else holds.
+
+        Raises:
+            ProtocolError: an output is not what its edge carries.
+            ValueError, TypeError: the actor returned a port it does not have, or no tensor.
+        """
+        self.outputs.send(work.batch.rows, outputs, ready_ns, soles)
+
+    def alone(self, work: Work) -> list[Work]:
+        """One work a row of the batch, to find out which sessions a failing step is due to. They hold no credit."""
+        if work.pieces:
+            return [single for piece in work.pieces for single in self.alone(piece)]
+        batch = work.batch
+        if len(batch.rows) == 1:
+            return [Work(batch, ())]
+        parts = {port: self._split(port, batch.rows, tensor) for port, tensor in batch.tensors.items()}
+        return [
+            Work(Batch((row,), {port: split[index] for port, split in parts.items()}), ())
+            for index, row in enumerate(batch.rows)
+        ]
+
+    def finish(self, work: Work) -> list[Received]:
+        """The step is over, well or not: give its credit back. Returns the messages that are done with."""
+        return self._use_up(work.sources)
+
+    def _discard(self, sources: Iterable[Received]) -> None:
+        self.discarded += self._use_up(sources)
+
+    def _use_up(self, sources: Iterable[Received]) -> list[Received]:
+        """The messages that are done with. Where the rows of one go different ways, the last of them ends it."""
+        done = []
+        for received in sources:
+            if self._shares:
+                key = received.link, received.header.sequence
+                left = self._shares.pop(key, 1) - 1
+                if left:
+                    self._shares[key] = left
+                    continue
+            here = self._in.get(received.link)
+            if here is not None and not here.feedback:
+                self.exchange.consumed(received.link, received.nbytes)
+            done.append(received)
+        return done

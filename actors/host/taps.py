@@ -1,0 +1,96 @@
+"""Taps: who looks at what an edge carries, or changes it, at the sending end, before it is encoded.
+
+`statistics` leaves a record of each message and tells of the first numbers that are none; a function of the user's own,
+`./file.py:name`, is called with the tensor and its rows and may give another tensor of the same shape and dtype back.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ranvier.transport.format.header import Row
+from ranvier.transport.links.link import LinkSpec
+
+from ..component.kinds import KindError, import_name
+from ..protocol.host_spec import STATISTICS
+
+Tap = Callable[[torch.Tensor, tuple[Row, ...]], torch.Tensor]
+Put = Callable[[int, int, Mapping[str, float], tuple[Row, ...]], None]
+"""Takes the edge, the time in nanoseconds, the statistics, the rows."""
+Alarm = Callable[[str, Row, float, int], None]
+"""Takes the edge's name, the first row, the share of numbers that are none, the time in nanoseconds."""
+
+
+@dataclass(slots=True)
+class Statistics:
+    """Norm, mean, largest magnitude and the share of NaN and infinities, of each message. The alarm goes off once."""
+
+    link: LinkSpec
+    put: Put
+    alarm: Alarm
+    alarmed: bool = False
+
+    def __call__(self, tensor: torch.Tensor, rows: tuple[Row, ...]) -> torch.Tensor:
+        now_ns = time.monotonic_ns()
+        told = statistics(tensor)
+        self.put(self.link.edge, now_ns, told, rows)
+        if told["not_finite"] and not self.alarmed:
+            self.alarmed = True
+            self.alarm(self.link.name, rows[0], told["not_finite"], now_ns)
+        return tensor
+
+
+def statistics(tensor: torch.Tensor) -> dict[str, float]:
+    """Of the finite elements `norm` (Euclidean), `mean` and `largest` (magnitude); of all, the share that is `not_finite`."""
+    wide = tensor.detach().flatten().to(torch.float64)
+    finite = wide[torch.isfinite(wide)]
+    return {
+        "norm": float(finite.norm()),
+        "mean": float(finite.mean()) if len(finite) else 0.0,
+        "largest": float(finite.abs().max()) if len(finite) else 0.0,
+        "not_finite": 1 - len(finite) / len(wide) if len(wide) else 0.0,
+    }
+
+
+class Own:
+    """A function of the user's own.
+
+    Raises:
+        KindError: the file has no such function.
+    """
+
+    def __init__(self, name: str, folder: str | None, edge: str) -> None:
+        self._edge = edge
+        self._name = name
+        self._function: Any = import_name(name, folder)
+        if not callable(self._function):
+            raise KindError(f"edge {edge}: tap {name}: expected a function of that name, got {self._function!r:.80}")
+
+    def __call__(self, tensor: torch.Tensor, rows: tuple[Row, ...]) -> torch.Tensor:
+        """
+        Raises:
+            ValueError: what it gives is no tensor of that shape and dtype.
+        """
+        made = self._function(tensor.clone(), rows)  # the other edges carry what was sent
+        if made is None:
+            return tensor
+        if not isinstance(made, torch.Tensor) or made.shape != tensor.shape or made.dtype != tensor.dtype:
+            got = f"{made.dtype}{list(made.shape)}" if isinstance(made, torch.Tensor) else type(made).__name__
+            raise ValueError(
+                f"edge {self._edge}: tap {self._name}: expected {tensor.dtype}{list(tensor.shape)} or None, got {got}"
+            )
+        return made
+
+
+def make(name: str, link: LinkSpec, folder: str | None, put: Put, alarm: Alarm) -> Tap:
+    """The tap of an edge.
+
+    Raises:
+        KindError: there is no such function.
+    """
+    return Statistics(link, put, alarm) if name == STATISTICS else Own(name, folder, link.name)

@@ -1,0 +1,76 @@
+"""A step of an actor, watched: what its layers make on the way from its inputs to its outputs.
+
+Blocks, stages, encoders, decoders and heads tell of their own layers; of any other actor the outputs of the torch modules that
+it holds are seen, by their names in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ranvier.transport.format.header import Row
+
+from ..component.actor import Actor, Batch, Look
+from ..component.module import held
+from ..model.causal import AnyBlocks, BlocksActor, Head, Stage
+from ..model.seq2seq import Decoder, Encoder
+
+
+def step(actor: Actor, batch: Batch, look: Look) -> Mapping[str, torch.Tensor | Batch]:
+    """One step, as `Actor.step`; `look` is told of what is inside, in the order in which it was made."""
+    with contextlib.ExitStack() as stack:
+        told = _that_tell(actor)
+        for one in told:
+            stack.callback(setattr, one, "look", one.look)
+            one.look = look
+        if told:
+            return actor.step(batch)
+        seen: list[tuple[str, torch.Tensor]] = []
+        for name, module in held(actor).named_modules():
+            if name:
+                stack.enter_context(_hook(name, module, seen))
+        made = actor.step(batch)
+    for name, rows, tensor in _whole(seen, batch):
+        look(None, name, rows, tensor)
+    return made
+
+
+def _that_tell(actor: Actor) -> list[Stage | Head | AnyBlocks | Encoder | Decoder]:
+    if isinstance(actor, Stage):
+        return [actor, actor.blocks, *([actor.head] if actor.head is not None else [])]
+    if isinstance(actor, BlocksActor):
+        return [actor.blocks]
+    return [actor] if isinstance(actor, Head | Encoder | Decoder) else []
+
+
+@contextlib.contextmanager
+def _hook(name: str, module: torch.nn.Module, seen: list[tuple[str, torch.Tensor]]) -> Iterator[None]:
+    def keep(_module: torch.nn.Module, _given: Any, made: Any) -> None:
+        first = made[0] if isinstance(made, tuple) and made else made
+        if isinstance(first, torch.Tensor):
+            seen.append((name, first.detach().clone()))
+
+    handle = module.register_forward_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _whole(seen: list[tuple[str, torch.Tensor]], batch: Batch) -> Iterator[tuple[str, tuple[Row, ...], torch.Tensor]]:
+    """By module in the order in which they were first done. One that was called for each row by itself has its parts laid
+    together; what has no dimension of tokens or rows belongs to the step's first row."""
+    parts: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in seen:
+        parts.setdefault(name, []).append(tensor)
+    for name, tensors in parts.items():
+        flat = [tensor[0] if tensor.dim() > 2 and len(tensor) == 1 else tensor for tensor in tensors]
+        lengths = sum(len(tensor) if tensor.dim() else 0 for tensor in flat)
+        if lengths in (batch.tokens, len(batch.rows)) and len({tensor.shape[1:] for tensor in flat}) == 1:
+            yield name, batch.rows, torch.cat(flat)
+        else:
+            yield name, batch.rows[:1], torch.cat([tensor.flatten() for tensor in tensors])[None]

@@ -1,0 +1,368 @@
+"""The built-in kinds: `embedding`, `blocks`, `head`; `first_stage` and `last_stage`, which have blocks together with one of the
+others; and `model`, which is all of them in one actor.
+
+Shape suffixes: T tokens of the batch, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from ranvier.transport.format.header import Row
+from ranvier.transport.format.tensors import torch_dtype
+
+from ..checkpoint import Checkpoint, ModelConfig
+from ..component.actor import Actor, Batch, Context, Look
+from ..component.session import SessionInfo
+from . import kernels, weights
+from .blocks import Blocks
+from .kernels import Packed
+from .kv_cache import KVCache
+from .sampling import choose
+from .tensors import Norm, product, read_matrix, read_slot
+
+SCORED_AT_ONCE = 64
+PIECE = 192
+"""Columns of the head that float32 adds up by itself."""
+
+
+class AnyBlocks(Protocol):
+    """Layers with the caches of their sessions, native or not."""
+
+    look: Look | None
+
+    @property
+    def cache(self) -> KVCache[Any]: ...
+
+    def open(self, session: int, capacity: int) -> None: ...
+
+    def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor: ...
+
+    def held_bytes(self) -> int: ...
+
+
+class Embedding(Actor):
+    """`token` int64 [tokens] -> `hidden` [tokens, H]."""
+
+    writes = False
+
+    stateless = True
+
+    def load(self, context: Context) -> None:
+        self.load_with(context, None)
+
+    def load_with(self, context: Context, weight_VH: torch.Tensor | Packed | None) -> None:
+        """Load, with a matrix that is there already (a tied head's) if it is given."""
+        checkpoint, dtype = needed(context)
+        held = {
+            slot.name: read_slot(slot, checkpoint, dtype)
+            for slot in weights.embedding(checkpoint.config)
+            if weight_VH is None or slot.name != "embedding"
+        }
+        self.held = sum(tensor.nbytes for tensor in held.values())
+        self.weight_VH = held["embedding"] if weight_VH is None else weight_VH
+        self.positions_PH = held.get("positions")
+        self.dtype = dtype
+        self.use_scale(checkpoint.config, dtype)
+        context.progress(1.0)
+
+    def use_scale(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        """Rounded first, as the oracle does."""
+        scale = config.embedding_scale
+        self._scale = torch.tensor(scale, dtype=dtype) if scale != 1.0 else None
+
+    def forward(self, rows: tuple[Row, ...], token_T: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.weight_VH, Packed):
+            hidden_TH = self.weight_VH.rows(token_T).to(self.dtype)
+        else:
+            hidden_TH = F.embedding(token_T, self.weight_VH)
+        if self._scale is not None:
+            hidden_TH = hidden_TH * self._scale
+        if self.positions_PH is not None:
+            parts = [self.positions_PH[row.position : row.position + row.tokens] for row in rows]
+            hidden_TH = hidden_TH + torch.cat(parts)
+        return hidden_TH
+
+    def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
+        return {"hidden": self.forward(batch.rows, batch["token"])}
+
+    def held_bytes(self) -> int:
+        return self.held
+
+
+class BlocksActor(Actor):
+    """`hidden` [tokens, H] -> `hidden` [tokens, H], through the layers it was given, with their KV cache."""
+
+    writes = False
+
+    def load(self, context: Context) -> None:
+        checkpoint, dtype = needed(context)
+        assert context.layers is not None
+        self.blocks: AnyBlocks = Blocks(
+            checkpoint, context.layers, dtype, context.cache_tokens, context.progress, context.precision
+        )
+
+    def open(self, session: SessionInfo) -> None:
+        self.blocks.open(session.session, session.capacity)
+
+    def rewind(self, session: SessionInfo) -> None:
+        self.blocks.cache.rewind(session.session, session.kept)
+
+    def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
+        return {"hidden": self.blocks.forward(batch.rows, batch["hidden"])}
+
+    def close(self, session: int) -> None:
+        self.blocks.cache.close(session)
+
+    def capacity_tokens(self) -> int | None:
+        return self.blocks.cache.tokens
+
+    def held_bytes(self) -> int:
+        return self.blocks.held_bytes()
+
+
+class _Stream:
+    """What the head keeps of a session: its tokens so far. A function of the log, so a recovery builds it again."""
+
+    def __init__(self, info: SessionInfo) -> None:
+        self.info = info
+        self.tokens = list(info.log)
+        self.prompt_length = len(info.log)
+
+
+class Head(Actor):
+    """`hidden` [tokens, H] -> the next token of each session whose prompt is complete.
+
+    `token` int64 [rows] goes back to the embedding, unless the stream has ended; `sampled` int64 [rows] and, for
+    sessions that asked for them, `logits` float32 [rows, V] or `scores` float32 [tokens] go to the gateway.
+    """
+
+    writes = False
+
+    stateless = True
+    look: Look | None = None
+
+    def allowed(self, due: list[Row], logits_RV: torch.Tensor) -> torch.Tensor:
+        """The logits that tokens are chosen by, -inf for those that may not be."""
+        return logits_RV
+
+    def load(self, context: Context) -> None:
+        self.load_with(context, None)
+        context.progress(1.0)
+
+    def load_with(self, context: Context, weight_VH: torch.Tensor | Packed | None) -> None:
+        """Load, with a matrix that is there already (a tied embedding's) if it is given."""
+        checkpoint, dtype = needed(context)
+        config = checkpoint.config
+        held = {slot.name: read_slot(slot, checkpoint, dtype) for slot in weights.final_norm(config)}
+        self.norm = Norm(config, held["norm"], held.get("norm_bias"))
+        self.held = sum(tensor.nbytes for tensor in held.values())
+        if weight_VH is None:
+            slot = next(slot for slot in weights.head(config) if slot.name == "head")
+            self.weight_VH: torch.Tensor | Packed = read_matrix(slot, checkpoint, dtype, context.precision)
+            self.held += self.weight_VH.nbytes
+        else:
+            self.weight_VH = weight_VH
+        self._softcap = config.logit_softcap
+        self.streams: dict[int, _Stream] = {}
+
+    def open(self, session: SessionInfo) -> None:
+        self.streams[session.session] = _Stream(session)
+
+    def close(self, session: int) -> None:
+        self.streams.pop(session, None)
+
+    def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
+        return self.forward(batch.rows, batch["hidden"])
+
+    def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> Mapping[str, torch.Tensor | Batch]:
+        due, last = [], []
+        outputs: dict[str, torch.Tensor | Batch] = {}
+        end = 0
+        scored: list[tuple[Row, torch.Tensor]] = []
+        for row in rows:
+            end += row.tokens
+            if self.streams[row.session].info.score:
+                scored += self._scored(row, hidden_TH[end - row.tokens : end])
+            elif row.position + row.tokens >= self.streams[row.session].prompt_length:  # else more of the prompt comes
+                due.append(row)
+                last.append(end - 1)
+        if scored:
+            scores_T = torch.cat([scores for _, scores in scored])
+            outputs["scores"] = Batch(tuple(row for row, _ in scored), {"scores": scores_T})
+        if not due:
+            return outputs
+        picked = hidden_TH if len(last) == hidden_TH.shape[0] else hidden_TH[last]
+        logits_RV = self.logits(picked)
+        if self.look is not None:
+            self.look(None, "logits", tuple(last_of(row) for row in due), logits_RV)
+        return {**outputs, **self._sampled(due, logits_RV)}
+
+    def _scored(self, row: Row, hidden_tH: torch.Tensor) -> list[tuple[Row, torch.Tensor]]:
+        """The log-probability, float32 [t], of the token after each of the row; none after the last of the log."""
+        log = self.streams[row.session].tokens
+        following = torch.tensor(log[row.position + 1 : row.position + row.tokens + 1])
+        count = len(following)
+        if not count:
+            return []
+        scores = [
+            # a piece at a time: a row of logits is as wide as the vocabulary
+            -F.cross_entropy(self.logits(hidden_tH[start : start + SCORED_AT_ONCE][: count - start]),
+                             following[start : start + SCORED_AT_ONCE], reduction="none")
+            for start in range(0, count, SCORED_AT_ONCE)
+        ]  # fmt: skip
+        return [(row._replace(tokens=count), torch.cat(scores))]
+
+    def logits(self, picked_TH: torch.Tensor) -> torch.Tensor:
+        """float32 [T, V]."""
+        normed_TH = self.norm(picked_TH)
+        if isinstance(self.weight_VH, Packed):  # the product is float32 anyway: the logits need not be rounded
+            logits_TV = product(normed_TH.float(), self.weight_VH)
+        elif normed_TH.dtype is torch.float32:
+            logits_TV = _in_pieces(normed_TH, self.weight_VH)
+        else:
+            logits_TV = product(normed_TH, self.weight_VH).float()
+        return logits_TV if self._softcap is None else torch.tanh(logits_TV / self._softcap) * self._softcap
+
+    def _sampled(self, due: list[Row], logits_RV: torch.Tensor) -> Mapping[str, torch.Tensor | Batch]:
+        made, tokens, going, asked = [], [], [], []
+        allowed_RV = self.allowed(due, logits_RV)
+        for index, row in enumerate(due):
+            stream = self.streams[row.session]
+            position = row.position + row.tokens
+            token = choose(allowed_RV[index], stream.info.sampling, position, stream.tokens)
+            stream.tokens[position:] = [token]  # by position: a step done twice has one effect
+            made.append(Row(row.session, row.epoch, position, 1))
+            tokens.append(token)
+            if not stream.info.finished(len(stream.tokens) - stream.prompt_length, token):
+                going.append(index)
+            if stream.info.logits:
+                asked.append(index)
+        token_R = torch.tensor(tokens)
+        outputs: dict[str, torch.Tensor | Batch] = {}
+        if going:  # first what the next step waits for
+            outputs["token"] = Batch(tuple(made[i] for i in going), {"token": token_R[going]})
+        outputs["sampled"] = Batch(tuple(made), {"sampled": token_R})
+        if asked:
+            outputs["logits"] = Batch(tuple(made[i] for i in asked), {"logits": logits_RV[asked]})
+        return outputs
+
+    def held_bytes(self) -> int:
+        return self.held
+
+
+def last_of(row: Row) -> Row:
+    """Its last token alone."""
+    return Row(row.session, row.epoch, row.position + row.tokens - 1, 1)
+
+
+class Stage(Actor):
+    """Blocks together with the embedding before them (`begins`), the head after them (`ends`), or both."""
+
+    writes = False
+
+    begins: ClassVar[bool] = False
+    ends: ClassVar[bool] = False
+    look: Look | None = None
+
+    def load(self, context: Context) -> None:
+        checkpoint, dtype = needed(context)
+        config = checkpoint.config
+        self.embedding = Embedding() if self.begins else None
+        self.head = Head() if self.ends else None
+        if self.embedding is not None and self.head is not None and config.tied:
+            _load_tied(self.embedding, self.head, context)
+        elif self.embedding is not None:
+            self.embedding.load(context)
+        layers = context.layers or (0, config.layers - 1)
+        self.blocks: AnyBlocks = Blocks(
+            checkpoint, layers, dtype, context.cache_tokens, context.progress, context.precision
+        )
+        if self.head is not None and not (self.embedding is not None and config.tied):
+            self.head.load_with(context, None)
+
+    def open(self, session: SessionInfo) -> None:
+        self.blocks.open(session.session, session.capacity)
+        if self.head is not None:
+            self.head.open(session)
+
+    def rewind(self, session: SessionInfo) -> None:
+        self.blocks.cache.rewind(session.session, session.kept)
+        if self.head is not None:
+            self.head.open(session)
+
+    def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
+        if self.embedding is None:
+            hidden_TH = batch["hidden"]
+        else:
+            hidden_TH = self.embedding.forward(batch.rows, batch["token"])
+            if self.look is not None and hidden_TH.is_floating_point():  # a model that cannot be cut takes tokens
+                self.look(None, "embedding", batch.rows, hidden_TH)
+        hidden_TH = self.blocks.forward(batch.rows, hidden_TH)
+        return self.head.forward(batch.rows, hidden_TH) if self.head is not None else {"hidden": hidden_TH}
+
+    def close(self, session: int) -> None:
+        self.blocks.cache.close(session)
+        if self.head is not None:
+            self.head.close(session)
+
+    def capacity_tokens(self) -> int | None:
+        return self.blocks.cache.tokens
+
+    def held_bytes(self) -> int:
+        held = self.blocks.held_bytes()
+        if self.embedding is not None:
+            held += self.embedding.held_bytes()
+        if self.head is not None:
+            held += self.head.held_bytes()
+        return held
+
+
+class FirstStage(Stage):
+    """`token` int64 [tokens] -> `hidden` [tokens, H]: the embedding and the first blocks."""
+
+    begins = True
+
+
+class LastStage(Stage):
+    """`hidden` [tokens, H] -> `token`, `sampled`, `logits` as the head's: the last blocks and the head."""
+
+    ends = True
+
+
+class Model(Stage):
+    """`token` int64 [tokens] -> `token`, `sampled`, `logits` as the head's: a whole model in one actor."""
+
+    begins = True
+    ends = True
+
+
+def _in_pieces(tokens_TH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
+    """float32 [T, V]: sums of so many numbers, added up in float64. In one go float32 rounds them by a third of what all layers
+    before do (SmolLM2: 7.6e-5 and 6.8e-5 from float64's logits over all)."""
+    made_TV = torch.zeros(len(tokens_TH), len(weight_VH), dtype=torch.float64)
+    for start in range(0, tokens_TH.shape[1], PIECE):
+        made_TV += F.linear(tokens_TH[:, start : start + PIECE], weight_VH[:, start : start + PIECE])
+    return made_TV.float()
+
+
+def _load_tied(embedding: Embedding, head: Head, context: Context) -> None:
+    """Both ends, with one matrix wherever its numbers are the same for both: packed for the products, or as it is."""
+    checkpoint, dtype = needed(context)
+    [slot] = [slot for slot in weights.head(checkpoint.config) if slot.name == "head"]
+    if dtype is not torch.bfloat16 or not weights.packs(slot) or kernels.library() is None:
+        embedding.load(context)
+        head.load_with(context, embedding.weight_VH)
+        return
+    head.load_with(context, None)
+    embedding.load_with(context, head.weight_VH if weights.shares_packed(slot, checkpoint, context.precision) else None)
+
+
+def needed(context: Context) -> tuple[Checkpoint, torch.dtype]:
+    """The checkpoint and the dtype that a built-in kind is loaded with."""
+    assert context.checkpoint is not None, "the check of the graph gives every built-in kind its checkpoint"
+    return context.checkpoint, torch_dtype(context.dtype)

@@ -1,0 +1,87 @@
+"""A model of transformers that one actor runs whole: from a session's tokens to logits, by the library's own forward pass.
+
+Most keep what they remember of a session in a cache. Of some the library keeps it elsewhere: they compute all tokens anew.
+And a few let the tokens of a prompt see each other in both directions: those take the steps of the library's `generate`.
+
+Shape suffixes: t tokens of one step, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from ranvier.transport.format.header import Row
+
+from ..checkpoint.config import ModelConfig
+from ..component.actor import Look
+from .causal import last_of
+from .hf_hooks import layer_count, watched
+
+
+class WholeSession:
+    """What one session needs: its tokens, as far as they are looked at again, and what the model remembers of it."""
+
+    def __init__(self, cache: DynamicCache | None, capacity: int) -> None:
+        self.past: Any = cache
+        self.tokens: list[int] = []
+        self.capacity = capacity
+        self.length = 0
+        self.scored = False
+
+
+class Whole:
+    """`model` is the library's; `past_name` what it calls its cache."""
+
+    def __init__(self, model: Any, config: ModelConfig, past_name: str) -> None:
+        self._model, self._past_name = model, "mems" if config.family == "xlnet" else past_name
+        self._uncached, self._both_ways = config.uncached, config.both_ways
+
+    def open(self, capacity: int) -> WholeSession:
+        cached = not self._uncached and self._past_name != "mems"
+        return WholeSession(DynamicCache(config=self._model.config) if cached else None, capacity)
+
+    def watched(self, row: Row, look: Look) -> AbstractContextManager[None]:
+        """Meanwhile `look` hears of the layers that make one of each token, or of the last alone where tokens are seen both
+        ways."""
+        seen = last_of(row) if self._both_ways else row
+
+        def told(layer: int | None, name: str, tensor_1tH: torch.Tensor) -> None:
+            if tensor_1tH.dim() == 3 and len(tensor_1tH) == 1 and tensor_1tH.shape[1] >= row.tokens:
+                look(layer, name, (seen,), tensor_1tH[0, -seen.tokens :])
+
+        return watched(self._model, layer_count(self._model), told)
+
+    def logits(self, session: WholeSession, token_t: torch.Tensor) -> torch.Tensor:
+        """[t, V]. Takes effect on the session. Of a prompt that is seen both ways, and not scored, only the last row means
+        anything; the others are NaN."""
+        if self._both_ways:
+            return self._seen_both_ways(session, token_t)
+        if self._uncached:
+            session.tokens += token_t.tolist()
+            made = self._model(input_ids=torch.tensor([session.tokens]), use_cache=False)
+        else:
+            made = self._model(input_ids=token_t[None], use_cache=True, **{self._past_name: session.past})
+        logits_tV: torch.Tensor = made.logits[0, -len(token_t) :]
+        return logits_tV
+
+    def _seen_both_ways(self, session: WholeSession, token_t: torch.Tensor) -> torch.Tensor:
+        before = len(session.tokens)
+        session.tokens += token_t.tolist()
+        if session.scored:  # what follows a token depends on where the prompt ends: each is the end once
+            ends = range(before + 1, len(session.tokens) + 1)
+            return torch.stack([self._predicted(session.tokens[:end], None)[0] for end in ends])
+        last_V, session.past = self._predicted(session.tokens, session.past)
+        logits_tV = torch.full((len(token_t), len(last_V)), torch.nan, dtype=last_V.dtype)
+        logits_tV[-1] = last_V
+        return logits_tV
+
+    def _predicted(self, tokens: list[int], past: Any) -> tuple[torch.Tensor, Any]:
+        """[V] after `tokens`, and what is remembered: one step of the library's `generate`."""
+        ids = torch.tensor([tokens])
+        inputs = self._model.prepare_inputs_for_generation(ids, use_cache=past is not None, **{self._past_name: past})
+        made = self._model(**inputs)
+        return made.logits[0, -1], getattr(made, self._past_name, None)

@@ -1,0 +1,1 @@
+"""What the supervisor and the hosts say to each other."""

@@ -1,0 +1,241 @@
+"""What a supervisor decides, without I/O: who is ready, who is late, who is dead, and what it means for the run.
+
+Events come in with the time they happened. Before the run has begun a host that fails ends it: `failure` holds the verdict.
+From then on one that fails is `lost`, and its actor's restart policy says whether it is started anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ranvier.transport.format.errors import ProtocolError
+
+from ..component.actor import REPLAYED
+from ..errors import ActorFailed
+from ..protocol.host_spec import HostLink, HostSpec
+from ..protocol.lifecycle import IllegalTransition, Lifecycle, State
+from ..protocol.training_spec import TrainingLink
+from .restarts import Restarts
+
+_PROGRESS = list(State)
+LEAST_LATE_S = 0.25
+"""A tick that comes so long after the one before is not late yet, however short the deadline."""
+LATE = 1 / 3
+"""The share of a host's deadline. A tick that comes so long after the one before shows that the supervisor itself stood still:
+under Ctrl-Z, in a debugger, behind user code that blocks its loop."""
+
+
+@dataclass(slots=True)
+class Watched:
+    """What is known of one host. Times are seconds of the driver's clock."""
+
+    spec: HostSpec
+    life: Lifecycle
+    started_s: float
+    heard_s: float
+    loaded: float = 0.0
+    address: str | None = None
+    capacity_tokens: int | None = None
+    held_bytes: int = 0
+    keeps: str = REPLAYED
+    steps: int = 0
+    stepping_s: float = 0.0
+    queued: int = 0
+    exited: int | None = None
+    counters: Mapping[str, int] | None = None
+    joining: bool = False
+    """Started while the run goes on: until it runs, its failure is the business of whoever started it."""
+    spare: bool = False
+    """It has no place in the run yet, and no links."""
+    leaving: bool = False
+    lost: ActorFailed | None = None
+    lost_s: float = 0.0
+    because: str = ""
+    """What else was lost, if its own loss is only the consequence of that."""
+
+
+class Supervision:
+    """The hosts of one run."""
+
+    def __init__(self, specs: Iterable[HostSpec], now_s: float) -> None:
+        self.hosts: dict[str, Watched] = {}
+        self._by_label: dict[str, Watched] = {}
+        self._restarts: dict[str, Restarts] = {}
+        self.begun = False
+        """All were running once."""
+        for spec in specs:
+            self.add(spec, now_s)
+        self.failure: ActorFailed | None = None
+        self.stopping = False
+        self._ticked_s = now_s
+
+    def host(self, label: str) -> Watched | None:
+        return self._by_label.get(label)
+
+    # -- events -------------------------------------------------------------------------------------------------
+
+    def on_message(self, key: str, kind: str, fields: Mapping[str, Any], now_s: float) -> None:
+        """A control message of a host about itself.
+
+        Raises:
+            ProtocolError: a state that does not exist or cannot follow.
+        """
+        host = self.hosts[key]
+        host.heard_s = now_s
+        if kind == "state":
+            try:
+                state = State(fields["state"])
+                if state is not host.life.state and not host.life.over:
+                    host.life.to(state, fields["why"])
+            except (ValueError, IllegalTransition) as error:
+                raise ProtocolError(f"control state of {host.spec.label}: {error}") from None
+        elif kind == "progress":
+            host.loaded = fields["share"]
+        elif kind == "ready":
+            host.address, host.loaded = fields["address"], 1.0
+            host.capacity_tokens, host.held_bytes = fields["capacity_tokens"], fields["held_bytes"]
+            host.keeps = fields["keeps"]
+        elif kind == "heartbeat":
+            host.steps, host.stepping_s, host.queued = fields["steps"], fields["stepping_s"], fields["queued"]
+            host.counters = fields["counters"]
+        elif kind == "counters":  # the last ones, when it ends
+            host.counters = fields["counters"]
+        elif kind == "failed":
+            self._fail(host, now_s, fields["error"], fields["traceback"])
+
+    def on_exit(self, key: str, code: int, stderr_tail: str, now_s: float, because: str = "") -> None:
+        """The process of a host has ended (a negative code: by that signal), perhaps because something else was lost."""
+        host = self.hosts[key]
+        host.exited = code
+        if host.lost is None:
+            host.because = because
+        if self.stopping or host.leaving or host.life.state is State.STOPPED:
+            return
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        why = f": {because}" if because else ""
+        self._fail(host, now_s, f"its process {how} while {host.life.state.value}{why}", stderr_tail)
+
+    def on_tick(self, now_s: float) -> None:
+        """Judge who is late. A tick that is late itself judges nobody: the signs of life of that time are still unread, so the
+        hosts get that time back."""
+        stood_s, self._ticked_s = now_s - self._ticked_s, now_s
+        # who is furthest behind comes first: a host that is ready and waits for another is not to blame
+        for host in sorted(self.hosts.values(), key=lambda host: _PROGRESS.index(host.life.state)):
+            limits = host.spec.supervision
+            if host.exited is not None or self.stopping or host.leaving or host.lost is not None:
+                continue
+            if stood_s > max(LEAST_LATE_S, limits.heartbeat_deadline_s * LATE):
+                host.heard_s, host.started_s = (min(now_s, at_s + stood_s) for at_s in (host.heard_s, host.started_s))
+                continue
+            silent_s, starting_s = now_s - host.heard_s, now_s - host.started_s
+            waits = host.spare and host.life.state is State.READY
+            if not waits and host.life.state in (State.STARTING, State.LOADING, State.READY):
+                if starting_s > limits.start_deadline_s:
+                    self._fail(
+                        host, now_s, f"not running {starting_s:.1f} s after its start (limit {limits.start_deadline_s} s), "
+                        f"still {host.life.state.value}, {host.loaded:.0%} loaded",
+                    )  # fmt: skip
+            elif silent_s > limits.heartbeat_deadline_s:
+                self._fail(
+                    host, now_s,
+                    f"no heartbeat for {silent_s:.1f} s (limit {limits.heartbeat_deadline_s} s): hung or stopped",
+                )  # fmt: skip
+            elif host.stepping_s > limits.progress_deadline_s:
+                self._fail(
+                    host, now_s, f"in one step for {host.stepping_s:.1f} s (limit {limits.progress_deadline_s} s): hung"
+                )
+
+    def _fail(self, host: Watched, now_s: float, what: str, remote_traceback: str = "") -> None:
+        if not host.life.over:
+            host.life.to(State.FAILED, what)
+        if self.stopping or host.lost is not None:
+            return
+        host.lost, host.lost_s = ActorFailed(host.spec.label, what, remote_traceback=remote_traceback), now_s
+        if not self.begun and not host.joining:
+            self.failure = self.failure or host.lost
+
+    # -- while the run goes on ------------------------------------------------------------------------------------
+
+    def add(self, spec: HostSpec, now_s: float, *, joining: bool = False, spare: bool = False) -> Watched:
+        """Watch a host from its start."""
+        host = Watched(spec, Lifecycle(spec.label), now_s, now_s, joining=joining, spare=spare)
+        self.hosts[spec.identity] = self._by_label[spec.label] = host
+        return host
+
+    def remove(self, key: str) -> None:
+        """Forget a host that is over. One in its place may be there already."""
+        host = self.hosts.pop(key, None)
+        if host is not None and self._by_label.get(host.spec.label) is host:
+            del self._by_label[host.spec.label]
+
+    def restart(self, failed: ActorFailed, spec: HostSpec, now_s: float) -> float | None:
+        """A host is lost, or one that was to take its place: the seconds to wait before one is started anew. None: that is
+        not to be, and the run ends with the `failure`. One that is lost because of something else costs its actor nothing."""
+        if self.failure is not None:
+            return None
+        host = self.hosts.get(spec.identity)
+        if host is not None and host.because and spec.restart.max:
+            return 0.0
+        restarts = self._restarts.setdefault(spec.actor, Restarts(spec.restart))
+        delay_s = restarts.take(now_s)
+        if delay_s is None:
+            self.failure = failed.but(str(restarts)) if spec.restart.max else failed
+        return delay_s
+
+    def is_lost(self, key: str) -> bool:
+        """Whether a host is not to be waited for."""
+        host = self.hosts.get(key)
+        return host is None or host.lost is not None or host.leaving
+
+    # -- questions ----------------------------------------------------------------------------------------------
+
+    @property
+    def all_loaded(self) -> bool:
+        return all(host.address is not None for host in self.hosts.values())
+
+    @property
+    def all_running(self) -> bool:
+        return all(host.life.state is State.RUNNING for host in self.hosts.values())
+
+    @property
+    def loaded(self) -> float:
+        """The share of all weights that is in, from 0 to 1."""
+        return sum(host.loaded for host in self.hosts.values()) / max(1, len(self.hosts))
+
+    @property
+    def capacity_tokens(self) -> int | None:
+        """Positions that one session may have: what fits at some replica of every actor; None if nobody has a limit."""
+        limits: dict[str, int] = {}
+        for host in self.hosts.values():
+            if host.capacity_tokens is not None:
+                limits[host.spec.actor] = max(limits.get(host.spec.actor, 0), host.capacity_tokens)
+        return min(limits.values(), default=None)
+
+    @property
+    def counters(self) -> dict[str, Mapping[str, int]]:
+        """What each host has counted, by its label."""
+        return {host.spec.label: host.counters for host in self.hosts.values() if host.counters is not None}
+
+    @property
+    def quiet(self) -> bool:
+        """Whether no host had anything to do when it was last heard."""
+        return not any(host.stepping_s or host.queued for host in self.hosts.values())
+
+    @property
+    def steps(self) -> int:
+        """Of all hosts, as last heard."""
+        return sum(host.steps for host in self.hosts.values())
+
+    def neighbours(
+        self, links: Iterable[HostLink | TrainingLink], gateway: str, gateway_address: str
+    ) -> dict[str, str]:
+        """Where everyone listens to whom `links` lead. All of them must be loaded."""
+        addresses = {gateway: gateway_address}
+        for key, host in self.hosts.items():
+            if host.address is not None:  # else it is still on its way in
+                addresses[key] = host.address
+        # a link to oneself is a link like any other
+        peers = {link.link.target if link.outgoing else link.link.source for link in links}
+        return {peer: addresses[peer] for peer in sorted(peers)}

@@ -1,0 +1,388 @@
+"""The supervisor's hands: starts hosts, listens to them, watches the clock, stops or kills them. Runs in trio.
+
+Its decisions are in supervision.py. It owns the control socket of the run folder. Hosts are known to it by their identity,
+so that one that was lost is not taken for the one in its place; others call them by their label.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from ranvier.transport.format.errors import ProtocolError
+from ranvier.transport.wires.trio_wire import TrioWire
+from ranvier.transport.wires.zeromq import ZeroWire
+
+from ..errors import ActorFailed
+from ..protocol.clocks import Clock
+from ..protocol.control_protocol import COMMANDS, MAX_BYTES, decode, encode
+from ..protocol.host_spec import SUPERVISOR, HostLink, HostSpec
+from ..protocol.lifecycle import State
+from ..protocol.refusals import Refusals, with_left_out
+from ..protocol.training_spec import TrainingLink
+from .launcher import Launcher
+from .supervision import Supervision, Watched
+
+if TYPE_CHECKING:
+    import structlog
+
+TICK_S = 0.1
+NEVER_STARTED = 127
+"""The exit code of a host that there is no process of, as shells have it."""
+OnSessionFailed = Callable[[str, Mapping[str, Any]], None]
+"""Called with the label of the host, and the fields of its `session_failed`."""
+
+
+class Supervisor:
+    """All hosts of one run. `failed` is set when one of them is lost; `supervision.failure` says why. `commands` are called
+    with what a client of the control socket asks for, by its kind: the client's name, the fields."""
+
+    def __init__(
+        self,
+        specs: Sequence[HostSpec],
+        launcher: Launcher,
+        control: str,
+        logs: Path,
+        log: structlog.typing.FilteringBoundLogger,
+        on_session_failed: OnSessionFailed,
+    ) -> None:
+        self._launcher = launcher
+        self._logs = logs
+        self._log = log
+        self._on_session_failed = on_session_failed
+        self.supervision = Supervision(specs, time.monotonic())
+        self.failed = trio.Event()
+        self._changed = trio.Event()
+        self._linked: set[tuple[str, str]] = set()
+        self.detour: Callable[[str, str, str], str] = lambda _source, _target, address: address
+        """By what address one host is to reach another."""
+        self.on_forgotten: Callable[[str], None] = lambda _peer: None
+        self.on_saved: Callable[[str, int], None] = lambda _label, _round: None
+        """Called when a host of a training run has saved its shard, with its label and how many rounds are done."""
+        self.clocks: dict[str, Clock] = {}
+        """By identity: how far those of the hosts are ahead of this process's."""
+        self.on_clock: Callable[[], None] = lambda: None
+        """Called when one of them is known better."""
+        self.commands: dict[str, Callable[[str, Mapping[str, Any]], None]] = {}
+        self.alarms: list[dict[str, Any]] = []
+        """Edges that carried numbers that are none, the first one first."""
+        self._refusals = Refusals()
+        self.refusals = 0
+        """Messages and commands that were refused so far, logged or only counted."""
+        self._asked = 0
+        self._asking = trio.Lock()
+        self._situations: dict[str, Mapping[str, Any]] = {}
+        self._wire = TrioWire(ZeroWire(SUPERVISOR, control, max_frame_bytes=MAX_BYTES))
+        for spec in specs:
+            self._wire.connect(spec.identity, spec.control)
+
+    @property
+    def pids(self) -> Mapping[str, int]:
+        return self._launcher.pids
+
+    async def run(self) -> None:
+        """Start the hosts and watch them until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._listen)
+            nursery.start_soon(self._reap)
+            nursery.start_soon(self._watch)
+            for host in list(self.supervision.hosts.values()):
+                await self._start(host.spec)
+
+    async def _start(self, spec: HostSpec) -> None:
+        try:
+            await self._launcher.start(spec)
+        except ActorFailed:
+            self.supervision.hosts[spec.identity].exited = NEVER_STARTED
+            raise
+        self._log.info("starting", actor=spec.label)
+
+    async def until_loaded(self, progress: Callable[[float], None]) -> None:
+        """Wait until every host has its weights and its inbox.
+
+        Raises:
+            ActorFailed: one of them will not.
+        """
+        await self._until(lambda: self.supervision.all_loaded, progress)
+
+    async def until_running(self, gateway: str, gateway_address: str) -> None:
+        """Tell every host where its neighbours are and wait until all links are open.
+
+        Raises:
+            ActorFailed: one of them will not.
+        """
+        for host in self.supervision.hosts.values():
+            self.connect(host.spec, host.spec.all_links, gateway, gateway_address)
+        await self._until(lambda: self.supervision.all_running, lambda _: None)
+        self.supervision.begun = True
+
+    def connect(
+        self,
+        spec: HostSpec,
+        links: Sequence[HostLink | TrainingLink],
+        gateway: str,
+        gateway_address: str,
+        instead_of: str | None = None,
+    ) -> None:
+        """Tell a host what links it has and where its neighbours are, and whose place it takes, by its label."""
+        own = spec.identity
+        listening = self.supervision.neighbours(links, gateway, gateway_address)
+        peers = {peer: self.detour(own, peer, address) for peer, address in listening.items()}
+        plain = [asdict(link) for link in links]
+        self._send(own, "connect", peers=peers, links=plain, instead_of=instead_of)
+
+    # -- while the run goes on ----------------------------------------------------------------------------------
+
+    async def join(self, spec: HostSpec, *, spare: bool = False) -> str:
+        """Start one host more and wait until it has its weights and its inbox: the address of that.
+
+        Raises:
+            ActorFailed: it will not.
+        """
+        self._wire.connect(spec.identity, spec.control)
+        host = self.supervision.add(spec, time.monotonic(), joining=True, spare=spare)
+        await self._start(spec)
+        await self._until_it(host, lambda: host.address is not None)
+        assert host.address is not None
+        return host.address
+
+    async def until_linked(self, hosts: Sequence[str], peer: str) -> None:
+        """Wait until these hosts have said that they know `peer`, or are lost.
+
+        Raises:
+            ActorFailed: it was lost meanwhile, or the run was.
+        """
+        await self._until_it(
+            self.supervision.hosts[peer],
+            lambda: all((host, peer) in self._linked or self.supervision.is_lost(host) for host in hosts),
+        )
+        self._linked = {(host, other) for host, other in self._linked if other != peer}
+
+    async def until_joined(self, spec: HostSpec) -> None:
+        """Wait until a host that was started while the run goes on has all its links open: it is one of the run's now.
+
+        Raises:
+            ActorFailed: it will not.
+        """
+        host = self.supervision.hosts[spec.identity]
+        await self._until_it(host, lambda: host.life.state is State.RUNNING)
+        host.joining = False
+
+    async def next_lost(self, known: Container[str]) -> Watched:
+        """The next host that is lost and not `known`, by its identity. One that was to join is its starter's business."""
+        while True:
+            for key, host in self.supervision.hosts.items():
+                if host.lost is not None and not host.joining and not host.leaving and key not in known:
+                    return host
+            await self._changed.wait()
+
+    def take(self, spec: HostSpec) -> None:
+        """A spare is to have a place in the run."""
+        host = self.supervision.hosts[spec.identity]
+        host.spare, host.started_s = False, time.monotonic()
+        self._notify()
+
+    async def until_taken(self, spec: HostSpec) -> None:
+        """Wait until a spare has a place in the run, or is to have one.
+
+        Raises:
+            ActorFailed: it was lost before.
+        """
+        host = self.supervision.hosts[spec.identity]
+        await self._until_it(host, lambda: not host.spare)
+
+    def restart(self, failed: ActorFailed, spec: HostSpec) -> float | None:
+        """See `Supervision.restart`."""
+        delay_s = self.supervision.restart(failed, spec, time.monotonic())
+        self._notify()
+        return delay_s
+
+    async def leave(self, spec: HostSpec) -> None:
+        """End one host: asked first, killed after its deadline. One that is lost is killed at once."""
+        host = self.supervision.hosts.get(spec.identity)
+        if host is None:
+            return
+        host.leaving = True
+        if host.exited is None and host.lost is None:
+            self._send(spec.identity, "stop")
+            with trio.move_on_after(spec.supervision.stop_deadline_s):
+                while host.exited is None:
+                    await self._changed.wait()
+        if host.exited is None:
+            await self._launcher.kill(spec.identity)
+            while host.exited is None:
+                await self._changed.wait()
+        self.supervision.remove(spec.identity)
+        self._wire.disconnect(spec.identity)
+
+    async def _until_it(self, host: Watched, holds: Callable[[], bool]) -> None:
+        while not holds():
+            lost = host.lost or self.supervision.failure
+            if lost is not None:
+                raise lost
+            await self._changed.wait()
+
+    async def _until(self, holds: Callable[[], bool], progress: Callable[[float], None]) -> None:
+        while True:
+            if self.supervision.failure is not None:
+                raise self.supervision.failure
+            progress(self.supervision.loaded)
+            if holds():
+                return
+            await self._changed.wait()
+
+    def _send(self, key: str, kind: str, **fields: Any) -> None:
+        self._wire.send(key, _command(kind, fields))
+
+    def tell(self, labels: Iterable[str], kind: str, **fields: Any) -> None:
+        """A command to some hosts. Those that are not there any more are not told."""
+        data = _command(kind, fields)
+        for label in labels:
+            host = self.supervision.host(label)
+            if host is not None:
+                self._wire.send(host.spec.identity, data)
+
+    async def situations(self, within_s: float) -> Mapping[str, Mapping[str, Any] | None]:
+        """What each host says of itself when it is asked why it waits (situation.py), by its identity; None for those that do
+        not answer in time."""
+        async with self._asking:
+            self._asked += 1
+            self._situations = {}
+            asked = [key for key, host in self.supervision.hosts.items() if host.exited is None]
+            for key in asked:
+                self._send(key, "explain", asked=self._asked)
+            with trio.move_on_after(within_s):
+                while len(self._situations) < len(asked):
+                    await self._changed.wait()
+            return {key: self._situations.get(key) for key in asked}
+
+    def answer(self, client: str, kind: str, what: str) -> None:
+        """What came of a client's command. One that has gone is not told."""
+        self._wire.send(client, encode(kind, {"what": what}))
+
+    async def stop(self) -> None:
+        """End all hosts: asked first, killed after the deadline."""
+        self.supervision.stopping = True
+        hosts = self.supervision.hosts.values()
+        self.tell([host.spec.label for host in hosts], "stop")
+        deadline_s = max((host.spec.supervision.stop_deadline_s for host in hosts), default=0.0)
+        with trio.move_on_after(deadline_s):
+            while any(host.exited is None for host in hosts):
+                await self._changed.wait()
+        for key, host in list(self.supervision.hosts.items()):
+            if host.exited is None:
+                self._log.warning("killed", actor=host.spec.label, state=host.life.state.value)
+                await self._launcher.kill(key)
+
+    def close(self) -> None:
+        self._wire.close()
+
+    # -- tasks --------------------------------------------------------------------------------------------------
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                arrival = await self._wire.receive()
+                kind, fields = decode(arrival.header)
+                if kind in COMMANDS and kind in self.commands:
+                    self.commands[kind](arrival.peer, fields)
+                elif arrival.peer not in self.supervision.hosts:
+                    raise ProtocolError(f"control: expected a host of this run, got {kind} from {arrival.peer!r}")
+                else:
+                    self._take(arrival.peer, kind, fields)
+            except ProtocolError as error:
+                self.refused(SUPERVISOR, str(error))
+
+    def note(self, event: str, **fields: Any) -> None:
+        """A line of the run's log."""
+        self._log.warning(event, **fields)
+
+    def refused(self, by: str, what: str) -> None:
+        """Log a message that was refused, or count it where there are too many."""
+        self.refusals += 1
+        left_out = self._refusals.one_more(time.monotonic())
+        if left_out is not None:
+            self._log.warning("refused", actor=by, what=with_left_out(what, left_out))
+
+    def _take(self, key: str, kind: str, fields: Mapping[str, Any]) -> None:
+        label = self.supervision.hosts[key].spec.label
+        if kind == "session_failed":
+            self._log.error("session failed", actor=label, **fields)
+            self._on_session_failed(label, fields)
+        elif kind == "linked":
+            self._linked.add((key, fields["peer"]))
+        elif kind == "alarm":
+            self._log.error("alarm", actor=label, **fields)
+            self.alarms.append({"actor": label, **fields})
+            self.alarms.sort(key=lambda alarm: alarm["at_ns"])
+        elif kind == "situation":
+            if fields["asked"] == self._asked:
+                self._situations[key] = fields["situation"]
+        elif kind == "time":
+            clock = self.clocks.get(key)
+            if clock is None:
+                raise ProtocolError(f"control time of {label}: it was not asked")
+            if clock.on_answer(fields["asked_ns"], fields["heard_ns"], fields["told_ns"], time.monotonic_ns()):
+                self.on_clock()
+        elif kind == "saved":
+            self.on_saved(label, fields["round"])
+        elif kind == "refused":
+            self.refused(label, fields["what"])
+        else:
+            self.supervision.on_message(key, kind, fields, time.monotonic())
+            if kind in ("state", "ready", "heartbeat") and self.clocks.setdefault(key, Clock()).asks():
+                self._send(key, "what time")
+            if kind in ("state", "ready", "failed", "counters"):
+                self._log.info(kind, actor=label, **fields)
+        self._notify()
+
+    async def _reap(self) -> None:
+        while True:
+            key, code, because = await self._launcher.wait()
+            host = self.supervision.hosts.get(key)
+            if host is None:
+                continue
+            label = host.spec.label
+            if code >= 0:
+                await self._last_words(host)
+            self._log.info("exited", actor=label, code=code)
+            self.supervision.on_exit(key, code, self._stderr_tail(label), time.monotonic(), because)
+            self._notify()
+
+    async def _last_words(self, host: Watched) -> None:
+        """A host tells why it failed before it ends by itself; let that be read first."""
+        with trio.move_on_after(0.2):
+            while not host.life.over and not self.supervision.stopping:
+                await self._changed.wait()
+
+    def _stderr_tail(self, label: str) -> str:
+        try:
+            return (self._logs / f"{label}.err").read_text(errors="replace")[-4000:]
+        except OSError:
+            return ""
+
+    async def _watch(self) -> None:
+        while True:
+            await trio.sleep(TICK_S)
+            self.supervision.on_tick(time.monotonic())
+            left_out = self._refusals.overdue(time.monotonic())
+            if left_out:
+                self._log.warning("refused", actor=SUPERVISOR, what=f"{left_out} more, left out")
+            if self.supervision.failure is not None or any(h.lost for h in self.supervision.hosts.values()):
+                self._notify()
+
+    def _notify(self) -> None:
+        if self.supervision.failure is not None and not self.failed.is_set():
+            self._log.error("run failed", actor=self.supervision.failure.actor, error=str(self.supervision.failure))
+            self.failed.set()
+        self._changed.set()
+        self._changed = trio.Event()
+
+
+def _command(kind: str, fields: Mapping[str, Any]) -> bytes:
+    return encode(kind, {"sent_ns": time.monotonic_ns(), **fields})

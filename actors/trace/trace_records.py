@@ -1,0 +1,105 @@
+"""What a process has to tell of a message, put into its ring for the trace: when it was sent, given up, or done with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ranvier.transport.format.codec import Coding
+from ranvier.transport.format.header import Row, TensorMeta, Verb
+from ranvier.transport.links.link import LinkSpec
+from ranvier.transport.links.link_state import Received
+
+from .crossing import Command
+from .ring import Ring
+from .trace_file import COMMAND, CONTROL, DONE, PART, SENT, SPAN, TAP, UNSENT
+
+SPREAD = 2654435761
+"""Odd, and near 2^32 over the golden ratio."""
+
+
+_VERBS = {verb: verb.name.lower() for verb in Verb}
+_MANY = (Verb.ACK, Verb.PROBE, Verb.SPEED)
+
+
+class Records:
+    """The columns are those of trace_file.py. `sent` and `unsent` are what an `Exchange` calls.
+
+    Args:
+        sample: the share of sessions that leave records, or of positions where `by_position`: whole requests, or whole
+            micro-batches. Which those are is a function of their numbers, so that both ends of a link choose the same.
+    """
+
+    def __init__(self, ring: Ring, sample: float = 1.0, *, by_position: bool = False) -> None:
+        self._put = ring.put
+        self._below = int(sample * (1 << 32)) if sample < 1.0 else None
+        self._field = 2 if by_position else 0
+
+    def sent(
+        self, link: LinkSpec, sequence: int, rows: tuple[Row, ...], nbytes: int, ready_ns: int, credit_ns: int, sent_ns: int,
+        tensors: tuple[TensorMeta, ...], coding: Coding | None, checksum: int,
+    ) -> None:  # fmt: skip
+        if self._below is None or self._chosen(rows):
+            self._put((
+                SENT, link.edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, rows, coding, link.target, tensors, checksum
+            ))  # fmt: skip
+
+    def control(self, edge: int, verb: Verb, peer: str, sent: bool, arguments: tuple[Any, ...]) -> None:
+        """A control message of a link. Acknowledgements are nearly as many as messages, and belong to no session: where only
+        some sessions leave records, they leave none."""
+        if self._below is None or verb not in _MANY:
+            self._put((CONTROL, edge, _VERBS[verb], time.monotonic_ns(), peer, sent, arguments))
+
+    def command(self, command: Command, started_ns: int, finished_ns: int) -> None:
+        """A command of the supervisor's was obeyed. Those that name no session are not many."""
+        fields = command.fields
+        named = fields.get("info", fields)
+        session, epoch = named.get("session", 0), named.get("epoch", 0)
+        if self._below is None or not session or self._chosen((Row(session, epoch, 0, 0),)):
+            self._put((
+                COMMAND, command.kind, fields["sent_ns"], command.received_ns, started_ns, finished_ns, session, epoch
+            ))  # fmt: skip
+
+    def span(
+        self, started_ns: int, finished_ns: int, row: Row, trace: str, span: str, parent: str, links: Sequence[str],
+        batch: int, error: str,
+    ) -> None:  # fmt: skip
+        """A step of a request that somebody traces (spans.py)."""
+        if self._below is None or self._chosen((row,)):
+            self._put((SPAN, started_ns, finished_ns, row, trace, span, parent, links, batch, error))
+
+    def unsent(self, link: LinkSpec, rows: tuple[Row, ...], nbytes: int, ready_ns: int, given_up_ns: int) -> None:
+        if self._below is None or self._chosen(rows):
+            self._put((UNSENT, link.edge, nbytes, ready_ns, given_up_ns, rows, link.target))
+
+    def done(self, received: Received, started_ns: int, finished_ns: int, batch: int) -> None:
+        """`batch` messages went into the step; 0: it went into none."""
+        self._received(DONE, received, started_ns, finished_ns, batch, received.header.rows)
+
+    def tapped(self, edge: int, at_ns: int, told: Mapping[str, float], rows: tuple[Row, ...]) -> None:
+        """Statistics of what went out by an edge."""
+        if self._below is None or self._chosen(rows):
+            self._put((TAP, edge, at_ns, told["norm"], told["mean"], told["largest"], told["not_finite"], rows))
+
+    def part(self, received: Received, started_ns: int, finished_ns: int, batch: int, rows: tuple[Row, ...]) -> None:
+        """Only some of its rows went into the step, which has these."""
+        own = {row[:3] for row in received.header.rows}
+        self._received(PART, received, started_ns, finished_ns, batch, tuple(row for row in rows if row[:3] in own))
+
+    def _received(
+        self, kind: str, received: Received, started_ns: int, finished_ns: int, batch: int, rows: tuple[Row, ...]
+    ) -> None:
+        header = received.header
+        if self._below is not None and not self._chosen(header.rows):
+            return
+        self._put((
+            kind, header.edge, header.sequence, received.nbytes, header.sent_ns, received.received_ns, started_ns,
+            finished_ns, batch, rows, received.link.spec.source,
+        ))  # fmt: skip
+
+    def _chosen(self, rows: tuple[Row, ...]) -> bool:
+        """Whether a row of a message is of the sample: numbers one after the other are spread evenly (Knuth, multiplicative
+        hashing)."""
+        assert self._below is not None
+        return any((row[self._field] * SPREAD & 0xFFFFFFFF) < self._below for row in rows)

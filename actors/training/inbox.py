@@ -1,0 +1,65 @@
+"""What has come for a stage: tensors by link and number, until an action takes them. No I/O."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ranvier.transport.format.aligned import aligned
+from ranvier.transport.format.errors import ProtocolError
+from ranvier.transport.format.tensors import from_buffer
+from ranvier.transport.links.exchange import Exchange, RefusedMessage
+from ranvier.transport.links.link_state import Received, ReceivingLink
+
+from ..protocol.training_spec import TrainingLink
+
+Place = tuple[int, int]
+"""A session and a number in it."""
+
+
+class TrainingCore:
+    """The links of one stage, and what came by them."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.counters: Counter[str] = Counter()
+        self._links: dict[ReceivingLink, TrainingLink] = {}
+        self._came: dict[tuple[TrainingLink, Place], tuple[torch.Tensor, Received]] = {}
+
+    def add(self, links: Iterable[TrainingLink]) -> None:
+        """Links that the exchange has."""
+        for here in links:
+            if not here.outgoing:
+                self._links[self.exchange.receiving[here.link.edge, here.link.source]] = here
+
+    def on_message(self, received: Received) -> None:
+        """Keep a message until it is taken.
+
+        Raises:
+            RefusedMessage: its bytes are not what its codec writes, or its rows are not one.
+        """
+        rows = received.header.rows
+        try:
+            tensor = from_buffer(received.header.tensors[0], received.buffers[0])
+            if len(rows) != 1:
+                raise ProtocolError(f"expected one row a micro-batch, got {len(rows)}")
+        except ProtocolError as error:
+            self.exchange.consumed(received.link, received.nbytes)
+            raise RefusedMessage(f"edge {received.link.spec.name}: {error}", rows) from None
+        self._came[self._links[received.link], (rows[0].session, rows[0].position)] = tensor, received
+
+    def missing(self, links: Iterable[TrainingLink], place: Place) -> list[TrainingLink]:
+        """Those by which nothing of that number has come yet."""
+        return [link for link in links if (link, place) not in self._came]
+
+    def take(self, links: Sequence[TrainingLink], place: Place) -> tuple[list[torch.Tensor], list[Received]]:
+        """What has come by all of these; its credit returns."""
+        tensors, messages = [], []
+        for link in links:
+            tensor, received = self._came.pop((link, place))
+            self.exchange.consumed(received.link, received.nbytes)
+            tensors.append(aligned(tensor))
+            messages.append(received)
+        return tensors, messages

@@ -1,0 +1,139 @@
+"""How a host that trains waits and sends: links by what they are for, tensors by number, the time that actions take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ranvier.transport.format.codec import RAW
+from ranvier.transport.format.header import Row
+from ranvier.transport.format.tensors import from_buffer, to_buffer
+from ranvier.transport.links.link_state import Received
+from ranvier.transport.wires.zeromq import ZeroWire
+
+from ..host.outputs import coded
+from ..host.process import ACK_DELAY_S, TICK_S, Process
+from ..protocol.schedule import UPDATE, Action
+from ..protocol.training_spec import INPUT_GRADIENT, VALIDATION, WAITED, TrainingLink
+from .inbox import Place, TrainingCore
+
+DRAIN_DEADLINE_S = 5.0
+
+
+class Stop(Exception):
+    """The supervisor said stop."""
+
+
+class Mail(Process):
+    """The messages of one stage. `owed` is what codecs have lost of gradients."""
+
+    def begin(self, links: Iterable[TrainingLink]) -> None:
+        """Make ready for these."""
+        self.core = TrainingCore(self.exchange)
+        self.counted = self.core.counters
+        self.owed: dict[TrainingLink, torch.Tensor] = {}
+        self._links: dict[str, list[TrainingLink]] = {}
+        for link in links:
+            self._links.setdefault(link.role, []).append(link)
+
+    def of(self, role: str, number: int | None = None) -> list[TrainingLink]:
+        """The links of a role, all or those for one micro-batch."""
+        links = self._links.get(role, [])
+        return links if number is None else [link for link in links if link.carries(number)]
+
+    def add_links(self, plain: Sequence[Mapping[str, Any]]) -> None:
+        links = [TrainingLink.from_plain(each) for each in plain]
+        for link in links:
+            self.exchange.add(link.link)
+        self.core.add(links)
+
+    def on_message(self, received: Received) -> None:
+        self.core.on_message(received)
+
+    def obey(self, kind: str, fields: Mapping[str, Any]) -> bool:
+        return kind != "stop"
+
+    def lost_rows(self, rows: Sequence[Row], error: Exception) -> None:
+        raise error  # nothing of a training run may be left out
+
+    def until(self, wire: ZeroWire, links: Iterable[TrainingLink], place: Place) -> None:
+        """Take in what comes until something of that number has come by all of these, and count how long that took."""
+        missing = self.core.missing(links, place)
+        if not missing:
+            return
+        role, began_ns = missing[0].role, time.monotonic_ns()
+        while missing:
+            self.take_in_more(wire)
+            missing = self.core.missing(missing, place)
+        name = f"{role}{WAITED}" + (" in validation" if place[0] == VALIDATION else "")
+        self.core.counters[name] += (time.monotonic_ns() - began_ns) // 1000
+
+    def take_in_more(self, wire: ZeroWire) -> None:
+        """Send what is to be sent, wait for something to come, obey.
+
+        Raises:
+            Stop: it is told to.
+        """
+        exchange, crossing = self.exchange, self.crossing
+        self._flush(wire)
+        if not self._receive(wire, ACK_DELAY_S if exchange.owes() else TICK_S):
+            if exchange.owes():
+                exchange.idle()
+            else:
+                exchange.tick()
+                self._count()
+            self._flush(wire)
+        while crossing.commands:
+            if not self.obey_next():
+                raise Stop
+
+    def send(self, link: TrainingLink, place: Place, tensor: torch.Tensor) -> None:
+        """Send a tensor as that number; it is not to be changed afterwards."""
+        sending = self.exchange.sending[link.link.edge, link.link.target]
+        name = link.link.tensors[0][0]
+        row = Row(place[0], 1, place[1], len(tensor) if tensor.dim() else 1)
+        now_ns = time.monotonic_ns()
+        if sending.raw:
+            meta, buffer = to_buffer(name, tensor)
+            assert meta.codec == RAW
+            self.exchange.send(sending, (row,), (meta,), (buffer,), now_ns)
+        else:
+            owed = self.owed.get(link)
+            if owed is not None and owed.shape == tensor.shape:  # a router's rows are others each time
+                tensor = tensor + owed
+            tensors, buffers, coding = coded(name, tensor, sending)
+            if link.role == INPUT_GRADIENT:  # error feedback: what the codec lost goes with the next
+                self.owed[link] = tensor - from_buffer(tensors[0], buffers[0])
+            self.exchange.send(sending, (row,), tensors, buffers, now_ns, coding)
+
+    def counting(self, what: Callable[[], float]) -> float:
+        """Do a part of an update that comes before it."""
+        began_ns = time.monotonic_ns()
+        made = what()
+        self.core.counters[f"{UPDATE}_us"] += (time.monotonic_ns() - began_ns) // 1000
+        return made
+
+    def timed(self, action: Action, what: Any, messages: Sequence[Received] = (), called: str | None = None) -> Any:
+        """Do it, and count how long it took."""
+        crossing = self.crossing
+        began_ns = crossing.stepping_since_ns = time.monotonic_ns()
+        try:
+            return what()
+        finally:
+            ended_ns = time.monotonic_ns()
+            crossing.stepped_ns, crossing.stepping_since_ns = ended_ns, 0
+            name = called or action.kind
+            self.core.counters[f"{name}_us"] += (ended_ns - began_ns) // 1000
+            self.core.counters[name] += 1
+            if self.spec.trace:
+                for received in messages:
+                    self.records.done(received, began_ns, ended_ns, 1)
+
+    def drain(self, wire: ZeroWire) -> None:
+        """Send what is owed and wait until what was sent is acknowledged, but not for long."""
+        self.send_owed(wire, DRAIN_DEADLINE_S)
+        self._count()
+        self.crossing.tell("counters", counters=self.crossing.counters)

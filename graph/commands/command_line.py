@@ -1,0 +1,170 @@
+"""What the commands have in common: their options, their exit codes, Ctrl-C, JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from ranvier.actors.errors import told
+from ranvier.transport.files import read_bounded
+from ranvier.transport.format.errors import RanvierError
+
+from ..file.errors import RequestError
+from ..sessions.printable import printable
+
+FAILED, WRONG, INTERRUPTED = 1, 2, 130
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+Result_ = TypeVar("Result_")
+
+GraphFile = Annotated[Path, typer.Argument(metavar="GRAPH", help="The graph file (YAML).", show_default=False)]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Import actors from Python files of the graph's folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
+
+
+class LogForm(StrEnum):
+    json = "json"
+    console = "console"
+
+
+Log = Annotated[
+    LogForm | None, typer.Option("--log", help="Show the run's log on standard error, as JSON lines or for people.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the file, e.g. --set model.dtype=float32."),
+]
+
+
+def interruptible(main: Callable[[], Awaitable[Result_]]) -> Result_:
+    """Run it under trio until it ends, or until Ctrl-C, which comes only where it waits, or a signal that asks to end.
+
+    Elsewhere Ctrl-C could come between a context's entry and its body: what the context had started was then never ended.
+    """
+    import trio
+
+    ended_by: list[int] = []
+
+    async def watched() -> list[Result_]:
+        with _receiver() as signals, trio.CancelScope() as scope:
+            watching = trio.Event()
+
+            async def watch() -> None:
+                watching.set()
+                async for number in signals:
+                    ended_by.append(number)
+                    scope.cancel()
+
+            trio.lowlevel.spawn_system_task(watch)
+            await watching.wait()
+            return [await main()]
+        return []
+
+    try:
+        with interrupts():
+            made = trio.run(watched, restrict_keyboard_interrupt_to_checkpoints=True)
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    if not made:
+        print(f"ended by {signal.Signals(ended_by[0]).name}", file=sys.stderr)
+        raise typer.Exit(128 + ended_by[0])
+    return made[0]
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[None]:
+    """Let Ctrl-C raise `KeyboardInterrupt` within: something is to be ended in order. Elsewhere a command ends at once."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _receiver() -> Any:
+    """Signals that ask the command to end; one that it was started to ignore (nohup) stays so."""
+    import trio
+
+    asking = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    return trio.open_signal_receiver(*asking)
+
+
+def overrides(settings: Sequence[str] | None) -> dict[str, str]:
+    """What `--set` says, by key."""
+    made = {}
+    for setting in settings or ():
+        key, separator, value = setting.partition("=")
+        if not separator or not key:
+            raise RequestError(f"--set {setting}: expected KEY=VALUE, such as model.dtype=float32")
+        made[key] = value
+    return made
+
+
+MOST_PROMPT_BYTES = 64 << 20
+
+
+def prompt_of(text: str | None, file: Path | None) -> str | None:
+    """Return the prompt: as it is given, from standard input (`-`), or from a file. Command lines are seen by all users of the
+    machine; those two are not.
+
+    Raises:
+        RequestError: both are given, or the file cannot be read as UTF-8.
+    """
+    if file is not None and text is not None:
+        raise RequestError("--prompt and --prompt-file say the same; give one")
+    if file is None and text != "-":
+        return text
+    where = f"--prompt-file {file}" if file is not None else "--prompt -"
+    try:
+        data = (
+            read_bounded(file, MOST_PROMPT_BYTES) if file is not None else sys.stdin.buffer.read(MOST_PROMPT_BYTES + 1)
+        )
+        if len(data) > MOST_PROMPT_BYTES:
+            raise RequestError(f"{where}: expected at most {MOST_PROMPT_BYTES} bytes, got more")
+        return data.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{where}: {error}") from None
+
+
+def say(text: str, *, end: str = "\n", error: bool = False) -> None:
+    """Print a text that others may have written."""
+    print(printable(text), end=end, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def show_text(text: str) -> None:
+    """Print a piece of a model's text as it is, but for a terminal."""
+    print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+
+
+@contextlib.contextmanager
+def reading(*folders: Path | None) -> Iterator[None]:
+    """Work on folders that somebody else may have made.
+
+    Raises:
+        TraceError: what is in them made the work fail, in a way that no check has a word for.
+    """
+    from ..trace.trace_lines import TraceError
+
+    try:
+        with interrupts():
+            yield
+    except (RanvierError, BrokenPipeError):  # whoever read what is printed has seen enough
+        raise
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError,
+            TypeError, ValueError) as error:  # fmt: skip
+        names = ", ".join(str(folder) for folder in folders if folder is not None)
+        raise TraceError(f"{names}: damaged, or none of a run: {told(error)}") from error
+
+
+def print_json(value: Any) -> None:
+    """One object on standard output."""
+    print(json.dumps(value))

@@ -1,0 +1,50 @@
+"""Where the command `ranvier` begins. A command that starts a run has the hosts' process import torch while it reads the
+graph itself: both take most of a second. A graph that is wrong ends that process again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+STARTING = ("run", "score", "train")
+ASKING = ("--help", "-h")
+INTERRUPTED = 130
+
+
+def _at_once(_number: int, _frame: object) -> None:
+    """Ctrl-C where nothing has been begun that must be ended: an exception could come up within any library, as an error of
+    that one's own. The hosts' process ends with its standard input."""
+    os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
+
+
+def main() -> None:
+    """Run the command line. Ctrl-C ends it without a traceback at any time, while it imports what it needs, too."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _at_once)
+    zygote, interrupted = None, False
+    try:
+        from ranvier.actors.supervise.zygote_process import ZygoteProcess, open_standard_streams
+
+        open_standard_streams()
+        for name in ("stdin", "stdout", "stderr"):  # None where it was closed, as cron and init do
+            if getattr(sys, name) is None:
+                setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
+        if sys.argv[1:2] and sys.argv[1] in STARTING and not set(ASKING) & set(sys.argv):
+            zygote = ZygoteProcess()
+        from . import cli
+
+        cli.main(zygote)
+    except KeyboardInterrupt:
+        interrupted = True
+    except SystemExit as error:
+        interrupted = error.code == INTERRUPTED
+        if not interrupted:
+            raise
+    finally:
+        if zygote is not None:
+            zygote.end()
+    if interrupted:
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)  # at once: the end of an interpreter has words of its own for it

@@ -1,0 +1,100 @@
+"""`ranvier run --resume RUN`: the requests of a run that was killed, continued in a run of their own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ranvier.transport.files import read_text
+from ranvier.transport.format.errors import RanvierError
+
+from ..file.check import load as load_graph
+from ..file.checked import Graph
+from ..file.errors import RequestError
+from ..sessions.generation import Result
+from .command_line import FAILED, interruptible, print_json, say, show_text
+
+MOST_BYTES = 16 << 20
+WITH_RESUME = ("resume", "after", "runs", "log", "as_json", "allow_code")
+"""The options of `ranvier run` that mean something beside `--resume`: all else is the run's."""
+
+
+def check(context: typer.Context) -> None:
+    """Refuse options that would be passed over.
+
+    Raises:
+        RequestError: there are some.
+    """
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source = context.get_parameter_source(name)
+        if name not in WITH_RESUME and source is not None and source.name == "COMMANDLINE":
+            raise RequestError(
+                f"{parameter.opts[0]}: --resume takes graph and requests from the run; give nothing else but --after, --runs, "
+                "--log, --json, --allow-code"
+            )
+
+
+def run(run_dir: Path, after: int | None, as_json: bool, allow_code: bool, launching: dict[str, Any]) -> None:
+    """Continue all open requests of a run, and print the text of each that comes after the position `after`.
+
+    Raises:
+        RequestError: the folder is not that of a run.
+        RequestError: there is nothing to resume, or it is of another graph or model.
+        typer.Exit: a request has failed; the others are done.
+    """
+    from ..run.launch import launch
+    from .progress import Bar
+
+    graph = graph_of(run_dir, allow_code)
+    bar = Bar(sys.stderr)
+
+    async def main() -> tuple[Path, list[tuple[str, Result, str]]]:
+        with bar:
+            async with launch(graph, progress=bar.show, resume=run_dir, **launching) as started:
+                results = []
+                for key in started.resumed:
+                    generation, failed = started.resume(key, after), ""
+                    if not as_json and len(started.resumed) > 1:
+                        say(f"\n[{key}]")
+                    try:
+                        async for token in generation:
+                            bar.done()
+                            if not as_json:
+                                show_text(token.text)
+                    except RanvierError as error:
+                        failed = str(error)
+                    results.append((key, generation.result, failed))
+                return started.dir, results
+
+    path, results = interruptible(main)
+    if as_json:
+        print_json({"run_dir": str(path), "requests": [
+            {"id": key, "text": result.text, "token_ids": result.token_ids, "finish_reason": result.finish_reason,
+             "error": failed or None}
+            for key, result, failed in results
+        ]})  # fmt: skip
+    else:
+        print(f"\n\n{len(results)} requests of {run_dir} went on\nrun folder: {path}")
+        for key, _, failed in results:
+            if failed:
+                say(f"{key}: {failed}", error=True)
+    if any(failed for _, _, failed in results):
+        raise typer.Exit(FAILED)
+
+
+def graph_of(run_dir: Path, allow_code: bool) -> Graph:
+    """Load the graph file of a run again, with the settings that it had. Its own code runs only if that is allowed now, too."""
+    try:
+        told = json.loads(read_text(run_dir / "run.json", MOST_BYTES))
+        file, settings = Path(str(told["file"])), {str(key): str(value) for key, value in told["settings"].items()}
+        wanted_code = bool(told["allow_code"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise RequestError(f"{run_dir}: no run folder, or a damaged one: {type(error).__name__}: {error}") from None
+    if wanted_code and not allow_code:
+        raise RequestError(f"{run_dir}: that run had code of its graph's folder; pass --allow-code if you trust it")
+    return load_graph(file, allow_code=allow_code, overrides=settings)

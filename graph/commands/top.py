@@ -1,0 +1,130 @@
+"""`ranvier top`: a run that goes on, as a table that renews itself. It asks the run's process for what that knows in any case,
+and reads the rest from the trace as it is written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ..file.errors import RequestError
+from ..sessions.printable import printable
+from ..trace.tail import Tail
+from . import client
+
+ANSWER_S = 5.0
+PAGE = 4096
+MIB = 1 << 20
+
+
+class Top:
+    """What there is to see of one run, looked at again and again."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._tail = Tail(run_dir)
+
+    def look(self) -> dict[str, Any]:
+        """All of it as plain data.
+
+        Raises:
+            RequestError: no such run goes on.
+            NoAnswer: its process does not answer.
+        """
+        told: dict[str, Any] = json.loads(client.ask(self._run_dir, "status", ANSWER_S))
+        self._tail.read()
+        rates = self._tail.actors()
+        for host in told["hosts"]:
+            capacity = host["capacity_tokens"]
+            host["resident_bytes"] = resident_bytes(host["pid"]) if host["pid"] else 0
+            host["kv_use"] = told["held_tokens"].get(host["label"], 0) / capacity if capacity else None
+            host.update(rates.get(host["label"], {}))
+        return {**told, "edges": self._tail.edges(), "run_dir": str(self._run_dir)}
+
+
+def show(run_dir: Path, interval_s: float, console: Console) -> None:
+    """Until the run is over, or Ctrl-C. What is drawn is wiped at the end.
+
+    Raises:
+        RequestError: no such run goes on.
+        NoAnswer: its process does not answer.
+    """
+    _go_last()
+    top = Top(run_dir)
+    told = top.look()
+    with Live(console=console, transient=True, auto_refresh=False, screen=console.is_terminal) as live:
+        while True:
+            live.update(view(told), refresh=True)
+            time.sleep(interval_s)
+            try:
+                told = top.look()
+            except (RequestError, client.NoAnswer):
+                if not (run_dir / "sockets" / "supervisor").exists():
+                    return  # it has ended meanwhile
+                raise
+
+
+def _go_last() -> None:
+    """Have this process run only where a core has nothing else to do: looking takes 20 ms of a core each second, which on two
+    busy ones would be the run's."""
+    with contextlib.suppress(AttributeError, OSError):  # another system, or it may not
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+
+
+def view(told: Mapping[str, Any]) -> Group:
+    """Two tables: actors and edges."""
+    actors = Table(
+        title=_text(f"{told['run_dir']}: {told['sessions']} sessions"), title_justify="left", box=None, pad_edge=False
+    )
+    for name in ("actor", "state"):
+        actors.add_column(name)
+    for name in ("pid", "tok/s", "steps/s", "batch", "busy", "queue", "step s", "KV", "MiB"):
+        actors.add_column(name, justify="right")
+    for host in told["hosts"]:
+        batch = host.get("tokens_a_step", {}).get("p50")
+        actors.add_row(
+            _text(host["label"]), _text("spare" if host["spare"] else host["state"]), _text(host["pid"] or "-"),
+            _number(host.get("tokens_per_second")), _number(host.get("steps_per_second")), _number(batch),
+            _share(host.get("busy")), _text(host["queued"]), f"{host['stepping_s']:.1f}" if host["stepping_s"] > 0.5 else "-",
+            _share(host["kv_use"]), _number(host["resident_bytes"] / MIB),
+        )  # fmt: skip
+    edges = Table(box=None, pad_edge=False)
+    edges.add_column("edge")
+    for name in ("messages/s", "KiB/s", "wire µs p50", "p95", "credit µs p95"):
+        edges.add_column(name, justify="right")
+    for edge in told["edges"]:
+        edges.add_row(
+            _text(edge["edge"]), _number(edge["messages_per_second"]), _number(edge["bytes_per_second"] / 1024),
+            _number(edge["wire_us"]["p50"]), _number(edge["wire_us"]["p95"]), _number(edge["credit_us"]["p95"]),
+        )  # fmt: skip
+    return Group(actors, "", edges)
+
+
+def _text(value: object) -> Text:
+    """What others wrote, which is no markup."""
+    return Text(printable(str(value)))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}" if 0 < value < 10 else f"{value:.0f}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def resident_bytes(pid: int) -> int:
+    """What a process of this machine holds in memory; 0 if there is none."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
+    except (OSError, IndexError, ValueError):
+        return 0

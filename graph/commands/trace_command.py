@@ -1,0 +1,90 @@
+"""`ranvier trace RUN`: what every message of a run cost, why, and what changed since another."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..run.paths import writable, writing
+from ..trace import compare, critical_path, perfetto, summary, trace_plot
+from ..trace.timeline import timeline
+from .command_line import Json, print_json, reading, say
+
+
+def trace_command(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    as_json: Json = False,
+    to_perfetto: Annotated[
+        Path | None,
+        typer.Option(
+            "--perfetto",
+            metavar="OUT",
+            help="Write what Perfetto opens: its protobuf, or Chrome's JSON if it ends in .json.",
+        ),
+    ] = None,
+    to_plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot", metavar="OUT", help="Draw latencies, pipeline and bytes (PNG or SVG); needs matplotlib."
+        ),
+    ] = None,
+    why: Annotated[
+        int | None,
+        typer.Option("--why", metavar="SESSION", help="Why a request took so long: each microsecond put to one cause."),
+    ] = None,
+    diff: Annotated[
+        Path | None,
+        typer.Option("--diff", metavar="RUN2", help="What changed from this run to another, largest first."),
+    ] = None,
+    idle: Annotated[
+        bool, typer.Option("--idle", help="What every actor waited for when it had nothing to do.")
+    ] = False,
+) -> None:
+    """Print what every message of a run cost, per edge and per actor."""
+    for path in (to_perfetto, to_plot):
+        if path is not None:
+            writable(path)
+    with reading(run_dir, diff):
+        _trace(run_dir, as_json, to_perfetto, to_plot, why, diff, idle)
+
+
+def _trace(
+    run_dir: Path,
+    as_json: bool,
+    to_perfetto: Path | None,
+    to_plot: Path | None,
+    why: int | None,
+    diff: Path | None,
+    idle: bool,
+) -> None:
+    read = summary.read(run_dir)
+    if why is not None or idle:
+        found = critical_path.why(read, why) if why is not None else critical_path.idle(read)
+        if as_json:
+            print_json(found)
+        else:
+            say(critical_path.why_table(found) if why is not None else critical_path.idle_table(found))
+        return
+    if to_perfetto is not None:
+        drawn = timeline(read)
+        with writing(to_perfetto):
+            perfetto.write(to_perfetto, drawn)
+        print(f"wrote {to_perfetto}; open it in Perfetto", file=sys.stderr)
+    if to_plot is not None:
+        with writing(to_plot):
+            trace_plot.draw(to_plot, read)
+        print(f"wrote {to_plot}", file=sys.stderr)
+    told = summary.summary(read)
+    if diff is not None:
+        changed = compare.compare(told, summary.summary(summary.read(diff)))
+        if as_json:
+            print_json(changed)
+        else:
+            say(compare.table(changed))
+    elif as_json:
+        print_json(told)
+    else:
+        say(summary.table(told))

@@ -1,0 +1,108 @@
+"""`ranvier train` and `ranvier show --schedule`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ranvier.actors.protocol.schedule import bubble, play
+
+from ..file.check import load as load_graph
+from ..file.checked import Graph
+from ..run import run_folder
+from ..training.bubbles import Bubbles
+from ..training.history import History
+from ..training.planner import training_plan
+from ..training.plots import draw
+from ..training.progress import Progress
+from ..training.trainer import Step, Trained, train
+from .command_line import AllowCode, GraphFile, Json, Log, Set, interruptible, overrides, print_json
+
+HISTORY = "history.jsonl"
+
+
+def show_schedule(graph: Graph, as_json: bool) -> None:
+    """The schedule of a graph's training: a line a stage, and its bubble, if a backward takes twice a forward."""
+    plan = training_plan(graph)
+    played = play(plan.schedule, plan.stages)
+    share = bubble(played, plan.stages)
+    if as_json:
+        stages = {name: [str(action) for action in actions] for name, actions in plan.schedule.stages.items()}
+        print_json({"micro_batches": plan.schedule.micro_batches, "stages": stages, "bubble": share})
+        return
+    print(plan.schedule)
+    print(f"# bubble {share:.1%}, if a backward takes twice a forward and messages no time")
+
+
+def train_command(
+    context: typer.Context,
+    graph: GraphFile,
+    out: Annotated[
+        Path, typer.Option("--out", help="Where checkpoints go; what is there already is gone on from.")
+    ] = Path("trained"),
+    runs: Annotated[Path, typer.Option("--runs", help="Folder of run folders.")] = run_folder.DEFAULT_ROOT,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw losses and the schedule into this file (PNG); needs matplotlib.")
+    ] = None,
+    keep: Annotated[int, typer.Option("--keep", min=1, help="Checkpoints that are kept.")] = 2,
+    chaos: Annotated[
+        Path | None, typer.Option("--chaos", help="A file that says what goes wrong on which tcp links.")
+    ] = None,
+    log: Log = None,
+    as_json: Json = False,
+    allow_code: AllowCode = False,
+    settings: Set = None,
+) -> None:
+    """Train a graph as its `training:` section says; every actor learns its own weights.
+
+    Checkpoints under --out resume by themselves: run the same command again, after an interruption, or with more steps left. A
+    model's open with transformers and as `model: {source: …}` of a graph.
+    """
+    checked = load_graph(graph, allow_code=allow_code, overrides=overrides(settings))
+    plan = training_plan(checked)
+    began_s = time.monotonic()
+    with Progress(plan, sys.stderr) as progress, History(out / HISTORY) as history:
+
+        def on_step(step: Step) -> None:
+            history.add(step.to_plain())
+            progress.show(step)
+
+        async def main() -> Trained:
+            return await train(
+                checked, out, allow_code=allow_code, runs=runs, on_step=on_step, on_event=progress.say,
+                on_begin=history.begin, keep=keep, chaos=chaos, log=log, zygote=context.obj,
+            )  # fmt: skip
+
+        trained = interruptible(main)
+    bubbles = Bubbles(plan.schedule, plan.stages, trained.counters) if trained.counters else None
+    if plot is not None:
+        draw(plot, plan, trained.history, bubbles)
+    told = _told(trained, bubbles, time.monotonic() - began_s)
+    if as_json:
+        print_json(told)
+        return
+    print(f"loss {told['loss']:.4f}" + (f", validation {told['validation']:.4f}" if "validation" in told else ""))
+    if "bubble" in told:
+        shares = told["bubble"]
+        print(
+            f"bubble {shares['measured']:.1%}, {shares['computed']:.1%} by the schedule; messages {shares['messages']:.1%}"
+        )
+    print(f"checkpoint: {trained.folder}\nrun folder: {trained.run_dir}")
+
+
+def _told(trained: Trained, bubbles: Bubbles | None, took_s: float) -> dict[str, Any]:
+    steps = [told for told in trained.history if "validation" not in told]
+    validations = [told["loss"] for told in trained.history if "validation" in told]
+    told: dict[str, Any] = {
+        "steps": len(steps), "loss": steps[-1]["loss"], "seconds": round(took_s, 3), "checkpoint": str(trained.folder),
+        "run_dir": str(trained.run_dir) if trained.run_dir is not None else None, "lost": trained.losses,
+    }  # fmt: skip
+    if validations:
+        told |= {"validation": validations[-1], "best_validation": min(validations)}
+    if bubbles is not None:
+        told["bubble"] = {"measured": bubbles.measured, "computed": bubbles.computed, "messages": bubbles.messages}
+    return told

@@ -1,0 +1,1 @@
+"""Reads a graph file and checks it."""

@@ -1,0 +1,438 @@
+"""The part of the check that looks at actors: names, kinds, the checkpoint, layers, endpoints."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ranvier.actors.checkpoint import Checkpoint, ModelConfig, open_checkpoint
+from ranvier.actors.component import kinds
+from ranvier.actors.component.kinds import BUILT_IN, Kind, KindError
+from ranvier.actors.errors import CheckpointError
+from ranvier.actors.model import native, weights
+from ranvier.actors.protocol.host_spec import GATEWAY
+from ranvier.transport.format.errors import AddressError, KeyFileError
+from ranvier.transport.format.tensor_spec import TensorSpec
+from ranvier.transport.wires import curve, endpoint
+
+from . import source
+from .checked import CheckedActor, Ports
+from .errors import Problem
+from .findings import Findings, near
+from .load import Document
+from .schema import ActorSection, GraphFile
+
+MIXTURE = ("attention", "experts", "combine")
+"""The kinds that one layer of a mixture of experts is cut into."""
+SEQ2SEQ = ("encoder_embedding", "encoder", "decoder")
+"""The kinds that only an encoder–decoder model has."""
+
+
+class ActorCheck(Findings):
+    """Checks actors one by one, and that together they hold every layer once."""
+
+    def __init__(
+        self, document: Document, file: GraphFile, problems: list[Problem], folder: Path, allow_code: bool
+    ) -> None:
+        super().__init__(document, file, problems)
+        self.folder = folder
+        self.allow_code = allow_code
+        self.modules: dict[str, Any] = {}
+
+    def names(self) -> None:
+        if GATEWAY in self.file.actors:
+            self._wrong(
+                f"actor name {GATEWAY!r} is reserved for where clients enter; use another", "actors", GATEWAY, key=True
+            )
+
+    def kinds(self) -> dict[str, Kind]:
+        found = {}
+        for name, actor in self.file.actors.items():
+            try:
+                found[name] = kinds.find(actor.kind, self.folder, self.allow_code)
+            except KindError as error:
+                self._wrong(f"actor {name}: {error}", "actors", name, "kind")
+        return found
+
+    def checkpoint(self, found: Mapping[str, Kind]) -> Checkpoint | None:
+        using = [name for name, kind in found.items() if kind.uses_model]
+        if self.file.model is None:
+            for name in using:
+                self._wrong(
+                    f"actor {name}: kind {found[name].name!r} needs a model; add model: {{source: …}}", "actors", name
+                )
+            return None
+        trusted = ("model", "source") in self.document.overridden
+        try:
+            found_there = open_checkpoint(source.resolve(self.file.model.source, self.folder, trusted))
+            weights.check_whole(found_there)
+            self._precision(found_there.config)
+            return found_there
+        except (source.SourceError, CheckpointError) as error:
+            self._wrong(f"model: {error}", "model", "source")
+            return None
+
+    def _precision(self, config: ModelConfig) -> None:
+        """Whether the matrices can be held as the file says."""
+        assert self.file.model is not None
+        wanted, why = self.file.model.weights, None
+        if config.family in ("t5", "mt5") and self.file.model.dtype == "float16":
+            self._wrong(
+                f"model: {config.family} goes over the range of float16; use bfloat16 or float32", "model", "dtype"
+            )
+        if wanted == "dtype":
+            return
+        if self.file.model.dtype != "bfloat16":
+            why = f"goes with dtype bfloat16, not {self.file.model.dtype}"
+        elif not config.native or config.encoder is not None:
+            why = f"is for the families that the package's own blocks run, not {config.family}"
+        elif native.library() is None:
+            why = "needs a processor with AVX2, and a C compiler when the package is installed"
+        if why is not None:
+            self._wrong(f"model: weights {wanted} {why}; remove the key", "model", "weights")
+
+    def actors(self, found: Mapping[str, Kind], checkpoint: Checkpoint | None) -> dict[str, CheckedActor]:
+        actors = {}
+        for name, kind in found.items():
+            section = self.file.actors[name]
+            self._cpus(name, section)
+            self._fits_model(name, kind, checkpoint)
+            layers = self._layer_range(name, section, kind, checkpoint)
+            elements, experts, once = 0, None, kind.once
+            if kind.ports_of is not None:
+                assert checkpoint is not None and self.file.model is not None
+                experts = self._expert_range(name, section, kind, checkpoint)
+                inputs, outputs = kind.ports_of(checkpoint.config, self.file.model.dtype, experts or (0, 0))
+                if self.problems:
+                    continue  # of its layers or experts: its tensors cannot be looked for
+                held = (0, checkpoint.config.layers - 1) if kind.name == "model" else layers
+                try:
+                    elements = weights.check(checkpoint, kind.name, held, experts)
+                except CheckpointError as error:
+                    self._wrong(f"actor {name}: {error}; the checkpoint does not fit", "actors", name)
+            else:
+                inputs, outputs, once = self._own_ports(name, kind) or ({}, {}, ())
+            weights_file = self._weights(name, section)
+            actors[name] = CheckedActor(
+                name, section, kind, inputs, outputs, layers, elements, weights_file, experts=experts, once=once
+            )
+        if self.modules:
+            self._module_ports(actors)
+        return actors
+
+    def _cpus(self, name: str, section: ActorSection) -> None:
+        there = os.sched_getaffinity(0)
+        missing = sorted(set(section.cpus or ()) - there)
+        if missing:
+            self._wrong(
+                f"actor {name}: cpus {missing} are not there; this process may use {sorted(there)}",
+                "actors",
+                name,
+                "cpus",
+            )
+
+    def _fits_model(self, name: str, kind: Kind, checkpoint: Checkpoint | None) -> None:
+        """Whether the model has such a part."""
+        if checkpoint is None or not kind.uses_model:
+            return
+        family = checkpoint.config.family
+        if checkpoint.config.uncut and kind.name != "model":
+            self._wrong(
+                f"actor {name}: the model ({family}) cannot be cut: {checkpoint.config.uncut}; use kind: model for all of it",
+                "actors", name, "kind",
+            )  # fmt: skip
+        elif checkpoint.config.encoder is not None and kind.seq2seq is None:
+            self._wrong(
+                f"actor {name}: the model ({family}) is an encoder–decoder; use encoder_embedding and encoder, embedding, "
+                "decoder and head", "actors", name, "kind",
+            )  # fmt: skip
+        elif checkpoint.config.encoder is None and kind.name in SEQ2SEQ:
+            self._wrong(
+                f"actor {name}: the model ({family}) has no encoder; use embedding, blocks and head",
+                "actors",
+                name,
+                "kind",
+            )
+
+    def _own_ports(self, name: str, kind: Kind) -> tuple[Ports, Ports, tuple[str, ...]] | None:
+        """The ports of a class; None of a module, whose ports depend on what is connected to it."""
+        try:
+            made = kinds.load_class(kind.implementation, kind.folder)
+        except Exception as error:  # code of the user's own may raise anything; it is the file's problem
+            self._wrong(f"actor {name}: {type(error).__name__}: {error}; mend the class", "actors", name, "kind")
+            return {}, {}, ()
+        if kinds.is_module(made):
+            self.modules[name] = made
+            return None
+        for key in self.file.actors[name].args:
+            if made.args and key not in made.args:
+                self._wrong(
+                    f"actor {name}: {kind.name} takes no argument {key!r}; {near(key, made.args)}",
+                    "actors",
+                    name,
+                    "args",
+                )
+        ports = [*made.inputs.items(), *made.outputs.items()]
+        for port, spec in ports:
+            if not isinstance(spec, TensorSpec) or not re.fullmatch(r"[a-z][a-z0-9_]{0,60}", port):
+                self._wrong(
+                    f"actor {name}: port {port!r}: expected a lower-case name and a TensorSpec", "actors", name, "kind"
+                )
+        if not made.inputs.keys() - made.once:
+            self._wrong(f"actor {name}: {kind.name} has no inputs; state them in its class", "actors", name, "kind")
+        unknown = sorted(set(made.once) - made.inputs.keys())
+        if unknown:
+            self._wrong(
+                f"actor {name}: {unknown} of `once` are none of its inputs; mend the class", "actors", name, "kind"
+            )
+        return made.inputs, made.outputs, tuple(made.once)
+
+    def _module_ports(self, actors: dict[str, CheckedActor]) -> None:
+        """Ports of modules, each as soon as what feeds it is known."""
+        from ranvier.actors.component import module
+
+        left = dict(self.modules)
+        while left:
+            known = len(left)
+            for name, made in list(left.items()):
+                section = self.file.actors[name]
+                try:
+                    given = {port: TensorSpec.parse(text) for port, text in section.inputs.items()}
+                    inputs = {port: given.get(port) or self._fed(name, port, actors) for port in module.inputs_of(made)}
+                    unknown = sorted(given.keys() - inputs.keys())
+                    if unknown:
+                        raise ValueError(f"inputs {unknown} are no parameters of forward ({', '.join(inputs)})")
+                    specs = {port: spec for port, spec in inputs.items() if spec is not None}
+                    if len(specs) < len(inputs):
+                        continue
+                    outputs = module.outputs_of(made, section.args, specs)
+                    held = module.state_bytes(made, section.args)
+                except ValueError as error:
+                    self._wrong(f"actor {name}: {error}; mend the class or its inputs", "actors", name)
+                    specs, outputs, held = {}, {}, 0
+                del left[name]
+                actors[name] = replace(actors[name], inputs=specs, outputs=outputs, module_bytes=held)
+            if len(left) == known:
+                break
+        for name, made in left.items():
+            needed = next(port for port in module.inputs_of(made) if self._fed(name, port, actors) is None)
+            self._wrong(
+                f"actor {name}: nothing says what its input {needed!r} is; add inputs: {{{needed}: \"float32[rows, 64]\"}}",
+                "actors", name,
+            )  # fmt: skip
+
+    def _fed(self, name: str, port: str, actors: Mapping[str, CheckedActor]) -> TensorSpec | None:
+        for edge in self.file.edges:
+            if edge.target == f"{name}.{port}":
+                source_actor, out = edge.source.split(".")
+                found = actors[source_actor].outputs.get(out) if source_actor in actors else None
+                if found is not None:
+                    return found
+        row = self.file.pipeline or []
+        before = row[row.index(name) - 1] if name in row[1:] else None
+        return actors[before].outputs.get(port) if before is not None and before in actors else None
+
+    def _weights(self, name: str, section: ActorSection) -> Path | None:
+        if section.weights is None:
+            return None
+        if section.kind in BUILT_IN:
+            self._wrong(
+                f"actor {name}: kind {section.kind} has its weights from the model; remove the key", "actors", name, "weights",
+                key=True,
+            )  # fmt: skip
+            return None
+        try:
+            return source.resolve(section.weights, self.folder, ("actors", name, "weights") in self.document.overridden)
+        except source.SourceError as error:
+            self._wrong(f"actor {name}: weights: {error}", "actors", name, "weights")
+            return None
+
+    def _expert_range(
+        self, name: str, section: ActorSection, kind: Kind, checkpoint: Checkpoint
+    ) -> tuple[int, int] | None:
+        if kind.name in MIXTURE and not checkpoint.config.experts:
+            self._wrong(
+                f"actor {name}: the model ({checkpoint.config.family}) has no experts; use kind: blocks",
+                "actors",
+                name,
+                "kind",
+            )
+            return None
+        if not kind.uses_experts:
+            if section.experts is not None:
+                self._wrong(
+                    f"actor {name}: kind {kind.name!r} has no experts; remove the key",
+                    "actors",
+                    name,
+                    "experts",
+                    key=True,
+                )
+            return None
+        numbers, count = _first_last(section.experts), checkpoint.config.experts
+        if numbers is None or not numbers[0] <= numbers[1] < count:
+            self._wrong(
+                f"actor {name}: experts {section.experts!r}: expected first-last of 0-{count - 1}, such as 0-{count - 1}",
+                "actors", name, *(("experts",) if section.experts is not None else ()),
+            )  # fmt: skip
+            return None
+        return numbers
+
+    def _layer_range(
+        self, name: str, section: ActorSection, kind: Kind, checkpoint: Checkpoint | None
+    ) -> tuple[int, int] | None:
+        if not kind.uses_layers:
+            if section.layers is not None:
+                self._wrong(
+                    f"actor {name}: kind {kind.name!r} has no layers; remove the key",
+                    "actors",
+                    name,
+                    "layers",
+                    key=True,
+                )
+            return None
+        if section.layers is None or checkpoint is None:
+            self._wrong(f"actor {name}: layers are missing; add layers: first-last", "actors", name)
+            return None
+        numbers, count = _first_last(section.layers), _layers_of(kind, checkpoint)
+        if numbers is None:
+            self._wrong(
+                f"actor {name}: layers {section.layers!r}: expected first-last, such as 0-14", "actors", name, "layers"
+            )
+            return None
+        first, last = numbers
+        if not first <= last < count:
+            self._wrong(
+                f"actor {name}: layers {first}-{last} are out of range; the model has 0-{count - 1}",
+                "actors",
+                name,
+                "layers",
+            )
+            return None
+        if first != last and kind.name in MIXTURE:
+            self._wrong(
+                f"actor {name}: kind {kind.name!r} is of one layer, not {first}-{last}", "actors", name, "layers"
+            )
+        return first, last
+
+    def layers(self, actors: Mapping[str, CheckedActor], checkpoint: Checkpoint | None) -> None:
+        """Every layer of the model stands in exactly one actor of those that have it whole (or its attention)."""
+        if checkpoint is None:
+            return
+        holders = [actor for actor in actors.values() if actor.layers is not None and actor.kind.caches]
+        if holders:
+            self._each_once(holders, checkpoint.config.layers, "layers")
+        encoders = [actor for actor in actors.values() if actor.layers is not None and actor.kind.name == "encoder"]
+        if checkpoint.config.encoder is not None and (holders or encoders):
+            self._each_once(encoders, checkpoint.config.encoder.layers, "layers of the encoder")
+
+    def _each_once(self, holders: list[CheckedActor], count: int, what: str) -> None:
+        owners: dict[int, str] = {}
+        for actor in holders:
+            assert actor.layers is not None
+            own = range(actor.layers[0], actor.layers[1] + 1)
+            doubled = [layer for layer in own if layer in owners]
+            if doubled:
+                self._wrong(
+                    f"actor {actor.name}: layer {_ranges(doubled)} is in {owners[doubled[0]]} already; "
+                    "give each layer to one actor",
+                    *("actors", actor.name, "layers"),
+                )
+            owners.update(dict.fromkeys(own, actor.name))
+        missing = [layer for layer in range(count) if layer not in owners]
+        if missing:
+            self._wrong(f"{what} {_ranges(missing)} are in no actor; add them to one", "actors", key=True)
+
+    def keys(self) -> None:
+        """Every actor, and the gateway, has keys that nobody else can read."""
+        given = self.file.keys
+        if given is None:
+            return
+        inside = (self.folder / given).resolve().is_relative_to(self.folder.resolve())
+        if ("keys",) not in self.document.overridden and not inside:
+            self._wrong(f"keys {given!r} leaves the graph's folder; give it by --set keys=PATH if you mean it", "keys")
+            return
+        for name in (GATEWAY, *self.file.actors):
+            try:
+                curve.read(self.folder / given, name)
+            except KeyFileError as error:
+                self._wrong(str(error), "keys")
+                return
+
+    def journal(self, generates: bool) -> None:
+        """A journal holds tokens."""
+        if self.file.journal and not generates:
+            self._wrong("journal is for graphs that generate tokens; remove the key", "journal", key=True)
+
+    def endpoints(self) -> None:
+        taken: dict[str, str] = {}
+        guarded = self.file.keys is not None
+        if self.file.transport != "ipc":
+            try:
+                place = endpoint.parse(self.file.transport, guarded=guarded)
+                if place.scheme != "tcp" or place.port:
+                    raise AddressError(
+                        f"transport {self.file.transport!r}: expected ipc or tcp://address without a port"
+                    )
+            except AddressError as error:
+                self._wrong(f"{error}; for example tcp://127.0.0.1", "transport")
+        for name, actor in self.file.actors.items():
+            if actor.endpoint is None:
+                continue
+            try:
+                place = endpoint.parse(endpoint.settled(actor.endpoint, self.folder), guarded=guarded)
+                self._in_folder(name, place)
+            except AddressError as error:
+                self._wrong(f"actor {name}: {error}; change the endpoint", "actors", name, "endpoint")
+                continue
+            if place.scheme == "inproc":
+                self._wrong(
+                    f"actor {name}: inproc reaches no other process; use ipc or tcp", "actors", name, "endpoint"
+                )
+            elif not (place.scheme == "tcp" and place.port == 0):
+                if str(place) in taken:
+                    self._wrong(
+                        f"actor {name}: endpoint {place} is that of {taken[str(place)]}; give each actor its own",
+                        "actors", name, "endpoint",
+                    )  # fmt: skip
+                taken[str(place)] = name
+
+    def _in_folder(self, name: str, place: endpoint.Endpoint) -> None:
+        """A socket lies in the graph's folder, where nothing else is yet. `--set` may put it elsewhere.
+
+        Raises:
+            AddressError: it does not.
+        """
+        if place.scheme != "ipc":
+            return
+        path = Path(place.place)
+        if ("actors", name, "endpoint") not in self.document.overridden and not path.parent.resolve().is_relative_to(
+            self.folder.resolve()
+        ):
+            raise AddressError(f"endpoint {str(place)!r} leaves the graph's folder; write {'ipc://./' + path.name!r}")
+        if path.is_symlink() or (path.exists() and not path.is_socket()):
+            raise AddressError(f"endpoint {str(place)!r}: there is a file that is not a socket")
+
+
+def _layers_of(kind: Kind, checkpoint: Checkpoint) -> int:
+    encoder = checkpoint.config.encoder
+    return encoder.layers if kind.name == "encoder" and encoder is not None else checkpoint.config.layers
+
+
+def _ranges(numbers: list[int]) -> str:
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def _first_last(text: str | int | None) -> tuple[int, int] | None:
+    """`3-7`, or `3` for `3-3`."""
+    match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", str(text))
+    return (int(match[1]), int(match[2] or match[1])) if match is not None else None

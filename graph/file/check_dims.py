@@ -1,0 +1,89 @@
+"""Symbolic dimensions over the whole graph: a name within one actor is one size, and an edge makes two names one.
+
+Two numbers that a chain of edges makes one are a mistake that no single edge shows. `tokens` and `rows` are sizes of a
+message and take no part.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from ranvier.actors.protocol.host_spec import GATEWAY
+
+from .checked import CheckedActor, CheckedEdge
+
+OF_THE_MESSAGE = ("tokens", "rows")
+
+
+class Place(NamedTuple):
+    """A name in an actor, or one number at one end of an edge."""
+
+    actor: str
+    dim: str | int
+    edge: str = ""
+
+
+class Conflict(NamedTuple):
+    """Two numbers that are one through `chain`, the names of edges."""
+
+    first: Place
+    second: Place
+    chain: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"edge {self.first.edge} has size {self.first.dim} at {self.first.actor}, edge {self.second.edge} has size "
+            f"{self.second.dim} at {self.second.actor}, and they are one dimension through {'; '.join(self.chain)}; "
+            "make them the same"
+        )
+
+
+def conflicts(actors: Mapping[str, CheckedActor], edges: Iterable[CheckedEdge]) -> list[Conflict]:
+    """For each number that meets another one: the nearest such, and the edges between."""
+    joined: dict[Place, list[tuple[Place, str]]] = defaultdict(list)
+    for edge in edges:
+        if edge.target == GATEWAY:
+            continue
+        target = actors[edge.target].inputs[edge.into].shape
+        if edge.source == GATEWAY:  # the client gives one tensor, whichever edges take it
+            source: tuple[str | int, ...] = tuple(f"{edge.out}[{index}]" for index in range(len(target)))
+        else:
+            source = actors[edge.source].outputs[edge.out].shape
+        for one, two in zip(source, target, strict=True):
+            if one in OF_THE_MESSAGE or two in OF_THE_MESSAGE:
+                continue
+            ends = [
+                Place(actor, dim, edge.name if isinstance(dim, int) else "")
+                for actor, dim in ((edge.source, one), (edge.target, two))
+            ]
+            joined[ends[0]].append((ends[1], edge.name))
+            joined[ends[1]].append((ends[0], edge.name))
+    found: list[Conflict] = []
+    blamed: set[frozenset[Place]] = set()
+    for start in [place for place in joined if isinstance(place.dim, int)]:
+        conflict = _nearest(start, joined)
+        if conflict is not None and frozenset(conflict[:2]) not in blamed:
+            blamed.add(frozenset(conflict[:2]))
+            found.append(conflict)
+    return found
+
+
+def _nearest(start: Place, joined: Mapping[Place, list[tuple[Place, str]]]) -> Conflict | None:
+    trail: dict[Place, tuple[Place, str] | None] = {start: None}
+    waiting = deque([start])
+    while waiting:
+        place = waiting.popleft()
+        if isinstance(place.dim, int) and place.dim != start.dim:
+            chain: list[str] = []
+            step = trail[place]
+            while step is not None:
+                chain.append(step[1])
+                step = trail[step[0]]
+            return Conflict(start, place, tuple(dict.fromkeys(reversed(chain))))
+        for following, edge in joined[place]:
+            if following not in trail:
+                trail[following] = (place, edge)
+                waiting.append(following)
+    return None

@@ -1,0 +1,415 @@
+"""The part of the check that looks at edges: ports that exist and fit, nothing open, no cycle but by feedback."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from ranvier.actors.checkpoint import Checkpoint
+from ranvier.actors.component.kinds import KindError, inside
+from ranvier.actors.protocol.host_spec import GATEWAY, STATISTICS
+from ranvier.transport.format import codec
+from ranvier.transport.format.dtypes import BY_NAME
+from ranvier.transport.format.errors import AddressError
+from ranvier.transport.format.tensor_spec import TensorSpec
+from ranvier.transport.links import codec_choice
+from ranvier.transport.wires.endpoint import parse
+
+from . import check_dims
+from .checked import CheckedActor, CheckedEdge, Ports
+from .errors import Problem
+from .findings import Findings, near
+from .load import Document
+from .schema import EdgeSection, GraphFile, Quorum
+
+PROMPTS = 256
+"""Messages of prompts that may wait at an actor, which are small: what waits there can be laid together in one step."""
+WITHOUT_A_BOUND = "a loop without a bound; add at_most: N, and until: PORT if the actor can say that it is done"
+
+
+class EdgeCheck(Findings):
+    """Checks the edges between actors whose ports are known."""
+
+    def __init__(
+        self, document: Document, file: GraphFile, problems: list[Problem], actors: Mapping[str, CheckedActor],
+        folder: Path, allow_code: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(document, file, problems)
+        self.actors = actors
+        self.folder, self.allow_code = folder, allow_code
+
+    def edges(self) -> list[CheckedEdge]:
+        edges = []
+        seen: dict[tuple[str, str], int] = {}
+        for index, section in enumerate(self.file.edges):
+            if (section.source, section.target) in seen:
+                self._wrong(f"edge {section.source} -> {section.target} stands here twice; remove one", "edges", index)
+                continue
+            seen[section.source, section.target] = index
+            edge = self._edge(section, index)
+            if edge is not None:
+                edges.append(edge)
+        edges += self._pipeline()
+        if not self.problems:
+            edges += self._gateway_edges(edges)
+        return edges
+
+    def _edge(self, section: EdgeSection, index: int) -> CheckedEdge | None:
+        name = f"{section.source} -> {section.target}"
+        source_actor, out = section.source.split(".")
+        target_actor, into = section.target.split(".")
+        if section.credits < 1:
+            self._wrong(
+                f"edge {name}: credits {section.credits}: nothing could ever be sent; give at least 1",
+                "edges",
+                index,
+                "credits",
+            )
+        source_spec = self._port(source_actor, out, "outputs", index, "from")
+        target_spec = self._port(target_actor, into, "inputs", index, "to")
+        if source_actor == target_actor == GATEWAY:
+            self._wrong(f"edge {name}: goes from the gateway to the gateway; name an actor", "edges", index)
+            return None
+        if source_spec is not None and target_spec is not None and not source_spec.fits(target_spec):
+            self._wrong(
+                f"edge {name}: {section.source} gives {source_spec}, {section.target} takes {target_spec}; make them the same",
+                "edges", index,
+            )  # fmt: skip
+            return None
+        spec = target_spec if source_actor == GATEWAY else source_spec
+        if spec is None:
+            return None
+        self._loop(section, name, index)
+        self._codec(section, name, spec, index)
+        self._tap(section, name, index)
+        return CheckedEdge(
+            source_actor, out, target_actor, into, spec,
+            section.feedback, section.codec, section.credits, section.credit_bytes, section.until, section.at_most or 0,
+            section.gradient_codec, section.tap,
+        )  # fmt: skip
+
+    def _codec(self, section: EdgeSection, name: str, spec: TensorSpec, index: int) -> None:
+        try:
+            if codec_choice.candidates(section.gradient_codec) is None:
+                codec.parse(section.gradient_codec)
+        except ValueError as error:
+            self._wrong(f"edge {name}: {error}", "edges", index, "gradient_codec")
+        try:
+            choices = codec_choice.candidates(section.codec)
+            made = codec.parse(section.codec) if choices is None else choices[-1]
+        except ValueError as error:
+            self._wrong(f"edge {name}: {error}", "edges", index, "codec")
+            return
+        if made.form != codec.RAW and not BY_NAME[spec.dtype].floats:
+            self._wrong(
+                f"edge {name}: codec {section.codec} is for floats, the edge carries {spec}; use raw, raw+lz4 or raw+zstd",
+                "edges", index, "codec",
+            )  # fmt: skip
+        if made.number != codec.RAW and GATEWAY in (section.source.split(".")[0], section.target.split(".")[0]):
+            self._wrong(
+                f"edge {name}: the gateway reads and writes raw tensors alone; remove the codec",
+                "edges",
+                index,
+                "codec",
+            )
+
+    def _tap(self, section: EdgeSection, name: str, index: int) -> None:
+        if section.tap is None:
+            return
+        file, separator, function = section.tap.partition(":")
+        if section.tap != STATISTICS and not (file.startswith("./") and separator and function.isidentifier()):
+            self._wrong(
+                f"edge {name}: tap {section.tap!r}: expected {STATISTICS} or ./file.py:function; change it",
+                "edges", index, "tap",
+            )  # fmt: skip
+        elif section.source.partition(".")[0] == GATEWAY:
+            self._wrong(
+                f"edge {name}: the gateway touches no tensor; put the tap on an edge behind it", "edges", index, "tap"
+            )
+        elif section.tap != STATISTICS:
+            try:
+                inside(self.folder, file)
+            except KindError as error:
+                self._wrong(f"edge {name}: tap: {error}", "edges", index, "tap")
+            if not self.allow_code:
+                self._wrong(
+                    f"edge {name}: tap {section.tap} is code of the graph's own folder; pass --allow-code if you trust it",
+                    "edges", index, "tap",
+                )  # fmt: skip
+
+    def _loop(self, section: EdgeSection, name: str, index: int) -> None:
+        """A loop of the user's own has a bound; one of tokens ends with its stream."""
+        actor = self.actors.get(section.source.split(".")[0])
+        if actor is None:
+            return
+        if not section.feedback:
+            if section.at_most is not None or section.until is not None:
+                self._wrong(
+                    f"edge {name}: at_most and until are for feedback edges; add feedback: true", "edges", index
+                )
+            return
+        if section.until is not None and section.until not in actor.outputs:
+            self._wrong(
+                f"edge {name}: until: actor {actor.name} has no port {section.until!r} among its outputs; "
+                f"{near(section.until, actor.outputs)}", "edges", index, "until",
+            )  # fmt: skip
+
+    def _port(self, actor: str, port: str, side: str, index: int, key: str) -> TensorSpec | None:
+        """The spec of a port; what the gateway takes or gives is what the other end says."""
+        if actor == GATEWAY:
+            other = self.file.edges[index]
+            name, far = (other.target if side == "outputs" else other.source).split(".")
+            return self._ports(name, "inputs" if side == "outputs" else "outputs").get(far)
+        if actor not in self.actors:
+            self._wrong(f"actor {actor!r} does not exist; {near(actor, [*self.actors, GATEWAY])}", "edges", index, key)
+            return None
+        ports = self._ports(actor, side)
+        if port not in ports:
+            self._wrong(
+                f"actor {actor} has no port {port!r} among its {side}; {near(port, ports)}", "edges", index, key
+            )
+        return ports.get(port)
+
+    def _ports(self, actor: str, side: str) -> Ports:
+        if actor not in self.actors:
+            return {}
+        return self.actors[actor].inputs if side == "inputs" else self.actors[actor].outputs
+
+    def _pipeline(self) -> list[CheckedEdge]:
+        """The edges that `pipeline:` is short for: each actor's ports to the next one's of the same name, and `token`
+        back from the last to the first."""
+        names = self.file.pipeline or []
+        for index, name in enumerate(names):
+            if name not in self.actors:
+                self._wrong(f"actor {name!r} does not exist; {near(name, self.actors)}", "pipeline", index)
+            elif name in names[:index]:
+                self._wrong(f"actor {name!r} is in the pipeline twice; remove one", "pipeline", index)
+        if self.problems or not names:
+            return []
+        edges = []
+        for index, (name, following) in enumerate(itertools.pairwise(names), 1):
+            outputs, inputs = self.actors[name].outputs, self.actors[following].inputs
+            shared = [port for port in outputs if port in inputs]
+            if not shared:
+                self._wrong(
+                    f"{name} has no output that {following} takes ({', '.join(outputs)} against {', '.join(inputs)}); "
+                    "write the edges out", "pipeline", index,
+                )  # fmt: skip
+            edges += [CheckedEdge(name, port, following, port, outputs[port]) for port in shared]
+        first, last = self.actors[names[0]], self.actors[names[-1]]
+        if "token" in last.outputs and "token" in first.inputs:
+            edges.append(CheckedEdge(last.name, "token", first.name, "token", last.outputs["token"], feedback=True))
+        for edge in edges:
+            if not self.actors[edge.source].outputs[edge.out].fits(self.actors[edge.target].inputs[edge.into]):
+                self._wrong(
+                    f"edge {edge.name}: {edge.source} gives {edge.spec}, {edge.target} takes "
+                    f"{self.actors[edge.target].inputs[edge.into]}; make them the same", "pipeline",
+                )  # fmt: skip
+        return edges
+
+    def _gateway_edges(self, edges: list[CheckedEdge]) -> list[CheckedEdge]:
+        made = []
+        given = {(edge.source, edge.out, edge.target, edge.into) for edge in edges}
+        for actor in self.actors.values():
+            made += [
+                CheckedEdge(GATEWAY, port, actor.name, port, actor.inputs[port], implied=True, credits_messages=PROMPTS)
+                for port in actor.kind.from_gateway
+                if (GATEWAY, port, actor.name, port) not in given
+            ]
+            made += [
+                CheckedEdge(actor.name, port, GATEWAY, port, actor.outputs[port], implied=True)
+                for port in actor.kind.to_gateway
+                if (actor.name, port, GATEWAY, port) not in given
+            ]
+        return made
+
+    def observed(self, edges: Sequence[CheckedEdge]) -> None:
+        """What is to be recorded is there; what is to be exported is written."""
+        if self.file.telemetry.otlp is not None and not self.file.trace:
+            self._wrong(
+                "telemetry: spans are read from the trace, and it is off; remove trace: false", "telemetry", "otlp"
+            )
+        if self.file.telemetry.metrics is not None:
+            try:
+                parse(f"tcp://{self.file.telemetry.metrics}")
+            except AddressError:
+                what = (
+                    f"telemetry.metrics: {self.file.telemetry.metrics!r:.80}: expected loopback, such as 127.0.0.1:9464"
+                )
+                self._wrong(f"{what}, or port 0 for any free one", "telemetry", "metrics")
+        section = self.file.record
+        for index, name in enumerate(section.edges if section is not None and section.edges != "all" else ()):
+            if not any(edge.is_meant_by(name) for edge in edges):
+                hint = near(name, [*self.actors, *(edge.name for edge in edges)])
+                self._wrong(f"record: no edge, port or actor is called {name!r}; {hint}", "record", "edges", index)
+
+    def connected(self, edges: Iterable[CheckedEdge]) -> None:
+        fed = {(edge.target, edge.into) for edge in edges}
+        used = {(edge.source, edge.out) for edge in edges}
+        says_done = {(edge.source, edge.until) for edge in edges}
+        if self.file.training is not None:  # what is minimised need not go anywhere
+            used |= {(actor, port) for actor, _, port in (loss.of.partition(".") for loss in self.file.training.loss)}
+        for actor in self.actors.values():
+            self._joinable(actor, edges)
+            for port in actor.inputs:
+                if (actor.name, port) not in fed:
+                    self._wrong(
+                        f"actor {actor.name}: input {port!r} is open; add an edge to it, or feed it from the client by "
+                        f"{GATEWAY}.{port} -> {actor.name}.{port}", "actors", actor.name, key=True,
+                    )  # fmt: skip
+            for port in actor.outputs:
+                if not {(actor.name, port)} & (used | says_done) and port not in actor.kind.optional:
+                    self._wrong(
+                        f"actor {actor.name}: output {port!r} is open; add an edge from it, or give it to the client by "
+                        f"{actor.name}.{port} -> {GATEWAY}.{port}", "actors", actor.name, key=True,
+                    )  # fmt: skip
+        reached = _reach({GATEWAY}, [(edge.source, edge.target) for edge in edges])
+        for name in self.actors:
+            if name not in reached:
+                self._wrong(
+                    f"actor {name}: nothing from the gateway ever reaches it; connect it", "actors", name, key=True
+                )
+
+    def _joinable(self, actor: CheckedActor, edges: Iterable[CheckedEdge]) -> None:
+        join = actor.section.join
+        if join == "all":
+            into = Counter(edge.into for edge in edges if edge.target == actor.name and not edge.feedback)
+            for port in [port for port, count in into.items() if count > 1]:
+                self._wrong(
+                    f"actor {actor.name}: {into[port]} edges lead to its input {port!r}, and join: all takes one a step; "
+                    "give each a port of its own, or say join: first", "actors", actor.name, key=True,
+                )  # fmt: skip
+        joined = len(actor.inputs) - len(actor.once)
+        if isinstance(join, Quorum) and join.quorum > joined:
+            self._wrong(
+                f"actor {actor.name}: quorum {join.quorum} can never be reached: it has {joined} inputs to join "
+                f"({', '.join(actor.inputs)}); lower it", "actors", actor.name, "join",
+            )  # fmt: skip
+
+    def cycles(self, edges: Iterable[CheckedEdge]) -> None:
+        forward = [(e.source, e.target) for e in edges if not e.feedback and GATEWAY not in (e.source, e.target)]
+        cycle = _cycle(forward)
+        if cycle:
+            steps = set(itertools.pairwise(cycle))
+            last = [
+                i for i, e in enumerate(self.file.edges) if (e.source.split(".")[0], e.target.split(".")[0]) in steps
+            ]
+            self._wrong(
+                f"cycle {' -> '.join(cycle)} has no feedback edge; mark the edge that carries the result back "
+                "with feedback: true", *(("edges", last[-1]) if last else ("pipeline",)),
+            )  # fmt: skip
+        for index, section in enumerate(self.file.edges):
+            if section.feedback:
+                source_actor, target_actor = section.source.split(".")[0], section.target.split(".")[0]
+                if source_actor not in _reach({target_actor}, forward):
+                    self._wrong(
+                        f"edge {section.source} -> {section.target} closes no cycle; remove feedback: true",
+                        "edges",
+                        index,
+                        "feedback",
+                    )
+
+    def loops(self, edges: Iterable[CheckedEdge]) -> None:
+        """Every loop has a bound, but that of a model's tokens, which ends with its stream."""
+        edges = list(edges)
+        forward = [(e.source, e.target) for e in edges if not e.feedback and GATEWAY not in (e.source, e.target)]
+        for edge in [edge for edge in edges if edge.feedback and edge.source in _reach({edge.target}, forward)]:
+            of_tokens = edge.out == "token" and self.actors[edge.source].kind.uses_model
+            if not edge.at_most and not of_tokens:
+                self._wrong(f"edge {edge.name}: {WITHOUT_A_BOUND}", *self._edge_path(edge))
+
+    def dims(self, edges: Iterable[CheckedEdge]) -> None:
+        """Named dimensions have one size, however far apart the edges are that say it."""
+        edges = list(edges)
+        given: dict[str, CheckedEdge] = {}
+        for edge in edges:
+            if edge.source == GATEWAY:
+                other = given.setdefault(edge.out, edge)
+                if (other.spec.dtype, len(other.spec.shape)) != (edge.spec.dtype, len(edge.spec.shape)):
+                    self._wrong(
+                        f"edge {other.name} takes {other.spec}, edge {edge.name} takes {edge.spec}, and the client gives one "
+                        f"tensor to both; make them the same, or name two ports of the {GATEWAY}", *self._edge_path(edge),
+                    )  # fmt: skip
+        for conflict in check_dims.conflicts(self.actors, edges):
+            last = next((e for e in edges if e.name == conflict.second.edge), None)
+            self._wrong(str(conflict), *(self._edge_path(last) if last is not None else ("edges",)))
+
+    def order(self, edges: Iterable[CheckedEdge], checkpoint: Checkpoint | None) -> None:
+        """Layers follow each other along the edges."""
+        if checkpoint is None:
+            return
+        count = checkpoint.config.layers
+        for edge in edges:
+            if edge.out != "hidden" or GATEWAY in (edge.source, edge.target):
+                continue
+            before, after = self.actors[edge.source], self.actors[edge.target]
+            self._sides(edge, before, after, checkpoint)
+            if edge.into != "hidden":
+                continue
+            starting = {"embedding": -1, "encoder_embedding": -1}
+            ends = starting.get(before.kind.name, before.layers[1] if before.layers else None)
+            starts = {"head": count}.get(after.kind.name, after.layers[0] if after.layers else None)
+            if ends is not None and starts is not None and starts != ends + 1:
+                need = "the head" if ends + 1 == count else f"layer {ends + 1}"
+                self._wrong(
+                    f"edge {edge.name}: after {before.name} comes {need}, "
+                    f"but {after.name} {'is the head' if starts == count else f'starts at layer {starts}'}; mend the order",
+                    *self._edge_path(edge),
+                )
+
+    def _sides(self, edge: CheckedEdge, before: CheckedActor, after: CheckedActor, checkpoint: Checkpoint) -> None:
+        """The encoder's last hidden states, and nothing else of it, go to decoders, as their memory."""
+        encoder = checkpoint.config.encoder
+        if encoder is None or not before.kind.uses_model or not after.kind.uses_model:
+            return
+        of_encoder = before.kind.name in ("encoder_embedding", "encoder")
+        last = before.kind.name == "encoder" and before.layers is not None and before.layers[1] == encoder.layers - 1
+        if edge.into == "memory" and not last:
+            self._wrong(
+                f"edge {edge.name}: memory is what layer {encoder.layers - 1} of the encoder gives, not {before.name}; "
+                "mend the order", *self._edge_path(edge),
+            )  # fmt: skip
+        elif edge.into == "hidden" and of_encoder != (after.kind.name == "encoder"):
+            self._wrong(
+                f"edge {edge.name}: {before.name} is of the {'encoder' if of_encoder else 'decoder'}, {after.name} is not; "
+                "the encoder's last layer goes to decoders as memory", *self._edge_path(edge),
+            )  # fmt: skip
+
+    def _edge_path(self, edge: CheckedEdge) -> tuple[str | int, ...]:
+        for index, section in enumerate(self.file.edges):
+            if (section.source, section.target) == (f"{edge.source}.{edge.out}", f"{edge.target}.{edge.into}"):
+                return ("edges", index)
+        return ("pipeline",)
+
+
+def _reach(start: set[str], arrows: list[tuple[str, str]]) -> set[str]:
+    reached, frontier = set(start), set(start)
+    while frontier:
+        frontier = {target for source_, target in arrows if source_ in frontier} - reached
+        reached |= frontier
+    return reached
+
+
+def _cycle(arrows: list[tuple[str, str]]) -> list[str]:
+    """The nodes of one cycle, the first repeated at the end; empty if there is none."""
+    following: dict[str, list[str]] = {}
+    for source_, target in arrows:
+        following.setdefault(source_, []).append(target)
+    for start in following:
+        trail: dict[str, str] = {start: ""}
+        stack = [start]
+        while stack:
+            node = stack.pop()
+            for target in following.get(node, ()):
+                if target == start:
+                    path = [start]
+                    while node:
+                        path.append(node)
+                        node = trail[node]
+                    return path[::-1]
+                if target not in trail:
+                    trail[target] = node
+                    stack.append(target)
+    return []

@@ -1,0 +1,79 @@
+"""The part of the check that looks at replicas: policies that fit the graph, so that no row is lost or out of its turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from ranvier.actors.protocol.host_spec import GATEWAY
+
+from .checked import CheckedActor, CheckedEdge
+from .errors import Problem
+from .findings import Findings
+from .load import Document
+from .schema import GraphFile
+
+
+class ReplicaCheck(Findings):
+    """Checks the actors of a graph whose edges are known."""
+
+    def __init__(
+        self, document: Document, file: GraphFile, problems: list[Problem], actors: Mapping[str, CheckedActor]
+    ) -> None:
+        super().__init__(document, file, problems)
+        self.actors = actors
+
+    def policies(self, edges: Iterable[CheckedEdge], generates: bool) -> None:
+        edges = list(edges)
+        for actor in self.actors.values():
+            policy, replicas = actor.policy, actor.section.replicas
+            if policy.copies > replicas:
+                self._no(actor, f"hedge {policy.copies} with {replicas} replicas; raise replicas or lower hedge")
+            if replicas > 1 and not actor.may_repeat:
+                self._no(
+                    actor,
+                    f"endpoint {actor.section.endpoint} can be bound by one of its {replicas} replicas alone; "
+                    "remove it, or its port",
+                )
+            if generates and policy.places is None:
+                self._no(
+                    actor,
+                    f"policy {policy.name}{' with after' if policy.after else ''} would bring tokens out of their order: "
+                    "a stream stays with its replicas; use sticky, or hedge without after",
+                )
+            if actor.once and policy.places is None:
+                self._no(
+                    actor,
+                    f"what comes at {', '.join(actor.once)} comes once, to one replica, and policy {policy.name} sends later "
+                    "steps to others; use sticky, or hedge without after",
+                )
+            if policy.by_load:
+                self._one_sender(actor, edges)
+            ports = {edge.out for edge in edges if edge.source == actor.name != edge.target}
+            if policy.copies > 1 and len(ports) > 1:
+                self._no(
+                    actor,
+                    f"hedged, its outputs {', '.join(sorted(ports))} could come from different replicas for one step; "
+                    "give it one output, or use another policy",
+                )
+
+    def _one_sender(self, actor: CheckedActor, edges: list[CheckedEdge]) -> None:
+        """Where each sender chooses by what it sees, all parts of a step must come from one."""
+        incoming = [edge for edge in edges if edge.target == actor.name != edge.source]
+        if len(incoming) > 1:
+            self._no(
+                actor,
+                f"{len(incoming)} edges lead to it ({', '.join(edge.name for edge in incoming)}), and each would choose a "
+                "replica of its own; use sticky, round_robin, or hedge without after",
+            )
+        for edge in incoming:
+            if edge.source != GATEWAY and self.actors[edge.source].policy.copies > 1:
+                self._no(
+                    actor,
+                    f"{edge.source} is hedged, so each step comes from several replicas, and each would choose one of "
+                    "its own; use sticky, round_robin, or hedge without after",
+                )
+
+    def _no(self, actor: CheckedActor, what: str) -> None:
+        section = self.file.actors[actor.name]
+        given = "policy" if "policy" in section.model_fields_set else "replicas"
+        self._wrong(f"actor {actor.name}: {what}", "actors", actor.name, given)

@@ -1,0 +1,146 @@
+"""What a checked graph is: actors whose kinds, ports and weights are known, edges between ports that fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ranvier.actors.checkpoint import Checkpoint
+from ranvier.actors.component.kinds import Kind
+from ranvier.actors.protocol.host_spec import GATEWAY, STICKY, Policy
+from ranvier.transport.format.tensor_spec import TensorSpec
+from ranvier.transport.wires.endpoint import parse
+
+from .schema import ActorSection, GraphFile, Hedge
+
+Ports = Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedActor:
+    """One actor whose kind, ports, layers and weights are known. `elements`: numbers in the weights of a built-in kind;
+    `weights` and `module_bytes`: the file of a torch module's state, and its size in memory. `once`: inputs that come once a
+    session."""
+
+    name: str
+    section: ActorSection
+    kind: Kind
+    inputs: Ports
+    outputs: Ports
+    layers: tuple[int, int] | None
+    elements: int
+    weights: Path | None = None
+    module_bytes: int = 0
+    experts: tuple[int, int] | None = None
+    once: tuple[str, ...] = ()
+
+    @property
+    def may_repeat(self) -> bool:
+        """Whether several replicas can each have an inbox: its endpoint is not one place."""
+        given = self.section.endpoint
+        return given is None or (given.startswith("tcp://") and not parse(given).port)
+
+    @property
+    def policy(self) -> Policy:
+        """How its replicas share its rows."""
+        given = self.section.policy
+        if isinstance(given, Hedge):
+            return Policy("hedge", given.hedge, int(given.after[1:]) if given.after is not None else 0)
+        return Policy(given)
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedEdge:
+    """One edge between ports that fit. `implied`: it is not in the file (the gateway's own)."""
+
+    source: str
+    out: str
+    target: str
+    into: str
+    spec: TensorSpec
+    feedback: bool = False
+    codec: str = "raw"
+    credits_messages: int = 8
+    credits_bytes: int = 64 << 20
+    until: str | None = None
+    at_most: int = 0
+    gradient_codec: str = "raw"
+    tap: str | None = None
+    implied: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.source}.{self.out} -> {self.target}.{self.into}"
+
+    def is_meant_by(self, name: str) -> bool:
+        """Whether it is the edge of that name, or one at the actor or the port of that name."""
+        ends = (self.source, self.target, f"{self.source}.{self.out}", f"{self.target}.{self.into}")
+        return name in ends or name.replace(" ", "") == self.name.replace(" ", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A graph that can run. `overrides` and `allow_code` are what it was loaded with."""
+
+    path: Path
+    file: GraphFile
+    checkpoint: Checkpoint | None
+    actors: Mapping[str, CheckedActor]
+    edges: tuple[CheckedEdge, ...]
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    allow_code: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.file.name
+
+    @property
+    def keys(self) -> Path | None:
+        """The folder of keys for tcp."""
+        return (self.path.parent / self.file.keys).resolve() if self.file.keys is not None else None
+
+    @property
+    def generates(self) -> bool:
+        """Whether it is a language model: the gateway sends tokens in and gets tokens out."""
+        return any(e.source == GATEWAY and e.out == "token" for e in self.edges) and any(
+            e.target == GATEWAY and e.into == "sampled" for e in self.edges
+        )
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Tokens of a prompt that one message holds at the most; of a model that keeps states, all of them."""
+        if self.checkpoint is not None and self.checkpoint.config.uncut:
+            return self.checkpoint.config.context
+        return self.file.prefill_chunk
+
+    @property
+    def recorded(self) -> tuple[CheckedEdge, ...]:
+        """What goes over these is kept."""
+        section = self.file.record
+        if section is None:
+            return ()
+        if section.edges == "all":
+            return self.edges
+        return tuple(edge for edge in self.edges if any(edge.is_meant_by(name) for name in section.edges))
+
+    def policy(self, actor: str) -> Policy:
+        """Of an actor, or of the gateway."""
+        return self.actors[actor].policy if actor in self.actors else STICKY
+
+    def expanded(self) -> dict[str, Any]:
+        """The long form of the file: every edge and every setting written out."""
+        plain = self.file.model_dump(by_alias=True, exclude={"pipeline", "edges"}, exclude_none=True)
+        plain["edges"] = [
+            {
+                "from": f"{e.source}.{e.out}", "to": f"{e.target}.{e.into}", "feedback": e.feedback, "codec": e.codec,
+                "credits": e.credits_messages, "credit_bytes": e.credits_bytes,
+                **({"gradient_codec": e.gradient_codec} if e.gradient_codec != "raw" else {}),
+                **({"tap": e.tap} if e.tap is not None else {}),
+                **({"at_most": e.at_most} if e.at_most else {}), **({"until": e.until} if e.until else {}),
+            }
+            for e in self.edges
+            if not e.implied
+        ]  # fmt: skip
+        return plain

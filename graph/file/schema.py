@@ -1,0 +1,353 @@
+"""The graph file's keys, their types and bounds. `ranvier schema` prints this as JSON Schema for editors."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import ConfigDict, Field
+
+from ranvier.actors.protocol.host_spec import Deadlines, Restart
+
+from .errors import GraphError, Problem
+from .load import Document
+from .sections import Name, Port, Section
+from .training_section import PARTS, TrainingSection
+
+_DEADLINES, _RESTART = Deadlines(), Restart()
+
+
+class ModelSection(Section):
+    """The checkpoint that the built-in kinds read."""
+
+    source: str = Field(
+        min_length=1,
+        max_length=4096,
+        description="package://NAME/FILE of an installed package, hf://ORG/NAME, or ./folder, ./file.gguf, ./file.safetensors "
+        "beside the graph file",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="weights, activations, KV cache")
+    weights: Literal["dtype", "int8", "int4", "stored"] = Field(
+        "dtype",
+        description="how the matrices of blocks and head are held: in dtype, rounded to 8 or 4 bits, or as a GGUF file "
+        "has them",
+    )
+
+
+class Quorum(Section):
+    """So many of an actor's inputs make a step."""
+
+    quorum: int = Field(ge=1, le=1024)
+
+
+class Hedge(Section):
+    """To several replicas; the first answer counts."""
+
+    hedge: int = Field(ge=2, le=64, description="copies of each message")
+    after: str | None = Field(
+        None,
+        pattern=r"^p[1-9][0-9]$",
+        description="send the second copy only when the first took longer than this percentile, such as p95",
+    )
+
+
+class RestartSection(Section):
+    """How often an actor that is lost is started anew."""
+
+    max: int = Field(_RESTART.max, ge=1, le=1 << 20, description="so many times within the window; then the run ends")
+    window_s: float = Field(_RESTART.window_s, gt=0, strict=False, description="seconds")
+    backoff_s: float = Field(
+        _RESTART.backoff_s,
+        ge=0,
+        le=3600,
+        strict=False,
+        description="seconds before the first; then twice as long each time",
+    )
+    snapshot_s: float = Field(
+        _RESTART.snapshot_s,
+        ge=0,
+        strict=False,
+        description="seconds between snapshots of an actor that offers them; 0: after every step",
+    )
+
+
+class ActorSection(Section):
+    """One actor: a component in a process of its own."""
+
+    kind: str = Field(
+        min_length=1,
+        max_length=4096,
+        description="a kind that `ranvier actors` lists, or ./file.py:Class",
+    )
+    layers: str | int | None = Field(None, description="for blocks and stages: first-last, both included, such as 0-14")
+    experts: str | int | None = Field(None, description="for experts: first-last of a layer's experts, such as 0-3")
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="threads it may compute with; its share of the cores if it is not given"
+    )
+    cpus: list[Annotated[int, Field(ge=0, le=4095)]] | None = Field(
+        None, min_length=1, description="cores this process may run on, such as [0]; all if it is not given"
+    )
+    device: Literal["cpu"] = Field("cpu", description="where the actor computes")
+    replicas: int = Field(1, ge=1, le=64, description="copies of this actor, each a process; ranvier scale changes it")
+    policy: Literal["sticky", "round_robin", "least_queued", "lowest_latency"] | Hedge = Field(
+        "sticky",
+        description="which replica a row goes to: always that of its session, in turn, the one with the shortest "
+        "queue or with the lowest latency, or {hedge: 2} to two of which the first answer counts",
+    )
+    restart: Literal["never"] | RestartSection | None = Field(
+        None, description="when this actor is lost, in place of the graph's own `restart`"
+    )
+    spares: int = Field(
+        0, ge=0, le=8, description="copies kept ready, with their weights, to take the place of one that is lost"
+    )
+    cache_tokens: int = Field(65536, ge=1, le=1 << 31, description="positions of all sessions that its KV cache holds")
+    batch_tokens: int = Field(256, ge=1, le=1 << 20, description="tokens laid together in one step at the most")
+    endpoint: str | None = Field(
+        None,
+        description="where its inbox is bound, such as tcp://127.0.0.1:5555 or, in the graph's folder, ipc://./name",
+    )
+    weights: str | None = Field(
+        None, max_length=4096, description="for a torch module: ./file.safetensors with its state"
+    )
+    inputs: dict[str, str] = Field(
+        default_factory=dict,
+        description='for a torch module: inputs that no edge describes, such as x: "float32[rows, 64]"',
+    )
+    join: Literal["all", "first"] | Quorum = Field(
+        "all", description="a step starts when all inputs hold it, when the first comes, or when {quorum: k} do"
+    )
+    args: dict[str, Any] = Field(default_factory=dict, description="arguments of the user's own actor")
+
+
+class EdgeSection(Section):
+    """One edge: a declared connection from an output port to an input port."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
+
+    source: Port = Field(alias="from", description="actor.port")
+    target: Port = Field(alias="to", description="actor.port")
+    feedback: bool = Field(False, description="closes a cycle: carries the result of a step back to its beginning")
+    at_most: int | None = Field(
+        None, ge=1, le=1 << 40, description="for feedback of an actor of your own: how often a row goes round"
+    )
+    until: str | None = Field(None, description="output port, one number a row, that says a row is done going round")
+    codec: str = Field(
+        "raw",
+        max_length=40,
+        description="how tensors are written: raw, bfloat16, float16, int8, topk or topk:SHARE, each perhaps followed by "
+        "+lz4 or +zstd; auto or auto:FORM: by the link's speed",
+    )
+    gradient_codec: str = Field(
+        "raw",
+        max_length=40,
+        description="how gradients that come back in training are written; what is lost is added to the next",
+    )
+    tap: str | None = Field(
+        None,
+        max_length=4096,
+        description="statistics: norm, mean, largest and share of NaN of each message; ./file.py:function: called with the "
+        "tensor and its rows, may give another one back",
+    )
+    credits: int = Field(8, ge=0, le=1 << 20, description="messages that may be on their way or unread")
+    credit_bytes: int = Field(64 << 20, ge=1, le=1 << 40, description="bytes that may be on their way or unread")
+
+
+class SupervisionSection(Section):
+    """When a host counts as failed, in seconds."""
+
+    start_deadline_s: float = Field(_DEADLINES.start_deadline_s, gt=0, strict=False)
+    heartbeat_interval_s: float = Field(_DEADLINES.heartbeat_interval_s, gt=0, le=60, strict=False)
+    heartbeat_deadline_s: float = Field(_DEADLINES.heartbeat_deadline_s, gt=0, strict=False)
+    progress_deadline_s: float = Field(_DEADLINES.progress_deadline_s, gt=0, strict=False)
+    join_deadline_s: float = Field(_DEADLINES.join_deadline_s, gt=0, strict=False)
+    stop_deadline_s: float = Field(_DEADLINES.stop_deadline_s, gt=0, le=60, strict=False)
+
+
+class TraceSection(Section):
+    """Records of some messages instead of all."""
+
+    sample: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        strict=False,
+        description="share of sessions, or of a training's micro-batches, that leave records",
+    )
+    megabytes: int = Field(0, ge=0, le=1 << 20, description="how long each process's file may get; 0: any length")
+
+
+class RecordSection(Section):
+    """Messages that are kept whole, for `ranvier replay` and `ranvier diverge`."""
+
+    edges: Literal["all"] | list[str] = Field(
+        "all", description="all, or edges (a.x -> b.y), ports (a.x) and actors (a: all edges at it)"
+    )
+    megabytes: int = Field(256, ge=1, le=1 << 20, description="how much each process keeps at the most")
+
+
+class TelemetrySection(Section):
+    """What other people's tools are told."""
+
+    otlp: str | None = Field(
+        None, pattern=r"^https?://", max_length=2048,
+        description="where spans of requests go by OTLP over HTTP, such as http://127.0.0.1:4318",
+    )  # fmt: skip
+    metrics: str | None = Field(
+        None,
+        description="where Prometheus may read /metrics, on loopback, such as 127.0.0.1:9464; port 0: any free one",
+    )
+
+
+class RunsSection(Section):
+    """How many run folders stay beside each other. The oldest are removed when a run begins."""
+
+    newest: int = Field(50, ge=1, le=1 << 20, description="this many")
+    gigabytes: float = Field(2.0, ge=0, le=1e9, strict=False, description="and no more than this, in 10^9 bytes")
+
+
+class GraphFile(Section):
+    """A graph: actors, edges, settings."""
+
+    ranvier: Literal[1] = Field(description="version of the file format")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="names the run's folder")
+    model: ModelSection | None = None
+    actors: dict[Name, ActorSection] = Field(min_length=1, max_length=1024)
+    pipeline: list[Name] | None = Field(None, min_length=1, description="actors in a row, short for their edges")
+    edges: list[EdgeSection] = Field(default_factory=list, max_length=65536, description='"a.x -> b.y" or a mapping')
+    transport: Literal["ipc"] | str = Field(
+        "ipc", description="ipc, or tcp://127.0.0.1 to give every actor a free port of that address"
+    )
+    keys: str | None = Field(
+        None,
+        max_length=4096,
+        description="folder beside the graph file with keys for tcp; `ranvier keys new` makes them",
+    )
+    prefill_chunk: int = Field(128, ge=1, le=1 << 16, description="prompt tokens of one message at the most")
+    max_frame_bytes: int = Field(1 << 30, ge=1 << 16, le=1 << 40, description="a larger tensor is refused")
+    shared_from_bytes: int = Field(
+        1 << 18, ge=0, le=1 << 40,
+        description="tensors of so many bytes go through shared memory between processes of one machine (ipc); 0: none",
+    )  # fmt: skip
+    trace: bool | TraceSection = Field(
+        True, description="write a record of every message, or {sample: 0.01, megabytes: 64} for some of them"
+    )
+    record: RecordSection | None = Field(
+        None, description="keep what goes over these edges: {edges: all, megabytes: 256}"
+    )
+    telemetry: TelemetrySection = Field(
+        default_factory=lambda: TelemetrySection(),
+        description="OpenTelemetry and Prometheus: {otlp: http://127.0.0.1:4318, metrics: 127.0.0.1:9464}",
+    )
+    runs: RunsSection = Field(
+        default_factory=lambda: RunsSection(), description="which run folders stay: {newest: 50, gigabytes: 2}"
+    )
+    journal: bool = Field(
+        False,
+        description="keep requests and their tokens in a file, so that they can go on after the process was killed: "
+        "ranvier run --resume RUN",
+    )
+    restart: Literal["never"] | RestartSection = Field(
+        default_factory=lambda: RestartSection(),
+        description="when an actor is lost: never, or {max: 5, window_s: 60, backoff_s: 0.2}",
+    )
+    supervision: SupervisionSection = Field(default_factory=lambda: SupervisionSection())
+    training: TrainingSection | None = Field(None, description="how `ranvier train` trains it")
+
+    @property
+    def sampling(self) -> TraceSection:
+        """What is recorded, where anything is."""
+        return self.trace if isinstance(self.trace, TraceSection) else TraceSection()
+
+
+def validate(document: Document) -> GraphFile:
+    """The file's data as a `GraphFile`; edges written as text are spelled out first.
+
+    Raises:
+        GraphError: every wrong key and value, each with its place.
+    """
+    data = dict(document.data)
+    problems: list[Problem] = []
+    if isinstance(data.get("edges"), list):
+        data["edges"] = [_spelled_out(document, index, edge, problems) for index, edge in enumerate(data["edges"])]
+    if problems:
+        raise GraphError(document.file, problems)
+    try:
+        return GraphFile.model_validate(data)
+    except pydantic.ValidationError as error:
+        for found in error.errors():
+            if not _of_other_form(document, found):
+                problems.append(_problem(document, found))
+    raise GraphError(document.file, problems)
+
+
+def _spelled_out(document: Document, index: int, edge: Any, problems: list[Problem]) -> Any:
+    if not isinstance(edge, str):
+        return edge
+    source, arrow, target = (part.strip() for part in edge.partition("->"))
+    if not arrow:
+        at = document.at("edges", index)
+        problems.append(Problem(f"edge {edge!r} has no arrow; write actor.port -> actor.port", at))
+    return {"from": source, "to": target}
+
+
+def _is_form(part: Any) -> bool:
+    """Whether a part of a path names one of the forms that a value may have: a word of a list, or a section."""
+    return _is_word(part) or part in ("list[str]", "Hedge", "Quorum", "RestartSection", "TraceSection")
+
+
+def _is_word(part: Any) -> bool:
+    return str(part).startswith("literal[") or part == "bool"
+
+
+def _of_other_form(document: Document, found: Any) -> bool:
+    """Whether it says what is wrong with a form that the value was not meant to have."""
+    for index, part in enumerate(found["loc"]):
+        if _is_form(part):
+            given = document.data
+            for key in found["loc"][:index]:
+                given = given[key]
+            if part == "list[str]":
+                return not isinstance(given, list)
+            return isinstance(given, dict | list) if _is_word(part) else not isinstance(given, dict)
+    return False
+
+
+def _problem(document: Document, found: Any) -> Problem:
+    path = tuple(part for part in found["loc"] if part != "[key]" and not _is_form(part))
+    kind, given = found["type"], found.get("input")
+    word = ".".join(map(str, path))
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(str(path[-1]), _fields_at(path[:-1]), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(_fields_at(path[:-1]))}"
+        return Problem(f"unknown key {path[-1]!r}; {hint}", document.at_key(*path))
+    if kind == "missing":
+        return Problem(f"key {path[-1]!r} is missing; add it", document.at(*path[:-1]))
+    if kind == "string_pattern_mismatch":
+        expected = "actor.port" if path[-1] in ("from", "to") else "lower-case letters, digits and _"
+        if word == "telemetry.otlp":
+            return Problem(f"{word}: {given!r:.80} is no address; expected http://address:port", document.at(*path))
+        if word == "name":
+            expected = "letters, digits and . _ -"
+        return Problem(f"{word}: {given!r:.80} is not a name; expected {expected}", document.at(*path))
+    return Problem(f"{word}: {found['msg']}, got {given!r:.80}; change the value", document.at(*path))
+
+
+def _fields_at(path: tuple[Any, ...]) -> list[str]:
+    """The keys that may stand at `path`."""
+    if path[-1:] == ("policy",):
+        return list(Hedge.model_fields)
+    if path[-1:] == ("restart",):
+        return list(RestartSection.model_fields)
+    if path == ("trace",):
+        return list(TraceSection.model_fields)
+    if path[-1:] == ("join",):
+        return list(Quorum.model_fields)
+    sections: dict[str, type[Section]] = {
+        "model": ModelSection, "actors": ActorSection, "edges": EdgeSection, "supervision": SupervisionSection,
+        "training": TrainingSection, "record": RecordSection, "telemetry": TelemetrySection, "runs": RunsSection,
+    }  # fmt: skip
+    if path[:1] == ("training",) and len(path) > 1:
+        return list(PARTS[str(path[1])].model_fields)
+    section = sections.get(str(path[0]), GraphFile) if path else GraphFile
+    return [field.alias or name for name, field in section.model_fields.items()]

@@ -1,0 +1,97 @@
+"""Where `model: source:` points: a path inside the graph's folder, or a file of an installed package."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+from ranvier.transport.format.errors import RanvierError
+
+HUB_FILES = [
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json",
+    "chat_template.jinja",
+]  # fmt: skip
+
+
+class SourceError(RanvierError):
+    """A source that does not exist or may not be used."""
+
+
+def resolve(source: str, folder: Path, trusted: bool = False) -> Path:
+    """The path of a source.
+
+    Args:
+        source: as in the graph file.
+        folder: the graph file's own folder; nothing outside it is opened.
+        trusted: the user gave it on the command line, so any path will do.
+
+    Raises:
+        SourceError: it may not be used, or is not there.
+    """
+    scheme, separator, place = source.partition("://")
+    if separator and scheme == "package":
+        return _package(source, place)
+    if separator and scheme == "hf":
+        return _hub(source, place)
+    if separator:
+        raise SourceError(
+            f"source {source!r}: unknown scheme {scheme!r}; use package://NAME/FILE, hf://ORG/NAME or a path such as ./folder"
+        )
+    path = (folder / source).resolve()
+    if not trusted:
+        if Path(source).is_absolute() or ".." in Path(source).parts:
+            raise SourceError(
+                f"source {source!r} leaves the graph's folder; give it by --set model.source=PATH if you mean it"
+            )
+        if not path.is_relative_to(folder.resolve()):
+            raise SourceError(
+                f"source {source!r} is a link out of the graph's folder; give it by --set model.source=PATH if you mean it"
+            )
+    if not path.exists():
+        raise SourceError(f"source {source!r}: no such file or folder; looked in the graph's folder")
+    return path
+
+
+def _hub(source: str, place: str) -> Path:
+    """A model of the Hugging Face hub: what the cache holds, as it is; else it is fetched once."""
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?(?:/([\w./-]+\.gguf))?", place)
+    if match is None or ".." in place:
+        raise SourceError(f"source {source!r}: expected hf://ORG/NAME, perhaps with @REVISION and /FILE.gguf")
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise SourceError(f"source {source!r} needs huggingface_hub; pip install 'ranvier[hf]'")
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    name, revision, file = match.groups()
+
+    def found(offline: bool) -> Path:
+        if file is not None:
+            return Path(hf_hub_download(name, file, revision=revision, local_files_only=offline))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, local_files_only=offline))
+
+    try:
+        try:
+            return found(True)
+        except LocalEntryNotFoundError:
+            return found(False)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise SourceError(
+            f"source {source!r}: not in the cache and not to be had: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def _package(source: str, place: str) -> Path:
+    name, _, file = place.partition("/")
+    if not name.isidentifier() or not file:
+        raise SourceError(f"source {source!r}: expected package://NAME/FILE")
+    spec = importlib.util.find_spec(name)  # finds, does not import
+    if spec is None or spec.origin is None:
+        raise SourceError(f"source {source!r}: no package {name!r} is installed; pip install it")
+    root = Path(spec.origin).parent.resolve()
+    path = (root / file).resolve()
+    if not path.is_relative_to(root):
+        raise SourceError(f"source {source!r} leaves the package's folder")
+    if not path.exists():
+        raise SourceError(f"source {source!r}: the package {name!r} has no such file")
+    return path

@@ -1,0 +1,344 @@
+"""The plan: the graph resolved into processes, endpoints, links, bytes and credits, as plain data that prints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ranvier.actors.checkpoint import Checkpoint
+from ranvier.actors.component.kinds import Kind
+from ranvier.actors.model import weights
+from ranvier.actors.protocol.host_spec import (
+    GATEWAY,
+    Deadlines,
+    HostLink,
+    HostSpec,
+    PortSpec,
+    RecordSpec,
+    Restart,
+    file_name,
+    identity,
+)
+from ranvier.transport.format import codec
+from ranvier.transport.format.dtypes import BY_NAME
+from ranvier.transport.format.tensor_spec import TensorSpec
+from ranvier.transport.links import codec_choice
+from ranvier.transport.links.link import LinkSpec
+from ranvier.transport.wires.endpoint import parse, settled
+
+from ..file.checked import CheckedActor, CheckedEdge, Graph
+from ..file.schema import ActorSection, Quorum, RestartSection
+
+EPOCH = 1
+"""The generation of hosts that a run starts with. One that is started anew has the next."""
+Live = Mapping[str, Mapping[int, int]]
+"""The epoch of each replica there is, by actor and replica."""
+_GATEWAY = {0: EPOCH}
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedHost:
+    """One actor's processes, as many as it has replicas: what each runs and holds."""
+
+    actor: str
+    kind: str
+    layers: tuple[int, int] | None
+    threads: int
+    cpus: list[int] | None
+    weight_bytes: int
+    cache_bytes_per_token: int
+    cache_tokens: int
+    replicas: int
+    policy: str
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedEdge:
+    """One edge: what a token costs on it, before its codec and (at the most, where it packs) after. `None` where its size
+    is not a matter of tokens."""
+
+    index: int
+    name: str
+    tensor: str
+    bytes_per_token: int | None
+    wire_bytes_per_token: int | None
+    codec: str
+    credits_messages: int
+    credits_bytes: int
+    feedback: bool
+    local: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run of the graph will be. `hash` is what both ends of a link must agree on."""
+
+    graph: Graph
+    hash: str
+    hosts: tuple[PlannedHost, ...]
+    edges: tuple[PlannedEdge, ...]
+
+    def to_plain(self) -> dict[str, Any]:
+        """For `--json` and the run folder."""
+        return {
+            "name": self.graph.name,
+            "hash": self.hash,
+            "hosts": [{name: getattr(host, name) for name in PlannedHost.__slots__} for host in self.hosts],
+            "edges": [{name: getattr(edge, name) for name in PlannedEdge.__slots__} for edge in self.edges],
+        }
+
+    @property
+    def processes(self) -> int:
+        """How many hosts the run starts with."""
+        return sum(host.replicas for host in self.hosts)
+
+    @property
+    def live(self) -> dict[str, dict[int, int]]:
+        """The replicas that a run starts with."""
+        actors = self.graph.actors.values()
+        return {actor.name: dict.fromkeys(range(actor.section.replicas), EPOCH) for actor in actors}
+
+    def keys(self, run_dir: Path) -> Path | None:
+        """The folder of the keys for tcp: the graph's own, or one that the run makes for itself. None if all is local."""
+        if self.graph.keys is not None or all(edge.local for edge in self.edges):
+            return self.graph.keys
+        return run_dir / "keys"
+
+    def links(self, actor: str, replica: int, live: Live) -> tuple[HostLink, ...]:
+        """The links at one host, or at the gateway, to all that are `live`. An actor's edge to itself stays in the replica."""
+        return tuple(self._links(actor, replica, live))
+
+    def _links(self, actor: str, replica: int, live: Live) -> Iterator[HostLink]:
+        graph = self.graph
+        for index, edge in enumerate(graph.edges):
+            loop = edge.source == edge.target
+            if edge.source == actor:
+                skips = sum(e.target == edge.target != e.source for e in graph.edges) == 1
+                for other in [replica] if loop else live.get(edge.target, _GATEWAY):
+                    yield HostLink(
+                        edge.out, self._link(index, edge, replica, other, live), True, edge.feedback, edge.until,
+                        edge.at_most, policy=graph.policy(edge.target), skips=skips, tap=edge.tap,
+                    )  # fmt: skip
+            if edge.target == actor:
+                repeats = not loop and graph.policy(edge.source).copies > 1
+                for other in [replica] if loop else live.get(edge.source, _GATEWAY):
+                    link = self._link(index, edge, other, replica, live)
+                    yield HostLink(edge.into, link, outgoing=False, feedback=edge.feedback, repeats=repeats)
+
+    def place(self, run_dir: Path, sockets: Path) -> list[HostSpec]:
+        """The hosts' own parts, with their endpoints under `sockets`.
+
+        Raises:
+            AddressError: a socket's path would be too long.
+        """
+        live = self.live
+        return [self.host(actor, replica, live, run_dir, sockets) for actor in live for replica in live[actor]]
+
+    def gateway_endpoint(self, sockets: Path) -> str:
+        return self._endpoint(None, GATEWAY, sockets)
+
+    def _endpoint(self, given: str | None, name: str, sockets: Path) -> str:
+        if given is None:
+            given = f"ipc://{sockets / name}" if self.graph.file.transport == "ipc" else self.graph.file.transport
+        return str(parse(settled(given, self.graph.path.parent), guarded=self.graph.keys is not None))
+
+    def _link(self, index: int, edge: CheckedEdge, source: int, target: int, live: Live) -> LinkSpec:
+        return LinkSpec(
+            edge=index,
+            name=edge.name,
+            source=identity(edge.source, source, live.get(edge.source, _GATEWAY)[source]),
+            target=identity(edge.target, target, live.get(edge.target, _GATEWAY)[target]),
+            tensors=((edge.out, edge.spec),),
+            credits_messages=edge.credits_messages,
+            credits_bytes=edge.credits_bytes,
+            local=self.edges[index].local,
+            codec=edge.codec,
+            prompt=self.graph.policy(edge.target).by_load,
+        )
+
+    @property
+    def _batches(self) -> int:
+        """Into how many batches the sessions are cut where tokens come back, and stay cut at every actor: one for each stage
+        with layers, but no more than there are cores to run them. If only the first actor cut them, one that finds two of
+        them in its queue would lay them together, and its neighbours would wait for it each time."""
+        comes_back = any(edge.feedback and edge.into == "token" for edge in self.graph.edges)
+        stages = sum(actor.kind.caches for actor in self.graph.actors.values())
+        return max(1, min(stages, len(os.sched_getaffinity(0)))) if comes_back and self.graph.generates else 1
+
+    def host(self, name: str, replica: int, live: Live, run_dir: Path, sockets: Path) -> HostSpec:
+        """What one replica of an actor is told at its start, `live` being all there are with it.
+
+        Raises:
+            AddressError: a socket's path would be too long.
+        """
+        actor = self.graph.actors[name]
+        file, section = self.graph.file, actor.section
+        epoch = live[name][replica]
+        own = file_name(name, replica, epoch)
+        checkpoint = self.graph.checkpoint
+        return HostSpec(
+            actor=actor.name,
+            replica=replica,
+            epoch=epoch,
+            graph_hash=self.hash,
+            implementation=_implementation(actor.kind, checkpoint),
+            folder=actor.kind.folder,
+            args=section.args,
+            model=str(checkpoint.path) if checkpoint is not None and actor.kind.uses_model else None,
+            dtype=file.model.dtype if file.model is not None else "float32",
+            layers=actor.layers,
+            cache_tokens=section.cache_tokens,
+            threads=_threads(self.graph, section),
+            cpus=section.cpus,
+            needed=_needed(section),
+            experts=actor.experts,
+            batches=self._batches,
+            precision=file.model.weights if file.model is not None else "dtype",
+            weights=str(actor.weights) if actor.weights is not None else None,
+            device=section.device,
+            inputs=_ports(actor.inputs, actor.once),
+            outputs=_ports(actor.outputs),
+            links=self.links(name, replica, live),
+            endpoint=self._endpoint(section.endpoint, own, sockets),
+            control=str(parse(f"ipc://{sockets / own}.c")),
+            supervisor=str(parse(f"ipc://{sockets / 'supervisor'}")),
+            run_dir=str(run_dir),
+            max_frame_bytes=file.max_frame_bytes,
+            record=self._record(name),
+            shared_from_bytes=file.shared_from_bytes,
+            keys=str(keys) if (keys := self.keys(run_dir)) is not None else None,
+            batch_tokens=section.batch_tokens,
+            tap_folder=str(self.graph.path.parent.resolve()),
+            trace=bool(file.trace),
+            trace_sample=file.sampling.sample,
+            trace_bytes=file.sampling.megabytes << 20,
+            supervision=Deadlines(**file.supervision.model_dump()),
+            restart=_restart(section.restart or file.restart),
+        )
+
+    def _record(self, name: str) -> RecordSpec | None:
+        """What an actor keeps of what it takes and makes."""
+        section, edges = self.graph.file.record, self.graph.recorded
+        inputs = tuple(dict.fromkeys(edge.into for edge in edges if edge.target == name))
+        outputs = tuple(dict.fromkeys(edge.out for edge in edges if edge.source == name))
+        if section is None or not (inputs or outputs):
+            return None
+        return RecordSpec(inputs, outputs, section.megabytes << 20)
+
+
+def plan(graph: Graph) -> Plan:
+    """Resolve a checked graph. Nothing is started or opened."""
+    edges = tuple(_edge(graph, index, edge) for index, edge in enumerate(graph.edges))
+    return Plan(graph, _hash(graph), tuple(_planned(graph, actor) for actor in graph.actors.values()), edges)
+
+
+def _implementation(kind: Kind, checkpoint: Checkpoint | None) -> str:
+    if checkpoint is not None and checkpoint.config.encoder is not None and kind.seq2seq is not None:
+        return kind.seq2seq
+    if kind.foreign is not None and checkpoint is not None and not checkpoint.config.runs(kind.name):
+        return kind.foreign
+    return kind.implementation
+
+
+def _threads(graph: Graph, section: ActorSection) -> int:
+    """As given, or its share of the cores: processes that compute at the same time must not wait for each other's threads."""
+    processes = sum(actor.section.replicas for actor in graph.actors.values())
+    return section.threads or max(1, len(section.cpus or os.sched_getaffinity(0)) // processes)
+
+
+def _restart(given: RestartSection | str) -> Restart:
+    return Restart(**given.model_dump()) if isinstance(given, RestartSection) else Restart(max=0)
+
+
+def _needed(section: ActorSection) -> int | None:
+    """How many inputs make a step; None: all."""
+    if isinstance(section.join, Quorum):
+        return section.join.quorum
+    return 1 if section.join == "first" else None
+
+
+def _policy(actor: CheckedActor) -> str:
+    policy = actor.policy
+    if policy.name != "hedge":
+        return policy.name
+    return f"hedge {policy.copies}" + (f" after p{policy.after}" if policy.after else "")
+
+
+def _planned(graph: Graph, actor: CheckedActor) -> PlannedHost:
+    itemsize = BY_NAME[graph.file.model.dtype].itemsize if graph.file.model is not None else 0
+    layers = actor.layers
+    cached = 0
+    if actor.kind.caches and graph.checkpoint is not None:
+        count = layers[1] - layers[0] + 1 if layers is not None else graph.checkpoint.config.layers
+        cached = graph.checkpoint.config.kv_elements_per_token_and_layer * count * itemsize
+    return PlannedHost(
+        actor=actor.name,
+        kind=actor.kind.name,
+        layers=layers,
+        threads=_threads(graph, actor.section),
+        cpus=actor.section.cpus,
+        weight_bytes=_weight_bytes(graph, actor, itemsize) + actor.module_bytes,
+        cache_bytes_per_token=cached,
+        cache_tokens=actor.section.cache_tokens if cached else 0,
+        replicas=actor.section.replicas,
+        policy=_policy(actor),
+    )
+
+
+def _weight_bytes(graph: Graph, actor: CheckedActor, itemsize: int) -> int:
+    checkpoint, model = graph.checkpoint, graph.file.model
+    if checkpoint is None or model is None or model.weights == "dtype" or not actor.kind.uses_model:
+        return actor.elements * itemsize
+    layers = (0, checkpoint.config.layers - 1) if actor.kind.name == "model" else actor.layers
+    return weights.held_bytes(checkpoint, actor.kind.name, layers, actor.experts, itemsize, model.weights)
+
+
+def _edge(graph: Graph, index: int, edge: CheckedEdge) -> PlannedEdge:
+    local = all(_is_local(graph, end) for end in (edge.source, edge.target))
+    return PlannedEdge(
+        index, edge.name, str(edge.spec), bytes_per_token(edge.spec), _wire_bytes(edge), edge.codec,
+        edge.credits_messages, edge.credits_bytes, edge.feedback, local,
+    )  # fmt: skip
+
+
+def _is_local(graph: Graph, actor: str) -> bool:
+    section = graph.file.actors.get(actor)
+    given = section.endpoint if section is not None else None
+    return (given or graph.file.transport).startswith("ipc")
+
+
+def bytes_per_token(spec: TensorSpec) -> int | None:
+    """Bytes that one token (or one row) takes; None if the first dimension is neither, or another has no size."""
+    if not spec.shape or spec.shape[0] not in ("tokens", "rows"):
+        return None
+    sizes = [size for size in spec.shape[1:] if isinstance(size, int)]
+    return math.prod(sizes) * BY_NAME[spec.dtype].itemsize if len(sizes) == len(spec.shape) - 1 else None
+
+
+def _wire_bytes(edge: CheckedEdge) -> int | None:
+    if bytes_per_token(edge.spec) is None:
+        return None
+    if codec_choice.candidates(edge.codec) is not None:
+        return bytes_per_token(edge.spec)  # or less
+    made, itemsize = codec.parse(edge.codec), BY_NAME[edge.spec.dtype].itemsize
+    shape = (1, *(size for size in edge.spec.shape[1:] if isinstance(size, int)))
+    if made.form == codec.TOPK:
+        return codec.kept(math.prod(shape), made.share) * (codec.PLACE_BYTES + itemsize)
+    return codec.form_bytes(made.form, itemsize, shape)[1]
+
+
+def _ports(ports: Mapping[str, TensorSpec], once: Sequence[str] = ()) -> tuple[PortSpec, ...]:
+    return tuple(PortSpec(name, spec, name in once) for name, spec in ports.items())
+
+
+def _hash(graph: Graph) -> str:
+    """16 hexadecimal digits over all that two ends must agree on: the expanded file and the model's architecture."""
+    config = graph.checkpoint.config if graph.checkpoint is not None else None
+    text = json.dumps([graph.expanded(), repr(config)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,93 @@
+"""The plan as people read it: a table, a mermaid diagram, a dot graph."""
+
+from __future__ import annotations
+
+from ranvier.actors.protocol.host_spec import GATEWAY
+
+from .plan import Plan, PlannedEdge, PlannedHost
+
+
+def amount(count: float) -> str:
+    """Bytes with a unit: 56.6 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("the last unit takes everything")
+
+
+def text(plan: Plan) -> str:
+    """Processes, layers, bytes of weights, bytes per token on every edge."""
+    lines = [f"graph {plan.graph.name} ({plan.hash})"]
+    if plan.graph.checkpoint is not None and plan.graph.file.model is not None:
+        config = plan.graph.checkpoint.config
+        lines.append(
+            f"model {plan.graph.file.model.source}: {config.family}, {config.layers} layers of {config.hidden}, "
+            f"vocabulary {config.vocab}, {plan.graph.file.model.dtype}"
+            + ("" if all(config.runs(h.kind) for h in plan.hosts) else "; run by transformers' own layers, slower")
+        )
+    lines += ["", *_table(("actor", "kind", "replicas", "layers", "threads", "weights", "bytes", "KV a token", "KV tokens"), [
+        (h.actor, h.kind, _replicas(h), _layers(h), str(h.threads), amount(h.weight_bytes), str(h.weight_bytes),
+         amount(h.cache_bytes_per_token) if h.cache_tokens else "-", str(h.cache_tokens or "-"))
+        for h in plan.hosts
+    ])]  # fmt: skip
+    total = sum(host.weight_bytes * host.replicas for host in plan.hosts)
+    lines += [f"{plan.processes} processes, {amount(total)} ({total} bytes) of weights", ""]
+    lines += _table(("edge", "carries", "a token", "codec", "credits", ""), [
+        (e.name, e.tensor, _cost(e), e.codec, f"{e.credits_messages} / {amount(e.credits_bytes)}",
+         "feedback" if e.feedback else "")
+        for e in plan.edges
+    ])  # fmt: skip
+    return "\n".join(lines)
+
+
+def mermaid(plan: Plan) -> str:
+    """A flowchart that documentation pages draw."""
+    lines = ["flowchart LR", f"    {GATEWAY}([{GATEWAY}])"]
+    lines += [f'    {host.actor}["{host.actor}<br/>{_label(host)}"]' for host in plan.hosts]
+    for checked, edge in zip(plan.graph.edges, plan.edges, strict=True):
+        arrow = "-.->" if edge.feedback else "-->"
+        lines.append(f'    {checked.source} {arrow}|"{checked.out}, {_cost(edge)}"| {checked.target}')
+    return "\n".join(lines)
+
+
+def dot(plan: Plan) -> str:
+    """For Graphviz."""
+    lines = [f'digraph "{plan.graph.name}" {{', "  rankdir=LR;", "  node [shape=box];", f"  {GATEWAY} [shape=oval];"]
+    lines += [f'  {host.actor} [label="{host.actor}\\n{_label(host)}"];' for host in plan.hosts]
+    for checked, edge in zip(plan.graph.edges, plan.edges, strict=True):
+        style = ", style=dashed" if edge.feedback else ""
+        lines.append(f'  {checked.source} -> {checked.target} [label="{checked.out}, {_cost(edge)}"{style}];')
+    return "\n".join([*lines, "}"])
+
+
+def _label(host: PlannedHost) -> str:
+    layers = f" {_layers(host)}" if host.layers else ""
+    copies = f", {_replicas(host)}" if host.replicas > 1 else ""
+    return f"{host.kind}{layers}, {amount(host.weight_bytes)}{copies}"
+
+
+def _replicas(host: PlannedHost) -> str:
+    return f"{host.replicas} x {host.policy}" if host.replicas > 1 else "1"
+
+
+def _layers(host: PlannedHost) -> str:
+    if host.layers is None:
+        return "-"
+    first, last = host.layers
+    return f"{first}-{last}" if last > first else str(first)
+
+
+def _cost(edge: PlannedEdge) -> str:
+    if edge.bytes_per_token is None:
+        return "-"
+    if edge.codec == "raw":
+        return f"{edge.bytes_per_token} B"
+    return f"{edge.bytes_per_token} -> {edge.wire_bytes_per_token} B"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[index]) for row in [head, *rows]) for index in range(len(head))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]
+    ]

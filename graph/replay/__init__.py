@@ -1,0 +1,1 @@
+"""Repeats recorded steps, and finds where two runs first differ."""

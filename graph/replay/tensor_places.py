@@ -1,0 +1,223 @@
+"""The places of a recorded run: where in the model each of its tensors is, by its plan.
+
+They are named so that runs that are cut differently have names in common: `hidden 7` is what enters layer 7, whoever made it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ranvier.actors.errors import RecordingError
+from ranvier.actors.protocol.host_spec import GATEWAY
+from ranvier.actors.trace.recording import Recorded, Session, Step, recordings
+
+from ..trace.trace_lines import TraceError, read_plan
+from .values import ENCODER, GIVEN, LAST, Order, Place, Values
+
+LAYER = ("query", "key", "value", "attended", "hidden")
+"""What a layer makes, in this order."""
+LOGITS, SAMPLED = Place("logits", True), Place("token", True)
+
+
+def hidden(layer: int, sent: bool = True) -> tuple[Place, Order]:
+    """What enters a layer, or leaves the last one."""
+    return Place(f"hidden {layer}", sent), (layer, 0, not sent)
+
+
+def encoder_hidden(layer: int, sent: bool = True) -> tuple[Place, Order]:
+    """What enters a layer of an encoder, or leaves it behind its last one."""
+    return Place(f"encoder hidden {layer}", sent), (ENCODER + layer, 0, not sent)
+
+
+def within(layer: int, name: str) -> tuple[Place, Order]:
+    """What a layer makes on its way."""
+    if name == "hidden":
+        return hidden(layer + 1)
+    return Place(f"layer {layer} {name}", True), (layer, 1 + LAYER.index(name) if name in LAYER else 1, False)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What is to be known of an actor. `index`: its place in the pipeline; `depth`: how many layers lie before it."""
+
+    name: str
+    layers: tuple[int, int] | None
+    index: int
+    depth: int
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    name: str
+    source: str
+    out: str
+    target: str
+    into: str
+    codec: str
+    feedback: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RecordedRun:
+    """A run folder with recordings."""
+
+    folder: Path
+    hosts: Mapping[str, list[Recorded]]
+    """Its replicas, and those that were in their place before, by actor, in the order of the pipeline."""
+    kinds: Mapping[str, Kind]
+    edges: tuple[Edge, ...]
+    sessions: Mapping[int, int]
+    """By their number in the run: the same prompts have the same number in another."""
+
+    @property
+    def cut(self) -> Mapping[str, tuple[str, tuple[int, int] | None]]:
+        """Which actor is what."""
+        return {actor: (kind.name, kind.layers) for actor, kind in self.kinds.items()}
+
+    def values(self) -> Values:
+        """All that was recorded of its edges."""
+        made = Values()
+        for recorded in self.all():
+            for event in recorded.events():
+                if isinstance(event, Session):
+                    number, log = self.sessions[event.info.session], event.info.log
+                    made.prompt[number] = min(made.prompt.get(number, len(log)), len(log))
+                    made.logs[number] = max(made.logs.get(number, ()), log, key=len)
+                elif isinstance(event, Step):
+                    self._put(made, recorded.host.actor, event)
+        return made
+
+    def _put(self, made: Values, actor: str, step: Step) -> None:
+        for port, batch in step.inputs.items():
+            place, order, maker = self.taken(actor, port)
+            made.put((place, order), maker, self.sessions, batch.rows, batch[port])
+            made.takes.setdefault(actor, set()).add(place)
+        for port, batch in step.outputs.items():
+            if port == "sampled" and self.kinds[actor].name in _HEADS:  # made of the position before it
+                made.put((SAMPLED, (LAST, 2, False)), actor, self.sessions, batch.rows, batch[port], shift=-1)
+            elif port not in ("token", "logits") or self.kinds[actor].name not in _HEADS:
+                made.put(self.made(actor, port), actor, self.sessions, batch.rows, batch[port])
+
+    def made(self, actor: str, port: str, sent: bool = True) -> tuple[Place, Order]:
+        """Where an output is; `sent` or not: at its other end."""
+        kind = self.kinds[actor]
+        if port == "hidden" and kind.name in _ENCODERS:
+            return encoder_hidden(kind.layers[1] + 1 if kind.layers is not None else 0, sent)
+        if port == "hidden" and kind.name == "embedding":
+            return hidden(0, sent)
+        if port == "hidden" and kind.name in _LAYERED and kind.layers is not None:
+            return hidden(kind.layers[1] + 1, sent)
+        if kind.name in _HEADS:
+            return Place(port, sent), (LAST, 3, not sent)
+        return Place(f"{actor}.{port}", sent), (self._depth(actor), LAST_PART, not sent)
+
+    def taken(self, actor: str, port: str) -> tuple[Place, Order, str]:
+        """Where an input is, and who made it: it is called as at its other end."""
+        into = [edge for edge in self.edges if (edge.target, edge.into) == (actor, port)]
+        edge = min(into, key=lambda edge: edge.feedback, default=None)
+        if edge is None or edge.source == GATEWAY:
+            source = self.kinds[actor].name in _ENCODERS
+            return Place(port, False), (ENCODER - 1 if source else GIVEN, 0, True), GATEWAY
+        return *self.made(edge.source, edge.out, sent=False), edge.source
+
+    def inside(self, actor: str, layer: int | None, name: str, seen: int) -> tuple[Place, Order]:
+        """Where a tensor inside of an actor is; `seen`: how many names came before it."""
+        if layer is not None:
+            return encoder_hidden(layer + 1) if self.kinds[actor].name in _ENCODERS else within(layer, name)
+        if name == "embedding":
+            return hidden(0)
+        if name == "logits":
+            return LOGITS, (LAST, 1, False)
+        return Place(f"{actor}.{name}", True), (self._depth(actor), 1 + seen, False)
+
+    def _depth(self, actor: str) -> float:
+        kind = self.kinds[actor]
+        return (kind.layers[0] if kind.layers is not None else kind.depth) + (1 + kind.index) * 1e-4
+
+    def all(self) -> Iterator[Recorded]:
+        for hosts in self.hosts.values():
+            yield from hosts
+
+
+_ENCODERS = ("encoder_embedding", "encoder")
+_LAYERED = ("blocks", "first_stage", "last_stage", "combine", "decoder")
+_HEADS = ("head", "last_stage", "model")
+LAST_PART = 1 << 20
+
+
+def read(folder: Path) -> RecordedRun:
+    """
+    Raises:
+        RecordingError: nothing was recorded there, or it is no run folder.
+    """
+    try:
+        plan = read_plan(folder)
+        edges = tuple(_edge(edge) for edge in plan["edges"])
+        kinds = _kinds(plan["hosts"], edges)
+    except (TraceError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise RecordingError(f"{folder}: no run folder: {type(error).__name__}: {error}") from None
+    by_actor: dict[str, list[Recorded]] = {}
+    for recorded in recordings(folder):
+        if recorded.host.actor not in kinds:
+            raise RecordingError(f"{recorded.folder}: {recorded.host.actor} is no actor of {folder / 'plan.json'}")
+        by_actor.setdefault(recorded.host.actor, []).append(recorded)
+    return RecordedRun(
+        folder,
+        {actor: by_actor[actor] for actor in kinds if actor in by_actor},
+        kinds,
+        edges,
+        _numbered(by_actor, kinds),
+    )
+
+
+def _numbered(by_actor: Mapping[str, Iterable[Recorded]], kinds: Mapping[str, Kind]) -> dict[int, int]:
+    """Sessions from 1 on, by their prompts, and those of the same prompt in the order in which they came: what is asked at once
+    comes in another order each time."""
+    prompts: dict[int, tuple[int, ...]] = {}
+    sources: dict[int, list[int]] = {}
+    for actor, hosts in by_actor.items():
+        for recorded in hosts:
+            for session, log in recorded.sessions:
+                prompts[session] = min(prompts.get(session, log), log, key=len)
+            if kinds[actor].name == "encoder_embedding":
+                sources.update(_sources(recorded))
+    ordered = sorted(prompts, key=lambda session: (prompts[session], sources.get(session, []), session))
+    return {session: number for number, session in enumerate(ordered, 1)}
+
+
+def _sources(recorded: Recorded) -> Iterator[tuple[int, list[int]]]:
+    """What each session gave to an encoder."""
+    for event in recorded.events():
+        if isinstance(event, Step):
+            for port, batch in event.inputs.items():
+                start = 0
+                for row in batch.rows:
+                    yield row.session, batch[port][start : start + row.tokens].tolist()
+                    start += row.tokens
+
+
+def _edge(plain: Mapping[str, Any]) -> Edge:
+    source, target = plain["name"].split(" -> ")
+    (source, out), (target, into) = source.split("."), target.split(".")
+    return Edge(plain["name"], source, out, target, into, plain["codec"], plain["feedback"])
+
+
+def _kinds(hosts: Sequence[Mapping[str, Any]], edges: Sequence[Edge]) -> dict[str, Kind]:
+    """The actors, each after those that it hears of, but for what is fed back."""
+    left = {host["actor"]: host for host in hosts}
+    made: dict[str, Kind] = {}
+    depth = 0
+    while left:
+        waits = {
+            edge.target for edge in edges if not edge.feedback and edge.source in left and edge.source != edge.target
+        }
+        actor = next((actor for actor in left if actor not in waits), next(iter(left)))
+        host = left.pop(actor)
+        layers = (host["layers"][0], host["layers"][1]) if host["layers"] is not None else None
+        made[actor] = Kind(host["kind"], layers, len(made), depth)
+        if layers is not None and host["kind"] not in _ENCODERS:
+            depth = max(depth, layers[1] + 1)
+    return made

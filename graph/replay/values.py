@@ -1,0 +1,142 @@
+"""Hold tensors by their place in the model (tensor_places.py names it) and by token, and measure how far two of them differ.
+
+A token is known by its session (the first, the second, … of its run) and its position.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from ranvier.transport.format.header import Row
+
+Order = tuple[float, int, bool]
+"""Depth in the model, part of that depth, whether it is at a receiving end."""
+GIVEN, ENCODER, LAST = -1e6, -1e3, 1e6
+"""Depths: of what the gateway sent step by step, of the first layer of an encoder, of what is made of the last layer."""
+
+
+class Place(NamedTuple):
+    """Where in a model. `sent`: at the sending end of an edge, or inside an actor, else at the receiving end."""
+
+    name: str
+    sent: bool
+
+
+class Token(NamedTuple):
+    session: int
+    position: int
+
+
+@dataclass(slots=True)
+class Values:
+    """`at` holds vectors by place and token, `order` puts the places in order, the shallow ones first; `maker` is the actor
+    that made what is there, `takes` are the places from which an actor takes. `prompt` says how long each session's was."""
+
+    at: dict[Place, dict[Token, torch.Tensor]] = field(default_factory=dict)
+    order: dict[Place, Order] = field(default_factory=dict)
+    maker: dict[Place, str] = field(default_factory=dict)
+    takes: dict[str, set[Place]] = field(default_factory=dict)
+    prompt: dict[int, int] = field(default_factory=dict)
+    logs: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """The longest that is known of each session."""
+
+    def put(
+        self, where: tuple[Place, Order], maker: str, sessions: Mapping[int, int], rows: tuple[Row, ...], tensor: torch.Tensor,
+        shift: int = 0,
+    ) -> None:  # fmt: skip
+        """The parts of a tensor, by the tokens of its rows: one each, or one for a row; `shift` is added to positions."""
+        place, order = where
+        held = self.at.setdefault(place, {})
+        self.order.setdefault(place, order)
+        self.maker.setdefault(place, maker)
+        by_tokens = tensor.dim() > 0 and len(tensor) == sum(row.tokens for row in rows)
+        start = 0
+        for index, row in enumerate(rows):
+            session = sessions.get(row.session, row.session)
+            if by_tokens:
+                for offset in range(row.tokens):
+                    held[Token(session, row.position + offset + shift)] = tensor[start + offset].flatten()
+                start += row.tokens
+            elif len(rows) == 1:
+                held[Token(session, row.position + shift)] = tensor.flatten()
+            else:
+                held[Token(session, row.position + shift)] = tensor[index].flatten()
+
+    def moment(self, place: Place, token: Token) -> int:
+        """Tokens of a prompt are computed together; each one after it by itself. What an encoder reads comes before either."""
+        read_first = GIVEN < self.order[place][0] < 0
+        return -1 if read_first else max(token.position, self.prompt.get(token.session, 1) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """By how much two vectors differ. `size`: the Euclidean distance over the norm of the first (infinite where shapes differ,
+    or one has NaN); of whole numbers 1 if they differ. `index`, `one` and `other`: the element that differs most."""
+
+    size: float
+    index: int
+    one: float
+    other: float
+    shapes: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    place: Place
+    token: Token
+    by: Measure
+
+
+def measure(one: torch.Tensor, other: torch.Tensor) -> Measure:
+    shapes = one.numel(), other.numel()
+    if one.shape != other.shape:
+        return Measure(math.inf, 0, math.nan, math.nan, shapes)
+    if not one.dtype.is_floating_point:
+        differs = (one != other).to(torch.float64)
+        size = float(differs.any())
+    else:
+        if one.dtype != other.dtype:  # what the coarser one cannot say is no difference
+            coarser = max(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+            one, other = one.to(coarser), other.to(coarser)
+        wide, wider = one.double(), other.double()
+        differs = (wide - wider).abs().nan_to_num(math.inf)
+        same = (wide == wider) | (wide.isnan() & wider.isnan())  # equal infinities, too
+        differs[same] = 0.0
+        norm = float(wide[wide.isfinite()].norm())
+        distance = float(differs.norm())
+        size = 0.0 if distance == 0 else distance / norm if norm > 0 and math.isfinite(distance) else math.inf
+    index = int(differs.argmax()) if differs.numel() else 0
+    pair = (float(one[index]), float(other[index])) if one.numel() else (0.0, 0.0)
+    return Measure(size, index, *pair, shapes)
+
+
+def common(one: Values, other: Values) -> list[Place]:
+    """The places that both have, in order."""
+    return sorted(one.at.keys() & other.at.keys(), key=lambda place: (one.order[place], place))
+
+
+def compare(one: Values, other: Values, threshold: float) -> tuple[Difference | None, dict[Place, float]]:
+    """The first difference over the threshold, and the largest of every place that both have, up to its moment.
+
+    First is what was computed first: a prompt before the tokens after it, and of one moment what is less deep.
+    """
+    first: Difference | None = None
+    sizes: dict[Place, list[tuple[int, float]]] = {}
+    for place in common(one, other):
+        own, theirs = one.at[place], other.at[place]
+        sizes[place] = []
+        for token in sorted(own.keys() & theirs.keys()):
+            found = measure(own[token], theirs[token])
+            moment = one.moment(place, token)
+            sizes[place].append((moment, found.size))
+            if found.size > threshold and (first is None or moment < one.moment(first.place, first.token)):
+                first = Difference(place, token, found)
+    until = one.moment(first.place, first.token) if first is not None else math.inf
+    return first, {
+        place: max((size for moment, size in own if moment <= until), default=0.0) for place, own in sizes.items()
+    }

@@ -1,0 +1,117 @@
+"""The hosts of a run while it goes on: one joins, one leaves, and everyone else learns of it.
+
+Joining: the new host loads its weights; everyone it will speak with learns where it is; then it opens its links. Leaving:
+it ends, and everyone forgets it. Why they do is the business of `scaling.py` and `recovery.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+
+import trio
+
+from ranvier.actors.protocol.host_spec import GATEWAY, HostLink, HostSpec, identity
+from ranvier.actors.supervise.supervisor import Supervisor
+from ranvier.transport.wires.trio_wire import TrioWire
+
+from ..plan.plan import EPOCH, Live, Plan
+from ..sessions.gateway import Gateway
+from .run_folder import RunFolder
+
+
+class Members:
+    """`flush` carries out what the gateway decided. `live` are those that have their place in the run, and their epochs."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        supervisor: Supervisor,
+        gateway: Gateway,
+        wire: TrioWire,
+        flush: Callable[[], None],
+    ) -> None:
+        self.live: dict[str, dict[int, int]] = plan.live
+        self.flush = flush
+        self._plan = plan
+        self._folder = folder
+        self._supervisor = supervisor
+        self._gateway = gateway
+        self._wire = wire
+        self._next = {actor: len(replicas) for actor, replicas in plan.live.items()}
+        self._one_at_a_time = trio.Lock()
+
+    def another(self, actor: str) -> HostSpec:
+        """One replica more."""
+        replica = self._next[actor]
+        self._next[actor] += 1
+        return self._spec(actor, replica, EPOCH)
+
+    def again(self, lost: HostSpec) -> HostSpec:
+        """The same replica in its next epoch."""
+        return self._spec(lost.actor, lost.replica, lost.epoch + 1)
+
+    def _spec(self, actor: str, replica: int, epoch: int) -> HostSpec:
+        live: Live = {**self.live, actor: {**self.live[actor], replica: epoch}}
+        return self._plan.host(actor, replica, live, self._folder.path, self._folder.sockets)
+
+    async def enter(self, spec: HostSpec, instead_of: str | None = None) -> None:
+        """A host that has loaded takes its place, or a lost one's: links to and from everyone, sessions from when it runs.
+
+        Raises:
+            ActorFailed: it was lost meanwhile; nobody has it in mind any more.
+        """
+        async with self._one_at_a_time:
+            await self._introduce(spec)
+            links = self._plan.links(spec.actor, spec.replica, self._live_with(spec))
+            gateway, address = self._gateway.exchange.me, self._wire.wire.address
+            self._supervisor.connect(spec, links, gateway, address, instead_of)
+            await self._supervisor.until_joined(spec)
+            self.live[spec.actor][spec.replica] = spec.epoch
+        placement = self._gateway.placement
+        if spec.replica not in placement.replicas[spec.actor]:
+            host = self._supervisor.supervision.hosts[spec.identity]
+            placement.join(spec.actor, spec.replica, host.capacity_tokens, host.keeps)
+
+    async def _introduce(self, spec: HostSpec) -> None:
+        """Everyone who will speak with the new host makes ready for it."""
+        live, supervision = self._live_with(spec), self._supervisor.supervision
+        address, detour = supervision.hosts[spec.identity].address, self._supervisor.detour
+        assert address is not None
+        told = []
+        for actor, replicas in self.live.items():
+            for replica, epoch in replicas.items():
+                links = _between(spec, self._plan.links(actor, replica, live))
+                if links and not supervision.is_lost(key := identity(actor, replica, epoch)):
+                    told.append(key)
+                    self._supervisor.tell(
+                        [f"{actor}.{replica}"], "link", peer=spec.identity, address=detour(key, spec.identity, address),
+                        links=[asdict(link) for link in links],
+                    )  # fmt: skip
+        self._wire.connect(spec.identity, detour(self._gateway.exchange.me, spec.identity, address))
+        for link in _between(spec, self._plan.links(GATEWAY, 0, live)):
+            self._gateway.exchange.add(link.link)
+            self._gateway.add(link)
+        self._gateway.exchange.open()
+        self.flush()
+        await self._supervisor.until_linked(told, spec.identity)
+
+    def _live_with(self, spec: HostSpec) -> Live:
+        return {**self.live, spec.actor: {**self.live[spec.actor], spec.replica: spec.epoch}}
+
+    def forget(self, spec: HostSpec) -> None:
+        """Nobody speaks with it any more, and what it still says is refused."""
+        live = self.live[spec.actor]
+        if live.get(spec.replica) == spec.epoch:
+            del live[spec.replica]
+        others = [host.spec.label for key, host in self._supervisor.supervision.hosts.items() if key != spec.identity]
+        self._supervisor.tell(others, "unlink", peer=spec.identity)
+        self._gateway.remove(spec.identity)
+        self._gateway.exchange.remove(spec.identity)
+        self._wire.disconnect(spec.identity)
+        self._supervisor.on_forgotten(spec.identity)
+
+
+def _between(spec: HostSpec, links: Iterable[HostLink]) -> list[HostLink]:
+    return [link for link in links if spec.identity in (link.link.source, link.link.target)]

@@ -1,0 +1,72 @@
+"""A run's own process as one end of its links: the wire, the records of what goes over it, and their file in the trace."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+import trio
+
+from ranvier.actors.host.control import SHIP_AT_ONCE, SHIP_INTERVAL_S
+from ranvier.actors.protocol.host_spec import GATEWAY, identity
+from ranvier.actors.trace.ring import Ring
+from ranvier.actors.trace.trace_file import TraceFile
+from ranvier.actors.trace.trace_records import Records
+from ranvier.transport.links.exchange import Exchange
+from ranvier.transport.links.link import LinkSpec
+from ranvier.transport.links.link_state import Received
+from ranvier.transport.wires.curve import read as read_keys
+from ranvier.transport.wires.trio_wire import TrioWire
+from ranvier.transport.wires.zeromq import ZeroWire
+
+from ..plan.plan import EPOCH, Plan
+from .run_folder import RunFolder
+
+ME = identity(GATEWAY, 0, EPOCH)
+
+
+class OwnEnd:
+    """Of a run, or of a training, whose records are chosen by position."""
+
+    def __init__(self, plan: Plan, folder: RunFolder, *, by_position: bool = False) -> None:
+        graph = plan.graph
+        self._plan, self._folder = plan, folder
+        self._traces, self._sampling = bool(graph.file.trace), graph.file.sampling
+        keys = plan.keys(folder.path)
+        self.wire = TrioWire(
+            ZeroWire(
+                ME, plan.gateway_endpoint(folder.sockets), max_frame_bytes=graph.file.max_frame_bytes,
+                shared_from_bytes=graph.file.shared_from_bytes, direct=True,
+                keys=read_keys(keys, GATEWAY) if keys is not None else None,
+            )
+        )  # fmt: skip
+        self._ring = Ring()
+        self.records = Records(self._ring, self._sampling.sample, by_position=by_position)
+
+    def exchange(self, links: Iterable[LinkSpec]) -> Exchange:
+        """Of these links, which leaves records where the run has a trace."""
+        records = self.records
+        told = (records.sent, records.unsent, records.control) if self._traces else ()
+        return Exchange(ME, self._plan.hash, links, time.monotonic_ns, *told)
+
+    def done(self, received: Received) -> None:
+        """A message was taken in, and that was all there was to do with it."""
+        if self._traces:
+            self.records.done(received, received.received_ns, time.monotonic_ns(), 1)
+
+    async def ship(self) -> None:
+        """Write the records until cancelled, and then those that are left."""
+        if not self._traces:
+            return
+        sampling, ring = self._sampling, self._ring
+        with TraceFile(
+            self._folder.path, f"{GATEWAY}.0", sample=sampling.sample, most_bytes=sampling.megabytes << 20
+        ) as file:
+            try:
+                while True:
+                    if not file.write(ring.take(SHIP_AT_ONCE), ring.dropped):
+                        await trio.sleep(SHIP_INTERVAL_S)
+                    await trio.lowlevel.checkpoint()
+            finally:
+                while file.write(ring.take(SHIP_AT_ONCE), ring.dropped):
+                    pass

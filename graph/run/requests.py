@@ -1,0 +1,432 @@
+"""The generations of a run: from a prompt to a session of the gateway, and on from the journal of a run that was lost."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import msgspec
+import trio
+
+from ranvier.actors.component.session import Sampling, SessionInfo
+from ranvier.actors.errors import ActorFailed, Overloaded
+from ranvier.actors.protocol.host_spec import GATEWAY
+from ranvier.actors.trace import spans
+from ranvier.transport.format.errors import RanvierError, ResourceError
+
+from ..file.checked import Graph
+from ..file.errors import RequestError
+from ..sessions import journal
+from ..sessions.gateway import Gateway, token_tensor
+from ..sessions.generation import Client, Generation, Later, Over, Source, Wakes
+from ..sessions.journal import Asked, Ended, Journal, Request, Resumed
+from ..sessions.stream import Stream, Tensors
+from ..sessions.text_process import TextProcess
+from ..sessions.text_stream import TextStream
+from ..sessions.tokenizer import TextCodec
+
+
+class _Request(NamedTuple):
+    """What is asked for, but for the prompt. `root` and `caller` are of its trace."""
+
+    max_tokens: int
+    sampling: Sampling
+    stop_tokens: tuple[int, ...] | None
+    logits: bool
+    deadline_ns: int
+    root: str
+    caller: str
+    key: str
+    stop: tuple[str, ...]
+
+
+class _Waiting(NamedTuple):
+    """A request whose prompt is text yet, or the messages of a chat."""
+
+    generation: Generation
+    prompt: str | list[dict[str, Any]]
+    raw: bool
+    request: _Request
+
+
+class Requests:
+    """The generations of one run. `flush` carries out what the gateway decided, `capacity` says how many positions fit into
+    every actor's KV cache; `folder` is the run's. `journal` is set once its file is there, where the graph asks for one."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        gateway: Gateway,
+        codec: TextCodec | None,
+        text: TextProcess | None,
+        flush: Callable[[], None],
+        wakes: Wakes,
+        capacity: Callable[[], int | None],
+        folder: Path,
+    ) -> None:
+        self.journal: Journal | None = None
+        self._graph = graph
+        self._gateway = gateway
+        self._codec = codec
+        self._text = text
+        self._flush = flush
+        self._wakes = wakes
+        self._capacity = capacity
+        self._folder = folder
+        self._waiting_in, self._waiting = trio.open_memory_channel[_Waiting](math.inf)
+        self._left: dict[str, Request] = {}
+        self._resumed: dict[str, Source] = {}
+        self._no_room: dict[str, Later] = {}
+        """Those of the lost run that wait until another one ends."""
+        self._one_is_over = trio.Event()
+        self._preparing: Generation | None = None
+        self._over: Exception | None = None
+        self._not_durable: set[str] = set()
+
+    @property
+    def _process(self) -> TextProcess:
+        if self._text is None:
+            raise no_tokenizer(self._graph)
+        return self._text
+
+    def chat_ids(self, messages: Sequence[dict[str, Any]] | str) -> list[int]:
+        """Return the token ids of a chat. See `Run.chat_tokens`."""
+        return self._process.chat_ids(_chat(messages))
+
+    def generate(
+        self,
+        prompt: str | Sequence[dict[str, str]] | Sequence[int],
+        *,
+        max_tokens: int,
+        raw: bool,
+        sampling: Sampling | None,
+        stop: Sequence[str],
+        stop_tokens: Sequence[int] | None,
+        logits: bool,
+        deadline_s: float | None,
+        traceparent: str | None,
+    ) -> Generation:
+        """Begin a generation, at once if its prompt is token ids, else when it has been turned into them. See
+        `Run.generate`."""
+        graph = self._graph
+        if not graph.generates or graph.checkpoint is None:
+            raise RequestError(f"graph {graph.name} does not generate tokens; use call()")
+        if stop and self._codec is None:
+            raise RequestError("stop strings need the model's tokenizer, and it brings none; use stop_tokens")
+        if deadline_s is not None and not deadline_s > 0:
+            raise RequestError(f"deadline_s: expected over 0, got {deadline_s}")
+        request = _Request(
+            _whole("max_tokens", max_tokens),
+            sampling or Sampling(),
+            tuple(_whole("stop_tokens", token) for token in stop_tokens) if stop_tokens is not None else None,
+            logits,
+            time.monotonic_ns() + int(deadline_s * 1e9) if deadline_s is not None else 0,
+            *self.traced(traceparent),
+            secrets.token_hex(8) if self.journal is not None else "",
+            tuple(stop),
+        )
+        generation = Generation(TextStream(self._codec, stop))
+        generation.request_id = request.key
+        generation.is_durable = self._is_durable
+        asked = _prompt(prompt)
+        if isinstance(asked, list) and not isinstance(next(iter(asked), 0), dict):
+            self._begin(generation, cast(list[int], asked), request)
+        else:
+            if self._over is not None:
+                raise self._over
+            if self._text is None:
+                raise no_tokenizer(graph)
+            generation.deadline_ns = request.deadline_ns
+            self._waiting_in.send_nowait(_Waiting(generation, cast(str | list[dict[str, Any]], asked), raw, request))
+        return generation
+
+    def _begin(self, generation: Generation, ids: list[int], request: _Request) -> None:
+        """Submit a request whose prompt is known as token ids.
+
+        Raises:
+            RequestError, Overloaded, ActorFailed: see `generate`.
+        """
+        graph = self._graph
+        assert graph.checkpoint is not None
+        config = graph.checkpoint.config
+        self.check(ids, request.max_tokens)
+        log: tuple[int, ...] = tuple(ids)
+        inputs: Tensors = {}
+        if config.encoder is not None and not any(e.source == GATEWAY and e.out == "prompt" for e in graph.edges):
+            raise RequestError(f"graph {graph.name} has no encoder_embedding, so nothing takes the prompt")
+        if config.encoder is not None:  # the prompt is the encoder's; the decoder begins with a token of its own
+            log, inputs = (config.encoder.start_token,), {"prompt": token_tensor(ids, "prompt")}
+        info = SessionInfo(
+            session=0,
+            epoch=0,
+            traceparent=request.root,
+            capacity=len(ids) + request.max_tokens,
+            log=log,
+            max_tokens=request.max_tokens,
+            stop_tokens=tuple(config.eos_tokens) if request.stop_tokens is None else request.stop_tokens,
+            sampling=request.sampling,
+            logits=request.logits,
+        )
+        deadline_s = time.time() + (request.deadline_ns - time.monotonic_ns()) / 1e9 if request.deadline_ns else 0.0
+        source = tuple(ids) if inputs else ()
+        asked = journal.of_request(request.key, info, request.stop, deadline_s, source=source)
+        client = self._client(info, inputs, asked, request.deadline_ns, request.caller)
+        generation.begin(client, client.stream.info, len(ids))
+
+    async def prepare(self) -> None:
+        """Turn the prompts that are text into token ids, in the order in which they were asked for, and begin them. That may
+        take a second where a template is hostile; the gateway goes on meanwhile."""
+        async for generation, prompt, raw, request in self._waiting:
+            if generation.closed:
+                continue
+            self._preparing = generation
+            try:
+                ids = await trio.to_thread.run_sync(self._ids, prompt, raw, abandon_on_cancel=True)
+                if not generation.closed:
+                    self._begin(generation, ids, request)
+            except Exception as error:  # whatever is wrong with this prompt, the others go on
+                generation.refuse(error)
+            self._preparing = None
+
+    def _ids(self, prompt: str | list[dict[str, Any]], raw: bool) -> list[int]:
+        checkpoint = self._graph.checkpoint
+        raw = raw or (checkpoint is not None and checkpoint.config.encoder is not None)
+        return self._process.ids(prompt) if raw and isinstance(prompt, str) else self._process.chat_ids(_chat(prompt))
+
+    def refuse(self, why: Exception) -> None:
+        """End with this what has not begun: requests whose prompts are still text, those that wait for room, and those that
+        come."""
+        self._over = why
+        for key, later in self._no_room.items():
+            self._note(Ended(key, "", str(why)))
+            later.begin(Over(why))
+        self._no_room.clear()
+        if self._preparing is not None:
+            self._preparing.refuse(why)
+        with contextlib.suppress(trio.WouldBlock):
+            while True:
+                self._waiting.receive_nowait().generation.refuse(why)
+
+    def check(self, ids: list[int], max_tokens: int, spare: int = 0) -> None:
+        """Check that a prompt and what is asked for fit into the model, and into a KV cache.
+
+        Raises:
+            RequestError: they do not.
+        """
+        assert self._graph.checkpoint is not None
+        config = self._graph.checkpoint.config
+        context = config.context + spare
+        vocab = config.vocab if config.encoder is None else config.encoder.source_vocab
+        if not ids:
+            raise RequestError("the prompt is empty; give at least one token")
+        if max_tokens < 1:
+            raise RequestError(f"max_tokens: expected at least 1, got {max_tokens}")
+        if config.encoder is not None:  # each end has the context for itself
+            if max(len(ids), max_tokens) > context:
+                raise RequestError(
+                    f"the prompt has {len(ids)} tokens and {max_tokens} are asked for, but either end of the model holds "
+                    f"{context}; shorten one of them"
+                )
+        elif len(ids) + max_tokens > context:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens and {max_tokens} are asked for, but the model's context is {context}; "
+                "shorten one of them"
+            )
+        wrong = next((token for token in ids if not 0 <= token < vocab), None)
+        if wrong is not None:
+            raise RequestError(f"token {wrong} is not in the vocabulary of {vocab}")
+        capacity = self._capacity()
+        if capacity is not None and len(ids) + max_tokens > capacity:
+            raise RequestError(
+                f"the request needs {len(ids) + max_tokens} tokens of KV cache, an actor holds {capacity}; raise cache_tokens"
+            )
+
+    def traced(self, traceparent: str | None) -> tuple[str, str]:
+        """The trace context of a request's root span, empty if nobody traces it, and the span that it comes from."""
+        file = self._graph.file
+        if not file.trace or (traceparent is None and file.telemetry.otlp is None):
+            return "", ""  # spans are read from the trace
+        try:
+            return spans.root(traceparent)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+
+    # -- the journal --------------------------------------------------------------------------------------------
+
+    def _client(
+        self, info: SessionInfo, inputs: Tensors, asked: Asked, deadline_ns: int = 0, caller: str = ""
+    ) -> Client:
+        """Submit a session, and note it in the journal before its client sees anything.
+
+        Raises:
+            Overloaded, ActorFailed: see `Gateway.submit`. Then nothing is noted.
+        """
+        key = asked.id if self.journal is not None else ""
+        stream = self._gateway.submit(info, inputs, deadline_ns, caller, key, asked.tokens)
+        self._note(asked)
+        return Client(self._gateway, stream, self._flush, self._wakes)
+
+    def _note(self, line: Asked | Ended) -> None:
+        if self.journal is not None:
+            self.journal.add(line)
+
+    def on_delivered(self, stream: Stream, position: int, token: int) -> None:
+        """A client is about to get a token."""
+        if self.journal is not None and stream.key:
+            self.journal.add(journal.Made(stream.key, position, token))
+
+    def on_ended(self, stream: Stream, outcome: str | Exception) -> None:
+        """A session is over."""
+        if stream.key:
+            failed = isinstance(outcome, Exception)
+            self._note(Ended(stream.key, "" if failed else str(outcome), str(outcome) if failed else ""))
+        self._one_is_over.set()
+
+    def write(self) -> None:
+        """Write what was noted, before any client is woken."""
+        if self.journal is not None and not self.journal.flush():
+            self._not_durable.update(stream.key for stream in self._gateway.streams.values() if stream.key)
+
+    def catch_up(self) -> None:
+        """Write what a full disk has kept out of the journal."""
+        if self.journal is not None:
+            self.journal.catch_up()
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """How many requests were not durable for a while, where there is a journal."""
+        return {"requests_not_durable": len(self._not_durable)} if self.journal is not None else {}
+
+    def _is_durable(self) -> bool:
+        return self.journal is None or self.journal.durable
+
+    @property
+    def resumed(self) -> Sequence[str]:
+        """The requests of the run that was resumed, by the ids that their clients know (`Generation.request_id`): those that go
+        on here, and those that were over."""
+        return list(self._left)
+
+    def go_on(self, left: Resumed) -> None:
+        """Continue the open requests of a run that was lost, each from the tokens that its journal has. Those that there is no
+        room for wait until another ends (`make_room`).
+
+        Raises:
+            ResourceError: this run's journal cannot be written. That of the lost run remains as it was.
+        """
+        for key, request in left.requests.items():
+            self._left[key] = request
+            reason = request.reason
+            if reason is None:
+                self._resumed[key] = self._gone_on(key) or self._no_room.setdefault(key, Later())
+                continue
+            end = request.end or Ended(key, reason)
+            self._note(_so_far(request))
+            self._note(end)
+            self._resumed[key] = Over(ActorFailed(GATEWAY, end.error) if end.error else reason)
+        for key in self._no_room:
+            self._note(_so_far(self._left[key]))
+        self._flush()
+        if not self._is_durable():
+            raise ResourceError("the journal of the new run cannot be written; make room on the disk, and resume again")
+        left.moved_to(self._folder)
+
+    def _gone_on(self, key: str) -> Source | None:
+        """Submit a request of the lost run; None if there is no room for it now."""
+        request, asked = self._left[key], _so_far(self._left[key])
+        inputs: Tensors = {"prompt": token_tensor(asked.source, "prompt")} if asked.source else {}
+        try:
+            return self._client(request.info, inputs, asked, request.deadline_ns)
+        except Overloaded as error:
+            if self._gateway.streams:
+                return None
+            why: RanvierError = error  # nobody is there who could make room
+        except RanvierError as error:
+            why = error
+        self._note(asked)
+        self._note(Ended(key, "", str(why)))
+        return Over(why)
+
+    async def make_room(self) -> None:
+        """Let the requests of the lost run that wait for room go on, in their order, as others end."""
+        while True:
+            await self._one_is_over.wait()
+            self._one_is_over = trio.Event()
+            for key, later in list(self._no_room.items()):
+                source = self._gone_on(key)
+                if source is None:
+                    break
+                del self._no_room[key]
+                later.begin(source)
+            self._flush()
+
+    def resume(self, request_id: str, after: int | None = None) -> Generation:
+        """Take up a request of the run that was resumed: its tokens after the position `after` (`Token.position` of the last
+        one that the client has seen; None: all), those from the journal first.
+
+        Raises:
+            RequestError: there is no such request, or another client has taken it up.
+        """
+        source = self._resumed.pop(request_id, None)
+        if source is None:
+            why = "another client has taken it up" if request_id in self._left else f"one of {list(self._left)[:5]}"
+            raise RequestError(f"request {request_id!r:.80}: expected one that was resumed: {why}")
+        request = self._left[request_id]
+        generation = Generation(TextStream(self._codec, request.asked.stop))
+        generation.request_id = request_id
+        generation.is_durable = self._is_durable
+        generation.begin(source, request.info, len(request.asked.source or request.info.log))
+        generation.recorded(len(request.info.log), request.tokens, after)
+        return generation
+
+
+def no_tokenizer(graph: Graph) -> RequestError:
+    """Return the error of text where a graph has no use for it."""
+    return RequestError(f"graph {graph.name} has no tokenizer; give token ids and use `stop_tokens`")
+
+
+def _so_far(request: Request) -> Asked:
+    """Return what was asked, with the tokens that there are."""
+    return msgspec.structs.replace(request.asked, tokens=tuple(request.tokens))
+
+
+def _chat(messages: Sequence[dict[str, Any]] | str) -> Sequence[dict[str, Any]]:
+    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+
+
+def _prompt(prompt: str | Sequence[dict[str, Any]] | Sequence[int]) -> str | list[dict[str, Any]] | list[int]:
+    """Check that a prompt is of one of its three forms.
+
+    Raises:
+        RequestError: it is not.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) and all(isinstance(item, dict) for item in prompt):
+        return [item for item in prompt if isinstance(item, dict)]
+    if any(isinstance(item, bool | str | dict) for item in prompt):
+        kinds = ", ".join(sorted({type(item).__name__ for item in prompt}))
+        raise RequestError(
+            f"prompt: expected text, a list of chat messages, or a list of token ids, got a list of {kinds}"
+        )
+    return [_whole("prompt", item) for item in prompt]
+
+
+def _whole(name: str, value: Any) -> int:
+    """Return a whole number of Python's own: others, such as numpy's, cannot be sent.
+
+    Raises:
+        RequestError: it is none, or too large for a token or a count.
+    """
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        raise RequestError(f"{name}: expected a whole number, got {type(value).__name__}") from None
+    if not -(1 << 63) <= whole < 1 << 63:
+        raise RequestError(f"{name}: expected at most 63 bits, got {whole.bit_length()}")
+    return whole

@@ -1,0 +1,402 @@
+"""A run: the plan, running. What a user asks of it, and the gateway's hands; `launch.py` starts and ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from ranvier.actors.component.session import Sampling, SessionInfo
+from ranvier.actors.errors import told
+from ranvier.actors.protocol.host_spec import GATEWAY
+from ranvier.actors.supervise.supervisor import Supervisor
+from ranvier.actors.trace import spans
+from ranvier.transport.format.errors import LinkClosed, ProtocolError
+from ranvier.transport.format.header import Row
+from ranvier.transport.format.message import stable
+from ranvier.transport.links.exchange import RefusedMessage
+from ranvier.transport.links.link_state import Received
+
+from ..file.errors import RequestError
+from ..plan.plan import Plan
+from ..sessions.gateway import Gateway
+from ..sessions.generation import Client, Generation, Wakes
+from ..sessions.stream import Stream
+from ..sessions.text_process import TextProcess
+from ..sessions.tokenizer import TextCodec
+from .blame import Answer
+from .chaos import Detours
+from .members import Members
+from .parent_end import OwnEnd
+from .recovery import Recovered, Recovery
+from .requests import Requests, no_tokenizer
+from .run_folder import RunFolder
+from .scaling import Scaling
+from .status import Status
+from .why import Why
+
+if TYPE_CHECKING:
+    import torch
+
+TICK_S = 1.0
+ACK_DELAY_S = 0.002
+LATE_NS = 3_000_000_000
+"""Between two looks at who is quiet; each comes a tick after the last message."""
+
+
+class Run:
+    """A graph that is running. Made by `launch`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: RunFolder,
+        supervisor: Supervisor,
+        own: OwnEnd,
+        gateway: Gateway,
+        codec: TextCodec | None,
+        text: TextProcess | None,
+        detours: Detours,
+        why: Why,
+        status: Status,
+    ) -> None:
+        self.plan = plan
+        self.folder = folder
+        self._supervisor = supervisor
+        self._own = own
+        self._gateway = gateway
+        self._codec = codec
+        self._detours = detours
+        self._wakes: Wakes = {}
+        self._over = False
+        self._quiet_since_ns = 0
+        self._looked_ns = 0
+        self._steps = -1
+        self._why = why
+        self._status = status
+        self.metrics: str | None = None
+        """Where Prometheus reads this run's /metrics, if anywhere."""
+        why.gateway, why.taken_from = gateway, self._wakes
+        self._requests = Requests(
+            plan.graph, gateway, codec, text, self._flush, self._wakes,
+            lambda: supervisor.supervision.capacity_tokens, folder.path,
+        )  # fmt: skip
+        gateway.on_ended = self._on_ended
+        gateway.on_delivered = self._requests.on_delivered
+        members = Members(plan, folder, supervisor, gateway, own.wire, self._flush)
+        self._scaling = Scaling(plan, supervisor, gateway, members)
+        self._recovery = Recovery(plan, supervisor, gateway, members)
+
+    @property
+    def dir(self) -> Path:
+        """The run folder."""
+        return self.folder.path
+
+    @property
+    def pids(self) -> Mapping[str, int]:
+        """The processes of the hosts, by identity (`actor.replica.epoch`), where they run on this machine."""
+        return self._supervisor.pids
+
+    @property
+    def alarms(self) -> Sequence[Mapping[str, Any]]:
+        """Edges whose tap has seen NaN or infinities, the first one first: `actor`, `edge`, `session`, `position`, and the
+        `share` of the elements."""
+        return self._supervisor.alarms
+
+    def status(self) -> dict[str, Any]:
+        """Hosts, open sessions, counters: what is known at this moment without asking anybody."""
+        return {
+            **self._status.snapshot(), "counters": self.counters, "recoveries": len(self.recoveries),
+            "requests": self._gateway.accepted, "tokens": self._gateway.delivered,
+        }  # fmt: skip
+
+    @property
+    def recoveries(self) -> Sequence[Recovered]:
+        """The hosts that were lost so far and have been replaced."""
+        return self._recovery.done
+
+    @property
+    def codec(self) -> TextCodec:
+        """The model's tokenizer.
+
+        Raises:
+            RequestError: the graph does not generate text, or its model brings no tokenizer.
+        """
+        if self._codec is None:
+            raise no_tokenizer(self.plan.graph)
+        return self._codec
+
+    def chat_tokens(self, messages: Sequence[dict[str, Any]] | str) -> list[int]:
+        """Return the token ids of a chat (a string: one message of the user), by the model's own template. Blocks until it
+        is there: a second at most, and as long as the prompts before it take. `generate` does not.
+
+        Raises:
+            RequestError: the graph does not generate text, or its model brings no tokenizer.
+            CheckpointError: the template is missing or wrong, refuses the messages, or takes too long.
+        """
+        return self._requests.chat_ids(messages)
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str | Sequence[dict[str, str]] | Sequence[int],
+        *,
+        max_tokens: int = 128,
+        raw: bool = False,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        stop_tokens: Sequence[int] | None = None,
+        logits: bool = False,
+        deadline_s: float | None = None,
+        traceparent: str | None = None,
+    ) -> Generation:
+        """Generate tokens: `async for token in run.generate(…)` gives each as soon as it is there.
+
+        Args:
+            prompt: a user's message, a list of chat messages, or token ids as they are.
+            max_tokens: at most so many new tokens.
+            raw: take a string as it is, without the chat template.
+            sampling: how tokens are chosen; greedy if None.
+            stop: strings that end the stream; they are not shown.
+            stop_tokens: ids that end the stream (shown in `token_ids`); the model's own if None.
+            logits: give the logits with every token.
+            deadline_s: seconds from now after which the stream ends with `Expired`, wherever it is.
+            traceparent: the W3C trace context of whoever asks: the request's spans join that trace. Without one they are a
+                trace of their own, where the graph says `telemetry.otlp`.
+
+        Raises:
+            RequestError: the prompt is empty or too long, or the graph does not generate.
+            Overloaded: no room now.
+            ActorFailed: an actor was lost (here, or while iterating).
+            Expired: the deadline passed (while iterating).
+        """
+        return self._requests.generate(
+            prompt, max_tokens=max_tokens, raw=raw, sampling=sampling, stop=stop, stop_tokens=stop_tokens, logits=logits,
+            deadline_s=deadline_s, traceparent=traceparent,
+        )  # fmt: skip
+
+    @property
+    def resumed(self) -> Sequence[str]:
+        """The requests of the run that was resumed, by the ids that their clients know (`Generation.request_id`): those that go
+        on here, and those that were over."""
+        return self._requests.resumed
+
+    def resume(self, request_id: str, after: int | None = None) -> Generation:
+        """Take up a request of the run that was resumed: its tokens after the position `after` (`Token.position` of the last
+        one that the client has seen; None: all), those from the journal first.
+
+        Raises:
+            RequestError: there is no such request, or another client has taken it up.
+        """
+        return self._requests.resume(request_id, after)
+
+    async def score(self, ids: Sequence[int], *, traceparent: str | None = None) -> list[float]:
+        """The log-probability (natural logarithm) of each token of `ids` but the first, given all before it.
+
+        Raises:
+            RequestError: fewer than two tokens or too many, or the graph is no language model.
+            Overloaded: no room now.
+            ActorFailed: an actor was lost.
+        """
+        graph = self.plan.graph
+        if not graph.generates or graph.checkpoint is None:
+            raise RequestError(f"graph {graph.name} is no language model; it has nothing to score")
+        config = graph.checkpoint.config
+        if config.encoder is not None:
+            raise RequestError(f"graph {graph.name} is an encoder–decoder model; score is for causal ones")
+        self._requests.check(list(ids), 1, spare=1)
+        if len(ids) < 2:
+            raise RequestError("score: expected at least two tokens, got 1")
+        root, caller = self._requests.traced(traceparent)
+        info = SessionInfo(session=0, epoch=0, capacity=len(ids), log=tuple(ids), score=True, traceparent=root)
+        with contextlib.closing(
+            Client(self._gateway, self._gateway.submit(info, caller=caller), self._flush, self._wakes)
+        ) as client:
+            await client.event()
+        return list(client.stream.scores)
+
+    async def call(self, traceparent: str | None = None, /, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Send one tensor to each input port of the gateway, wait for one from each output port. `traceparent`: see
+        `generate`.
+
+        Raises:
+            RequestError: the names are not the gateway's ports, or a tensor does not fit its edge.
+            ActorFailed: an actor was lost.
+        """
+        from ranvier.transport.format.tensors import dtype_name, from_buffer, to_buffer
+
+        ports = {edge.out for edge in self.plan.graph.edges if edge.source == GATEWAY}
+        if inputs.keys() != ports:
+            raise RequestError(f"call: expected the inputs {sorted(ports)}, got {sorted(inputs)}")
+        for edge in self.plan.graph.edges:
+            if edge.source == GATEWAY:
+                tensor = inputs[edge.out]
+                rows = {"tokens": tensor.shape[0] if tensor.dim() else 1, "rows": 1}
+                dtype = dtype_name(tensor.dtype)
+                try:
+                    edge.spec.check(edge.name, dtype, tuple(tensor.shape), rows)
+                except ProtocolError as error:
+                    raise RequestError(str(error)) from None
+        root, caller = self._requests.traced(traceparent)
+        info = SessionInfo(session=0, epoch=0, capacity=0, traceparent=root)
+        tensors = {}
+        for port, tensor in inputs.items():
+            try:
+                meta, buffer = to_buffer(port, tensor)
+            except ValueError as error:
+                raise RequestError(f"call: {error}") from None
+            tensors[port] = meta, stable(buffer)  # the caller may fill it anew, and it may have to be sent again
+        with contextlib.closing(
+            Client(self._gateway, self._gateway.submit(info, tensors, caller=caller), self._flush, self._wakes)
+        ) as client:
+            while not isinstance(await client.event(), str):
+                pass
+        outputs = client.stream.outputs
+        return {port: from_buffer(meta, buffer) for port, (meta, buffer) in outputs.items()}
+
+    async def scale(self, actor: str, replicas: int) -> str:
+        """Bring an actor to so many replicas while the run goes on: what was done, in words.
+
+        One that joins takes sessions from when it runs; one that leaves ends when its last session is over.
+
+        Raises:
+            RequestError: no such actor, or it cannot have so many.
+            ActorFailed: a replica that should have joined did not; the run goes on without it.
+        """
+        return await self._scaling.scale(actor, replicas)
+
+    async def why(self) -> Answer:
+        """Who waits for whom at this moment, in words, and who is to blame: what `ranvier why` says of a run."""
+        return await self._why.ask()
+
+    # -- the gateway's hands ------------------------------------------------------------------------------------
+
+    def on_session_failed(self, label: str, fields: Mapping[str, Any]) -> None:
+        self._gateway.on_session_failed(label, fields)
+        self._flush()
+
+    def _on_ended(self, stream: Stream, outcome: str | Exception) -> None:
+        """Note the end in the journal, and the root span of a request that somebody traces."""
+        self._requests.on_ended(stream, outcome)
+        context = spans.TraceContext(stream.asked.traceparent) if stream.asked.traceparent else None
+        if context is not None and context.sampled:
+            row = Row(stream.info.session, stream.info.epoch, 0, len(stream.log))
+            self._own.records.span(
+                stream.accepted_ns, time.monotonic_ns(), row, context.trace.hex(), context.span.hex(), stream.caller, [], 0,
+                spans.words(outcome),
+            )  # fmt: skip
+
+    def _flush(self) -> None:
+        """Carry out what the gateway decided."""
+        if self._over:
+            return
+        commands, self._gateway.commands = self._gateway.commands, []  # one that cannot be sent is not tried again
+        for kind, fields, labels in commands:
+            self._supervisor.tell(labels, kind, **fields)
+        for outgoing in self._gateway.exchange.outbox:
+            outgoing.buffers = self._own.wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
+        self._gateway.exchange.outbox.clear()
+        self._requests.write()
+        for stream, wake in self._wakes.items():
+            if stream.events:
+                wake.set()
+        self._scaling.look()
+
+    def _close(self) -> None:
+        """What clients still hold of their sessions ends. Messages are taken in and acknowledged until `_silence`: a host
+        that is told to stop waits for that."""
+        self._recovery.stop()
+        over = LinkClosed("the run is over")
+        self._gateway.on_failure(over)
+        self._requests.refuse(over)
+        self._flush()
+
+    def _silence(self) -> None:
+        """Nothing is sent any more."""
+        self._over = True
+
+    async def _listen(self) -> None:
+        gateway = self._gateway
+        exchange = gateway.exchange
+        while True:
+            arrival = None
+            wait_s = ACK_DELAY_S if exchange.owes() else TICK_S
+            due_ns = gateway.due_ns
+            if due_ns is not None:
+                wait_s = min(wait_s, max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
+            with trio.move_on_after(wait_s):
+                try:
+                    arrival = await self._own.wire.receive()
+                except ProtocolError as error:
+                    self._refused(error)
+            if arrival is not None:
+                try:
+                    received = exchange.on_arrival(arrival)
+                except ProtocolError as error:
+                    self._refused(error)
+                else:
+                    if received is not None:
+                        self._take(received)
+                        self._own.done(received)
+            elif exchange.owes():
+                exchange.idle()
+            else:
+                exchange.tick()
+                self._give_up_unanswered()
+                self._requests.catch_up()
+            if due_ns is not None and time.monotonic_ns() >= due_ns:
+                gateway.on_due(time.monotonic_ns())
+            self._flush()
+
+    def _take(self, received: Received) -> None:
+        try:
+            self._gateway.on_message(received)
+        except Exception as error:  # it is an error of the sessions in that message, not of the run
+            edge = received.link.spec.name
+            self._refused(
+                RefusedMessage(f"edge {edge}: the gateway cannot take it: {told(error)}", received.header.rows)
+            )
+
+    def _give_up_unanswered(self) -> None:
+        """Sessions that nobody works on any more: an actor has left an output out."""
+        supervision, now_ns = self._supervisor.supervision, time.monotonic_ns()
+        limits = self.plan.graph.file.supervision
+        # who looks late may have stood still itself: what was answered meanwhile is still unread
+        late, self._looked_ns = now_ns - self._looked_ns > LATE_NS, now_ns
+        if late or not supervision.quiet or supervision.steps != self._steps or not self._quiet_since_ns:
+            self._quiet_since_ns, self._steps = now_ns, supervision.steps
+        # what a host has just begun, its next heartbeat tells
+        quiet_s = (now_ns - self._quiet_since_ns) / 1e9 - 2 * limits.heartbeat_interval_s
+        if quiet_s > limits.join_deadline_s:
+            self._gateway.on_quiet(self._quiet_since_ns, limits.join_deadline_s)
+
+    def _refused(self, error: ProtocolError) -> None:
+        """Log it, and tell the clients whose answer it was."""
+        self._supervisor.refused(GATEWAY, str(error))
+        if isinstance(error, RefusedMessage):
+            for row in error.rows:
+                self._gateway.on_lost(row, error)
+
+    async def _failure(self) -> None:
+        await self._supervisor.failed.wait()
+        failure = self._supervisor.supervision.failure
+        assert failure is not None
+        self._gateway.on_failure(failure)
+        self._flush()
+
+    @property
+    def counters(self) -> dict[str, dict[str, int]]:
+        """What each process has counted, by `actor.replica`: rows that came late or were refused, second copies, waits for
+        credit, …"""
+        counted = {label: dict(own) for label, own in self._supervisor.supervision.counters.items()}
+        if done := self._detours.counters:
+            counted["chaos"] = dict(done)
+        own = {**self._gateway.exchange.counters, **self._own.wire.wire.counters}
+        own |= self._requests.counters
+        own |= {f"{name}_not_written": times for name, times in self.folder.lost.items()}
+        return {**counted, f"{GATEWAY}.0": own}

@@ -1,0 +1,200 @@
+"""The run folder: all that is needed to understand a run later.
+
+<runs>/<graph>-<date>-<time>-<letters>/      mode 0700
+    graph.yaml   the file as it was          plan.json    what was made of it
+    run.json     versions, times, outcome    logs/        a file a process, JSON lines and standard error
+    lock         held while it runs          journal.jsonl  requests and their tokens, with `journal: true`
+    trace/       a file an actor             sockets/     only while it runs
+    keys/        for tcp, made for this run alone where the graph names none; only while it runs
+    clocks.json  how far the hosts' clocks are ahead of the run's own, and how well that is known
+    record/      what was kept of edges, a folder an actor (actors/trace/recording.py)
+    state/       what actors have saved for those in their places, if any can
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import json
+import os
+import platform
+import secrets
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from ranvier.actors.errors import told
+from ranvier.actors.protocol.clocks import Clock
+from ranvier.actors.protocol.host_spec import GATEWAY
+from ranvier.transport.format.errors import RanvierError
+from ranvier.transport.wires import curve
+from ranvier.transport.wires.endpoint import MAX_IPC_PATH_BYTES
+
+from ..file.checked import Graph
+from ..plan.plan import Plan
+from . import runs
+
+DEFAULT_ROOT = Path("ranvier-runs")
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The folder of one run. `known` is what `run.json` says, `lost` how often a file could not be written."""
+
+    path: Path
+    sockets: Path
+    """Where the sockets are: a folder of its own where paths in the run's would be too long."""
+    lock: int
+    """The descriptor that holds the folder while the run goes on."""
+    known: dict[str, Any] = field(default_factory=dict)
+    lost: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def trace(self) -> Path:
+        return self.path / "trace"
+
+    @property
+    def keys(self) -> Path:
+        return self.path / "keys"
+
+    def outcome(self, **fields: Any) -> None:
+        """Add to `run.json`, replacing it whole. On a full disk what was written before stands, and the loss is counted."""
+        self.known.update(fields)
+        self._write("run.json", json.dumps(self.known, indent=1) + "\n")
+
+    def failed(self, error: BaseException) -> None:
+        """Write why the run ended: an error, or that somebody ended it."""
+        interrupted = isinstance(error, KeyboardInterrupt | trio.Cancelled)
+        if isinstance(error, BaseExceptionGroup):
+            interrupted = error.split((KeyboardInterrupt, trio.Cancelled))[1] is None
+        what = str(error) if isinstance(error, RanvierError) else told(error)
+        self.outcome(outcome="interrupted" if interrupted else "failed", error=what)
+
+    def clocks(self, clocks: Mapping[str, Clock]) -> None:
+        """Write how far the hosts' clocks are ahead, for whoever reads the trace."""
+        self._write("clocks.json", json.dumps({host: clock.estimates for host, clock in clocks.items()}))
+
+    def _write(self, name: str, text: str) -> None:
+        """Replace a file whole, or leave it as it was."""
+        part = self.path / f"{name}.part"
+        try:
+            part.write_text(text)
+            part.replace(self.path / name)
+        except OSError:
+            self.lost[name] += 1
+            with contextlib.suppress(OSError):
+                part.unlink()
+
+    def close(self) -> None:
+        """Remove what only a live run needs."""
+        for folder in (self.sockets, self.keys):
+            shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it led to a short one
+            (self.path / "sockets").unlink()
+        with contextlib.suppress(OSError):
+            (self.path / runs.LOCK).unlink()
+        with contextlib.suppress(OSError):  # done before
+            os.close(self.lock)
+
+
+def create(plan: Plan, root: Path) -> RunFolder:
+    """Make the folder of a new run under `root`.
+
+    Raises:
+        OSError: it cannot be made, or not all of it can be written.
+    """
+    graph = plan.graph
+    root.mkdir(parents=True, exist_ok=True)
+    removed = _prune(root, graph)
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    path = root.absolute() / f"{graph.name}-{stamp}-{secrets.token_hex(2)}"
+    path.mkdir(mode=0o700)
+    with contextlib.ExitStack() as undo:
+        undo.callback(shutil.rmtree, path, ignore_errors=True)
+        lock = runs.hold(path)
+        undo.callback(os.close, lock)
+        sockets = _sockets(graph, path)
+        undo.callback(shutil.rmtree, sockets, ignore_errors=True)
+        folder = RunFolder(path, sockets, lock)
+        _fill(folder, plan, removed)
+        undo.pop_all()
+    return folder
+
+
+def _fill(folder: RunFolder, plan: Plan, removed: Sequence[str]) -> None:
+    """Write what a run begins with. `removed`: the names of older runs that went to make room."""
+    graph, path = plan.graph, folder.path
+    for part in (folder.logs, folder.trace):
+        part.mkdir(mode=0o700)
+    if plan.keys(path) == folder.keys:
+        curve.write(folder.keys, (GATEWAY, *graph.actors))
+    shutil.copyfile(graph.path, path / "graph.yaml")
+    (path / "plan.json").write_text(json.dumps({**plan.to_plain(), "expanded": graph.expanded()}, indent=1) + "\n")
+    folder.outcome(
+        graph=graph.name,
+        hash=plan.hash,
+        file=str(graph.path.absolute()),
+        settings=dict(graph.overrides),
+        allow_code=graph.allow_code,
+        pid=os.getpid(),
+        started=datetime.datetime.now(datetime.UTC).isoformat(),
+        monotonic_ns=time.monotonic_ns(),
+        machine={"system": platform.platform(), "cores": os.cpu_count()},
+        versions=versions(),
+        removed=list(removed),
+    )
+    if folder.lost:
+        raise OSError(errno.ENOSPC, "run.json cannot be written", str(path))
+
+
+def _prune(root: Path, graph: Graph) -> Sequence[str]:
+    """Keep a folder of runs within the graph's bounds, with the run that is to come. Say so once: when it is done there for
+    the first time. Returns the names of the runs that are gone."""
+    bound = graph.file.runs
+    gone: list[runs.RunOfFolder] = []
+    with contextlib.suppress(OSError):  # it cannot be read: nothing goes
+        gone = runs.prune(root, bound.newest, int(bound.gigabytes * 1e9), coming=1)
+    said = root / ".pruned"
+    if gone and not said.exists():
+        with contextlib.suppress(OSError):
+            said.touch()
+        what = (
+            f"the newest {bound.newest} runs stay, {bound.gigabytes:g} GB at most; {len(gone)} older ones were removed"
+        )
+        print(f"ranvier: {root}: {what} (runs: of the graph file; this is said once)", file=sys.stderr)
+    return [run.path.name for run in gone]
+
+
+def versions() -> Mapping[str, str]:
+    names = ("ranvier", "torch", "pyzmq", "msgspec", "trio")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _sockets(graph: Graph, path: Path) -> Path:
+    """Make the folder for sockets: in the run's own, or a short private one where a socket's path would be too long."""
+    longest = max([*(f"{actor}.9999" for actor in graph.actors), "supervisor"], key=len)
+    own = path / "sockets"
+    if len(os.fsencode(own / f"{longest}.9999.c")) <= MAX_IPC_PATH_BYTES:
+        own.mkdir(mode=0o700)
+        return own
+    for place in (None, "/dev/shm", "/tmp"):
+        made = Path(tempfile.mkdtemp(prefix="rv-", dir=place))  # mode 0700
+        if len(os.fsencode(made / f"{longest}.9999.c")) <= MAX_IPC_PATH_BYTES:
+            own.symlink_to(made)  # so that commands find it
+            return made
+        made.rmdir()
+    raise OSError(f"no folder is short enough for the socket {longest}.c: at most {MAX_IPC_PATH_BYTES} bytes")

@@ -1,0 +1,46 @@
+"""What a run says of itself at a glance, to whoever watches it: known already, nobody is asked for it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ranvier.actors.supervise.supervisor import Supervisor
+
+from ..sessions.gateway import Gateway
+
+
+class Status:
+    """Answers `status` at the control socket."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self.gateway: Gateway | None = None
+        """Once there is one."""
+        supervisor.commands["status"] = self._on_command
+
+    def _on_command(self, client: str, _fields: Mapping[str, Any]) -> None:
+        self._supervisor.answer(client, "done", json.dumps(self.snapshot()))
+
+    def snapshot(self) -> dict[str, Any]:
+        """Hosts with state, process and what their last heartbeat said; the open sessions and the tokens that they hold."""
+        now_s = time.monotonic()
+        hosts = [
+            {
+                "label": host.spec.label, "state": "lost" if host.lost is not None else host.life.state.value,
+                "pid": self._supervisor.pids.get(key), "loaded": host.loaded, "heard_s": now_s - host.heard_s,
+                "stepping_s": host.stepping_s, "queued": host.queued, "steps": host.steps, "spare": host.spare,
+                "capacity_tokens": host.capacity_tokens, "held_bytes": host.held_bytes,
+            }
+            for key, host in self._supervisor.supervision.hosts.items()
+        ]  # fmt: skip
+        streams = list(self.gateway.streams.values()) if self.gateway is not None else []
+        held: dict[str, int] = {}
+        for stream in streams:
+            for actor, replicas in stream.places.items():
+                for replica in replicas:
+                    label = f"{actor}.{replica}"
+                    held[label] = held.get(label, 0) + len(stream.log)
+        return {"hosts": hosts, "sessions": len(streams), "held_tokens": held}

@@ -1,0 +1,169 @@
+"""Asking a run that goes on why it waits: what all hosts say of themselves, what the machine says of them, in one answer."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import trio
+
+from ranvier.actors.host import situation
+from ranvier.actors.host.situation import STACK_LINES
+from ranvier.actors.protocol.host_spec import GATEWAY
+from ranvier.actors.supervise.supervision import Watched
+from ranvier.actors.supervise.supervisor import Supervisor
+
+from ..plan.plan import Plan
+from ..sessions.gateway import Gateway
+from ..sessions.stream import Stream
+from .blame import Answer, AtGateway, Seen, explain
+
+ANSWER_S = 0.5
+"""A host that says nothing for so long is taken to be unable to. Its control thread answers at once, whatever the step does."""
+LEAD_S, LOOK_S = 1.5, 0.25
+"""It is asked so long before a deadline what its request waits for: afterwards the request is gone everywhere."""
+LOOK_FROM_OUTSIDE_S = 0.8
+APART_S = 0.2
+"""What is seen twice, so far apart, is not just passing by."""
+
+
+class Why:
+    """The question, and whom to ask."""
+
+    def __init__(self, plan: Plan, supervisor: Supervisor, run_dir: Path) -> None:
+        self._plan, self._supervisor, self._run_dir = plan, supervisor, run_dir
+        self.gateway: Gateway | None = None
+        """Once there is one: before that, hosts load."""
+        self.taken_from: Iterable[Stream] = ()
+        """What clients take their answers from, also of sessions that are over."""
+        self._asked_in, self._asked = trio.open_memory_channel[str](100)
+        supervisor.commands["why"] = self._on_command
+
+    def _on_command(self, client: str, _fields: Mapping[str, Any]) -> None:
+        try:
+            self._asked_in.send_nowait(client)
+        except trio.WouldBlock:
+            self._supervisor.answer(client, "wrong", "too many questions at once; try later")
+
+    async def run(self) -> None:
+        """Answer the clients of the control socket, until cancelled."""
+        async for client in self._asked:
+            answer = await self.ask()
+            self._supervisor.answer(client, "done", json.dumps({**answer.to_plain(), "text": str(answer)}))
+
+    async def watch(self) -> None:
+        """Ask by itself before a deadline passes, so that the error says who was to blame."""
+        assert self.gateway is not None
+        while True:
+            await trio.sleep(LOOK_S)
+            if near := self.gateway.nearly_due(time.monotonic_ns() + int(LEAD_S * 1e9)):
+                answer = str(await self.ask())
+                for stream in near:
+                    stream.why = answer
+
+    async def ask(self) -> Answer:
+        """Who waits for whom, and who is to blame. Takes about a second where somebody does not answer."""
+        untaken = self._untaken()
+        before = await self._supervisor.situations(ANSWER_S)
+        outside: dict[str, Sequence[str]] = {}
+        async with trio.open_nursery() as nursery:
+            for key, pid in self._supervisor.pids.items():
+                if before.get(key) is None and process_state(pid) not in ("", "T", "Z"):
+                    nursery.start_soon(_look_from_outside, outside, key, pid)
+            await trio.sleep(APART_S)
+            now = await self._supervisor.situations(ANSWER_S)
+        seen = [
+            self._seen(key, host, before.get(key), now.get(key), outside.get(key, ()))
+            for key, host in self._supervisor.supervision.hosts.items()
+            if not (host.spare or host.leaving)
+        ]
+        return explain(seen, self._at_gateway(untaken), self._feeds())
+
+    def _at_gateway(self, untaken: Mapping[int, tuple[int, object]]) -> AtGateway:
+        full = _is_full(self._run_dir)
+        if self.gateway is None:
+            return AtGateway([], disk_full=full)
+        still = {
+            session: count
+            for session, (count, first) in self._untaken().items()
+            if untaken.get(session, (0, None))[1] is first
+        }
+        lost: dict[str, list[int]] = {}
+        for session, stream in self.gateway.streams.items():
+            if stream.waits and stream.lost_actor:
+                for replica in stream.places[stream.lost_actor]:
+                    lost.setdefault(f"{stream.lost_actor}.{replica}", []).append(session)
+        waiting = situation.credit(self.gateway.exchange, time.monotonic_ns())
+        return AtGateway(list(self.gateway.streams), still, lost, waiting, full)
+
+    def _untaken(self) -> dict[int, tuple[int, object]]:
+        """Sessions whose clients have something to take: how much, and what comes first."""
+        return {
+            stream.info.session: (len(stream.events), stream.events[0]) for stream in self.taken_from if stream.events
+        }
+
+    def _seen(
+        self, key: str, host: Watched, before: Mapping[str, Any] | None, told: Mapping[str, Any] | None,
+        outside: Sequence[str],
+    ) -> Seen:  # fmt: skip
+        now_s, pid = time.monotonic(), self._supervisor.pids.get(key)
+        return Seen(
+            host.spec.label, pid, process_state(pid) if pid is not None else "", host.life.state.value, host.loaded,
+            now_s - host.started_s, now_s - host.heard_s, str(host.lost.what) if host.lost is not None else None, told, before,
+            outside,
+        )  # fmt: skip
+
+    def _feeds(self) -> dict[tuple[str, str], list[str]]:
+        feeds: dict[tuple[str, str], list[str]] = {}
+        for edge in self._plan.graph.edges:
+            if edge.source != GATEWAY:
+                feeds.setdefault((edge.target, edge.into), []).append(edge.source)
+        return feeds
+
+
+async def _look_from_outside(found: dict[str, Sequence[str]], key: str, pid: int) -> None:
+    """The Python lines that a process is at which cannot say so itself, by py-spy where that is installed and may look."""
+    beside = Path(sys.executable).with_name("py-spy")
+    command = str(beside) if beside.exists() else shutil.which("py-spy")
+    if command is None:
+        return
+    with contextlib.suppress(OSError), trio.move_on_after(LOOK_FROM_OUTSIDE_S):  # no descriptors, no memory: no lines
+        done = await trio.run_process(
+            [command, "dump", "--nonblocking", "--pid", str(pid)], capture_stdout=True, capture_stderr=True, check=False
+        )
+        found[key] = main_thread(done.stdout.decode(errors="replace"), pid)
+
+
+def main_thread(dump: str, pid: int) -> list[str]:
+    """Of what `py-spy dump` prints, the lines of the main thread, whose number is the process's, the innermost last, as in
+    Python's own tracebacks."""
+    lines: list[str] = []
+    taken = False
+    for line in dump.splitlines():
+        if line.startswith("Thread "):
+            taken = line.split()[1] == str(pid)
+        elif taken and line.strip():
+            lines.append(line.strip())
+    return lines[:STACK_LINES][::-1]
+
+
+def process_state(pid: int) -> str:
+    """Its letter in /proc (proc(5)): R, S, D, T, Z; empty if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return os.statvfs(folder).f_bavail == 0
+    except OSError:
+        return False

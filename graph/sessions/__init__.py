@@ -1,0 +1,1 @@
+"""Keeps track of who asked for what, and how far it is."""

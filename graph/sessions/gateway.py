@@ -1,0 +1,431 @@
+"""What the gateway decides, without I/O: sessions and their logs, admission, chunks of a prompt, the end of a stream.
+
+For every accepted request each position is delivered at most once and in order, and the stream ends with exactly one
+*done* or one typed error. The driver (run.py) carries `commands` to the hosts and the exchange's outbox to the wire.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from ranvier.actors.component.session import SessionInfo
+from ranvier.actors.errors import ActorFailed, Expired
+from ranvier.actors.host.route import Places, Route
+from ranvier.actors.protocol.host_spec import GATEWAY, HostLink
+from ranvier.actors.trace.spans import TraceContext
+from ranvier.transport.format.codec import RAW
+from ranvier.transport.format.dtypes import BY_NAME
+from ranvier.transport.format.header import Row, TensorMeta
+from ranvier.transport.format.message import Buffer
+from ranvier.transport.links.exchange import Exchange
+from ranvier.transport.links.link_state import Received
+
+from .placement import Placement
+from .stream import Delivered, Stream, Tensors
+
+MOST_LOSSES = 4
+"""A session that was so often in a row inside the step in which the same actor was lost, without any progress between, is taken
+for the cause."""
+SUSPECTED = 2
+"""From so many on it is opened while no other one that is suspected is: those that shared its steps are not the cause."""
+
+
+class Gateway:
+    """The sessions of one run.
+
+    Args:
+        exchange: the state of the gateway's links.
+        links: the links.
+        placement: the hosts, and where sessions go.
+        prefill_chunk: tokens of a prompt that one message holds at the most.
+        generates: whether what comes back are tokens; else ports may be called as the user likes.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        links: Iterable[HostLink],
+        placement: Placement,
+        prefill_chunk: int,
+        generates: bool = True,
+    ) -> None:
+        self.exchange = exchange
+        self.placement = placement
+        self.commands: list[tuple[str, dict[str, Any], list[str]]] = []
+        self.streams: dict[int, Stream] = {}
+        self._chunk = prefill_chunk
+        self._generates = generates
+        self._next = 1
+        self._epoch = 1
+        self._timed: dict[int, int] = {}
+        self._failure: Exception | None = None
+        self.accepted = self.delivered = 0
+        """Requests, and tokens that clients were given, so far."""
+        self.on_ended: Callable[[Stream, str | Exception], None] = lambda _stream, _outcome: None
+        """Called with each session that is over."""
+        self.on_delivered: Callable[[Stream, int, int], None] = lambda _stream, _position, _token: None
+        """Called with each token that its client is about to get, and its position."""
+        self._by_port: dict[str, dict[int, Route]] = {}
+        self._answers: set[str] = set()
+        self._port_of: dict[int, str] = {}
+        for link in links:
+            self.add(link)
+
+    # -- links --------------------------------------------------------------------------------------------------
+
+    def add(self, link: HostLink) -> None:
+        """A link that the exchange has."""
+        spec, port = link.link, link.port
+        if not link.outgoing:
+            self._answers.add(port)
+            self._port_of[spec.edge] = port
+            return
+        routes = self._by_port.setdefault(port, {})
+        if spec.edge not in routes:
+            routes[spec.edge] = Route(spec.edge, spec.target.partition(".")[0], link.policy, link.skips)
+        routes[spec.edge].add(self.exchange.sending[spec.edge, spec.target])
+
+    def remove(self, peer: str) -> None:
+        """The links with a replica that has left."""
+        for route in self._routes():
+            route.remove(peer)
+
+    def _routes(self) -> Iterator[Route]:
+        for routes in self._by_port.values():
+            yield from routes.values()
+
+    @property
+    def due_ns(self) -> int | None:
+        """When the next second copy of a hedged message goes out, or the next deadline passes; None if none is to come."""
+        copies = min((due for route in self._routes() if (due := route.due_ns) is not None), default=None)
+        if not self._timed:
+            return copies
+        return min(min(self._timed.values()), copies) if copies is not None else min(self._timed.values())
+
+    def nearly_due(self, before_ns: int) -> list[Stream]:
+        """Those whose deadline is before that time, and of which it is not yet known what they wait for."""
+        near = (self.streams[session] for session, deadline_ns in self._timed.items() if deadline_ns <= before_ns)
+        return [stream for stream in near if not stream.why]
+
+    def on_due(self, now_ns: int) -> None:
+        """Send the second copies that are due, end what is over its deadline."""
+        for session in [session for session, deadline_ns in self._timed.items() if deadline_ns <= now_ns]:
+            stream = self.streams[session]
+            what = f"session {session}: over its deadline, {stream.delivered} of {stream.asked.max_tokens} tokens were there"
+            self._end(stream, Expired(f"{what}\n{stream.why}" if stream.why else what))
+        for route in self._routes():
+            route.send_copies(self.exchange, now_ns, self._places_of, self._is_open)
+
+    def _places_of(self, session: int) -> Places:
+        stream = self.streams.get(session)
+        return stream.places if stream is not None else {}
+
+    def _is_open(self, row: Row) -> bool:
+        return self._stream_of(row) is not None
+
+    def _stream_of(self, row: Row) -> Stream | None:
+        """The stream of a row that is of its present epoch."""
+        stream = self.streams.get(row.session)
+        return stream if stream is not None and stream.info.epoch == row.epoch and not stream.waits else None
+
+    # -- clients ------------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        info: SessionInfo,
+        inputs: Tensors | None = None,
+        deadline_ns: int = 0,
+        caller: str = "",
+        key: str = "",
+        tokens: Sequence[int] = (),
+    ) -> Stream:
+        """Accept a session: a generation from `info.log`, or a call with `inputs` by port, which ends with `Expired` at
+        `deadline_ns` (0: never). Its number is set here. `tokens` were delivered already, by a run that was lost.
+
+        Raises:
+            Overloaded: it does not fit beside the others.
+            ActorFailed: the run is over.
+        """
+        if self._failure is not None:
+            raise self._failure
+        places = self.placement.take(info.capacity)
+        self.accepted += 1
+        info = replace(info, session=self._next)
+        self._next += 1
+        stream = self.streams[info.session] = Stream(
+            info, info, inputs or {}, places, log=[*info.log, *tokens], accepted_ns=self.exchange.clock(), caller=caller,
+            key=key, delivered=len(tokens),
+        )  # fmt: skip
+        if deadline_ns:
+            self._timed[info.session] = deadline_ns
+        if self.placement.is_up(places):
+            self._open(stream)
+        return stream
+
+    def _open(self, stream: Stream) -> None:
+        """Open a session in the present epoch: everything that actors keep for it is built anew from its log. Where they have
+        held it they have it already, but for the last token."""
+        asked, log = stream.asked, stream.log
+        del log[stream.awaited :]  # recorded, but its logits have not come: they are computed again
+        stream.outputs.clear()
+        stream.rounds.clear()
+        stream.logits.clear()
+        del stream.scores[:]
+        chosen = {actor: replicas for actor, replicas in stream.places.items() if replicas != (0,)}
+        left = asked.max_tokens - (len(log) - len(asked.log))
+        kept = stream.taken if stream.held else 0
+        stream.info = replace(asked, epoch=self._epoch, log=tuple(log), max_tokens=left, kept=kept, places=chosen)
+        stream.waits, stream.held, stream.submitted_ns = False, False, self.exchange.clock()
+        self.commands.append(("open", {"info": stream.info.to_plain()}, self.placement.labels(stream.places)))
+        if asked.traceparent:
+            context = TraceContext(asked.traceparent)
+            if context.sampled:
+                self.exchange.traces[asked.session] = context.with_span(context.span)
+        try:
+            self._send_inputs(stream)
+        except Exception as error:
+            self._end(stream, error)
+
+    def cancel(self, stream: Stream) -> None:
+        """The client has gone, or has seen enough."""
+        self._end(stream, "cancelled")
+
+    # -- recovery -----------------------------------------------------------------------------------------------
+
+    def on_lost_replica(
+        self, actor: str, replica: int, failure: ActorFailed, inside: frozenset[int] | None = None
+    ) -> None:
+        """A host is gone. Its sessions end at all others; those that another replica has room for begin anew there at once, the
+        others wait for `on_replaced`. `inside` are the sessions of the step that it was in, all of its sessions if that is not
+        known. One of them that seems to be the cause ends with the failure."""
+        self.placement.down(actor, replica)
+        for stream in list(self.streams.values()):
+            if replica in stream.places.get(actor, ()):
+                if not stream.waits and (inside is None or stream.info.session in inside):
+                    stream.losses = stream.losses + 1 if stream.suspected_of == actor else 1
+                    stream.suspected_of = actor
+                stream.lost_actor = actor
+                if stream.losses >= MOST_LOSSES:
+                    self._end(stream, failure.of(stream.info.session, MOST_LOSSES))
+                    continue
+                self._suspend(stream, actor)
+                self._move(stream, actor)
+        self._resume()
+
+    def on_replaced(self, actor: str, lost: int, replica: int) -> None:
+        """One that runs has taken the place of a lost one, under its own number or another."""
+        if replica == lost:
+            self.placement.up(actor, replica)
+        else:
+            for stream in self.streams.values():
+                if lost in stream.places.get(actor, ()):
+                    self._move(stream, actor)
+            self.placement.remove(actor, lost)
+        self._resume()
+
+    def _move(self, stream: Stream, actor: str) -> None:
+        stream.places = self.placement.move(stream.places, actor, stream.info.capacity)
+
+    def _suspend(self, stream: Stream, lost: str) -> None:
+        """Have the others hold a session or, where they could not go on with it, end it there."""
+        if stream.waits and not stream.held:
+            return
+        stream.waits = True
+        stream.held = not stream.inputs and self.placement.outlive(stream.places, lost)
+        self._close(stream, "hold" if stream.held else "close")
+
+    def _resume(self) -> None:
+        """Begin a new epoch with the sessions that waited and whose actors are all there."""
+        if self._failure is not None:
+            return
+        ready = [s for s in self.streams.values() if s.waits and self.placement.is_up(s.places)]
+        suspected = [stream for stream in ready if stream.losses >= SUSPECTED]
+        tried = any(s.losses >= SUSPECTED and not s.waits for s in self.streams.values())
+        for stream in suspected[0 if tried else 1 :]:
+            ready.remove(stream)
+        if ready:
+            self._epoch += 1
+        for stream in ready:
+            anew = stream.info.epoch > 0
+            self._open(stream)
+            self.exchange.counters["sessions_resumed" if stream.info.kept else "sessions_replayed"] += anew
+
+    # -- hosts --------------------------------------------------------------------------------------------------
+
+    def on_session_failed(self, label: str, fields: Mapping[str, Any]) -> None:
+        """A host could not open a session, or has lost it."""
+        stream = self.streams.get(fields["session"])
+        if stream is None or stream.info.epoch != fields["epoch"]:
+            return
+        if stream.waits:
+            if stream.held:  # one of those that were to go on with it cannot: all is replayed
+                stream.held = False
+                self._close(stream)
+        else:
+            what, session = fields["error"], stream.info.session
+            self._end(stream, ActorFailed(label, what, session=session, remote_traceback=fields["traceback"]))
+
+    def on_lost(self, row: Row, error: Exception) -> None:
+        """What was on its way to the client was refused here."""
+        stream = self._stream_of(row)
+        if stream is not None:
+            self._end(stream, error)
+
+    def on_failure(self, failure: Exception) -> None:
+        """The run is lost: every stream ends with the reason."""
+        self._failure = self._failure or failure
+        for stream in list(self.streams.values()):
+            self._end(stream, failure)
+
+    def on_quiet(self, since_ns: int, quiet_s: float) -> None:
+        """Every actor has been idle since then: what was asked before will never be answered."""
+        for stream in [
+            stream for stream in self.streams.values() if stream.submitted_ns < since_ns and not stream.waits
+        ]:
+            if self._generates:
+                missing = f"a token at position {len(stream.log)}"
+            else:
+                missing = ", ".join(sorted(self._answers - stream.outputs.keys()))
+            got = ", ".join(sorted(stream.outputs)) or "nothing"
+            session = stream.info.session
+            what = f"session {session}: every actor has been idle for {quiet_s:g} s: expected {missing}, got {got}"
+            self._end(stream, ActorFailed(GATEWAY, what, session=session))
+
+    def on_message(self, received: Received) -> None:
+        """Tokens, logits, or the outputs of a call."""
+        self.exchange.consumed(received.link, received.nbytes)
+        port = self._port_of[received.link.spec.edge]
+        if not self._generates:
+            self._on_output(port, received)
+        elif port == "sampled":
+            tokens = array("q", bytes(received.buffers[0]))
+            for row, token in zip(received.header.rows, tokens, strict=True):
+                self._on_token(row, token)
+        elif port == "logits":
+            self._on_logits(received)
+        elif port == "scores":
+            self._on_scores(received)
+        else:
+            self._on_output(port, received)
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _send_inputs(self, stream: Stream) -> None:
+        info, now_ns = stream.info, self.exchange.clock()
+        for port, (meta, buffer) in stream.inputs.items():
+            tokens = meta.shape[0] if meta.shape else 1
+            self._send(stream, port, Row(info.session, info.epoch, 0, tokens), meta, buffer, now_ns)
+        for start in range(info.kept, len(info.log), self._chunk):
+            chunk = info.log[start : start + self._chunk]
+            row = Row(info.session, info.epoch, start, len(chunk))
+            meta, buffer = token_tensor(chunk)
+            self._send(stream, "token", row, meta, buffer, now_ns)
+
+    def _send(self, stream: Stream, port: str, row: Row, meta: TensorMeta, buffer: Buffer, now_ns: int) -> None:
+        for route in self._by_port[port].values():
+            [(replicas, _)] = route.groups((row,), lambda _session: stream.places)
+            route.send(self.exchange, replicas, (row,), (meta,), (buffer,), now_ns)
+
+    def _on_token(self, row: Row, token: int) -> None:
+        stream = self._stream_of(row)
+        if stream is None or row.position != len(stream.log):
+            self.exchange.counters["tokens_refused"] += 1  # of a session that is over, or told twice
+            return
+        stream.log.append(token)  # recorded before it is shown
+        if stream.info.logits and row.position not in stream.logits:
+            return  # its logits come on an edge of their own, after it
+        self._deliver(stream, row.position)
+
+    def _on_logits(self, received: Received) -> None:
+        for row, (_, buffer) in rows_of(received):
+            stream = self._stream_of(row)
+            if stream is None or row.position < stream.awaited:
+                continue
+            stream.logits[row.position] = bytes(buffer)
+            if row.position < len(stream.log):
+                self._deliver(stream, row.position)
+
+    def _on_scores(self, received: Received) -> None:
+        for row, (_, buffer) in rows_of(received):
+            stream = self._stream_of(row)
+            if stream is None or row.position != len(stream.scores):
+                self.exchange.counters["tokens_refused"] += 1
+                continue
+            stream.scores.frombytes(bytes(buffer))
+            if len(stream.scores) == len(stream.log) - 1:
+                self._end(stream, "done")
+
+    def _deliver(self, stream: Stream, position: int) -> None:
+        token = stream.log[position]
+        stream.delivered += 1
+        self.delivered += 1
+        if stream.losses:
+            self._acquit(stream)
+        stream.events.append(Delivered(position, token, stream.logits.pop(position, None)))
+        self.on_delivered(stream, position, token)
+        if stream.info.finished(stream.generated, token):
+            self._end(stream, "stop" if token in stream.info.stop_tokens else "length")
+
+    def _acquit(self, stream: Stream) -> None:
+        """It has made progress, or is over: the next one that is suspected may begin."""
+        stream.losses = 0
+        self._resume()
+
+    def _on_output(self, port: str, received: Received) -> None:
+        for row, part in rows_of(received):
+            stream = self._stream_of(row)
+            if stream is None or row.position <= stream.rounds.get(port, -1):
+                continue  # of a session that is over, from a slower replica, or of an earlier round of a loop
+            stream.outputs[port], stream.rounds[port] = part, row.position
+            if stream.outputs.keys() == self._answers:
+                self._end(stream, "done")
+
+    def _end(self, stream: Stream, outcome: str | Exception) -> None:
+        if stream.over:
+            return
+        stream.over = True
+        stream.events.append(outcome)
+        del self.streams[stream.info.session]
+        self.exchange.traces.pop(stream.info.session, None)
+        self._timed.pop(stream.info.session, None)
+        self._close(stream)
+        self.placement.give_back(stream.places, stream.info.capacity)
+        self.on_ended(stream, outcome)
+        if stream.losses:
+            self._acquit(stream)
+
+    def _close(self, stream: Stream, command: str = "close") -> None:
+        """End it at the hosts, or have them hold it."""
+        for route in self._routes():
+            route.close(stream.info.session)
+        if self.exchange.waiting:  # for credit: nobody wants it any more
+            for route in self._routes():
+                route.give_up(self._is_open)
+            self.exchange.give_up(self._is_open)
+        self.commands.append((command, {"session": stream.info.session}, self.placement.labels(stream.places)))
+
+
+def token_tensor(ids: Sequence[int], name: str = "token") -> tuple[TensorMeta, bytes]:
+    """Token ids as an int64 tensor of the wire, without torch."""
+    data = array("q", ids).tobytes()
+    return TensorMeta(name, BY_NAME["int64"].number, (len(ids),), RAW, len(data)), data
+
+
+def rows_of(received: Received) -> Iterator[tuple[Row, tuple[TensorMeta, Buffer]]]:
+    """Each row of a message with its own share of the tensor: sessions that shared a batch part here."""
+    header = received.header
+    [buffer], [meta] = received.buffers, header.tensors
+    first = received.link.spec.tensors[0][1].shape[:1]
+    if len(header.rows) == 1 or first not in (("tokens",), ("rows",)):
+        for row in header.rows:
+            yield row, (meta, buffer)
+        return
+    view, start = memoryview(buffer), 0
+    for row in header.rows:
+        count = row.tokens if first == ("tokens",) else 1
+        nbytes = meta.nbytes // max(1, meta.shape[0]) * count
+        yield row, (meta._replace(shape=(count, *meta.shape[1:]), nbytes=nbytes), view[start : start + nbytes])
+        start += nbytes

@@ -1,0 +1,87 @@
+"""What changed between two runs: per edge and part, per actor, in the order of how much time it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .summary import PARTS
+
+LEAST_SHARE = 0.1
+"""What changed by less than that, or by less than `LEAST_US`, is taken to be the same."""
+LEAST_US = 5.0
+
+
+def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Of two summaries (trace.summary). A change's `total_ms` is that of all messages, or steps, of the second run: how many
+    there were times the change of the median."""
+    changes = sorted(_changes(before, after), key=lambda change: -abs(change["total_ms"]))
+    return {
+        "before": before["run_dir"],
+        "after": after["run_dir"],
+        "changes": changes,
+        "only_before": sorted(_names(before) - _names(after)),
+        "only_after": sorted(_names(after) - _names(before)),
+    }
+
+
+def _names(told: Mapping[str, Any]) -> set[str]:
+    return {edge["edge"] for edge in told["edges"]} | {actor["actor"] for actor in told["actors"]}
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    old_edges = {edge["edge"]: edge for edge in before["edges"]}
+    for edge in after["edges"]:
+        old = old_edges.get(edge["edge"])
+        if old is None:
+            continue
+        for part in PARTS:
+            if part != "compute":  # that is the actor's
+                yield from _change(
+                    edge["edge"], part, old["microseconds"][part], edge["microseconds"][part], edge["messages"]
+                )
+    old_actors = {actor["actor"]: actor for actor in before["actors"]}
+    for actor in after["actors"]:
+        old = old_actors.get(actor["actor"])
+        if old is None:
+            continue
+        times = _change(
+            actor["actor"], "compute", old["compute_microseconds"], actor["compute_microseconds"], actor["steps"]
+        )
+        for change in times:
+            yield {**change, "tokens_a_step": [old["tokens_a_step"]["p50"], actor["tokens_a_step"]["p50"]]}
+
+
+def _change(
+    where: str, part: str, old: Mapping[str, float | None], new: Mapping[str, float | None], times: int
+) -> Iterator[dict[str, Any]]:
+    one, other = old["p50"], new["p50"]
+    if one is None or other is None:
+        return
+    by = other - one
+    if abs(by) >= LEAST_US and abs(by) >= LEAST_SHARE * max(one, other):
+        yield {
+            "where": where, "part": part, "p50_us": [one, other], "p95_us": [old["p95"], new["p95"]], "times": times,
+            "total_ms": by * times / 1e3,
+        }  # fmt: skip
+
+
+def table(told: Mapping[str, Any], most: int = 20) -> str:
+    """For people: the `most` largest."""
+    lines = [f"from {told['before']} to {told['after']}", ""]
+    width = max((len(change["where"]) for change in told["changes"][:most]), default=0)
+    for change in told["changes"][:most]:
+        one, other = change["p50_us"]
+        times = f"{other / one:.1f} times" if one else "new"
+        batch = ""
+        if "tokens_a_step" in change and change["tokens_a_step"][0] != change["tokens_a_step"][1]:
+            batch = f", {change['tokens_a_step'][0]:.0f} -> {change['tokens_a_step'][1]:.0f} tokens a step"
+        lines.append(
+            f"{change['where']:{width}}  {change['part']:9} {one:9.0f} -> {other:9.0f} µs ({times}), "
+            f"{change['total_ms']:+.1f} ms over {change['times']}{batch}"
+        )
+    if not told["changes"]:
+        lines.append(f"no median changed by {LEAST_SHARE:.0%} and {LEAST_US:.0f} µs")
+    lines += [f"{name}: only in the first" for name in told["only_before"]]
+    lines += [f"{name}: only in the second" for name in told["only_after"]]
+    return "\n".join(lines)

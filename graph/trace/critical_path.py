@@ -1,0 +1,297 @@
+"""Why a request took as long as it did, and why an actor had nothing to do: each microsecond put to one cause.
+
+Both are one walk backwards in time. A step began when its last input came; that had been on the wire, before that at its
+sender, which had made it in a step of its own, and so on: what lies between two points on the way has one cause, and the
+parts add up to the whole because each begins where the one before it ends. A request is walked from its last message to its
+first, an idle time from the step that ended it back to the step before.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ranvier.actors.protocol.host_spec import GATEWAY
+
+from .summary import Trace, done_key, sent_key
+from .trace_lines import Done, TraceError
+
+CAUSES = {
+    "compute": "the actor computed on it",
+    "busy": "it had been sent, and the actor computed on other messages",
+    "sending": "it had been sent, and the actor tapped, encoded and handed over what it had made before",
+    "handling": "it was there, and the actor was about its messages, or let a batch fill",
+    "wire": "it was on its way",
+    "serialise": "it was tapped, encoded and handed to the wire",
+    "credit": "it was ready, and the receiver had given no credit for it",
+    "output": "its step was over, and it was not yet ready to be sent",
+    "gateway": "the gateway had the answer before it, and had not asked for more",
+    "recovery": "an actor had been lost, and the session was taken up again",
+    "client": "nobody had asked for anything",
+    "unknown": "a record is missing",
+}
+"""What a stretch of time can be put to."""
+ME = f"{GATEWAY}.0"
+
+
+class Stretch(NamedTuple):
+    """A piece of time and its cause. `where` is an actor's `name.replica`, or an edge's name."""
+
+    cause: str
+    where: str
+    began_ns: int
+    ended_ns: int
+
+    @property
+    def ns(self) -> int:
+        return self.ended_ns - self.began_ns
+
+
+@dataclass(slots=True)
+class Step:
+    """One step of one actor and the messages that went into it."""
+
+    started_ns: int
+    finished_ns: int
+    inputs: list[Done] = field(default_factory=list)
+
+    def last_input(self, session: int | None) -> Done:
+        """What the step waited for: the last that a row of it needed; of the session's rows, or of the row that was complete
+        first."""
+        needed: dict[tuple[int, ...], Done] = {}
+        for record in self.inputs:
+            for row in record.rows:
+                if session is None or row[0] == session:
+                    key = tuple(row[:3])
+                    if key not in needed or record.received_ns > needed[key].received_ns:
+                        needed[key] = record
+        return min(needed.values() or self.inputs, key=lambda record: record.received_ns)
+
+
+class Causes:
+    """The walks over one trace."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace = trace
+        self._sent = {sent_key(actor, record): (actor, record) for actor, own in trace.sent.items() for record in own}
+        self.steps = {actor: _steps(trace.in_steps(actor)) for actor in trace.done}
+        """Of each actor, in the order of time."""
+        self._ends = {actor: [step.finished_ns for step in own] for actor, own in self.steps.items()}
+        self._occupied = {actor: list(self._occupations(actor)) for actor in self.steps}
+        """When an actor took nothing in, and what it did meanwhile: one after the other, in the order of time."""
+        self._begins = {actor: [began_ns for began_ns, _, _ in own] for actor, own in self._occupied.items()}
+
+    def _occupations(self, actor: str) -> Iterator[tuple[int, int, str]]:
+        both = [(step.started_ns, step.finished_ns, "busy") for step in self.steps[actor]]
+        both += [(record.credit_ns, record.sent_ns, "sending") for record in self._trace.sent.get(actor, ())]
+        until_ns = 0
+        for began_ns, ended_ns, cause in sorted(both):
+            if ended_ns > until_ns:
+                yield max(began_ns, until_ns), ended_ns, cause
+                until_ns = ended_ns
+
+    @property
+    def sessions(self) -> list[int]:
+        """Those that the gateway has sent something for."""
+        return sorted({row[0] for record in self._trace.sent.get(ME, ()) for row in record.rows})
+
+    def critical_path(self, session: int) -> list[Stretch]:
+        """From the session's first message to its last, in the order of time.
+
+        Raises:
+            TraceError: no such session, or it got no answer.
+        """
+        asked = [record for record in self._trace.sent.get(ME, ()) if any(row[0] == session for row in record.rows)]
+        answered = [record for record in self._trace.done.get(ME, ()) if any(row[0] == session for row in record.rows)]
+        if not asked or not answered:
+            known = ", ".join(map(str, self.sessions)) or "none"
+            what = "got no answer" if asked else f"is not in this trace; there are {known}"
+            raise TraceError(f"{self._trace.run_dir}: session {session} {what}")
+        began_ns = min(record.ready_ns for record in asked)
+        last = max(answered, key=lambda record: record.finished_ns)
+        path = [Stretch("compute", ME, last.started_ns, last.finished_ns)]
+        path += self._back(ME, last, began_ns, session)
+        return [stretch for stretch in reversed(path) if stretch.ns]
+
+    def idle(self, actor: str) -> list[Stretch]:
+        """What an actor waited for between its steps, in the order of time."""
+        made: list[Stretch] = []
+        ended_ns: int | None = None
+        for step in self.steps[actor]:
+            if ended_ns is not None and step.started_ns > ended_ns:
+                made += reversed(list(self._back(actor, step.last_input(None), ended_ns, None)))
+            ended_ns = max(ended_ns or 0, step.finished_ns)
+        return [stretch for stretch in made if stretch.ns]
+
+    # -- the walk -------------------------------------------------------------------------------------------------
+
+    def _back(self, actor: str, record: Done, until_ns: int, session: int | None) -> Iterator[Stretch]:
+        """From the beginning of the step that a message went into back to a point in time."""
+        at_ns = record.started_ns
+        for cause, where, began_ns, _ in self._endless(actor, record, until_ns, session):
+            yield Stretch(cause, where, max(began_ns, until_ns), at_ns)
+            at_ns = began_ns
+            if at_ns <= until_ns:
+                return
+
+    def _endless(self, actor: str, record: Done, until_ns: int, session: int | None) -> Iterator[Stretch]:
+        """The same, beyond that point. Each step back is to an earlier one: else the trace tells what cannot have been."""
+        seen: set[tuple[str, int]] = set()
+        while True:
+            if (actor, record.started_ns) in seen:
+                raise TraceError(f"{actor}: damaged: a step that began at {record.started_ns} waits for itself")
+            seen.add((actor, record.started_ns))
+            yield from self._queued(actor, record)
+            edge = self._trace.edge(record.edge)
+            found = self._sent.get(done_key(actor, record))
+            if found is None:
+                yield Stretch("unknown", edge, until_ns, record.received_ns)
+                return
+            sender, sent = found
+            yield from self._on_its_way(actor, edge, sent.sent_ns, record.received_ns)
+            yield Stretch("serialise", edge, sent.credit_ns, sent.sent_ns)
+            yield Stretch("credit", edge, sent.ready_ns, sent.credit_ns)
+            of = session if session is not None else sent.rows[0][0]
+            before = self._made_by(sender, sent.ready_ns, of)
+            if before is None:
+                yield Stretch("client" if sender == ME else "unknown", sender, until_ns, sent.ready_ns)
+                return
+            cause = "output"
+            if sender == ME:
+                again = before.inputs[0].rows[0][1] != sent.rows[0][1]
+                cause = "recovery" if again else "gateway"
+            yield Stretch(cause, sender, before.finished_ns, sent.ready_ns)
+            yield Stretch("compute", sender, before.started_ns, before.finished_ns)
+            actor, record = sender, before.last_input(session)
+
+    def _made_by(self, actor: str, ready_ns: int, session: int) -> Step | None:
+        """The last step that was over by then; of the gateway, the last that had to do with the session."""
+        index = bisect.bisect_right(self._ends.get(actor, []), ready_ns) - 1
+        while index >= 0:
+            step = self.steps[actor][index]
+            if actor != ME or any(row[0] == session for record in step.inputs for row in record.rows):
+                return step
+            index -= 1
+        return None
+
+    def _queued(self, actor: str, record: Done) -> Iterator[Stretch]:
+        """From the step that a message went into back to its being taken in."""
+        return self._beside_steps(actor, "handling", actor, record.received_ns, record.started_ns)
+
+    def _on_its_way(self, actor: str, edge: str, sent_ns: int, received_ns: int) -> Iterator[Stretch]:
+        """From its being taken in back to its sending: who computes or sends takes nothing in, and what comes lies in the
+        socket."""
+        if received_ns < sent_ns:  # clocks of two machines
+            return iter([Stretch("wire", edge, sent_ns, received_ns)])
+        return self._beside_steps(actor, "wire", edge, sent_ns, received_ns)
+
+    def _beside_steps(self, actor: str, cause: str, where: str, from_ns: int, at_ns: int) -> Iterator[Stretch]:
+        """Back from one time to another: `busy` while the actor took steps, `sending` while it sent, else that cause."""
+        index = bisect.bisect_left(self._begins.get(actor, []), at_ns) - 1
+        while index >= 0:
+            began_ns, ended_ns, did = self._occupied[actor][index]
+            if ended_ns <= from_ns:
+                break
+            if ended_ns < at_ns:
+                yield Stretch(cause, where, ended_ns, at_ns)
+            yield Stretch(did, actor, max(began_ns, from_ns), min(ended_ns, at_ns))
+            at_ns = max(began_ns, from_ns)
+            index -= 1
+        yield Stretch(cause, where, from_ns, at_ns)
+
+
+def _steps(records: Iterable[Done]) -> list[Step]:
+    found: dict[tuple[int, int], Step] = {}
+    for record in records:
+        key = record.started_ns, record.finished_ns
+        found.setdefault(key, Step(*key)).inputs.append(record)
+    return sorted(found.values(), key=lambda step: step.finished_ns)
+
+
+def totals(stretches: Sequence[Stretch]) -> list[dict[str, Any]]:
+    """By cause and place: milliseconds, share of all, how often, the longest. The largest first."""
+    whole = sum(stretch.ns for stretch in stretches)
+    by: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for stretch in stretches:
+        by[stretch.cause, stretch.where].append(stretch.ns)
+    made = [
+        {
+            "cause": cause, "where": where, "ms": sum(own) / 1e6, "share": sum(own) / whole if whole else 0.0,
+            "times": len(own), "longest_ms": max(own) / 1e6,
+        }
+        for (cause, where), own in by.items()
+    ]  # fmt: skip
+    return sorted(made, key=lambda each: -each["ms"])
+
+
+def why(trace: Trace, session: int) -> dict[str, Any]:
+    """The critical path of one request, as plain data."""
+    path = Causes(trace).critical_path(session)
+    began_ns = path[0].began_ns if path else 0
+    return {
+        "run_dir": str(trace.run_dir),
+        "session": session,
+        "ms": sum(stretch.ns for stretch in path) / 1e6,
+        "causes": totals(path),
+        "path": [
+            {"cause": each.cause, "where": each.where, "at_ms": (each.began_ns - began_ns) / 1e6, "ms": each.ns / 1e6}
+            for each in path
+        ],
+    }
+
+
+def idle(trace: Trace) -> dict[str, Any]:
+    """What every actor waited for between its first step and its last, as plain data.
+
+    Raises:
+        TraceError: only some sessions left records.
+    """
+    if trace.sample < 1:
+        raise TraceError(
+            f"{trace.run_dir}: has records of {trace.sample:.2%} of the sessions; idle times need all (trace: true)"
+        )
+    causes = Causes(trace)
+    actors = []
+    for actor, steps in causes.steps.items():
+        if actor == ME or not steps:
+            continue
+        stretches = causes.idle(actor)
+        idle_ns = sum(stretch.ns for stretch in stretches)
+        known_ns = sum(stretch.ns for stretch in stretches if stretch.cause != "unknown")
+        span_ns = steps[-1].finished_ns - min(step.started_ns for step in steps)
+        actors.append({
+            "actor": actor, "ms": span_ns / 1e6, "idle_ms": idle_ns / 1e6, "known": known_ns / idle_ns if idle_ns else 1.0,
+            "causes": totals(stretches),
+        })  # fmt: skip
+    return {"run_dir": str(trace.run_dir), "actors": actors}
+
+
+def why_table(told: dict[str, Any]) -> str:
+    """For people."""
+    head = f"session {told['session']}: {told['ms']:.1f} ms from its first message to its last answer, by what it waited for"
+    return "\n".join([head, "", *_lines(told["causes"])])
+
+
+def idle_table(told: dict[str, Any], most: int = 6) -> str:
+    """For people: of each actor the `most` largest causes."""
+    lines = []
+    for actor in told["actors"]:
+        share = actor["idle_ms"] / actor["ms"] if actor["ms"] else 0.0
+        lines += [
+            f"{actor['actor']} had nothing to do for {actor['idle_ms']:.1f} of {actor['ms']:.1f} ms ({share:.0%})",
+            "",
+        ]
+        lines += [*_lines(actor["causes"][:most]), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _lines(causes: Sequence[dict[str, Any]]) -> list[str]:
+    width = max((len(each["where"]) for each in causes), default=0)
+    return [
+        f"  {each['ms']:9.2f} ms {each['share']:6.1%}  {each['cause']:9} {each['where']:{width}}  "
+        f"{each['times']} times, longest {each['longest_ms']:.2f} ms: {CAUSES[each['cause']]}"
+        for each in causes
+    ]

@@ -1,0 +1,425 @@
+"""What the records of a run say: per edge and per actor, how long messages were serialised, waited for credit, travelled,
+queued and were computed on.
+
+    serialise   the actor had it (or the link let it go) → handed to the wire
+    credit      the actor had it → the link let it go
+    wire        handed to the wire → taken from it at the other end
+    join        taken from the wire → the last of what its step needed was, too
+    queue       all was there → its step began
+    compute     the step
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ranvier.actors.protocol.clocks import Estimate
+from ranvier.actors.trace.trace_file import COMMAND, CONTROL, DONE, DROPPED, PART, SENT, TAP, UNSENT
+from ranvier.transport.format.codec import CODECS
+
+from .trace_lines import (
+    Commanded,
+    Controlled,
+    Done,
+    Lines,
+    Name,
+    Sent,
+    Tapped,
+    TraceError,
+    Unsent,
+    read_json,
+    read_plan,
+)
+
+PARTS = ("serialise", "credit", "wire", "join", "queue", "compute")
+PERCENTILES = (50, 95, 99)
+_ODD = {"unused": "messages went into no step", "not_taken": "messages were sent and never taken"}
+_COUNTED = {
+    "rows_late": "rows came after their step was taken", "rows_refused": "rows were of sessions that were over",
+    "second_copies": "second copies were sent", "copies_left_out": "copies were left out for want of credit",
+    "refused": "messages were refused", "damaged": "messages were damaged", "sent_again": "messages were sent again",
+}  # fmt: skip
+
+
+Message = tuple[int, int, str, str, int]
+"""What ties the two records of a message together: edge, sequence, the `actor.replica` at either end, and when it was sent:
+the links of a host that was started anew count from 1 again."""
+
+
+def sent_key(actor: str, record: Sent) -> Message:
+    return record.edge, record.sequence, actor, record.target.rpartition(".")[0], record.sent_ns
+
+
+def done_key(actor: str, record: Done) -> Message:
+    return record.edge, record.sequence, record.source.rpartition(".")[0], actor, record.sent_ns
+
+
+@dataclass(slots=True)
+class Trace:
+    """All records of a run, by actor, its plan, and the names of its edges."""
+
+    run_dir: Path
+    edges: list[str]
+    plan: Mapping[str, Any] = field(default_factory=dict)
+    sent: dict[str, list[Sent]] = field(default_factory=dict)
+    done: dict[str, list[Done]] = field(default_factory=dict)
+    parts: dict[str, list[Done]] = field(default_factory=dict)
+    """Steps that only some rows of a message went into, before the one that it was done with."""
+    unsent: dict[str, list[Unsent]] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
+    counters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    taps: dict[str, list[Tapped]] = field(default_factory=dict)
+    control: dict[str, list[Controlled]] = field(default_factory=dict)
+    commands: dict[str, list[Commanded]] = field(default_factory=dict)
+    """What each host was told by the supervisor, and did."""
+    clocks: Mapping[str, Sequence[Estimate]] = field(default_factory=dict)
+    """Of hosts whose clock is not the run's: how far it was ahead when, and how well that is known."""
+    sample: float = 1.0
+    """The share of sessions that left records."""
+
+    def edge(self, number: int) -> str:
+        """Return the name of an edge; those of a training's own links have none."""
+        return self.edges[number] if number < len(self.edges) else f"link {number}"
+
+    def in_steps(self, actor: str) -> list[Done]:
+        """What went into each step of an actor: of a message that went into several, each with the rows that it had there."""
+        parts = self.parts.get(actor, [])
+        before: dict[Message, set[tuple[int, ...]]] = defaultdict(set)
+        for part in parts:
+            before[done_key(actor, part)].update(tuple(row) for row in part.rows)
+        made = [*parts]
+        for record in self.done.get(actor, ()):
+            if record.batch:
+                gone = before.get(done_key(actor, record))
+                made.append(
+                    record._replace(rows=tuple(row for row in record.rows if row not in gone)) if gone else record
+                )
+        return made
+
+
+class _Outcome(msgspec.Struct):
+    """What is read of `run.json`."""
+
+    counters: dict[Name, dict[Name, float]] = {}
+
+
+def read(run_dir: Path) -> Trace:
+    """The trace of a run folder. A last line that was cut off in the writing is left out.
+
+    Raises:
+        TraceError: no such folder, no trace in it, or a file that is none.
+    """
+    file, folder = run_dir / "plan.json", run_dir / "trace"
+    if not file.is_file() or not folder.is_dir():
+        raise TraceError(f"{run_dir}: no run folder; expected plan.json and trace/ in it")
+    plan = read_plan(run_dir)
+    trace = Trace(run_dir, [edge["name"] for edge in plan["edges"]], plan)
+    lines = Lines(run_dir)
+    by_kind: Mapping[str, dict[str, list[Any]]] = {
+        SENT: trace.sent, DONE: trace.done, PART: trace.parts, TAP: trace.taps, UNSENT: trace.unsent, CONTROL: trace.control,
+        COMMAND: trace.commands,
+    }  # fmt: skip
+    for actor, kind, record in lines.read():
+        if kind == DROPPED:
+            trace.dropped[actor] += record.records
+        elif kind in by_kind:  # spans are the exporter's
+            by_kind[kind].setdefault(actor, []).append(record)
+    trace.clocks = lines.clocks
+    for head in lines.heads.values():
+        trace.sample = head.get("sample", 1.0)
+        for records in (trace.sent, trace.done):
+            records.setdefault(head["actor"], [])
+    told = run_dir / "run.json"
+    if told.is_file():  # counters are there once the run is over
+        trace.counters = read_json(told, _Outcome).get("counters", {})
+    if not trace.done:
+        raise TraceError(f"{folder}: holds no records; was the run made with trace: false?")
+    return trace
+
+
+def summary(trace: Trace) -> dict[str, Any]:
+    """Per edge and per actor: p50, p95 and p99 of each part in microseconds, messages, bytes, batch sizes."""
+    times: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    nbytes: Counter[int] = Counter()
+    unused: Counter[int] = Counter()
+    never_done = Counter(record.edge for records in trace.sent.values() for record in records)
+    coded: dict[int, list[Sent]] = defaultdict(list)
+    for sender, record, parts in messages(trace):
+        for part, spent_ns in parts.items():
+            times[record.edge][part].append(spent_ns / 1e3)
+        nbytes[record.edge] += record.nbytes
+        unused[record.edge] += not record.batch
+        if sender is not None:
+            never_done[record.edge] -= 1
+            if sender.coding is not None:
+                coded[record.edge].append(sender)
+    edges = [
+        {
+            "edge": trace.edge(edge),
+            "messages": len(times[edge]["wire"]),
+            "bytes": nbytes[edge],
+            "unused": unused[edge],
+            "not_taken": never_done[edge],
+            "microseconds": {part: percentiles(times[edge][part]) for part in PARTS},
+            **({"codec": _codec(coded[edge])} if edge in coded else {}),
+        }
+        for edge in sorted(times.keys() | never_done.keys())
+    ]
+    return {
+        "run_dir": str(trace.run_dir),
+        "edges": edges,
+        "actors": [
+            _actor(actor, trace.in_steps(actor), records)
+            for actor, records in trace.done.items()
+            if any(record.batch for record in records)
+        ],
+        "taps": taps(trace),
+        "waits": waits(trace),
+        "counters": {actor: {name: n for name, n in own.items() if n} for actor, own in trace.counters.items()},
+        "records_dropped": dict(trace.dropped),
+        "clocks": {host: _clock(estimates) for host, estimates in trace.clocks.items()},
+        "control": control(trace),
+        "commands": commands(trace),
+        "sample": trace.sample,
+    }
+
+
+def messages(trace: Trace) -> Iterator[tuple[Sent | None, Done, dict[str, int]]]:
+    """What is known of each message at both ends, and the nanoseconds of its parts: of one that went into a step, with both
+    records, they add up to the time from ready to finished."""
+    sent_at = {sent_key(actor, record): record for actor, records in trace.sent.items() for record in records}
+    for actor, records in trace.done.items():
+        complete_ns = _complete(trace.in_steps(actor))
+        for record in records:
+            sender = sent_at.get(done_key(actor, record))
+            parts = {}
+            if sender is not None:
+                parts["serialise"] = sender.sent_ns - sender.credit_ns
+                parts["credit"] = sender.credit_ns - sender.ready_ns
+            parts["wire"] = record.received_ns - record.sent_ns
+            if record.batch:
+                whole_ns = (complete_ns.get((record.started_ns, *row[:3]), 0) for row in record.rows)
+                joined_ns = max(record.received_ns, *whole_ns)
+                parts["join"] = joined_ns - record.received_ns
+                parts["queue"] = record.started_ns - joined_ns
+                parts["compute"] = record.finished_ns - record.started_ns
+            yield sender, record, parts
+
+
+def _complete(records: Iterable[Done]) -> dict[tuple[int, ...], int]:
+    """When all that a row needed had come, by the step's beginning and the row."""
+    found: dict[tuple[int, ...], int] = {}
+    for record in records:
+        for row in record.rows:
+            key = (record.started_ns, *row[:3])
+            found[key] = max(found.get(key, 0), record.received_ns)
+    return found
+
+
+def _number(told: float | None) -> float:
+    """JSON has no infinity."""
+    return math.inf if told is None else told
+
+
+def taps(trace: Trace) -> list[dict[str, Any]]:
+    """Of each edge with a tap: messages, norm and largest magnitude, and the first that had numbers that are none."""
+    made = []
+    for actor, own in trace.taps.items():
+        for edge in sorted({tapped.edge for tapped in own}):
+            told = [tapped for tapped in own if tapped.edge == edge]
+            bad = min((tapped for tapped in told if tapped.not_finite), key=lambda tapped: tapped.at_ns, default=None)
+            made.append({
+                "edge": trace.edge(edge), "actor": actor, "messages": len(told),
+                "norm": percentiles(_number(t.norm) for t in told),
+                "largest": max(_number(t.largest) for t in told), "not_finite": sum(_number(t.not_finite) > 0 for t in told),
+                "first_not_finite": list(bad.rows[0]) if bad is not None else None,
+                "first_not_finite_ns": bad.at_ns if bad is not None else None,
+            })  # fmt: skip
+    return made
+
+
+def control(trace: Trace) -> list[dict[str, Any]]:
+    """How many control messages each link sent, by what they say (transport/format/header.py)."""
+    counted: dict[tuple[int, str], Counter[str]] = defaultdict(Counter)
+    for actor, records in trace.control.items():
+        for record in records:
+            if record.sent:
+                counted[record.edge, f"{actor} to {record.peer.rpartition('.')[0]}"][record.verb] += 1
+    return [
+        {"edge": trace.edge(edge), "way": way, "messages": dict(verbs)}
+        for (edge, way), verbs in sorted(counted.items())
+    ]
+
+
+def commands(trace: Trace) -> list[dict[str, Any]]:
+    """How many commands of the supervisor's each host obeyed, by what they say, and the microseconds that they were on their
+    way, lay there, and took."""
+    told: dict[tuple[str, str], list[Commanded]] = defaultdict(list)
+    for actor, records in trace.commands.items():
+        for record in records:
+            told[actor, record.verb].append(record)
+    return [
+        {
+            "actor": actor, "command": verb, "number": len(records),
+            "microseconds": {
+                "wire": percentiles((one.received_ns - one.sent_ns) / 1e3 for one in records),
+                "queue": percentiles((one.started_ns - one.received_ns) / 1e3 for one in records),
+                "obey": percentiles((one.finished_ns - one.started_ns) / 1e3 for one in records),
+            },
+        }
+        for (actor, verb), records in sorted(told.items())
+    ]  # fmt: skip
+
+
+def _clock(estimates: Sequence[Estimate]) -> dict[str, int]:
+    """How far a clock was ahead at last, how well that was known at any time, and by how much that had changed."""
+    first, last = estimates[0], estimates[-1]
+    return {
+        "offset_ns": last.offset_ns, "error_ns": max(known.error_ns for known in estimates),
+        "drift_ns": last.offset_ns - first.offset_ns,
+    }  # fmt: skip
+
+
+def waits(trace: Trace) -> list[dict[str, Any]]:
+    """Who waited for whom: for each sender and the receiver that gave it no credit, how many messages, how long, and how many
+    never went. The longest first."""
+    found: dict[tuple[int, str, str], list[tuple[int, bool]]] = defaultdict(list)
+    for actor, sent in trace.sent.items():
+        for record in sent:
+            if record.credit_ns > record.ready_ns:
+                key = record.edge, actor, record.target.rpartition(".")[0]
+                found[key].append((record.credit_ns - record.ready_ns, True))
+    for actor, unsent in trace.unsent.items():
+        for lost in unsent:
+            key = lost.edge, actor, lost.target.rpartition(".")[0]
+            found[key].append((lost.given_up_ns - lost.ready_ns, False))
+    told = [
+        {
+            "edge": trace.edge(edge), "waiting": actor, "for": target, "messages": len(waited),
+            "never_sent": sum(not went for _, went in waited), "total_ms": sum(ns for ns, _ in waited) / 1e6,
+            "longest_ms": max(ns for ns, _ in waited) / 1e6,
+        }
+        for (edge, actor, target), waited in found.items()
+    ]  # fmt: skip
+    return sorted(told, key=lambda wait: -wait["total_ms"])
+
+
+def _codec(records: list[Sent]) -> dict[str, Any]:
+    """What a codec took, saved and lost on one edge."""
+    codings = [record.coding for record in records if record.coding is not None]
+    before = sum(coding[0] or 0 for coding in codings)
+    errors = [coding[2] for coding in codings if coding[2] is not None]
+    return {
+        "name": ", ".join(name for name, _ in Counter(CODECS[record.codec] for record in records).most_common()),
+        "messages": len(records),
+        "bytes_before": before,
+        "ratio": before / max(1, sum(record.nbytes for record in records)),
+        "microseconds": percentiles([(coding[1] or 0) / 1e3 for coding in codings]),
+        "largest_relative_error": max(errors, default=None),
+    }
+
+
+def _actor(actor: str, records: list[Done], done: list[Done]) -> dict[str, Any]:
+    steps = {(record.started_ns, record.finished_ns): record for record in records}
+    tokens: Counter[tuple[int, int]] = Counter()
+    for record in records:
+        tokens[record.started_ns, record.finished_ns] += sum(row[3] for row in record.rows)
+    computing_ns = sum(finished - started for started, finished in steps)
+    span_ns = max(r.finished_ns for r in records) - min(r.started_ns for r in records)
+    return {
+        "actor": actor,
+        "steps": len(steps),
+        "messages": sum(record.batch > 0 for record in done),
+        "busy": computing_ns / span_ns if span_ns else 1.0,
+        "compute_microseconds": percentiles([(finished - started) / 1e3 for started, finished in steps]),
+        "messages_a_step": percentiles([record.batch for record in steps.values()]),
+        "tokens_a_step": percentiles(list(tokens.values())),
+    }
+
+
+def percentiles(values: Iterable[float]) -> dict[str, float | None]:
+    """p50, p95 and p99 by nearest rank; None for each if there are no values."""
+    ordered = sorted(values)
+    return {
+        f"p{share}": ordered[max(0, math.ceil(share / 100 * len(ordered)) - 1)] if ordered else None
+        for share in PERCENTILES
+    }
+
+
+def table(told: dict[str, Any]) -> str:
+    """The summary for people: microseconds, p50 / p95 / p99."""
+    width = max(len(edge["edge"]) for edge in told["edges"])
+    of = "every message" if told["sample"] == 1 else f"the messages of {told['sample']:.2%} of all sessions"
+    lines = [f"what {of} cost, in microseconds (p50 / p95 / p99)", ""]
+    lines.append("  ".join(["edge".ljust(width), "messages", "bytes each", *(part.center(22) for part in PARTS)]))
+    for edge in told["edges"]:
+        each = edge["bytes"] // max(1, edge["messages"])
+        cells = [_cell(edge["microseconds"][part]).rjust(22) for part in PARTS]
+        lines.append(
+            "  ".join([edge["edge"].ljust(width), str(edge["messages"]).rjust(8), str(each).rjust(10), *cells])
+        )
+    for edge in told["edges"]:
+        if "codec" in edge:
+            made, error = edge["codec"], edge["codec"]["largest_relative_error"]
+            lost = "no loss" if error is None else f"largest relative error {error:.2g}"
+            lines.append(
+                f"{edge['edge'].ljust(width)}  {made['name']}: {made['ratio']:.2f} times smaller, "
+                f"{_cell(made['microseconds'])} µs, {lost}"
+            )
+    lines += [
+        "",
+        "  ".join(["actor".ljust(width), "   steps", "      busy", "compute".center(22), "tokens a step".center(22)]),
+    ]
+    for actor in told["actors"]:
+        lines.append("  ".join([
+            actor["actor"].ljust(width), str(actor["steps"]).rjust(8), f"{actor['busy']:.0%}".rjust(10),
+            _cell(actor["compute_microseconds"]).rjust(22), _cell(actor["tokens_a_step"]).rjust(22),
+        ]))  # fmt: skip
+    for edge in told["edges"]:
+        odd = [f"{edge[key]} {words}" for key, words in _ODD.items() if edge[key]]
+        if odd:
+            lines.append(f"{edge['edge']}: {', '.join(odd)}")
+    for tap in told["taps"]:
+        norms = " / ".join(f"{value:.3g}" for value in tap["norm"].values())
+        lines.append(f"{tap['edge']}: norm {norms}, largest {tap['largest']:.3g}, over {tap['messages']} messages")
+    bad = [tap for tap in told["taps"] if tap["first_not_finite"] is not None]
+    for tap in sorted(bad, key=lambda tap: tap["first_not_finite_ns"])[:1]:
+        session, _, position, _ = tap["first_not_finite"]
+        lines.append(
+            f"{tap['edge']} was the first of {len(bad)} edges to carry NaN or infinities: session {session}, "
+            f"position {position}"
+        )
+    for host, clock in told["clocks"].items():
+        drifted = (
+            f", after it drifted by {clock['drift_ns'] / 1e6:.3f} ms"
+            if abs(clock["drift_ns"]) > clock["error_ns"]
+            else ""
+        )
+        lines.append(
+            f"the clock of {host} is {clock['offset_ns'] / 1e6:.3f} ms ahead, give or take {clock['error_ns'] / 1e6:.3f} ms"
+            f"{drifted}: its times are corrected by that, and ways between it and others are known no better"
+        )
+    for wait in told["waits"]:
+        never = f", {wait['never_sent']} of them in vain" if wait["never_sent"] else ""
+        lines.append(
+            f"{wait['waiting']} waited {wait['total_ms']:.1f} ms for credit of {wait['for']} ({wait['edge']}): "
+            f"{wait['messages']} messages{never}, the longest {wait['longest_ms']:.1f} ms"
+        )
+    for actor, own in told["counters"].items():
+        odd = [f"{own[name]} {words}" for name, words in _COUNTED.items() if own.get(name)]
+        if odd:
+            lines.append(f"{actor}: {', '.join(odd)}")
+    for actor, count in told["records_dropped"].items():
+        lines.append(f"{count} records of {actor} are missing: the ring or the disk was full")
+    return "\n".join(lines)
+
+
+def _cell(values: dict[str, float | None]) -> str:
+    return " / ".join("-" if value is None else f"{value:.0f}" for value in values.values())

@@ -1,0 +1,157 @@
+"""A run as tracks in time: slices (steps, sends), arrows from each send to the step that its message went into, counters.
+
+What perfetto.py writes in two forms. Times are nanoseconds of the machine's monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ranvier.actors.protocol.host_spec import GATEWAY
+
+from .summary import Message, Trace, done_key, sent_key
+from .trace_lines import Done
+
+STEPS, SENDS = "step", "send"
+QUEUE, BATCH, KV = "messages in queue", "tokens in batch", "positions in KV cache"
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """`leaves` and `arrives`: the arrows that begin and end here, by their messages."""
+
+    actor: str
+    track: str
+    name: str
+    start_ns: int
+    end_ns: int
+    args: Mapping[str, Any]
+    leaves: tuple[Message, ...] = ()
+    arrives: tuple[Message, ...] = ()
+
+
+@dataclass(slots=True)
+class Timeline:
+    """`counters`: by actor and name, the values from each time on, in order."""
+
+    actors: list[str]
+    slices: list[Slice]
+    edges: list[str]
+    counters: dict[tuple[str, str], list[tuple[int, int]]] = field(default_factory=dict)
+
+    @property
+    def begin_ns(self) -> int:
+        return min((one.start_ns for one in self.slices), default=0)
+
+
+def timeline(trace: Trace) -> Timeline:
+    """All of a trace."""
+    actors = sorted({*trace.sent, *trace.done})
+    arrived = {done_key(actor, record) for actor, records in trace.done.items() for record in records}
+    made = Timeline(actors, [], trace.edges)
+    for actor in actors:
+        made.slices += [*_steps(trace, actor), *_commands(trace, actor)]
+        for sent in trace.sent.get(actor, ()):
+            key = sent_key(actor, sent)
+            name = trace.edge(sent.edge)
+            args = {
+                "edge": name, "sequence": sent.sequence, "bytes": sent.nbytes, "rows": str([list(row) for row in sent.rows]),
+                "ready_to_credit_us": (sent.credit_ns - sent.ready_ns) / 1e3,
+            }  # fmt: skip
+            leaves = (key,) if key in arrived else ()
+            made.slices.append(Slice(actor, SENDS, f"send {name}", sent.credit_ns, sent.sent_ns, args, leaves))
+    _count(made, trace)
+    return made
+
+
+def _steps(trace: Trace, actor: str) -> Iterable[Slice]:
+    """A step may hold several messages; one that went into none has a slice of its own."""
+    steps: dict[tuple[int, int, bool], list[Done]] = defaultdict(list)
+    ends: dict[tuple[int, int, bool], list[Message]] = defaultdict(list)
+    for record in trace.in_steps(actor):
+        steps[record.started_ns, record.finished_ns, True].append(record)
+    for record in trace.done.get(actor, ()):
+        key = record.started_ns, record.finished_ns, record.batch > 0
+        if not record.batch:
+            steps[key].append(record)
+        ends[key].append(done_key(actor, record))
+    for (started_ns, finished_ns, used), records in steps.items():
+        rows = [row for record in records for row in record.rows]
+        args = {
+            "messages": records[0].batch,
+            "tokens": sum(row[3] for row in rows),
+            "rows": str([list(row) for row in rows]),
+        }
+        name = "step" if used else "went into no step"
+        arrives = tuple(ends[started_ns, finished_ns, used])
+        yield Slice(actor, STEPS, name, started_ns, finished_ns, args, (), arrives)
+
+
+def _commands(trace: Trace, actor: str) -> Iterable[Slice]:
+    """What the supervisor told it, which it does between two steps."""
+    for told in trace.commands.get(actor, ()):
+        name = f"{told.verb} {told.session}" if told.session else told.verb
+        args = {"epoch": told.epoch, "sent_to_started_us": (told.started_ns - told.sent_ns) / 1e3}
+        yield Slice(actor, STEPS, name, told.started_ns, told.finished_ns, args)
+
+
+def _count(made: Timeline, trace: Trace) -> None:
+    planned = {edge["name"]: edge for edge in trace.plan["edges"]}
+    caches = {host["actor"] for host in trace.plan["hosts"] if host["cache_bytes_per_token"]}
+    used_ns = {
+        # of what is fed back credit returns at once
+        done_key(actor, done): done.received_ns if planned[trace.edge(done.edge)]["feedback"] else done.finished_ns
+        for actor, records in trace.done.items() for done in records
+    }  # fmt: skip
+    changes: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    for actor, records in trace.done.items():
+        for done in records:
+            changes[actor, QUEUE] += [(done.received_ns, 1), (done.started_ns, -1)]
+        if actor.partition(".")[0] in caches:
+            made.counters[actor, KV] = _positions(trace, actor)
+    for one in made.slices:
+        if one.track == STEPS and one.name == "step":
+            changes[one.actor, BATCH] += [(one.start_ns, one.args["tokens"]), (one.end_ns, -one.args["tokens"])]
+    for actor, sent_records in trace.sent.items():
+        for sent in sent_records:
+            key = actor, f"credits left: {trace.edge(sent.edge)} to {sent.target.removesuffix('.1')}"
+            if key not in changes:
+                changes[key].append((sent.credit_ns, planned[trace.edge(sent.edge)]["credits_messages"]))
+            changes[key].append((sent.credit_ns, -1))
+            end_ns = used_ns.get(sent_key(actor, sent))
+            if end_ns is not None:
+                changes[key].append((end_ns, 1))
+    made.counters.update({key: _summed(each) for key, each in changes.items()})
+
+
+def _positions(trace: Trace, actor: str) -> list[tuple[int, int]]:
+    """What the open sessions hold in an actor with layers; a session is over when its last message was at the gateway."""
+    over: dict[int, int] = {}
+    for other, records in trace.done.items():
+        if other.partition(".")[0] == GATEWAY:
+            for record in records:
+                for row in record.rows:
+                    over[row[0]] = max(over.get(row[0], 0), record.finished_ns)
+    held: dict[int, int] = {}
+    changes = [(record.finished_ns, row[0], row[2] + row[3]) for record in trace.in_steps(actor) for row in record.rows]
+    changes += [(at_ns, session, 0) for session, at_ns in over.items()]
+    made = []
+    for at_ns, session, length in sorted(changes):
+        held[session] = length
+        made.append((at_ns, sum(held.values())))
+    return made
+
+
+def _summed(changes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The value from each time on, from what was added then."""
+    by_time: dict[int, int] = defaultdict(int)
+    for at_ns, change in changes:
+        by_time[at_ns] += change
+    value, made = 0, []
+    for at_ns in sorted(by_time):
+        value += by_time[at_ns]
+        made.append((at_ns, value))
+    return made

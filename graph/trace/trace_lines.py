@@ -1,0 +1,299 @@
+"""The lines of a run's trace as they are read, once or while it goes on: each record with the actor that wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from ranvier.actors.protocol.clocks import Correction, Estimate, is_another
+from ranvier.actors.protocol.host_spec import SUPERVISOR
+from ranvier.actors.trace.trace_file import COLUMNS, COMMAND, CONTROL, DONE, DROPPED, PART, SENT, SPAN, TAP, UNSENT
+from ranvier.transport.files import read_bounded, regular
+from ranvier.transport.format.codec import CODECS
+from ranvier.transport.format.errors import RanvierError
+
+
+class TraceError(RanvierError):
+    """The folder holds no trace that can be read."""
+
+
+Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
+Name = Annotated[str, Meta(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+Codec = Annotated[int, Meta(ge=0, lt=len(CODECS))]
+RowOf = tuple[Count, Count, Count, Count]
+"""Session, epoch, position, tokens."""
+Rows = Annotated[tuple[RowOf, ...], Meta(min_length=1)]
+MOST_BYTES = 16 << 20
+"""Of `plan.json` and the like."""
+MOST_LINE_BYTES = 16 << 20
+
+
+class _Head(msgspec.Struct, frozen=True):
+    """The first line of a file."""
+
+    actor: Name
+    sample: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    columns: dict[str, tuple[str, ...]] | None = None
+
+
+class _PlannedEdge(msgspec.Struct, frozen=True):
+    name: Annotated[str, Meta(max_length=500, pattern=r"^[^\x00-\x1f\x7f]*$")]
+    feedback: bool = False
+    credits_messages: Count = 0
+
+
+class _PlannedHost(msgspec.Struct, frozen=True):
+    actor: Name
+    kind: str = ""
+    cache_bytes_per_token: Count = 0
+
+
+class _Planned(msgspec.Struct, frozen=True):
+    edges: Annotated[tuple[_PlannedEdge, ...], Meta(max_length=1 << 20)]
+    hosts: tuple[_PlannedHost, ...] = ()
+
+
+def read_json(file: Path, kind: Any = Any) -> Any:
+    """Return what a JSON file of a run folder says.
+
+    Raises:
+        TraceError: it cannot be read, or does not say what such a file says.
+    """
+    try:
+        told = msgspec.json.decode(read_bounded(file, MOST_BYTES))
+        msgspec.convert(told, kind)
+        return told
+    except (OSError, ValueError, RecursionError) as error:
+        raise TraceError(f"{file}: {error}") from None
+
+
+def read_plan(run_dir: Path) -> dict[str, Any]:
+    """Return the plan of a run, whose edges and hosts are what they must be. Errors are those of `read_json`."""
+    plan: dict[str, Any] = read_json(run_dir / "plan.json", _Planned)
+    return plan
+
+
+class Sent(NamedTuple):
+    """See `trace_file.SENT_COLUMNS`."""
+
+    edge: Count
+    sequence: Count
+    nbytes: Count
+    ready_ns: Count
+    credit_ns: Count
+    sent_ns: Count
+    rows: Rows
+    coding: tuple[Count, Count, float | None] | None
+    target: Name
+    tensors: tuple[tuple[Name, Count, tuple[Count, ...], Codec, Count], ...] = ()
+    checksum: Count = 0
+
+    @property
+    def codec(self) -> int:
+        """Its number (transport/format/codec.py)."""
+        return self.tensors[0][3] if self.tensors else 0
+
+
+class Done(NamedTuple):
+    """See `trace_file.DONE_COLUMNS`."""
+
+    edge: Count
+    sequence: Count
+    nbytes: Count
+    sent_ns: Count
+    received_ns: Count
+    started_ns: Count
+    finished_ns: Count
+    batch: Count
+    rows: Rows
+    source: str
+
+
+class Unsent(NamedTuple):
+    """See `trace_file.UNSENT_COLUMNS`."""
+
+    edge: Count
+    nbytes: Count
+    ready_ns: Count
+    given_up_ns: Count
+    rows: Rows
+    target: Name
+
+
+class Tapped(NamedTuple):
+    """See `trace_file.TAP_COLUMNS`."""
+
+    edge: Count
+    at_ns: Count
+    norm: float | None
+    mean: float | None
+    largest: float | None
+    not_finite: float | None
+    rows: Rows
+
+
+class Controlled(NamedTuple):
+    """See `trace_file.CONTROL_COLUMNS`."""
+
+    edge: Count
+    verb: Name
+    at_ns: Count
+    peer: Name
+    sent: bool
+    arguments: Sequence[Any]
+
+
+class Commanded(NamedTuple):
+    """See `trace_file.COMMAND_COLUMNS`."""
+
+    verb: Name
+    sent_ns: Count
+    received_ns: Count
+    started_ns: Count
+    finished_ns: Count
+    session: Count
+    epoch: Count
+
+    @property
+    def source(self) -> str:
+        """Who sent it, by the run's own clock."""
+        return SUPERVISOR
+
+
+class Spanned(NamedTuple):
+    """See `trace_file.SPAN_COLUMNS`."""
+
+    started_ns: Count
+    finished_ns: Count
+    row: RowOf
+    trace: str
+    span: str
+    parent: str
+    links: Sequence[str]
+    batch: Count
+    error: str
+
+
+class Dropped(NamedTuple):
+    """See `trace_file.DROPPED_COLUMNS`."""
+
+    records: Count
+
+
+Record = Sent | Done | Unsent | Tapped | Controlled | Commanded | Spanned | Dropped
+_FORMS: Mapping[str, type[Any]] = {
+    SENT: Sent, DONE: Done, PART: Done, UNSENT: Unsent, TAP: Tapped, CONTROL: Controlled, COMMAND: Commanded, SPAN: Spanned,
+    DROPPED: Dropped,
+}  # fmt: skip
+
+
+Estimated = tuple[Count, Annotated[int, Meta(gt=-(1 << 62), lt=1 << 62)], Count]
+_of_line = msgspec.json.Decoder(list[Any]).decode
+_head_of = msgspec.json.Decoder(_Head).decode
+
+
+class Lines:
+    """All trace files of a run folder, read from where the last reading ended. Times of hosts whose clock is another than the
+    run's are given in the run's. `last_bytes`: what was in a file before, when it is first seen, is left out."""
+
+    def __init__(self, run_dir: Path, last_bytes: int | None = None) -> None:
+        self._last_bytes = last_bytes
+        self._folder = run_dir / "trace"
+        self._offsets: dict[Path, int] = {}
+        self._clocks = run_dir / "clocks.json"
+        self._corrections: Mapping[str, Correction] = {}
+        self.clocks: Mapping[str, Sequence[Estimate]] = {}
+        """Those that are not the run's, by the host's identity: what is known of them (clocks.py)."""
+        self.heads: dict[Path, Mapping[str, Any]] = {}
+        """The first line of each file."""
+
+    def read(self, kinds: Iterable[str] | None = None) -> Iterator[tuple[str, str, Any]]:
+        """Actor, kind and record of every line that is new, or of those of some kinds. One that is not whole yet is left for
+        the next time.
+
+        Raises:
+            TraceError: a file does not begin as a trace does.
+        """
+        self._read_clocks()
+        beginnings = tuple(f'["{kind}",'.encode() for kind in kinds or ())
+        for path in sorted(self._folder.glob("*.jsonl")):
+            lines = self._new_lines(path)
+            if not lines:
+                continue
+            actor, host = self.heads[path]["actor"], _identity(path)
+            for line in lines:
+                if kinds is not None and not line.startswith(beginnings):
+                    continue
+                kind, record = _record(path, line)
+                yield actor, kind, self._in_the_runs_time(host, record) if self._corrections else record
+
+    def _new_lines(self, path: Path) -> Sequence[bytes]:
+        """The whole lines of a file since the last time; its head is taken in."""
+        with _opened(path) as file:
+            if path not in self.heads:
+                before = head = file.readline(MOST_LINE_BYTES)
+                size = path.stat().st_size
+                if self._last_bytes is not None and size - self._last_bytes > len(head):
+                    file.seek(size - self._last_bytes - 1)
+                    before = file.readline(MOST_LINE_BYTES)  # of which the beginning is left out, or all but its end
+                if not before.endswith(b"\n"):
+                    return ()
+                self.heads[path], self._offsets[path] = _head(path, head), file.tell()
+            file.seek(self._offsets[path])
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offsets[path] += len(whole)
+        return whole.splitlines()
+
+    def _read_clocks(self) -> None:
+        if not self._clocks.exists():
+            return  # a run on one machine
+        told = read_json(self._clocks, dict[Name, tuple[Estimated, ...]])
+        known = {host: [Estimate(*each) for each in estimates] for host, estimates in told.items()}
+        self.clocks = {host: estimates for host, estimates in known.items() if is_another(estimates)}
+        self._corrections = {host: Correction(estimates) for host, estimates in self.clocks.items()}
+
+    def _in_the_runs_time(self, host: str, record: Any) -> Any:
+        times = {name: self._corrected(host, getattr(record, name)) for name in record._fields if name.endswith("_ns")}
+        if isinstance(record, Done | Commanded):  # when it was sent is by the sender's clock
+            times["sent_ns"] = self._corrected(record.source, record.sent_ns)
+        return record._replace(**times)
+
+    def _corrected(self, host: str, time_ns: int) -> int:
+        own = self._corrections.get(host)
+        return time_ns - own.ahead_ns(time_ns) if own is not None else time_ns
+
+
+def _identity(path: Path) -> str:
+    """Of the host that writes the file: the first in its place is named without its epoch (`file_name`)."""
+    return path.stem if path.stem.count(".") > 1 else f"{path.stem}.1"
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return regular(path).open("rb")
+    except OSError as error:
+        raise TraceError(f"{path}: {error.strerror}") from None
+
+
+def _head(path: Path, line: bytes) -> Mapping[str, Any]:
+    try:
+        head = _head_of(line)
+    except (ValueError, RecursionError) as error:
+        raise TraceError(f"{path}: expected a first line that names the actor: {error}") from None
+    columns = head.columns or {}
+    if any(list(columns.get(kind, own)) != list(own) for kind, own in COLUMNS.items()):
+        raise TraceError(f"{path}: was written by another version of ranvier, whose records have other columns")
+    return {"actor": head.actor, "sample": head.sample}
+
+
+def _record(path: Path, line: bytes) -> tuple[str, Any]:
+    try:
+        kind, *values = _of_line(line)
+        return kind, msgspec.convert(values, _FORMS[kind])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise TraceError(f"{path}: damaged: {error}: {line[:80]!r}") from None

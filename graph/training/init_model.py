@@ -1,0 +1,48 @@
+"""A model from nothing: random weights for a `config.json`, as transformers draws them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ranvier.actors.checkpoint.checkpoint import read_json
+from ranvier.actors.checkpoint.hf_config import from_hf
+from ranvier.actors.model import weights
+
+from ..file.errors import RequestError
+
+FILE = "model.safetensors"
+
+
+def initialise(folder: Path | str, seed: int = 0, deviation: float = 0.02) -> Path:
+    """Write `model.safetensors` beside the `config.json` of a family that learns: matrices drawn from a normal distribution
+    around 0, norms of ones, biases of zeros, float32.
+
+    Args:
+        deviation: of the distribution (`initializer_range` of transformers' configs).
+
+    Raises:
+        CheckpointError: there is no such config.
+        RequestError: there are weights already, or the family is none that learns.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    config = from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
+    file = folder / FILE
+    if file.exists():
+        raise RequestError(f"{file} is there already; remove it first if it is to be drawn anew")
+    if not config.native or config.experts or config.encoder is not None:
+        raise RequestError(f"{folder}: {config.family} does not learn here")
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for slot in weights.slots("model", config, (0, config.layers - 1)):
+        for name, shape in slot.needs():
+            if slot.columns is not None:
+                made[name] = torch.empty(shape).normal_(0, deviation, generator=generator)
+            elif slot.name.endswith("_bias") or config.norm == "rms_plus_one":
+                made[name] = torch.zeros(shape)
+            else:
+                made[name] = torch.ones(shape)
+    save_file(made, file, {"format": "pt"})
+    return file

@@ -1,0 +1,257 @@
+"""Packed weights and decoding steps in C: against the same numbers in torch, against GGUF's own, against transformers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+
+from ranvier.actors.checkpoint import open_checkpoint
+from ranvier.actors.checkpoint.checkpoint import Checkpoint
+from ranvier.actors.errors import CheckpointError
+from ranvier.actors.model import kernels
+from ranvier.actors.model.blocks import Blocks
+from ranvier.actors.model.kernels import (
+    BFLOAT16,
+    INT4,
+    INT8,
+    Packed,
+    pack_bfloat16,
+    pack_int4,
+    pack_int8,
+    pack_stored,
+    pack_whole,
+    read_stored,
+)
+from ranvier.transport.format.header import Row
+
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no compiler, or no AVX2")
+
+
+def whole_tokens(count: int, columns: int) -> torch.Tensor:
+    """Tokens that rounding to int8 leaves as they are: whole numbers, one of each 32 being 127."""
+    tokens = torch.randint(-127, 128, (count, columns)).float()
+    tokens[:, ::32] = 127
+    return tokens
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 21])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 32), (48, 96), (560, 576)])
+def test_products_are_those_of_torch(rows: int, columns: int, count: int) -> None:
+    """Of any number of tokens, in both halves and the rest of a round of eight. Only the order of adding up differs."""
+    torch.manual_seed(rows + count)
+    narrow = torch.randn(rows, columns).bfloat16()
+    tokens = torch.randn(count, columns).bfloat16().float()
+    assert torch.allclose(pack_bfloat16(narrow).multiply(tokens), tokens @ narrow.float().T, atol=1e-3, rtol=1e-4)
+    exact = whole_tokens(count, columns)
+    scale = (torch.rand(rows, columns // 32) + 0.1).half().float()
+    least = torch.randn(rows, columns // 32).half().float()
+    wide = scale.repeat_interleave(32, 1)
+    numbers = torch.randint(0, 256, (rows, columns), dtype=torch.uint8)
+    made = pack_whole(INT8, numbers, scale).multiply(exact)
+    assert torch.allclose(made, exact @ ((numbers.float() - 128) * wide).T, rtol=1e-4, atol=1.0)
+    nibbles = numbers & 15
+    made = pack_whole(INT4, nibbles, scale, least).multiply(exact)
+    assert torch.allclose(made, exact @ (nibbles * wide + least.repeat_interleave(32, 1)).T, rtol=1e-4, atol=1.0)
+
+
+def test_rounding_costs_what_it_must() -> None:
+    """The error of a product: of bfloat16 its own rounding, of int8 under one in a hundred, of int4 under one in ten; and what
+    is packed is as small as it says."""
+    torch.manual_seed(1)
+    weight, tokens = torch.randn(320, 640), torch.randn(5, 640)
+    exact = tokens @ weight.T
+    for pack, most, bits in ((pack_bfloat16, 0.004, 16), (pack_int8, 0.01, 8.5), (pack_int4, 0.1, 5)):
+        packed = pack(weight)
+        assert float((packed.multiply(tokens) - exact).norm() / exact.norm()) < most
+        assert packed.nbytes == weight.numel() * bits / 8
+
+
+def test_zeros_and_what_is_no_number() -> None:
+    weight = torch.zeros(16, 32)
+    for pack in (pack_bfloat16, pack_int8, pack_int4):
+        assert pack(weight).multiply(torch.ones(2, 32)).abs().max() == 0
+        assert pack(torch.ones(16, 32)).multiply(torch.zeros(3, 32)).abs().max() == 0
+    assert pack_bfloat16(torch.ones(16, 32)).multiply(torch.full((1, 32), torch.nan)).isnan().all()
+
+
+def gguf_checkpoint(path: Path, kind: str, numbers: np.ndarray[Any, Any]) -> Checkpoint:
+    """A checkpoint of one matrix, written by the gguf package, over a config that is not looked at."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "llama")
+    for add, value in (
+        ("block_count", 1), ("context_length", 64), ("embedding_length", 64), ("feed_forward_length", 64),
+        ("head_count", 2), ("head_count_kv", 2), ("layer_norm_rms_eps", 1e-5), ("vocab_size", 16),
+    ):  # fmt: skip
+        getattr(writer, f"add_{add}")(value)
+    stored = GGMLQuantizationType[kind]
+    writer.add_tensor("blk.0.attn_q.weight", quantize(numbers, stored), raw_dtype=stored)
+    writer.add_tensor("blk.0.ffn_down.weight", quantize(numbers, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return open_checkpoint(path)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "mlp.down_proj"])
+def test_what_gguf_holds_is_kept_as_it_is(kind: str, name: str, tmp_path: Path) -> None:
+    """The numbers of the file, by the gguf package's own account of them; the rows of q in transformers' order. Multiplied,
+    looked up row by row, or rounded to bfloat16."""
+    rng = np.random.default_rng(3)
+    numbers = rng.standard_normal((64, 64), dtype=np.float32)
+    checkpoint = gguf_checkpoint(tmp_path / "model.gguf", kind, numbers)
+    stored = checkpoint.stored_rows(f"model.layers.0.{name}.weight", (64, 64))
+    packed = pack_stored([stored, stored], INT8 if kind == "Q8_0" else INT4)
+    expected = torch.from_numpy(dequantize(quantize(numbers, GGMLQuantizationType[kind]), GGMLQuantizationType[kind]))
+    if "q_proj" in name:  # two heads of 32: pairs go back to halves
+        expected = expected.view(2, 16, 2, 64).transpose(1, 2).reshape(64, 64)
+    both = torch.cat((expected, expected))
+    tokens = whole_tokens(4, 64)
+    assert torch.allclose(packed.multiply(tokens), tokens @ both.T, rtol=1e-4, atol=0.05)
+    index = torch.tensor([0, 63, 64, 17, 100, 17])
+    assert torch.equal(packed.rows(index), both[index])
+    assert torch.equal(pack_stored([stored, stored], BFLOAT16).rows(index), both[index].bfloat16())
+    assert torch.equal(read_stored(stored), expected.bfloat16())
+
+
+def test_a_file_that_ends_within_a_matrix(tmp_path: Path) -> None:
+    """Case 31, of what is mapped: an error, not a signal."""
+    rng = np.random.default_rng(3)
+    checkpoint = gguf_checkpoint(tmp_path / "model.gguf", "Q4_1", rng.standard_normal((64, 64), dtype=np.float32))
+    size = (tmp_path / "model.gguf").stat().st_size
+    os.truncate(tmp_path / "model.gguf", size - 1000)
+    with pytest.raises(CheckpointError, match=r"ffn_down|down_proj.*truncated"):
+        checkpoint.stored_rows("model.layers.0.mlp.down_proj.weight", (64, 64))
+
+
+CONFIGS = [
+    ("llama", {}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}),
+    ("mistral", {"sliding_window": 11}),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 3.0}}),
+    ("qwen3", {}),
+    (
+        "gemma3_text",
+        {
+            "sliding_window": 9,
+            "query_pre_attn_scalar": 40,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+]
+SIZES = {
+    "vocab_size": 320, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 256, "initializer_range": 0.1,
+}  # fmt: skip
+
+
+def hidden_after(oracle: Any, hidden_PH: torch.Tensor) -> torch.Tensor:
+    """What transformers' layers make of these hidden states, before the final norm."""
+    kept = []
+    handle = oracle.model.layers[-1].register_forward_hook(lambda *call: kept.append(call[2]))
+    with torch.inference_mode():
+        oracle(inputs_embeds=hidden_PH[None])
+    handle.remove()
+    made = kept[0][0] if isinstance(kept[0], tuple) else kept[0]
+    result: torch.Tensor = made[0] if made.dim() == 3 else made
+    return result
+
+
+@pytest.mark.parametrize(("family", "changes"), CONFIGS)
+@pytest.mark.parametrize(("precision", "mean"), [("dtype", 0.01), ("int8", 0.03)])
+def test_steps_are_those_of_transformers(
+    family: str, changes: dict[str, Any], precision: str, mean: float, tiny: Any, request: pytest.FixtureRequest
+) -> None:
+    """Two sessions of unequal length: a prompt each, in parts and beside the other's tokens, and then token by token, past
+    every window: as far from transformers in float32 as rounding to bfloat16 (or 8 bits) explains."""
+    name = f"kernels {family} {sorted(changes)}"
+    folder, oracle = tiny(name, family, **{**SIZES, **changes})
+    blocks = Blocks(open_checkpoint(folder), (0, 2), torch.bfloat16, 500, lambda _: None, precision)
+    assert isinstance(blocks.blocks[0].qkv, Packed)
+    assert blocks._compiled is not None
+    torch.manual_seed(5)
+    given = {1: torch.randn(40, 128).bfloat16(), 2: torch.randn(31, 128).bfloat16()}
+    expected = {session: hidden_after(oracle, hidden.float()) for session, hidden in given.items()}
+    for session in given:
+        blocks.open(session, 60)
+    steps = [(13, 0), (1, 4), (0, 1), *[(1, 1)] * 26]  # tokens of each session
+    errors = []
+    for counts in steps:
+        rows = tuple(
+            Row(session, 1, blocks.cache.sessions[session].length, count)
+            for session, count in zip(given, counts, strict=True)
+            if count
+        )
+        parts = {row.session: slice(row.position, row.position + row.tokens) for row in rows}
+        made = blocks.forward(rows, torch.cat([given[session][part] for session, part in parts.items()]))
+        wanted = torch.cat([expected[session][part] for session, part in parts.items()])
+        errors += ((made.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)).tolist()
+    assert sum(errors) / len(errors) < mean
+    assert max(errors) < 2 * mean
+    assert [cache.length for cache in blocks.cache.sessions.values()] == [40, 31]
+
+
+@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize("chunk", [150, 64, 7])
+def test_a_long_prompt_in_parts_is_that_of_transformers(window: int | None, chunk: int, tiny: Any) -> None:
+    """Many tiles of positions, spans that end anywhere, eight query heads on two of keys and values."""
+    changes = {"sliding_window": window, "num_attention_heads": 8}
+    folder, oracle = tiny(f"kernels long {window}", "mistral", **{**SIZES, **changes})
+    blocks = Blocks(open_checkpoint(folder), (0, 2), torch.bfloat16, 500, lambda _: None)
+    torch.manual_seed(6)
+    given = torch.randn(150, 128).bfloat16()
+    expected = hidden_after(oracle, given.float())
+    blocks.open(1, 151)
+    made = torch.cat([
+        blocks.forward((Row(1, 1, start, len(given[start : start + chunk])),), given[start : start + chunk])
+        for start in range(0, 150, chunk)
+    ])  # fmt: skip
+    errors = (made.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert float(errors.mean()) < 0.01
+    assert float(errors.max()) < 0.02
+
+
+def test_two_threads_do_what_one_does() -> None:
+    """In a process of its own: threads are for its whole life. The same products, a thousand times, to the last bit."""
+    import subprocess
+    import sys
+
+    code = """
+import torch
+from ranvier.actors.model import kernels
+torch.manual_seed(1)
+weight, tokens = torch.randn(1600, 64), torch.randn(3, 64)
+torch.set_num_threads(1)
+kernels.library()
+packed = kernels.pack_int8(weight)
+alone = packed.multiply(tokens)
+kernels.library().ranvier_threads(3)
+assert all(torch.equal(packed.multiply(tokens), alone) for _ in range(1000))
+print("same")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == "same\n", done.stderr
+
+
+def test_a_transposed_matrix_is_rounded_like_any_other(tiny: Any) -> None:
+    """gpt2's file has its matrices the other way round; `weights: int8` holds them as int8, too."""
+    sizes = {"vocab_size": 320, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    folder, _ = tiny("kernels gpt2", "gpt2", **sizes)
+    checkpoint = open_checkpoint(folder)
+    rounded, narrow = (Blocks(checkpoint, (0, 1), torch.bfloat16, 64, lambda _: None, how) for how in ("int8", "dtype"))
+    tokens = torch.randn(3, 64).bfloat16()
+    for one, other in zip(rounded.blocks, narrow.blocks, strict=True):
+        assert isinstance(one.up, Packed)
+        assert isinstance(other.up, Packed)
+        assert (one.up.kind, other.up.kind) == (INT8, kernels.BFLOAT16)
+        exact = other.up.multiply(tokens.float())
+        assert float((one.up.multiply(tokens.float()) - exact).norm() / exact.norm()) < 0.02

@@ -1,0 +1,48 @@
+"""Addresses that may be used, and those that may not, with the reason."""
+
+from __future__ import annotations
+
+import pytest
+
+from ranvier.transport.format.errors import AddressError
+from ranvier.transport.wires.endpoint import parse
+
+
+@pytest.mark.parametrize(
+    ("text", "made"),
+    [
+        ("ipc:///run/x", "ipc:///run/x"),
+        ("tcp://127.0.0.1:5555", "tcp://127.0.0.1:5555"),
+        ("tcp://127.0.0.1", "tcp://127.0.0.1:0"),
+        ("tcp://localhost:80", "tcp://127.0.0.1:80"),
+        ("tcp://[::1]:80", "tcp://[::1]:80"),
+        ("inproc://x", "inproc://x"),
+        ("ipc:///" + "x" * 106, "ipc:///" + "x" * 106),
+    ],
+)
+def test_good(text: str, made: str) -> None:
+    assert str(parse(text)) == made
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("tcp://*:5555", "every interface"),
+        ("tcp://0.0.0.0:5555", "every interface"),
+        ("tcp://[::]:5555", "every interface"),
+        ("tcp://10.0.0.1:5555", "needs CURVE"),
+        ("tcp://example:5555", "is not an address"),
+        ("tcp://127.0.0.1:99999", "expected a port"),
+        ("tcp://127.0.0.1:x", "expected a port"),
+        ("ipc://@abstract", "no permissions"),
+        ("ipc://relative", "absolute path"),
+        ("ipc:///" + "x" * 107, "108 bytes long, at most 107"),
+        ("ipc://", "expected ipc"),
+        ("pgm://x", "unknown scheme"),
+        ("/run/x", "expected ipc"),
+    ],
+)
+def test_refused(text: str, words: str) -> None:
+    """Case 30 among them."""
+    with pytest.raises(AddressError, match=words):
+        parse(text)

@@ -1,0 +1,370 @@
+"""One suite over every wire: memory, inproc, ipc, tcp. A link over any of them keeps the same promises."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zmq
+
+from ranvier.transport.format.errors import AddressError, LinkBroken, LinkClosed, ProtocolError
+from ranvier.transport.format.header import Row
+from ranvier.transport.format.tensor_spec import TensorSpec
+from ranvier.transport.format.tensors import from_buffer, to_buffer
+from ranvier.transport.links.exchange import Exchange
+from ranvier.transport.links.link import LinkSpec, Wire
+from ranvier.transport.links.link_state import Received, SendingLink
+from ranvier.transport.wires import curve
+from ranvier.transport.wires.testing import MemoryNetwork
+from ranvier.transport.wires.zeromq import ZeroWire
+
+SPEC = (("x", TensorSpec("float32", ("tokens", "width"))),)
+MakeWire = Callable[[str], Wire]
+
+
+@pytest.fixture(params=["memory", "inproc", "ipc", "ipc, shared", "ipc, direct", "ipc, direct, shared", "tcp"])
+def make_wire(request: pytest.FixtureRequest) -> Iterator[MakeWire]:
+    """Makes wires that can reach each other; closes them all afterwards."""
+    made: list[Wire] = []
+    network = MemoryNetwork()
+    context: zmq.Context[Any] = zmq.Context()
+    folder = tempfile.TemporaryDirectory(prefix="rv-", dir="/tmp")
+    ipc = f"ipc://{folder.name}/{{}}"
+    curve.write(Path(folder.name) / "keys", ["a", "b", "c", "stranger"])
+    address = {"inproc": "inproc://{}", "tcp": "tcp://127.0.0.1:0"}
+
+    def make(me: str) -> Wire:
+        if request.param == "memory":
+            wire: Wire = network.wire(me)
+        else:
+            place = address.get(request.param, ipc).format(me)
+            own = context if request.param == "inproc" else None
+            shared_from = 1 if "shared" in request.param else 0  # every tensor, however small
+            direct = "direct" in request.param
+            keys = curve.read(Path(folder.name) / "keys", me.partition(".")[0]) if request.param == "tcp" else None
+            wire = ZeroWire(
+                me, place, max_frame_bytes=1 << 26, context=own, shared_from_bytes=shared_from, direct=direct, keys=keys
+            )
+        made.append(wire)
+        return wire
+
+    yield make
+    for wire in made:
+        wire.close()
+    context.term()
+    folder.cleanup()
+
+
+def link(credits_messages: int = 4, credits_bytes: int = 1 << 20, **changes: Any) -> LinkSpec:
+    fields: dict[str, Any] = {
+        "edge": 3, "name": "a.x -> b.x", "source": "a.0.1", "target": "b.0.1", "tensors": SPEC,
+        "credits_messages": credits_messages, "credits_bytes": credits_bytes, **changes,
+    }  # fmt: skip
+    return LinkSpec(**fields)
+
+
+class Peer:
+    """One process's transport: a wire and the state of its links, driven by hand."""
+
+    def __init__(self, make_wire: MakeWire, me: str, spec: LinkSpec, graph: str = "g") -> None:
+        self.wire = make_wire(me)
+        self.exchange = Exchange(me, graph, [spec], time.monotonic_ns)
+        self.taken: list[Received] = []
+        self.errors: list[ProtocolError] = []
+
+    @property
+    def link(self) -> SendingLink:
+        return next(iter(self.exchange.sending.values()))
+
+    def turn(self, *, consume: bool = True, wait_s: float = 0.02) -> None:
+        """Send what is due, take what has come."""
+        self.flush()
+        while True:
+            try:
+                arrival = self.wire.receive(wait_s)
+                if arrival is None:
+                    break
+                received = self.exchange.on_arrival(arrival)
+            except ProtocolError as error:
+                self.errors.append(error)
+                received = None
+            if received is not None:
+                self.taken.append(received)
+                if consume:
+                    self.exchange.consumed(received.link, received.nbytes)
+            self.flush()
+            wait_s = 0
+        self.exchange.idle()
+        self.flush()
+
+    def flush(self) -> None:
+        for out in self.exchange.outbox:
+            out.buffers = self.wire.send(out.peer, out.header, out.buffers)
+        self.exchange.outbox.clear()
+
+    def send(self, tensor: torch.Tensor, position: int = 0) -> None:
+        meta, buffer = to_buffer("x", tensor)
+        row = Row(1, 1, position, tensor.shape[0])
+        self.exchange.send(self.link, (row,), (meta,), (buffer,), time.monotonic_ns())
+
+
+def pair(make_wire: MakeWire, spec: LinkSpec | None = None, **changes: Any) -> tuple[Peer, Peer]:
+    spec = spec or link()
+    a, b = Peer(make_wire, "a.0.1", spec), Peer(make_wire, "b.0.1", changes.pop("theirs", spec), **changes)
+    a.wire.connect("b.0.1", b.wire.address)
+    b.wire.connect("a.0.1", a.wire.address)
+    a.exchange.open()
+    return a, b
+
+
+def turns(*peers: Peer, until: Callable[[], bool], most: int = 200, **options: Any) -> None:
+    for _ in range(most):
+        if until():
+            return
+        for peer in peers:
+            peer.turn(**options)
+    assert until(), "did not come true"
+
+
+def opened(make_wire: MakeWire, spec: LinkSpec | None = None) -> tuple[Peer, Peer]:
+    a, b = pair(make_wire, spec)
+    turns(a, b, until=lambda: a.exchange.ready and b.exchange.ready)
+    return a, b
+
+
+def test_messages_arrive_once_and_in_order(make_wire: MakeWire) -> None:
+    """Twenty messages through a window of four: all, once, in order, bit for bit."""
+    a, b = opened(make_wire)
+    sent = [torch.randn(n % 3 + 1, 5) for n in range(20)]
+    for position, tensor in enumerate(sent):
+        a.send(tensor, position)
+    turns(a, b, until=lambda: len(b.taken) == 20)
+    for position, (tensor, received) in enumerate(zip(sent, b.taken, strict=True)):
+        header, buffers = received.header, received.buffers
+        assert header.rows[0].position == position
+        assert torch.equal(from_buffer(header.tensors[0], buffers[0]), tensor)
+    turns(a, b, until=lambda: not a.exchange.unfinished())
+    assert b.errors == []
+
+
+def test_large_and_empty_tensors(make_wire: MakeWire) -> None:
+    """Twelve MiB without a copy, a tensor without elements, one that is not contiguous."""
+    a, b = opened(make_wire, link(credits_bytes=1 << 30))
+    sent = [torch.randn(3, 1 << 20), torch.empty(0, 7), torch.randn(6, 4).t()]
+    for tensor in sent:
+        a.send(tensor)
+    turns(a, b, until=lambda: len(b.taken) == 3)
+    for tensor, received in zip(sent, b.taken, strict=True):
+        assert torch.equal(from_buffer(received.header.tensors[0], received.buffers[0]), tensor)
+
+
+def test_a_sender_before_its_receiver_loses_nothing_case_21() -> None:
+    """Case 21: the sender connects, offers its link and has a message before the receiver is bound."""
+    with tempfile.TemporaryDirectory(prefix="rv-", dir="/tmp") as folder:
+
+        def make(me: str) -> Wire:
+            return ZeroWire(me, f"ipc://{folder}/{me}", max_frame_bytes=1 << 20)
+
+        a = Peer(make, "a.0.1", link())
+        a.wire.connect("b.0.1", f"ipc://{folder}/b.0.1")
+        a.exchange.open()
+        a.send(torch.ones(1, 2))
+        a.flush()
+        b = Peer(make, "b.0.1", link())
+        b.wire.connect("a.0.1", a.wire.address)
+        turns(a, b, until=lambda: len(b.taken) == 1)
+        assert b.taken[0].header.sequence == 1
+        a.wire.close()
+        b.wire.close()
+
+
+def test_credit_bounds_what_is_on_its_way(make_wire: MakeWire) -> None:
+    """A receiver that uses nothing up gets as many messages as it granted, and the rest once it does."""
+    a, b = opened(make_wire, link(credits_messages=3))
+    for position in range(10):
+        a.send(torch.ones(1, 1), position)
+    for _ in range(5):
+        a.turn(wait_s=0.01)
+        b.turn(consume=False, wait_s=0.01)
+    assert len(b.taken) == 3
+    assert a.exchange.waiting
+    assert a.exchange.counters["credit_waits"] == 7
+    for received in b.taken:
+        b.exchange.consumed(received.link, received.nbytes)
+    turns(a, b, until=lambda: len(b.taken) == 10)
+    assert not a.exchange.waiting
+
+
+def test_credit_in_bytes(make_wire: MakeWire) -> None:
+    """Bytes are bounded, too; one message larger than the whole window goes alone."""
+    a, b = opened(make_wire, link(credits_messages=100, credits_bytes=1000))
+    for position, floats in enumerate([100, 100, 100, 600, 1]):
+        a.send(torch.ones(1, floats), position)
+    for _ in range(5):
+        a.turn(wait_s=0.01)
+        b.turn(consume=False, wait_s=0.01)
+    assert len(b.taken) == 2
+    for count in (3, 4, 5):
+        for received in b.taken[-1 if count > 3 else 0 :]:
+            b.exchange.consumed(received.link, received.nbytes)
+        for _ in range(5):
+            b.turn(consume=False, wait_s=0.01)
+            a.turn(wait_s=0.01)
+        assert len(b.taken) == count
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"graph": "other"}, "b.0.1 runs graph other, a.0.1 runs graph g"),
+        ({"theirs": link(edge=9)}, "b.0.1 has no edge 'a.x -> b.x' from a.0.1"),
+        ({"theirs": link(tensors=(("x", TensorSpec("float16", ("tokens", 3))),))}, "float16.*a.0.1 offers.*float32"),
+    ],
+)
+def test_a_handshake_that_differs_names_both_sides_case_20(
+    make_wire: MakeWire, changes: dict[str, Any], words: str
+) -> None:
+    """Case 20: another graph, another edge, another spec."""
+    a, b = pair(make_wire, **changes)
+
+    def refused() -> bool:
+        try:
+            return a.exchange.ready and False
+        except LinkBroken:
+            return True
+
+    turns(a, b, until=refused)
+    with pytest.raises(LinkBroken, match=words):
+        _ = a.exchange.ready
+    assert b.exchange.counters["refused"] >= 1
+    assert "handshake refused" in str(b.errors[0])
+
+
+def test_another_wire_version_is_refused_case_20(make_wire: MakeWire) -> None:
+    """Case 20: a peer of another version gets nothing in, and the link of the right one still works."""
+    import msgpack
+
+    a, b = opened(make_wire)
+    a.wire.send("b.0.1", msgpack.packb([2, 3, 3, 0, "g", "a.x -> b.x", (), "a.0.1", "b.0.1"]), ())
+    turns(a, b, until=lambda: len(b.errors) == 1)
+    assert "expected wire version 1, got 2" in str(b.errors[0])
+    a.send(torch.ones(1, 1))
+    turns(a, b, until=lambda: len(b.taken) == 1)
+
+
+@pytest.mark.parametrize(
+    ("frames", "words"),
+    [
+        ((b"\x80\x04}.",), "header"),
+        ((b"x" * 70_000,), "at most 65536 bytes"),
+        ((b"", b"body"), "header"),
+    ],
+)
+def test_rubbish_is_refused_and_the_link_goes_on(make_wire: MakeWire, frames: tuple[bytes, ...], words: str) -> None:
+    """Case 41: a pickle as a header; too large a header; none at all. The receiver goes on."""
+    a, b = opened(make_wire)
+    a.wire.send("b.0.1", frames[0], frames[1:])
+    turns(a, b, until=lambda: len(b.errors) == 1)
+    assert words in str(b.errors[0])
+    a.send(torch.ones(2, 2))
+    turns(a, b, until=lambda: len(b.taken) == 1)
+
+
+def test_too_many_frames_are_refused(make_wire: MakeWire) -> None:
+    """A thousand frames in one message: dropped, and the next message is taken."""
+    a, b = opened(make_wire)
+    a.send(torch.ones(1, 1))
+    header = a.exchange.outbox[0].header
+    a.exchange.outbox.clear()
+    a.wire.send("b.0.1", header, [b"x"] * 1000)
+    for _ in range(10):
+        try:
+            b.turn()
+        except ProtocolError as error:
+            b.errors.append(error)
+        if b.errors:
+            break
+    assert "tensor frames" in str(b.errors[0])
+    a.exchange.tick()  # what was lost is asked for again
+    turns(a, b, until=lambda: len(b.taken) == 1)
+
+
+def test_a_closed_wire_says_so(make_wire: MakeWire) -> None:
+    wire = make_wire("a.0.1")
+    wire.close()
+    wire.close()
+    with pytest.raises(LinkClosed):
+        wire.receive(0)
+
+
+def test_a_wake_interrupts_a_blocked_receive(tmp_path: Path) -> None:
+    """Another thread's wake ends a receive that would wait for ever."""
+    import threading
+
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        wire = ZeroWire("a.0.1", f"ipc://{folder}/a", max_frame_bytes=1 << 20)
+        waker = wire.waker()
+        thread = threading.Thread(target=waker.wake)
+        thread.start()
+        assert wire.receive(None) is None
+        thread.join()
+        waker.close()
+        wire.close()
+
+
+def test_an_address_in_use_is_not_stolen() -> None:
+    """Binding an ipc path that another wire holds is an error; ZeroMQ itself would take it over."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        wire = ZeroWire("a.0.1", f"ipc://{folder}/a", max_frame_bytes=1 << 20)
+        with pytest.raises(AddressError, match="another process listens there"):
+            ZeroWire("b.0.1", f"ipc://{folder}/a", max_frame_bytes=1 << 20)
+        with pytest.raises(AddressError):
+            ZeroWire("b.0.1", f"ipc://{folder}/nowhere/a", max_frame_bytes=1 << 20)
+        wire.close()
+
+
+def test_a_frame_over_the_limit_drops_the_peer() -> None:
+    """Case 19: ZeroMQ ends the connection of a peer whose frame is over the limit; nothing of it arrives."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        wire = ZeroWire("a.0.1", f"ipc://{folder}/a", max_frame_bytes=1 << 16)
+        big = ZeroWire("big", f"ipc://{folder}/b", max_frame_bytes=1 << 16)
+        big.connect("a.0.1", wire.address)
+        big.send("a.0.1", b"header", [bytes(1 << 17)])
+        assert wire.receive(0.3) is None
+        good = ZeroWire("good", f"ipc://{folder}/c", max_frame_bytes=1 << 16)
+        good.connect("a.0.1", wire.address)
+        good.send("a.0.1", b"header", [])
+        arrival = wire.receive(5)
+        assert arrival is not None
+        assert arrival.peer == "good"
+        for each in (wire, big, good):
+            each.close()
+
+
+def test_an_answer_to_one_who_has_gone_is_dropped() -> None:
+    """It spoke and went away before it was answered: nobody waits, and the wire goes on."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        wire = ZeroWire("a.0.1", f"ipc://{folder}/a", max_frame_bytes=1 << 16)
+        gone = ZeroWire("gone", f"ipc://{folder}/b", max_frame_bytes=1 << 16)
+        gone.connect("a.0.1", wire.address)
+        gone.send("a.0.1", b"header", [])
+        arrival = wire.receive(5)
+        assert arrival is not None
+        gone.close()
+        wire.send("never seen", b"no", [])
+        for _ in range(100):  # before ZeroMQ has noticed that the connection is gone, and after
+            wire.send("gone", b"no", [])
+            assert wire.receive(0.002) is None
+        other = ZeroWire("other", f"ipc://{folder}/c", max_frame_bytes=1 << 16)
+        other.connect("a.0.1", wire.address)
+        other.send("a.0.1", b"header", [])
+        arrival = wire.receive(5)
+        assert arrival is not None
+        assert arrival.peer == "other"
+        for each in (wire, other):
+            each.close()

@@ -1,0 +1,1 @@
+"""What an edge promises: order, credit, acknowledgement."""

@@ -1,0 +1,439 @@
+"""All links of one process, without I/O: frames in, messages and frames out.
+
+The step thread of a host drives one over ZeroMQ, the gateway drives one from trio, and the tests drive the same over
+memory wires with a clock of their own. Nothing here blocks, sleeps, or knows a socket.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from ..format.codec import RAW, Coding
+from ..format.codec import parse as parse_codec
+from ..format.errors import LinkBroken, ProtocolError
+from ..format.header import (
+    MAX_TRACED_ROWS,
+    VERSION,
+    Ack,
+    Control,
+    Header,
+    Kind,
+    Row,
+    TensorMeta,
+    TracedHeader,
+    Verb,
+    control,
+    decode,
+)
+from ..format.message import Buffer, check_frames, check_specs, checksum, stable
+from . import codec_choice
+from .handshake import hello, objection
+from .link import Arrival, LinkSpec
+from .link_state import Received, ReceivingLink, SendingLink, Waiting
+from .window import Outgoing, ReceiveWindow, SendWindow
+
+Link = TypeVar("Link")
+OnUnsent = Callable[[LinkSpec, tuple[Row, ...], int, int, int], None]
+"""A message that never got credit: (link, rows, bytes, ready_ns, given_up_ns)."""
+OnSent = Callable[
+    [LinkSpec, int, tuple[Row, ...], int, int, int, int, tuple[TensorMeta, ...], Coding | None, int], None
+]
+"""What the sending end knows of one message: (link, sequence, rows, bytes, ready_ns, credit_ns, sent_ns, tensors, coding,
+checksum)."""
+OnControl = Callable[[int, Verb, str, bool, tuple[Any, ...]], None]
+"""A control message of a link: (edge, verb, peer, whether it was sent from here, arguments)."""
+
+
+def _checked(link: SendingLink | ReceivingLink, rows: tuple[Row, ...], tensors: tuple[TensorMeta, ...]) -> int:
+    """The bytes of a message that its edge carries. Most are like the one before, which has `passed`.
+
+    Raises:
+        ProtocolError: its edge does not carry it.
+    """
+    shape = (tensors, len(rows), rows[0].tokens if len(rows) == 1 else sum([row.tokens for row in rows]))
+    if shape != link.passed:
+        if not rows:
+            raise ProtocolError(f"edge {link.spec.name}: expected at least one row, got none")
+        check_specs(link.spec.name, link.spec.tensors, rows, tensors)
+        link.passed = shape
+        link.nbytes = sum([meta.nbytes for meta in tensors])
+    return link.nbytes
+
+
+class Exchange:
+    """The links of the process `me`.
+
+    Args:
+        me: this process's identity, `actor.replica.epoch`.
+        graph: hash of the graph; both ends of a link must run the same.
+        links: every link with `me` at one end (or both).
+        clock: nanoseconds; CLOCK_MONOTONIC in a run.
+        on_sent: called for each message handed over (the trace).
+        on_unsent: called for each that waited for credit and was given up.
+        on_control: called for each control message of the links, both ways.
+
+    `traces` holds the W3C trace context (header.py) of what is being done for a session, for those that are traced.
+    `waiting` is the number of messages that wait for credit: the host starts no step meanwhile. `outbox` is for the
+    driver to hand to the wire, and to clear.
+    """
+
+    def __init__(
+        self,
+        me: str,
+        graph: str,
+        links: Iterable[LinkSpec],
+        clock: Callable[[], int],
+        on_sent: OnSent | None = None,
+        on_unsent: OnUnsent | None = None,
+        on_control: OnControl | None = None,
+    ) -> None:
+        self.me = me
+        self.graph = graph
+        self.sending: dict[tuple[int, str], SendingLink] = {}
+        self.receiving: dict[tuple[int, str], ReceivingLink] = {}
+        self.outbox: list[Outgoing] = []
+        self.counters: Counter[str] = Counter()
+        self.clock = clock
+        self._on_sent = on_sent
+        self._on_unsent = on_unsent
+        self._on_control_message = on_control
+        self._owing: dict[ReceivingLink, None] = {}
+        self.waiting = 0
+        self.traces: dict[int, bytes] = {}
+        for spec in links:
+            self.add(spec)
+
+    def add(self, spec: LinkSpec) -> None:
+        """One link more; `open` offers it."""
+        if spec.source == self.me:
+            window, choices = SendWindow(spec.credits_bytes), codec_choice.candidates(spec.codec)
+            if choices is None:
+                codec = parse_codec(spec.codec)
+                link = SendingLink(spec, window, codec, codec.number == RAW)
+            else:
+                link = SendingLink(spec, window, choices[0], raw=False, chooser=codec_choice.Chooser(choices))
+            self.sending[spec.edge, spec.target] = link
+        if spec.target == self.me:
+            receiver = ReceiveWindow(spec.credits_messages, spec.credits_bytes)
+            measured = codec_choice.candidates(spec.codec) is not None
+            self.receiving[spec.edge, spec.source] = ReceivingLink(spec, receiver, measured)
+
+    def remove(self, peer: str) -> None:
+        """All links with `peer`, and whatever was still on its way there."""
+        for key in [key for key in self.sending if key[1] == peer]:
+            self.waiting -= len(self.sending.pop(key).waiting)
+        for key in [key for key in self.receiving if key[1] == peer]:
+            link = self.receiving.pop(key)
+            link.open = False
+            self._owing.pop(link, None)
+        self.outbox = [outgoing for outgoing in self.outbox if outgoing.peer != peer]
+
+    # -- opening ------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Offer every sending link to its receiver."""
+        for link in self.sending.values():
+            if not link.open:
+                self._tell(link.spec.target, hello(link.spec, self.graph))
+
+    @property
+    def ready(self) -> bool:
+        """Whether every link is open at both ends.
+
+        Raises:
+            LinkBroken: a receiver refused; the message names both sides.
+        """
+        for link in self.sending.values():
+            if link.refused is not None:
+                raise LinkBroken(f"edge {link.spec.name}: refused by {link.spec.target}: {link.refused}")
+        return all(link.open for link in self.sending.values()) and all(r.open for r in self.receiving.values())
+
+    # -- sending ------------------------------------------------------------------------------------------------
+
+    def send(
+        self,
+        link: SendingLink,
+        rows: tuple[Row, ...],
+        tensors: tuple[TensorMeta, ...],
+        buffers: tuple[Buffer, ...],
+        ready_ns: int,
+        coding: Coding | None = None,
+    ) -> None:
+        """Send a message, or keep it until there is credit (`waiting` counts). Buffers that can be written to are copied where
+        they wait; else the wire sees to it.
+
+        Raises:
+            ProtocolError: the tensors are not what the edge carries.
+        """
+        nbytes = _checked(link, rows, tensors)
+        if link.waiting or not link.window.may_send(nbytes):
+            self.counters["credit_waits"] += 1
+            self.waiting += 1
+            held = tuple(map(stable, buffers))  # whoever made them goes on meanwhile
+            link.waiting.append(Waiting(rows, tensors, held, nbytes, ready_ns, coding))
+        else:
+            self._transmit(link, rows, tensors, buffers, nbytes, ready_ns, ready_ns, coding)
+
+    def give_up(self, wanted: Callable[[Row], bool] = lambda _row: False) -> None:
+        """Drop what waits for credit and of which no row is `wanted` any more. It has no sequence number yet, so nothing is
+        missing at the other end."""
+        if not self.waiting:
+            return
+        for link in self.sending.values():
+            kept = deque[Waiting]()
+            for message in link.waiting:
+                if any(wanted(row) for row in message.rows):
+                    kept.append(message)
+                    continue
+                self.waiting -= 1
+                self.counters["given_up"] += 1
+                if self._on_unsent is not None:
+                    self._on_unsent(link.spec, message.rows, message.nbytes, message.ready_ns, self.clock())
+            link.waiting = kept
+
+    def unfinished(self) -> bool:
+        """Whether anything sent is not acknowledged yet."""
+        return any(link.waiting or link.window.kept for link in self.sending.values())
+
+    def _transmit(
+        self,
+        link: SendingLink,
+        rows: tuple[Row, ...],
+        tensors: tuple[TensorMeta, ...],
+        buffers: tuple[Buffer, ...],
+        nbytes: int,
+        ready_ns: int,
+        credit_ns: int,
+        coding: Coding | None,
+    ) -> None:
+        window, spec = link.window, link.spec
+        sequence = window.sequence + 1
+        acks = self._acks_for(spec.target) if self._owing else ()
+        sent_ns = self.clock()
+        crc = 0 if spec.local else checksum(buffers)
+        fields = VERSION, spec.kind, spec.edge, sequence, rows, tensors, ready_ns, sent_ns, crc, acks
+        if self.traces and len(rows) <= MAX_TRACED_ROWS and any(row.session in self.traces for row in rows):
+            header = TracedHeader(*fields, tuple(self.traces.get(row.session, b"") for row in rows)).encode()
+        else:
+            header = Header(*fields).encode()
+        outgoing = Outgoing(spec.target, header, buffers, sequence, nbytes)
+        window.keep(outgoing)
+        self.outbox.append(outgoing)
+        if link.on_used is not None:
+            link.sent_at.append((sequence, sent_ns))
+        if link.chooser is not None and nbytes >= codec_choice.MEASURED_BYTES:
+            link.timed.append((sequence, sent_ns, nbytes))
+        if self._on_sent is not None:
+            self._on_sent(spec, sequence, rows, nbytes, ready_ns, credit_ns, sent_ns, tensors, coding, crc)
+
+    def _acks_for(self, peer: str) -> tuple[Ack, ...]:
+        """What is owed to `peer` rides along with a message that goes there anyway."""
+        if len(self._owing) == 1:  # as in every chain of actors, where a list would take twice as long
+            [link] = self._owing
+            if link.spec.source != peer:
+                return ()
+            self._owing.clear()
+            return (Ack(link.spec.edge, *link.window.tell()),)
+        acks = []
+        for link in list(self._owing):
+            spec = link.spec
+            if spec.source == peer:
+                del self._owing[link]
+                acks.append(Ack(spec.edge, *link.window.tell()))
+        return tuple(acks)
+
+    # -- receiving ----------------------------------------------------------------------------------------------
+
+    def on_arrival(self, arrival: Arrival) -> Received | None:
+        """Take what a wire received: a message for the host, or None for the link's own affairs.
+
+        Raises:
+            ProtocolError: the peer sent what it must not. The message is dropped; `rows` of the error, if any, names
+                the sessions that lost it.
+        """
+        header, peer = decode(arrival.header), arrival.peer
+        if isinstance(header, Control):
+            self._on_control(peer, header, arrival.waiting_since_ns)
+            return None
+        for ack in header.acks:
+            sending = self.sending.get((ack.edge, peer)) or self._link(self.sending, peer, ack.edge, "an ack")
+            sending.window.acknowledge(ack.received, ack.sequence_limit, ack.byte_limit)
+            if sending.on_used is not None:
+                self._tell_used(sending, sending.on_used)
+            if sending.waiting:
+                self._send_waiting(sending)
+            if sending.on_credit is not None:
+                sending.on_credit()
+        link = self.receiving.get((header.edge, peer))
+        if link is None or not link.open or header.kind != link.spec.kind:
+            raise ProtocolError(self._misplaced(header, peer, link))
+        if header.sequence != link.window.received + 1:
+            self._out_of_order(link, header.sequence)
+            return None
+        try:
+            check_frames(header, arrival.buffers)
+        except ProtocolError:
+            self.counters["damaged"] += 1
+            self._ask_again(link)  # the sender still has it
+            raise
+        link.window.received = header.sequence
+        self._owing[link] = None
+        if link.measured and arrival.waiting_since_ns:
+            self._tell_waited(link, header, arrival.waiting_since_ns)
+        try:
+            nbytes = _checked(link, header.rows, header.tensors)
+        except ProtocolError as error:
+            self.consumed(link, sum(meta.nbytes for meta in header.tensors))
+            raise RefusedMessage(str(error), header.rows) from None
+        return Received(link, header, arrival.buffers, nbytes, self.clock())
+
+    def _tell_waited(self, link: ReceivingLink, header: Header, since_ns: int) -> None:
+        """Let the sender find out how fast the link is, by its own clock: the clocks of two machines are never compared."""
+        if sum(meta.nbytes for meta in header.tensors) >= codec_choice.MEASURED_BYTES:
+            waited_ns = max(0, self.clock() - since_ns)
+            self._tell(link.spec.source, control(link.spec.edge, Verb.SPEED, header.sequence, waited_ns))
+
+    def _learn_speed(self, link: SendingLink, sequence: int, waited_ns: int, waiting_since_ns: int) -> None:
+        """A round trip says how fast the link is where nobody was busy meanwhile: the receiver had waited for longer than it
+        took, and the answer was waited for here."""
+        while link.timed and link.timed[0][0] < sequence:
+            link.timed.popleft()
+        if link.chooser is None or not link.timed or link.timed[0][0] != sequence:
+            return
+        _, sent_ns, nbytes = link.timed.popleft()
+        took_ns = max(1, self.clock() - sent_ns)
+        if waiting_since_ns and waited_ns >= took_ns:
+            link.chooser.measured(nbytes, took_ns)
+
+    def _misplaced(self, header: Header, peer: str, link: ReceivingLink | None) -> str:
+        if link is None:
+            return f"{self.me}: expected an edge of the graph, got edge {header.edge} from {peer}"
+        if not link.open:
+            return f"edge {link.spec.name}: expected a handshake from {peer}, got a message"
+        expected, got = (Kind(kind).name.lower() for kind in (link.spec.kind, header.kind))
+        return f"edge {link.spec.name}: expected {expected}, got {got}"
+
+    def _out_of_order(self, link: ReceivingLink, sequence: int) -> None:
+        """One already seen is dropped, a gap is asked for again."""
+        if sequence <= link.window.received:
+            self.counters["duplicate"] += 1
+            self._owing[link] = None
+        else:
+            self.counters["gap"] += 1
+            self._ask_again(link)
+
+    def consumed(self, link: ReceivingLink, nbytes: int) -> None:
+        """A message of `nbytes` was used up; tell the sender at once if it may run out of credit, else when idle."""
+        if not link.open:
+            return  # removed meanwhile
+        if link.window.consume(nbytes) or link.spec.prompt:
+            self._acknowledge(link)
+        else:
+            self._owing[link] = None
+
+    def owes(self) -> bool:
+        """Whether an acknowledgement is held back until the process is idle."""
+        return bool(self._owing)
+
+    def idle(self) -> None:
+        """Nothing to do just now: send the acknowledgements that were held back."""
+        for link in list(self._owing):
+            self._acknowledge(link)
+
+    def tick(self) -> None:
+        """A second or so has passed: repeat the offers and probes nobody answered."""
+        self.open()
+        for link in self.sending.values():
+            if link.open and (link.window.kept or link.waiting):
+                self._tell(link.spec.target, control(link.spec.edge, Verb.PROBE, link.window.sequence))
+
+    def _ask_again(self, link: ReceivingLink) -> None:
+        missing = link.window.ask()
+        if missing is not None:
+            self.counters["asked_again"] += 1
+            self._tell(link.spec.source, control(link.spec.edge, Verb.AGAIN, missing))
+
+    def _acknowledge(self, link: ReceivingLink) -> None:
+        self._owing.pop(link, None)
+        self._tell(link.spec.source, control(link.spec.edge, Verb.ACK, *link.window.tell()))
+
+    def _tell(self, peer: str, message: Control) -> None:
+        self.outbox.append(Outgoing(peer, message.encode()))
+        if self._on_control_message is not None:
+            self._on_control_message(message.edge, message.verb, peer, True, message.arguments)
+
+    # -- control ------------------------------------------------------------------------------------------------
+
+    def _on_control(self, peer: str, message: Control, waiting_since_ns: int) -> None:
+        verb, arguments = message.verb, message.arguments
+        if self._on_control_message is not None:
+            self._on_control_message(message.edge, verb, peer, False, arguments)
+        if verb is Verb.HELLO:
+            self._on_hello(peer, message.edge, arguments)
+        elif verb is Verb.PROBE:
+            receiving = self._link(self.receiving, peer, message.edge, verb.name)
+            if arguments[0] > receiving.window.received:
+                receiving.window.asked = 0  # the answer to an earlier question was lost
+                self._ask_again(receiving)
+            else:
+                self._acknowledge(receiving)
+        else:
+            link = self._link(self.sending, peer, message.edge, verb.name)
+            self._on_answer(link, verb, arguments, waiting_since_ns)
+
+    def _on_hello(self, peer: str, edge: int, offer: tuple[Any, ...]) -> None:
+        link = self.receiving.get((edge, peer))
+        reason = objection(link.spec if link else None, self.graph, peer, self.me, offer)
+        if link is None or reason is not None:
+            self.counters["refused"] += 1
+            self._tell(peer, control(edge, Verb.REFUSE, reason or "no such edge"))
+            raise ProtocolError(f"handshake refused: {reason}")
+        link.open = True
+        self._tell(peer, control(edge, Verb.WELCOME, *link.window.limits()))
+
+    def _on_answer(self, link: SendingLink, verb: Verb, arguments: tuple[Any, ...], waiting_since_ns: int) -> None:
+        if verb is Verb.WELCOME:
+            link.open = True
+            link.window.grant(*arguments)
+        elif verb is Verb.REFUSE:
+            link.refused = arguments[0]
+        elif verb is Verb.ACK:
+            link.window.acknowledge(*arguments)
+            if link.on_used is not None:
+                self._tell_used(link, link.on_used)
+        elif verb is Verb.SPEED:
+            self._learn_speed(link, arguments[0], arguments[1], waiting_since_ns)
+        elif verb is Verb.AGAIN:
+            for sent in link.window.since(arguments[0]):
+                self.counters["sent_again"] += 1
+                self.outbox.append(sent)
+        self._send_waiting(link)
+        if link.on_credit is not None:
+            link.on_credit()
+
+    def _tell_used(self, link: SendingLink, on_used: Callable[[int], None]) -> None:
+        now_ns, used = self.clock(), link.used
+        while link.sent_at and link.sent_at[0][0] <= used:
+            on_used(now_ns - link.sent_at.popleft()[1])
+
+    def _send_waiting(self, link: SendingLink) -> None:
+        while link.waiting and link.window.may_send(link.waiting[0].nbytes):
+            self.waiting -= 1
+            rows, tensors, buffers, nbytes, ready_ns, coding = link.waiting.popleft()
+            self._transmit(link, rows, tensors, buffers, nbytes, ready_ns, self.clock(), coding)
+
+    def _link(self, links: dict[tuple[int, str], Link], peer: str, edge: int, what: str) -> Link:
+        link = links.get((edge, peer))
+        if link is None:
+            raise ProtocolError(f"{self.me}: expected {what} of an edge of the graph, got edge {edge} from {peer}")
+        return link
+
+
+class RefusedMessage(ProtocolError):
+    """A message in sequence that its edge does not carry: `rows` are the steps that lost their input."""
+
+    def __init__(self, text: str, rows: tuple[Row, ...]) -> None:
+        super().__init__(text)
+        self.rows = rows

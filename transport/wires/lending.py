@@ -1,0 +1,171 @@
+"""Lend memory to peers, so that large tensors go through shared memory (shared_memory.py): who can read whose memory, what is
+lent, what is given back. Frames in, frames out; no ZeroMQ here.
+
+A message of the wires' own begins with an empty frame, which no header is; the next frame says what it is. An offer and its
+answer find out whether the peer can read this process's memory at all; a return gives segments back, and what the lender
+drops is unmapped at the other end; loans come before the message that they are part of, which has empty frames in their places.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+
+from ..format.errors import ProtocolError
+from ..format.message import Buffer
+from ..links.link import Arrival
+from .shared_memory import Borrower, Lender, Loan
+
+MAX_OWN_BYTES = 1 << 16
+
+
+class _Offer(msgspec.Struct, tag=1, array_like=True):
+    loan: Loan
+
+
+class _Answer(msgspec.Struct, tag=2, array_like=True):
+    read: bytes
+
+
+class _Returned(msgspec.Struct, tag=3, array_like=True):
+    segments: list[int]
+
+
+class _Lent(msgspec.Struct, tag=4, array_like=True):
+    """Which tensor frames are loans."""
+
+    loans: list[tuple[int, Loan]]
+
+
+class _Dropped(msgspec.Struct, tag=5, array_like=True):
+    """These segments are not lent any more: nobody need map them."""
+
+    segments: list[int]
+
+
+_own = msgspec.msgpack.Decoder(_Offer | _Answer | _Returned | _Lent | _Dropped)
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class Lending(NamedTuple):
+    """How a message goes out: the frame before its header, if it has loans; its tensors; and what to keep of them until it is
+    acknowledged."""
+
+    loans: bytes | None
+    sent: Sequence[Buffer]
+    kept: Sequence[Buffer]
+
+
+class Sharing:
+    """Shared memory of one wire, which sends what lies in `outbox` (peer, frame), each behind an empty frame.
+
+    Args:
+        me: the wire's identity, for messages of errors.
+        from_bytes: tensors of so many bytes and more are lent; 0: none are.
+    """
+
+    def __init__(self, me: str, from_bytes: int) -> None:
+        self.from_bytes = from_bytes
+        self.counters: Counter[str] = Counter()
+        self.lender, self.borrower = Lender(), Borrower()
+        self.outbox: deque[tuple[str, bytes]] = deque()
+        self._me = me
+        self._nonces: dict[str, bytes] = {}
+        self._reads: dict[str, bool] = {}
+
+    def join(self, peer: str) -> None:
+        """`peer` is a process of this machine."""
+        if self.from_bytes:
+            self._reads[peer] = False
+
+    def leave(self, peer: str) -> None:
+        self._reads.pop(peer, None)
+        self._nonces.pop(peer, None)
+        self.lender.forget(peer)
+        self.borrower.forget(peer)
+
+    def close(self) -> None:
+        self.lender.close()
+
+    def concerns(self, peer: str, buffers: Sequence[Buffer]) -> bool:
+        """Whether one of these may be lent to `peer`."""
+        return peer in self._reads and self.from_bytes <= max(map(len, buffers))
+
+    def lend(self, peer: str, buffers: Sequence[Buffer]) -> Lending:
+        """Lend what is large. Until `peer` has shown that it can read this memory, all goes over the wire; what asks for that
+        is put into the outbox, once."""
+        if not self._reads[peer]:
+            if peer not in self._nonces and (made := self.lender.offer(peer)) is not None:
+                self._nonces[peer] = made[1]
+                self.outbox.append((peer, _encode(_Offer(made[0]))))
+            return Lending(None, buffers, buffers)
+        loans, sent, kept = [], list(buffers), list(buffers)
+        for index, buffer in enumerate(buffers):
+            if len(buffer) >= self.from_bytes and (lent := self.lender.lend(peer, buffer)) is not None:
+                loans.append((index, lent[0]))
+                sent[index], kept[index] = b"", lent[1]
+        self._tell_dropped()
+        if not loans:
+            self.counters["shared_full"] += 1
+            return Lending(None, buffers, buffers)
+        self.counters["shared_sent"] += len(loans)
+        return Lending(_encode(_Lent(loans)), sent, kept)
+
+    def give_back(self) -> None:
+        """Put into the outbox what nobody here looks at any more, and what need not be mapped any more."""
+        let_go: dict[str, list[int]] = {}
+        while self.borrower.let_go:
+            peer, segment = self.borrower.let_go.popleft()
+            let_go.setdefault(peer, []).append(segment)
+        self.outbox.extend((peer, _encode(_Returned(segments))) for peer, segments in let_go.items())
+        self._tell_dropped()
+
+    def _tell_dropped(self) -> None:
+        self.outbox.extend((peer, _encode(_Dropped(segments))) for peer, segments in self.lender.dropped().items())
+
+    def take(self, arrival: Arrival) -> Arrival | None:
+        """Take in a message of the wires' own: the message that comes with it, if one does.
+
+        Raises:
+            ProtocolError: it is none, or what it says is lent cannot be read.
+        """
+        peer, frames = arrival.peer, arrival.buffers
+        if peer not in self._reads or not frames or len(frames[0]) > MAX_OWN_BYTES:
+            raise ProtocolError(f"{self._me}: expected a header from {peer}, got an empty frame")
+        try:
+            own = _own.decode(frames[0])
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+            raise ProtocolError(f"{self._me}: expected a header, or a wire's own frame, from {peer}: {error}") from None
+        if isinstance(own, _Lent):
+            return self._with_loans(arrival, own)
+        if isinstance(own, _Returned):
+            self.lender.returned(peer, own.segments)
+        elif isinstance(own, _Dropped):
+            self.borrower.drop(peer, own.segments)
+        elif isinstance(own, _Answer):
+            self._reads[peer] = own.read == self._nonces.get(peer)
+        else:
+            try:
+                read = bytes(self.borrower.view(peer, own.loan))
+            except ProtocolError:
+                read = b""  # another user's, another machine's: tensors go over the wire
+            self.outbox.append((peer, _encode(_Answer(read))))
+        return None
+
+    def _with_loans(self, arrival: Arrival, lent: _Lent) -> Arrival:
+        peer = arrival.peer
+        if len(arrival.buffers) < 2:
+            raise ProtocolError(f"{self._me}: expected a message behind what {peer} lends, got none")
+        header, buffers = arrival.buffers[1], list(arrival.buffers[2:])
+        for index, loan in lent.loans:
+            if not 0 <= index < len(buffers) or len(buffers[index]):
+                raise ProtocolError(f"{self._me}: expected the place of a tensor that {peer} lends, got {index}")
+            try:
+                buffers[index] = self.borrower.view(peer, loan)
+            except ProtocolError:  # no descriptors, no memory: it will be asked for again, and come over the wire
+                self.outbox.append((peer, _encode(_Answer(b""))))
+                raise
+        return Arrival(peer, header, tuple(buffers), arrival.waiting_since_ns)

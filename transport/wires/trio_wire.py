@@ -1,0 +1,60 @@
+"""The trio side of a ZeroMQ wire: one reader a socket, which loses nothing when a wait is cancelled.
+
+ZeroMQ's descriptor is edge-triggered: it becomes readable once, and only for what came after the last look. So the wire
+is looked at before every wait; the wait itself takes nothing from it, and a cancelled `receive` leaves every message
+where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import trio
+
+from ..format.message import Buffer
+from ..links.link import Arrival
+from .zeromq import ZeroWire
+
+
+class TrioWire:
+    """A `ZeroWire` whose `receive` is awaited. One task at a time may receive; sending never blocks."""
+
+    def __init__(self, wire: ZeroWire) -> None:
+        self.wire = wire
+        self._fd = wire.fd
+        self._reading = False
+
+    async def receive(self) -> Arrival:
+        """The next frames.
+
+        Raises:
+            LinkClosed: the wire is closed.
+            ProtocolError: frames came that no message has; call again.
+            trio.BusyResourceError: another task is receiving.
+        """
+        if self._reading:
+            raise trio.BusyResourceError("another task is receiving from this wire")
+        self._reading = True
+        try:
+            await trio.lowlevel.checkpoint()
+            while True:
+                arrival = self.wire.receive(0)
+                if arrival is not None:
+                    return arrival
+                await trio.lowlevel.wait_readable(self._fd)
+        finally:
+            self._reading = False
+
+    def connect(self, peer: str, address: str) -> None:
+        self.wire.connect(peer, address)
+
+    def disconnect(self, peer: str) -> None:
+        self.wire.disconnect(peer)
+
+    def send(self, peer: str, header: bytes, buffers: Sequence[Buffer] = ()) -> Sequence[Buffer]:
+        return self.wire.send(peer, header, buffers)
+
+    def close(self) -> None:
+        """Close the wire; a waiting `receive` raises `trio.ClosedResourceError`."""
+        trio.lowlevel.notify_closing(self._fd)
+        self.wire.close()
