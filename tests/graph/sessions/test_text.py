@@ -223,7 +223,7 @@ def test_limits_of_the_shell_are_kept(codec: tokenizer.TextCodec, smollm2: Path)
     script = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_CPU, (3600, 3600))\n"
         "from ranvier.actors.checkpoint import open_checkpoint\n"
-        "from ranvier.graph import tokenizer; from ranvier.graph.sessions.text_process import TextProcess; from pathlib import Path\n"
+        "from ranvier.graph.sessions import tokenizer; from ranvier.graph.sessions.text_process import TextProcess; from pathlib import Path\n"
         "process = TextProcess(tokenizer.of(open_checkpoint(Path(sys.argv[1]))))\n"
         "import ctypes; ctypes.CDLL(None).prctl(24, 24)\n"  # root may not raise limits either: CAP_SYS_RESOURCE is dropped
         "print(process.ids('Hello')); process.close()"
