@@ -20,6 +20,7 @@ TESTED = {
     "smollm2.yaml",
     "smollm2-one.yaml",
     "smollm2-tcp.yaml",
+    "smollm2-local.yaml",
     "three_sessions.py",
     "digits",
     "refine",
@@ -151,7 +152,7 @@ def test_smollm2_learns_facts_by_lora(runs: Path) -> None:
     assert f"after: {said!r}" in done, (said, done)
 
 
-@pytest.mark.parametrize("name", ["smollm2-one.yaml", "smollm2-tcp.yaml"])
+@pytest.mark.parametrize("name", ["smollm2-one.yaml", "smollm2-tcp.yaml", "smollm2-local.yaml"])
 def test_a_graph_answers(name: str, runs: Path) -> None:
     """(smollm2.yaml itself is run by the tests of the command.)"""
     done = ran(
@@ -168,8 +169,9 @@ def test_a_graph_answers(name: str, runs: Path) -> None:
     )
     told = json.loads(done)
     assert told["text"] == "The capital of France is Paris."
-    edges = {edge["edge"] for edge in told["trace"]["edges"]}
-    assert ("lower.hidden -> upper.hidden" in edges) == (name == "smollm2-tcp.yaml")
+    wires = {edge["edge"]: edge["wire"] for edge in told["trace"]["edges"]}
+    between = {"smollm2-tcp.yaml": "tcp", "smollm2-local.yaml": "local"}.get(name)
+    assert wires.get("lower.hidden -> upper.hidden") == between
 
 
 def test_three_sessions_at_once(runs: Path) -> None:

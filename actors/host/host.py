@@ -15,7 +15,7 @@ from ranvier.transport.format.dtypes import BY_NAME
 from ranvier.transport.format.errors import ProtocolError
 from ranvier.transport.format.header import Row
 from ranvier.transport.links.link_state import Received
-from ranvier.transport.wires.zeromq import ZeroWire
+from ranvier.transport.links.wire import ProcessWire
 
 from ..component.actor import Batch, keeps
 from ..component.ownership import soles
@@ -80,7 +80,7 @@ class Host(Process):
             "capacity_tokens": actor.capacity_tokens(), "held_bytes": actor.held_bytes(), "keeps": keeps(actor)
         }  # fmt: skip
 
-    def work(self, wire: ZeroWire) -> None:
+    def work(self, wire: ProcessWire) -> None:
         self._steps(wire)
         self._drain(wire)
 
@@ -114,7 +114,7 @@ class Host(Process):
 
     # -- stepping -----------------------------------------------------------------------------------------------
 
-    def _steps(self, wire: ZeroWire) -> None:
+    def _steps(self, wire: ProcessWire) -> None:
         exchange, core, crossing = self.exchange, self.core, self.crossing
         outputs = core.outputs
         tick_at_s = time.monotonic() + TICK_S
@@ -153,7 +153,7 @@ class Host(Process):
             if work is not None:
                 self._step(work)
 
-    def _wait(self, wire: ZeroWire, due_ns: int | None) -> None:
+    def _wait(self, wire: ProcessWire, due_ns: int | None) -> None:
         """Nothing can be done before something comes: take that in."""
         exchange, core = self.exchange, self.core
         self._flush(wire)
@@ -341,7 +341,7 @@ class Host(Process):
 
     # -- the end ------------------------------------------------------------------------------------------------
 
-    def _drain(self, wire: ZeroWire) -> None:
+    def _drain(self, wire: ProcessWire) -> None:
         """Send what is owed and wait until what was sent is acknowledged, but not for long."""
         self._to(State.DRAINING)
         self.core.outputs.give_up(lambda _row: False)  # every session is over

@@ -21,10 +21,9 @@ import torch
 from ranvier.transport.format.errors import ProtocolError
 from ranvier.transport.format.header import Row
 from ranvier.transport.links.exchange import Exchange, RefusedMessage
-from ranvier.transport.links.link import Arrival
 from ranvier.transport.links.link_state import Received
-from ranvier.transport.wires.curve import read as read_keys
-from ranvier.transport.wires.zeromq import ZeroWire
+from ranvier.transport.links.wire import Arrival, ProcessWire
+from ranvier.transport.wires.opening import open_wire
 
 from ..errors import told, traceback_of, words
 from ..protocol.host_spec import HostSpec
@@ -57,7 +56,7 @@ class Process(ABC):
         self.crossing = crossing
         self.records = Records(crossing.ring, spec.trace_sample, by_position=spec.training is not None)
         self.life = Lifecycle(spec.label)
-        self.wire: ZeroWire | None = None
+        self.wire: ProcessWire | None = None
         self._connected_s: float | None = None
         self._refusals = Refusals()
         self.counted: Counter[str] = Counter()
@@ -74,7 +73,7 @@ class Process(ABC):
         """Load everything, and what the supervisor is to know of it: `capacity_tokens`, `held_bytes`, `keeps`."""
 
     @abstractmethod
-    def work(self, wire: ZeroWire) -> None:
+    def work(self, wire: ProcessWire) -> None:
         """What it is there for, until it is told to stop, and its end."""
 
     @abstractmethod
@@ -102,13 +101,12 @@ class Process(ABC):
     def run(self) -> None:
         spec, crossing = self.spec, self.crossing
         self._to(State.LOADING)
-        wire = self.wire = ZeroWire(
+        wire = self.wire = open_wire(
             spec.identity,
             spec.endpoint,
             max_frame_bytes=spec.max_frame_bytes,
             shared_from_bytes=spec.shared_from_bytes,
-            direct=True,
-            keys=read_keys(Path(spec.keys), spec.actor) if spec.keys is not None else None,
+            keys=Path(spec.keys) if spec.keys is not None else None,
         )
         crossing.waker = wire.waker()
         self.exchange = Exchange(
@@ -144,7 +142,7 @@ class Process(ABC):
         if any(command.kind == "stop" for command in self.crossing.commands):
             raise Stopped
 
-    def _link_up(self, wire: ZeroWire) -> None:
+    def _link_up(self, wire: ProcessWire) -> None:
         """Connect to all neighbours once the supervisor has told who and where they are, and open every link. A spare waits
         here until it is needed. A neighbour that is lost meanwhile is not waited for."""
         early = deque[Arrival]()
@@ -200,7 +198,7 @@ class Process(ABC):
         closed += [link.spec.name for link in self.exchange.receiving.values() if not link.open]
         return ", ".join(closed)
 
-    def _receive(self, wire: ZeroWire, timeout_s: float) -> bool:
+    def _receive(self, wire: ProcessWire, timeout_s: float) -> bool:
         """Take in what comes next; False if nothing came in time."""
         try:
             arrival = wire.receive(timeout_s)
@@ -225,7 +223,7 @@ class Process(ABC):
                 raise  # a link that has lost count cannot go on: this host is replaced
             self.decision_failed(received.header.rows, error)
 
-    def _flush(self, wire: ZeroWire) -> None:
+    def _flush(self, wire: ProcessWire) -> None:
         outbox = self.exchange.outbox
         if outbox:
             for outgoing in outbox:
@@ -251,7 +249,7 @@ class Process(ABC):
         self.told_of(f"a decision failed: {traceback_of(error)}")
         self.lost_rows(rows, error)
 
-    def send_owed(self, wire: ZeroWire, deadline_s: float) -> None:
+    def send_owed(self, wire: ProcessWire, deadline_s: float) -> None:
         """Send what is owed and wait until what was sent is acknowledged, but not for long."""
         until_s = time.monotonic() + deadline_s
         self.exchange.idle()

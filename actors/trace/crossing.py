@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import trio
 
-from ranvier.transport.links.link import Waker
+from ranvier.transport.links.wire import Waker
 
 from .ring import Ring
 

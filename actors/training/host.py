@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 
 from ranvier.transport.links.link_state import Received
-from ranvier.transport.wires.zeromq import ZeroWire
+from ranvier.transport.links.wire import ProcessWire
 
 from ..component.actor import REPLAYED
 from ..component.kinds import BUILT_IN
@@ -121,7 +121,7 @@ class TrainingHost(Mail):
 
     # -- the programme --------------------------------------------------------------------------------------------
 
-    def work(self, wire: ZeroWire) -> None:
+    def work(self, wire: ProcessWire) -> None:
         try:
             self._programme(wire)
             while True:
@@ -129,7 +129,7 @@ class TrainingHost(Mail):
         except Stop:
             self.drain(wire)
 
-    def _programme(self, wire: ZeroWire) -> None:
+    def _programme(self, wire: ProcessWire) -> None:
         training = self.training
         for number in range(training.first, training.rounds):
             self._round(wire, number)
@@ -164,7 +164,7 @@ class TrainingHost(Mail):
         self.crossing.tell("saved", round=done)
         self.owed.clear()  # whoever goes on from here owes nothing
 
-    def _round(self, wire: ZeroWire, number: int) -> None:
+    def _round(self, wire: ProcessWire, number: int) -> None:
         first = number * self.training.micro_batches
         began_ns = time.monotonic_ns()
         for action in self._actions:
@@ -182,7 +182,7 @@ class TrainingHost(Mail):
         self.core.counters["rounds_us"] += (time.monotonic_ns() - began_ns) // 1000
         self._count()
 
-    def _forward(self, wire: ZeroWire, place: Place) -> None:
+    def _forward(self, wire: ProcessWire, place: Place) -> None:
         inputs, targets, messages = self._inputs(wire, place)
         # what is drawn at random is a function of the micro-batch, whatever happened before
         torch.default_generator.manual_seed(self._seed * 1_000_003 + place[1] + 1)  # all devices: 0.7 ms
@@ -194,7 +194,7 @@ class TrainingHost(Mail):
         self._flush(wire)
 
     def _inputs(
-        self, wire: ZeroWire, place: Place
+        self, wire: ProcessWire, place: Place
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[Received]]:
         size = self.training.of_step if place[0] == TRAINING else self.training.validation
         whole = (place[0], place[1] // size)
@@ -221,7 +221,7 @@ class TrainingHost(Mail):
                 self.send(link, (place[0], place[1] // size), torch.stack(self._told))
                 self._told.clear()
 
-    def _backward(self, wire: ZeroWire, place: Place, action: Action) -> None:
+    def _backward(self, wire: ProcessWire, place: Place, action: Action) -> None:
         links = self.of(OUTPUT_GRADIENT, place[1])
         self.until(wire, links, place)
         came, messages = self.core.take(links, place)
@@ -234,7 +234,7 @@ class TrainingHost(Mail):
             self.send(link, place, made[link.port])
         self._flush(wire)
 
-    def _validate(self, wire: ZeroWire, number: int) -> None:
+    def _validate(self, wire: ProcessWire, number: int) -> None:
         """Forwards alone, on what is held out."""
         self.stage.module.train(False)
         every, count = self.training.validate_every, self.training.validation
@@ -250,7 +250,7 @@ class TrainingHost(Mail):
 
     # -- updates --------------------------------------------------------------------------------------------------
 
-    def _make_update(self, wire: ZeroWire) -> None:
+    def _make_update(self, wire: ProcessWire) -> None:
         settings, place = self.training.optimizer, (TRAINING, self._update)
         replicated = self.training.replicas > 1 and not self.training.average_every
         if replicated:
@@ -273,7 +273,7 @@ class TrainingHost(Mail):
             weight.grad = torch.zeros_like(weight)
         return weight.grad
 
-    def _sum_over_ring(self, wire: ZeroWire, tensors: Sequence[torch.Tensor], round_: int) -> None:
+    def _sum_over_ring(self, wire: ProcessWire, tensors: Sequence[torch.Tensor], round_: int) -> None:
         """Replace tensors by their sums over all replicas: each part goes round once to be summed and once to be told (ring
         all-reduce, Patarasuk and Yuan 2009)."""
         if not tensors:
@@ -307,7 +307,7 @@ class TrainingHost(Mail):
             raise ArithmeticError(f"{self.spec.label}: the gradient of {key!r} is not finite, update {self._update}")
         return made
 
-    def _squares_of_all(self, wire: ZeroWire, place: Place, own: float) -> float:
+    def _squares_of_all(self, wire: ProcessWire, place: Place, own: float) -> float:
         """Every stage tells every other one: one hop, and the same sum everywhere."""
         there = [link for link in self.of(NORM) if link.outgoing]
         for link in there:
@@ -340,7 +340,7 @@ class TrainingHost(Mail):
         """Whether the norm of this weight's gradient is told by this stage: one that others hold, too, counts once."""
         return self.training.shared.get(key, self.spec.actor) == self.spec.actor
 
-    def _sum_shared(self, wire: ZeroWire, place: Place) -> None:
+    def _sum_shared(self, wire: ProcessWire, place: Place) -> None:
         """Weights that several stages hold: the gradients go to the first of them, which gives back the sum."""
         for key, owner in self.training.shared.items():
             weight = self.stage.weights[key]

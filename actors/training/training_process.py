@@ -12,7 +12,7 @@ from ranvier.transport.format.codec import RAW
 from ranvier.transport.format.header import Row
 from ranvier.transport.format.tensors import from_buffer, to_buffer
 from ranvier.transport.links.link_state import Received
-from ranvier.transport.wires.zeromq import ZeroWire
+from ranvier.transport.links.wire import ProcessWire
 
 from ..host.outputs import coded
 from ..host.process import ACK_DELAY_S, TICK_S, Process
@@ -59,7 +59,7 @@ class Mail(Process):
     def lost_rows(self, rows: Sequence[Row], error: Exception) -> None:
         raise error  # nothing of a training run may be left out
 
-    def until(self, wire: ZeroWire, links: Iterable[TrainingLink], place: Place) -> None:
+    def until(self, wire: ProcessWire, links: Iterable[TrainingLink], place: Place) -> None:
         """Take in what comes until something of that number has come by all of these, and count how long that took."""
         missing = self.core.missing(links, place)
         if not missing:
@@ -71,7 +71,7 @@ class Mail(Process):
         name = f"{role}{WAITED}" + (" in validation" if place[0] == VALIDATION else "")
         self.core.counters[name] += (time.monotonic_ns() - began_ns) // 1000
 
-    def take_in_more(self, wire: ZeroWire) -> None:
+    def take_in_more(self, wire: ProcessWire) -> None:
         """Send what is to be sent, wait for something to come, obey.
 
         Raises:
@@ -132,7 +132,7 @@ class Mail(Process):
                 for received in messages:
                     self.records.done(received, began_ns, ended_ns, 1)
 
-    def drain(self, wire: ZeroWire) -> None:
+    def drain(self, wire: ProcessWire) -> None:
         """Send what is owed and wait until what was sent is acknowledged, but not for long."""
         self.send_owed(wire, DRAIN_DEADLINE_S)
         self._count()

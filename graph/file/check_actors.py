@@ -368,53 +368,79 @@ class ActorCheck(Findings):
             self._wrong("journal is for graphs that generate tokens; remove the key", "journal", key=True)
 
     def endpoints(self) -> None:
+        self._transport()
         taken: dict[str, str] = {}
-        guarded = self.file.keys is not None
-        if self.file.transport != "ipc":
-            try:
-                place = endpoint.parse(self.file.transport, guarded=guarded)
-                if place.scheme != "tcp" or place.port:
-                    raise AddressError(
-                        f"transport {self.file.transport!r}: expected ipc or tcp://address without a port"
-                    )
-            except AddressError as error:
-                self._wrong(f"{error}; for example tcp://127.0.0.1", "transport")
         for name, actor in self.file.actors.items():
             if actor.endpoint is None:
                 continue
+            if self.file.transport == "local":
+                self._wrong(
+                    f"actor {name}: an endpoint belongs to transport ipc or tcp, and this graph has transport local; "
+                    "remove the endpoint, or change the transport",
+                    "actors", name, "endpoint", key=True,
+                )  # fmt: skip
+                continue
             try:
-                place = endpoint.parse(endpoint.settled(actor.endpoint, self.folder), guarded=guarded)
-                self._in_folder(name, place)
+                where = endpoint.parse(
+                    endpoint.settled(actor.endpoint, self.folder), guarded=self.file.keys is not None
+                )
+                self._in_folder(name, where)
             except AddressError as error:
                 self._wrong(f"actor {name}: {error}; change the endpoint", "actors", name, "endpoint")
                 continue
-            if place.scheme == "inproc":
+            if where.scheme in ("inproc", "local"):
                 self._wrong(
-                    f"actor {name}: inproc reaches no other process; use ipc or tcp", "actors", name, "endpoint"
-                )
-            elif not (place.scheme == "tcp" and place.port == 0):
-                if str(place) in taken:
+                    f"actor {name}: endpoint {where}: expected ipc or tcp, got {where.scheme}; use ipc or tcp",
+                    "actors", name, "endpoint",
+                )  # fmt: skip
+            elif not (where.scheme == "tcp" and where.port == 0):
+                if str(where) in taken:
                     self._wrong(
-                        f"actor {name}: endpoint {place} is that of {taken[str(place)]}; give each actor its own",
+                        f"actor {name}: endpoint {where} is that of {taken[str(where)]}; give each actor its own",
                         "actors", name, "endpoint",
                     )  # fmt: skip
-                taken[str(place)] = name
+                taken[str(where)] = name
 
-    def _in_folder(self, name: str, place: endpoint.Endpoint) -> None:
+    def _transport(self) -> None:
+        """Check which wire carries the tensors, and that what belongs to one of them is not asked of another."""
+        transport = self.file.transport
+        if transport != "local" and "shared_from_bytes" in self.file.model_fields_set:
+            self._wrong(
+                f"shared_from_bytes belongs to transport local, and this graph has transport {transport}; remove it, or set "
+                "transport: local",
+                "shared_from_bytes", key=True,
+            )  # fmt: skip
+        if transport in ("ipc", "local"):
+            return
+        try:
+            wrong = (
+                not transport.startswith("tcp://") or endpoint.parse(transport, guarded=self.file.keys is not None).port
+            )
+        except AddressError as error:
+            self._wrong(f"{error}; for example tcp://127.0.0.1", "transport")
+            return
+        if wrong:
+            self._wrong(
+                f"transport: expected ipc, local or tcp://address without a port, got {transport!r}; use ipc, local, or for "
+                "example tcp://127.0.0.1",
+                "transport",
+            )  # fmt: skip
+
+    def _in_folder(self, name: str, where: endpoint.Endpoint) -> None:
         """A socket lies in the graph's folder, where nothing else is yet. `--set` may put it elsewhere.
 
         Raises:
             AddressError: it does not.
         """
-        if place.scheme != "ipc":
+        if where.scheme != "ipc":
             return
-        path = Path(place.place)
+        path = Path(where.location)
         if ("actors", name, "endpoint") not in self.document.overridden and not path.parent.resolve().is_relative_to(
             self.folder.resolve()
         ):
-            raise AddressError(f"endpoint {str(place)!r} leaves the graph's folder; write {'ipc://./' + path.name!r}")
+            raise AddressError(f"endpoint {str(where)!r} leaves the graph's folder; write {'ipc://./' + path.name!r}")
         if path.is_symlink() or (path.exists() and not path.is_socket()):
-            raise AddressError(f"endpoint {str(place)!r}: there is a file that is not a socket")
+            raise AddressError(f"endpoint {str(where)!r}: there is a file that is not a socket")
 
 
 def _layers_of(kind: Kind, checkpoint: Checkpoint) -> int:

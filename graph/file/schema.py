@@ -215,8 +215,10 @@ class GraphFile(Section):
     actors: dict[Name, ActorSection] = Field(min_length=1, max_length=1024)
     pipeline: list[Name] | None = Field(None, min_length=1, description="actors in a row, short for their edges")
     edges: list[EdgeSection] = Field(default_factory=list, max_length=65536, description='"a.x -> b.y" or a mapping')
-    transport: Literal["ipc"] | str = Field(
-        "ipc", description="ipc, or tcp://127.0.0.1 to give every actor a free port of that address"
+    transport: Literal["ipc", "local"] | str = Field(
+        "ipc",
+        description="ipc (ZeroMQ), tcp://127.0.0.1 (ZeroMQ; every actor gets a free port of that address), or local (Unix "
+        "sockets and shared memory, without ZeroMQ)",
     )
     keys: str | None = Field(
         None,
@@ -227,7 +229,7 @@ class GraphFile(Section):
     max_frame_bytes: int = Field(1 << 30, ge=1 << 16, le=1 << 40, description="a larger tensor is refused")
     shared_from_bytes: int = Field(
         1 << 18, ge=0, le=1 << 40,
-        description="tensors of so many bytes go through shared memory between processes of one machine (ipc); 0: none",
+        description="with transport: local, tensors of at least this many bytes go through shared memory; 0: none",
     )  # fmt: skip
     trace: bool | TraceSection = Field(
         True, description="write a record of every message, or {sample: 0.01, megabytes: 64} for some of them"

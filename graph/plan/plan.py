@@ -72,7 +72,8 @@ class PlannedEdge:
     credits_messages: int
     credits_bytes: int
     feedback: bool
-    local: bool
+    wire: str
+    """ipc, local or tcp."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ class Plan:
 
     def keys(self, run_dir: Path) -> Path | None:
         """The folder of the keys for tcp: the graph's own, or one that the run makes for itself. None if all is local."""
-        if self.graph.keys is not None or all(edge.local for edge in self.edges):
+        if self.graph.keys is not None or all(edge.wire != "tcp" for edge in self.edges):
             return self.graph.keys
         return run_dir / "keys"
 
@@ -145,7 +146,8 @@ class Plan:
 
     def _endpoint(self, given: str | None, name: str, sockets: Path) -> str:
         if given is None:
-            given = f"ipc://{sockets / name}" if self.graph.file.transport == "ipc" else self.graph.file.transport
+            transport = self.graph.file.transport
+            given = transport if transport.startswith("tcp") else f"{transport}://{sockets / name}"
         return str(parse(settled(given, self.graph.path.parent), guarded=self.graph.keys is not None))
 
     def _link(self, index: int, edge: CheckedEdge, source: int, target: int, live: Live) -> LinkSpec:
@@ -157,7 +159,7 @@ class Plan:
             tensors=((edge.out, edge.spec),),
             credits_messages=edge.credits_messages,
             credits_bytes=edge.credits_bytes,
-            local=self.edges[index].local,
+            wire=self.edges[index].wire,
             codec=edge.codec,
             prompt=self.graph.policy(edge.target).by_load,
         )
@@ -300,17 +302,18 @@ def _weight_bytes(graph: Graph, actor: CheckedActor, itemsize: int) -> int:
 
 
 def _edge(graph: Graph, index: int, edge: CheckedEdge) -> PlannedEdge:
-    local = all(_is_local(graph, end) for end in (edge.source, edge.target))
     return PlannedEdge(
         index, edge.name, str(edge.spec), bytes_per_token(edge.spec), _wire_bytes(edge), edge.codec,
-        edge.credits_messages, edge.credits_bytes, edge.feedback, local,
+        edge.credits_messages, edge.credits_bytes, edge.feedback, _wire(graph, edge),
     )  # fmt: skip
 
 
-def _is_local(graph: Graph, actor: str) -> bool:
-    section = graph.file.actors.get(actor)
-    given = section.endpoint if section is not None else None
-    return (given or graph.file.transport).startswith("ipc")
+def _wire(graph: Graph, edge: CheckedEdge) -> str:
+    """Return the kind of wire of an edge: tcp if one of its ends listens there."""
+    sections = [graph.file.actors.get(end) for end in (edge.source, edge.target)]
+    given = [section.endpoint if section is not None else None for section in sections]
+    kinds = {(address or graph.file.transport).partition(":")[0] for address in given}
+    return "tcp" if "tcp" in kinds else kinds.pop()
 
 
 def bytes_per_token(spec: TensorSpec) -> int | None:

@@ -26,15 +26,15 @@ def text(plan: Plan) -> str:
             f"vocabulary {config.vocab}, {plan.graph.file.model.dtype}"
             + ("" if all(config.runs(h.kind) for h in plan.hosts) else "; run by transformers' own layers, slower")
         )
-    lines += ["", *_table(("actor", "kind", "replicas", "layers", "threads", "weights", "bytes", "KV a token", "KV tokens"), [
+    lines += ["", *_table(("actor", "kind", "replicas", "layers", "threads", "weights", "bytes", "KV per token", "KV tokens"), [
         (h.actor, h.kind, _replicas(h), _layers(h), str(h.threads), amount(h.weight_bytes), str(h.weight_bytes),
          amount(h.cache_bytes_per_token) if h.cache_tokens else "-", str(h.cache_tokens or "-"))
         for h in plan.hosts
     ])]  # fmt: skip
     total = sum(host.weight_bytes * host.replicas for host in plan.hosts)
     lines += [f"{plan.processes} processes, {amount(total)} ({total} bytes) of weights", ""]
-    lines += _table(("edge", "carries", "a token", "codec", "credits", ""), [
-        (e.name, e.tensor, _cost(e), e.codec, f"{e.credits_messages} / {amount(e.credits_bytes)}",
+    lines += _table(("edge", "carries", "per token", "wire", "codec", "credits", ""), [
+        (e.name, e.tensor, _cost(e), e.wire, e.codec, f"{e.credits_messages} / {amount(e.credits_bytes)}",
          "feedback" if e.feedback else "")
         for e in plan.edges
     ])  # fmt: skip

@@ -105,7 +105,7 @@ def bad_links_of(planned: Plan, chaos: Path | None) -> Sequence[ChaosLink]:
         RequestError: it says nothing that can be done to this graph.
     """
     bad_links = read_chaos(chaos) if chaos is not None else []
-    if bad_links and all(edge.local for edge in planned.edges):
+    if bad_links and all(edge.wire != "tcp" for edge in planned.edges):
         raise RequestError("chaos is for tcp links, and this graph has none; set transport: tcp://127.0.0.1")
     return bad_links
 

@@ -40,12 +40,12 @@ async def served(
     registry = CollectorRegistry()
     registry.register(_Collector(graph, snapshot, trio.lowlevel.current_trio_token()))
     try:
-        server, thread = start_http_server(endpoint.port, endpoint.place, registry)
+        server, thread = start_http_server(endpoint.port, endpoint.location, registry)
     except OSError as error:
         raise RequestError(
             f"telemetry.metrics {address}: {error.strerror}; give another port, or 0 for any free one"
         ) from None
-    page = f"http://{endpoint.place}:{server.server_port}/metrics"
+    page = f"http://{endpoint.location}:{server.server_port}/metrics"
     log.info("metrics", page=page)
     try:
         yield page

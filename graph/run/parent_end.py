@@ -15,9 +15,8 @@ from ranvier.actors.trace.trace_records import Records
 from ranvier.transport.links.exchange import Exchange
 from ranvier.transport.links.link import LinkSpec
 from ranvier.transport.links.link_state import Received
-from ranvier.transport.wires.curve import read as read_keys
+from ranvier.transport.wires.opening import open_wire
 from ranvier.transport.wires.trio_wire import TrioWire
-from ranvier.transport.wires.zeromq import ZeroWire
 
 from ..plan.plan import EPOCH, Plan
 from .run_folder import RunFolder
@@ -32,12 +31,10 @@ class OwnEnd:
         graph = plan.graph
         self._plan, self._folder = plan, folder
         self._traces, self._sampling = bool(graph.file.trace), graph.file.sampling
-        keys = plan.keys(folder.path)
         self.wire = TrioWire(
-            ZeroWire(
+            open_wire(
                 ME, plan.gateway_endpoint(folder.sockets), max_frame_bytes=graph.file.max_frame_bytes,
-                shared_from_bytes=graph.file.shared_from_bytes, direct=True,
-                keys=read_keys(keys, GATEWAY) if keys is not None else None,
+                shared_from_bytes=graph.file.shared_from_bytes, keys=plan.keys(folder.path),
             )
         )  # fmt: skip
         self._ring = Ring()

@@ -38,7 +38,7 @@ from ranvier.actors.protocol.clocks import Clock
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.transport.format.errors import RanvierError
 from ranvier.transport.wires import curve
-from ranvier.transport.wires.endpoint import MAX_IPC_PATH_BYTES
+from ranvier.transport.wires.endpoint import MAX_PATH_BYTES
 
 from ..file.checked import Graph
 from ..plan.plan import Plan
@@ -188,13 +188,13 @@ def _sockets(graph: Graph, path: Path) -> Path:
     """Make the folder for sockets: in the run's own, or a short private one where a socket's path would be too long."""
     longest = max([*(f"{actor}.9999" for actor in graph.actors), "supervisor"], key=len)
     own = path / "sockets"
-    if len(os.fsencode(own / f"{longest}.9999.c")) <= MAX_IPC_PATH_BYTES:
+    if len(os.fsencode(own / f"{longest}.9999.c")) <= MAX_PATH_BYTES:
         own.mkdir(mode=0o700)
         return own
     for place in (None, "/dev/shm", "/tmp"):
         made = Path(tempfile.mkdtemp(prefix="rv-", dir=place))  # mode 0700
-        if len(os.fsencode(made / f"{longest}.9999.c")) <= MAX_IPC_PATH_BYTES:
+        if len(os.fsencode(made / f"{longest}.9999.c")) <= MAX_PATH_BYTES:
             own.symlink_to(made)  # so that commands find it
             return made
         made.rmdir()
-    raise OSError(f"no folder is short enough for the socket {longest}.c: at most {MAX_IPC_PATH_BYTES} bytes")
+    raise OSError(f"no folder is short enough for the socket {longest}.c: at most {MAX_PATH_BYTES} bytes")

@@ -88,6 +88,11 @@ class Trace:
         """Return the name of an edge; those of a training's own links have none."""
         return self.edges[number] if number < len(self.edges) else f"link {number}"
 
+    def wire(self, number: int) -> str:
+        """Return over which wire an edge went: ipc, local or tcp; those of a training go where the edges go."""
+        edges = self.plan.get("edges", ())
+        return str(edges[min(number, len(edges) - 1)].get("wire", "-")) if edges else "-"
+
     def in_steps(self, actor: str) -> list[Done]:
         """What went into each step of an actor: of a message that went into several, each with the rows that it had there."""
         parts = self.parts.get(actor, [])
@@ -163,6 +168,7 @@ def summary(trace: Trace) -> dict[str, Any]:
     edges = [
         {
             "edge": trace.edge(edge),
+            "wire": trace.wire(edge),
             "messages": len(times[edge]["wire"]),
             "bytes": nbytes[edge],
             "unused": unused[edge],
@@ -358,13 +364,14 @@ def table(told: dict[str, Any]) -> str:
     width = max(len(edge["edge"]) for edge in told["edges"])
     of = "every message" if told["sample"] == 1 else f"the messages of {told['sample']:.2%} of all sessions"
     lines = [f"what {of} cost, in microseconds (p50 / p95 / p99)", ""]
-    lines.append("  ".join(["edge".ljust(width), "messages", "bytes each", *(part.center(22) for part in PARTS)]))
+    lines.append(
+        "  ".join(["edge".ljust(width), "over ", "messages", "bytes each", *(part.center(22) for part in PARTS)])
+    )
     for edge in told["edges"]:
         each = edge["bytes"] // max(1, edge["messages"])
-        cells = [_cell(edge["microseconds"][part]).rjust(22) for part in PARTS]
-        lines.append(
-            "  ".join([edge["edge"].ljust(width), str(edge["messages"]).rjust(8), str(each).rjust(10), *cells])
-        )
+        cells = [edge["wire"].ljust(5), str(edge["messages"]).rjust(8), str(each).rjust(10)]
+        cells += [_cell(edge["microseconds"][part]).rjust(22) for part in PARTS]
+        lines.append("  ".join([edge["edge"].ljust(width), *cells]))
     for edge in told["edges"]:
         if "codec" in edge:
             made, error = edge["codec"], edge["codec"]["largest_relative_error"]

@@ -44,6 +44,7 @@ class _PlannedEdge(msgspec.Struct, frozen=True):
     name: Annotated[str, Meta(max_length=500, pattern=r"^[^\x00-\x1f\x7f]*$")]
     feedback: bool = False
     credits_messages: Count = 0
+    wire: str = "-"
 
 
 class _PlannedHost(msgspec.Struct, frozen=True):

@@ -353,7 +353,7 @@ class _Planning:
         return LinkSpec(
             number, name, identity(source, 0, EPOCH), identity(target, 0, EPOCH), ((port, spec),),
             credits_messages=2 * self.section.micro_batches + 8, credits_bytes=CREDIT_BYTES,
-            local=self.graph.file.transport == "ipc", codec=codec,
+            wire=self.graph.file.transport.partition(":")[0], codec=codec,
         )  # fmt: skip
 
     def _add_all(self, outgoing: str, port: str, incoming: str, into: str, link: LinkSpec) -> None:

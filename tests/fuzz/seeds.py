@@ -22,7 +22,7 @@ CASES = Path(__file__).parent.parent / "graph" / "cases"
 
 
 def packet(header: bytes, *tensors: Buffer) -> bytes:
-    parts = unix_sockets._packet((header, *tensors), 1 << 20)
+    [parts] = unix_sockets._packets((header, *tensors), 1 << 20)
     assert parts is not None
     return b"".join(parts)
 
@@ -65,7 +65,7 @@ def seeds() -> dict[str, list[bytes]]:
     gguf += bytes(-len(gguf) % 32) + bytes(256)
     return {
         "header": headers,
-        "packet": [packet(*message) for message in messages] + [unix_sockets._MARK.pack(0, 7), packet(b"x"), packet(b"x", b"1", b"2")],
+        "packet": [packet(*message) for message in messages] + [packet(b"x"), packet(b"x", b"1", b"2")],
         "own_frame": own,
         "control": said,
         "graph": [path.read_bytes() for path in sorted(CASES.glob("*.yaml")) if path.stat().st_size < 2000],

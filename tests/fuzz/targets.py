@@ -34,11 +34,9 @@ def header(data: bytes) -> None:
 
 
 def packet(data: bytes) -> None:
-    """A packet of a direct socket: its frames, their header, and tensors of them, as a host takes them in."""
+    """Cut a packet of a Unix socket into its frames, decode their header, and take tensors from them, as a host does."""
     with suppress(ProtocolError):
         frames = _frames(memoryview(bytearray(data)))
-        if isinstance(frames, int):
-            return
         made = decode(frames[0])
         if isinstance(made, Control):
             return
@@ -50,7 +48,7 @@ def packet(data: bytes) -> None:
 
 def own_frame(data: bytes) -> None:
     """What wires say to each other about shared memory."""
-    from ranvier.transport.links.link import Arrival
+    from ranvier.transport.links.wire import Arrival
 
     sharing = Sharing("me.0.1", 1 << 18)
     sharing.join("peer.0.1")

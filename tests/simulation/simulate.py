@@ -75,7 +75,7 @@ def links(actor: str, replica: int, live: Live) -> list[HostLink]:
             for number in live[other]:
                 ends = [(mine, replica), (other, number)] if outgoing else [(other, number), (mine, replica)]
                 names = [identity(name, at, live[name][at]) for name, at in ends]
-                link = LinkSpec(edge, f"{source}.{out}", names[0], names[1], ((out, spec),), 6, 1 << 20, local=False)
+                link = LinkSpec(edge, f"{source}.{out}", names[0], names[1], ((out, spec),), 6, 1 << 20, wire="tcp")
                 made.append(HostLink(out if outgoing else into, link, outgoing, feedback and not outgoing))
     return made
 

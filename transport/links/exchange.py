@@ -30,9 +30,10 @@ from ..format.header import (
 from ..format.message import Buffer, check_frames, check_specs, checksum, stable
 from . import codec_choice
 from .handshake import hello, objection
-from .link import Arrival, LinkSpec
+from .link import LinkSpec
 from .link_state import Received, ReceivingLink, SendingLink, Waiting
 from .window import Outgoing, ReceiveWindow, SendWindow
+from .wire import Arrival
 
 Link = TypeVar("Link")
 OnUnsent = Callable[[LinkSpec, tuple[Row, ...], int, int, int], None]
@@ -212,7 +213,7 @@ class Exchange:
         sequence = window.sequence + 1
         acks = self._acks_for(spec.target) if self._owing else ()
         sent_ns = self.clock()
-        crc = 0 if spec.local else checksum(buffers)
+        crc = checksum(buffers) if spec.checksums else 0
         fields = VERSION, spec.kind, spec.edge, sequence, rows, tensors, ready_ns, sent_ns, crc, acks
         if self.traces and len(rows) <= MAX_TRACED_ROWS and any(row.session in self.traces for row in rows):
             header = TracedHeader(*fields, tuple(self.traces.get(row.session, b"") for row in rows)).encode()

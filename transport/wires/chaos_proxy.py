@@ -19,7 +19,7 @@ from pathlib import Path
 import trio
 
 from ..format.errors import ProtocolError
-from ..links.link import Arrival
+from ..links.wire import Arrival
 from . import curve
 from .endpoint import parse
 from .trio_wire import TrioWire
@@ -127,7 +127,7 @@ class ChaosProxy:
                 self.counters["refused"] += 1
                 return
             try:
-                far = await trio.open_tcp_stream(self._target.place, self._target.port)
+                far = await trio.open_tcp_stream(self._target.location, self._target.port)
             except OSError:  # nobody listens there (yet, or any more); ZeroMQ tries again
                 return
             stack.callback(far.socket.close)

@@ -42,22 +42,20 @@ def make_sure_of_files(me: str) -> None:
         )
 
 
-def claim(path: str, *beside: str) -> int:
-    """Hold a lock beside the socket at `path`: binding a path that is in use would silently steal it. Sockets that a dead run
-    left there, or at paths `beside` it, may then be replaced. Nothing else ever is.
+def claim(path: str) -> int:
+    """Lock the path of a socket: binding a path that is in use would silently steal it. A socket that a dead run left there may
+    then be replaced. Nothing else ever is. Return the descriptor that holds the lock.
 
     Raises:
         AddressError: another process listens there, something else is there, or the folder is not.
     """
-    ours = os.path.exists(f"{path}.lock")
-    for place in (path, *beside):
-        _may_replace(place, ours)
+    _may_replace(path, os.path.exists(f"{path}.lock"))
     try:
         return locked(f"{path}.lock")
     except BlockingIOError:
-        raise AddressError(f"ipc://{path}: another process listens there") from None
+        raise AddressError(f"{path}: another process listens there") from None
     except OSError as error:
-        raise AddressError(f"ipc://{path}: {error.strerror}") from error
+        raise AddressError(f"{path}: {error.strerror}") from error
 
 
 def _may_replace(path: str, ours: bool) -> None:
@@ -70,8 +68,8 @@ def _may_replace(path: str, ours: bool) -> None:
     except FileNotFoundError:
         return
     except OSError as error:
-        raise AddressError(f"ipc://{path}: {error.strerror}") from error
+        raise AddressError(f"{path}: {error.strerror}") from error
     if not stat.S_ISSOCK(mode):
-        raise AddressError(f"ipc://{path}: expected nothing there, found what is not a socket; it was left untouched")
+        raise AddressError(f"{path}: expected nothing there, found what is not a socket; it was left untouched")
     if not ours:
-        raise AddressError(f"ipc://{path}: expected nothing there, found a socket that no run of ours left; remove it")
+        raise AddressError(f"{path}: expected nothing there, found a socket that no run of ours left; remove it")

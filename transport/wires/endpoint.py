@@ -1,8 +1,8 @@
-"""Endpoints: where a wire may be bound. Checked before a socket exists.
+"""Check endpoints, which say where a wire may be bound, before a socket exists.
 
-`inproc://name`, `ipc:///absolute/path` (at most 107 bytes: the kernel's limit for a socket's path) and
-`tcp://address:port`, without keys on loopback alone. Wildcards and abstract sockets are refused: the first let strangers in,
-the second have no permissions.
+`inproc://name`, `ipc:///absolute/path` and `local:///absolute/path` (at most 107 bytes: the kernel's limit for a socket's
+path), and `tcp://address:port`, without keys only on loopback. Wildcards and abstract sockets are refused: the first admit
+strangers, the second have no permissions.
 """
 
 from __future__ import annotations
@@ -14,27 +14,22 @@ from pathlib import Path
 
 from ..format.errors import AddressError
 
-MAX_IPC_PATH_BYTES = 107
+MAX_PATH_BYTES = 107
 _BESIDE = "ipc://./"
 
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A checked address. `scheme` is inproc, ipc or tcp; `place` what follows; `port` 0 means: any free one."""
+    """Hold a checked address. `scheme` is inproc, ipc, local or tcp; `location` a name, path or host; `port` 0 any free one."""
 
     scheme: str
-    place: str
+    location: str
     port: int = 0
 
     def __str__(self) -> str:
         if self.scheme != "tcp":
-            return f"{self.scheme}://{self.place}"
-        return f"tcp://{f'[{self.place}]' if ':' in self.place else self.place}:{self.port}"
-
-    @property
-    def local(self) -> bool:
-        """Whether bytes stay in this machine's memory without passing a network stack."""
-        return self.scheme != "tcp"
+            return f"{self.scheme}://{self.location}"
+        return f"tcp://{f'[{self.location}]' if ':' in self.location else self.location}:{self.port}"
 
 
 def settled(text: str, folder: Path) -> str:
@@ -43,42 +38,42 @@ def settled(text: str, folder: Path) -> str:
 
 
 def parse(text: str, *, guarded: bool = False) -> Endpoint:
-    """The endpoint in `text`. Where connections are `guarded` by keys, it may be beyond loopback.
+    """Parse an endpoint. Where connections are `guarded` by keys, it may be beyond loopback.
 
     Raises:
         AddressError: it may not be used; the message says what to write instead.
     """
-    scheme, separator, place = text.partition("://")
-    if not separator or not place:
+    scheme, separator, location = text.partition("://")
+    if not separator or not location:
         raise AddressError(f"endpoint {text!r}: expected ipc:///path, tcp://address:port or inproc://name")
     if scheme == "inproc":
-        return Endpoint(scheme, place)
-    if scheme == "ipc":
-        return _ipc(text, place)
+        return Endpoint(scheme, location)
+    if scheme in ("ipc", "local"):
+        return _path(text, scheme, location)
     if scheme == "tcp":
-        return _tcp(text, place, guarded)
+        return _tcp(text, location, guarded)
     raise AddressError(f"endpoint {text!r}: unknown scheme {scheme!r}; use ipc, tcp or inproc")
 
 
-def _ipc(text: str, place: str) -> Endpoint:
-    if place.startswith("@"):
+def _path(text: str, scheme: str, path: str) -> Endpoint:
+    if path.startswith("@"):
         raise AddressError(f"endpoint {text!r}: an abstract socket has no permissions; use a path")
-    if not os.path.isabs(place):
+    if not os.path.isabs(path):
         raise AddressError(f"endpoint {text!r}: expected an absolute path")
-    size = len(os.fsencode(place))
-    if size > MAX_IPC_PATH_BYTES:
+    size = len(os.fsencode(path))
+    if size > MAX_PATH_BYTES:
         raise AddressError(
-            f"endpoint {text!r}: the path is {size} bytes long, at most {MAX_IPC_PATH_BYTES} are possible; "
+            f"endpoint {text!r}: the path is {size} bytes long, at most {MAX_PATH_BYTES} are possible; "
             "use a shorter folder"
         )
-    return Endpoint("ipc", place)
+    return Endpoint(scheme, path)
 
 
-def _tcp(text: str, place: str, guarded: bool) -> Endpoint:
-    host, separator, port = place.rpartition(":")
+def _tcp(text: str, location: str, guarded: bool) -> Endpoint:
+    host, separator, port = location.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not separator:
-        host, port = place, "0"
+        host, port = location, "0"
     if host in ("*", "0.0.0.0", "::", ""):
         raise AddressError(f"endpoint {text!r}: would listen on every interface; name one address")
     try:

@@ -16,7 +16,7 @@ import msgspec
 
 from ..format.errors import ProtocolError
 from ..format.message import Buffer
-from ..links.link import Arrival
+from ..links.wire import Arrival
 from .shared_memory import Borrower, Lender, Loan
 
 MAX_OWN_BYTES = 1 << 16

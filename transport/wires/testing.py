@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from ..format.errors import LinkBroken, LinkClosed
 from ..format.message import Buffer, stable
-from ..links.link import Arrival
+from ..links.wire import Arrival
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class MemoryNetwork:
 
 
 class MemoryWire:
-    """A `link.Wire` in memory. `receive` never waits: virtual time passes only by `MemoryNetwork.advance`."""
+    """A `wire.Wire` in memory. `receive` never waits: virtual time passes only by `MemoryNetwork.advance`."""
 
     def __init__(self, network: MemoryNetwork, me: str) -> None:
         self.me = me

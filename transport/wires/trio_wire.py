@@ -1,7 +1,7 @@
-"""The trio side of a ZeroMQ wire: one reader a socket, which loses nothing when a wait is cancelled.
+"""Receive from a wire in trio: one reader per wire, which loses nothing when a wait is cancelled.
 
 ZeroMQ's descriptor is edge-triggered: it becomes readable once, and only for what came after the last look. So the wire
-is looked at before every wait; the wait itself takes nothing from it, and a cancelled `receive` leaves every message
+is looked at before every wait. The wait itself takes nothing from it, and a cancelled `receive` leaves every message
 where it was.
 """
 
@@ -12,14 +12,13 @@ from collections.abc import Sequence
 import trio
 
 from ..format.message import Buffer
-from ..links.link import Arrival
-from .zeromq import ZeroWire
+from ..links.wire import Arrival, ProcessWire
 
 
 class TrioWire:
-    """A `ZeroWire` whose `receive` is awaited. One task at a time may receive; sending never blocks."""
+    """Await `receive` of a wire. One task at a time may receive; sending never blocks."""
 
-    def __init__(self, wire: ZeroWire) -> None:
+    def __init__(self, wire: ProcessWire) -> None:
         self.wire = wire
         self._fd = wire.fd
         self._reading = False

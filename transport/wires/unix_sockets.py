@@ -1,40 +1,39 @@
-"""Small messages between processes of one machine past ZeroMQ's threads: over Unix sockets that keep messages whole.
+"""Carry frames between processes of one machine over Unix sockets that keep packets whole (SOCK_SEQPACKET).
 
-Through ZeroMQ a message is handed from the sender's thread to an I/O thread, by it to another in the receiver, and by that to
-the receiver's: three threads to wake. Here it is one system call at each end, and one thread to wake (576 bfloat16 values
-to and fro between two bare processes with a core each: 4 µs awake and 18 asleep, ZeroMQ 29).
+A message is one packet where it fits into one, and several in a row where it does not. One system call sends it, one receives
+it, and one thread wakes: 576 bfloat16 values take 18 µs to a process that sleeps, where ZeroMQ, which hands each message
+to a thread at both ends, takes 29 (benchmarks/hop.py).
 
-What is large still goes through ZeroMQ, whose thread sends while the actor computes. A mark stands in its place here, so that
-the order is kept: what comes behind a mark is held until the message that it announces has come the other way.
-
-Any identity may be claimed, as with ZeroMQ: who may open the socket is of the same user, by the run folder's mode.
+A process sends over connections that it made and receives over those that it accepted. The first packet of a connection is the
+sender's identity. Any identity may be claimed: the run folder's mode admits only the same user.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from ..format.errors import ProtocolError
+from ..format.errors import LinkClosed, ProtocolError
 from ..format.header import MAX_TENSORS
 from ..format.message import Buffer
-from ..links.link import Arrival
+from ..links.wire import Arrival
 
-SUFFIX = ".d"
-"""Behind the path of the ZeroMQ socket beside which it listens."""
 MAX_PACKET_BYTES = 256 << 10
 SEND_BUFFER_BYTES = 1 << 20
 """Asked for; the system gives less where its limit is lower, and then packets are smaller, too."""
-BEHIND_S = 2.0
-"""How long what came behind a mark is held; the message may have been lost with its connection."""
 MAX_FRAMES = MAX_TENSORS + 3
-"""A header and tensors, and what a wire puts before them of its own (lending.py)."""
+"""A header and tensors, and the two frames that announce loans (lending.py)."""
+MAX_OTHER_BYTES = 1 << 20
+"""What frames may add to the largest one in a message that comes in several packets."""
+RETRY_S = 0.05
+"""Between two attempts to reach a peer that does not listen, or to accept while there are no descriptors."""
 BACKLOG = 128
 MAX_EVENTS = 64
 ALIGN = 16
@@ -44,110 +43,136 @@ _SIZES = [struct.Struct(f"<H{count}I") for count in range(MAX_FRAMES + 1)]
 _COUNT = struct.Struct("<H")
 _TWO = struct.Struct("<HII6x")
 """Before a header and one tensor, as far as where the header begins."""
-_MARK = struct.Struct("<HI")
-_OTHERWISE = struct.Struct("<xI")
-"""The frame before a message that was announced by a mark; no header begins with a zero byte."""
+_SEVERAL = struct.pack("<H", 0xFFFF)
+"""Before the sizes of the frames of a message whose bytes come in the packets that follow."""
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
+
+Packet = Sequence[Buffer]
+"""The parts of one packet, sent in one system call."""
 
 
 class _Out:
-    """One peer that is sent to. `backlog` is what its socket had no room for."""
+    """A peer that messages are sent to. `backlog` holds packets that wait for room in its socket, or for it to listen."""
 
-    def __init__(self, peer: str, connected: socket.socket) -> None:
-        self.peer, self.socket = peer, connected
-        room = connected.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-        self.most_bytes = min(MAX_PACKET_BYTES, room // 2 - 4096)
-        self.backlog: deque[bytes] = deque()
-        self.marks = 0
+    def __init__(self, peer: str, path: str) -> None:
+        self.peer, self.path = peer, path
+        self.socket: socket.socket | None = None
+        self.most_bytes = MAX_PACKET_BYTES
+        self.backlog: deque[Packet] = deque()
+        self.retry_s = 0.0
 
 
 class _In:
-    """One peer that sends. `marked` is its last mark that was come to, `behind` whether that one's message is still to come,
-    and `held` what came after it."""
+    """A peer that sends. `whole` is a message of several packets of which `arrived` bytes have come."""
 
     def __init__(self, accepted: socket.socket) -> None:
         self.socket = accepted
         self.peer = ""
-        self.marked = 0
-        self.behind = False
-        self.since_s = 0.0
-        self.held: deque[Arrival | int] = deque()
+        self.whole: memoryview | None = None
+        self.arrived = 0
 
 
-class Direct:
-    """The direct sockets of one wire: a listener at `path`, and what comes and goes. `beside` is ZeroMQ's descriptor, which is
-    waited for, too. `ready` holds messages in the order in which they are to be taken, `sent` counts what went this way.
+class UnixSockets:
+    """Hold the sockets of one wire: a listener at `path`, connections from peers and to them.
+
+    `ready` holds the messages that have come, in their order for each peer; `pieces` counts those sent in several packets.
+
+    Args:
+        me: the identity that peers see.
+        path: where to listen. The caller holds the lock of that path (descriptors.py).
+        max_frame_bytes: a peer that announces a larger frame is disconnected.
 
     Raises:
-        OSError: it cannot listen there; then all goes through ZeroMQ.
+        OSError: nothing can listen there.
     """
 
-    def __init__(self, me: str, path: str, beside: int) -> None:
+    def __init__(self, me: str, path: str, max_frame_bytes: int) -> None:
         self.me = me
         self.ready: deque[Arrival] = deque()
-        self.sent = 0
+        self.pieces = 0
+        self.closed = False
         self._path = path
+        self._max_bytes = max_frame_bytes
         self._out: dict[str, _Out] = {}
+        self._down: set[str] = set()
+        self._out_of: dict[int, _Out] = {}
         self._in: dict[int, _In] = {}
-        self._by_peer: dict[str, _In] = {}
-        self._early: dict[tuple[str, int], Arrival | None] = {}
-        self._gone: set[str] = set()
-        self._full: dict[int, _Out] = {}
+        self._accept_again_s: float | None = None
         self._buffer = bytearray(MAX_PACKET_BYTES)
         self._view = memoryview(self._buffer)
-        self._beside = beside
         with contextlib.ExitStack() as stack:
             self._listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
             self._listener.setblocking(False)
-            with contextlib.suppress(FileNotFoundError):  # left by a process that was killed: the wire holds the lock
+            with contextlib.suppress(FileNotFoundError):  # left by a process that was killed
                 os.unlink(path)
             self._listener.bind(path)
             self._listener.listen(BACKLOG)
             self._epoll = stack.enter_context(select.epoll())
-            self._epoll.register(beside, select.EPOLLIN)
             self._epoll.register(self._listener.fileno(), select.EPOLLIN)
+            self._wakes = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            stack.callback(os.close, self._wakes)
+            self._epoll.register(self._wakes, select.EPOLLIN)
             stack.pop_all()
 
     @property
     def fd(self) -> int:
-        """Readable while there is anything to take, ZeroMQ's messages among it."""
+        """Return the descriptor that is readable while there is anything to do."""
         return self._epoll.fileno()
+
+    @property
+    def wakes(self) -> int:
+        """Return the eventfd that interrupts `wait`."""
+        return self._wakes
+
+    def knows(self, peer: str) -> bool:
+        """Return whether `connect` was called for a peer."""
+        return peer in self._out
 
     # -- sending ------------------------------------------------------------------------------------------------
 
     def connect(self, peer: str, path: str) -> None:
-        """Send to `peer` directly from now on, if it listens at `path`."""
+        """Send to `peer` at `path` from now on. Until it listens there, what is sent to it waits here."""
+        out = self._out[peer] = _Out(peer, path)
+        self._reach(out)
+
+    def _reach(self, out: _Out) -> None:
         made = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             made.setblocking(False)
             made.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-            made.connect(path)
+            out.most_bytes = min(MAX_PACKET_BYTES, made.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2 - 4096)
+            made.connect(out.path)
             made.send(self.me.encode(), _FLAGS)
-        except OSError:  # it does not listen, is not of this user, has no room: through ZeroMQ it can be reached
+        except OSError:  # it does not listen yet, or not any more
             made.close()
+            out.retry_s = time.monotonic() + RETRY_S
+            self._down.add(out.peer)
             return
-        self._out[peer] = _Out(peer, made)
+        out.socket = made
+        self._out_of[made.fileno()] = out
+        self._down.discard(out.peer)
+        self._epoll.register(made.fileno(), select.EPOLLOUT if out.backlog else 0)  # its end is always reported
 
-    def reaches(self, peer: str) -> bool:
-        return peer in self._out
+    def send(self, peer: str, frames: Sequence[Buffer]) -> None:
+        """Send `frames` to a peer that this wire knows, in as many packets as they take.
 
-    def send(self, peer: str, frames: Sequence[Buffer]) -> bytes | None:
-        """Send `frames` to a peer that it `reaches`. If they are too large, what is returned is to go before them through
-        ZeroMQ."""
+        Raises:
+            ProtocolError: they are more frames than a message may have.
+        """
         out = self._out[peer]
-        parts = _packet(frames, out.most_bytes)
-        if parts is None:
-            out.marks += 1
-            self._put(out, [_MARK.pack(0, out.marks)])
-            return _OTHERWISE.pack(out.marks)
-        self.sent += 1
-        self._put(out, parts)
-        return None
+        if out.socket is None and time.monotonic() >= out.retry_s:
+            self._reach(out)
+        packets = _packets(frames, out.most_bytes)
+        self.pieces += len(packets) > 1
+        for packet in packets:
+            if not self._put(out, packet):
+                return
 
     def send_pair(self, peer: str, header: bytes, tensor: Buffer) -> bool:
-        """Send a header and one small tensor, what nearly every message is, in half the time of `send`. False: not done."""
+        """Send a header and one small tensor, as nearly every message is, in half the time of `send`. False: not sent."""
         out = self._out.get(peer)
-        if out is None or out.backlog:
+        if out is None or out.backlog or out.socket is None:
             return False
         size = len(header)
         packet = b"".join((_TWO.pack(2, size, len(tensor)), header, _PADS[size % ALIGN], tensor))
@@ -155,67 +180,108 @@ class Direct:
             return False
         try:
             out.socket.send(packet, _FLAGS)
-        except OSError:  # full, or gone: `send` sees to it
+        except OSError:  # full, or gone: `send` handles both
             return False
-        self.sent += 1
         return True
 
-    def _put(self, out: _Out, parts: Sequence[Buffer]) -> None:
-        if not out.backlog:
+    def _put(self, out: _Out, packet: Packet) -> bool:
+        """Send a packet, or keep it until there is room. Return False if the connection is lost."""
+        if not out.backlog and out.socket is not None:
             try:
-                out.socket.sendmsg(parts, (), _FLAGS)
-                return
+                out.socket.sendmsg(packet, (), _FLAGS)
+                return True
             except BlockingIOError:
-                self._full[out.socket.fileno()] = out
-                self._epoll.register(out.socket.fileno(), select.EPOLLOUT)
-            except OSError:  # the peer is gone; what it did not acknowledge is sent again, through ZeroMQ
-                self.disconnect(out.peer)
-                return
-        out.backlog.append(b"".join(parts))
+                self._epoll.modify(out.socket.fileno(), select.EPOLLOUT)
+            except OSError:  # the links above send what was not acknowledged again
+                self._lose(out)
+                return False
+        out.backlog.append(packet)
+        return True
 
     def _put_backlog(self, out: _Out) -> None:
+        assert out.socket is not None
         try:
             while out.backlog:
-                out.socket.send(out.backlog[0], _FLAGS)
+                out.socket.sendmsg(out.backlog[0], (), _FLAGS)
                 out.backlog.popleft()
         except BlockingIOError:
             return
         except OSError:
-            self.disconnect(out.peer)
+            self._lose(out)
             return
-        del self._full[out.socket.fileno()]
-        self._epoll.unregister(out.socket.fileno())
+        self._epoll.modify(out.socket.fileno(), 0)
+
+    def _lose(self, out: _Out) -> None:
+        """Drop a connection that broke, with what waited for it. The next message, or the next wait, tries again."""
+        self._hang_up(out)
+        out.backlog.clear()
+        out.retry_s = time.monotonic() + RETRY_S
+        self._down.add(out.peer)
+
+    def _hang_up(self, out: _Out) -> None:
+        if out.socket is not None:
+            self._epoll.unregister(out.socket.fileno())
+            del self._out_of[out.socket.fileno()]
+            out.socket.close()
+            out.socket = None
 
     # -- receiving ----------------------------------------------------------------------------------------------
 
     def wait(self, timeout_s: float | None, waiting_since_ns: int, awake_until_ns: int = 0) -> bool:
-        """Take in what has come, waiting up to `timeout_s` (None: for ever) for something to come. Whether ZeroMQ is to be
-        looked at. `waiting_since_ns` is what arrivals say. Until `awake_until_ns` it waits without sleeping, giving way to
+        """Take in what has come, and wait up to `timeout_s` (None: forever) for something to come. Return whether it was woken.
+
+        `waiting_since_ns` goes into the arrivals. Until `awake_until_ns` it waits without sleeping and yields the core to
         whoever else can run.
 
         Raises:
-            ProtocolError: a peer sent what no message is; it is dropped.
+            LinkClosed: the sockets are closed.
+            ProtocolError: a peer sent something that is no message. That peer is disconnected.
         """
-        look, poll = False, self._epoll.poll
+        if self.closed:
+            raise LinkClosed(f"{self.me}: this wire is closed")
+        if self._down or self._accept_again_s is not None:
+            timeout_s = self._try_again(timeout_s)
+        woken, poll = False, self._epoll.poll
         events = poll(0, MAX_EVENTS) if awake_until_ns else []
         while not events and time.monotonic_ns() < awake_until_ns:
             os.sched_yield()
             events = poll(0, MAX_EVENTS)
-        for fd, _ in events or poll(timeout_s, MAX_EVENTS):
+        for fd, event in events or poll(timeout_s, MAX_EVENTS):
             if (came := self._in.get(fd)) is not None:
                 self._read(fd, came, waiting_since_ns)
-            elif fd == self._beside:
-                look = True
-            elif fd in self._full:
-                self._put_backlog(self._full[fd])
-            else:
+            elif (out := self._out_of.get(fd)) is not None:
+                self._on_out(out, event)
+            elif fd == self._wakes:
+                os.eventfd_read(fd)
+                woken = True
+            elif fd == self._listener.fileno():
                 self._accept()
-        return look
+        return woken
+
+    def _try_again(self, timeout_s: float | None) -> float:
+        """Reach peers that did not listen before. Return how long to wait before the next attempt."""
+        now_s = time.monotonic()
+        if self._accept_again_s is not None and now_s >= self._accept_again_s:
+            self._accept_again_s = None
+            self._epoll.modify(self._listener.fileno(), select.EPOLLIN)
+        for peer in list(self._down):
+            if now_s >= self._out[peer].retry_s:
+                self._reach(self._out[peer])
+        return RETRY_S if timeout_s is None else min(timeout_s, RETRY_S)
+
+    def _on_out(self, out: _Out, event: int) -> None:
+        if event & select.EPOLLOUT:
+            self._put_backlog(out)
+        if event & ~select.EPOLLOUT and out.socket is not None:
+            self._lose(out)
 
     def _accept(self) -> None:
         try:
             accepted, _ = self._listener.accept()
-        except OSError:  # it has gone again, or there are no descriptors: the peer then goes through ZeroMQ
+        except OSError as error:
+            if error.errno in _NO_ROOM:  # the connection waits in the kernel; asking at once would use up the core
+                self._accept_again_s = time.monotonic() + RETRY_S
+                self._epoll.modify(self._listener.fileno(), 0)
             return
         accepted.setblocking(False)
         self._in[accepted.fileno()] = _In(accepted)
@@ -223,129 +289,157 @@ class Direct:
 
     def _read(self, fd: int, came: _In, waiting_since_ns: int) -> None:
         try:
-            size = came.socket.recv_into(self._buffer)
+            size = came.socket.recv_into(self._buffer if came.whole is None else came.whole[came.arrived :])
         except BlockingIOError:
             return
         except OSError:
             size = 0
         if not size:
             self._forget(fd)
-        elif not came.peer:
+            return
+        if not came.peer:
             came.peer = bytes(self._view[:size]).decode("latin-1")
-            self._by_peer[came.peer] = came
-        else:
-            packet = memoryview(bytearray(self._view[:size]))
-            try:
-                frames = _frames(packet)
-            except ProtocolError as error:
-                self._forget(fd)
-                raise ProtocolError(f"{self.me}: expected a message from {came.peer}, {error}") from None
-            if isinstance(frames, int):
-                self._on_mark(came, frames)
+            return
+        try:
+            packet = self._whole(came, size)
+            if packet is None:
                 return
-            arrival = Arrival(came.peer, frames[0], tuple(frames[1:]), waiting_since_ns)
-            if came.behind:
-                came.held.append(arrival)
-                if time.monotonic() > came.since_s + BEHIND_S:
-                    self._release(came)
-            else:
-                self.ready.append(arrival)
+            frames = self._frames_of(packet, came.peer)
+        except ProtocolError:
+            self._forget(fd)
+            raise
+        self.ready.append(Arrival(came.peer, frames[0], tuple(frames[1:]), waiting_since_ns))
 
-    def _on_mark(self, came: _In, number: int) -> None:
-        if came.behind:
-            came.held.append(number)
-            return
-        came.marked = number
-        if (came.peer, number) in self._early:
-            self._add(self._early.pop((came.peer, number)))
-        else:
-            came.behind, came.since_s = True, time.monotonic()
+    def _whole(self, came: _In, size: int) -> memoryview | None:
+        """Return the bytes of a message, or None if more of its packets are to come."""
+        if came.whole is not None:
+            came.arrived += size
+            if came.arrived < len(came.whole):
+                return None
+            packet, came.whole = came.whole, None
+            return packet
+        if self._view[:2] != _SEVERAL:
+            return memoryview(bytearray(self._view[:size]))
+        prefix = self._view[2:size]
+        count, sizes = _sizes(prefix)
+        _, total = _starts(len(prefix), sizes)
+        if count is None or len(prefix) != _SIZES[count].size or total > self._max_bytes + MAX_OTHER_BYTES:
+            raise ProtocolError(
+                f"{self.me}: expected a message from {came.peer} with frames of at most {self._max_bytes} bytes, "
+                f"got a packet of {size} bytes that announces {total}"
+            )
+        came.whole, came.arrived = memoryview(bytearray(total)), len(prefix)
+        came.whole[: len(prefix)] = prefix
+        return None
 
-    def otherwise(self, peer: str, mark: Buffer, arrival: Arrival | None) -> None:
-        """A message that a mark announces has come through ZeroMQ; None: it was refused."""
-        [number] = _OTHERWISE.unpack(mark)
-        came = self._by_peer.get(peer)
-        if peer not in self._gone and (came is None or number > came.marked):
-            self._early[peer, number] = arrival
-            return
-        self._add(arrival)
-        if came is not None and came.behind and number == came.marked:
-            self._release(came)
-
-    def _add(self, arrival: Arrival | None) -> None:
-        if arrival is not None:
-            self.ready.append(arrival)
-
-    def _release(self, came: _In) -> None:
-        """What was held, up to the next mark whose message has not come."""
-        came.behind = False
-        while came.held:
-            following = came.held.popleft()
-            if isinstance(following, Arrival):
-                self.ready.append(following)
-            else:
-                self._on_mark(came, following)
-                if came.behind:
-                    return
+    def _frames_of(self, packet: memoryview, peer: str) -> list[memoryview]:
+        try:
+            return _frames(packet)
+        except ProtocolError as error:
+            raise ProtocolError(f"{self.me}: expected a message from {peer}, {error}") from None
 
     # -- the end ------------------------------------------------------------------------------------------------
 
     def disconnect(self, peer: str) -> None:
-        """Send no more to `peer`."""
-        self._gone.discard(peer)
+        """Send no more to `peer`. Unknown peers are ignored."""
         out = self._out.pop(peer, None)
+        self._down.discard(peer)
         if out is not None:
-            if self._full.pop(out.socket.fileno(), None) is not None:
-                self._epoll.unregister(out.socket.fileno())
-            out.socket.close()
+            self._hang_up(out)
 
     def _forget(self, fd: int) -> None:
         came = self._in.pop(fd)
         self._epoll.unregister(fd)
         came.socket.close()
-        self.ready.extend(arrival for arrival in came.held if isinstance(arrival, Arrival))
-        if self._by_peer.get(came.peer) is came:
-            del self._by_peer[came.peer]
-            self._gone.add(came.peer)
-            for key in [key for key in self._early if key[0] == came.peer]:
-                self._add(self._early.pop(key))
 
     def close(self) -> None:
-        """Idempotent."""
+        """Close all sockets and remove the listener's path. Idempotent."""
+        if self.closed:
+            return
+        self.closed = True
         for peer in list(self._out):
             self.disconnect(peer)
         for fd in list(self._in):
             self._forget(fd)
         self._listener.close()
         self._epoll.close()
+        os.close(self._wakes)
         with contextlib.suppress(OSError):
             os.unlink(self._path)
 
 
-def is_mark(frame: Buffer) -> bool:
-    """Whether the first frame of a message that came through ZeroMQ says that a mark announces it."""
-    return len(frame) == _OTHERWISE.size and not frame[0]
+class UnixWaker:
+    """Wake one `UnixSockets.wait` from another thread."""
+
+    def __init__(self, wakes: int) -> None:
+        self._fd = os.dup(wakes)
+
+    def wake(self) -> None:
+        """Interrupt the wait that runs, or else the next one."""
+        os.eventfd_write(self._fd, 1)
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        os.close(self._fd)
 
 
-def _packet(frames: Sequence[Buffer], most_bytes: int) -> list[Buffer] | None:
-    """The parts of a packet: how many frames it has, their sizes, and the frames, each at a multiple of ALIGN bytes. None if
-    it would be larger than `most_bytes`."""
+def _starts(prefix_bytes: int, sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Return where each frame starts in a message, and where the message ends."""
+    starts, end = [], prefix_bytes
+    for size in sizes:
+        starts.append(end + -end % ALIGN)
+        end = starts[-1] + size
+    return starts, end
+
+
+def _packets(frames: Sequence[Buffer], most_bytes: int) -> list[Packet]:
+    """Lay frames out as packets of at most `most_bytes`: how many there are, their sizes, each frame at a multiple of ALIGN.
+
+    Raises:
+        ProtocolError: they are more than a message may have.
+    """
     sizes = [len(frame) for frame in frames]
     if len(sizes) > MAX_FRAMES:
-        return None
+        raise ProtocolError(f"expected at most {MAX_TENSORS} tensor frames, got {len(sizes) - 1}")
     prefix = _SIZES[len(sizes)].pack(len(sizes), *sizes)
-    parts: list[Buffer] = [prefix]
+    parts: list[Buffer] = []
     at = len(prefix)
     for frame, size in zip(frames, sizes, strict=True):
         if gap := -at % ALIGN:
             parts.append(_PAD[:gap])
         parts.append(frame)
         at += gap + size
-    return parts if at <= most_bytes else None
+    if at <= most_bytes:
+        return [[prefix, *parts]]
+    return [[_SEVERAL, prefix], *_cut(parts, most_bytes)]
 
 
-def _frames(packet: memoryview) -> list[memoryview] | int:
-    """The frames of a packet, or the number of a mark.
+def _cut(parts: Sequence[Buffer], most_bytes: int) -> Iterator[Packet]:
+    packet: list[Buffer] = []
+    room = most_bytes
+    for part in parts:
+        left = memoryview(part)
+        while len(left):
+            packet.append(left[:room])
+            room -= len(packet[-1])
+            left = left[len(packet[-1]) :]
+            if not room:
+                yield packet
+                packet, room = [], most_bytes
+    if packet:
+        yield packet
+
+
+def _sizes(packet: memoryview) -> tuple[int | None, Sequence[int]]:
+    """Read how many frames a packet has and their sizes; None if it does not say."""
+    count = _COUNT.unpack_from(packet)[0] if len(packet) >= _COUNT.size else 0
+    if not 0 < count <= MAX_FRAMES or len(packet) < _SIZES[count].size:
+        return None, ()
+    return count, _SIZES[count].unpack_from(packet)[1:]
+
+
+def _frames(packet: memoryview) -> list[memoryview]:
+    """Cut a message into its frames.
 
     Raises:
         ProtocolError: its sizes are not what it says.
@@ -356,17 +450,10 @@ def _frames(packet: memoryview) -> list[memoryview] | int:
         at = _TWO.size + of_header + len(_PADS[of_header % ALIGN])
         if count == 2 and at + of_tensor == size:
             return [packet[_TWO.size : _TWO.size + of_header], packet[at:]]
-    count = _COUNT.unpack_from(packet)[0] if size >= _COUNT.size else MAX_FRAMES + 1
-    if count == 0 and len(packet) == _MARK.size:
-        return int(_MARK.unpack(packet)[1])
-    if not 0 < count <= MAX_FRAMES or len(packet) < _SIZES[count].size:
-        raise ProtocolError(f"got a packet of {len(packet)} bytes that says it has {count} frames")
-    at = _SIZES[count].size
-    frames = []
-    for size in _SIZES[count].unpack_from(packet)[1:]:
-        at += -at % ALIGN
-        frames.append(packet[at : at + size])
-        at += size
-    if at != len(packet):
-        raise ProtocolError(f"got a packet of {len(packet)} bytes, {at} by the sizes of its {count} frames")
-    return frames
+    count, sizes = _sizes(packet)
+    if count is None:
+        raise ProtocolError(f"got a packet of {size} bytes that does not say which frames it has")
+    starts, end = _starts(_SIZES[count].size, sizes)
+    if end != size:
+        raise ProtocolError(f"got a packet of {size} bytes, {end} by the sizes of its {count} frames")
+    return [packet[start : start + length] for start, length in zip(starts, sizes, strict=True)]

@@ -1,7 +1,4 @@
-"""The ZeroMQ wire. The only file that sees a `ZMQError`.
-
-Between processes of one machine a large tensor may go through shared memory: what the wires say to each other for that begins
-with an empty frame (lending.py).
+"""Carry messages over ZeroMQ: inproc, ipc and tcp. The only file that sees a `ZMQError`.
 
 One ROUTER inbox, bound; one DEALER for each peer, connected, its identity this process's own. Everything that comes in
 (data, acknowledgements, wakes) comes through the inbox, so that the step thread waits on a single socket: waiting on
@@ -23,12 +20,10 @@ import zmq
 from ..format.errors import AddressError, LinkBroken, LinkClosed, ProtocolError
 from ..format.header import MAX_TENSORS
 from ..format.message import COPY_BELOW_BYTES, Buffer, stable
-from ..links.link import Arrival
+from ..links.wire import Arrival
 from . import endpoint
 from .curve import Doorkeeper, Keys, guard, present
 from .descriptors import OF_A_PEER, OF_A_WIRE, claim, make_sure_of_descriptors
-from .lending import Sharing
-from .unix_sockets import SUFFIX, Direct, is_mark
 
 LINGER_MS = 500
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000
@@ -38,28 +33,21 @@ AWAKE_NS = 500_000
 that falls asleep wakes late and cold (1.2 kB over ipc: 100 µs a hop instead of 165; benchmarks/hop.py)."""
 _MORE = int(zmq.SNDMORE | zmq.DONTWAIT)
 _LAST = int(zmq.DONTWAIT)
-_READABLE = int(zmq.POLLIN)
+_READABLE, _EVENTS = int(zmq.POLLIN), zmq.EVENTS
 _WAKE = b"\x00wake"
 _send: Any = zmq.backend.Socket.send  # without the sugar for DRAFT sockets: 0.8 µs less a frame
 _serial = itertools.count()
 
 
-MAX_FRAMES = MAX_TENSORS + 3
-"""Behind the first frame: wires' own, a header, tensors. How many tensors a message may have is its header's to say."""
-
-
 class ZeroWire:
-    """A `link.Wire` over ZeroMQ. Owned by the thread that uses it.
+    """A `wire.ProcessWire` over ZeroMQ. Owned by the thread that uses it.
 
     Args:
-        me: identity others see, `actor.replica.epoch`.
+        me: the identity others see, `actor.replica.epoch`.
         address: where to bind; `tcp://127.0.0.1:0` binds any free port (see `address`).
         max_frame_bytes: a peer that sends a larger frame is disconnected by ZeroMQ.
-        context: shared by wires that talk over inproc; one of its own if None.
-        shared_from_bytes: tensors of so many bytes and more go through shared memory to peers at ipc addresses that can read
-            it; 0: none do. `counters` says how many did.
-        keys: for tcp: only connections with keys are taken and made (curve.py). Without them tcp is refused.
-        direct: at an ipc address, exchange small messages with wires that do so, too, past ZeroMQ (unix_sockets.py).
+        context: shared by wires that talk over inproc; if None, the wire makes its own.
+        keys: for tcp: only connections with keys are accepted and made (curve.py). Without them tcp is refused.
 
     Raises:
         AddressError: the address may not be used or is in use.
@@ -73,13 +61,9 @@ class ZeroWire:
         *,
         max_frame_bytes: int,
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
-        shared_from_bytes: int = 0,
-        direct: bool = False,
         keys: Keys | None = None,
     ) -> None:
-        place = endpoint.parse(address, guarded=keys is not None)
-        if place.scheme == "tcp" and keys is None:
-            raise AddressError(f"{me}: {place}: tcp needs keys, on loopback, too: others use this machine; give `keys`")
+        where = _endpoint(me, address, keys)
         make_sure_of_descriptors(me, OF_A_WIRE)
         self.me = me
         self._keys = keys
@@ -97,36 +81,31 @@ class ZeroWire:
         self._lock: int | None = None
         self._timeout_s: float | None = None
         self._quick = False
-        self._woken = False
-        self._sharing = Sharing(me, shared_from_bytes)
-        self._direct: Direct | None = None
-        self._pair_bytes = min(COPY_BELOW_BYTES, shared_from_bytes or COPY_BELOW_BYTES)
-        self._look = True
         try:
-            if place.scheme == "ipc":
-                self._lock = claim(place.place, place.place + SUFFIX)
-            if place.scheme == "tcp":
-                _notices_half_open(self._inbox)
-                assert keys is not None
-                self._doorkeeper = Doorkeeper(self._context, keys)
-                self._doorkeeper.start()
-                guard(self._inbox, keys)
-                # who comes back is not kept out by its own dead connection
-                self._inbox.setsockopt(zmq.ROUTER_HANDOVER, 1)
-            self._inbox.bind(f"tcp://{place.place}:*" if place.scheme == "tcp" and not place.port else str(place))
-            bound = self._inbox.getsockopt(zmq.LAST_ENDPOINT)
-            assert isinstance(bound, bytes)
-            self._address = bound.rstrip(b"\x00").decode() if place.scheme == "tcp" else str(place)
-            self._inbox.bind(self._wake_address)
-            if direct and place.scheme == "ipc":
-                with contextlib.suppress(OSError):  # then all goes through ZeroMQ
-                    self._direct = Direct(me, place.place + SUFFIX, int(self._inbox.getsockopt(zmq.FD)))
+            self._bind(where)
         except zmq.ZMQError as error:
             self.close()
-            raise AddressError(f"{me}: cannot bind {place}: {error.strerror}") from error
+            raise AddressError(f"{me}: cannot bind {where}: {error.strerror}") from error
         except AddressError:
             self.close()
             raise
+
+    def _bind(self, where: endpoint.Endpoint) -> None:
+        if where.scheme == "ipc":
+            self._lock = claim(where.location)
+        if where.scheme == "tcp":
+            _notices_half_open(self._inbox)
+            assert self._keys is not None
+            self._doorkeeper = Doorkeeper(self._context, self._keys)
+            self._doorkeeper.start()
+            guard(self._inbox, self._keys)
+            # a peer that comes back is not kept out by its own dead connection
+            self._inbox.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._inbox.bind(f"tcp://{where.location}:*" if where.scheme == "tcp" and not where.port else str(where))
+        bound = self._inbox.getsockopt(zmq.LAST_ENDPOINT)
+        assert isinstance(bound, bytes)
+        self._address = bound.rstrip(b"\x00").decode() if where.scheme == "tcp" else str(where)
+        self._inbox.bind(self._wake_address)
 
     @property
     def address(self) -> str:
@@ -134,92 +113,61 @@ class ZeroWire:
 
     @property
     def counters(self) -> Counter[str]:
-        """What went another way than through ZeroMQ: `shared_sent`, `shared_full`, `direct_sent`."""
-        direct = self._direct
-        return self._sharing.counters + Counter(direct_sent=direct.sent if direct is not None else 0)
+        """Return nothing: this wire only carries frames."""
+        return Counter()
 
     @property
     def fd(self) -> int:
-        """Edge-triggered as ZeroMQ's is, so look (`receive(0)`) before and after every wait on it."""
-        return self._direct.fd if self._direct is not None else int(self._inbox.getsockopt(zmq.FD))
+        """Return ZeroMQ's descriptor. It is edge-triggered: look (`receive(0)`) before and after every wait on it."""
+        return int(self._inbox.getsockopt(zmq.FD))
 
     def connect(self, peer: str, address: str) -> None:
-        place = endpoint.parse(address, guarded=self._keys is not None)
+        where = _endpoint(f"{self.me}: {peer}", address, self._keys)
         if peer in self._dealers:
             return
-        if place.scheme == "tcp" and self._keys is None:
-            raise AddressError(f"{self.me}: {peer} at {place}: tcp needs keys; give `keys`")
         make_sure_of_descriptors(self.me, OF_A_PEER * (len(self._dealers) + 1))
         try:
             dealer = self._context.socket(zmq.DEALER)
             dealer.linger = 0
             dealer.setsockopt(zmq.IDENTITY, self.me.encode())
             dealer.setsockopt(zmq.SNDHWM, 0)
-            if place.scheme == "tcp":
+            if where.scheme == "tcp":
                 _notices_half_open(dealer)
                 assert self._keys is not None
                 present(dealer, self._keys, peer)
-            dealer.connect(str(place))
+            dealer.connect(str(where))
         except zmq.ZMQError as error:
-            raise LinkBroken(f"{self.me}: cannot connect to {peer} at {place}: {error.strerror}") from error
+            raise LinkBroken(f"{self.me}: cannot connect to {peer} at {where}: {error.strerror}") from error
         self._dealers[peer] = dealer
-        if place.scheme == "ipc":
-            self._sharing.join(peer)
-            if self._direct is not None:
-                self._direct.connect(peer, place.place + SUFFIX)
 
     def disconnect(self, peer: str) -> None:
-        self._sharing.leave(peer)
-        if self._direct is not None:
-            self._direct.disconnect(peer)
         dealer = self._dealers.pop(peer, None)
         if dealer is not None:
             dealer.close(linger=0)
 
     def send(self, peer: str, header: bytes, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
-        direct = self._direct
-        if direct is not None and len(buffers) == 1 and len(buffers[0]) < self._pair_bytes:
-            [tensor] = buffers
-            if direct.send_pair(peer, header, tensor):
-                return buffers
-        if peer not in self._dealers:
+        dealer = self._dealers.get(peer)
+        if dealer is None:
             self._answer(peer, header)
             return buffers
-        if not buffers:
-            self._put(peer, (header,))
-            return buffers
-        loans = None
-        if self._sharing.from_bytes and self._sharing.concerns(peer, buffers):
-            loans, sent, kept = self._sharing.lend(peer, buffers)
-        if loans is None:  # they go by reference, and are kept until they are acknowledged
-            for buffer in buffers:
+        try:
+            if not buffers:
+                _send(dealer, header, _LAST)
+                return buffers
+            for buffer in buffers:  # they go by reference, and are kept until they are acknowledged
                 if buffer.__class__ is not bytes:
                     buffers = tuple(map(stable, buffers))
                     break
-            self._put(peer, (header, *buffers))
-            return buffers
-        self._put(peer, (b"", loans, header, *sent))
-        return kept
-
-    def _put(self, peer: str, frames: Sequence[Buffer]) -> None:
-        """The one way out to peers that are connected."""
-        direct = self._direct
-        if direct is not None and direct.reaches(peer):
-            mark = direct.send(peer, frames)
-            if mark is None:
-                return
-            frames = (mark, *frames)
-        dealer, last = self._dealers[peer], len(frames) - 1
-        try:
-            for index, frame in enumerate(frames):
-                flags = _LAST if index == last else _MORE
-                _send(dealer, frame, flags, copy=len(frame) < COPY_BELOW_BYTES)
+            _send(dealer, header, _MORE)
+            last = len(buffers) - 1
+            for index, frame in enumerate(buffers):
+                _send(dealer, frame, _LAST if index == last else _MORE, copy=len(frame) < COPY_BELOW_BYTES)
         except zmq.ZMQError as error:
             raise LinkBroken(f"{self.me}: cannot send to {peer}: {error.strerror}") from error
+        return buffers
 
     def _answer(self, peer: str, header: bytes) -> None:
-        """To one who spoke first and is not of this graph: a refusal."""
-        self._look = True  # what comes in meanwhile may not be told of again
+        """Send a refusal to a peer that spoke first and is not of this graph."""
         try:
             with contextlib.suppress(zmq.Again):
                 self._inbox.send(peer.encode("latin-1"), _MORE)
@@ -231,114 +179,18 @@ class ZeroWire:
                 raise LinkBroken(f"{self.me}: cannot send to {peer}: {error.strerror}") from error
 
     def receive(self, timeout_s: float | None) -> Arrival | None:
-        sharing = self._sharing
-        if sharing.borrower.let_go or sharing.outbox:
-            self._tell()
-        arrival = self._receive(timeout_s)
-        if arrival is None or len(arrival.header) or not sharing.from_bytes:
-            return arrival
-        until_s = time.monotonic() + timeout_s if timeout_s else None
-        while arrival is not None and not len(arrival.header):
-            whole = sharing.take(arrival)
-            if whole is not None:
-                return whole
-            self._tell()
-            if until_s is not None:
-                timeout_s = max(0.0, until_s - time.monotonic())
-            arrival = self._receive(timeout_s)
-        return arrival
-
-    def _tell(self) -> None:
-        """What the wires have to say to each other about shared memory."""
-        sharing = self._sharing
-        sharing.give_back()
-        while sharing.outbox:
-            peer, frame = sharing.outbox.popleft()
-            if peer in self._dealers:
-                self._put(peer, (b"", frame))
-
-    def _receive(self, timeout_s: float | None) -> Arrival | None:
-        return (
-            self._receive_zeromq(timeout_s) if self._direct is None else self._receive_either(self._direct, timeout_s)
-        )
-
-    def _receive_either(self, direct: Direct, timeout_s: float | None) -> Arrival | None:
-        """The next from a direct socket or from ZeroMQ."""
-        if direct.ready:
-            return direct.ready.popleft()
-        waits = timeout_s != 0
-        began_ns = time.monotonic_ns() if waits else 0
-        awake_until_ns = began_ns + AWAKE_NS if waits and self._quick and not self._look else 0
-        left_s = timeout_s
-        while True:
-            self._look = direct.wait(0 if self._look else left_s, began_ns, awake_until_ns) or self._look
-            awake_until_ns = 0
-            woken = self._look and self._drain(direct, began_ns)
-            if waits:
-                took_ns = time.monotonic_ns() - began_ns
-                self._quick = took_ns < AWAKE_NS
-                left_s = timeout_s - took_ns / 1e9 if timeout_s is not None else None
-            if direct.ready:
-                return direct.ready.popleft()
-            if woken or not waits or (left_s is not None and left_s <= 0):
-                return None
-
-    def _drain(self, direct: Direct, waiting_since_ns: int) -> bool:
-        """Take in all that ZeroMQ has, as its descriptor tells of it once. Whether a wake was among it."""
-        woken = False
-        while True:
-            arrival = self._receive_zeromq(0, waiting_since_ns)
-            if arrival is None:
-                if not self._woken:
-                    break
-                woken = True
-            elif is_mark(arrival.header):
-                peer, buffers = arrival.peer, arrival.buffers
-                if not buffers:
-                    raise ProtocolError(f"{self.me}: expected a message behind a mark from {peer}, got none")
-                direct.otherwise(peer, arrival.header, Arrival(peer, buffers[0], buffers[1:], waiting_since_ns))
-            else:
-                direct.ready.append(arrival)
-        self._look = False
-        return woken
-
-    def _receive_zeromq(self, timeout_s: float | None, began_ns: int = 0) -> Arrival | None:
         inbox = self._inbox
-        self._woken = False
         try:
-            # The socket's own time limit, not a poll before the receive: that took 18 µs a hop more on one core.
             if timeout_s == 0:
-                identity = inbox.recv(_LAST)
+                began_ns, identity = 0, inbox.recv(_LAST)
             else:
-                if timeout_s != self._timeout_s:
-                    inbox.setsockopt(zmq.RCVTIMEO, -1 if timeout_s is None else int(timeout_s * 1000))
-                    self._timeout_s = timeout_s
-                began_ns = time.monotonic_ns()
-                if self._quick:
-                    self._wait_awake(began_ns + AWAKE_NS)
-                identity = inbox.recv()
-                self._quick = time.monotonic_ns() - began_ns < AWAKE_NS
+                began_ns, identity = self._wait(timeout_s)
             header = inbox.recv(copy=False)  # a ROUTER's message has at least one frame after the identity
             if self._doorkeeper is not None and identity != _WAKE:
                 self._check_speaker(identity, header)
             if not header.more:
-                if identity == _WAKE:
-                    self._woken = True
-                    return None
-                return Arrival(identity.decode("latin-1"), header.buffer, ())
-            buffers = []
-            more = True
-            while more:
-                frame = inbox.recv(copy=False)
-                more = frame.more
-                buffers.append(frame.buffer)
-                if len(buffers) > MAX_FRAMES:
-                    self._drop_rest(more)
-                    if self._direct is not None and is_mark(header.buffer):
-                        self._direct.otherwise(identity.decode("latin-1"), header.buffer, None)
-                    raise ProtocolError(
-                        f"{self.me}: expected at most {MAX_TENSORS} tensor frames from {identity!r}, got more"
-                    )
+                return Arrival(identity.decode("latin-1"), header.buffer, (), began_ns) if identity != _WAKE else None
+            return Arrival(identity.decode("latin-1"), header.buffer, self._tensors(identity), began_ns)
         except zmq.Again:
             self._quick = False
             return None
@@ -346,7 +198,41 @@ class ZeroWire:
             if inbox.closed or isinstance(error, zmq.ContextTerminated):
                 raise LinkClosed(f"{self.me}: this wire is closed") from None
             raise LinkBroken(f"{self.me}: cannot receive: {error.strerror}") from error
-        return Arrival(identity.decode("latin-1"), header.buffer, tuple(buffers), began_ns)
+
+    def _wait(self, timeout_s: float | None) -> tuple[int, bytes]:
+        """Wait for a message. Return since when, and who it is from."""
+        # The socket's own timeout, not a poll before the receive: that took 18 µs more per hop on one core.
+        inbox = self._inbox
+        if timeout_s != self._timeout_s:
+            inbox.setsockopt(zmq.RCVTIMEO, -1 if timeout_s is None else int(timeout_s * 1000))
+            self._timeout_s = timeout_s
+        began_ns = time.monotonic_ns()
+        if self._quick:
+            until_ns = began_ns + AWAKE_NS
+            while not int(inbox.getsockopt(_EVENTS)) & _READABLE and time.monotonic_ns() < until_ns:
+                os.sched_yield()
+        identity = inbox.recv()
+        self._quick = time.monotonic_ns() - began_ns < AWAKE_NS
+        return began_ns, identity
+
+    def _tensors(self, identity: bytes) -> tuple[Buffer, ...]:
+        """Take the frames behind the header.
+
+        Raises:
+            ProtocolError: they are more than a message may have; they are dropped.
+        """
+        buffers: list[Buffer] = []
+        more = True
+        while more:
+            frame = self._inbox.recv(copy=False)
+            more = frame.more
+            buffers.append(frame.buffer)
+            if len(buffers) > MAX_TENSORS:
+                self._drop_rest(more)
+                raise ProtocolError(
+                    f"{self.me}: expected at most {MAX_TENSORS} tensor frames from {identity!r}, got more"
+                )
+        return tuple(buffers)
 
     def _check_speaker(self, identity: bytes, header: zmq.Frame) -> None:
         """The key of a connection says as which actor it may speak.
@@ -360,11 +246,6 @@ class ZeroWire:
             raise ProtocolError(
                 f"{self.me}: expected {actor} to speak as itself, got a message from {identity!r} with its key"
             )
-
-    def _wait_awake(self, until_ns: int) -> None:
-        inbox, event = self._inbox, zmq.EVENTS
-        while not int(inbox.getsockopt(event)) & _READABLE and time.monotonic_ns() < until_ns:
-            os.sched_yield()
 
     def _drop_rest(self, more: bool) -> None:
         while more:
@@ -384,14 +265,23 @@ class ZeroWire:
             with contextlib.suppress(OSError):
                 os.close(self._lock)
             self._lock = None
-        self._sharing.close()
-        if self._direct is not None:
-            self._direct.close()
-            self._direct = None
         if self._doorkeeper is not None:
             self._doorkeeper.stop()
         if self._own_context:
             self._context.term()
+
+
+def _endpoint(who: str, address: str, keys: Keys | None) -> endpoint.Endpoint:
+    """
+    Raises:
+        AddressError: the address may not be used over ZeroMQ, or not without keys.
+    """
+    where = endpoint.parse(address, guarded=keys is not None)
+    if where.scheme == "local":
+        raise AddressError(f"{who}: expected an ipc, tcp or inproc address, got {where}; a process has one wire")
+    if where.scheme == "tcp" and keys is None:
+        raise AddressError(f"{who} at {where}: tcp needs keys, on loopback, too: others use this machine; give `keys`")
+    return where
 
 
 def _notices_half_open(socket: zmq.Socket[bytes]) -> None:
@@ -405,12 +295,12 @@ def ask(me: str, address: str, question: bytes, timeout_s: float) -> Buffer | No
     Raises:
         AddressError: the address may not be used.
     """
-    place = endpoint.parse(address)
+    where = endpoint.parse(address)
     with zmq.Context(io_threads=1) as context, context.socket(zmq.DEALER) as dealer:
         dealer.linger = 0
         dealer.setsockopt(zmq.IDENTITY, me.encode())
         dealer.setsockopt(zmq.RCVTIMEO, int(timeout_s * 1000))
-        dealer.connect(str(place))
+        dealer.connect(str(where))
         dealer.send(question)
         try:
             return dealer.recv()

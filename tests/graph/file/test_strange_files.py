@@ -38,7 +38,7 @@ from ranvier.graph.trace.trace_lines import TraceError
 from ranvier.graph.training import checkpoints
 from ranvier.transport.format.errors import AddressError, RanvierError
 from ranvier.transport.wires import curve
-from ranvier.transport.wires.zeromq import ZeroWire
+from ranvier.transport.wires.opening import open_wire
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
 SMOLLM2 = str(EXAMPLES / "smollm2.yaml")
@@ -91,18 +91,18 @@ def test_commands_look_at_their_outputs_first_case_61(tmp_path: Path) -> None:
         folder_of_runs(tmp_path / "file")
 
 
-@pytest.mark.parametrize("suffix", ["", ".d"])
+@pytest.mark.parametrize("scheme", ["ipc", "local"])
 @pytest.mark.parametrize("what", ["a file", *WAYS])
-def test_an_endpoint_never_replaces_what_is_not_its_own_case_61(what: str, suffix: str, tmp_path: Path) -> None:
-    """Neither at its path, nor beside it; a socket of somebody else's neither."""
-    path = tmp_path / f"inbox{suffix}"
+def test_an_endpoint_never_replaces_what_is_not_its_own_case_61(what: str, scheme: str, tmp_path: Path) -> None:
+    """A socket that no run of ours left is not replaced either."""
+    path = tmp_path / "inbox"
     if what == "a file":
         path.write_text("precious")
     else:
         in_the_way(path, what)
     before = path.lstat()
     with pytest.raises(AddressError, match=r"expected nothing there|is not a socket|no run of ours left"):
-        ZeroWire("a.0.1", f"ipc://{tmp_path}/inbox", max_frame_bytes=1 << 20, direct=True)
+        open_wire("a.0.1", f"{scheme}://{tmp_path}/inbox", max_frame_bytes=1 << 20)
     assert (path.lstat().st_ino, path.lstat().st_mode) == (before.st_ino, before.st_mode)
     assert what != "a file" or path.read_text() == "precious"
 

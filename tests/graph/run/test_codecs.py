@@ -93,9 +93,10 @@ def scores_of(oracle: Any, ids: list[int], codec: str | None) -> torch.Tensor:
     return scores
 
 
+@pytest.mark.parametrize("transport", ["ipc", "local", "tcp://127.0.0.1"])
 @pytest.mark.parametrize(("codec", "tried", "off"), [("auto", "raw+lz4", 0.0), ("auto:int8", "int8", 0.01)])
 def test_auto_measures_the_link_and_tries_what_it_may(
-    codec: str, tried: str, off: float, graph_file: Callable[..., Path], runs: Path
+    codec: str, tried: str, off: float, transport: str, graph_file: Callable[..., Path], runs: Path
 ) -> None:
     """Once the speed is known, each codec that the edge allows is tried; answers are exact unless a lossy form was named."""
     path = graph_file(
@@ -104,6 +105,7 @@ def test_auto_measures_the_link_and_tries_what_it_may(
             "gateway.x -> spread.x", {"from": "spread.wide", "to": "narrowed.wide", "codec": codec},
             "narrowed.y -> gateway.y",
         ],
+        transport=transport,
     )  # fmt: skip
     shutil.copy(Path(__file__).parents[1] / "custom" / "counting.py", path.parent)
     graph = ranvier.load(path, allow_code=True)
@@ -124,7 +126,8 @@ def test_auto_measures_the_link_and_tries_what_it_may(
 
 
 @pytest.mark.parametrize(
-    ("transport", "codec"), [("ipc", "raw"), ("tcp://127.0.0.1", "raw"), ("tcp://127.0.0.1", "raw+lz4")]
+    ("transport", "codec"),
+    [("ipc", "raw"), ("local", "raw"), ("tcp://127.0.0.1", "raw"), ("tcp://127.0.0.1", "raw+lz4")],
 )
 def test_what_a_step_is_given_begins_where_torchs_own_memory_does(
     transport: str, codec: str, graph_file: Callable[..., Path], runs: Path

@@ -107,8 +107,9 @@ def prompts_of(graph: ranvier.Graph) -> list[tuple[list[int], dict[str, Any]]]:
 @pytest.mark.parametrize(
     ("actors", "transport"),
     [
-        (4, "ipc"), (8, "ipc"), (4, "tcp://127.0.0.1"),
-        *(pytest.param(actors, "ipc", marks=pytest.mark.slow) for actors in (1, 2)),
+        (4, "ipc"), (8, "local"), (4, "tcp://127.0.0.1"),
+        *(pytest.param(actors, "ipc", marks=pytest.mark.slow) for actors in (1, 2, 8)),
+        *(pytest.param(actors, "local", marks=pytest.mark.slow) for actors in (1, 2, 4)),
         *(pytest.param(actors, "tcp://127.0.0.1", marks=pytest.mark.slow) for actors in (1, 2, 8)),
     ],
 )  # fmt: skip
@@ -569,7 +570,7 @@ def test_smollm2_in_four_is_exact_for_five_sessions_at_once(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("source", ["gguf", "safetensors"])
-@pytest.mark.parametrize("transport", ["ipc", "tcp://127.0.0.1"])
+@pytest.mark.parametrize("transport", ["ipc", "tcp://127.0.0.1", "local"])
 @pytest.mark.parametrize("actors", [1, 2, 4, 8])
 def test_smollm2_is_exact_in_every_cut(
     actors: int, transport: str, source: str, oracle: Any, oracle64: Any, generated: Generated, runs: Path,

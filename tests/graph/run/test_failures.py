@@ -353,8 +353,9 @@ def test_a_router_with_an_index_out_of_range(graph_file: Callable[..., Path], ru
         trio.run(main)
 
 
+@pytest.mark.parametrize("transport", ["ipc", "local"])
 def test_a_branch_that_is_not_read_holds_up_its_senders_within_their_credits(
-    graph_file: Callable[..., Path], runs: Path, tmp_path: Path
+    transport: str, graph_file: Callable[..., Path], runs: Path, tmp_path: Path
 ) -> None:
     """64 MB a message to two branches, one of which stands still: what all hosts hold together is bounded by the declared
     credits, an actor that need not wait does all its steps meanwhile, and the trace says who waited for whom."""
@@ -366,6 +367,7 @@ def test_a_branch_that_is_not_read_holds_up_its_senders_within_their_credits(
                 "fast": {"kind": "./faulty.py:Narrow"}, "sum": {"kind": "./faulty.py:Sum"}, "other": {"kind": "./faulty.py:Faulty"}},
         edges=["gateway.x -> wide.x", {"from": "wide.y", "to": "slow.x", **credits}, {"from": "wide.y", "to": "fast.x", **credits},
                "slow.y -> sum.a", "fast.y -> sum.b", "sum.y -> gateway.y", "gateway.x -> other.x", "other.y -> gateway.z"],
+        transport=transport,
     )  # fmt: skip
     answers: list[float] = []
     held_bytes: list[int] = []
@@ -402,11 +404,11 @@ def test_a_branch_that_is_not_read_holds_up_its_senders_within_their_credits(
     assert sorted(answers) == [2.0 * value for value in range(count)]
     # on each of two edges two messages on their way, at both ends; one in the step of each of three hosts; one that waits
     wide = 64 << 20
-    assert 4 * wide < max(held_bytes) < (2 * 2 * 2 + 3 + 1) * wide
+    assert 2 * wide < max(held_bytes) < (2 * 2 * 2 + 3 + 1) * wide
     assert len(read.done["other.0"]) == count
     assert all(record.finished_ns < opened_ns[0] for record in read.done["other.0"])
     told = summary.summary(read)
-    assert told["counters"]["wide.0"]["shared_sent"] > 8, "through shared memory"
+    assert (told["counters"]["wide.0"].get("shared_sent", 0) > 8) == (transport == "local"), "through shared memory"
     waits = {(wait["waiting"], wait["for"]): wait for wait in told["waits"]}
     slow = waits["wide.0", "slow.0"]
     assert slow["edge"] == "wide.y -> slow.x"

@@ -66,6 +66,7 @@ def called(
 @pytest.mark.parametrize("views", [False, True], ids=["the buffer", "a view of it"])
 @pytest.mark.parametrize(("elements", "transport"), [
     (1000, "ipc"), (25_600, "ipc"), (200_000, "ipc"), (25_600, "tcp://127.0.0.1"), (200_000, "tcp://127.0.0.1"),
+    (1000, "local"), (25_600, "local"), (200_000, "local"),
 ])  # fmt: skip
 def test_an_actor_that_returns_the_same_buffer_case_63(
     elements: int, transport: str, views: bool, borrowing: Make, runs: Path
@@ -102,7 +103,7 @@ def test_a_caller_that_refills_its_tensor_case_63(elements: int, borrowing: Make
     assert got == {index: [float(index)] * 2 for index in range(20)}
 
 
-@pytest.mark.parametrize("transport", ["ipc", "tcp://127.0.0.1"])
+@pytest.mark.parametrize("transport", ["ipc", "tcp://127.0.0.1", "local"])
 def test_one_buffer_for_rows_that_are_taken_alone_case_63(
     transport: str, borrowing: Make, runs: Path, tmp_path: Path
 ) -> None:
@@ -110,7 +111,7 @@ def test_one_buffer_for_rows_that_are_taken_alone_case_63(
     gate = tmp_path / "gate"
     graph = borrowing(
         {"bad": {"kind": "FillsRows", "args": {"gate": str(gate)}}}, ["gateway.x -> bad.x", "bad.y -> gateway.y"],
-        transport=transport, shared_from_bytes=0,
+        transport=transport, **({"shared_from_bytes": 0} if transport == "local" else {}),
     )  # fmt: skip
     values = (1.0, 2.0, 13.0, 3.0, 4.0)
     made = called(graph, runs, [torch.tensor([value]) for value in values], "y", gate)

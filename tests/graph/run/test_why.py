@@ -227,7 +227,7 @@ def test_a_full_disk(graphs: Graphs, tmp_path: Path) -> None:
     if mounted.returncode:
         pytest.skip(f"no file system of one's own can be mounted here: {mounted.stderr}")
     try:
-        graph = graphs({"good": actor("Faulty"), "bad": actor("Faulty")}, ROW, shared_from_bytes=0)
+        graph = graphs({"good": actor("Faulty"), "bad": actor("Faulty")}, ROW)
 
         async def main() -> Answer:
             with trio.fail_after(90):

@@ -16,7 +16,7 @@ from ranvier.transport.links.exchange import Exchange, RefusedMessage
 from ranvier.transport.links.link import LinkSpec
 from ranvier.transport.wires.testing import Crossing, Fault, MemoryNetwork
 
-LINK = LinkSpec(0, "a.x -> b.x", "a.0.1", "b.0.1", (("x", TensorSpec("int64", ("tokens",))),), 6, 1 << 20, local=False)
+LINK = LinkSpec(0, "a.x -> b.x", "a.0.1", "b.0.1", (("x", TensorSpec("int64", ("tokens",))),), 6, 1 << 20, wire="tcp")
 
 
 class Pair:
