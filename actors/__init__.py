@@ -1,1 +1,1 @@
-"""Components and the processes they live in. Imports transport."""
+"""Run components in processes. Of this project, the package imports only `transport`."""

@@ -1,4 +1,4 @@
-"""Errors of actors and of the requests that they serve."""
+"""Define the errors of actors and of the requests that they serve."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from ranvier.transport.format.errors import RanvierError
 
 
 class ActorFailed(RanvierError):
-    """An actor raised, died or stopped answering.
+    """Report that an actor raised an exception, died or stopped answering.
 
     Attributes:
         actor: `actor.replica`.
         what: what happened, without the actor's name and the traceback.
         session: the session that was lost, or None if the whole actor is gone.
-        remote_traceback: what Python printed over there, or "".
+        remote_traceback: the traceback that Python printed in the actor's process, or "".
     """
 
     def __init__(self, actor: str, what: str, *, session: int | None = None, remote_traceback: str = "") -> None:
@@ -26,51 +26,57 @@ class ActorFailed(RanvierError):
         super().__init__(f"actor {actor}: {what}{tail}")
 
     def of(self, session: int, times: int) -> ActorFailed:
-        """The same as what ended a session that was begun anew in vain."""
+        """Return this error for a session that was reopened in vain, because the actor failed `times` times in a row."""
         what = f"session {session}: {self.what}; that happened {times} times in a row"
         return ActorFailed(self.actor, what, session=session, remote_traceback=self.remote_traceback)
 
     def but(self, more: str) -> ActorFailed:
-        """The same with more to say."""
+        """Return this error with `more` appended to its text."""
         what = f"{self.what}; {more}"
         return ActorFailed(self.actor, what, session=self.session, remote_traceback=self.remote_traceback)
 
 
 class CheckpointError(RanvierError):
-    """A model file is not what it must be: truncated, missing a tensor, wrong shape. Names file and tensor."""
+    """Report an invalid model file: it is truncated, lacks a tensor, or has a tensor of the wrong shape.
+
+    The message names the file and the tensor.
+    """
 
 
 class Overloaded(RanvierError):
-    """Turned away at the door: there is no room for the request now. Nothing was started; try later or smaller."""
+    """Report that there is no room for a request now.
+
+    Nothing was started; try again later, or with a smaller request.
+    """
 
 
 class Expired(RanvierError):
-    """The deadline of a request passed before it was done. What it held is free again."""
+    """Report that the deadline of a request passed before it was done. Its resources are free again."""
 
 
 class RecordingError(RanvierError):
-    """There is no such recording, or it is damaged, or it lacks what was asked for."""
+    """Report that a recording does not exist, is damaged, or lacks what was asked for."""
 
 
 MOST_LETTERS = 16_384
-"""Of an error's words, or of its traceback: a step may raise an exception of 30 MB."""
+"""Largest length of an error's text or traceback, in characters: a step may raise an exception of 30 MB."""
 
 
 def told(error: BaseException) -> str:
-    """Return the error's kind and its words, in letters that can be written, at most `MOST_LETTERS` of them."""
+    """Return the type and the text of an error as valid UTF-8, with at most `MOST_LETTERS` characters of the text."""
     return f"{type(error).__name__}: {words(error)}"
 
 
 def words(error: BaseException) -> str:
-    """Return the error's own words, without its kind. See `told`."""
+    """Return the text of an error without its type (see `told`)."""
     try:
         return _writable(str(error))
-    except Exception as own:  # code of the user's own
-        return f"(its text cannot be made: {type(own).__name__})"
+    except Exception as own:  # custom code raised this
+        return f"(its text cannot be read: str() raised {type(own).__name__})"
 
 
 def traceback_of(error: BaseException) -> str:
-    """Return the traceback as Python prints it, in letters that can be written: its end, if it is long."""
+    """Return the traceback as Python prints it, as valid UTF-8. The middle of a long one is left out."""
     try:
         text = "".join(traceback.format_exception(error))
     except Exception as own:
@@ -84,8 +90,8 @@ def _writable(text: str, *, end: bool = False) -> str:
     if left_out > 0:
         half = MOST_LETTERS // 2
         text = (
-            f"{text[:half]} … {left_out} letters left out … {text[-half:]}"
+            f"{text[:half]} … {left_out} characters left out … {text[-half:]}"
             if end
-            else (f"{text[:MOST_LETTERS]} … {left_out} letters left out")
+            else (f"{text[:MOST_LETTERS]} … {left_out} characters left out")
         )
     return text.encode(errors="replace").decode()

@@ -1,6 +1,7 @@
-"""What recovery costs while nothing is lost: `restart: never` against the default, one and sixteen streams through four actors.
+"""Measure what recovery costs while nothing is lost: the default against `restart: never`, one and sixteen streams.
 
-The actors are bound to their cores, and there are three times as many rounds as asked for, as in tracing.py.
+The streams go through four actors that are bound to their cores. As in tracing.py, there are three times as many rounds
+as asked for.
 """
 
 from __future__ import annotations

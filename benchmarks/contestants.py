@@ -1,8 +1,8 @@
-"""Who takes part where text is made: ours in any cut, transformers' `generate`, llama.cpp in one process and cut over two.
+"""Provide the contestants that generate text: ours in any cut, transformers, and llama.cpp in one process or in two.
 
-A contestant is a process that stands ready and answers each line it is given with its tokens a second, of whole requests:
-every stream gets the same prompt and makes as many new tokens, greedily. llama.cpp runs in an environment of its own
-(peers.sh makes it).
+A contestant is a process that stands ready, and answers each line of input with its tokens per second over whole
+requests. All streams get the same prompt and generate the same number of new tokens, greedily. llama.cpp runs in a
+separate environment (made by peers.sh).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FOUR = {
     "head": {"kind": "head"},
 }
 TWO = {"first": {"kind": "first_stage", "layers": "0-18"}, "last": {"kind": "last_stage", "layers": "19-29"}}
-"""The head is as much work as eight layers."""
+"""Two stages with equal work: the head is as much work as eight layers."""
 ONE = {"model": {"kind": "model"}}
 
 OURS = """
@@ -77,7 +77,7 @@ for _ in sys.stdin:
 LLAMA_CPP = """
 import ctypes, json, os, sys, time, numpy, llama_cpp as l
 file, threads, streams, prompt, new = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4]), int(sys.argv[5])
-silent = l.llama_log_callback(lambda *_: None)  # kept: the library calls it to its end
+silent = l.llama_log_callback(lambda *_: None)  # kept in a variable: the library calls it until it ends
 l.llama_log_set(silent, ctypes.c_void_p())
 l.llama_backend_init()
 options = l.llama_model_default_params()
@@ -124,14 +124,14 @@ def model_file() -> Path:
 
 
 class Contestant:
-    """A process that answers each line with a figure. `with_it` are processes that end with it."""
+    """Run a process that answers each line with a figure. The processes in `with_it` end with it."""
 
     def __init__(
         self, python: str | Path, code: str, *arguments: str, cores: Sequence[int] = (),
         with_it: Sequence[subprocess.Popen[bytes]] = (), **environment: str,
     ) -> None:  # fmt: skip
         self._folder = tempfile.TemporaryDirectory(prefix="rv-")
-        file = Path(self._folder.name) / "contestant.py"  # a file, so that it can start processes of its own
+        file = Path(self._folder.name) / "contestant.py"  # a file, so that it can start processes
         file.write_text(code)
         command = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
         self.process = subprocess.Popen(
@@ -146,10 +146,11 @@ class Contestant:
 
     @property
     def folder(self) -> Path:
-        """Where its code lies, and what it writes."""
+        """Return the folder that holds its code and what it writes."""
         return Path(self._folder.name)
 
     def measure(self) -> float:
+        """Return its next figure."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -159,7 +160,7 @@ class Contestant:
         return float(line)
 
     def cpu_s(self) -> float:
-        """Processor time that it has used so far, with all processes that it has started."""
+        """Return the processor time that it and all processes that it started have used, in seconds."""
         return sum(_cpu_ns(pid) for pid in _with_children(self.process.pid)) / 1e9
 
     def close(self) -> None:
@@ -191,7 +192,7 @@ def ours(
     actors: Mapping[str, Mapping[str, Any]], streams: int, *, weights: str = "bfloat16", threads: int = 1,
     prompt: Sequence[int] = PROMPT, new: int = NEW, cores: Sequence[int] = (), **settings: Any,
 ) -> Contestant:  # fmt: skip
-    """The model cut into these actors."""
+    """Return a contestant that runs the model cut into these actors."""
     graph = graph_of({name: {"threads": threads, **given} for name, given in actors.items()}, weights, **settings)
     return Contestant(
         sys.executable, OURS, graph, str(streams), json.dumps(list(prompt)), str(new), cores=cores
@@ -199,7 +200,7 @@ def ours(
 
 
 def graph_of(actors: Mapping[str, Mapping[str, Any]], weights: str = "bfloat16", **settings: Any) -> str:
-    """A graph file of SmolLM2 cut into these actors, one after the other."""
+    """Return a graph file of SmolLM2 cut into these actors, one after the other."""
     names = list(actors)
     return json.dumps({
         "ranvier": 1, "name": "bench",
@@ -217,7 +218,7 @@ def transformers(threads: int, streams: int, prompt: Sequence[int] = PROMPT, new
 
 
 def transformers_code(functions: str, figure: str) -> Contestant:
-    """One whose figure, after each request of one stream, is what an expression says."""
+    """Return a transformers contestant whose figure is the value of an expression after each request of one stream."""
     code = TRANSFORMERS.replace(
         "print(streams * new / (time.perf_counter() - began), flush=True)", f"print({figure}, flush=True)"
     )
@@ -225,12 +226,12 @@ def transformers_code(functions: str, figure: str) -> Contestant:
 
 
 def llama_cpp(threads: int, streams: int, prompt: Sequence[int] = PROMPT, new: int = NEW) -> Contestant:
-    """In one process."""
+    """Return llama.cpp in one process."""
     return _llama_cpp((str(model_file()), str(threads), str(streams), json.dumps(list(prompt)), str(new)), ())
 
 
 def llama_cpp_cut(streams: int) -> Contestant:
-    """Half the layers in each of two servers on loopback, a thread each."""
+    """Return llama.cpp cut over two servers on loopback: half of the layers and one thread each."""
     libraries = PEERS / "llama" / "build" / "bin"
     ports = [_free_port(), _free_port()]
     servers = [

@@ -1,6 +1,6 @@
-"""Sixteen streams through a model cut in two: two actors against llama.cpp's two `ggml-rpc-server` on loopback.
+"""Measure sixteen streams through a model cut in two: two actors against llama.cpp's two `ggml-rpc-server` on loopback.
 
-The same Q4_1 file, a thread in each of the two processes.
+Both use the same Q4_1 file, with one thread in each of the two processes.
 """
 
 from __future__ import annotations

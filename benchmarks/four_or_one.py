@@ -1,6 +1,6 @@
-"""What the cut costs one stream: four actors against the same model as one actor.
+"""Measure what the cut costs one stream: four actors against the same model as one actor.
 
-bfloat16, with one and with two threads an actor; the better of each counts.
+The weights are bfloat16. Each side runs with one and with two threads per actor, and the better result counts.
 """
 
 from __future__ import annotations

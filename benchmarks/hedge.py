@@ -1,7 +1,8 @@
-"""What does hedging save? Two replicas of which one stands still for 50 ms at random in one step of ten.
+"""Measure what hedging saves: of two replicas, one stands still for 50 ms in a tenth of its steps, at random.
 
-Every policy has a run of its own; all stand ready from the start and take turns of sixty calls, one after the other. All get
-the same inputs and must give the same answers. The 99th percentile of the milliseconds that a step takes, over all rounds.
+Every policy has its own run. All runs stand ready from the start, and take turns of sixty calls, one call after the
+other. All get the same inputs and must give the same answers. The figure is the 99th percentile of milliseconds per
+step, over all rounds.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ POLICIES = {
 
 
 def percentile(times: list[float], share: int) -> float:
-    """By nearest rank."""
+    """Return a percentile by nearest rank."""
     return sorted(times)[math.ceil(share / 100 * len(times)) - 1]
 
 
@@ -58,7 +59,7 @@ def ask(rounds: int) -> Answer:
         Goal("hedge: 2", "sticky", 0.5, less=True),
         *(Goal(name, "sticky", less=True) for name in list(POLICIES)[1:]),
     ]
-    # one figure a policy: a 99th percentile needs all the calls there are
+    # one figure per policy: a 99th percentile needs all calls
     return Answer(
         f"milliseconds, p99 of {len(inputs)} steps", {name: [percentile(of, 99)] for name, of in times.items()}, goals,
         ["the answers are the same under every policy", *notes],

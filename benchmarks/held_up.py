@@ -1,7 +1,8 @@
-"""By how much does a long prompt hold up whoever is being answered? The longest wait for a token beside 2,000 tokens.
+"""Measure how long a prompt of 2,000 tokens holds up a stream that decodes: the longest wait for a token.
 
-A stream decodes alone, then with a prompt of 2,000 tokens coming in; and a prompt of 128 tokens (one part, `prefill_chunk`)
-by itself. In each stage a token waits for at most the part that is being worked on, and is then taken together with one.
+A stream decodes alone, and then while the prompt comes in. A prompt of 128 tokens (one chunk, `prefill_chunk`) alone is
+the peer. At each stage, a decoding token waits at most for the chunk that is being computed, and then shares a step
+with one chunk.
 """
 
 from __future__ import annotations

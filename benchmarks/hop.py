@@ -1,10 +1,13 @@
-"""What does one small hop cost, actor to actor with everything on? Against bare pyzmq, gloo, and Ray's compiled graphs.
+"""Measure what one small hop costs between actors with everything on, against pyzmq, gloo, and Ray's compiled graphs.
 
-576 bfloat16 values are played to and fro between two processes over ipc; microseconds of half a round trip, the median of
-a thousand. Ours has header, handshake, credits, acknowledgements and trace on; pyzmq is a PAIR without header or tensor; gloo
-is `torch.distributed`. Ray plays within one compiled graph, where what it takes to start and end one is taken off; or the
-caller sends to one actor, that to another, and that back to him. Each of the two processes has a core of its own, as actors
-that compute do. Where the system places them, both of bare pyzmq's often share one core, and no core has to be woken.
+576 bfloat16 values go back and forth between two processes over ipc. The figure is half a round trip in microseconds,
+the median of a thousand. Ours has header, handshake, credits, acknowledgements and trace on. pyzmq is a PAIR without
+header or tensor, and gloo is `torch.distributed`. Ray has two forms. In one, the values go back and forth within one
+compiled graph, and the time to start and end a graph is subtracted. In the other, the caller sends to one actor, which
+sends to another, which sends back to the caller.
+
+Each of the two processes has its own core, as actors that compute do. In a second variant the system places them. Then
+both processes of bare pyzmq often share one core, and no core has to be woken.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ def take(core):
     if sys.argv[3] == "a core each":
         os.sched_setaffinity(0, {core})
 path, size, bounces = f"ipc://{pathlib.Path(__file__).parent}/pair", int(sys.argv[1]) * 2, int(sys.argv[2])
-copy = size < 65536  # copy=False costs more than it saves for what is small
+copy = size < 65536  # for small messages, copy=False costs more than it saves
 def wall():
     take(1)
     socket = zmq.Context().socket(zmq.PAIR)
@@ -105,7 +108,7 @@ def compiled(bounces):
     return node.experimental_compile()
 ball = numpy.zeros(int(sys.argv[1]), numpy.uint16)
 def times(bounces, runs):
-    graph = compiled(bounces)  # for this turn only: its actors spin while they wait, which would disturb the others'
+    graph = compiled(bounces)  # only for this turn: its actors spin while they wait, which would disturb the next contestant
     found = []
     for _ in range(runs):
         began = time.perf_counter()

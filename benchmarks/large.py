@@ -1,9 +1,9 @@
-"""What do 16 MiB between two actors cost, against one memcpy? In shared memory and over the wire; and from which size on.
+"""Measure what 16 MiB, and less, cost between two actors, in shared memory and over the wire, against one memcpy.
 
-Milliseconds of half a round trip, as in hop.py. Ours with shared memory copies once, into a segment that the other maps; the
-memcpy goes to and fro between two buffers that were touched before and that the third cache of a large processor holds; and
-round eight that it does not hold. The smaller sizes are what the default of
-`shared_from_bytes` was chosen by.
+The figure is half a round trip in milliseconds, as in hop.py. Ours with shared memory copies once, into a segment that
+the receiver maps. One memcpy goes back and forth between two buffers that were touched before, and that the third-level
+cache of a large processor holds. The other goes round eight buffers, which that cache does not hold. The smaller sizes
+decided the default of `shared_from_bytes`.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ for _ in sys.stdin:
 
 
 class InMilliseconds(Contestant):
+    """Convert the figures of a contestant from microseconds to milliseconds."""
+
     def measure(self) -> float:
         return super().measure() / 1000
 

@@ -1,7 +1,8 @@
-"""How much memory do all processes of a run hold, against transformers in one process?
+"""Measure how much memory all processes of a run hold, against transformers in one process.
 
-Proportional set size (what is shared counts in shares), after one request of 64 tokens; bfloat16, four actors. `hosts` are the
-actors' processes with the one that they are forked from; `all` counts the client's, too.
+The figure is the proportional set size, in which each process counts its share of shared memory, after one request of
+64 tokens. The run has four actors with bfloat16 weights. `hosts` counts the processes of the actors and the process
+that they are forked from; `all` also counts the client.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Do more streams at once ever make fewer tokens a second? 1, 4, 16 and 64 through two stages.
+"""Measure whether more streams at once ever give fewer tokens per second: 1, 4, 16 and 64 through two stages.
 
-bfloat16, a thread a stage; beside it what a stream waits for a token.
+The weights are bfloat16, and each stage has one thread. A note shows how long each stream waits for a token.
 """
 
 from __future__ import annotations
@@ -23,5 +23,5 @@ def ask(rounds: int) -> Answer:
         "tokens/s",
         figures,
         [Goal(f"{more} streams", f"{fewer} streams", 1.0) for fewer, more in itertools.pairwise(STREAMS)],
-        ["milliseconds a token of one stream: " + ", ".join(f"{count}: {wait:.1f}" for count, wait in waits.items())],
+        ["milliseconds per token of one stream: " + ", ".join(f"{count}: {wait:.1f}" for count, wait in waits.items())],
     )

@@ -1,7 +1,8 @@
-"""One stream: four actors against transformers and llama.cpp, each in one process on the same two cores.
+"""Measure one stream: four actors against transformers and llama.cpp, each in one process on the same two cores.
 
-SmolLM2-135M, 11 tokens in and 64 out, greedy; tokens a second of the whole request. Ours has two threads an actor: one actor
-is busy at a time. `stored` is the Q4_1 file as it is, which is what llama.cpp runs.
+The model is SmolLM2-135M, with 11 tokens in and 64 out, greedy. The figure is tokens per second of the whole request.
+Ours has two threads per actor, because only one actor is busy at a time. `stored` is the Q4_1 file as it is, which is
+what llama.cpp runs.
 """
 
 from __future__ import annotations

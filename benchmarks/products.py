@@ -1,8 +1,8 @@
-"""Packed weights times tokens: the kernels of this package against torch's own packed products, on one core.
+"""Measure products of packed weights and tokens: the kernels of this package against torch's, on one core.
 
-A matrix of 3072 x 576, as SmolLM2's feed-forward part has it, in copies that no cache holds. torchao's products on a processor
-are these of torch. Microseconds for 1 and for 8 tokens. A product is only part of a step: kernels.c does the other thirty
-operations of a layer, too.
+The weights are a matrix of 3072 x 576, as in SmolLM2's feed-forward part, in 24 copies, which no cache holds.
+torchao uses these products of torch on a CPU. The figures are microseconds for 1 and for 8 tokens. A product is only
+part of a step: kernels.c does the other thirty operations of a layer, too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""How long does a stream stand still when a blocks actor is killed? With a cold restart and with a warm spare.
+"""Measure how long a stream stands still when a blocks actor is killed, with a cold restart and with a warm spare.
 
-SIGKILL in the middle of one stream of SmolLM2 through four actors, until its next token, which takes one prefill of all
-tokens so far; and what the time went to. The backoff before the first restart is off.
+The actor is killed with SIGKILL in the middle of one stream of SmolLM2 through four actors. The figure is the time to
+the next token, which takes one prefill of all tokens so far. Notes show what the time was spent on. The backoff before
+the first restart is off.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What all questions share: turns, medians, ratios against what should hold, the table, and the file under results/."""
+"""Define what all questions share: turns, medians, ratios and their bounds, the table, and the file under results/."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ Names = str | Sequence[str]
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """`ours` over `peer`, round by round, of several names the best of each round. `bound`: what the median should be at
-    least, or, where less is better, at most; None: only told."""
+    """Compare `ours` with `peer` as a ratio, round by round. Of several names, the best of each round counts.
+
+    `bound` is what the median ratio should be at least, or at most if `less` is better. None only reports the ratio.
+    """
 
     ours: Names
     peer: Names
@@ -43,7 +45,7 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Figures by contestant, one a round, and what should hold. `notes` are lines that are told besides."""
+    """Hold the figures of each contestant, one per round, and the goals. `notes` are further lines to print."""
 
     unit: str
     figures: Mapping[str, list[float]]
@@ -52,7 +54,7 @@ class Answer:
 
 
 def in_turn(contestants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Each contestant once a round, in turn, so that a machine that drifts treats all alike."""
+    """Measure each contestant once per round, in turn, so that a machine whose speed drifts treats all alike."""
     figures: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, measure in contestants.items():
@@ -104,7 +106,7 @@ def _any_of(names: Names) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, versions."""
+    """Return the processor, the number of cores, and the versions."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
     flags = next((line for line in lines if line.startswith("flags")), "").split()

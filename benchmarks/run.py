@@ -1,5 +1,8 @@
-"""Ask the questions of this folder: each is a file of its own. `python benchmarks/run.py one_stream hop --rounds 5` prints a
-table for each, with what should hold, and writes results/<question>.json; without a name all are asked."""
+"""Ask the questions of this folder, each of which is a file.
+
+`python benchmarks/run.py one_stream hop --rounds 5` prints a table for each question, with the bounds that should hold,
+and writes results/<question>.json. Without names it asks all questions.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"questions:\n{listed}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("questions", nargs="*", metavar="QUESTION", help="all if none is given")
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", help="all if no name is given")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant (%(default)s)")
     options = parser.parse_args()
     if wrong := set(options.questions) - set(QUESTIONS):

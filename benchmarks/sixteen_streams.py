@@ -1,6 +1,7 @@
-"""Sixteen streams: four actors against transformers' batch of 16 and llama.cpp's 16 parallel sequences, on two cores.
+"""Measure sixteen streams: four actors against transformers' batch of 16 and llama.cpp's 16 sequences, on two cores.
 
-As in one_stream.py, 16 requests at once; llama.cpp decodes one token of all sequences a call. Ours has a thread an actor.
+The requests are those of one_stream.py, 16 at once. llama.cpp decodes one token of all sequences per call. Ours has one
+thread per actor.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Sixteen streams over two cores: the splits that Ranvier offers against one process with two threads.
+"""Measure sixteen streams on two cores: the splits that Ranvier offers against one process with two threads.
 
-Two stages, two replicas, four actors, all with a thread each. Compared at the same weights; and the best against the best.
+The splits are two stages, two replicas, and four actors, with one thread per actor. They are compared at the same
+weights, and also the best with the best.
 """
 
 from __future__ import annotations

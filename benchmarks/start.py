@@ -1,6 +1,7 @@
-"""From the command to the first token: `ranvier run examples/smollm2.yaml`, files warm, against transformers.
+"""Measure the time from the command to the first token: `ranvier run examples/smollm2.yaml` against transformers.
 
-Seconds from starting the process to the first letters of the answer on its standard output.
+The figure is seconds from the start of the process to the first letters of the answer on its standard output. The files
+are in the page cache.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def ask(rounds: int) -> Answer:
         theirs = [sys.executable, "-c", TRANSFORMERS, str(model_file()), PROMPT]
         measures = {"ranvier": lambda: until_output(ours), "transformers": lambda: until_output(theirs)}
         for measure in measures.values():
-            measure()  # files warm
+            measure()  # brings the files into the page cache
         figures = report.in_turn(measures, rounds)
     slowest = max(figures["ranvier"])
     verdict = "holds" if slowest < LIMIT_S else "MISSED"

@@ -1,8 +1,8 @@
-"""What `ranvier top`, attached, costs a run: one and sixteen streams through four actors, with it and without.
+"""Measure what an attached `ranvier top` costs a run: one and sixteen streams through four actors, with it and without.
 
-One run of each; while a figure is taken for "attached", `top` shows it on a terminal of its own, once a second, as it does
-by itself. It has been attached for two seconds then: what it costs to start Python is not what is asked. It shares the
-run's cores.
+There is one run for each number of streams. For "attached", `top` shows that run on a separate terminal once per
+second, as by default. It is attached two seconds before the measurement begins, because the cost of starting Python
+does not count. It shares the run's cores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NEW = {1: 192, 16: 96}
 
 
 def attached(contestant: Contestant) -> float:
-    """A figure while `top` looks on."""
+    """Return a figure of a contestant while `top` shows it."""
     [folder] = [path.parent.parent for path in contestant.folder.glob("*/sockets/supervisor")]
     ours_end, its_end = pty.openpty()
     top = subprocess.Popen(

@@ -1,9 +1,10 @@
-"""What the trace of every message costs, and `--record all` besides: one and sixteen streams through four actors.
+"""Measure what the trace of every message costs, without and with `--record all`: one and sixteen streams, four actors.
 
-The actors are bound to their cores, since where the system places four of them on two moves the figure by a third. Every figure
-is of processes of its own, the mean of some measures in them: two that are there for the whole time differ by more than what is
-asked for, whichever of them traces, by where their memory happens to lie. The processor time of a token is told, too: it is
-what tracing takes, whether or not somebody waits for it.
+The actors are bound to their cores, because the way in which the system places four actors on two cores changes the
+figure by a third. Every figure comes from new processes, and is the mean of several measurements in them. Two
+contestants that live for the whole time differ by more than tracing costs, whichever of them traces, because of where
+their memory happens to lie. The processor time per token is reported, too: it shows the cost of tracing even where
+nobody waits for it.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ HOW: dict[str, dict[str, Any]] = {
 
 
 class Fresh:
-    """A figure is of processes that are made for it."""
+    """Measure each figure with new processes."""
 
     def __init__(self, make: Callable[[], Contestant], streams: int) -> None:
         self._make, self._streams = make, streams
         self._cpu_s_a_token = 0.0
 
     def speed(self) -> float:
-        """Tokens a second, the mean of some measures."""
+        """Return tokens per second, the mean of several measurements."""
         contestant, measures = self._make(), MEASURES[self._streams]
         try:
             before_s = contestant.cpu_s()
@@ -51,7 +52,7 @@ class Fresh:
         return speed
 
     def cpu_ms(self) -> float:
-        """Processor time of a token, of the same measures."""
+        """Return the processor time per token in milliseconds, from the same measurements."""
         return self._cpu_s_a_token * 1e3
 
 

@@ -1,9 +1,9 @@
-"""What does cutting a training over two cores bring, and what do the messages cost? Steps a second of a small llama.
+"""Measure what cutting a training over two cores gains, and what its messages cost: steps per second of a small llama.
 
-The model, the batch and its eight micro-batches are those of examples/bytes: 2.8 million parameters, 24 sequences of 128
-bytes, AdamW with clipping, 1F1B. Against one actor on one core, transformers' own model in one process on one core, and
-`torch.distributed.pipelining` over gloo with the same schedule, a process on each core: over transformers' layers, and over
-the very modules that the actors run. Each contestant takes the median of some twenty steps.
+The model, the batch and its eight micro-batches are those of examples/bytes: 2.8 million parameters, 24 sequences of
+128 bytes, AdamW with clipping, 1F1B. The peers are one actor on one core, transformers' model in one process on one
+core, and `torch.distributed.pipelining` over gloo with the same schedule and one process per core. The last one runs
+with transformers' layers, and with the modules that the actors run. Each figure is the median of about twenty steps.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What a second core brings: two stages on two cores with 16 streams against one stage on one core with 8.
+"""Measure what a second core gains: two stages on two cores with 16 streams against one stage on one core with 8.
 
-Both batch 8 rows. With bfloat16 each batch reads 270 MB of weights, and both cores share the memory; `stored` (Q4_1) reads a
-third of that.
+Both have batches of 8 rows. With bfloat16 each batch reads 270 MB of weights, and both cores share the memory. `stored`
+(Q4_1) reads a third of that.
 """
 
 from __future__ import annotations

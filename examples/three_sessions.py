@@ -1,4 +1,4 @@
-"""Three sessions at once through one graph: their steps share batches, and each gets the text it would get alone."""
+"""Run three sessions at once through one graph. They share batches, and each gets the text it would get alone."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ PROMPTS = ("Name three colours.", "What is two plus two?", "Say hello in French.
 async def ask(run: ranvier.Run, prompt: str) -> None:
     generation = run.generate(prompt, max_tokens=24)
     async for _ in generation:
-        pass  # each token could be shown here as soon as it is there
+        pass  # a client could show each token here as soon as it arrives
     result = generation.result
     print(
-        f"{prompt}\n  {result.text.strip()}\n  {len(result.token_ids)} tokens, {result.tokens_per_second:.1f} a second"
+        f"{prompt}\n  {result.text.strip()}\n  {len(result.token_ids)} tokens, {result.tokens_per_second:.1f} per second"
     )
 
 
@@ -29,4 +29,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    trio.run(main, restrict_keyboard_interrupt_to_checkpoints=True)  # Ctrl-C ends the run in order, too
+    trio.run(main, restrict_keyboard_interrupt_to_checkpoints=True)  # Ctrl-C also ends the run in order

@@ -1,1 +1,1 @@
-"""The graph file, the plan, the run, and what a user sees of it. Imports transport and actors."""
+"""Read, plan, run, train and inspect graphs. This package imports `transport` and `actors`."""

@@ -1,1 +1,4 @@
-"""Bytes and tensors between processes: messages, links, wires. Imports nothing else of this project."""
+"""Carry bytes and tensors between processes: messages, links and wires.
+
+This package imports nothing else of the project.
+"""

@@ -1,4 +1,4 @@
-"""Model files: what is in them, checked before a byte of weights is read; then one tensor at a time."""
+"""Open model files: check their headers before any weights are read, then read one tensor at a time."""
 
 from .checkpoint import Checkpoint, TensorEntry, known_checkpoint, open_checkpoint
 from .config import ModelConfig

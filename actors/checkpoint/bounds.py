@@ -1,5 +1,7 @@
-"""Bounds of the values of a config. A file may come from anybody: NaN, a negative size or a list for a number is refused by
-the check, before it becomes a wrong answer, an error deep in a library, or memory without end.
+"""Check that the values of a config are within bounds.
+
+A file may come from anybody. So the check refuses NaN, a negative size, or a list where a number belongs, before it
+becomes a wrong answer, an error deep in a library, or unlimited memory.
 """
 
 from __future__ import annotations
@@ -43,11 +45,13 @@ NAMES = {*LAYERS, *SIZES, *EXPERTS, *COUNTS, *EPSILONS, *BASES, *FACTORS, *TOKEN
 
 
 def check(config: Mapping[str, Any], *, alike: bool, where: str = "") -> None:
-    """Check all values that are used under any family's name for them, those of nested objects, too. Null is as good as none.
-    `alike`: the family's layers are, so a size is one number; of others it may be a list.
+    """Check all values that any family uses, under each family's name for them, also in nested objects.
+
+    Null counts as absent. If `alike`, all layers of the family have the same sizes, so a size is one number.
+    Otherwise a size may be a list.
 
     Raises:
-        CheckpointError: one cannot be; names it.
+        CheckpointError: a value is out of bounds; the message names it.
     """
     for name, value in config.items():
         if isinstance(value, Mapping) and name not in NAMES:
@@ -64,7 +68,7 @@ def check(config: Mapping[str, Any], *, alike: bool, where: str = "") -> None:
 
 
 def _expected(name: str, value: Any, alike: bool) -> str:
-    """Say what a value was expected to be; empty if it is that."""
+    """Return what a value is expected to be; empty if the value is valid."""
     if isinstance(value, list) and (name not in NAMES or (not alike and name in (*SIZES, *EXPERTS, *COUNTS))):
         return ""
     if name in LAYERS:
@@ -83,7 +87,7 @@ def _expected(name: str, value: Any, alike: bool) -> str:
         return "" if number(value, 0.0, 1e6) else "a number over 0 and at most 1e6"
     if name in TOKENS:
         ids = value if isinstance(value, list) else [value]
-        return "" if all(whole(token, -1, MOST_COUNT) for token in ids) else "a token's id, or a list of them"
+        return "" if all(whole(token, -1, MOST_COUNT) for token in ids) else "a token id, or a list of token ids"
     if name in FLAGS:
         return "" if isinstance(value, bool) else "true or false"
     if name in WORDS:
@@ -92,10 +96,10 @@ def _expected(name: str, value: Any, alike: bool) -> str:
 
 
 def whole(value: Any, least: int, most: int) -> bool:
-    """Return whether a value is a whole number in a range. True and false are none."""
+    """Return whether a value is a whole number from `least` to `most`; True and False are not numbers here."""
     return type(value) is int and least <= value <= most
 
 
 def number(value: Any, over: float, most: float) -> bool:
-    """Return whether a value is a finite number in a range."""
+    """Return whether a value is a finite number over `over` and at most `most`."""
     return type(value) in (int, float) and math.isfinite(value) and over < value <= most

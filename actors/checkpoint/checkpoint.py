@@ -1,7 +1,7 @@
-"""A checkpoint: the architecture and the tensors of a model, under transformers' names, whichever file holds them.
+"""Read a checkpoint: the architecture and the tensors of a model, under transformers' names, from any kind of file.
 
-Opening reads headers only. `read_into` reads one tensor, piece by piece, into memory of the caller's own dtype, so a
-host holds its own tensors and a piece of a few MiB, nothing else.
+Opening reads headers only. `read_into` reads one tensor, piece by piece, into memory of the caller's dtype. So a host
+holds only its own tensors and a piece of a few MiB.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ if TYPE_CHECKING:
     import torch
 
 PIECE_ELEMENTS = 1 << 18
-"""Elements converted at a time: 1 MiB of float32 stays in the cache, and no host ever holds more beside its own tensors."""
+"""Elements converted at a time: 1 MiB of float32, which stays in the processor's cache."""
 MAX_JSON_BYTES = 64 << 20
 WHOLE = ("bool", "uint8", "int8", "int16", "int32", "int64")
+"""Dtypes that are not floating-point; they are read without conversion."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where a tensor lies. `stored` is a dtype of the wire table or a GGUF type; `shape` is row-major.
+    """Describe where a tensor lies; `stored` is a dtype of the wire format or a GGUF type, `shape` is row-major.
 
-    `permuted_heads`: GGUF keeps the rows of q and k of the llama architecture in another order, pair by pair for the
-    rotary embedding; this is the number of heads to put back, or 0.
+    GGUF stores the rows of q and k of the llama architecture in another order, pair by pair for the rotary embedding.
+    `permuted_heads` is the number of heads to reorder, or 0.
     """
 
     name: str
@@ -51,8 +52,10 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class StoredRows:
-    """Rows of a matrix in one of GGUF's block types: `data` uint8, and for each row which of the file's it is (int32; None: the
-    same)."""
+    """Hold rows of a matrix in one of GGUF's block types.
+
+    `data` is uint8, as in the file. `order` is int32 and gives each row's number in the file; None: the same order.
+    """
 
     stored: str
     rows: int
@@ -63,16 +66,18 @@ class StoredRows:
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """Tensors by name, and how to read one."""
+    """Hold the entries of tensors by name, and read the tensors."""
 
     path: Path
     tensors: Mapping[str, TensorEntry]
 
     def require(self, name: str, shape: tuple[int, ...], dtype: str = "float32") -> TensorEntry:
-        """The entry of a tensor that must be there; floating-point numbers of any kind for those of another, else of `dtype`.
+        """Return the entry of a tensor that must be there.
+
+        If `dtype` is a floating-point one, the file may have any floating-point type; otherwise it must have `dtype`.
 
         Raises:
-            CheckpointError: missing, or of another shape; names file and tensor.
+            CheckpointError: the tensor is missing, or has another shape or dtype; the message names file and tensor.
         """
         entry = self.tensors.get(name)
         if entry is None:
@@ -86,10 +91,10 @@ class Tensors:
         return entry
 
     def read_into(self, name: str, target: torch.Tensor) -> None:
-        """Read a tensor into `target` (its shape, any strides), converting to the target's dtype where that is a floating one.
+        """Read a tensor into `target` (same shape, any strides); floating-point numbers are converted to its dtype.
 
         Raises:
-            CheckpointError: the file ends early, or has no tensor of that name and shape.
+            CheckpointError: the file ends early, or has no tensor of this name and shape.
         """
         entry = self.require(name, tuple(target.shape), str(target.dtype).removeprefix("torch."))
         if not target.numel():
@@ -109,10 +114,10 @@ class Tensors:
                     rows[order[start:stop]] = piece.to(rows.dtype)
 
     def stored_rows(self, name: str, shape: tuple[int, ...]) -> StoredRows:
-        """A matrix of GGUF blocks as it lies in the file, which is mapped and not read.
+        """Return a matrix of GGUF blocks as it lies in the file, which is mapped and not read.
 
         Raises:
-            CheckpointError: the file ends early, or has no tensor of that name and shape.
+            CheckpointError: the file ends early, or has no tensor of this name and shape.
         """
         import numpy as np
 
@@ -130,7 +135,7 @@ class Tensors:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint(Tensors):
-    """What `open_checkpoint` found. `gguf` holds the metadata of a GGUF file (its tokenizer is in there)."""
+    """Hold what `open_checkpoint` has found; `gguf` is the metadata of a GGUF file, which includes its tokenizer."""
 
     config: ModelConfig
     gguf: Mapping[str, Any] | None = None
@@ -142,20 +147,20 @@ def _read_exactly(file: Any, entry: TensorEntry, count: int) -> bytearray:
     while view:
         got = file.readinto(view)
         if not got:
-            raise CheckpointError(f"{entry.file}: tensor {entry.name}: truncated, {len(view)} bytes are missing")
+            raise CheckpointError(f"{entry.file}: tensor {entry.name}: truncated (missing bytes: {len(view)})")
         view = view[got:]
     return data
 
 
 def _rows(target: torch.Tensor, reordered: bool) -> torch.Tensor:
-    """As a matrix, of the rows that are read. A vector is one row; one in another order a number a row."""
+    """Return `target` as a matrix of the rows to read; a vector is one row or, if `reordered`, one row per number."""
     if target.dim() > 1:
         return target.flatten(0, -2)
     return target.view(-1, 1) if reordered else target.view(1, -1)
 
 
 def _converted(entry: TensorEntry, data: bytearray, rows: int) -> torch.Tensor:
-    """`rows` rows of the tensor as float32, or as the dtype they are stored in."""
+    """Return `rows` rows of the tensor: GGUF blocks as float32, other data in its stored dtype."""
     import numpy as np
     import torch
 
@@ -165,13 +170,13 @@ def _converted(entry: TensorEntry, data: bytearray, rows: int) -> torch.Tensor:
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    # As one row: blocks do not cross rows, and the package works through its rows sixteen at a time.
+    # as one row: blocks do not cross rows, and the package converts only sixteen rows at a time
     blocks = np.frombuffer(data, dtype=np.uint8).reshape(1, -1)
     return torch.from_numpy(dequantize(blocks, GGMLQuantizationType[entry.stored])).view(rows, -1)
 
 
 def _head_order(entry: TensorEntry) -> torch.Tensor:
-    """For each row as GGUF keeps it, the row it is in transformers' order (halves of a head, not pairs)."""
+    """Return, for each row in GGUF's order, its row in transformers' order (halves of a head, not pairs)."""
     import torch
 
     rows = torch.arange(entry.shape[0])
@@ -183,7 +188,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Read the headers at `path`: a `.gguf` file, a `.safetensors` file with `config.json` beside it, or a folder.
 
     Raises:
-        CheckpointError: not there, damaged, or of an architecture that is not built in.
+        CheckpointError: the file is missing or damaged, or its architecture is not built in.
     """
     if path.is_dir():
         return _open_folder(path, None)
@@ -198,15 +203,15 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 @functools.lru_cache(maxsize=4)
 def known_checkpoint(path: Path) -> Checkpoint:
-    """`open_checkpoint`, whose answer is kept: a process that is forked of this one need not read the headers again."""
+    """Return `open_checkpoint` of a path, cached, so that a forked process need not read the headers again."""
     return open_checkpoint(path)
 
 
 def open_tensors(file: Path) -> Tensors:
-    """A safetensors file by itself.
+    """Open a safetensors file without a config.
 
     Raises:
-        CheckpointError: not there, or damaged.
+        CheckpointError: the file is missing or damaged.
     """
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file")
@@ -229,7 +234,7 @@ def _open_folder(folder: Path, single: Path | None) -> Checkpoint:
         files = {file: safetensors_file.read_header(file) for file in dict.fromkeys(names.values())}
     else:
         raise CheckpointError(f"{folder}: expected model.safetensors or {index.name}, found neither")
-    bare_gpt2 = config.family == "gpt2" and "wte.weight" in names  # as OpenAI's own upload has them
+    bare_gpt2 = config.family == "gpt2" and "wte.weight" in names  # names as in OpenAI's upload of gpt2
     tensors = {}
     for name, file in names.items():
         found = files[file].get(name)
@@ -245,7 +250,10 @@ def _open_folder(folder: Path, single: Path | None) -> Checkpoint:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """`config.json`, and what of generation newer checkpoints keep in a file of its own."""
+    """Read `config.json`.
+
+    Newer encoder–decoder checkpoints keep some fields in `generation_config.json`; these are added.
+    """
     config = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     if config.get("is_encoder_decoder") and generation.exists():
@@ -268,10 +276,10 @@ def _weight_map(folder: Path, index: Path) -> dict[str, Path]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of at most 64 MiB.
+    """Read a JSON object from a file of at most 64 MiB.
 
     Raises:
-        CheckpointError: missing, too large, or no JSON object.
+        CheckpointError: the file is missing, too large, or not a JSON object.
     """
     try:
         made = json.loads(read_bounded(path, MAX_JSON_BYTES))
@@ -312,7 +320,7 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 
 def _rope_factors(path: Path, header: gguf_file.GGUFHeader) -> tuple[float, ...]:
-    """By what each rotary frequency is divided: Llama 3.1 and later bring it as a small tensor."""
+    """Return the divisors of the rotary frequencies, a small tensor of Llama 3.1 and later; empty without it."""
     found = header.tensors.get("rope_freqs.weight")
     if found is None:
         return ()

@@ -1,4 +1,4 @@
-"""The architecture of a checkpoint, whichever file it was read from."""
+"""Describe the architecture of a checkpoint, whichever kind of file it was read from."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from .bounds import MOST_COUNT, MOST_LAYERS, MOST_SIZE, number, whole
 
 @dataclass(frozen=True, slots=True)
 class RopeScaling:
-    """How rotary frequencies are stretched: `linear` (by `factor`), `llama3` (Llama 3.1's smooth change between two
-    wavelengths, as in transformers' `modeling_rope_utils`), or `factors`, each by a divisor of its own (the same as GGUF has
-    it)."""
+    """Describe how rotary frequencies are stretched.
+
+    `linear` divides all by `factor`. `llama3` is Llama 3.1's smooth change between two wavelengths, as in transformers'
+    `modeling_rope_utils`. `factors` has a divisor for each frequency, which is how GGUF stores `llama3`.
+    """
 
     kind: str
     factor: float
@@ -40,19 +42,19 @@ class RopeScaling:
 
 
 LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
-"""Which layer a tensor of a model that is not native belongs to, by its name."""
+"""Pattern of the layer number in a tensor's name."""
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
 Positions = Literal["relative", "sinusoidal", "learned"]
-"""Where an encoder–decoder model has them: in the attention's scores (T5), or added to the embedding."""
+"""Positions of an encoder–decoder model: `relative` adds to attention scores (T5), the other two to the embedding."""
 Norm = Literal["rms", "rms_plus_one", "layer"]
-"""Root-mean-square; the same with weights that are stored less one (gemma); mean and variance with a bias (gpt2)."""
+"""Root-mean-square; the same with weights stored minus one (gemma); mean and variance with a bias (gpt2)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seq2Seq:
-    """What an encoder–decoder model has beside its decoder: the encoder's own sizes, and how both are built.
+    """Describe the encoder of an encoder–decoder model, and how both sides are built.
 
-    `start_token` begins every answer; `suppressed` are tokens that are never chosen.
+    `start_token` begins every answer; `suppressed` tokens are never chosen.
     """
 
     layers: int
@@ -62,19 +64,19 @@ class Seq2Seq:
     start_token: int
     suppressed: tuple[int, ...]
     norms_first: bool
-    """A norm before each part (and one after the last layer, `final_norm`), or after it."""
+    """True if norms come before each part (`final_norm`: one more after the last layer), False if after it."""
     final_norm: bool
     positions: Positions
     buckets: int = 0
-    """Of relative positions, up to `distance` (Raffel et al. 2020)."""
+    """Number of buckets of relative positions up to `distance` (Raffel et al. 2020)."""
     distance: int = 0
     embedding_norm: bool = False
     head_scale: float = 1.0
     logits_bias: bool = False
     first_token: int | None = None
-    """What the first generated token must be (a language's mark)."""
+    """Token that must be generated first (the mark of a language); None: any."""
     separate: bool = False
-    """Whether the two ends have embeddings of their own."""
+    """True if encoder and decoder have separate embeddings."""
 
     def __post_init__(self) -> None:
         for name, most in (
@@ -87,7 +89,7 @@ class Seq2Seq:
             if not whole(value, 1, most):
                 raise CheckpointError(f"config: expected the encoder's {name} as a positive integer, got {value!r}")
         if not whole(self.start_token, 0, MOST_COUNT):
-            raise CheckpointError(f"config: expected a token to start with, got {self.start_token!r}")
+            raise CheckpointError(f"config: expected the id of the start token, got {self.start_token!r}")
         if self.positions == "relative" and not (4 <= self.buckets <= 4096 and self.distance > self.buckets // 4):
             raise CheckpointError(
                 f"config: expected 4 to 4096 buckets of relative positions and a larger distance, got {self.buckets} and "
@@ -97,8 +99,10 @@ class Seq2Seq:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A causal model, or the decoder of an encoder–decoder model. Widths are in elements; what a family adds to llama's block
-    stands below `tied`."""
+    """Describe a causal model, or the decoder of an encoder–decoder model.
+
+    Widths are in elements. The fields below `tied` are what families add to llama's block.
+    """
 
     family: str
     vocab: int
@@ -122,35 +126,37 @@ class ModelConfig:
     head_norms: bool = False
     """A norm on each query and key head (qwen3, gemma3)."""
     post_norms: bool = False
-    """A norm after attention and after the feed-forward part, too (gemma3)."""
+    """More norms, after attention and after the feed-forward part (gemma3)."""
     activation: Activation = "silu"
     gated: bool = True
     learned_positions: bool = False
-    """Positions are added to the embedding and not turned into the heads (gpt2)."""
+    """Positions are added to the embedding, instead of rotating the heads (gpt2)."""
     embedding_scale: float = 1.0
     attention_scale: float | None = None
-    """What query times key is multiplied by; None: one over the root of the head width."""
+    """Factor of the product of query and key; None: one over the square root of the head width."""
     windows: tuple[int, ...] = ()
-    """For each layer, how many positions a token sees, itself included; 0: all. Empty: all, in every layer."""
+    """Number of positions that a token sees, itself included, per layer; 0: all. Empty: all in every layer."""
     local_rope_theta: float | None = None
-    """Rotary base of the layers with a window, where it is another (gemma3)."""
+    """Rotary base of the layers with a window, if it differs (gemma3)."""
     logit_softcap: float | None = None
     native: bool = True
-    """Whether the blocks of this package run it; else transformers' own layers do."""
+    """True if the blocks of this package run it; otherwise transformers' layers do."""
     experts: int = 0
-    """Of each layer; then `intermediate` is the width of one. They run in actors of their own (see `runs`)."""
+    """Experts per layer; `intermediate` is then the width of one. They run in separate actors (see `runs`)."""
     experts_per_token: int = 0
     normalises_choices: bool = True
     shared_expert: int = 0
-    """The width of an expert that every token goes to, weighed by a gate of its own (qwen2_moe); 0: none."""
+    """Width of an expert that every token passes through, weighted by its own gate (qwen2_moe); 0: none."""
     encoder: Seq2Seq | None = None
     uncached: bool = False
-    """Whether the library has no cache a session for it: then every step computes all tokens before it anew. Such a model is
-    `uncut`, too."""
+    """True if transformers has no cache per session for it, so that every step computes all previous tokens again.
+
+    Such a model is `uncut`, too.
+    """
     both_ways: bool = False
-    """Whether the tokens of a prompt see each other in both directions. Such a model is `uncut`, too."""
+    """True if the tokens of a prompt see each other in both directions. Such a model is `uncut`, too."""
     uncut: str = ""
-    """Why its layers cannot be cut apart, nor a prompt; then one actor (`kind: model`) runs it whole. Empty: they can."""
+    """Reason why neither layers nor prompts can be cut; then one actor (`kind: model`) runs it. Empty: they can."""
 
     def __post_init__(self) -> None:
         sizes = dict.fromkeys(("vocab", "hidden", "heads", "kv_heads", "head_dim", "intermediate"), MOST_SIZE)
@@ -161,7 +167,9 @@ class ModelConfig:
         if self.native or self.experts:
             self._check_numbers()
         if self.heads % self.kv_heads:
-            raise CheckpointError(f"config: {self.heads} heads are no multiple of {self.kv_heads} key-value heads")
+            raise CheckpointError(
+                f"config: expected heads as a multiple of {self.kv_heads} key-value heads, got {self.heads}"
+            )
         if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0):
             raise CheckpointError(f"config: expected a window for each of {self.layers} layers, got {self.windows}")
 
@@ -179,10 +187,13 @@ class ModelConfig:
                 raise CheckpointError(f"config: expected {name} over 0, got {value!r}")
         if not whole(self.experts, 0, MOST_LAYERS) or not whole(self.experts_per_token, 0, self.experts):
             raise CheckpointError(
-                f"config: expected experts and fewer of them for a token, got {self.experts} and {self.experts_per_token}"
+                f"config: expected experts and at most as many per token, got {self.experts} and "
+                f"{self.experts_per_token}"
             )
         if not whole(self.shared_expert, 0, MOST_SIZE):
-            raise CheckpointError(f"config: expected the width of the shared expert, got {self.shared_expert!r}")
+            raise CheckpointError(
+                f"config: expected a whole number as the shared expert's width, got {self.shared_expert!r}"
+            )
         if not all(whole(window, 0, MOST_COUNT) for window in self.windows):
             raise CheckpointError("config: expected each window as a whole number of positions")
         if not all(whole(token, 0, MOST_COUNT) for token in self.eos_tokens):
@@ -190,30 +201,33 @@ class ModelConfig:
 
     @property
     def kv_elements_per_token_and_layer(self) -> int:
-        """Elements, times two for key and value; multiply by the itemsize of the dtype."""
+        """Return the number of elements of key and value together, for one token and one layer."""
         return 2 * self.kv_heads * self.head_dim
 
     def runs(self, kind: str) -> bool:
-        """Whether this package's own code runs an actor of a built-in kind. A mixture of experts is run by it only cut
-        into attention, experts and combine; as whole blocks, by transformers' layers."""
+        """Return whether this package's own code runs an actor of a built-in kind.
+
+        It runs a mixture of experts only if that is cut into attention, experts and combine. Whole blocks of a
+        mixture are run by transformers' layers.
+        """
         return self.native or bool(self.experts and kind not in ("blocks", "first_stage", "last_stage", "model"))
 
     def window(self, layer: int) -> int:
-        """How many positions a token of this layer sees; 0: all."""
+        """Return how many positions a token of this layer sees; 0: all."""
         return self.windows[layer] if self.windows else 0
 
 
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""mistral's files call themselves llama, too."""
+"""GGUF architectures that are built in; mistral's files say llama, too."""
 
 
 def from_gguf(
     fields: Mapping[str, Any], tensors: Mapping[str, Any], where: str, rope_factors: tuple[float, ...] = ()
 ) -> ModelConfig:
-    """From GGUF metadata; `rope_factors` are what `rope_freqs.weight` holds, if there is such a tensor.
+    """Convert GGUF metadata; `rope_factors` are the values of the tensor `rope_freqs.weight`, if the file has it.
 
     Raises:
-        CheckpointError: an architecture that is not built in, or a field that is missing.
+        CheckpointError: the architecture is not built in, or a field is missing or invalid.
     """
     arch = str(fields.get("general.architecture"))
     if arch not in GGUF_ARCHITECTURES:

@@ -1,8 +1,9 @@
-"""The header of a GGUF file (versions 2 and 3), read within bounds and without touching the weights.
+"""Read the header of a GGUF file (versions 2 and 3), within bounds and without touching the weights.
 
-The `gguf` package's reader makes a numpy object for each of the 100,000 strings of a vocabulary: 3.5 s for SmolLM2's
-file, in every process that opens it; this takes 0.1 s. The package still turns most kinds of quantised blocks into numbers
-(`gguf.quants`), but is imported only for that: 0.1 s, too. Layout: ggml's docs/gguf.md.
+The `gguf` package's reader makes a numpy object for each of the 100,000 strings of a vocabulary. For SmolLM2's file
+that takes 3.5 s in every process that opens it; this reader takes 0.1 s. The package still converts most kinds of
+quantised blocks to numbers (`gguf.quants`). It is imported only for that, because the import takes 0.1 s, too.
+Layout: ggml's docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ _TYPES = {
     23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
     29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
 }  # fmt: skip
-"""By their number in a file: name, numbers of a block, bytes of a block (ggml's ggml.h)."""
+"""Types by their number in a file: name, elements per block, bytes per block (ggml's ggml.h)."""
 
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """One tensor of the file. `shape` is row-major (GGUF's own order reversed); `offset` counts from the file's start."""
+    """Describe a tensor of the file: `shape` is row-major (GGUF's order reversed), `offset` from the file's start."""
 
     name: str
     type: str
@@ -52,10 +53,10 @@ class GGUFHeader:
 
 
 def read_header(path: Path) -> GGUFHeader:
-    """The metadata and the tensor table.
+    """Return the metadata and the tensor table.
 
     Raises:
-        CheckpointError: not a GGUF file, truncated, a name twice, an offset that overlaps or leaves the file.
+        CheckpointError: the file is not GGUF or truncated, a name appears twice, or tensors overlap or leave the file.
     """
     try:
         with regular(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -63,7 +64,7 @@ def read_header(path: Path) -> GGUFHeader:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from None
     except (struct.error, IndexError):
-        raise CheckpointError(f"{path}: truncated: the header goes on past the end of the file") from None
+        raise CheckpointError(f"{path}: truncated: the header continues past the end of the file") from None
 
 
 class _Reader:
@@ -90,7 +91,7 @@ class _Reader:
         for _ in range(field_count):
             key = self._string()
             if key in fields:
-                raise CheckpointError(f"{self.path}: metadata {key!r} stands there twice")
+                raise CheckpointError(f"{self.path}: metadata {key!r} appears twice")
             fields[key] = self._value(self._scalar("I"), 0)
         raw = [self._tensor() for _ in range(tensor_count)]
         alignment = fields.get("general.alignment", 32)
@@ -113,7 +114,7 @@ class _Reader:
         tensors: dict[str, GGUFTensor] = {}
         for name, number, shape, offset in raw:
             if name in tensors:
-                raise CheckpointError(f"{self.path}: tensor {name} stands there twice")
+                raise CheckpointError(f"{self.path}: tensor {name} appears twice")
             if number not in _TYPES:
                 raise CheckpointError(f"{self.path}: tensor {name}: unknown type {number}")
             kind, block, block_bytes = _TYPES[number]
@@ -166,14 +167,14 @@ class _Reader:
             values = struct.unpack_from(code, self.data, self.at)
             self.at += struct.calcsize(code)
             return list(values)
-        if count > (self.size - self.at) // 8:  # a string takes at least its length, 8 bytes; so does an array
+        if count > (self.size - self.at) // 8:  # a string or an array takes at least 8 bytes, for its length
             raise CheckpointError(f"{self.path}: an array claims {count} values, more than the file holds")
         if item == _STRING:
             return self._strings(count)
         return [self._value(item, depth + 1) for _ in range(count)]
 
     def _strings(self, count: int) -> list[str]:
-        # the loop of `_string`, in line: a vocabulary has 100,000
+        # the body of `_string`, inlined, because a vocabulary has 100,000 strings
         data, at, size, length_of = self.data, self.at, self.size, struct.Struct("<Q").unpack_from
         values = []
         for _ in range(count):

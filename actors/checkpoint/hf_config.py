@@ -1,6 +1,7 @@
-"""From a transformers `config.json` to a `ModelConfig`: one function a family that is built in.
+"""Convert a transformers `config.json` to a `ModelConfig`, with one function per built-in family.
 
-A model of such a family that uses something its function does not know is refused rather than run wrongly.
+If a model of such a family has a feature that its function does not know, transformers' layers run it, or it is
+refused. It never runs wrongly.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ Config = Mapping[str, Any]
 
 
 class NotBuiltIn(CheckpointError):
-    """A family, or a feature of one, that the native blocks do not have."""
+    """Signal a family, or a feature of one, that is not built in."""
 
 
 def from_hf(config: Config, where: str) -> ModelConfig:
-    """The architecture that a `config.json` describes.
+    """Return the architecture that a `config.json` describes.
 
     Raises:
-        NotBuiltIn: a family or feature that is not built in.
-        CheckpointError: a field that is missing or cannot be.
+        NotBuiltIn: the family or a feature is not built in, and transformers cannot run the model either.
+        CheckpointError: a field is missing or invalid.
     """
     family = config.get("model_type")
     made = FAMILIES.get(str(family)) or hf_seq2seq.FAMILIES.get(str(family))
@@ -50,7 +51,7 @@ def from_hf(config: Config, where: str) -> ModelConfig:
 
 
 def _llama(config: Config, **more: Any) -> ModelConfig:
-    """What llama, mistral and qwen share; `more` is what a family has on top."""
+    """Convert the fields that llama, mistral and qwen share; `more` are fields that a family adds or replaces."""
     heads = config["num_attention_heads"]
     activation = _activation(config, "hidden_activation" if "hidden_activation" in config else "hidden_act", "silu")
     bias = bool(config.get("attention_bias", False))
@@ -81,10 +82,10 @@ def _llama(config: Config, **more: Any) -> ModelConfig:
 
 
 def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """What transformers' `config.json` says of a model that came in a GGUF file (llama, qwen2, qwen3).
+    """Return the fields of transformers' `config.json` for a model from a GGUF file (llama, qwen2, qwen3).
 
     Raises:
-        CheckpointError: its rotary factors have no place there.
+        CheckpointError: `config.json` has no field for its rotary factors.
     """
     made = {
         "architectures": [f"{config.family.capitalize()}ForCausalLM"], "model_type": config.family, "dtype": dtype,
@@ -208,10 +209,11 @@ def _gpt2(config: Config) -> ModelConfig:
 
 
 def _foreign(config: Config, why: str) -> ModelConfig:
-    """Any other causal model that transformers knows, by the sizes that all configs have under one name or another."""
+    """Describe any other causal model that transformers knows, by the sizes that all its configs have."""
     if importlib.util.find_spec("transformers") is None:
         raise NotBuiltIn(
-            f"{why}; built in: {', '.join([*FAMILIES, *hf_seq2seq.FAMILIES])}; for others pip install 'ranvier[hf]'"
+            f"{why}; built in: {', '.join([*FAMILIES, *hf_seq2seq.FAMILIES])}; for other families "
+            "pip install 'ranvier[hf]'"
         )
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -219,20 +221,22 @@ def _foreign(config: Config, why: str) -> ModelConfig:
     )
 
     family = config.get("model_type")
-    encoder = family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")  # bert and its like
+    encoder = family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not config.get("is_decoder")  # such as bert
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or encoder or config.get("is_encoder_decoder"):
         raise NotBuiltIn(f"{why}, and transformers knows no causal model of that type")
     from transformers import CONFIG_MAPPING
 
     if family in DRAFTERS:
-        raise NotBuiltIn(f"{why}, and {family} is no model by itself: it drafts for another, from that one's states")
+        raise NotBuiltIn(
+            f"{why}, and {family} is no model by itself: it drafts for another model and needs that model's states"
+        )
     try:
-        made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))  # fills in what the file leaves to defaults
-    except Exception as error:  # of a class of the library's own
+        made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))  # adds defaults of missing fields
+    except Exception as error:  # the library raises errors of many classes
         raise CheckpointError(f"config: transformers refuses it: {told(error)[:300]}") from None
-    sizes = text = made.get_text_config()  # of a model that takes pictures or sound, too, what it does with text
+    sizes = text = made.get_text_config()  # the text part of a model that also takes pictures or sound
     uncut = _uncut(made, text)
-    if not hasattr(sizes, "hidden_size"):  # several stacks of layers: the sizes of the largest
+    if not hasattr(sizes, "hidden_size"):  # several stacks of layers: use the sizes of the largest
         stacks = [getattr(made, name) for name in made.sub_configs]
         sizes = max(stacks, key=lambda stack: _size(stack, "num_hidden_layers", 0), default=sizes)
     hidden, heads = sizes.hidden_size, _size(sizes, "num_attention_heads", 1)
@@ -261,17 +265,23 @@ def _foreign(config: Config, why: str) -> ModelConfig:
 
 
 def _size(sizes: Any, name: str, default: int) -> int:
-    """A size that is only shown and counted with; some families have it differ from layer to layer."""
+    """Return a size that is only used for display and estimates.
+
+    Return `default` if the size is missing, or if it differs from layer to layer as in some families.
+    """
     try:
         found = getattr(sizes, name, None)
-    except Exception:  # of a class of the library's own
+    except Exception:  # the library raises errors of many classes
         return default
     return found if isinstance(found, int) and found > 0 else default
 
 
 def _uncut(made: Any, sizes: Any) -> str:
-    """Why a model's layers cannot be cut apart: text is a part of it, layers keep a state that is no KV cache, or differ in
-    their sizes, or see a prompt both ways. Empty if they can be."""
+    """Return why a model's layers cannot be cut apart; empty if they can.
+
+    Reasons: text is only a part of its inputs, or its layers keep a state that is no KV cache, differ in their sizes,
+    or see a prompt in both directions.
+    """
     kinds = next((k for name in ("layer_types", "layers_block_type") if (k := getattr(sizes, name, None))), None)
     if made.model_type in PROMPTS_BOTH_WAYS:
         return BOTH_WAYS
@@ -288,16 +298,16 @@ def _uncut(made: Any, sizes: Any) -> str:
 def _differs(sizes: Any, name: str) -> bool:
     try:
         return not isinstance(getattr(sizes, name, 1), int | None)
-    except Exception:  # of a class of the library's own
+    except Exception:  # the library raises errors of many classes
         return True
 
 
 SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 
 
-WITHOUT_CACHE = "the library keeps no state a session for it"
+WITHOUT_CACHE = "the library keeps no state per session for it"
 STATES_ELSEWHERE = ("recurrent_gemma", "rwkv", "xlstm", "blt")
-"""Families of which transformers keeps its states elsewhere than in a cache a session: in the modules, or as a list."""
+"""Families whose states transformers keeps in the modules or in a list, not in a cache per session."""
 BOTH_WAYS = "the tokens of a prompt see each other in both directions"
 PROMPTS_BOTH_WAYS = ("cpmant", "xlnet")
 DRAFTERS = ("gemma4_assistant",)
@@ -311,7 +321,7 @@ ATTENDING = {
     "dense",
     "sparse",
 }
-"""Types of layers that keep keys and values and nothing else."""
+"""Types of layers that keep only keys and values."""
 FAMILIES: Mapping[str, Callable[[Config], ModelConfig]] = {
     "llama": _llama,
     "mistral": _mistral,
@@ -338,7 +348,7 @@ def _same_window(config: Config, window: int | None) -> tuple[int, ...]:
 
 
 def _typed_windows(config: Config) -> tuple[int, ...]:
-    """Of qwen: the window where `layer_types` says so, or in layers from `max_window_layers` on."""
+    """Return qwen's windows: of the layers that `layer_types` names, or of layers from `max_window_layers` on."""
     if not config.get("use_sliding_window") or not config.get("sliding_window"):
         return ()
     types = config.get("layer_types") or [

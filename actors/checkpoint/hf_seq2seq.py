@@ -1,6 +1,6 @@
-"""From a transformers `config.json` of an encoder–decoder model to a `ModelConfig`: T5 and its like, BART and its like.
+"""Convert a transformers `config.json` of an encoder–decoder model to a `ModelConfig`: T5's and BART's families.
 
-Those of BART's kind (marian, pegasus, mbart) differ in where the norms stand and where positions come from.
+BART's family (marian, pegasus, mbart) differs in where norms are and where positions come from.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .config import Activation, ModelConfig, Positions, Seq2Seq
 
 Config = Mapping[str, Any]
 UNBOUNDED_CONTEXT = 1 << 20
-"""Relative positions have no end; the KV cache has."""
+"""Context of models with relative positions: the positions have no limit, only the KV cache has."""
 _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu", "swish": "silu", "relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -21,7 +21,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 def _t5(config: Config) -> ModelConfig:
     form = config.get("feed_forward_proj", "relu").split("-")
-    # "gated-gelu" has always meant the approximation by tanh
+    # "gated-gelu" always means the approximation by tanh
     activation = "gelu_new" if form == ["gated", "gelu"] else form[-1]
     scaled = config["model_type"] == "t5" and config.get(
         "scale_decoder_outputs", config.get("tie_word_embeddings", True) is not False
@@ -131,13 +131,13 @@ def _activation(name: str) -> Activation:
 
 
 def eos_tokens(config: Config) -> tuple[int, ...]:
-    """The tokens that end a text: one, several or none."""
+    """Return the tokens that end a text: one, several or none."""
     eos = config.get("eos_token_id")
     return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
 
 
 def _start(config: Config) -> int:
-    """The token that every answer begins with."""
+    """Return the token that begins every answer."""
     for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
         if isinstance(config.get(name), int):
             return int(config[name])
@@ -145,5 +145,5 @@ def _start(config: Config) -> int:
 
 
 def _suppressed(config: Config) -> tuple[int, ...]:
-    """Tokens that are never chosen (marian's padding): bad words of one token."""
+    """Return the tokens that are never chosen (marian's padding): the bad words of one token."""
     return tuple(word[0] for word in config.get("bad_words_ids") or () if len(word) == 1)

@@ -1,7 +1,8 @@
-"""The header of a safetensors file, checked before a byte of weights is read.
+"""Read the header of a safetensors file, and check it before any weights are read.
 
-The safetensors library checks offsets, too, but keeps the last of two tensors of one name and needs torch to say a
-shape; `check` and `show` must answer without either. Layout: the format section of the library's README.
+The safetensors library checks offsets, too. But it silently keeps the last of two tensors with the same name, which
+this module refuses. It also needs torch to return a shape, while `check` and `show` must run without torch. Layout:
+the format section of the library's README.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ranvier.transport.files import regular
 from ..errors import CheckpointError
 
 MAX_HEADER_BYTES = 100_000_000
-"""The library's own limit."""
+"""The limit of the safetensors library."""
 
 DTYPES: dict[str, tuple[str, int]] = {
     "F64": ("float64", 8),
@@ -36,7 +37,7 @@ DTYPES: dict[str, tuple[str, int]] = {
 
 @dataclass(frozen=True, slots=True)
 class SafeTensor:
-    """One tensor of the file. `dtype` is torch's name; `offset` counts from the file's start."""
+    """Describe a tensor of the file; `dtype` is torch's name, `offset` is from the file's start."""
 
     name: str
     dtype: str
@@ -46,10 +47,11 @@ class SafeTensor:
 
 
 def read_header(path: Path) -> dict[str, SafeTensor]:
-    """The tensors by name.
+    """Return the tensors by name.
 
     Raises:
-        CheckpointError: truncated, a header too large, a name twice, offsets that overlap or leave the file.
+        CheckpointError: the file is truncated, the header is invalid or too large, a name appears twice, or tensors
+            overlap or leave the file.
     """
     try:
         with regular(path).open("rb") as file:
@@ -57,7 +59,7 @@ def read_header(path: Path) -> dict[str, SafeTensor]:
             file.seek(0)
             head = file.read(8)
             if len(head) < 8:
-                raise CheckpointError(f"{path}: truncated: {size} bytes are no safetensors file")
+                raise CheckpointError(f"{path}: truncated: expected at least 8 bytes, got {size}")
             (length,) = struct.unpack("<Q", head)
             if length > min(MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(f"{path}: the header claims {length} bytes, the file has {size}")
@@ -85,7 +87,7 @@ def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise CheckpointError(f"{path}: tensor {twice} stands there twice")
+        raise CheckpointError(f"{path}: tensor {twice} appears twice")
     return made
 
 

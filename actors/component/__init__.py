@@ -1,1 +1,1 @@
-"""What an actor is: its ports, its kind, its sessions."""
+"""Define what an actor is: its ports, its kind, its sessions."""

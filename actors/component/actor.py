@@ -1,6 +1,6 @@
-"""The base of every component: typed ports, private state, one `step` for each batch.
+"""Define the base class of every component: typed ports, private state, one `step` per batch.
 
-A user's own actor is a class like this one, in a file beside the graph::
+A custom actor is a class like this one, in a file beside the graph::
 
     class Double(Actor):
         inputs = {"x": TensorSpec("float32", ("tokens", 4))}
@@ -32,17 +32,19 @@ if TYPE_CHECKING:
 
 
 Look = Callable[["int | None", str, "tuple[Row, ...]", "torch.Tensor"], None]
-"""Told of a tensor inside an actor while a step is watched (watch.py): the layer, if it is of one, its name, its rows."""
+"""Receives each tensor inside an actor during a watched step (watch.py): its layer or None, its name, its rows, the tensor."""
 NOTHING, REWINDS, REPLAYED = "nothing", "rewinds", "replayed"
-"""What an actor keeps of a session, for those who recover it: nothing between steps; what can go on from an earlier position;
-what must be built anew from the session's inputs."""
+"""Kinds of state that an actor keeps of a session, which decide how the session is recovered.
+
+NOTHING: no state between steps. REWINDS: state that can continue from an earlier position. REPLAYED: state that must be
+rebuilt from the session's inputs."""
 
 
 class Batch(msgspec.Struct, frozen=True, eq=False):
-    """Flat rows and their tensors: rows say which tokens belong to which session, there is no padding.
+    """Hold flat rows and their tensors. The rows say which tokens belong to which session; there is no padding.
 
-    A tensor whose first dimension is `tokens` holds the tokens of all rows one after the other. Tensors of a batch are an
-    actor's to read. If it writes into them, nobody else sees that.
+    A tensor whose first dimension is `tokens` holds the tokens of all rows, one row after the other. An actor may read the
+    tensors of its batch. If it writes into them, nobody else sees the change.
     """
 
     rows: tuple[Row, ...]
@@ -50,14 +52,14 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
     own_rows: Mapping[str, tuple[Row, ...]] = {}
 
     def rows_of(self, port: str) -> tuple[Row, ...]:
-        """The rows of one port: the batch's, unless a router sent this port only some tokens of each."""
+        """Return the rows of one port: those of the batch, unless a router sent this port only some tokens of each row."""
         return self.own_rows.get(port, self.rows)
 
     def __getitem__(self, port: str) -> torch.Tensor:
         return self.tensors[port]
 
     def aligned(self) -> Batch:
-        """The batch as a step is given it: with copies of tensors where it matters where they begin."""
+        """Return the batch for a step: tensors whose address would change the result are replaced by aligned copies."""
         if not any(map(misplaced, self.tensors.values())):
             return self
         return Batch(self.rows, each_aligned(self.tensors), self.own_rows)
@@ -68,15 +70,16 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def tokens(self) -> int:
+        """Return the number of tokens of all rows."""
         return sum(row.tokens for row in self.rows)
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What an actor may use while it loads.
+    """Hold what an actor may use while it loads.
 
-    `name` is the host's, `actor.replica`. `progress` is called with the share done (0 to 1); `layers` are the first and
-    last layer, both included.
+    `name` is the name of the host, `actor.replica`. The actor calls `progress` with the share done (0 to 1). `layers` are the
+    first and the last layer, both included.
     """
 
     name: str
@@ -93,70 +96,82 @@ class Context:
 
 
 class Actor:
-    """One component. The host calls `load` once, then `open`, `step` and `close` from one thread.
+    """Represent one component. The host calls `load` once, then `open`, `step` and `close`, all from one thread.
 
-    `step` may raise: only the sessions of that batch end, with an error that carries the traceback.
+    `step` may raise: then only the sessions of that batch end, with an error that carries the traceback.
 
-    Tensors: what `step` returns is the message's from then on. It may return the same buffer each time, a view of its input,
-    or what it keeps: what goes out are the values of the moment in which it returned. What it is given it may read and keep.
+    A tensor that `step` returns belongs to the message from then on. `step` may return the same buffer each time, a view of
+    its input, or a tensor that it keeps: the message has the values at the moment of the return. `step` may read and keep its
+    inputs.
     """
 
     inputs: ClassVar[Mapping[str, TensorSpec]] = {}
     outputs: ClassVar[Mapping[str, TensorSpec]] = {}
     args: ClassVar[Mapping[str, str]] = {}
-    """The keys of `args:` in the graph file and what each is, for `ranvier actors` and the check. Empty: any key is taken."""
+    """Keys of `args:` in the graph file and their descriptions, for `ranvier actors` and the check. Empty: any key is valid."""
     once: ClassVar[tuple[str, ...]] = ()
-    """Inputs that come once a session and belong to all its steps, such as what a decoder attends to. `step` gets each in a
-    batch of its own before the first step of that session, and returns nothing for it; `join` is about the others."""
+    """Inputs that arrive once per session and belong to all its steps, such as those that a decoder attends to.
+
+    `step` receives each in a separate batch before the session's first step, and returns nothing for it. `join` covers only
+    the other inputs."""
 
     stateless: ClassVar[bool] = False
-    """Whether it keeps nothing of a session between steps but what `open` was told. If it is lost, the other actors then need
-    not forget what they have: only the step that was under way is taken again."""
+    """True for an actor that keeps nothing of a session between steps, except the arguments of `open`.
+
+    If such an actor is lost, the other actors keep their state, and only the interrupted step is repeated."""
 
     writes: ClassVar[bool] = True
-    """Whether `step` may write into its inputs. Then it gets copies where a retry or a recording needs what was sent."""
+    """True if `step` may write into its inputs. It then receives copies when a retry or a recording needs the originals."""
 
     def load(self, context: Context) -> None:
-        """Read weights, make state. Raises whatever went wrong; the run then does not start."""
+        """Read weights and create state. If this raises an exception, the run does not start."""
 
     def open(self, session: SessionInfo) -> None:
-        """A session begins (or begins anew in a later epoch). Make its state here, not in `step`."""
+        """Begin a session, or begin it again in a later epoch. Create its state here, not in `step`."""
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
-        """Outputs by port: a tensor with the batch's rows, or a `Batch` with one tensor named as the port and rows of
-        its own. A port that is left out sends nothing."""
+        """Return the outputs by port.
+
+        An output is a tensor with the rows of the batch, or a `Batch` that has different rows and one tensor, named like the
+        port. A port that is left out sends nothing.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no step")
 
     def close(self, session: int) -> None:
-        """The session is over: free what it held. Called once for each `open`, also after an error."""
+        """End a session and free what it held. The host calls this once for each `open`, also after an error."""
 
     def rewind(self, session: SessionInfo) -> None:
-        """A session goes on in a new epoch: its first `session.kept` positions were taken and stand, what came after them
-        is to be forgotten. An actor that does not offer this is told `close` and `open`, and all is replayed."""
+        """Continue a session in a new epoch: keep its first `session.kept` positions, and forget those after them.
+
+        For an actor without this method the host calls `close` and `open`, and the whole session is replayed.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no rewind")
 
     def snapshot(self) -> Mapping[str, torch.Tensor]:
-        """What it keeps beyond its sessions, for the one that takes its place if it is lost: it gets this by `restore`. Called
-        after steps, at most every `restart.snapshot_s` seconds, before their outputs go out. Sessions that were open are
-        replayed from their inputs after that: what they have left in the state already is to be told by session and
-        position, or by `open`, whose `epoch` is then a later one."""
+        """Return the state that the actor keeps beyond its sessions. If it is lost, its replacement receives this by `restore`.
+
+        The host calls this after steps, at most every `restart.snapshot_s` seconds, before the outputs of the step are sent.
+
+        After `restore`, sessions that were open are replayed from their inputs, so the state may contain some of their steps
+        already. The actor must recognise these: by session and position, or by `open`, whose `epoch` is then a later one.
+        """
         raise NotImplementedError(f"{type(self).__name__} has no snapshot")
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Go on with what `snapshot` of a lost one gave. Called after `load`, before any `open`."""
+        """Continue from the `snapshot` of a lost actor. The host calls this after `load`, before any `open`."""
         raise NotImplementedError(f"{type(self).__name__} has no restore")
 
     def capacity_tokens(self) -> int | None:
-        """How many positions of all sessions together fit here; None if there is no limit."""
+        """Return the number of positions of all sessions together that fit here; None means no limit."""
         return None
 
     def held_bytes(self) -> int:
-        """Bytes of the tensors this actor keeps for as long as it lives (its weights)."""
+        """Return the bytes of the tensors that this actor keeps for its whole life (its weights)."""
         return 0
 
 
 def keeps(actor: Actor) -> str:
-    """NOTHING, REWINDS or REPLAYED."""
+    """Return which state the actor keeps of a session: NOTHING, REWINDS or REPLAYED."""
     if actor.stateless:
         return NOTHING
     return REWINDS if type(actor).rewind is not Actor.rewind else REPLAYED

@@ -1,7 +1,7 @@
-"""The registry of kinds: what `kind:` in a graph file may say. Nothing outside it can be started.
+"""Register the kinds that `kind:` in a graph file may name. Nothing else can be started.
 
-A kind is built in, offered by an installed package through the entry-point group `ranvier.actors`, or a class in a
-Python file of the graph's own folder (`./file.py:Class`, imported only where the user allows code). No torch here.
+A kind is built in, or offered by an installed package through the entry-point group `ranvier.actors`, or a class in a Python
+file in the graph's own folder (`./file.py:Class`, imported only if the user allows code). This module does not import torch.
 """
 
 from __future__ import annotations
@@ -28,16 +28,18 @@ Ports = tuple[Mapping[str, TensorSpec], Mapping[str, TensorSpec]]
 
 
 class KindError(RanvierError):
-    """A kind that does not exist or may not be used."""
+    """Report a kind that does not exist or may not be used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind. `implementation` is `module:Class`, or `file.py:Class` relative to `folder`; `foreign` the one for models
-    that transformers' own layers run, `seq2seq` the one for the decoder of an encoder–decoder model.
+    """Describe one kind.
 
-    `once` inputs come once a session, before its first step (see `Actor.once`). `optional` outputs need not be connected;
-    `from_gateway` and `to_gateway` are connected to the gateway without an edge in the file.
+    `implementation` is `module:Class`, or `file.py:Class` relative to `folder`. `foreign` is the implementation for models that
+    run with transformers' own layers, and `seq2seq` the one for the decoder of an encoder–decoder model.
+
+    `once` inputs arrive once per session, before its first step (see `Actor.once`). `optional` outputs need not be connected.
+    `from_gateway` inputs and `to_gateway` outputs are connected to the gateway without an edge in the file.
     """
 
     name: str
@@ -217,15 +219,15 @@ BUILT_IN: dict[str, Kind] = {
 
 
 def known() -> list[str]:
-    """Names that may stand in `kind:` besides `./file.py:Class`."""
+    """Return the names that `kind:` accepts besides `./file.py:Class`."""
     return sorted({*BUILT_IN, *(entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS))})
 
 
 def find(name: str, folder: Path, allow_code: bool) -> Kind:
-    """The kind called `name` in a graph file that lies in `folder`.
+    """Return the kind called `name` in a graph file in `folder`.
 
     Raises:
-        KindError: unknown, outside the folder, or code that was not allowed.
+        KindError: the kind does not exist, its file is outside the folder, or it is code that was not allowed.
     """
     if name in BUILT_IN:
         return BUILT_IN[name]
@@ -244,10 +246,10 @@ def find(name: str, folder: Path, allow_code: bool) -> Kind:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file `name` in `folder`, links resolved.
+    """Return the path of the file `name` in `folder`, with links resolved.
 
     Raises:
-        KindError: it is not there, or lies outside the folder.
+        KindError: the file does not exist, or lies outside the folder.
     """
     path = (folder / name).resolve()
     if Path(name).is_absolute() or not path.is_relative_to(folder.resolve()):
@@ -258,8 +260,10 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def is_offered(implementation: str) -> bool:
-    """Whether it is that of a built-in kind, or of one that an installed package offers: what a graph file may name without
-    bringing code."""
+    """Return whether an implementation belongs to a built-in kind, or to a kind that an installed package offers.
+
+    A graph file may name these without code of its own folder.
+    """
     built_in = {name for kind in BUILT_IN.values() for name in (kind.implementation, kind.foreign, kind.seq2seq)}
     return implementation in built_in or any(
         entry.value == implementation for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)
@@ -267,10 +271,10 @@ def is_offered(implementation: str) -> bool:
 
 
 def make(implementation: str, folder: str | None) -> Actor:
-    """An actor of a kind, not loaded yet.
+    """Create an actor of a kind, without loading it.
 
     Raises:
-        KindError: the file has no such class, or it is no actor.
+        KindError: the file has no such class, or the class is neither an `Actor` nor a `torch.nn.Module`.
     """
     made = load_class(implementation, folder)
     if is_module(made):
@@ -282,7 +286,7 @@ def make(implementation: str, folder: str | None) -> Actor:
 
 
 def is_module(made: type[Any]) -> bool:
-    """Whether a class is a plain `torch.nn.Module`: whoever made one has imported torch."""
+    """Return whether a class is a plain `torch.nn.Module`. If nothing has imported torch yet, no class is."""
     torch = sys.modules.get("torch")
     return torch is not None and issubclass(made, torch.nn.Module)
 
@@ -291,7 +295,7 @@ def load_class(implementation: str, folder: str | None) -> type[Any]:
     """Import the class of a kind: an `Actor` or a `torch.nn.Module`.
 
     Raises:
-        KindError: the file has no such class, or it is neither.
+        KindError: the file has no such class, or the class is neither.
     """
     from .actor import Actor
 
@@ -304,10 +308,10 @@ def load_class(implementation: str, folder: str | None) -> type[Any]:
 
 
 def import_name(implementation: str, folder: str | None) -> Any:
-    """What `module:Name`, or `file.py:Name` in a folder, is; None if there is no such name.
+    """Import `module:Name`, or `file.py:Name` in a folder, and return the object; None if there is no such name.
 
     Raises:
-        KindError: the file is not there, or lies outside the folder.
+        KindError: the file does not exist, or lies outside the folder.
     """
     where, _, attribute = implementation.partition(":")
     module = importlib.import_module(where) if folder is None else own_code.module(inside(Path(folder), where))

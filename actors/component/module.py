@@ -1,7 +1,8 @@
-"""A plain `torch.nn.Module` as an actor: its ports are what its `forward` takes and gives, nothing else is to be written.
+"""Run a plain `torch.nn.Module` as an actor, without further code: its ports follow from its `forward`.
 
-Parameters of `forward` are the inputs. A dict that it returns names the outputs; a tensor alone is called `output`, those
-of a tuple `output0`, `output1`, … What shapes they have is found out without weights, on torch's meta device.
+The parameters of `forward` are the inputs. If it returns a dict, the keys name the outputs. A single tensor is called
+`output`; the tensors of a tuple are called `output0`, `output1`, … Their shapes are found without weights, on torch's meta
+device.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from .actor import Actor, Batch, Context
 
 
 def inputs_of(module: type[nn.Module]) -> list[str]:
-    """The names of the tensors that `forward` takes.
+    """Return the names of the tensors that `forward` takes.
 
     Raises:
-        ValueError: it takes an open list of them.
+        ValueError: `forward` has a parameter such as `*args` or `**kwargs`.
     """
     names = []
     for parameter in list(inspect.signature(module.forward).parameters.values())[1:]:
@@ -39,10 +40,12 @@ def inputs_of(module: type[nn.Module]) -> list[str]:
 def outputs_of(
     module: type[nn.Module], args: Mapping[str, Any], inputs: Mapping[str, TensorSpec]
 ) -> dict[str, TensorSpec]:
-    """What `forward` gives for such inputs: run twice without data, with another size for each name each time.
+    """Return the specs of the tensors that `forward` returns for such inputs.
+
+    `forward` runs twice without data, with a different size for each named dimension each time.
 
     Raises:
-        ValueError: it fails, or gives something else than tensors.
+        ValueError: the module cannot be created, `forward` fails, or it returns something other than tensors.
     """
     names = sorted({dim for spec in inputs.values() for dim in spec.shape if isinstance(dim, str)})
     trials = []
@@ -50,7 +53,7 @@ def outputs_of(
         try:
             made = module(**args).train(False)
         except Exception as error:
-            raise ValueError(f"cannot be made with args {dict(args)}: {type(error).__name__}: {error}") from None
+            raise ValueError(f"cannot be created with args {dict(args)}: {type(error).__name__}: {error}") from None
         for sizes in _trials(names):
             given = {
                 name: torch.empty(
@@ -65,19 +68,24 @@ def outputs_of(
                 raise ValueError(f"forward fails for {shapes}: {type(error).__name__}: {error}") from None
     (first_sizes, first), (second_sizes, second) = trials
     if [(port, made.dim()) for port, made in first.items()] != [(port, made.dim()) for port, made in second.items()]:
-        raise ValueError("forward gives other outputs for other sizes of its inputs; each must be there in any case")
+        raise ValueError(
+            "forward returns different outputs for different input sizes; return the same outputs for all sizes"
+        )
     return {port: _spec(port, first[port], second[port], first_sizes, second_sizes) for port in first}
 
 
 def _trials(names: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
-    """Two sizes for each open dimension: what of an output changes with it is open, too. From the first to the second each
-    grows by an amount of its own, so that one that is made of another by adding is not taken for a third."""
+    """Return two sizes for each named dimension. A dimension of an output that changes with them is named, too.
+
+    From the first trial to the second, each size grows by a different amount. So a size that is another one plus a constant
+    is not mistaken for a third one.
+    """
     first = {name: 11 + 4 * index for index, name in enumerate(names)}
     return first, {name: size + 2 + index * (index + 1) for index, (name, size) in enumerate(first.items())}
 
 
 def state_bytes(module: type[nn.Module], args: Mapping[str, Any]) -> int:
-    """Bytes of the module's parameters and buffers."""
+    """Return the bytes of the module's parameters and buffers."""
     with torch.device("meta"):
         return sum(tensor.nbytes for tensor in module(**args).state_dict().values())
 
@@ -90,10 +98,10 @@ def _named(made: Any) -> dict[str, torch.Tensor]:
     elif isinstance(made, Mapping):
         named = dict(made)
     else:
-        raise ValueError(f"forward gives {type(made).__name__}, expected a tensor, a tuple or a dict of tensors")
+        raise ValueError(f"forward: expected a tensor, a tuple or a dict of tensors, got {type(made).__name__}")
     for name, value in named.items():
         if not isinstance(value, torch.Tensor):
-            raise ValueError(f"forward gives {type(value).__name__} for {name!r}, expected a tensor")
+            raise ValueError(f"forward: expected a tensor for {name!r}, got {type(value).__name__}")
     return named
 
 
@@ -112,7 +120,7 @@ def _spec(
 
 
 class ModuleActor(Actor):
-    """Runs one module."""
+    """Run one module as an actor."""
 
     stateless = True
 
@@ -132,16 +140,19 @@ class ModuleActor(Actor):
 
 
 def held(actor: Actor) -> nn.Module:
-    """The modules that an actor holds, as one: the one that it is made of, or all by the names that it has for them."""
+    """Return the modules that an actor holds, as one module.
+
+    It is the actor's `module` if there is no other; otherwise it contains all modules under their attribute names.
+    """
     own = {name: value for name, value in vars(actor).items() if isinstance(value, nn.Module)}
     return own["module"] if own.keys() == {"module"} else nn.ModuleDict(own)
 
 
 def read_state(module: nn.Module, file: Path, actor: str) -> None:
-    """Fill a module from a safetensors file: from tensors called `actor.…` where there are any, else from all.
+    """Fill a module from a safetensors file: from the tensors called `actor.…` if there are any, otherwise from all.
 
     Raises:
-        CheckpointError: the file is damaged, or its tensors are not the module's.
+        CheckpointError: the file is damaged, or its tensors do not match the module's.
     """
     from ..checkpoint.checkpoint import open_tensors
 
@@ -154,7 +165,7 @@ def read_state(module: nn.Module, file: Path, actor: str) -> None:
     missing = sorted(name for name, tensor in state.items() if _place(name, tensor) not in given)
     extra = sorted(names.keys() - state.keys() - beside.keys())
     if missing or extra:
-        raise CheckpointError(f"{file}: actor {actor}: missing {missing}, not the module's {extra}")
+        raise CheckpointError(f"{file}: actor {actor}: missing {missing}, unexpected {extra}")
     filled: dict[Any, str] = {}
     for name, tensor in {**state, **beside}.items():
         if name in names:
@@ -163,18 +174,21 @@ def read_state(module: nn.Module, file: Path, actor: str) -> None:
             other = filled.setdefault(_place(name, tensor), name)
             if other != name and not torch.equal(tensor.detach().to(made), made):
                 raise CheckpointError(
-                    f"{file}: actor {actor}: {other} and {name} are one tensor of the module, two in the file"
+                    f"{file}: actor {actor}: {other} and {name} are one tensor in the module, but differ in the file"
                 )
             fill(tensor, made)
 
 
 def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What `state_dict` has, by every name; what a module adds that is no tensor is left out."""
+    """Return the tensors of `state_dict` by all their names. Entries that are not tensors are left out."""
     return {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
 
 
 def fill(tensor: torch.Tensor, values: torch.Tensor) -> None:
-    """Write `values` into a tensor of that shape, whatever its strides; what was expanded has one place for many."""
+    """Write `values` into a tensor of the same shape, whatever its strides.
+
+    All elements of an expanded dimension share memory, so only the first of them is written.
+    """
     for dim, stride in enumerate(tensor.stride()):
         if not stride and tensor.shape[dim] > 1:
             tensor, values = tensor.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
@@ -183,6 +197,6 @@ def fill(tensor: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def _place(name: str, tensor: torch.Tensor) -> Any:
-    """The same for two names of one tensor."""
+    """Return a key that is the same for all names of one tensor."""
     storage = tensor.untyped_storage().data_ptr()
     return (storage, tensor.storage_offset(), tensor.shape, tensor.stride()) if storage else name

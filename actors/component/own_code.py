@@ -1,9 +1,9 @@
-"""Importing the Python files of a graph's own folder.
+"""Import the Python files of a graph's own folder.
 
-A file is a module of a package that stands for its folder, so that `from .helper import x` works with or without an
-`__init__.py`. Its neighbours can also be imported by their plain names (`import helper`): the folder is the last place that
-Python looks in, so nothing there can take the place of an installed module or one of Python's own. A file is imported once,
-however many actors it holds, and again when it has changed.
+A file is a module of a package that represents its folder, so `from .helper import x` works with or without an `__init__.py`.
+Other files of the folder can also be imported by their plain names (`import helper`). Python searches the folder last, so no
+file in it can replace an installed module or a module of Python itself. A file is imported once, however many actors it
+holds, and again when it has changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _on_path: list[str] = []
 
 
 def module(path: Path) -> ModuleType:
-    """Import the file at `path`, which is absolute.
+    """Import the file at the absolute `path`, or return its module if the file has not changed.
 
     Raises:
         Exception: whatever the file raises.
@@ -36,7 +36,7 @@ def module(path: Path) -> ModuleType:
 
 
 def _look_in(folder: Path) -> None:
-    """Let modules of the folder be found by their plain names, and those of another graph's folder no more."""
+    """Let modules of this folder be found by their plain names, and those of another graph's folder no longer."""
     if _on_path == [str(folder)]:
         return
     for other in _on_path:
@@ -57,7 +57,7 @@ _PREFIX = "ranvier_graph_code_"
 
 
 def _package(folder: Path) -> ModuleType:
-    """Return the package that stands for a folder: what its `__init__.py` makes, or an empty one."""
+    """Return the package that represents a folder: its `__init__.py`, or an empty package if there is none."""
     name = _PREFIX + hashlib.sha256(str(folder).encode()).hexdigest()[:12]
     if name in sys.modules:
         return sys.modules[name]

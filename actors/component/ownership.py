@@ -1,12 +1,12 @@
-"""Who can still reach the memory of what a step returned.
+"""Find out whether anybody else can still reach the memory that a step returned.
 
 An actor may return a buffer that it fills again in the next step, a view of its input, or a tensor that it keeps. Such memory
-is copied before it waits or goes by reference (`transport.message.stable`). A tensor that nobody but its message holds need
-not be: a copy of 16 MiB takes 2.5 ms.
+is copied before it waits or is passed by reference (`transport.format.message.stable`). A tensor that only its message holds
+needs no copy: a copy of 16 MiB takes 2.5 ms.
 
-Torch does not say whether a tensor's memory is held by others. So every count of references that there is, of Python's and of
-torch's, is compared with those of a tensor made here, in the same calls: they depend on the versions of both. Where they are
-not what was expected the answer is no, which costs a copy. The check takes 3 µs, and is made for large tensors only.
+Torch does not report whether anything else holds a tensor's memory. So all reference counts, of Python and of torch, are
+compared with those of a tensor that this module creates in the same calls. The counts depend on the versions of both. If they
+are not as expected, the answer is no, which costs a copy. The check takes 3 µs, and is made for large tensors only.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _uses_of_tensor: Any = getattr(torch.Tensor, "_use_count", None)
 
 
 def soles(outputs: Mapping[str, torch.Tensor | Batch], inputs: Batch) -> frozenset[str]:
-    """Return the ports of a step's outputs whose memory nobody else holds. Call it with what the step returned as soon as it
-    has, from where that is held once.
+    """Return the ports of a step's outputs whose memory nobody else holds.
 
-    An output that is an input itself counts, if the actor does not hold it any more: its memory is that of the message.
+    Call this right after the step, while exactly one variable refers to `outputs`. An output that is itself an input is
+    included if the actor no longer holds it: its memory belongs to the message.
     """
     found = [port for port, value in outputs.items() if _is_large(port, value)]
     return frozenset([port for port in found if _counts(outputs, port, inputs) in _EXPECTED]) if found else _NONE
@@ -72,7 +72,10 @@ def _counts(outputs: Mapping[str, torch.Tensor | Batch], port: str, inputs: Batc
 
 
 def _expected() -> frozenset[Counts]:
-    """What `_counts` says of memory that nobody else holds. Nothing, if it says the same where somebody does."""
+    """Return the counts for memory that nobody else holds.
+
+    Return nothing if memory that something else holds can have the same counts.
+    """
     if _uses_of_storage is None or _uses_of_tensor is None:
         return frozenset()
     with torch.inference_mode():
@@ -82,12 +85,12 @@ def _expected() -> frozenset[Counts]:
 
 
 _KINDS = ("new", "new batch", "received", "received batch", "aligned", "aligned batch")
-"""A tensor that the step made, and inputs that it passes on: as they were received, or as a copy (`Batch.aligned`)."""
+"""Kinds of outputs: a tensor that the step created, or an input, as received or as a copy (`Batch.aligned`)."""
 _HOLDERS = ("tensor", "view", "detached", "array", "storage", "outputs", "batch")
 
 
 def _of_step(kind: str, held: str) -> Counts:
-    """The counts of one output as a host sees them, `held` by the actor in some way."""
+    """Return the counts of one output as a host sees them, while the actor holds the output in the way `held`."""
     received = torch.frombuffer(bytearray(8), dtype=torch.float32).view(1, 2)
     inputs = Batch((), {"x": torch.ones(1, 2) if kind.startswith("aligned") else received})
     del received
@@ -99,7 +102,7 @@ def _of_step(kind: str, held: str) -> Counts:
 
 
 def _counts_of(outputs: Mapping[str, torch.Tensor | Batch], inputs: Batch) -> Counts:
-    """As `soles` does it."""
+    """Count in the same way as `soles`."""
     [made] = [_counts(outputs, port, inputs) for port in ["x"]]
     return made
 

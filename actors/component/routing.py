@@ -1,9 +1,10 @@
-"""Routing: each token of a step to some of an actor's outputs, and what comes back into its place, with its weight.
+"""Route each token of a step to some of an actor's outputs, and combine the results by their weights.
 
-A router's output to one expert is a `Batch` with the rows of its input, of which each counts its own tokens there, be it
-none: so every expert, and the combiner that waits for all of them, sees every step. For actors of one's own, too.
+A router's output to one expert is a `Batch` with the rows of its input. Each row counts only the tokens that go to this
+expert, possibly 0. So every expert, and the combiner that waits for all of them, sees every step. Custom actors may use this
+module, too.
 
-Shape suffixes: T tokens, E experts, k choices a token, H hidden.
+Shape suffixes: T tokens, t tokens of one expert, E experts, k choices per token, H hidden.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from .actor import Batch
 def scatter(
     rows: tuple[Row, ...], hidden_TH: torch.Tensor, index_Tk: torch.Tensor, ports: Sequence[str]
 ) -> dict[str, Batch]:
-    """What goes to each port: the tokens of which a choice is its number, in their order.
+    """Return the batch for each port: the tokens that have the port's number among their choices, in their order.
 
     Raises:
-        ValueError: an index out of range, or not one row of choices for each token.
+        ValueError: an index is out of range or not an integer, or there is not one row of choices per token.
     """
     if index_Tk.dim() != 2 or index_Tk.shape[0] != hidden_TH.shape[0] or index_Tk.dtype.is_floating_point:
         raise ValueError(
@@ -44,10 +45,10 @@ def scatter(
 def gather(
     index_Tk: torch.Tensor, weight_Tk: torch.Tensor, parts: Mapping[str, torch.Tensor], ports: Sequence[str]
 ) -> torch.Tensor:
-    """[T, H]: for each token the sum of what its choices made of it, each with its weight.
+    """Return [T, H]: for each token, the weighted sum of the results of its choices.
 
     Raises:
-        ValueError: an index out of range, or a part has not as many tokens as were sent there.
+        ValueError: an index is out of range, or a part does not have as many tokens as were sent there.
     """
     _check_range(index_Tk, ports)
     first = parts[ports[0]]
@@ -57,19 +58,22 @@ def gather(
         token_t = torch.where(chosen_Tk.any(1))[0]
         if len(token_t) != parts[port].shape[0]:
             raise ValueError(f"routing: port {port}: expected {len(token_t)} tokens, got {parts[port].shape[0]}")
-        weight_t = torch.where(chosen_Tk, weight_Tk, 0.0).sum(1)[token_t]  # a token that chose it twice went there once
+        # a port that is chosen twice by a token gets the token once
+        weight_t = torch.where(chosen_Tk, weight_Tk, 0.0).sum(1)[token_t]
         mixed_TH.index_add_(0, token_t, (parts[port] * weight_t[:, None]).to(mixed_TH.dtype))
     return mixed_TH
 
 
 def balancing_loss(scores_TE: torch.Tensor, index_Tk: torch.Tensor) -> torch.Tensor:
-    """How unevenly a router chooses, as a term to be minimised: [], E times the sum over the experts of the share of choices
-    that each gets times its mean score; k where all are alike, more the more they differ. Its gradient goes by the scores
-    (Fedus et al. 2021, Switch Transformers, with k choices as transformers counts them).
+    """Return how unevenly a router chooses, as a term to minimise: [].
+
+    It is E times the sum over the experts of (choices of the expert per token · mean score of the expert). It is k if all
+    experts are alike, and grows with their differences. Its gradient flows through the scores (Fedus et al. 2021, Switch
+    Transformers, with k choices as transformers counts them).
 
     Args:
-        scores_TE: each token's probabilities of all experts.
-        index_Tk: the experts chosen.
+        scores_TE: the probabilities of all experts for each token.
+        index_Tk: the chosen experts.
     """
     count = scores_TE.shape[1]
     chosen_E = torch.bincount(index_Tk.flatten(), minlength=count).to(scores_TE.dtype) / max(len(index_Tk), 1)
@@ -77,7 +81,7 @@ def balancing_loss(scores_TE: torch.Tensor, index_Tk: torch.Tensor) -> torch.Ten
 
 
 def expert_ports(numbers: tuple[int, int]) -> list[str]:
-    """The ports of experts `first` to `last`, both included."""
+    """Return the ports of the experts from `numbers[0]` to `numbers[1]`, both included."""
     return [f"expert{number}" for number in range(numbers[0], numbers[1] + 1)]
 
 

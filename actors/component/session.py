@@ -1,7 +1,7 @@
-"""What an actor is told of a session when it opens: plain data, no torch.
+"""Define what an actor receives about a session when it opens, as plain data without torch.
 
 A session is one client's stream through the graph: a generation, or one forward call. Its id, its epoch and a position
-name every step it ever takes; whatever an actor keeps for it is a function of those three.
+identify every step that it takes. Everything that an actor keeps for it is a function of those three.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How the head chooses a token. Temperature 0 is greedy and needs no other field.
+    """Describe how the head chooses a token. Temperature 0 is greedy and needs no other field.
 
-    Applied in transformers' order: repetition penalty, temperature, top-k, top-p, min-p.
+    The fields are applied in transformers' order: repetition penalty, temperature, top-k, top-p, min-p.
 
     Raises:
-        ValueError: a value out of its range, naming it.
+        ValueError: a value is out of its range; the message names it.
     """
 
     temperature: float = 0.0
     top_k: int = 0
-    """Keep the k likeliest; 0 keeps all."""
+    """Keep the k likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
-    """Keep the smallest set whose probabilities reach p (nucleus sampling, Holtzman et al. 2020)."""
+    """Keep the smallest set of tokens whose probabilities reach p (nucleus sampling, Holtzman et al. 2020)."""
     min_p: float = 0.0
-    """Keep what has at least this share of the likeliest's probability (Nguyen et al. 2024)."""
+    """Keep the tokens with at least this share of the likeliest token's probability (Nguyen et al. 2024)."""
     repetition_penalty: float = 1.0
-    """Divide the logits of tokens seen before by this (Keskar et al. 2019); 1 leaves them."""
+    """Divide the logits of tokens that were seen before by this (Keskar et al. 2019); 1 does not change them."""
     seed: int = 0
-    """With the position it determines each draw: the same seed gives the same text, through any recovery."""
+    """Determine each draw, together with the position: the same seed gives the same text, even after a recovery."""
 
     def __post_init__(self) -> None:
         for name, kind in (("temperature", float), ("top_k", operator.index), ("top_p", float), ("min_p", float),
                            ("repetition_penalty", float), ("seed", operator.index)):  # fmt: skip
             try:
-                object.__setattr__(self, name, kind(getattr(self, name)))  # of Python's own: numpy's cannot be sent
+                object.__setattr__(self, name, kind(getattr(self, name)))  # Python's own types: numpy's cannot be sent
             except (TypeError, ValueError):
                 raise ValueError(f"{name}: expected a number, got {getattr(self, name)!r:.80}") from None
         checks = (
@@ -58,10 +58,10 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
-    """One session as every actor hears of it before its first row comes.
+    """Describe one session, as every actor receives it before the session's first row.
 
-    `log` holds the token ids known so far (the prompt; after a recovery also what was generated), so that everything
-    an actor keeps can be built again from it. `capacity` is the number of positions the session may come to hold.
+    `log` holds the token ids known so far: the prompt, and after a recovery also the generated tokens. Everything that an
+    actor keeps can be rebuilt from it. `capacity` is the largest number of positions that the session may hold.
     """
 
     session: int
@@ -72,19 +72,20 @@ class SessionInfo:
     stop_tokens: tuple[int, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     logits: bool = False
-    """Whether the head sends the logits of every generated position to the gateway."""
+    """If true, the head sends the logits of every generated position to the gateway."""
     score: bool = False
-    """Whether nothing is generated, and the head sends the log-probability of every token of the log but the first."""
+    """If true, nothing is generated, and the head sends the log-probability of each token of the log except the first."""
     traceparent: str = ""
-    """W3C trace context of the request's root span (spans.py); empty: it is not traced."""
+    """W3C trace context of the request's root span (spans.py); empty if the request is not traced."""
     kept: int = 0
-    """The positions that actors still hold from the epoch before (see `Actor.rewind`); rows come from there on."""
+    """Number of positions that actors still hold from the previous epoch (see `Actor.rewind`). The rows begin after them."""
     places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """The replicas that the session was opened at, by actor, where there is a choice; else replica 0. They remain the same
-    for as long as it is open."""
+    """Replicas at which the session is opened, by actor. For an actor that is left out, it is replica 0.
+
+    The replicas do not change while the session is open."""
 
     def finished(self, generated: int, token: int) -> bool:
-        """Whether `token`, the `generated`-th of the stream, ends it. Gateway and head ask the same question."""
+        """Return whether `token`, the `generated`-th of the stream, ends it. The gateway and the head use the same rule."""
         return generated >= self.max_tokens or token in self.stop_tokens
 
     def to_plain(self) -> dict[str, Any]:

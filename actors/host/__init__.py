@@ -1,1 +1,1 @@
-"""What happens inside one process."""
+"""Run one actor in a process of its own: receive, batch, step, send."""

@@ -1,4 +1,4 @@
-"""What is laid together in one step of a host, and in which order. No links, no sessions: pieces go in, work comes out."""
+"""Decide which pieces form one step of a host, and in which order. Knows no links and no sessions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from ..component.actor import Batch
 
 
 class Work(msgspec.Struct, frozen=True, eq=False):
-    """One step to take, or a piece of one: rows that have what they need, and the messages they were in. `pieces` are what
-    was laid together."""
+    """Describe one step, or a piece of one: rows with complete inputs, and the messages that brought them.
+
+    `pieces` are the pieces that form a batched step. They are empty if the step is one piece.
+    """
 
     batch: Batch
     sources: tuple[Received, ...]
@@ -24,12 +26,17 @@ class Work(msgspec.Struct, frozen=True, eq=False):
 
 
 def in_order(ready: deque[Work], passed: Row | None) -> tuple[deque[Work], Row | None]:
-    """Put the pieces that wait in the order in which they are taken (see `HostCore.take`).
+    """Sort the waiting pieces into the order in which steps take them (see `HostCore.take`).
 
-    `passed` is the first row of the part of a prompt that was passed over last. Returns, beside the pieces, that of the part
-    that has waited longest now.
+    A piece never goes before an earlier piece of the same session.
 
-    A piece is ranked no higher than what its sessions have before it: their own order stays.
+    Args:
+        ready: the waiting pieces, the oldest first.
+        passed: the first row of the prompt chunk that was the oldest at the last call. If that chunk still waits, it
+            was passed over, and now goes first.
+
+    Returns:
+        The sorted pieces, and the first row of the prompt chunk that is the oldest now.
     """
     parts = [piece for piece in ready if all(row.tokens > 1 for row in piece.batch.rows)]
     if not parts:
@@ -55,12 +62,12 @@ def in_order(ready: deque[Work], passed: Row | None) -> tuple[deque[Work], Row |
 
 
 def widths(piece: Work) -> list[torch.Size]:
-    """Return the sizes of a piece's tensors but the first: those of one step are the same."""
+    """Return the shapes of a piece's tensors without their first dimension. All pieces of a step must agree in them."""
     return [tensor.shape[1:] for tensor in piece.batch.tensors.values()]
 
 
 def laid_together(pieces: Sequence[Work]) -> Work:
-    """Make one step of at least one piece. They have the same ports and widths."""
+    """Combine at least one piece into a step. All pieces must have the same ports and widths."""
     if len(pieces) == 1:
         return pieces[0]
     return Work(

@@ -1,6 +1,7 @@
-"""The control thread of a host: heartbeats, commands, the shipping of trace records. It runs trio and owns no data socket.
+"""Run the control thread of a host: it sends heartbeats, receives commands and writes trace records.
 
-It ends the process by itself when the supervisor is gone (the lifeline's other end is closed): no orphans.
+The thread runs trio and owns no data socket. It ends the process when the supervisor is gone, that is when the other
+end of the lifeline is closed. No host outlives its supervisor.
 """
 
 from __future__ import annotations
@@ -24,14 +25,15 @@ from ..trace.crossing import Crossing, Event
 from ..trace.trace_file import TraceFile
 
 SHIP_INTERVAL_S = 0.4
-"""A full ring takes longer at the fastest; each time costs the core of the step thread some 100 µs."""
+"""Seconds between two writes of the trace. The ring fills more slowly than that even at the highest rate. Each write
+costs the step thread's core about 100 µs."""
 SHIP_AT_ONCE = 256
-"""Records turned into text in one go: the step thread waits for the interpreter meanwhile, about half a millisecond."""
+"""Records that are encoded in one go. Meanwhile the step thread waits for the interpreter lock, about 0.5 ms."""
 FINISH_DEADLINE_S = 2.0
 
 
 class ControlThread:
-    """Started before the weights are loaded, finished after the step thread is done."""
+    """Run the control thread. It starts before the weights are loaded, and ends after the step thread."""
 
     def __init__(self, spec: HostSpec, crossing: Crossing, lifeline: int) -> None:
         self._spec = spec
@@ -47,13 +49,13 @@ class ControlThread:
         self._attached.wait()
 
     def finish(self) -> None:
-        """Ship what is left and end. Called by the step thread, last of all."""
+        """Write the remaining trace records and end the thread. The step thread calls this last."""
         self._ending.set()
         self._thread.join(FINISH_DEADLINE_S)
 
     async def _main(self) -> None:
         spec = self._spec
-        events_in, events_out = trio.open_memory_channel[Event](math.inf)  # refusals, which anyone can cause, are few
+        events_in, events_out = trio.open_memory_channel[Event](math.inf)  # peers cause only refusals: rate-limited
         try:
             wire = TrioWire(ZeroWire(spec.identity, spec.control, max_frame_bytes=MAX_BYTES))
             wire.connect(SUPERVISOR, spec.supervisor)
@@ -67,7 +69,7 @@ class ControlThread:
                 nursery.start_soon(self._heartbeats, wire)
                 nursery.start_soon(self._events, wire, events_out)
                 await self._ship(spec)
-                # everything is written; let what the step thread told last go out
+                # the trace is written; send the last events of the step thread
                 with trio.move_on_after(FINISH_DEADLINE_S / 2):
                     while self._crossing.untold or events_out.statistics().current_buffer_used:
                         await trio.sleep(0.001)
@@ -84,14 +86,14 @@ class ControlThread:
             try:
                 arrival = await wire.receive()
                 if arrival.peer != SUPERVISOR:
-                    raise ProtocolError(f"control: expected commands from {SUPERVISOR}, got some from {arrival.peer}")
+                    raise ProtocolError(f"control: expected commands from {SUPERVISOR}, got one from {arrival.peer}")
                 kind, fields = decode(arrival.header)
             except ProtocolError as error:
                 left_out = self._refusals.one_more(time.monotonic())
                 if left_out is not None:
                     self._crossing.tell("refused", what=with_left_out(str(error), left_out))
                 continue
-            if kind == "explain":  # the step thread may be stuck: it is not asked
+            if kind == "explain":  # answered here, because the step thread may be stuck
                 tell = self._crossing.situation
                 situation = tell() if tell is not None else {}
                 wire.send(SUPERVISOR, encode("situation", {"asked": fields["asked"], "situation": situation}))
@@ -104,7 +106,7 @@ class ControlThread:
 
     async def _lifeline_watch(self) -> None:
         await trio.lowlevel.wait_readable(self._lifeline)
-        os._exit(3)  # nothing is ever written to it: the supervisor is gone, nobody waits for an orderly end
+        os._exit(3)  # readable means closed, since nothing is ever written: no supervisor waits for an orderly end
 
     async def _heartbeats(self, wire: TrioWire) -> None:
         crossing = self._crossing
@@ -125,7 +127,7 @@ class ControlThread:
             await trio.sleep(self._spec.supervision.heartbeat_interval_s)
 
     async def _ship(self, spec: HostSpec) -> None:
-        """Write trace records until the step thread is done and the ring is empty."""
+        """Write trace records until the step thread has ended and the ring is empty."""
         if not spec.trace:
             while not self._ending.is_set():
                 await trio.sleep(0.01)

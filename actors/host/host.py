@@ -1,4 +1,7 @@
-"""A host that serves: it joins and batches what comes, takes steps, sends what they make. See process.py for its life."""
+"""Serve requests in a host: join and batch the received rows, run steps, send the outputs.
+
+`process.py` holds the life cycle that all hosts share.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +42,12 @@ DRAIN_DEADLINE_S = 1.0
 
 
 Made = tuple[Mapping[str, torch.Tensor | Batch], int, frozenset[str]]
-"""What a step returned, when it was done, and the ports whose memory nobody else holds."""
+"""The result of a step: its outputs, the time when it ended (ns), and the ports whose memory nobody else holds."""
 _NONE = frozenset[str]()
 
 
 class _Afterwards(Exception):
-    """The actor has taken the step, and what comes with it has failed: for the reason that this is raised from."""
+    """Signal an error after the actor's step, in its recording or snapshot. `__cause__` is the error itself."""
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -52,12 +55,15 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def main(spec: HostSpec, lifeline: int) -> int:
-    """The whole life of a host; returns the exit code. `lifeline` is a descriptor that ends when the supervisor does."""
+    """Run a host until it ends, and return its exit code.
+
+    `lifeline` is a descriptor that becomes readable when the supervisor has ended.
+    """
     return live(Host, spec, lifeline)
 
 
 class Host(Process):
-    """The step thread's side: load, link up, step until told to stop."""
+    """Drive the step thread of a serving host: load, link up, run steps until `stop`."""
 
     recording: Recording | None = None
 
@@ -96,7 +102,7 @@ class Host(Process):
 
     def add_links(self, plain: Sequence[Mapping[str, Any]]) -> None:
         links = [HostLink.from_plain(each) for each in plain]
-        for spec in dict.fromkeys(link.link for link in links):  # one to ourselves has both its ends here
+        for spec in dict.fromkeys(link.link for link in links):  # a link to this host itself appears at both ends
             self.exchange.add(spec)
         for link in links:
             self.core.add(link)
@@ -119,7 +125,7 @@ class Host(Process):
         outputs = core.outputs
         tick_at_s = time.monotonic() + TICK_S
         while True:
-            if time.monotonic() > tick_at_s:  # whether or not there is work: a join may wait while others go on
+            if time.monotonic() > tick_at_s:  # also while there is work: a join may be overdue
                 tick_at_s = time.monotonic() + TICK_S
                 exchange.tick()
                 self._give_up_overdue()
@@ -140,7 +146,7 @@ class Host(Process):
                 due_ns = outputs.due_ns
             if not core.queued or exchange.waiting:
                 self._wait(wire, due_ns)
-            elif core.may_batch:  # what has come meanwhile may go before what waits, or together with it
+            elif core.may_batch:  # new rows may go before the queued ones, or into the same step
                 while self._receive(wire, 0):
                     pass
             try:
@@ -161,7 +167,7 @@ class Host(Process):
         if due_ns is not None:
             wait_s = min(wait_s, max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
         if self._receive(wire, wait_s):
-            if core.may_batch:  # all that has queued up meanwhile may go into one step
+            if core.may_batch:  # all messages that have arrived meanwhile may go into one step
                 while self._receive(wire, 0):
                     pass
         elif exchange.owes():
@@ -178,15 +184,15 @@ class Host(Process):
         try:
             made = self._stepped(work.batch, again=len(work.batch.rows) > 1 and not work.pieces)
             outputs, finished_ns, own = made
-            done = self.core.finish(work)  # so that its credit rides along with the outputs, or goes before them
+            done = self.core.finish(work)  # now, so that the credit travels with the outputs, or before them
             self.core.complete(work, outputs, finished_ns, own)
-        except BaseException as error:  # sys.exit in a step ends its sessions, too, not the host
+        except BaseException as error:  # also SystemExit: it ends the sessions of the step, not the host
             finished_ns = time.monotonic_ns()
             if done is None:
                 done = self.core.finish(work)
             failures = self._step_failed(work, _cause(error), again=made is None and not isinstance(error, _Afterwards))
         assert self.wire is not None
-        self._flush(self.wire)  # the next stage first, then our own books
+        self._flush(self.wire)  # send to the next stage first, then do the bookkeeping
         crossing.steps += 1
         crossing.queued = self.core.queued
         crossing.stepped_ns, crossing.stepping_since_ns = finished_ns, 0
@@ -202,11 +208,13 @@ class Host(Process):
                 self.records.part(received, started_ns, finished_ns, len(done) + len(on), work.batch.rows)
 
     def _stepped(self, batch: Batch, *, again: bool = False) -> Made:
-        """Take a step, and record it where that is asked for. `again`: if it fails, its rows are taken from this batch once
-        more."""
+        """Run one step, and record it if the actor is recorded.
+
+        `again`: if the step fails, its rows are tried again from this same batch.
+        """
         if self._place_matters:
             batch = batch.aligned()
-        # what it may write into is its own copy, where the original is needed afterwards
+        # an actor that writes into its inputs gets copies where the originals are needed afterwards
         given = batch.copied() if (again or self.recording is not None) and self.actor.writes else batch
         rows, board = batch.rows, self.board
         if len(rows) == 1:
@@ -233,8 +241,11 @@ class Host(Process):
         return outputs, finished_ns, own
 
     def _step_failed(self, work: Work, error: BaseException, *, again: bool) -> dict[int, BaseException]:
-        """End the sessions that the failure is due to, which are returned. `again`: the step itself failed, so the others of
-        the batch get theirs alone. What failed afterwards is due to all: the actor has taken the step."""
+        """End the sessions that caused a failure, and return their errors by session.
+
+        `again`: the step itself failed. If the batch has several rows, each is then stepped alone, and only the sessions
+        that fail again end. Without `again` the actor has taken the step already, so all sessions of the batch end.
+        """
         rows = work.batch.rows
         if len(rows) == 1 or not again:
             for row in rows:
@@ -249,7 +260,7 @@ class Host(Process):
         for single in singles:
             try:
                 self.core.complete(single, *self._stepped(single.batch))
-                self._flush(self.wire)  # before the next step: it may use the memory of these outputs again
+                self._flush(self.wire)  # before the next step, which may reuse the memory of these outputs
             except BaseException as own:
                 self.session_failed(single.batch.rows[0], _cause(own))
                 failures[single.batch.rows[0].session] = _cause(own)
@@ -269,12 +280,12 @@ class Host(Process):
         super().session_failed(row, error)
         try:
             self.sessions.close(row.session)
-        except BaseException as own:  # of the actor's own `close`; the session is closed here all the same
+        except BaseException as own:  # raised by the actor's `close`; the session is closed anyway
             self.told_of(f"session {row.session} could not be closed: {traceback_of(own)}")
 
     def failed(self, error: BaseException) -> None:
         if self.recording is not None:
-            self.recording.flush()  # the last steps before a failure are those that are wanted
+            self.recording.flush()  # the last steps before a failure matter most
         super().failed(error)
 
     def lost_rows(self, rows: Sequence[Row], error: Exception) -> None:
@@ -287,7 +298,7 @@ class Host(Process):
     # -- commands -----------------------------------------------------------------------------------------------
 
     def obey(self, kind: str, fields: Mapping[str, Any]) -> bool:
-        """False: stop."""
+        """Obey a command of the supervisor. Return False if it is `stop`."""
         if kind == "open":
             try:
                 info = SessionInfo.from_plain(fields["info"])
@@ -313,14 +324,16 @@ class Host(Process):
     def _close(self, session: int) -> None:
         try:
             self.sessions.close(session)
-        except BaseException as error:  # of the actor's own `close`: its other sessions are not concerned
+        except BaseException as error:  # raised by the actor's `close`: its other sessions continue
             self.told_of(f"session {session} could not be closed: {traceback_of(error)}")
         if self.snapshots is not None:
             self.snapshots.on_step()
 
     def _link(self, fields: Mapping[str, Any]) -> None:
-        """A replica has joined: it will answer our offers, and we its own. One that cannot be linked with is its starter's
-        business, who waits for `linked`."""
+        """Add the links with a replica that has joined the run, and report `linked`.
+
+        On an error `linked` is not sent. Whoever started the replica waits for `linked`, and handles that case.
+        """
         assert self.wire is not None
         peer = fields["peer"]
         try:
@@ -333,7 +346,7 @@ class Host(Process):
         self.crossing.tell("linked", peer=peer)
 
     def _unlink(self, peer: str) -> None:
-        """A replica has left."""
+        """Remove the links with a replica that has left the run."""
         assert self.wire is not None
         self.core.remove(peer)
         self.exchange.remove(peer)
@@ -344,7 +357,7 @@ class Host(Process):
     def _drain(self, wire: ProcessWire) -> None:
         """Send what is owed and wait until what was sent is acknowledged, but not for long."""
         self._to(State.DRAINING)
-        self.core.outputs.give_up(lambda _row: False)  # every session is over
+        self.core.outputs.give_up(lambda _row: False)  # every session has ended
         self.send_owed(wire, DRAIN_DEADLINE_S)
         if self.recording is not None:
             self.recording.ended()
@@ -354,7 +367,7 @@ class Host(Process):
         self.crossing.tell("counters", counters=self.crossing.counters)
 
     def _record_discarded(self) -> None:
-        """Messages that went into no step: losers of a join, rows of sessions that are over."""
+        """Record the messages that went into no step: late parts of a join, and rows of sessions that have ended."""
         if self.spec.trace:
             now_ns = time.monotonic_ns()
             for received in self.core.discarded:
@@ -363,7 +376,7 @@ class Host(Process):
 
 
 def _others(sources: Iterable[Received], done: Iterable[Received]) -> list[Received]:
-    """Each once, but those."""
+    """Return the messages in `sources` that are not in `done`, each once."""
     found = {id(received): received for received in sources}
     for received in done:
         found.pop(id(received), None)

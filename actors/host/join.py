@@ -1,8 +1,11 @@
-"""Joining: when the rows of one step that come by several edges make a step together. No I/O.
+"""Join the rows of one step that arrive on several edges. No I/O.
 
-`all`: when every input port holds the step. `first`: when the first comes; the others are dropped and counted. `quorum`:
-when so many ports hold it. A step is (session, epoch, position); how many tokens it has may differ from port to port. What a
-session gets once is no part of a join: its steps wait at a gate until it is there.
+With `all`, a step is complete when every input port holds it. With `first`, the first port is enough; rows that arrive
+later are dropped and counted. With `quorum`, a given number of ports is enough. A step is identified by session, epoch
+and position. Its number of tokens may differ from port to port.
+
+Inputs that a session gets only once (`once` ports) are not joined. The steps of the session wait at a gate until they
+arrive.
 """
 
 from __future__ import annotations
@@ -17,11 +20,11 @@ from ranvier.transport.format.header import Row
 from ranvier.transport.links.link_state import Received
 
 Step = tuple[int, int, int]
-"""Session, epoch, position."""
+"""Identifies a step: session, epoch, position."""
 
 
 class Part(NamedTuple):
-    """What one message holds for one step at one port."""
+    """Hold what one message brought for one step at one port."""
 
     row: Row
     tensor: torch.Tensor
@@ -35,7 +38,7 @@ class _Held:
 
 
 class Overdue(NamedTuple):
-    """A step that has waited too long: which ports hold it and which do not."""
+    """Describe a step that waits too long: which ports hold it and which do not."""
 
     row: Row
     present: tuple[str, ...]
@@ -44,13 +47,13 @@ class Overdue(NamedTuple):
 
 
 class Join:
-    """The steps that wait at one actor.
+    """Keep the incomplete steps of one actor.
 
     Args:
         ports: the input ports.
-        needed: how many of them make a step.
+        needed: the number of ports that complete a step.
 
-    `arrivals` is how many edges come in: so often is one step offered in all, if nothing is lost.
+    `arrivals` is the number of incoming edges. Each step is offered that many times, unless a message is lost.
     """
 
     def __init__(self, ports: Sequence[str], needed: int) -> None:
@@ -61,10 +64,10 @@ class Join:
         self._late: dict[Step, int] = {}
 
     def offer(self, port: str, part: Part) -> dict[str, Part] | None:
-        """Take a part in: what makes a step together, if it does now.
+        """Add a part. Return all parts of the step by port if it is complete now, else None.
 
         Raises:
-            Late: the step was taken without it, or its port has it already.
+            Late: the step was taken without this part, or its port already has one.
         """
         step = part.row[:3]
         if step in self._late:
@@ -86,14 +89,14 @@ class Join:
         return {name: held.parts[name] for name in self._ports if name in held.parts}
 
     def drop(self, session: int) -> Iterator[Part]:
-        """Forget a session; what it held."""
+        """Forget a session, and yield the parts that it held."""
         for step in [step for step in self._held if step[0] == session]:
             yield from self._held.pop(step).parts.values()
         for step in [step for step in self._late if step[0] == session]:
             del self._late[step]
 
     def overdue(self, before_ns: int) -> list[Overdue]:
-        """Steps whose first part came before then."""
+        """Return the incomplete steps whose first part arrived before `before_ns`."""
         return [
             Overdue(
                 parts[0].row,
@@ -110,10 +113,10 @@ W = TypeVar("W")
 
 
 class Gate(Generic[W]):
-    """Steps that wait for what their session gets once.
+    """Hold back steps until their session has received its `once` inputs.
 
     Args:
-        ports: the input ports that bring it.
+        ports: the `once` input ports.
     """
 
     def __init__(self, ports: Iterable[str]) -> None:
@@ -125,25 +128,25 @@ class Gate(Generic[W]):
         return port in self._ports
 
     def came(self, session: int, port: str) -> list[W]:
-        """A port has brought what it brings: the steps that may go now."""
+        """Note that a `once` port has received its input. Return the steps that may run now."""
         there = self._there.setdefault(session, set())
         there.add(port)
         return [step for step, *_ in self._held.pop(session, ())] if there == self._ports else []
 
     def holds(self, step: W, row: Row, since_ns: int) -> bool:
-        """Keep a step whose session lacks something; False if it may go."""
+        """Keep a step whose session lacks a `once` input. Return False, without keeping it, if the step may run."""
         if self._there.get(row.session) == self._ports:
             return False
         self._held.setdefault(row.session, []).append((step, row, since_ns))
         return True
 
     def drop(self, session: int) -> list[W]:
-        """Forget a session; what it held."""
+        """Forget a session, and return the steps that it held."""
         self._there.pop(session, None)
         return [step for step, *_ in self._held.pop(session, ())]
 
     def overdue(self, before_ns: int) -> list[Overdue]:
-        """The first step of each session that has waited since before then."""
+        """Return the first held step of each session whose wait began before `before_ns`."""
         return [
             Overdue(held[0][1], tuple(there), tuple(sorted(self._ports - there)), held[0][2])
             for session, held in list(self._held.items())
@@ -153,4 +156,4 @@ class Gate(Generic[W]):
 
 
 class Late(Exception):
-    """A part whose step was taken without it."""
+    """Signal a part whose step was taken without it, or whose port already has one."""

@@ -1,4 +1,4 @@
-"""An actor as its host loads it: of its kind, with its weights."""
+"""Make and load the actor of a host."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from ..protocol.host_spec import HostSpec
 
 
 def load(spec: HostSpec, progress: Callable[[float], None]) -> Actor:
-    """
+    """Make the actor of a host, and load its weights.
+
     Raises:
-        Exception: whatever went wrong; the actor cannot be used.
+        Exception: whatever the actor or its files raised. The actor cannot be used then.
     """
     actor = make(spec.implementation, spec.folder)
     context = context_of(spec, progress)
@@ -26,7 +27,7 @@ def load(spec: HostSpec, progress: Callable[[float], None]) -> Actor:
 
 
 def context_of(spec: HostSpec, progress: Callable[[float], None]) -> Context:
-    """What an actor may use while it loads."""
+    """Return what the actor may use while it loads."""
     return Context(
         name=spec.label,
         args=spec.args,

@@ -1,7 +1,7 @@
-"""The sessions that one actor has open, and those that it holds for a later epoch.
+"""Track the sessions that one actor has open, and those that it holds for a later epoch.
 
-When an actor without a state is lost, the others need not forget what they have: they *hold* their sessions, whose rows are
-refused meanwhile, and take them up in the next epoch where the log says, by `Actor.rewind`.
+When a stateless actor is lost, the other actors keep their state: they *hold* their sessions, and refuse the sessions'
+rows meanwhile. In the next epoch they continue each session from position `SessionInfo.kept`, by `Actor.rewind`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .scheduler import HostCore
 
 
 class Onlooker(Protocol):
-    """Whoever follows the sessions: the recording, the spans."""
+    """Follow which sessions open and close. The recording and the spans do."""
 
     def opened(self, info: SessionInfo, rewound: bool) -> None: ...
 
@@ -23,7 +23,7 @@ class Onlooker(Protocol):
 
 
 class OpenSessions:
-    """Of one host: its actor, and the core that takes or refuses the rows."""
+    """Open, hold and close the sessions of one host, both at its actor and at its core."""
 
     def __init__(self, actor: Actor, core: HostCore, onlookers: Sequence[Onlooker] = ()) -> None:
         self._actor = actor
@@ -33,17 +33,17 @@ class OpenSessions:
         self._held: set[int] = set()
 
     def open(self, info: SessionInfo) -> None:
-        """Open a session, or take up one that is held at position `info.kept`.
+        """Open a session, or continue a held one from position `info.kept`.
 
         Raises:
-            Exception: whatever the actor raised. Then what came for the session already is refused with it.
+            Exception: whatever the actor raised. Rows that already arrived for the session are then refused.
         """
         session = info.session
         rewound = bool(info.kept) and self._rewinds
         try:
             if rewound:
                 if session not in self._held:
-                    raise ValueError(f"session {session}: expected {info.kept} positions to be held, none are")
+                    raise ValueError(f"session {session}: expected held positions up to {info.kept}, got none")
                 self._actor.rewind(info)
                 self._held.discard(session)
             else:
@@ -58,12 +58,12 @@ class OpenSessions:
             onlooker.opened(info, rewound)
 
     def hold(self, session: int) -> None:
-        """Refuse its rows until it is opened anew, and forget nothing."""
+        """Refuse the rows of a session until it is opened again. The actor keeps its state."""
         if self._core.close(session):
             self._held.add(session)
 
     def close(self, session: int) -> None:
-        """Idempotent."""
+        """Close a session at the core and at the actor. Does nothing if it is neither open nor held."""
         if self._core.close(session) or session in self._held:
             self._held.discard(session)
             try:

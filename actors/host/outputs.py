@@ -1,4 +1,4 @@
-"""The sending side of a host: which edges an output goes down, to which replicas, and what goes round a loop. No I/O."""
+"""Send the outputs of a host: choose edges and replicas, and decide what goes round a loop again. No I/O."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ if TYPE_CHECKING:
 
 
 class Loop(NamedTuple):
-    """What an edge that a user's actor feeds back to itself carries: the port that says done, and a bound."""
+    """Bound a loop edge of a custom actor: `until` is the port that says done, `at_most` the number of rounds."""
 
     until: str | None
     at_most: int
 
 
 class Outputs:
-    """The output ports of one actor and the links from them.
+    """Hold the output ports of one actor, and the links from them.
 
     Args:
-        ports: the ports.
-        exchange: the links' own state.
+        ports: the output ports.
+        exchange: the state of the links.
     """
 
     def __init__(self, ports: Iterable[PortSpec], exchange: Exchange) -> None:
         self.taps: dict[int, Tap] = {}
-        """By edge: called with what goes out (taps.py)."""
+        """The taps, by edge. Each is called with every outgoing tensor of its edge (taps.py)."""
         self.large = False
-        """Whether anything was sent as a view of its memory so far. Until then nobody need ask who holds it."""
+        """True once a tensor was sent as a view of its memory. Only then does it matter who else holds that memory."""
         self._exchange = exchange
         self._specs = {port.name: port.tensor for port in ports}
         self._routes: dict[str, list[Route]] = {port: [] for port in self._specs}
@@ -52,7 +52,7 @@ class Outputs:
     # -- links and sessions -------------------------------------------------------------------------------------
 
     def add(self, link: HostLink) -> None:
-        """An outgoing link that the exchange has."""
+        """Add an outgoing link, which the exchange already has."""
         spec, routes = link.link, self._routes[link.port]
         known = itertools.chain(routes, (route for route, _ in self._loops.values()))
         route = next((route for route in known if route.edge == spec.edge), None)
@@ -65,12 +65,12 @@ class Outputs:
         route.add(self._exchange.sending[spec.edge, spec.target])
 
     def remove(self, peer: str) -> None:
-        """The links to a replica that has left."""
+        """Remove the links to a replica that has left."""
         for route in self._every():
             route.remove(peer)
 
     def open(self, session: int, places: Places) -> None:
-        """The replicas that the session has."""
+        """Remember the replicas of a session."""
         self._places[session] = places
 
     def close(self, session: int) -> None:
@@ -79,7 +79,7 @@ class Outputs:
                 route.close(session)
 
     def give_up(self, wanted: Callable[[Row], bool]) -> None:
-        """Drop what waits for credit and of which no row is `wanted` any more."""
+        """Drop the messages that wait for credit and have no `wanted` row."""
         for route in self._every():
             route.give_up(wanted)
         self._exchange.give_up(wanted)
@@ -96,7 +96,7 @@ class Outputs:
 
     @property
     def due_ns(self) -> int | None:
-        """When the next second copy of a hedged message goes out; None if none is to come."""
+        """Return when the next second copy of a hedged message is due, or None if no copy is pending."""
         if not self._places:
             return None
         return min((due for route in self._every() if (due := route.due_ns) is not None), default=None)
@@ -115,14 +115,21 @@ class Outputs:
         ready_ns: int,
         soles: frozenset[str] = frozenset(),
     ) -> None:
-        """Send the outputs of a step down their edges. `soles`: ports whose memory nobody else holds.
+        """Send the outputs of a step down their edges.
+
+        Args:
+            rows: the rows of the step.
+            outputs: by port.
+            ready_ns: when the step ended.
+            soles: the ports whose memory nobody else holds.
 
         Raises:
             ProtocolError: an output is not what its edge carries.
-            ValueError, TypeError: the actor returned a port it does not have, or no tensor.
+            ValueError: the actor returned a port that it does not have, or a wrong number of `until` elements.
+            TypeError: the actor returned something other than a tensor.
         """
         going: set[Row] | None = None
-        # loops first: they say which rows go round
+        # loop ports first: they decide which rows go round
         ordered = sorted(outputs.items(), key=lambda one: one[0] not in self._loops) if self._loops else outputs.items()
         for port, value in ordered:
             routes = self._routes.get(port)
@@ -138,10 +145,10 @@ class Outputs:
             if loop is not None:
                 entered = own
                 own, tensor = self._go_round(port, own, tensor, *loop, outputs, ready_ns, sole)
-                sole = False  # some of it may be on its way round
+                sole = False  # a part of it may be on its way round
                 going = (going or set()).union(entered).difference(own)
             elif going and not going.isdisjoint(own):
-                # the client gets what leaves the loop, whichever port it asks
+                # from every port, the client gets only the rows that leave the loop
                 self._send(port, [route for route in routes if route.actor != GATEWAY], own, tensor, ready_ns, sole)
                 routes = [route for route in routes if route.actor == GATEWAY]
                 parts, stays = self._split(port, own, tensor), [row not in going for row in own]
@@ -167,7 +174,7 @@ class Outputs:
                 self._exchange.send(link, rows, (meta,), (buffer,), ready_ns)
             else:
                 tensors, buffers, coding = coded(port, given, link)
-                if given is not tensor:  # the tap of another edge may use that memory again
+                if given is not tensor:  # the tap of another edge may reuse that memory
                     buffers = (stable(buffers[0]),)
                 self._exchange.send(link, rows, tensors, buffers, ready_ns, coding)
 
@@ -196,7 +203,10 @@ class Outputs:
         ready_ns: int,
         sole: bool,
     ) -> tuple[tuple[Row, ...], torch.Tensor]:
-        """Send on what goes round once more, one position further; what is done, or was round often enough, remains."""
+        """Send the rows that go round once more, one position further. Return the rows that are done, and their tensor.
+
+        A row is done when the port `until` says so, or when it has gone round `at_most` times.
+        """
         if loop.until is None and len(rows) == 1 and rows[0].position + 1 < loop.at_most:
             self._send(port, [route], (rows[0]._replace(position=rows[0].position + 1),), tensor, ready_ns, sole)
             return (), tensor
@@ -205,7 +215,7 @@ class Outputs:
         if isinstance(done, torch.Tensor):
             if done.numel() != len(rows):
                 raise ValueError(
-                    f"step returned {list(done.shape)} for the port {loop.until!r}, expected one of {len(rows)} rows each"
+                    f"step returned {list(done.shape)} for the port {loop.until!r}, expected one element per row: [{len(rows)}]"
                 )
             said = [bool(flag) for flag in done.reshape(-1).tolist()]
         goes = [not flag and row.position + 1 < loop.at_most for flag, row in zip(said, rows, strict=True)]
@@ -226,7 +236,7 @@ class Outputs:
 
 
 def coded(port: str, tensor: torch.Tensor, link: SendingLink) -> tuple[tuple[TensorMeta], tuple[Buffer], Coding | None]:
-    """A tensor as a link that is not raw, or that chooses by itself, carries it."""
+    """Encode a tensor for a link, with the link's codec or the one that its chooser picks."""
     codec = link.codec if link.chooser is None else link.chooser.choose(tensor.nbytes)
     if codec.number == RAW:
         meta, buffer = to_buffer(port, tensor)

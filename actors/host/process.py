@@ -1,7 +1,8 @@
-"""What every host process does, whatever its step thread is for: load, link up, take in, send, fail, end.
+"""Do what every host process does: load, link up, receive, send, fail, end.
 
-The step thread owns the data wire: it waits on it directly, runs the actor, sends the outputs. No event loop is in its
-way: waiting for the socket in trio took 18 µs a hop before any work was done. `host.py` serves, `training/host.py` trains.
+`host.py` derives from it to serve, `training/host.py` to train. The step thread owns the data wire: it waits on the
+wire directly, runs the actor and sends the outputs. It uses no event loop: waiting for the socket in trio took 18 µs
+per hop.
 """
 
 from __future__ import annotations
@@ -36,20 +37,20 @@ from .control import ControlThread
 from .join import Overdue
 
 ACK_DELAY_S = 0.001
-"""An acknowledgement that nobody waits for goes out after so long without work."""
+"""Seconds without work after which a held-back acknowledgement is sent."""
 TICK_S = 1.0
-"""Unanswered offers and probes are repeated this often; garbage is collected then, too."""
+"""Seconds between two ticks. A tick repeats unanswered offers and probes. An idle host collects garbage as often."""
 UNLINKED_S = 30.0
-"""A host whose links are closed for so long says which. How long it may wait is for the supervisor to decide: the parent
-may have stood still itself."""
+"""Seconds after which a host reports the links that are still closed. It keeps waiting: only the supervisor ends the
+wait, because the parent process may itself have been suspended."""
 
 
 class Stopped(Exception):
-    """The supervisor said stop before the run had begun."""
+    """Signal that the supervisor sent `stop` before the host was running."""
 
 
 class Process(ABC):
-    """The step thread's side of one host. Those that derive from it say what it prepares, does, and obeys."""
+    """Drive the step thread of one host. Subclasses define its preparation, its work and its commands."""
 
     def __init__(self, spec: HostSpec, crossing: Crossing) -> None:
         self.spec = spec
@@ -60,17 +61,17 @@ class Process(ABC):
         self._connected_s: float | None = None
         self._refusals = Refusals()
         self.counted: Counter[str] = Counter()
-        """What happened here, beside what the links and the wire count."""
+        """Events of this host that neither the links nor the wire count."""
 
-    # -- what those that derive from it say -----------------------------------------------------------------------
+    # -- for subclasses ---------------------------------------------------------------------------------------------
 
     def mode(self) -> AbstractContextManager[Any]:
-        """What torch records of what is computed."""
+        """Return the torch mode of the step thread: inference mode, unless a subclass overrides it."""
         return torch.inference_mode()
 
     @abstractmethod
     def prepare(self) -> Mapping[str, Any]:
-        """Load everything, and what the supervisor is to know of it: `capacity_tokens`, `held_bytes`, `keeps`."""
+        """Load everything. Return what the supervisor needs to know: `capacity_tokens`, `held_bytes`, `keeps`."""
 
     @abstractmethod
     def work(self, wire: ProcessWire) -> None:
@@ -78,25 +79,25 @@ class Process(ABC):
 
     @abstractmethod
     def add_links(self, plain: Sequence[Mapping[str, Any]]) -> None:
-        """Take in links that it was told of."""
+        """Add the links that the supervisor sent."""
 
     @abstractmethod
     def on_message(self, received: Received) -> None:
-        """A message has come."""
+        """Take a message that has arrived."""
 
     @abstractmethod
     def obey(self, kind: str, fields: Mapping[str, Any]) -> bool:
-        """A command; False: stop."""
+        """Obey a command of the supervisor. Return False if it is `stop`."""
 
     @abstractmethod
     def lost_rows(self, rows: Sequence[Row], error: Exception) -> None:
-        """End the sessions of these rows: their message was refused, or what was to be done with it failed."""
+        """End the sessions of these rows: their message was refused, or could not be processed."""
 
     def held_up(self, before_ns: int) -> Iterable[Overdue]:
-        """Steps that wait for some of their inputs, since before a time."""
+        """Return the steps that have waited for some of their inputs since before `before_ns`."""
         return ()
 
-    # -- its life -------------------------------------------------------------------------------------------------
+    # -- life cycle -------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         spec, crossing = self.spec, self.crossing
@@ -123,7 +124,8 @@ class Process(ABC):
             ready = self.prepare()
             gc.collect()
             gc.freeze()
-            # A full collection walks all of torch's objects: 1 ms in the middle of a step. Ticks collect what is young.
+            # A full collection walks all of torch's objects: 1 ms in the middle of a step. Subclasses collect between
+            # steps.
             gc.disable()
             self._to(State.READY)
             crossing.tell("ready", address=wire.address, **ready)
@@ -133,10 +135,10 @@ class Process(ABC):
         self._to(State.STOPPED)
 
     def progress(self, share: float) -> None:
-        """Of its loading.
+        """Report the share that is loaded, from 0 to 1.
 
         Raises:
-            Stopped: the supervisor does not want it any more.
+            Stopped: the supervisor has sent `stop`.
         """
         self.crossing.tell("progress", share=float(share))
         if any(command.kind == "stop" for command in self.crossing.commands):
@@ -153,7 +155,7 @@ class Process(ABC):
                     raise Stopped
             if self._connected_s is None:
                 arrival = wire.receive(TICK_S)
-                if arrival is not None:  # a neighbour was told first; it is answered once we know where it listens
+                if arrival is not None:  # the neighbour connected first: answered once its address is known
                     early.append(arrival)
                 continue
             self._flush(wire)
@@ -168,7 +170,10 @@ class Process(ABC):
                 self.exchange.tick()
 
     def obey_next(self) -> bool:
-        """Obey the command that came first; False: stop. Before it is connected, it can do nothing but that and end."""
+        """Obey the oldest waiting command. Return False if it is `stop`.
+
+        Before `connect`, all commands except `connect` and `stop` are ignored.
+        """
         command = self.crossing.commands.popleft()
         started_ns, going_on = time.monotonic_ns(), True
         if command.kind == "connect":
@@ -190,8 +195,8 @@ class Process(ABC):
         self._connected_s = time.monotonic()
         self.on_place(fields["instead_of"])
 
-    def on_place(self, instead_of: str | None) -> None:  # noqa: B027 - most have nothing to do
-        """It has its place in the run now, that of a lost host if one is named."""
+    def on_place(self, instead_of: str | None) -> None:  # noqa: B027 - most subclasses have nothing to do
+        """React to `connect`. `instead_of` is the label of the lost host that this one replaces, or None."""
 
     def _closed(self) -> str:
         closed = [link.spec.name for link in self.exchange.sending.values() if not link.open]
@@ -220,7 +225,7 @@ class Process(ABC):
             self.refused(error)
         except Exception as error:
             if received is None:
-                raise  # a link that has lost count cannot go on: this host is replaced
+                raise  # the state of a link is broken: this host fails and is replaced
             self.decision_failed(received.header.rows, error)
 
     def _flush(self, wire: ProcessWire) -> None:
@@ -231,22 +236,22 @@ class Process(ABC):
             outbox.clear()
 
     def refused(self, error: ProtocolError) -> None:
-        """A message or a command was refused."""
+        """Count and report a refused message or command, and end the sessions that lost a row by it."""
         self.counted["refused"] += 1
         self.told_of(words(error))
         if isinstance(error, RefusedMessage):
             self.lost_rows(error.rows, error)
 
     def told_of(self, what: str) -> None:
-        """Have the supervisor log something that went wrong, or only count it where there is too much of it."""
+        """Ask the supervisor to log a problem. Problems beyond the limit of `Refusals` are only counted."""
         left_out = self._refusals.one_more(time.monotonic())
         if left_out is not None:
             self.crossing.tell("refused", what=with_left_out(what, left_out))
 
     def decision_failed(self, rows: Sequence[Row], error: Exception) -> None:
-        """Something other than the actor's own step has failed: it is an error of the sessions concerned, not of the host."""
+        """Treat an error outside the actor's step as one of the sessions of `rows`, not of the host."""
         self.counted["decisions_failed"] += 1
-        self.told_of(f"a decision failed: {traceback_of(error)}")
+        self.told_of(f"received rows could not be processed: {traceback_of(error)}")
         self.lost_rows(rows, error)
 
     def send_owed(self, wire: ProcessWire, deadline_s: float) -> None:
@@ -270,7 +275,7 @@ class Process(ABC):
         }  # fmt: skip
 
     def session_failed(self, row: Row, error: BaseException) -> None:
-        """Tell the supervisor that the step of a row cannot be taken: its session is to end."""
+        """Report to the supervisor that the step of a row failed, so that its session ends."""
         self.crossing.tell(
             "session_failed",
             session=row.session,
@@ -289,7 +294,7 @@ class Process(ABC):
         )
 
     def close(self) -> None:
-        """Close the wire. The control thread must be over: it holds the waker."""
+        """Close the wire. The control thread must have ended, because it uses the waker."""
         if self.crossing.waker is not None:
             self.crossing.waker.close()
         if self.wire is not None:
@@ -301,9 +306,12 @@ class Process(ABC):
 
 
 def live(kind: type[Process], spec: HostSpec, lifeline: int) -> int:
-    """The whole life of a host process: its exit code. `lifeline` is a descriptor that ends when the supervisor does."""
+    """Run a host process until it ends, and return its exit code.
+
+    `lifeline` is a descriptor that becomes readable when the supervisor has ended.
+    """
     torch.set_num_threads(spec.threads)
-    if spec.cpus is not None:  # before any thread is made, so that ZeroMQ's own runs on the same cores
+    if spec.cpus is not None:  # before any thread starts, so that ZeroMQ's thread runs on the same cores
         os.sched_setaffinity(0, spec.cpus)
     crossing = Crossing()
     control = ControlThread(spec, crossing, lifeline)
@@ -314,7 +322,7 @@ def live(kind: type[Process], spec: HostSpec, lifeline: int) -> int:
         code = 0
     except Stopped:
         code = 0
-    except BaseException as error:  # whatever it was, the supervisor must hear of it
+    except BaseException as error:  # the supervisor must hear of any failure
         host.failed(error)
         code = 1
     finally:

@@ -1,7 +1,8 @@
-"""An edge to an actor with several replicas: which of them a row goes to, and which answers came before. No I/O.
+"""Choose the replica of an actor that a row goes to, and drop repeated answers. No I/O.
 
-A session is opened at some replicas of each actor and stays with them (`SessionInfo.places`); among these the sender
-chooses by the actor's policy. Choices by place alone are the same at every sender, so that what is to be joined meets.
+A session is opened at some replicas of each actor and stays with them (`SessionInfo.places`). Among these the sender
+chooses by the actor's policy. Policies that use only the session and the position choose alike at every sender, so rows
+that must be joined reach the same replica.
 """
 
 from __future__ import annotations
@@ -23,19 +24,20 @@ Places = Mapping[str, tuple[int, ...]]
 """The replicas of one session, by actor."""
 PlacesOf = Callable[[int], Places]
 WEIGHT = 0.1
-"""Of the newest message in the moving average of latencies."""
+"""Weight of the newest message in the moving average of the latencies."""
 RETRY_EVERY = 64
-"""By lowest latency, one row in so many goes to the next replica in turn: one that was slow may be quick by now."""
+"""With `lowest_latency`, one row in this many goes to the next replica in turn: a slow replica may be fast by now."""
 SAMPLES = 256
-"""The percentile that a second copy waits for is that of so many messages before."""
+"""Number of recent messages over which the percentile for second copies is taken."""
 RANK_EVERY = 16
+"""Number of messages after which the percentile is computed again."""
 FEWEST_SAMPLES = 20
-"""Until so many were used up there is no percentile, and second copies go out at once."""
+"""Until this many messages are used up there is no percentile, and second copies go out at once."""
 _EVERYWHERE: tuple[int, ...] = (0,)
 
 
 class _Copy(NamedTuple):
-    """A message that may have to be sent to a second replica."""
+    """Describe a message of which a second replica may get a copy."""
 
     due_ns: int
     replica: int
@@ -48,7 +50,7 @@ class _Copy(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """A hedged message for which no replica has credit."""
+    """Describe a hedged message for which no replica has credit yet."""
 
     exchange: Exchange
     replicas: tuple[int, ...]
@@ -60,14 +62,14 @@ class _Held(NamedTuple):
 
 
 class Route:
-    """One edge at its sending end.
+    """Represent one edge at its sending end.
 
     Args:
-        edge: its number.
-        actor: where it leads.
+        edge: the number of the edge.
+        actor: the receiving actor.
         policy, skips: see `HostLink`.
 
-    `only` is its link where there is no choice.
+    `only` is the link to the only replica, or None if there are several.
     """
 
     def __init__(self, edge: int, actor: str, policy: Policy = STICKY, skips: bool = False) -> None:
@@ -96,7 +98,7 @@ class Route:
             link.on_credit = self._send_held
 
     def remove(self, peer: str) -> None:
-        """The link to a replica that has left."""
+        """Remove the link to a replica that has left."""
         self.links = {replica: link for replica, link in self.links.items() if link.spec.target != peer}
         self.only = next(iter(self.links.values())) if len(self.links) == 1 else None
         self._send_held()
@@ -106,7 +108,7 @@ class Route:
         self._dropped_out.pop(session, None)
 
     def give_up(self, wanted: Callable[[Row], bool]) -> None:
-        """Drop what is held and of which no row is `wanted` any more."""
+        """Drop the held messages that have no `wanted` row."""
         kept = deque[_Held]()
         for held in self._held:
             if any(wanted(row) for row in held.rows):
@@ -119,8 +121,11 @@ class Route:
     # -- choosing -----------------------------------------------------------------------------------------------
 
     def groups(self, rows: Sequence[Row], places: PlacesOf) -> list[tuple[tuple[int, ...], list[int]]]:
-        """Which rows (their numbers) go together where (replicas; several: a copy to each; none: all of the session's are
-        lost). A row that may need a second copy goes alone."""
+        """Group the rows by destination: pairs of replicas and of row indices.
+
+        Each of the replicas gets a copy. No replicas means that the session has lost all of them. With `policy.after`,
+        each row is a group by itself, because it may need a second copy.
+        """
         made: dict[tuple[int, ...], list[int]] = {}
         chosen_now: dict[int, int] = {}
         for index, row in enumerate(rows):
@@ -136,17 +141,17 @@ class Route:
     def _choose(self, row: Row, places: Places, chosen_now: dict[int, int]) -> tuple[int, ...]:
         replicas = places.get(self.actor, _EVERYWHERE)
         policy = self._policy
-        if not all(replica in self.links for replica in replicas):  # lost: its sessions begin anew elsewhere
+        if not all(replica in self.links for replica in replicas):  # lost: its sessions start again elsewhere
             replicas = tuple(replica for replica in replicas if replica in self.links)
         if len(replicas) <= 1 or policy.places is not None:
             return replicas
         if policy.name == "round_robin":
             return (replicas[(row.session + row.position) % len(replicas)],)
-        # by load; among equals in turn
+        # by load; round robin among equals
         turn = (row.session + row.position) % len(replicas)
         in_turn = replicas[turn:] + replicas[:turn]
         if policy.name == "lowest_latency":
-            # one that nothing is known of is tried, one that has no credit left is not
+            # replicas without a measured latency come first, replicas without credit last
             self._chosen += 1
             tried = replicas[self._chosen // RETRY_EVERY % len(replicas)]
             if self._chosen % RETRY_EVERY == 0 and self.links[tried].may_send(0):
@@ -171,16 +176,16 @@ class Route:
     ) -> None:
         """Send one message to each of `replicas`.
 
-        A replica that has fallen so far behind that it has no credit gets no more copies of that session, as long as
-        another does: the fastest is not held up by the slowest.
+        With `skips`, a replica that has no credit gets no more copies of that session while another replica has credit:
+        the slowest replica does not delay the fastest.
         """
         if not replicas:
             exchange.counters["rows_unsent"] += len(rows)
             return
-        if self._policy.copies > 1:  # what is sent again later has the values of now
+        if self._policy.copies > 1:  # a later copy must carry the present values
             buffers = tuple(map(stable, buffers))
         if len(replicas) > 1 and self._skips:
-            # which of them is the slow one is not known while none has credit: held until one has
+            # while no replica has credit, the slow one is unknown: hold the message until one has
             self._held.append(_Held(exchange, replicas, rows, tensors, buffers, ready_ns, coding))
             exchange.waiting += 1
             self._send_held()
@@ -201,7 +206,7 @@ class Route:
             nbytes = sum(meta.nbytes for meta in held.tensors)
             able = [replica for replica in left if self.links[replica].may_send(nbytes)]
             if left and (not able or not all(self.links[replica].open for replica in left)):
-                return  # a link that is only about to open is not one that has fallen behind
+                return  # a link that is not open yet does not count as slow
             self._held.popleft()
             held.exchange.waiting -= 1
             if len(able) < len(left):
@@ -217,18 +222,18 @@ class Route:
 
     @property
     def due_ns(self) -> int | None:
-        """When the next second copy goes out, if its first is not used up by then."""
+        """Return when the next second copy goes out if the first copy is not used up by then, or None."""
         while self._copies and self._answered(self._copies[0]):
             self._copies.popleft()
         return self._copies[0].due_ns if self._copies else None
 
     def send_copies(self, exchange: Exchange, now_ns: int, places: PlacesOf, open_: Callable[[Row], bool]) -> None:
-        """Send the copies that are due, to the replica of their session that has the least to do."""
+        """Send the copies that are due, each to the session's other replica with the fewest queued messages."""
         while (due_ns := self.due_ns) is not None and due_ns <= now_ns:
             copy = self._copies.popleft()
             rows = copy.rows
             if not open_(rows[0]):
-                continue  # answered, or given up
+                continue  # the session has ended
             others = [r for r in places(rows[0].session).get(self.actor, ()) if r != copy.replica and r in self.links]
             nbytes = sum(meta.nbytes for meta in copy.tensors)
             able = [replica for replica in others if self.links[replica].may_send(nbytes)]
@@ -253,9 +258,9 @@ class Route:
 
 
 class Answers:
-    """What has come by the edges that bring a step more than once: the first counts.
+    """Accept the first answer of each step on edges that may bring a step more than once.
 
-    The first answers of one session come in the order of its positions, so the last one seen is all there is to know.
+    The first answers of a session come in the order of its positions. So only the last accepted position is stored.
     """
 
     def __init__(self) -> None:
@@ -268,7 +273,7 @@ class Answers:
         return edge in self._last
 
     def first(self, edge: int, row: Row) -> bool:
-        """Whether this step comes for the first time by this edge. The session must be open, the epoch its own."""
+        """Return whether a step comes by this edge for the first time. Its session must be open, in the row's epoch."""
         seen = self._last[edge]
         if row.position <= seen.get(row.session, -1):
             return False

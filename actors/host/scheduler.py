@@ -1,7 +1,7 @@
-"""What a host decides, without I/O: which rows to join, what to batch, what to refuse, where outputs go.
+"""Decide, without I/O, which rows a host joins, batches and refuses, and where its outputs go.
 
-Events come in (`on_message`, `open`, `close`), work comes out (`take`), its result goes back in (`complete`). The step
-thread drives it over ZeroMQ; the tests drive the same over memory wires.
+Events go in (`on_message`, `open`, `close`), work comes out (`take`), and its result goes back in (`complete`). The
+step thread drives this over ZeroMQ, the tests over memory wires.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from .route import Answers, Places
 
 
 class HostCore:
-    """The decisions of one host.
+    """Make the decisions of one host.
 
     Args:
         inputs, outputs: the actor's ports.
         links: every link at this host, with the port at this end.
-        exchange: the links' own state.
-        batch_tokens: at most so many tokens are laid together in one step (a single message may hold more).
-        needed: how many input ports make a step; all if it is not given.
-        batches: into how many batches the open sessions are cut. More than one where tokens come back to the beginning
-            of a ring of stages: with all sessions in one batch, one stage would work and the others wait.
+        exchange: the state of the links.
+        batch_tokens: the maximum number of tokens of a batched step. A single message may hold more.
+        needed: the number of input ports that complete a step; None: all.
+        batches: the number of batches that the open sessions are divided into. Use more than one where tokens return to
+            the start of a ring of stages: with all sessions in one batch, one stage would work while the others wait.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class HostCore:
         self._batches = batches
         self._stacks = all(port.stacks for port in self._inputs.values())
         self._alike = all(isinstance(size, int) for port in self._inputs.values() for size in port.tensor.shape[1:])
-        # rows of one step share its outputs, which must then have a place for each
+        # rows may share a step only if every output has a dimension of tokens or rows
         self._most_rows = MAX_ROWS if all(port.stacks for port in outputs) else 1
         self._epochs: dict[int, int] = {}
         self._newest = (0, 0)
@@ -73,7 +73,7 @@ class HostCore:
         once = [port.name for port in self._inputs.values() if port.once]
         joined = tuple(port for port in self._inputs if port not in once)
         self._gate: Gate[Work] | None = Gate(once) if once else None
-        # one port and nothing to choose from: messages are steps as they come
+        # one port and nothing to join: each message is a step
         plain = len(self._inputs) == 1 and needed is None
         if not plain:
             self._join = Join(joined, needed or len(joined))
@@ -85,7 +85,7 @@ class HostCore:
     # -- links --------------------------------------------------------------------------------------------------
 
     def add(self, link: HostLink) -> None:
-        """A link that the exchange has."""
+        """Add a link, which the exchange already has."""
         edge = link.link.edge
         if link.outgoing:
             self.outputs.add(link)
@@ -98,7 +98,7 @@ class HostCore:
             self._join.arrivals = len(self._arriving)
 
     def remove(self, peer: str) -> None:
-        """The links with a replica that has left."""
+        """Remove the links with a replica that has left."""
         self.outputs.remove(peer)
         self._in = {link: here for link, here in self._in.items() if link.spec.source != peer}
 
@@ -109,8 +109,11 @@ class HostCore:
     # -- sessions -----------------------------------------------------------------------------------------------
 
     def open(self, session: int, epoch: int, places: Places | None = None) -> None:
-        """Rows of the session are taken from now on, those of any other epoch refused. Sessions open in the order of their
-        epochs, and within one of their numbers: rows of one that is newer than all so far were kept for it."""
+        """Accept rows of the session and epoch from now on. Rows of the session in any other epoch are refused.
+
+        Sessions open in the order of their epochs, and within an epoch in the order of their numbers. Rows that arrived
+        before their session opened were kept, and are queued now.
+        """
         self._epochs[session] = epoch
         if places:
             self.outputs.open(session, places)
@@ -124,7 +127,7 @@ class HostCore:
         return self._epochs.get(row.session) == row.epoch
 
     def close(self, session: int) -> bool:
-        """Rows of the session are refused from now on. False if it was not open."""
+        """Refuse rows of the session from now on. Return False if it was not open."""
         if self._join is not None:
             self._discard(part.source for part in self._join.drop(session))
         if self._gate is not None:
@@ -144,21 +147,21 @@ class HostCore:
     # -- in -----------------------------------------------------------------------------------------------------
 
     def on_message(self, received: Received) -> None:
-        """Queue a message; a port that waits for others keeps its rows until they are there.
+        """Queue a message. Rows that must be joined wait until the other ports have theirs.
 
         Raises:
-            RefusedMessage: its bytes are not what its codec writes.
+            RefusedMessage: the codec cannot decode the bytes of the message.
         """
         header = received.header
         rows = header.rows
         here = self._in[received.link]
         if here.feedback:
-            # What comes back is bounded by the open sessions, one step each. Its credit returns at once, so that a
-            # ring of full links cannot stand still.
+            # Feedback is bounded by the open sessions, one step each. Its credit returns at once, so that a ring of
+            # full links cannot deadlock.
             self.exchange.consumed(received.link, received.nbytes)
         try:
             tensor = from_buffer(header.tensors[0], received.buffers[0])
-        except ProtocolError as error:  # a codec's bytes that are not what the header says
+        except ProtocolError as error:  # the bytes do not match the header
             if not here.feedback:
                 self.exchange.consumed(received.link, received.nbytes)
             raise RefusedMessage(f"edge {received.link.spec.name}: {error}", rows) from None
@@ -172,7 +175,7 @@ class HostCore:
         self._put(here, rows, tensor, received)
 
     def _keep_early(self, here: HostLink, rows: tuple[Row, ...], tensor: torch.Tensor, received: Received) -> None:
-        """Keep rows of sessions that will open here, too, but have not yet: the command comes by another way."""
+        """Keep rows of sessions that have not opened here yet: the command `open` comes over another socket."""
         parts = self._split(here.port, rows, tensor)
         early = [(row.epoch, row.session) > self._newest for row in rows]
         if self._join is None:
@@ -228,7 +231,7 @@ class HostCore:
                     self._ready.append(work)
 
     def overdue(self, before_ns: int) -> list[Overdue]:
-        """Steps that have waited at the join, or for what their session gets once, since before then."""
+        """Return the steps that have waited at the join, or for a `once` input, since before `before_ns`."""
         found = self._join.overdue(before_ns) if self._join is not None else []
         return found + (self._gate.overdue(before_ns) if self._gate is not None else [])
 
@@ -242,22 +245,23 @@ class HostCore:
 
     @property
     def may_batch(self) -> bool:
-        """Whether several sessions are open: looking for more that came in costs 15 µs, and one has nothing to add."""
+        """Return whether several sessions are open. Only then is it worth 15 µs to look for more messages to batch."""
         return len(self._epochs) > 1
 
     @property
     def queued(self) -> int:
-        """Pieces that wait for a step."""
+        """Return the number of pieces that wait for a step."""
         return len(self._ready)
 
     def take(self) -> Work | None:
-        """The next step: what has queued up, one row a session, up to the token budget. None if there is none or an
-        output has no credit.
+        """Return the next step: queued pieces, one row per session, within the token budget.
 
-        Rows of one token (decoding) go before parts of prompts: a token waits for the step that runs and, where a part does
-        not fit beside it, for one such part.
-        Then come the part that has waited longest, which is passed over once at the most, and the parts of those prompts
-        that are least far: a short one is not held up by a long one.
+        Returns None if nothing is queued, or if an output waits for credit.
+
+        Rows of one token (decoding) go before prompt chunks. A decoding token waits at most for the running step and,
+        if a chunk does not fit into its batch, for one chunk. Next comes the chunk that has waited longest; it is
+        passed over at most once. The other chunks follow by position, so that a short prompt does not wait for a long
+        one.
         """
         if not self._ready or self.exchange.waiting:
             return None
@@ -286,11 +290,11 @@ class HostCore:
             if pieces and len(sessions) + len(piece.batch.rows) > most_rows:
                 break
             if pieces and piece.batch.tensors.keys() != pieces[0].batch.tensors.keys():
-                break  # other ports came first
+                break  # the join chose other ports
             if pieces and not self._alike and widths(piece) != widths(pieces[0]):
-                break  # a dimension is free, and these are of another size
+                break  # they differ in a free dimension
             if not sessions.isdisjoint(row.session for row in piece.batch.rows):
-                break  # a session's next step stands on the one before
+                break  # a session's next step depends on the one before
             current = self._next_current(most_rows)
             if current is not None:
                 pieces.append(current)
@@ -300,15 +304,19 @@ class HostCore:
 
     @property
     def _rows_of_a_batch(self) -> int:
-        """Return how many rows go into one batch: never none. With no session open, as after clients that left together, what
-        is queued is still dropped piece by piece."""
+        """Return the maximum number of rows of one batch.
+
+        It is at least 1: when no session is open, the queued rows must still be taken, to be dropped.
+        """
         if self._batches == 1:
             return self._most_rows
         return min(self._most_rows, max(1, -(-len(self._epochs) // self._batches)))
 
     def abandon(self) -> tuple[Row, ...]:
-        """Drop the pieces that the last `take` was laying together when it failed, and give their credit back. Returns
-        their rows: these sessions have lost a step."""
+        """Drop the pieces that the last, failed `take` was batching, and give back their credit.
+
+        Returns the rows of these pieces. Their sessions have lost a step.
+        """
         taken, self._taken = self._taken or ([self._ready.popleft()] if self._ready else []), []
         for piece in taken:
             self._discard(piece.sources)
@@ -317,17 +325,17 @@ class HostCore:
     def _next_current(self, most_rows: int) -> Work | None:
         current = self._current(self._next(most_rows))
         if current is None:
-            self._taken.pop()  # its credit is given back
+            self._taken.pop()  # its credit was given back
         return current
 
     def _next(self, most_rows: int) -> Work:
-        """The first piece, or its first rows if it has too many for one batch."""
+        """Take the first piece from the queue, or only its first `most_rows` rows if it has more."""
         piece = self._ready.popleft()
         self._taken.append(piece)
         rows = piece.batch.rows
         if len(rows) <= most_rows:
             return piece
-        [received] = piece.sources  # rows that were joined come one by one
+        [received] = piece.sources  # only joined pieces have several sources, and these have one row
         parts = {port: self._split(port, rows, tensor) for port, tensor in piece.batch.tensors.items()}
         first, rest = (
             Work(Batch(rows[own], {port: torch.cat(split[own]) for port, split in parts.items()}), piece.sources)
@@ -340,7 +348,7 @@ class HostCore:
         return first
 
     def _current(self, piece: Work) -> Work | None:
-        """The piece without rows of sessions that are closed or of another epoch; None if no row is left."""
+        """Remove rows of closed sessions and of other epochs from a piece. Return None if no row is left."""
         epochs, rows = self._epochs, piece.batch.rows
         for row in rows:
             if epochs.get(row.session) != row.epoch:
@@ -350,7 +358,7 @@ class HostCore:
         return self._filtered(piece, [self._is_open(row) for row in rows], "rows_refused")
 
     def _without_repeats(self, piece: Work, here: HostLink) -> Work | None:
-        """The piece without rows that another replica has answered before; None if no row is left."""
+        """Remove rows that another replica has answered already from a piece. Return None if no row is left."""
         edge = here.link.edge
         first = [not self._is_open(row) or self._answers.first(edge, row) for row in piece.batch.rows]
         return piece if all(first) else self._filtered(piece, first, "rows_late")
@@ -374,16 +382,11 @@ class HostCore:
         ready_ns: int,
         soles: frozenset[str] = frozenset(),
     ) -> None:
-        """Send the outputs of a step down their edges. `soles`: ports whose memory nobody else holds.
-
-        Raises:
-            ProtocolError: an output is not what its edge carries.
-            ValueError, TypeError: the actor returned a port it does not have, or no tensor.
-        """
+        """Send the outputs of a step down their edges. See `Outputs.send`, also for the errors."""
         self.outputs.send(work.batch.rows, outputs, ready_ns, soles)
 
     def alone(self, work: Work) -> list[Work]:
-        """One work a row of the batch, to find out which sessions a failing step is due to. They hold no credit."""
+        """Make a step of each row of the batch, to find the sessions that make it fail. These steps hold no credit."""
         if work.pieces:
             return [single for piece in work.pieces for single in self.alone(piece)]
         batch = work.batch
@@ -396,14 +399,17 @@ class HostCore:
         ]
 
     def finish(self, work: Work) -> list[Received]:
-        """The step is over, well or not: give its credit back. Returns the messages that are done with."""
+        """Give back the credit of a step that has ended or failed, and return its used-up messages."""
         return self._use_up(work.sources)
 
     def _discard(self, sources: Iterable[Received]) -> None:
         self.discarded += self._use_up(sources)
 
     def _use_up(self, sources: Iterable[Received]) -> list[Received]:
-        """The messages that are done with. Where the rows of one go different ways, the last of them ends it."""
+        """Give back the credit of messages that are used up, and return these.
+
+        A message whose rows went into several steps is used up with the last of these steps.
+        """
         done = []
         for received in sources:
             if self._shares:

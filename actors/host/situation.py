@@ -1,6 +1,7 @@
-"""What a host says when it is asked why it waits: told by its control thread, about its step thread, which may be stuck.
+"""Explain why a host waits. The control thread answers, because the step thread may be stuck.
 
-The step thread changes what is looked at meanwhile. Nothing is locked for it: who looks begins again if it was disturbed.
+The step thread changes the inspected data meanwhile. There is no lock: a look that the step thread disturbs is
+repeated.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ TRIES = 20
 STACK_LINES = 12
 MOST_JOINS = 16
 STUCK_S = 0.25
-"""Whose step has taken so long tells where it is; less is a step like any other, and no waiting."""
+"""A step that runs longer than this, in seconds, reports its stack. A shorter one is normal work."""
 
 
 def tell(crossing: Crossing, exchange: Exchange, joins: Callable[[int], Iterable[Overdue]]) -> dict[str, Any]:
-    """Seconds and names, as plain data. `joins` gives the steps that have waited since before a time, for some of their
-    inputs."""
+    """Return what the host does and waits for, as plain data: names, counts and durations in seconds.
+
+    `joins` returns the steps that have waited for some of their inputs since before a given time (ns).
+    """
     now_ns = time.monotonic_ns()
     since_ns, ended_ns = crossing.stepping_since_ns, crossing.stepped_ns
     stepping_s = (now_ns - since_ns) / 1e9 if since_ns else 0.0
@@ -45,17 +48,20 @@ def tell(crossing: Crossing, exchange: Exchange, joins: Callable[[int], Iterable
 
 
 def _undisturbed(look: Callable[[], list[Any]]) -> list[Any]:
-    """What it sees; nothing, where it was disturbed each time: the control thread must outlive the question."""
+    """Return the result of `look`, repeated if the step thread disturbs it; an empty list after `TRIES` times.
+
+    The control thread must survive the question, so a disturbed look raises nothing.
+    """
     for _ in range(TRIES):
         try:
             return look()
-        except (RuntimeError, IndexError):  # a collection changed while it was gone through, or has become empty
+        except (RuntimeError, IndexError):  # a collection changed during its iteration, or became empty
             time.sleep(0)
     return []
 
 
 def credit(exchange: Exchange, now_ns: int) -> list[list[Any]]:
-    """Edge, receiver, messages that wait for its credit, seconds since the first of them was ready."""
+    """List the edges without credit: edge, receiver, messages that wait, seconds since the first of them was ready."""
     return [
         [
             link.spec.name,
@@ -69,7 +75,7 @@ def credit(exchange: Exchange, now_ns: int) -> list[list[Any]]:
 
 
 def unread(exchange: Exchange) -> list[list[Any]]:
-    """Edge, receiver, messages and bytes that were sent and of which the receiver has not said that they came."""
+    """List the edges with unacknowledged messages: edge, receiver, number of messages, their bytes."""
     return [
         [
             link.spec.name,
@@ -83,7 +89,10 @@ def unread(exchange: Exchange) -> list[list[Any]]:
 
 
 def _joins(overdue: Iterable[Overdue], now_ns: int) -> list[list[Any]]:
-    """Session, position, the ports that have come, those that have not, seconds since the first came. The oldest first."""
+    """List the incomplete steps: session, position, ports present, ports missing, seconds since the first part arrived.
+
+    The oldest step comes first. At most `MOST_JOINS` are listed.
+    """
     return [
         [each.row.session, each.row.position, list(each.present), list(each.missing), (now_ns - each.since_ns) / 1e9]
         for each in sorted(overdue, key=lambda each: each.since_ns)[:MOST_JOINS]
@@ -91,7 +100,7 @@ def _joins(overdue: Iterable[Overdue], now_ns: int) -> list[list[Any]]:
 
 
 def _stack() -> list[str]:
-    """Where the step thread is: the innermost lines."""
+    """Return the innermost `STACK_LINES` lines of the step thread's stack."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return []

@@ -1,7 +1,7 @@
-"""What an actor keeps beyond its sessions, saved so that one in its place can go on with it.
+"""Save what an actor keeps beyond its sessions, so that its replacement can continue from it.
 
-A snapshot is a safetensors file of the run folder, replaced whole. It is taken on the step thread, before the outputs of the
-step go out: with `snapshot_s: 0` whoever sees an output can rely on it that the state it came from is not lost.
+A snapshot is a safetensors file in the run folder, replaced as a whole. The step thread takes it before the outputs of
+the step go out. So with `snapshot_s: 0`, the state behind every output that anyone sees is saved.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from ..component.actor import Actor
 
 
 class Snapshots:
-    """Of one actor that offers them.
+    """Take the snapshots of one actor that offers them.
 
     Args:
-        file: where they go.
-        every_s: at most so often, in seconds; 0: after every step.
-        failed: called with what went wrong: the actor's `snapshot`, or a full disk. The snapshot before stands, and the next
-            one comes in its time.
+        actor: the actor, which defines `snapshot`.
+        file: the path of the snapshot.
+        every_s: at least this many seconds lie between two snapshots; 0: one after every step.
+        failed: called with the error if the actor's `snapshot` raises, or the file cannot be written. The previous
+            snapshot remains, and the next one is taken after `every_s`.
     """
 
     def __init__(self, actor: Actor, file: Path, every_s: float, failed: Callable[[Exception], None]) -> None:
@@ -40,21 +41,21 @@ class Snapshots:
 
     @classmethod
     def of(cls, actor: Actor, file: Path, every_s: float, failed: Callable[[Exception], None]) -> Snapshots | None:
-        """None if the actor has nothing to save."""
+        """Return the snapshots of an actor, or None if it does not define `snapshot`."""
         return cls(actor, file, every_s, failed) if type(actor).snapshot is not Actor.snapshot else None
 
     def on_step(self) -> None:
-        """The actor has taken a step, or ended a session."""
+        """Note that the actor has taken a step or closed a session. Save its state if a snapshot is due."""
         self._changed = True
         self.on_tick()
 
     def on_tick(self) -> None:
-        """Save what has changed, if it is time."""
+        """Save the state if it has changed and a snapshot is due."""
         if self._changed and time.monotonic() >= self._due_s:
             self.take()
 
     def take(self) -> None:
-        """Save the present state, or say that it failed."""
+        """Save the present state. On an error, call `failed`."""
         self._due_s = time.monotonic() + self._every_s
         part = self._file.with_suffix(".part")
         try:
@@ -70,8 +71,9 @@ class Snapshots:
         self._changed = False
 
     def restore(self, file: Path) -> None:
-        """Go on with what another one has saved, and save it as one's own. Nothing happens if there is no such file: that one
-        was lost before its first.
+        """Restore the actor from the snapshot of a lost one, and save it as this actor's own.
+
+        Does nothing if there is no such file: the lost actor ended before its first snapshot.
 
         Raises:
             ValueError: the file cannot be read.

@@ -1,7 +1,7 @@
-"""Taps: who looks at what an edge carries, or changes it, at the sending end, before it is encoded.
+"""Observe or change what an edge carries, at the sending end, before it is encoded.
 
-`statistics` leaves a record of each message and tells of the first numbers that are none; a function of the user's own,
-`./file.py:name`, is called with the tensor and its rows and may give another tensor of the same shape and dtype back.
+The tap `statistics` records each message and raises an alarm at the first NaN or infinity. A custom function,
+`./file.py:name`, is called with the tensor and its rows. It may return another tensor of the same shape and dtype.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..protocol.host_spec import STATISTICS
 
 Tap = Callable[[torch.Tensor, tuple[Row, ...]], torch.Tensor]
 Put = Callable[[int, int, Mapping[str, float], tuple[Row, ...]], None]
-"""Takes the edge, the time in nanoseconds, the statistics, the rows."""
+"""A function that records statistics. It takes the edge, the time (ns), the statistics and the rows."""
 Alarm = Callable[[str, Row, float, int], None]
-"""Takes the edge's name, the first row, the share of numbers that are none, the time in nanoseconds."""
+"""A function that reports NaN or infinity. It takes the edge's name, the first row, their share, the time (ns)."""
 
 
 @dataclass(slots=True)
 class Statistics:
-    """Norm, mean, largest magnitude and the share of NaN and infinities, of each message. The alarm goes off once."""
+    """Record the `statistics` of each message. Raise the alarm once, at the first NaN or infinity."""
 
     link: LinkSpec
     put: Put
@@ -46,7 +46,11 @@ class Statistics:
 
 
 def statistics(tensor: torch.Tensor) -> dict[str, float]:
-    """Of the finite elements `norm` (Euclidean), `mean` and `largest` (magnitude); of all, the share that is `not_finite`."""
+    """Return statistics of a tensor.
+
+    `norm` (Euclidean), `mean` and `largest` (magnitude) are those of the finite elements. `not_finite` is the share of
+    NaN and infinities.
+    """
     wide = tensor.detach().flatten().to(torch.float64)
     finite = wide[torch.isfinite(wide)]
     return {
@@ -58,7 +62,7 @@ def statistics(tensor: torch.Tensor) -> dict[str, float]:
 
 
 class Own:
-    """A function of the user's own.
+    """Call a custom function as a tap.
 
     Raises:
         KindError: the file has no such function.
@@ -72,11 +76,12 @@ class Own:
             raise KindError(f"edge {edge}: tap {name}: expected a function of that name, got {self._function!r:.80}")
 
     def __call__(self, tensor: torch.Tensor, rows: tuple[Row, ...]) -> torch.Tensor:
-        """
+        """Return the tensor that the function returns, or the given one if it returns None.
+
         Raises:
-            ValueError: what it gives is no tensor of that shape and dtype.
+            ValueError: the function returned something other than a tensor of that shape and dtype.
         """
-        made = self._function(tensor.clone(), rows)  # the other edges carry what was sent
+        made = self._function(tensor.clone(), rows)  # a copy: other edges carry the original
         if made is None:
             return tensor
         if not isinstance(made, torch.Tensor) or made.shape != tensor.shape or made.dtype != tensor.dtype:
@@ -88,9 +93,9 @@ class Own:
 
 
 def make(name: str, link: LinkSpec, folder: str | None, put: Put, alarm: Alarm) -> Tap:
-    """The tap of an edge.
+    """Make the tap of an edge.
 
     Raises:
-        KindError: there is no such function.
+        KindError: there is no function of that name.
     """
     return Statistics(link, put, alarm) if name == STATISTICS else Own(name, folder, link.name)

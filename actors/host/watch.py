@@ -1,7 +1,7 @@
-"""A step of an actor, watched: what its layers make on the way from its inputs to its outputs.
+"""Watch a step of an actor: report the tensors that its layers make between its inputs and its outputs.
 
-Blocks, stages, encoders, decoders and heads tell of their own layers; of any other actor the outputs of the torch modules that
-it holds are seen, by their names in it.
+Blocks, stages, encoders, decoders and heads report their layers themselves. Of any other actor, the outputs of its
+torch modules are reported, by the modules' names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..model.seq2seq import Decoder, Encoder
 
 
 def step(actor: Actor, batch: Batch, look: Look) -> Mapping[str, torch.Tensor | Batch]:
-    """One step, as `Actor.step`; `look` is told of what is inside, in the order in which it was made."""
+    """Run one step like `Actor.step`, and call `look` with the tensors inside, in the order of their creation."""
     with contextlib.ExitStack() as stack:
         told = _that_tell(actor)
         for one in told:
@@ -62,8 +62,11 @@ def _hook(name: str, module: torch.nn.Module, seen: list[tuple[str, torch.Tensor
 
 
 def _whole(seen: list[tuple[str, torch.Tensor]], batch: Batch) -> Iterator[tuple[str, tuple[Row, ...], torch.Tensor]]:
-    """By module in the order in which they were first done. One that was called for each row by itself has its parts laid
-    together; what has no dimension of tokens or rows belongs to the step's first row."""
+    """Yield name, rows and tensor of each module, in the order of the modules' first calls.
+
+    The outputs of a module that was called once per row are concatenated. A tensor without a dimension of tokens or
+    rows is attributed to the first row of the step.
+    """
     parts: dict[str, list[torch.Tensor]] = {}
     for name, tensor in seen:
         parts.setdefault(name, []).append(tensor)

@@ -1,1 +1,1 @@
-"""The layer groups of a causal model as actors: embedding, blocks, head, or all of them in one."""
+"""Provide the layer groups of a language model as actors: embedding, blocks, head, or all of them in one."""

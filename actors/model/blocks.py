@@ -1,7 +1,7 @@
-"""Attention blocks: one set, parameterised, for every family that is built in, over flat batches of rows.
+"""Run attention blocks over flat batches of rows; one parameterised block serves every built-in family.
 
-Shape suffixes: T tokens of the batch, t tokens of one row, H hidden, N query heads, K key-value heads, G query heads for
-each of these (N = K·G), D head width, P positions in the cache, I inner width.
+Shape suffixes: T tokens of the batch, t tokens of one row, H hidden, N query heads, K key-value heads, G query heads
+per key-value head (N = K·G), D head width, P positions in the cache, E = N·D, I inner width.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from .rotary import RotaryTable, rotate
 from .tensors import Norm, product, read_matrix, read_slot
 
 Turns = dict[bool, tuple[torch.Tensor, torch.Tensor]]
-"""cos and sin of a batch's tokens, by the table they are from (see `rotary_tables`)."""
+"""cos and sin of a batch's tokens, by the key of their table (see `rotary_tables`)."""
 
 
 class Block:
-    """The weights of one layer; q, k and v, and gate and up, lie in one matrix each."""
+    """Hold the weights of one layer; q, k and v share one matrix, gate and up share another."""
 
     def __init__(
         self, config: ModelConfig, checkpoint: Checkpoint, layer: int, dtype: torch.dtype, precision: str = "dtype"
@@ -52,14 +52,14 @@ class Block:
         self.norm_attended, self.norm_out = norm("norm_attended"), norm("norm_out")
         self.qkv, self.qkv_bias = matrices["qkv"], held.get("qkv_bias")
         self.out, self.out_bias = matrices["out"], held.get("out_bias")
-        nothing = torch.empty(0, 0)  # of a layer whose experts are elsewhere
+        nothing = torch.empty(0, 0)  # for a layer whose experts run in other actors
         self.up, self.up_bias = matrices.get("up", nothing), held.get("up_bias")
         self.down, self.down_bias = matrices.get("down", nothing), held.get("down_bias")
         self.window = config.window(layer)
 
 
 class Blocks:
-    """Layers `first` to `last` (both included) with the KV cache of all sessions."""
+    """Run the layers `first` to `last` (both included) with the KV cache of all sessions."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Blocks:
             self._compiled.reserve(capacity)
 
     def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
-        """One step of every row through every layer. Takes effect on the caches only if all went well."""
+        """Run one step of every row through every layer; the caches advance only if all layers succeed."""
         if self._compiled is not None:
             caches = [self.cache.at(row.session, row.position, row.tokens) for row in rows]
             if self.look is None:
@@ -117,7 +117,7 @@ class Blocks:
             self.look(self._first + index, name, rows, tensor_T)
 
     def attention_alone(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first half of a single layer: the residual, and what its feed-forward part (elsewhere) is given."""
+        """Return the residual after attention, and the normed input for the feed-forward part, which runs elsewhere."""
         caches, turns = self._begin(rows)
         [block] = self.blocks
         hidden_TH = self._attended(0, block, rows, caches, hidden_TH, turns)
@@ -162,7 +162,7 @@ class Blocks:
             keys_KPD, values_KPD = cache.keys_LKPD[index], cache.values_LKPD[index]
             keys_KPD[:, row.position : end] = turned_TND[start:stop, heads:].transpose(0, 1)
             values_KPD[:, row.position : end] = qkv_TND[start:stop, heads + kv_heads :].transpose(0, 1)
-            # the first token of the row sees no further back than its window
+            # positions before the window of the row's first token are not needed
             seen = max(0, row.position + 1 - block.window) if block.window else 0
             attended.append(
                 attend(
@@ -192,7 +192,7 @@ class Blocks:
 
 
 def rotary_tables(config: ModelConfig, dtype: torch.dtype) -> dict[bool, RotaryTable]:
-    """The table of layers that see everything (False) and, where it is another, that of layers with a window (True)."""
+    """Return the rotary table of layers without a window (False) and, if it differs, that of layers with one (True)."""
     if config.learned_positions:
         return {}
     tables = {False: RotaryTable(config.head_dim, config.rope_theta, config.rope_scaling, dtype)}
@@ -216,10 +216,10 @@ def attend(
     scale: float,
     window: int = 0,
 ) -> torch.Tensor:
-    """Causal attention of the last t of P positions over all P, or over the last `window` (0: all): [t, N·D].
+    """Return causal attention of the last t of P positions over all P, or over the last `window` (0: all): [t, N·D].
 
-    The G query heads of a key-value head are folded into the query axis: torch's own `enable_gqa` took five times as
-    long for one query.
+    For a single query, the G query heads of a key-value head form the query axis: torch's `enable_gqa` took five times
+    as long.
     """
     tokens, heads, width = query_tND.shape
     kv_heads, positions, _ = keys_KPD.shape
@@ -229,7 +229,7 @@ def attend(
         mixed = F.scaled_dot_product_attention(query_KGD[None], keys_KPD[None], values_KPD[None], scale=scale)
         return mixed.view(1, -1)
     exact = query_tND.dtype is torch.float32
-    if exact:  # of many positions float32 adds up a quarter of all that a step is off by
+    if exact:  # float32 sums over many positions would cause a quarter of a step's error
         query_tND, keys_KPD, values_KPD = query_tND.double(), keys_KPD.double(), values_KPD.double()
     query_NtD = query_tND.transpose(0, 1)
     keys_NPD = keys_KPD.repeat_interleave(group, dim=0)

@@ -1,7 +1,9 @@
-"""The built-in kinds: `embedding`, `blocks`, `head`; `first_stage` and `last_stage`, which have blocks together with one of the
-others; and `model`, which is all of them in one actor.
+"""Define the built-in kinds of causal models.
 
-Shape suffixes: T tokens of the batch, H hidden, V vocabulary.
+`embedding`, `blocks` and `head` are the parts. `first_stage` is the embedding with blocks, `last_stage` is blocks
+with the head, and `model` is all of them in one actor.
+
+Shape suffixes: T tokens of the batch, t tokens of one row, R rows, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ from .sampling import choose
 from .tensors import Norm, product, read_matrix, read_slot
 
 SCORED_AT_ONCE = 64
+"""Tokens whose logits are computed at a time for scoring."""
 PIECE = 192
-"""Columns of the head that float32 adds up by itself."""
+"""Columns whose products are summed in float32; the pieces are then summed in float64 (see `_in_pieces`)."""
 
 
 class AnyBlocks(Protocol):
-    """Layers with the caches of their sessions, native or not."""
+    """Describe layers with the caches of their sessions, native or run by transformers."""
 
     look: Look | None
 
@@ -46,7 +49,7 @@ class AnyBlocks(Protocol):
 
 
 class Embedding(Actor):
-    """`token` int64 [tokens] -> `hidden` [tokens, H]."""
+    """Embed tokens: `token` int64 [tokens] -> `hidden` [tokens, H]."""
 
     writes = False
 
@@ -56,7 +59,7 @@ class Embedding(Actor):
         self.load_with(context, None)
 
     def load_with(self, context: Context, weight_VH: torch.Tensor | Packed | None) -> None:
-        """Load, with a matrix that is there already (a tied head's) if it is given."""
+        """Load the weights; if `weight_VH` is given (a tied head's matrix), use it instead of reading one."""
         checkpoint, dtype = needed(context)
         held = {
             slot.name: read_slot(slot, checkpoint, dtype)
@@ -71,7 +74,7 @@ class Embedding(Actor):
         context.progress(1.0)
 
     def use_scale(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        """Rounded first, as the oracle does."""
+        """Keep the embedding scale, rounded to `dtype` before use as in transformers."""
         scale = config.embedding_scale
         self._scale = torch.tensor(scale, dtype=dtype) if scale != 1.0 else None
 
@@ -95,7 +98,7 @@ class Embedding(Actor):
 
 
 class BlocksActor(Actor):
-    """`hidden` [tokens, H] -> `hidden` [tokens, H], through the layers it was given, with their KV cache."""
+    """Run a range of layers with their KV cache: `hidden` [tokens, H] -> `hidden` [tokens, H]."""
 
     writes = False
 
@@ -126,7 +129,7 @@ class BlocksActor(Actor):
 
 
 class _Stream:
-    """What the head keeps of a session: its tokens so far. A function of the log, so a recovery builds it again."""
+    """Hold a session's tokens so far; they depend only on the session's log, so a recovery rebuilds them."""
 
     def __init__(self, info: SessionInfo) -> None:
         self.info = info
@@ -135,10 +138,10 @@ class _Stream:
 
 
 class Head(Actor):
-    """`hidden` [tokens, H] -> the next token of each session whose prompt is complete.
+    """Choose the next token of each session whose prompt is complete, from `hidden` [tokens, H].
 
-    `token` int64 [rows] goes back to the embedding, unless the stream has ended; `sampled` int64 [rows] and, for
-    sessions that asked for them, `logits` float32 [rows, V] or `scores` float32 [tokens] go to the gateway.
+    `token` int64 [rows] goes back to the embedding, unless the stream has ended; `sampled` int64 [rows] goes to the
+    gateway. So do `logits` float32 [rows, V] or `scores` float32 [tokens] for sessions that asked for them.
     """
 
     writes = False
@@ -147,7 +150,7 @@ class Head(Actor):
     look: Look | None = None
 
     def allowed(self, due: list[Row], logits_RV: torch.Tensor) -> torch.Tensor:
-        """The logits that tokens are chosen by, -inf for those that may not be."""
+        """Return the logits to choose tokens by, with -inf for tokens that may not be chosen."""
         return logits_RV
 
     def load(self, context: Context) -> None:
@@ -155,7 +158,7 @@ class Head(Actor):
         context.progress(1.0)
 
     def load_with(self, context: Context, weight_VH: torch.Tensor | Packed | None) -> None:
-        """Load, with a matrix that is there already (a tied embedding's) if it is given."""
+        """Load the weights; if `weight_VH` is given (a tied embedding's matrix), use it instead of reading one."""
         checkpoint, dtype = needed(context)
         config = checkpoint.config
         held = {slot.name: read_slot(slot, checkpoint, dtype) for slot in weights.final_norm(config)}
@@ -188,7 +191,7 @@ class Head(Actor):
             end += row.tokens
             if self.streams[row.session].info.score:
                 scored += self._scored(row, hidden_TH[end - row.tokens : end])
-            elif row.position + row.tokens >= self.streams[row.session].prompt_length:  # else more of the prompt comes
+            elif row.position + row.tokens >= self.streams[row.session].prompt_length:  # else more of it follows
                 due.append(row)
                 last.append(end - 1)
         if scored:
@@ -203,14 +206,14 @@ class Head(Actor):
         return {**outputs, **self._sampled(due, logits_RV)}
 
     def _scored(self, row: Row, hidden_tH: torch.Tensor) -> list[tuple[Row, torch.Tensor]]:
-        """The log-probability, float32 [t], of the token after each of the row; none after the last of the log."""
+        """Return the log-probability of the token after each one of the row, float32 [t]; none after the log's last."""
         log = self.streams[row.session].tokens
         following = torch.tensor(log[row.position + 1 : row.position + row.tokens + 1])
         count = len(following)
         if not count:
             return []
         scores = [
-            # a piece at a time: a row of logits is as wide as the vocabulary
+            # a few tokens at a time: their logits are as wide as the vocabulary
             -F.cross_entropy(self.logits(hidden_tH[start : start + SCORED_AT_ONCE][: count - start]),
                              following[start : start + SCORED_AT_ONCE], reduction="none")
             for start in range(0, count, SCORED_AT_ONCE)
@@ -218,9 +221,9 @@ class Head(Actor):
         return [(row._replace(tokens=count), torch.cat(scores))]
 
     def logits(self, picked_TH: torch.Tensor) -> torch.Tensor:
-        """float32 [T, V]."""
+        """Return the logits of some tokens, float32 [T, V]."""
         normed_TH = self.norm(picked_TH)
-        if isinstance(self.weight_VH, Packed):  # the product is float32 anyway: the logits need not be rounded
+        if isinstance(self.weight_VH, Packed):  # the product is float32 already: do not round it
             logits_TV = product(normed_TH.float(), self.weight_VH)
         elif normed_TH.dtype is torch.float32:
             logits_TV = _in_pieces(normed_TH, self.weight_VH)
@@ -235,7 +238,7 @@ class Head(Actor):
             stream = self.streams[row.session]
             position = row.position + row.tokens
             token = choose(allowed_RV[index], stream.info.sampling, position, stream.tokens)
-            stream.tokens[position:] = [token]  # by position: a step done twice has one effect
+            stream.tokens[position:] = [token]  # by position: repeating a step changes nothing
             made.append(Row(row.session, row.epoch, position, 1))
             tokens.append(token)
             if not stream.info.finished(len(stream.tokens) - stream.prompt_length, token):
@@ -244,7 +247,7 @@ class Head(Actor):
                 asked.append(index)
         token_R = torch.tensor(tokens)
         outputs: dict[str, torch.Tensor | Batch] = {}
-        if going:  # first what the next step waits for
+        if going:  # first, because the next step waits for it
             outputs["token"] = Batch(tuple(made[i] for i in going), {"token": token_R[going]})
         outputs["sampled"] = Batch(tuple(made), {"sampled": token_R})
         if asked:
@@ -256,12 +259,12 @@ class Head(Actor):
 
 
 def last_of(row: Row) -> Row:
-    """Its last token alone."""
+    """Return a row that holds only the last token of `row`."""
     return Row(row.session, row.epoch, row.position + row.tokens - 1, 1)
 
 
 class Stage(Actor):
-    """Blocks together with the embedding before them (`begins`), the head after them (`ends`), or both."""
+    """Run blocks together with the embedding before them (`begins`), the head after them (`ends`), or both."""
 
     writes = False
 
@@ -300,7 +303,7 @@ class Stage(Actor):
             hidden_TH = batch["hidden"]
         else:
             hidden_TH = self.embedding.forward(batch.rows, batch["token"])
-            if self.look is not None and hidden_TH.is_floating_point():  # a model that cannot be cut takes tokens
+            if self.look is not None and hidden_TH.is_floating_point():  # a model that cannot be cut gets the tokens
                 self.look(None, "embedding", batch.rows, hidden_TH)
         hidden_TH = self.blocks.forward(batch.rows, hidden_TH)
         return self.head.forward(batch.rows, hidden_TH) if self.head is not None else {"hidden": hidden_TH}
@@ -323,27 +326,30 @@ class Stage(Actor):
 
 
 class FirstStage(Stage):
-    """`token` int64 [tokens] -> `hidden` [tokens, H]: the embedding and the first blocks."""
+    """Run the embedding and the first blocks: `token` int64 [tokens] -> `hidden` [tokens, H]."""
 
     begins = True
 
 
 class LastStage(Stage):
-    """`hidden` [tokens, H] -> `token`, `sampled`, `logits` as the head's: the last blocks and the head."""
+    """Run the last blocks and the head: `hidden` [tokens, H] -> the outputs of `Head`."""
 
     ends = True
 
 
 class Model(Stage):
-    """`token` int64 [tokens] -> `token`, `sampled`, `logits` as the head's: a whole model in one actor."""
+    """Run a whole model in one actor: `token` int64 [tokens] -> the outputs of `Head`."""
 
     begins = True
     ends = True
 
 
 def _in_pieces(tokens_TH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
-    """float32 [T, V]: sums of so many numbers, added up in float64. In one go float32 rounds them by a third of what all layers
-    before do (SmolLM2: 7.6e-5 and 6.8e-5 from float64's logits over all)."""
+    """Return tokens times the head's matrix, float32 [T, V], with partial sums of `PIECE` columns added in float64.
+
+    A single float32 product would add a third of the rounding error of all layers before it. On SmolLM2 the logits
+    differ from those in float64 by 7.6e-5 with a single product and by 6.8e-5 with partial sums.
+    """
     made_TV = torch.zeros(len(tokens_TH), len(weight_VH), dtype=torch.float64)
     for start in range(0, tokens_TH.shape[1], PIECE):
         made_TV += F.linear(tokens_TH[:, start : start + PIECE], weight_VH[:, start : start + PIECE])
@@ -351,7 +357,7 @@ def _in_pieces(tokens_TH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor
 
 
 def _load_tied(embedding: Embedding, head: Head, context: Context) -> None:
-    """Both ends, with one matrix wherever its numbers are the same for both: packed for the products, or as it is."""
+    """Load both ends of a tied model; they share one matrix, packed or plain, if both read the same values from it."""
     checkpoint, dtype = needed(context)
     [slot] = [slot for slot in weights.head(checkpoint.config) if slot.name == "head"]
     if dtype is not torch.bfloat16 or not weights.packs(slot) or kernels.library() is None:
@@ -363,6 +369,6 @@ def _load_tied(embedding: Embedding, head: Head, context: Context) -> None:
 
 
 def needed(context: Context) -> tuple[Checkpoint, torch.dtype]:
-    """The checkpoint and the dtype that a built-in kind is loaded with."""
+    """Return the checkpoint and the dtype that a built-in kind is loaded with."""
     assert context.checkpoint is not None, "the check of the graph gives every built-in kind its checkpoint"
     return context.checkpoint, torch_dtype(context.dtype)

@@ -1,4 +1,4 @@
-"""A step through a group of blocks as a single call of kernels.c: prompts and single tokens, of many sessions.
+"""Run a step through a group of blocks as one call of kernels.c, for prompts and single tokens of many sessions.
 
 Shape suffixes: T tokens, H hidden, P positions, D head width.
 """
@@ -51,11 +51,11 @@ class _Row(ctypes.Structure):
 
 _Two = ctypes.c_void_p * 2
 MOST_QUERIES = 24
-"""Of one key-value head, that the kernels take (QUERIES of kernels.c)."""
+"""Largest number of query heads per key-value head that the kernels support (QUERIES of kernels.c)."""
 
 
 class Compiled:
-    """The layers of one actor as kernels.c sees them. What it points to is held here."""
+    """Describe the layers of one actor to kernels.c, and keep alive the tensors that this description points to."""
 
     def __init__(self, config: ModelConfig, blocks: Sequence[Block], scale: float) -> None:
         self._held: list[torch.Tensor] = []
@@ -69,13 +69,13 @@ class Compiled:
             config.activation == "gelu_tanh", config.norm_eps, scale, self._layers,
         )  # fmt: skip
         self._at = ctypes.byref(self._group)
-        self._first = _Group.from_buffer_copy(self._group)  # for one layer at a time
+        self._first = _Group.from_buffer_copy(self._group)  # the same group with one layer at a time, for `watched`
         self._first.layers = 1
         self._room = torch.empty(0, dtype=torch.uint8)
 
     @classmethod
     def of(cls, config: ModelConfig, blocks: Sequence[Block], scale: float) -> Compiled | None:
-        """None where the kernels cannot do it: not packed, or a family with parts that they do not know."""
+        """Return the compiled layers; None if a matrix is not packed or the family has parts that the kernels lack."""
         plain = (
             config.norm != "layer" and config.activation in ("silu", "gelu_tanh") and config.gated
             and not config.learned_positions and not config.out_bias and not config.mlp_bias
@@ -98,21 +98,22 @@ class Compiled:
         return _Layer(*(m.matrix for m in matrices if isinstance(m, Packed)), *pointers, block.window, local)
 
     def reserve(self, positions: int) -> None:
-        """Make ready for a session of so many positions."""
+        """Extend the rotary tables to a session of `positions` positions."""
         for table in self._tables:
             table.reserve(positions)
 
     def _turns(self, position: int) -> tuple[Any, Any]:
-        """Where cos and sin of the positions from this one on lie, in each table."""
+        """Return the addresses of cos and of sin from `position` on, one per table."""
         both = []
         for tables in ([t.cos_PD for t in self._tables], [t.sin_PD for t in self._tables]):
             both.append(_Two(*(table.data_ptr() + 4 * self._width * position for table in tables)))
         return both[0], both[1]
 
     def step(self, rows: Sequence[Row], caches: Sequence[SessionCache], hidden_TH: torch.Tensor) -> torch.Tensor:
-        """[T, H] through all layers. Keys and values are written where each cache ends; its length is the caller's to set.
+        """Run [T, H] through all layers, and write keys and values where each cache ends.
 
-        The caches are the kernels' own from then on: keys lie in tiles of 16 positions.
+        The caller sets the new length of each cache. Only the kernels can read these caches afterwards: keys lie in
+        tiles of 16 positions.
         """
         wide_TH = hidden_TH.float()
         self._through(self._at, rows, [(cache.keys_LKPD, cache.values_LKPD) for cache in caches], wide_TH)
@@ -125,7 +126,7 @@ class Compiled:
         hidden_TH: torch.Tensor,
         tell: Callable[[int, torch.Tensor], None],
     ) -> torch.Tensor:
-        """The same, one layer after the other: the same numbers, and `tell` gets what each of them makes, in float32."""
+        """Compute the same as `step`, one layer at a time, and pass each layer's output to `tell`, in float32."""
         wide_TH = hidden_TH.float()
         for index, layer in enumerate(self._layers):
             self._first.layer = ctypes.pointer(layer)
@@ -141,10 +142,10 @@ class Compiled:
         caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
         wide_TH: torch.Tensor,
     ) -> None:
-        """`wide_TH` through the layers of a group, in place.
+        """Run `wide_TH` through the layers of a group, in place.
 
         Raises:
-            ValueError: it is not [T, H]; C would go past its end.
+            ValueError: `wide_TH` is not [T, H]; C would access memory past its end.
         """
         count = len(rows)
         expected = (sum(row.tokens for row in rows), self._group.hidden)

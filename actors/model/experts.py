@@ -1,8 +1,8 @@
-"""A mixture-of-experts layer cut into actors: `attention` up to the router, `experts`, and `combine`.
+"""Cut a mixture-of-experts layer into actors: `attention` (up to the router), `experts`, and `combine`.
 
-Only the tokens that chose an expert travel to it. The method: Shazeer et al. 2017; Jiang et al. 2024 (Mixtral).
+Only the tokens that are routed to an expert travel to it. Method: Shazeer et al. 2017; Jiang et al. 2024 (Mixtral).
 
-Shape suffixes: T tokens, H hidden, E experts, k choices a token.
+Shape suffixes: T tokens, H hidden, E experts, k choices per token.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ def _fed_forward(config: ModelConfig, held: Mapping[str, torch.Tensor], hidden_T
 
 
 class Attention(BlocksActor):
-    """`hidden` [tokens, H] -> attention of one layer and its router: `residual`, `index` and `weight` for `combine`, and each
-    expert's tokens on a port of its own. An expert that every token goes to is here, too, and in the residual."""
+    """Run attention and the router of one layer, from `hidden` [tokens, H].
+
+    `residual`, `index` and `weight` go to `combine`; each expert's tokens go out on their own port, `expertN`. A shared
+    expert, which every token passes through, also runs here; its output is part of the residual.
+    """
 
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
@@ -59,7 +62,7 @@ class Attention(BlocksActor):
 
 
 class Experts(Actor):
-    """The feed-forward parts of some experts of one layer: `expertN` [tokens, H] -> `expertN` [tokens, H], for each."""
+    """Run some experts of one layer: for each, `expertN` [tokens, H] -> `expertN` [tokens, H]."""
 
     writes = False
 
@@ -90,8 +93,10 @@ class Experts(Actor):
 
 
 class Combine(Actor):
-    """`residual` [tokens, H], `index` and `weight` [tokens, k], `expertN` -> `hidden` [tokens, H]: what the experts made,
-    each with its weight, back in order."""
+    """Add the weighted outputs of the experts to the residual, in the order of the tokens.
+
+    `residual` [tokens, H], `index` and `weight` [tokens, k], `expertN` -> `hidden` [tokens, H].
+    """
 
     writes = False
 

@@ -1,4 +1,4 @@
-"""Models of another library, watched by hooks: what goes into their layers and what comes out."""
+"""Watch models of transformers by hooks: report what enters their layers and what leaves them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ import torch
 from torch import nn
 
 Told = Callable[["int | None", str, torch.Tensor], None]
-"""Told of a tensor as the model has it, [1, t, H] in most: the layer, if it is one's, and its name."""
+"""Takes a tensor's layer (None if it is in none), its name, and the tensor as the model has it, mostly [1, t, H]."""
 
 
 def layer_count(model: Any) -> int:
-    """How many layers the text goes through; 0 if the model has several stacks of them."""
+    """Return how many layers text passes through; 0 if the model has several stacks of layers."""
     return getattr(model.config.get_text_config(), "num_hidden_layers", 0)
 
 
 @contextlib.contextmanager
 def watched(model: nn.Module, count: int, told: Told) -> Iterator[None]:
-    """`told` hears, of a forward pass, of `embedding`: what enters the first of `count` layers; of each of them, of `attended`:
-    what its feed-forward part is given, where that is plain, and of `hidden`: what leaves it.
+    """Report tensors of each forward pass to `told` while the context is open.
 
-    The layers are a list of so many modules that is in no other such list (experts are). There may be several: of what takes
-    pictures, say, which no text goes through.
+    `embedding` is what enters the first of the `count` layers. Each layer reports `hidden`, what leaves it, and
+    `attended`, the residual before its feed-forward part, if the layer's modules show where that is.
+
+    The layers are a list of `count` modules that is not nested in another such list (lists of experts are). There may
+    be several such lists, for example one that only pictures pass through.
     """
     lists = {
         name: module

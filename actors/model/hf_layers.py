@@ -1,9 +1,9 @@
-"""The layer groups of any causal model that transformers knows, through that library's own layers: slower, but right.
+"""Run the layer groups of any causal model that transformers knows, through that library's layers: slower, but correct.
 
-Every actor runs the model's own forward pass, over a skeleton in which only its own layers have weights. What comes from
-the actor before enters where the first own layer begins, what leaves the last own layer is the result, and the layers
-of others pass on what they get. So masks, positions and whatever else a family does between its layers are its own.
-Memory of tensors that are never written to is never taken from the system.
+Every actor runs the model's own forward pass over a skeleton in which only this actor's layers have weights. The
+input from the previous actor replaces the hidden states before the first of these layers. The output of the last of
+them is the result. All other layers pass their input on unchanged. So masks, positions and all else that a family
+does between its layers are the library's. Tensors that are never written to take no memory.
 
 Shape suffixes: T tokens of the batch, t tokens of one row, H hidden, V vocabulary.
 """
@@ -34,7 +34,7 @@ from .kv_cache import KVCache
 
 
 class ForeignSession:
-    """One session's cache, of whatever class the model's own layers want."""
+    """Hold one session's cache, with the layer classes that the model's config asks for."""
 
     def __init__(self, config: Any, capacity: int) -> None:
         self.past = DynamicCache(config=config)
@@ -43,21 +43,21 @@ class ForeignSession:
 
 
 class _Left(Exception):
-    """The forward pass has come to where this actor's part ends."""
+    """Stop the forward pass where this actor's part ends."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
         self.hidden = hidden
 
 
 class _Place(nn.Module):
-    """Where a layer stands: the layer itself if it is this actor's, else a passage that keeps its cache in step."""
+    """Replace one layer: run it if this actor holds it, else pass its input on and count the tokens in its cache."""
 
     def __init__(self, skeleton: Skeleton, index: int, layer: nn.Module, own: bool) -> None:
         super().__init__()
         self.own = layer if own else None
-        self._skeleton = [skeleton]  # in a list, so that it is no submodule
+        self._skeleton = [skeleton]  # in a list, so that torch does not register it as a submodule
         self._index = index
-        # some models ask a layer for what kind it is
+        # some models read plain attributes of a layer, such as its type
         self._told = {name: value for name, value in vars(layer).items() if isinstance(value, str | int | float | bool)}
 
     def __getattr__(self, name: str) -> Any:
@@ -84,8 +84,11 @@ class _Place(nn.Module):
 
 
 class Skeleton:
-    """A model of transformers of which this actor holds `layers` (first and last, or None) and, where `outside`, what is
-    not in any layer: embedding, final norm, head."""
+    """Hold a transformers model in which only this actor's part has weights.
+
+    The part is `layers` (first and last, or None for no layer) and, if `outside`, all that is in no layer: embedding,
+    final norm, head. A model that cannot be cut is held whole.
+    """
 
     def __init__(
         self,
@@ -98,21 +101,21 @@ class Skeleton:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         self.look: Look | None = None
         self.rows: tuple[Row, ...] = ()
-        """What `look` is told of."""
+        """Rows of the current step, for `look`."""
         self.entering: torch.Tensor | None = None
         self.enters_at = self.leaves_before = self.leaves_after = -1
         self.bypasses = self.tuples = False
         self.past: Any = None
         self.layers = layers
-        # code that a checkpoint brings is never run: the library's own default, and nothing here asks for it
+        # code in a checkpoint never runs: trust_remote_code keeps its default, False
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
         with torch.inference_mode(False), no_init_weights():
             make: Any = AutoModelForCausalLM.from_config
             self.model = make(config, dtype=dtype).train(False)
-            self.model.tie_weights()  # which skipping the initialisation skips, too
+            self.model.tie_weights()  # no_init_weights skips this, too
         self.model.requires_grad_(False)
         self.config = self.model.config
-        # 5.24 calls it `cache`, earlier versions `past_key_values`
+        # transformers 5.24 calls it `cache`, earlier versions `past_key_values`
         named = inspect.signature(self.model.forward).parameters
         self._past_name = "cache" if "cache" in named else "past_key_values"
         self.whole = Whole(self.model, checkpoint.config, self._past_name) if checkpoint.config.uncut else None
@@ -133,7 +136,7 @@ class Skeleton:
             stack[index] = _Place(self, index, stack[index], index in own)
 
     def _returns_tuples(self, layer: nn.Module) -> bool:
-        """Whether a layer gives a tuple or its hidden state alone: found out with one token and memory never written."""
+        """Return whether a layer returns a tuple and not a tensor; runs one token through it without weights."""
         found = []
 
         def look(_: nn.Module, __: Any, output: Any) -> None:
@@ -152,7 +155,7 @@ class Skeleton:
     def _read(
         self, checkpoint: Checkpoint, wanted: set[str], dtype: torch.dtype, progress: Callable[[float], None]
     ) -> int:
-        """Read the wanted parameters from the checkpoint, or, where its names are not the model's, through transformers."""
+        """Read the wanted parameters, by transformers if the checkpoint names them differently; return their bytes."""
         own = dict(self.model.named_parameters(remove_duplicate=False))
         prefix = self.model.base_model_prefix + "."
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
@@ -175,7 +178,11 @@ class Skeleton:
     def _read_all(
         self, checkpoint: Checkpoint, own: dict[str, nn.Parameter], wanted: set[str], dtype: torch.dtype
     ) -> None:
-        """The whole model for a moment, since the library lays these tensors out differently from their file."""
+        """Load the whole model for a moment, because transformers lays these tensors out differently from their file.
+
+        Raises:
+            CheckpointError: a wanted tensor is missing, or a tensor has another shape.
+        """
         with torch.inference_mode(False):
             read: Any = AutoModelForCausalLM.from_pretrained
             whole, told = read(
@@ -185,13 +192,15 @@ class Skeleton:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-        for name, theirs, expected in sorted(told["mismatched_keys"]):  # they, too, would be random
+        for name, theirs, expected in sorted(told["mismatched_keys"]):  # transformers would leave them random
             raise CheckpointError(
                 f"{checkpoint.path}: tensor {name}: expected shape {tuple(expected)}, got {tuple(theirs)}"
             )
         missing = sorted(wanted & {str(name) for name in told["missing_keys"]})
-        if missing:  # which the library would fill with random numbers
-            raise CheckpointError(f"{checkpoint.path}: tensor {missing[0]} is missing, of {len(missing)} that are")
+        if missing:  # transformers would fill them with random numbers
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor {missing[0]} is missing (missing tensors: {len(missing)})"
+            )
         for name, tensor in whole.named_parameters(remove_duplicate=False):
             if name in wanted:
                 if own[name].shape != tensor.shape:
@@ -201,18 +210,18 @@ class Skeleton:
                 own[name].copy_(tensor)
 
     def embed(self, position: int, token_t: torch.Tensor) -> torch.Tensor:
-        """[t, H]: what enters the first layer."""
+        """Return the hidden states that enter the first layer, [t, H]."""
         self._set(leaves_before=0)
         return self._run(position, input_ids=token_t[None])
 
     def run(self, session: ForeignSession, position: int, hidden_tH: torch.Tensor) -> torch.Tensor:
-        """[t, H] through the own layers; takes effect on the session's cache."""
+        """Run [t, H] through this actor's layers, and extend the session's cache."""
         assert self.layers is not None
         self._set(hidden_tH[None], enters_at=self.layers[0], leaves_after=self.layers[1], past=session.past)
         return self._run(position, inputs_embeds=torch.zeros_like(hidden_tH)[None])
 
     def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
-        """[T, V]: final norm and head, of tokens that need not belong together."""
+        """Return the logits [T, V] by final norm and head; the tokens may be of different sessions."""
         self._set(hidden_TH[None], enters_at=0, bypasses=True)
         made = self.model(inputs_embeds=torch.zeros_like(hidden_TH)[None], use_cache=False)
         logits_TV: torch.Tensor = made.logits[0]
@@ -234,7 +243,7 @@ class Skeleton:
     def _run(self, position: int, **inputs: torch.Tensor) -> torch.Tensor:
         [given] = inputs.values()
         count = given.shape[1]
-        if self.past is None and position:  # no cache says where these tokens stand
+        if self.past is None and position:  # a cache of `position` empty entries makes the tokens begin there
             self.past = DynamicCache(config=self.config)
             for index in range(len(_layer_list(self.model, None)[0])):
                 nothing = torch.zeros(1, 1, position, 1)
@@ -249,11 +258,11 @@ class Skeleton:
             )
         except _Left as left:
             return left.hidden[0]
-        raise AssertionError("the forward pass went past the place where it was to end")
+        raise AssertionError("the forward pass did not stop where this actor's part ends")
 
 
 def _layer_list(model: nn.Module, count: int | None) -> tuple[nn.ModuleList, str]:
-    """The list of decoder layers and its name: the first list of so many modules."""
+    """Return the list of decoder layers and its name: the first list of `count` modules, or of replaced layers."""
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and (len(module) == count or isinstance(module[0], _Place)):
             return module, name
@@ -265,7 +274,7 @@ def layer_of(name: str, stack: str) -> int:
 
 
 class ForeignBlocks:
-    """What `Blocks` is for native layers."""
+    """Run layers of transformers with the interface of `Blocks`."""
 
     def __init__(self, skeleton: Skeleton, cache_tokens: int) -> None:
         self.skeleton = skeleton
@@ -283,7 +292,7 @@ class ForeignBlocks:
         made = []
         parts = torch.split(hidden_TH, [row.tokens for row in rows])
         for row, unaligned in zip(rows, parts, strict=True):
-            part = aligned(unaligned)  # what lies before it in the batch changes nothing
+            part = aligned(unaligned)  # results must not depend on what precedes it in the batch
             session = self.cache.at(row.session, row.position, row.tokens)
             self.skeleton.look, self.skeleton.rows = self.look, (row,)
             if isinstance(session, WholeSession):
@@ -320,7 +329,7 @@ class ForeignEmbedding(Embedding):
 
 class ForeignBlocksActor(BlocksActor):
     writes = True
-    rewind = Actor.rewind  # their caches may hold no more than a window, or sums over all positions
+    rewind = Actor.rewind  # none: these caches may hold only a window, or sums over all positions
 
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
@@ -340,7 +349,7 @@ class ForeignHead(Head):
 
     def logits(self, picked_TH: torch.Tensor) -> torch.Tensor:
         if self.skeleton.whole is not None:
-            return picked_TH.float()  # what came of the blocks are logits already
+            return picked_TH.float()  # the blocks returned logits already
         return self.skeleton.logits(picked_TH).float()
 
     def held_bytes(self) -> int:

@@ -1,7 +1,8 @@
-"""A model of transformers that one actor runs whole: from a session's tokens to logits, by the library's own forward pass.
+"""Run a whole transformers model in one actor, from a session's tokens to logits, by the library's forward pass.
 
-Most keep what they remember of a session in a cache. Of some the library keeps it elsewhere: they compute all tokens anew.
-And a few let the tokens of a prompt see each other in both directions: those take the steps of the library's `generate`.
+Most models keep a session's state in a cache. For some models the library keeps it elsewhere: each step computes all
+tokens again. A few models let the tokens of a prompt see each other in both directions: they take the steps of
+`generate`.
 
 Shape suffixes: t tokens of one step, H hidden, V vocabulary.
 """
@@ -23,7 +24,7 @@ from .hf_hooks import layer_count, watched
 
 
 class WholeSession:
-    """What one session needs: its tokens, as far as they are looked at again, and what the model remembers of it."""
+    """Hold one session: the tokens that later steps read again, and the state that the model keeps of it."""
 
     def __init__(self, cache: DynamicCache | None, capacity: int) -> None:
         self.past: Any = cache
@@ -34,7 +35,7 @@ class WholeSession:
 
 
 class Whole:
-    """`model` is the library's; `past_name` what it calls its cache."""
+    """Run `model` of transformers; `past_name` is the name of its argument for the cache."""
 
     def __init__(self, model: Any, config: ModelConfig, past_name: str) -> None:
         self._model, self._past_name = model, "mems" if config.family == "xlnet" else past_name
@@ -45,8 +46,11 @@ class Whole:
         return WholeSession(DynamicCache(config=self._model.config) if cached else None, capacity)
 
     def watched(self, row: Row, look: Look) -> AbstractContextManager[None]:
-        """Meanwhile `look` hears of the layers that make one of each token, or of the last alone where tokens are seen both
-        ways."""
+        """Report tensors of the layers to `look` while the context is open.
+
+        Tensors with fewer entries than the row has tokens are skipped. If the model sees prompts in both directions,
+        only the last token is reported.
+        """
         seen = last_of(row) if self._both_ways else row
 
         def told(layer: int | None, name: str, tensor_1tH: torch.Tensor) -> None:
@@ -56,8 +60,11 @@ class Whole:
         return watched(self._model, layer_count(self._model), told)
 
     def logits(self, session: WholeSession, token_t: torch.Tensor) -> torch.Tensor:
-        """[t, V]. Takes effect on the session. Of a prompt that is seen both ways, and not scored, only the last row means
-        anything; the others are NaN."""
+        """Return the logits [t, V], and extend the session.
+
+        If the model sees prompts in both directions and the session is not scored, only the last row is valid; the
+        other rows are NaN.
+        """
         if self._both_ways:
             return self._seen_both_ways(session, token_t)
         if self._uncached:
@@ -71,7 +78,7 @@ class Whole:
     def _seen_both_ways(self, session: WholeSession, token_t: torch.Tensor) -> torch.Tensor:
         before = len(session.tokens)
         session.tokens += token_t.tolist()
-        if session.scored:  # what follows a token depends on where the prompt ends: each is the end once
+        if session.scored:  # a prediction depends on where the prompt ends: let it end once at each token
             ends = range(before + 1, len(session.tokens) + 1)
             return torch.stack([self._predicted(session.tokens[:end], None)[0] for end in ends])
         last_V, session.past = self._predicted(session.tokens, session.past)
@@ -80,7 +87,7 @@ class Whole:
         return logits_tV
 
     def _predicted(self, tokens: list[int], past: Any) -> tuple[torch.Tensor, Any]:
-        """[V] after `tokens`, and what is remembered: one step of the library's `generate`."""
+        """Return the logits [V] after `tokens`, and the new state, by one step of the library's `generate`."""
         ids = torch.tensor([tokens])
         inputs = self._model.prepare_inputs_for_generation(ids, use_cache=past is not None, **{self._past_name: past})
         made = self._model(**inputs)

@@ -1,8 +1,8 @@
-"""The KV cache of one blocks actor: for each session, keys and values of its own layers by position.
+"""Keep the KV cache of one blocks actor: for each session, the keys and values of the actor's layers by position.
 
-An entry is a function of (session, epoch, position): a session opens with an empty cache of its whole capacity, a step
-may only write where the cache ends, and its length grows once the step has gone through every layer. So a step cannot
-take effect twice, and one that failed half-way leaves nothing behind.
+An entry is a function of (session, epoch, position). A session opens with an empty cache of its whole capacity. A
+step may only write where the cache ends, and the length grows only after the step has passed every layer. So a step
+cannot take effect twice, and a step that fails half-way leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from .kernels import TILE
 
 
 class SessionCache:
-    """One session: `keys` and `values` are [layers, kv heads, capacity, head width]; the first `length` are valid."""
+    """Hold a session's keys and values, [layers, kv heads, capacity, head width]; the first `length` are valid."""
 
     def __init__(self, config: ModelConfig, layers: int, capacity: int, dtype: torch.dtype) -> None:
-        # whole tiles of positions, which is how the kernels keep keys
+        # whole tiles of positions, because the kernels store keys in tiles
         shape = (layers, config.kv_heads, -(-capacity // TILE) * TILE, config.head_dim)
-        # pages are taken from the system when first written, so capacity that is never reached costs nothing
+        # the system allocates a page at the first write, so unused capacity costs nothing
         self.keys_LKPD = torch.empty(shape, dtype=dtype)
         self.values_LKPD = torch.empty(shape, dtype=dtype)
         self.capacity = capacity
@@ -30,7 +30,7 @@ class SessionCache:
 
 
 class Bounded(Protocol):
-    """What a cache of one session has in any case."""
+    """Describe what the cache of a session has in every class."""
 
     capacity: int
     length: int
@@ -40,7 +40,7 @@ C = TypeVar("C", bound=Bounded)
 
 
 class KVCache(Generic[C]):
-    """All sessions of one actor, at most `tokens` positions together. `make` gives the cache of one, by its capacity."""
+    """Hold the caches of an actor's sessions, at most `tokens` positions in all; `make` builds one by capacity."""
 
     def __init__(self, tokens: int, make: Callable[[int], C]) -> None:
         self._make = make
@@ -49,10 +49,10 @@ class KVCache(Generic[C]):
         self.sessions: dict[int, C] = {}
 
     def open(self, session: int, capacity: int) -> None:
-        """Reserve `capacity` positions. A session that is open starts anew.
+        """Reserve `capacity` positions for a session; one that is already open starts again, empty.
 
         Raises:
-            MemoryError: they do not fit beside the other sessions (the gateway should have turned it away).
+            MemoryError: they do not fit beside the other sessions (the gateway should have refused the session).
         """
         self.close(session)
         if self.reserved + capacity > self.tokens:
@@ -68,21 +68,21 @@ class KVCache(Generic[C]):
             self.reserved -= cache.capacity
 
     def rewind(self, session: int, length: int) -> None:
-        """Forget what is behind the first `length` positions.
+        """Keep only the first `length` positions of a session.
 
         Raises:
-            ValueError: there are not so many.
+            ValueError: the cache has fewer positions.
         """
         cache = self.sessions[session]
         if length > cache.length:
-            raise ValueError(f"session {session}: expected {length} positions in its cache, there are {cache.length}")
+            raise ValueError(f"session {session}: expected at least {length} cached positions, got {cache.length}")
         cache.length = length
 
     def at(self, session: int, position: int, tokens: int) -> C:
-        """The cache for a step that writes `tokens` entries from `position` on.
+        """Return the cache for a step that writes `tokens` entries from `position` on.
 
         Raises:
-            ValueError: the step is not the one that comes next, or goes over the session's capacity.
+            ValueError: the step does not begin where the cache ends, or exceeds the session's capacity.
         """
         cache = self.sessions[session]
         if position != cache.length:

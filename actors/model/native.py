@@ -1,4 +1,7 @@
-"""Where the compiled kernels are, and whether this processor runs them. No torch here: the check of a graph asks, too."""
+"""Find the compiled kernels that this processor can run.
+
+This module does not import torch, because the check of a graph uses it, too.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 @functools.cache
 def library() -> Any:
-    """The functions of kernels.c; None where they cannot be used."""
+    """Return the functions of kernels.c; None if they cannot be used."""
     loaded = find("ranvier.actors.model", "_kernels")
     if loaded is not None:
         loaded.ranvier_room.restype = ctypes.c_int64
@@ -18,8 +21,10 @@ def library() -> Any:
 
 
 def find(package: str, name: str) -> Any:
-    """What was compiled under that name for the widest vectors that this processor has (AVX-512 or AVX2); None where it has
-    neither, or nothing was compiled."""
+    """Return the library `name`, compiled for the widest vectors that this processor has (AVX-512 or AVX2).
+
+    Return None if the processor has neither, or if nothing was compiled.
+    """
     for vectors in ("avx512", "avx2"):
         spec = importlib.util.find_spec(f"{package}.{name}_{vectors}")
         if spec is None or spec.origin is None:

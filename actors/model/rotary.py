@@ -1,6 +1,6 @@
-"""Rotary position embedding (Su et al. 2021), half-split as in transformers' llama.
+"""Compute rotary position embeddings (Su et al. 2021), half-split as in transformers' llama.
 
-Shape suffixes: T tokens, D head width, N heads.
+Shape suffixes: T tokens, P positions, D head width, N heads.
 """
 
 from __future__ import annotations
@@ -13,7 +13,11 @@ from ..checkpoint.config import RopeScaling
 
 
 def inverse_frequencies(width: int, theta: float, scaling: RopeScaling | None) -> torch.Tensor:
-    """float32 [D / 2]."""
+    """Return the inverse frequencies after scaling, float32 [D / 2].
+
+    Raises:
+        ValueError: the scaling has not D / 2 factors.
+    """
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     frequencies = 1.0 / (theta**exponents)
     if scaling is None:
@@ -31,12 +35,12 @@ def _llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
     wavelengths = 2 * math.pi / frequencies
     turns = scaling.original_context / wavelengths
     smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = smooth.clamp(0, 1)  # 0: a long wave, stretched by the factor; 1: a short one, as it was
+    smooth = smooth.clamp(0, 1)  # 0: a long wavelength, stretched by the factor; 1: a short one, unchanged
     return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
 
 
 class RotaryTable:
-    """cos and sin by position, computed once and grown when a session needs more."""
+    """Hold cos and sin by position, computed once and extended when a session needs more."""
 
     def __init__(self, width: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype) -> None:
         self._frequencies = inverse_frequencies(width, theta, scaling)
@@ -45,7 +49,7 @@ class RotaryTable:
         self.sin_PD = torch.empty(0, width, dtype=dtype)
 
     def at(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of each position, [T, D]."""
+        """Return cos and sin of each position, [T, D]."""
         return self.cos_PD[positions_T], self.sin_PD[positions_T]
 
     def reserve(self, positions: int) -> None:
@@ -54,12 +58,12 @@ class RotaryTable:
         positions = -(-positions // 256) * 256
         angles = torch.arange(positions, dtype=torch.float32)[:, None] * self._frequencies
         angles = torch.cat((angles, angles), dim=-1)
-        # computed in float32 and rounded once, as the oracle does
+        # computed in float32 and rounded once, as in transformers
         self.cos_PD, self.sin_PD = angles.cos().to(self._dtype), angles.sin().to(self._dtype)
 
 
 def rotate(heads_TND: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
-    """Turn each head by its position's angles; `cos_TD` and `sin_TD` hold one row a token."""
+    """Rotate each head by its position's angles; `cos_TD` and `sin_TD` have one row per token."""
     half = heads_TND.shape[-1] // 2
     turned = torch.cat((-heads_TND[..., half:], heads_TND[..., :half]), dim=-1)
     return heads_TND * cos_TD[:, None] + turned * sin_TD[:, None]

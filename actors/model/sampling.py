@@ -1,4 +1,4 @@
-"""Choosing a token from logits, the same way for the same (seed, position) wherever and whenever it is done."""
+"""Choose tokens from logits: the same (seed, position) gives the same draw on any host at any time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MASK = (1 << 64) - 1
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) keyed by (seed, position): SplitMix64 (Steele, Lea and Flood 2014) over both."""
+    """Return a number in [0, 1) keyed by (seed, position), by SplitMix64 (Steele, Lea and Flood 2014) over both."""
     state = (seed * 0x9E3779B97F4A7C15 + position * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & _MASK
     for _ in range(2):
         state = (state + 0x9E3779B97F4A7C15) & _MASK
@@ -24,7 +24,7 @@ def uniform(seed: int, position: int) -> float:
 
 
 def filtered(logits_V: torch.Tensor, sampling: Sampling, seen: Sequence[int]) -> torch.Tensor:
-    """float32 logits after penalty, temperature, top-k, top-p and min-p; -inf for what may not be chosen.
+    """Return float32 logits after penalty, temperature, top-k, top-p and min-p, with -inf for tokens that are excluded.
 
     The order and the edge cases are those of transformers' logits processors.
     """
@@ -52,11 +52,11 @@ def filtered(logits_V: torch.Tensor, sampling: Sampling, seen: Sequence[int]) ->
 
 
 def choose(logits_V: torch.Tensor, sampling: Sampling, position: int, seen: Sequence[int]) -> int:
-    """The token for `position`: the likeliest if the temperature is 0, else a draw keyed by (seed, position).
+    """Return the token for `position`: the likeliest if the temperature is 0, else a draw keyed by (seed, position).
 
     Args:
-        logits_V: the model's logits, any floating dtype, one for each token of the vocabulary.
-        seen: prompt and generated tokens, for the repetition penalty.
+        logits_V: the model's logits, any floating dtype, one per token of the vocabulary.
+        seen: the tokens of the prompt and of the answer so far, for the repetition penalty.
     """
     if sampling.temperature == 0:
         if sampling.repetition_penalty != 1:

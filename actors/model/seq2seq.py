@@ -1,11 +1,11 @@
-"""The parts of an encoder–decoder model as actors: `encoder_embedding`, `encoder`, `decoder`, and the decoder's own embedding
-and head.
+"""Define the actors of an encoder–decoder model.
 
-The encoder takes a whole source at once and keeps nothing. A decoder is told what came of it once a session (`memory`),
-turns it into keys and values of its own layers, and keeps these beside its KV cache.
+They are `encoder_embedding`, `encoder` and `decoder`, and the decoder's own forms of `embedding` and `head`. The
+encoder takes a whole source at once and keeps nothing. A decoder receives the encoder's output (`memory`) once per
+session. It turns that into keys and values of its layers, and keeps these beside its KV cache.
 
-Shape suffixes: T tokens of the batch, t tokens of one row, M tokens of the source, H hidden, N heads, D head width, P
-positions.
+Shape suffixes: T tokens of the batch, t tokens of one row, R rows, M tokens of the source, H hidden, N heads, D head
+width, P positions, B buckets, V vocabulary.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KeysAndValues = tuple[torch.Tensor, torch.Tensor]
 
 
 class SourceEmbedding(Embedding):
-    """`token` int64 [tokens] -> `hidden` [tokens, H]: what the decoder of an encoder–decoder model begins with."""
+    """Embed the decoder's tokens: `token` int64 [tokens] -> `hidden` [tokens, H]."""
 
     side: Side = "decoder"
 
@@ -62,7 +62,7 @@ class SourceEmbedding(Embedding):
 
 
 class EncoderEmbedding(SourceEmbedding):
-    """`prompt` int64 [tokens] -> `hidden` [tokens, H]: the source of an encoder–decoder model."""
+    """Embed the source: `prompt` int64 [tokens] -> `hidden` [tokens, H]."""
 
     side: Side = "encoder"
 
@@ -71,7 +71,7 @@ class EncoderEmbedding(SourceEmbedding):
 
 
 class Encoder(Actor):
-    """`hidden` [tokens, H] -> `hidden` [tokens, H], through encoder layers; every token of a source sees all of it."""
+    """Run encoder layers, `hidden` [tokens, H] -> `hidden` [tokens, H]; each token sees its whole source."""
 
     writes = False
 
@@ -114,7 +114,7 @@ class Encoder(Actor):
 
 
 class DecoderSession(SessionCache):
-    """Beside the cache of its own tokens: keys and values of the source, [N, M, D] for each layer, once it is known."""
+    """Hold a session's KV cache and, once they are received, keys and values of its source, [N, M, D] per layer."""
 
     def __init__(self, config: ModelConfig, layers: int, capacity: int, dtype: torch.dtype) -> None:
         super().__init__(config, layers, capacity, dtype)
@@ -122,8 +122,10 @@ class DecoderSession(SessionCache):
 
 
 class Decoder(Actor):
-    """`hidden` [tokens, H] -> `hidden` [tokens, H], through decoder layers with their KV cache. What came of the encoder,
-    `memory` [tokens, H], comes once a session, before its first step."""
+    """Run decoder layers with their KV cache: `hidden` [tokens, H] -> `hidden` [tokens, H].
+
+    The encoder's output, `memory` [tokens, H], arrives once per session, before its first step.
+    """
 
     writes = False
 
@@ -154,7 +156,7 @@ class Decoder(Actor):
         return {"hidden": self.forward(batch.rows, batch["hidden"])}
 
     def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
-        """One step of every row through every layer. Takes effect on the caches only if all went well."""
+        """Run one step of every row through every layer; the caches advance only if all layers succeed."""
         caches = [self.cache.at(row.session, row.position, row.tokens) for row in rows]
         stack = self.stack
         scores = [stack.scores(row.position, row.tokens, row.position + row.tokens) for row in rows]
@@ -174,7 +176,7 @@ class Decoder(Actor):
         self, rows: tuple[Row, ...], own: Sequence[KeysAndValues], scores: Sequence[torch.Tensor | None],
         query_TND: torch.Tensor, keys_TND: torch.Tensor, values_TND: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        """[T, N·D]: each row over its own tokens so far; keys and values are written where its cache ends."""
+        """Return each row's attention over its tokens so far, [T, N·D]; writes keys and values where its cache ends."""
         made, start = [], 0
         for row, (keys_NPD, values_NPD), score in zip(rows, own, scores, strict=True):
             stop, end = start + row.tokens, row.position + row.tokens
@@ -187,7 +189,7 @@ class Decoder(Actor):
     def _attend_across(
         self, rows: tuple[Row, ...], memory: Sequence[KeysAndValues], query_TND: torch.Tensor
     ) -> torch.Tensor:
-        """[T, N·D]: each row over its source."""
+        """Return each row's attention over its source, [T, N·D]."""
         parts = torch.split(query_TND, [row.tokens for row in rows])
         return torch.cat([
             self.stack.attend(part, *source, None) for part, source in zip(parts, memory, strict=True)
@@ -201,7 +203,7 @@ class Decoder(Actor):
 
 
 class Seq2SeqHead(Head):
-    """`hidden` [tokens, H] -> the next token of each session, as the head of a causal model does."""
+    """Choose the next token of each session from `hidden` [tokens, H], as the head of a causal model does."""
 
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
@@ -243,7 +245,7 @@ class Seq2SeqHead(Head):
 
 
 class Layer:
-    """One layer of either side. `attend` is what the side does with queries, keys and values, each [T, N, D]."""
+    """Run one layer of either side; `attend` is the side's attention over queries, keys and values, each [T, N, D]."""
 
     def __init__(self, config: ModelConfig, held: Held, heads: int) -> None:
         self._config = config
@@ -277,7 +279,7 @@ class Layer:
         return self._added(self._norm_mid, hidden_TH, self._fed_forward)
 
     def remembered(self, memory_MH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the source, [N, M, D] each."""
+        """Return keys and values of the source, [N, M, D] each."""
         keys, values = self._linear("cross_kv", memory_MH).chunk(2, -1)
         keys_MND, values_MND = _in_heads(keys, self._heads), _in_heads(values, self._heads)
         return keys_MND.transpose(0, 1).contiguous(), values_MND.transpose(0, 1).contiguous()
@@ -300,7 +302,7 @@ class Layer:
 
 
 class Stack:
-    """The layers of one actor and what they share: how scores are scaled, and what relative positions add to them."""
+    """Hold the layers of one actor and what they share: the scale of scores, and the biases of relative positions."""
 
     def __init__(
         self,
@@ -330,8 +332,11 @@ class Stack:
         self.held_bytes += sum(tensor.nbytes for tensor in shared.values())
 
     def scores(self, position: int, tokens: int, positions: int) -> torch.Tensor | None:
-        """What is added to the scores of `tokens` tokens from `position` on over `positions`: [N or 1, t, P], or None.
-        What a decoder may not see is -inf."""
+        """Return what is added to the attention scores, [N or 1, t, P]; None if nothing is.
+
+        The scores are those of `tokens` tokens from `position` on over `positions` keys. Keys that a decoder may not
+        see get -inf.
+        """
         behind_tP = torch.arange(positions)[None] - torch.arange(position, position + tokens)[:, None]
         if self._relative_BN is not None:
             bucket_tP = bucket(behind_tP, self._side == "encoder", self._model.buckets, self._model.distance)
@@ -351,7 +356,7 @@ class Stack:
         values_NPD: torch.Tensor,
         scores_NtP: torch.Tensor | None,
     ) -> torch.Tensor:
-        """[t, N·D]."""
+        """Return the attention of one row's tokens, [t, N·D]."""
         mask = scores_NtP[None] if scores_NtP is not None else None
         mixed = F.scaled_dot_product_attention(
             query_tND.transpose(0, 1)[None], keys_NPD[None], values_NPD[None], mask, scale=self._scale
@@ -364,8 +369,11 @@ def _in_heads(wide: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def bucket(behind: torch.Tensor, both_ways: bool, buckets: int, distance: int) -> torch.Tensor:
-    """The bucket of each relative position (key less query): exact for near ones, logarithmic up to `distance` (Raffel et
-    al. 2020, as in transformers' `modeling_t5.py`)."""
+    """Return the bucket of each relative position (key minus query).
+
+    Buckets are exact for near positions and logarithmic up to `distance` (Raffel et al. 2020, as in transformers'
+    `modeling_t5.py`).
+    """
     found = torch.zeros_like(behind)
     if both_ways:
         buckets //= 2
@@ -379,7 +387,7 @@ def bucket(behind: torch.Tensor, both_ways: bool, buckets: int, distance: int) -
 
 
 def sinusoids(positions: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
-    """[P, H]: sines in the first half, cosines in the second (Vaswani et al. 2017; marian's order)."""
+    """Return sinusoidal positions, [P, H]: first sines, then cosines (Vaswani et al. 2017; marian's order)."""
     column = torch.arange(hidden, dtype=torch.float64)
     angle = torch.arange(positions, dtype=torch.float64)[:, None] / 10000 ** (2 * (column // 2) / hidden)
     return torch.cat((angle[:, 0::2].sin(), angle[:, 1::2].cos()), 1).float().to(dtype)

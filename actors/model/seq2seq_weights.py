@@ -1,6 +1,6 @@
-"""Which tensors each layer group of an encoder–decoder model needs, under the names that its family gives them.
+"""List the tensors that each layer group of an encoder–decoder model needs, under the names of its family.
 
-T5 and mT5 number the parts of a layer; BART and its like name them.
+T5 and mT5 number the parts of a layer; BART and related families name them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from .slots import Slot
 
 Side = Literal["encoder", "decoder"]
 LEARNED_FROM = 2
-"""BART's learned positions begin with two rows that stand for none."""
+"""Rows at the start of BART's learned positions that belong to no position."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """How a family calls the parts of a layer."""
+    """Hold a family's names for the parts of a layer."""
 
     attention: str
     attention_norm: str
@@ -33,7 +33,7 @@ class _Names:
 
 
 def seq2seq(config: ModelConfig) -> Seq2Seq:
-    assert config.encoder is not None, "the check of the graph gives these kinds to encoder–decoder models alone"
+    assert config.encoder is not None, "the check of the graph gives these kinds only to encoder–decoder models"
     return config.encoder
 
 
@@ -61,7 +61,7 @@ def _prefix(config: ModelConfig, side: Side) -> str:
 
 
 def embedding(config: ModelConfig, side: Side) -> Iterator[Slot]:
-    """What turns tokens into hidden states at one end. Both ends read the same matrix where the checkpoint shares it."""
+    """Yield the tensors of one side's embedding; both sides read the same matrix if the checkpoint shares it."""
     model = seq2seq(config)
     prefix = _prefix(config, side)
     vocab = model.source_vocab if side == "encoder" else config.vocab
@@ -79,7 +79,7 @@ def _matrix(config: ModelConfig, side: Side) -> str:
 
 
 def layer(config: ModelConfig, side: Side, index: int) -> Iterator[Slot]:
-    """The tensors of one layer; q, k and v of self-attention lie in one matrix, k and v of cross-attention in another."""
+    """Yield the tensors of one layer: self-attention's q, k, v in one matrix, cross-attention's k and v in another."""
     model, names = seq2seq(config), _names(config, side)
     prefix = f"{_prefix(config, side)}{'block' if _is_t5(config) else 'layers'}.{index}."
     inner = model.intermediate if side == "encoder" else config.intermediate
@@ -100,7 +100,7 @@ def layer(config: ModelConfig, side: Side, index: int) -> Iterator[Slot]:
 
 
 def relative(config: ModelConfig, side: Side) -> Iterator[Slot]:
-    """The scores of relative positions: they stand in the first layer, and every layer adds them."""
+    """Yield the biases of relative positions: the file has them in the first layer, and every layer adds them."""
     model = seq2seq(config)
     if model.positions == "relative":
         name = f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -108,14 +108,14 @@ def relative(config: ModelConfig, side: Side) -> Iterator[Slot]:
 
 
 def final_norm(config: ModelConfig, side: Side) -> Iterator[Slot]:
-    """What comes after the last layer, in the families that have it: of the encoder at its end, of the decoder in the head."""
+    """Yield the norm after a side's last layer, in families that have it; the decoder's belongs to the head."""
     if seq2seq(config).final_norm:
         last = "final_layer_norm" if _is_t5(config) else "layer_norm"
         yield from _norm(config, "norm", _prefix(config, side) + last)
 
 
 def head(config: ModelConfig) -> Iterator[Slot]:
-    """Final norm, output matrix (the decoder's embedding where it is tied), and its bias."""
+    """Yield the final norm and the output matrix, which is the decoder's embedding if it is tied."""
     yield from final_norm(config, "decoder")
     yield Slot(
         "head", ((_matrix(config, "decoder") if config.tied else "lm_head.weight", config.vocab),), config.hidden
@@ -123,12 +123,12 @@ def head(config: ModelConfig) -> Iterator[Slot]:
 
 
 def bias(config: ModelConfig) -> Slot | None:
-    """[1, V], added to the logits; checkpoints may leave it out where it is nothing."""
+    """Return the bias of the logits, [1, V], if the family has it; checkpoints may leave it out where it is zero."""
     return Slot("bias", (("final_logits_bias", 1),), config.vocab) if seq2seq(config).logits_bias else None
 
 
 def slots(kind: str, config: ModelConfig, layers: tuple[int, int] | None) -> Iterator[Slot]:
-    """Every tensor that an actor of a kind holds."""
+    """Yield every tensor that an actor of `kind` holds."""
     if kind in ("embedding", "encoder_embedding"):
         yield from embedding(config, "decoder" if kind == "embedding" else "encoder")
     elif kind == "head":

@@ -1,4 +1,7 @@
-"""A `Slot` is one tensor as an actor holds it, put together of one or more tensors of the checkpoint. No torch here."""
+"""Define `Slot`: one tensor of an actor, assembled from one or more tensors of the checkpoint.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 Need = tuple[str, tuple[int, ...]]
+"""Name and shape of a tensor in the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A tensor of an actor: `parts` (name, rows) lie one below the other; `columns` is None for a vector.
+    """Describe a tensor of an actor: its `parts` (name, rows) are stacked by rows; `columns` is None for a vector.
 
-    `transposed`: the checkpoint keeps it as [columns, rows] (gpt2's Conv1D).
+    If `transposed`, the checkpoint stores each part as [columns, rows] (gpt2's Conv1D).
     """
 
     name: str

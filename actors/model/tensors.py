@@ -1,6 +1,6 @@
-"""From slots to tensors: what an actor of a model holds, read from its checkpoint. Norms, which all parts have.
+"""Read an actor's slots from the checkpoint as tensors, and compute products and norms with them.
 
-Shape suffixes: T tokens, H width.
+Shape suffixes: T tokens, H width, R rows, C columns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ KINDS = {"bfloat16": kernels.BFLOAT16, "int8": kernels.INT8, "int4": kernels.INT
 
 
 def read_slot(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
-    """The tensor of a slot, its parts one below the other."""
+    """Read the tensor of a slot, with its parts stacked by rows."""
     if dtype is torch.bfloat16 and len(slot.parts) == 1 and (parts := _stored(slot, checkpoint)) is not None:
         return kernels.read_stored(parts[0])
     tensor = torch.empty(slot.shape, dtype=dtype)
@@ -32,7 +32,7 @@ def read_slot(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.T
 
 
 def read_matrix(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, precision: str) -> torch.Tensor | Packed:
-    """A matrix that is multiplied with tokens: packed where the kernels run here and the dtype is bfloat16."""
+    """Read a matrix for products with tokens: packed if the kernels run here, take its shape, and dtype is bfloat16."""
     if dtype is not torch.bfloat16 or not packs(slot) or kernels.library() is None:
         return read_slot(slot, checkpoint, dtype)
     held = packed_as(slot, checkpoint, precision)
@@ -50,7 +50,7 @@ def read_matrix(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, precisio
 
 
 def _stored(slot: Slot, checkpoint: Checkpoint) -> list[StoredRows] | None:
-    """The parts of a matrix as GGUF blocks that the kernels read; None if they are something else."""
+    """Return the parts of a matrix as GGUF blocks; None if the kernels cannot read all of them."""
     found = [checkpoint.tensors.get(name) for name, _ in slot.parts]
     if (
         kernels.library() is None or slot.transposed or slot.columns is None
@@ -61,7 +61,7 @@ def _stored(slot: Slot, checkpoint: Checkpoint) -> list[StoredRows] | None:
 
 
 def product(tokens_TC: torch.Tensor, matrix: torch.Tensor | Packed, bias_R: torch.Tensor | None = None) -> torch.Tensor:
-    """[T, R]: tokens times a matrix [R, C], packed or not."""
+    """Multiply tokens by a matrix [R, C], packed or not: [T, R]."""
     if not isinstance(matrix, Packed):
         return F.linear(tokens_TC, matrix, bias_R)
     made_TR = matrix.multiply(tokens_TC)
@@ -69,7 +69,7 @@ def product(tokens_TC: torch.Tensor, matrix: torch.Tensor | Packed, bias_R: torc
 
 
 class Norm:
-    """A norm over the last dimension, computed in float32 whatever the dtype, each kind rounding where its oracle does.
+    """Compute a norm over the last dimension, in float32 for every dtype; each kind rounds where transformers does.
 
     Root-mean-square: Zhang and Sennrich 2019. Layer norm: Ba et al. 2016.
     """
@@ -81,7 +81,7 @@ class Norm:
         self.bias_H = bias_H
 
     def factors(self) -> torch.Tensor:
-        """What the normalised numbers are multiplied by, float32 [H]. Of root-mean-square norms."""
+        """Return the factors of the normalised numbers, float32 [H]; for root-mean-square norms only."""
         wide_H = self.weight_H.float().contiguous()
         return 1.0 + wide_H if self._kind == "rms_plus_one" else wide_H
 

@@ -1,5 +1,6 @@
-"""Which tensors each layer group needs: what `check` looks for, `show` counts and hosts read. No torch here, so that a graph
-can be checked in a tenth of a second.
+"""List the tensors that each layer group needs: `check` looks for them, `show` counts them, hosts read them.
+
+This module does not import torch, so that a graph is checked in a tenth of a second.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def embedding(config: ModelConfig) -> Iterator[Slot]:
 
 
 def head(config: ModelConfig) -> Iterator[Slot]:
-    """A tied head is read from the embedding's tensor: both ends hold it."""
+    """Yield the tensors of the head; a tied head reads the embedding's tensor, so both ends hold it."""
     yield from final_norm(config)
     yield Slot("head", ((_embedding(config) if config.tied else "lm_head.weight", config.vocab),), config.hidden)
 
@@ -33,7 +34,7 @@ def final_norm(config: ModelConfig) -> Iterator[Slot]:
 
 
 def block(config: ModelConfig, layer: int) -> Iterator[Slot]:
-    """The tensors of one layer; q, k and v, and gate and up, lie in one matrix each."""
+    """Yield the tensors of one layer; q, k and v share one matrix, gate and up share another."""
     if config.family == "gpt2":
         yield from _gpt2_block(config, f"transformer.h.{layer}.")
         return
@@ -54,19 +55,19 @@ def block(config: ModelConfig, layer: int) -> Iterator[Slot]:
     else:
         yield from _norm(config, "norm_mid", prefix + "post_attention_layernorm")
     if config.experts:
-        return  # in actors of their own
+        return  # experts run in other actors
     yield from _linear(prefix, "up", up, hidden, config.mlp_bias)
     yield from _linear(prefix, "down", (("mlp.down_proj", hidden),), inner, config.mlp_bias)
 
 
 def gate(config: ModelConfig, layer: int) -> Slot:
-    """The router of one layer."""
+    """Return the slot of the router of one layer."""
     name = "block_sparse_moe" if config.family == "mixtral" else "mlp"
     return Slot("gate", ((f"model.layers.{layer}.{name}.gate.weight", config.experts),), config.hidden)
 
 
 def expert(config: ModelConfig, layer: int, number: int) -> Iterator[Slot]:
-    """The feed-forward part of one expert."""
+    """Yield the tensors of the feed-forward part of one expert."""
     if config.family == "mixtral":
         prefix, (one, two, down) = f"model.layers.{layer}.block_sparse_moe.experts.{number}.", ("w1", "w3", "w2")
     else:
@@ -76,7 +77,7 @@ def expert(config: ModelConfig, layer: int, number: int) -> Iterator[Slot]:
 
 
 def shared_expert(config: ModelConfig, layer: int) -> Iterator[Slot]:
-    """The expert that every token goes to, and its gate."""
+    """Yield the tensors of the expert that every token passes through, and of its gate."""
     if config.shared_expert:
         prefix, width = f"model.layers.{layer}.mlp.", config.shared_expert
         up = (("shared_expert.gate_proj", width), ("shared_expert.up_proj", width))
@@ -116,8 +117,10 @@ def _linear(
 def slots(
     kind: str, config: ModelConfig, layers: tuple[int, int] | None, experts: tuple[int, int] | None = None
 ) -> Iterator[Slot]:
-    """Every tensor that an actor of a built-in `kind` holds. `layers` and `experts` are the first and the last, both
-    included."""
+    """Yield every tensor that an actor of a built-in `kind` holds.
+
+    `layers` and `experts` are the first and the last, both included.
+    """
     if config.encoder is not None:
         yield from seq2seq_weights.slots(kind, config, layers)
         return
@@ -140,28 +143,33 @@ def slots(
     if kind in ("head", "last_stage") or (kind == "model" and not config.tied):
         yield from head(config)
     elif kind == "model":
-        yield from final_norm(config)  # the tied matrix is there already, once
+        yield from final_norm(config)  # the embedding already yielded the tied matrix
 
 
 def needs(
     kind: str, config: ModelConfig, layers: tuple[int, int] | None, experts: tuple[int, int] | None = None
 ) -> Iterator[Need]:
-    """Names and shapes of the checkpoint's tensors for `slots`."""
+    """Yield names and shapes of the checkpoint's tensors for `slots`."""
     for slot in slots(kind, config, layers, experts):
         yield from slot.needs()
 
 
 Precision = Literal["dtype", "int8", "int4", "stored"]
-"""How the matrices of blocks and head are held: in the model's dtype, rounded to 8 or 4 bits, or as the file has them."""
+"""The form of the matrices of blocks and head: in the model's dtype, rounded to 8 or 4 bits, or as in the file."""
 PACKABLE = ("qkv", "out", "up", "down", "head")
+"""Slots whose matrices the kernels can hold packed."""
 BITS = {"bfloat16": 16.0, "int8": 8.5, "int4": 5.0}
-"""Of a number that is packed, with its share of scales."""
+"""Bits per packed weight, with its share of the scales and least values."""
 AS_IT_IS = {"Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8"}
-"""What holds the numbers of GGUF's types without rounding them."""
+"""The packed form that holds each of these GGUF types without rounding."""
 
 
 def packed_as(slot: Slot, checkpoint: Checkpoint, precision: str) -> str:
-    """As what a matrix is packed: what the file has, where that is one of GGUF's plain types; its other ones become int8."""
+    """Return the packed form of a matrix: bfloat16, int8 or int4.
+
+    With the precision `stored`, GGUF's plain types (`AS_IT_IS`) keep their form, its other types and mixed parts become
+    int8, and unquantised tensors become bfloat16.
+    """
     if precision != "stored":
         return "bfloat16" if precision == "dtype" else precision
     stored = {checkpoint.tensors[name].stored for name, _ in slot.parts}
@@ -172,12 +180,12 @@ def packed_as(slot: Slot, checkpoint: Checkpoint, precision: str) -> str:
 
 
 def packs(slot: Slot) -> bool:
-    """Whether the kernels can hold it: sixteen rows at a time, columns in blocks of 32."""
+    """Return whether the kernels can hold a matrix: its rows are a multiple of 16, its columns a multiple of 32."""
     return slot.name in PACKABLE and slot.shape[0] % 16 == 0 and (slot.columns or 1) % 32 == 0
 
 
 def shares_packed(matrix: Slot, checkpoint: Checkpoint, precision: str) -> bool:
-    """Whether the embedding of a tied model reads its rows from the head's packed matrix: where that is not rounded."""
+    """Return whether a tied model's embedding reads from the head's packed matrix; it does if that is not rounded."""
     if not packs(matrix) or precision not in ("dtype", "stored"):
         return False
     stored = {checkpoint.tensors[name].stored for name, _ in matrix.parts}
@@ -188,7 +196,7 @@ def held_bytes(
     checkpoint: Checkpoint, kind: str, layers: tuple[int, int] | None, experts: tuple[int, int] | None,
     itemsize: int, precision: str,
 ) -> int:  # fmt: skip
-    """Bytes of the weights that an actor holds."""
+    """Return the bytes of the weights that an actor holds."""
     total = 0.0
     needed = list(slots(kind, checkpoint.config, layers, experts))
     if kind == "model" and checkpoint.config.tied:
@@ -206,10 +214,10 @@ def held_bytes(
 def check(
     checkpoint: Checkpoint, kind: str, layers: tuple[int, int] | None, experts: tuple[int, int] | None = None
 ) -> int:
-    """The number of elements an actor holds.
+    """Check that the checkpoint has an actor's tensors, and return the number of their elements.
 
     Raises:
-        CheckpointError: a tensor is missing or of another shape.
+        CheckpointError: a tensor is missing or has another shape.
     """
     if not checkpoint.config.runs(kind):
         return _foreign_elements(checkpoint, kind, layers)
@@ -221,21 +229,21 @@ def check(
 
 
 _HARMLESS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-"""Tensors that some checkpoints bring and that are made anew: tables, masks."""
+"""Ends of names of tensors that some checkpoints contain but no actor reads: tables and masks, which are computed."""
 
 
 def check_whole(checkpoint: Checkpoint) -> None:
-    """Whether the layers in the file are those that its config speaks of: what it leaves out would be left out in silence.
+    """Check that the layers in the file are those of its config; other tensors would be ignored silently.
 
     Raises:
-        CheckpointError: a tensor of a layer, or a bias, that the config knows nothing of.
+        CheckpointError: the file has another number of layers, or tensors in a layer that the config excludes.
     """
     config = checkpoint.config
     numbered = {name: int(found[1]) for name in checkpoint.tensors if (found := LAYER_OF.search(name)) is not None}
     if config.encoder is not None:
-        return  # both sides count from 0
+        return  # encoder and decoder both number their layers from 0
     count = max(numbered.values(), default=-1) + 1
-    # the library's own families may bring layers more, which guess tokens ahead and which it leaves out itself
+    # models that transformers runs may have more layers, which predict several tokens ahead; the library ignores them
     if numbered and (count < config.layers or (count > config.layers and config.native)):
         name = max(numbered, key=lambda name: numbered[name])
         raise CheckpointError(
@@ -246,13 +254,13 @@ def check_whole(checkpoint: Checkpoint) -> None:
         for name in sorted(numbered.keys() - needed):
             if not name.endswith(_HARMLESS):
                 raise CheckpointError(
-                    f"{checkpoint.path}: tensor {name} is in the file, but the config says that a {config.family} of its kind "
-                    "has none"
+                    f"{checkpoint.path}: tensor {name} is in the file, but a {config.family} model with this config "
+                    "has no such tensor"
                 )
 
 
 def _foreign_elements(checkpoint: Checkpoint, kind: str, layers: tuple[int, int] | None) -> int:
-    """Of layers that transformers runs: the tensors whose names say the layer, and all others at both ends."""
+    """Count an actor's elements if transformers runs it: its layers' tensors and, at both ends, those in no layer."""
     outside = kind != "blocks"
     elements = 0
     for name, entry in checkpoint.tensors.items():

@@ -1,1 +1,1 @@
-"""What the supervisor and the hosts say to each other."""
+"""Define what the supervisor and the hosts send to each other."""

@@ -1,9 +1,9 @@
-"""How far the clock of a host is ahead of the run's own, at each time: estimated over the control link, without I/O.
+"""Estimate how far the clock of a host is ahead of the run's clock, over the control link and without I/O.
 
-A question goes out at t0, is heard at t1 and answered at t2 by the host's clock, and the answer comes at t3. If both ways
-took as long, the host is ahead by ((t1 - t0) + (t2 - t3)) / 2; it cannot be further off than half of what the ways took
-together. The answer that was fastest says most (Cristian 1989; the clock filter of NTP, RFC 5905). Two clocks drift apart:
-what was known at other times is kept, and between two of them the offset is taken to change evenly.
+A question is sent at t0, received at t1 and answered at t2 by the host's clock, and the answer arrives at t3. If both ways
+take equally long, the host is ahead by ((t1 - t0) + (t2 - t3)) / 2. The error is at most half of the time that both ways take
+together. So the fastest answer is the most accurate (Cristian 1989; the clock filter of NTP, RFC 5905). Two clocks drift
+apart. Therefore earlier estimates are kept, and between two estimates the offset is taken to change evenly.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 FIRST = 8
-"""So many questions with the first signs of life, then one with every `EVERY`."""
+"""Number of heartbeats and other signs of life that are each followed by a question; later only every `EVERY`-th is."""
 EVERY = 20
 DRIFT = 50e-6
-"""Two clocks may drift apart by so much: what is known of them grows old."""
+"""Assumed drift between two clocks, in seconds per second. The error of an estimate grows at this rate."""
 APART_NS = 10 * 10**9
-"""The best estimate of so long is kept."""
+"""Length of a period of which only the best estimate is kept, in nanoseconds."""
 MOST = 200
-"""If they become more than that, every other one is dropped, and they are kept for twice as long."""
+"""Largest number of estimates. When there are more, every other one is dropped, and the period doubles."""
 
 
 class Estimate(NamedTuple):
-    """At a time of the run's clock, the host's showed `offset_ns` more, give or take `error_ns`. Nanoseconds."""
+    """Say that the host's clock was ahead by `offset_ns`, give or take `error_ns`, at `at_ns` of the run's clock."""
 
     at_ns: int
     offset_ns: int
@@ -34,7 +34,7 @@ class Estimate(NamedTuple):
 
 @dataclass(slots=True)
 class Clock:
-    """What is known of one. `estimates` in the order of their times, the last one is of now."""
+    """Hold the estimates of one host's clock in the order of their times; the last one is of the current period."""
 
     estimates: list[Estimate] = field(default_factory=list)
     beats: int = 0
@@ -42,12 +42,15 @@ class Clock:
     _apart_ns: int = APART_NS
 
     def asks(self) -> bool:
-        """Whether the sign of life that has come is a time to ask."""
+        """Count a sign of life of the host, and return whether to send a question now."""
         self.beats += 1
         return self.beats <= FIRST or self.beats % EVERY == 0
 
     def on_answer(self, asked_ns: int, heard_ns: int, told_ns: int, now_ns: int) -> bool:
-        """Whether it says more than what is known."""
+        """Keep an answer if it is better than the last estimate, and return whether it is.
+
+        The arguments are t0, t1, t2 and t3 of the module's description, in nanoseconds.
+        """
         error_ns = (max(0, (now_ns - asked_ns) - (told_ns - heard_ns)) + 1) // 2
         last = self.estimates[-1] if self.estimates else None
         if last is not None and error_ns >= last.error_ns + int((now_ns - last.at_ns) * DRIFT):
@@ -64,20 +67,22 @@ class Clock:
 
 
 def is_another(estimates: Sequence[Estimate]) -> bool:
-    """Whether it is another clock than the run's. Within the error it is the same, which needs no correction."""
+    """Return whether the clock differs from the run's by more than the error. If not, it needs no correction."""
     return any(abs(known.offset_ns) > known.error_ns for known in estimates)
 
 
 class Correction:
-    """Times of another clock in the run's: before the first estimate and after the last one as they say, between two of them
-    as if it had drifted evenly."""
+    """Convert times of another clock to the run's clock.
+
+    Before the first and after the last estimate the offset is constant. Between two estimates it changes evenly.
+    """
 
     def __init__(self, estimates: Sequence[Estimate]) -> None:
         self._estimates = estimates
         self._shown_ns = [known.at_ns + known.offset_ns for known in estimates]
 
     def ahead_ns(self, time_ns: int) -> int:
-        """How far it was ahead when it showed that time."""
+        """Return how far the clock was ahead when it showed `time_ns`, in nanoseconds."""
         after = bisect_right(self._shown_ns, time_ns)
         if after == 0 or after == len(self._shown_ns):
             return self._estimates[max(0, after - 1)].offset_ns

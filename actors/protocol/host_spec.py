@@ -1,4 +1,4 @@
-"""What one host is told at its start: its part of the plan, as plain data that survives JSON."""
+"""Define what one host receives at its start: its part of the plan, as plain data that survives JSON."""
 
 from __future__ import annotations
 
@@ -12,35 +12,38 @@ from ranvier.transport.links.link import LinkSpec
 from .training_spec import TrainingLink, TrainingSpec
 
 GATEWAY = "gateway"
-"""The reserved actor name of the place where clients enter."""
+"""Reserved actor name of the gateway, where clients enter."""
 SUPERVISOR = "supervisor"
-"""Who commands the hosts, over sockets of its own."""
+"""Reserved name of the supervisor, which commands the hosts over separate sockets."""
 
 
 def identity(actor: str, replica: int, epoch: int) -> str:
-    """The name a host has on the wire. A host that is started anew has a new epoch, so a new name: ZeroMQ ignores a
-    peer that comes back under the old one until it has noticed that the old connection is gone."""
+    """Return the name of a host on the wire.
+
+    A restarted host has a new epoch, and so a new name. Under its old name ZeroMQ would ignore it until the loss of the old
+    connection is noticed.
+    """
     return f"{actor}.{replica}.{epoch}"
 
 
 def file_name(actor: str, replica: int, epoch: int) -> str:
-    """What a host's trace and sockets are named by: those of a host before it remain as they are."""
+    """Return the base name of a host's files and sockets. It differs between epochs, so that earlier files remain."""
     return f"{actor}.{replica}" if epoch == 1 else identity(actor, replica, epoch)
 
 
 def replica_of(name: str) -> int:
-    """The replica that an identity, or a label, names."""
+    """Return the number of the replica that an identity or a label names."""
     return int(name.split(".")[1])
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Which replicas of an actor a row goes to.
+    """Say how to choose the replicas of an actor that a row goes to.
 
-    `sticky`: the one that its session was given. `round_robin`: the session's replicas in turn. `least_queued`: the one
-    with the fewest messages that are not used up. `lowest_latency`: the one where a message took the least time, by a
-    moving average. `hedge`: `copies` of them; the first answer counts. With `after`, a percentile, the second copy goes out
-    only when the first has taken longer than that share of the messages before it (Dean and Barroso, The Tail at Scale,
+    `sticky`: the replica that the session was given. `round_robin`: the session's replicas in turn. `least_queued`: the
+    replica with the fewest messages that are not used up. `lowest_latency`: the replica where a message takes the least time,
+    by a moving average. `hedge`: `copies` replicas; the first answer counts. With `after`, a percentile, the second copy is
+    sent only when the first has taken longer than that share of the messages before it (Dean and Barroso, The Tail at Scale,
     2013).
     """
 
@@ -50,12 +53,12 @@ class Policy:
 
     @property
     def by_load(self) -> bool:
-        """Whether each sender chooses by what it sees itself. Two senders may then choose differently."""
+        """Return whether each sender chooses by the load that it sees itself. Two senders may then choose differently."""
         return self.name in ("least_queued", "lowest_latency") or self.after > 0
 
     @property
     def places(self) -> int | None:
-        """How many replicas a session is opened at; None: all."""
+        """Return the number of replicas at which a session is opened; None means all."""
         return self.copies if self.name in ("sticky", "hedge") and not self.after else None
 
 
@@ -64,26 +67,28 @@ STICKY = Policy()
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """When a host counts as failed, in seconds."""
+    """Define when a host counts as failed, in seconds."""
 
     start_deadline_s: float = 120.0
-    """From start to ready: loading weights is the long part."""
+    """Limit from start to ready; most of this time loads weights."""
     heartbeat_interval_s: float = 0.5
     heartbeat_deadline_s: float = 15.0
-    """Without a sign of life: stopped, or the machine is starved."""
+    """Limit without a heartbeat: the host has stopped, or its machine is overloaded."""
     progress_deadline_s: float = 120.0
-    """In one step: alive but stuck."""
+    """Limit for one step: the host is alive but stuck."""
     join_deadline_s: float = 60.0
-    """For a step that waits at a join for what other edges bring."""
+    """Limit for a step that waits at a join for messages of other edges."""
     stop_deadline_s: float = 1.0
-    """For a clean end; then killed."""
+    """Limit for a clean end; then the host is killed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Restart:
-    """How often an actor that is lost is started anew: `max` times within `window_s` seconds, the first after `backoff_s`, each
-    further one within the window after twice as long as the one before. `max` 0: never. An actor that offers `snapshot` is
-    asked for one every `snapshot_s` seconds at most."""
+    """Define how often a lost actor is restarted: at most `max` times within `window_s` seconds; 0 means never.
+
+    The first restart waits for `backoff_s` seconds. Each further one within the window waits for twice as long as the one
+    before. An actor that offers `snapshot` is asked for one at most every `snapshot_s` seconds.
+    """
 
     max: int = 5
     window_s: float = 60.0
@@ -93,8 +98,10 @@ class Restart:
 
 @dataclass(frozen=True, slots=True)
 class PortSpec:
-    """One port: its spec, and whether several messages may be laid together (the first dimension is tokens or rows). What
-    comes at a `once` port comes once a session, before its first step."""
+    """Describe one port of an actor by its name and its spec.
+
+    A `once` port receives one message per session, before the session's first step.
+    """
 
     name: str
     tensor: TensorSpec
@@ -102,17 +109,22 @@ class PortSpec:
 
     @property
     def stacks(self) -> bool:
+        """Return whether several messages may be combined, because the first dimension is tokens or rows."""
         return bool(self.tensor.shape) and self.tensor.shape[0] in ("tokens", "rows")
 
 
 @dataclass(frozen=True, slots=True)
 class HostLink:
-    """One end of a link at this host: its port, which way it goes, and whether it closes a cycle. A link of an actor to
-    itself has both its ends here. `policy` says how to choose among the links of one edge, which lead to the replicas of one
-    actor; at the incoming end `repeats` says that a step may come again from another replica. `skips`: a copy without credit
-    may be left out. `at_most`, at the outgoing end of a loop of the user's own: how often a row goes round,
-    unless the port `until` says that it is done; 0: the actor decides by what it sends. `tap` is called with what goes out
-    (taps.py)."""
+    """Describe one end of a link at this host: its port, its direction, and whether it closes a cycle (`feedback`).
+
+    A link from an actor to itself has both of its ends here. `policy` says how to choose among the links of one edge, which
+    lead to the replicas of one actor. With `skips`, a copy without credit may be left out. At an incoming end, `repeats` says
+    that a step may come again from another replica.
+
+    `at_most` is set at the outgoing end of a custom loop: a row goes round at most that often, and stops earlier when the
+    port `until` reports that it is done. With 0, the actor decides by what it sends. `tap` is the function that sees outgoing
+    tensors (taps.py).
+    """
 
     port: str
     link: LinkSpec
@@ -132,7 +144,7 @@ class HostLink:
 
 @dataclass(frozen=True, slots=True)
 class RecordSpec:
-    """The ports of an actor whose tensors are kept (recording.py), and how many bytes of them at the most."""
+    """Name the ports of an actor whose tensors are recorded (recording.py), and limit the recorded bytes."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -144,13 +156,16 @@ class RecordSpec:
 
 
 STATISTICS = "statistics"
-"""The tap that is not a function of the user's own."""
+"""Name of the built-in tap. Every other tap is a custom function."""
 
 
 @dataclass(frozen=True, slots=True)
 class HostSpec:
-    """Everything a host process needs. `implementation` is `module:Class`, or `file.py:Class` with `folder` set; `needed`
-    is how many input ports make a step, all if it is not given; `batches` into how many batches it cuts the open sessions."""
+    """Hold everything that a host process needs.
+
+    `implementation` is `module:Class`, or `file.py:Class` with `folder` set. `needed` is the number of input ports that must
+    hold a step before it runs; None means all. `batches` is the number of batches among which open sessions are divided.
+    """
 
     actor: str
     replica: int
@@ -182,11 +197,11 @@ class HostSpec:
     batches: int = 1
     trace: bool = True
     tap_folder: str | None = None
-    """Where functions of taps lie."""
+    """Folder with the files of custom taps."""
     trace_sample: float = 1.0
-    """The share of sessions, or of a training's micro-batches, whose messages leave records: the same at both ends."""
+    """Share of sessions, or of a training's micro-batches, whose messages are traced; the same ones at both ends."""
     trace_bytes: int = 0
-    """How long the trace's file may get; 0: as long as there is disk."""
+    """Largest size of the trace file, in bytes; 0 means no limit."""
     record: RecordSpec | None = None
     shared_from_bytes: int = 0
     keys: str | None = None
@@ -196,7 +211,7 @@ class HostSpec:
 
     @property
     def all_links(self) -> Sequence[HostLink | TrainingLink]:
-        """What it is to be connected with."""
+        """Return the links of this host: those of a training if it trains, otherwise those of the graph."""
         return self.training.links if self.training is not None else self.links
 
     @property
@@ -205,21 +220,21 @@ class HostSpec:
 
     @property
     def label(self) -> str:
-        """How people and files call this host: `actor.replica`."""
+        """Return the name of this host for people and files, `actor.replica`."""
         return f"{self.actor}.{self.replica}"
 
     def snapshot_of(self, label: str) -> str:
-        """Where the host of that label saves its state."""
+        """Return the path at which the host of that label saves its state."""
         return f"{self.run_dir}/state/{label}.safetensors"
 
     @property
     def board(self) -> str:
-        """Where the host writes which sessions are inside its step (step_board.py): beside its control socket."""
+        """Return the path of the host's step board (step_board.py), which lies beside its control socket."""
         return f"{self.control.removeprefix('ipc://')}.step"
 
     @property
     def file(self) -> str:
-        """See `file_name`."""
+        """Return the base name of the host's files (see `file_name`)."""
         return file_name(self.actor, self.replica, self.epoch)
 
     def to_plain(self) -> dict[str, Any]:

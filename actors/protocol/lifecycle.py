@@ -1,4 +1,4 @@
-"""The life of a host, as a state machine without I/O that can tell how it came to where it is.
+"""Track the life of a host in a state machine without I/O, which remembers how it reached its state.
 
 starting → loading → ready → running → draining → stopped        and from anywhere before stopped: failed
 """
@@ -9,10 +9,12 @@ import enum
 
 
 class State(enum.Enum):
+    """List the states of a host."""
+
     STARTING = "starting"
     LOADING = "loading"
     READY = "ready"
-    """Weights are in, the inbox is bound; links are not open yet."""
+    """Weights are loaded and the inbox is bound; links are not open yet."""
     RUNNING = "running"
     DRAINING = "draining"
     STOPPED = "stopped"
@@ -31,11 +33,11 @@ _NEXT: dict[State, frozenset[State]] = {
 
 
 class IllegalTransition(Exception):
-    """A change of state that cannot be; the message tells the whole story up to it."""
+    """Report a forbidden change of state. The message lists all states before it."""
 
 
 class Lifecycle:
-    """The state of one host, seen from inside it or from its supervisor."""
+    """Hold the state of one host, in the host itself or in its supervisor."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -53,7 +55,7 @@ class Lifecycle:
         """Change to `state`.
 
         Raises:
-            IllegalTransition: the state does not follow from the present one.
+            IllegalTransition: the state cannot follow the present one.
         """
         if state not in _NEXT[self.state]:
             told = " -> ".join(s.value + (f" ({reason})" if reason else "") for s, reason in self.story)

@@ -1,4 +1,4 @@
-"""How often refused messages are told of. A peer that sends a million of them must not fill a disk, nor starve a host."""
+"""Limit how often refused messages are reported: a peer that sends a million must not fill a disk or starve a host."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ PER_S = 10
 
 
 class Refusals:
-    """Lets the first `PER_S` of each second through and counts the others. No I/O: times are the caller's, in seconds."""
+    """Report the first `PER_S` refusals of each second, and count the rest.
+
+    The class does no I/O. The caller passes times in seconds.
+    """
 
     def __init__(self) -> None:
         self._second = -1
         self._told = self._untold = 0
 
     def one_more(self, now_s: float) -> int | None:
-        """Return how many were left out before this one, or None if this one is left out, too."""
+        """Count one refusal. Return how many were left out before it, or None if it is left out, too."""
         if int(now_s) != self._second:
             self._second, self._told = int(now_s), 0
         if self._told >= PER_S:
@@ -23,15 +26,15 @@ class Refusals:
         return self.rest()
 
     def overdue(self, now_s: float) -> int:
-        """Return how many were left out in a second that is over, and are not told of yet."""
+        """Return how many refusals were left out and not reported, once their second is over."""
         return self.rest() if int(now_s) != self._second else 0
 
     def rest(self) -> int:
-        """Return how many were left out since they were last told of."""
+        """Return how many refusals were left out since the last report, and count from 0 again."""
         untold, self._untold = self._untold, 0
         return untold
 
 
 def with_left_out(what: str, left_out: int) -> str:
-    """Return the words of a refusal, and how many more there were before it."""
+    """Return the text of a refusal, with the number of refusals that were left out before it."""
     return f"{what} (and {left_out} more before, left out)" if left_out else what

@@ -1,8 +1,8 @@
-"""Schedules of pipelined training as data: for each stage the list of what it does, in order.
+"""Make, parse and check schedules of pipelined training: for each stage, the ordered list of its actions.
 
 An action is `F3` (forward of micro-batch 3), `B3` (backward), `I3` and `W3` (backward split into the gradients of inputs and of
-weights) or `U` (update). Printed as one line a stage, `name: F0 F1 B0 B1 U`, which is also what a schedule of one's own is
-written as. A schedule is checked for deadlock and its bubble computed by playing it with given costs; `step.py` runs it.
+weights) or `U` (update). A schedule prints as one line per stage, `name: F0 F1 B0 B1 U`; custom schedules are written in the
+same form. Playing a schedule with given costs finds deadlocks and computes its bubble. `training/host.py` executes it.
 
 GPipe: Huang et al. 2019. One forward, one backward, and the asynchronous form with stashed weights: PipeDream, Narayanan et al.
 2019. Eager: Zhuang et al. 2022. Interleaved: Narayanan et al. 2021. Zero bubble (H1): Qi et al. 2023.
@@ -18,16 +18,16 @@ from typing import NamedTuple
 FORWARD, BACKWARD, INPUTS, WEIGHTS, UPDATE = "F", "B", "I", "W", "U"
 NAMES = ("gpipe", "1f1b", "eager", "interleaved", "zero-bubble", "async")
 COSTS = {FORWARD: 1.0, BACKWARD: 2.0, INPUTS: 1.0, WEIGHTS: 1.0, UPDATE: 0.0}
-"""What actions take where nothing was measured: a backward is twice a forward."""
+"""Costs of actions that were not measured: a backward costs twice a forward."""
 _ACTION = re.compile(r"([FBIW])(\d{1,9})|U")
 
 
 class ScheduleError(ValueError):
-    """A schedule that cannot be executed; says where and why."""
+    """Report a schedule that cannot be executed. The message says where and why."""
 
 
 class Action(NamedTuple):
-    """One thing that a stage does. `micro_batch` is -1 for an update."""
+    """Describe one action of a stage. `micro_batch` is -1 for an update."""
 
     kind: str
     micro_batch: int = -1
@@ -40,7 +40,7 @@ Actions = tuple[Action, ...]
 
 
 class Played(NamedTuple):
-    """One action of a schedule that was played: which stage, and from when to when."""
+    """Record one action of a played schedule: its stage, and when it began and ended."""
 
     stage: str
     action: Action
@@ -50,10 +50,10 @@ class Played(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """The stages of a pipeline, in an order in which each comes after those that it gets something from.
+    """Describe the stages of a pipeline, ordered so that each comes after the stages that send to it.
 
-    `edges` are pairs of names. `workers` says which stages share a core, and so do one thing at a time; a stage that is not
-    named has its own.
+    `edges` are pairs of names, source and target. `workers` gives the same worker to stages that share a core and so do one
+    action at a time. A stage that is not in `workers` has its own worker.
     """
 
     names: tuple[str, ...]
@@ -61,16 +61,19 @@ class Stages:
     workers: Mapping[str, str]
 
     def before(self, stage: str) -> list[str]:
+        """Return the stages that send to `stage`."""
         return [source for source, target in self.edges if target == stage]
 
     def after(self, stage: str) -> list[str]:
+        """Return the stages that `stage` sends to."""
         return [target for source, target in self.edges if source == stage]
 
     def worker(self, stage: str) -> str:
+        """Return the worker of `stage`."""
         return self.workers.get(stage, stage)
 
     def distances(self) -> dict[str, int]:
-        """How many stages follow each, on the longest way to the end."""
+        """Count, for each stage, the stages that follow it on the longest path to the end."""
         found: dict[str, int] = {}
         for stage in reversed(self.names):
             found[stage] = max((found[target] + 1 for target in self.after(stage)), default=0)
@@ -79,7 +82,7 @@ class Stages:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """What each stage does with `micro_batches` micro-batches."""
+    """Hold the actions of each stage for `micro_batches` micro-batches."""
 
     micro_batches: int
     stages: Mapping[str, Actions]
@@ -90,22 +93,22 @@ class Schedule:
 
     @property
     def splits(self) -> bool:
-        """Whether backwards are split into inputs and weights."""
+        """Return whether backwards are split into the gradients of inputs and of weights."""
         return any(action.kind == WEIGHTS for actions in self.stages.values() for action in actions)
 
 
 def make(name: str, stages: Stages, micro_batches: int, accumulate: int = 1) -> Schedule:
-    """The schedule of that name. `accumulate`: of the asynchronous one, how many micro-batches make an update.
+    """Make the schedule called `name`. Only `async` uses `accumulate`, the number of micro-batches per update.
 
     Raises:
-        ScheduleError: this graph cannot have it.
+        ScheduleError: the schedule does not exist, or these stages cannot have it.
     """
     far = stages.distances()
     if name == "gpipe":
         made = {stage: _gpipe(micro_batches) for stage in stages.names}
     elif name == "1f1b":
         made = {stage: _one_by_one(micro_batches, far[stage]) for stage in stages.names}
-    elif name == "eager":  # nobody waits for a message that is on its way, or for a step that took longer than others
+    elif name == "eager":  # no stage waits for a message on its way, or for an action that takes longer than usual
         made = {stage: _one_by_one(micro_batches, 2 * far[stage]) for stage in stages.names}
     elif name == "zero-bubble":
         made = {
@@ -129,7 +132,7 @@ def _gpipe(count: int) -> Actions:
 
 
 def _one_by_one(count: int, ahead: int) -> Actions:
-    """As many forwards ahead as stages follow; then one of each in turn."""
+    """Do `ahead` forwards first, then one forward and one backward in turn."""
     ahead = min(ahead, count)
     made = list(_each(FORWARD, range(ahead)))
     for number in range(count):
@@ -140,8 +143,10 @@ def _one_by_one(count: int, ahead: int) -> Actions:
 
 
 def _zero_bubble(count: int, ahead: int, put_off: int) -> Actions:
-    """As one by one, but the gradients of weights wait, so that those of inputs go back sooner. As many are put off as no stage
-    keeps more micro-batches than the first one does in any case."""
+    """Do the same as `_one_by_one`, but delay gradients of weights, so that those of inputs go back sooner.
+
+    At most `put_off` of them are delayed: then no stage keeps more micro-batches than the first stage does anyway.
+    """
     made: list[Action] = []
     late = 0
     for action in _one_by_one(count, ahead)[:-1]:
@@ -156,7 +161,7 @@ def _zero_bubble(count: int, ahead: int, put_off: int) -> Actions:
 
 
 def _asynchronous(count: int, ahead: int, accumulate: int) -> Actions:
-    """As one by one, with an update as soon as there are gradients for one."""
+    """Do the same as `_one_by_one`, with an update after every `accumulate` backwards and after the last."""
     made: list[Action] = []
     for action in _one_by_one(count, ahead)[:-1]:
         made.append(action)
@@ -167,7 +172,7 @@ def _asynchronous(count: int, ahead: int, accumulate: int) -> Actions:
 
 
 def _interleaved(stages: Stages, count: int) -> dict[str, Actions]:
-    """Each worker has several stages, every n-th of the pipeline, and takes them in turn."""
+    """Give each of n workers every n-th stage of the pipeline; it takes its stages in turn."""
     workers = list(dict.fromkeys(map(stages.worker, stages.names)))
     chunks, rest = divmod(len(stages.names), len(workers))
     dealt = [workers[index % len(workers)] for index in range(len(stages.names))]
@@ -186,7 +191,7 @@ def _interleaved(stages: Stages, count: int) -> dict[str, Actions]:
 
 
 def _dealt(worker: int, workers: int, chunks: int, count: int) -> Iterator[tuple[int, Action]]:
-    """What one worker does, by chunk."""
+    """Yield the actions of one worker in order, each with the index of its stage among the worker's stages."""
 
     def turn(index: int, kind: str) -> tuple[int, Action]:
         chunk = index // workers % chunks
@@ -204,10 +209,10 @@ def _dealt(worker: int, workers: int, chunks: int, count: int) -> Iterator[tuple
 
 
 def parse(text: str, stages: Stages) -> Schedule:
-    """A schedule as it is printed. Empty lines and what follows a `#` are left out.
+    """Parse a schedule as it is printed. Empty lines, and text after a `#`, are ignored.
 
     Raises:
-        ScheduleError: with the line's number.
+        ScheduleError: the text is wrong; the message gives the line's number.
     """
     made: dict[str, Actions] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -234,10 +239,10 @@ def parse(text: str, stages: Stages) -> Schedule:
 
 
 def check(schedule: Schedule, stages: Stages) -> None:
-    """Whether it can be executed: each stage does everything once and in an order that can be, and nobody waits for ever.
+    """Check that a schedule can be executed: each stage does everything once, in a possible order, without a deadlock.
 
     Raises:
-        ScheduleError: names the stage and the action.
+        ScheduleError: it cannot be executed; the message names the stage and the action.
     """
     for stage, actions in schedule.stages.items():
         _check_stage(stage, actions, schedule.micro_batches)
@@ -270,11 +275,12 @@ def _check_stage(stage: str, actions: Sequence[Action], count: int) -> None:
 
 
 def play(schedule: Schedule, stages: Stages, costs: Mapping[tuple[str, str], float] | None = None) -> list[Played]:
-    """When each action begins and ends. `costs` by stage and kind of action; `COSTS` where one is not given. Messages take no
-    time here.
+    """Return when each action begins and ends.
+
+    `costs` are by stage and kind of action; `COSTS` replaces missing ones. Messages take no time here.
 
     Raises:
-        ScheduleError: a deadlock; names who waits for what.
+        ScheduleError: there is a deadlock; the message names each waiting stage and its action.
     """
     costs = costs or {}
     ended: dict[tuple[str, Action], float] = {}
@@ -283,7 +289,7 @@ def play(schedule: Schedule, stages: Stages, costs: Mapping[tuple[str, str], flo
     played: list[Played] = []
 
     def ready(stage: str) -> float | None:
-        """When what the next action of a stage needs from others is there; None: not yet known."""
+        """Return when other stages have sent what the next action of `stage` needs, or None if that is not known yet."""
         kind, number = schedule.stages[stage][at[stage]]
         if kind == FORWARD:
             needs = [(other, Action(FORWARD, number)) for other in stages.before(stage)]
@@ -317,7 +323,7 @@ def play(schedule: Schedule, stages: Stages, costs: Mapping[tuple[str, str], flo
 
 
 def bubble(played: Sequence[Played], stages: Stages) -> float:
-    """The share of all workers' time in which they wait: 0 to 1."""
+    """Return the share of all workers' time in which they wait, 0 to 1."""
     span = max(each.ended for each in played) - min(each.began for each in played)
     workers = {stages.worker(stage) for stage in stages.names}
     busy = sum(each.ended - each.began for each in played)

@@ -1,8 +1,8 @@
-"""Which sessions are inside the step that a host takes: written where its supervisor can read it after the host is gone.
+"""Record which sessions are inside a host's current step, where the supervisor can read it after the host has died.
 
-A host that dies says nothing of what it was doing. Its sessions are opened anew, and one that kills it again and again must be
-told from those that were only nearby. The board is a page of memory shared through a file beside the host's sockets. Writing
-to it costs the step thread 0.2 µs.
+A host that dies cannot report what it was doing. Its sessions are opened again, and a session that kills the host repeatedly
+must be distinguished from those that were only open there. The board is a page of memory that is shared through a file
+beside the host's sockets. Writing to it costs the step thread 0.2 µs.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ _WORDS = struct.Struct(f"<{PAGE_BYTES // 8}q")
 
 
 def board(file: Path) -> memoryview:
-    """Return the writing end, a host's: numbers, of which the first says how many sessions are inside the step, and the others
-    which. Without a disk nobody else can read them, and nobody is told from anybody."""
+    """Return the board for writing, in a host. Its first number counts the sessions inside the step, then come their numbers.
+
+    If the file cannot be created, the board is private memory: the supervisor then cannot distinguish the sessions.
+    """
     with contextlib.suppress(OSError):
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, PAGE_BYTES)  # a page without disk behind it would end the process
+            os.posix_fallocate(descriptor, 0, PAGE_BYTES)  # writing to a page without disk space would kill the process
             return memoryview(mmap.mmap(descriptor, PAGE_BYTES)).cast("q")
         finally:
             os.close(descriptor)
@@ -33,7 +35,7 @@ def board(file: Path) -> memoryview:
 
 
 def write(board: memoryview, sessions: Sequence[int]) -> None:
-    """These sessions are in a step from now on, as far as there is room for them."""
+    """Record that these sessions are inside a step from now on. Only the first `MOST` are recorded."""
     count = min(len(sessions), MOST)
     for place in range(count):
         board[place + 1] = sessions[place]
@@ -41,7 +43,7 @@ def write(board: memoryview, sessions: Sequence[int]) -> None:
 
 
 def inside(file: Path) -> frozenset[int] | None:
-    """Return the sessions that were inside a step when their host was lost; None if that is not known."""
+    """Return the sessions that were inside a step when their host was lost, or None if that is not known."""
     try:
         page = file.read_bytes()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a host is told when its graph is to be trained: its links in both directions, its losses, its share of the schedule."""
+"""Define what a host receives for training: its links in both directions, its losses, and its part of the schedule."""
 
 from __future__ import annotations
 
@@ -12,29 +12,35 @@ from ranvier.transport.links.link import LinkSpec
 
 INPUT, INPUT_GRADIENT, OUTPUT, OUTPUT_GRADIENT = "input", "input gradient", "output", "output gradient"
 TARGET, LOSS, NORM, SHARED, RING = "target", "loss", "norm", "shared", "ring"
-"""Roles of links at one host. Data comes at an INPUT and its gradient goes out at the INPUT_GRADIENT; a LOSS goes to the
-gateway, a TARGET comes from it; by NORM links every stage tells every other, and the first one the gateway, of its gradients;
-SHARED links connect those who hold the same weight; RING links go from each replica of an actor to the next."""
+"""Roles of links at one host.
+
+Data arrives at an INPUT, and its gradient leaves at the INPUT_GRADIENT; OUTPUT and OUTPUT_GRADIENT are the other ends. A LOSS
+goes to the gateway, and a TARGET comes from it. Over NORM links every stage sends the squared norm of its gradients to every
+other stage, and the first stage sends the norm over all stages to the gateway. SHARED links connect actors that hold the same
+weight. RING links go from each replica of an actor to the next."""
 
 LOGITS = "logits"
-"""The output of a model's last layers that losses are taken of: [tokens, vocabulary]."""
+"""Output of a model's last layers from which losses are computed: [tokens, vocabulary]."""
 BALANCE = "balance"
-"""The output of a mixture's layers that losses are taken of: [], the balancing loss, summed over the layers."""
+"""Output of a mixture's layers from which losses are computed: [], the balancing loss, summed over the layers."""
 WAITED = " waited_us"
-"""How a host's counter of waiting ends, after the role of the link that was waited for."""
+"""Suffix of a host's counters of waiting time, after the role of the link that was waited for."""
 TRAINING, VALIDATION = 1, 2
-"""The sessions of a training run: micro-batches are counted in each by itself, as the positions of its rows."""
+"""Sessions of a training run. Each counts its own micro-batches, as the positions of its rows."""
 
 
 def folder_of(root: Path, done: int) -> Path:
-    """Where shards lie after so many rounds."""
+    """Return the folder of the shards that are saved after `done` rounds."""
     return root / f"round-{done:08d}"
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingLink:
-    """One end of a link: what it is for, the port (for SHARED: the other actor and the weight, `actor/weight`), which way it
-    goes. It is for the micro-batches whose number, divided by the `every` replicas at its other end, leaves `at`."""
+    """Describe one end of a link: its role, its port and its direction.
+
+    The port of a SHARED link is the other actor and the weight, `actor/weight`. The link carries the micro-batches whose
+    number leaves the remainder `at` when it is divided by `every`, the number of replicas at the other end.
+    """
 
     role: str
     port: str
@@ -44,7 +50,7 @@ class TrainingLink:
     at: int = 0
 
     def carries(self, number: int) -> bool:
-        """Whether it is for that micro-batch."""
+        """Return whether the link carries the micro-batch of that number."""
         return number % self.every == self.at
 
     @classmethod
@@ -56,7 +62,7 @@ class TrainingLink:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """One term of what is minimised: of which output, how, against which target of the data, and how much it counts."""
+    """Describe one term of the loss: its output port, its kind, its target in the data, and its weight."""
 
     port: str
     kind: str
@@ -66,8 +72,11 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class Optimizer:
-    """Steepness and pace of the updates. `kind` is `sgd` or `adamw`; `decay` of the learning rate `constant`, `linear` or
-    `cosine`, down to `least` times `lr` at the last update."""
+    """Configure the optimiser and its learning rate.
+
+    `kind` is `sgd` or `adamw`. The learning rate rises during `warmup` updates. Then its `decay` is `constant`, or `linear` or
+    `cosine` down to `least` times `lr` at the last update.
+    """
 
     kind: str = "adamw"
     lr: float = 1e-3
@@ -83,11 +92,11 @@ class Optimizer:
 
 @dataclass(frozen=True, slots=True)
 class TrainingSpec:
-    """A host's part in a training run.
+    """Describe a host's part in a training run.
 
-    `actions` is its line of the schedule for one round of `micro_batches`; a round is a step, or, where updates are
-    asynchronous (`stashes`), as many as lie between two pauses. After each `validate_every` rounds come `validation`
-    forwards, after each `save_every` a shard is saved. Rounds are counted from `first`; there are `rounds` in all.
+    `actions` is the host's line of the schedule for one round of `micro_batches`. A round is one step. If updates are
+    asynchronous (`stashes`), a round is all the steps between two pauses. After every `validate_every` rounds come
+    `validation` forwards, and after every `save_every` rounds a shard is saved. The host begins with round `first` of `rounds`.
     """
 
     links: tuple[TrainingLink, ...]
@@ -95,13 +104,13 @@ class TrainingSpec:
     actions: tuple[str, ...]
     micro_batches: int
     of_step: int
-    """Micro-batches of a step: what the gateway sends, and what it is told of, at once."""
+    """Micro-batches per step. The gateway sends them, and receives their losses, in one message."""
     rounds: int
     updates: int
     optimizer: Optimizer
     kind: str = ""
     share: float = 1.0
-    """What a micro-batch counts of an update."""
+    """Weight of one micro-batch in an update."""
     first: int = 0
     context: int = 0
     trains: bool = True
@@ -114,13 +123,13 @@ class TrainingSpec:
     resume: str | None = None
     seed: int = 0
     replicas: int = 1
-    """Each takes every so manyth micro-batch; gradients are summed over all before an update."""
+    """Number of replicas of the actor. They take micro-batches in turn, and sum their gradients before an update."""
     average_every: int = 0
-    """Or each updates by itself, and after so many updates the weights are averaged (local SGD, Stich 2019)."""
+    """If not 0, each replica updates alone, and weights are averaged after this many updates (local SGD, Stich 2019)."""
     lora: tuple[int, float] | None = None
-    """Rank and scale of what is learned beside the matrices of blocks, which themselves stay."""
+    """Rank and scale of the adapters that are trained beside the blocks' matrices, which do not change (LoRA)."""
     shared: Mapping[str, str] = field(default_factory=dict)
-    """Weights that other actors hold, too, and who of them adds the gradients up."""
+    """Weights that other actors hold, too; each with the actor that sums its gradients."""
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> TrainingSpec:

@@ -1,1 +1,1 @@
-"""Starts, watches and restarts processes."""
+"""Start, watch and restart the processes of a run."""

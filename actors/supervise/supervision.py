@@ -1,7 +1,7 @@
-"""What a supervisor decides, without I/O: who is ready, who is late, who is dead, and what it means for the run.
+"""Decide, without I/O, which hosts are ready, late or dead, and what that means for the run.
 
-Events come in with the time they happened. Before the run has begun a host that fails ends it: `failure` holds the verdict.
-From then on one that fails is `lost`, and its actor's restart policy says whether it is started anew.
+Each event comes with its time. A host that fails before the run has begun ends the run: `failure` holds the error. A
+host that fails later is `lost`, and its actor's restart policy decides whether it is restarted.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .restarts import Restarts
 
 _PROGRESS = list(State)
 LEAST_LATE_S = 0.25
-"""A tick that comes so long after the one before is not late yet, however short the deadline."""
+"""A tick at most this many seconds after the one before is never late, however short the deadline is."""
 LATE = 1 / 3
-"""The share of a host's deadline. A tick that comes so long after the one before shows that the supervisor itself stood still:
-under Ctrl-Z, in a debugger, behind user code that blocks its loop."""
+"""Share of a host's heartbeat deadline. If two ticks are further apart than that, the supervisor itself was blocked: by
+Ctrl-Z, a debugger, or user code that blocks its loop."""
 
 
 @dataclass(slots=True)
 class Watched:
-    """What is known of one host. Times are seconds of the driver's clock."""
+    """Hold what is known of one host. Times are seconds of the driver's clock."""
 
     spec: HostSpec
     life: Lifecycle
@@ -46,25 +46,25 @@ class Watched:
     exited: int | None = None
     counters: Mapping[str, int] | None = None
     joining: bool = False
-    """Started while the run goes on: until it runs, its failure is the business of whoever started it."""
+    """True for a host started during the run, until it runs. Whoever started it handles its failure."""
     spare: bool = False
-    """It has no place in the run yet, and no links."""
+    """True while a host has no part in the run yet, and no links."""
     leaving: bool = False
     lost: ActorFailed | None = None
     lost_s: float = 0.0
     because: str = ""
-    """What else was lost, if its own loss is only the consequence of that."""
+    """The other loss that caused this one; empty if there is none."""
 
 
 class Supervision:
-    """The hosts of one run."""
+    """Watch the hosts of one run."""
 
     def __init__(self, specs: Iterable[HostSpec], now_s: float) -> None:
         self.hosts: dict[str, Watched] = {}
         self._by_label: dict[str, Watched] = {}
         self._restarts: dict[str, Restarts] = {}
         self.begun = False
-        """All were running once."""
+        """True once all hosts were running."""
         for spec in specs:
             self.add(spec, now_s)
         self.failure: ActorFailed | None = None
@@ -77,10 +77,10 @@ class Supervision:
     # -- events -------------------------------------------------------------------------------------------------
 
     def on_message(self, key: str, kind: str, fields: Mapping[str, Any], now_s: float) -> None:
-        """A control message of a host about itself.
+        """Take a control message of a host about itself.
 
         Raises:
-            ProtocolError: a state that does not exist or cannot follow.
+            ProtocolError: the state does not exist, or cannot follow the present one.
         """
         host = self.hosts[key]
         host.heard_s = now_s
@@ -100,13 +100,13 @@ class Supervision:
         elif kind == "heartbeat":
             host.steps, host.stepping_s, host.queued = fields["steps"], fields["stepping_s"], fields["queued"]
             host.counters = fields["counters"]
-        elif kind == "counters":  # the last ones, when it ends
+        elif kind == "counters":  # the last counters of an ending host
             host.counters = fields["counters"]
         elif kind == "failed":
             self._fail(host, now_s, fields["error"], fields["traceback"])
 
     def on_exit(self, key: str, code: int, stderr_tail: str, now_s: float, because: str = "") -> None:
-        """The process of a host has ended (a negative code: by that signal), perhaps because something else was lost."""
+        """Take the end of a host's process. A negative `code` is a signal. `because` is a loss that caused it."""
         host = self.hosts[key]
         host.exited = code
         if host.lost is None:
@@ -118,10 +118,13 @@ class Supervision:
         self._fail(host, now_s, f"its process {how} while {host.life.state.value}{why}", stderr_tail)
 
     def on_tick(self, now_s: float) -> None:
-        """Judge who is late. A tick that is late itself judges nobody: the signs of life of that time are still unread, so the
-        hosts get that time back."""
+        """Fail the hosts that have exceeded a deadline.
+
+        A late tick fails no host: the heartbeats of that time are still unread, so it extends the deadlines by that
+        time.
+        """
         stood_s, self._ticked_s = now_s - self._ticked_s, now_s
-        # who is furthest behind comes first: a host that is ready and waits for another is not to blame
+        # the host that is furthest behind fails first: a host that is ready and waits for it is not the cause
         for host in sorted(self.hosts.values(), key=lambda host: _PROGRESS.index(host.life.state)):
             limits = host.spec.supervision
             if host.exited is not None or self.stopping or host.leaving or host.lost is not None:
@@ -156,7 +159,7 @@ class Supervision:
         if not self.begun and not host.joining:
             self.failure = self.failure or host.lost
 
-    # -- while the run goes on ------------------------------------------------------------------------------------
+    # -- during the run -------------------------------------------------------------------------------------------
 
     def add(self, spec: HostSpec, now_s: float, *, joining: bool = False, spare: bool = False) -> Watched:
         """Watch a host from its start."""
@@ -165,14 +168,17 @@ class Supervision:
         return host
 
     def remove(self, key: str) -> None:
-        """Forget a host that is over. One in its place may be there already."""
+        """Forget a host that has ended. Its label may belong to its replacement already."""
         host = self.hosts.pop(key, None)
         if host is not None and self._by_label.get(host.spec.label) is host:
             del self._by_label[host.spec.label]
 
     def restart(self, failed: ActorFailed, spec: HostSpec, now_s: float) -> float | None:
-        """A host is lost, or one that was to take its place: the seconds to wait before one is started anew. None: that is
-        not to be, and the run ends with the `failure`. One that is lost because of something else costs its actor nothing."""
+        """Return the seconds to wait before a lost host, or its lost replacement, is restarted.
+
+        Returns None if it is not restarted: the run has failed, or its actor's budget is used up and the run now fails.
+        The loss of a host that was caused by another loss costs nothing of the budget.
+        """
         if self.failure is not None:
             return None
         host = self.hosts.get(spec.identity)
@@ -185,7 +191,7 @@ class Supervision:
         return delay_s
 
     def is_lost(self, key: str) -> bool:
-        """Whether a host is not to be waited for."""
+        """Return whether a host is gone, lost or leaving. Nothing may wait for it then."""
         host = self.hosts.get(key)
         return host is None or host.lost is not None or host.leaving
 
@@ -201,12 +207,12 @@ class Supervision:
 
     @property
     def loaded(self) -> float:
-        """The share of all weights that is in, from 0 to 1."""
+        """Return the share of the weights that is loaded, the mean over all hosts, from 0 to 1."""
         return sum(host.loaded for host in self.hosts.values()) / max(1, len(self.hosts))
 
     @property
     def capacity_tokens(self) -> int | None:
-        """Positions that one session may have: what fits at some replica of every actor; None if nobody has a limit."""
+        """Return how many positions one session may have: what fits at some replica of every actor. None: no limit."""
         limits: dict[str, int] = {}
         for host in self.hosts.values():
             if host.capacity_tokens is not None:
@@ -215,27 +221,27 @@ class Supervision:
 
     @property
     def counters(self) -> dict[str, Mapping[str, int]]:
-        """What each host has counted, by its label."""
+        """Return the counters of each host, by its label."""
         return {host.spec.label: host.counters for host in self.hosts.values() if host.counters is not None}
 
     @property
     def quiet(self) -> bool:
-        """Whether no host had anything to do when it was last heard."""
+        """Return whether every host was idle at its last heartbeat."""
         return not any(host.stepping_s or host.queued for host in self.hosts.values())
 
     @property
     def steps(self) -> int:
-        """Of all hosts, as last heard."""
+        """Return the steps of all hosts together, as of their last heartbeats."""
         return sum(host.steps for host in self.hosts.values())
 
     def neighbours(
         self, links: Iterable[HostLink | TrainingLink], gateway: str, gateway_address: str
     ) -> dict[str, str]:
-        """Where everyone listens to whom `links` lead. All of them must be loaded."""
+        """Return the address of each peer that `links` lead to. All these peers must have loaded."""
         addresses = {gateway: gateway_address}
         for key, host in self.hosts.items():
-            if host.address is not None:  # else it is still on its way in
+            if host.address is not None:  # None while the host loads
                 addresses[key] = host.address
-        # a link to oneself is a link like any other
+        # a host with a link to itself is its own peer
         peers = {link.link.target if link.outgoing else link.link.source for link in links}
         return {peer: addresses[peer] for peer in sorted(peers)}

@@ -1,7 +1,7 @@
-"""The supervisor's hands: starts hosts, listens to them, watches the clock, stops or kills them. Runs in trio.
+"""Start hosts, listen to them, watch the clock, and stop or kill them. Runs in trio.
 
-Its decisions are in supervision.py. It owns the control socket of the run folder. Hosts are known to it by their identity,
-so that one that was lost is not taken for the one in its place; others call them by their label.
+The decisions are in supervision.py. The supervisor owns the control socket of the run folder. It knows hosts by their
+identity, so that a lost host is not confused with its replacement. Callers use labels.
 """
 
 from __future__ import annotations
@@ -33,14 +33,17 @@ if TYPE_CHECKING:
 
 TICK_S = 0.1
 NEVER_STARTED = 127
-"""The exit code of a host that there is no process of, as shells have it."""
+"""Exit code of a host whose process was never started, as in shells."""
 OnSessionFailed = Callable[[str, Mapping[str, Any]], None]
-"""Called with the label of the host, and the fields of its `session_failed`."""
+"""A handler of failed sessions. It takes the label of the host, and the fields of its `session_failed`."""
 
 
 class Supervisor:
-    """All hosts of one run. `failed` is set when one of them is lost; `supervision.failure` says why. `commands` are called
-    with what a client of the control socket asks for, by its kind: the client's name, the fields."""
+    """Supervise all hosts of one run.
+
+    `failed` is set when the run fails; `supervision.failure` is the reason. `commands` holds the handlers of what
+    clients of the control socket ask for, by kind. A handler is called with the client's name and the fields.
+    """
 
     def __init__(
         self,
@@ -60,20 +63,21 @@ class Supervisor:
         self._changed = trio.Event()
         self._linked: set[tuple[str, str]] = set()
         self.detour: Callable[[str, str, str], str] = lambda _source, _target, address: address
-        """By what address one host is to reach another."""
+        """A function of source, target and the target's address. It returns the address by which the source reaches it."""
         self.on_forgotten: Callable[[str], None] = lambda _peer: None
+        """A function that is called with the identity of a host that the run forgets."""
         self.on_saved: Callable[[str, int], None] = lambda _label, _round: None
-        """Called when a host of a training run has saved its shard, with its label and how many rounds are done."""
+        """A function that is called when a training host has saved its shard, with its label and the rounds done."""
         self.clocks: dict[str, Clock] = {}
-        """By identity: how far those of the hosts are ahead of this process's."""
+        """The clock of each host relative to that of this process, by identity."""
         self.on_clock: Callable[[], None] = lambda: None
-        """Called when one of them is known better."""
+        """A function that is called when the estimate of a host's clock has improved."""
         self.commands: dict[str, Callable[[str, Mapping[str, Any]], None]] = {}
         self.alarms: list[dict[str, Any]] = []
-        """Edges that carried numbers that are none, the first one first."""
+        """Edges that carried NaN or infinity, the earliest first."""
         self._refusals = Refusals()
         self.refusals = 0
-        """Messages and commands that were refused so far, logged or only counted."""
+        """Number of messages and commands refused so far, logged or only counted."""
         self._asked = 0
         self._asking = trio.Lock()
         self._situations: dict[str, Mapping[str, Any]] = {}
@@ -86,7 +90,7 @@ class Supervisor:
         return self._launcher.pids
 
     async def run(self) -> None:
-        """Start the hosts and watch them until cancelled."""
+        """Start the hosts, and watch them until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._listen)
             nursery.start_soon(self._reap)
@@ -103,18 +107,18 @@ class Supervisor:
         self._log.info("starting", actor=spec.label)
 
     async def until_loaded(self, progress: Callable[[float], None]) -> None:
-        """Wait until every host has its weights and its inbox.
+        """Wait until every host has loaded its weights and opened its inbox.
 
         Raises:
-            ActorFailed: one of them will not.
+            ActorFailed: a host failed.
         """
         await self._until(lambda: self.supervision.all_loaded, progress)
 
     async def until_running(self, gateway: str, gateway_address: str) -> None:
-        """Tell every host where its neighbours are and wait until all links are open.
+        """Send every host the addresses of its neighbours, and wait until all links are open.
 
         Raises:
-            ActorFailed: one of them will not.
+            ActorFailed: a host failed.
         """
         for host in self.supervision.hosts.values():
             self.connect(host.spec, host.spec.all_links, gateway, gateway_address)
@@ -129,20 +133,20 @@ class Supervisor:
         gateway_address: str,
         instead_of: str | None = None,
     ) -> None:
-        """Tell a host what links it has and where its neighbours are, and whose place it takes, by its label."""
+        """Send a host its links and its neighbours' addresses. `instead_of` is the label of the host it replaces."""
         own = spec.identity
         listening = self.supervision.neighbours(links, gateway, gateway_address)
         peers = {peer: self.detour(own, peer, address) for peer, address in listening.items()}
         plain = [asdict(link) for link in links]
         self._send(own, "connect", peers=peers, links=plain, instead_of=instead_of)
 
-    # -- while the run goes on ----------------------------------------------------------------------------------
+    # -- during the run -----------------------------------------------------------------------------------------
 
     async def join(self, spec: HostSpec, *, spare: bool = False) -> str:
-        """Start one host more and wait until it has its weights and its inbox: the address of that.
+        """Start one more host, wait until it has loaded, and return the address of its inbox.
 
         Raises:
-            ActorFailed: it will not.
+            ActorFailed: the host, or the run, failed.
         """
         self._wire.connect(spec.identity, spec.control)
         host = self.supervision.add(spec, time.monotonic(), joining=True, spare=spare)
@@ -152,10 +156,10 @@ class Supervisor:
         return host.address
 
     async def until_linked(self, hosts: Sequence[str], peer: str) -> None:
-        """Wait until these hosts have said that they know `peer`, or are lost.
+        """Wait until each of these hosts has reported its link with `peer`, or is lost.
 
         Raises:
-            ActorFailed: it was lost meanwhile, or the run was.
+            ActorFailed: `peer`, or the run, failed.
         """
         await self._until_it(
             self.supervision.hosts[peer],
@@ -164,17 +168,20 @@ class Supervisor:
         self._linked = {(host, other) for host, other in self._linked if other != peer}
 
     async def until_joined(self, spec: HostSpec) -> None:
-        """Wait until a host that was started while the run goes on has all its links open: it is one of the run's now.
+        """Wait until a host that was started during the run has all its links open. From then on it belongs to the run.
 
         Raises:
-            ActorFailed: it will not.
+            ActorFailed: the host, or the run, failed.
         """
         host = self.supervision.hosts[spec.identity]
         await self._until_it(host, lambda: host.life.state is State.RUNNING)
         host.joining = False
 
     async def next_lost(self, known: Container[str]) -> Watched:
-        """The next host that is lost and not `known`, by its identity. One that was to join is its starter's business."""
+        """Wait for a lost host whose identity is not in `known`, and return it.
+
+        Joining hosts are left out, because whoever started them handles their loss. So are leaving hosts.
+        """
         while True:
             for key, host in self.supervision.hosts.items():
                 if host.lost is not None and not host.joining and not host.leaving and key not in known:
@@ -182,28 +189,28 @@ class Supervisor:
             await self._changed.wait()
 
     def take(self, spec: HostSpec) -> None:
-        """A spare is to have a place in the run."""
+        """Give a spare its part in the run. Its start deadline begins now."""
         host = self.supervision.hosts[spec.identity]
         host.spare, host.started_s = False, time.monotonic()
         self._notify()
 
     async def until_taken(self, spec: HostSpec) -> None:
-        """Wait until a spare has a place in the run, or is to have one.
+        """Wait until a spare is given its part in the run (see `take`).
 
         Raises:
-            ActorFailed: it was lost before.
+            ActorFailed: the spare, or the run, failed before.
         """
         host = self.supervision.hosts[spec.identity]
         await self._until_it(host, lambda: not host.spare)
 
     def restart(self, failed: ActorFailed, spec: HostSpec) -> float | None:
-        """See `Supervision.restart`."""
+        """Return the delay of a restart in seconds, or None. See `Supervision.restart`."""
         delay_s = self.supervision.restart(failed, spec, time.monotonic())
         self._notify()
         return delay_s
 
     async def leave(self, spec: HostSpec) -> None:
-        """End one host: asked first, killed after its deadline. One that is lost is killed at once."""
+        """Stop one host, kill it if it exceeds its stop deadline, and forget it. A lost host is killed at once."""
         host = self.supervision.hosts.get(spec.identity)
         if host is None:
             return
@@ -240,7 +247,7 @@ class Supervisor:
         self._wire.send(key, _command(kind, fields))
 
     def tell(self, labels: Iterable[str], kind: str, **fields: Any) -> None:
-        """A command to some hosts. Those that are not there any more are not told."""
+        """Send a command to hosts. Hosts that are gone are skipped."""
         data = _command(kind, fields)
         for label in labels:
             host = self.supervision.host(label)
@@ -248,8 +255,10 @@ class Supervisor:
                 self._wire.send(host.spec.identity, data)
 
     async def situations(self, within_s: float) -> Mapping[str, Mapping[str, Any] | None]:
-        """What each host says of itself when it is asked why it waits (situation.py), by its identity; None for those that do
-        not answer in time."""
+        """Ask each host why it waits (situation.py). Return the answers by identity.
+
+        The answer is None for a host that does not answer within `within_s` seconds.
+        """
         async with self._asking:
             self._asked += 1
             self._situations = {}
@@ -262,11 +271,11 @@ class Supervisor:
             return {key: self._situations.get(key) for key in asked}
 
     def answer(self, client: str, kind: str, what: str) -> None:
-        """What came of a client's command. One that has gone is not told."""
+        """Send a client the result of its command. A client that has gone gets nothing."""
         self._wire.send(client, encode(kind, {"what": what}))
 
     async def stop(self) -> None:
-        """End all hosts: asked first, killed after the deadline."""
+        """Stop all hosts, and kill those that exceed the longest stop deadline."""
         self.supervision.stopping = True
         hosts = self.supervision.hosts.values()
         self.tell([host.spec.label for host in hosts], "stop")
@@ -292,18 +301,20 @@ class Supervisor:
                 if kind in COMMANDS and kind in self.commands:
                     self.commands[kind](arrival.peer, fields)
                 elif arrival.peer not in self.supervision.hosts:
-                    raise ProtocolError(f"control: expected a host of this run, got {kind} from {arrival.peer!r}")
+                    raise ProtocolError(
+                        f"control: expected messages of this run's hosts, got {kind} from {arrival.peer!r}"
+                    )
                 else:
                     self._take(arrival.peer, kind, fields)
             except ProtocolError as error:
                 self.refused(SUPERVISOR, str(error))
 
     def note(self, event: str, **fields: Any) -> None:
-        """A line of the run's log."""
+        """Write a warning to the run's log."""
         self._log.warning(event, **fields)
 
     def refused(self, by: str, what: str) -> None:
-        """Log a message that was refused, or count it where there are too many."""
+        """Log a refused message, or only count it if there are too many."""
         self.refusals += 1
         left_out = self._refusals.one_more(time.monotonic())
         if left_out is not None:
@@ -326,7 +337,7 @@ class Supervisor:
         elif kind == "time":
             clock = self.clocks.get(key)
             if clock is None:
-                raise ProtocolError(f"control time of {label}: it was not asked")
+                raise ProtocolError(f"control time of {label}: expected none, because none was asked for")
             if clock.on_answer(fields["asked_ns"], fields["heard_ns"], fields["told_ns"], time.monotonic_ns()):
                 self.on_clock()
         elif kind == "saved":
@@ -355,7 +366,7 @@ class Supervisor:
             self._notify()
 
     async def _last_words(self, host: Watched) -> None:
-        """A host tells why it failed before it ends by itself; let that be read first."""
+        """Wait at most 0.2 s for the report that a failing host sends before it ends by itself."""
         with trio.move_on_after(0.2):
             while not host.life.over and not self.supervision.stopping:
                 await self._changed.wait()

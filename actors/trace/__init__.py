@@ -1,1 +1,1 @@
-"""What is written down while actors run."""
+"""Record what actors do: traces, spans and recordings."""

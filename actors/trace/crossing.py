@@ -1,7 +1,7 @@
-"""Where the two threads of a host meet, and the only place: commands to the step thread, events to the control thread.
+"""Connect the two threads of a host: commands go to the step thread, events to the control thread.
 
-Plain deques and integers under the interpreter's lock; the step thread is woken by a message to its own inbox, the
-control thread by trio's `run_sync_soon`, so neither ever waits for the other.
+The threads share nothing else. Deques and integers are safe under the interpreter's lock. A message to its own inbox
+wakes the step thread, and trio's `run_sync_soon` wakes the control thread. So neither ever waits for the other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Event = tuple[str, Mapping[str, Any]]
 
 
 class Command(NamedTuple):
-    """What the supervisor wants, and when it came, in nanoseconds of this machine's clock."""
+    """Hold a command of the supervisor, and when it arrived, in nanoseconds of this machine's clock."""
 
     kind: str
     fields: Mapping[str, Any]
@@ -29,10 +29,10 @@ class Command(NamedTuple):
 
 
 class Crossing:
-    """Shared by exactly one step thread and one control thread.
+    """Hold what exactly one step thread and one control thread share.
 
-    `steps`, `stepping_since_ns` (0 when waiting) and `stepped_ns` (when the last step ended) are written by the step thread
-    and read by the heartbeat. `situation` says what the step thread waits for; the control thread calls it.
+    The step thread writes `steps`, `stepping_since_ns` (0 when waiting) and `stepped_ns` (the end of the last step);
+    the control thread reads them. `situation` returns what the step thread waits for; the control thread calls it.
     """
 
     def __init__(self) -> None:
@@ -49,29 +49,29 @@ class Crossing:
         self._token: trio.lowlevel.TrioToken | None = None
         self._early: deque[Event] = deque()
 
-    # -- of the step thread -------------------------------------------------------------------------------------
+    # -- called by the step thread ------------------------------------------------------------------------------
 
     def tell(self, kind: str, **fields: Any) -> None:
-        """An event for the supervisor."""
+        """Queue an event for the supervisor."""
         self._early.append((kind, fields))
         if self._token is not None:
             self._token.run_sync_soon(self._pass_on)
 
     @property
     def untold(self) -> bool:
-        """Whether an event was told that the control thread has not passed on yet."""
+        """Return whether an event is queued that the control thread has not passed on yet."""
         return bool(self._early)
 
-    # -- of the control thread ----------------------------------------------------------------------------------
+    # -- called by the control thread ---------------------------------------------------------------------------
 
     def attach(self, events: trio.MemorySendChannel[Event]) -> None:
-        """Events go to this channel from now on, those told before first."""
+        """Send events to this channel from now on, first those that are queued already."""
         self._events = events
         self._token = trio.lowlevel.current_trio_token()
         self._pass_on()
 
     def command(self, kind: str, fields: Mapping[str, Any]) -> None:
-        """A command for the step thread."""
+        """Queue a command for the step thread, and wake it."""
         self.commands.append(Command(kind, fields, time.monotonic_ns()))
         if self.waker is not None:
             self.waker.wake()

@@ -1,9 +1,14 @@
-"""What one actor was given and what it made, kept as it happened: enough to take the same steps again, alone, elsewhere.
+"""Record the inputs and outputs of one actor: enough to run the same steps again, alone, elsewhere.
 
-`record/<actor>.<replica>/` of the run folder: `host.json` (how the actor is loaded), `index.jsonl` (a line for each session
-that opened, went on or closed, for each step, and for the end, in their order), `00000.safetensors`, … (the tensors). A
-step is written whole or not at all. What would go over the bound is left out, with all that comes after it: a hole could not
-be replayed.
+The folder `record/<actor>.<replica>/` of a run holds:
+
+- `host.json`: how the actor is loaded.
+- `index.jsonl`: one line for each session that opened, was rewound or closed, for each step, for a restored snapshot,
+  and for the end, in their order.
+- `00000.safetensors`, …: the tensors.
+
+A step is written whole or not at all. The first event that would exceed the limit is left out, with everything after
+it: a recording with a gap could not be replayed.
 """
 
 from __future__ import annotations
@@ -37,12 +42,12 @@ from ..protocol.host_spec import HostSpec, RecordSpec
 FOLDER, INDEX, HOST, STATE = "record", "index.jsonl", "host.json", "state.safetensors"
 MOST_HOST_BYTES, MOST_INDEX_BYTES = 16 << 20, 1 << 30
 FILE_BYTES = 8 << 20
-"""What is held is written when it is so much, and with every tick."""
+"""Number of bytes in memory that triggers a write. Each tick of the host writes, too."""
 Outputs = Mapping[str, "torch.Tensor | Batch"]
 
 
 class _Line(msgspec.Struct, frozen=True, tag_field="kind"):
-    """One line of the index."""
+    """Represent one line of the index."""
 
 
 class _Opened(_Line, frozen=True, tag="open"):
@@ -58,7 +63,11 @@ class _Closed(_Line, frozen=True, tag="close"):
 
 
 class _Step(_Line, frozen=True, tag="step"):
-    """`tensors`: `in.port` and `out.port` of those that were kept, in the file as `<step>.in.port`."""
+    """Describe a step.
+
+    `tensors` names the recorded tensors as `in.port` and `out.port`. In the file their names are `<step>.in.port` and
+    so on.
+    """
 
     step: int
     file: str
@@ -70,7 +79,7 @@ class _Step(_Line, frozen=True, tag="step"):
 
 
 class _Restored(_Line, frozen=True, tag="restored"):
-    """The actor went on with what is in the file `STATE`."""
+    """Mark that the actor was restored from the file `STATE`."""
 
 
 class _Full(_Line, frozen=True, tag="full"):
@@ -78,7 +87,7 @@ class _Full(_Line, frozen=True, tag="full"):
 
 
 class _Ended(_Line, frozen=True, tag="ended"):
-    """The host ended in order."""
+    """Mark that the host ended in order."""
 
 
 _Any = _Opened | _Rewound | _Closed | _Step | _Restored | _Full | _Ended
@@ -87,8 +96,10 @@ _of_line = msgspec.json.Decoder(_Any).decode
 
 
 class Recording:
-    """The writing end, on the step thread: it copies what it keeps, since actors and links use their memory again. Whatever
-    goes wrong with it ends the recording, never a step."""
+    """Write a recording, on the step thread.
+
+    It copies what it keeps, because actors and links reuse their memory. An error ends the recording, never a step.
+    """
 
     def __init__(self, spec: HostSpec, record: RecordSpec) -> None:
         self._folder = Path(spec.run_dir) / FOLDER / spec.file
@@ -98,7 +109,7 @@ class Recording:
         self._held_bytes = self._written_bytes = 0
         self._steps = self._files = 0
         self.full = ""
-        """Why nothing more is kept."""
+        """The reason why nothing more is recorded; empty while the recording continues."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             (self._folder / HOST).write_text(json.dumps(spec.to_plain()))
@@ -116,7 +127,7 @@ class Recording:
         self._put(_Closed(session))
 
     def restored(self, state: Path) -> None:
-        """The actor is to go on with what another one saved."""
+        """Record that the actor is restored from the snapshot `state` of a lost one."""
         try:
             if state.exists():
                 shutil.copyfile(state, self._folder / STATE)
@@ -125,12 +136,12 @@ class Recording:
             self._stop(error)
 
     def ended(self) -> None:
-        """The host ends in order: nothing is missing."""
+        """Record that the host ends in order, so that nothing is missing."""
         self._put(_Ended())
         self.flush()
 
     def stepped(self, batch: Batch, made: Outputs | BaseException) -> None:
-        """A step was taken, or failed: then it has an error and no outputs."""
+        """Record a step. `made` is its outputs, or the error that it raised."""
         if self.full:
             return
         try:
@@ -145,7 +156,7 @@ class Recording:
             own = output if isinstance(output, Batch) else Batch(batch.rows, {port: output})
             tensor = own.tensors.get(port)
             if not _is_sent(tensor):
-                continue  # which is no output of a step: whoever sends it will say so
+                continue  # not a valid output: sending it will raise
             out_rows[port] = own.rows_of(port)
             if port in self._ports.outputs:
                 kept[f"out.{port}"] = tensor
@@ -158,7 +169,7 @@ class Recording:
         self._put(line, sum(tensor.nbytes for tensor in kept.values()))
 
     def _put(self, line: _Any, nbytes: int = 0) -> None:
-        """A line and the bytes of its tensors. What would go over the bound is left out, and all that would come after it."""
+        """Add a line. `nbytes` is the size of its tensors. A line that would exceed the limit ends the recording."""
         if self.full:
             return
         data = _to_line(line) + b"\n"
@@ -168,7 +179,7 @@ class Recording:
                     del self._tensors[f"{line.step}.{name}"]
             self.flush()
             if not self.full:
-                self._stop(f"the bound of {self._ports.most_bytes >> 20} MiB is reached (record.megabytes)")
+                self._stop(f"it reached the limit of {self._ports.most_bytes >> 20} MiB; raise record.megabytes")
             return
         self._lines.append(data)
         self._held_bytes += len(data) + nbytes
@@ -178,7 +189,7 @@ class Recording:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is held: the tensors first, then the lines that name them."""
+        """Write what is in memory: the tensors first, then the lines that name them."""
         if self.full or not self._lines:
             return
         lines, tensors = self._lines, self._tensors
@@ -195,12 +206,12 @@ class Recording:
     def _stop(self, why: Exception | str) -> None:
         self.full = why if isinstance(why, str) else f"it cannot be written: {why}"
         with contextlib.suppress(OSError):
-            (self._folder / self._file).unlink(missing_ok=True)  # of which no line tells
-        with contextlib.suppress(OSError):  # then it just ends, which its reader sees by the line that is missing
+            (self._folder / self._file).unlink(missing_ok=True)  # no line names it
+        with contextlib.suppress(OSError):  # if it cannot be written, the reader notices that the last line is missing
             self._append(_to_line(_Full(self.full)) + b"\n")
 
     def _append(self, data: bytes) -> None:
-        """All of it, or nothing: the beginning of a line must not stay."""
+        """Append all of `data` to the index, or nothing: part of a line must not remain."""
         index = self._folder / INDEX
         before = index.stat().st_size if index.exists() else 0
         try:
@@ -220,7 +231,7 @@ def _is_sent(tensor: object) -> TypeGuard[torch.Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of a recording. Tensors by port; ports that were not recorded have rows, but no tensor. `error`: it failed."""
+    """Hold one recorded step. `inputs` and `outputs` contain the recorded ports. `error` is set if the step failed."""
 
     number: int
     rows: tuple[Row, ...]
@@ -230,14 +241,14 @@ class Step:
 
     @property
     def batch(self) -> Batch:
-        """What the actor is given."""
+        """Return the batch that the actor was given."""
         own = {port: batch.rows for port, batch in self.inputs.items() if batch.rows != self.rows}
         return Batch(self.rows, {port: batch[port] for port, batch in self.inputs.items()}, own)
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A session opened, or went on in a later epoch (`rewound`)."""
+    """Describe a session that opened, or that was `rewound` and continued in a later epoch."""
 
     info: SessionInfo
     rewound: bool
@@ -250,7 +261,7 @@ class Closed:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """The actor was given what another one had saved."""
+    """Hold the snapshot that the actor was restored from."""
 
     state: Mapping[str, torch.Tensor]
 
@@ -259,10 +270,10 @@ Event = Step | Session | Closed | Restored
 
 
 class Recorded:
-    """The reading end.
+    """Read a recording.
 
     Raises:
-        RecordingError: there is none in that folder, or it is damaged.
+        RecordingError: the folder has no recording, or a damaged one.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -274,23 +285,23 @@ class Recorded:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RecordingError(f"{folder}: no recording of an actor, or a damaged one: {error}") from None
         if self.host.record is None:
-            raise RecordingError(f"{folder / HOST}: says nothing of what was recorded")
+            raise RecordingError(f"{folder / HOST}: expected the recorded ports in `record`, got null")
         self.ports = self.host.record
 
     @property
     def name(self) -> str:
-        """The host's label and, if it is not the first there, its epoch."""
+        """Return the host's label, followed by its epoch if that is not the first."""
         return self.folder.name
 
     @property
     def ends_early(self) -> str:
-        """Why it ends before its host did; empty if it does not."""
+        """Return why the recording ends before its host did; empty if it is complete."""
         for line in reversed(self._lines):
             if isinstance(line, _Full):
                 return line.why
             if isinstance(line, _Ended):
                 return ""
-        return "its host was lost, or the run goes on"
+        return "its host was lost, or the run has not ended"
 
     @property
     def steps(self) -> int:
@@ -298,24 +309,25 @@ class Recorded:
 
     @property
     def sessions(self) -> list[tuple[int, tuple[int, ...]]]:
-        """Those that opened, each as often as it did, with what was known of their tokens."""
+        """Return each session as often as it opened or was rewound, with the token ids known at that time."""
         infos = [self._info(line.info) for line in self._lines if isinstance(line, _Opened | _Rewound)]
         return [(info.session, info.log) for info in infos]
 
     def needs_inputs(self) -> None:
-        """
+        """Check that every input was recorded.
+
         Raises:
-            RecordingError: an input was not recorded, so no step can be taken again.
+            RecordingError: an input was not recorded, so no step can be run again.
         """
         missing = [port.name for port in self.host.inputs if port.name not in self.ports.inputs]
         if missing:
             raise RecordingError(
-                f"{self.name}: expected all inputs to be recorded, {', '.join(missing)} of it was not; "
+                f"{self.name}: expected all inputs to be recorded, missing {', '.join(missing)}; "
                 f"run it with --record {self.host.actor}"
             )
 
     def events(self) -> Iterator[Event]:
-        """All that happened, in order; tensors are read as they are come to.
+        """Yield all events in order. A file of tensors is read when its first step is reached.
 
         Raises:
             RecordingError: a file is damaged, or a tensor is not what its port takes.
@@ -339,7 +351,7 @@ class Recorded:
         try:
             return SessionInfo.from_plain(plain)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RecordingError(f"{self.folder / INDEX}: a session is damaged: {error}") from None
+            raise RecordingError(f"{self.folder / INDEX}: expected a session, got a damaged one: {error}") from None
 
     def _step(self, line: _Step, tensors: Mapping[str, torch.Tensor]) -> Step:
         sides: dict[str, dict[str, Batch]] = {"in": {}, "out": {}}
@@ -357,7 +369,7 @@ class Recorded:
         return Step(line.step, line.rows, sides["in"], sides["out"], line.error)
 
     def _check(self, specs: Mapping[str, TensorSpec], port: str, rows: tuple[Row, ...], tensor: torch.Tensor) -> None:
-        """A folder may come from anybody: what is given to an actor is what a link would have let in."""
+        """Check an input as a link would. A recording may come from an untrusted source."""
         sizes = {"tokens": sum(row.tokens for row in rows), "rows": len(rows)}
         try:
             specs[port].check(port, dtype_name(tensor.dtype), tuple(tensor.shape), sizes)
@@ -366,7 +378,7 @@ class Recorded:
 
     def _read(self, name: str) -> Mapping[str, torch.Tensor]:
         if Path(name).name != name:
-            raise RecordingError(f"{self.folder / INDEX}: expected a file of its own folder, got {name!r:.80}")
+            raise RecordingError(f"{self.folder / INDEX}: expected the name of a file in this folder, got {name!r:.80}")
         try:
             return load_file(regular(self.folder / name))
         except (OSError, SafetensorError) as error:
@@ -374,10 +386,10 @@ class Recorded:
 
 
 def recordings(run_dir: Path) -> list[Recorded]:
-    """All of a run, in no order that means anything.
+    """Return all recordings of a run, sorted by name.
 
     Raises:
-        RecordingError: it has none.
+        RecordingError: the run has none.
     """
     found = sorted(path.parent for path in (run_dir / FOLDER).glob(f"*/{HOST}"))
     if not found:

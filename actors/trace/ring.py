@@ -1,7 +1,7 @@
-"""The trace's ring: the step thread puts records in, the control thread takes them out, nobody waits.
+"""Pass trace records from the step thread to the control thread, through a ring where neither waits.
 
-A full ring drops and counts. One thread puts and one takes, and each index is written by one of them only, so no lock is
-needed under the interpreter's own. A put takes 0.2 µs.
+A full ring drops records and counts them. One thread puts, the other takes, and each index is written by only one of
+them. So the interpreter's lock is enough. A put takes 0.2 µs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Ring:
         self._put = put + 1
 
     def take(self, most: int) -> list[Record]:
-        """At most `most` records, oldest first."""
+        """Take at most `most` records, the oldest first."""
         start = self._taken
         stop = min(self._put, start + most)
         taken = []

@@ -1,7 +1,8 @@
-"""Which step belongs to which request that somebody traces: W3C trace contexts, and spans (telemetry.py exports them).
+"""Trace requests through the steps of a host: W3C trace contexts, and spans, which telemetry.py exports.
 
-A request comes with a `traceparent`, or gets one; its root span is the gateway's. Every step that one of its rows goes into
-is a span below that, and names the spans that made what it was given: their ids come in the header of the message.
+A request comes with a `traceparent`, or gets one. Its root span belongs to the gateway. Every step that takes one of
+its rows is a child of the root span. It names the spans that made its inputs, whose ids come in the headers of the
+messages.
 
 Source: W3C Trace Context, Recommendation of 23 November 2021.
 """
@@ -23,12 +24,12 @@ from .trace_records import Records
 _FORM = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
 SAMPLED = 1
 MOST_CHARACTERS = 500
-"""Of an error that a span tells of."""
+"""Maximum number of characters of an error in a span."""
 _random = random.SystemRandom()
 
 
 class TraceContext:
-    """One `traceparent`, as bytes: trace id (16), span id (8), flags (1).
+    """Hold one `traceparent` as bytes: trace id (16), span id (8), flags (1).
 
     Raises:
         ValueError: it is not of the form 00-<32 hex digits>-<16 hex digits>-<2 hex digits>, or one of the ids is zero.
@@ -50,7 +51,7 @@ class TraceContext:
         return bool(self.flags[0] & SAMPLED)
 
     def with_span(self, span: bytes) -> bytes:
-        """The context of another span of the same trace, as a header carries it."""
+        """Return the context of another span of the same trace, as a message header carries it."""
         return self.trace + span + self.flags
 
 
@@ -59,11 +60,12 @@ def new_span() -> bytes:
 
 
 def root(caller: str | None) -> tuple[str, str]:
-    """The `traceparent` of a request's root span, and its parent's id (hex; empty where nobody called). The trace is the
-    caller's or, without one, a new one.
+    """Return the `traceparent` of a request's root span, and the id of that span's parent.
+
+    The trace and the parent (hex) are those of `caller`. Without a caller the trace is new, and the parent is empty.
 
     Raises:
-        ValueError: `caller` is no traceparent.
+        ValueError: `caller` is not a valid traceparent.
     """
     given = TraceContext(caller) if caller is not None else None
     trace = given.trace if given is not None else new_span() + new_span()
@@ -72,16 +74,16 @@ def root(caller: str | None) -> tuple[str, str]:
 
 
 def words(error: object) -> str:
-    """Why a span failed; empty if it did not."""
+    """Return why a span failed; empty if it did not."""
     return told(error)[:MOST_CHARACTERS] if isinstance(error, BaseException) else ""
 
 
 Begun = tuple[Row, TraceContext, bytes]
-"""A row's span, which is under way."""
+"""A span that has begun: its row, the row's trace context, the id of the span."""
 
 
 class Spans:
-    """Those of one host's steps. `exchange` is told what to put into the headers of what a step makes."""
+    """Record the spans of one host's steps, and give `exchange` the trace contexts for the headers of their outputs."""
 
     def __init__(self, exchange: Exchange, records: Records) -> None:
         self._exchange = exchange
@@ -99,7 +101,7 @@ class Spans:
             self._exchange.traces.pop(session, None)
 
     def begin(self, rows: Sequence[Row]) -> list[Begun]:
-        """A span for each row that is traced."""
+        """Begin a span for each traced row."""
         if not self._traced:
             return []
         begun = []
@@ -115,9 +117,11 @@ class Spans:
         self, begun: Sequence[Begun], sources: Sequence[Received], started_ns: int, finished_ns: int, batch: int,
         failures: Mapping[int, BaseException],
     ) -> None:  # fmt: skip
-        """`failures` by session."""
+        """End and record the spans of a step. `failures` holds the errors by session."""
         made_by: dict[int, list[str]] = {}
-        for source in {id(source): source for source in sources}.values():  # one that was joined row by row comes often
+        for source in {
+            id(source): source for source in sources
+        }.values():  # a message that was joined row by row is listed several times
             if isinstance(source.header, TracedHeader):
                 for row, trace in zip(source.header.rows, source.header.traces, strict=True):
                     if trace:

@@ -1,4 +1,4 @@
-"""What a process has to tell of a message, put into its ring for the trace: when it was sent, given up, or done with."""
+"""Put the trace records of a process into its ring: messages, control messages, commands, spans and taps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .ring import Ring
 from .trace_file import COMMAND, CONTROL, DONE, PART, SENT, SPAN, TAP, UNSENT
 
 SPREAD = 2654435761
-"""Odd, and near 2^32 over the golden ratio."""
+"""Multiplier of the hash in `_chosen`: odd, and near 2^32 divided by the golden ratio."""
 
 
 _VERBS = {verb: verb.name.lower() for verb in Verb}
@@ -24,11 +24,13 @@ _MANY = (Verb.ACK, Verb.PROBE, Verb.SPEED)
 
 
 class Records:
-    """The columns are those of trace_file.py. `sent` and `unsent` are what an `Exchange` calls.
+    """Make trace records with the columns of trace_file.py. An `Exchange` calls `sent`, `unsent` and `control`.
 
     Args:
-        sample: the share of sessions that leave records, or of positions where `by_position`: whole requests, or whole
-            micro-batches. Which those are is a function of their numbers, so that both ends of a link choose the same.
+        ring: takes the records.
+        sample: the share of sessions (whole requests) that leave records. The choice depends only on the session's
+            number, so both ends of a link choose the same.
+        by_position: sample positions (whole micro-batches) instead of sessions.
     """
 
     def __init__(self, ring: Ring, sample: float = 1.0, *, by_position: bool = False) -> None:
@@ -46,13 +48,16 @@ class Records:
             ))  # fmt: skip
 
     def control(self, edge: int, verb: Verb, peer: str, sent: bool, arguments: tuple[Any, ...]) -> None:
-        """A control message of a link. Acknowledgements are nearly as many as messages, and belong to no session: where only
-        some sessions leave records, they leave none."""
+        """Record a control message of a link.
+
+        With sampling, acknowledgements, probes and speeds leave no records: they belong to no session, and
+        acknowledgements are nearly as many as messages.
+        """
         if self._below is None or verb not in _MANY:
             self._put((CONTROL, edge, _VERBS[verb], time.monotonic_ns(), peer, sent, arguments))
 
     def command(self, command: Command, started_ns: int, finished_ns: int) -> None:
-        """A command of the supervisor's was obeyed. Those that name no session are not many."""
+        """Record a command that the host obeyed. Commands without a session are few, and always recorded."""
         fields = command.fields
         named = fields.get("info", fields)
         session, epoch = named.get("session", 0), named.get("epoch", 0)
@@ -65,7 +70,7 @@ class Records:
         self, started_ns: int, finished_ns: int, row: Row, trace: str, span: str, parent: str, links: Sequence[str],
         batch: int, error: str,
     ) -> None:  # fmt: skip
-        """A step of a request that somebody traces (spans.py)."""
+        """Record a step of a traced request (spans.py)."""
         if self._below is None or self._chosen((row,)):
             self._put((SPAN, started_ns, finished_ns, row, trace, span, parent, links, batch, error))
 
@@ -74,16 +79,16 @@ class Records:
             self._put((UNSENT, link.edge, nbytes, ready_ns, given_up_ns, rows, link.target))
 
     def done(self, received: Received, started_ns: int, finished_ns: int, batch: int) -> None:
-        """`batch` messages went into the step; 0: it went into none."""
+        """Record a message that is used up. `batch` is the number of messages in its step; 0: it went into no step."""
         self._received(DONE, received, started_ns, finished_ns, batch, received.header.rows)
 
     def tapped(self, edge: int, at_ns: int, told: Mapping[str, float], rows: tuple[Row, ...]) -> None:
-        """Statistics of what went out by an edge."""
+        """Record the statistics of a message that went out on an edge with a tap."""
         if self._below is None or self._chosen(rows):
             self._put((TAP, edge, at_ns, told["norm"], told["mean"], told["largest"], told["not_finite"], rows))
 
     def part(self, received: Received, started_ns: int, finished_ns: int, batch: int, rows: tuple[Row, ...]) -> None:
-        """Only some of its rows went into the step, which has these."""
+        """Record a step that took only some rows of a message. `rows` are those of the step."""
         own = {row[:3] for row in received.header.rows}
         self._received(PART, received, started_ns, finished_ns, batch, tuple(row for row in rows if row[:3] in own))
 
@@ -99,7 +104,9 @@ class Records:
         ))  # fmt: skip
 
     def _chosen(self, rows: tuple[Row, ...]) -> bool:
-        """Whether a row of a message is of the sample: numbers one after the other are spread evenly (Knuth, multiplicative
-        hashing)."""
+        """Return whether a row of a message is in the sample.
+
+        Multiplicative hashing (Knuth) spreads consecutive numbers evenly.
+        """
         assert self._below is not None
         return any((row[self._field] * SPREAD & 0xFFFFFFFF) < self._below for row in rows)

@@ -1,1 +1,1 @@
-"""Training across actors: gradients come back along the edges that activations went."""
+"""Train a graph across actors: gradients return along the edges that carried the activations."""

@@ -1,13 +1,14 @@
-/* What lies between the matrix products of a block, forward and backward, in one pass each. Float32, rows that are contiguous.
+/* Compute the operations between the matrix products of a block, forward and backward, in one pass each. All numbers
+   are float32, and rows are contiguous.
 
-   Shape suffixes as in layers.py: T tokens, B sequences of S, H hidden, I inner width, D head width. Widths H and I are multiples of
-   sixteen, heads of two; who calls sees to that. */
+   Shape suffixes as in layers.py: T tokens, B sequences of S, H hidden, I inner width, D head width. The caller ensures
+   that the widths H and I are multiples of 16, and D of 2. */
 
 #include <stddef.h>
 
 #include "../model/vectors.h"
 
-/* CPython wants a module; the functions are called through ctypes. */
+/* CPython requires these symbols of an extension module; the functions are called through ctypes. */
 void *PyInit__fused_avx2(void) { return NULL; }
 void *PyInit__fused_avx512(void) { return NULL; }
 
@@ -19,7 +20,7 @@ int ranvier_supported(void) {
 #endif
 }
 
-/* out = x / rms(x) * (w + more); `inverse` keeps 1 / rms of each row. */
+/* Compute out = x / rms(x) * (w + more), and keep 1 / rms of each row in `inverse`. */
 void ranvier_rms(
     const float *x, const float *w, float eps, float more, float *out, float *inverse, int64_t rows, int64_t width) {
     for (int64_t t = 0; t < rows; t++, x += width, out += width) {
@@ -35,7 +36,7 @@ void ranvier_rms(
     }
 }
 
-/* Given g = d/d out: dx, and dw (which begins at zero). */
+/* Compute dx from the gradient g of out, and add to dw, which the caller sets to zero first. */
 void ranvier_rms_back(
     const float *x, const float *w, float more, const float *inverse, const float *g, float *dx, float *dw, int64_t rows,
     int64_t width) {
@@ -54,12 +55,12 @@ void ranvier_rms_back(
     }
 }
 
-/* 1 / (1 + e^-x) */
+/* Return 1 / (1 + e^-x); the exponent is at most 87, so that e^-x is finite. */
 INLINE F sigmoid(F x) {
     return f_div(f_all(1.0f), f_add(f_all(1.0f), f_exp(f_min(f_all(87.0f), f_sub(f_zero(), x)))));
 }
 
-/* out = silu(gate) * up, which lie side by side in `inner` [T, 2 I]. */
+/* Compute out = silu(gate) * up; gate and up lie side by side in `inner` [T, 2 I]. */
 void ranvier_swiglu(const float *inner, float *out, int64_t rows, int64_t width) {
     for (int64_t t = 0; t < rows; t++, inner += 2 * width, out += width)
         for (int64_t j = 0; j < width; j += 16) {
@@ -72,13 +73,13 @@ void ranvier_swiglu_back(const float *inner, const float *g, float *dinner, int6
     for (int64_t t = 0; t < rows; t++, inner += 2 * width, dinner += 2 * width, g += width)
         for (int64_t j = 0; j < width; j += 16) {
             F gate = f_load(inner + j), up = f_load(inner + width + j), given = f_load(g + j), s = sigmoid(gate);
-            F silu = f_mul(gate, s); /* its derivative: s + silu (1 - s) */
+            F silu = f_mul(gate, s); /* its derivative is s + silu (1 - s) */
             f_store(dinner + j, f_mul(f_mul(given, up), f_fma(silu, f_sub(f_all(1.0f), s), s)));
             f_store(dinner + width + j, f_mul(given, silu));
         }
 }
 
-/* One head of one token, turned by its position's angles: (x1, x2) -> (x1 c1 - x2 s1, x2 c2 + x1 s2). */
+/* Rotate one head of one token by its position's angles: (x1, x2) -> (x1 c1 - x2 s1, x2 c2 + x1 s2). */
 static void turn(
     const float *restrict x, const float *restrict c, const float *restrict s, float *restrict out, int64_t width) {
     int64_t half = width / 2;
@@ -102,7 +103,7 @@ static void copy(const float *restrict from, float *restrict to, int64_t width) 
         to[i] = from[i];
 }
 
-/* qkv [B S, heads + 2 kv, D] -> query [B, heads, S, D], keys and values [B, kv, S, D], the first two turned. */
+/* Split qkv [B S, heads + 2 kv, D] into query [B, heads, S, D], keys and values [B, kv, S, D]; rotate the first two. */
 void ranvier_heads(
     const float *qkv, const float *cos, const float *sin, float *query, float *keys, float *values, int64_t batch,
     int64_t sequence, int64_t heads, int64_t kv, int64_t width) {

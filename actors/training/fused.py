@@ -1,7 +1,9 @@
-"""What lies between the matrix products of a block, forward and backward in one pass each (fused.c), where it was compiled, the
-processor has AVX2 or AVX-512, and the numbers are float32. Else torch's own operations do it: see `layers.py`.
+"""Compute the operations between the matrix products of a block, forward and backward in one pass each (fused.c).
 
-Of a small llama's step half is matrix products; what lies between took a third with torch (benchmarks/train.py).
+The functions need the compiled fused.c, a processor with AVX2 or AVX-512, and float32. Otherwise torch's own
+operations are used: see `layers.py`. Matrix products take half of a small llama's step; with torch, the operations
+between them took a third (benchmarks/train.py).
+
 Shape suffixes as in layers.py.
 """
 
@@ -21,12 +23,12 @@ TILE = 16
 
 @functools.cache
 def library() -> Any:
-    """The functions of fused.c; None where they cannot be used."""
+    """Return the functions of fused.c; None if they cannot be used."""
     return find("ranvier.actors.training", "_fused")
 
 
 def able(width: int, *tensors: torch.Tensor) -> bool:
-    """Whether rows of that width, of these tensors, are for the functions here."""
+    """Return whether the functions here can compute with rows of `width` numbers of these tensors."""
     return width % TILE == 0 and library() is not None and all(tensor.dtype is torch.float32 for tensor in tensors)
 
 
@@ -121,18 +123,20 @@ _heads: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = _Heads.
 
 
 def root_mean_square(x: torch.Tensor, weight: torch.Tensor, eps: float, more: float) -> torch.Tensor:
-    """x / sqrt(mean(x²) + eps) * (weight + more), over the last dimension."""
+    """Return x / sqrt(mean(x²) + eps) * (weight + more), over the last dimension."""
     return _root_mean_square(x, weight, eps, more)
 
 
 def swiglu(inner_TI: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of [T, 2 I], where they lie side by side: [T, I]."""
+    """Return silu(gate) * up, [T, I]; gate and up lie side by side in [T, 2 I]."""
     return _swiglu(inner_TI)
 
 
 def heads(
     qkv_TE: torch.Tensor, cos_SD: torch.Tensor, sin_SD: torch.Tensor, heads: int, kv_heads: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries [B, heads, S, D], keys and values [B, kv heads, S, D] of [T, (heads + 2 kv heads) D], the first two turned by
-    their positions' angles."""
+    """Split [T, (heads + 2 kv heads) D] into queries [B, heads, S, D], keys and values [B, kv heads, S, D].
+
+    Queries and keys are rotated by their positions' angles.
+    """
     return _heads(qkv_TE, cos_SD, sin_SD, heads, kv_heads, cos_SD.shape[1])

@@ -1,7 +1,8 @@
-"""A host that trains: it executes its line of the schedule, action by action, and waits for what each needs.
+"""Run a host that trains: it executes its line of the schedule, action by action, and waits for the inputs of each.
 
-Every host has the same programme, rounds of the schedule and pauses for validation and for saving, all counted, so that nobody
-has to be told what comes next. See `schedule.py` for the actions and `stage.py` for what they do.
+All hosts follow the same programme: rounds of the schedule, with pauses for validation and for saving. Each host
+counts the rounds itself, so no message has to announce the next part. See `schedule.py` for the actions and
+`stage.py` for what they do.
 """
 
 from __future__ import annotations
@@ -50,16 +51,16 @@ from .stage import Learner, Stage, Told, Wrapped
 from .training_process import Mail, Stop
 
 FULL_DEADLINE_S = 60.0
-"""How long the last checkpoint waits for room on the disk."""
+"""Seconds for which the last save of a run is retried, for example while the disk is full."""
 
 
 def main(spec: HostSpec, lifeline: int) -> int:
-    """The whole life of a host that trains; returns the exit code."""
+    """Run a host that trains from start to end; return the exit code."""
     return live(TrainingHost, spec, lifeline)
 
 
 class TrainingHost(Mail):
-    """The step thread's side: one stage and its line of the schedule."""
+    """Run one stage and its line of the schedule, in the step thread."""
 
     def mode(self) -> AbstractContextManager[Any]:
         return nullcontext()
@@ -70,7 +71,7 @@ class TrainingHost(Mail):
         self.training: TrainingSpec = spec.training
         training = self.training
         self.begin(training.links)
-        # no two actors begin alike, replicas of one do
+        # each actor has its own seed; replicas of one actor share it
         self._seed = zlib.crc32(f"{training.seed} {spec.actor}".encode())
         torch.manual_seed(self._seed)
         self.stage = Stage(
@@ -98,7 +99,7 @@ class TrainingHost(Mail):
         return {"capacity_tokens": None, "held_bytes": held, "keeps": REPLAYED}
 
     def _module(self) -> Learner:
-        """What is trained. Built-in kinds have a form of their own for it; any other actor's modules are."""
+        """Return the module to train: the training form of a built-in kind, or any other actor's wrapped modules."""
         kind = self.training.kind
         if kind in BUILT_IN:
             context = context_of(self.spec, self.progress)
@@ -111,12 +112,12 @@ class TrainingHost(Mail):
         return made
 
     def _mine(self, number: int) -> bool:
-        """Whether a micro-batch is this replica's."""
+        """Return whether this replica computes micro-batch `number`."""
         return number % self.training.replicas == self.spec.replica
 
     @property
     def _shard(self) -> str:
-        """What files of this replica are called."""
+        """Return the name of this replica's files in a training checkpoint."""
         return self.spec.actor if self.spec.replica == 0 else self.spec.label
 
     # -- the programme --------------------------------------------------------------------------------------------
@@ -141,11 +142,13 @@ class TrainingHost(Mail):
             gc.collect(0)
 
     def _save(self, done: int) -> None:
-        """Save a checkpoint's part. On a full disk the one before stands, and the next comes in its time; the last one of all
-        is tried again for a while.
+        """Save this host's shard of a training checkpoint.
+
+        If that fails, for example on a full disk, the previous checkpoint remains and training continues. Only the last
+        save of a run is retried, for `FULL_DEADLINE_S`.
 
         Raises:
-            OSError: the last one cannot be written.
+            OSError, SafetensorError: the last shard cannot be written.
         """
         until_s = time.monotonic() + (FULL_DEADLINE_S if done == self.training.rounds else 0.0)
         while True:
@@ -162,7 +165,7 @@ class TrainingHost(Mail):
                 else:
                     return
         self.crossing.tell("saved", round=done)
-        self.owed.clear()  # whoever goes on from here owes nothing
+        self.owed.clear()  # a run that resumes from this checkpoint starts without codec losses, too
 
     def _round(self, wire: ProcessWire, number: int) -> None:
         first = number * self.training.micro_batches
@@ -184,8 +187,8 @@ class TrainingHost(Mail):
 
     def _forward(self, wire: ProcessWire, place: Place) -> None:
         inputs, targets, messages = self._inputs(wire, place)
-        # what is drawn at random is a function of the micro-batch, whatever happened before
-        torch.default_generator.manual_seed(self._seed * 1_000_003 + place[1] + 1)  # all devices: 0.7 ms
+        # random draws depend only on the micro-batch; torch.manual_seed, which seeds all devices, takes 0.7 ms
+        torch.default_generator.manual_seed(self._seed * 1_000_003 + place[1] + 1)
         share = self.training.share
         outputs, told = self.timed(
             Action(FORWARD, place[1]), lambda: self.stage.forward(place[1], inputs, targets, share), messages
@@ -200,7 +203,7 @@ class TrainingHost(Mail):
         whole = (place[0], place[1] // size)
         given: dict[str, dict[str, torch.Tensor]] = {INPUT: {}, TARGET: {}}
         fed = [link for role in given for link in self.of(role) if link.link.source == self._gateway]
-        if self._batch[0] != whole:  # what the gateway sends is a whole step's; it is cut here
+        if self._batch[0] != whole:  # the gateway sends a whole step's data; it is cut here
             self.until(wire, fed, whole)
             self._batch = whole, *self.core.take(fed, whole)
         index = place[1] % size
@@ -217,7 +220,7 @@ class TrainingHost(Mail):
             self.send(link, place, outputs[link.port])
         for link in self.of(LOSS):
             self._told.append(torch.tensor(told, dtype=torch.float64).view(-1, 2))
-            if len(self._told) == size // self.training.replicas:  # of a step at once: who reads them shares a core
+            if len(self._told) == size // self.training.replicas:  # once per step, because the reader shares a core
                 self.send(link, (place[0], place[1] // size), torch.stack(self._told))
                 self._told.clear()
 
@@ -258,7 +261,7 @@ class TrainingHost(Mail):
         self._sum_shared(wire, place)
         clips = settings.clip is not None
         squares = self.counting(self._squares) if clips else 0.0
-        if clips and not self.training.stashes:  # else nobody waits for anybody: each stage goes by its own
+        if clips and not self.training.stashes:  # asynchronous stages do not wait: each uses its own norm
             squares = self._squares_of_all(wire, place, squares)
         self.timed(Action(UPDATE), partial(self._apply, squares**0.5))
         every = self.training.average_every
@@ -289,7 +292,7 @@ class TrainingHost(Mail):
             going, coming = (
                 (own - turn, own - turn - 1) if summing else (own + 1 - turn + count - 1, own - turn + count - 1)
             )
-            self.send(out, place, parts[going % count].clone())  # it may still be on its way when the part changes
+            self.send(out, place, parts[going % count].clone())  # the message may be in transit when the part changes
             self.until(wire, back, place)
             [came], _ = self.core.take(back, place)
             parts[coming % count] = parts[coming % count] + came if summing else came.clone()
@@ -304,7 +307,7 @@ class TrainingHost(Mail):
         made = optimizer.squares(own.values())
         if not math.isfinite(made):
             key = next(key for key, gradient in own.items() if not bool(torch.isfinite(gradient).all()))
-            raise ArithmeticError(f"{self.spec.label}: the gradient of {key!r} is not finite, update {self._update}")
+            raise ArithmeticError(f"{self.spec.label}: the gradient of {key!r} is not finite in update {self._update}")
         return made
 
     def _squares_of_all(self, wire: ProcessWire, place: Place, own: float) -> float:
@@ -337,7 +340,7 @@ class TrainingHost(Mail):
         self._update += 1
 
     def _counts(self, key: str) -> bool:
-        """Whether the norm of this weight's gradient is told by this stage: one that others hold, too, counts once."""
+        """Return whether this stage counts the norm of a weight's gradient; of a shared weight, only the owner does."""
         return self.training.shared.get(key, self.spec.actor) == self.spec.actor
 
     def _sum_shared(self, wire: ProcessWire, place: Place) -> None:

@@ -1,4 +1,4 @@
-"""What has come for a stage: tensors by link and number, until an action takes them. No I/O."""
+"""Keep the tensors that a stage has received, by link and number, until an action takes them; does no I/O."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ranvier.transport.links.link_state import Received, ReceivingLink
 from ..protocol.training_spec import TrainingLink
 
 Place = tuple[int, int]
-"""A session and a number in it."""
+"""A session (TRAINING or VALIDATION) and a number that counts within it."""
 
 
 class TrainingCore:
-    """The links of one stage, and what came by them."""
+    """Hold the links of one stage and the tensors that have arrived on them."""
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
@@ -29,7 +29,7 @@ class TrainingCore:
         self._came: dict[tuple[TrainingLink, Place], tuple[torch.Tensor, Received]] = {}
 
     def add(self, links: Iterable[TrainingLink]) -> None:
-        """Links that the exchange has."""
+        """Register the incoming links among `links`, which the exchange already has."""
         for here in links:
             if not here.outgoing:
                 self._links[self.exchange.receiving[here.link.edge, here.link.source]] = here
@@ -38,24 +38,24 @@ class TrainingCore:
         """Keep a message until it is taken.
 
         Raises:
-            RefusedMessage: its bytes are not what its codec writes, or its rows are not one.
+            RefusedMessage: its bytes are not what its codec writes, or it has not exactly one row.
         """
         rows = received.header.rows
         try:
             tensor = from_buffer(received.header.tensors[0], received.buffers[0])
             if len(rows) != 1:
-                raise ProtocolError(f"expected one row a micro-batch, got {len(rows)}")
+                raise ProtocolError(f"expected one row per micro-batch, got {len(rows)}")
         except ProtocolError as error:
             self.exchange.consumed(received.link, received.nbytes)
             raise RefusedMessage(f"edge {received.link.spec.name}: {error}", rows) from None
         self._came[self._links[received.link], (rows[0].session, rows[0].position)] = tensor, received
 
     def missing(self, links: Iterable[TrainingLink], place: Place) -> list[TrainingLink]:
-        """Those by which nothing of that number has come yet."""
+        """Return the links on which nothing has arrived for `place` yet."""
         return [link for link in links if (link, place) not in self._came]
 
     def take(self, links: Sequence[TrainingLink], place: Place) -> tuple[list[torch.Tensor], list[Received]]:
-        """What has come by all of these; its credit returns."""
+        """Return what has arrived on all these links for `place`; the credit for it goes back to the senders."""
         tensors, messages = [], []
         for link in links:
             tensor, received = self._came.pop((link, place))

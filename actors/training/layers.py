@@ -1,7 +1,7 @@
-"""Built-in kinds as modules that learn: the families of `blocks.py`, without caches, over micro-batches of whole sequences.
+"""Define built-in kinds as modules that learn: the families of `blocks.py`, over whole sequences, without caches.
 
 Shape suffixes: T tokens of the micro-batch, S of one sequence, B sequences (T = B·S), H hidden, N query heads, K key-value
-heads, D head width, V vocabulary, E experts, k choices a token.
+heads, D head width, V vocabulary, E experts, k choices per token.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ DOWN, UP = "_lora_down", "_lora_up"
 
 
 class Choices(NamedTuple):
-    """What a router has decided: for each token the numbers of its experts and their weights [T, k], what goes to each expert,
-    by port, and how uneven that is."""
+    """Hold a router's decisions: the numbers of each token's experts and their weights, [T, k] each.
+
+    `parts` holds the tokens for each expert, by port; `balance` is the balancing loss.
+    """
 
     numbers: torch.Tensor
     weights: torch.Tensor
@@ -45,9 +47,9 @@ class Choices(NamedTuple):
 
 
 class NativeStage(Learner):
-    """The embedding, some blocks, the head, or several of these, as the kind says.
+    """Compute the embedding, some blocks, the head, or several of these, depending on the kind.
 
-    A parameter is one slot of `weights.py` (q, k and v lie in one matrix); `exported` gives the checkpoint's tensors.
+    A parameter is one slot of `weights.py` (q, k and v share one matrix); `exported` returns the checkpoint's tensors.
     """
 
     splits = True
@@ -75,7 +77,7 @@ class NativeStage(Learner):
         self._scale = self.config.attention_scale or self.config.head_dim**-0.5
 
     def _slots_of(self, context: Context) -> Iterator[tuple[str, Slot]]:
-        """Every tensor, and its name here. A tied head at the same stage is the embedding's matrix."""
+        """Yield every slot with its parameter name; a tied head at the same stage uses the embedding's matrix."""
         config = self.config
         if self._begins:
             yield from ((slot.name, slot) for slot in weights.embedding(config))
@@ -89,8 +91,10 @@ class NativeStage(Learner):
             yield from ((slot.name, slot) for slot in ending)
 
     def _adapt(self, rank: int, dtype: torch.dtype) -> None:
-        """Put a product of two narrow matrices, nothing at first, beside each one of the blocks. Drawn by name, so that it is
-        the same wherever a layer lies."""
+        """Add to each matrix of the blocks, except routers, the product of two narrow matrices (LoRA), zero at first.
+
+        The random matrix is seeded by its name, so that it is the same at whichever stage the layer runs.
+        """
         for name, slot in self._slots.items():
             if name.startswith("layer") and slot.columns is not None and not name.endswith("gate"):
                 generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -117,7 +121,7 @@ class NativeStage(Learner):
         return {**made, BALANCE: torch.stack(uneven).sum()} if uneven else made
 
     def exported(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The checkpoint's tensors that are in these weights, by its names."""
+        """Return the checkpoint's tensors in these weights, under its names, with LoRA products added."""
         made = {}
         for name, slot in self._slots.items():
             start, whole = 0, held[name]
@@ -133,7 +137,7 @@ class NativeStage(Learner):
     # -- parts --------------------------------------------------------------------------------------------------
 
     def _weight(self, name: str) -> torch.Tensor:
-        weight: torch.Tensor = getattr(self, name)  # a parameter, or the version of it that stands in its place
+        weight: torch.Tensor = getattr(self, name)  # the parameter, or the stashed version that replaces it
         return weight
 
     def _held(self, name: str) -> torch.Tensor | None:
@@ -163,7 +167,7 @@ class NativeStage(Learner):
         return made + self._adapted[1] * linear(narrow, self._weight(f"{name}{UP}"))
 
     def _attention(self, layer: int, hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the feed-forward part is added to, and what it is given."""
+        """Return the residual and the input of the feed-forward part."""
         at, config = f"layer{layer}_", self.config
         mixed_TH = self._linear(at + "out", self._attended(layer, self._norm(at + "norm_in", hidden_TH)))
         hidden_TH = hidden_TH + (self._norm(at + "norm_attended", mixed_TH) if config.post_norms else mixed_TH)
@@ -190,7 +194,7 @@ class NativeStage(Learner):
         return self._linear(at + "down", inner)
 
     def _mixture(self, layer: int, normed_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """All experts of a layer here, each over the tokens that chose it; and the balancing loss."""
+        """Run all experts of a layer, each over its tokens; return their weighted sum and the balancing loss."""
         chosen = self._chosen(layer, normed_TH)
         made = {port: self._up_and_down(f"layer{layer}_{port}_", part) for port, part in chosen.parts.items()}
         return gather(chosen.numbers, chosen.weights, made, list(made)), chosen.balance
@@ -230,7 +234,7 @@ class NativeStage(Learner):
         return self._mixed(query, keys, values, window)
 
     def _mixed(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, window: int) -> torch.Tensor:
-        """[B, heads, S, D] of each -> [T, N·D]: causal attention, over the last `window` positions (0: all)."""
+        """Return causal attention over the last `window` positions (0: all): [B, heads, S, D] each -> [T, N·D]."""
         sequence, group = self.sequence, query.shape[1] // keys.shape[1]
         if group > 1:
             keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
@@ -249,7 +253,7 @@ class NativeStage(Learner):
 
 
 def attention_slots(config: ModelConfig, layer: int) -> Iterator[tuple[str, Slot]]:
-    """What a stage has of a layer, and its name there, without the experts of a mixture."""
+    """Yield a layer's slots with their parameter names, without the experts of a mixture."""
     at = f"layer{layer}_"
     yield from ((at + slot.name, slot) for slot in weights.block(config, layer))
     if config.experts:
@@ -258,5 +262,5 @@ def attention_slots(config: ModelConfig, layer: int) -> Iterator[tuple[str, Slot
 
 
 def expert_slots(config: ModelConfig, layer: int, number: int) -> Iterator[tuple[str, Slot]]:
-    """What a stage has of one expert."""
+    """Yield an expert's slots with their parameter names."""
     yield from ((f"layer{layer}_expert{number}_{slot.name}", slot) for slot in weights.expert(config, layer, number))

@@ -1,5 +1,6 @@
-"""A matrix product whose weight's gradient is added up in place, or put off: what a backward that is split into inputs and
-weights (zero bubble, Qi et al. 2023) needs, without computing anything twice.
+"""Multiply by a weight whose gradient is added up in place, or computed later.
+
+A backward that is split into inputs and weights (zero bubble, Qi et al. 2023) needs this to compute nothing twice.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import torch
 import torch.nn.functional as F
 
 Late = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""Weights, what they were multiplied with, and the gradients of the products."""
+"""Weights, their inputs, and the gradients of the products, from which `make_up` computes the weights' gradients."""
 _late: Late | None = None
 
 
 @contextlib.contextmanager
 def put_off() -> Iterator[Late]:
-    """Meanwhile backwards make no gradients of these weights; `make_up` makes them of the list that is given."""
+    """Collect in a list what `make_up` needs, instead of computing weights' gradients, while the context is open."""
     global _late
     before, _late = _late, []
     try:
@@ -28,7 +29,7 @@ def put_off() -> Iterator[Late]:
 
 
 def make_up(late: Late) -> None:
-    """The gradients that were put off, added to what there is."""
+    """Compute the gradients that were put off, and add them to those of the weights."""
     for weight, given, gradient in late:
         _accumulate(weight, given, gradient)
     late.clear()
@@ -46,7 +47,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(given)
-        ctx.weight = weight  # itself: its gradient is written to
+        ctx.weight = weight  # not saved_tensors: the backward writes to its gradient
         return F.linear(given, weight, bias)
 
     @staticmethod
@@ -66,5 +67,5 @@ _linear: Callable[..., torch.Tensor] = _Linear.apply
 
 
 def linear(given_TC: torch.Tensor, weight_RC: torch.Tensor, bias_R: torch.Tensor | None = None) -> torch.Tensor:
-    """[T, C] times a leaf [R, C]: [T, R]."""
+    """Multiply [T, C] by a leaf [R, C]: [T, R]."""
     return _linear(given_TC, weight_RC, bias_R)

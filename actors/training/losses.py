@@ -1,4 +1,4 @@
-"""What is minimised: kinds of losses, each the mean over a micro-batch."""
+"""Define the kinds of losses that training minimises, each the mean over a micro-batch."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ KINDS: dict[str, Function] = {
     "l1": lambda made, target: F.l1_loss(made.float(), _needed(target).float()),
     "mean": lambda made, _: made.float().mean(),
 }
-"""`mean` takes no target: the output is a loss already."""
+"""Losses by name; `mean` takes no target, because the output is a loss already."""
 WITHOUT_TARGET = ("mean",)
 
 
 def correct(kind: str, made: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
-    """The share of right answers, where the loss has such: 0-dimensional float32, else NaN."""
+    """Return the share of correct answers, 0-dimensional float32; NaN if the loss has no correct answers."""
     if kind != "cross_entropy":
         return torch.tensor(float("nan"))
     return (made.argmax(-1) == _needed(target)).float().mean()

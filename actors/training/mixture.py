@@ -1,5 +1,6 @@
-"""A mixture-of-experts layer that learns, cut into actors as `model/experts.py` cuts it. Only the tokens that chose an expert
-travel to it, and only their gradients come back.
+"""Train a mixture-of-experts layer that is cut into actors as in `model/experts.py`.
+
+Only the tokens that are routed to an expert travel to it, and only their gradients come back.
 
 Shape suffixes as in `layers.py`.
 """
@@ -18,7 +19,7 @@ from .layers import NativeStage, attention_slots, expert_slots
 
 
 class Attention(NativeStage):
-    """`hidden` -> `residual`, `index`, `weight`, `expertN`, and the balancing loss."""
+    """Run attention and the router: `hidden` -> `residual`, `index`, `weight`, `expertN`, and the balancing loss."""
 
     def _slots_of(self, context: Context) -> Iterator[tuple[str, Slot]]:
         assert self.layers is not None
@@ -33,7 +34,7 @@ class Attention(NativeStage):
 
 
 class Experts(NativeStage):
-    """`expertN` -> `expertN`, each over its own tokens."""
+    """Run some experts, each over its own tokens: `expertN` -> `expertN`."""
 
     def _slots_of(self, context: Context) -> Iterator[tuple[str, Slot]]:
         assert self.layers is not None and context.experts is not None
@@ -47,7 +48,7 @@ class Experts(NativeStage):
 
 
 class Combine(NativeStage):
-    """`residual`, `index`, `weight`, `expertN` -> `hidden`. It has no weights of its own, and passes gradients on."""
+    """Combine `residual`, `index`, `weight`, `expertN` -> `hidden`; it has no weights and passes gradients on."""
 
     def _slots_of(self, context: Context) -> Iterator[tuple[str, Slot]]:
         yield from ()
@@ -58,4 +59,4 @@ class Combine(NativeStage):
 
 
 STAGES: Mapping[str, type[NativeStage]] = {"attention": Attention, "experts": Experts, "combine": Combine}
-"""The kinds that are parts of a mixture."""
+"""The kinds that are parts of a mixture, and their modules."""

@@ -1,4 +1,4 @@
-"""Updates: torch's own optimisers, the pace of the learning rate, the norm over all actors."""
+"""Make torch's optimisers, and compute learning rates, gradient norms and clipping factors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..protocol.training_spec import Optimizer
 
 
 def make(settings: Optimizer, weights: Iterable[torch.Tensor]) -> torch.optim.Optimizer:
-    """torch's optimiser of that kind over these."""
+    """Return torch's optimiser of the configured kind over `weights`."""
     weights = list(weights)
     if settings.kind == "sgd":
         return torch.optim.SGD(weights, settings.lr, settings.momentum, weight_decay=settings.weight_decay)
@@ -21,8 +21,11 @@ def make(settings: Optimizer, weights: Iterable[torch.Tensor]) -> torch.optim.Op
 
 
 def pace(settings: Optimizer, update: int, updates: int) -> float:
-    """The learning rate of the `update`-th of so many, from 0 on: rising in `warmup` of them, then falling to `least` times
-    itself (cosine: Loshchilov and Hutter 2017)."""
+    """Return the learning rate of update number `update`, counted from 0, of `updates`.
+
+    It rises linearly to `lr` in the first `warmup` updates. Then it stays constant, or falls linearly or by a cosine
+    (Loshchilov and Hutter 2017) to `least` times `lr`.
+    """
     if update < settings.warmup:
         return settings.lr * (update + 1) / settings.warmup
     if settings.decay == "constant":
@@ -33,11 +36,11 @@ def pace(settings: Optimizer, update: int, updates: int) -> float:
 
 
 def squares(gradients: Iterable[torch.Tensor]) -> float:
-    """The sum of the squares of all."""
+    """Return the sum of the squares of all elements."""
     held = list(gradients)
     return math.fsum(norm * norm for norm in torch.stack(torch._foreach_norm(held)).double().tolist()) if held else 0.0
 
 
 def clipping(settings: Optimizer, norm: float) -> float:
-    """What gradients of that norm are multiplied by (as torch's `clip_grad_norm_` does)."""
+    """Return the factor that clips gradients of norm `norm`, at most 1 (as torch's `clip_grad_norm_` computes it)."""
     return min(1.0, settings.clip / (norm + 1e-6)) if settings.clip is not None else 1.0

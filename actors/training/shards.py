@@ -1,6 +1,7 @@
-"""Checkpoints of a training run, a shard an actor: weights by the names of a model's checkpoint, and what its optimiser keeps.
+"""Write and read training checkpoints, one shard per actor: its weights and the state of its optimiser.
 
-A shard is written under another name and renamed; the trainer writes the index last (graph/training/checkpoints.py).
+The weights have the names of the model's checkpoint. A shard is written under another name and then renamed. The
+trainer writes the index last (graph/training/checkpoints.py).
 """
 
 from __future__ import annotations
@@ -24,12 +25,15 @@ STATE = ".state"
 def write(
     root: Path, done: int, actor: str, stage: Stage, optimizer: torch.optim.Optimizer | None, update: int
 ) -> None:
-    """The weights as `ACTOR.safetensors`; as they are held here, with the optimiser's state, as `ACTOR.state.safetensors`."""
+    """Write the weights as `ACTOR.safetensors`, and what training resumes from as `ACTOR.state.safetensors`.
+
+    The latter has the weights as they are held here, and the optimiser's state.
+    """
     folder = folder_of(root, done)
     folder.mkdir(parents=True, exist_ok=True)
     held = {name: weight.detach() for name, weight in stage.module.named_parameters()}
     exported = stage.exported(held)
-    if "." not in actor:  # of replicas the first, which all are like
+    if "." not in actor:  # the first replica only: all hold the same weights
         _replace(folder / f"{actor}.safetensors", {name: tensor.contiguous() for name, tensor in exported.items()}, {})
     state = {f"weight/{name}": tensor.contiguous() for name, tensor in stage.state().items()}
     for index, weight in enumerate(stage.weights.values()):
@@ -41,7 +45,7 @@ def write(
 
 def _replace(file: Path, tensors: dict[str, torch.Tensor], told: dict[str, str]) -> None:
     part, seen = file.with_suffix(".part"), set()
-    for name, tensor in tensors.items():  # safetensors keeps no two that share memory
+    for name, tensor in tensors.items():  # safetensors refuses tensors that share memory
         place = tensor.untyped_storage().data_ptr()
         if place in seen:
             tensors[name] = tensor.clone()
@@ -51,16 +55,16 @@ def _replace(file: Path, tensors: dict[str, torch.Tensor], told: dict[str, str])
 
 
 def read(folder: Path, actor: str, stage: Stage, optimizer: torch.optim.Optimizer | None) -> int:
-    """Go on from a shard: the number of updates so far.
+    """Restore a stage and its optimiser from a shard; return the number of updates so far.
 
     Raises:
-        ValueError: it cannot be read, or is of other weights.
+        ValueError: the shard cannot be read, or has other weights.
     """
     file = folder / f"{actor}{STATE}.safetensors"
     try:
         with safe_open(regular(file), "pt") as opened:
             told = opened.metadata() or {}
-            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+            state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is not a mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: {error}") from error
     held = {f"weight/{name}": tensor for name, tensor in stage.state().items()}
@@ -68,7 +72,10 @@ def read(folder: Path, actor: str, stage: Stage, optimizer: torch.optim.Optimize
     ours = {name: tuple(tensor.shape) for name, tensor in held.items()}
     if theirs != ours:
         odd = sorted(set(theirs.items()) ^ set(ours.items()))[0]
-        raise ValueError(f"{file}: of another graph or actor: {odd[0]} with shape {odd[1]} is on one side alone")
+        raise ValueError(
+            f"{file}: of another graph or actor: only one of file and actor has {odd[0]} with shape {odd[1]}; "
+            "resume with the graph that wrote the file"
+        )
     with torch.no_grad():
         for name, tensor in held.items():
             fill(tensor, state[name])

@@ -1,8 +1,8 @@
-"""One stage that learns, without I/O: forwards that are kept, backwards in any order, updates.
+"""Train one stage without I/O: run forwards and keep them, run backwards in any order, and apply updates.
 
-Any actor made of torch modules will do: the modules that it holds are its weights, its `step` is its forward pass. Where
-updates are asynchronous a forward runs on a version of the weights that is kept until its backward is done (weight stashing,
-PipeDream, Narayanan et al. 2019), and the gradients are applied to the newest.
+Any actor made of torch modules can learn: the modules that it holds are its weights, its `step` is its forward pass. If
+updates are asynchronous, the version of the weights that a forward runs on is kept until its backward is done (weight
+stashing, PipeDream, Narayanan et al. 2019). Its gradients are applied to the newest version.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ Weights = dict[str, torch.Tensor]
 
 
 class Learner(nn.Module, ABC):
-    """What a stage computes: a batch in, tensors by port out."""
+    """Compute the outputs of a stage, by port, from a batch."""
 
     splits = False
-    """Whether its matrix products can put off their weights' gradients (linear.py)."""
+    """True if its matrix products can put off their weights' gradients (linear.py)."""
     writes = True
-    """Whether it may change its inputs in place."""
+    """True if it may change its inputs in place."""
 
     def stays(self, name: str) -> bool:
-        """Whether a parameter is not to learn, whatever the actor does."""
+        """Return whether a parameter stays as it is even if the actor learns."""
         return False
 
     @abstractmethod
     def exported(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """These weights by the names that a checkpoint has for them."""
+        """Return the weights `held` under the names that a checkpoint gives them."""
 
 
 class Wrapped(Learner):
-    """An actor's modules as one, whose forward pass is the actor's step. It may hold none: gradients go through it."""
+    """Wrap an actor's modules, if any, as one module whose forward pass is the actor's step."""
 
     def __init__(self, actor: Actor) -> None:
         super().__init__()
@@ -57,12 +57,12 @@ class Wrapped(Learner):
         return {port: value[port] if isinstance(value, Batch) else value for port, value in made.items()}
 
     def exported(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """As `weights:` of the graph file reads them again, and torch's `load_state_dict`: by every name that a tensor has."""
+        """Return each tensor under all its names, which `weights:` of a graph file and `load_state_dict` read."""
         return tensors_of(self.held)
 
 
 class _Kept(NamedTuple):
-    """A micro-batch between its forward and its backward."""
+    """Hold a micro-batch between its forward and its backward."""
 
     inputs: Mapping[str, torch.Tensor]
     outputs: Mapping[str, torch.Tensor]
@@ -71,24 +71,24 @@ class _Kept(NamedTuple):
 
 
 class Told(NamedTuple):
-    """A loss of one micro-batch, and the share of right answers (NaN where there is no such)."""
+    """Hold a loss of one micro-batch, and the share of correct answers (NaN if the loss has none)."""
 
     loss: float
     correct: float
 
 
 class Stage:
-    """The weights of one stage and the micro-batches under way.
+    """Hold the weights of one stage and the micro-batches between forward and backward.
 
     Args:
-        name: for errors.
-        module: what is computed.
-        terms: the losses that are taken of its outputs.
-        given_back: inputs whose gradients others want.
-        wanted: outputs whose gradients others send.
-        trains: whether it learns; else only gradients of inputs are made.
-        stashes: whether each forward keeps the version of weights that it ran on.
-        recompute: whether activations are computed again in the backward instead of being kept.
+        name: the stage's name in errors.
+        module: computes the outputs.
+        terms: the losses of its outputs.
+        given_back: inputs whose gradients go back to earlier stages.
+        wanted: outputs for which later stages send gradients.
+        trains: whether its weights learn; otherwise only the gradients of inputs are computed.
+        stashes: whether each forward keeps the version of the weights that it ran on.
+        recompute: whether the backward computes activations again, instead of keeping them.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Stage:
         self.name = name
         self.module = module
         self.weights: Weights = {}
-        """What is updated: the parameters themselves or, of those in half precision, float32 masters of them."""
+        """Tensors that updates change: the parameters or, for parameters in half precision, float32 masters of them."""
         self._live: Weights = {}
         for key, weight in module.named_parameters():
             learns = trains and not module.stays(key)
@@ -109,7 +109,7 @@ class Stage:
         self._masters = any(self.weights[key] is not weight for key, weight in self._live.items())
         self.version = 0
         self.stalest = 0
-        """The most updates that lay between a forward and its backward."""
+        """Largest number of updates between a forward and its backward so far."""
         self._terms = terms
         self._given_back, self._wanted = given_back, wanted
         self._stashes = stashes
@@ -120,17 +120,19 @@ class Stage:
         self._late: dict[int, Late] = {}
 
     def exported(self, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """See `Learner.exported`."""
+        """Return the weights under a checkpoint's names, as `Learner.exported` does."""
         return self.module.exported(held)
 
     def forward(
         self, number: int, inputs: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor], share: float
     ) -> tuple[dict[str, torch.Tensor], list[Told]]:
-        """Outputs by port, and the losses. `share`: what a micro-batch counts of an update.
+        """Run the forward of micro-batch `number`; return outputs by port, and the losses.
+
+        `share` is the weight of one micro-batch in an update.
 
         Raises:
-            ArithmeticError: an output is not finite; names actor, tensor, micro-batch.
-            ValueError: an output that others send a gradient for cannot be differentiated.
+            ArithmeticError: an output or a loss is not finite; the message names actor, tensor and micro-batch.
+            ValueError: an output for which later stages send a gradient cannot be differentiated.
         """
         given = {port: tensor.detach().requires_grad_(port in self._given_back) for port, tensor in inputs.items()}
         with torch.enable_grad():
@@ -150,7 +152,7 @@ class Stage:
         held = self._stash() if self._stashes else None
 
         def run() -> Mapping[str, torch.Tensor]:
-            # what is given may be written to in place: of a tensor that wants a gradient that needs a copy
+            # the module may write to its inputs, which autograd allows only on copies of tensors that want gradients
             batch = _batch({port: tensor.clone() if self.module.writes else tensor for port, tensor in given.items()})
             made: Mapping[str, torch.Tensor]
             made = self.module(batch) if held is None else functional_call(self.module, held, (batch,))
@@ -181,20 +183,23 @@ class Stage:
                 raise ArithmeticError(f"{self.name}: the {term.kind} loss of {term.port!r}, {which}, is {loss}")
 
     def _look_for_gradients(self, outputs: Mapping[str, torch.Tensor]) -> None:
-        """Whoever gives gradients back needs every output that has some; whoever has weights alone, one: a router may pass on
-        what it was given."""
+        """Check that the outputs for which gradients arrive can be differentiated.
+
+        A stage that sends gradients back needs all these outputs. A stage that only has weights needs one of them, or a
+        loss: a router may pass an input on.
+        """
         without = [port for port in self._wanted if not outputs[port].requires_grad]
         learned = len(without) < len(self._wanted) or any(outputs[term.port].requires_grad for term in self._terms)
         if without and (self._given_back or (self.weights and not learned)):
             raise ValueError(
                 f"{self.name}: output {without[0]!r} cannot be differentiated: it depends on no weight and no input in a way "
-                "that has a gradient; leave the actor out of training (frozen), or mend its step"
+                "that has a gradient; leave the actor out of training (frozen), or fix its step"
             )
 
     def evaluate(
         self, inputs: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]
     ) -> tuple[Mapping[str, torch.Tensor], list[Told]]:
-        """Outputs and losses, keeping nothing."""
+        """Return outputs and losses, and keep nothing for a backward."""
         with torch.no_grad():
             outputs = self.module(_batch(inputs))
             told = []
@@ -206,7 +211,7 @@ class Stage:
         return outputs, told
 
     def backward(self, number: int, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The gradients of inputs by port; those of weights are added to what is there."""
+        """Return the gradients of inputs by port, and add the gradients of weights to those already there."""
         kept = self._under_way.pop(number)
         roots, given = self._roots(kept, gradients)
         if roots:
@@ -215,7 +220,10 @@ class Stage:
         return self._returned(kept.inputs, [tensor.grad for tensor in self._differentiated(kept)])
 
     def backward_inputs(self, number: int, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The gradients of inputs alone. `backward_weights` follows. What cannot put off its weights' is gone through twice."""
+        """Return the gradients of inputs by port; `backward_weights` must follow.
+
+        A module that cannot put off its weights' gradients is differentiated twice.
+        """
         kept = self._under_way[number]
         roots, given = self._roots(kept, gradients)
         if self.module.splits:
@@ -231,7 +239,7 @@ class Stage:
         return self._returned(kept.inputs, made or [None] * len(wanted))
 
     def backward_weights(self, number: int) -> None:
-        """The gradients of weights that `backward_inputs` has left."""
+        """Compute the gradients of weights that `backward_inputs` has put off."""
         kept = self._under_way.pop(number)
         if self.module.splits:
             make_up(self._late.pop(number))
@@ -270,7 +278,7 @@ class Stage:
         }
 
     def _applied(self, kept: _Kept) -> None:
-        """Where others than `weights` were computed with, add their gradients to those, and drop what is done with."""
+        """Add the gradients of stashed or half-precision weights to `weights`, and drop versions no longer needed."""
         self.stalest = max(self.stalest, self.version - kept.version)
         if not (self._stashes or self._masters):
             return
@@ -285,23 +293,23 @@ class Stage:
             del self._versions[version]
 
     def refresh(self) -> None:
-        """Compute with what the masters are now."""
+        """Copy the masters, if any, to the parameters that forwards compute with."""
         if self._masters:
             with torch.no_grad():
                 for key, weight in self._live.items():
                     weight.copy_(self.weights[key])
 
     def state(self) -> dict[str, torch.Tensor]:
-        """What changes, by the module's own names: the weights, or their masters, and buffers."""
+        """Return what training changes, by the module's names: the weights, or their masters, and the buffers."""
         own = {key: weight.detach() for key, weight in self.weights.items()}
         return {**dict(self.module.named_buffers()), **own}
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Those that there are, by weight."""
+        """Return the gradients that exist, by weight."""
         return {key: weight.grad for key, weight in self.weights.items() if weight.grad is not None}
 
     def updated(self) -> None:
-        """The weights have changed: what follows is a new version."""
+        """Begin a new version after an update has changed the weights."""
         self.version += 1
         self.refresh()
         for weight in self.weights.values():
@@ -312,7 +320,7 @@ class Stage:
 
 
 def _batch(inputs: Mapping[str, torch.Tensor]) -> Batch:
-    """A micro-batch is one row; a port that got only some of its tokens has a row of its own."""
+    """Return a micro-batch as one row; a port that got only some of its tokens has a separate row."""
     lengths = {port: len(tensor) if tensor.dim() else 1 for port, tensor in inputs.items()}
     row = Row(1, 1, 0, max(lengths.values(), default=1))
     own = {port: (row._replace(tokens=length),) for port, length in lengths.items() if length != row.tokens}

@@ -1,4 +1,4 @@
-"""How a host that trains waits and sends: links by what they are for, tensors by number, the time that actions take."""
+"""Send and await the tensors of a host that trains, by link and number, and count the time of its actions."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ DRAIN_DEADLINE_S = 5.0
 
 
 class Stop(Exception):
-    """The supervisor said stop."""
+    """Signal that the supervisor has sent `stop`."""
 
 
 class Mail(Process):
-    """The messages of one stage. `owed` is what codecs have lost of gradients."""
+    """Exchange the messages of one stage; `owed` holds, by link, what its codec has lost of the last gradient."""
 
     def begin(self, links: Iterable[TrainingLink]) -> None:
-        """Make ready for these."""
+        """Prepare the inbox and group the links by role."""
         self.core = TrainingCore(self.exchange)
         self.counted = self.core.counters
         self.owed: dict[TrainingLink, torch.Tensor] = {}
@@ -40,7 +40,7 @@ class Mail(Process):
             self._links.setdefault(link.role, []).append(link)
 
     def of(self, role: str, number: int | None = None) -> list[TrainingLink]:
-        """The links of a role, all or those for one micro-batch."""
+        """Return the links of a role: all of them, or those for one micro-batch."""
         links = self._links.get(role, [])
         return links if number is None else [link for link in links if link.carries(number)]
 
@@ -57,7 +57,7 @@ class Mail(Process):
         return kind != "stop"
 
     def lost_rows(self, rows: Sequence[Row], error: Exception) -> None:
-        raise error  # nothing of a training run may be left out
+        raise error  # training must not skip a row
 
     def until(self, wire: ProcessWire, links: Iterable[TrainingLink], place: Place) -> None:
         """Take in what comes until something of that number has come by all of these, and count how long that took."""
@@ -75,7 +75,7 @@ class Mail(Process):
         """Send what is to be sent, wait for something to come, obey.
 
         Raises:
-            Stop: it is told to.
+            Stop: the supervisor has sent `stop`.
         """
         exchange, crossing = self.exchange, self.crossing
         self._flush(wire)
@@ -91,7 +91,7 @@ class Mail(Process):
                 raise Stop
 
     def send(self, link: TrainingLink, place: Place, tensor: torch.Tensor) -> None:
-        """Send a tensor as that number; it is not to be changed afterwards."""
+        """Send a tensor as the one for `place`; the caller must not change it afterwards."""
         sending = self.exchange.sending[link.link.edge, link.link.target]
         name = link.link.tensors[0][0]
         row = Row(place[0], 1, place[1], len(tensor) if tensor.dim() else 1)
@@ -102,22 +102,22 @@ class Mail(Process):
             self.exchange.send(sending, (row,), (meta,), (buffer,), now_ns)
         else:
             owed = self.owed.get(link)
-            if owed is not None and owed.shape == tensor.shape:  # a router's rows are others each time
+            if owed is not None and owed.shape == tensor.shape:  # a router's rows differ each time
                 tensor = tensor + owed
             tensors, buffers, coding = coded(name, tensor, sending)
-            if link.role == INPUT_GRADIENT:  # error feedback: what the codec lost goes with the next
+            if link.role == INPUT_GRADIENT:  # error feedback: what the codec lost is added to the next one
                 self.owed[link] = tensor - from_buffer(tensors[0], buffers[0])
             self.exchange.send(sending, (row,), tensors, buffers, now_ns, coding)
 
     def counting(self, what: Callable[[], float]) -> float:
-        """Do a part of an update that comes before it."""
+        """Run `what`, which precedes the optimiser's step, and count its time as part of the update."""
         began_ns = time.monotonic_ns()
         made = what()
         self.core.counters[f"{UPDATE}_us"] += (time.monotonic_ns() - began_ns) // 1000
         return made
 
     def timed(self, action: Action, what: Any, messages: Sequence[Received] = (), called: str | None = None) -> Any:
-        """Do it, and count how long it took."""
+        """Run `what`, and count the action and its time."""
         crossing = self.crossing
         began_ns = crossing.stepping_since_ns = time.monotonic_ns()
         try:

@@ -1,6 +1,6 @@
-"""A small T5 learns to spell words backwards, then answers from six actors: `python backwards.py`.
+"""Train a small T5 to spell words backwards, then run it as six actors: `python backwards.py`.
 
-Needs transformers (`pip install 'ranvier[hf]'`), which makes and trains the model; running it does not.
+The script needs transformers (`pip install 'ranvier[hf]'`) to make and train the model. The actors run without it.
 """
 
 import pydoc_data.topics
@@ -29,7 +29,7 @@ def batch(words: list[str]) -> torch.Tensor:
 
 
 def words() -> tuple[list[str], list[str]]:
-    """The words of Python's own documentation: those to learn from, and sixteen that are kept back."""
+    """Return the words of Python's documentation: those to train on, and sixteen that are held out."""
     text = " ".join(pydoc_data.topics.topics.values()).lower()
     found = sorted(set(re.findall(r"\b[a-z]{3,9}\b", text)))
     random.Random(1).shuffle(found)
@@ -61,7 +61,7 @@ def trained(known: list[str]) -> T5ForConditionalGeneration:
 
 
 async def spelled(graph: ranvier.Graph, asked: list[str]) -> dict[str, str]:
-    """All words at once, each a session of its own."""
+    """Spell all words at once, each in a separate session."""
     answers = {}
 
     async def spell(run: ranvier.Run, word: str) -> None:

@@ -1,4 +1,4 @@
-"""Writes what bytes.yaml needs: Python's own help pages as text, a tokenizer of bytes, a small llama with random weights."""
+"""Write what bytes.yaml needs: Python's help pages as text, a tokenizer of bytes, and a llama with random weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def main() -> None:
     folder = HERE / "model"
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # a letter stands for each byte
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # one letter stands for each byte
     tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""Tell English prose from Python programs, 256 bytes at a time: `python classify.py`."""
+"""Distinguish English prose from Python programs, 256 bytes at a time: `python classify.py`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 
 def pieces(data: bytes) -> torch.Tensor:
-    """The text in rows of 256 bytes."""
+    """Return the text in rows of 256 bytes."""
     whole = len(data) // 256 * 256
     return torch.tensor(list(data[:whole])).view(-1, 256)
 

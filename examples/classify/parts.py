@@ -1,4 +1,4 @@
-"""A text classifier in two parts: counts of byte pairs, and a linear layer over them."""
+"""Define a text classifier in two parts: counts of byte pairs, and a linear layer over them."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ WIDTH = 1024
 
 
 class Pairs(nn.Module):
-    """Shares of byte pairs, hashed into 1024 buckets. Texts are rows of 256 bytes, as int64."""
+    """Compute the shares of byte pairs, hashed into 1024 buckets. Texts are rows of 256 bytes, as int64."""
 
     def forward(self, text: torch.Tensor) -> dict[str, torch.Tensor]:
         pairs = (text[:, :-1] * 31 + text[:, 1:] * 17) % WIDTH
@@ -18,7 +18,7 @@ class Pairs(nn.Module):
 
 
 class Judge(nn.Module):
-    """Prose or program?"""
+    """Decide whether a text is prose or a program."""
 
     def __init__(self) -> None:
         super().__init__()

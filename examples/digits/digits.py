@@ -1,4 +1,4 @@
-"""Two encoders and a head learn together as three actors, then work on pictures they have not seen: `python digits.py`."""
+"""Train two encoders and a head together as three actors, then run them on new pictures: `python digits.py`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 
 def together(parts: nn.ModuleDict, pixels: torch.Tensor) -> torch.Tensor:
-    """The same in one process."""
+    """Compute the same in one process."""
     top, bottom = parts["top"](pixels)["features"], parts["bottom"](pixels)["features"]
     return parts["joint"](top, bottom)["logits"]
 

@@ -1,11 +1,11 @@
-"""Plain torch modules: two encoders that each see half of a picture, and a head that needs both."""
+"""Define plain torch modules: two encoders that each see half of a picture, and a head that needs both."""
 
 import torch
 from torch import nn
 
 
 class Half(nn.Module):
-    """Encodes one half of an 8 x 8 picture: its first or last 32 pixels."""
+    """Encode one half of an 8 x 8 picture: its first or last 32 pixels."""
 
     def __init__(self, lower: bool) -> None:
         super().__init__()
@@ -18,7 +18,7 @@ class Half(nn.Module):
 
 
 class Joint(nn.Module):
-    """Names the digit from what both encoders saw."""
+    """Classify the digit from the features of both encoders."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
-"""A mixture of four experts learns as six actors, balanced by a loss of its own, then works on pictures it has not seen:
-`python experts.py`."""
+"""Train a mixture of four experts as six actors, then run it on new pictures: `python experts.py`.
+
+A second loss keeps the experts balanced.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ HERE = Path(__file__).parent
 
 
 def together(parts: nn.ModuleDict, pixels: torch.Tensor) -> torch.Tensor:
-    """The same in one process, the dense way: every expert sees every picture, most of them for nothing."""
+    """Compute the same in one process, the dense way: every expert computes every picture, mostly for nothing."""
     _, weight, index = choose(parts["router"]["gate"], pixels)
     answers = torch.stack([parts[port](pixels)["logits"] for port in PORTS], 1)
     chosen = answers.gather(1, index[:, :, None].expand(-1, -1, 10))

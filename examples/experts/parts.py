@@ -1,4 +1,4 @@
-"""A mixture of experts of your own: a router, four experts, and what puts their answers together."""
+"""Define a custom mixture of experts: a router, four experts, and an actor that combines their answers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PIXELS = TensorSpec("float32", ("tokens", 64))
 
 
 def choose(gate: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What each picture thinks of each expert, and the weights and numbers of the two that it chooses."""
+    """Return the router's scores of all experts for each picture, and the weights and indices of the two best."""
     scores = gate(pixels).softmax(-1)
     weight, index = scores.topk(CHOICES)
     return scores, weight / weight.sum(-1, keepdim=True), index
 
 
 class Router(Actor):
-    """Sends each picture to two of the experts; the others never see it."""
+    """Send each picture to two of the experts; the other experts never see it."""
 
     inputs = {"pixels": PIXELS}
     outputs = {
@@ -32,7 +32,7 @@ class Router(Actor):
     }
 
     def load(self, context: Context) -> None:
-        self.gate = nn.Linear(64, EXPERTS)  # `weights:` fills it, as it fills a module
+        self.gate = nn.Linear(64, EXPERTS)  # `weights:` in the graph file fills it, as in a module
 
     def step(self, batch: Batch) -> dict[str, torch.Tensor | Batch]:
         scores, weight, index = choose(self.gate, batch["pixels"])
@@ -41,7 +41,7 @@ class Router(Actor):
 
 
 class Expert(nn.Module):
-    """One expert: a plain module that knows nothing of the others."""
+    """Compute one expert: a plain module that knows nothing of the other experts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Expert(nn.Module):
 
 
 class Together(Actor):
-    """Puts the experts' answers back in order, each with its weight."""
+    """Combine the experts' answers for each picture, each with its weight."""
 
     inputs = {
         "index": TensorSpec("int64", ("tokens", CHOICES)),

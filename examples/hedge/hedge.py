@@ -1,4 +1,4 @@
-"""The slowest of 200 calls, with each call at one replica and at both: `python hedge.py`."""
+"""Compare the latency of 200 calls, each sent to one replica or to both: `python hedge.py`."""
 
 import time
 from pathlib import Path
@@ -11,7 +11,7 @@ CALLS = 200
 
 
 def timed(policy: str) -> tuple[list[float], torch.Tensor]:
-    """Milliseconds of each call, sorted, and all answers."""
+    """Return the milliseconds of each call, sorted, and all answers."""
     graph = ranvier.load(
         Path(__file__).parent / "hedge.yaml", allow_code=True, overrides={"actors.work.policy": policy}
     )

@@ -1,4 +1,4 @@
-"""A small network of which one replica is slow: now and then it stands still for a while, as a machine does that others use."""
+"""Define a small network with one slow replica: at times it stands still, as on a machine that is shared."""
 
 import random
 import time
@@ -10,7 +10,10 @@ from ranvier import Actor, TensorSpec
 
 
 class Work(Actor):
-    """Args: `slow`: the replica that is; `one_in`: of so many steps it stands still in one; `ms`: for so long."""
+    """Apply two linear layers; one replica is slow.
+
+    Args: `slow` is the number of the slow replica. It stands still in one step of `one_in`, for `ms` milliseconds.
+    """
 
     inputs = {"x": TensorSpec("float32", ("rows", 64))}
     outputs = {"y": TensorSpec("float32", ("rows", 64))}

@@ -1,4 +1,4 @@
-"""Three dense layers as three actors learn to read digits, and then read those that they have not seen: `python layers.py`."""
+"""Train three dense layers as three actors to read digits, then run them on new digits: `python layers.py`."""
 
 from __future__ import annotations
 

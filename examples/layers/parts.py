@@ -1,4 +1,4 @@
-"""One dense layer; all of a network that is not the last bends what it gives."""
+"""Define one dense layer of a network. Every layer except the last has a nonlinearity."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class Layer(nn.Module):
-    """x [pictures, width] -> [pictures, to]."""
+    """Map x [pictures, width] to [pictures, to]."""
 
     def __init__(self, width: int, to: int, last: bool = False) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Asks SmolLM2 something it cannot know, teaches it by LoRA over two actors, and asks again: `python lora.py [STEPS]`."""
+"""Ask SmolLM2 something it cannot know, teach it by LoRA over two actors, and ask again: `python lora.py [STEPS]`."""
 
 from __future__ import annotations
 

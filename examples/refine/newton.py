@@ -1,11 +1,14 @@
-"""A loop: each time round, a guess at a square root becomes a better one, until it is good enough."""
+"""Define one iteration of a loop that improves a guess at a square root until it is good enough."""
 
 import torch
 from torch import nn
 
 
 class Newton(nn.Module):
-    """Newton's method for x² = n on pairs (n, x); `done` says when x² is within a millionth of n."""
+    """Take a step of Newton's method for x² = n on pairs (n, x).
+
+    `done` is true when all x² are within a millionth of n.
+    """
 
     def forward(self, state: torch.Tensor) -> dict[str, torch.Tensor]:
         number, guess = state.unbind(1)

@@ -1,4 +1,4 @@
-"""Square roots of ten numbers by a loop in a graph: `python refine.py`."""
+"""Compute the square roots of ten numbers with a loop in a graph: `python refine.py`."""
 
 from pathlib import Path
 

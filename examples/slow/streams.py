@@ -1,4 +1,4 @@
-"""Eight streams at once through a graph file: `python streams.py slow.yaml` says how many tokens a second they get together."""
+"""Run eight streams at once through a graph file, and print their tokens per second: `python streams.py slow.yaml`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ async def ask(run: ranvier.Run, question: str) -> None:
 async def main(file: str) -> None:
     graph = ranvier.load(Path(file), allow_code=True)
     async with ranvier.launch(graph) as run:
-        await ask(run, QUESTIONS[0])  # warm
+        await ask(run, QUESTIONS[0])  # warm up
         began = time.monotonic()
         async with trio.open_nursery() as nursery:
             for question in QUESTIONS * 2:

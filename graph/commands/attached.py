@@ -1,4 +1,4 @@
-"""The commands that attach to a run that goes on, by its folder: `scale`, `why`, `top`."""
+"""Define the commands that attach to a run in progress by its folder: `scale`, `why`, `top`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from ..file.errors import RequestError
 from .command_line import INTERRUPTED, Json, print_json, reading, say
 
 WHY_S = 10.0
-"""A run that goes on answers within two seconds."""
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run that goes on.", show_default=False)]
+"""Seconds to wait for an answer. A run in progress answers within two."""
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run in progress.", show_default=False)]
 
 
 def why_command(run_dir: RunFolder, as_json: Json = False) -> None:
-    """Say who waits for whom in a run that goes on, and who is to blame.
+    """Show who waits for whom in a run in progress, and which actor is to blame.
 
-    Whoever is stopped, silent, loading, or long in one step is named with its process and, where it can still say so,
-    the lines of Python it is at. Costs the run nothing while nobody asks.
+    An actor that is stopped, silent, loading, or spends long in one step is named with its process. If the
+    process can still answer, the Python lines that it is executing are shown. It costs the run nothing unless it is
+    used.
     """
     from . import client
 
@@ -35,12 +36,13 @@ def why_command(run_dir: RunFolder, as_json: Json = False) -> None:
 
 def top_command(
     run_dir: RunFolder,
-    interval: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between two looks.")] = 1.0,
+    interval: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between two updates.")] = 1.0,
     as_json: Json = False,
 ) -> None:
-    """Show a run that goes on as a table that renews itself, until it ends or Ctrl-C; --json: one look.
+    """Show a run in progress as a table that updates itself, until the run ends or Ctrl-C; --json prints one snapshot.
 
-    Rates, batches and latencies are of the last five seconds, from the trace as it is written (trace: true).
+    Rates, batches and latencies cover the last five seconds. They come from the trace that the run writes (trace:
+    true).
     """
     from rich.console import Console
 
@@ -60,14 +62,15 @@ def top_command(
 def scale_command(
     run_dir: RunFolder,
     change: Annotated[
-        str, typer.Argument(metavar="ACTOR=N", help="How many replicas the actor is to have.", show_default=False)
+        str, typer.Argument(metavar="ACTOR=N", help="The actor, and its new number of replicas.", show_default=False)
     ],
-    timeout: Annotated[float, typer.Option(help="Seconds to wait for it to be done.")] = 120.0,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait until the change is done.")] = 120.0,
     as_json: Json = False,
 ) -> None:
-    """Change how many replicas an actor has while its run goes on.
+    """Change the number of replicas of an actor during its run.
 
-    A replica that joins gets sessions that begin later; one that leaves ends when its last session is over.
+    A replica that joins receives only sessions that begin later. A replica that leaves ends when its last session is
+    over.
     """
     from . import client
 

@@ -1,4 +1,4 @@
-"""The command `ranvier`. Results go to standard output, progress and errors to standard error.
+"""Define the command `ranvier`. Results go to standard output, progress and errors to standard error.
 
 Exit codes: 0 done, 1 the run failed, 2 the request or the graph is wrong, 130 interrupted.
 """
@@ -71,7 +71,7 @@ class Format(StrEnum):
 @app.command()
 def check(
     graph: GraphFile,
-    expand: Annotated[bool, typer.Option("--expand", help="Print the long form: every edge and setting.")] = False,
+    expand: Annotated[bool, typer.Option("--expand", help="Print the graph with every edge and setting.")] = False,
     as_json: Json = False,
     allow_code: AllowCode = False,
     settings: Set = None,
@@ -97,15 +97,21 @@ def check(
         print(yaml.safe_dump(checked.expanded(), sort_keys=False, width=120), end="")
     else:
         planned = plan(checked)
-        print(f"{graph}: good: {planned.processes} processes, {len(planned.edges)} edges")
+        print(
+            f"{graph}: good: {planned.processes} process{'es' if planned.processes != 1 else ''}, "
+            f"{len(planned.edges)} edge{'s' if len(planned.edges) != 1 else ''}"
+        )
 
 
 @app.command("show")
 def show_command(
     graph: GraphFile,
-    form: Annotated[Format, typer.Option("--format", help="How to draw it.")] = Format.text,
+    form: Annotated[Format, typer.Option("--format", help="How to draw the plan.")] = Format.text,
     schedule: Annotated[
-        bool, typer.Option("--schedule", help="Print what each actor does in training, in which order, and the bubble.")
+        bool,
+        typer.Option(
+            "--schedule", help="Print the training schedule instead: each actor's actions in order, and the bubble."
+        ),
     ] = False,
     as_json: Json = False,
     allow_code: AllowCode = False,
@@ -133,58 +139,71 @@ def run(
     prompt: Annotated[
         str | None,
         typer.Option(
-            "--prompt", "-p", help="What to say to the model; - reads it from standard input, unseen by others."
+            "--prompt", "-p", help="The prompt; - reads it from standard input, which other users cannot see."
         ),
     ] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option("--prompt-file", metavar="FILE", help="Read what to say from a file (UTF-8).")
+        Path | None, typer.Option("--prompt-file", metavar="FILE", help="Read the prompt from a file (UTF-8).")
     ] = None,
     input_file: Annotated[
         Path | None,
-        typer.Option("--input", help="For graphs that are no language models: safetensors, a tensor an input port."),
+        typer.Option(
+            "--input", help="For graphs that are not language models: safetensors with one tensor per input port."
+        ),
     ] = None,
     output_file: Annotated[
-        Path | None, typer.Option("--output", help="Where to write the graph's outputs (safetensors).")
+        Path | None, typer.Option("--output", help="Write the graph's outputs to this file (safetensors).")
     ] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="New tokens at the most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token; more is bolder.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Choose among the k likeliest; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Choose among the likeliest that make up this share.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Leave out what is less likely than this share of the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Over 1: avoid tokens that were there before.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text. May be given again.")] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", min=1, help="Generate at most this many tokens.")
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token; higher values are more random.")
+    ] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0: among all.")] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Choose among the likeliest tokens that have this probability together.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Leave out tokens less likely than this share of the likeliest one.")
+    ] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Over 1: avoid tokens that occurred before.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the random choice; the same seed gives the same text.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="Stop before this text. May be given several times.")
+    ] = None,
     deadline: Annotated[
-        float | None, typer.Option("--deadline", help="Seconds after which the stream ends, wherever it is.")
+        float | None,
+        typer.Option("--deadline", help="End the stream after this many seconds, even if it is not complete."),
     ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Take the prompt as it is, without the chat template.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the chat template.")] = False,
     as_json: Json = False,
-    runs: Annotated[Path, typer.Option("--runs", help="Where run folders are made.")] = run_folder.DEFAULT_ROOT,
+    runs: Annotated[
+        Path, typer.Option("--runs", help="Create the run folder in this folder.")
+    ] = run_folder.DEFAULT_ROOT,
     chaos: Annotated[
-        Path | None, typer.Option("--chaos", help="A file that says what goes wrong on which tcp links.")
+        Path | None, typer.Option("--chaos", help="A file that lists faults to inject on tcp links.")
     ] = None,
     log: Log = None,
     record: Annotated[str | None, typer.Option("--record", metavar="EDGES", help=RECORD_HELP)] = None,
     resume: Annotated[
         Path | None,
-        typer.Option(
-            "--resume", metavar="RUN", help="Go on with the requests of a run with a journal that was killed."
-        ),
+        typer.Option("--resume", metavar="RUN", help="Continue the requests of a killed run that had a journal."),
     ] = None,
     after: Annotated[
         int | None,
-        typer.Option("--after", metavar="POSITION", help="With --resume: print what comes after this position."),
+        typer.Option("--after", metavar="POSITION", help="With --resume: print only what comes after this position."),
     ] = None,
     allow_code: AllowCode = False,
     settings: Set = None,
 ) -> None:
-    """Start the graph, stream the text, print what every message cost, write the run folder."""
+    """Start the graph, stream the text, print what every message cost, and write the run folder."""
     if resume is not None:
         resume_command.check(context)
         resume_command.run(resume, after, as_json, allow_code, {"runs": runs, "zygote": context.obj, "log": log})
         return
     if after is not None:
-        raise RequestError("--after says where --resume goes on from; give --resume RUN, too")
+        raise RequestError("--after needs --resume; give --resume RUN, too")
     if graph is None:
         raise RequestError("GRAPH is missing; give a graph file, or --resume RUN")
     try:
@@ -197,7 +216,7 @@ def run(
     if not checked.generates:
         if prompt is not None or input_file is None:
             raise RequestError(
-                f"graph {checked.name} is no language model; give --input FILE.safetensors, not --prompt"
+                f"graph {checked.name} is not a language model; give --input FILE.safetensors, not --prompt"
             )
         _call(checked, input_file, output_file, as_json, launching)
         return
@@ -209,7 +228,7 @@ def run(
 
 
 def _call(checked: Graph, input_file: Path, output_file: Path | None, as_json: bool, launching: dict[str, Any]) -> None:
-    """One call of a graph that is no language model, from file to file."""
+    """Call a graph that is not a language model once: read its inputs from a file, and write its outputs to a file."""
     import time
 
     from safetensors import SafetensorError
@@ -261,15 +280,20 @@ def score(
     graph: GraphFile,
     text: Annotated[Path, typer.Option("--text", help="The text to score (UTF-8).", show_default=False)],
     window: Annotated[
-        int, typer.Option(min=2, help="Tokens scored together; each window begins without what was before it.")
+        int, typer.Option(min=2, help="Tokens per window; each window is scored without the text before it.")
     ] = 512,
-    most: Annotated[int | None, typer.Option("--max-bytes", min=1, help="Take only the beginning of the text.")] = None,
+    most: Annotated[
+        int | None,
+        typer.Option("--max-bytes", min=1, help="Score only this many bytes from the beginning of the text."),
+    ] = None,
     as_json: Json = False,
-    runs: Annotated[Path, typer.Option("--runs", help="Where run folders are made.")] = run_folder.DEFAULT_ROOT,
+    runs: Annotated[
+        Path, typer.Option("--runs", help="Create the run folder in this folder.")
+    ] = run_folder.DEFAULT_ROOT,
     allow_code: AllowCode = False,
     settings: Set = None,
 ) -> None:
-    """Say how likely a model finds a text: negative log-likelihood a token, and perplexity."""
+    """Measure how likely a model finds a text: negative log-likelihood per token, and perplexity."""
     from ..run import scoring
     from ..run.launch import launch
     from .progress import Bar
@@ -295,7 +319,7 @@ def score(
             "window": window, "run_dir": str(run_dir),
         })  # fmt: skip
     else:
-        print(f"{made.tokens} tokens, {made.nll_per_token:.5f} nats a token, perplexity {made.perplexity:.4f}")
+        print(f"{made.tokens} tokens, {made.nll_per_token:.5f} nats per token, perplexity {made.perplexity:.4f}")
 
 
 app.command("train")(train_command)
@@ -320,10 +344,15 @@ class Thing(StrEnum):
 
 @app.command()
 def new(
-    what: Annotated[Thing, typer.Argument(help="What to begin.", show_default=False)],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Its name; files are written here.", show_default=False)],
+    what: Annotated[Thing, typer.Argument(help="What to create.", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="Its name; the files are written to the current folder.", show_default=False
+        ),
+    ],
 ) -> None:
-    """Write a small working start: an actor with a graph around it, or a graph of a language model."""
+    """Write a small working example: an actor with a graph around it, or a graph of a language model."""
     from ..file import starts
 
     try:
@@ -375,7 +404,7 @@ def _run(checked: Graph, prompt: str, options: dict[str, Any], as_json: bool, la
     )
 
 
-keys = typer.Typer(help="Keys for tcp: who may speak as which actor.", no_args_is_help=True)
+keys = typer.Typer(help="Make keys for tcp, with which actors prove who they are.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 
 
@@ -383,11 +412,14 @@ app.add_typer(keys, name="keys")
 def keys_new(
     graph: GraphFile,
     folder: Annotated[
-        Path | None, typer.Option(help="Where to put them; what `keys:` of the graph says, or keys/ beside it.")
+        Path | None, typer.Option(help="Folder of the keys; by default `keys:` of the graph, or else keys/ beside it.")
     ] = None,
 ) -> None:
-    """Make a key pair for every actor of the graph, and for the gateway, that has none. Give each machine the .pub files of
-    all, and the .key files of those that run there; nobody else may read these."""
+    """Make a key pair for each actor of the graph, and for the gateway, if it has none yet.
+
+    Give each machine all .pub files, and the .key files of the actors that run there. Nobody else may read the .key
+    files.
+    """
     from ranvier.actors.protocol.host_spec import GATEWAY
     from ranvier.transport.wires import curve
 
@@ -421,11 +453,15 @@ def schema() -> None:
 
 
 def main(zygote: ZygoteProcess | None = None) -> None:
-    """Runs a command and turns errors into exit codes. `zygote`: what hosts will be forked from, if it was started before."""
+    """Run a command, and turn errors into exit codes.
+
+    Args:
+        zygote: the process from which hosts are forked, if it was started before.
+    """
     try:
         app(obj=zygote)
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read the output has had enough
+        sys.stderr.close()  # the reader of the output has closed it
         sys.exit(FAILED)
     except RanvierError as error:
         say(f"{error}" if isinstance(error, GraphError) else f"ranvier: {error}", error=True)

@@ -1,4 +1,4 @@
-"""Commands to a run that goes on, by the control socket in its folder."""
+"""Send commands to a run in progress, over the control socket in its folder."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..file.errors import RequestError
 
 
 class NoAnswer(RanvierError):
-    """The run did not say in time what came of a command."""
+    """Report that a run did not answer a command in time."""
 
 
 def ask(run_dir: Path, kind: str, timeout_s: float, **fields: Any) -> str:
-    """Have a run do something: what it did, in words.
+    """Send a command to a run, and return what the run did, in words.
 
     Raises:
-        RequestError: no such run goes on, or it will not.
-        NoAnswer: it did not answer in time.
+        RequestError: there is no such run in progress, or it refuses.
+        NoAnswer: the run did not answer in time.
     """
     socket = (run_dir / "sockets").resolve() / "supervisor"
     if not (run_dir / "plan.json").is_file():
@@ -33,7 +33,7 @@ def ask(run_dir: Path, kind: str, timeout_s: float, **fields: Any) -> str:
     me = f"client-{os.getpid()}-{secrets.token_hex(4)}"
     answer = ask_wire(me, f"ipc://{socket}", encode(kind, fields), timeout_s)
     if answer is None:
-        raise NoAnswer(f"{run_dir}: no answer to {kind} within {timeout_s:g} s; it may still be going on")
+        raise NoAnswer(f"{run_dir}: no answer to {kind} within {timeout_s:g} s; the command may still be in progress")
     what, said = decode(bytes(answer))
     if what != "done":
         raise RequestError(str(said.get("what", what)))

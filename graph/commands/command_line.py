@@ -1,4 +1,4 @@
-"""What the commands have in common: their options, their exit codes, Ctrl-C, JSON."""
+"""Define what the commands have in common: options, exit codes, Ctrl-C, JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 Result_ = TypeVar("Result_")
 
 GraphFile = Annotated[Path, typer.Argument(metavar="GRAPH", help="The graph file (YAML).", show_default=False)]
-AllowCode = Annotated[bool, typer.Option("--allow-code", help="Import actors from Python files of the graph's folder.")]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Allow Python code from the graph's folder to be imported.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on standard output.")]
 
 
@@ -35,7 +37,8 @@ class LogForm(StrEnum):
 
 
 Log = Annotated[
-    LogForm | None, typer.Option("--log", help="Show the run's log on standard error, as JSON lines or for people.")
+    LogForm | None,
+    typer.Option("--log", help="Show the run's log on standard error, as JSON lines or as readable text."),
 ]
 Set = Annotated[
     list[str] | None,
@@ -44,9 +47,10 @@ Set = Annotated[
 
 
 def interruptible(main: Callable[[], Awaitable[Result_]]) -> Result_:
-    """Run it under trio until it ends, or until Ctrl-C, which comes only where it waits, or a signal that asks to end.
+    """Run `main` under trio until it ends, or until Ctrl-C or a signal that asks the command to end.
 
-    Elsewhere Ctrl-C could come between a context's entry and its body: what the context had started was then never ended.
+    Ctrl-C takes effect only where `main` waits. Elsewhere it could come between a context's entry and its body, and
+    what the context has started would never be ended.
     """
     import trio
 
@@ -80,7 +84,10 @@ def interruptible(main: Callable[[], Awaitable[Result_]]) -> Result_:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[None]:
-    """Let Ctrl-C raise `KeyboardInterrupt` within: something is to be ended in order. Elsewhere a command ends at once."""
+    """Let Ctrl-C raise `KeyboardInterrupt` inside, so that work can be ended in order.
+
+    Outside, it ends a command at once.
+    """
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -91,7 +98,7 @@ def interrupts() -> Iterator[None]:
 
 
 def _receiver() -> Any:
-    """Signals that ask the command to end; one that it was started to ignore (nohup) stays so."""
+    """Receive the signals that ask the command to end, except those that it was started to ignore (nohup)."""
     import trio
 
     asking = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
@@ -99,7 +106,11 @@ def _receiver() -> Any:
 
 
 def overrides(settings: Sequence[str] | None) -> dict[str, str]:
-    """What `--set` says, by key."""
+    """Return the values of `--set`, by key.
+
+    Raises:
+        RequestError: one is not of the form KEY=VALUE.
+    """
     made = {}
     for setting in settings or ():
         key, separator, value = setting.partition("=")
@@ -113,14 +124,15 @@ MOST_PROMPT_BYTES = 64 << 20
 
 
 def prompt_of(text: str | None, file: Path | None) -> str | None:
-    """Return the prompt: as it is given, from standard input (`-`), or from a file. Command lines are seen by all users of the
-    machine; those two are not.
+    """Return the prompt: as it is given, from standard input (`-`), or from a file.
+
+    All users of the machine can see a command line, so the other two ways keep a prompt private.
 
     Raises:
         RequestError: both are given, or the file cannot be read as UTF-8.
     """
     if file is not None and text is not None:
-        raise RequestError("--prompt and --prompt-file say the same; give one")
+        raise RequestError("--prompt and --prompt-file are both given; give one")
     if file is None and text != "-":
         return text
     where = f"--prompt-file {file}" if file is not None else "--prompt -"
@@ -136,35 +148,35 @@ def prompt_of(text: str | None, file: Path | None) -> str | None:
 
 
 def say(text: str, *, end: str = "\n", error: bool = False) -> None:
-    """Print a text that others may have written."""
+    """Print a text that may come from outside, with its control characters spelled out."""
     print(printable(text), end=end, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def show_text(text: str) -> None:
-    """Print a piece of a model's text as it is, but for a terminal."""
+    """Print a piece of a model's text. On a terminal, its control characters are spelled out."""
     print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 @contextlib.contextmanager
 def reading(*folders: Path | None) -> Iterator[None]:
-    """Work on folders that somebody else may have made.
+    """Work on folders that may come from anybody.
 
     Raises:
-        TraceError: what is in them made the work fail, in a way that no check has a word for.
+        TraceError: their contents made the work fail in a way that no check covers.
     """
     from ..trace.trace_lines import TraceError
 
     try:
         with interrupts():
             yield
-    except (RanvierError, BrokenPipeError):  # whoever read what is printed has seen enough
+    except (RanvierError, BrokenPipeError):  # the reader of the output has closed it
         raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError,
             TypeError, ValueError) as error:  # fmt: skip
         names = ", ".join(str(folder) for folder in folders if folder is not None)
-        raise TraceError(f"{names}: damaged, or none of a run: {told(error)}") from error
+        raise TraceError(f"{names}: damaged, or not a run folder: {told(error)}") from error
 
 
 def print_json(value: Any) -> None:
-    """One object on standard output."""
+    """Print one JSON object on standard output."""
     print(json.dumps(value))

@@ -1,5 +1,8 @@
-"""Where the command `ranvier` begins. A command that starts a run has the hosts' process import torch while it reads the
-graph itself: both take most of a second. A graph that is wrong ends that process again."""
+"""Start the command `ranvier`.
+
+A command that starts a run first starts the process from which hosts are forked. That process imports torch while the
+command reads the graph: both take most of a second. If the graph is wrong, the process is ended again.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,17 @@ INTERRUPTED = 130
 
 
 def _at_once(_number: int, _frame: object) -> None:
-    """Ctrl-C where nothing has been begun that must be ended: an exception could come up within any library, as an error of
-    that one's own. The hosts' process ends with its standard input."""
+    """End at once on Ctrl-C, while there is nothing that must be ended in order.
+
+    An exception could be raised inside any library, which might turn it into another error. The process from which
+    hosts are forked ends when its standard input closes.
+    """
     os.write(2, b"interrupted\n")
     os._exit(INTERRUPTED)
 
 
 def main() -> None:
-    """Run the command line. Ctrl-C ends it without a traceback at any time, while it imports what it needs, too."""
+    """Run the command line. Ctrl-C ends it without a traceback at any time, also during imports."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _at_once)
     zygote, interrupted = None, False
@@ -47,4 +53,4 @@ def main() -> None:
             zygote.end()
     if interrupted:
         print("interrupted", file=sys.stderr, flush=True)
-        os._exit(INTERRUPTED)  # at once: the end of an interpreter has words of its own for it
+        os._exit(INTERRUPTED)  # at once: the interpreter would print more about the interrupt

@@ -1,4 +1,4 @@
-"""One line of progress on a terminal; a line a stage where there is none."""
+"""Show progress: one line that updates itself on a terminal, else one line for each phase."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 
 class Bar:
-    """`show` a stage and its share, `done` before anything else is printed. Use it in a `with`."""
+    """Show progress. Use it in a `with`, and call `done` before anything else is printed."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -20,6 +20,7 @@ class Bar:
         self._progress: Progress | None = None
 
     def show(self, stage: str, share: float) -> None:
+        """Show the name of a phase, and the share of it that is done (0 to 1)."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, description=stage, completed=share)
         elif not self._terminal and stage != self._stage:

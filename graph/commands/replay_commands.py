@@ -1,4 +1,4 @@
-"""The commands that read what was recorded: `replay`, `diverge`."""
+"""Define the commands that read recordings: `replay`, `diverge`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from ..replay.replay import Replayed
 
 REFERENCE = "reference"
-RECORD_HELP = "Keep what goes over these edges for `replay` and `diverge`: all, or edges, ports and actors with commas."
+RECORD_HELP = (
+    "Record what goes over these edges for `replay` and `diverge`: all, or edges, ports, actors, comma-separated."
+)
 
 
 def record_setting(edges: str | None) -> dict[str, str]:
-    """What `--record` says, as a setting of the file."""
+    """Return the value of `--record` as a setting of the graph file."""
     if edges is None:
         return {}
     names = [name.strip() for name in edges.split(",")]
@@ -35,21 +37,23 @@ def record_setting(edges: str | None) -> dict[str, str]:
 
 def replay_command(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a recorded run.", show_default=False)],
-    actor: Annotated[str, typer.Argument(metavar="ACTOR", help="An actor, or one replica of it (upper.1).")],
+    actor: Annotated[str, typer.Argument(metavar="ACTOR", help="An actor, or one of its replicas (upper.1).")],
     tolerance: Annotated[
         float,
-        typer.Option("--tolerance", min=0, help="Share of an output's norm that it may be off by; 0: the same bits."),
+        typer.Option(
+            "--tolerance", min=0, help="Allowed difference, as a share of an output's norm; 0: the same bits."
+        ),
     ] = 0.0,
     debug: Annotated[
-        int | None, typer.Option("--debug", metavar="STEP", help="Stop in this step, in Python's debugger.")
+        int | None, typer.Option("--debug", metavar="STEP", help="Run this step in Python's debugger.")
     ] = None,
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
-    """Feed one actor alone, in this process, what it was given in a recorded run, and compare what it makes.
+    """Replay one actor alone, in this process, with its inputs of a recorded run, and compare its outputs.
 
     Record a run with: ranvier run GRAPH --record all. The KV cache is built by the same steps in the same batches.
-    Exit code 1: an output is another than it was.
+    Exit code 1: an output differs from the recorded one.
     """
     from ranvier.actors.trace.recording import recordings
 
@@ -111,14 +115,16 @@ def _words(recorded: Recorded, done: Replayed, tolerance: float) -> str:
 
 
 def _allowed(chosen: Sequence[Recorded], allow_code: bool) -> None:
-    """A run's folder may come from anybody: it starts what a graph file could, and nothing else."""
+    """Refuse recorded actors that may not be started: a run folder may come from anybody.
+
+    Raises:
+        RequestError: an actor is not of an installed kind, or is code of a graph's folder and code is not allowed.
+    """
     from ranvier.actors.component.kinds import is_offered
 
     for recorded in chosen:
         if recorded.host.folder is None and not is_offered(recorded.host.implementation):
-            raise RequestError(
-                f"{recorded.name}: {recorded.host.implementation} is no kind of actor that is installed here"
-            )
+            raise RequestError(f"{recorded.name}: {recorded.host.implementation} is not an installed kind of actor")
         if recorded.host.folder is not None and not allow_code:
             raise RequestError(
                 f"{recorded.name} is code of a graph's own folder ({recorded.host.implementation} in {recorded.host.folder}); "
@@ -132,27 +138,32 @@ def diverge_command(
         Path, typer.Argument(metavar="A", help="A recorded run, or a graph file to run.", show_default=False)
     ],
     second: Annotated[
-        str, typer.Argument(metavar="B", help="Another one, or `reference`: what transformers computes.")
+        str, typer.Argument(metavar="B", help="Another one, or `reference`: compare with transformers.")
     ] = REFERENCE,
     threshold: Annotated[
         float | None,
-        typer.Option("--threshold", min=0, help="Share of a vector's norm; by default what rounding explains."),
+        typer.Option(
+            "--threshold",
+            min=0,
+            help="Allowed difference, as a share of a vector's norm; by default what rounding explains.",
+        ),
     ] = None,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", help="For graph files: what to say to the model.")
-    ] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="For graph files.")] = 16,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="For graph files: the prompt.")] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", min=1, help="For graph files: generate at most this many tokens.")
+    ] = 16,
     model: Annotated[
-        Path | None, typer.Option("--model", help="A checkpoint for the reference instead of the run's own.")
+        Path | None,
+        typer.Option("--model", help="Compute the reference with this checkpoint instead of the run's own."),
     ] = None,
-    runs: Annotated[Path, typer.Option("--runs", help="Where run folders are made.")] = run_folder.DEFAULT_ROOT,
+    runs: Annotated[Path, typer.Option("--runs", help="Create run folders in this folder.")] = run_folder.DEFAULT_ROOT,
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
     """Find where two runs, or a run and transformers, first differ: actor, layer, tensor, position, and by how much.
 
-    Compares what was recorded of the edges, then replays the actors between the last edge that agrees and the first that
-    does not, and compares their layers. Exit code 1: they differ.
+    Compare what was recorded at the edges first. Then replay the actors between the last edge that agrees and the first
+    that does not, and compare their layers. Exit code 1: they differ.
     """
     from ranvier.actors.trace.recording import recordings
 
@@ -182,7 +193,7 @@ def diverge_command(
 
 
 def _folder(given: Path, prompt: str | None, max_tokens: int, runs: Path, allow_code: bool, zygote: Any) -> Path:
-    """The run folder: as given, or of a run of the graph."""
+    """Return the run folder: the given one, or that of a new run of the given graph."""
     if given.is_dir():
         return given
     from ..file.check import load

@@ -1,4 +1,4 @@
-"""`ranvier run --resume RUN`: the requests of a run that was killed, continued in a run of their own."""
+"""Continue the requests of a killed run in a new run: `ranvier run --resume RUN`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .command_line import FAILED, interruptible, print_json, say, show_text
 
 MOST_BYTES = 16 << 20
 WITH_RESUME = ("resume", "after", "runs", "log", "as_json", "allow_code")
-"""The options of `ranvier run` that mean something beside `--resume`: all else is the run's."""
+"""Options of `ranvier run` that may be given with `--resume`. All other options come from the killed run."""
 
 
 def check(context: typer.Context) -> None:
-    """Refuse options that would be passed over.
+    """Refuse options that `--resume` would ignore.
 
     Raises:
-        RequestError: there are some.
+        RequestError: such an option is given.
     """
     for parameter in context.command.params:
         name = str(parameter.name)
@@ -43,9 +43,8 @@ def run(run_dir: Path, after: int | None, as_json: bool, allow_code: bool, launc
     """Continue all open requests of a run, and print the text of each that comes after the position `after`.
 
     Raises:
-        RequestError: the folder is not that of a run.
-        RequestError: there is nothing to resume, or it is of another graph or model.
-        typer.Exit: a request has failed; the others are done.
+        RequestError: it is not a run folder, there is nothing to resume, or the run had another graph or model.
+        typer.Exit: a request failed; the other requests are done.
     """
     from ..run.launch import launch
     from .progress import Bar
@@ -79,7 +78,9 @@ def run(run_dir: Path, after: int | None, as_json: bool, allow_code: bool, launc
             for key, result, failed in results
         ]})  # fmt: skip
     else:
-        print(f"\n\n{len(results)} requests of {run_dir} went on\nrun folder: {path}")
+        print(
+            f"\n\ncontinued {len(results)} request{'s' if len(results) != 1 else ''} of {run_dir}\nrun folder: {path}"
+        )
         for key, _, failed in results:
             if failed:
                 say(f"{key}: {failed}", error=True)
@@ -88,7 +89,10 @@ def run(run_dir: Path, after: int | None, as_json: bool, allow_code: bool, launc
 
 
 def graph_of(run_dir: Path, allow_code: bool) -> Graph:
-    """Load the graph file of a run again, with the settings that it had. Its own code runs only if that is allowed now, too."""
+    """Load the graph file of a run again, with the settings of that run.
+
+    Its code runs only if that is allowed now, too.
+    """
     try:
         told = json.loads(read_text(run_dir / "run.json", MOST_BYTES))
         file, settings = Path(str(told["file"])), {str(key): str(value) for key, value in told["settings"].items()}
@@ -96,5 +100,5 @@ def graph_of(run_dir: Path, allow_code: bool) -> Graph:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RequestError(f"{run_dir}: no run folder, or a damaged one: {type(error).__name__}: {error}") from None
     if wanted_code and not allow_code:
-        raise RequestError(f"{run_dir}: that run had code of its graph's folder; pass --allow-code if you trust it")
+        raise RequestError(f"{run_dir}: that run used code of its graph's folder; pass --allow-code if you trust it")
     return load_graph(file, allow_code=allow_code, overrides=settings)

@@ -1,4 +1,4 @@
-"""`ranvier runs`: what runs there are, and removing old ones."""
+"""List runs, and remove old ones: `ranvier runs`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..run import run_folder, runs
 from .command_line import Json, print_json, say
 
 app = typer.Typer(help="List run folders, or remove old ones.", invoke_without_command=True)
-Folder = Annotated[Path, typer.Option("--runs", help="The folder that runs are made in.")]
+Folder = Annotated[Path, typer.Option("--runs", help="The folder that holds the run folders.")]
 _BOUND = RunsSection()
 
 
 @app.callback()
 def list_runs(context: typer.Context, folder: Folder = run_folder.DEFAULT_ROOT, as_json: Json = False) -> None:
-    """List the runs of a folder, the newest first: name, when it began, outcome, size."""
+    """List the runs of a folder, the newest first: name, start, outcome, size."""
     if context.invoked_subcommand is not None:
-        context.obj = (folder, as_json)  # they may stand before the command, too
+        context.obj = (folder, as_json)  # they may also stand before the subcommand
         return
     if not folder.is_dir():
         raise RequestError(f"{folder}: no such folder; give one with --runs")
@@ -39,7 +39,7 @@ def list_runs(context: typer.Context, folder: Folder = run_folder.DEFAULT_ROOT, 
     for run in found:
         more = "  can be resumed" if run.resumable else ""
         say(f"{run.path.name:{width}}  {run.began[:19]:19}  {run.outcome:11}  {run.nbytes / 1e6:9.1f} MB{more}")
-    say(f"{len(found)} runs, {sum(run.nbytes for run in found) / 1e6:.1f} MB")
+    say(f"{len(found)} run{'s' if len(found) != 1 else ''}, {sum(run.nbytes for run in found) / 1e6:.1f} MB")
 
 
 @app.command("prune")
@@ -47,13 +47,18 @@ def prune_command(
     context: typer.Context,
     own_folder: Annotated[
         Path | None,
-        typer.Option("--runs", help="The folder that runs are made in.", show_default=str(run_folder.DEFAULT_ROOT)),
+        typer.Option(
+            "--runs", help="The folder that holds the run folders.", show_default=str(run_folder.DEFAULT_ROOT)
+        ),
     ] = None,
-    newest: Annotated[int, typer.Option(min=1, help="Keep this many.")] = _BOUND.newest,
-    gigabytes: Annotated[float, typer.Option(min=0, help="Keep no more than this.")] = _BOUND.gigabytes,
+    newest: Annotated[int, typer.Option(min=1, help="Keep at most this many runs.")] = _BOUND.newest,
+    gigabytes: Annotated[float, typer.Option(min=0, help="Keep at most this many gigabytes.")] = _BOUND.gigabytes,
     as_json: Json = False,
 ) -> None:
-    """Remove the oldest runs until the folder is within the bounds. A run that goes on, or can be resumed, stays."""
+    """Remove the oldest runs until the folder is within the limits.
+
+    Runs in progress, and runs that can be resumed, stay.
+    """
     folder, before_json = context.obj
     folder, as_json = own_folder or folder, as_json or before_json
     if not folder.is_dir():
@@ -67,4 +72,4 @@ def prune_command(
         return
     for run in gone:
         say(f"removed {run.path.name}")
-    say(f"{len(gone)} runs removed, {sum(run.nbytes for run in gone) / 1e6:.1f} MB")
+    say(f"{len(gone)} run{'s' if len(gone) != 1 else ''} removed, {sum(run.nbytes for run in gone) / 1e6:.1f} MB")

@@ -1,5 +1,7 @@
-"""`ranvier top`: a run that goes on, as a table that renews itself. It asks the run's process for what that knows in any case,
-and reads the rest from the trace as it is written."""
+"""Show a run in progress as a table that updates itself: `ranvier top`.
+
+It asks the run's process for what that process knows anyway, and reads the rest from the trace while the run writes it.
+"""
 
 from __future__ import annotations
 
@@ -27,18 +29,18 @@ MIB = 1 << 20
 
 
 class Top:
-    """What there is to see of one run, looked at again and again."""
+    """Collect what `ranvier top` shows of one run."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._tail = Tail(run_dir)
 
     def look(self) -> dict[str, Any]:
-        """All of it as plain data.
+        """Return the current state as plain data.
 
         Raises:
-            RequestError: no such run goes on.
-            NoAnswer: its process does not answer.
+            RequestError: there is no such run in progress.
+            NoAnswer: the run's process does not answer.
         """
         told: dict[str, Any] = json.loads(client.ask(self._run_dir, "status", ANSWER_S))
         self._tail.read()
@@ -52,11 +54,11 @@ class Top:
 
 
 def show(run_dir: Path, interval_s: float, console: Console) -> None:
-    """Until the run is over, or Ctrl-C. What is drawn is wiped at the end.
+    """Show the table until the run is over, or until Ctrl-C, then wipe it.
 
     Raises:
-        RequestError: no such run goes on.
-        NoAnswer: its process does not answer.
+        RequestError: there is no such run in progress.
+        NoAnswer: the run's process does not answer.
     """
     _go_last()
     top = Top(run_dir)
@@ -69,19 +71,22 @@ def show(run_dir: Path, interval_s: float, console: Console) -> None:
                 told = top.look()
             except (RequestError, client.NoAnswer):
                 if not (run_dir / "sockets" / "supervisor").exists():
-                    return  # it has ended meanwhile
+                    return  # the run has ended
                 raise
 
 
 def _go_last() -> None:
-    """Have this process run only where a core has nothing else to do: looking takes 20 ms of a core each second, which on two
-    busy ones would be the run's."""
-    with contextlib.suppress(AttributeError, OSError):  # another system, or it may not
+    """Run this process only on idle cores.
+
+    `ranvier top` needs 20 ms of a core per second, which it would take from the run if both cores of a machine are
+    busy.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # the system does not have it, or forbids it
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def view(told: Mapping[str, Any]) -> Group:
-    """Two tables: actors and edges."""
+    """Return two tables: actors and edges."""
     actors = Table(
         title=_text(f"{told['run_dir']}: {told['sessions']} sessions"), title_justify="left", box=None, pad_edge=False
     )
@@ -110,7 +115,7 @@ def view(told: Mapping[str, Any]) -> Group:
 
 
 def _text(value: object) -> Text:
-    """What others wrote, which is no markup."""
+    """Return text from outside, with control characters spelled out, and without reading it as markup."""
     return Text(printable(str(value)))
 
 
@@ -123,7 +128,7 @@ def _share(value: float | None) -> str:
 
 
 def resident_bytes(pid: int) -> int:
-    """What a process of this machine holds in memory; 0 if there is none."""
+    """Return the resident memory of a process of this machine in bytes, or 0 if there is no such process."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
     except (OSError, IndexError, ValueError):

@@ -1,4 +1,4 @@
-"""`ranvier trace RUN`: what every message of a run cost, why, and what changed since another."""
+"""Show what every message of a run cost, why, and what changed since another run: `ranvier trace RUN`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def trace_command(
         typer.Option(
             "--perfetto",
             metavar="OUT",
-            help="Write what Perfetto opens: its protobuf, or Chrome's JSON if it ends in .json.",
+            help="Write a file for Perfetto: its protobuf, or Chrome's JSON if OUT ends in .json.",
         ),
     ] = None,
     to_plot: Annotated[
@@ -33,15 +33,17 @@ def trace_command(
     ] = None,
     why: Annotated[
         int | None,
-        typer.Option("--why", metavar="SESSION", help="Why a request took so long: each microsecond put to one cause."),
+        typer.Option(
+            "--why", metavar="SESSION", help="Explain why a request took so long: each microsecond has one cause."
+        ),
     ] = None,
     diff: Annotated[
         Path | None,
-        typer.Option("--diff", metavar="RUN2", help="What changed from this run to another, largest first."),
+        typer.Option(
+            "--diff", metavar="RUN2", help="Show what changed from this run to another, the largest change first."
+        ),
     ] = None,
-    idle: Annotated[
-        bool, typer.Option("--idle", help="What every actor waited for when it had nothing to do.")
-    ] = False,
+    idle: Annotated[bool, typer.Option("--idle", help="Show what every actor waited for while it was idle.")] = False,
 ) -> None:
     """Print what every message of a run cost, per edge and per actor."""
     for path in (to_perfetto, to_plot):

@@ -1,4 +1,4 @@
-"""`ranvier train` and `ranvier show --schedule`."""
+"""Define `ranvier train` and `ranvier show --schedule`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ HISTORY = "history.jsonl"
 
 
 def show_schedule(graph: Graph, as_json: bool) -> None:
-    """The schedule of a graph's training: a line a stage, and its bubble, if a backward takes twice a forward."""
+    """Print the training schedule of a graph, one line per stage, and its bubble.
+
+    The bubble assumes that a backward takes twice as long as a forward, and that messages take no time.
+    """
     plan = training_plan(graph)
     played = play(plan.schedule, plan.stages)
     share = bubble(played, plan.stages)
@@ -35,22 +38,24 @@ def show_schedule(graph: Graph, as_json: bool) -> None:
         print_json({"micro_batches": plan.schedule.micro_batches, "stages": stages, "bubble": share})
         return
     print(plan.schedule)
-    print(f"# bubble {share:.1%}, if a backward takes twice a forward and messages no time")
+    print(f"# bubble {share:.1%}, if a backward takes twice as long as a forward, and messages take no time")
 
 
 def train_command(
     context: typer.Context,
     graph: GraphFile,
     out: Annotated[
-        Path, typer.Option("--out", help="Where checkpoints go; what is there already is gone on from.")
+        Path, typer.Option("--out", help="Folder of the training checkpoints; training continues from the newest one.")
     ] = Path("trained"),
-    runs: Annotated[Path, typer.Option("--runs", help="Folder of run folders.")] = run_folder.DEFAULT_ROOT,
+    runs: Annotated[
+        Path, typer.Option("--runs", help="Create the run folder in this folder.")
+    ] = run_folder.DEFAULT_ROOT,
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Draw losses and the schedule into this file (PNG); needs matplotlib.")
     ] = None,
-    keep: Annotated[int, typer.Option("--keep", min=1, help="Checkpoints that are kept.")] = 2,
+    keep: Annotated[int, typer.Option("--keep", min=1, help="Keep this many of the newest training checkpoints.")] = 2,
     chaos: Annotated[
-        Path | None, typer.Option("--chaos", help="A file that says what goes wrong on which tcp links.")
+        Path | None, typer.Option("--chaos", help="A file that lists faults to inject on tcp links.")
     ] = None,
     log: Log = None,
     as_json: Json = False,
@@ -59,8 +64,8 @@ def train_command(
 ) -> None:
     """Train a graph as its `training:` section says; every actor learns its own weights.
 
-    Checkpoints under --out resume by themselves: run the same command again, after an interruption, or with more steps left. A
-    model's open with transformers and as `model: {source: …}` of a graph.
+    To continue after an interruption, or with more steps, run the same command again: it resumes from the newest
+    checkpoint under --out. Checkpoints of a model open with transformers, and as `model: {source: …}` of a graph.
     """
     checked = load_graph(graph, allow_code=allow_code, overrides=overrides(settings))
     plan = training_plan(checked)

@@ -1,1 +1,1 @@
-"""Reads a graph file and checks it."""
+"""Read a graph file and check it."""

@@ -1,4 +1,4 @@
-"""Everything about a graph that can be known before a process starts."""
+"""Check everything about a graph that can be known before a process starts."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def load(path: str | Path, *, allow_code: bool = False, overrides: Mapping[str, 
     """Read and check a graph file.
 
     Args:
-        allow_code: import classes from the graph's own folder (`kind: ./file.py:Class`).
-        overrides: values by dotted key, as YAML text: `{"model.dtype": "float32"}`.
+        allow_code: whether classes in the graph's folder may be imported (`kind: ./file.py:Class`).
+        overrides: values by dotted key, as YAML text: `{"model.dtype": "float32"}`. They replace the file's values.
 
     Raises:
-        GraphError: with every problem found, each with line and column.
-        ResourceError: this process may not write files.
+        GraphError: the graph cannot run. The error lists every problem found, each with line and column.
+        ResourceError: this process may not write files of the needed size.
     """
     path = Path(path)
     make_sure_of_files(str(path))

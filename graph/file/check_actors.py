@@ -1,4 +1,4 @@
-"""The part of the check that looks at actors: names, kinds, the checkpoint, layers, endpoints."""
+"""Check the actors of a graph file: names, kinds, the checkpoint, layers and endpoints."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from .load import Document
 from .schema import ActorSection, GraphFile
 
 MIXTURE = ("attention", "experts", "combine")
-"""The kinds that one layer of a mixture of experts is cut into."""
+"""The kinds that one layer of a mixture of experts is split into."""
 SEQ2SEQ = ("encoder_embedding", "encoder", "decoder")
-"""The kinds that only an encoder–decoder model has."""
+"""The kinds that only encoder–decoder models have."""
 
 
 class ActorCheck(Findings):
-    """Checks actors one by one, and that together they hold every layer once."""
+    """Check each actor, and check that all actors together hold every layer exactly once."""
 
     def __init__(
         self, document: Document, file: GraphFile, problems: list[Problem], folder: Path, allow_code: bool
@@ -77,19 +77,19 @@ class ActorCheck(Findings):
             return None
 
     def _precision(self, config: ModelConfig) -> None:
-        """Whether the matrices can be held as the file says."""
+        """Report a dtype or a weight format that the model, or this machine, does not support."""
         assert self.file.model is not None
         wanted, why = self.file.model.weights, None
         if config.family in ("t5", "mt5") and self.file.model.dtype == "float16":
             self._wrong(
-                f"model: {config.family} goes over the range of float16; use bfloat16 or float32", "model", "dtype"
+                f"model: {config.family} exceeds the range of float16; use bfloat16 or float32", "model", "dtype"
             )
         if wanted == "dtype":
             return
         if self.file.model.dtype != "bfloat16":
-            why = f"goes with dtype bfloat16, not {self.file.model.dtype}"
+            why = f"needs dtype bfloat16, got {self.file.model.dtype}"
         elif not config.native or config.encoder is not None:
-            why = f"is for the families that the package's own blocks run, not {config.family}"
+            why = f"needs a family that Ranvier's built-in blocks run, got {config.family}"
         elif native.library() is None:
             why = "needs a processor with AVX2, and a C compiler when the package is installed"
         if why is not None:
@@ -108,7 +108,7 @@ class ActorCheck(Findings):
                 experts = self._expert_range(name, section, kind, checkpoint)
                 inputs, outputs = kind.ports_of(checkpoint.config, self.file.model.dtype, experts or (0, 0))
                 if self.problems:
-                    continue  # of its layers or experts: its tensors cannot be looked for
+                    continue  # its layers or experts are wrong, so its tensors cannot be looked up
                 held = (0, checkpoint.config.layers - 1) if kind.name == "model" else layers
                 try:
                     elements = weights.check(checkpoint, kind.name, held, experts)
@@ -129,14 +129,14 @@ class ActorCheck(Findings):
         missing = sorted(set(section.cpus or ()) - there)
         if missing:
             self._wrong(
-                f"actor {name}: cpus {missing} are not there; this process may use {sorted(there)}",
+                f"actor {name}: cpus {missing} are not available; this process may use {sorted(there)}",
                 "actors",
                 name,
                 "cpus",
             )
 
     def _fits_model(self, name: str, kind: Kind, checkpoint: Checkpoint | None) -> None:
-        """Whether the model has such a part."""
+        """Report a kind that this model does not have."""
         if checkpoint is None or not kind.uses_model:
             return
         family = checkpoint.config.family
@@ -159,11 +159,14 @@ class ActorCheck(Findings):
             )
 
     def _own_ports(self, name: str, kind: Kind) -> tuple[Ports, Ports, tuple[str, ...]] | None:
-        """The ports of a class; None of a module, whose ports depend on what is connected to it."""
+        """Return the inputs, outputs and `once` inputs that a class declares.
+
+        Return None for a torch module: its ports depend on what is connected to it.
+        """
         try:
             made = kinds.load_class(kind.implementation, kind.folder)
-        except Exception as error:  # code of the user's own may raise anything; it is the file's problem
-            self._wrong(f"actor {name}: {type(error).__name__}: {error}; mend the class", "actors", name, "kind")
+        except Exception as error:  # custom code may raise anything; it is reported like a wrong key
+            self._wrong(f"actor {name}: {type(error).__name__}: {error}; fix the class", "actors", name, "kind")
             return {}, {}, ()
         if kinds.is_module(made):
             self.modules[name] = made
@@ -187,12 +190,12 @@ class ActorCheck(Findings):
         unknown = sorted(set(made.once) - made.inputs.keys())
         if unknown:
             self._wrong(
-                f"actor {name}: {unknown} of `once` are none of its inputs; mend the class", "actors", name, "kind"
+                f"actor {name}: `once` names {unknown}, which are not inputs; fix the class", "actors", name, "kind"
             )
         return made.inputs, made.outputs, tuple(made.once)
 
     def _module_ports(self, actors: dict[str, CheckedActor]) -> None:
-        """Ports of modules, each as soon as what feeds it is known."""
+        """Find the ports of torch modules, each module as soon as the specs of its inputs are known."""
         from ranvier.actors.component import module
 
         left = dict(self.modules)
@@ -205,14 +208,14 @@ class ActorCheck(Findings):
                     inputs = {port: given.get(port) or self._fed(name, port, actors) for port in module.inputs_of(made)}
                     unknown = sorted(given.keys() - inputs.keys())
                     if unknown:
-                        raise ValueError(f"inputs {unknown} are no parameters of forward ({', '.join(inputs)})")
+                        raise ValueError(f"inputs {unknown} are not parameters of forward ({', '.join(inputs)})")
                     specs = {port: spec for port, spec in inputs.items() if spec is not None}
                     if len(specs) < len(inputs):
                         continue
                     outputs = module.outputs_of(made, section.args, specs)
                     held = module.state_bytes(made, section.args)
                 except ValueError as error:
-                    self._wrong(f"actor {name}: {error}; mend the class or its inputs", "actors", name)
+                    self._wrong(f"actor {name}: {error}; fix the class or its inputs", "actors", name)
                     specs, outputs, held = {}, {}, 0
                 del left[name]
                 actors[name] = replace(actors[name], inputs=specs, outputs=outputs, module_bytes=held)
@@ -221,7 +224,7 @@ class ActorCheck(Findings):
         for name, made in left.items():
             needed = next(port for port in module.inputs_of(made) if self._fed(name, port, actors) is None)
             self._wrong(
-                f"actor {name}: nothing says what its input {needed!r} is; add inputs: {{{needed}: \"float32[rows, 64]\"}}",
+                f"actor {name}: the spec of its input {needed!r} is unknown; add inputs: {{{needed}: \"float32[rows, 64]\"}}",
                 "actors", name,
             )  # fmt: skip
 
@@ -241,8 +244,8 @@ class ActorCheck(Findings):
             return None
         if section.kind in BUILT_IN:
             self._wrong(
-                f"actor {name}: kind {section.kind} has its weights from the model; remove the key", "actors", name, "weights",
-                key=True,
+                f"actor {name}: kind {section.kind} takes its weights from the model; remove the key",
+                "actors", name, "weights", key=True,
             )  # fmt: skip
             return None
         try:
@@ -275,7 +278,7 @@ class ActorCheck(Findings):
         numbers, count = _first_last(section.experts), checkpoint.config.experts
         if numbers is None or not numbers[0] <= numbers[1] < count:
             self._wrong(
-                f"actor {name}: experts {section.experts!r}: expected first-last of 0-{count - 1}, such as 0-{count - 1}",
+                f"actor {name}: experts {section.experts!r}: expected first-last within 0-{count - 1}, such as 0-{count - 1}",
                 "actors", name, *(("experts",) if section.experts is not None else ()),
             )  # fmt: skip
             return None
@@ -314,12 +317,15 @@ class ActorCheck(Findings):
             return None
         if first != last and kind.name in MIXTURE:
             self._wrong(
-                f"actor {name}: kind {kind.name!r} is of one layer, not {first}-{last}", "actors", name, "layers"
+                f"actor {name}: kind {kind.name!r} holds one layer, got {first}-{last}; give one layer",
+                "actors",
+                name,
+                "layers",
             )
         return first, last
 
     def layers(self, actors: Mapping[str, CheckedActor], checkpoint: Checkpoint | None) -> None:
-        """Every layer of the model stands in exactly one actor of those that have it whole (or its attention)."""
+        """Check that exactly one actor holds each layer of the model, or its attention in a mixture of experts."""
         if checkpoint is None:
             return
         holders = [actor for actor in actors.values() if actor.layers is not None and actor.kind.caches]
@@ -337,17 +343,17 @@ class ActorCheck(Findings):
             doubled = [layer for layer in own if layer in owners]
             if doubled:
                 self._wrong(
-                    f"actor {actor.name}: layer {_ranges(doubled)} is in {owners[doubled[0]]} already; "
-                    "give each layer to one actor",
+                    f"actor {actor.name}: actor {owners[doubled[0]]} already holds "
+                    f"{'layer' if len(doubled) == 1 else 'layers'} {_ranges(doubled)}; give each layer to one actor",
                     *("actors", actor.name, "layers"),
                 )
             owners.update(dict.fromkeys(own, actor.name))
         missing = [layer for layer in range(count) if layer not in owners]
         if missing:
-            self._wrong(f"{what} {_ranges(missing)} are in no actor; add them to one", "actors", key=True)
+            self._wrong(f"{what} missing: {_ranges(missing)}; add them to an actor", "actors", key=True)
 
     def keys(self) -> None:
-        """Every actor, and the gateway, has keys that nobody else can read."""
+        """Check that the gateway and every actor have keys that nobody else can read."""
         given = self.file.keys
         if given is None:
             return
@@ -363,7 +369,7 @@ class ActorCheck(Findings):
                 return
 
     def journal(self, generates: bool) -> None:
-        """A journal holds tokens."""
+        """Check that a graph with a journal generates tokens, since a journal holds nothing else."""
         if self.file.journal and not generates:
             self._wrong("journal is for graphs that generate tokens; remove the key", "journal", key=True)
 
@@ -430,7 +436,7 @@ class ActorCheck(Findings):
         """A socket lies in the graph's folder, where nothing else is yet. `--set` may put it elsewhere.
 
         Raises:
-            AddressError: it does not.
+            AddressError: the socket lies elsewhere, or its path is taken.
         """
         if where.scheme != "ipc":
             return
@@ -459,6 +465,6 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def _first_last(text: str | int | None) -> tuple[int, int] | None:
-    """`3-7`, or `3` for `3-3`."""
+    """Return the bounds of `3-7`, or of `3`, which means `3-3`. Return None for any other text."""
     match = re.fullmatch(r"(\d{1,6})(?:-(\d{1,6}))?", str(text))
     return (int(match[1]), int(match[2] or match[1])) if match is not None else None

@@ -1,7 +1,8 @@
-"""Symbolic dimensions over the whole graph: a name within one actor is one size, and an edge makes two names one.
+"""Check symbolic dimensions over the whole graph.
 
-Two numbers that a chain of edges makes one are a mistake that no single edge shows. `tokens` and `rows` are sizes of a
-message and take no part.
+Within one actor a name stands for one size, and an edge makes the names at its two ends equal. A chain of edges may so
+make two different numbers equal, a mistake that no single edge shows. `tokens` and `rows` are sizes of a message and
+are not checked.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ OF_THE_MESSAGE = ("tokens", "rows")
 
 
 class Place(NamedTuple):
-    """A name in an actor, or one number at one end of an edge."""
+    """Represent a named dimension of an actor, or one number at one end of an edge."""
 
     actor: str
     dim: str | int
@@ -26,7 +27,7 @@ class Place(NamedTuple):
 
 
 class Conflict(NamedTuple):
-    """Two numbers that are one through `chain`, the names of edges."""
+    """Represent two different numbers that a chain of edges makes equal. `chain` holds the edges' names."""
 
     first: Place
     second: Place
@@ -41,13 +42,13 @@ class Conflict(NamedTuple):
 
 
 def conflicts(actors: Mapping[str, CheckedActor], edges: Iterable[CheckedEdge]) -> list[Conflict]:
-    """For each number that meets another one: the nearest such, and the edges between."""
+    """Return, for each number that is connected to a different one, the nearest such number and the edges between."""
     joined: dict[Place, list[tuple[Place, str]]] = defaultdict(list)
     for edge in edges:
         if edge.target == GATEWAY:
             continue
         target = actors[edge.target].inputs[edge.into].shape
-        if edge.source == GATEWAY:  # the client gives one tensor, whichever edges take it
+        if edge.source == GATEWAY:  # all edges from one gateway port carry the same tensor
             source: tuple[str | int, ...] = tuple(f"{edge.out}[{index}]" for index in range(len(target)))
         else:
             source = actors[edge.source].outputs[edge.out].shape

@@ -1,4 +1,4 @@
-"""The part of the check that looks at edges: ports that exist and fit, nothing open, no cycle but by feedback."""
+"""Check the edges of a graph file: ports exist and fit, no port is open, and only feedback edges close cycles."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .load import Document
 from .schema import EdgeSection, GraphFile, Quorum
 
 PROMPTS = 256
-"""Messages of prompts that may wait at an actor, which are small: what waits there can be laid together in one step."""
-WITHOUT_A_BOUND = "a loop without a bound; add at_most: N, and until: PORT if the actor can say that it is done"
+"""Credit in messages for edges from the gateway. Prompt messages are small, and those that wait can share one step."""
+WITHOUT_A_BOUND = "a loop without a bound; add at_most: N, and until: PORT if an output can signal the end"
 
 
 class EdgeCheck(Findings):
-    """Checks the edges between actors whose ports are known."""
+    """Check the edges between actors whose ports are known."""
 
     def __init__(
         self, document: Document, file: GraphFile, problems: list[Problem], actors: Mapping[str, CheckedActor],
@@ -45,7 +45,7 @@ class EdgeCheck(Findings):
         seen: dict[tuple[str, str], int] = {}
         for index, section in enumerate(self.file.edges):
             if (section.source, section.target) in seen:
-                self._wrong(f"edge {section.source} -> {section.target} stands here twice; remove one", "edges", index)
+                self._wrong(f"edge {section.source} -> {section.target} is listed twice; remove one", "edges", index)
                 continue
             seen[section.source, section.target] = index
             edge = self._edge(section, index)
@@ -109,7 +109,7 @@ class EdgeCheck(Findings):
             )  # fmt: skip
         if made.number != codec.RAW and GATEWAY in (section.source.split(".")[0], section.target.split(".")[0]):
             self._wrong(
-                f"edge {name}: the gateway reads and writes raw tensors alone; remove the codec",
+                f"edge {name}: the gateway reads and writes only raw tensors; remove the codec",
                 "edges",
                 index,
                 "codec",
@@ -126,7 +126,7 @@ class EdgeCheck(Findings):
             )  # fmt: skip
         elif section.source.partition(".")[0] == GATEWAY:
             self._wrong(
-                f"edge {name}: the gateway touches no tensor; put the tap on an edge behind it", "edges", index, "tap"
+                f"edge {name}: the gateway cannot run a tap; put the tap on a later edge", "edges", index, "tap"
             )
         elif section.tap != STATISTICS:
             try:
@@ -140,7 +140,7 @@ class EdgeCheck(Findings):
                 )  # fmt: skip
 
     def _loop(self, section: EdgeSection, name: str, index: int) -> None:
-        """A loop of the user's own has a bound; one of tokens ends with its stream."""
+        """Check `at_most` and `until`: both are for feedback edges, and `until` names an output of the sender."""
         actor = self.actors.get(section.source.split(".")[0])
         if actor is None:
             return
@@ -157,7 +157,7 @@ class EdgeCheck(Findings):
             )  # fmt: skip
 
     def _port(self, actor: str, port: str, side: str, index: int, key: str) -> TensorSpec | None:
-        """The spec of a port; what the gateway takes or gives is what the other end says."""
+        """Return the spec of a port, or None if it is unknown. A gateway port has the spec of the edge's other end."""
         if actor == GATEWAY:
             other = self.file.edges[index]
             name, far = (other.target if side == "outputs" else other.source).split(".")
@@ -178,8 +178,11 @@ class EdgeCheck(Findings):
         return self.actors[actor].inputs if side == "inputs" else self.actors[actor].outputs
 
     def _pipeline(self) -> list[CheckedEdge]:
-        """The edges that `pipeline:` is short for: each actor's ports to the next one's of the same name, and `token`
-        back from the last to the first."""
+        """Return the edges that `pipeline:` is short for.
+
+        They connect each actor's outputs to the next actor's inputs of the same name, and `token` of the last actor
+        back to the first.
+        """
         names = self.file.pipeline or []
         for index, name in enumerate(names):
             if name not in self.actors:
@@ -226,10 +229,10 @@ class EdgeCheck(Findings):
         return made
 
     def observed(self, edges: Sequence[CheckedEdge]) -> None:
-        """What is to be recorded is there; what is to be exported is written."""
+        """Check that recorded edges exist, that exported spans are traced, and that metrics stay on loopback."""
         if self.file.telemetry.otlp is not None and not self.file.trace:
             self._wrong(
-                "telemetry: spans are read from the trace, and it is off; remove trace: false", "telemetry", "otlp"
+                "telemetry: spans are read from the trace, which is off; remove trace: false", "telemetry", "otlp"
             )
         if self.file.telemetry.metrics is not None:
             try:
@@ -249,7 +252,7 @@ class EdgeCheck(Findings):
         fed = {(edge.target, edge.into) for edge in edges}
         used = {(edge.source, edge.out) for edge in edges}
         says_done = {(edge.source, edge.until) for edge in edges}
-        if self.file.training is not None:  # what is minimised need not go anywhere
+        if self.file.training is not None:  # an output that a loss uses needs no edge
             used |= {(actor, port) for actor, _, port in (loss.of.partition(".") for loss in self.file.training.loss)}
         for actor in self.actors.values():
             self._joinable(actor, edges)
@@ -278,14 +281,15 @@ class EdgeCheck(Findings):
             into = Counter(edge.into for edge in edges if edge.target == actor.name and not edge.feedback)
             for port in [port for port, count in into.items() if count > 1]:
                 self._wrong(
-                    f"actor {actor.name}: {into[port]} edges lead to its input {port!r}, and join: all takes one a step; "
-                    "give each a port of its own, or say join: first", "actors", actor.name, key=True,
+                    f"actor {actor.name}: {into[port]} edges lead to its input {port!r}, and join: all takes one per step; "
+                    "give each edge a separate port, or set join: first", "actors", actor.name, key=True,
                 )  # fmt: skip
         joined = len(actor.inputs) - len(actor.once)
         if isinstance(join, Quorum) and join.quorum > joined:
             self._wrong(
-                f"actor {actor.name}: quorum {join.quorum} can never be reached: it has {joined} inputs to join "
-                f"({', '.join(actor.inputs)}); lower it", "actors", actor.name, "join",
+                f"actor {actor.name}: quorum {join.quorum} can never be reached: it has {joined} "
+                f"{'input' if joined == 1 else 'inputs'} to join ({', '.join(actor.inputs)}); lower it",
+                "actors", actor.name, "join",
             )  # fmt: skip
 
     def cycles(self, edges: Iterable[CheckedEdge]) -> None:
@@ -312,7 +316,7 @@ class EdgeCheck(Findings):
                     )
 
     def loops(self, edges: Iterable[CheckedEdge]) -> None:
-        """Every loop has a bound, but that of a model's tokens, which ends with its stream."""
+        """Check that every loop has a bound. A language model's token loop needs none: it ends with its stream."""
         edges = list(edges)
         forward = [(e.source, e.target) for e in edges if not e.feedback and GATEWAY not in (e.source, e.target)]
         for edge in [edge for edge in edges if edge.feedback and edge.source in _reach({edge.target}, forward)]:
@@ -321,7 +325,7 @@ class EdgeCheck(Findings):
                 self._wrong(f"edge {edge.name}: {WITHOUT_A_BOUND}", *self._edge_path(edge))
 
     def dims(self, edges: Iterable[CheckedEdge]) -> None:
-        """Named dimensions have one size, however far apart the edges are that say it."""
+        """Check that a named dimension has one size, and a gateway port one spec, over all edges."""
         edges = list(edges)
         given: dict[str, CheckedEdge] = {}
         for edge in edges:
@@ -337,7 +341,7 @@ class EdgeCheck(Findings):
             self._wrong(str(conflict), *(self._edge_path(last) if last is not None else ("edges",)))
 
     def order(self, edges: Iterable[CheckedEdge], checkpoint: Checkpoint | None) -> None:
-        """Layers follow each other along the edges."""
+        """Check that layers follow each other along the edges."""
         if checkpoint is None:
             return
         count = checkpoint.config.layers
@@ -354,13 +358,13 @@ class EdgeCheck(Findings):
             if ends is not None and starts is not None and starts != ends + 1:
                 need = "the head" if ends + 1 == count else f"layer {ends + 1}"
                 self._wrong(
-                    f"edge {edge.name}: after {before.name} comes {need}, "
-                    f"but {after.name} {'is the head' if starts == count else f'starts at layer {starts}'}; mend the order",
+                    f"edge {edge.name}: expected {need} after {before.name}, "
+                    f"but {after.name} {'is the head' if starts == count else f'starts at layer {starts}'}; fix the order",
                     *self._edge_path(edge),
                 )
 
     def _sides(self, edge: CheckedEdge, before: CheckedActor, after: CheckedActor, checkpoint: Checkpoint) -> None:
-        """The encoder's last hidden states, and nothing else of it, go to decoders, as their memory."""
+        """Check that only the encoder's last hidden states go to decoders, and only as their `memory`."""
         encoder = checkpoint.config.encoder
         if encoder is None or not before.kind.uses_model or not after.kind.uses_model:
             return
@@ -368,13 +372,13 @@ class EdgeCheck(Findings):
         last = before.kind.name == "encoder" and before.layers is not None and before.layers[1] == encoder.layers - 1
         if edge.into == "memory" and not last:
             self._wrong(
-                f"edge {edge.name}: memory is what layer {encoder.layers - 1} of the encoder gives, not {before.name}; "
-                "mend the order", *self._edge_path(edge),
+                f"edge {edge.name}: memory comes from layer {encoder.layers - 1} of the encoder, not from {before.name}; "
+                "fix the order", *self._edge_path(edge),
             )  # fmt: skip
         elif edge.into == "hidden" and of_encoder != (after.kind.name == "encoder"):
             self._wrong(
-                f"edge {edge.name}: {before.name} is of the {'encoder' if of_encoder else 'decoder'}, {after.name} is not; "
-                "the encoder's last layer goes to decoders as memory", *self._edge_path(edge),
+                f"edge {edge.name}: {before.name} belongs to the {'encoder' if of_encoder else 'decoder'}, {after.name} "
+                "does not; connect the encoder's last layer to the decoders' memory", *self._edge_path(edge),
             )  # fmt: skip
 
     def _edge_path(self, edge: CheckedEdge) -> tuple[str | int, ...]:
@@ -393,7 +397,7 @@ def _reach(start: set[str], arrows: list[tuple[str, str]]) -> set[str]:
 
 
 def _cycle(arrows: list[tuple[str, str]]) -> list[str]:
-    """The nodes of one cycle, the first repeated at the end; empty if there is none."""
+    """Return the nodes of one cycle, with the first repeated at the end. Return an empty list if there is no cycle."""
     following: dict[str, list[str]] = {}
     for source_, target in arrows:
         following.setdefault(source_, []).append(target)

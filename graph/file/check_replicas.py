@@ -1,4 +1,4 @@
-"""The part of the check that looks at replicas: policies that fit the graph, so that no row is lost or out of its turn."""
+"""Check that replica policies fit the graph, so that no row is lost or out of order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .schema import GraphFile
 
 
 class ReplicaCheck(Findings):
-    """Checks the actors of a graph whose edges are known."""
+    """Check the replicas of actors in a graph whose edges are known."""
 
     def __init__(
         self, document: Document, file: GraphFile, problems: list[Problem], actors: Mapping[str, CheckedActor]
@@ -27,24 +27,27 @@ class ReplicaCheck(Findings):
         for actor in self.actors.values():
             policy, replicas = actor.policy, actor.section.replicas
             if policy.copies > replicas:
-                self._no(actor, f"hedge {policy.copies} with {replicas} replicas; raise replicas or lower hedge")
+                self._no(
+                    actor,
+                    f"hedge {policy.copies} needs {policy.copies} replicas, got {replicas}; raise replicas or lower hedge",
+                )
             if replicas > 1 and not actor.may_repeat:
                 self._no(
                     actor,
-                    f"endpoint {actor.section.endpoint} can be bound by one of its {replicas} replicas alone; "
-                    "remove it, or its port",
+                    f"endpoint {actor.section.endpoint} can be bound by only one of its {replicas} replicas; "
+                    "remove the endpoint, or its port",
                 )
             if generates and policy.places is None:
                 self._no(
                     actor,
-                    f"policy {policy.name}{' with after' if policy.after else ''} would bring tokens out of their order: "
-                    "a stream stays with its replicas; use sticky, or hedge without after",
+                    f"policy {policy.name}{' with after' if policy.after else ''} would put tokens out of order: "
+                    "a stream must stay at its replicas; use sticky, or hedge without after",
                 )
             if actor.once and policy.places is None:
                 self._no(
                     actor,
-                    f"what comes at {', '.join(actor.once)} comes once, to one replica, and policy {policy.name} sends later "
-                    "steps to others; use sticky, or hedge without after",
+                    f"only one replica of a session gets the `once` inputs ({', '.join(actor.once)}), but policy {policy.name} "
+                    "sends later steps to other replicas; use sticky, or hedge without after",
                 )
             if policy.by_load:
                 self._one_sender(actor, edges)
@@ -52,25 +55,29 @@ class ReplicaCheck(Findings):
             if policy.copies > 1 and len(ports) > 1:
                 self._no(
                     actor,
-                    f"hedged, its outputs {', '.join(sorted(ports))} could come from different replicas for one step; "
+                    f"policy hedge: its outputs {', '.join(sorted(ports))} could come from different replicas for one step; "
                     "give it one output, or use another policy",
                 )
 
     def _one_sender(self, actor: CheckedActor, edges: list[CheckedEdge]) -> None:
-        """Where each sender chooses by what it sees, all parts of a step must come from one."""
+        """Check that one sender chooses the replica for all parts of a step.
+
+        With a policy by load each sender chooses from what it sees itself, so two senders could choose different
+        replicas.
+        """
         incoming = [edge for edge in edges if edge.target == actor.name != edge.source]
         if len(incoming) > 1:
             self._no(
                 actor,
-                f"{len(incoming)} edges lead to it ({', '.join(edge.name for edge in incoming)}), and each would choose a "
-                "replica of its own; use sticky, round_robin, or hedge without after",
+                f"{len(incoming)} edges lead to it ({', '.join(edge.name for edge in incoming)}), and each could choose "
+                "another replica; use sticky, round_robin, or hedge without after",
             )
         for edge in incoming:
             if edge.source != GATEWAY and self.actors[edge.source].policy.copies > 1:
                 self._no(
                     actor,
-                    f"{edge.source} is hedged, so each step comes from several replicas, and each would choose one of "
-                    "its own; use sticky, round_robin, or hedge without after",
+                    f"{edge.source} is hedged, so each step comes from several replicas, and each could choose another "
+                    "replica; use sticky, round_robin, or hedge without after",
                 )
 
     def _no(self, actor: CheckedActor, what: str) -> None:

@@ -1,4 +1,4 @@
-"""What a checked graph is: actors whose kinds, ports and weights are known, edges between ports that fit."""
+"""Define the checked graph: actors whose kinds, ports and weights are known, and edges between ports that fit."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ Ports = Mapping[str, TensorSpec]
 
 @dataclass(frozen=True, slots=True)
 class CheckedActor:
-    """One actor whose kind, ports, layers and weights are known. `elements`: numbers in the weights of a built-in kind;
-    `weights` and `module_bytes`: the file of a torch module's state, and its size in memory. `once`: inputs that come once a
-    session."""
+    """Hold one actor whose kind, ports, layers and weights are known.
+
+    `elements` is the number of elements in the weights of a built-in kind. `weights` is the file with a torch module's
+    state, and `module_bytes` that state's size in memory. `once` names the inputs that come once per session.
+    """
 
     name: str
     section: ActorSection
@@ -38,13 +40,13 @@ class CheckedActor:
 
     @property
     def may_repeat(self) -> bool:
-        """Whether several replicas can each have an inbox: its endpoint is not one place."""
+        """Return whether each replica can bind an inbox: the actor has no endpoint, or a tcp one without a port."""
         given = self.section.endpoint
         return given is None or (given.startswith("tcp://") and not parse(given).port)
 
     @property
     def policy(self) -> Policy:
-        """How its replicas share its rows."""
+        """Return how the actor's replicas share its rows."""
         given = self.section.policy
         if isinstance(given, Hedge):
             return Policy("hedge", given.hedge, int(given.after[1:]) if given.after is not None else 0)
@@ -53,7 +55,7 @@ class CheckedActor:
 
 @dataclass(frozen=True, slots=True)
 class CheckedEdge:
-    """One edge between ports that fit. `implied`: it is not in the file (the gateway's own)."""
+    """Hold one edge between ports that fit. An `implied` edge connects the gateway and is not in the file."""
 
     source: str
     out: str
@@ -75,14 +77,14 @@ class CheckedEdge:
         return f"{self.source}.{self.out} -> {self.target}.{self.into}"
 
     def is_meant_by(self, name: str) -> bool:
-        """Whether it is the edge of that name, or one at the actor or the port of that name."""
+        """Return whether `name` names this edge, or an actor or a port at one of its ends."""
         ends = (self.source, self.target, f"{self.source}.{self.out}", f"{self.target}.{self.into}")
         return name in ends or name.replace(" ", "") == self.name.replace(" ", "")
 
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """A graph that can run. `overrides` and `allow_code` are what it was loaded with."""
+    """Hold a graph that can run. `overrides` and `allow_code` are those that it was loaded with."""
 
     path: Path
     file: GraphFile
@@ -98,26 +100,29 @@ class Graph:
 
     @property
     def keys(self) -> Path | None:
-        """The folder of keys for tcp."""
+        """Return the folder of keys for tcp, or None if the file names none."""
         return (self.path.parent / self.file.keys).resolve() if self.file.keys is not None else None
 
     @property
     def generates(self) -> bool:
-        """Whether it is a language model: the gateway sends tokens in and gets tokens out."""
+        """Return whether the graph generates text: the gateway sends tokens and receives sampled tokens."""
         return any(e.source == GATEWAY and e.out == "token" for e in self.edges) and any(
             e.target == GATEWAY and e.into == "sampled" for e in self.edges
         )
 
     @property
     def prefill_chunk(self) -> int:
-        """Tokens of a prompt that one message holds at the most; of a model that keeps states, all of them."""
+        """Return the maximum number of prompt tokens in one message.
+
+        A model that keeps states gets its whole prompt in one.
+        """
         if self.checkpoint is not None and self.checkpoint.config.uncut:
             return self.checkpoint.config.context
         return self.file.prefill_chunk
 
     @property
     def recorded(self) -> tuple[CheckedEdge, ...]:
-        """What goes over these is kept."""
+        """Return the edges whose messages are recorded."""
         section = self.file.record
         if section is None:
             return ()
@@ -126,11 +131,11 @@ class Graph:
         return tuple(edge for edge in self.edges if any(edge.is_meant_by(name) for name in section.edges))
 
     def policy(self, actor: str) -> Policy:
-        """Of an actor, or of the gateway."""
+        """Return the policy of an actor. That of the gateway is sticky."""
         return self.actors[actor].policy if actor in self.actors else STICKY
 
     def expanded(self) -> dict[str, Any]:
-        """The long form of the file: every edge and every setting written out."""
+        """Return the long form of the file, with every edge and every setting written out."""
         plain = self.file.model_dump(by_alias=True, exclude={"pipeline", "edges"}, exclude_none=True)
         plain["edges"] = [
             {

@@ -1,4 +1,4 @@
-"""The error of a graph file: every problem in it, each with its line and column."""
+"""Define the errors of graph files and of requests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ranvier.transport.format.errors import RanvierError
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """A place in a graph file; both count from 1. Line 0 stands for the command line."""
+    """Represent a position in a graph file. Line and column count from 1; line 0 stands for the command line."""
 
     line: int
     column: int
@@ -18,18 +18,18 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong and what to do about it, in one line: `wrong; do this`."""
+    """Describe one problem in one line: what is wrong, and what to do about it (`wrong; do this`)."""
 
     what: str
     at: Position
 
 
 class RequestError(RanvierError, ValueError):
-    """The request is wrong: nothing was started for it. The message says what to change."""
+    """Report a wrong request, for which nothing was started. The message says what to change."""
 
 
 class GraphError(RanvierError):
-    """A graph file that cannot be run. `problems` holds all that was found, in the order of the file."""
+    """Report a graph file that cannot run. `problems` holds every problem found, in the order of the file."""
 
     def __init__(self, file: str, problems: Sequence[Problem]) -> None:
         self.file = file

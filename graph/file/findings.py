@@ -1,4 +1,4 @@
-"""Problems as they are found, each with its place in the file."""
+"""Collect the problems of a graph file, each with its position."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .schema import GraphFile
 
 
 class Findings:
-    """The file under check and what was found wrong with it so far. Parts of the check share one list."""
+    """Hold the file under check and the problems found so far. All parts of the check share one list."""
 
     def __init__(self, document: Document, file: GraphFile, problems: list[Problem]) -> None:
         self.document = document
@@ -23,17 +23,17 @@ class Findings:
         self.problems.append(Problem(what, at))
 
     def stop_if_wrong(self) -> None:
-        """Later checks would only repeat what was found.
+        """Stop the check if there are problems, since later checks would only repeat them.
 
         Raises:
-            GraphError: if anything was.
+            GraphError: there are problems.
         """
         if self.problems:
             raise GraphError(self.document.file, self.problems)
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """A hint for a name that is none of these: the one that was meant, or all there are."""
+    """Return a hint for a name that is not in `names`: the closest of them, or a list of all."""
     names = list(names)
     near = difflib.get_close_matches(name, names, n=1)
     return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names) or 'none'}"

@@ -1,7 +1,7 @@
-"""From the bytes of a graph file to plain data with a position for every key and value.
+"""Convert the bytes of a graph file to plain data, with a position for every key and value.
 
-YAML is read as composed nodes, so that line and column are known, within bounds (size, depth) and without what makes
-YAML dangerous or surprising: tags, aliases, duplicate keys.
+The YAML is composed into nodes, so line and column are known. Size and depth are bounded. Tags, aliases and duplicate
+keys make YAML dangerous or surprising, so they are refused.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .errors import GraphError, Position, Problem
 
 MAX_FILE_BYTES = 1 << 20
 MAX_DEPTH = 20
-TOO_DEEP = f"is nested over {MAX_DEPTH} deep; a graph file needs 5"
+TOO_DEEP = f"is nested over {MAX_DEPTH} levels deep; a graph file needs 5"
 Path_ = tuple[str | int, ...]
 START = Position(1, 1)
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -33,9 +33,10 @@ _SCALARS = {
 
 @dataclass(slots=True)
 class Document:
-    """Plain data (dicts, lists, scalars) and where each part of it stands.
+    """Hold plain data (dicts, lists, scalars) and the position of each part.
 
-    `keys` holds the place of a mapping's key, `values` that of what belongs to it; both by path from the root.
+    `keys` holds the positions of a mapping's keys, and `values` those of the values, both by path from the root.
+    `overridden` holds the paths that were set on the command line.
     """
 
     file: str
@@ -45,14 +46,14 @@ class Document:
     overridden: set[Path_] = field(default_factory=set)
 
     def at(self, *path: str | int) -> Position:
-        """The place of the value at `path`, or of the nearest thing around it."""
+        """Return the position of the value at `path`, or of the nearest value around it."""
         for length in range(len(path), -1, -1):
             if path[:length] in self.values:
                 return self.values[path[:length]]
         return START
 
     def at_key(self, *path: str | int) -> Position:
-        """The place of the key at `path`."""
+        """Return the position of the key at `path`. If there is no such key, return that of its value."""
         return self.keys.get(path) or self.at(*path)
 
 
@@ -60,10 +61,10 @@ def read(path: Path, overrides: Mapping[str, str] | None = None) -> Document:
     """Read a graph file.
 
     Args:
-        overrides: values by dotted key (`model.dtype`), as YAML text; they replace what the file says.
+        overrides: values by dotted key (`model.dtype`), as YAML text. They replace the file's values.
 
     Raises:
-        GraphError: it cannot be read, is no YAML, or uses what is refused.
+        GraphError: the file cannot be read, is not YAML, or uses a YAML feature that is refused.
     """
     document = Document(str(path))
     try:
@@ -89,16 +90,16 @@ def _parse(document: Document, text: bytes) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = _place(mark) if mark else START
-        if "nesting depth" in str(error.problem):  # PyYAML from 6.0.4 on reads ahead, and has a limit of its own
+        if "nesting depth" in str(error.problem):  # PyYAML since 6.0.4 reads ahead, and has another limit
             raise _fail(document, at, TOO_DEEP) from None
-        raise _fail(document, at, f"is not YAML: {error.problem or error.context}; mend the syntax here") from None
+        raise _fail(document, at, f"is not YAML: {error.problem or error.context}; fix the syntax here") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise _fail(document, START, f"is not YAML: {str(error).splitlines()[0]}; expected UTF-8 text") from None
     return None if node is None else _convert(document, node, ())
 
 
 def _scan(document: Document, text: bytes) -> None:
-    """Refuse what must not even be composed. Events come one by one, so depth costs no recursion."""
+    """Refuse dangerous YAML before it is composed. Events come one by one, so depth needs no recursion."""
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         at = _place(event.start_mark)
@@ -135,7 +136,7 @@ def _mapping(document: Document, node: yaml.MappingNode, path: Path_) -> dict[st
         key = key_node.value
         if key in made:
             first = document.keys[*path, key]
-            raise _fail(document, at, f"key {key!r} stands here twice (first in line {first.line}); remove one")
+            raise _fail(document, at, f"key {key!r} is listed twice (first in line {first.line}); remove one")
         document.keys[*path, key] = at
         made[key] = _convert(document, value_node, (*path, key))
     return made
@@ -175,7 +176,7 @@ def _position(node: yaml.Node) -> Position:
 
 
 def _place(mark: Any) -> Position:
-    """PyYAML counts from 0."""
+    """Convert a PyYAML mark, which counts from 0, to a position, which counts from 1."""
     return Position(mark.line + 1, mark.column + 1)
 
 

@@ -1,4 +1,4 @@
-"""The graph file's keys, their types and bounds. `ranvier schema` prints this as JSON Schema for editors."""
+"""Define the graph file's keys, their types and bounds. `ranvier schema` prints them as JSON Schema for editors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DEADLINES, _RESTART = Deadlines(), Restart()
 
 
 class ModelSection(Section):
-    """The checkpoint that the built-in kinds read."""
+    """Name the model that the built-in kinds read, and how they hold its weights."""
 
     source: str = Field(
         min_length=1,
@@ -27,22 +27,24 @@ class ModelSection(Section):
         description="package://NAME/FILE of an installed package, hf://ORG/NAME, or ./folder, ./file.gguf, ./file.safetensors "
         "beside the graph file",
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("bfloat16", description="weights, activations, KV cache")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="dtype of weights, activations and KV cache"
+    )
     weights: Literal["dtype", "int8", "int4", "stored"] = Field(
         "dtype",
-        description="how the matrices of blocks and head are held: in dtype, rounded to 8 or 4 bits, or as a GGUF file "
-        "has them",
+        description="how the matrices of blocks and head are held in memory: in dtype, rounded to int8 or int4, or as stored "
+        "in a GGUF file",
     )
 
 
 class Quorum(Section):
-    """So many of an actor's inputs make a step."""
+    """Start a step when this many of an actor's inputs hold it."""
 
     quorum: int = Field(ge=1, le=1024)
 
 
 class Hedge(Section):
-    """To several replicas; the first answer counts."""
+    """Send each message to several replicas; the first answer counts."""
 
     hedge: int = Field(ge=2, le=64, description="copies of each message")
     after: str | None = Field(
@@ -53,16 +55,21 @@ class Hedge(Section):
 
 
 class RestartSection(Section):
-    """How often an actor that is lost is started anew."""
+    """Limit how often a lost actor is restarted."""
 
-    max: int = Field(_RESTART.max, ge=1, le=1 << 20, description="so many times within the window; then the run ends")
-    window_s: float = Field(_RESTART.window_s, gt=0, strict=False, description="seconds")
+    max: int = Field(
+        _RESTART.max,
+        ge=1,
+        le=1 << 20,
+        description="maximum number of restarts within the window; one loss more ends the run",
+    )
+    window_s: float = Field(_RESTART.window_s, gt=0, strict=False, description="length of the window in seconds")
     backoff_s: float = Field(
         _RESTART.backoff_s,
         ge=0,
         le=3600,
         strict=False,
-        description="seconds before the first; then twice as long each time",
+        description="seconds before the first restart; each further restart within the window waits twice as long",
     )
     snapshot_s: float = Field(
         _RESTART.snapshot_s,
@@ -73,7 +80,7 @@ class RestartSection(Section):
 
 
 class ActorSection(Section):
-    """One actor: a component in a process of its own."""
+    """Describe one actor: a component that runs in a separate process."""
 
     kind: str = Field(
         min_length=1,
@@ -83,29 +90,31 @@ class ActorSection(Section):
     layers: str | int | None = Field(None, description="for blocks and stages: first-last, both included, such as 0-14")
     experts: str | int | None = Field(None, description="for experts: first-last of a layer's experts, such as 0-3")
     threads: int | None = Field(
-        None, ge=1, le=1024, description="threads it may compute with; its share of the cores if it is not given"
+        None, ge=1, le=1024, description="threads it may compute with; default: its share of the cores"
     )
     cpus: list[Annotated[int, Field(ge=0, le=4095)]] | None = Field(
-        None, min_length=1, description="cores this process may run on, such as [0]; all if it is not given"
+        None, min_length=1, description="cores its process may run on, such as [0]; default: all"
     )
-    device: Literal["cpu"] = Field("cpu", description="where the actor computes")
-    replicas: int = Field(1, ge=1, le=64, description="copies of this actor, each a process; ranvier scale changes it")
+    device: Literal["cpu"] = Field("cpu", description="device that the actor computes on")
+    replicas: int = Field(
+        1, ge=1, le=64, description="number of copies of this actor, each a process; `ranvier scale` changes it"
+    )
     policy: Literal["sticky", "round_robin", "least_queued", "lowest_latency"] | Hedge = Field(
         "sticky",
-        description="which replica a row goes to: always that of its session, in turn, the one with the shortest "
-        "queue or with the lowest latency, or {hedge: 2} to two of which the first answer counts",
+        description="how a row's replica is chosen: sticky (always that of its session), round_robin, least_queued (the "
+        "shortest queue), lowest_latency, or {hedge: 2} (a copy to each of two; the first answer counts)",
     )
     restart: Literal["never"] | RestartSection | None = Field(
-        None, description="when this actor is lost, in place of the graph's own `restart`"
+        None, description="what happens when this actor is lost; replaces the graph's `restart`"
     )
-    spares: int = Field(
-        0, ge=0, le=8, description="copies kept ready, with their weights, to take the place of one that is lost"
+    spares: int = Field(0, ge=0, le=8, description="copies kept ready, with their weights, to replace a lost one")
+    cache_tokens: int = Field(
+        65536, ge=1, le=1 << 31, description="positions that its KV cache holds, over all sessions"
     )
-    cache_tokens: int = Field(65536, ge=1, le=1 << 31, description="positions of all sessions that its KV cache holds")
-    batch_tokens: int = Field(256, ge=1, le=1 << 20, description="tokens laid together in one step at the most")
+    batch_tokens: int = Field(256, ge=1, le=1 << 20, description="maximum number of tokens batched into one step")
     endpoint: str | None = Field(
         None,
-        description="where its inbox is bound, such as tcp://127.0.0.1:5555 or, in the graph's folder, ipc://./name",
+        description="address of its inbox, such as tcp://127.0.0.1:5555 or, in the graph's folder, ipc://./name",
     )
     weights: str | None = Field(
         None, max_length=4096, description="for a torch module: ./file.safetensors with its state"
@@ -115,46 +124,47 @@ class ActorSection(Section):
         description='for a torch module: inputs that no edge describes, such as x: "float32[rows, 64]"',
     )
     join: Literal["all", "first"] | Quorum = Field(
-        "all", description="a step starts when all inputs hold it, when the first comes, or when {quorum: k} do"
+        "all",
+        description="when a step starts: all inputs hold it, the first input holds it, or {quorum: k} inputs hold it",
     )
-    args: dict[str, Any] = Field(default_factory=dict, description="arguments of the user's own actor")
+    args: dict[str, Any] = Field(default_factory=dict, description="arguments of a custom actor")
 
 
 class EdgeSection(Section):
-    """One edge: a declared connection from an output port to an input port."""
+    """Describe one edge: a connection from an output port to an input port."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
 
     source: Port = Field(alias="from", description="actor.port")
     target: Port = Field(alias="to", description="actor.port")
-    feedback: bool = Field(False, description="closes a cycle: carries the result of a step back to its beginning")
+    feedback: bool = Field(False, description="whether the edge closes a cycle: it carries results back to the start")
     at_most: int | None = Field(
-        None, ge=1, le=1 << 40, description="for feedback of an actor of your own: how often a row goes round"
+        None, ge=1, le=1 << 40, description="for feedback of a custom actor: maximum number of rounds of a row"
     )
-    until: str | None = Field(None, description="output port, one number a row, that says a row is done going round")
+    until: str | None = Field(None, description="output port, one number per row, that ends a row's rounds")
     codec: str = Field(
         "raw",
         max_length=40,
-        description="how tensors are written: raw, bfloat16, float16, int8, topk or topk:SHARE, each perhaps followed by "
-        "+lz4 or +zstd; auto or auto:FORM: by the link's speed",
+        description="how tensors are written: raw, bfloat16, float16, int8, topk or topk:SHARE, each optionally followed by "
+        "+lz4 or +zstd; auto or auto:FORM chooses by the link's speed",
     )
     gradient_codec: str = Field(
         "raw",
         max_length=40,
-        description="how gradients that come back in training are written; what is lost is added to the next",
+        description="how gradients that come back in training are written; the codec's loss is added to the next gradient",
     )
     tap: str | None = Field(
         None,
         max_length=4096,
-        description="statistics: norm, mean, largest and share of NaN of each message; ./file.py:function: called with the "
-        "tensor and its rows, may give another one back",
+        description="statistics: norm, mean, largest magnitude, share of NaN and infinity, of each message; "
+        "./file.py:function: called with the tensor and its rows, may return another tensor",
     )
-    credits: int = Field(8, ge=0, le=1 << 20, description="messages that may be on their way or unread")
-    credit_bytes: int = Field(64 << 20, ge=1, le=1 << 40, description="bytes that may be on their way or unread")
+    credits: int = Field(8, ge=0, le=1 << 20, description="messages that may be in flight or unread")
+    credit_bytes: int = Field(64 << 20, ge=1, le=1 << 40, description="bytes that may be in flight or unread")
 
 
 class SupervisionSection(Section):
-    """When a host counts as failed, in seconds."""
+    """Set the deadlines, in seconds, after which a host counts as failed."""
 
     start_deadline_s: float = Field(_DEADLINES.start_deadline_s, gt=0, strict=False)
     heartbeat_interval_s: float = Field(_DEADLINES.heartbeat_interval_s, gt=0, le=60, strict=False)
@@ -165,55 +175,58 @@ class SupervisionSection(Section):
 
 
 class TraceSection(Section):
-    """Records of some messages instead of all."""
+    """Trace a sample of the messages instead of all."""
 
     sample: float = Field(
         1.0,
         gt=0,
         le=1,
         strict=False,
-        description="share of sessions, or of a training's micro-batches, that leave records",
+        description="share of sessions, or in training of micro-batches, whose messages are traced",
     )
-    megabytes: int = Field(0, ge=0, le=1 << 20, description="how long each process's file may get; 0: any length")
+    megabytes: int = Field(0, ge=0, le=1 << 20, description="maximum size of each process's file, in MiB; 0: no limit")
 
 
 class RecordSection(Section):
-    """Messages that are kept whole, for `ranvier replay` and `ranvier diverge`."""
+    """Keep whole messages, for `ranvier replay` and `ranvier diverge`."""
 
     edges: Literal["all"] | list[str] = Field(
-        "all", description="all, or edges (a.x -> b.y), ports (a.x) and actors (a: all edges at it)"
+        "all", description="all, or a list of edges (a.x -> b.y), ports (a.x) and actors (a: all its edges)"
     )
-    megabytes: int = Field(256, ge=1, le=1 << 20, description="how much each process keeps at the most")
+    megabytes: int = Field(256, ge=1, le=1 << 20, description="maximum size of each process's recording, in MiB")
 
 
 class TelemetrySection(Section):
-    """What other people's tools are told."""
+    """Export spans and metrics to other tools."""
 
     otlp: str | None = Field(
         None, pattern=r"^https?://", max_length=2048,
-        description="where spans of requests go by OTLP over HTTP, such as http://127.0.0.1:4318",
+        description="address that receives spans of requests by OTLP over HTTP, such as http://127.0.0.1:4318",
     )  # fmt: skip
     metrics: str | None = Field(
         None,
-        description="where Prometheus may read /metrics, on loopback, such as 127.0.0.1:9464; port 0: any free one",
+        description="loopback address where Prometheus may read /metrics, such as 127.0.0.1:9464; port 0: any free port",
     )
 
 
 class RunsSection(Section):
-    """How many run folders stay beside each other. The oldest are removed when a run begins."""
+    """Limit the run folders that are kept. The oldest are removed when a run begins."""
 
-    newest: int = Field(50, ge=1, le=1 << 20, description="this many")
-    gigabytes: float = Field(2.0, ge=0, le=1e9, strict=False, description="and no more than this, in 10^9 bytes")
+    newest: int = Field(50, ge=1, le=1 << 20, description="maximum number of run folders")
+    gigabytes: float = Field(2.0, ge=0, le=1e9, strict=False, description="maximum size of all together, in 10^9 bytes")
 
 
 class GraphFile(Section):
-    """A graph: actors, edges, settings."""
+    """Describe a graph: actors, edges and settings."""
 
     ranvier: Literal[1] = Field(description="version of the file format")
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$", description="names the run's folder")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
+        description="name of the graph, and start of the run folder's name",
+    )
     model: ModelSection | None = None
     actors: dict[Name, ActorSection] = Field(min_length=1, max_length=1024)
-    pipeline: list[Name] | None = Field(None, min_length=1, description="actors in a row, short for their edges")
+    pipeline: list[Name] | None = Field(None, min_length=1, description="actors in a row; short for their edges")
     edges: list[EdgeSection] = Field(default_factory=list, max_length=65536, description='"a.x -> b.y" or a mapping')
     transport: Literal["ipc", "local"] | str = Field(
         "ipc",
@@ -225,48 +238,50 @@ class GraphFile(Section):
         max_length=4096,
         description="folder beside the graph file with keys for tcp; `ranvier keys new` makes them",
     )
-    prefill_chunk: int = Field(128, ge=1, le=1 << 16, description="prompt tokens of one message at the most")
-    max_frame_bytes: int = Field(1 << 30, ge=1 << 16, le=1 << 40, description="a larger tensor is refused")
+    prefill_chunk: int = Field(128, ge=1, le=1 << 16, description="maximum number of prompt tokens in one message")
+    max_frame_bytes: int = Field(
+        1 << 30, ge=1 << 16, le=1 << 40, description="maximum size of a tensor; a larger one is refused"
+    )
     shared_from_bytes: int = Field(
         1 << 18, ge=0, le=1 << 40,
         description="with transport: local, tensors of at least this many bytes go through shared memory; 0: none",
     )  # fmt: skip
     trace: bool | TraceSection = Field(
-        True, description="write a record of every message, or {sample: 0.01, megabytes: 64} for some of them"
+        True, description="whether every message is traced, or {sample: 0.01, megabytes: 64} for a sample"
     )
     record: RecordSection | None = Field(
-        None, description="keep what goes over these edges: {edges: all, megabytes: 256}"
+        None, description="edges whose whole messages are kept: {edges: all, megabytes: 256}"
     )
     telemetry: TelemetrySection = Field(
         default_factory=lambda: TelemetrySection(),
         description="OpenTelemetry and Prometheus: {otlp: http://127.0.0.1:4318, metrics: 127.0.0.1:9464}",
     )
     runs: RunsSection = Field(
-        default_factory=lambda: RunsSection(), description="which run folders stay: {newest: 50, gigabytes: 2}"
+        default_factory=lambda: RunsSection(), description="which run folders are kept: {newest: 50, gigabytes: 2}"
     )
     journal: bool = Field(
         False,
-        description="keep requests and their tokens in a file, so that they can go on after the process was killed: "
-        "ranvier run --resume RUN",
+        description="whether requests and their tokens are kept in a file, so that they can continue after the process was "
+        "killed: ranvier run --resume RUN",
     )
     restart: Literal["never"] | RestartSection = Field(
         default_factory=lambda: RestartSection(),
-        description="when an actor is lost: never, or {max: 5, window_s: 60, backoff_s: 0.2}",
+        description="restarts of a lost actor: never, or {max: 5, window_s: 60, backoff_s: 0.2}",
     )
     supervision: SupervisionSection = Field(default_factory=lambda: SupervisionSection())
-    training: TrainingSection | None = Field(None, description="how `ranvier train` trains it")
+    training: TrainingSection | None = Field(None, description="how `ranvier train` trains the graph")
 
     @property
     def sampling(self) -> TraceSection:
-        """What is recorded, where anything is."""
+        """Return which messages are traced if the trace is on."""
         return self.trace if isinstance(self.trace, TraceSection) else TraceSection()
 
 
 def validate(document: Document) -> GraphFile:
-    """The file's data as a `GraphFile`; edges written as text are spelled out first.
+    """Return the file's data as a `GraphFile`. Edges that are written as text become mappings first.
 
     Raises:
-        GraphError: every wrong key and value, each with its place.
+        GraphError: the file has wrong keys or values. The error lists all of them, each with its position.
     """
     data = dict(document.data)
     problems: list[Problem] = []
@@ -294,7 +309,7 @@ def _spelled_out(document: Document, index: int, edge: Any, problems: list[Probl
 
 
 def _is_form(part: Any) -> bool:
-    """Whether a part of a path names one of the forms that a value may have: a word of a list, or a section."""
+    """Return whether a part of an error's path names a form of the value (a literal or a section), not a key."""
     return _is_word(part) or part in ("list[str]", "Hedge", "Quorum", "RestartSection", "TraceSection")
 
 
@@ -303,7 +318,7 @@ def _is_word(part: Any) -> bool:
 
 
 def _of_other_form(document: Document, found: Any) -> bool:
-    """Whether it says what is wrong with a form that the value was not meant to have."""
+    """Return whether the error is about a form that the value was not meant to have."""
     for index, part in enumerate(found["loc"]):
         if _is_form(part):
             given = document.data
@@ -328,7 +343,7 @@ def _problem(document: Document, found: Any) -> Problem:
     if kind == "string_pattern_mismatch":
         expected = "actor.port" if path[-1] in ("from", "to") else "lower-case letters, digits and _"
         if word == "telemetry.otlp":
-            return Problem(f"{word}: {given!r:.80} is no address; expected http://address:port", document.at(*path))
+            return Problem(f"{word}: {given!r:.80} is not an address; expected http://address:port", document.at(*path))
         if word == "name":
             expected = "letters, digits and . _ -"
         return Problem(f"{word}: {given!r:.80} is not a name; expected {expected}", document.at(*path))
@@ -336,7 +351,7 @@ def _problem(document: Document, found: Any) -> Problem:
 
 
 def _fields_at(path: tuple[Any, ...]) -> list[str]:
-    """The keys that may stand at `path`."""
+    """Return the keys that are allowed at `path`."""
     if path[-1:] == ("policy",):
         return list(Hedge.model_fields)
     if path[-1:] == ("restart",):

@@ -1,4 +1,4 @@
-"""What all sections of a graph file have in common: names, ports, and that unknown keys are errors."""
+"""Define what all sections of a graph file share: names, ports, and the refusal of unknown keys."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ Port = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,30}\.[a-z][a-z0-9_]{0,60
 
 
 class Section(BaseModel):
-    """Unknown keys are errors, and nothing is converted in silence."""
+    """Refuse unknown keys, and convert no value silently."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

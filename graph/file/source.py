@@ -1,4 +1,4 @@
-"""Where `model: source:` points: a path inside the graph's folder, or a file of an installed package."""
+"""Resolve `model: source:` to a path: in the graph's folder, in an installed package, or from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ HUB_FILES = [
 
 
 class SourceError(RanvierError):
-    """A source that does not exist or may not be used."""
+    """Report a source that does not exist or may not be used."""
 
 
 def resolve(source: str, folder: Path, trusted: bool = False) -> Path:
-    """The path of a source.
+    """Return the path of a source.
 
     Args:
-        source: as in the graph file.
-        folder: the graph file's own folder; nothing outside it is opened.
-        trusted: the user gave it on the command line, so any path will do.
+        source: the text in the graph file.
+        folder: the graph file's folder. A path outside it is refused unless `trusted`.
+        trusted: whether the user gave the source on the command line. Then any path is allowed.
 
     Raises:
-        SourceError: it may not be used, or is not there.
+        SourceError: the source may not be used, or does not exist.
     """
     scheme, separator, place = source.partition("://")
     if separator and scheme == "package":
@@ -54,10 +54,13 @@ def resolve(source: str, folder: Path, trusted: bool = False) -> Path:
 
 
 def _hub(source: str, place: str) -> Path:
-    """A model of the Hugging Face hub: what the cache holds, as it is; else it is fetched once."""
+    """Return the path of a model from the Hugging Face hub.
+
+    A cached model is used as it is; any other is fetched once.
+    """
     match = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?(?:/([\w./-]+\.gguf))?", place)
     if match is None or ".." in place:
-        raise SourceError(f"source {source!r}: expected hf://ORG/NAME, perhaps with @REVISION and /FILE.gguf")
+        raise SourceError(f"source {source!r}: expected hf://ORG/NAME, optionally with @REVISION and /FILE.gguf")
     if importlib.util.find_spec("huggingface_hub") is None:
         raise SourceError(f"source {source!r} needs huggingface_hub; pip install 'ranvier[hf]'")
     from huggingface_hub import hf_hub_download, snapshot_download
@@ -77,7 +80,7 @@ def _hub(source: str, place: str) -> Path:
             return found(False)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise SourceError(
-            f"source {source!r}: not in the cache and not to be had: {str(error).splitlines()[0]}"
+            f"source {source!r}: not in the cache, and cannot be fetched: {str(error).splitlines()[0]}"
         ) from None
 
 
@@ -85,7 +88,7 @@ def _package(source: str, place: str) -> Path:
     name, _, file = place.partition("/")
     if not name.isidentifier() or not file:
         raise SourceError(f"source {source!r}: expected package://NAME/FILE")
-    spec = importlib.util.find_spec(name)  # finds, does not import
+    spec = importlib.util.find_spec(name)  # finds the package, does not import it
     if spec is None or spec.origin is None:
         raise SourceError(f"source {source!r}: no package {name!r} is installed; pip install it")
     root = Path(spec.origin).parent.resolve()

@@ -1,4 +1,4 @@
-"""What `ranvier new` writes: small files that work as they are."""
+"""Build the files that `ranvier new` writes. They are small and work as they are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import keyword
 import re
 
 TAKEN = ("gateway", "actor", "ranvier", "torch", "y", "n", "yes", "no", "on", "off", "true", "false", "null")
-_ACTOR = '''"""An actor of your own: typed ports, private state, one `step` for each batch."""
+_ACTOR = '''"""Define a custom actor: typed ports, private state, one `step` per batch."""
 
 from ranvier import Actor, TensorSpec
 
@@ -21,7 +21,7 @@ class {cls}(Actor):
     def step(self, batch):
         return {{"y": batch["x"] * self.factor}}
 '''
-_AROUND = """# One actor of your own between the client and the client.
+_AROUND = """# One custom actor, which receives tensors from the client and sends its results back.
 ranvier: 1
 name: {name}
 actors:
@@ -30,7 +30,7 @@ edges:
   - gateway.x -> {name}.x
   - {name}.y -> gateway.y
 """
-_GRAPH = """# A language model in four processes; `ranvier show {name}.yaml` prints what it will be.
+_GRAPH = """# A language model in four processes; `ranvier show {name}.yaml` prints the plan.
 ranvier: 1
 name: {name}
 model:
@@ -46,22 +46,26 @@ pipeline: [embed, lower, upper, head]
 
 
 def actor(name: str) -> dict[str, str]:
-    """A Python file and a graph around it, by file name.
+    """Return a Python file and a graph that uses it, by file name.
 
     Raises:
-        ValueError: the name cannot be an actor's.
+        ValueError: an actor cannot have this name.
     """
     cls = "".join(part.capitalize() for part in _checked(name).split("_"))
     return {f"{name}.py": _ACTOR.format(cls=cls), f"{name}.yaml": _AROUND.format(name=name, cls=cls)}
 
 
 def graph(name: str) -> dict[str, str]:
-    """A graph file, by file name. Raises ValueError as `actor` does."""
+    """Return a graph file, by file name.
+
+    Raises:
+        ValueError: an actor cannot have this name.
+    """
     return {f"{_checked(name)}.yaml": _GRAPH.format(name=name)}
 
 
 def hint(what: str, name: str) -> str:
-    """What to do next."""
+    """Return the commands to try next."""
     if what == "actor":
         return f"next: ranvier show {name}.yaml --allow-code, then run.call(x=…) from Python or run --input FILE"
     return (

@@ -1,1 +1,1 @@
-"""Decides what runs where."""
+"""Decide what runs where, and print that plan."""

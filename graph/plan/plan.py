@@ -1,4 +1,4 @@
-"""The plan: the graph resolved into processes, endpoints, links, bytes and credits, as plain data that prints."""
+"""Resolve a graph into a plan: processes, endpoints, links, bytes and credits, as plain data that prints."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ from ..file.checked import CheckedActor, CheckedEdge, Graph
 from ..file.schema import ActorSection, Quorum, RestartSection
 
 EPOCH = 1
-"""The generation of hosts that a run starts with. One that is started anew has the next."""
+"""The epoch of the hosts that a run starts with. A restarted host has the next one."""
 Live = Mapping[str, Mapping[int, int]]
-"""The epoch of each replica there is, by actor and replica."""
+"""The epoch of each live replica, by actor and replica."""
 _GATEWAY = {0: EPOCH}
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedHost:
-    """One actor's processes, as many as it has replicas: what each runs and holds."""
+    """Describe the processes of one actor, one per replica: what each of them runs and holds."""
 
     actor: str
     kind: str
@@ -60,8 +60,11 @@ class PlannedHost:
 
 @dataclass(frozen=True, slots=True)
 class PlannedEdge:
-    """One edge: what a token costs on it, before its codec and (at the most, where it packs) after. `None` where its size
-    is not a matter of tokens."""
+    """Describe one edge, with its bytes per token before and after the codec.
+
+    Where the codec compresses, the bytes after it are a maximum. Both are None if the tensor's size does not follow
+    from the number of tokens.
+    """
 
     index: int
     name: str
@@ -78,7 +81,7 @@ class PlannedEdge:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run of the graph will be. `hash` is what both ends of a link must agree on."""
+    """Describe a run of the graph before it starts. Both ends of a link must agree on `hash`."""
 
     graph: Graph
     hash: str
@@ -86,7 +89,7 @@ class Plan:
     edges: tuple[PlannedEdge, ...]
 
     def to_plain(self) -> dict[str, Any]:
-        """For `--json` and the run folder."""
+        """Return the plan as plain data, for `--json` and the run folder."""
         return {
             "name": self.graph.name,
             "hash": self.hash,
@@ -96,12 +99,12 @@ class Plan:
 
     @property
     def processes(self) -> int:
-        """How many hosts the run starts with."""
+        """Return the number of hosts that the run starts with."""
         return sum(host.replicas for host in self.hosts)
 
     @property
     def live(self) -> dict[str, dict[int, int]]:
-        """The replicas that a run starts with."""
+        """Return the replicas that a run starts with, and their epochs."""
         actors = self.graph.actors.values()
         return {actor.name: dict.fromkeys(range(actor.section.replicas), EPOCH) for actor in actors}
 
@@ -112,7 +115,10 @@ class Plan:
         return run_dir / "keys"
 
     def links(self, actor: str, replica: int, live: Live) -> tuple[HostLink, ...]:
-        """The links at one host, or at the gateway, to all that are `live`. An actor's edge to itself stays in the replica."""
+        """Return the links of one host, or of the gateway, to all `live` hosts.
+
+        An actor's edge to itself stays in the replica.
+        """
         return tuple(self._links(actor, replica, live))
 
     def _links(self, actor: str, replica: int, live: Live) -> Iterator[HostLink]:
@@ -133,7 +139,7 @@ class Plan:
                     yield HostLink(edge.into, link, outgoing=False, feedback=edge.feedback, repeats=repeats)
 
     def place(self, run_dir: Path, sockets: Path) -> list[HostSpec]:
-        """The hosts' own parts, with their endpoints under `sockets`.
+        """Return the specs of all hosts, with their endpoints under `sockets`.
 
         Raises:
             AddressError: a socket's path would be too long.
@@ -166,15 +172,18 @@ class Plan:
 
     @property
     def _batches(self) -> int:
-        """Into how many batches the sessions are cut where tokens come back, and stay cut at every actor: one for each stage
-        with layers, but no more than there are cores to run them. If only the first actor cut them, one that finds two of
-        them in its queue would lay them together, and its neighbours would wait for it each time."""
+        """Return the number of batches that the sessions of a token loop are split into, at every actor.
+
+        There is one batch for each stage with layers, but at most one per core. If only the first actor split the
+        sessions, an actor with two batches in its queue would merge them, and its neighbours would wait for it each
+        time.
+        """
         comes_back = any(edge.feedback and edge.into == "token" for edge in self.graph.edges)
         stages = sum(actor.kind.caches for actor in self.graph.actors.values())
         return max(1, min(stages, len(os.sched_getaffinity(0)))) if comes_back and self.graph.generates else 1
 
     def host(self, name: str, replica: int, live: Live, run_dir: Path, sockets: Path) -> HostSpec:
-        """What one replica of an actor is told at its start, `live` being all there are with it.
+        """Return the spec of one replica of an actor. `live` holds all replicas, this one included.
 
         Raises:
             AddressError: a socket's path would be too long.
@@ -225,7 +234,7 @@ class Plan:
         )
 
     def _record(self, name: str) -> RecordSpec | None:
-        """What an actor keeps of what it takes and makes."""
+        """Return which inputs and outputs of an actor are recorded, or None if none are."""
         section, edges = self.graph.file.record, self.graph.recorded
         inputs = tuple(dict.fromkeys(edge.into for edge in edges if edge.target == name))
         outputs = tuple(dict.fromkeys(edge.out for edge in edges if edge.source == name))
@@ -235,7 +244,7 @@ class Plan:
 
 
 def plan(graph: Graph) -> Plan:
-    """Resolve a checked graph. Nothing is started or opened."""
+    """Resolve a checked graph into a plan. This starts and opens nothing."""
     edges = tuple(_edge(graph, index, edge) for index, edge in enumerate(graph.edges))
     return Plan(graph, _hash(graph), tuple(_planned(graph, actor) for actor in graph.actors.values()), edges)
 
@@ -249,7 +258,10 @@ def _implementation(kind: Kind, checkpoint: Checkpoint | None) -> str:
 
 
 def _threads(graph: Graph, section: ActorSection) -> int:
-    """As given, or its share of the cores: processes that compute at the same time must not wait for each other's threads."""
+    """Return the given number of threads, or the process's share of the cores.
+
+    Processes that compute at the same time must not wait for each other's threads.
+    """
     processes = sum(actor.section.replicas for actor in graph.actors.values())
     return section.threads or max(1, len(section.cpus or os.sched_getaffinity(0)) // processes)
 
@@ -259,7 +271,7 @@ def _restart(given: RestartSection | str) -> Restart:
 
 
 def _needed(section: ActorSection) -> int | None:
-    """How many inputs make a step; None: all."""
+    """Return how many inputs make a step, or None for all."""
     if isinstance(section.join, Quorum):
         return section.join.quorum
     return 1 if section.join == "first" else None
@@ -317,7 +329,10 @@ def _wire(graph: Graph, edge: CheckedEdge) -> str:
 
 
 def bytes_per_token(spec: TensorSpec) -> int | None:
-    """Bytes that one token (or one row) takes; None if the first dimension is neither, or another has no size."""
+    """Return the bytes of one token, or of one row.
+
+    Return None if the first dimension is neither tokens nor rows, or if another dimension has no fixed size.
+    """
     if not spec.shape or spec.shape[0] not in ("tokens", "rows"):
         return None
     sizes = [size for size in spec.shape[1:] if isinstance(size, int)]
@@ -328,7 +343,7 @@ def _wire_bytes(edge: CheckedEdge) -> int | None:
     if bytes_per_token(edge.spec) is None:
         return None
     if codec_choice.candidates(edge.codec) is not None:
-        return bytes_per_token(edge.spec)  # or less
+        return bytes_per_token(edge.spec)  # at most
     made, itemsize = codec.parse(edge.codec), BY_NAME[edge.spec.dtype].itemsize
     shape = (1, *(size for size in edge.spec.shape[1:] if isinstance(size, int)))
     if made.form == codec.TOPK:
@@ -341,7 +356,10 @@ def _ports(ports: Mapping[str, TensorSpec], once: Sequence[str] = ()) -> tuple[P
 
 
 def _hash(graph: Graph) -> str:
-    """16 hexadecimal digits over all that two ends must agree on: the expanded file and the model's architecture."""
+    """Return a hash, 16 hexadecimal digits, of what both ends of a link must agree on.
+
+    That is the expanded file and the model's architecture.
+    """
     config = graph.checkpoint.config if graph.checkpoint is not None else None
     text = json.dumps([graph.expanded(), repr(config)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

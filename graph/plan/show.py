@@ -1,4 +1,4 @@
-"""The plan as people read it: a table, a mermaid diagram, a dot graph."""
+"""Format the plan for people: as tables, a mermaid diagram or a dot graph."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .plan import Plan, PlannedEdge, PlannedHost
 
 
 def amount(count: float) -> str:
-    """Bytes with a unit: 56.6 MB."""
+    """Format a number of bytes with a unit, such as 56.6 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -17,7 +17,7 @@ def amount(count: float) -> str:
 
 
 def text(plan: Plan) -> str:
-    """Processes, layers, bytes of weights, bytes per token on every edge."""
+    """Return tables of the processes, their layers and weights, and of the bytes per token on every edge."""
     lines = [f"graph {plan.graph.name} ({plan.hash})"]
     if plan.graph.checkpoint is not None and plan.graph.file.model is not None:
         config = plan.graph.checkpoint.config
@@ -42,7 +42,7 @@ def text(plan: Plan) -> str:
 
 
 def mermaid(plan: Plan) -> str:
-    """A flowchart that documentation pages draw."""
+    """Return the graph as a mermaid flowchart, for documentation pages."""
     lines = ["flowchart LR", f"    {GATEWAY}([{GATEWAY}])"]
     lines += [f'    {host.actor}["{host.actor}<br/>{_label(host)}"]' for host in plan.hosts]
     for checked, edge in zip(plan.graph.edges, plan.edges, strict=True):
@@ -52,7 +52,7 @@ def mermaid(plan: Plan) -> str:
 
 
 def dot(plan: Plan) -> str:
-    """For Graphviz."""
+    """Return the graph in the language of Graphviz."""
     lines = [f'digraph "{plan.graph.name}" {{', "  rankdir=LR;", "  node [shape=box];", f"  {GATEWAY} [shape=oval];"]
     lines += [f'  {host.actor} [label="{host.actor}\\n{_label(host)}"];' for host in plan.hosts]
     for checked, edge in zip(plan.graph.edges, plan.edges, strict=True):

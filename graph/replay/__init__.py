@@ -1,1 +1,1 @@
-"""Repeats recorded steps, and finds where two runs first differ."""
+"""Replay recorded steps, and find where two runs first differ."""

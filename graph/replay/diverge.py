@@ -1,5 +1,8 @@
-"""Where two runs, or a run and the transformers reference, first differ: over recorded edges first, then inside the actor
-between the last place that agrees and the first that does not."""
+"""Find where two runs, or a run and the transformers reference, first differ.
+
+Compare the recorded edges first. Then replay the actors between the last place that agrees and the first that differs,
+and compare the tensors inside them.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,14 @@ from .tensor_places import RecordedRun, read
 from .values import Difference, Place, Values, common, compare
 
 THRESHOLDS = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 5e-2}
-"""By the coarser dtype of the two: what layers of rounding add up to, with room."""
+"""Largest difference that rounding over all layers explains, with a margin, by the coarser dtype of the two sides."""
 ALIKE = {"float32": 1e-5, "float16": 2e-4, "bfloat16": 1e-3}
-"""Of two runs that compute in the same way: a few last bits, where their batches are others."""
+"""The same for two runs that compute in the same way: where their batches differ, a few last bits differ."""
 
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One of the two: a run, or the reference over the other's tokens (then `run` is None)."""
+    """Represent one side of the comparison: a run, or the reference for the other side's tokens (then `run` is None)."""
 
     name: str
     run: RecordedRun | None
@@ -38,8 +41,12 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """`session`: as it is counted in the run; `actor`: whose doing it is; `edge`: if it is an edge's instead; `layer`: None if
-    it is of none. `largest`: by place, in order, how far apart the two are. `notes`: what else is to be known."""
+    """Describe where two sides first differ; `first` is None if they agree.
+
+    `session` is the number that the session has in the run. `actor` is the actor that causes the difference, or `edge`
+    is the edge. `layer` is None if the difference is in no layer. `largest` holds the largest difference by place, in
+    order. `what` is the answer in words, and `notes` are remarks on it.
+    """
 
     first: Difference | None
     session: int | None
@@ -53,6 +60,7 @@ class Divergence:
     notes: tuple[str, ...]
 
     def to_plain(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
         first = self.first
         return {
             "differ": first is not None,
@@ -76,7 +84,7 @@ class Divergence:
 
 
 def _number(value: float) -> float | str:
-    """JSON has no others than finite ones."""
+    """Return NaN and infinity as strings, because JSON has no such numbers."""
     return value if math.isfinite(value) else str(value)
 
 
@@ -87,9 +95,14 @@ def diverge(
     model: Path | None,
     progress: Callable[[str, float], None],
 ) -> Divergence:
-    """
+    """Compare a run with another one, or with the reference.
+
     Args:
-        first, second: run folders; without a second the reference, of `model` or of the first run's own checkpoint.
+        first: a run folder.
+        second: another run folder; None: the reference.
+        threshold: the largest difference that counts as none; None: what rounding explains.
+        model: the checkpoint of the reference; None: that of the first run.
+        progress: receives what is being done, and the share of it that is finished.
 
     Raises:
         RecordingError: what is needed was not recorded.
@@ -107,8 +120,11 @@ def diverge(
 
 
 def _threshold(one: Side, other: Side) -> float:
-    """What rounding explains: little between two runs that are cut alike and compute in the same dtype with the same weights.
-    (Each edge rounds to its dtype what an actor keeps in float32.)"""
+    """Return the largest difference that rounding explains.
+
+    It is small between two runs that are cut alike and compute in the same dtype and with the same precision of
+    weights. The cut matters because each edge rounds to its dtype what an actor keeps in float32.
+    """
     ways = {
         (recorded.host.dtype, recorded.host.precision)
         for side in (one, other) if side.run is not None
@@ -146,12 +162,12 @@ def _found(one: Side, other: Side, threshold: float, progress: Callable[[str, fl
 
 
 def _given(one: Side, place: Place) -> bool:
-    """Whether no actor made it: it is what the gateway sent."""
+    """Return whether the gateway sent it, so that no actor made it."""
     return one.values.maker[place] == GATEWAY
 
 
 def _edge(one: Side, other: Side, found: Difference | None) -> str | None:
-    """The edge on which it happened: what was sent is the same for both, what came is not."""
+    """Return the edge that causes the difference: both sides sent the same on it, but received different values."""
     if found is None or found.place.sent or _given(one, found.place):
         return None
     sent = found.place._replace(sent=True)
@@ -168,8 +184,10 @@ def _edge(one: Side, other: Side, found: Difference | None) -> str | None:
 def _look_inside(
     one: Side, other: Side, found: Difference | None, notes: list[str], progress: Callable[[str, float], None]
 ) -> None:
-    """Replay the actors between the last place that both have in common and the first that differs: what is inside of them
-    joins the values. Without a difference that is the last of them, which makes something that goes nowhere: the logits."""
+    """Replay the actors between the last place that agrees and the first that differs, and store their inner tensors.
+
+    Without a difference, replay the actors after the last common place: the logits that they make go over no edge.
+    """
     orders = one.values.order
     ends = orders[found.place] if found is not None else (math.inf, 0, False)
     before = [orders[place] for place in common(one.values, other.values) if not place.sent and orders[place] < ends]
@@ -205,12 +223,12 @@ def _replay(
         for count, taken in enumerate(replay.steps(recorded, functools.partial(progress, again), look), 1):
             worst = max([worst, *(mismatch.size for mismatch in replay.mismatches(taken))])
             progress(again, count / max(1, recorded.steps))
-    except RecordingError as error:  # what is known of its edges stands
-        notes.append(f"{side.name}: its layers cannot be looked at: {error}")
+    except RecordingError as error:  # the comparison of its edges still holds
+        notes.append(f"{side.name}: its layers cannot be compared: {error}")
     if worst > 0:
         notes.append(
-            f"{recorded.name} of {side.name} does not make here what it made in the run (differs by {worst:.2g}): what is said "
-            "of its layers is of the replay"
+            f"{recorded.name} of {side.name}: its replay differs from the run by {worst:.2g}; differences in its layers are "
+            "those of the replay"
         )
 
 
@@ -231,7 +249,7 @@ def _words(
         return f"no difference over {threshold:.2g} in {places} places of {tokens} tokens"
     where, by = f"session {session}, position {found.token.position}", found.by
     if by.shapes[0] != by.shapes[1]:
-        size = f"{by.shapes[0]} numbers against {by.shapes[1]}"
+        size = f"{by.shapes[0]} values against {by.shapes[1]}"
     elif found.place.name.endswith("token"):
         size = f"{by.one:g} against {by.other:g}"
     else:
@@ -240,14 +258,14 @@ def _words(
         codecs = " against ".join(_codec(side, edge) for side in (one, other))
         return f"edge {edge} changes what goes over it (codec {codecs}): {found.place.name}, {where}: {size}"
     if _given(one, found.place):
-        return f"they were given something else to begin with: {found.place.name}, {where}: {size}"
+        return f"the inputs already differ: {found.place.name}, {where}: {size}"
     layer = _layer(found.place)
     of = f", layer {layer}" if layer is not None else ""
     return f"actor {actor}{of}: {found.place.name} is the first that differs: {where}: {size}"
 
 
 def _number_of(one: Side, other: Side, session: int) -> int:
-    """As it is counted in the run."""
+    """Return the number that a session has in the run."""
     run = one.run or other.run
     assert run is not None
     return next(number for number, own in run.sessions.items() if own == session)
@@ -259,7 +277,7 @@ def _codec(side: Side, edge: str) -> str:
 
 
 def table(found: Divergence, sides: Sequence[str]) -> str:
-    """For people: the answer, then how far apart the two are from place to place."""
+    """Format the result for people: the answer, then the largest difference at each place."""
     lines = [found.what, *found.notes, "", f"{'place':<34}{'largest difference':>20}"]
     for place, size in found.largest.items():
         end = "" if place.sent else " (as received)"

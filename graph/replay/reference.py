@@ -1,4 +1,4 @@
-"""What transformers computes where a run computed: the oracle for `ranvier diverge`, in float32, over the run's own tokens."""
+"""Compute a run's tokens with transformers, in float32: the reference of `ranvier diverge`."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ NAME = "transformers"
 
 
 def values(run: RecordedRun, recorded: Values, model: Path | None) -> Values:
-    """Each session's tokens through the whole model at once.
+    """Compute the tokens of each session with the whole model.
 
     Args:
-        model: a checkpoint to take instead of the run's own.
+        model: a checkpoint to use instead of the run's own.
 
     Raises:
-        RecordingError: the run is of no language model, its tokens were not recorded, or there are no transformers.
+        RecordingError: the run is not of a language model, its tokens were not recorded, or transformers is not
+            installed or cannot open the checkpoint.
     """
     path = model or next((Path(recorded.host.model) for recorded in run.all() if recorded.host.model), None)
     if path is None or Place("token", False) not in recorded.at:
@@ -53,7 +54,7 @@ def values(run: RecordedRun, recorded: Values, model: Path | None) -> Values:
         else:
             oracle.forward(session, ids)
     made = oracle.made
-    for place in list(made.at):  # nothing lies between its layers
+    for place in list(made.at):  # no edge changes what one layer gives to the next
         if place.name.startswith(("hidden", "encoder hidden")):
             other = place._replace(sent=False)
             depth, part, _ = made.order[place]
@@ -62,7 +63,10 @@ def values(run: RecordedRun, recorded: Values, model: Path | None) -> Values:
 
 
 def _tokens(recorded: Values, port: str, session: int, log: Sequence[int] = ()) -> list[int]:
-    """Those of a session that came to a port, from its first on, without a gap."""
+    """Return the tokens that a session gave to a port, from position 0 to the first gap.
+
+    `log` fills missing positions.
+    """
     known = dict(enumerate(log)) | {
         token.position: int(at)
         for token, at in recorded.at.get(Place(port, False), {}).items()
@@ -81,9 +85,11 @@ def _read(path: Path, encodes: bool) -> Any:
     quiet()
     read: Any = (AutoModelForSeq2SeqLM if encodes else AutoModelForCausalLM).from_pretrained
     options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True}
-    try:  # neither code that a checkpoint brings is run, which the library would ask about, nor a pickle read
+    try:  # run no code of the checkpoint (transformers would ask on the terminal), and read no pickle
         if path.is_dir() and "auto_map" in json.loads((path / "config.json").read_text()):
-            raise RecordingError(f"{path}: brings code of its own, which is not run; there is no reference for it")
+            raise RecordingError(
+                f"{path}: the checkpoint brings custom code, which is not run; there is no reference for it"
+            )
         if path.is_dir():
             return read(path, use_safetensors=True, **options).train(False)
         return read(path.parent, gguf_file=path.name, **options).train(False)
@@ -92,7 +98,7 @@ def _read(path: Path, encodes: bool) -> Any:
 
 
 class _Oracle:
-    """The library's model, and what it makes."""
+    """Run the transformers model, and keep the tensors that it makes."""
 
     def __init__(self, model: Any, layers: int, prompt: dict[int, int]) -> None:
         self._model, self._layers = model, layers
@@ -104,7 +110,10 @@ class _Oracle:
         self._put((LOGITS, (LAST, 1, False)), session, 0, logits[0])
 
     def generate(self, session: int, ids: list[int], prompt: int) -> None:
-        """Where it matters where the prompt ends: the library's own steps, led to the tokens of the run."""
+        """Take the steps of the library's `generate`, forced to the tokens of the run.
+
+        This is for models whose result depends on where the prompt ends.
+        """
         last = prompt - 1
 
         def told(layer: int | None, name: str, tensor_1tH: torch.Tensor) -> None:
@@ -124,7 +133,7 @@ class _Oracle:
         self._put((LOGITS, (LAST, 1, False)), session, prompt - 1, torch.cat(made.logits))
 
     def translate(self, session: int, source: list[int], ids: list[int], encoder_layers: int) -> None:
-        """Of an encoder–decoder model: what leaves its encoder is behind that one's last norm."""
+        """Run an encoder–decoder model. The output of its encoder is taken after the encoder's last norm."""
 
         def told(layer: int | None, name: str, tensor_1mH: torch.Tensor) -> None:
             index = layer if layer is not None else -1
@@ -142,7 +151,7 @@ class _Oracle:
 
     def _told(self, session: int, count: int) -> Told:
         def told(layer: int | None, name: str, tensor_1tH: torch.Tensor) -> None:
-            if tensor_1tH.shape[:-1] == (1, count):  # else it is not one of each token
+            if tensor_1tH.shape[:-1] == (1, count):  # other tensors do not have one vector per token
                 self._put(_where(layer, name), session, 0, tensor_1tH[0])
 
         return told

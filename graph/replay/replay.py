@@ -1,4 +1,4 @@
-"""A recorded actor alone, in this process: it is loaded as its host did and given the same, in the same order."""
+"""Replay a recorded actor alone, in this process: load it as its host did, and repeat its inputs in the same order."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from .values import measure
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A step that was taken again: what it made, or the error it raised. `recorded`: the outputs that were kept."""
+    """Represent a step that was taken again: its outputs, or its error.
+
+    `recorded` names the outputs that were recorded.
+    """
 
     step: Step
     recorded: tuple[str, ...]
@@ -32,7 +35,7 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """An output that is another than it was: by how much, or in words where there is nothing to measure."""
+    """Describe how an output differs from the recorded one: `size` measures it, `what` says it in words."""
 
     step: int
     port: str
@@ -42,7 +45,11 @@ class Mismatch:
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """`compared`: tensors; `mismatches`: those over the tolerance; `largest`: of all."""
+    """Summarise a replay.
+
+    `compared` counts outputs. `mismatches` are those over the tolerance, and `largest` is the largest difference of
+    all.
+    """
 
     steps: int
     sessions: int
@@ -55,10 +62,11 @@ class Replayed:
 def steps(
     recorded: Recorded, progress: Callable[[float], None], look: Look | None = None, stop_at: int | None = None
 ) -> Iterator[Taken]:
-    """Take the steps of a recording again; `look` is told of what is inside of each (watch.py).
+    """Take the steps of a recording again.
 
     Args:
-        stop_at: a step that is taken under Python's debugger.
+        look: receives the tensors inside each step (watch.py).
+        stop_at: the number of a step to take under Python's debugger.
 
     Raises:
         RecordingError: an input was not recorded, or a file is damaged.
@@ -98,7 +106,10 @@ def _taken(actor: Actor, step: Step, outputs: tuple[str, ...], look: Look | None
 
 
 def mismatches(taken: Taken) -> Iterator[Mismatch]:
-    """One for each output that was recorded, or for the error, with size 0 where it is the same bit for bit."""
+    """Yield one comparison for each recorded output, or for the error.
+
+    Its size is 0 if both are the same bit for bit.
+    """
     step = taken.step
     failed = told(taken.error) if taken.error is not None else None
     if failed is not None or step.error is not None:
@@ -131,7 +142,7 @@ def _measured(number: int, port: str, expected: Batch, got: Batch) -> Mismatch:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """So that NaN equals itself and 0 is not -0."""
+    """Return the bytes of a tensor: compared as bytes, NaN equals itself, and 0 differs from -0."""
     return tensor.contiguous().flatten().view(torch.uint8)
 
 
@@ -142,10 +153,10 @@ def _rows(batch: Batch) -> str:
 def replay(
     recorded: Recorded, tolerance: float, progress: Callable[[float], None], stop_at: int | None = None
 ) -> Replayed:
-    """Take all steps again and compare what they make with what they made.
+    """Take all steps again, and compare their outputs with the recorded ones.
 
     Raises:
-        RecordingError: an input was not recorded, or a file is damaged, or there is no step of that number.
+        RecordingError: an input was not recorded, a file is damaged, or there is no step with the number `stop_at`.
     """
     began = time.monotonic()
     count, compared, largest = 0, 0, 0.0

@@ -1,6 +1,6 @@
-"""The places of a recorded run: where in the model each of its tensors is, by its plan.
+"""Name the places of a recorded run: where in the model each of its tensors is, according to its plan.
 
-They are named so that runs that are cut differently have names in common: `hidden 7` is what enters layer 7, whoever made it.
+Runs that are cut differently share these names: `hidden 7` is what enters layer 7, whichever actor made it.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from ..trace.trace_lines import TraceError, read_plan
 from .values import ENCODER, GIVEN, LAST, Order, Place, Values
 
 LAYER = ("query", "key", "value", "attended", "hidden")
-"""What a layer makes, in this order."""
+"""Names of the tensors that a layer makes, in this order."""
 LOGITS, SAMPLED = Place("logits", True), Place("token", True)
 
 
 def hidden(layer: int, sent: bool = True) -> tuple[Place, Order]:
-    """What enters a layer, or leaves the last one."""
+    """Return the place of the tensor that enters a layer, or leaves the last one."""
     return Place(f"hidden {layer}", sent), (layer, 0, not sent)
 
 
 def encoder_hidden(layer: int, sent: bool = True) -> tuple[Place, Order]:
-    """What enters a layer of an encoder, or leaves it behind its last one."""
+    """Return the place of the tensor that enters a layer of an encoder, or leaves the last one."""
     return Place(f"encoder hidden {layer}", sent), (ENCODER + layer, 0, not sent)
 
 
 def within(layer: int, name: str) -> tuple[Place, Order]:
-    """What a layer makes on its way."""
+    """Return the place of a tensor that a layer makes."""
     if name == "hidden":
         return hidden(layer + 1)
     return Place(f"layer {layer} {name}", True), (layer, 1 + LAYER.index(name) if name in LAYER else 1, False)
@@ -41,7 +41,7 @@ def within(layer: int, name: str) -> tuple[Place, Order]:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What is to be known of an actor. `index`: its place in the pipeline; `depth`: how many layers lie before it."""
+    """Describe an actor. `index` is its position in the pipeline, and `depth` counts the layers before it."""
 
     name: str
     layers: tuple[int, int] | None
@@ -51,6 +51,8 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
+    """Describe an edge of the plan, with the actor and port at either end."""
+
     name: str
     source: str
     out: str
@@ -62,23 +64,23 @@ class Edge:
 
 @dataclass(frozen=True, slots=True)
 class RecordedRun:
-    """A run folder with recordings."""
+    """Represent a run folder with recordings."""
 
     folder: Path
     hosts: Mapping[str, list[Recorded]]
-    """Its replicas, and those that were in their place before, by actor, in the order of the pipeline."""
+    """Recordings by actor, in pipeline order: those of its replicas, and of earlier hosts that were replaced."""
     kinds: Mapping[str, Kind]
     edges: tuple[Edge, ...]
     sessions: Mapping[int, int]
-    """By their number in the run: the same prompts have the same number in another."""
+    """New session numbers, by the session's number in the run. Equal prompts get equal new numbers in every run."""
 
     @property
     def cut(self) -> Mapping[str, tuple[str, tuple[int, int] | None]]:
-        """Which actor is what."""
+        """Return the kind and the layers of each actor."""
         return {actor: (kind.name, kind.layers) for actor, kind in self.kinds.items()}
 
     def values(self) -> Values:
-        """All that was recorded of its edges."""
+        """Return all tensors that were recorded at edges."""
         made = Values()
         for recorded in self.all():
             for event in recorded.events():
@@ -96,13 +98,13 @@ class RecordedRun:
             made.put((place, order), maker, self.sessions, batch.rows, batch[port])
             made.takes.setdefault(actor, set()).add(place)
         for port, batch in step.outputs.items():
-            if port == "sampled" and self.kinds[actor].name in _HEADS:  # made of the position before it
+            if port == "sampled" and self.kinds[actor].name in _HEADS:  # made from the position before it
                 made.put((SAMPLED, (LAST, 2, False)), actor, self.sessions, batch.rows, batch[port], shift=-1)
             elif port not in ("token", "logits") or self.kinds[actor].name not in _HEADS:
                 made.put(self.made(actor, port), actor, self.sessions, batch.rows, batch[port])
 
     def made(self, actor: str, port: str, sent: bool = True) -> tuple[Place, Order]:
-        """Where an output is; `sent` or not: at its other end."""
+        """Return the place of an output: at its sending end, or at its receiving end if not `sent`."""
         kind = self.kinds[actor]
         if port == "hidden" and kind.name in _ENCODERS:
             return encoder_hidden(kind.layers[1] + 1 if kind.layers is not None else 0, sent)
@@ -115,7 +117,10 @@ class RecordedRun:
         return Place(f"{actor}.{port}", sent), (self._depth(actor), LAST_PART, not sent)
 
     def taken(self, actor: str, port: str) -> tuple[Place, Order, str]:
-        """Where an input is, and who made it: it is called as at its other end."""
+        """Return the place of an input, and the actor that made it.
+
+        Both ends of an edge share the name of the place.
+        """
         into = [edge for edge in self.edges if (edge.target, edge.into) == (actor, port)]
         edge = min(into, key=lambda edge: edge.feedback, default=None)
         if edge is None or edge.source == GATEWAY:
@@ -124,7 +129,7 @@ class RecordedRun:
         return *self.made(edge.source, edge.out, sent=False), edge.source
 
     def inside(self, actor: str, layer: int | None, name: str, seen: int) -> tuple[Place, Order]:
-        """Where a tensor inside of an actor is; `seen`: how many names came before it."""
+        """Return the place of a tensor inside an actor; `seen` counts the names that came before it."""
         if layer is not None:
             return encoder_hidden(layer + 1) if self.kinds[actor].name in _ENCODERS else within(layer, name)
         if name == "embedding":
@@ -138,6 +143,7 @@ class RecordedRun:
         return (kind.layers[0] if kind.layers is not None else kind.depth) + (1 + kind.index) * 1e-4
 
     def all(self) -> Iterator[Recorded]:
+        """Yield the recordings of all actors."""
         for hosts in self.hosts.values():
             yield from hosts
 
@@ -149,9 +155,10 @@ LAST_PART = 1 << 20
 
 
 def read(folder: Path) -> RecordedRun:
-    """
+    """Read a run folder that holds recordings.
+
     Raises:
-        RecordingError: nothing was recorded there, or it is no run folder.
+        RecordingError: it is not a run folder, or nothing was recorded there.
     """
     try:
         plan = read_plan(folder)
@@ -174,8 +181,12 @@ def read(folder: Path) -> RecordedRun:
 
 
 def _numbered(by_actor: Mapping[str, Iterable[Recorded]], kinds: Mapping[str, Kind]) -> dict[int, int]:
-    """Sessions from 1 on, by their prompts, and those of the same prompt in the order in which they came: what is asked at once
-    comes in another order each time."""
+    """Assign numbers from 1 to the sessions, sorted by prompt.
+
+    Sessions with the same prompt keep their order of arrival.
+
+    The order of arrival alone is not enough: requests that are sent at once arrive in a different order each time.
+    """
     prompts: dict[int, tuple[int, ...]] = {}
     sources: dict[int, list[int]] = {}
     for actor, hosts in by_actor.items():
@@ -189,7 +200,7 @@ def _numbered(by_actor: Mapping[str, Iterable[Recorded]], kinds: Mapping[str, Ki
 
 
 def _sources(recorded: Recorded) -> Iterator[tuple[int, list[int]]]:
-    """What each session gave to an encoder."""
+    """Yield the tokens that each session gave to an encoder."""
     for event in recorded.events():
         if isinstance(event, Step):
             for port, batch in event.inputs.items():
@@ -206,7 +217,7 @@ def _edge(plain: Mapping[str, Any]) -> Edge:
 
 
 def _kinds(hosts: Sequence[Mapping[str, Any]], edges: Sequence[Edge]) -> dict[str, Kind]:
-    """The actors, each after those that it hears of, but for what is fed back."""
+    """Return the actors, each after those that it receives from. Feedback edges do not count."""
     left = {host["actor"]: host for host in hosts}
     made: dict[str, Kind] = {}
     depth = 0

@@ -15,27 +15,34 @@ import torch
 from ranvier.transport.format.header import Row
 
 Order = tuple[float, int, bool]
-"""Depth in the model, part of that depth, whether it is at a receiving end."""
+"""Depth in the model, part of that depth, whether the place is at a receiving end."""
 GIVEN, ENCODER, LAST = -1e6, -1e3, 1e6
-"""Depths: of what the gateway sent step by step, of the first layer of an encoder, of what is made of the last layer."""
+"""Depths: of what the gateway sends for each step, of the first layer of an encoder, of what is made from the last
+layer."""
 
 
 class Place(NamedTuple):
-    """Where in a model. `sent`: at the sending end of an edge, or inside an actor, else at the receiving end."""
+    """Name a place in a model. `sent` is true at the sending end of an edge or inside an actor, else false."""
 
     name: str
     sent: bool
 
 
 class Token(NamedTuple):
+    """Identify a token by its session and its position."""
+
     session: int
     position: int
 
 
 @dataclass(slots=True)
 class Values:
-    """`at` holds vectors by place and token, `order` puts the places in order, the shallow ones first; `maker` is the actor
-    that made what is there, `takes` are the places from which an actor takes. `prompt` says how long each session's was."""
+    """Hold the tensors of one side of a comparison.
+
+    `at` holds vectors by place and token. `order` sorts the places, shallow ones first. `maker` is the actor that made
+    the tensor at a place. `takes` holds the places from which an actor receives. `prompt` is the length of each
+    session's prompt.
+    """
 
     at: dict[Place, dict[Token, torch.Tensor]] = field(default_factory=dict)
     order: dict[Place, Order] = field(default_factory=dict)
@@ -43,13 +50,13 @@ class Values:
     takes: dict[str, set[Place]] = field(default_factory=dict)
     prompt: dict[int, int] = field(default_factory=dict)
     logs: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    """The longest that is known of each session."""
+    """The longest known token log of each session."""
 
     def put(
         self, where: tuple[Place, Order], maker: str, sessions: Mapping[int, int], rows: tuple[Row, ...], tensor: torch.Tensor,
         shift: int = 0,
     ) -> None:  # fmt: skip
-        """The parts of a tensor, by the tokens of its rows: one each, or one for a row; `shift` is added to positions."""
+        """Store the parts of a tensor by token: one part per token, or one per row. `shift` is added to positions."""
         place, order = where
         held = self.at.setdefault(place, {})
         self.order.setdefault(place, order)
@@ -68,15 +75,23 @@ class Values:
                 held[Token(session, row.position + shift)] = tensor[index].flatten()
 
     def moment(self, place: Place, token: Token) -> int:
-        """Tokens of a prompt are computed together; each one after it by itself. What an encoder reads comes before either."""
+        """Return when a token was computed at a place, as a number that grows over time.
+
+        The tokens of a prompt are computed together, and each later one by itself. An encoder's tokens come before
+        both: -1.
+        """
         read_first = GIVEN < self.order[place][0] < 0
         return -1 if read_first else max(token.position, self.prompt.get(token.session, 1) - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """By how much two vectors differ. `size`: the Euclidean distance over the norm of the first (infinite where shapes differ,
-    or one has NaN); of whole numbers 1 if they differ. `index`, `one` and `other`: the element that differs most."""
+    """Measure how far two vectors differ.
+
+    `size` is the Euclidean distance over the norm of the first vector. It is infinite if the shapes differ, if only one
+    of them has NaN or infinity at some index, or if they differ and the first one is zero. For integers it is 1 if they
+    differ, else 0. `index`, `one` and `other` are the element that differs most.
+    """
 
     size: float
     index: int
@@ -87,12 +102,15 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
+    """Describe a difference: the place, the token, and its size."""
+
     place: Place
     token: Token
     by: Measure
 
 
 def measure(one: torch.Tensor, other: torch.Tensor) -> Measure:
+    """Measure how far two vectors differ. Floats of different dtypes are compared in the coarser one."""
     shapes = one.numel(), other.numel()
     if one.shape != other.shape:
         return Measure(math.inf, 0, math.nan, math.nan, shapes)
@@ -100,7 +118,7 @@ def measure(one: torch.Tensor, other: torch.Tensor) -> Measure:
         differs = (one != other).to(torch.float64)
         size = float(differs.any())
     else:
-        if one.dtype != other.dtype:  # what the coarser one cannot say is no difference
+        if one.dtype != other.dtype:  # what the coarser dtype cannot represent is no difference
             coarser = max(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
             one, other = one.to(coarser), other.to(coarser)
         wide, wider = one.double(), other.double()
@@ -116,14 +134,15 @@ def measure(one: torch.Tensor, other: torch.Tensor) -> Measure:
 
 
 def common(one: Values, other: Values) -> list[Place]:
-    """The places that both have, in order."""
+    """Return the places that both have, in order."""
     return sorted(one.at.keys() & other.at.keys(), key=lambda place: (one.order[place], place))
 
 
 def compare(one: Values, other: Values, threshold: float) -> tuple[Difference | None, dict[Place, float]]:
-    """The first difference over the threshold, and the largest of every place that both have, up to its moment.
+    """Return the first difference over the threshold, and the largest difference at every place that both have.
 
-    First is what was computed first: a prompt before the tokens after it, and of one moment what is less deep.
+    The first difference is the one that was computed first: a prompt comes before the tokens after it, and at one
+    moment the shallower place comes first. The largest differences are taken up to that moment.
     """
     first: Difference | None = None
     sizes: dict[Place, list[tuple[int, float]]] = {}

@@ -1,1 +1,1 @@
-"""Brings a graph up and keeps it running."""
+"""Start a graph and keep it running."""

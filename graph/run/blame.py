@@ -1,7 +1,8 @@
-"""Who waits for whom in a run that goes on, in words, and who is to blame. Decisions alone: what was seen comes in.
+"""Decide who waits for whom in a live run, and who is to blame, from observations alone (no I/O).
 
-Who is stopped, silent, loading, or long in one step is to blame by itself. Who waits for credit, or for an input of a join,
-waits for somebody; if that one waits for nobody, it is to blame: it keeps what it took, or has never sent it.
+A host that is stopped, silent, loading, or long in one step is to blame by itself. A host that waits for credit, or for
+an input of a join, waits for another host. If that host waits for nobody, it is to blame: it keeps the messages that it
+received, or has not sent the input.
 """
 
 from __future__ import annotations
@@ -14,13 +15,20 @@ from ranvier.actors.host.situation import STUCK_S
 from ranvier.actors.protocol.host_spec import GATEWAY
 
 QUEUES_APART = 4
-"""A replica with so many times as many messages in its queue as the least of its fellows has too much to do."""
+"""A replica is overloaded if at least `QUEUES_APART * (n + 1)` messages are in its queue.
+
+n is the length of the shortest queue among the actor's other replicas.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What was seen of one host. `process` is the state in /proc: R, S, D, T, Z; empty where it is not known. `situation` is
-    what it said (actors/host/situation.py), None if it did not answer; `before` what it had said a moment earlier."""
+    """Hold what was observed of one host.
+
+    `process` is the process state in /proc: R, S, D, T or Z; it is empty if unknown. `situation` is the report of the
+    host itself (actors/host/situation.py); it is None if the host did not answer. `before` is its report of a moment
+    earlier.
+    """
 
     label: str
     pid: int | None
@@ -33,7 +41,7 @@ class Seen:
     situation: Mapping[str, Any] | None
     before: Mapping[str, Any] | None = None
     outside: Sequence[str] = ()
-    """Where its step thread is, as seen from outside, if it did not answer."""
+    """Lines that its step thread executes, as seen from outside, if the host did not answer."""
 
     @property
     def actor(self) -> str:
@@ -42,20 +50,28 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class AtGateway:
-    """What the gateway knows: open sessions, and those whose clients have not taken what is there; what it could not send, as a
-    situation has it; whether the disk of the run's folder is full."""
+    """Hold what the gateway knows.
+
+    `sessions` are the open sessions. `untaken` counts the answers that a client has not taken yet, by session. `credit`
+    lists the messages that wait for credit, as in a host's report (`situation.credit`). `disk_full` is about the disk
+    of the run's folder.
+    """
 
     sessions: Sequence[int]
     untaken: Mapping[int, int] = field(default_factory=dict)
     lost: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    """Replicas that are gone and not replaced yet, and the sessions that wait for that."""
+    """The sessions that wait for a replacement, by the label of the lost replica."""
     credit: Sequence[Sequence[Any]] = ()
     disk_full: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One thing in words. `waits_for` is another host's label; None: it is to blame by itself, for that `reason`."""
+    """State one finding in words.
+
+    `who` is a host, an edge, the gateway or a client. `waits_for` is the label of the host that `who` waits for. It is
+    None if `who` waits for nobody: then `who` is to blame for that `reason`, or idle.
+    """
 
     who: str
     reason: str
@@ -66,7 +82,7 @@ class Fact:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """All facts, those to blame first among them, and who waits for whom in a circle."""
+    """Hold all facts: `culprits` are to blame, `waiting` are waiting or idle, `cycles` are circles of waiting."""
 
     culprits: Sequence[Fact]
     waiting: Sequence[Fact]
@@ -89,10 +105,12 @@ class Answer:
 
 
 def explain(hosts: Sequence[Seen], gateway: AtGateway, feeds: Mapping[tuple[str, str], Sequence[str]]) -> Answer:
-    """Facts, and who is to blame.
+    """Find who waits for whom, and who is to blame.
 
     Args:
-        feeds: which actors send to an input, by actor and port.
+        hosts: what was observed of each host.
+        gateway: what the gateway knows.
+        feeds: the actors that send to an input, by actor and port.
     """
     guilty = [fact for host in hosts for fact in _by_itself(host)] + _overloaded(hosts) + _of_gateway(gateway)
     stuck = {fact.who for fact in guilty}
@@ -107,7 +125,7 @@ def explain(hosts: Sequence[Seen], gateway: AtGateway, feeds: Mapping[tuple[str,
             guilty.append(_passive(next((host for host in hosts if host.label == other), None), other, fact))
     guilty += _on_the_way([host for host in hosts if host.label not in stuck], blamed | waits)
     if not guilty and not waiting and not gateway.sessions:
-        guilty.append(Fact("client", "nobody asks", "no session is open: nobody has asked for anything"))
+        guilty.append(Fact("client", "nobody asks", "no session is open: no client has sent a request"))
     rest = [
         Fact(host.label, "idle", f"{host.label} has had nothing to do for {host.situation['idle_s']:.1f} s")
         for host in hosts
@@ -162,17 +180,20 @@ def _of_gateway(gateway: AtGateway) -> list[Fact]:
     made = []
     if gateway.disk_full:
         made.append(
-            Fact(GATEWAY, "disk full", "the disk of the run's folder is full: what is to be written there is lost")
+            Fact(GATEWAY, "disk full", "the disk of the run's folder is full: data that is written there now is lost")
         )
     for who, sessions in gateway.lost.items():
-        waiting = f"session{'s' if len(sessions) > 1 else ''} {', '.join(map(str, sessions[:8]))}"
-        made.append(Fact(who, "lost", f"it was lost, and {waiting} waits for the one in its place"))
+        waiting = (
+            f"session{'s' if len(sessions) > 1 else ''} {', '.join(map(str, sessions[:8]))} "
+            f"wait{'s' if len(sessions) == 1 else ''}"
+        )
+        made.append(Fact(who, "lost", f"it was lost, and {waiting} for its replacement"))
     for session, count in gateway.untaken.items():
         made.append(
             Fact(
                 "client",
                 "client",
-                f"the client of session {session} does not take what is there for it ({count} answers)",
+                f"the client of session {session} does not take its answers ({count} waiting)",
             )
         )
     return made
@@ -189,7 +210,7 @@ def _for_others(host: Seen, hosts: Sequence[Seen], feeds: Mapping[tuple[str, str
             made.append(Fact(
                 label, "join",
                 f"{label} has waited {since_s:.1f} s for {port} of session {session}, position {position}, from "
-                f"{' or '.join(labels) or GATEWAY}; it has {', '.join(present)}",
+                f"{' or '.join(labels) or GATEWAY}; it has received {', '.join(present)}",
                 labels[0] if labels else GATEWAY,
             ))  # fmt: skip
     return made
@@ -197,26 +218,33 @@ def _for_others(host: Seen, hosts: Sequence[Seen], feeds: Mapping[tuple[str, str
 
 def _no_credit(label: str, edge: str, target: str, messages: int, since_s: float) -> Fact:
     return Fact(
-        label, "no credit", f"{label} has waited {since_s:.1f} s for credit of {target} ({edge}: {messages} messages)", target
+        label, "no credit", f"{label} has waited {since_s:.1f} s for credit of {target} ({edge}: {messages} "
+        f"message{'s' if messages != 1 else ''})", target,
     )  # fmt: skip
 
 
 def _passive(host: Seen | None, label: str, fact: Fact) -> Fact:
-    """Somebody who waits for nobody is waited for."""
+    """Blame a host that another one waits for, but that itself waits for nobody."""
     now, before = (host.situation or {}, host.before or {}) if host is not None else ({}, {})
     steps = now.get("steps", 0) - before.get("steps", now.get("steps", 0))
     if steps or now.get("queued", 0):
         return Fact(
-            label, "slow", f"it is at work, and {fact.who} waits for it: {steps} steps between two looks, {now['queued']} "
-            "messages in its queue",
+            label, "slow", f"it is at work, and {fact.who} waits for it: {steps} step{'s' if steps != 1 else ''} between "
+            f"two reports, {now['queued']} message{'s' if now['queued'] != 1 else ''} in its queue",
         )  # fmt: skip
     if fact.reason == "join":
-        return Fact(label, "sent nothing", f"it has sent nothing of what {fact.who} waits for, and waits for nobody")
-    return Fact(label, "gives no credit", f"it gives {fact.who} no credit, and waits for nobody: it keeps what it took")
+        return Fact(label, "sent nothing", f"it has not sent the input that {fact.who} waits for, and waits for nobody")
+    return Fact(
+        label, "gives no credit",
+        f"it gives {fact.who} no credit, and waits for nobody: it keeps the messages that it received",
+    )  # fmt: skip
 
 
 def _on_the_way(hosts: Sequence[Seen], known: set[str]) -> list[Fact]:
-    """Messages that do not arrive at who has nothing to do. Of hosts that are not stuck: who is reads no acknowledgements."""
+    """Find messages on the way to a host that is idle.
+
+    `hosts` are those that are not stuck: a stuck host does not read acknowledgements, so its report proves nothing.
+    """
     idle = {
         host.label for host in hosts
         if host.label not in known and host.situation and host.situation.get("idle_s", 0.0) > STUCK_S
@@ -227,14 +255,15 @@ def _on_the_way(hosts: Sequence[Seen], known: set[str]) -> list[Fact]:
         for edge, target, messages, nbytes in (host.situation or {}).get("unread", ()):
             if target in idle and (edge, target) in earlier:
                 words = (
-                    f"{messages} messages ({nbytes} bytes) of {host.label} are on their way to {target}, which is idle"
+                    f"{messages} message{'s' if messages != 1 else ''} ({nbytes} bytes) "
+                    f"{'are' if messages != 1 else 'is'} on the way from {host.label} to {target}, which is idle"
                 )
                 made.append(Fact(edge, "on the way", words))
     return made
 
 
 def _cycles(waiting: Sequence[Fact]) -> list[list[str]]:
-    """Circles of waiting, each once, from its first in the order of names."""
+    """Find circles of waiting, each once, beginning with the name that sorts first."""
     follows: dict[str, list[str]] = {}
     for fact in waiting:
         if fact.waits_for is not None:

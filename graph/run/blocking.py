@@ -1,4 +1,7 @@
-"""The plain form of a run, for scripts and notebooks: the same calls, blocking, with trio in a thread of its own."""
+"""Run a graph from code that does not await, such as scripts and notebooks.
+
+The calls are those of `Run`, but they block. trio runs in a separate thread.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ if TYPE_CHECKING:
 
 
 class BlockingRun:
-    """A run for code that does not await. Several threads may use it at once. Made by `start`; use it in a `with`."""
+    """Offer a run to code that does not await. Several threads may use it at once.
+
+    `start` makes it. Use it in a `with`.
+    """
 
     def __init__(self, graph: Graph, runs: Path | str, progress: Progress, resume: Path | None = None) -> None:
         self._started = threading.Event()
@@ -56,11 +62,11 @@ class BlockingRun:
 
     @property
     def run(self) -> Run:
-        """The run itself, for what needs no waiting (`dir`, `plan`, `codec`)."""
+        """Return the run itself, for attributes that need no waiting (`dir`, `plan`, `codec`)."""
         return self._run
 
     def generate(self, prompt: Any, **options: Any) -> Iterator[Token]:
-        """As `Run.generate`; the errors of a wrong request come at the first token."""
+        """Generate tokens, as `Run.generate` does. Errors of a wrong request are raised at the first token."""
 
         async def begin() -> Generation:
             return self._run.generate(prompt, **options)
@@ -79,7 +85,7 @@ class BlockingRun:
             trio.from_thread.run_sync(generation.close, trio_token=self._token)
 
     def resume(self, request_id: str, after: int | None = None) -> Iterator[Token]:
-        """As `Run.resume`."""
+        """Resume a request, as `Run.resume` does."""
 
         async def begin() -> Generation:
             return self._run.resume(request_id, after)
@@ -87,7 +93,7 @@ class BlockingRun:
         return self._tokens(begin)
 
     def call(self, traceparent: str | None = None, /, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As `Run.call`."""
+        """Call the graph, as `Run.call` does."""
 
         async def call() -> dict[str, torch.Tensor]:
             return await self._run.call(traceparent, **inputs)
@@ -95,11 +101,11 @@ class BlockingRun:
         return trio.from_thread.run(call, trio_token=self._token)
 
     def scale(self, actor: str, replicas: int) -> str:
-        """As `Run.scale`."""
+        """Scale an actor, as `Run.scale` does."""
         return trio.from_thread.run(self._run.scale, actor, replicas, trio_token=self._token)
 
     def close(self) -> None:
-        """End everything. Idempotent."""
+        """End the run and its thread. Idempotent."""
         if self._thread.is_alive():
             try:
                 if hasattr(self, "_run"):
@@ -128,5 +134,5 @@ def start(
     progress: Progress = lambda _what, _share: None,
     resume: Path | None = None,
 ) -> BlockingRun:
-    """Start a graph and wait until it is ready. Arguments and errors are those of `launch`."""
+    """Start a graph and wait until it is ready. `launch` describes the arguments and errors."""
     return BlockingRun(graph, runs, progress, resume)

@@ -1,10 +1,10 @@
-"""A chaos file: which tcp links of a run go wrong, and how (`ranvier run --chaos FILE`).
+"""Read a chaos file: which tcp links of a run fail, and how (`ranvier run --chaos FILE`).
 
     links:
       - {from: lower, to: upper, latency_s: 0.02, jitter_s: 0.2}
-      - {to: head, cut_after_s: 1, cut_for_s: 10}       # whoever sends to it
+      - {to: head, cut_after_s: 1, cut_for_s: 10}       # from any sender
 
-The first entry that fits a link counts. Numbers are those of `transport/wires/chaos_proxy.py`.
+The first entry that fits a link applies. `transport/wires/chaos_proxy.py` describes the numbers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ _Bytes = Field(0, ge=0, le=1 << 40)
 
 
 class ChaosLink(Section):
-    """What goes wrong on the links between two actors; one that is not named is any, the gateway among them."""
+    """Describe the faults of the links between two actors.
+
+    An actor that is not named stands for any actor, and for the gateway.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, populate_by_name=True)
 
@@ -58,16 +61,16 @@ class ChaosLink(Section):
 
 
 class ChaosFile(Section):
-    """The whole file."""
+    """Describe a whole chaos file."""
 
     links: list[ChaosLink] = Field(min_length=1, max_length=1024)
 
 
 def read(path: Path) -> list[ChaosLink]:
-    """The links of a chaos file.
+    """Return the links of a chaos file.
 
     Raises:
-        GraphError: it is none, with the place of what is wrong.
+        GraphError: the file is not a valid chaos file; the error has the position of each problem.
     """
     document = load.read(path)
     try:
@@ -85,8 +88,11 @@ def read(path: Path) -> list[ChaosLink]:
 
 
 class Detours:
-    """The proxies of one run, each in the place of an inbox for one sender; they run in `nursery`. `keys` is the folder of the
-    run's keys."""
+    """Route the faulty links of one run through proxies.
+
+    For one sender, a proxy replaces the inbox of one receiver. Proxies run in `nursery`. `keys` is the folder of the
+    run's keys.
+    """
 
     def __init__(self, links: Sequence[ChaosLink], nursery: trio.Nursery, keys: Path | None) -> None:
         self._links = links
@@ -97,7 +103,11 @@ class Detours:
         self._before: Counter[str] = Counter()
 
     def address(self, source: str, target: str, address: str) -> str:
-        """Where `source` is to reach `target`, identities both, that listens at `address`."""
+        """Return the address by which `source` reaches `target`, which listens at `address`.
+
+        `source` and `target` are identities. If a fault applies to their link, the result is a proxy, started if
+        necessary.
+        """
         if not address.startswith("tcp://"):
             return address
         if (source, target) not in self._proxies:
@@ -107,7 +117,7 @@ class Detours:
                 return address
             counters: Counter[str] = Counter()
             if link.faults.of_messages:
-                assert self._keys is not None  # no tcp without
+                assert self._keys is not None  # every tcp link has keys
                 behind = MessageProxy(source, target, address, link.faults, self._keys, counters)
                 self._behind[source, target], address = behind, behind.address
                 self._nursery.start_soon(behind.run)
@@ -116,7 +126,7 @@ class Detours:
         return self._proxies[source, target].address
 
     def forget(self, peer: str) -> None:
-        """A host is gone: its proxies go with it."""
+        """Stop the proxies of a host that is gone."""
         for key in [key for key in self._proxies if peer in key]:
             proxy = self._proxies.pop(key)
             proxy.stop()
@@ -130,5 +140,5 @@ class Detours:
 
     @property
     def counters(self) -> Counter[str]:
-        """What was done to the links, all together."""
+        """Return what the proxies did to the links, summed over all links."""
         return sum((proxy.counters for proxy in self._proxies.values()), self._before)

@@ -1,4 +1,4 @@
-"""Starting a run, and ending everything that was started when it is left."""
+"""Start a run, and end everything that it started."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .telemetry import exporting
 from .why import Why
 
 Progress = Callable[[str, float], None]
-"""Called with what is going on ("starting", "loading", "linking", "ready") and the share done, 0 to 1."""
+"""Callback that gets the current phase ("starting", "loading", "linking", "ready") and the share done, 0 to 1."""
 
 
 @contextlib.asynccontextmanager
@@ -52,21 +52,21 @@ async def launch(
     log: str | None = None,
     resume: Path | None = None,
 ) -> AsyncIterator[Run]:
-    """Start a graph; on leaving, everything it started is ended and nothing is left but the run folder.
+    """Start a graph. On exit, end everything that was started; only the run folder remains.
 
     Args:
         graph: from `ranvier.load`.
         runs: the folder in which the run's own folder is made.
-        progress: told what goes on until the run is ready.
-        chaos: a file that says what goes wrong on which tcp links (chaos.py).
-        log: `json` or `console`: the run's log goes to standard error, too, in that form.
-        resume: the folder of a run with a journal that was killed. Its requests go on here (`Run.resume`).
-        zygote: the process that hosts are forked from, where it was started before (it is ended in any case).
+        progress: called with the phase and the share done, until the run is ready.
+        zygote: the process that hosts are forked from, if it is already started. It is ended in any case.
+        chaos: a file that says which tcp links fail, and how (chaos.py).
+        log: `json` or `console`: also write the run's log to standard error, in that form.
+        resume: the folder of a killed run that has a journal. Its requests continue here (`Run.resume`).
 
     Raises:
         ActorFailed: an actor did not start, or was lost.
-        RequestError: there is nothing to resume, or it is of another graph or model.
-        ResourceError: there are no descriptors, no disk, no memory to start it with.
+        RequestError: there is nothing to resume, or the run to resume has another graph or model.
+        ResourceError: there are not enough descriptors, disk space or memory to start the run.
     """
     planned = plan(graph)
     if resume is not None and not graph.file.journal:
@@ -74,7 +74,7 @@ async def launch(
     bad_links = bad_links_of(planned, chaos)
     make_sure_of_descriptors(f"graph {graph.name}", 2 * OF_A_WIRE + OF_A_PEER * (planned.processes + 1))
     try:
-        with runs_of.using(resume):  # to make room, old runs may go: not this one
+        with runs_of.using(resume):  # `create` may remove old runs, but not this one
             folder = run_folder.create(planned, Path(runs))
     except OSError as error:
         raise ResourceError(f"the run's folder cannot be made: {error}") from error
@@ -99,10 +99,10 @@ async def launch(
 
 
 def bad_links_of(planned: Plan, chaos: Path | None) -> Sequence[ChaosLink]:
-    """What a chaos file says.
+    """Return the faulty links that a chaos file describes; without a file, none.
 
     Raises:
-        RequestError: it says nothing that can be done to this graph.
+        RequestError: the graph has no tcp links, so the file cannot apply.
     """
     bad_links = read_chaos(chaos) if chaos is not None else []
     if bad_links and all(edge.wire != "tcp" for edge in planned.edges):
@@ -131,7 +131,7 @@ async def _launched(
         progress("starting", 0.0)
         kept, left = await _journals(planned, folder, resume, ending)
         async with LocalLauncher(folder.sockets, folder.logs, zygote).running() as launcher:
-            # the hosts' process imports torch now; what this one has to do is done meanwhile
+            # the process that hosts are forked from imports torch now; this process works in parallel
             log = logger(log_file, shown)
             codec = _codec(graph)
             text = TextProcess(codec) if codec is not None else None
@@ -206,7 +206,7 @@ async def _launched(
 async def _journals(
     planned: Plan, folder: RunFolder, resume: Path | None, ending: contextlib.ExitStack
 ) -> tuple[Journal | None, Resumed | None]:
-    """The run's own journal, where the graph asks for one, and that of the run that is to be resumed."""
+    """Open the journal of this run, if the graph asks for one, and the journal of the run to resume."""
     if not planned.graph.file.journal:
         return None, None
     began = await trio.to_thread.run_sync(journal.began, planned)
@@ -226,7 +226,11 @@ def _codec(graph: Graph) -> TextCodec | None:
 
 
 def single(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The one error that a group of them comes to: an actor's failure, an interrupt, or the group if it is neither."""
+    """Reduce a group of errors to the one that matters most.
+
+    That is an interrupt, else an `ActorFailed`, else another `RanvierError`, else the only error in the group, else the
+    group.
+    """
     leaves: list[BaseException] = []
     stack: list[BaseException] = [group]
     while stack:

@@ -1,4 +1,4 @@
-"""A run's log: JSON lines in its folder and, where somebody wants to see it, on standard error as JSON or for people."""
+"""Write a run's log: JSON lines in its folder and, on request, JSON or readable text on standard error."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ if TYPE_CHECKING:
 
 JSON, CONSOLE = "json", "console"
 MOST_BYTES = 16 << 20
-"""Of one file. Then it becomes the one before, `supervisor.1.jsonl`, in whose place that was is gone."""
+"""Size limit of one file. A full file is renamed to `supervisor.1.jsonl`, which replaces the previous one."""
 
 
 class LogFile:
-    """`supervisor.jsonl` of a run, which structlog writes to. A full disk costs lines, counted in `lost`, never the run.
+    """Write `supervisor.jsonl` of a run, for structlog.
+
+    On a full disk lines are lost, but the run continues. `lost` counts them until the next line is written, which
+    reports the count.
 
     Raises:
-        OSError: it cannot be made, before the run begins.
+        OSError: the file cannot be created, before the run begins.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,7 +50,7 @@ class LogFile:
             self.lost = 0
             return
         self.lost += 1
-        with contextlib.suppress(OSError, ValueError):  # the beginning of a line must not stay
+        with contextlib.suppress(OSError, ValueError):  # a partly written line must not stay
             self._file.truncate(self._bytes)
             self._file.seek(self._bytes)
 
@@ -59,15 +62,21 @@ class LogFile:
         self._bytes = 0
 
     def flush(self) -> None:
-        """Every line is written at once."""
+        """Do nothing: every line is written at once."""
 
     def close(self) -> None:
         self._file.close()
 
 
 def logger(file: Any, shown: str | None = None) -> structlog.typing.FilteringBoundLogger:
-    """Writes JSON lines to a file. `shown`: JSON or CONSOLE, the form in which standard error gets them, too."""
-    import structlog  # 0.1 s, and the hosts' process is on its way meanwhile
+    """Return a logger that writes JSON lines to a file.
+
+    `shown` is JSON or CONSOLE: also write each line to standard error, in that form.
+
+    Raises:
+        ValueError: `shown` is another form.
+    """
+    import structlog  # takes 0.1 s, while the process that hosts are forked from starts
 
     made: structlog.typing.FilteringBoundLogger = structlog.wrap_logger(
         structlog.WriteLogger(file),
@@ -83,10 +92,10 @@ def logger(file: Any, shown: str | None = None) -> structlog.typing.FilteringBou
 
 
 class _Shown:
-    """A structlog processor that passes on what it prints.
+    """Print each event to standard error, as a structlog processor, and pass it on.
 
     Raises:
-        ValueError: there is no such form.
+        ValueError: the form is neither JSON nor CONSOLE.
     """
 
     def __init__(self, form: str) -> None:
@@ -101,6 +110,6 @@ class _Shown:
         )
 
     def __call__(self, logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-        with contextlib.suppress(OSError, ValueError):  # whoever read it has gone
+        with contextlib.suppress(OSError, ValueError):  # the reader of standard error is gone
             print(self._render(logger, method, dict(event)), file=sys.stderr, flush=True)
         return event

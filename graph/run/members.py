@@ -1,7 +1,7 @@
-"""The hosts of a run while it goes on: one joins, one leaves, and everyone else learns of it.
+"""Add hosts to a live run and remove them, and notify their peers.
 
-Joining: the new host loads its weights; everyone it will speak with learns where it is; then it opens its links. Leaving:
-it ends, and everyone forgets it. Why they do is the business of `scaling.py` and `recovery.py`.
+Joining: the new host loads its weights, its peers get its address, then it opens its links. Leaving: the host ends, and
+its peers forget it. `scaling.py` and `recovery.py` decide when a host joins or leaves.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from .run_folder import RunFolder
 
 
 class Members:
-    """`flush` carries out what the gateway decided. `live` are those that have their place in the run, and their epochs."""
+    """Manage the hosts that take part in one run.
+
+    `flush` carries out the gateway's decisions. `live` has the epoch of each host that takes part, by actor and
+    replica.
+    """
 
     def __init__(
         self,
@@ -43,13 +47,13 @@ class Members:
         self._one_at_a_time = trio.Lock()
 
     def another(self, actor: str) -> HostSpec:
-        """One replica more."""
+        """Return the spec of one more replica."""
         replica = self._next[actor]
         self._next[actor] += 1
         return self._spec(actor, replica, EPOCH)
 
     def again(self, lost: HostSpec) -> HostSpec:
-        """The same replica in its next epoch."""
+        """Return the spec of the same replica in its next epoch."""
         return self._spec(lost.actor, lost.replica, lost.epoch + 1)
 
     def _spec(self, actor: str, replica: int, epoch: int) -> HostSpec:
@@ -57,10 +61,14 @@ class Members:
         return self._plan.host(actor, replica, live, self._folder.path, self._folder.sockets)
 
     async def enter(self, spec: HostSpec, instead_of: str | None = None) -> None:
-        """A host that has loaded takes its place, or a lost one's: links to and from everyone, sessions from when it runs.
+        """Add a host that has loaded to the run: open the links with its peers, then let it take sessions.
+
+        Args:
+            spec: the host.
+            instead_of: the label of the lost host that it replaces, if any.
 
         Raises:
-            ActorFailed: it was lost meanwhile; nobody has it in mind any more.
+            ActorFailed: the host was lost meanwhile, and is not in `live`.
         """
         async with self._one_at_a_time:
             await self._introduce(spec)
@@ -75,7 +83,7 @@ class Members:
             placement.join(spec.actor, spec.replica, host.capacity_tokens, host.keeps)
 
     async def _introduce(self, spec: HostSpec) -> None:
-        """Everyone who will speak with the new host makes ready for it."""
+        """Have all peers of the new host prepare their links with it."""
         live, supervision = self._live_with(spec), self._supervisor.supervision
         address, detour = supervision.hosts[spec.identity].address, self._supervisor.detour
         assert address is not None
@@ -101,7 +109,7 @@ class Members:
         return {**self.live, spec.actor: {**self.live[spec.actor], spec.replica: spec.epoch}}
 
     def forget(self, spec: HostSpec) -> None:
-        """Nobody speaks with it any more, and what it still says is refused."""
+        """Have all peers forget a host. Whatever it still sends is refused."""
         live = self.live[spec.actor]
         if live.get(spec.replica) == spec.epoch:
             del live[spec.replica]

@@ -1,4 +1,4 @@
-"""What Prometheus reads of a run that goes on: /metrics on loopback, made at the moment it is asked for."""
+"""Serve the metrics of a live run to Prometheus: /metrics on loopback, computed on request."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ if TYPE_CHECKING:
     import structlog
 
 Snapshot = Callable[[], Mapping[str, Any]]
-"""`Run.status`, or what a training says in its place, called on the run's own thread."""
+"""`Run.status`, or its counterpart of a training. It is called on the run's own thread."""
 
 
 @contextlib.asynccontextmanager
 async def served(
     address: str | None, graph: str, snapshot: Snapshot, log: structlog.typing.FilteringBoundLogger
 ) -> AsyncIterator[str | None]:
-    """Serve it at `host:port` while in the context: the address of the page, with the port that it was given, which the log
-    has, too.
+    """Serve the metrics at `address` (`host:port`) while in the context.
+
+    Yield the URL of the page, with the port that is in use, and log it. Without an address, yield None.
 
     Raises:
         RequestError: prometheus_client is not installed, or the port is taken.
@@ -51,19 +52,19 @@ async def served(
         yield page
     finally:
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(server.shutdown)  # it looks twice a second whether it is to end
+            await trio.to_thread.run_sync(server.shutdown)  # it checks twice a second whether to stop
         server.server_close()
         thread.join()
 
 
 class _Collector:
-    """Asked on the server's thread; the run's state is looked at on the run's own."""
+    """Collect the metrics on the server's thread, from a snapshot that is taken on the run's own thread."""
 
     def __init__(self, graph: str, snapshot: Snapshot, token: trio.lowlevel.TrioToken) -> None:
         self._graph, self._snapshot, self._token = graph, snapshot, token
 
     def describe(self) -> list[Any]:
-        """Nothing is to be asked for before the run has begun."""
+        """Return nothing, so that the registry does not call `collect` before the run has begun."""
         return []
 
     def collect(self) -> Iterator[Any]:
@@ -74,13 +75,13 @@ class _Collector:
         except trio.RunFinishedError:
             return
         by_host: Mapping[str, tuple[type[Any], str, str]] = {
-            "up": (GaugeMetricFamily, "1 while it runs", "up"),
-            "steps": (CounterMetricFamily, "steps taken", "steps"),
-            "queued": (GaugeMetricFamily, "pieces that wait for a step", "queued"),
-            "stepping_seconds": (GaugeMetricFamily, "how long it has been in one step", "stepping_s"),
-            "heard_seconds": (GaugeMetricFamily, "since its last sign of life", "heard_s"),
-            "held_bytes": (GaugeMetricFamily, "of weights", "held_bytes"),
-            "kv_capacity_tokens": (GaugeMetricFamily, "positions that fit into its KV cache", "capacity_tokens"),
+            "up": (GaugeMetricFamily, "1 while the host runs", "up"),
+            "steps": (CounterMetricFamily, "steps taken so far", "steps"),
+            "queued": (GaugeMetricFamily, "pieces of work that wait for a step", "queued"),
+            "stepping_seconds": (GaugeMetricFamily, "time since the current step began", "stepping_s"),
+            "heard_seconds": (GaugeMetricFamily, "time since the last message of the host", "heard_s"),
+            "held_bytes": (GaugeMetricFamily, "bytes of weights that the host holds", "held_bytes"),
+            "kv_capacity_tokens": (GaugeMetricFamily, "token positions that fit into the KV cache", "capacity_tokens"),
         }  # fmt: skip
         labels = ["graph", "host"]
         for name, (kind, what, key) in by_host.items():
@@ -90,26 +91,33 @@ class _Collector:
                 if value is not None:
                     family.add_metric([self._graph, host["label"]], value)
             yield family
-        held = GaugeMetricFamily("ranvier_host_kv_held_tokens", "positions that open sessions hold", labels=labels)
+        held = GaugeMetricFamily(
+            "ranvier_host_kv_held_tokens", "token positions that open sessions hold", labels=labels
+        )
         for host, tokens in told["held_tokens"].items():
             held.add_metric([self._graph, host], tokens)
         yield held
-        counted = CounterMetricFamily("ranvier_events", "what happened, by name", labels=[*labels, "event"])
+        counted = CounterMetricFamily(
+            "ranvier_events", "events counted by the host, by name", labels=[*labels, "event"]
+        )
         for host, counters in told["counters"].items():
             for event, count in counters.items():
                 counted.add_metric([self._graph, host, event], count)
         yield counted
         for name, what, kind in (
-            ("sessions", "open now", GaugeMetricFamily), ("requests", "accepted so far", CounterMetricFamily),
-            ("tokens", "delivered so far", CounterMetricFamily), ("recoveries", "hosts replaced", CounterMetricFamily),
+            ("sessions", "sessions open now", GaugeMetricFamily),
+            ("requests", "requests accepted so far", CounterMetricFamily),
+            ("tokens", "tokens delivered so far", CounterMetricFamily),
+            ("recoveries", "hosts replaced so far", CounterMetricFamily),
         ):  # fmt: skip
             if name in told:
                 yield self._of_the_run(kind, name, what, told[name])
         trained = told.get("training", {})
         for name, what in (
-            ("step", "of the run's steps, the last one that is done"), ("loss", "of that step"), ("accuracy", "in that step"),
-            ("norm", "of all gradients of that step"), ("seconds", "that it took"),
-            ("validation_loss", "the last one"), ("validation_accuracy", "in the last validation"),
+            ("step", "number of the last finished step"), ("loss", "loss of that step"),
+            ("accuracy", "accuracy of that step"), ("norm", "norm of all gradients of that step"),
+            ("seconds", "duration of that step"), ("validation_loss", "loss of the last validation"),
+            ("validation_accuracy", "accuracy of the last validation"),
         ):  # fmt: skip
             if name in trained:
                 yield self._of_the_run(GaugeMetricFamily, f"training_{name}", what, trained[name])

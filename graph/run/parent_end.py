@@ -1,4 +1,4 @@
-"""A run's own process as one end of its links: the wire, the records of what goes over it, and their file in the trace."""
+"""Connect a run's own process to its hosts: the wire, the records of its messages, and their trace file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ ME = identity(GATEWAY, 0, EPOCH)
 
 
 class OwnEnd:
-    """Of a run, or of a training, whose records are chosen by position."""
+    """Represent the run's own process as one end of its links.
+
+    A training sets `by_position`: its records are sampled by position instead of by session.
+    """
 
     def __init__(self, plan: Plan, folder: RunFolder, *, by_position: bool = False) -> None:
         graph = plan.graph
@@ -41,18 +44,18 @@ class OwnEnd:
         self.records = Records(self._ring, self._sampling.sample, by_position=by_position)
 
     def exchange(self, links: Iterable[LinkSpec]) -> Exchange:
-        """Of these links, which leaves records where the run has a trace."""
+        """Return the exchange of these links. It records its messages if the run has a trace."""
         records = self.records
         told = (records.sent, records.unsent, records.control) if self._traces else ()
         return Exchange(ME, self._plan.hash, links, time.monotonic_ns, *told)
 
     def done(self, received: Received) -> None:
-        """A message was taken in, and that was all there was to do with it."""
+        """Record that a received message is fully processed."""
         if self._traces:
             self.records.done(received, received.received_ns, time.monotonic_ns(), 1)
 
     async def ship(self) -> None:
-        """Write the records until cancelled, and then those that are left."""
+        """Write the records to the trace until cancelled, then those that are left."""
         if not self._traces:
             return
         sampling, ring = self._sampling, self._ring

@@ -11,10 +11,10 @@ from ..file.errors import RequestError
 
 
 def writable(path: Path) -> None:
-    """Make sure, before any work is done, that a file can be written to a path that the user gave.
+    """Check, before any work is done, that a file can be written to a path that the user gave.
 
     Raises:
-        RequestError: something else than a file is there, a link among it, or the folder is not.
+        RequestError: the path is something other than a regular file (such as a link), or its folder does not exist.
     """
     try:
         mode = path.lstat().st_mode
@@ -29,10 +29,10 @@ def writable(path: Path) -> None:
 
 
 def folder_of_runs(path: Path) -> Path:
-    """Return a folder that is there, or can be made.
+    """Return `path` if it is a folder or does not exist yet.
 
     Raises:
-        RequestError: something else is there.
+        RequestError: the path is something other than a folder.
     """
     if path.exists() and not path.is_dir():
         raise RequestError(f"{path}: expected a folder, found a file; give another one")
@@ -41,10 +41,10 @@ def folder_of_runs(path: Path) -> Path:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Write a file to a path that the user gave.
+    """Translate errors of a block that writes a file to a path that the user gave.
 
     Raises:
-        RequestError: it cannot be written.
+        RequestError: the file cannot be written.
     """
     try:
         yield

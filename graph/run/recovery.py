@@ -1,9 +1,9 @@
-"""Hosts that are lost while the run goes on, and those that take their places.
+"""Replace hosts that are lost while the run continues.
 
-A lost host is fenced at once: it is killed, whatever state it is in, and everyone forgets it, so that nothing it might still
-say counts. Its sessions are closed at all other hosts. Where another replica has room they begin anew there, in a new epoch,
-from the gateway's log; else they wait for a spare, which has its weights already, or for the same replica started anew.
-An actor that is lost too often ends the run (`Restarts`).
+A lost host is fenced at once: it is killed, whatever state it is in, and all peers forget it, so that nothing it still
+sends counts. The other hosts close or hold its sessions. If another replica has room for a session, the session starts
+there again in a new epoch, from the gateway's log. Otherwise it waits for a spare, which already has its weights, or
+for a restart of the same replica. An actor that is lost too often ends the run (`Restarts`).
 """
 
 from __future__ import annotations
@@ -28,8 +28,12 @@ from .members import Members
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """One host that was lost, and what the time went to, in seconds: since it was noticed until it was fenced, until the one in
-    its place had loaded, until that one had its links."""
+    """Describe the recovery of one lost host.
+
+    `actor` is the label of the lost host, `why` its failure, `by` the label of its replacement. The times are in
+    seconds: `fence_s` from the failure until the host was fenced, then `load_s` until the replacement had loaded, then
+    `link_s` until it had its links.
+    """
 
     actor: str
     why: str
@@ -44,7 +48,7 @@ class Recovered:
 
 
 class Recovery:
-    """The recovery of one run. `done` tells what was recovered."""
+    """Recover the lost hosts of one run. `done` lists the recoveries."""
 
     def __init__(self, plan: Plan, supervisor: Supervisor, gateway: Gateway, members: Members) -> None:
         self.done: list[Recovered] = []
@@ -56,7 +60,7 @@ class Recovery:
         self._scope = trio.CancelScope()
 
     async def run(self) -> None:
-        """Replace what is lost, until `stop`."""
+        """Replace lost hosts until `stop`."""
         with self._scope:
             async with trio.open_nursery() as nursery:
                 for actor, wanted in self._wanted.items():
@@ -69,11 +73,11 @@ class Recovery:
                     nursery.start_soon(self._replace, host, nursery)
 
     def stop(self) -> None:
-        """Nothing is replaced any more."""
+        """Stop replacing hosts."""
         self._scope.cancel()
 
     async def _keep_spare(self, actor: str) -> None:
-        """See to it that one host more has loaded, for as long as its actor may be started anew."""
+        """Keep one warm spare loaded, as long as the restart budget of its actor allows."""
         while True:
             spec = self._members.another(actor)
             try:
@@ -90,14 +94,14 @@ class Recovery:
                 await trio.sleep(delay_s)
 
     async def _replace(self, host: Watched, nursery: trio.Nursery) -> None:
-        """Replace one that is lost, as often as its actor may be started anew."""
+        """Replace a lost host. Try again as often as the restart budget of its actor allows."""
         lost, failure, lost_s = host.spec, host.lost, host.lost_s
         assert failure is not None
         what = failure.what
         delay_s = self._supervisor.restart(failure, lost)
         if delay_s is None:
             return
-        # of one that was lost with something else, nobody is to blame
+        # if the host was lost because of another loss, none of its sessions is to blame
         blamed = frozenset[int]() if host.because else inside(Path(lost.board))
         self._gateway.on_lost_replica(lost.actor, lost.replica, failure, blamed)
         self._members.forget(lost)

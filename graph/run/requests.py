@@ -1,4 +1,4 @@
-"""The generations of a run: from a prompt to a session of the gateway, and on from the journal of a run that was lost."""
+"""Manage the generations of a run: begin them from prompts, or continue them from the journal of a lost run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from ..sessions.tokenizer import TextCodec
 
 
 class _Request(NamedTuple):
-    """What is asked for, but for the prompt. `root` and `caller` are of its trace."""
+    """Hold the options of a generation, without its prompt. `root` and `caller` belong to its trace."""
 
     max_tokens: int
     sampling: Sampling
@@ -47,7 +47,7 @@ class _Request(NamedTuple):
 
 
 class _Waiting(NamedTuple):
-    """A request whose prompt is text yet, or the messages of a chat."""
+    """Hold a request whose prompt is still text or chat messages."""
 
     generation: Generation
     prompt: str | list[dict[str, Any]]
@@ -56,8 +56,12 @@ class _Waiting(NamedTuple):
 
 
 class Requests:
-    """The generations of one run. `flush` carries out what the gateway decided, `capacity` says how many positions fit into
-    every actor's KV cache; `folder` is the run's. `journal` is set once its file is there, where the graph asks for one."""
+    """Manage the generations of one run.
+
+    `flush` carries out the gateway's decisions. `capacity` returns how many positions one session may have in the KV
+    caches; None: no limit. `folder` is the run folder. `journal` is set once its file exists, if the graph asks for
+    one.
+    """
 
     def __init__(
         self,
@@ -83,7 +87,7 @@ class Requests:
         self._left: dict[str, Request] = {}
         self._resumed: dict[str, Source] = {}
         self._no_room: dict[str, Later] = {}
-        """Those of the lost run that wait until another one ends."""
+        """Requests of the lost run that wait until another request ends."""
         self._one_is_over = trio.Event()
         self._preparing: Generation | None = None
         self._over: Exception | None = None
@@ -112,13 +116,15 @@ class Requests:
         deadline_s: float | None,
         traceparent: str | None,
     ) -> Generation:
-        """Begin a generation, at once if its prompt is token ids, else when it has been turned into them. See
-        `Run.generate`."""
+        """Begin a generation. See `Run.generate`.
+
+        It begins at once if its prompt is token ids, else when the prompt has been turned into token ids.
+        """
         graph = self._graph
         if not graph.generates or graph.checkpoint is None:
             raise RequestError(f"graph {graph.name} does not generate tokens; use call()")
         if stop and self._codec is None:
-            raise RequestError("stop strings need the model's tokenizer, and it brings none; use stop_tokens")
+            raise RequestError("stop strings need a tokenizer, and the model has none; use stop_tokens")
         if deadline_s is not None and not deadline_s > 0:
             raise RequestError(f"deadline_s: expected over 0, got {deadline_s}")
         request = _Request(
@@ -160,7 +166,7 @@ class Requests:
         inputs: Tensors = {}
         if config.encoder is not None and not any(e.source == GATEWAY and e.out == "prompt" for e in graph.edges):
             raise RequestError(f"graph {graph.name} has no encoder_embedding, so nothing takes the prompt")
-        if config.encoder is not None:  # the prompt is the encoder's; the decoder begins with a token of its own
+        if config.encoder is not None:  # the encoder gets the prompt; the decoder begins with its start token
             log, inputs = (config.encoder.start_token,), {"prompt": token_tensor(ids, "prompt")}
         info = SessionInfo(
             session=0,
@@ -180,8 +186,10 @@ class Requests:
         generation.begin(client, client.stream.info, len(ids))
 
     async def prepare(self) -> None:
-        """Turn the prompts that are text into token ids, in the order in which they were asked for, and begin them. That may
-        take a second where a template is hostile; the gateway goes on meanwhile."""
+        """Turn prompts that are text into token ids, in order of arrival, and begin their requests.
+
+        A hostile template may take a second; the gateway continues meanwhile.
+        """
         async for generation, prompt, raw, request in self._waiting:
             if generation.closed:
                 continue
@@ -190,7 +198,7 @@ class Requests:
                 ids = await trio.to_thread.run_sync(self._ids, prompt, raw, abandon_on_cancel=True)
                 if not generation.closed:
                     self._begin(generation, ids, request)
-            except Exception as error:  # whatever is wrong with this prompt, the others go on
+            except Exception as error:  # an error of one prompt must not stop the other requests
                 generation.refuse(error)
             self._preparing = None
 
@@ -200,8 +208,10 @@ class Requests:
         return self._process.ids(prompt) if raw and isinstance(prompt, str) else self._process.chat_ids(_chat(prompt))
 
     def refuse(self, why: Exception) -> None:
-        """End with this what has not begun: requests whose prompts are still text, those that wait for room, and those that
-        come."""
+        """End all requests that have not begun with this error.
+
+        These are requests whose prompts are still text, requests that wait for room, and all future requests.
+        """
         self._over = why
         for key, later in self._no_room.items():
             self._note(Ended(key, "", str(why)))
@@ -214,10 +224,12 @@ class Requests:
                 self._waiting.receive_nowait().generation.refuse(why)
 
     def check(self, ids: list[int], max_tokens: int, spare: int = 0) -> None:
-        """Check that a prompt and what is asked for fit into the model, and into a KV cache.
+        """Check that a prompt and `max_tokens` fit into the model and into a KV cache.
+
+        `spare` is added to the model's context.
 
         Raises:
-            RequestError: they do not.
+            RequestError: they do not fit, or a token is not in the vocabulary.
         """
         assert self._graph.checkpoint is not None
         config = self._graph.checkpoint.config
@@ -227,11 +239,11 @@ class Requests:
             raise RequestError("the prompt is empty; give at least one token")
         if max_tokens < 1:
             raise RequestError(f"max_tokens: expected at least 1, got {max_tokens}")
-        if config.encoder is not None:  # each end has the context for itself
+        if config.encoder is not None:  # the encoder and the decoder have a context each
             if max(len(ids), max_tokens) > context:
                 raise RequestError(
-                    f"the prompt has {len(ids)} tokens and {max_tokens} are asked for, but either end of the model holds "
-                    f"{context}; shorten one of them"
+                    f"the prompt has {len(ids)} tokens and {max_tokens} are asked for, but encoder and decoder hold "
+                    f"{context} each; shorten one of them"
                 )
         elif len(ids) + max_tokens > context:
             raise RequestError(
@@ -248,7 +260,11 @@ class Requests:
             )
 
     def traced(self, traceparent: str | None) -> tuple[str, str]:
-        """The trace context of a request's root span, empty if nobody traces it, and the span that it comes from."""
+        """Return the trace context of a request's root span, and the caller's span; both are empty without tracing.
+
+        Raises:
+            RequestError: `traceparent` is not valid.
+        """
         file = self._graph.file
         if not file.trace or (traceparent is None and file.telemetry.otlp is None):
             return "", ""  # spans are read from the trace
@@ -262,10 +278,10 @@ class Requests:
     def _client(
         self, info: SessionInfo, inputs: Tensors, asked: Asked, deadline_ns: int = 0, caller: str = ""
     ) -> Client:
-        """Submit a session, and note it in the journal before its client sees anything.
+        """Submit a session, and note it in the journal before its client gets anything.
 
         Raises:
-            Overloaded, ActorFailed: see `Gateway.submit`. Then nothing is noted.
+            Overloaded, ActorFailed: see `Gateway.submit`. In this case, nothing is noted.
         """
         key = asked.id if self.journal is not None else ""
         stream = self._gateway.submit(info, inputs, deadline_ns, caller, key, asked.tokens)
@@ -277,30 +293,30 @@ class Requests:
             self.journal.add(line)
 
     def on_delivered(self, stream: Stream, position: int, token: int) -> None:
-        """A client is about to get a token."""
+        """Note a token that a client is about to get."""
         if self.journal is not None and stream.key:
             self.journal.add(journal.Made(stream.key, position, token))
 
     def on_ended(self, stream: Stream, outcome: str | Exception) -> None:
-        """A session is over."""
+        """Note the end of a session, and wake `make_room`."""
         if stream.key:
             failed = isinstance(outcome, Exception)
             self._note(Ended(stream.key, "" if failed else str(outcome), str(outcome) if failed else ""))
         self._one_is_over.set()
 
     def write(self) -> None:
-        """Write what was noted, before any client is woken."""
+        """Write the new lines of the journal, before any client is woken."""
         if self.journal is not None and not self.journal.flush():
             self._not_durable.update(stream.key for stream in self._gateway.streams.values() if stream.key)
 
     def catch_up(self) -> None:
-        """Write what a full disk has kept out of the journal."""
+        """Write the lines that a full disk has kept out of the journal."""
         if self.journal is not None:
             self.journal.catch_up()
 
     @property
     def counters(self) -> dict[str, int]:
-        """How many requests were not durable for a while, where there is a journal."""
+        """Return the number of requests that were not durable for a while, if there is a journal."""
         return {"requests_not_durable": len(self._not_durable)} if self.journal is not None else {}
 
     def _is_durable(self) -> bool:
@@ -308,16 +324,19 @@ class Requests:
 
     @property
     def resumed(self) -> Sequence[str]:
-        """The requests of the run that was resumed, by the ids that their clients know (`Generation.request_id`): those that go
-        on here, and those that were over."""
+        """Return the ids of the resumed run's requests, as their clients know them (`Generation.request_id`).
+
+        This includes both requests that continue here and requests that had already ended.
+        """
         return list(self._left)
 
     def go_on(self, left: Resumed) -> None:
-        """Continue the open requests of a run that was lost, each from the tokens that its journal has. Those that there is no
-        room for wait until another ends (`make_room`).
+        """Continue the open requests of a lost run, each after its tokens in the journal.
+
+        Requests that do not fit wait until another request ends (`make_room`).
 
         Raises:
-            ResourceError: this run's journal cannot be written. That of the lost run remains as it was.
+            ResourceError: this run's journal cannot be written. The journal of the lost run is unchanged.
         """
         for key, request in left.requests.items():
             self._left[key] = request
@@ -337,7 +356,7 @@ class Requests:
         left.moved_to(self._folder)
 
     def _gone_on(self, key: str) -> Source | None:
-        """Submit a request of the lost run; None if there is no room for it now."""
+        """Submit a request of the lost run. Return None if there is no room for it now."""
         request, asked = self._left[key], _so_far(self._left[key])
         inputs: Tensors = {"prompt": token_tensor(asked.source, "prompt")} if asked.source else {}
         try:
@@ -345,7 +364,7 @@ class Requests:
         except Overloaded as error:
             if self._gateway.streams:
                 return None
-            why: RanvierError = error  # nobody is there who could make room
+            why: RanvierError = error  # no open session could end and make room
         except RanvierError as error:
             why = error
         self._note(asked)
@@ -353,7 +372,7 @@ class Requests:
         return Over(why)
 
     async def make_room(self) -> None:
-        """Let the requests of the lost run that wait for room go on, in their order, as others end."""
+        """Submit the lost run's requests that wait for room, in their order, whenever another request ends."""
         while True:
             await self._one_is_over.wait()
             self._one_is_over = trio.Event()
@@ -366,16 +385,24 @@ class Requests:
             self._flush()
 
     def resume(self, request_id: str, after: int | None = None) -> Generation:
-        """Take up a request of the run that was resumed: its tokens after the position `after` (`Token.position` of the last
-        one that the client has seen; None: all), those from the journal first.
+        """Return the tokens of a request of the resumed run, those from the journal first.
+
+        Args:
+            request_id: its id in the journal (`Generation.request_id`).
+            after: the `Token.position` of the last token that the client has seen. Only later tokens are returned.
+                None: return all tokens.
 
         Raises:
-            RequestError: there is no such request, or another client has taken it up.
+            RequestError: there is no such request, or another client has resumed it.
         """
         source = self._resumed.pop(request_id, None)
         if source is None:
-            why = "another client has taken it up" if request_id in self._left else f"one of {list(self._left)[:5]}"
-            raise RequestError(f"request {request_id!r:.80}: expected one that was resumed: {why}")
+            why = (
+                "another client has resumed it"
+                if request_id in self._left
+                else f"expected a request of the resumed run, such as one of {list(self._left)[:5]}"
+            )
+            raise RequestError(f"request {request_id!r:.80}: {why}")
         request = self._left[request_id]
         generation = Generation(TextStream(self._codec, request.asked.stop))
         generation.request_id = request_id
@@ -386,12 +413,12 @@ class Requests:
 
 
 def no_tokenizer(graph: Graph) -> RequestError:
-    """Return the error of text where a graph has no use for it."""
+    """Return the error for text where the graph has no tokenizer."""
     return RequestError(f"graph {graph.name} has no tokenizer; give token ids and use `stop_tokens`")
 
 
 def _so_far(request: Request) -> Asked:
-    """Return what was asked, with the tokens that there are."""
+    """Return the request as it was asked, with the tokens that were made so far."""
     return msgspec.structs.replace(request.asked, tokens=tuple(request.tokens))
 
 
@@ -400,10 +427,10 @@ def _chat(messages: Sequence[dict[str, Any]] | str) -> Sequence[dict[str, Any]]:
 
 
 def _prompt(prompt: str | Sequence[dict[str, Any]] | Sequence[int]) -> str | list[dict[str, Any]] | list[int]:
-    """Check that a prompt is of one of its three forms.
+    """Check that a prompt has one of its three forms.
 
     Raises:
-        RequestError: it is not.
+        RequestError: it has another form.
     """
     if isinstance(prompt, str):
         return prompt
@@ -418,10 +445,10 @@ def _prompt(prompt: str | Sequence[dict[str, Any]] | Sequence[int]) -> str | lis
 
 
 def _whole(name: str, value: Any) -> int:
-    """Return a whole number of Python's own: others, such as numpy's, cannot be sent.
+    """Return a whole number as a Python `int`. Other types, such as numpy's, cannot be sent.
 
     Raises:
-        RequestError: it is none, or too large for a token or a count.
+        RequestError: it is not a whole number, or has more than 63 bits.
     """
     try:
         whole = operator.index(value)

@@ -1,4 +1,4 @@
-"""A run: the plan, running. What a user asks of it, and the gateway's hands; `launch.py` starts and ends it."""
+"""Represent a running graph: the calls of its user, and the I/O of its gateway. `launch.py` starts and ends it."""
 
 from __future__ import annotations
 
@@ -45,11 +45,15 @@ if TYPE_CHECKING:
 TICK_S = 1.0
 ACK_DELAY_S = 0.002
 LATE_NS = 3_000_000_000
-"""Between two looks at who is quiet; each comes a tick after the last message."""
+"""Longest time between two checks for idle actors, in nanoseconds (3 s).
+
+A check comes a tick after the last message. A later check starts to count idle time again: this process may have stood
+still itself.
+"""
 
 
 class Run:
-    """A graph that is running. Made by `launch`."""
+    """Represent a running graph. `launch` makes it."""
 
     def __init__(
         self,
@@ -79,7 +83,7 @@ class Run:
         self._why = why
         self._status = status
         self.metrics: str | None = None
-        """Where Prometheus reads this run's /metrics, if anywhere."""
+        """URL of this run's /metrics page for Prometheus, if there is one."""
         why.gateway, why.taken_from = gateway, self._wakes
         self._requests = Requests(
             plan.graph, gateway, codec, text, self._flush, self._wakes,
@@ -93,22 +97,24 @@ class Run:
 
     @property
     def dir(self) -> Path:
-        """The run folder."""
+        """Return the run folder."""
         return self.folder.path
 
     @property
     def pids(self) -> Mapping[str, int]:
-        """The processes of the hosts, by identity (`actor.replica.epoch`), where they run on this machine."""
+        """Return the process ids of the hosts on this machine, by identity (`actor.replica.epoch`)."""
         return self._supervisor.pids
 
     @property
     def alarms(self) -> Sequence[Mapping[str, Any]]:
-        """Edges whose tap has seen NaN or infinities, the first one first: `actor`, `edge`, `session`, `position`, and the
-        `share` of the elements."""
+        """Return the edges whose tap has seen NaN or infinity, the earliest first.
+
+        Each entry has `actor`, `edge`, `session`, `position`, and the `share` of such elements.
+        """
         return self._supervisor.alarms
 
     def status(self) -> dict[str, Any]:
-        """Hosts, open sessions, counters: what is known at this moment without asking anybody."""
+        """Return hosts, open sessions and counters, as known at this moment; no host is asked."""
         return {
             **self._status.snapshot(), "counters": self.counters, "recoveries": len(self.recoveries),
             "requests": self._gateway.accepted, "tokens": self._gateway.delivered,
@@ -116,26 +122,27 @@ class Run:
 
     @property
     def recoveries(self) -> Sequence[Recovered]:
-        """The hosts that were lost so far and have been replaced."""
+        """Return the hosts that were lost and replaced so far."""
         return self._recovery.done
 
     @property
     def codec(self) -> TextCodec:
-        """The model's tokenizer.
+        """Return the model's tokenizer.
 
         Raises:
-            RequestError: the graph does not generate text, or its model brings no tokenizer.
+            RequestError: the graph does not generate text, or its model has no tokenizer.
         """
         if self._codec is None:
             raise no_tokenizer(self.plan.graph)
         return self._codec
 
     def chat_tokens(self, messages: Sequence[dict[str, Any]] | str) -> list[int]:
-        """Return the token ids of a chat (a string: one message of the user), by the model's own template. Blocks until it
-        is there: a second at most, and as long as the prompts before it take. `generate` does not.
+        """Return the token ids of a chat, made with the model's own template. A string is one user message.
+
+        The call blocks for at most a second, and for as long as earlier prompts take. `generate` does not block.
 
         Raises:
-            RequestError: the graph does not generate text, or its model brings no tokenizer.
+            RequestError: the graph does not generate text, or its model has no tokenizer.
             CheckpointError: the template is missing or wrong, refuses the messages, or takes too long.
         """
         return self._requests.chat_ids(messages)
@@ -155,23 +162,23 @@ class Run:
         deadline_s: float | None = None,
         traceparent: str | None = None,
     ) -> Generation:
-        """Generate tokens: `async for token in run.generate(…)` gives each as soon as it is there.
+        """Generate tokens: `async for token in run.generate(…)` yields each token as soon as it exists.
 
         Args:
             prompt: a user's message, a list of chat messages, or token ids as they are.
-            max_tokens: at most so many new tokens.
-            raw: take a string as it is, without the chat template.
-            sampling: how tokens are chosen; greedy if None.
-            stop: strings that end the stream; they are not shown.
-            stop_tokens: ids that end the stream (shown in `token_ids`); the model's own if None.
-            logits: give the logits with every token.
-            deadline_s: seconds from now after which the stream ends with `Expired`, wherever it is.
-            traceparent: the W3C trace context of whoever asks: the request's spans join that trace. Without one they are a
-                trace of their own, where the graph says `telemetry.otlp`.
+            max_tokens: at most this many new tokens.
+            raw: use a string as it is, without the chat template.
+            sampling: how tokens are chosen; None: greedily.
+            stop: strings that end the stream; they are not part of the text.
+            stop_tokens: ids that end the stream (they appear in `token_ids`); None: the model's own.
+            logits: return the logits with every token.
+            deadline_s: seconds from now after which the stream ends with `Expired`, whatever its state.
+            traceparent: the W3C trace context of the caller, whose trace the request's spans join. Without one, the
+                spans form a separate trace if the graph has `telemetry.otlp`.
 
         Raises:
-            RequestError: the prompt is empty or too long, or the graph does not generate.
-            Overloaded: no room now.
+            RequestError: the prompt is empty or too long, or the graph does not generate tokens.
+            Overloaded: there is no room now.
             ActorFailed: an actor was lost (here, or while iterating).
             Expired: the deadline passed (while iterating).
         """
@@ -182,30 +189,36 @@ class Run:
 
     @property
     def resumed(self) -> Sequence[str]:
-        """The requests of the run that was resumed, by the ids that their clients know (`Generation.request_id`): those that go
-        on here, and those that were over."""
+        """Return the ids of the resumed run's requests, as their clients know them (`Generation.request_id`).
+
+        This includes both requests that continue here and requests that had already ended.
+        """
         return self._requests.resumed
 
     def resume(self, request_id: str, after: int | None = None) -> Generation:
-        """Take up a request of the run that was resumed: its tokens after the position `after` (`Token.position` of the last
-        one that the client has seen; None: all), those from the journal first.
+        """Return the tokens of a request of the resumed run, those from the journal first.
+
+        Args:
+            request_id: its id in the journal (`Generation.request_id`).
+            after: the `Token.position` of the last token that the client has seen. Only later tokens are returned.
+                None: return all tokens.
 
         Raises:
-            RequestError: there is no such request, or another client has taken it up.
+            RequestError: there is no such request, or another client has resumed it.
         """
         return self._requests.resume(request_id, after)
 
     async def score(self, ids: Sequence[int], *, traceparent: str | None = None) -> list[float]:
-        """The log-probability (natural logarithm) of each token of `ids` but the first, given all before it.
+        """Return the log-probability (natural logarithm) of each token of `ids` but the first, given all earlier ones.
 
         Raises:
-            RequestError: fewer than two tokens or too many, or the graph is no language model.
-            Overloaded: no room now.
+            RequestError: there are fewer than two tokens or too many, or the graph is not a causal language model.
+            Overloaded: there is no room now.
             ActorFailed: an actor was lost.
         """
         graph = self.plan.graph
         if not graph.generates or graph.checkpoint is None:
-            raise RequestError(f"graph {graph.name} is no language model; it has nothing to score")
+            raise RequestError(f"graph {graph.name} is not a language model; score needs one")
         config = graph.checkpoint.config
         if config.encoder is not None:
             raise RequestError(f"graph {graph.name} is an encoder–decoder model; score is for causal ones")
@@ -221,8 +234,9 @@ class Run:
         return list(client.stream.scores)
 
     async def call(self, traceparent: str | None = None, /, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Send one tensor to each input port of the gateway, wait for one from each output port. `traceparent`: see
-        `generate`.
+        """Send one tensor to each input port of the gateway, and wait for one from each output port.
+
+        `generate` describes `traceparent`.
 
         Raises:
             RequestError: the names are not the gateway's ports, or a tensor does not fit its edge.
@@ -250,7 +264,7 @@ class Run:
                 meta, buffer = to_buffer(port, tensor)
             except ValueError as error:
                 raise RequestError(f"call: {error}") from None
-            tensors[port] = meta, stable(buffer)  # the caller may fill it anew, and it may have to be sent again
+            tensors[port] = meta, stable(buffer)  # the caller may overwrite it, and it may have to be sent again
         with contextlib.closing(
             Client(self._gateway, self._gateway.submit(info, tensors, caller=caller), self._flush, self._wakes)
         ) as client:
@@ -260,28 +274,29 @@ class Run:
         return {port: from_buffer(meta, buffer) for port, (meta, buffer) in outputs.items()}
 
     async def scale(self, actor: str, replicas: int) -> str:
-        """Bring an actor to so many replicas while the run goes on: what was done, in words.
+        """Change the number of an actor's replicas while the run continues. Return what was done, in words.
 
-        One that joins takes sessions from when it runs; one that leaves ends when its last session is over.
+        A replica that joins takes sessions as soon as it runs. A replica that leaves ends when its last session is
+        over.
 
         Raises:
-            RequestError: no such actor, or it cannot have so many.
-            ActorFailed: a replica that should have joined did not; the run goes on without it.
+            RequestError: there is no such actor, or it cannot have this number of replicas.
+            ActorFailed: a new replica failed before it joined; the run continues without it.
         """
         return await self._scaling.scale(actor, replicas)
 
     async def why(self) -> Answer:
-        """Who waits for whom at this moment, in words, and who is to blame: what `ranvier why` says of a run."""
+        """Return who waits for whom at this moment, and who is to blame, as `ranvier why` prints it."""
         return await self._why.ask()
 
-    # -- the gateway's hands ------------------------------------------------------------------------------------
+    # -- the gateway's I/O --------------------------------------------------------------------------------------
 
     def on_session_failed(self, label: str, fields: Mapping[str, Any]) -> None:
         self._gateway.on_session_failed(label, fields)
         self._flush()
 
     def _on_ended(self, stream: Stream, outcome: str | Exception) -> None:
-        """Note the end in the journal, and the root span of a request that somebody traces."""
+        """Note the end of a session in the journal, and record the root span of a traced request."""
         self._requests.on_ended(stream, outcome)
         context = spans.TraceContext(stream.asked.traceparent) if stream.asked.traceparent else None
         if context is not None and context.sampled:
@@ -292,10 +307,10 @@ class Run:
             )  # fmt: skip
 
     def _flush(self) -> None:
-        """Carry out what the gateway decided."""
+        """Carry out the gateway's decisions."""
         if self._over:
             return
-        commands, self._gateway.commands = self._gateway.commands, []  # one that cannot be sent is not tried again
+        commands, self._gateway.commands = self._gateway.commands, []  # a command that cannot be sent is not retried
         for kind, fields, labels in commands:
             self._supervisor.tell(labels, kind, **fields)
         for outgoing in self._gateway.exchange.outbox:
@@ -308,8 +323,10 @@ class Run:
         self._scaling.look()
 
     def _close(self) -> None:
-        """What clients still hold of their sessions ends. Messages are taken in and acknowledged until `_silence`: a host
-        that is told to stop waits for that."""
+        """End all sessions.
+
+        Messages are still received and acknowledged until `_silence`: a host that stops waits for that.
+        """
         self._recovery.stop()
         over = LinkClosed("the run is over")
         self._gateway.on_failure(over)
@@ -317,7 +334,7 @@ class Run:
         self._flush()
 
     def _silence(self) -> None:
-        """Nothing is sent any more."""
+        """Stop sending."""
         self._over = True
 
     async def _listen(self) -> None:
@@ -356,27 +373,29 @@ class Run:
     def _take(self, received: Received) -> None:
         try:
             self._gateway.on_message(received)
-        except Exception as error:  # it is an error of the sessions in that message, not of the run
+        except Exception as error:  # it fails the sessions in that message, not the run
             edge = received.link.spec.name
             self._refused(
-                RefusedMessage(f"edge {edge}: the gateway cannot take it: {told(error)}", received.header.rows)
+                RefusedMessage(
+                    f"edge {edge}: the gateway cannot process a message: {told(error)}", received.header.rows
+                )
             )
 
     def _give_up_unanswered(self) -> None:
-        """Sessions that nobody works on any more: an actor has left an output out."""
+        """End sessions that will never be answered, because an actor has left out an output."""
         supervision, now_ns = self._supervisor.supervision, time.monotonic_ns()
         limits = self.plan.graph.file.supervision
-        # who looks late may have stood still itself: what was answered meanwhile is still unread
+        # if this check is late, this process may have stood still: answers of that time are still unread
         late, self._looked_ns = now_ns - self._looked_ns > LATE_NS, now_ns
         if late or not supervision.quiet or supervision.steps != self._steps or not self._quiet_since_ns:
             self._quiet_since_ns, self._steps = now_ns, supervision.steps
-        # what a host has just begun, its next heartbeat tells
+        # a step that has just begun is reported with the next heartbeat
         quiet_s = (now_ns - self._quiet_since_ns) / 1e9 - 2 * limits.heartbeat_interval_s
         if quiet_s > limits.join_deadline_s:
             self._gateway.on_quiet(self._quiet_since_ns, limits.join_deadline_s)
 
     def _refused(self, error: ProtocolError) -> None:
-        """Log it, and tell the clients whose answer it was."""
+        """Log a refused message, and end the sessions that it was for with the error."""
         self._supervisor.refused(GATEWAY, str(error))
         if isinstance(error, RefusedMessage):
             for row in error.rows:
@@ -391,8 +410,10 @@ class Run:
 
     @property
     def counters(self) -> dict[str, dict[str, int]]:
-        """What each process has counted, by `actor.replica`: rows that came late or were refused, second copies, waits for
-        credit, …"""
+        """Return what each process has counted, by `actor.replica`.
+
+        Examples are rows that came late or were refused, second copies, and waits for credit.
+        """
         counted = {label: dict(own) for label, own in self._supervisor.supervision.counters.items()}
         if done := self._detours.counters:
             counted["chaos"] = dict(done)

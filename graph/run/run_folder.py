@@ -1,14 +1,14 @@
-"""The run folder: all that is needed to understand a run later.
+"""Create and fill the run folder, which has all that is needed to understand a run later.
 
 <runs>/<graph>-<date>-<time>-<letters>/      mode 0700
-    graph.yaml   the file as it was          plan.json    what was made of it
-    run.json     versions, times, outcome    logs/        a file a process, JSON lines and standard error
+    graph.yaml   the file as it was          plan.json    the plan that was made of it
+    run.json     versions, times, outcome    logs/        one file per process: JSON lines, standard error
     lock         held while it runs          journal.jsonl  requests and their tokens, with `journal: true`
-    trace/       a file an actor             sockets/     only while it runs
-    keys/        for tcp, made for this run alone where the graph names none; only while it runs
-    clocks.json  how far the hosts' clocks are ahead of the run's own, and how well that is known
-    record/      what was kept of edges, a folder an actor (actors/trace/recording.py)
-    state/       what actors have saved for those in their places, if any can
+    trace/       one file per actor          sockets/     only while it runs
+    keys/        for tcp, only while it runs; made for this run alone if the graph names none
+    clocks.json  how far the hosts' clocks are ahead of the run's own, and how accurately that is known
+    record/      recorded messages of edges, one folder per actor (actors/trace/recording.py)
+    state/       state that actors have saved for their replacements, if any do
 """
 
 from __future__ import annotations
@@ -49,13 +49,16 @@ DEFAULT_ROOT = Path("ranvier-runs")
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The folder of one run. `known` is what `run.json` says, `lost` how often a file could not be written."""
+    """Represent the folder of one run.
+
+    `known` is the content of `run.json`. `lost` counts failed writes, by file name.
+    """
 
     path: Path
     sockets: Path
-    """Where the sockets are: a folder of its own where paths in the run's would be too long."""
+    """The folder of the sockets. It is a separate one if paths in the run folder would be too long."""
     lock: int
-    """The descriptor that holds the folder while the run goes on."""
+    """The file descriptor that locks the folder while the run is live."""
     known: dict[str, Any] = field(default_factory=dict)
     lost: Counter[str] = field(default_factory=Counter)
 
@@ -72,12 +75,15 @@ class RunFolder:
         return self.path / "keys"
 
     def outcome(self, **fields: Any) -> None:
-        """Add to `run.json`, replacing it whole. On a full disk what was written before stands, and the loss is counted."""
+        """Add to `run.json`, which is replaced as a whole.
+
+        On a full disk the previous file remains, and `lost` counts the failure.
+        """
         self.known.update(fields)
         self._write("run.json", json.dumps(self.known, indent=1) + "\n")
 
     def failed(self, error: BaseException) -> None:
-        """Write why the run ended: an error, or that somebody ended it."""
+        """Write why the run ended: an error, or an interruption."""
         interrupted = isinstance(error, KeyboardInterrupt | trio.Cancelled)
         if isinstance(error, BaseExceptionGroup):
             interrupted = error.split((KeyboardInterrupt, trio.Cancelled))[1] is None
@@ -85,11 +91,11 @@ class RunFolder:
         self.outcome(outcome="interrupted" if interrupted else "failed", error=what)
 
     def clocks(self, clocks: Mapping[str, Clock]) -> None:
-        """Write how far the hosts' clocks are ahead, for whoever reads the trace."""
+        """Write how far the hosts' clocks are ahead, for readers of the trace."""
         self._write("clocks.json", json.dumps({host: clock.estimates for host, clock in clocks.items()}))
 
     def _write(self, name: str, text: str) -> None:
-        """Replace a file whole, or leave it as it was."""
+        """Replace a file as a whole, or leave it unchanged."""
         part = self.path / f"{name}.part"
         try:
             part.write_text(text)
@@ -103,19 +109,19 @@ class RunFolder:
         """Remove what only a live run needs."""
         for folder in (self.sockets, self.keys):
             shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # it led to a short one
+        with contextlib.suppress(OSError):  # it was a link to a folder with a short path
             (self.path / "sockets").unlink()
         with contextlib.suppress(OSError):
             (self.path / runs.LOCK).unlink()
-        with contextlib.suppress(OSError):  # done before
+        with contextlib.suppress(OSError):  # already closed
             os.close(self.lock)
 
 
 def create(plan: Plan, root: Path) -> RunFolder:
-    """Make the folder of a new run under `root`.
+    """Create the folder of a new run under `root`.
 
     Raises:
-        OSError: it cannot be made, or not all of it can be written.
+        OSError: it cannot be created, or one of its files cannot be written.
     """
     graph = plan.graph
     root.mkdir(parents=True, exist_ok=True)
@@ -136,7 +142,7 @@ def create(plan: Plan, root: Path) -> RunFolder:
 
 
 def _fill(folder: RunFolder, plan: Plan, removed: Sequence[str]) -> None:
-    """Write what a run begins with. `removed`: the names of older runs that went to make room."""
+    """Write the files that a run begins with. `removed` names the older runs that were removed to make room."""
     graph, path = plan.graph, folder.path
     for part in (folder.logs, folder.trace):
         part.mkdir(mode=0o700)
@@ -162,20 +168,23 @@ def _fill(folder: RunFolder, plan: Plan, removed: Sequence[str]) -> None:
 
 
 def _prune(root: Path, graph: Graph) -> Sequence[str]:
-    """Keep a folder of runs within the graph's bounds, with the run that is to come. Say so once: when it is done there for
-    the first time. Returns the names of the runs that are gone."""
+    """Remove old runs until `root`, with the new run, is within the graph's bounds. Return the names of removed runs.
+
+    The first removal in a folder prints a message; later ones do not.
+    """
     bound = graph.file.runs
     gone: list[runs.RunOfFolder] = []
-    with contextlib.suppress(OSError):  # it cannot be read: nothing goes
+    with contextlib.suppress(OSError):  # the folder cannot be read: remove nothing
         gone = runs.prune(root, bound.newest, int(bound.gigabytes * 1e9), coming=1)
     said = root / ".pruned"
     if gone and not said.exists():
         with contextlib.suppress(OSError):
             said.touch()
         what = (
-            f"the newest {bound.newest} runs stay, {bound.gigabytes:g} GB at most; {len(gone)} older ones were removed"
+            f"removed {len(gone)} older run{'s' if len(gone) != 1 else ''}; at most {bound.newest} "
+            f"run{'s' if bound.newest != 1 else ''} and {bound.gigabytes:g} GB are kept"
         )
-        print(f"ranvier: {root}: {what} (runs: of the graph file; this is said once)", file=sys.stderr)
+        print(f"ranvier: {root}: {what} (change `runs:` in the graph file; this message appears once)", file=sys.stderr)
     return [run.path.name for run in gone]
 
 
@@ -185,7 +194,7 @@ def versions() -> Mapping[str, str]:
 
 
 def _sockets(graph: Graph, path: Path) -> Path:
-    """Make the folder for sockets: in the run's own, or a short private one where a socket's path would be too long."""
+    """Create the folder for sockets: in the run folder, or a short private one if socket paths would be too long."""
     longest = max([*(f"{actor}.9999" for actor in graph.actors), "supervisor"], key=len)
     own = path / "sockets"
     if len(os.fsencode(own / f"{longest}.9999.c")) <= MAX_PATH_BYTES:

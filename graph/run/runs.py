@@ -1,7 +1,7 @@
-"""The runs in a folder: what each was and came to, and which of them may go.
+"""List the runs in a folder with their outcomes, and remove old runs.
 
-A folder of runs is bounded: the newest stay. A run that still goes on stays, and so does one whose journal has requests that
-may be resumed.
+A folder of runs is bounded: the newest runs are kept. Live runs are kept too, and so are runs whose journal has
+requests that can be resumed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ _NAME = re.compile(r".+-\d{8}-\d{6}-[0-9a-f]{4}")
 
 @dataclass(frozen=True, slots=True)
 class RunOfFolder:
-    """One run. `outcome`: what `run.json` says, `running`, or `killed`: its process ended without a word. `began`: ISO 8601."""
+    """Describe one run.
+
+    `outcome` is `running` for a live run, else the outcome in `run.json`. Without one, it is `killed` if the run had
+    begun, else `unknown`. `began` is an ISO 8601 time.
+    """
 
     path: Path
     began: str
@@ -37,21 +41,21 @@ class RunOfFolder:
 
     @property
     def may_go(self) -> bool:
-        """Whether nobody has a use for it but its reader."""
+        """Return whether the run may be removed: it is not live, and has no requests to resume."""
         return self.outcome != RUNNING and not self.resumable
 
 
 def hold(path: Path) -> int:
-    """Lock a run's folder for as long as this process lives. Returns the descriptor to close at its end."""
+    """Lock a run's folder for as long as this process lives. Return the descriptor that unlocks it when closed."""
     return locked(path / LOCK)
 
 
 @contextlib.contextmanager
 def using(*paths: Path | None) -> Iterator[None]:
-    """Have the runs among these paths stay meanwhile, whoever prunes their folder."""
+    """Protect the runs among these paths from being removed while in the context."""
     with contextlib.ExitStack() as held:
         for path in paths:
-            with contextlib.suppress(OSError):  # one that goes on
+            with contextlib.suppress(OSError):  # a live run is locked already
                 if path is not None and _is_run(path):
                     is_new = not (path / LOCK).exists()
                     held.callback(os.close, hold(path))
@@ -71,21 +75,21 @@ def _goes_on(path: Path) -> bool:
 
 
 def found(root: Path) -> list[RunOfFolder]:
-    """Return the runs of a folder that one may look into, the newest first.
+    """Return the readable runs of a folder, the newest first.
 
     Raises:
         OSError: the folder itself cannot be read.
     """
     runs = []
     for path in root.iterdir():
-        with contextlib.suppress(OSError):  # another user's, or gone meanwhile
+        with contextlib.suppress(OSError):  # it is another user's, or was removed meanwhile
             if _is_run(path):
                 runs.append(_of(path))
     return sorted(runs, key=lambda run: (run.began, run.path.name), reverse=True)
 
 
 def _is_run(path: Path) -> bool:
-    """Whether a folder is a run's: nothing else is ever removed."""
+    """Return whether a folder is a run folder. Nothing else is ever removed."""
     named = _NAME.fullmatch(path.name) is not None and not path.is_symlink() and path.is_dir()
     return named and (path / "plan.json").is_file() and (path / "logs").is_dir()
 
@@ -101,14 +105,21 @@ def _of(path: Path) -> RunOfFolder:
     nbytes = 0
     for folder, _, names in os.walk(path):
         for name in names:
-            with contextlib.suppress(OSError):  # it goes on, and this was a socket
+            with contextlib.suppress(OSError):  # a live run removed it meanwhile, such as a socket
                 nbytes += os.lstat(os.path.join(folder, name)).st_blocks * 512
     return RunOfFolder(path, began, outcome, nbytes, journal.is_open(path))
 
 
 def too_many(runs: list[RunOfFolder], newest: int, most_bytes: int, coming: int = 0) -> list[RunOfFolder]:
-    """Return those that are over a bound: not among the `newest`, or beyond `most_bytes` of all that are newer. The newest of
-    all stays. `coming`: runs that are to be made yet, the newest then."""
+    """Return the runs that exceed a bound and may be removed.
+
+    A run exceeds a bound if it is not among the `newest` ones, or if it and the newer runs that are kept have more than
+    `most_bytes`. The newest run is always kept.
+
+    Args:
+        runs: the newest first.
+        coming: how many runs are about to be created; they count as the newest.
+    """
     over, nbytes = [], 0
     for index, run in enumerate(runs, coming):
         nbytes += run.nbytes
@@ -119,7 +130,7 @@ def too_many(runs: list[RunOfFolder], newest: int, most_bytes: int, coming: int 
 
 
 def prune(root: Path, newest: int, most_bytes: int, coming: int = 0) -> list[RunOfFolder]:
-    """Remove the runs of a folder that are over a bound (see `too_many`). Returns those that were removed.
+    """Remove the runs of a folder that exceed a bound (see `too_many`). Return the removed runs.
 
     Raises:
         OSError: the folder cannot be read.

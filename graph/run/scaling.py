@@ -1,7 +1,7 @@
-"""Replicas that join and leave while the run goes on.
+"""Add and remove replicas while the run continues.
 
-One that joins (members.py) is given sessions that begin later. To one that is to leave no session is given any more; when its
-last one is over it is told to stop. A session stays with the replicas it began with, unless one of them is lost.
+A replica that joins (members.py) gets sessions that begin later. A replica that is to leave gets no new sessions, and
+is stopped when its last session is over. A session stays with the replicas it began with, unless one of them is lost.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class _Leaving:
-    """A replica that is to leave."""
+    """Represent a replica that is to leave."""
 
     def __init__(self, actor: str, replica: int) -> None:
         self.actor = actor
@@ -40,12 +40,12 @@ class _Leaving:
         self._gone.set()
 
     async def wait(self) -> None:
-        """Until it has left."""
+        """Wait until the replica has left."""
         await self._gone.wait()
 
 
 class Scaling:
-    """The replicas of one run."""
+    """Change the number of replicas of one run's actors."""
 
     def __init__(self, plan: Plan, supervisor: Supervisor, gateway: Gateway, members: Members) -> None:
         self._plan = plan
@@ -67,7 +67,10 @@ class Scaling:
             self._supervisor.answer(client, "wrong", "too many commands at once; try later")
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Do what is asked, until cancelled. Joins and leaves are done here, so that whoever asked may go away."""
+        """Carry out requests until cancelled.
+
+        Replicas join and leave in this task, so that a client may disconnect after its request.
+        """
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
@@ -81,7 +84,7 @@ class Scaling:
             self._supervisor.answer(client, "wrong", str(error))
 
     async def _in_background(self, work: Callable[..., Awaitable[T]], *arguments: Any) -> T:
-        """Wait for work that goes on if the waiting is cancelled."""
+        """Wait for work that continues even if the waiting is cancelled."""
         done = trio.Event()
         outcome: list[T | RanvierError] = []
 
@@ -102,7 +105,7 @@ class Scaling:
     # -- scaling ------------------------------------------------------------------------------------------------
 
     async def scale(self, actor: str, replicas: int) -> str:
-        """See `Run.scale`."""
+        """Change the number of an actor's replicas. See `Run.scale`."""
         self._check(actor, replicas)
         joined, left = await self._in_background(self._change, actor, replicas)
         for gone in left:
@@ -111,7 +114,7 @@ class Scaling:
         return f"{actor} has {replicas} replica{'s' if replicas > 1 else ''}: {', '.join(what) or 'as before'}"
 
     async def _change(self, actor: str, replicas: int) -> tuple[list[int], list[_Leaving]]:
-        """Those that have joined, and those that are to leave: they do so when their last session is over."""
+        """Return the replicas that have joined, and those that leave when their last session is over."""
         async with self._one_at_a_time:
             active = self._gateway.placement.active(actor)
             joined = [await self._join(actor) for _ in range(replicas - len(active))]
@@ -142,7 +145,7 @@ class Scaling:
             await self._supervisor.join(spec)
             await self._members.enter(spec)
         except ActorFailed:
-            await self._supervisor.leave(spec)  # before the others forget it: it may still speak to them
+            await self._supervisor.leave(spec)  # before its peers forget it: it may still send to them
             self._members.forget(spec)
             raise
         return spec.replica
@@ -153,14 +156,14 @@ class Scaling:
             await self._over.wait()
         host = self._supervisor.supervision.host(leaving.label)
         if host is not None:
-            async with self._one_at_a_time:  # nobody is introduced to it meanwhile
+            async with self._one_at_a_time:  # no other host may get links to it meanwhile
                 await self._supervisor.leave(host.spec)
                 self._members.forget(host.spec)
         placement.replicas[actor].pop(replica, None)
         leaving.gone()
 
     def look(self) -> None:
-        """Sessions may have ended."""
+        """Wake the replicas that are to leave: sessions may have ended."""
         if self._over.statistics().tasks_waiting:
             self._over.set()
             self._over = trio.Event()

@@ -1,4 +1,4 @@
-"""How likely a language model finds a text: each window of its tokens in a session of its own, several at once."""
+"""Score how likely a language model finds a text: each window of tokens is a separate session, several at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ AT_ONCE = 4
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """`tokens` is how many were scored: all but the first of each window. Natural logarithm."""
+    """Hold the score of a text.
+
+    `tokens` counts the scored tokens: all except the first of each window. `nll` is their negative log-likelihood in
+    all (natural logarithm).
+    """
 
     tokens: int
     nll: float
@@ -30,10 +34,10 @@ class Score:
 
 
 async def score(run: Run, ids: Sequence[int], window: int, progress: Callable[[float], None]) -> Score:
-    """Score `ids` in windows that do not overlap; a last window of one token is left out.
+    """Score `ids` in windows that do not overlap. A last window of one token is left out.
 
     Raises:
-        RequestError: fewer than two tokens, or a window over the model's context.
+        RequestError: there are fewer than two tokens, or a window is longer than the model's context.
     """
     starts = range(0, max(1, len(ids) - 1), window)
     found: dict[int, list[float]] = {}

@@ -1,4 +1,4 @@
-"""What a run says of itself at a glance, to whoever watches it: known already, nobody is asked for it."""
+"""Report the status of a run to clients that watch it. It is already known: no host is asked."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from ..sessions.gateway import Gateway
 
 
 class Status:
-    """Answers `status` at the control socket."""
+    """Answer `status` at the control socket."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
         self.gateway: Gateway | None = None
-        """Once there is one."""
+        """The gateway, once there is one."""
         supervisor.commands["status"] = self._on_command
 
     def _on_command(self, client: str, _fields: Mapping[str, Any]) -> None:
         self._supervisor.answer(client, "done", json.dumps(self.snapshot()))
 
     def snapshot(self) -> dict[str, Any]:
-        """Hosts with state, process and what their last heartbeat said; the open sessions and the tokens that they hold."""
+        """Return the hosts with state, process and last heartbeat, and the open sessions with the tokens they hold."""
         now_s = time.monotonic()
         hosts = [
             {

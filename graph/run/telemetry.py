@@ -1,7 +1,8 @@
-"""Spans of requests for other people's tools: read from the trace as it is written, sent by OTLP over HTTP.
+"""Export the spans of requests: read from the trace as it is written, sent by OTLP over HTTP.
 
-A span for each request (at the gateway) and one below it for each step that one of its rows went into, linked to the spans
-that made what the step was given. Nothing here is in the way of a message: what the collector cannot take is counted as lost.
+Each request has one span (at the gateway). Below it is one span for each step that one of its rows went into, linked to
+the spans that made the inputs of the step. The export never delays a message: spans that the collector does not accept
+are counted as lost.
 """
 
 from __future__ import annotations
@@ -27,16 +28,18 @@ if TYPE_CHECKING:
 EXPORT_EVERY_S = 1.0
 AT_ONCE = 512
 MOST_UNSENT = 16 * AT_ONCE
-"""A collector that has refused some and has so many to take is given none of them."""
+"""If the collector refuses a batch while more spans than this are unsent, all unsent spans are dropped."""
 TIMEOUT_S = 3.0
-"""For one request to the collector, repetitions included."""
+"""Timeout of one request to the collector, retries included."""
 
 
 @contextlib.asynccontextmanager
 async def exporting(
     run_dir: Path, graph: str, endpoint: str | None, log: Any, told: dict[str, int]
 ) -> AsyncIterator[None]:
-    """Export the spans of a run to a collector, if one is given, until all are written; `told` gets how many.
+    """Export the spans of a run to a collector, if `endpoint` is given, until all are written.
+
+    At the end, `told` gets the numbers of spans that were `exported` and `lost`.
 
     Raises:
         RequestError: OpenTelemetry is not installed.
@@ -59,11 +62,11 @@ async def exporting(
 
 
 class Exporter:
-    """The spans of one run.
+    """Export the spans of one run.
 
     Args:
         endpoint: the collector's base address; spans go to its /v1/traces.
-        log: told once that the collector does not take them.
+        log: gets one warning if the collector does not accept spans.
 
     Raises:
         RequestError: OpenTelemetry is not installed.
@@ -80,17 +83,17 @@ class Exporter:
         self._exporter = OTLPSpanExporter(endpoint=self._endpoint, timeout=TIMEOUT_S)
         self._log = log
         self._unsent: list[ReadableSpan] = []
-        logging.getLogger("opentelemetry").addHandler(logging.NullHandler())  # we say it once, in the run's log
+        logging.getLogger("opentelemetry").addHandler(logging.NullHandler())  # the run's log reports it once
         self.exported = self.lost = 0
 
     async def run(self) -> None:
-        """Until cancelled; `finish` sends what is left."""
+        """Export new spans until cancelled. `finish` sends the rest."""
         while True:
             await trio.sleep(EXPORT_EVERY_S)
             await self._export()
 
     async def finish(self) -> None:
-        """Everything is written: send the rest. A collector that does not take it is not waited for again."""
+        """Send the rest when everything is written. If the collector refuses a batch, drop all that is left."""
         await self._export(until_refused=True)
         shut_down: Any = self._exporter.shutdown
         shut_down()
@@ -120,7 +123,7 @@ class Exporter:
 
 
 class _Made:
-    """Spans in OpenTelemetry's form. `offset_ns`: from CLOCK_MONOTONIC to the time of day."""
+    """Convert spans to OpenTelemetry's form. `offset_ns` is the time of day minus CLOCK_MONOTONIC."""
 
     def __init__(self, graph: str, run: str, offset_ns: int) -> None:
         self._graph, self._run, self._offset_ns = graph, run, offset_ns

@@ -1,4 +1,4 @@
-"""Asking a run that goes on why it waits: what all hosts say of themselves, what the machine says of them, in one answer."""
+"""Find out why a live run waits: combine the hosts' own reports with what the machine knows about their processes."""
 
 from __future__ import annotations
 
@@ -26,23 +26,26 @@ from ..sessions.stream import Stream
 from .blame import Answer, AtGateway, Seen, explain
 
 ANSWER_S = 0.5
-"""A host that says nothing for so long is taken to be unable to. Its control thread answers at once, whatever the step does."""
+"""Seconds after which a host counts as unable to answer. Its control thread answers at once, whatever the step does."""
 LEAD_S, LOOK_S = 1.5, 0.25
-"""It is asked so long before a deadline what its request waits for: afterwards the request is gone everywhere."""
+"""Every LOOK_S seconds, requests whose deadline is less than LEAD_S seconds away are explained.
+
+After its deadline, a request is gone everywhere.
+"""
 LOOK_FROM_OUTSIDE_S = 0.8
 APART_S = 0.2
-"""What is seen twice, so far apart, is not just passing by."""
+"""Seconds between two observations. A state that both show is not momentary."""
 
 
 class Why:
-    """The question, and whom to ask."""
+    """Explain why a run waits."""
 
     def __init__(self, plan: Plan, supervisor: Supervisor, run_dir: Path) -> None:
         self._plan, self._supervisor, self._run_dir = plan, supervisor, run_dir
         self.gateway: Gateway | None = None
-        """Once there is one: before that, hosts load."""
+        """The gateway, once there is one. Before that, hosts load."""
         self.taken_from: Iterable[Stream] = ()
-        """What clients take their answers from, also of sessions that are over."""
+        """The streams that clients take their answers from, also of sessions that are over."""
         self._asked_in, self._asked = trio.open_memory_channel[str](100)
         supervisor.commands["why"] = self._on_command
 
@@ -53,13 +56,13 @@ class Why:
             self._supervisor.answer(client, "wrong", "too many questions at once; try later")
 
     async def run(self) -> None:
-        """Answer the clients of the control socket, until cancelled."""
+        """Answer the clients of the control socket until cancelled."""
         async for client in self._asked:
             answer = await self.ask()
             self._supervisor.answer(client, "done", json.dumps({**answer.to_plain(), "text": str(answer)}))
 
     async def watch(self) -> None:
-        """Ask by itself before a deadline passes, so that the error says who was to blame."""
+        """Explain requests shortly before their deadline, so that the error says who is to blame."""
         assert self.gateway is not None
         while True:
             await trio.sleep(LOOK_S)
@@ -69,7 +72,7 @@ class Why:
                     stream.why = answer
 
     async def ask(self) -> Answer:
-        """Who waits for whom, and who is to blame. Takes about a second where somebody does not answer."""
+        """Return who waits for whom, and who is to blame. This takes about a second if a host does not answer."""
         untaken = self._untaken()
         before = await self._supervisor.situations(ANSWER_S)
         outside: dict[str, Sequence[str]] = {}
@@ -104,7 +107,7 @@ class Why:
         return AtGateway(list(self.gateway.streams), still, lost, waiting, full)
 
     def _untaken(self) -> dict[int, tuple[int, object]]:
-        """Sessions whose clients have something to take: how much, and what comes first."""
+        """Return the number of untaken answers and the first one, for each session that has any."""
         return {
             stream.info.session: (len(stream.events), stream.events[0]) for stream in self.taken_from if stream.events
         }
@@ -129,12 +132,13 @@ class Why:
 
 
 async def _look_from_outside(found: dict[str, Sequence[str]], key: str, pid: int) -> None:
-    """The Python lines that a process is at which cannot say so itself, by py-spy where that is installed and may look."""
+    """Find the Python lines that a silent process executes, by py-spy if it is installed and permitted."""
     beside = Path(sys.executable).with_name("py-spy")
     command = str(beside) if beside.exists() else shutil.which("py-spy")
     if command is None:
         return
-    with contextlib.suppress(OSError), trio.move_on_after(LOOK_FROM_OUTSIDE_S):  # no descriptors, no memory: no lines
+    # OSError: there are no descriptors or no memory, so there are no lines
+    with contextlib.suppress(OSError), trio.move_on_after(LOOK_FROM_OUTSIDE_S):
         done = await trio.run_process(
             [command, "dump", "--nonblocking", "--pid", str(pid)], capture_stdout=True, capture_stderr=True, check=False
         )
@@ -142,8 +146,10 @@ async def _look_from_outside(found: dict[str, Sequence[str]], key: str, pid: int
 
 
 def main_thread(dump: str, pid: int) -> list[str]:
-    """Of what `py-spy dump` prints, the lines of the main thread, whose number is the process's, the innermost last, as in
-    Python's own tracebacks."""
+    """Return the lines of the main thread in the output of `py-spy dump`, the innermost last.
+
+    This is the order of Python's tracebacks. The number of the main thread is the process id.
+    """
     lines: list[str] = []
     taken = False
     for line in dump.splitlines():
@@ -155,7 +161,7 @@ def main_thread(dump: str, pid: int) -> list[str]:
 
 
 def process_state(pid: int) -> str:
-    """Its letter in /proc (proc(5)): R, S, D, T, Z; empty if there is no such process."""
+    """Return the state of a process in /proc (proc(5)): R, S, D, T or Z; empty if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):

@@ -1,1 +1,1 @@
-"""Keeps track of who asked for what, and how far it is."""
+"""Keep track of all requests: who asked for what, and how far each one is."""

@@ -1,8 +1,8 @@
-"""A chat's messages to text, by the template that a checkpoint brings: a stranger's code, so in a sandbox.
+"""Render a chat's messages to text with the checkpoint's template. The template is untrusted, so it runs in a sandbox.
 
-jinja2's immutable sandbox refuses attributes that lead out (CVE-2024-34359 was a loader without it) and bounds ranges. It
-cannot stop one long operation, nor bound memory: `x ** 10 ** 9` is a single call in C. So a run renders in a process of its
-own, which can be killed (text_process.py).
+jinja2's immutable sandbox refuses attributes that lead out of it (CVE-2024-34359 was a loader without it) and bounds
+ranges. It cannot stop one long operation, nor bound memory: `x ** 10 ** 9` is a single call in C. So a run renders in a
+separate process, which can be killed (text_process.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], bos_token: str,
     """Return the prompt for `messages` (`role` and `content`), open for the assistant's answer.
 
     Raises:
-        CheckpointError: the template is wrong, refuses the messages, or tries what a template must not.
+        CheckpointError: the template is wrong, refuses the messages, or tries what the sandbox forbids.
     """
     try:
         parts, size = [], 0
@@ -35,11 +35,11 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], bos_token: str,
         ):
             size += len(part)
             if size > MAX_TEXT_BYTES:
-                raise CheckpointError(f"chat template: made over {MAX_TEXT_BYTES} letters")
+                raise CheckpointError(f"chat template: expected at most {MAX_TEXT_BYTES} characters of text, got more")
             parts.append(part)
         return "".join(parts)
     except SecurityError as error:
-        raise CheckpointError(f"chat template: tried what a template must not: {error}") from None
+        raise CheckpointError(f"chat template: the sandbox forbids this: {error}") from None
     except (
         jinja2.TemplateError,
         ArithmeticError,
@@ -52,10 +52,10 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], bos_token: str,
         raise CheckpointError(f"chat template: {type(error).__name__}: {error}") from None
 
 
-@functools.lru_cache(maxsize=16)  # parsing takes 1.35 of the 1.77 ms that SmolLM2's needs
+@functools.lru_cache(maxsize=16)  # for SmolLM2's template, parsing takes 1.35 of 1.77 ms
 def _compiled(template: str) -> jinja2.Template:
     if len(template) > MAX_TEMPLATE_BYTES:
-        raise CheckpointError(f"chat template: expected at most {MAX_TEMPLATE_BYTES} letters, got {len(template)}")
+        raise CheckpointError(f"chat template: expected at most {MAX_TEMPLATE_BYTES} characters, got {len(template)}")
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
@@ -69,5 +69,5 @@ def _raise(message: str) -> NoReturn:
 
 
 def _tojson(value: Any, indent: int | None = None) -> str:
-    # not jinja2's own, which escapes for HTML
+    # jinja2's built-in filter escapes for HTML
     return json.dumps(value, ensure_ascii=False, indent=indent)

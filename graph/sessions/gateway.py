@@ -1,7 +1,7 @@
-"""What the gateway decides, without I/O: sessions and their logs, admission, chunks of a prompt, the end of a stream.
+"""Decide what the gateway does, without I/O: sessions and their logs, admission, prompt chunks, the end of a stream.
 
-For every accepted request each position is delivered at most once and in order, and the stream ends with exactly one
-*done* or one typed error. The driver (run.py) carries `commands` to the hosts and the exchange's outbox to the wire.
+For every accepted request each position is delivered at most once and in order. The stream ends with exactly one *done*
+or one typed error. The driver (run.py) carries `commands` to the hosts and the exchange's outbox to the wire.
 """
 
 from __future__ import annotations
@@ -27,21 +27,27 @@ from .placement import Placement
 from .stream import Delivered, Stream, Tensors
 
 MOST_LOSSES = 4
-"""A session that was so often in a row inside the step in which the same actor was lost, without any progress between, is taken
-for the cause."""
+"""A session counts as the cause after this many losses in a row, and ends.
+
+A loss counts if the session was inside the step in which the actor was lost. Progress, or the loss of another actor,
+restarts the count.
+"""
 SUSPECTED = 2
-"""From so many on it is opened while no other one that is suspected is: those that shared its steps are not the cause."""
+"""A session is suspected from this many losses in a row on.
+
+Only one suspected session is open at a time, which separates the cause from the sessions that shared its steps.
+"""
 
 
 class Gateway:
-    """The sessions of one run.
+    """Keep the sessions of one run.
 
     Args:
         exchange: the state of the gateway's links.
         links: the links.
-        placement: the hosts, and where sessions go.
-        prefill_chunk: tokens of a prompt that one message holds at the most.
-        generates: whether what comes back are tokens; else ports may be called as the user likes.
+        placement: the hosts, and the replicas of each session.
+        prefill_chunk: maximum number of prompt tokens in one message.
+        generates: whether tokens come back. If not, clients call the graph's ports with tensors.
     """
 
     def __init__(
@@ -63,11 +69,11 @@ class Gateway:
         self._timed: dict[int, int] = {}
         self._failure: Exception | None = None
         self.accepted = self.delivered = 0
-        """Requests, and tokens that clients were given, so far."""
+        """Counts so far of accepted requests, and of tokens delivered to clients."""
         self.on_ended: Callable[[Stream, str | Exception], None] = lambda _stream, _outcome: None
-        """Called with each session that is over."""
+        """Called with each stream that has ended, and its outcome."""
         self.on_delivered: Callable[[Stream, int, int], None] = lambda _stream, _position, _token: None
-        """Called with each token that its client is about to get, and its position."""
+        """Called with a stream, a position and its token, just before the client gets the token."""
         self._by_port: dict[str, dict[int, Route]] = {}
         self._answers: set[str] = set()
         self._port_of: dict[int, str] = {}
@@ -77,7 +83,7 @@ class Gateway:
     # -- links --------------------------------------------------------------------------------------------------
 
     def add(self, link: HostLink) -> None:
-        """A link that the exchange has."""
+        """Add a link of the exchange."""
         spec, port = link.link, link.port
         if not link.outgoing:
             self._answers.add(port)
@@ -89,7 +95,7 @@ class Gateway:
         routes[spec.edge].add(self.exchange.sending[spec.edge, spec.target])
 
     def remove(self, peer: str) -> None:
-        """The links with a replica that has left."""
+        """Remove the links to a replica that has left."""
         for route in self._routes():
             route.remove(peer)
 
@@ -99,22 +105,25 @@ class Gateway:
 
     @property
     def due_ns(self) -> int | None:
-        """When the next second copy of a hedged message goes out, or the next deadline passes; None if none is to come."""
+        """Return when the next second copy of a hedged message, or the next deadline, is due.
+
+        Return None if neither is.
+        """
         copies = min((due for route in self._routes() if (due := route.due_ns) is not None), default=None)
         if not self._timed:
             return copies
         return min(min(self._timed.values()), copies) if copies is not None else min(self._timed.values())
 
     def nearly_due(self, before_ns: int) -> list[Stream]:
-        """Those whose deadline is before that time, and of which it is not yet known what they wait for."""
+        """Return the streams whose deadline is at `before_ns` or earlier, and for which `why` is not yet known."""
         near = (self.streams[session] for session, deadline_ns in self._timed.items() if deadline_ns <= before_ns)
         return [stream for stream in near if not stream.why]
 
     def on_due(self, now_ns: int) -> None:
-        """Send the second copies that are due, end what is over its deadline."""
+        """Send the second copies that are due, and end the sessions whose deadline has passed."""
         for session in [session for session, deadline_ns in self._timed.items() if deadline_ns <= now_ns]:
             stream = self.streams[session]
-            what = f"session {session}: over its deadline, {stream.delivered} of {stream.asked.max_tokens} tokens were there"
+            what = f"session {session}: deadline exceeded, {stream.delivered} of {stream.asked.max_tokens} tokens delivered"
             self._end(stream, Expired(f"{what}\n{stream.why}" if stream.why else what))
         for route in self._routes():
             route.send_copies(self.exchange, now_ns, self._places_of, self._is_open)
@@ -127,7 +136,7 @@ class Gateway:
         return self._stream_of(row) is not None
 
     def _stream_of(self, row: Row) -> Stream | None:
-        """The stream of a row that is of its present epoch."""
+        """Return the stream of a row, or None if the session is over, waits, or is in another epoch."""
         stream = self.streams.get(row.session)
         return stream if stream is not None and stream.info.epoch == row.epoch and not stream.waits else None
 
@@ -142,11 +151,13 @@ class Gateway:
         key: str = "",
         tokens: Sequence[int] = (),
     ) -> Stream:
-        """Accept a session: a generation from `info.log`, or a call with `inputs` by port, which ends with `Expired` at
-        `deadline_ns` (0: never). Its number is set here. `tokens` were delivered already, by a run that was lost.
+        """Accept a session: a generation from `info.log`, or a call with `inputs` by port. Set the session's number.
+
+        The session ends with `Expired` at `deadline_ns` (0: never). `tokens` were delivered already, by a run that was
+        lost.
 
         Raises:
-            Overloaded: it does not fit beside the others.
+            Overloaded: there is no room for the session beside the open ones.
             ActorFailed: the run is over.
         """
         if self._failure is not None:
@@ -166,10 +177,12 @@ class Gateway:
         return stream
 
     def _open(self, stream: Stream) -> None:
-        """Open a session in the present epoch: everything that actors keep for it is built anew from its log. Where they have
-        held it they have it already, but for the last token."""
+        """Open a session in the current epoch. Actors rebuild everything that they keep for it from its log.
+
+        Actors that held the session have all of it already, except the last token.
+        """
         asked, log = stream.asked, stream.log
-        del log[stream.awaited :]  # recorded, but its logits have not come: they are computed again
+        del log[stream.awaited :]  # logged, but the logits have not come: both are computed again
         stream.outputs.clear()
         stream.rounds.clear()
         stream.logits.clear()
@@ -190,7 +203,7 @@ class Gateway:
             self._end(stream, error)
 
     def cancel(self, stream: Stream) -> None:
-        """The client has gone, or has seen enough."""
+        """Cancel a session: its client has gone, or wants no more tokens."""
         self._end(stream, "cancelled")
 
     # -- recovery -----------------------------------------------------------------------------------------------
@@ -198,9 +211,12 @@ class Gateway:
     def on_lost_replica(
         self, actor: str, replica: int, failure: ActorFailed, inside: frozenset[int] | None = None
     ) -> None:
-        """A host is gone. Its sessions end at all others; those that another replica has room for begin anew there at once, the
-        others wait for `on_replaced`. `inside` are the sessions of the step that it was in, all of its sessions if that is not
-        known. One of them that seems to be the cause ends with the failure."""
+        """Suspend the sessions of a lost host, and resume those that can continue.
+
+        A session that another replica has room for moves there at once. The other sessions wait for `on_replaced`.
+        `inside` holds the sessions of the step that the host was in; None means that it is unknown, and then all of its
+        sessions count. A session that seems to be the cause ends with the failure.
+        """
         self.placement.down(actor, replica)
         for stream in list(self.streams.values()):
             if replica in stream.places.get(actor, ()):
@@ -216,7 +232,7 @@ class Gateway:
         self._resume()
 
     def on_replaced(self, actor: str, lost: int, replica: int) -> None:
-        """One that runs has taken the place of a lost one, under its own number or another."""
+        """Resume the sessions of a lost replica whose replacement runs, under the same number or another one."""
         if replica == lost:
             self.placement.up(actor, replica)
         else:
@@ -230,7 +246,7 @@ class Gateway:
         stream.places = self.placement.move(stream.places, actor, stream.info.capacity)
 
     def _suspend(self, stream: Stream, lost: str) -> None:
-        """Have the others hold a session or, where they could not go on with it, end it there."""
+        """Suspend a session: the other hosts hold it or, if they could not continue it, close it."""
         if stream.waits and not stream.held:
             return
         stream.waits = True
@@ -238,7 +254,7 @@ class Gateway:
         self._close(stream, "hold" if stream.held else "close")
 
     def _resume(self) -> None:
-        """Begin a new epoch with the sessions that waited and whose actors are all there."""
+        """Open the waiting sessions whose actors are all up, in a new epoch. At most one of them is suspected."""
         if self._failure is not None:
             return
         ready = [s for s in self.streams.values() if s.waits and self.placement.is_up(s.places)]
@@ -256,12 +272,12 @@ class Gateway:
     # -- hosts --------------------------------------------------------------------------------------------------
 
     def on_session_failed(self, label: str, fields: Mapping[str, Any]) -> None:
-        """A host could not open a session, or has lost it."""
+        """Handle a host that could not open a session, or has lost it."""
         stream = self.streams.get(fields["session"])
         if stream is None or stream.info.epoch != fields["epoch"]:
             return
         if stream.waits:
-            if stream.held:  # one of those that were to go on with it cannot: all is replayed
+            if stream.held:  # a host cannot hold it: the whole session is replayed
                 stream.held = False
                 self._close(stream)
         else:
@@ -269,19 +285,22 @@ class Gateway:
             self._end(stream, ActorFailed(label, what, session=session, remote_traceback=fields["traceback"]))
 
     def on_lost(self, row: Row, error: Exception) -> None:
-        """What was on its way to the client was refused here."""
+        """End the session of a row whose message to the client was refused here."""
         stream = self._stream_of(row)
         if stream is not None:
             self._end(stream, error)
 
     def on_failure(self, failure: Exception) -> None:
-        """The run is lost: every stream ends with the reason."""
+        """End every stream with the failure that ended the run."""
         self._failure = self._failure or failure
         for stream in list(self.streams.values()):
             self._end(stream, failure)
 
     def on_quiet(self, since_ns: int, quiet_s: float) -> None:
-        """Every actor has been idle since then: what was asked before will never be answered."""
+        """End the sessions submitted before `since_ns`.
+
+        Every actor has been idle since then, so no answer will come.
+        """
         for stream in [
             stream for stream in self.streams.values() if stream.submitted_ns < since_ns and not stream.waits
         ]:
@@ -295,7 +314,7 @@ class Gateway:
             self._end(stream, ActorFailed(GATEWAY, what, session=session))
 
     def on_message(self, received: Received) -> None:
-        """Tokens, logits, or the outputs of a call."""
+        """Take a message of tokens, logits, scores, or outputs of a call."""
         self.exchange.consumed(received.link, received.nbytes)
         port = self._port_of[received.link.spec.edge]
         if not self._generates:
@@ -332,11 +351,11 @@ class Gateway:
     def _on_token(self, row: Row, token: int) -> None:
         stream = self._stream_of(row)
         if stream is None or row.position != len(stream.log):
-            self.exchange.counters["tokens_refused"] += 1  # of a session that is over, or told twice
+            self.exchange.counters["tokens_refused"] += 1  # the session is over, or the token came twice
             return
-        stream.log.append(token)  # recorded before it is shown
+        stream.log.append(token)  # logged before it is delivered
         if stream.info.logits and row.position not in stream.logits:
-            return  # its logits come on an edge of their own, after it
+            return  # its logits come later, over a separate edge
         self._deliver(stream, row.position)
 
     def _on_logits(self, received: Received) -> None:
@@ -370,7 +389,7 @@ class Gateway:
             self._end(stream, "stop" if token in stream.info.stop_tokens else "length")
 
     def _acquit(self, stream: Stream) -> None:
-        """It has made progress, or is over: the next one that is suspected may begin."""
+        """Clear a session that has made progress or is over, so that the next suspected one may start."""
         stream.losses = 0
         self._resume()
 
@@ -378,7 +397,7 @@ class Gateway:
         for row, part in rows_of(received):
             stream = self._stream_of(row)
             if stream is None or row.position <= stream.rounds.get(port, -1):
-                continue  # of a session that is over, from a slower replica, or of an earlier round of a loop
+                continue  # the session is over, or the row is from a slower replica or an earlier round of a loop
             stream.outputs[port], stream.rounds[port] = part, row.position
             if stream.outputs.keys() == self._answers:
                 self._end(stream, "done")
@@ -398,10 +417,10 @@ class Gateway:
             self._acquit(stream)
 
     def _close(self, stream: Stream, command: str = "close") -> None:
-        """End it at the hosts, or have them hold it."""
+        """Close a session at its hosts, or have them hold it. Drop its messages that wait for credit."""
         for route in self._routes():
             route.close(stream.info.session)
-        if self.exchange.waiting:  # for credit: nobody wants it any more
+        if self.exchange.waiting:  # messages without credit: those of closed sessions are dropped
             for route in self._routes():
                 route.give_up(self._is_open)
             self.exchange.give_up(self._is_open)
@@ -409,13 +428,13 @@ class Gateway:
 
 
 def token_tensor(ids: Sequence[int], name: str = "token") -> tuple[TensorMeta, bytes]:
-    """Token ids as an int64 tensor of the wire, without torch."""
+    """Return token ids as an int64 tensor in wire format, without torch."""
     data = array("q", ids).tobytes()
     return TensorMeta(name, BY_NAME["int64"].number, (len(ids),), RAW, len(data)), data
 
 
 def rows_of(received: Received) -> Iterator[tuple[Row, tuple[TensorMeta, Buffer]]]:
-    """Each row of a message with its own share of the tensor: sessions that shared a batch part here."""
+    """Yield each row of a message with its share of the tensor. This separates the sessions of a batch."""
     header = received.header
     [buffer], [meta] = received.buffers, header.tensors
     first = received.link.spec.tensors[0][1].shape[:1]

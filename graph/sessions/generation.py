@@ -1,4 +1,4 @@
-"""What a client holds of its session: a stream of tokens, and what it came to."""
+"""Give a client its session: a stream of tokens, and the result so far."""
 
 from __future__ import annotations
 
@@ -19,25 +19,34 @@ from .stream import Delivered, Stream
 from .text_stream import TextStream
 
 Wakes = dict[Stream, trio.Event]
-"""The clients that wait, by their stream; the gateway's driver sets an event when there is something for them."""
+"""Events of waiting clients, by stream.
+
+The gateway's driver sets an event when the stream has something for its client.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One generated token. `text` is what it completes (often a word, "" in the middle of a letter or a stop string)."""
+    """Hold one generated token. `text` is the text that it completes.
+
+    That is often a word, and "" in the middle of a character or of a possible stop string.
+    """
 
     id: int
     position: int
     text: str
     logits: memoryview[float] | None = None
-    """float32, one for each token of the vocabulary, if asked for."""
+    """float32 logits, one for each token of the vocabulary, if requested."""
     durable: bool = True
-    """Whether it is in the run's journal, where there is one. False on a full disk: then it would not outlive the process."""
+    """True if the token is in the run's journal, or if there is no journal.
+
+    False on a full disk: a crash would lose the token.
+    """
 
 
 @dataclass(slots=True)
 class Result:
-    """What a generation has come to so far. Times are seconds from the request to the first and the last token."""
+    """Hold the result of a generation so far. Times are seconds from the request to the first and the last token."""
 
     prompt_tokens: int
     token_ids: list[int] = field(default_factory=list)
@@ -48,23 +57,23 @@ class Result:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of decoding: tokens after the first, over the time after the first."""
+        """Return the speed of decoding: tokens after the first, divided by the time after the first."""
         spent = self.last_token_s - self.first_token_s
         return (len(self.token_ids) - 1) / spent if spent > 0 and len(self.token_ids) > 1 else 0.0
 
 
 class Source(Protocol):
-    """Where a generation gets its tokens from."""
+    """Provide the tokens of a generation."""
 
     async def event(self) -> Delivered | str:
-        """What happens next; a string is the end and its reason. Raises the error that it ended with."""
+        """Return the next event; a string is the reason of the end. Raise the error that ended the session, if any."""
 
     def close(self) -> None:
-        """Nobody wants more. Idempotent."""
+        """Stop: nobody wants more events. Idempotent."""
 
 
 class Over:
-    """A request that had ended before its run was lost, for whoever comes back for its tokens."""
+    """Represent a request that had ended before its run was lost, for a client that comes back for its tokens."""
 
     def __init__(self, end: str | Exception) -> None:
         self._end = end
@@ -76,11 +85,11 @@ class Over:
         return self._end
 
     def close(self) -> None:
-        """There is nothing to give up."""
+        """Do nothing: there is nothing to stop."""
 
 
 class Later:
-    """A request that waits for room: it has a source once there is some."""
+    """Represent a request that waits for room. It gets a source once there is room."""
 
     def __init__(self) -> None:
         self._source: Source | None = None
@@ -88,28 +97,30 @@ class Later:
         self.closed = False
 
     def begin(self, source: Source) -> None:
-        """There is room now, or there never will be."""
+        """Set the source: there is room now, or there never will be."""
         self._source = source
         if self.closed:
             source.close()
         self._there.set()
 
     async def event(self) -> Delivered | str:
-        """Wait for room, and then for what happens next; a string is the end and its reason. Raises the error that it ended
-        with."""
+        """Wait for room, then return the next event; a string is the reason of the end.
+
+        Raise the error that ended the session, if any.
+        """
         await self._there.wait()
         assert self._source is not None
         return await self._source.event()
 
     def close(self) -> None:
-        """Nobody wants more. Idempotent."""
+        """Stop: nobody wants more events. Idempotent."""
         self.closed = True
         if self._source is not None:
             self._source.close()
 
 
 class Client:
-    """One session at the gateway. Closed early, it is cancelled and its caches are freed everywhere."""
+    """Represent one session at the gateway. Closing it early cancels it and frees its caches everywhere."""
 
     def __init__(self, gateway: Gateway, stream: Stream, flush: Callable[[], None], wakes: Wakes) -> None:
         self._gateway = gateway
@@ -119,7 +130,7 @@ class Client:
         flush()
 
     async def event(self) -> Delivered | str:
-        """What happens next; a string is the end and its reason.
+        """Return the next event; a string is the reason of the end.
 
         Raises:
             ActorFailed: the session was lost.
@@ -137,7 +148,7 @@ class Client:
         return event
 
     def close(self) -> None:
-        """Give the session up if it is not over. Idempotent."""
+        """Cancel the session if it is not over. Idempotent."""
         self._wakes.pop(self.stream, None)
         if not self.stream.over:
             self._gateway.cancel(self.stream)
@@ -145,10 +156,10 @@ class Client:
 
 
 class Generation:
-    """The tokens of one request, as an asynchronous iterator. `result` grows with it and is complete at its end.
+    """Iterate over the tokens of one request, asynchronously. `result` grows with them and is complete at the end.
 
-    One that is not read to its end is cancelled by `close`, or when it is let go of. It begins once its prompt is known as
-    token ids (`begin`), or is refused.
+    A generation that is not read to its end is cancelled by `close`, or when it is garbage-collected. It begins once
+    its prompt is tokenized (`begin`), or it is refused (`refuse`).
     """
 
     def __init__(self, text: TextStream) -> None:
@@ -160,30 +171,38 @@ class Generation:
         self.closed = False
         self.result = Result(0)
         self.deadline_ns = 0
-        """When it ends with `Expired` though it has not begun: the prompts before it may take their time. 0: never."""
+        """Time on the monotonic clock when the request ends with `Expired` even if it has not begun; 0: never.
+
+        It may wait long, since prompts are tokenized one after the other.
+        """
         self.request_id = ""
-        """What the request is called in the run's journal, if there is one: with it, it can be resumed after a crash."""
+        """Name of the request in the run's journal, if there is one.
+
+        A client can resume it by this name after a crash.
+        """
         self.is_durable: Callable[[], bool] = lambda: True
         self._again: deque[Token] = deque()
 
     def begin(self, client: Source, info: SessionInfo, prompt_tokens: int) -> None:
-        """The request is a session of the gateway now, or one that is over already."""
+        """Set the source of tokens: the request is now a session of the gateway, or was over already."""
         self._client, self._info = client, info
         self.result.prompt_tokens = prompt_tokens
         self._wake()
 
     def recorded(self, first: int, tokens: Sequence[int], after: int | None) -> None:
-        """Take tokens that a journal has, the first of them at position `first`: those after the position `after` are given
-        again, those up to it only count."""
+        """Take the tokens of a journal; the first of them is at position `first`.
+
+        Tokens after position `after` are delivered again (None: all of them). Tokens up to it only go into the result.
+        """
         for position, token in enumerate(tokens, first):
             made = self._token(Delivered(position, token))
             if after is None or position > after:
                 self._again.append(made)
-            if self._text.stopped:  # the gateway, which knows no stop strings, was ahead of the client
+            if self._text.stopped:  # the gateway ignores stop strings, so it was ahead of the client
                 return
 
     def refuse(self, why: Exception) -> None:
-        """The request will not begin: its reader gets the reason."""
+        """Refuse the request: its reader gets `why` as an exception."""
         self._refusal = self._refusal or why
         self._wake()
 
@@ -211,7 +230,7 @@ class Generation:
                 await self._begun.wait()
                 continue
             self.closed = True
-            self.refuse(Expired("the deadline has passed before the prompt was known as token ids"))
+            self.refuse(Expired("the deadline passed before the prompt was tokenized"))
         event = await self._client.event()
         if isinstance(event, str):
             self.result.finish_reason = event
@@ -235,7 +254,7 @@ class Generation:
         return Token(event.token, event.position, piece, logits, self.is_durable())
 
     def close(self) -> None:
-        """End the session now, or do not begin it. Idempotent."""
+        """End the session now, or prevent its start. Idempotent."""
         self.closed = True
         if self._client is not None:
             self._client.close()
@@ -243,5 +262,5 @@ class Generation:
             self._wake()
 
     def __del__(self) -> None:
-        # Needs no event loop: the hosts are told by a message. A run that is over has no stream left to close.
+        # Needs no event loop: hosts are notified by a message. A run that is over has no stream left to close.
         self.close()

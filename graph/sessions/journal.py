@@ -1,12 +1,13 @@
-"""The journal of a run: every accepted generation and each of its tokens, in a file before the client sees them.
+"""Keep the journal of a run: write every accepted generation, and each of its tokens, before the client sees them.
 
-With `journal: true` a request outlives the process that holds the gateway: `ranvier run --resume RUN`, or
-`launch(graph, resume=RUN)`, reads the journal of a run that was killed and continues each request in a run of its own, with the
-same tokens: the sampler is keyed by (seed, position).
+With `journal: true` a request outlives the process that holds the gateway. `ranvier run --resume RUN`, or
+`launch(graph, resume=RUN)`, reads the journal of a killed run and continues each request in a new run. The tokens are
+the same, because the sampler is keyed by (seed, position).
 
-`journal.jsonl` holds a line for each request, token and end. Lines are handed to the system in one write before any client is
-woken, so they outlive the process however it dies. They are not forced to the disk: a machine that loses its power may lose the
-last of them. The file is locked for as long as the run lives. It is written anew, with what is still of use, when it has grown.
+`journal.jsonl` holds one line for each request, token and end. Lines go to the operating system in one write before any
+client is woken, so they outlive the process however it dies. They are not forced to the disk: a power failure may lose
+the last of them. The file is locked while the run lives. When it has grown too large, it is rewritten with only what is
+still needed.
 """
 
 from __future__ import annotations
@@ -33,27 +34,31 @@ from ..plan.plan import Plan
 
 FILE = "journal.jsonl"
 MOST_BYTES = 64 << 20
-"""Then the file is written anew."""
+"""Size at which the file is rewritten."""
 MOST_ENDED = 1000
-"""Requests that are over, whose tokens are kept for clients that come back for them."""
+"""Maximum number of ended requests whose tokens are kept for clients that come back for them."""
 MOST_LINE_BYTES = 1 << 24
 REST = 20
-"""After an attempt to write the file anew has failed, the next waits for so many times as long as it took."""
+"""After a failed rewrite, the next one waits this many times as long as the failed one took."""
 
 
 class _Line(msgspec.Struct, frozen=True, tag_field="kind"):
-    """One line of the journal."""
+    """Represent one line of the journal."""
 
 
 class Began(_Line, frozen=True, tag="run"):
-    """The run: what must be the same where a request is to go on."""
+    """Record what must be the same in a run that continues the requests: the hashes of graph and model."""
 
     hash: str
     model: str
 
 
 class Asked(_Line, frozen=True, tag="request"):
-    """A request was accepted. `deadline_s`: seconds since 1970, 0: none. `tokens`: what it has already, after a resume."""
+    """Record that a request was accepted.
+
+    `deadline_s` is in seconds since 1970; 0 means no deadline. `tokens` are those that it already had when its run was
+    resumed.
+    """
 
     id: str
     info: dict[str, Any]
@@ -61,11 +66,11 @@ class Asked(_Line, frozen=True, tag="request"):
     deadline_s: float = 0.0
     tokens: tuple[int, ...] = ()
     source: tuple[int, ...] = ()
-    """The prompt of an encoder–decoder model, whose log has the decoder's tokens alone."""
+    """The prompt of an encoder–decoder model. The log of such a session holds only the decoder's tokens."""
 
 
 class Made(_Line, frozen=True, tag="token"):
-    """A token, by its position in the session."""
+    """Record a token, by its position in the session."""
 
     id: str
     position: int
@@ -73,7 +78,7 @@ class Made(_Line, frozen=True, tag="token"):
 
 
 class Ended(_Line, frozen=True, tag="end"):
-    """A request is over: done (the reason), or with an error (its words)."""
+    """Record that a request is over. `reason` says why it is done; `error` is the message of an error that ended it."""
 
     id: str
     reason: str
@@ -81,7 +86,7 @@ class Ended(_Line, frozen=True, tag="end"):
 
 
 class Moved(_Line, frozen=True, tag="moved"):
-    """All requests go on in another run."""
+    """Record that all requests continue in another run."""
 
     run: str
 
@@ -93,7 +98,7 @@ _of_line = msgspec.json.Decoder(Line).decode
 
 @dataclass(slots=True)
 class Request:
-    """One request as a journal has it. `end` is None while it is open."""
+    """Hold one request of a journal. `end` is None while the request is open."""
 
     asked: Asked
     info: SessionInfo
@@ -102,7 +107,10 @@ class Request:
 
     @property
     def reason(self) -> str | None:
-        """Why it is over; None while it is open. Its last token may have been written, and its end not."""
+        """Return why the request is done, or None while it is open.
+
+        A crash may have come between its last token and its end. The reason then follows from the tokens.
+        """
         if self.end is not None:
             return self.end.reason
         if self.tokens and self.info.finished(len(self.tokens), self.tokens[-1]):
@@ -111,16 +119,16 @@ class Request:
 
     @property
     def deadline_ns(self) -> int:
-        """Of this machine's monotonic clock; 0: none."""
+        """Return the deadline on this machine's monotonic clock; 0: none."""
         left_s = self.asked.deadline_s - time.time()
         return max(1, time.monotonic_ns() + int(left_s * 1e9)) if self.asked.deadline_s else 0
 
 
 class Journal:
-    """The writing end. `known` are the requests that it tells of, by id; `write` is `os.pwrite`, but for tests.
+    """Write the journal of a run. `known` holds its requests by id. Tests replace `write`, which is `os.pwrite`.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the file cannot be created.
     """
 
     def __init__(self, folder: Path, run: Began, write: Callable[[int, bytes, int], int] = os.pwrite) -> None:
@@ -138,11 +146,11 @@ class Journal:
 
     @property
     def durable(self) -> bool:
-        """Whether all that was added and flushed is in the file."""
+        """Return whether everything that was added and flushed is in the file."""
         return not self._behind
 
     def add(self, line: Asked | Made | Ended) -> None:
-        """Something has happened; `flush` writes it."""
+        """Add a line, which `flush` writes."""
         if isinstance(line, Asked):
             self.known[line.id] = Request(line, SessionInfo.from_plain(line.info), list(line.tokens))
         elif isinstance(line, Made):
@@ -155,7 +163,7 @@ class Journal:
         self._pending.append(line)
 
     def flush(self) -> bool:
-        """Write what was added: whether all is in the file now. After a disk was full, what was missed is written with it."""
+        """Write the added lines, and those that a full disk kept out. Return whether all lines are in the file now."""
         if not self._pending:
             return not self._behind
         lines, self._pending = self._pending, []
@@ -166,7 +174,7 @@ class Journal:
         return not self._behind
 
     def catch_up(self) -> None:
-        """Write what a full disk has kept out of the file, though nothing new has happened."""
+        """Write the lines that a full disk kept out, although no line was added since."""
         if self._behind and time.monotonic() >= self._next_try_s:
             self._behind = not self._write_anew()
 
@@ -177,11 +185,11 @@ class Journal:
                 self._bytes += len(data)
                 return True
         with contextlib.suppress(OSError):
-            os.ftruncate(self._file, self._bytes)  # the beginning of a line must not stay
+            os.ftruncate(self._file, self._bytes)  # remove a partly written line
         return False
 
     def _write_anew(self) -> bool:
-        """Replace the file by one with the requests that are open, and the last of those that are over."""
+        """Rewrite the file with the open requests and the last ended ones. Return whether that succeeded."""
         began_s = time.monotonic()
         data = b"".join([_to_line(line) + b"\n" for line in self._lines()])
         part = self._path.with_suffix(".part")
@@ -212,7 +220,7 @@ class Journal:
                 yield request.end
 
     def close(self) -> None:
-        """Let go of the file. Idempotent."""
+        """Flush and close the file. Idempotent."""
         if self._file >= 0:
             self.flush()
             os.close(self._file)
@@ -220,23 +228,24 @@ class Journal:
 
 
 def _locked(path: Path, flags: int) -> int:
-    """Open a journal, and lock it for this process.
+    """Open a journal and lock it for this process.
 
     Raises:
         OSError: it cannot be opened.
-        RequestError: another process has it.
+        RequestError: another process has locked it.
     """
     try:
         return locked(path, flags)
     except BlockingIOError:
-        raise RequestError(f"{path}: the run still goes on; ask that one") from None
+        raise RequestError(f"{path}: the run is still active; send requests to that run") from None
 
 
 class Resumed:
-    """The journal of a run that is over, held so that nobody else resumes it meanwhile.
+    """Hold the journal of a run that is over, locked so that nobody else can resume it meanwhile.
 
     Raises:
-        RequestError: it has none, still goes on, was resumed already, is damaged, or is of another graph or model.
+        RequestError: the run has no journal, is still active, or was resumed already; or its journal is damaged, or of
+            another graph or model.
     """
 
     def __init__(self, run_dir: Path, began: Began) -> None:
@@ -253,7 +262,7 @@ class Resumed:
             raise
 
     def _read(self, began: Began) -> int:
-        """Read all whole lines: how many bytes they are. The last one may have been cut off by the end of its process."""
+        """Read all whole lines and return their size in bytes. The last line may be cut off, if its process died."""
         size = 0
         with open(os.dup(self._file), "rb") as file:
             for number, data in enumerate(iter(lambda: file.readline(MOST_LINE_BYTES), b""), 1):
@@ -262,7 +271,7 @@ class Resumed:
                 try:
                     line = _of_line(data)
                     if not size and not isinstance(line, Began):
-                        raise ValueError("expected first of all what the run was of")
+                        raise ValueError("expected the run's hashes in the first line")
                     size += len(data)
                     self._take(line, began)
                 except RequestError:
@@ -279,12 +288,12 @@ class Resumed:
                 for what, there, here in (("graph", line.hash, began.hash), ("model", line.model, began.model)):
                     if there != here:
                         raise RequestError(
-                            f"{self._path}: its requests were asked of another {what}: expected hash {there}, got {here}"
+                            f"{self._path}: its requests are for another {what}: expected hash {there}, got {here}"
                         )
             case Asked():
                 info = msgspec.convert(line.info, SessionInfo)
                 if not info.log or info.capacity < 1 or info.max_tokens < 1:
-                    raise ValueError(f"request {line.id:.80} asks for nothing")
+                    raise ValueError(f"request {line.id:.80}: expected a prompt and at least one new token")
                 self.requests[line.id] = Request(line, info, list(line.tokens))
             case Made():
                 request = self.requests[line.id]
@@ -294,13 +303,13 @@ class Resumed:
             case Ended():
                 self.requests[line.id].end = line
             case Moved():
-                raise RequestError(f"{self._path}: its requests go on in {line.run}; resume that run")
+                raise RequestError(f"{self._path}: its requests continue in {line.run}; resume that run")
 
     def moved_to(self, run_dir: Path) -> None:
-        """The requests are in the journal of another run now.
+        """Record that the requests are now in the journal of another run.
 
         Raises:
-            OSError: that cannot be written down.
+            OSError: the record cannot be written.
         """
         data = _to_line(Moved(str(run_dir))) + b"\n"
         os.ftruncate(self._file, self._size)
@@ -308,14 +317,14 @@ class Resumed:
             raise OSError(f"{self._path}: cannot be written to")
 
     def close(self) -> None:
-        """Idempotent."""
+        """Close the file. Idempotent."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
 
 def is_open(run_dir: Path) -> bool:
-    """Whether a run's journal has requests that did not end and go on nowhere else, or cannot be read."""
+    """Return whether a run's journal has requests that neither ended nor moved to another run, or cannot be read."""
     path = run_dir / FILE
     if not path.exists():
         return False
@@ -338,8 +347,10 @@ def is_open(run_dir: Path) -> bool:
 
 
 def began(plan: Plan) -> Began:
-    """Return what a run's requests are asked of: the hashes of the graph, and of all the bytes of the model's files and of the
-    graph's own code. Reads 1.5 GB a second.
+    """Return the hashes of the graph and of the model that a run's requests are for.
+
+    The model's hash covers all bytes of its files, and of the code in the graph's folder. Reading them takes 1 s per
+    1.5 GB.
 
     Raises:
         OSError: a file cannot be read.
@@ -361,7 +372,7 @@ def _files(graph: Graph) -> Iterable[Path]:
     for actor in graph.actors.values():
         if actor.kind.folder is not None:
             code = Path(actor.kind.folder) / actor.kind.implementation.partition(":")[0]
-            found.update((code, *_code_below(code.parent)))  # it may import these
+            found.update((code, *_code_below(code.parent)))  # the code may import these
         if actor.weights is not None:
             found.add(actor.weights)
     for edge in graph.edges:
@@ -371,7 +382,7 @@ def _files(graph: Graph) -> Iterable[Path]:
 
 
 def _code_below(folder: Path) -> Iterable[Path]:
-    """Return the Python files that code of a folder may import: its own and those of the packages in it."""
+    """Return the Python files that code in a folder may import: those of the folder and of the packages in it."""
     for inside, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if (Path(inside, name) / "__init__.py").is_file()]
         yield from (path for name in names if name.endswith(".py") and (path := Path(inside, name)).is_file())
@@ -380,6 +391,6 @@ def _code_below(folder: Path) -> Iterable[Path]:
 def of_request(
     key: str, info: SessionInfo, stop: Sequence[str], deadline_s: float, *, source: tuple[int, ...] = ()
 ) -> Asked:
-    """The line of a request, whose session's number and epoch are those of its run alone."""
+    """Return the line of a request, without what is valid only in its run: number, epoch, trace and replicas."""
     plain: Mapping[str, Any] = {**info.to_plain(), "session": 0, "epoch": 0, "traceparent": "", "places": {}}
     return Asked(key, dict(plain), tuple(stop), deadline_s, source=source)

@@ -1,4 +1,4 @@
-"""Where a session goes: which replicas of each actor it is opened at, and what fits there. No I/O."""
+"""Choose the replicas of each actor that a session is opened at, and track what fits there. No I/O."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from ranvier.actors.protocol.host_spec import STICKY, Policy
 
 @dataclass(slots=True)
 class Replica:
-    """One host as the gateway sees it. `capacity_tokens`: positions that its caches hold; None: no limit. `keeps`: what it has
-    of a session between steps (see `Actor`)."""
+    """Represent one host as the gateway sees it.
+
+    `capacity_tokens` is the number of positions that its caches hold; None means no limit. `keeps` says what it keeps
+    of a session between steps (NOTHING, REWINDS or REPLAYED of actor.py).
+    """
 
     label: str
     capacity_tokens: int | None = None
@@ -23,17 +26,17 @@ class Replica:
     turn: int = 0
     leaving: bool = False
     down: bool = False
-    """It is lost, and one in its place is on its way."""
+    """The host is lost, and its replacement is not yet there."""
 
     def fits(self, tokens: int) -> bool:
         return self.capacity_tokens is None or self.reserved_tokens + tokens <= self.capacity_tokens
 
 
 class Placement:
-    """All hosts of a run and what they hold.
+    """Track all hosts of a run, and what is reserved at them.
 
     Args:
-        policies: of actors, by name; `sticky` where none is given.
+        policies: policies by actor name. An actor without one is sticky.
     """
 
     def __init__(self, policies: Mapping[str, Policy] | None = None) -> None:
@@ -42,31 +45,34 @@ class Placement:
         self._turn = 0
 
     def join(self, actor: str, replica: int, capacity_tokens: int | None = None, keeps: str = REPLAYED) -> None:
-        """Sessions may be placed there from now on."""
+        """Add a replica, at which sessions may be placed from now on."""
         self.replicas.setdefault(actor, {})[replica] = Replica(f"{actor}.{replica}", capacity_tokens, keeps)
 
     def leave(self, actor: str, replica: int) -> None:
-        """No new session is placed there."""
+        """Place no new sessions at a replica."""
         self.replicas[actor][replica].leaving = True
 
     def remove(self, actor: str, replica: int) -> None:
         del self.replicas[actor][replica]
 
     def down(self, actor: str, replica: int) -> None:
-        """It is lost. What it held stays reserved for its sessions until they move, or one in its place has come."""
+        """Mark a replica as lost. Its reservations remain until its sessions move or its replacement has come."""
         self.replicas[actor][replica].down = True
 
     def up(self, actor: str, replica: int) -> None:
-        """One in its place is there."""
+        """Mark the replacement of a lost replica as up."""
         self.replicas[actor][replica].down = False
 
     def is_up(self, places: Mapping[str, tuple[int, ...]]) -> bool:
-        """Whether all of a session's replicas are there."""
+        """Return whether all replicas of a session are up."""
         return not any(replica.down for replica in self._of(places))
 
     def outlive(self, places: Mapping[str, tuple[int, ...]], actor: str) -> bool:
-        """Whether the others that have a session can go on with it where they were after `actor` is lost: that one kept
-        nothing, and they can go back to a position."""
+        """Return whether the other actors can continue a session where they were, after `actor` is lost.
+
+        They can if the lost actor kept nothing of the session, and each other one kept nothing or can rewind to a
+        position.
+        """
         return all(
             self.replicas[name][number].keeps in ((NOTHING,) if name == actor else (NOTHING, REWINDS))
             for name, numbers in places.items()
@@ -74,7 +80,10 @@ class Placement:
         )
 
     def move(self, places: Mapping[str, tuple[int, ...]], actor: str, tokens: int) -> dict[str, tuple[int, ...]]:
-        """The places of a session that has lost a replica of `actor`: others, or, where there is no room, as before."""
+        """Return the replicas of a session that lost one of `actor`.
+
+        They are other replicas of that actor if there is room, and otherwise the same as before.
+        """
         self.give_back({actor: places[actor]}, tokens)
         try:
             chosen = self._choose(actor, tokens)
@@ -84,14 +93,14 @@ class Placement:
         return {**places, actor: chosen}
 
     def active(self, actor: str) -> list[int]:
-        """The replicas that take new sessions."""
+        """Return the replicas of an actor that accept new sessions."""
         return [number for number, replica in sorted(self.replicas[actor].items()) if not replica.leaving]
 
     def take(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        """Reserve `tokens` positions at the replicas of a new session: those, by actor.
+        """Reserve `tokens` positions for a new session, and return its replicas by actor.
 
         Raises:
-            Overloaded: they do not fit anywhere.
+            Overloaded: too few replicas of an actor have room for them.
         """
         chosen = {actor: self._choose(actor, tokens) for actor in self.replicas}
         self._reserve(chosen, tokens)
@@ -105,13 +114,13 @@ class Placement:
             replica.turn = self._turn
 
     def give_back(self, places: Mapping[str, tuple[int, ...]], tokens: int) -> None:
-        """The session is over."""
+        """Free what a session reserved, once it is over."""
         for replica in self._of(places):
             replica.reserved_tokens -= tokens
             replica.sessions -= 1
 
     def labels(self, places: Mapping[str, tuple[int, ...]]) -> list[str]:
-        """The hosts that have the session and are there."""
+        """Return the labels of a session's hosts that are up."""
         return [replica.label for replica in self._of(places) if not replica.down]
 
     def _of(self, places: Mapping[str, tuple[int, ...]]) -> list[Replica]:

@@ -1,4 +1,4 @@
-"""One session as the gateway sees it, and what its client is given."""
+"""Hold the state of a session at the gateway, and the events for its client."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Tensors = Mapping[str, tuple[TensorMeta, Buffer]]
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """One position of a generation: its token and, where asked for, its logits as float32 bytes."""
+    """Hold one position of a generation: its token and, if requested, its logits as float32 bytes."""
 
     position: int
     token: int
@@ -26,10 +26,13 @@ class Delivered:
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """One session as the gateway sees it. `events` waits for the client; the last one is a `str` (done: the reason) or
-    an exception. `info` is that of its present epoch, `asked` the one that the client asked for. While it `waits`, an actor
-    that it needs is lost and another one on its way: it is open nowhere, or `held` by the others, who then go on where they
-    were."""
+    """Hold the state of one session at the gateway.
+
+    `events` holds what the client has not yet taken; the last one is a `str` (done: the reason) or an exception. `info`
+    belongs to the current epoch, and `asked` is what the client requested. While the session `waits`, it is not yet
+    open: it is new, or an actor is lost and its replacement not yet there. Meanwhile no actor has it open, or the other
+    actors have it `held` and later continue where they were.
+    """
 
     info: SessionInfo
     asked: SessionInfo
@@ -39,7 +42,7 @@ class Stream:
     held: bool = False
     lost_actor: str = ""
     losses: int = 0
-    """How often in a row it was inside the step in which the actor `suspected_of` was lost."""
+    """Times in a row that the session was inside the step in which the actor `suspected_of` was lost."""
     suspected_of: str = ""
     outputs: dict[str, tuple[TensorMeta, Buffer]] = field(default_factory=dict)
     rounds: dict[str, int] = field(default_factory=dict)
@@ -52,23 +55,23 @@ class Stream:
     accepted_ns: int = 0
     submitted_ns: int = 0
     caller: str = ""
-    """The span, in hexadecimal digits, that the request came from, where somebody traces it."""
+    """The caller's span, in hexadecimal digits; empty if nobody traces the request."""
     key: str = ""
-    """What the request is called in the run's journal, if there is one."""
+    """Name of the request in the run's journal, if there is one."""
     why: str = ""
-    """What it waited for shortly before its deadline, in words."""
+    """Description of what the session waited for shortly before its deadline."""
 
     @property
     def taken(self) -> int:
-        """The positions that every actor has taken for sure in the present epoch."""
+        """Return the number of positions that every actor is known to have processed in the current epoch."""
         return len(self.log) - 1 if self.generated else self.info.kept
 
     @property
     def generated(self) -> int:
-        """Tokens of the present epoch."""
+        """Return the number of tokens generated in the current epoch."""
         return len(self.log) - len(self.info.log)
 
     @property
     def awaited(self) -> int:
-        """The position that the client gets next."""
+        """Return the position that the client gets next."""
         return len(self.asked.log) + self.delivered

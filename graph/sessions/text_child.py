@@ -1,7 +1,7 @@
-"""The process that makes token ids of prompts: it runs the chat template and the tokenizer that a checkpoint brings, and may
-be killed at any time (text_process.py, its other end).
+"""Run a checkpoint's chat template and tokenizer on prompts, in a process that may be killed at any time.
 
-Messages on standard input and output are msgpack, each behind its length in four bytes.
+The other end is text_process.py. Messages on standard input and output are msgpack, each after its length in four
+bytes, least significant first.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import msgspec
 
 LENGTH = struct.Struct("<I")
 MEMORY_LIMIT_BYTES = 256 << 20
-"""How much the process may grow by while it works."""
+"""Memory that the process may take in addition while it works."""
 
 
 class Load(msgspec.Struct, tag="load", frozen=True):
-    """What all requests are about. The tokenizer is its library's JSON."""
+    """Load the tokenizer and the template that all later requests use. `tokenizer` is the library's JSON."""
 
     tokenizer: str
     chat_template: str | None
@@ -33,7 +33,7 @@ class Load(msgspec.Struct, tag="load", frozen=True):
 
 
 class Chat(msgspec.Struct, tag="chat", frozen=True):
-    """Render these messages; `encode`: return token ids, not the text. The template may use `seconds` of processor time."""
+    """Render these messages to text, or with `encode` to token ids, within `seconds` of processor time."""
 
     messages: Sequence[dict[str, Any]]
     seconds: int
@@ -41,14 +41,14 @@ class Chat(msgspec.Struct, tag="chat", frozen=True):
 
 
 class Text(msgspec.Struct, tag="text", frozen=True):
-    """Return the token ids of a raw prompt."""
+    """Return the token ids of a raw prompt, within `seconds` of processor time."""
 
     text: str
     seconds: int
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
-    """What was to be loaded is."""
+    """Report that `Load` is done."""
 
 
 class Ids(msgspec.Struct, tag="ids", frozen=True):
@@ -60,7 +60,7 @@ class Rendered(msgspec.Struct, tag="rendered", frozen=True):
 
 
 class Refused(msgspec.Struct, tag="refused", frozen=True):
-    """The template or the tokenizer did not do it."""
+    """Report that the template or the tokenizer failed, and why."""
 
     why: str
 
@@ -72,9 +72,9 @@ _request = msgspec.msgpack.Decoder(Request)
 
 
 def main() -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     incoming, outgoing = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints does not get among the answers
+    os.dup2(2, 1)  # what a library prints must not mix with the replies
     worker: Worker | None = None
     while (head := incoming.read(LENGTH.size)) and len(head) == LENGTH.size:
         request = _request.decode(incoming.read(*LENGTH.unpack(head)))
@@ -98,7 +98,7 @@ def _limit_memory() -> None:
 
 
 def _limit(resource_: int, value: int) -> None:
-    """Set a limit, which is none beyond what the process may have in any case."""
+    """Set a soft limit, at most as high as the hard limit."""
     most = resource.getrlimit(resource_)[1]
     resource.setrlimit(resource_, (value if most == resource.RLIM_INFINITY else min(value, most), most))
 
@@ -110,20 +110,23 @@ def _loaded(request: Load) -> tuple[Worker | None, Reply]:
 
     try:
         tokenizer = Tokenizer.from_str(request.tokenizer)
-    except BaseException as error:  # the library's panics are no Exception
+    except BaseException as error:  # the library's panics do not derive from Exception
         return None, Refused(f"tokenizer: {type(error).__name__}: {error}")
     template, bos, eos = request.chat_template, request.bos_token, request.eos_token
     return Worker(TextCodec(tokenizer, template, bos, eos, request.add_bos)), Ready()
 
 
 class Worker:
-    """Answers requests with one checkpoint's tokenizer and template."""
+    """Answer requests with one checkpoint's tokenizer and template."""
 
     def __init__(self, codec: Any) -> None:
         self._codec = codec
 
     def answer(self, request: Chat | Text) -> Reply:
-        """Never raises: what goes wrong is the answer. The system ends the process if it takes too long, parent or none."""
+        """Return the reply to a request. An error becomes a `Refused` reply; nothing is raised.
+
+        The operating system kills the process if it takes too long, even if the parent is gone.
+        """
         from ranvier.actors.errors import CheckpointError, told
 
         spent = resource.getrusage(resource.RUSAGE_SELF)
@@ -137,7 +140,7 @@ class Worker:
             return Rendered(self._codec.render(request.messages))
         except CheckpointError as error:
             return Refused(str(error))
-        except BaseException as error:  # the tokenizer's panics are no Exception
+        except BaseException as error:  # the tokenizer's panics do not derive from Exception
             return Refused(f"tokenizer: {told(error)}")
 
 

@@ -1,7 +1,8 @@
-"""Prompts to token ids in a process of its own (text_child.py).
+"""Turn prompts into token ids in a separate process (text_child.py).
 
-The template and the tokenizer's patterns are a stranger's. Either may compute for ever, or take all memory, within one call
-into C that nothing in its process can interrupt. So they run where they can be killed, and only the request at hand ends.
+The template and the tokenizer's patterns are untrusted. Either may compute forever, or take all memory, within one call
+into C that nothing in its process can interrupt. So they run where they can be killed, and only the current request
+fails.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ from .tokenizer import TextCodec
 
 LIMIT_S = 1.0
 LETTERS_PER_S = 200_000
-"""A prompt gets a second more for each so many. SmolLM2's tokenizer makes ids of about three million a second."""
+"""Characters of a prompt per extra second of time. SmolLM2's tokenizer encodes about three million per second."""
 START_LIMIT_S = 60.0
 _reply = msgspec.msgpack.Decoder(Reply)
 
 
 class TextProcess:
-    """One checkpoint's template and tokenizer. Threads may share it: requests wait for each other. `close` it."""
+    """Run one checkpoint's template and tokenizer.
+
+    Threads may share it: their requests wait for each other. `close` it.
+    """
 
     def __init__(self, codec: TextCodec) -> None:
         self._load = Load(
@@ -45,10 +49,10 @@ class TextProcess:
         self._is_ready = self._closed = False
 
     def start(self) -> None:
-        """Start the process, if it does not run. It gets ready by itself meanwhile.
+        """Start the process if it is not running. This does not wait until it is ready.
 
         Raises:
-            ResourceError: it cannot be started.
+            ResourceError: the process cannot be started.
         """
         if self._process is not None:
             return
@@ -68,7 +72,7 @@ class TextProcess:
         os.set_blocking(self._process.stdin.fileno(), False)
         os.set_blocking(self._process.stderr.fileno(), False)
         self._is_ready = False
-        # in a thread: a tokenizer is larger than a pipe, and nobody reads it before Python has started
+        # in a thread: a tokenizer is larger than a pipe's buffer, and the child reads only once Python has started
         threading.Thread(target=_load, args=(self._process.stdin, self._load), daemon=True).start()
 
     def chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -76,7 +80,7 @@ class TextProcess:
 
         Raises:
             CheckpointError: the template or the tokenizer is wrong, refuses the messages, or takes too long.
-            ResourceError: there is no process to be had.
+            ResourceError: the process cannot be started, or this object is closed.
         """
         reply = self._chat(messages, encode=True)
         return reply.ids if isinstance(reply, Ids) else []
@@ -103,9 +107,9 @@ class TextProcess:
         try:
             data = to_bytes(request)
         except UnicodeEncodeError:
-            raise RequestError("prompt: expected text, got bytes that are none (lone surrogates)") from None
+            raise RequestError("prompt: expected text, got lone surrogates; decode the bytes first") from None
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise RequestError(f"prompt: expected messages of plain data, such as JSON has: {told(error)}") from None
+            raise RequestError(f"prompt: expected messages of plain data, as in JSON: {told(error)}") from None
         with self._one_at_a_time:
             if self._closed:
                 raise ResourceError("the process for prompts has ended with its run")
@@ -118,23 +122,23 @@ class TextProcess:
                     if isinstance(ready, Refused):
                         raise CheckpointError(ready.why)
                     self._is_ready = isinstance(ready, Ready)
-                _last_words(process.stderr)  # of other requests
+                _last_words(process.stderr)  # discard the output of earlier requests
                 _send(process.stdin, data, limit_s)
                 reply = _receive(process.stdout, limit_s)
             except TimeoutError:
                 self._kill()
-                raise CheckpointError(f"{what}: took over {limit_s:.0f} s; it was ended") from None
+                raise CheckpointError(f"{what}: took over {limit_s:.0f} s and was stopped") from None
             except (
                 OSError,
                 EOFError,
                 ValueError,
                 msgspec.MsgspecError,
-            ):  # ended, closed meanwhile, or no message of ours
+            ):  # the process ended, was closed meanwhile, or sent an invalid message
                 last_words = _last_words(process.stderr)
                 self._kill()
                 if self._closed:
                     raise ResourceError("the process for prompts has ended with its run") from None
-                raise CheckpointError(f"{what}: its process has ended: it used up time or memory{last_words}") from None
+                raise CheckpointError(f"{what}: its process has ended, out of time or memory{last_words}") from None
             except CheckpointError:
                 self._kill()
                 raise
@@ -149,7 +153,7 @@ class TextProcess:
         process.kill()
         process.wait()
         for pipe in (process.stdin, process.stdout, process.stderr):
-            with contextlib.suppress(OSError):  # what was not sent is not wanted any more
+            with contextlib.suppress(OSError):  # unsent bytes are no longer needed
                 if pipe is not None:
                     pipe.close()
 
@@ -158,7 +162,7 @@ class TextProcess:
         self._closed = True
         process = self._process
         if process is not None:
-            process.kill()  # wakes whoever waits for an answer
+            process.kill()  # wakes the thread that waits for a reply
         with self._one_at_a_time:
             self._kill()
 
@@ -168,14 +172,15 @@ def _whole(seconds: float) -> int:
 
 
 def _load(pipe: IO[bytes], load: Load) -> None:
-    with contextlib.suppress(OSError, ValueError):  # it has ended, or was: whoever waits for its answer sees that
+    with contextlib.suppress(OSError, ValueError):  # the process has ended; the thread that waits for a reply sees that
         _send(pipe, to_bytes(load), START_LIMIT_S)
 
 
 def _send(pipe: IO[bytes] | None, data: bytes, limit_s: float) -> None:
-    """
+    """Send one message to the process.
+
     Raises:
-        TimeoutError: it was not taken in time.
+        TimeoutError: the process did not read it in time.
         OSError, ValueError: the process has ended, or the pipe is closed.
     """
     assert pipe is not None
@@ -188,26 +193,27 @@ def _send(pipe: IO[bytes] | None, data: bytes, limit_s: float) -> None:
 
 
 def _wait(pipe: IO[bytes], event: int, until_s: float) -> None:
-    poll = select.poll()  # select() takes no descriptor over 1023
+    poll = select.poll()  # select() accepts no descriptor over 1023
     poll.register(pipe.fileno(), event)
     if not poll.poll(max(0.0, until_s - time.monotonic()) * 1000):
         raise TimeoutError
 
 
 def _last_words(pipe: IO[bytes] | None) -> str:
-    """Return what the process said before it ended, for whoever looks for the cause."""
+    """Return the last line on the process's standard error, as a hint to why it ended."""
     assert pipe is not None
     try:
         said = os.read(pipe.fileno(), 1 << 16).decode(errors="replace").strip()
-    except (OSError, ValueError):  # nothing, or it is closed
+    except (OSError, ValueError):  # there is no output, or the pipe is closed
         return ""
     return f" ({printable(said.splitlines()[-1])[:300]})" if said else ""
 
 
 def _receive(pipe: IO[bytes] | None, limit_s: float) -> Reply:
-    """
+    """Receive one message from the process.
+
     Raises:
-        TimeoutError: nothing came in time.
+        TimeoutError: no whole message came in time.
         EOFError: the process has ended.
     """
     assert pipe is not None

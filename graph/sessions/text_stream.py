@@ -1,4 +1,4 @@
-"""The text of a stream, cut at stop strings. What may yet become a stop string is held back until it cannot."""
+"""Cut the text of a stream at stop strings. Text that may still become a stop string is held back until it cannot."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .tokenizer import StreamDecoder, TextCodec
 
 
 class TextStream:
-    """`add` a token, get the text that is safe to show. `stopped` turns true when a stop string has been reached.
+    """Turn tokens into text that is safe to show. `stopped` becomes true when a stop string has been reached.
 
     Without a codec there is no text.
     """
@@ -24,7 +24,7 @@ class TextStream:
         return self._show(self._decoder.add(token), last=False) if self._decoder is not None else ""
 
     def rest(self) -> str:
-        """What was held back, at the end of a stream that reached no stop string."""
+        """Return the text that was held back, at the end of a stream that reached no stop string."""
         if self._decoder is None or self.stopped:
             return ""
         return self._show(self._decoder.rest(), last=True)
@@ -41,7 +41,7 @@ class TextStream:
         return held
 
     def _possible(self, text: str) -> int:
-        """Letters at the end that may be the beginning of a stop string."""
+        """Return how many characters at the end may be the beginning of a stop string."""
         return max(
             (
                 size

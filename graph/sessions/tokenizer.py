@@ -1,7 +1,7 @@
-"""The tokenizer and the chat template that a checkpoint brings.
+"""Load the tokenizer and the chat template of a checkpoint.
 
-From a folder: `tokenizer.json` as it is. From GGUF: built from the metadata, byte-level BPE (`gpt2`) or SentencePiece-like
-BPE (`llama`), as llama.cpp and transformers do.
+A folder's `tokenizer.json` is used as it is. From GGUF the tokenizer is built from the metadata: byte-level BPE
+(`gpt2`) or SentencePiece-like BPE (`llama`), as in llama.cpp and transformers.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from . import chat_template
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _NORMAL, _CONTROL, _USER = 1, 3, 4
 MOST_BYTES = 64 << 20
-"""Of a tokenizer's file."""
+"""Maximum size of a tokenizer's file, and of a chat template's."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextCodec:
-    """Text to token ids and back, and the messages of a chat to text.
+    """Convert text to token ids and back, and the messages of a chat to text.
 
-    `add_bos`: put this id before a raw prompt (None: the tokenizer itself does what is to be done).
+    `add_bos` is the id that goes before a raw prompt. None means that the tokenizer adds what is needed.
     """
 
     tokenizer: Tokenizer
@@ -42,7 +42,10 @@ class TextCodec:
     add_bos: int | None = None
 
     def encode(self, text: str, *, special: bool) -> list[int]:
-        """Return token ids. `special`: put the model's own tokens around it (a raw prompt; a chat's template has them)."""
+        """Return token ids. With `special`, add the model's special tokens around the text.
+
+        A raw prompt needs them. A chat does not: its template writes them.
+        """
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special).ids
         return [self.add_bos, *ids] if special and self.add_bos is not None else ids
 
@@ -50,16 +53,17 @@ class TextCodec:
         """Return the text of a chat, open for the answer.
 
         Raises:
-            CheckpointError: there is no template, or it is wrong or refuses the messages.
+            CheckpointError: there is no template, the template is wrong, or it refuses the messages.
         """
         if self.chat_template is None:
-            raise CheckpointError("the model brings no chat template; use a raw prompt")
+            raise CheckpointError("the model has no chat template; use a raw prompt")
         return chat_template.render(self.chat_template, messages, self.bos_token, self.eos_token)
 
     def chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Return the token ids of a chat, open for the answer. Control tokens are those that the template writes. What
-        messages spell like one (`<|im_end|>`), or spell in parts that the template joins, is ordinary text. Errors are those of
-        `render`.
+        """Return the token ids of a chat, open for the answer.
+
+        Only the template can write control tokens. A message that spells one (`<|im_end|>`), also in parts that the
+        template joins, stays ordinary text. Errors are those of `render`.
         """
         rendered, controls = self.render(messages), self._controls()
         hidden = _Hidden(controls, messages)
@@ -85,9 +89,7 @@ class TextCodec:
         self.tokenizer.encode_special_tokens = True
         try:
             ids = self.encode(text, special=False)
-            if not set(ids).isdisjoint(
-                controls.values()
-            ):  # the vocabulary has it, too: it is cut behind its first letter
+            if not set(ids).isdisjoint(controls.values()):  # an ordinary token, too: split after its first character
                 cut = "|".join(
                     f"(?<={re.escape(word[0])})(?={re.escape(word[1:])})" for word in controls if len(word) > 1
                 )
@@ -100,23 +102,25 @@ class TextCodec:
         """Return text without special tokens.
 
         Raises:
-            CheckpointError: the tokenizer's library fails.
+            CheckpointError: the tokenizer's library failed.
         """
         try:
             text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # its panics are no Exception
+        except BaseException as error:  # its panics do not derive from Exception
             raise CheckpointError(f"tokenizer: cannot decode: {told(error)}") from None
         return text
 
 
 class _Hidden:
-    """Puts letters of private use in the place of those that control tokens begin with, in all that messages say, so that no
-    template can make a control token of it."""
+    """Replace the first characters of control tokens in messages by private-use characters.
+
+    No template can then build a control token from the text of messages.
+    """
 
     PRIVATE = range(0x10_0000, 0x10_FFFE)
-    """Supplementary private use area B: no character of any language, and no template looks for one."""
+    """Supplementary private use area B. No language uses these characters, and no template looks for one."""
 
     def __init__(self, controls: Iterable[str], messages: Sequence[Mapping[str, Any]]) -> None:
         said = set(json.dumps(messages, ensure_ascii=False, default=str))
@@ -127,7 +131,7 @@ class _Hidden:
         self.needed = bool(first)
 
     def hide(self, value: Any) -> Any:
-        """Return the value with all of its texts changed, keys other than those that messages have among them."""
+        """Return the value with all of its texts changed, including the keys of mappings."""
         if isinstance(value, str):
             return value.translate(self._there)
         if isinstance(value, Mapping):
@@ -139,7 +143,7 @@ class _Hidden:
 
 
 class StreamDecoder:
-    """Text of a growing list of ids, piece by piece: bytes that make no whole letter yet are held back."""
+    """Decode a growing list of ids piece by piece. Bytes that do not yet make a whole character are held back."""
 
     def __init__(self, codec: TextCodec) -> None:
         self._codec = codec
@@ -148,18 +152,18 @@ class StreamDecoder:
         self._shown = 0
 
     def add(self, token: int) -> str:
-        """The text that `token` completes; "" if it leaves a letter unfinished."""
+        """Return the text that `token` completes, or "" if it leaves a character unfinished."""
         self._ids.append(token)
         before = self._codec.decode(self._ids[self._start : self._shown])
         now = self._codec.decode(self._ids[self._start :])
         if len(now) <= len(before) or now.endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
-        # what is decoded anew each time begins one piece back, so that a letter over two pieces comes out whole
+        # each decoding starts one piece back, so that a character over two pieces comes out whole
         self._start, self._shown = self._shown, len(self._ids)
         return now[len(before) :]
 
     def rest(self) -> str:
-        """What is still held back at the end of the stream."""
+        """Return what is still held back at the end of the stream."""
         before = self._codec.decode(self._ids[self._start : self._shown])
         now = self._codec.decode(self._ids[self._start :])
         self._start = self._shown = len(self._ids)
@@ -167,15 +171,15 @@ class StreamDecoder:
 
 
 def brought_by(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint has a tokenizer at all."""
+    """Return whether the checkpoint has a tokenizer."""
     return checkpoint.gguf is not None or (checkpoint.path / "tokenizer.json").exists()
 
 
 def of(checkpoint: Checkpoint) -> TextCodec:
-    """The tokenizer of a checkpoint.
+    """Return the tokenizer of a checkpoint, with its chat template.
 
     Raises:
-        CheckpointError: it has none, or one of a kind that is not built in.
+        CheckpointError: the checkpoint has no tokenizer, a damaged one, or one of a kind that is not built in.
     """
     try:
         made = (
@@ -187,23 +191,21 @@ def of(checkpoint: Checkpoint) -> TextCodec:
         raise CheckpointError(f"{checkpoint.path}: tokenizer: damaged: {told(error)}") from None
     if not isinstance(made.chat_template, str | None):
         what = type(made.chat_template).__name__
-        raise CheckpointError(f"{checkpoint.path}: chat template: expected a text, got a {what}")
+        raise CheckpointError(f"{checkpoint.path}: chat template: expected text, got {what}")
     return made
 
 
 def _from_folder(checkpoint: Checkpoint) -> TextCodec:
     file = checkpoint.path / "tokenizer.json"
     if not file.exists():
-        raise CheckpointError(f"{file}: no such file; the checkpoint brings no tokenizer")
+        raise CheckpointError(f"{file}: no such file; the checkpoint has no tokenizer")
     try:
         tokenizer = Tokenizer.from_str(read_text(file, MOST_BYTES))
-        tokenizer.no_truncation()  # a file's own limits would cut prompts without a word
+        tokenizer.no_truncation()  # limits in the file would truncate prompts silently
         tokenizer.no_padding()
     except (KeyboardInterrupt, SystemExit):
         raise
-    except (
-        BaseException
-    ) as error:  # the library raises bare Exception for what it dislikes, and its panics are not even that
+    except BaseException as error:  # an invalid file raises bare Exception; panics do not derive from Exception
         raise CheckpointError(f"{file}: {told(error)}") from None
     _check_decoder(file, json.loads(tokenizer.to_str()).get("decoder"))
     config_file = checkpoint.path / "tokenizer_config.json"
@@ -218,15 +220,16 @@ def _from_folder(checkpoint: Checkpoint) -> TextCodec:
 
 DECODERS = ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "WordPiece", "BPEDecoder", "CTC")
 MOST_DECODED = 16
-"""Letters that decoders may make of one, all together, or take away at an end."""
+"""Maximum number of characters that all decoders together may make of one, or that one may strip at an end."""
 
 
 def _check_decoder(file: Path, decoder: Any, grown: int = 1) -> int:
-    """Tokens are decoded in the process of the run, so a decoder must not be able to grow a text without bound. Returns how
-    many letters it may make of one, after others that made `grown` of it.
+    """Return how many characters a decoder may make of one, after earlier decoders that made `grown` of it.
+
+    Tokens are decoded in the process of the run, so a decoder must not grow a text without bound.
 
     Raises:
-        CheckpointError: they are too many.
+        CheckpointError: the characters are too many, or the decoder is not built in.
     """
     if decoder is None:
         return grown

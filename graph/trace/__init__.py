@@ -1,1 +1,1 @@
-"""Shows what happened in a run."""
+"""Show what happened in a run."""

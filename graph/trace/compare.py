@@ -1,4 +1,4 @@
-"""What changed between two runs: per edge and part, per actor, in the order of how much time it makes."""
+"""List what changed between two runs, per edge and part and per actor, the largest total time first."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 from .summary import PARTS
 
 LEAST_SHARE = 0.1
-"""What changed by less than that, or by less than `LEAST_US`, is taken to be the same."""
+"""Smallest reported change of a median, as a share of the larger one."""
 LEAST_US = 5.0
+"""Smallest reported change of a median, in microseconds. A change must reach both limits."""
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """Of two summaries (trace.summary). A change's `total_ms` is that of all messages, or steps, of the second run: how many
-    there were times the change of the median."""
+    """Compare two summaries (`summary.summary`).
+
+    A change's `total_ms` is the change of the median times the number of messages, or steps, of the second run.
+    """
     changes = sorted(_changes(before, after), key=lambda change: -abs(change["total_ms"]))
     return {
         "before": before["run_dir"],
@@ -36,7 +39,7 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[di
         if old is None:
             continue
         for part in PARTS:
-            if part != "compute":  # that is the actor's
+            if part != "compute":  # compared per actor, below
                 yield from _change(
                     edge["edge"], part, old["microseconds"][part], edge["microseconds"][part], edge["messages"]
                 )
@@ -67,7 +70,7 @@ def _change(
 
 
 def table(told: Mapping[str, Any], most: int = 20) -> str:
-    """For people: the `most` largest."""
+    """Format a comparison for people, with at most `most` changes."""
     lines = [f"from {told['before']} to {told['after']}", ""]
     width = max((len(change["where"]) for change in told["changes"][:most]), default=0)
     for change in told["changes"][:most]:
@@ -75,13 +78,13 @@ def table(told: Mapping[str, Any], most: int = 20) -> str:
         times = f"{other / one:.1f} times" if one else "new"
         batch = ""
         if "tokens_a_step" in change and change["tokens_a_step"][0] != change["tokens_a_step"][1]:
-            batch = f", {change['tokens_a_step'][0]:.0f} -> {change['tokens_a_step'][1]:.0f} tokens a step"
+            batch = f", {change['tokens_a_step'][0]:.0f} -> {change['tokens_a_step'][1]:.0f} tokens per step"
         lines.append(
             f"{change['where']:{width}}  {change['part']:9} {one:9.0f} -> {other:9.0f} µs ({times}), "
             f"{change['total_ms']:+.1f} ms over {change['times']}{batch}"
         )
     if not told["changes"]:
-        lines.append(f"no median changed by {LEAST_SHARE:.0%} and {LEAST_US:.0f} µs")
-    lines += [f"{name}: only in the first" for name in told["only_before"]]
-    lines += [f"{name}: only in the second" for name in told["only_after"]]
+        lines.append(f"no median changed by at least {LEAST_SHARE:.0%} and {LEAST_US:.0f} µs")
+    lines += [f"{name}: only in the first run" for name in told["only_before"]]
+    lines += [f"{name}: only in the second run" for name in told["only_after"]]
     return "\n".join(lines)

@@ -1,9 +1,9 @@
-"""Why a request took as long as it did, and why an actor had nothing to do: each microsecond put to one cause.
+"""Explain why a request took as long as it did, and why an actor was idle: each microsecond gets one cause.
 
-Both are one walk backwards in time. A step began when its last input came; that had been on the wire, before that at its
-sender, which had made it in a step of its own, and so on: what lies between two points on the way has one cause, and the
-parts add up to the whole because each begins where the one before it ends. A request is walked from its last message to its
-first, an idle time from the step that ended it back to the step before.
+Both answers come from one walk backwards in time. A step began when its last input arrived. Before that, the input was
+on the wire; before that, it was at its sender, which made it in a step. Each interval on this way has one cause. The
+parts add up to the whole because each begins where the one before it ends. A request is walked from its last message to
+its first. An idle time is walked from the step that ended it back to the previous step.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from .trace_lines import Done, TraceError
 CAUSES = {
     "compute": "the actor computed on it",
     "busy": "it had been sent, and the actor computed on other messages",
-    "sending": "it had been sent, and the actor tapped, encoded and handed over what it had made before",
-    "handling": "it was there, and the actor was about its messages, or let a batch fill",
-    "wire": "it was on its way",
+    "sending": "it had been sent, and the actor tapped, encoded and sent earlier results",
+    "handling": "it had arrived, and the actor handled messages, or let a batch fill",
+    "wire": "it was on the wire",
     "serialise": "it was tapped, encoded and handed to the wire",
     "credit": "it was ready, and the receiver had given no credit for it",
     "output": "its step was over, and it was not yet ready to be sent",
-    "gateway": "the gateway had the answer before it, and had not asked for more",
-    "recovery": "an actor had been lost, and the session was taken up again",
-    "client": "nobody had asked for anything",
+    "gateway": "the gateway had the previous answer, and had not sent the next input",
+    "recovery": "an actor was lost, and its session was being recovered",
+    "client": "the client had not asked for it yet",
     "unknown": "a record is missing",
 }
-"""What a stretch of time can be put to."""
+"""The causes that an interval of time can have, with the explanation that the tables print."""
 ME = f"{GATEWAY}.0"
 
 
 class Stretch(NamedTuple):
-    """A piece of time and its cause. `where` is an actor's `name.replica`, or an edge's name."""
+    """Represent an interval of time and its cause. `where` is an actor's `name.replica`, or the name of an edge."""
 
     cause: str
     where: str
@@ -47,20 +47,24 @@ class Stretch(NamedTuple):
 
     @property
     def ns(self) -> int:
+        """Return the length in nanoseconds."""
         return self.ended_ns - self.began_ns
 
 
 @dataclass(slots=True)
 class Step:
-    """One step of one actor and the messages that went into it."""
+    """Represent one step of one actor and the messages that went into it."""
 
     started_ns: int
     finished_ns: int
     inputs: list[Done] = field(default_factory=list)
 
     def last_input(self, session: int | None) -> Done:
-        """What the step waited for: the last that a row of it needed; of the session's rows, or of the row that was complete
-        first."""
+        """Return the input that the step waited for: the one that completed a row.
+
+        Only the session's rows count; without a session, all rows. Of several rows, the one that was complete first
+        counts.
+        """
         needed: dict[tuple[int, ...], Done] = {}
         for record in self.inputs:
             for row in record.rows:
@@ -72,16 +76,17 @@ class Step:
 
 
 class Causes:
-    """The walks over one trace."""
+    """Walk backwards through one trace and name the cause of each interval."""
 
     def __init__(self, trace: Trace) -> None:
         self._trace = trace
         self._sent = {sent_key(actor, record): (actor, record) for actor, own in trace.sent.items() for record in own}
         self.steps = {actor: _steps(trace.in_steps(actor)) for actor in trace.done}
-        """Of each actor, in the order of time."""
+        """The steps of each actor, in the order in which they ended."""
         self._ends = {actor: [step.finished_ns for step in own] for actor, own in self.steps.items()}
         self._occupied = {actor: list(self._occupations(actor)) for actor in self.steps}
-        """When an actor took nothing in, and what it did meanwhile: one after the other, in the order of time."""
+        """The intervals in which each actor received nothing, and what it did meanwhile. They are in order of time and
+        do not overlap."""
         self._begins = {actor: [began_ns for began_ns, _, _ in own] for actor, own in self._occupied.items()}
 
     def _occupations(self, actor: str) -> Iterator[tuple[int, int, str]]:
@@ -95,14 +100,14 @@ class Causes:
 
     @property
     def sessions(self) -> list[int]:
-        """Those that the gateway has sent something for."""
+        """Return the sessions for which the gateway has sent messages."""
         return sorted({row[0] for record in self._trace.sent.get(ME, ()) for row in record.rows})
 
     def critical_path(self, session: int) -> list[Stretch]:
-        """From the session's first message to its last, in the order of time.
+        """Return the stretches from the session's first message to its last, in order of time.
 
         Raises:
-            TraceError: no such session, or it got no answer.
+            TraceError: there is no such session, or it got no answer.
         """
         asked = [record for record in self._trace.sent.get(ME, ()) if any(row[0] == session for row in record.rows)]
         answered = [record for record in self._trace.done.get(ME, ()) if any(row[0] == session for row in record.rows)]
@@ -117,7 +122,7 @@ class Causes:
         return [stretch for stretch in reversed(path) if stretch.ns]
 
     def idle(self, actor: str) -> list[Stretch]:
-        """What an actor waited for between its steps, in the order of time."""
+        """Return what an actor waited for between its steps, in order of time."""
         made: list[Stretch] = []
         ended_ns: int | None = None
         for step in self.steps[actor]:
@@ -129,7 +134,7 @@ class Causes:
     # -- the walk -------------------------------------------------------------------------------------------------
 
     def _back(self, actor: str, record: Done, until_ns: int, session: int | None) -> Iterator[Stretch]:
-        """From the beginning of the step that a message went into back to a point in time."""
+        """Yield the stretches from the beginning of a message's step back to a point in time."""
         at_ns = record.started_ns
         for cause, where, began_ns, _ in self._endless(actor, record, until_ns, session):
             yield Stretch(cause, where, max(began_ns, until_ns), at_ns)
@@ -138,7 +143,11 @@ class Causes:
                 return
 
     def _endless(self, actor: str, record: Done, until_ns: int, session: int | None) -> Iterator[Stretch]:
-        """The same, beyond that point. Each step back is to an earlier one: else the trace tells what cannot have been."""
+        """Yield the stretches of `_back` without stopping at `until_ns`.
+
+        Raises:
+            TraceError: the trace is damaged: by its records, a step waits for itself.
+        """
         seen: set[tuple[str, int]] = set()
         while True:
             if (actor, record.started_ns) in seen:
@@ -168,7 +177,7 @@ class Causes:
             actor, record = sender, before.last_input(session)
 
     def _made_by(self, actor: str, ready_ns: int, session: int) -> Step | None:
-        """The last step that was over by then; of the gateway, the last that had to do with the session."""
+        """Return the last step that ended by then. For the gateway, return the last one that involved the session."""
         index = bisect.bisect_right(self._ends.get(actor, []), ready_ns) - 1
         while index >= 0:
             step = self.steps[actor][index]
@@ -178,18 +187,23 @@ class Causes:
         return None
 
     def _queued(self, actor: str, record: Done) -> Iterator[Stretch]:
-        """From the step that a message went into back to its being taken in."""
+        """Yield the stretches from the beginning of a message's step back to the receipt of the message."""
         return self._beside_steps(actor, "handling", actor, record.received_ns, record.started_ns)
 
     def _on_its_way(self, actor: str, edge: str, sent_ns: int, received_ns: int) -> Iterator[Stretch]:
-        """From its being taken in back to its sending: who computes or sends takes nothing in, and what comes lies in the
-        socket."""
-        if received_ns < sent_ns:  # clocks of two machines
+        """Yield the stretches from the receipt of a message back to its sending.
+
+        An actor receives nothing while it computes or sends; meanwhile messages wait in the socket.
+        """
+        if received_ns < sent_ns:  # the clocks of two machines differ
             return iter([Stretch("wire", edge, sent_ns, received_ns)])
         return self._beside_steps(actor, "wire", edge, sent_ns, received_ns)
 
     def _beside_steps(self, actor: str, cause: str, where: str, from_ns: int, at_ns: int) -> Iterator[Stretch]:
-        """Back from one time to another: `busy` while the actor took steps, `sending` while it sent, else that cause."""
+        """Yield the stretches from `at_ns` back to `from_ns`.
+
+        Their cause is `busy` while the actor took steps, `sending` while it sent, and `cause` otherwise.
+        """
         index = bisect.bisect_left(self._begins.get(actor, []), at_ns) - 1
         while index >= 0:
             began_ns, ended_ns, did = self._occupied[actor][index]
@@ -212,7 +226,7 @@ def _steps(records: Iterable[Done]) -> list[Step]:
 
 
 def totals(stretches: Sequence[Stretch]) -> list[dict[str, Any]]:
-    """By cause and place: milliseconds, share of all, how often, the longest. The largest first."""
+    """Sum the stretches by cause and location: milliseconds, share, count, longest. The largest sum comes first."""
     whole = sum(stretch.ns for stretch in stretches)
     by: dict[tuple[str, str], list[int]] = defaultdict(list)
     for stretch in stretches:
@@ -228,7 +242,7 @@ def totals(stretches: Sequence[Stretch]) -> list[dict[str, Any]]:
 
 
 def why(trace: Trace, session: int) -> dict[str, Any]:
-    """The critical path of one request, as plain data."""
+    """Return the critical path of one request as plain data."""
     path = Causes(trace).critical_path(session)
     began_ns = path[0].began_ns if path else 0
     return {
@@ -244,10 +258,10 @@ def why(trace: Trace, session: int) -> dict[str, Any]:
 
 
 def idle(trace: Trace) -> dict[str, Any]:
-    """What every actor waited for between its first step and its last, as plain data.
+    """Return what every actor waited for between its first step and its last, as plain data.
 
     Raises:
-        TraceError: only some sessions left records.
+        TraceError: the trace holds records of only some sessions.
     """
     if trace.sample < 1:
         raise TraceError(
@@ -270,13 +284,13 @@ def idle(trace: Trace) -> dict[str, Any]:
 
 
 def why_table(told: dict[str, Any]) -> str:
-    """For people."""
+    """Format a critical path for people."""
     head = f"session {told['session']}: {told['ms']:.1f} ms from its first message to its last answer, by what it waited for"
     return "\n".join([head, "", *_lines(told["causes"])])
 
 
 def idle_table(told: dict[str, Any], most: int = 6) -> str:
-    """For people: of each actor the `most` largest causes."""
+    """Format idle times for people, with at most `most` causes per actor."""
     lines = []
     for actor in told["actors"]:
         share = actor["idle_ms"] / actor["ms"] if actor["ms"] else 0.0

@@ -1,7 +1,8 @@
-"""A timeline in the two forms that Perfetto opens: its own protobuf, by its `perfetto` package, and Chrome's JSON.
+"""Write a timeline in the two formats that Perfetto opens: its own protobuf, and Chrome's JSON.
 
-Formats: Perfetto's TracePacket and TrackEvent (protos/perfetto/trace), and the "Trace Event Format" document: complete events
-(X), flow events (s, f), counters (C) and metadata (M). In JSON, times are microseconds from the first slice on.
+The `perfetto` package writes the protobuf. Specifications: Perfetto's TracePacket and TrackEvent
+(protos/perfetto/trace), and the "Trace Event Format" document: complete events (X), flow events (s, f), counters (C)
+and metadata (M). In JSON, times are microseconds since the first slice.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from .summary import Message
 from .timeline import SENDS, STEPS, Slice, Timeline
 
 SEQUENCE = 1
-"""All packets come from one writer."""
+"""Sequence id of all packets: there is only one writer."""
 
 
 def write(file: Path, timeline: Timeline) -> None:
-    """JSON for a name that ends in .json, else protobuf.
+    """Write JSON if the file name ends in .json, else protobuf.
 
     Raises:
-        RequestError: the package that writes protobufs is not installed.
+        RequestError: the `perfetto` package is not installed.
     """
     if file.suffix == ".json":
         file.write_text(json.dumps(chrome(timeline)))
@@ -32,7 +33,7 @@ def write(file: Path, timeline: Timeline) -> None:
 
 
 def _numbers(timeline: Timeline) -> dict[Message, int]:
-    """What an arrow's two ends are tied by."""
+    """Assign a number to each message. Both ends of an arrow carry the number of its message."""
     messages = dict.fromkeys(message for one in timeline.slices for message in (*one.leaves, *one.arrives))
     return {message: number for number, message in enumerate(messages, 1)}
 
@@ -41,16 +42,17 @@ def _numbers(timeline: Timeline) -> dict[Message, int]:
 
 
 def protobuf(timeline: Timeline) -> bytes:
-    """
+    """Return the timeline as Perfetto's protobuf.
+
     Raises:
-        RequestError: the package that writes them is not installed.
+        RequestError: the `perfetto` package is not installed.
     """
     try:
         from perfetto.protos.perfetto.trace.perfetto_trace_pb2 import TracePacket, TrackEvent
         from perfetto.trace_builder.proto_builder import TraceProtoBuilder
     except ImportError:
         raise RequestError(
-            "Perfetto's protobufs need its package; pip install 'ranvier[perfetto]', or name a .json"
+            "Perfetto's protobuf needs the perfetto package; pip install 'ranvier[perfetto]', or name a .json file"
         ) from None
     builder: Any = TraceProtoBuilder()
     tracks: dict[tuple[str, str], int] = {}
@@ -102,8 +104,10 @@ def _described(builder: Any, uuid: int) -> Any:
 
 
 def _ordered(timeline: Timeline) -> Iterator[tuple[str, int, Slice]]:
-    """Begins and ends in time, so that those of a track nest: what ends goes before what begins, and of those that begin
-    together the longest is first."""
+    """Yield begins and ends in order of time, so that the slices of a track nest.
+
+    At the same time, ends come before begins. Of slices that begin together, the longest comes first.
+    """
     made: list[tuple[tuple[int, int, int], str, Slice]] = []
     for one in timeline.slices:
         end_ns = max(one.end_ns, one.start_ns + 1)
@@ -118,7 +122,7 @@ def _ordered(timeline: Timeline) -> Iterator[tuple[str, int, Slice]]:
 
 
 def chrome(timeline: Timeline) -> dict[str, Any]:
-    """The JSON object: `traceEvents` with a process an actor."""
+    """Return the JSON object: `traceEvents`, with one process per actor."""
     begin_ns, numbers = timeline.begin_ns, _numbers(timeline)
     pids = {actor: pid for pid, actor in enumerate(timeline.actors, 1)}
     tids = {STEPS: 1, SENDS: 2}
@@ -131,7 +135,7 @@ def chrome(timeline: Timeline) -> dict[str, Any]:
         at = {"pid": pids[one.actor], "tid": tids[one.track], "ts": (one.start_ns - begin_ns) / 1e3}
         duration_us = max(one.end_ns - one.start_ns, 1) / 1e3
         made.append({"ph": "X", "name": one.name, "cat": "ranvier", "dur": duration_us, "args": dict(one.args), **at})
-        # an arrow's ends lie inside a slice of their track and are tied by the id
+        # both ends of an arrow lie inside a slice of their track, and share an id
         for message in one.leaves:
             made.append(_arrow("s", message, numbers, timeline) | at)
         for message in one.arrives:

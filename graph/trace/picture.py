@@ -1,4 +1,4 @@
-"""Pictures by matplotlib, which is an extra: a column of axes, written into a file."""
+"""Draw pictures with matplotlib, an optional dependency: a column of axes, written to a file."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ PALETTE = ("#4878a8", "#d1704b", "#5f9e6e", "#e6b655", "#857aab", "#8d7866", "#d
 
 @contextlib.contextmanager
 def picture(file: Path, heights: Sequence[float], width: float = 9.0) -> Iterator[list[Any]]:
-    """Axes one under the other, of these heights in inches; written when all is drawn: PNG, SVG, or whatever else the name's
-    ending says that matplotlib knows.
+    """Yield axes in one column, of these heights in inches, and write the file at the end.
+
+    The ending of the file name chooses the format: PNG, SVG, or another one that matplotlib can write.
 
     Raises:
-        RequestError: matplotlib is not installed, or cannot write such a file.
+        RequestError: matplotlib is not installed, or cannot write this file.
     """
     try:
         import matplotlib as mpl

@@ -1,11 +1,12 @@
-"""What the records of a run say: per edge and per actor, how long messages were serialised, waited for credit, travelled,
-queued and were computed on.
+"""Summarise the records of a run: how long messages took, per edge and per actor.
 
-    serialise   the actor had it (or the link let it go) → handed to the wire
-    credit      the actor had it → the link let it go
-    wire        handed to the wire → taken from it at the other end
-    join        taken from the wire → the last of what its step needed was, too
-    queue       all was there → its step began
+The parts of a message's way are:
+
+    serialise   its credit was there → handed to the wire
+    credit      the actor had made it → its credit was there
+    wire        handed to the wire → received at the other end
+    join        received → the last input that its step needed was received, too
+    queue       all inputs were received → its step began
     compute     the step
 """
 
@@ -40,30 +41,32 @@ from .trace_lines import (
 
 PARTS = ("serialise", "credit", "wire", "join", "queue", "compute")
 PERCENTILES = (50, 95, 99)
-_ODD = {"unused": "messages went into no step", "not_taken": "messages were sent and never taken"}
+_ODD = {"unused": "messages that went into no step", "not_taken": "messages sent but never received"}
 _COUNTED = {
-    "rows_late": "rows came after their step was taken", "rows_refused": "rows were of sessions that were over",
-    "second_copies": "second copies were sent", "copies_left_out": "copies were left out for want of credit",
-    "refused": "messages were refused", "damaged": "messages were damaged", "sent_again": "messages were sent again",
+    "rows_late": "rows that came after their step", "rows_refused": "rows of sessions that were over",
+    "second_copies": "second copies sent", "copies_left_out": "second copies not sent for lack of credit",
+    "refused": "messages refused", "damaged": "messages damaged", "sent_again": "messages sent again",
 }  # fmt: skip
 
 
 Message = tuple[int, int, str, str, int]
-"""What ties the two records of a message together: edge, sequence, the `actor.replica` at either end, and when it was sent:
-the links of a host that was started anew count from 1 again."""
+"""Key that the two records of a message share: edge, sequence, the `actor.replica` at either end, and when it was sent.
+The time is part of it because the links of a restarted host count from 1 again."""
 
 
 def sent_key(actor: str, record: Sent) -> Message:
+    """Return the key of a message from its record at the sending end."""
     return record.edge, record.sequence, actor, record.target.rpartition(".")[0], record.sent_ns
 
 
 def done_key(actor: str, record: Done) -> Message:
+    """Return the key of a message from its record at the receiving end."""
     return record.edge, record.sequence, record.source.rpartition(".")[0], actor, record.sent_ns
 
 
 @dataclass(slots=True)
 class Trace:
-    """All records of a run, by actor, its plan, and the names of its edges."""
+    """Hold all records of a run by actor, its plan, and the names of its edges."""
 
     run_dir: Path
     edges: list[str]
@@ -71,21 +74,21 @@ class Trace:
     sent: dict[str, list[Sent]] = field(default_factory=dict)
     done: dict[str, list[Done]] = field(default_factory=dict)
     parts: dict[str, list[Done]] = field(default_factory=dict)
-    """Steps that only some rows of a message went into, before the one that it was done with."""
+    """Steps that took only some rows of a message. The step that finished the message is in `done`."""
     unsent: dict[str, list[Unsent]] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
     counters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     taps: dict[str, list[Tapped]] = field(default_factory=dict)
     control: dict[str, list[Controlled]] = field(default_factory=dict)
     commands: dict[str, list[Commanded]] = field(default_factory=dict)
-    """What each host was told by the supervisor, and did."""
+    """The supervisor's commands that each host carried out."""
     clocks: Mapping[str, Sequence[Estimate]] = field(default_factory=dict)
-    """Of hosts whose clock is not the run's: how far it was ahead when, and how well that is known."""
+    """For hosts whose clock is not the run's: how far it was ahead at which time, and the error of that estimate."""
     sample: float = 1.0
-    """The share of sessions that left records."""
+    """Share of the sessions that left records."""
 
     def edge(self, number: int) -> str:
-        """Return the name of an edge; those of a training's own links have none."""
+        """Return the name of an edge, or `link N` for a link that training adds to the edges of the plan."""
         return self.edges[number] if number < len(self.edges) else f"link {number}"
 
     def wire(self, number: int) -> str:
@@ -94,7 +97,10 @@ class Trace:
         return str(edges[min(number, len(edges) - 1)].get("wire", "-")) if edges else "-"
 
     def in_steps(self, actor: str) -> list[Done]:
-        """What went into each step of an actor: of a message that went into several, each with the rows that it had there."""
+        """Return what went into each step of an actor.
+
+        A message that went into several steps appears once per step, with the rows that this step took.
+        """
         parts = self.parts.get(actor, [])
         before: dict[Message, set[tuple[int, ...]]] = defaultdict(set)
         for part in parts:
@@ -110,16 +116,16 @@ class Trace:
 
 
 class _Outcome(msgspec.Struct):
-    """What is read of `run.json`."""
+    """Describe the part of `run.json` that is read."""
 
     counters: dict[Name, dict[Name, float]] = {}
 
 
 def read(run_dir: Path) -> Trace:
-    """The trace of a run folder. A last line that was cut off in the writing is left out.
+    """Read the trace of a run folder. Ignore a last line that was only partly written.
 
     Raises:
-        TraceError: no such folder, no trace in it, or a file that is none.
+        TraceError: there is no such folder, it holds no trace, or a file in it is not a trace file.
     """
     file, folder = run_dir / "plan.json", run_dir / "trace"
     if not file.is_file() or not folder.is_dir():
@@ -134,7 +140,7 @@ def read(run_dir: Path) -> Trace:
     for actor, kind, record in lines.read():
         if kind == DROPPED:
             trace.dropped[actor] += record.records
-        elif kind in by_kind:  # spans are the exporter's
+        elif kind in by_kind:  # spans are for the exporter
             by_kind[kind].setdefault(actor, []).append(record)
     trace.clocks = lines.clocks
     for head in lines.heads.values():
@@ -142,7 +148,7 @@ def read(run_dir: Path) -> Trace:
         for records in (trace.sent, trace.done):
             records.setdefault(head["actor"], [])
     told = run_dir / "run.json"
-    if told.is_file():  # counters are there once the run is over
+    if told.is_file():  # written at the end of the run
         trace.counters = read_json(told, _Outcome).get("counters", {})
     if not trace.done:
         raise TraceError(f"{folder}: holds no records; was the run made with trace: false?")
@@ -150,7 +156,7 @@ def read(run_dir: Path) -> Trace:
 
 
 def summary(trace: Trace) -> dict[str, Any]:
-    """Per edge and per actor: p50, p95 and p99 of each part in microseconds, messages, bytes, batch sizes."""
+    """Return, per edge and per actor, p50, p95 and p99 of each part in microseconds, messages, bytes and batch sizes."""
     times: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     nbytes: Counter[int] = Counter()
     unused: Counter[int] = Counter()
@@ -198,8 +204,11 @@ def summary(trace: Trace) -> dict[str, Any]:
 
 
 def messages(trace: Trace) -> Iterator[tuple[Sent | None, Done, dict[str, int]]]:
-    """What is known of each message at both ends, and the nanoseconds of its parts: of one that went into a step, with both
-    records, they add up to the time from ready to finished."""
+    """Yield for each message its record at the sending end (or None), its record at the receiving end, and its parts.
+
+    The parts are in nanoseconds. If there are both records and the message went into a step, they add up to the time
+    from ready to finished.
+    """
     sent_at = {sent_key(actor, record): record for actor, records in trace.sent.items() for record in records}
     for actor, records in trace.done.items():
         complete_ns = _complete(trace.in_steps(actor))
@@ -220,7 +229,7 @@ def messages(trace: Trace) -> Iterator[tuple[Sent | None, Done, dict[str, int]]]
 
 
 def _complete(records: Iterable[Done]) -> dict[tuple[int, ...], int]:
-    """When all that a row needed had come, by the step's beginning and the row."""
+    """Return when the last input of each row was received, by the beginning of the step and the row."""
     found: dict[tuple[int, ...], int] = {}
     for record in records:
         for row in record.rows:
@@ -230,12 +239,12 @@ def _complete(records: Iterable[Done]) -> dict[tuple[int, ...], int]:
 
 
 def _number(told: float | None) -> float:
-    """JSON has no infinity."""
+    """Return infinity for None, which records hold in its place because JSON has no infinity."""
     return math.inf if told is None else told
 
 
 def taps(trace: Trace) -> list[dict[str, Any]]:
-    """Of each edge with a tap: messages, norm and largest magnitude, and the first that had numbers that are none."""
+    """Return for each edge with a tap: messages, norm, largest magnitude, and the first message with NaN or infinity."""
     made = []
     for actor, own in trace.taps.items():
         for edge in sorted({tapped.edge for tapped in own}):
@@ -252,7 +261,7 @@ def taps(trace: Trace) -> list[dict[str, Any]]:
 
 
 def control(trace: Trace) -> list[dict[str, Any]]:
-    """How many control messages each link sent, by what they say (transport/format/header.py)."""
+    """Count the control messages that each link sent, by verb (transport/format/header.py)."""
     counted: dict[tuple[int, str], Counter[str]] = defaultdict(Counter)
     for actor, records in trace.control.items():
         for record in records:
@@ -265,8 +274,10 @@ def control(trace: Trace) -> list[dict[str, Any]]:
 
 
 def commands(trace: Trace) -> list[dict[str, Any]]:
-    """How many commands of the supervisor's each host obeyed, by what they say, and the microseconds that they were on their
-    way, lay there, and took."""
+    """Count the supervisor's commands that each host carried out, by verb.
+
+    Also return how many microseconds they were on the wire, waited at the host, and took.
+    """
     told: dict[tuple[str, str], list[Commanded]] = defaultdict(list)
     for actor, records in trace.commands.items():
         for record in records:
@@ -285,7 +296,7 @@ def commands(trace: Trace) -> list[dict[str, Any]]:
 
 
 def _clock(estimates: Sequence[Estimate]) -> dict[str, int]:
-    """How far a clock was ahead at last, how well that was known at any time, and by how much that had changed."""
+    """Return how far a clock was ahead at last, the largest error of its estimates, and its drift since the first one."""
     first, last = estimates[0], estimates[-1]
     return {
         "offset_ns": last.offset_ns, "error_ns": max(known.error_ns for known in estimates),
@@ -294,8 +305,10 @@ def _clock(estimates: Sequence[Estimate]) -> dict[str, int]:
 
 
 def waits(trace: Trace) -> list[dict[str, Any]]:
-    """Who waited for whom: for each sender and the receiver that gave it no credit, how many messages, how long, and how many
-    never went. The longest first."""
+    """Return who waited for whom: for each sender and the receiver whose credit it lacked, the messages and the time.
+
+    Also count the messages that were never sent. The longest total time comes first.
+    """
     found: dict[tuple[int, str, str], list[tuple[int, bool]]] = defaultdict(list)
     for actor, sent in trace.sent.items():
         for record in sent:
@@ -318,7 +331,7 @@ def waits(trace: Trace) -> list[dict[str, Any]]:
 
 
 def _codec(records: list[Sent]) -> dict[str, Any]:
-    """What a codec took, saved and lost on one edge."""
+    """Return what a codec cost, saved and lost on one edge."""
     codings = [record.coding for record in records if record.coding is not None]
     before = sum(coding[0] or 0 for coding in codings)
     errors = [coding[2] for coding in codings if coding[2] is not None]
@@ -351,7 +364,7 @@ def _actor(actor: str, records: list[Done], done: list[Done]) -> dict[str, Any]:
 
 
 def percentiles(values: Iterable[float]) -> dict[str, float | None]:
-    """p50, p95 and p99 by nearest rank; None for each if there are no values."""
+    """Return p50, p95 and p99 by nearest rank; each is None if there are no values."""
     ordered = sorted(values)
     return {
         f"p{share}": ordered[max(0, math.ceil(share / 100 * len(ordered)) - 1)] if ordered else None
@@ -360,7 +373,7 @@ def percentiles(values: Iterable[float]) -> dict[str, float | None]:
 
 
 def table(told: dict[str, Any]) -> str:
-    """The summary for people: microseconds, p50 / p95 / p99."""
+    """Format the summary for people: p50 / p95 / p99 in microseconds."""
     width = max(len(edge["edge"]) for edge in told["edges"])
     of = "every message" if told["sample"] == 1 else f"the messages of {told['sample']:.2%} of all sessions"
     lines = [f"what {of} cost, in microseconds (p50 / p95 / p99)", ""]
@@ -382,7 +395,7 @@ def table(told: dict[str, Any]) -> str:
             )
     lines += [
         "",
-        "  ".join(["actor".ljust(width), "   steps", "      busy", "compute".center(22), "tokens a step".center(22)]),
+        "  ".join(["actor".ljust(width), "   steps", "      busy", "compute".center(22), "tokens per step".center(22)]),
     ]
     for actor in told["actors"]:
         lines.append("  ".join([
@@ -390,7 +403,7 @@ def table(told: dict[str, Any]) -> str:
             _cell(actor["compute_microseconds"]).rjust(22), _cell(actor["tokens_a_step"]).rjust(22),
         ]))  # fmt: skip
     for edge in told["edges"]:
-        odd = [f"{edge[key]} {words}" for key, words in _ODD.items() if edge[key]]
+        odd = [f"{words}: {edge[key]}" for key, words in _ODD.items() if edge[key]]
         if odd:
             lines.append(f"{edge['edge']}: {', '.join(odd)}")
     for tap in told["taps"]:
@@ -411,20 +424,20 @@ def table(told: dict[str, Any]) -> str:
         )
         lines.append(
             f"the clock of {host} is {clock['offset_ns'] / 1e6:.3f} ms ahead, give or take {clock['error_ns'] / 1e6:.3f} ms"
-            f"{drifted}: its times are corrected by that, and ways between it and others are known no better"
+            f"{drifted}: its times are corrected by that; wire times between it and other hosts have the same error"
         )
     for wait in told["waits"]:
-        never = f", {wait['never_sent']} of them in vain" if wait["never_sent"] else ""
+        never = f", {wait['never_sent']} of them never sent" if wait["never_sent"] else ""
         lines.append(
             f"{wait['waiting']} waited {wait['total_ms']:.1f} ms for credit of {wait['for']} ({wait['edge']}): "
-            f"{wait['messages']} messages{never}, the longest {wait['longest_ms']:.1f} ms"
+            f"{wait['messages']} message{'s' if wait['messages'] != 1 else ''}{never}, the longest {wait['longest_ms']:.1f} ms"
         )
     for actor, own in told["counters"].items():
-        odd = [f"{own[name]} {words}" for name, words in _COUNTED.items() if own.get(name)]
+        odd = [f"{words}: {own[name]}" for name, words in _COUNTED.items() if own.get(name)]
         if odd:
             lines.append(f"{actor}: {', '.join(odd)}")
     for actor, count in told["records_dropped"].items():
-        lines.append(f"{count} records of {actor} are missing: the ring or the disk was full")
+        lines.append(f"records of {actor} that are missing: {count}; the ring buffer or the disk was full")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""The last seconds of a run's trace, read as it is written: what anybody may look at without asking the run for anything."""
+"""Read the last seconds of a run's trace while it is written, without asking the run for anything."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from .summary import percentiles
 from .trace_lines import Done, Lines, Sent, read_plan
 
 WINDOW_S = 5.0
-"""Rates and percentiles are of so long before the newest record. Records come some 0.4 s after what they tell of."""
+"""Seconds before the newest record that rates and percentiles cover. Records are written some 0.4 s after their
+event."""
 
 AT_FIRST = 1 << 20
-"""So many bytes of each file are read at first: what a busy process writes in several seconds. All of a run that has gone on
-for hours would take minutes."""
+"""Bytes at the end of each file that the first read covers: what a busy process writes in several seconds. Reading the
+whole trace of a run that has lasted for hours would take minutes."""
 
 
 class Tail:
-    """The records of a run folder that are not older than the window."""
+    """Hold the records of a run folder that are not older than the window."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
@@ -31,7 +32,7 @@ class Tail:
         self._newest_ns = 0
 
     def read(self) -> None:
-        """Take in what has been written since. A line that is not whole yet is left for the next time."""
+        """Read what was written since the last call. Leave a line that is not complete yet for the next call."""
         if not self._edges:
             self._edges = [edge["name"] for edge in read_plan(self._run_dir)["edges"]]
         for actor, kind, record in self._lines.read((DONE, PART, SENT)):
@@ -45,7 +46,7 @@ class Tail:
         self._sent = deque(record for record in self._sent if record.sent_ns >= since_ns)
 
     def actors(self) -> dict[str, dict[str, Any]]:
-        """Of each actor: tokens and steps a second, tokens a step, the share of time in which it computed."""
+        """Return for each actor: tokens and steps per second, tokens per step, the share of time in which it computed."""
         steps: dict[str, dict[tuple[int, int], int]] = {}
         for actor, record in self._done:
             if record.batch:
@@ -64,7 +65,7 @@ class Tail:
         }
 
     def edges(self) -> list[dict[str, Any]]:
-        """Of each edge: messages and bytes a second, microseconds on the wire and of waiting for credit."""
+        """Return for each edge: messages and bytes per second, microseconds on the wire and waiting for credit."""
         span_s, nbytes = self._span_s(), Counter[int]()
         wire: dict[int, list[float]] = {}
         credit: dict[int, list[float]] = {}
@@ -83,6 +84,6 @@ class Tail:
         ]  # fmt: skip
 
     def _span_s(self) -> float:
-        """How long the records that are there lie apart: the window, or less of a run that has just begun."""
+        """Return how many seconds the records cover: the window, or less if the run has just begun."""
         begun = min((record.started_ns for _, record in self._done), default=self._newest_ns)
         return max((self._newest_ns - begun) / 1e9, 1e-3)

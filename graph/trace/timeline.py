@@ -1,6 +1,7 @@
-"""A run as tracks in time: slices (steps, sends), arrows from each send to the step that its message went into, counters.
+"""Turn a run into tracks over time: slices for steps and sends, arrows, and counters.
 
-What perfetto.py writes in two forms. Times are nanoseconds of the machine's monotonic clock.
+An arrow leads from each send to the step that its message went into. perfetto.py writes the result in two formats.
+Times are nanoseconds of the machine's monotonic clock.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ QUEUE, BATCH, KV = "messages in queue", "tokens in batch", "positions in KV cach
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """`leaves` and `arrives`: the arrows that begin and end here, by their messages."""
+    """Represent one interval on a track.
+
+    `leaves` and `arrives` are the arrows that begin and end here, each identified by its message.
+    """
 
     actor: str
     track: str
@@ -35,7 +39,10 @@ class Slice:
 
 @dataclass(slots=True)
 class Timeline:
-    """`counters`: by actor and name, the values from each time on, in order."""
+    """Hold the slices and counters of a run.
+
+    `counters` holds, by actor and name, pairs of a time and the value from then on, in order of time.
+    """
 
     actors: list[str]
     slices: list[Slice]
@@ -44,11 +51,12 @@ class Timeline:
 
     @property
     def begin_ns(self) -> int:
+        """Return when the first slice begins."""
         return min((one.start_ns for one in self.slices), default=0)
 
 
 def timeline(trace: Trace) -> Timeline:
-    """All of a trace."""
+    """Return the timeline of a whole trace."""
     actors = sorted({*trace.sent, *trace.done})
     arrived = {done_key(actor, record) for actor, records in trace.done.items() for record in records}
     made = Timeline(actors, [], trace.edges)
@@ -68,7 +76,7 @@ def timeline(trace: Trace) -> Timeline:
 
 
 def _steps(trace: Trace, actor: str) -> Iterable[Slice]:
-    """A step may hold several messages; one that went into none has a slice of its own."""
+    """Yield one slice per step, with all its messages, and one per message that went into no step."""
     steps: dict[tuple[int, int, bool], list[Done]] = defaultdict(list)
     ends: dict[tuple[int, int, bool], list[Message]] = defaultdict(list)
     for record in trace.in_steps(actor):
@@ -91,7 +99,7 @@ def _steps(trace: Trace, actor: str) -> Iterable[Slice]:
 
 
 def _commands(trace: Trace, actor: str) -> Iterable[Slice]:
-    """What the supervisor told it, which it does between two steps."""
+    """Yield one slice per command of the supervisor. An actor carries out commands between two steps."""
     for told in trace.commands.get(actor, ()):
         name = f"{told.verb} {told.session}" if told.session else told.verb
         args = {"epoch": told.epoch, "sent_to_started_us": (told.started_ns - told.sent_ns) / 1e3}
@@ -102,7 +110,7 @@ def _count(made: Timeline, trace: Trace) -> None:
     planned = {edge["name"]: edge for edge in trace.plan["edges"]}
     caches = {host["actor"] for host in trace.plan["hosts"] if host["cache_bytes_per_token"]}
     used_ns = {
-        # of what is fed back credit returns at once
+        # a feedback edge returns credit when the message is received
         done_key(actor, done): done.received_ns if planned[trace.edge(done.edge)]["feedback"] else done.finished_ns
         for actor, records in trace.done.items() for done in records
     }  # fmt: skip
@@ -128,7 +136,10 @@ def _count(made: Timeline, trace: Trace) -> None:
 
 
 def _positions(trace: Trace, actor: str) -> list[tuple[int, int]]:
-    """What the open sessions hold in an actor with layers; a session is over when its last message was at the gateway."""
+    """Return how many positions the open sessions hold in an actor with layers, over time.
+
+    A session is over when the gateway has finished its last message.
+    """
     over: dict[int, int] = {}
     for other, records in trace.done.items():
         if other.partition(".")[0] == GATEWAY:
@@ -146,7 +157,7 @@ def _positions(trace: Trace, actor: str) -> list[tuple[int, int]]:
 
 
 def _summed(changes: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The value from each time on, from what was added then."""
+    """Sum up changes: return pairs of a time and the value from then on."""
     by_time: dict[int, int] = defaultdict(int)
     for at_ns, change in changes:
         by_time[at_ns] += change

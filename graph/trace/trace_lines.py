@@ -1,4 +1,4 @@
-"""The lines of a run's trace as they are read, once or while it goes on: each record with the actor that wrote it."""
+"""Read the lines of a run's trace, once or while the run writes it: each record with the actor that wrote it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ranvier.transport.format.errors import RanvierError
 
 
 class TraceError(RanvierError):
-    """The folder holds no trace that can be read."""
+    """Report that a folder holds no readable trace."""
 
 
 Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
@@ -28,12 +28,13 @@ RowOf = tuple[Count, Count, Count, Count]
 """Session, epoch, position, tokens."""
 Rows = Annotated[tuple[RowOf, ...], Meta(min_length=1)]
 MOST_BYTES = 16 << 20
-"""Of `plan.json` and the like."""
+"""Largest JSON file of a run folder that is read, in bytes."""
 MOST_LINE_BYTES = 16 << 20
+"""Longest first line of a trace file that is read, in bytes."""
 
 
 class _Head(msgspec.Struct, frozen=True):
-    """The first line of a file."""
+    """Describe the first line of a trace file."""
 
     actor: Name
     sample: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -59,10 +60,10 @@ class _Planned(msgspec.Struct, frozen=True):
 
 
 def read_json(file: Path, kind: Any = Any) -> Any:
-    """Return what a JSON file of a run folder says.
+    """Return the contents of a JSON file of a run folder.
 
     Raises:
-        TraceError: it cannot be read, or does not say what such a file says.
+        TraceError: the file cannot be read, or its contents do not have the form `kind`.
     """
     try:
         told = msgspec.json.decode(read_bounded(file, MOST_BYTES))
@@ -73,13 +74,13 @@ def read_json(file: Path, kind: Any = Any) -> Any:
 
 
 def read_plan(run_dir: Path) -> dict[str, Any]:
-    """Return the plan of a run, whose edges and hosts are what they must be. Errors are those of `read_json`."""
+    """Return the plan of a run, after checking the form of its edges and hosts. Raises the errors of `read_json`."""
     plan: dict[str, Any] = read_json(run_dir / "plan.json", _Planned)
     return plan
 
 
 class Sent(NamedTuple):
-    """See `trace_file.SENT_COLUMNS`."""
+    """Represent a message at its sending end, as `trace_file.SENT_COLUMNS` describes it."""
 
     edge: Count
     sequence: Count
@@ -95,12 +96,12 @@ class Sent(NamedTuple):
 
     @property
     def codec(self) -> int:
-        """Its number (transport/format/codec.py)."""
+        """Return the number of the codec (transport/format/codec.py)."""
         return self.tensors[0][3] if self.tensors else 0
 
 
 class Done(NamedTuple):
-    """See `trace_file.DONE_COLUMNS`."""
+    """Represent a message at its receiving end, as `trace_file.DONE_COLUMNS` describes it."""
 
     edge: Count
     sequence: Count
@@ -115,7 +116,7 @@ class Done(NamedTuple):
 
 
 class Unsent(NamedTuple):
-    """See `trace_file.UNSENT_COLUMNS`."""
+    """Represent a message that was never sent, as `trace_file.UNSENT_COLUMNS` describes it."""
 
     edge: Count
     nbytes: Count
@@ -126,7 +127,7 @@ class Unsent(NamedTuple):
 
 
 class Tapped(NamedTuple):
-    """See `trace_file.TAP_COLUMNS`."""
+    """Represent what a tap saw of a message, as `trace_file.TAP_COLUMNS` describes it."""
 
     edge: Count
     at_ns: Count
@@ -138,7 +139,7 @@ class Tapped(NamedTuple):
 
 
 class Controlled(NamedTuple):
-    """See `trace_file.CONTROL_COLUMNS`."""
+    """Represent a control message of a link, as `trace_file.CONTROL_COLUMNS` describes it."""
 
     edge: Count
     verb: Name
@@ -149,7 +150,7 @@ class Controlled(NamedTuple):
 
 
 class Commanded(NamedTuple):
-    """See `trace_file.COMMAND_COLUMNS`."""
+    """Represent a command of the supervisor, as `trace_file.COMMAND_COLUMNS` describes it."""
 
     verb: Name
     sent_ns: Count
@@ -161,12 +162,12 @@ class Commanded(NamedTuple):
 
     @property
     def source(self) -> str:
-        """Who sent it, by the run's own clock."""
+        """Return the sender: the supervisor, whose clock is the run's."""
         return SUPERVISOR
 
 
 class Spanned(NamedTuple):
-    """See `trace_file.SPAN_COLUMNS`."""
+    """Represent a span of a request, as `trace_file.SPAN_COLUMNS` describes it."""
 
     started_ns: Count
     finished_ns: Count
@@ -180,7 +181,7 @@ class Spanned(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """See `trace_file.DROPPED_COLUMNS`."""
+    """Represent the number of dropped records, as `trace_file.DROPPED_COLUMNS` describes it."""
 
     records: Count
 
@@ -198,8 +199,11 @@ _head_of = msgspec.json.Decoder(_Head).decode
 
 
 class Lines:
-    """All trace files of a run folder, read from where the last reading ended. Times of hosts whose clock is another than the
-    run's are given in the run's. `last_bytes`: what was in a file before, when it is first seen, is left out."""
+    """Read all trace files of a run folder, each from where the last read ended.
+
+    Times of a host whose clock is not the run's are converted to the run's clock. With `last_bytes`, the first read of
+    a file skips all records that begin before its last `last_bytes` bytes.
+    """
 
     def __init__(self, run_dir: Path, last_bytes: int | None = None) -> None:
         self._last_bytes = last_bytes
@@ -208,16 +212,17 @@ class Lines:
         self._clocks = run_dir / "clocks.json"
         self._corrections: Mapping[str, Correction] = {}
         self.clocks: Mapping[str, Sequence[Estimate]] = {}
-        """Those that are not the run's, by the host's identity: what is known of them (clocks.py)."""
+        """Estimates of the clocks that are not the run's, by the host's identity (clocks.py)."""
         self.heads: dict[Path, Mapping[str, Any]] = {}
         """The first line of each file."""
 
     def read(self, kinds: Iterable[str] | None = None) -> Iterator[tuple[str, str, Any]]:
-        """Actor, kind and record of every line that is new, or of those of some kinds. One that is not whole yet is left for
-        the next time.
+        """Yield actor, kind and record of every new line, or only of the given kinds.
+
+        A line that is not complete yet is left for the next call.
 
         Raises:
-            TraceError: a file does not begin as a trace does.
+            TraceError: a file does not begin as a trace does, or is damaged.
         """
         self._read_clocks()
         beginnings = tuple(f'["{kind}",'.encode() for kind in kinds or ())
@@ -233,14 +238,14 @@ class Lines:
                 yield actor, kind, self._in_the_runs_time(host, record) if self._corrections else record
 
     def _new_lines(self, path: Path) -> Sequence[bytes]:
-        """The whole lines of a file since the last time; its head is taken in."""
+        """Return the complete lines of a file since the last call. Read its head at the first call."""
         with _opened(path) as file:
             if path not in self.heads:
                 before = head = file.readline(MOST_LINE_BYTES)
                 size = path.stat().st_size
                 if self._last_bytes is not None and size - self._last_bytes > len(head):
                     file.seek(size - self._last_bytes - 1)
-                    before = file.readline(MOST_LINE_BYTES)  # of which the beginning is left out, or all but its end
+                    before = file.readline(MOST_LINE_BYTES)  # skip the line that begins earlier
                 if not before.endswith(b"\n"):
                     return ()
                 self.heads[path], self._offsets[path] = _head(path, head), file.tell()
@@ -252,7 +257,7 @@ class Lines:
 
     def _read_clocks(self) -> None:
         if not self._clocks.exists():
-            return  # a run on one machine
+            return  # the run is on one machine
         told = read_json(self._clocks, dict[Name, tuple[Estimated, ...]])
         known = {host: [Estimate(*each) for each in estimates] for host, estimates in told.items()}
         self.clocks = {host: estimates for host, estimates in known.items() if is_another(estimates)}
@@ -260,7 +265,7 @@ class Lines:
 
     def _in_the_runs_time(self, host: str, record: Any) -> Any:
         times = {name: self._corrected(host, getattr(record, name)) for name in record._fields if name.endswith("_ns")}
-        if isinstance(record, Done | Commanded):  # when it was sent is by the sender's clock
+        if isinstance(record, Done | Commanded):  # `sent_ns` is by the sender's clock
             times["sent_ns"] = self._corrected(record.source, record.sent_ns)
         return record._replace(**times)
 
@@ -270,7 +275,7 @@ class Lines:
 
 
 def _identity(path: Path) -> str:
-    """Of the host that writes the file: the first in its place is named without its epoch (`file_name`)."""
+    """Return the identity of the host that writes a file. The file of an epoch 1 host is named without the epoch."""
     return path.stem if path.stem.count(".") > 1 else f"{path.stem}.1"
 
 

@@ -1,4 +1,4 @@
-"""A trace on one page: how long messages took on each edge, what the actors did when, how many bytes went."""
+"""Draw a trace on one page: how long messages took on each edge, when the actors computed, and the bytes sent."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from .picture import PALETTE, picture
 from .summary import Trace, done_key, sent_key
 
 STEPS = 160
-"""The pipeline is drawn over so many steps in the middle of the run: more are not told apart."""
+"""Steps in the middle of the run over which the pipeline is drawn. More could not be distinguished."""
 SLICES = 100
-"""Of time, in which bytes are added up."""
+"""Slices of time in which bytes are added up."""
 MOST_EDGES = 12
+"""Maximum number of edges in a plot."""
 
 
 def draw(file: Path, trace: Trace) -> None:
-    """Write the page.
+    """Draw the page and write it to a file.
 
     Raises:
-        RequestError: matplotlib is not installed, or cannot write such a file.
+        RequestError: matplotlib is not installed, or cannot write this file.
     """
     steps = {actor: own for actor, own in Causes(trace).steps.items() if actor != ME and own}
-    actors = sorted(steps, key=lambda actor: steps[actor][0].started_ns)  # in the order that the first message went
+    actors = sorted(steps, key=lambda actor: steps[actor][0].started_ns)  # in the order of their first steps
     with picture(file, (3.0, 1.2 + 0.35 * len(actors), 2.6)) as (latency, pipeline, traffic):
         _latency(latency, trace)
         _pipeline(pipeline, {actor: steps[actor] for actor in actors})
@@ -33,7 +34,7 @@ def draw(file: Path, trace: Trace) -> None:
 
 
 def _latency(axis: Any, trace: Trace) -> None:
-    """For each edge the share of messages that took at most so long, from ready to the beginning of their step."""
+    """Draw for each edge the share of messages over the time that they took from ready to the beginning of their step."""
     ready_ns = {sent_key(actor, record): record.ready_ns for actor, own in trace.sent.items() for record in own}
     times: dict[int, list[float]] = defaultdict(list)
     for actor, own in trace.done.items():

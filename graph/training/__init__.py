@@ -1,1 +1,1 @@
-"""Training a graph: what its file says of it, the links that gradients need, the data, and the loop around the run."""
+"""Train a graph: plan its schedule and links for gradients, read its data, and run it until all steps are done."""

@@ -1,5 +1,6 @@
-"""One run of all hosts that train, from a checkpoint to the end or to the first loss: batches go in, losses come out,
-and what all have saved is made whole.
+"""Run all hosts of a training once, from a checkpoint to the end or until the first host is lost.
+
+Batches go in, losses come out, and the shards that the hosts save are completed to training checkpoints.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ from .steps import OnStarted, OnStep, Step, Trained
 
 TICK_S, ACK_DELAY_S = 1.0, 0.002
 AHEAD = 2
-"""Steps whose batches are sent before the losses of those before have come."""
+"""Number of steps whose batches are sent before the losses of the first of them have come."""
 
 
 class Attempt:
-    """One run of all hosts, from one checkpoint to the end or to the first loss."""
+    """Run all hosts once, from a training checkpoint to the end or until the first host is lost."""
 
     def __init__(
         self,
@@ -93,7 +94,7 @@ class Attempt:
         except (BaseExceptionGroup, OSError) as several:
             error = single(several) if isinstance(several, BaseExceptionGroup) else several
             if isinstance(error, OSError):
-                error = ResourceError(f"the training cannot go on: {error}; its last checkpoint stands")
+                error = ResourceError(f"the training cannot continue: {error}; its last checkpoint is intact")
             folder.failed(error)
             raise error from None
         except BaseException as error:
@@ -170,7 +171,7 @@ class Attempt:
                     nursery.cancel_scope.cancel()
 
     def _at_a_glance(self, status: Status) -> dict[str, Any]:
-        """What is known at this moment without asking anybody (`Run.status`)."""
+        """Return what is known at this moment, as `Run.status` does; no host is asked."""
         last, validated = self._latest(validation=False), self._latest(validation=True)
         return {
             **status.snapshot(), "counters": self._supervisor.supervision.counters, "recoveries": len(self.trained.losses),
@@ -183,15 +184,15 @@ class Attempt:
         return next(told, {})
 
     async def _watch(self) -> None:
-        """The first host that is lost ends the attempt."""
+        """End the attempt when the first host is lost."""
         lost = await self._supervisor.next_lost(())
         assert lost.lost is not None
         raise lost.lost
 
-    # -- what goes in ---------------------------------------------------------------------------------------------
+    # -- sending batches ------------------------------------------------------------------------------------------
 
     async def _feed(self) -> None:
-        """Send the batches of all rounds, some steps ahead of what has come of them."""
+        """Send the batches of all rounds, some steps ahead of their losses."""
         plan, section = self.plan, self.plan.section
         for number in range(self._first, plan.rounds):
             for step in range(number * plan.steps_of_round, (number + 1) * plan.steps_of_round):
@@ -207,7 +208,10 @@ class Attempt:
 
     @property
     def _patience(self) -> int:
-        """Asynchronous stages never wait for a step to end, so more of them are on their way."""
+        """Return the factor of `AHEAD` for this training.
+
+        Asynchronous stages never wait for a step to end, so more steps are in flight.
+        """
         return max(1, -(-len(self.plan.stages.names) // self.plan.section.micro_batches))
 
     def _pauses(self, done: int) -> bool:
@@ -226,7 +230,7 @@ class Attempt:
                 self._exchange.send(sending, (row,), (meta,), (buffer,), time.monotonic_ns())
         self._flush()
 
-    # -- what comes out -------------------------------------------------------------------------------------------
+    # -- receiving losses -----------------------------------------------------------------------------------------
 
     async def _listen(self) -> None:
         exchange = self._exchange
@@ -241,8 +245,8 @@ class Attempt:
                 try:
                     received = exchange.on_arrival(arrival)
                 except RefusedMessage:
-                    raise  # nothing of a training run may be left out
-                except ProtocolError as error:  # what was damaged on the way is asked for again
+                    raise  # a training must not lose a message
+                except ProtocolError as error:  # a message that was damaged on the way is requested again
                     self._supervisor.refused(GATEWAY, str(error))
                     received = None
                 if received is not None:
@@ -283,7 +287,10 @@ class Attempt:
             raise ProtocolError(f"edge {link.link.name}: expected a loss or a norm")
 
     def _on_losses(self, link: TrainingLink, row: Row, values: list[list[list[float]]]) -> None:
-        """A step's losses of one actor, [micro-batches, terms, 2]."""
+        """Collect the losses of one actor in one step, [micro-batches, terms, 2].
+
+        The step is done when all losses have come.
+        """
         key = (row.session, row.position)
         terms = self._losses.setdefault(key, {})
         for index, (name, _) in enumerate(self._terms[link.port]):
@@ -316,7 +323,7 @@ class Attempt:
         self._tell()
 
     def _tell(self) -> None:
-        """Tell of steps in their order; of one whose norm is still to come, once that is there."""
+        """Report finished steps in their order. A step is reported once its norm has come, if norms are computed."""
         clips = any(link.role == NORM for link in self._links)
         while self._told:
             step = self._told[0]
@@ -334,19 +341,22 @@ class Attempt:
         self._finish_saved()
 
     def _finish_saved(self) -> None:
-        """Make whole what all have saved, once the losses up to there are known, too: they come by another way."""
+        """Complete the checkpoints that all hosts have saved, once all losses up to them are known.
+
+        Losses come over links, the notices of saved shards over the control socket, so either may come first.
+        """
         for rounds, saved in list(self._saved.items()):
             at = rounds * self.plan.steps_of_round
             known = {(told["step"], "validation" in told) for told in self.trained.history}
             if saved != self._labels or (at, False) not in known:
-                continue  # a host may have had no room for its part
+                continue  # a host without disk space may never save its shard
             if self._pauses(rounds) and (at, True) not in known:
                 continue
             self._saved = {other: told for other, told in self._saved.items() if other > rounds}
             history = [told for told in self.trained.history if told["step"] <= at]
             try:
                 self.trained.folder = checkpoints.finish(self.out, self.plan, rounds, history, self._keep)
-            except OSError as error:  # the disk is full: the checkpoint before stands
+            except OSError as error:  # the disk is full: the previous checkpoint remains
                 if rounds == self.plan.rounds:
                     raise
                 self._supervisor.note("checkpoint not finished", round=rounds, what=str(error))

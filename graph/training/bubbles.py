@@ -1,4 +1,4 @@
-"""How much of the stages' time was spent waiting, as measured and as the schedule has it with the costs that were measured."""
+"""Compute the share of time that stages wait: as measured, and as the schedule predicts from the measured costs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ KINDS = (FORWARD, BACKWARD, INPUTS, WEIGHTS, UPDATE)
 
 
 class Bubbles:
-    """Of one training run: each stage computes, has to do with messages, or waits for one. The last is the bubble.
+    """Measure how the stages of one training run spend their time.
+
+    A stage computes, handles messages, or waits for a message. The waiting is the bubble.
 
     Args:
-        counters: what the hosts have counted, by `actor.replica`: microseconds and number of each kind of action (`F_us`, `F`,
-            …), of waiting by what for, and of whole rounds.
+        counters: what the hosts have counted, by `actor.replica`: microseconds and number of each kind of action
+            (`F_us`, `F`, …), microseconds of waiting by the role of the link, and microseconds of whole rounds.
     """
 
     def __init__(self, schedule: Schedule, stages: Stages, counters: Mapping[str, Mapping[str, int]]) -> None:
@@ -23,7 +25,7 @@ class Bubbles:
         self._schedule, self._stages = schedule, stages
         self._own = {name: own[name] for name in stages.names if name in own}
         self.costs: dict[tuple[str, str], float] = {}
-        """Microseconds that an action of a stage took on average, with its messages."""
+        """Average microseconds of an action, by stage and kind. All except updates include their messages."""
         for name, counted in self._own.items():
             kinds = [kind for kind in KINDS if counted.get(kind)]
             actions = sum(counted[kind] for kind in kinds if kind != UPDATE)
@@ -42,7 +44,7 @@ class Bubbles:
 
     @property
     def _spans(self) -> dict[str, int]:
-        """Microseconds from the beginning to the end of rounds, by worker."""
+        """Return the microseconds from the beginning to the end of rounds, by worker."""
         spans: dict[str, int] = {}
         for name, counted in self._own.items():
             worker = self._stages.worker(name)
@@ -55,17 +57,17 @@ class Bubbles:
 
     @property
     def messages(self) -> float:
-        """What sending and taking messages took of all workers' time: 0 to 1."""
+        """Return the share of all workers' time that was spent on sending and receiving messages: 0 to 1."""
         return self._share(sum(map(self._on_messages, self._own)))
 
     @property
     def measured(self) -> float:
-        """What waiting took of all workers' time: 0 to 1."""
+        """Return the share of all workers' time that was spent waiting: 0 to 1."""
         if not self._spans:
             return 0.0
         return 1 - self._share(sum(self._computed(name) + self._on_messages(name) for name in self._own))
 
     @property
     def computed(self) -> float:
-        """What the schedule says for these costs."""
+        """Return the share of waiting that the schedule predicts for these costs: 0 to 1."""
         return bubble(play(self._schedule, self._stages, self.costs), self._stages)

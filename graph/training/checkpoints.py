@@ -1,9 +1,9 @@
-"""Checkpoints of a training run: whole once their index is there, which is written last.
+"""Read and complete training checkpoints. A checkpoint is complete once its index exists, which is written last.
 
-OUT/round-00000100/   a shard an actor, index.json with the plan's hash and how far it is; of a model also what
-                      transformers and `ranvier run` need: config.json, the tokenizer, model.safetensors.index.json
-OUT/latest            the name of the newest whole one
-OUT/lock              held by whoever trains there; the kernel lets go of it with the process
+OUT/round-00000100/   one shard per actor; index.json with the plan's hash and the finished rounds; for a model also
+                      config.json, the tokenizer and model.safetensors.index.json, for transformers and `ranvier run`
+OUT/latest            the name of the newest complete checkpoint
+OUT/lock              locked by the training that writes there; the kernel unlocks it when the process ends
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from ..sessions import tokenizer
 from .plan import TrainingPlan
 
 MOST_BYTES = 1 << 30
-"""Of an index, which has the history of all steps."""
+"""Size limit of an index, which has the history of all steps."""
 INDEX, LATEST, LOCK = "index.json", "latest", "lock"
 BROUGHT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A whole one: its folder, the rounds that are done, the steps so far with their losses."""
+    """Describe a complete checkpoint: its folder, the number of finished rounds, the steps so far with their losses."""
 
     folder: Path
     rounds: int
@@ -42,10 +42,10 @@ class Checkpoint:
 
 @contextlib.contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """`out`, for one training alone; nobody else may write there meanwhile.
+    """Reserve `out` for one training while in the context. No other training may write there meanwhile.
 
     Raises:
-        RequestError: another training has it, or it cannot be written to.
+        RequestError: another training writes there, or `out` cannot be written to.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -61,10 +61,10 @@ def claimed(out: Path) -> Iterator[None]:
 
 
 def latest(out: Path, plan: TrainingPlan) -> Checkpoint | None:
-    """The newest whole checkpoint under `out`; None if there is none.
+    """Return the newest complete checkpoint under `out`, or None if there is none.
 
     Raises:
-        RequestError: it is of another graph, or damaged.
+        RequestError: the checkpoint belongs to another graph, or is damaged.
     """
     try:
         name = read_text(out / LATEST, 4096).strip()
@@ -89,7 +89,7 @@ def latest(out: Path, plan: TrainingPlan) -> Checkpoint | None:
 
 
 def finish(out: Path, plan: TrainingPlan, rounds: int, history: Sequence[dict[str, Any]], keep: int) -> Path:
-    """All shards are there: write what makes them one checkpoint, and remove those before the last `keep`."""
+    """Complete a checkpoint whose shards are all there, and remove all except the newest `keep` checkpoints."""
     folder = folder_of(out, rounds)
     checkpoint = plan.graph.checkpoint
     if checkpoint is not None:
@@ -103,7 +103,7 @@ def finish(out: Path, plan: TrainingPlan, rounds: int, history: Sequence[dict[st
 
 
 def _as_model(folder: Path, plan: TrainingPlan) -> None:
-    """What lets transformers and `ranvier run` open the shards as one model."""
+    """Write the files that let transformers and `ranvier run` open the shards as one model."""
     from safetensors import safe_open
 
     checkpoint = plan.graph.checkpoint
@@ -113,7 +113,7 @@ def _as_model(folder: Path, plan: TrainingPlan) -> None:
         if actor.kind.uses_model:
             file = folder / f"{actor.name}.safetensors"
             with safe_open(file, "pt") as opened:
-                place |= {name: place.get(name, file.name) for name in opened.keys()}  # noqa: SIM118 - it is no mapping
+                place |= {name: place.get(name, file.name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
     if checkpoint.config.tied:
         place.pop("lm_head.weight", None)
     sizes = sum((folder / name).stat().st_size for name in set(place.values()))
@@ -129,7 +129,7 @@ def _as_model(folder: Path, plan: TrainingPlan) -> None:
 
 
 def _out_of_gguf(folder: Path, plan: TrainingPlan) -> None:
-    """The config and the tokenizer that stand in a GGUF file, as transformers keeps them."""
+    """Write the config and the tokenizer of a GGUF file in the format of transformers."""
     checkpoint, model = plan.graph.checkpoint, plan.graph.file.model
     assert checkpoint is not None and model is not None
     config = to_hf(checkpoint.config, model.dtype)

@@ -1,4 +1,4 @@
-"""What a graph learns from: batches by step, the same ones whenever a step is taken again.
+"""Provide the batches that a graph learns from. A step that is repeated gets the same batch again.
 
 Shape suffixes: B sequences or examples of a batch, S tokens of a sequence.
 """
@@ -24,29 +24,32 @@ if TYPE_CHECKING:
     import torch
 
 SOURCES = ("text", "tokens", "tensors", "source")
-"""What data may be given as."""
+"""The keys under which a graph file may give its data."""
 
 Tensors = Mapping[str, "torch.Tensor"]
 
 MOST_BYTES = 1 << 32
-"""Of a text."""
+"""Size limit of a text."""
 
 
 class Data(Protocol):
-    """Batches by name of the gateway's inputs and of targets; the first dimension is what is cut into micro-batches."""
+    """Provide batches of tensors, by the names of the gateway's inputs and of targets.
+
+    The first dimension is cut into micro-batches.
+    """
 
     def training(self, step: int) -> Tensors:
-        """The batch of a step, from 0 on."""
+        """Return the batch of a step, counted from 0."""
 
     def validation(self, index: int) -> Tensors:
-        """One micro-batch of what is held out."""
+        """Return one micro-batch of the data that is held out."""
 
 
 def of(plan: TrainingPlan, allow_code: bool) -> Data:
-    """The data that the graph file names.
+    """Return the data that the graph file names.
 
     Raises:
-        RequestError: it is not there, too short, or does not name what the graph takes.
+        RequestError: the data does not exist, is too short, or lacks a name that the graph takes.
     """
     section, graph = plan.section.data, plan.graph
     given = [name for name in SOURCES if getattr(section, name) is not None]
@@ -79,11 +82,13 @@ def _generator(plan: TrainingPlan, step: int) -> torch.Generator:
 
 
 class _Windows:
-    """Windows of a row of tokens, at places that the seed and the step give; validation goes through the held-out end in order.
+    """Cut batches of windows from a row of tokens.
+
+    For training, the seed and the step determine the positions. Validation goes through the held-out end in order.
 
     Args:
-        ids_T: the tokens; may be a file that is mapped.
-        name: of the file, for errors.
+        ids_T: the tokens; this may be a mapped file.
+        name: the name of the file, for errors.
     """
 
     def __init__(self, plan: TrainingPlan, ids_T: numpy.ndarray[Any, Any], name: str) -> None:
@@ -139,7 +144,10 @@ def _of_text(plan: TrainingPlan, file: Path) -> numpy.ndarray[Any, Any]:
 
 
 def _of_tokens(plan: TrainingPlan, file: Path) -> numpy.ndarray[Any, Any]:
-    """Token ids as `.bin` (little-endian 16 bits each), `.npy`, or `.safetensors` with one tensor of integers: mapped."""
+    """Read token ids from `.bin` (little-endian, 16 bits each), `.npy`, or `.safetensors` with one tensor of integers.
+
+    `.bin` and `.npy` files are mapped.
+    """
     import numpy
 
     def wrong(what: str) -> RequestError:
@@ -177,7 +185,7 @@ def _of_tokens(plan: TrainingPlan, file: Path) -> numpy.ndarray[Any, Any]:
 
 
 class _Stored:
-    """Examples of a safetensors file, shuffled anew each time all have been seen."""
+    """Provide the examples of a safetensors file, shuffled again whenever all of them have been used."""
 
     def __init__(self, plan: TrainingPlan, file: Path) -> None:
         import torch
@@ -192,13 +200,16 @@ class _Stored:
         wanted = {name: tensor for name, tensor in found.items() if name in _names(plan)}
         sizes = {name: len(tensor) for name, tensor in wanted.items()}
         if len(set(sizes.values())) != 1:
-            raise RequestError(f"training: data: {file.name}: expected as many examples in each, got {sizes}")
+            raise RequestError(
+                f"training: data: {file.name}: expected the same number of examples in each tensor, got {sizes}"
+            )
         self._plan, self._tensors = plan, wanted
         self._count = next(iter(sizes.values()))
         self._learned = self._count - int(self._count * plan.section.data.held_out)
         if self._learned < plan.section.batch:
             raise RequestError(
-                f"training: data: {file.name}: {self._learned} examples to learn from are no batch of {plan.section.batch}"
+                f"training: data: {file.name}: expected at least {plan.section.batch} examples to learn from (a "
+                f"batch), got {self._learned}"
             )
         self._order: tuple[int, torch.Tensor] = -1, torch.empty(0)
 
@@ -223,7 +234,7 @@ class _Stored:
 
 
 class _Own:
-    """A class of the user's own, called with the step and whether it is for validation."""
+    """Call an instance of a custom class with the step, and with whether it is for validation."""
 
     def __init__(self, plan: TrainingPlan, source: str, allow_code: bool) -> None:
         try:
@@ -250,7 +261,7 @@ class _Own:
 
 
 def _names(plan: TrainingPlan) -> set[str]:
-    """What the graph takes from its data."""
+    """Return the names that the graph takes from its data."""
     return {link.port for link in plan.inputs}
 
 

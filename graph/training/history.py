@@ -1,4 +1,4 @@
-"""`history.jsonl`: a line a step and a validation, each once, however often the training was interrupted."""
+"""Write `history.jsonl`: one line per step and validation, each once, however often the training was interrupted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..run.paths import writable
 
 
 class History:
-    """Use it in a `with`. Nothing is touched before `begin`."""
+    """Write the history of a training. Use it in a `with`; it changes no file before `begin`."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -27,7 +27,11 @@ class History:
             self._open.close()
 
     def begin(self, stands: Sequence[Mapping[str, Any]]) -> None:
-        """From here on what follows these is told: what was written of later steps comes again, and is taken out."""
+        """Replace the file with the steps in `stands`. Later steps that it had are removed: they will be repeated.
+
+        Raises:
+            RequestError: something other than a file is there, or its folder does not exist.
+        """
         if self._open is not None:
             self._open.close()
         writable(self._file)
@@ -37,7 +41,7 @@ class History:
         self._open = self._file.open("a", encoding="utf-8")
 
     def add(self, told: Mapping[str, Any]) -> None:
-        """Tell of a step. On a full disk the training goes on, and what was missed is written with what comes later."""
+        """Write a step. On a full disk the training continues, and the missing lines are written with later ones."""
         assert self._open is not None
         self._missed += json.dumps(told) + "\n"
         data = self._missed.encode()

@@ -1,4 +1,4 @@
-"""A model from nothing: random weights for a `config.json`, as transformers draws them."""
+"""Create a model with random weights for a `config.json`, as transformers initialises it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ FILE = "model.safetensors"
 
 
 def initialise(folder: Path | str, seed: int = 0, deviation: float = 0.02) -> Path:
-    """Write `model.safetensors` beside the `config.json` of a family that learns: matrices drawn from a normal distribution
-    around 0, norms of ones, biases of zeros, float32.
+    """Write `model.safetensors` with random float32 weights beside a `config.json`.
+
+    Matrices are drawn from a normal distribution around 0. Norms are ones (zeros for `rms_plus_one`), biases are zeros.
 
     Args:
-        deviation: of the distribution (`initializer_range` of transformers' configs).
+        folder: where the `config.json` is.
+        seed: the seed of the random numbers.
+        deviation: the standard deviation of the distribution (`initializer_range` in transformers' configs).
 
     Raises:
         CheckpointError: there is no such config.
-        RequestError: there are weights already, or the family is none that learns.
+        RequestError: there are weights already, or models of this family cannot be trained.
     """
     import torch
     from safetensors.torch import save_file
@@ -31,9 +34,9 @@ def initialise(folder: Path | str, seed: int = 0, deviation: float = 0.02) -> Pa
     config = from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
     file = folder / FILE
     if file.exists():
-        raise RequestError(f"{file} is there already; remove it first if it is to be drawn anew")
+        raise RequestError(f"{file} exists already; remove it first to draw new weights")
     if not config.native or config.experts or config.encoder is not None:
-        raise RequestError(f"{folder}: {config.family} does not learn here")
+        raise RequestError(f"{folder}: models of the family {config.family} cannot be trained")
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for slot in weights.slots("model", config, (0, config.layers - 1)):

@@ -1,7 +1,7 @@
-"""What training makes of a checked graph: who learns, the links that gradients go back by, the schedule, every host's part.
+"""Define the training plan of a graph: who learns, the links for gradients, the schedule, and every host's part.
 
-Gradients go back along the edges that activations went: the same number, the ends swapped, messages of kind `grad`. Losses,
-norms and the sums of shared weights have links of their own, numbered after the edges.
+Gradients go back along the edges of the activations: the same number, the ends swapped, messages of kind `grad`.
+Losses, norms and the sums of shared weights have separate links, numbered after the edges.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ from ..file.training_section import TrainingSection
 from ..plan.plan import Plan
 
 NEXT = "target"
-"""What the data calls the tokens that should come next."""
+"""The name, in the data, of the next tokens, which a language model learns to predict."""
 
 
 class TrainingError(GraphError):
-    """A graph that cannot be trained as its file says."""
+    """Report that a graph cannot be trained as its file says."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """A plan, and what training adds. `schedule` is one round's: a step's, or, asynchronously, what lies between two pauses.
-    `steps_of_round` steps are one round."""
+    """Extend a plan by what training needs.
+
+    `schedule` is that of one round, which has `steps_of_round` steps. A round is one step. For an asynchronous
+    schedule, it is all steps between two pauses.
+    """
 
     plan: Plan
     section: TrainingSection
@@ -57,12 +60,12 @@ class TrainingPlan:
 
     @property
     def validate_rounds(self) -> int:
-        """Rounds between two validations; 0: there are none."""
+        """Return the number of rounds between two validations, or 0 without validation."""
         return self.section.validate_.every // self.steps_of_round if self.section.validate_ is not None else 0
 
     @property
     def terms(self) -> dict[str, list[tuple[str, float]]]:
-        """What the losses of each actor are called, and what they count."""
+        """Return the names and weights of the losses, by actor."""
         made: dict[str, list[tuple[str, float]]] = {}
         for actor, losses in self.losses.items():
             ports = [loss.port for loss in losses]
@@ -74,12 +77,12 @@ class TrainingPlan:
 
     @property
     def inputs(self) -> list[TrainingLink]:
-        """The links by which data goes in."""
+        """Return the links that carry data from the gateway to the hosts."""
         return [link for link in self.links[GATEWAY, 0] if link.role == OUTPUT]
 
     @property
     def resumable(self) -> str:
-        """16 hexadecimal digits over all that a checkpoint and who goes on from it must agree on."""
+        """Return a hash (16 hexadecimal digits) of all that a checkpoint and a training that resumes it must share."""
         left_out = set() if self.asynchronous else {"validate_", "save", "schedule", "recompute"}
         graph = self.graph
         told = [
@@ -99,12 +102,12 @@ class TrainingPlan:
 
     @property
     def updates(self) -> int:
-        """Of each stage, over the whole training."""
+        """Return the number of updates of each stage over the whole training."""
         of_round = sum(action.kind == schedules.UPDATE for action in next(iter(self.schedule.stages.values())))
         return of_round * self.rounds
 
     def _share(self, replicas: int) -> float:
-        """What a micro-batch counts of an update."""
+        """Return the weight of one micro-batch in an update."""
         if self.asynchronous:
             return 1 / self.section.accumulate
         return (replicas if self.section.average_every else 1) / self.section.micro_batches
@@ -113,7 +116,10 @@ class TrainingPlan:
         return Optimizer(**self.section.optimizer.model_dump())
 
     def hosts(self, run_dir: Path, sockets: Path, out: Path, first: int, resume: Path | None) -> list[HostSpec]:
-        """Every host's part. `first`: the round to begin with; `resume`: the folder of the shards to go on from."""
+        """Return every host's part.
+
+        `first` is the round to begin with. `resume` is the folder of the shards to continue from, if any.
+        """
         section = self.section
         made = []
         for spec in self.plan.place(run_dir, sockets):

@@ -1,4 +1,4 @@
-"""From a checked graph to its training plan: what can learn, what is minimised, who tells whom, in which order."""
+"""Make the training plan of a checked graph: what can learn, which losses are minimised, and the links and schedule."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ from ..plan.plan import EPOCH, plan
 from .plan import NEXT, TrainingError, TrainingPlan
 
 KINDS = ("embedding", "blocks", "head", "first_stage", "last_stage", "model", "attention", "experts", "combine")
-"""The built-in kinds that learn."""
+"""The built-in kinds that can be trained."""
 ENDS = ("head", "last_stage", "model")
-"""Those that have logits."""
+"""The built-in kinds that compute logits."""
 CREDIT_BYTES = 1 << 30
 _NUMBER = TensorSpec("float64", (1,))
 
 MOST_BYTES = 1 << 20
-"""Of a schedule's file."""
+"""Size limit of a schedule file."""
 
 
 def training_plan(graph: Graph) -> TrainingPlan:
-    """How a graph is to be trained.
+    """Return the training plan of a graph.
 
     Raises:
-        TrainingError: it cannot be; says why and what to do.
+        TrainingError: the graph cannot be trained; the error says why and what to do.
     """
     return _Planning(graph).made()
 
@@ -75,13 +75,19 @@ class _Planning:
         return TrainingError(str(self.graph.path), [Problem(f"training: {what}", place)])
 
     def _carries(self, edge: CheckedEdge) -> bool:
-        """Whether an edge has its part in training: what goes to the client has not, nor what comes back from it."""
+        """Return whether an edge takes part in training. Edges to the client and the feedback of tokens do not.
+
+        Raises:
+            TrainingError: the edge is feedback of anything but tokens.
+        """
         if edge.target == GATEWAY:
             return False
         if edge.feedback:
             if edge.out == "token" and self.graph.generates:
                 return False
-            raise self._wrong(f"edge {edge.name} goes round: loops cannot be trained; write the rounds out as actors")
+            raise self._wrong(
+                f"edge {edge.name} is feedback, and loops cannot be trained; write the rounds out as actors"
+            )
         return True
 
     def made(self) -> TrainingPlan:
@@ -113,7 +119,7 @@ class _Planning:
         )  # fmt: skip
 
     def _learns(self, actor: CheckedActor) -> bool:
-        """With LoRA built-in kinds learn where they have blocks, and there alone."""
+        """Return whether an actor learns. With LoRA, built-in kinds learn only if they have blocks."""
         has_blocks = actor.layers is not None or actor.kind.name == "model" or not actor.kind.uses_model
         return (self.section.lora is None or has_blocks) and actor.name not in self.section.frozen
 
@@ -126,11 +132,12 @@ class _Planning:
             config = checkpoint.config if checkpoint is not None else None
             if kind.name not in KINDS or config is None or not (config.native or config.experts) or config.encoder:
                 raise self._wrong(
-                    f"actor {actor.name}: kind {kind.name} of this model runs, but does not learn; what does are "
-                    f"{', '.join(KINDS)} of llama, mistral, qwen2, qwen3, gemma3, gpt2, mixtral, qwen2_moe and qwen3_moe"
+                    f"actor {actor.name}: kind {kind.name} of this model can run, but cannot be trained; kinds that "
+                    f"can are {', '.join(KINDS)} of llama, mistral, qwen2, qwen3, gemma3, gpt2, mixtral, "
+                    "qwen2_moe and qwen3_moe"
                 )
             if self.graph.file.model is not None and self.graph.file.model.weights != "dtype":
-                raise self._wrong(f"model: weights: {self.graph.file.model.weights} cannot learn; leave it out")
+                raise self._wrong(f"model: weights: {self.graph.file.model.weights} cannot be trained; leave it out")
         for port, spec in actor.inputs.items():
             if "rows" in spec.shape:
                 raise self._wrong(
@@ -143,7 +150,7 @@ class _Planning:
             return
         if section.schedule == "async":
             raise self._wrong(
-                f"actor {actor.name}: {count} replicas: async has one of each; leave them out", "schedule"
+                f"actor {actor.name}: {count} replicas: async allows only one; leave replicas out", "schedule"
             )
         if section.micro_batches % count:
             raise self._wrong(
@@ -159,7 +166,8 @@ class _Planning:
         for every in [section.steps, *pauses] if section.average_every else []:
             if every % section.average_every:
                 raise self._wrong(
-                    f"average_every: {section.average_every} is no part of {every} steps, after which all must be the same",
+                    f"average_every: {section.average_every} does not divide {every} steps, after which all replicas "
+                    "must be the same",
                     "average_every",
                 )
 
@@ -208,14 +216,14 @@ class _Planning:
         return {name: tuple(losses) for name, losses in made.items()}
 
     def _minimised(self, actor: CheckedActor) -> list[str]:
-        """Outputs that losses may be taken of."""
+        """Return the outputs that a loss may be computed from."""
         name, checkpoint = actor.kind.name, self.graph.checkpoint
         made = [LOGITS] if name in ENDS else list(actor.outputs)
         mixes = checkpoint is not None and checkpoint.config.experts and name not in ("experts", "combine")
         return [*made, BALANCE] if (mixes and actor.layers is not None) or (mixes and name == "model") else made
 
     def _steps_of_round(self) -> int:
-        """How many steps make a round: asynchronous stages stop for nothing but validation, saving, and the end."""
+        """Return the number of steps in a round. Asynchronous stages stop only for validation, saving, and the end."""
         section = self.section
         pauses = {
             name: pause.every
@@ -311,15 +319,18 @@ class _Planning:
         for name in stages.names:
             for other in (*stages.names, *((GATEWAY,) if name == stages.names[0] else ())):
                 link = self._own(f"{name} -> {other} (norm)", name, other, "norm", _NUMBER)
-                for replica in range(self._replicas(other)):  # of replicas, which all have the same, the first tells
+                for replica in range(self._replicas(other)):  # all replicas have the same norm; the first one sends it
                     if (other, replica) != (name, 0):
                         self._add(NORM, other, NORM, name, link, 0, replica)
 
     def _share(self, learning: frozenset[str]) -> dict[str, dict[str, str]]:
-        """A tied model whose ends are two actors: both hold the matrix, and the gradients of both count."""
+        """Link the two ends of a tied model: both hold the matrix, and the gradients of both are added up.
+
+        Return the shared weights of each actor, and which actor adds up their gradients.
+        """
         graph = self.graph
         if graph.checkpoint is None or not graph.checkpoint.config.tied or self.section.lora is not None:
-            return {}  # with LoRA the matrix itself stays
+            return {}  # with LoRA the matrix itself does not change
         begins = [name for name, actor in graph.actors.items() if actor.kind.name in ("embedding", "first_stage")]
         ends = [name for name, actor in graph.actors.items() if actor.kind.name in ("head", "last_stage")]
         if not begins or not ends:
@@ -342,7 +353,7 @@ class _Planning:
         return {first: {"embedding": first}, last: {"head": first}}
 
     def _own(self, name: str, source: str, target: str, port: str, spec: TensorSpec) -> LinkSpec:
-        """A link that is no edge of the graph."""
+        """Return a link that is not an edge of the graph."""
         number = self.next_number
         self.next_number += 1
         return replace(self._link(number, name, source, target, port, spec), kind=STATE)
@@ -357,7 +368,10 @@ class _Planning:
         )  # fmt: skip
 
     def _add_all(self, outgoing: str, port: str, incoming: str, into: str, link: LinkSpec) -> None:
-        """Between all replicas that have a micro-batch in common; replica r of n takes those whose number leaves r."""
+        """Add links between all replicas that have a micro-batch in common.
+
+        Replica r of n takes the micro-batches whose number modulo n is r.
+        """
         ends = [end.partition(".")[0] for end in (link.source, link.target)]
         ours, theirs = map(self._replicas, ends)
         pairs = {(number % ours, number % theirs) for number in range(math.lcm(ours, theirs))}

@@ -1,4 +1,4 @@
-"""What a training came to as a picture: its losses, and one round of its schedule with the costs that were measured."""
+"""Draw a training: its losses, and one round of its schedule with the measured costs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .plan import TrainingPlan
 COLOURS = {"F": "#4878a8", "B": "#d1704b", "I": "#d1704b", "W": "#e6b655", "U": "#777777"}
 NAMED = {"F": "forward", "B": "backward", "I": "inputs' gradients", "W": "weights' gradients", "U": "update"}
 MOST_ACTIONS = 400
-"""More are not told apart in the picture."""
+"""Limit of drawn actions. More could not be distinguished in the picture."""
 
 
 def draw(file: Path, plan: TrainingPlan, history: Sequence[Mapping[str, Any]], bubbles: Bubbles | None) -> None:
-    """Write a PNG (or whatever the name's ending says that matplotlib knows).
+    """Write a picture as PNG, or as another format that matplotlib knows by the file's suffix.
 
     Raises:
         RequestError: matplotlib is not installed, or cannot write such a file.

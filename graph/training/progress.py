@@ -1,4 +1,4 @@
-"""Progress of a training on standard error: one line on a terminal, else a line now and then."""
+"""Show the progress of a training on standard error: a live line on a terminal, else a line every 10 s or so."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVERY_S = 10.0
 
 
 class Progress:
-    """Use it in a `with`."""
+    """Show the progress of one training. Use it in a `with`."""
 
     def __init__(self, plan: TrainingPlan, stream: TextIO) -> None:
         self._plan = plan
@@ -45,14 +45,14 @@ class Progress:
             self._bar.stop()
 
     def say(self, what: str) -> None:
-        """Something else than a step."""
+        """Print a message about anything but a step."""
         if self._bar is not None:
             self._bar.console.print(printable(what), markup=False, highlight=False)
         else:
             print(f"ranvier: {what}", file=self._stream, flush=True)
 
     def show(self, step: Step) -> None:
-        """What came of a step or a validation."""
+        """Show the result of a step or a validation."""
         if step.validation:
             self._validation = step.loss
         else:

@@ -1,4 +1,4 @@
-"""What comes of a training: a line a step, and all of it at the end."""
+"""Define the results of a training: one for each step, and all of them together at the end."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from typing import Any
 
 @dataclass(slots=True)
 class Step:
-    """What came of one step, or of one validation after it. `losses` are the terms by `actor.port`; `loss` is their weighted
-    sum; `accuracy` is NaN where there is no such; `norm` that of all gradients, where it was asked for."""
+    """Hold the result of one step, or of one validation after it.
+
+    `losses` are the terms by `actor.port`; `loss` is their weighted sum. `accuracy` is NaN if there is none. `norm` is
+    that of all gradients; it is NaN if norms are not computed.
+    """
 
     step: int
     loss: float
@@ -34,8 +37,11 @@ OnStarted = Callable[[Mapping[str, int]], None]
 
 @dataclass(slots=True)
 class Trained:
-    """What a training came to: all steps and validations in order, the last checkpoint, what was lost on the way, how long
-    stages were busy and waited (`counters` of `actor.replica`)."""
+    """Hold the results of a training.
+
+    `history` has all steps and validations in order. `folder` is the last checkpoint. `losses` lists the hosts that
+    were lost, with the reason. `counters` say how long stages computed and waited, by `actor.replica`.
+    """
 
     history: list[dict[str, Any]] = field(default_factory=list)
     folder: Path | None = None

@@ -1,8 +1,7 @@
-"""The loop around a training run: batches go in, losses come out, checkpoints are made whole, and what is lost begins again
-from the last one.
+"""Train a graph: run attempts until all steps are done.
 
-A lost actor ends the attempt, and the next one goes on from the last whole checkpoint, within the restart budget of that actor:
-batches are functions of the step, so the losses are those that would have been.
+A lost actor ends the attempt. The next attempt continues from the last complete checkpoint, within the restart budget
+of that actor. Batches are functions of the step, so the losses are the same as without the failure.
 """
 
 from __future__ import annotations
@@ -45,24 +44,26 @@ async def train(
     log: str | None = None,
     zygote: ZygoteProcess | None = None,
 ) -> Trained:
-    """Train a graph until its steps are done, from the newest checkpoint under `out` on.
+    """Train a graph until its steps are done. Start from the newest checkpoint under `out`, if there is one.
 
     Args:
         graph: from `ranvier.load`, with a `training` section.
-        out: where checkpoints go, the last `keep` of them.
+        out: the folder of the checkpoints.
         allow_code: import the class that `data: {source: …}` names from the graph's own folder.
-        on_step: told of every step and validation.
-        on_event: told what goes on otherwise, in words.
-        on_started: told the processes, by identity, of each attempt.
-        on_begin: told, before each attempt, of the steps and validations that stand; those after them come again.
-        chaos: a file that says what goes wrong on which tcp links (chaos.py).
-        log: `json` or `console`: the runs' log goes to standard error, too, in that form.
-        zygote: the process that hosts are forked from, where it was started before.
+        runs: the folder in which each attempt's run folder is made.
+        on_step: called with each step and validation.
+        on_event: called with a message about any other event.
+        on_started: called in each attempt with the process ids of the hosts, by identity.
+        on_begin: called before each attempt with the steps and validations that are kept. Later ones are repeated.
+        keep: how many checkpoints remain, the newest ones.
+        chaos: a file that says which tcp links fail, and how (chaos.py).
+        log: `json` or `console`: also write the runs' logs to standard error, in that form.
+        zygote: the process that hosts are forked from, if it is already started.
 
     Raises:
-        ActorFailed: an actor was lost more often than its `restart` allows, or raised an error of its own.
-        GraphError: it cannot be trained as its file says.
-        RequestError: the data is not there or does not fit, `out` has a checkpoint of another graph, or another
+        ActorFailed: an actor was lost more often than its `restart` allows, or raised an error itself.
+        GraphError: the graph cannot be trained as its file says.
+        RequestError: the data does not exist or does not fit, `out` has a checkpoint of another graph, or another
             training writes there.
     """
     plan = training_plan(graph)
@@ -78,23 +79,23 @@ async def train(
             if found is not None and found.rounds >= plan.rounds:
                 return trained
             if found is not None:
-                on_event(f"going on from {found.folder}, {found.rounds} of {plan.rounds} rounds done")
+                on_event(f"continuing from {found.folder}, {found.rounds} of {plan.rounds} rounds done")
             attempt = Attempt(plan, data, out, found, trained, on_step, keep, bad_links, log)
             try:
                 await attempt.run(runs, on_started, zygote)
             except ActorFailed as error:
                 actor = error.actor.partition(".")[0]
                 if error.remote_traceback and "Error" in error.what and "ended" not in error.what:
-                    raise  # it will do so again: the same batch, the same weights
+                    raise  # a retry would fail again: the same batch, the same weights
                 policy = attempt.policies.get(actor)
                 delay_s = (
                     restarts.setdefault(actor, Restarts(policy)).take(time.monotonic()) if policy is not None else None
                 )
                 if delay_s is None:
                     raise
-                zygote = None  # it has ended with its hosts
+                zygote = None  # the zygote has ended with its hosts
                 trained.losses.append(f"{error.actor}: {error.what}")
-                on_event(f"{error.actor} was lost ({error.what}); beginning again from the last checkpoint")
+                on_event(f"{error.actor} was lost ({error.what}); starting again from the last checkpoint")
                 await trio.sleep(delay_s)
                 continue
             return trained

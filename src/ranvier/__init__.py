@@ -1,4 +1,4 @@
-"""Ranvier: the parts of a model as actors that exchange tensors over ZeroMQ, wired by a graph file.
+"""Run the parts of a model as actors that exchange tensors over ZeroMQ, wired by a graph file.
 
 graph = ranvier.load("examples/smollm2.yaml")
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from ranvier.transport.format.header import Row
     from ranvier.transport.format.tensor_spec import TensorSpec
 
-# Imported when first asked for: `import ranvier` must not take the second that torch needs.
+# Imported on first use: `import ranvier` must not take the second that torch needs.
 _PLACES = {
     "Actor": "actors.component.actor", "Batch": "actors.component.actor", "Context": "actors.component.actor",
     "ActorFailed": "actors.errors", "CheckpointError": "actors.errors", "Expired": "actors.errors",

@@ -1,4 +1,4 @@
-"""`python -m ranvier` is the command `ranvier`."""
+"""Run the command `ranvier` as `python -m ranvier`."""
 
 from ranvier.graph.commands.entry import main
 

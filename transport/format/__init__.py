@@ -1,1 +1,1 @@
-"""How a tensor is written into bytes."""
+"""Write tensors as bytes, and read them back."""

@@ -1,13 +1,13 @@
-"""How a tensor's bytes are written on an edge: a form, and perhaps a packer over it.
+"""Define how a tensor's bytes are written on an edge: a form, and optionally a packer applied to it.
 
     raw         the tensor's own bytes, row-major, in the machine's byte order (little-endian is checked at import)
-    bfloat16    floating-point numbers rounded to that type; also float16
-    int8        per row and block of 64 columns one float32 scale, then one byte a number
-    topk        the share of numbers that are largest in size, each with its place; the others become 0 (for gradients)
-    lz4, zstd   after any of these, such as int8+zstd: packed without loss
+    bfloat16    floating-point numbers rounded to that type; float16 likewise
+    int8        one float32 scale for each block of 64 columns of each row, then one byte per number
+    topk        a share of the numbers, those of the largest magnitude, each with its index; the rest becomes 0 (for gradients)
+    lz4, zstd   lossless packing after any of these, such as int8+zstd
 
-A codec travels as its number in the table, which grows at its end. No torch here: what a codec does to a tensor is in
-`tensors.py`; this says what sizes it may come to, so that a header can be checked.
+A codec travels as its number in the table, which only grows at its end. This module gives the sizes that an encoded tensor
+may have, so that a header can be checked. It does not import torch: `tensors.py` encodes and decodes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import NamedTuple
 FORMS: tuple[str, ...] = ("raw", "bfloat16", "float16", "int8", "topk")
 PACKERS: tuple[str, ...] = ("", "lz4", "zstd")
 CODECS: tuple[str, ...] = tuple(f"{form}+{packer}" if packer else form for packer in PACKERS for form in FORMS)
-"""Every codec by its number: form and packer."""
+"""Name of each codec, form and packer, at the index that is its number."""
 
 RAW, BFLOAT16, FLOAT16, INT8, TOPK = range(5)
 LZ4, ZSTD = 1, 2
@@ -29,7 +29,7 @@ DEFAULT_SHARE = 1 / 16
 
 
 class Codec(NamedTuple):
-    """One codec as an edge declares it. `share` is that of `topk`."""
+    """Describe one codec as an edge declares it. `share` is the share of numbers that `topk` keeps."""
 
     form: int = RAW
     packer: int = 0
@@ -37,6 +37,7 @@ class Codec(NamedTuple):
 
     @property
     def number(self) -> int:
+        """Return the codec's number in `CODECS`."""
         return self.packer * len(FORMS) + self.form
 
     def __str__(self) -> str:
@@ -45,8 +46,10 @@ class Codec(NamedTuple):
 
 
 class Coding(NamedTuple):
-    """What a codec did to one tensor: its bytes before, the time, and, where it was looked at, the largest error relative
-    to the largest number."""
+    """Record what a codec did to one tensor: its bytes before encoding, and the time that encoding took.
+
+    `error` is the largest absolute error divided by the largest magnitude, or None if it was not measured.
+    """
 
     raw_bytes: int
     took_ns: int
@@ -54,16 +57,16 @@ class Coding(NamedTuple):
 
 
 def parse(text: str) -> Codec:
-    """The codec that a graph file names: `int8`, `raw+zstd`, `topk:0.05+lz4`.
+    """Return the codec that a graph file names, such as `int8`, `raw+zstd` or `topk:0.05+lz4`.
 
     Raises:
-        ValueError: there is no such codec.
+        ValueError: the codec does not exist, or its share is not over 0 and at most 1.
     """
     form, plus, packer = text.partition("+")
     name, colon, share = form.partition(":")
     if name not in FORMS or (plus and packer not in PACKERS[1:]) or (colon and name != "topk"):
         raise ValueError(
-            f"codec {text!r} does not exist; one of {', '.join(FORMS)}, each perhaps followed by +lz4 or +zstd"
+            f"codec {text!r} does not exist; use one of {', '.join(FORMS)}, optionally followed by +lz4 or +zstd"
         )
     kept = DEFAULT_SHARE if name == "topk" else 0.0
     if colon:
@@ -77,17 +80,17 @@ def parse(text: str) -> Codec:
 
 
 def of_number(number: int) -> tuple[int, int]:
-    """Form and packer."""
+    """Return the form and the packer of the codec with this number."""
     return number % len(FORMS), number // len(FORMS)
 
 
 def kept(elements: int, share: float) -> int:
-    """How many numbers `topk` keeps: at least one, if there is one."""
+    """Count the numbers that `topk` keeps: at least 1, unless the tensor is empty."""
     return min(elements, max(1, math.ceil(elements * share)))
 
 
 def form_bytes(form: int, itemsize: int, shape: tuple[int, ...]) -> tuple[int, int]:
-    """The least and the most bytes of a tensor in a form, before it is packed."""
+    """Return the minimum and the maximum bytes of a tensor in a form, before packing."""
     elements = math.prod(shape)
     if form in (BFLOAT16, FLOAT16):
         return 2 * elements, 2 * elements
@@ -101,7 +104,10 @@ def form_bytes(form: int, itemsize: int, shape: tuple[int, ...]) -> tuple[int, i
 
 
 def wire_bytes(number: int, itemsize: int, shape: tuple[int, ...]) -> tuple[int, int]:
-    """The least and the most bytes of a tensor on the wire. What cannot be packed grows by a little."""
+    """Return the minimum and the maximum bytes of a tensor on the wire.
+
+    Data that cannot be compressed grows slightly when it is packed.
+    """
     form, packer = of_number(number)
     least, most = form_bytes(form, itemsize, shape)
     return (0 if packer else least), (most + most // 128 + 1024 if packer else most)

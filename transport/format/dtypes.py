@@ -1,8 +1,7 @@
-"""The fixed table of element types that may cross a process border.
+"""Define the fixed table of element types that may cross a process border.
 
-A dtype travels as its number in this table, never as a name that is looked up, so no byte from a socket can
-reach a type that is not listed here. The table only ever grows at its end: the numbers are part of the wire
-version (`header.VERSION`).
+A dtype travels as its number in this table, never as a name that is looked up. So no byte from a socket can reach a type that
+is not listed here. The table only grows at its end: the numbers are part of the wire version (`header.VERSION`).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import NamedTuple
 
 
 class DType(NamedTuple):
-    """One row of the table: `number` as on the wire, torch's `name`, `itemsize` in bytes an element."""
+    """Describe one row of the table: the `number` on the wire, torch's `name`, and the `itemsize` in bytes per element."""
 
     number: int
     name: str
@@ -19,6 +18,7 @@ class DType(NamedTuple):
 
     @property
     def floats(self) -> bool:
+        """Return whether the elements are floating-point numbers."""
         return "float" in self.name
 
 

@@ -1,34 +1,37 @@
-"""Errors by blame. Whoever is at fault has a class; the message says what was expected and what came."""
+"""Define the errors of this package, with one class for each party that can be at fault.
+
+The message says what was expected and what came.
+"""
 
 from __future__ import annotations
 
 
 class RanvierError(Exception):
-    """The root of every error this package raises on purpose."""
+    """Serve as the base class of every error that this package raises on purpose."""
 
 
 class ProtocolError(RanvierError):
-    """The peer sent what it must not: bad header, wrong shape, unknown edge, another version.
+    """Report that the peer sent something invalid: a bad header, a wrong shape, an unknown edge, or another version.
 
-    The message is refused; the link and the process go on.
+    The message is refused; the link and the process continue.
     """
 
 
 class LinkClosed(RanvierError):
-    """This side has closed the link or the wire and may not use it any more."""
+    """Report that this side used a link or a wire after closing it."""
 
 
 class LinkBroken(RanvierError):
-    """The other side is gone or cannot be reached: refused, unreachable, or never answered."""
+    """Report that the other side is gone, refused the connection, cannot be reached, or never answered."""
 
 
 class AddressError(RanvierError, ValueError):
-    """An endpoint that may not be used: a wildcard, a path too long, an unknown scheme."""
+    """Report an endpoint that may not be used, such as a wildcard, a path that is too long, or an unknown scheme."""
 
 
 class ResourceError(RanvierError):
-    """This machine has run out of something: descriptors, disk, memory. The message says of what."""
+    """Report that this machine has run out of a resource, such as descriptors, disk or memory. The message names it."""
 
 
 class KeyFileError(RanvierError):
-    """A key is missing, is none, or may be read by others."""
+    """Report that a key is missing, is not a valid key, or can be read by other users."""

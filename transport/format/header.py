@@ -1,16 +1,20 @@
-"""The header: everything about a message but its tensors' bytes, as one small msgpack array.
+"""Encode and decode the header: everything about a message except its tensors' bytes, as one small msgpack array.
 
-Layout, positional, made once (wire version 1):
+The layout is positional (wire version 1):
 
     data, grad, state   [version, kind, edge, sequence, rows, tensors, ready_ns, sent_ns, checksum, acks]
-    the same, traced    [… and traces: 25 bytes for each row, or none]
+    the same, traced    [… and traces: 25 bytes for each traced row, 0 bytes for any other row]
     control             [version, kind, edge, verb, argument, …]
 
-where a row is `[session, epoch, position, tokens]`, a tensor `[name, dtype, shape, codec, bytes]` and an ack, of an edge
-that comes the other way, `[edge, highest received, highest that may be sent, bytes that may be sent in all]`. A trace is the
-W3C trace context of the step that made a row: trace id (16 bytes), its span id (8), flags (1). Bytes from a socket reach
-nothing before `decode` has looked at every field: whatever they are, it returns a valid header or raises `ProtocolError`,
-and allocates no more than a small multiple of the 64 KiB a header may have.
+    row                 [session, epoch, position, tokens]
+    tensor              [name, dtype, shape, codec, bytes]
+    ack                 [edge, highest sequence received, highest sequence that may be sent, total bytes that may be sent]
+
+An ack is about an edge in the opposite direction. A trace is the W3C trace context of the step that produced a row: trace id
+(16 bytes), the step's span id (8), flags (1).
+
+`decode` checks every field before any other code uses bytes from a socket. For any input it returns a valid header or raises
+`ProtocolError`. It allocates at most a small multiple of the 64 KiB that a header may have.
 """
 
 from __future__ import annotations
@@ -36,16 +40,19 @@ MAX_TENSOR_BYTES = 1 << 40
 _MAX_INT = (1 << 63) - 1
 _Count = Annotated[int, msgspec.Meta(ge=0, le=_MAX_INT)]
 _ARRAY_OF_TEN = 0x9A
-"""The first byte of every header that carries tensors: msgpack's mark of an array of ten."""
+"""First byte of a header that carries tensors: msgpack's marker for an array of 10."""
 _ARRAY_OF_ELEVEN = 0x9B
-"""The first byte where rows are traced."""
+"""First byte of a header with traced rows: msgpack's marker for an array of 11."""
 TRACE_BYTES = 25
 MAX_TRACED_ROWS = 1024
-"""A message of more goes without traces: its header has no room for them."""
+"""Messages with more rows than this carry no traces: their headers have no room for them."""
 
 
 class Kind(enum.IntEnum):
-    """What a message is. Data goes down an edge, gradients come back along it; control keeps the link itself."""
+    """Distinguish the kinds of messages.
+
+    Data goes along an edge, and gradients come back along it. Control messages maintain the link itself.
+    """
 
     DATA = 0
     GRAD = 1
@@ -53,31 +60,35 @@ class Kind(enum.IntEnum):
     CONTROL = 3
 
 
-# plain numbers for the way of every message: an enumeration's members take 0.3 µs each time they are named
+# Plain integers for code that runs for every message: each access to an enumeration's member takes 0.3 µs.
 DATA, GRAD, STATE, CONTROL = map(int, Kind)
 
 
 class Verb(enum.IntEnum):
-    """What a control message of a link says."""
+    """Distinguish the control messages of a link."""
 
     HELLO = 0
-    """sender → receiver: offers the link; [graph hash, edge name, specs, source, target]."""
+    """Sender → receiver: offer the link; [graph hash, edge name, specs, source, target]."""
     WELCOME = 1
-    """receiver → sender: opens it; [highest sequence that may be sent, bytes that may be sent in all]."""
+    """Receiver → sender: open the link; [highest sequence that may be sent, total bytes that may be sent]."""
     REFUSE = 2
-    """receiver → sender: will not; [reason]."""
+    """Receiver → sender: refuse the link; [reason]."""
     ACK = 3
-    """receiver → sender: [highest sequence received, highest that may be sent, bytes that may be sent in all]."""
+    """Receiver → sender: acknowledge messages and grant credit;
+    [highest sequence received, highest sequence that may be sent, total bytes that may be sent]."""
     AGAIN = 4
-    """receiver → sender: a gap; [first sequence that is missing]."""
+    """Receiver → sender: report a gap; [first missing sequence]."""
     PROBE = 5
-    """sender → receiver: nothing came back for a while; [highest sequence sent]."""
+    """Sender → receiver: ask for an answer after none came for a while; [highest sequence sent]."""
     SPEED = 6
-    """receiver → sender: a large message has come; [its sequence, nanoseconds that the receiver had waited for it]."""
+    """Receiver → sender: report a large message; [its sequence, nanoseconds that the receiver had waited for it]."""
 
 
 class Row(NamedTuple):
-    """One session's share of a flat batch: `tokens` tokens of `session` at `position` … `position + tokens - 1`."""
+    """Describe one session's share of a flat batch.
+
+    The row has `tokens` tokens of `session`, at the positions `position` … `position + tokens - 1`.
+    """
 
     session: _Count
     epoch: _Count
@@ -86,7 +97,10 @@ class Row(NamedTuple):
 
 
 class TensorMeta(NamedTuple):
-    """One tensor of a message. `dtype` and `codec` are numbers of the fixed tables; `nbytes` is the frame's length."""
+    """Describe one tensor of a message.
+
+    `dtype` and `codec` are numbers in the fixed tables; `nbytes` is the length of the tensor's frame.
+    """
 
     name: Annotated[str, msgspec.Meta(max_length=MAX_NAME_LENGTH)]
     dtype: Annotated[int, msgspec.Meta(ge=0, lt=len(TABLE))]
@@ -98,7 +112,7 @@ class TensorMeta(NamedTuple):
 
 
 class Ack(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """An acknowledgement and a grant of credit, for an edge from the peer that the message goes to."""
+    """Acknowledge messages and grant credit on an edge that comes from this message's receiver."""
 
     edge: _Count
     received: _Count
@@ -107,10 +121,10 @@ class Ack(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Header(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """The header of a message that carries tensors.
+    """Hold the header of a message that carries tensors.
 
-    `ready_ns` and `sent_ns` are CLOCK_MONOTONIC nanoseconds of the sender: when the actor had the tensor, and when it
-    was handed to the wire. `checksum` is a CRC-32 over the tensors' bytes, or 0 on a link inside one machine.
+    `ready_ns` is when the actor had the tensor, and `sent_ns` when it was handed to the wire. Both are nanoseconds of the
+    sender's CLOCK_MONOTONIC. `checksum` is a CRC-32 over the tensors' bytes, or 0 on a link inside one machine.
     """
 
     version: Annotated[int, msgspec.Meta(ge=VERSION, le=VERSION)]
@@ -125,16 +139,24 @@ class Header(msgspec.Struct, array_like=True, frozen=True, gc=False):
     acks: Annotated[tuple[Ack, ...], msgspec.Meta(max_length=MAX_ROWS)] = ()
 
     def encode(self) -> bytes:
-        """Raises ValueError if the header would be over 64 KiB: the caller put too many rows into one message."""
+        """Return the header as bytes.
+
+        Raises:
+            ValueError: the header is over 64 KiB, because the caller put too many rows into one message.
+        """
         data = encode(self)
         if len(data) > MAX_HEADER_BYTES:
-            raise ValueError(f"header of {len(data)} bytes is over {MAX_HEADER_BYTES}: {len(self.rows)} rows")
+            raise ValueError(
+                f"header: expected at most {MAX_HEADER_BYTES} bytes, got {len(data)} for {len(self.rows)} rows; send fewer rows"
+            )
         return data
 
 
 class TracedHeader(Header, array_like=True, frozen=True, gc=False):
-    """One of whose rows some belong to a request that is traced (W3C Trace Context, 2021): a context for each row, empty for
-    those that are not."""
+    """Hold a header in which at least one row belongs to a traced request (W3C Trace Context, 2021).
+
+    `traces` has one context for each row; it is empty for a row that is not traced.
+    """
 
     traces: Annotated[
         tuple[Annotated[bytes, msgspec.Meta(max_length=TRACE_BYTES)], ...], msgspec.Meta(max_length=MAX_ROWS)
@@ -142,7 +164,7 @@ class TracedHeader(Header, array_like=True, frozen=True, gc=False):
 
 
 class Control(NamedTuple):
-    """A control message of one link; what `arguments` holds is said at each `Verb`."""
+    """Hold a control message of one link. Each `Verb` documents its `arguments`."""
 
     version: int
     kind: int
@@ -155,10 +177,11 @@ class Control(NamedTuple):
 
 
 def control(edge: int, verb: Verb, *arguments: Any) -> Control:
+    """Return a control message of the current wire version."""
     return Control(VERSION, CONTROL, edge, verb, arguments)
 
 
-# Typed decoding in C checks every field in 0.9 µs; unpacking with msgpack and checking in Python took 6.8.
+# Typed decoding in C checks every field in 0.9 µs; unpacking with msgpack and checking in Python took 6.8 µs.
 encode = msgspec.msgpack.Encoder().encode
 _header_decoder = msgspec.msgpack.Decoder(Header)
 _traced_decoder = msgspec.msgpack.Decoder(TracedHeader)
@@ -166,10 +189,10 @@ _control_decoder = msgspec.msgpack.Decoder(tuple[int | str | tuple[tuple[str, st
 
 
 def decode(data: bytes | memoryview) -> Header | Control:
-    """The header in `data`.
+    """Decode the header in `data` and check every field.
 
     Raises:
-        ProtocolError: anything in it is not as the layout says. Nothing else is ever raised.
+        ProtocolError: a part of it does not follow the layout. No other error is ever raised.
     """
     size = len(data)
     if size > MAX_HEADER_BYTES:
@@ -200,10 +223,14 @@ def _traced(header: TracedHeader) -> TracedHeader:
     return header
 
 
-# An edge carries the same few shapes over and over: looked up, the check takes 0.4 µs instead of 3.
+# An edge carries the same few shapes over and over: with the cache the check takes 0.4 µs instead of 3 µs.
 @functools.lru_cache(maxsize=1024)
 def _check(tensors: tuple[TensorMeta, ...]) -> None:
-    """Whether each frame is as long as its shape says."""
+    """Check that each frame is as long as its shape says.
+
+    Raises:
+        ProtocolError: a frame has another length, is too large, or has a codec that does not fit its dtype.
+    """
     for name, dtype, shape, codec, nbytes in tensors:
         expected = TABLE[dtype].itemsize
         for size in shape:
@@ -229,7 +256,7 @@ _PARTS: dict[str, tuple[str, ...]] = {"rows": Row._fields, "tensors": TensorMeta
 
 
 def _explain(error: Exception) -> str:
-    """What the decoder says, with names for the numbers of its path: `$[5][0][1]` is `tensors[0].dtype`."""
+    """Return the decoder's message with names in place of indices: `$[5][0][1]` becomes `tensors[0].dtype`."""
 
     def named(path: re.Match[str]) -> str:
         field, index, part, rest = path.groups()
@@ -272,11 +299,11 @@ def _control(fields: tuple[Any, ...]) -> Control:
 
 
 def _start(data: bytes | memoryview) -> str:
-    """The beginning of what came, for a log line."""
+    """Return the length and the first bytes of the data, for a log line."""
     return f"{len(data)} bytes {bytes(data[:24]).hex()}{'…' if len(data) > 24 else ''}"
 
 
 def _show(value: Any) -> str:
-    """A value from outside, short enough for a log line."""
+    """Return a value from outside as text that is short enough for a log line."""
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

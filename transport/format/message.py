@@ -1,7 +1,7 @@
-"""A message and its frames: `[header, tensor bytes, tensor bytes, …]`.
+"""Check a message and its frames: `[header, tensor bytes, tensor bytes, …]`.
 
-No torch here: a tensor is its `TensorMeta` and a buffer, so that a process which only passes token ids on need not
-hold torch. `tensors.py` turns the pair into a `torch.Tensor` and back.
+This module does not import torch: here a tensor is its `TensorMeta` and a buffer. So a process that only passes on token ids
+does not need torch. `tensors.py` converts the pair to a `torch.Tensor` and back.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from .errors import ProtocolError
 from .header import MAX_TENSORS, Header, Row, TensorMeta
 from .tensor_spec import TensorSpec
 
-if sys.byteorder != "little":  # the bytes of a tensor are sent as they lie in memory
+if sys.byteorder != "little":  # the bytes of a tensor are sent as they are in memory
     raise ImportError("ranvier's wire format is little-endian; this machine is not")
 
 Buffer = bytes | memoryview
 COPY_BELOW_BYTES = 64 * 1024
-"""Buffers smaller than this are copied on their way out: tracking their release costs more (pyzmq's own threshold)."""
+"""Buffers of fewer bytes are copied when they are sent: tracking their release costs more (pyzmq's own threshold)."""
 
 
 def stable(buffer: Buffer) -> Buffer:
-    """Return bytes that nobody can change any more: the buffer itself if it cannot be written to, else a copy.
+    """Return bytes that nobody can change any more: the buffer itself if it is read-only, otherwise a copy.
 
-    A view that can be written to may be of memory that an actor, or a caller, uses again. Whoever knows that nobody else holds
-    that memory makes the view read-only (`tensors.to_buffer`).
+    The memory of a writable view may be used again by an actor or a caller. A view of memory that nobody else holds is made
+    read-only by `tensors.to_buffer`.
     """
     return buffer if isinstance(buffer, bytes) or buffer.readonly else bytes(buffer)
 
 
 def checksum(buffers: Sequence[Buffer]) -> int:
-    """CRC-32 over the tensors' bytes, never 0 (which stands for: not checked)."""
+    """Return the CRC-32 over the tensors' bytes. It is never 0, which means that a message is not checked."""
     value = 0
     for buffer in buffers:
         value = zlib.crc32(buffer, value)
@@ -41,14 +41,14 @@ def checksum(buffers: Sequence[Buffer]) -> int:
 
 
 def check_frames(header: Header, buffers: Sequence[Buffer]) -> None:
-    """Refuse frames that are not those of their header.
+    """Refuse frames that do not match their header.
 
     Raises:
-        ProtocolError: the number of frames, a frame's length or the checksum is not as the header says.
+        ProtocolError: the number of frames, the length of a frame, or the checksum differs from the header.
     """
     tensors = header.tensors
     if len(buffers) == 1 == len(tensors) and len(buffers[0]) == tensors[0].nbytes and not header.checksum:
-        return  # nearly every message: a loop over its one tensor takes three times as long
+        return  # nearly every message ends here: a loop over its one tensor takes three times as long
     if len(buffers) != len(tensors):
         raise ProtocolError(
             f"edge {header.edge}: expected {len(tensors)} tensor frames (at most {MAX_TENSORS}), got {len(buffers)}"
@@ -72,10 +72,10 @@ def check_specs(
     rows: Sequence[Row],
     tensors: Sequence[TensorMeta],
 ) -> None:
-    """Refuse a message whose tensors are not those its edge carries.
+    """Refuse a message whose tensors do not match the specs of its edge.
 
     Raises:
-        ProtocolError: naming the edge, the expected and the actual.
+        ProtocolError: the tensors differ; the message names the edge, the expected and the actual tensor.
     """
     if len(tensors) != len(specs):
         raise ProtocolError(f"edge {edge}: expected {len(specs)} tensors, got {len(tensors)}")
@@ -85,6 +85,6 @@ def check_specs(
             raise ProtocolError(f"edge {edge}: expected tensor {name!r}, got {meta.name!r}")
         if len(rows) > 1 and spec.shape[:1] not in (("tokens",), ("rows",)):
             raise ProtocolError(
-                f"edge {edge}: expected one row for {spec}, which has no place for each, got {len(rows)}"
+                f"edge {edge}: expected 1 row, as {spec} does not begin with tokens or rows, got {len(rows)}"
             )
         spec.check(edge, TABLE[meta.dtype].name, meta.shape, bound)

@@ -1,8 +1,7 @@
-"""What an edge carries: the dtype and the shape of a tensor, checked on send and on receive.
+"""Describe what an edge carries: the dtype and the shape of a tensor, checked on send and on receive.
 
-A dimension is a number or a name. Two names have a meaning here: `tokens` is the number of tokens over all rows
-of the message, `rows` the number of rows. Any other name is free, and must be the same size wherever it stands
-in one message.
+A dimension is a number or a name. Two names have a fixed meaning: `tokens` is the number of tokens over all rows of the
+message, and `rows` is the number of rows. Any other name is free, but stands for one size within a tensor.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ from .errors import ProtocolError
 
 Dim = int | str
 MAX_RANK = 8
-"""More dimensions than this are refused (DESIGN: rank at most 8)."""
+"""Largest number of dimensions of a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """`TensorSpec("float32", ("tokens", 576))`: dtype name from the table, shape of sizes and names.
+    """Describe a tensor by the name of its dtype and by a shape of sizes and names: `TensorSpec("float32", ("tokens", 576))`.
 
     Raises:
-        ValueError: an unknown dtype, a rank over 8, a negative size, a name that is no identifier.
+        ValueError: the dtype is unknown, the rank is over 8, a size is negative, or a name is not an identifier.
     """
 
     dtype: str
@@ -43,10 +42,10 @@ class TensorSpec:
 
     @classmethod
     def parse(cls, text: str) -> TensorSpec:
-        """The spec that `str` writes: `float32[tokens, 576]`.
+        """Parse a spec as `str` writes it, such as `float32[tokens, 576]`.
 
         Raises:
-            ValueError: it is not written so.
+            ValueError: the text does not have this form, or the spec is invalid.
         """
         match = re.fullmatch(r"\s*(\w+)\s*\[([^\[\]]*)\]\s*", text)
         if match is None:
@@ -58,16 +57,16 @@ class TensorSpec:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
 
     def check(self, edge: str, dtype: str, shape: tuple[int, ...], bound: Mapping[str, int]) -> None:
-        """Refuse a tensor that is not of this spec.
+        """Refuse a tensor that does not match this spec.
 
         Args:
             edge: the name of the edge, for the message.
             dtype: the tensor's dtype name.
             shape: the tensor's shape.
-            bound: sizes that names already have in this message (`tokens`, `rows`).
+            bound: the sizes that names have in this message (`tokens`, `rows`).
 
         Raises:
-            ProtocolError: naming the edge, the expected and the actual.
+            ProtocolError: the tensor differs; the message names the edge, the expected and the actual tensor.
         """
         expected = self.shape
         if dtype == self.dtype and len(shape) == len(expected):
@@ -85,7 +84,7 @@ class TensorSpec:
         )
 
     def fits(self, other: TensorSpec) -> bool:
-        """Whether a tensor of this spec may go where `other` is asked for: same dtype, sizes that do not clash."""
+        """Return whether a tensor of this spec may go where `other` is expected: same dtype and rank, no conflicting sizes."""
         return (
             self.dtype == other.dtype
             and len(self.shape) == len(other.shape)

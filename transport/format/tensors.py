@@ -1,7 +1,7 @@
-"""torch tensors to buffers and back, without copying.
+"""Convert torch tensors to buffers and back, without a copy where possible.
 
-From the moment a tensor is handed over, its values are the message's. A buffer of memory that others may hold can be written
-to, and is copied by whoever keeps it (`message.stable`); one of memory that nobody else holds is read-only.
+Once a tensor is handed over, its values belong to the message. If other code may hold its memory, the buffer is writable, and
+code that keeps the buffer copies it (`message.stable`). If nobody else holds the memory, the buffer is read-only.
 """
 
 from __future__ import annotations
@@ -26,31 +26,33 @@ from .message import COPY_BELOW_BYTES, Buffer
 _TORCH: tuple[torch.dtype, ...] = tuple(getattr(torch, row.name) for row in TABLE)
 _NUMBER: dict[torch.dtype, int] = {dtype: number for number, dtype in enumerate(_TORCH)}
 _OF_COMPLEX = frozenset([_NUMBER[torch.float16], _NUMBER[torch.float32], _NUMBER[torch.float64]])
-"""The real dtypes that there are complex numbers of."""
+"""Numbers of the real dtypes that the parts of complex tensors have."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a name from the table. Raises KeyError for any other name."""
+    """Return the torch dtype of a name in the table. Raises KeyError for any other name."""
     return _TORCH[BY_NAME[name].number]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As the table and the specs call it; also of those that are in neither."""
+    """Return the name of a dtype as the table and the specs write it, even if they do not contain it."""
     return str(dtype).removeprefix("torch.")
 
 
 def _no_bytes(name: str, tensor: torch.Tensor) -> ValueError:
     kind = f"{type(tensor).__name__}, {tensor.layout} on {tensor.device}"
-    return ValueError(f"tensor {name}: expected a dense tensor with host memory of its own, got a {kind}")
+    return ValueError(f"tensor {name}: expected a dense tensor with allocated host memory, got a {kind}")
 
 
 def to_buffer(name: str, tensor: torch.Tensor, *, sole: bool = False) -> tuple[TensorMeta, Buffer]:
-    """The meta of `tensor` (any shape, any strides, in host memory) and its bytes: a view of them, read-only if nobody else
-    can change them (`sole`), or a copy if it is not contiguous or small.
+    """Return the meta and the bytes of `tensor`, which has any shape and strides and is in host memory.
+
+    The bytes are a copy if the tensor is small or not contiguous, otherwise a view. The view is read-only if nobody else can
+    change the memory (`sole`).
 
     Raises:
-        ValueError: a dtype that is not in the table, or memory that is no tensor's of this machine: on the meta device or
-            another one, sparse, or shorter than the tensor.
+        ValueError: the dtype is not in the table, or the tensor has no dense memory on this host: it is on the meta device or
+            another device, it is sparse, or its memory is shorter than the tensor.
     """
     meta = _meta(name, tensor.dtype, tensor.shape)
     nbytes = meta.nbytes
@@ -58,62 +60,66 @@ def to_buffer(name: str, tensor: torch.Tensor, *, sole: bool = False) -> tuple[T
         raise _no_bytes(name, tensor)
     if nbytes == 0:
         return meta, b""
-    if meta.dtype in _OF_COMPLEX and tensor.is_neg():  # an imaginary part: its sign is a flag, not in its bytes
+    if meta.dtype in _OF_COMPLEX and tensor.is_neg():  # an imaginary part: its sign is a flag outside its bytes
         tensor = tensor.resolve_neg()
     try:
         if not tensor.is_contiguous():
             tensor, sole = tensor.contiguous(), True
-        address = tensor.data_ptr()  # raises where the layout has none
+        address = tensor.data_ptr()  # raises if the layout has no address
         held = tensor.untyped_storage().nbytes()
         if held != nbytes:
             held -= int(tensor.storage_offset()) * tensor.itemsize
     except RuntimeError as error:
         raise _no_bytes(name, tensor) from error
-    if not address or held < nbytes:  # there is none, or it was made smaller
+    if not address or held < nbytes:  # there is no memory, or it was shrunk
         raise _no_bytes(name, tensor)
-    if nbytes < COPY_BELOW_BYTES:  # ZeroMQ would copy it anyway, and so it takes 1 µs instead of 5
+    if nbytes < COPY_BELOW_BYTES:  # ZeroMQ would copy it anyway; copying it here takes 1 µs instead of 5 µs
         return meta, ctypes.string_at(address, nbytes)
     if tensor.requires_grad:
         tensor = tensor.detach()
-    if tensor.dtype is torch.bfloat16:  # numpy knows none: the bytes are what is sent, so integers will do
+    if tensor.dtype is torch.bfloat16:  # numpy has no bfloat16; only the bytes are sent, so integers serve
         tensor = tensor.view(torch.int16)
     view = tensor.numpy().data.cast("B")
     return meta, view.toreadonly() if sole else view
 
 
-@functools.lru_cache(maxsize=1024)  # an edge carries the same few shapes over and over: 0.2 µs instead of 1.5
+@functools.lru_cache(maxsize=1024)  # an edge carries the same few shapes over and over: 0.2 µs instead of 1.5 µs
 def _meta(name: str, dtype: torch.dtype, shape: torch.Size) -> TensorMeta:
     number = _NUMBER.get(dtype)
     if number is None:
-        raise ValueError(f"tensor {name}: dtype {dtype} may not be sent; one of {', '.join(map(str, _NUMBER))}")
+        raise ValueError(f"tensor {name}: dtype {dtype} may not be sent; use one of {', '.join(map(str, _NUMBER))}")
     return TensorMeta(name, number, tuple(shape), RAW, shape.numel() * dtype.itemsize)
 
 
 def from_buffer(meta: TensorMeta, buffer: Buffer) -> torch.Tensor:
-    """The tensor whose bytes are in `buffer`: a view, kept alive by the tensor, unless a codec wrote it. The header's check
-    has seen to the length.
+    """Return the tensor whose bytes are in `buffer`.
+
+    A raw tensor is a view that keeps the buffer alive; a tensor that a codec wrote is decoded into new memory. The length of
+    a raw buffer is not checked again: the check of the header covers it.
 
     Raises:
-        ProtocolError: what a codec wrote is not what the header says.
+        ProtocolError: the bytes that a codec wrote do not match the header.
     """
     if meta.codec != RAW:
         return _decoded(meta, buffer)
     if meta.nbytes == 0:
         return torch.empty(meta.shape, dtype=_TORCH[meta.dtype])
     flat, shape = torch.frombuffer(buffer, dtype=_TORCH[meta.dtype]), meta.shape
-    # one row, what each decoding step brings, in half the time of `view`
+    # one row, as in each decoding step: this takes half the time of `view`
     return flat.unsqueeze(0) if len(shape) == 2 and shape[0] == 1 else flat.view(shape)
 
 
 LOOK_EVERY = 16
-"""The error of a lossy codec is measured in one message of so many: it means decoding once more."""
+"""The error of a lossy codec is measured in one of this many messages, because that decodes the message again."""
 
 
 def encode(name: str, tensor: torch.Tensor, codec: Codec, look: bool) -> tuple[TensorMeta, Buffer, Coding]:
-    """Meta and bytes of `tensor` in a codec that is not raw; `look`: measure its error, too.
+    """Encode `tensor` in a codec that is not raw, and return its meta, its bytes and what the codec did.
+
+    If `look` is true, the error of a lossy codec is measured, too.
 
     Raises:
-        ValueError: a dtype that may not be sent, or that the codec cannot write.
+        ValueError: the dtype may not be sent, or the codec cannot write it.
     """
     began_ns = time.monotonic_ns()
     plain, raw = to_buffer(name, tensor)
@@ -139,7 +145,7 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 def _blocks(tensor: torch.Tensor) -> torch.Tensor:
-    """[rows, blocks, 64], the last block of a row filled up with zeros."""
+    """Return the tensor as [rows, blocks, 64], with the last block of each row padded with zeros."""
     rows = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)
     return torch.nn.functional.pad(rows, (0, -rows.shape[1] % BLOCK)).view(rows.shape[0], -1, BLOCK)
 
@@ -147,7 +153,7 @@ def _blocks(tensor: torch.Tensor) -> torch.Tensor:
 def _to_int8(tensor: torch.Tensor, _: float) -> tuple[torch.Tensor, torch.Tensor]:
     wide = _blocks(tensor.float())
     scales = wide.abs().amax(-1, keepdim=True) / 127
-    steps = torch.where(scales > 0, wide / scales, 0.0).round().clamp(-127, 127)  # not a number stays in the scale
+    steps = torch.where(scales > 0, wide / scales, 0.0).round().clamp(-127, 127)  # NaN stays in the scale
     whole = steps.nan_to_num(0.0).to(torch.int8).view(wide.shape[0], -1)
     return scales.contiguous(), whole[:, : tensor.shape[-1] if tensor.dim() else 1].contiguous()
 
@@ -199,13 +205,19 @@ def _decoded(meta: TensorMeta, buffer: Buffer) -> torch.Tensor:
     count, rest = divmod(len(data), PLACE_BYTES + TABLE[meta.dtype].itemsize)
     places = torch.frombuffer(writable, dtype=torch.int32, count=count).long()
     if rest or int(places.min()) < 0 or int(places.max()) >= elements:
-        raise ProtocolError(f"tensor {meta.name}: topk: expected places from 0 to {elements - 1}, got others")
+        raise ProtocolError(
+            f"tensor {meta.name}: topk: expected index-value pairs with indices from 0 to {elements - 1}, got invalid bytes"
+        )
     values = torch.frombuffer(writable, dtype=dtype, offset=count * PLACE_BYTES)
     return torch.zeros(elements, dtype=dtype).index_put_((places,), values).view(meta.shape)
 
 
 def _unpacked(meta: TensorMeta, buffer: Buffer, packer: int, most: int) -> Buffer:
-    """The bytes before they were packed; never more memory than the header allows."""
+    """Return the bytes before packing. Never allocate more memory than the header allows.
+
+    Raises:
+        ProtocolError: the bytes are damaged, or claim to be larger than `most` bytes once unpacked.
+    """
     if not packer:
         return buffer
     try:

@@ -1,1 +1,1 @@
-"""What an edge promises: order, credit, acknowledgement."""
+"""Keep what an edge promises: order, credit and acknowledgement."""

@@ -1,8 +1,8 @@
-"""`codec: auto`: which codec a message goes in, by its size, the link's measured speed, and what each codec was seen to cost.
+"""Choose the codec of each message of a `codec: auto` edge by its size, the link's measured speed, and each codec's cost.
 
-A message of n bytes that a codec shrinks to r·n takes e·n to write, about as long to read, and r·n / speed on the way; the
-least sum wins. What is lossless may always be chosen; a form that loses something only where the edge names it (`auto:int8`).
-No I/O and no torch here; clocks are the caller's.
+A message of n bytes that a codec shrinks to r·n takes e·n to write, about as long to read, and r·n / speed on the way. The
+codec with the smallest sum wins. Lossless codecs may always be chosen, a lossy form only if the edge names it (`auto:int8`).
+This module does no I/O and does not import torch; the caller passes all times.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from ..format.codec import PACKERS, RAW, Codec, Coding, parse
 
 PREFIX = "auto"
 LEAST_BYTES = 16 * 1024
-"""Smaller messages go as they are: there is nothing to win."""
+"""Messages of fewer bytes are sent raw: encoding them gains nothing."""
 MEASURED_BYTES = 64 * 1024
-"""Only a message of so many bytes says how fast a link is; of a smaller one the latency is the most part."""
+"""Only messages of at least this many bytes measure a link's speed; in smaller ones the latency dominates."""
 TRY_EVERY = 64
-"""One message in so many goes in a codec that is not the best, to see what that costs by now."""
+"""One message in this many uses the next codec in turn instead of the best one, to measure its current cost."""
 WEIGHT = 0.25
-"""Of the newest measurement in a moving average."""
+"""Weight of the newest measurement in the moving averages."""
 
 
 @dataclass(slots=True)
 class _Cost:
-    """Of one codec: nanoseconds to write a byte, and the share of bytes that is left. Averages."""
+    """Hold moving averages of one codec: the nanoseconds to write a byte, and the share of bytes that remains."""
 
     ns_a_byte: float
     ratio: float
 
 
 def candidates(text: str) -> tuple[Codec, ...] | None:
-    """What `auto` or `auto:FORM` may choose among; None if `text` is another codec.
+    """Return the codecs that `auto` or `auto:FORM` may choose, or None if `text` is another codec.
 
     Raises:
-        ValueError: FORM is no form, or names a packer.
+        ValueError: FORM does not exist, is raw, or includes a packer.
     """
     word, colon, form = text.partition(":")
     if word != PREFIX:
@@ -44,14 +44,14 @@ def candidates(text: str) -> tuple[Codec, ...] | None:
         named = parse(form)
         if named.packer or named.form == RAW:
             raise ValueError(
-                f"codec {text!r}: expected auto, or auto: and a form that may be chosen, such as auto:int8"
+                f"codec {text!r}: expected auto, or auto: followed by a lossy form without a packer, such as auto:int8"
             )
         forms.append(named)
     return tuple(form._replace(packer=packer) for form in forms for packer in range(len(PACKERS)))
 
 
 class Chooser:
-    """The choice of one sending link."""
+    """Choose codecs for one sending link."""
 
     def __init__(self, codecs: tuple[Codec, ...]) -> None:
         self._codecs = codecs
@@ -62,17 +62,17 @@ class Chooser:
 
     @property
     def bytes_per_second(self) -> float | None:
-        """The link's speed, once it is known."""
+        """Return the link's speed, or None until it has been measured."""
         return 1e9 / self._ns_a_byte if self._ns_a_byte else None
 
     def measured(self, nbytes: int, took_ns: int) -> None:
-        """A message took so long on its way to a receiver that waited for it."""
+        """Record how many nanoseconds a message took to a receiver that was waiting for it."""
         self._ns_a_byte = _average(self._ns_a_byte, took_ns / max(1, nbytes))
 
     def choose(self, nbytes: int) -> Codec:
-        """The codec for a message of so many bytes."""
+        """Return the codec for a message of `nbytes` bytes."""
         if nbytes < LEAST_BYTES or self._ns_a_byte is None:
-            return self._codecs[0]  # which also finds out how fast the link is
+            return self._codecs[0]  # raw messages also measure the link's speed
         untried = next((codec for codec in self._codecs if codec not in self._costs), None)
         if untried is not None:
             return untried
@@ -83,7 +83,7 @@ class Chooser:
         return min(self._codecs, key=self._ns)
 
     def learned(self, codec: Codec, coding: Coding, nbytes: int) -> None:
-        """What a codec made of a message: `coding`, and the bytes that are left."""
+        """Record what encoding one message cost (`coding`), and the number of bytes that remained."""
         if coding.raw_bytes >= LEAST_BYTES:
             seen = self._costs.get(codec)
             ns_a_byte, ratio = coding.took_ns / coding.raw_bytes, nbytes / coding.raw_bytes
@@ -92,7 +92,7 @@ class Chooser:
             )
 
     def _ns(self, codec: Codec) -> float:
-        """What a byte costs in this codec: written, carried, read."""
+        """Estimate the nanoseconds per byte with this codec: writing, carrying and reading."""
         assert self._ns_a_byte is not None
         cost = self._costs[codec]
         return 2 * cost.ns_a_byte + cost.ratio * self._ns_a_byte

@@ -1,4 +1,4 @@
-"""How a link opens: the sender says what it is about to speak, the receiver agrees or names what differs."""
+"""Open a link: the sender describes it, and the receiver accepts it or names what differs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from .link import LinkSpec
 
 
 def hello(spec: LinkSpec, graph: str) -> Control:
-    """The sender's offer. The wire version stands in the header; `graph` is the hash of the graph it runs."""
+    """Return the sender's offer.
+
+    `graph` is the hash of the graph that the sender runs. The header carries the wire version.
+    """
     return control(spec.edge, Verb.HELLO, graph, spec.name, spec.described(), spec.source, spec.target)
 
 
 def objection(spec: LinkSpec | None, graph: str, peer: str, me: str, offer: tuple[Any, ...]) -> str | None:
-    """Why the link cannot be opened, naming both sides, or None if it can.
+    """Return why the link cannot be opened, naming both sides, or None if it can.
 
     Args:
-        spec: the link as this side knows it; None if it knows none of that edge from that peer.
+        spec: the link as this side knows it; None if this side has no link for that edge from that peer.
         graph: the hash of the graph this side runs.
         peer: the identity the wire reports.
         me: this side's identity.

@@ -13,7 +13,7 @@ from ..format.tensor_spec import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class LinkSpec:
-    """One edge between two replicas, as both ends must know it before they speak.
+    """Describe one edge between two replicas, as both ends must know it before they communicate.
 
     `source` and `target` are the identities `actor.replica.epoch`; `tensors` the names and specs of what travels.
     `wire` is the kind of wire it goes over: ipc, local or tcp. On a `prompt` link each message is acknowledged as soon as it is
@@ -34,7 +34,7 @@ class LinkSpec:
     kind: int = DATA
 
     def described(self) -> tuple[tuple[str, str], ...]:
-        """The specs in the form the handshake compares."""
+        """Return the specs in the form that the handshake compares."""
         return tuple((name, str(spec)) for name, spec in self.tensors)
 
     @property

@@ -1,8 +1,8 @@
-"""Sequence numbers, acknowledgements and credit of one link, as two state machines without I/O.
+"""Track sequence numbers, acknowledgements and credit of one link, in two state machines without I/O.
 
-The receiver grants in cumulative numbers ("you may have sent up to message 12 and 4 MiB in all"), so a grant that is
-lost, repeated or late does no harm: the larger one counts. What was sent stays with the sender until acknowledged.
-Sliding-window flow control with go-back-N repair, as in Tanenbaum, Computer Networks, §3.4.2.
+The receiver grants credit in cumulative numbers ("you may send up to message 12, and 4 MiB in total"). So a lost, repeated or
+late grant does no harm: the larger number counts. The sender keeps each message until it is acknowledged. The method is
+sliding-window flow control with go-back-N repair, as in Tanenbaum, Computer Networks, §3.4.2.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from ..format.message import Buffer
 
 
 class Outgoing(msgspec.Struct, gc=False):
-    """Frames for the wire. With a sequence number they are kept until acknowledged: holding `buffers` is what keeps the
-    tensors' memory untouched. The driver puts there what its wire says is to be kept instead."""
+    """Hold frames for the wire.
+
+    Frames with a sequence number are kept until they are acknowledged. Holding `buffers` keeps the tensors' memory untouched.
+    After sending, the driver replaces `buffers` with what `Wire.send` returned.
+    """
 
     peer: str
     header: bytes
@@ -29,7 +32,7 @@ class Outgoing(msgspec.Struct, gc=False):
 
 @dataclass(slots=True)
 class SendWindow:
-    """The sender's side. Closed (no credit) until the receiver's welcome."""
+    """Track the sender's side. It has no credit until the receiver's WELCOME."""
 
     credits_bytes: int
     sequence: int = 0
@@ -39,25 +42,32 @@ class SendWindow:
     kept: deque[Outgoing] = field(default_factory=deque)
 
     def may_send(self, nbytes: int) -> bool:
-        """Whether a message of `nbytes` has credit. One larger than the whole window goes when all else is used up."""
+        """Return whether a message of `nbytes` has credit.
+
+        A message larger than the whole window may be sent once everything before it is used up.
+        """
         if self.sequence >= self.sequence_limit:
             return False
         return self.sent_bytes + nbytes <= self.byte_limit or self.byte_limit - self.credits_bytes >= self.sent_bytes
 
     def keep(self, sent: Outgoing) -> None:
-        """Note a message as sent. The caller has asked `may_send`."""
+        """Record a message as sent. The caller must have checked `may_send`."""
         self.sequence = sent.sequence
         self.sent_bytes += sent.nbytes
         self.kept.append(sent)
 
     def grant(self, sequence_limit: int, byte_limit: int) -> None:
+        """Raise the limits to those of a grant. Lower limits are ignored."""
         if sequence_limit > self.sequence_limit:
             self.sequence_limit = sequence_limit
         if byte_limit > self.byte_limit:
             self.byte_limit = byte_limit
 
     def acknowledge(self, sequence: int, sequence_limit: int, byte_limit: int) -> None:
-        """Let go of everything up to `sequence` (a number never sent is ignored by the deque's end); take the grant."""
+        """Release everything up to `sequence`, and take the grant.
+
+        A `sequence` that was never sent does no harm: at most all kept messages are released.
+        """
         kept = self.kept
         while kept and kept[0].sequence <= sequence:
             kept.popleft()
@@ -67,13 +77,16 @@ class SendWindow:
             self.byte_limit = byte_limit
 
     def since(self, sequence: int) -> list[Outgoing]:
-        """What must be sent again when the receiver misses `sequence` and all after it."""
+        """Return the messages to send again when the receiver misses `sequence` and everything after it."""
         return [sent for sent in self.kept if sent.sequence >= sequence]
 
 
 @dataclass(slots=True)
 class ReceiveWindow:
-    """The receiver's side: `credits_messages` and `credits_bytes` may be on their way or unread at any time."""
+    """Track the receiver's side.
+
+    At any time, at most `credits_messages` messages and `credits_bytes` bytes are on their way or not used up yet.
+    """
 
     credits_messages: int
     credits_bytes: int
@@ -86,7 +99,7 @@ class ReceiveWindow:
     asked: int = 0
 
     def ask(self) -> int | None:
-        """The first missing sequence, once for each gap; None if it was asked for already."""
+        """Return the first missing sequence, once per gap; None if it was requested already."""
         missing = self.received + 1
         if self.asked == missing:
             return None
@@ -94,8 +107,10 @@ class ReceiveWindow:
         return missing
 
     def consume(self, nbytes: int) -> bool:
-        """One message was used up: its credit may be granted anew. True if half the window is used up and untold: the
-        sender may soon stand still."""
+        """Record that one message was used up, so that its credit can be granted again.
+
+        Returns True if half the window is used up and not acknowledged yet: the sender may soon run out of credit.
+        """
         self.consumed += 1
         self.consumed_bytes += nbytes
         return (
@@ -104,10 +119,10 @@ class ReceiveWindow:
         )
 
     def limits(self) -> tuple[int, int]:
-        """The grant: highest sequence and bytes in all that the sender may send."""
+        """Return the grant: the highest sequence and the total bytes that the sender may send."""
         return self.consumed + self.credits_messages, self.consumed_bytes + self.credits_bytes
 
     def tell(self) -> tuple[int, int, int]:
-        """The arguments of an acknowledgement, and the note that it was sent."""
+        """Return the arguments of an acknowledgement, and record that it was sent."""
         self.told_received, self.told_consumed, self.told_bytes = self.received, self.consumed, self.consumed_bytes
         return self.received, self.consumed + self.credits_messages, self.consumed_bytes + self.credits_bytes

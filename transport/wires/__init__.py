@@ -1,1 +1,1 @@
-"""How bytes reach another process."""
+"""Carry bytes to other processes."""

@@ -1,8 +1,8 @@
-"""Proxies for tcp that do what networks do: slow a connection, slice, cut, reset, swallow it; flip bits of messages, repeat and
-reorder them. They stand between a sender and the inbox that it connects to.
+"""Imitate faults of networks with tcp proxies between a sender and the inbox that it connects to.
 
-`ChaosProxy` sees the bytes of a connection, which are encrypted. `MessageProxy` stands behind it and sees messages. Flipped
-bits are those of tensors, as a network's own checksums let through what was changed before they were made.
+`ChaosProxy` sees the bytes of a connection, which are encrypted. It can delay, throttle, slice, cut, reset or swallow them.
+`MessageProxy`, behind it, sees messages. It can repeat and reorder them, and flip bits of their tensors: a network's own
+checksums do not detect bits that changed before the checksums were computed.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from .zeromq import ZeroWire
 
 READ_BYTES = 1 << 16
 THROTTLED_PIECES = 20
-"""A link with a limit passes on so many pieces a second."""
+"""Pieces per second that a link with a limited rate passes on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Faults:
-    """What goes wrong on a link. Times are seconds from the start of the proxy; shares are of messages, 0 to 1.
+    """Describe what goes wrong on a link.
 
-    `latency_s` and up to `jitter_s` more pass before bytes go on, in order, no more than `bytes_per_s` (0: any).
-    Writes are cut into pieces of `slice_bytes`. From `cut_after_s` on, for `cut_for_s`, there is no connection. Each
-    connection is reset once `reset_after_bytes` have passed, most likely in the middle of a frame. From
-    `hole_after_s` on, for `hole_for_s`, all that is sent vanishes, and the connections of that time stay dead for
-    ever without being closed.
+    Bytes pass in order, after `latency_s` and up to `jitter_s` more, at `bytes_per_s` at most (0: no limit). Writes are cut
+    into pieces of `slice_bytes`. From `cut_after_s` on, for `cut_for_s`, there is no connection. Each connection is reset once
+    `reset_after_bytes` have passed, most likely in the middle of a frame. From `hole_after_s` on, for `hole_for_s`, all sent
+    bytes vanish, and the connections of that time stay dead forever without being closed. `cut_after_s` and `hole_after_s`
+    count from the start of the proxy. `flip`, `repeat` and `reorder` are shares of messages, 0 to 1.
     """
 
     latency_s: float = 0.0
@@ -57,15 +57,17 @@ class Faults:
 
     @property
     def of_messages(self) -> bool:
-        """Whether messages are changed, for which their keys are needed."""
+        """Return whether single messages are changed, which needs the keys of both ends."""
         return bool(self.flip or self.repeat or self.reorder)
 
 
 class ChaosProxy:
-    """One link with `faults`, to the inbox at `target`. It counts in `counters` what it did; `address` is where to connect to.
+    """Pass connections on to the inbox at `target`, with `faults`. Senders connect to `address`.
+
+    `counters` counts what the proxy did.
 
     Raises:
-        OSError: there is no port for it.
+        OSError: no port is free.
     """
 
     def __init__(self, target: str, faults: Faults, counters: Counter[str]) -> None:
@@ -80,11 +82,11 @@ class ChaosProxy:
         self._scope = trio.CancelScope()
 
     def stop(self) -> None:
-        """Let go of everything."""
+        """Stop `run`, which ends all connections."""
         self._scope.cancel()
 
     async def run(self) -> None:
-        """Until `stop`, or cancelled."""
+        """Serve connections until `stop` or a cancellation."""
         self._listener.setblocking(False)
         listener = trio.SocketListener(trio.socket.from_stdlib_socket(self._listener))
         with self._scope:
@@ -108,7 +110,7 @@ class ChaosProxy:
         self.cut()
 
     def cut(self) -> None:
-        """End all its connections, whatever is on its way."""
+        """End all connections, and lose the bytes that are on their way."""
         for connection in list(self._connections):
             self.counters["cut"] += 1
             connection.end()
@@ -139,7 +141,7 @@ class ChaosProxy:
 
 
 class _Connection:
-    """One tcp connection through the proxy."""
+    """Pass on one tcp connection through the proxy."""
 
     def __init__(
         self,
@@ -181,7 +183,7 @@ class _Connection:
     async def _received(self, source: trio.SocketStream) -> bytes:
         try:
             return bytes(await source.receive_some(READ_BYTES))
-        except trio.BrokenResourceError:  # reset by its end
+        except trio.BrokenResourceError:  # reset by the other side
             return b""
 
     async def _deliver(self, later: trio.MemoryReceiveChannel[tuple[float, bytes]], sink: trio.SocketStream) -> None:
@@ -207,24 +209,26 @@ class _Connection:
         self._passed += nbytes
         if every and self._passed >= every > before:
             self._counters["reset"] += 1
-            for stream in (self._near, self._far):  # no farewell: what is on its way is lost
+            for stream in (self._near, self._far):  # no orderly close: bytes on their way are lost
                 stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.end()
 
 
 class MessageProxy:
-    """Flips bits of the messages from `source` to `target`, repeats and reorders them. Connections are encrypted, so it holds
-    the keys of both: to the source it is the target, and to the target the source. `address` is where to connect to.
+    """Flip bits of the messages from `source` to `target`, and repeat and reorder messages. Senders connect to `address`.
+
+    Connections are encrypted, so the proxy holds the keys of both ends. It acts as the target towards the source, and as the
+    source towards the target.
 
     Args:
         source, target: identities.
         address: where the target listens.
-        faults: `flip`, `repeat` and `reorder` count here.
+        faults: only `flip`, `repeat`, `reorder` and `seed` are used here.
         keys: the folder of the run's keys.
-        counters: where it counts what it did.
+        counters: counts what the proxy did.
 
     Raises:
-        AddressError, ResourceError: there is no port or no descriptor for it.
+        AddressError, ResourceError: no port or no descriptor is free.
     """
 
     def __init__(
@@ -242,18 +246,18 @@ class MessageProxy:
         self.address = self._near.address
 
     def stop(self) -> None:
-        """Let go of everything."""
+        """Stop `run`, which closes both wires."""
         self._scope.cancel()
 
     async def run(self) -> None:
-        """Pass messages on until `stop`, or cancelled."""
+        """Pass messages on until `stop` or a cancellation."""
         near = TrioWire(self._near)
         try:
             with self._scope:
                 while True:
                     try:
                         self._pass_on(await near.receive())
-                    except ProtocolError:  # of frames that no message has: nobody gets them
+                    except ProtocolError:  # frames that do not form a message are dropped
                         self._counters["refused"] += 1
         finally:
             near.close()

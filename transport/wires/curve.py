@@ -1,9 +1,8 @@
-"""Keys for tcp: who has which, and the handler that ties a key to the name of its actor.
+"""Create and read the keys for tcp, and tie the key of each connection to the name of its actor.
 
-Every actor, the gateway too, has a CURVE key pair (Curve25519; https://rfc.zeromq.org/spec/25/). Both ends of a connection
-prove that they hold their secret ones, everything between is encrypted, and a connection's key decides as which actor it may
-speak.
-A folder holds `NAME.pub` of all and `NAME.key`, mode 0600, of those that run here.
+Every actor, and also the gateway, has a CURVE key pair (Curve25519; https://rfc.zeromq.org/spec/25/). Both ends of a
+connection prove that they hold their secret keys, and all traffic is encrypted. A connection can act only as the actor that
+its key belongs to. A folder holds `NAME.pub` of every actor, and `NAME.key`, mode 0600, of each actor that runs here.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ from ..files import read_bounded
 from ..format.errors import KeyFileError
 
 DOMAIN = "ranvier"
-"""Of ZeroMQ's authentication (ZAP): without one, a connection is not asked about."""
+"""Domain of ZeroMQ's authentication (ZAP). Without a domain, ZeroMQ does not ask the handler about a connection."""
 MOST_KEY_BYTES = 256
 KEY_BYTES = 40
-"""Of a key as text (Z85)."""
+"""Length of a key as text (Z85), in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """The keys that one process needs: its own pair, and everyone's public key by the actor's name."""
+    """Hold the keys that one process needs: its own pair, and the public key of each actor by name."""
 
     actor: str
     public: bytes
@@ -36,10 +35,10 @@ class Keys:
     publics: Mapping[str, bytes]
 
     def of(self, peer: str) -> bytes:
-        """The public key of an identity's actor.
+        """Return the public key of the actor that an identity names.
 
         Raises:
-            KeyFileError: it has none.
+            KeyFileError: this process has no key of that actor.
         """
         actor = peer.partition(".")[0]
         if actor not in self.publics:
@@ -48,10 +47,10 @@ class Keys:
 
 
 def write(folder: Path, names: Iterable[str]) -> list[Path]:
-    """Make a key pair for each name that has none: the files written.
+    """Create a key pair for each name that has none, and return the written files.
 
     Raises:
-        KeyFileError: the folder cannot be written to.
+        KeyFileError: the folder cannot be written to, or it holds only one file of a pair.
     """
     written = []
     try:
@@ -67,17 +66,17 @@ def write(folder: Path, names: Iterable[str]) -> list[Path]:
                     file.write(key + b"\n")
                 written.append(path)
     except FileExistsError as error:
-        raise KeyFileError(f"{error.filename}: is there, and the other of the pair is not; remove it") from None
+        raise KeyFileError(f"{error.filename}: exists without the other file of its key pair; remove it") from None
     except OSError as error:
         raise KeyFileError(f"{error.filename or folder}: {error.strerror}") from None
     return written
 
 
 def read(folder: Path, actor: str) -> Keys:
-    """The keys of one actor's process.
+    """Read the keys for the process of one actor.
 
     Raises:
-        KeyFileError: a file is missing or no key, or others may read the secret one.
+        KeyFileError: a file is missing or holds no key, the pair does not match, or other users can read the secret key.
     """
     secret = folder / f"{actor}.key"
     try:
@@ -86,25 +85,27 @@ def read(folder: Path, actor: str) -> Keys:
     except OSError as error:
         raise KeyFileError(f"{error.filename}: {error.strerror}; make keys with `ranvier keys new`") from None
     if mode & 0o077:
-        raise KeyFileError(f"{secret}: expected mode 0600, got {mode:04o}: others may read it; chmod 600")
+        raise KeyFileError(f"{secret}: expected mode 0600, got {mode:04o}: other users can read it; run chmod 600")
     if actor not in publics:
         raise KeyFileError(f"{folder / actor}.pub: no such file; make keys with `ranvier keys new`")
     own = _key(secret)
     if zmq.curve_public(own) != publics[actor]:
-        raise KeyFileError(f"{secret}: expected the secret key of {actor}.pub, got that of another")
+        raise KeyFileError(f"{secret}: expected the secret key of {actor}.pub, got the secret key of another pair")
     return Keys(actor, publics[actor], own, publics)
 
 
 def _key(path: Path) -> bytes:
     text = read_bounded(path, MOST_KEY_BYTES).strip()
     if len(text) != KEY_BYTES:
-        raise KeyFileError(f"{path}: expected a key of {KEY_BYTES} letters, got {len(text)}")
+        raise KeyFileError(f"{path}: expected a key of {KEY_BYTES} characters, got {len(text)}")
     return text
 
 
 class Doorkeeper(zmq.auth.thread.ThreadAuthenticator):
-    """Answers ZeroMQ's question who may connect, from a thread of its own. Start it before anything is bound: where nobody
-    answers, nobody gets in."""
+    """Decide for ZeroMQ, in a separate thread, which connections are accepted.
+
+    Start it before any socket is bound: without its answer ZeroMQ refuses every connection.
+    """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: Keys) -> None:
         super().__init__(context)
@@ -112,18 +113,18 @@ class Doorkeeper(zmq.auth.thread.ThreadAuthenticator):
         self.configure_curve_callback(DOMAIN, self)
 
     def callback(self, _domain: str, public: bytes) -> bool:
-        """Whether the key is one of the graph's."""
+        """Return whether the key belongs to an actor of the graph."""
         return public in self._actors
 
     def curve_user_id(self, client_public_key: bytes) -> str:
-        """Whose it is; messages of the connection carry that."""
+        """Return the actor that the key belongs to. Messages of the connection carry this name."""
         from zmq.utils import z85
 
         return self._actors[z85.encode(client_public_key)]
 
 
 def guard(socket: zmq.Socket[bytes], keys: Keys) -> None:
-    """Make a socket that is to be bound take only connections with keys."""
+    """Make a socket accept only connections with keys. Call it before the socket is bound."""
     socket.curve_server = 1
     socket.curve_secretkey = keys.secret
     socket.zap_domain = DOMAIN.encode()
@@ -131,7 +132,7 @@ def guard(socket: zmq.Socket[bytes], keys: Keys) -> None:
 
 
 def present(socket: zmq.Socket[bytes], keys: Keys, peer: str) -> None:
-    """Give a socket that is to be connected this process's keys, and the one that `peer` must have."""
+    """Give a socket this process's keys and the key that `peer` must have. Call it before the socket connects."""
     socket.curve_serverkey = keys.of(peer)
     socket.curve_publickey = keys.public
     socket.curve_secretkey = keys.secret

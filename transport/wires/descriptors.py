@@ -1,4 +1,4 @@
-"""What a wire needs of this machine before it has a socket: descriptors, and its path for itself."""
+"""Check what a wire needs of this machine before it creates a socket: descriptors, files, and sole use of its path."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from ..format.errors import AddressError, ResourceError
 
 LEAST_FILE_BYTES = 1 << 12
 OF_A_WIRE, OF_A_PEER = 32, 8
-"""Descriptors that a wire takes with its context, and that a peer takes, what comes in from it too; rounded up."""
+"""Descriptors of a wire with its context, and of each peer with its incoming connections; rounded up."""
 
 
 def make_sure_of_descriptors(me: str, count: int) -> None:
-    """ZeroMQ ends the whole process where it gets no descriptor, also for a connection that comes in.
+    """Check that at least `count` descriptors are left.
+
+    ZeroMQ ends the whole process if it gets no descriptor, even for an incoming connection.
 
     Raises:
-        ResourceError: there are not so many left.
+        ResourceError: fewer descriptors are left.
     """
     limit, taken = resource.getrlimit(resource.RLIMIT_NOFILE)[0], len(os.listdir("/proc/self/fd"))
     if limit - taken < count:
@@ -29,15 +31,17 @@ def make_sure_of_descriptors(me: str, count: int) -> None:
 
 
 def make_sure_of_files(me: str) -> None:
-    """Where no file may be written, torch and others fail in ways of their own.
+    """Check that files of at least `LEAST_FILE_BYTES` bytes can be written.
+
+    If no file can be written, torch and other libraries fail in various ways.
 
     Raises:
-        ResourceError: the limit on the size of files is too low to work with.
+        ResourceError: the limit on the size of files is lower.
     """
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if limit != resource.RLIM_INFINITY and limit < LEAST_FILE_BYTES:
         raise ResourceError(
-            f"{me}: no file may be larger than {limit} bytes here, expected at least {LEAST_FILE_BYTES}; raise the limit "
+            f"{me}: expected to write files of at least {LEAST_FILE_BYTES} bytes, the limit is {limit}; raise it "
             "(ulimit -f)"
         )
 
@@ -47,7 +51,7 @@ def claim(path: str) -> int:
     then be replaced. Nothing else ever is. Return the descriptor that holds the lock.
 
     Raises:
-        AddressError: another process listens there, something else is there, or the folder is not.
+        AddressError: another process listens there, something else is there, or the folder does not exist.
     """
     _may_replace(path, os.path.exists(f"{path}.lock"))
     try:
@@ -59,9 +63,10 @@ def claim(path: str) -> int:
 
 
 def _may_replace(path: str, ours: bool) -> None:
-    """
+    """Check that `path` is free, or holds a socket of a dead run (`ours`: a lock file lies beside it).
+
     Raises:
-        AddressError: what is at `path` is not a socket, or not one with a lock of `ours` beside it.
+        AddressError: there is something other than a socket, or a socket without a lock file.
     """
     try:
         mode = os.lstat(path).st_mode

@@ -33,7 +33,7 @@ class Endpoint:
 
 
 def settled(text: str, folder: Path) -> str:
-    """Return an endpoint of a file in `folder` as wires take it: `ipc://./name` is a socket of that folder."""
+    """Return an endpoint of a graph file in `folder` as wires accept it: `ipc://./name` becomes a socket in that folder."""
     return f"ipc://{folder.resolve() / text.removeprefix(_BESIDE)}" if text.startswith(_BESIDE) else text
 
 
@@ -41,7 +41,7 @@ def parse(text: str, *, guarded: bool = False) -> Endpoint:
     """Parse an endpoint. Where connections are `guarded` by keys, it may be beyond loopback.
 
     Raises:
-        AddressError: it may not be used; the message says what to write instead.
+        AddressError: the endpoint may not be used; the message says what to write instead.
     """
     scheme, separator, location = text.partition("://")
     if not separator or not location:

@@ -1,10 +1,10 @@
-"""Wires in memory, with hooks to lose, delay, repeat, reorder and damage what they carry, in virtual time.
+"""Provide wires in memory, with a hook to lose, delay, repeat, reorder and damage what they carry, in virtual time.
 
-For the tests of this project, and for those of users who want to see what their actors do on a bad link::
+The tests of this project use them. Users can test with them how their actors behave on a bad link::
 
     network = MemoryNetwork()
     a, b = network.wire("a.0.0"), network.wire("b.0.0")
-    network.fault = lambda crossing: [] if crossing.number == 3 else [crossing]   # the third is lost
+    network.fault = lambda crossing: [] if crossing.number == 3 else [crossing]   # lose the third
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..links.wire import Arrival
 
 @dataclass(frozen=True, slots=True)
 class Crossing:
-    """One set of frames on its way: the `number`-th of the network, to arrive `delay_ns` of virtual time later."""
+    """Hold the `number`-th set of frames that the network carries. It arrives `delay_ns` of virtual time later."""
 
     number: int
     source: str
@@ -30,7 +30,7 @@ class Crossing:
     delay_ns: int = 0
 
     def damaged(self, byte: int = 0) -> Crossing:
-        """The same with one bit of its first tensor flipped (of its header if it has none)."""
+        """Return a copy with one bit flipped: in its first tensor, or in its header if it has no tensor."""
         if not self.buffers:
             return replace(self, header=_flipped(self.header, byte))
         first = memoryview(bytearray(_flipped(bytes(self.buffers[0]), byte)))
@@ -38,7 +38,7 @@ class Crossing:
 
 
 Fault = Callable[[Crossing], Sequence[Crossing]]
-"""What becomes of a crossing: none (lost), itself, itself twice, itself later, another."""
+"""Returns the crossings that replace one: none (it is lost), itself, itself twice, itself later, or a changed one."""
 
 
 def _flipped(data: bytes, byte: int) -> bytes:
@@ -46,7 +46,7 @@ def _flipped(data: bytes, byte: int) -> bytes:
 
 
 class MemoryNetwork:
-    """Wires that reach each other by name, a virtual clock, and one `fault` hook over all that crosses."""
+    """Connect wires by name, with a virtual clock and one `fault` hook for everything that crosses."""
 
     def __init__(self, fault: Fault | None = None) -> None:
         self.fault = fault
@@ -56,15 +56,16 @@ class MemoryNetwork:
         self._count = 0
 
     def clock(self) -> int:
-        """Virtual nanoseconds."""
+        """Return the virtual time in nanoseconds."""
         return self.now_ns
 
     def wire(self, me: str) -> MemoryWire:
+        """Create the wire of the peer `me`."""
         wire = self.wires[me] = MemoryWire(self, me)
         return wire
 
     def advance(self, seconds: float) -> None:
-        """Let virtual time pass and deliver what is due."""
+        """Let virtual time pass, and deliver what is due."""
         self.now_ns += int(seconds * 1e9)
         due = sorted(entry for entry in self._late if entry[0] <= self.now_ns)
         self._late = [entry for entry in self._late if entry[0] > self.now_ns]
@@ -72,8 +73,9 @@ class MemoryNetwork:
             self._deliver(crossing)
 
     def carry(self, source: str, target: str, header: bytes, buffers: Sequence[Buffer]) -> None:
+        """Deliver frames, now or later, as `fault` decides."""
         self._count += 1
-        # the wire owns a copy: whoever writes to a tensor after sending it must not change what arrives
+        # the wire owns a copy: a sender that writes to its tensor later must not change what arrives
         crossing = Crossing(
             self._count, source, target, header, tuple(memoryview(bytearray(buffer)) for buffer in buffers)
         )

@@ -24,11 +24,11 @@ class TrioWire:
         self._reading = False
 
     async def receive(self) -> Arrival:
-        """The next frames.
+        """Return the next frames.
 
         Raises:
             LinkClosed: the wire is closed.
-            ProtocolError: frames came that no message has; call again.
+            ProtocolError: the frames that came do not form a message; call again.
             trio.BusyResourceError: another task is receiving.
         """
         if self._reading:

@@ -127,7 +127,7 @@ def test_a_name_twice_case_34(folder: Path) -> None:
     header = file.read_bytes()[8 : 8 + length].decode()
     entry = json.dumps({Q: json.loads(header)[Q]})[1:-1]
     rewrite(file, raw="{" + entry + "," + header.strip()[1:])
-    with pytest.raises(ranvier.GraphError, match=f"tensor {Q} stands there twice"):
+    with pytest.raises(ranvier.GraphError, match=f"tensor {Q} appears twice"):
         load_graph(folder)
 
 
@@ -182,7 +182,7 @@ def test_shards_stay_in_their_folder_case_42(folder: Path) -> None:
         ),
         ({"hidden_size": None}, "hidden"),
         ({"hidden_size": -4}, "hidden_size: expected a whole number from 1 to 16777216, got -4"),
-        ({"num_key_value_heads": 3}, "4 heads are no multiple of 3"),
+        ({"num_key_value_heads": 3}, "expected heads as a multiple of 3 key-value heads, got 4"),
         ({"vocab_size": "many"}, "vocab_size: expected a whole number from 1 to 16777216, got 'many'"),
     ],
 )
@@ -323,7 +323,7 @@ def test_damaged_gguf_cases_32_to_35(tmp_path: Path) -> None:
         weights.check(open_checkpoint(file), "model", (0, 0))
     write_gguf(file)
     patched(file, b"blk.0.ffn_up.weight", b"blk.0.attn_q.weight")
-    with pytest.raises(CheckpointError, match="tensor blk.0.attn_q.weight stands there twice"):
+    with pytest.raises(CheckpointError, match="tensor blk.0.attn_q.weight appears twice"):
         open_checkpoint(file)
     write_gguf(file)
     data = file.read_bytes()

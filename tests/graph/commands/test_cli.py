@@ -298,7 +298,7 @@ def test_actors_lists_every_kind() -> None:
             for port, spec in ports.items():
                 assert f"    {side}  {port}: {spec}" in listed
     [decoder] = [entry for entry in told if entry["kind"] == "decoder"]
-    assert decoder["inputs"]["memory"] == "dtype[tokens, hidden] once a session"
+    assert decoder["inputs"]["memory"] == "dtype[tokens, hidden] once per session"
 
 
 INSTALLED = """

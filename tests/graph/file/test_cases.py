@@ -92,7 +92,7 @@ def test_a_model_of_the_hub_from_its_cache(
     environment = {**os.environ, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     for source, code, words in (
         ("hf://someone/tiny-llama", 0, "good: 4 processes"),
-        ("hf://someone/other", 2, "source 'hf://someone/other': not in the cache and not to be had"),
+        ("hf://someone/other", 2, "source 'hf://someone/other': not in the cache, and cannot be fetched"),
         ("hf://someone", 2, "expected hf://ORG/NAME"),
         ("hf://../../etc", 2, "expected hf://ORG/NAME"),
     ):

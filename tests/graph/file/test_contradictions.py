@@ -34,10 +34,10 @@ def contradicting(folder: Path, into: Path, **changes: Any) -> Path:
         ("plain", "llama", {}, {"num_hidden_layers": 5}, "expected 5 layers, as the config says, got 6 (tensor model.layers.5."),
         ("plain", "llama", {}, {"num_hidden_layers": 7}, "expected 7 layers, as the config says, got 6 (tensor model.layers.5."),
         ("biased", "llama", {"attention_bias": True}, {"attention_bias": False},
-         "tensor model.layers.0.self_attn.k_proj.bias is in the file, but the config says that a llama of its kind has none"),
+         "tensor model.layers.0.self_attn.k_proj.bias is in the file, but a llama model with this config has no such tensor"),
         ("plain", "llama", {}, {"hidden_size": 32}, "model.embed_tokens.weight: expected shape (320, 32), got (320, 48)"),
         ("plain", "llama", {}, {"num_key_value_heads": 3}, "k_proj.weight: expected shape (24, 48), got (16, 48)"),
-        ("plain", "llama", {}, {"num_attention_heads": 5, "head_dim": 8}, "5 heads are no multiple of 2 key-value heads"),
+        ("plain", "llama", {}, {"num_attention_heads": 5, "head_dim": 8}, "expected heads as a multiple of 2 key-value heads, got 5"),
         ("other-gpt_neox", "gpt_neox", NEOX, {"num_hidden_layers": 5},
          "expected 5 layers, as the config says, got 4 (tensor gpt_neox.layers.3."),
     ],
@@ -60,7 +60,7 @@ def test_a_config_that_contradicts_its_tensors(
     [
         ({"intermediate_size": 64}, "tensor gpt_neox.layers.0.mlp.dense_4h_to_h.weight: expected shape (48, 64), got (48, 96)"),
         ({"missing": "gpt_neox.layers.2.mlp.dense_4h_to_h.weight"},
-         "tensor gpt_neox.layers.2.mlp.dense_4h_to_h.weight is missing, of 1 that are"),
+         "tensor gpt_neox.layers.2.mlp.dense_4h_to_h.weight is missing (missing tensors: 1)"),
     ],
 )  # fmt: skip
 def test_what_the_librarys_own_layers_are_not_given(

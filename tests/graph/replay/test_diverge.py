@@ -188,7 +188,7 @@ def test_a_truncated_vocabulary(tiny: Any, recorded: Recorded, tmp_path: Path) -
     found = diverge(recorded(altered(model, tmp_path / "wrong", cut)), None, None, right, _quiet)
     assert (found.actor, found.layer, found.edge) == ("head", None, None), found.what
     assert found.first is not None and found.first.place.name == "logits"
-    assert "300 numbers against 320" in found.what
+    assert "300 values against 320" in found.what
 
 
 def test_an_edge_that_rounds(tiny: Any, recorded: Recorded) -> None:
@@ -216,7 +216,7 @@ def test_what_is_between_actors_of_ones_own(tmp_path: Path, runs: Path) -> None:
     assert (found.actor, found.edge) == (None, "first.y -> middle.x"), found.what
     found = diverge(right, _stacks(tmp_path, runs, {}, seed=6), None, None, _quiet)
     assert (found.actor, found.edge) == (None, None)
-    assert found.what.startswith("they were given something else to begin with: x, session 1, position 0")
+    assert found.what.startswith("the inputs already differ: x, session 1, position 0")
 
 
 def _stacks(folder: Path, runs: Path, fault: Mapping[str, Any], codec: str = "raw", seed: int = 5) -> Path:

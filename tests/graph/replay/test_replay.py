@@ -188,7 +188,7 @@ def test_a_folder_that_would_start_something_else(faulty: Callable[..., Path]) -
     host.write_text(json.dumps({**told, "folder": None, "implementation": "os:system"}))
     for arguments in (["replay", str(run), "two"], ["diverge", str(run), str(run)]):
         done = CliRunner().invoke(cli.app, [*arguments, "--allow-code"])
-        assert "two.0: os:system is no kind of actor that is installed here" in str(done.exception)
+        assert "two.0: os:system is not an installed kind of actor" in str(done.exception)
     index = run / "record" / "one.0" / "index.jsonl"
     index.write_text(index.read_text().replace('"rows"', '"raws"'))
     with pytest.raises(RecordingError, match=r"one\.0: no recording of an actor, or a damaged one: .*`rows`"):
@@ -202,7 +202,7 @@ def test_what_may_not_be_replayed(faulty: Callable[..., Path]) -> None:
         (["two"], "is code of a graph's own folder (faulty.py:Faulty in "),
         (
             ["two", "--allow-code"],
-            "two.0: expected all inputs to be recorded, x of it was not; run it with --record two",
+            "two.0: expected all inputs to be recorded, missing x; run it with --record two",
         ),
         (["one"], "no actor 'one' was recorded; there are two.0"),
     ):
@@ -237,9 +237,9 @@ def test_a_recording_has_a_bound(faulty: Callable[..., Path]) -> None:
     large, small = [0.5] * 200_000, [1.0]
     run = faulty([small, large, small], record={"megabytes": 1})
     found = of(run, "two.0")
-    assert found.steps == 1 and found.ends_early == "the bound of 1 MiB is reached (record.megabytes)"
+    assert found.steps == 1 and found.ends_early == "it reached the limit of 1 MiB; raise record.megabytes"
     done = CliRunner().invoke(cli.app, ["replay", str(run), "two", "--allow-code"])
-    assert "the recording ends early: the bound of 1 MiB" in done.stdout
+    assert "the recording ends early: it reached the limit of 1 MiB" in done.stdout
 
 
 def test_a_full_disk_ends_the_recording_alone(faulty: Callable[..., Path]) -> None:

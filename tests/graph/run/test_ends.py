@@ -258,4 +258,4 @@ def test_a_prompt_is_not_seen_by_others_case_80(way: str, runs: Path, tmp_path: 
         assert not path.is_file() or secret.encode() not in path.read_bytes(), path
     both = ranvier("run", SMOLLM2, "--prompt", "x", "--prompt-file", str(file))
     assert both.returncode == 2
-    assert "say the same; give one" in both.stderr
+    assert "are both given; give one" in both.stderr

@@ -533,7 +533,7 @@ def test_experts_that_cannot_be(tiny: Any, graph_file: Callable[..., Path]) -> N
     }
     folder, _ = tiny("mixtral-bad", "mixtral", **{**changes, "num_hidden_layers": 2})
     for groups, words in (
-        (["0", "1-3"], r"experts '1-3': expected first-last of 0-2"),
+        (["0", "1-3"], r"experts '1-3': expected first-last within 0-2"),
         (["0", "1"], r"output 'expert2' is open"),
     ):
         with pytest.raises(ranvier.GraphError, match=words):
@@ -542,7 +542,7 @@ def test_experts_that_cannot_be(tiny: Any, graph_file: Callable[..., Path]) -> N
             )
     several = expert_graph(2, ["0-2"])
     several["actors"]["attention0"]["layers"] = "0-1"
-    with pytest.raises(ranvier.GraphError, match="kind 'attention' is of one layer, not 0-1"):
+    with pytest.raises(ranvier.GraphError, match="kind 'attention' holds one layer, got 0-1; give one layer"):
         ranvier.load(graph_file(model={"source": "x"}, **several), overrides={"model.source": str(folder)})
 
 

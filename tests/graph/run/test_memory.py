@@ -170,7 +170,7 @@ def test_outputs_that_are_no_memory_of_this_machine_case_65(borrowing: Make, run
         (5, "ndarray"),
         (6, "float8_e4m3fn"),
         (7, "tensor y"),
-        (8, "host memory of its own"),
+        (8, "allocated host memory"),
     ):
         assert isinstance(made[which], ranvier.ActorFailed), made[which]
         assert "actor odd.0" in str(made[which])

@@ -218,11 +218,11 @@ def test_a_request_outlives_the_process_that_holds_the_gateway_case_57(
             assert [position for position, _ in got] == list(range(len(PROMPT) + kill_at, len(PROMPT) + 8))
             assert made.result.finish_reason == "length"
             assert made.result.token_ids == expected
-            with pytest.raises(RequestError, match="another client has taken it up"):
+            with pytest.raises(RequestError, match="another client has resumed it"):
                 run.resume(request)
-            with pytest.raises(RequestError, match="expected one that was resumed"):
+            with pytest.raises(RequestError, match="expected a request of the resumed run"):
                 run.resume("nobody's")
-        with pytest.raises(RequestError, match="its requests go on in .*; resume that run"):
+        with pytest.raises(RequestError, match="its requests continue in .*; resume that run"):
             async with ranvier.launch(graph, runs=runs, resume=Path(where)):
                 pass
 
@@ -241,7 +241,7 @@ def test_a_request_is_not_resumed_by_another_model_case_57(four: Four, tiny: Any
     cut = ranvier.load(graph.path, overrides={"model.source": str(own), "prefill_chunk": "7"})
 
     async def refused(graph: ranvier.Graph, what: str) -> None:
-        with pytest.raises(RequestError, match=f"were asked of another {what}: expected hash"):
+        with pytest.raises(RequestError, match=f"are for another {what}: expected hash"):
             async with ranvier.launch(graph, runs=runs, resume=Path(where)):
                 pass
 
@@ -336,7 +336,7 @@ def test_a_journal_that_does_not_say_what_it_is_of_is_refused_case_57(four: Four
 
     trio.run(refused, "journal.jsonl:2: damaged: .*Expected `int`")
     file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[1:]))
-    trio.run(refused, "journal.jsonl:1: damaged: .*expected first of all what the run was of")
+    trio.run(refused, "journal.jsonl:1: damaged: .*expected the run's hashes in the first line")
 
 
 def test_the_code_beside_an_actor_is_of_the_model_case_57(tmp_path: Path) -> None:

@@ -534,7 +534,7 @@ def test_an_actor_that_dies_at_every_start_uses_up_its_budget_case_6(
             os.kill(pid_of(run, "bad"), signal.SIGKILL)
             with pytest.raises(ranvier.ActorFailed) as caught:
                 await call(run, 1.0)
-            assert "RuntimeError while loading: loads only once; it was started anew 3 times within 60 s" in str(
+            assert "RuntimeError while loading: loads only once; it was restarted 3 times within 60 s" in str(
                 caught.value
             )
             assert "faulty.py" in caught.value.remote_traceback

@@ -200,7 +200,7 @@ def test_streams_over_real_processes_are_exact(
                 run.generate([300], max_tokens=1)
             if name == "marian":
                 with pytest.raises(
-                    ranvier.RequestError, match="65 are asked for, but either end of the model holds 64"
+                    ranvier.RequestError, match="65 are asked for, but encoder and decoder hold 64 each"
                 ):
                     run.generate([5], max_tokens=65)
             return run.dir
@@ -254,20 +254,20 @@ def test_the_first_token_may_be_given(made: Callable[[str], Made], tmp_path: Pat
 def test_t5_does_not_fit_into_float16(made: Callable[[str], Made], graph_file: Callable[..., Path]) -> None:
     path = graph_file(**{**GRAPH, "model": {"source": "./model", "dtype": "float16"}})
     shutil.copytree(made("t5")[0], path.parent / "model")
-    with pytest.raises(ranvier.GraphError, match="t5 goes over the range of float16; use bfloat16 or float32"):
+    with pytest.raises(ranvier.GraphError, match="t5 exceeds the range of float16; use bfloat16 or float32"):
         ranvier.load(path)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"reads": {"kind": "encoder", "layers": "0-2"}}, "layers of the encoder 3 are in no actor"),
+        ({"reads": {"kind": "encoder", "layers": "0-2"}}, "layers of the encoder missing: 3; add them to an actor"),
         ({"reads": {"kind": "encoder", "layers": "0-4"}}, "layers 0-4 are out of range; the model has 0-3"),
         ({"reads": {"kind": "blocks", "layers": "0-3"}}, "is an encoder–decoder; use encoder_embedding and encoder"),
-        ({"begins": {"kind": "decoder", "layers": 0}}, "layers 1 are in no actor"),
-        ({"edges": ["source.hidden -> begins.memory"]}, "memory is what layer 3 of the encoder gives, not source"),
-        ({"edges": ["reads.hidden -> begins.hidden"]}, "reads is of the encoder, begins is not"),
-        ({"edges": ["embed.hidden -> reads.hidden"]}, "embed is of the decoder, reads is not"),
+        ({"begins": {"kind": "decoder", "layers": 0}}, "layers missing: 1; add them to an actor"),
+        ({"edges": ["source.hidden -> begins.memory"]}, "memory comes from layer 3 of the encoder, not from source"),
+        ({"edges": ["reads.hidden -> begins.hidden"]}, "reads belongs to the encoder, begins does not"),
+        ({"edges": ["embed.hidden -> reads.hidden"]}, "embed belongs to the decoder, reads does not"),
         ({"edges": []}, "actor begins: input 'memory' is open"),
     ],
 )

@@ -230,7 +230,7 @@ def test_metrics_as_prometheus_reads_them(four: Four, runs: Path) -> None:
     [
         *(({"metrics": address}, "expected loopback, such as 127.0.0.1:9464, or port 0") for address in
           ("0.0.0.0:9464", "192.0.2.1:9464", "127.0.0.1:x")),
-        ({"otlp": "127.0.0.1:4318"}, "telemetry.otlp: '127.0.0.1:4318' is no address; expected http://address:port"),
+        ({"otlp": "127.0.0.1:4318"}, "telemetry.otlp: '127.0.0.1:4318' is not an address; expected http://address:port"),
     ],
 )  # fmt: skip
 def test_addresses_that_are_none(telemetry: dict[str, str], words: str, four: Four) -> None:

@@ -143,9 +143,7 @@ def test_a_deadline_that_passes_says_who_was_to_blame(
             async with ranvier.launch(graph, runs=runs) as run:
                 pid = next(pid for key, pid in run.pids.items() if key.startswith(f"{last}."))
                 os.kill(pid, signal.SIGSTOP)
-                said = (
-                    rf"over its deadline, 0 of 9 tokens were there\nbecause of {last}\.0: it is stopped \(pid {pid}\)"
-                )
+                said = rf"deadline exceeded, 0 of 9 tokens delivered\nbecause of {last}\.0: it is stopped \(pid {pid}\)"
                 with pytest.raises(ranvier.Expired, match=said):
                     async for _ in run.generate([1, 2, 3], max_tokens=9, stop_tokens=(), deadline_s=2):
                         pass
@@ -163,7 +161,7 @@ def test_an_actor_that_was_lost_and_is_not_back_yet(graphs: Graphs, runs: Path) 
 
     answer = asked(graph, runs, thirteen(), kill)
     assert [(fact.who, fact.reason) for fact in answer.culprits] == [("bad.0", "lost")]
-    assert answer.culprits[0].words == "it was lost, and session 1 waits for the one in its place"
+    assert answer.culprits[0].words == "it was lost, and session 1 waits for its replacement"
 
 
 def test_a_receiver_that_leaks_credit(graphs: Graphs, runs: Path) -> None:
@@ -174,7 +172,8 @@ def test_a_receiver_that_leaks_credit(graphs: Graphs, runs: Path) -> None:
     )  # fmt: skip
     answer = asked(graph, runs, thirteen(), calls=6)
     assert [(fact.who, fact.reason) for fact in answer.culprits] == [("bad.0", "gives no credit")]
-    assert answer.culprits[0].words == "it gives good.0 no credit, and waits for nobody: it keeps what it took"
+    words = "it gives good.0 no credit, and waits for nobody: it keeps the messages that it received"
+    assert answer.culprits[0].words == words
 
 
 @pytest.mark.parametrize(("fault", "numbers"), [("slow", {"latency_s": 0.4}), ("throttled", {"bytes_per_s": 40_000})])
@@ -203,7 +202,7 @@ def test_a_link_that_is_slow_or_throttled(fault: str, numbers: Mapping[str, Any]
 
     answer = trio.run(main)
     assert [(fact.who, fact.reason) for fact in answer.culprits] == [("good.y -> bad.x", "on the way")], str(answer)
-    assert f"1 messages ({4 if fault == 'slow' else 80_000} bytes) of good.0 are on their way to bad.0" in str(answer)
+    assert f"1 message ({4 if fault == 'slow' else 80_000} bytes) is on the way from good.0 to bad.0" in str(answer)
 
 
 def test_a_replica_that_has_too_much_to_do(graphs: Graphs, runs: Path) -> None:
@@ -269,7 +268,10 @@ def test_a_join_that_lacks_one_input(graphs: Graphs, runs: Path) -> None:
     answer = asked(graph, runs, {"x": torch.tensor([13.0])})
     assert [(fact.who, fact.reason) for fact in answer.culprits] == [("two.0", "sent nothing")]
     [waits] = [fact for fact in answer.waiting if fact.reason == "join"]
-    assert "sum.0 has waited" in waits.words and "for b of session 1, position 0, from two.0; it has a" in waits.words
+    assert (
+        "sum.0 has waited" in waits.words
+        and "for b of session 1, position 0, from two.0; it has received a" in waits.words
+    )
 
 
 def test_a_load_that_hangs_and_the_command(graphs: Graphs, runs: Path, tmp_path: Path) -> None:
@@ -324,7 +326,7 @@ def test_a_client_that_does_not_take_its_answers(
 
     answer = trio.run(main)
     assert [(fact.who, fact.reason) for fact in answer.culprits] == [("client", "client")]
-    assert "the client of session 1 does not take what is there for it" in answer.culprits[0].words
+    assert "the client of session 1 does not take its answers" in answer.culprits[0].words
 
 
 def test_nobody_asks(graphs: Graphs, runs: Path) -> None:
@@ -381,7 +383,7 @@ def test_who_is_at_work_is_slow_and_no_leak() -> None:
     works = {"steps": 5, "queued": 2}
     slow = explain([waits, seen("b.0", situation=works, before={"steps": 3})], AtGateway([1]), {})
     assert [(fact.who, fact.reason) for fact in slow.culprits] == [("b.0", "slow")]
-    assert "it is at work, and a.0 waits for it: 2 steps between two looks, 2 messages in its queue" in str(slow)
+    assert "it is at work, and a.0 waits for it: 2 steps between two reports, 2 messages in its queue" in str(slow)
 
 
 def test_a_circle() -> None:

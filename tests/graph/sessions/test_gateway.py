@@ -279,7 +279,7 @@ def test_a_deadline_ends_a_stream_that_waits_too() -> None:
     assert not soon.over
     bench.gateway.on_due(100)
     [error] = soon.events
-    assert str(error) == "session 1: over its deadline, 0 of 2 tokens were there"
+    assert str(error) == "session 1: deadline exceeded, 0 of 2 tokens delivered"
     assert (bench.gateway.due_ns, later.over) == (200, False)
     bench.gateway.cancel(later)
     assert bench.gateway.due_ns is None

@@ -103,7 +103,7 @@ def test_the_summary_adds_up(run_dir: Path) -> None:
     assert all(part["p50"] <= part["p95"] <= part["p99"] for part in hidden["microseconds"].values())
     assert {actor["actor"] for actor in told["actors"]} == {"embed.0", "lower.0", "upper.0", "head.0", "gateway.0"}
     text = summary.table(told)
-    for word in ("lower.hidden -> upper.hidden", "tokens a step", "gateway.0"):
+    for word in ("lower.hidden -> upper.hidden", "tokens per step", "gateway.0"):
         assert word in text
 
 

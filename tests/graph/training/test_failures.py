@@ -144,7 +144,7 @@ def test_an_interrupted_training_goes_on_where_it_was(graph: Make, trained: Trai
     assert not out
     again = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
     told = json.loads(again.stdout)
-    assert "going on from" in again.stderr
+    assert "continuing from" in again.stderr
     assert told["steps"] == 60
     losses = [each["loss"] for each in expected.history if "validation" not in each]
     assert told["loss"] == losses[-1]

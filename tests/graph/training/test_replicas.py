@@ -137,9 +137,9 @@ def test_averaged_weights(graph: Make, trained: Train, tmp_path: Path) -> None:
     ("change", "expected"),
     [
         ({"micro_batches": 3}, "2 replicas cannot share 3 micro-batches"),
-        ({"schedule": "async"}, "2 replicas: async has one of each"),
+        ({"schedule": "async"}, "2 replicas: async allows only one"),
         ({"validate": {"every": 2, "batches": 3}}, "2 replicas cannot share 3 batches"),
-        ({"average_every": 3}, "average_every: 3 is no part of 8 steps"),
+        ({"average_every": 3}, "average_every: 3 does not divide 8 steps"),
     ],
 )
 def test_what_replicas_cannot(change: dict[str, Any], expected: str, graph: Make, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_places_out_of_range_are_refused() -> None:
     meta, buffer, _ = encode("x", torch.arange(1.0, 9.0), parse("topk:0.25"), look=False)
     wrong = bytearray(buffer)
     wrong[0] = 200
-    with pytest.raises(ProtocolError, match="topk: expected places from 0 to 7"):
+    with pytest.raises(ProtocolError, match="topk: expected index-value pairs with indices from 0 to 7"):
         from_buffer(meta, wrong)
 
 

@@ -194,14 +194,18 @@ def test_key_files_that_may_not_be_used(folder: Path) -> None:
     assert curve.write(folder, ["a", "d"]) == [folder / "d.key", folder / "d.pub"]
     assert secret.read_bytes() == before, "what is there stays"
     secret.chmod(0o640)
-    with pytest.raises(KeyFileError, match=r"a\.key: expected mode 0600, got 0640: others may read it; chmod 600"):
+    with pytest.raises(
+        KeyFileError, match=r"a\.key: expected mode 0600, got 0640: other users can read it; run chmod 600"
+    ):
         curve.read(folder, "a")
     secret.chmod(0o600)
     secret.write_bytes((folder / "b.key").read_bytes())
-    with pytest.raises(KeyFileError, match=r"a\.key: expected the secret key of a\.pub, got that of another"):
+    with pytest.raises(
+        KeyFileError, match=r"a\.key: expected the secret key of a\.pub, got the secret key of another pair"
+    ):
         curve.read(folder, "a")
     secret.write_text("short")
-    with pytest.raises(KeyFileError, match=r"a\.key: expected a key of 40 letters, got 5"):
+    with pytest.raises(KeyFileError, match=r"a\.key: expected a key of 40 characters, got 5"):
         curve.read(folder, "a")
     secret.unlink()
     with pytest.raises(KeyFileError, match=r"a\.key: No such file or directory; make keys with `ranvier keys new`"):
