@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 import traceback
+from enum import StrEnum
 
 from ranvier.transport.format.errors import RanvierError
+
+
+class Cause(StrEnum):
+    """Say why an actor, or one session at it, failed."""
+
+    RAISED = "raised"
+    """Its code raised an exception. The same work would raise it again."""
+    DIED = "died"
+    """Its process ended, or a process that it needs."""
+    SILENT = "silent"
+    """It gave no sign of life: it hangs, or was stopped."""
+    LATE = "late"
+    """It is alive, but missed a deadline: of its start, of a step, of a join."""
+    REFUSED = "refused"
+    """It could not be started, or was sent what it must not take."""
 
 
 class ActorFailed(RanvierError):
@@ -12,13 +28,17 @@ class ActorFailed(RanvierError):
 
     Attributes:
         actor: `actor.replica`.
+        cause: why, for decisions.
         what: what happened, without the actor's name and the traceback.
         session: the session that was lost, or None if the whole actor is gone.
         remote_traceback: the traceback that Python printed in the actor's process, or "".
     """
 
-    def __init__(self, actor: str, what: str, *, session: int | None = None, remote_traceback: str = "") -> None:
+    def __init__(
+        self, actor: str, what: str, cause: Cause, *, session: int | None = None, remote_traceback: str = ""
+    ) -> None:
         self.actor = actor
+        self.cause = cause
         self.session = session
         self.remote_traceback = remote_traceback
         self.what = what
@@ -28,12 +48,12 @@ class ActorFailed(RanvierError):
     def of(self, session: int, times: int) -> ActorFailed:
         """Return this error for a session that was reopened in vain, because the actor failed `times` times in a row."""
         what = f"session {session}: {self.what}; that happened {times} times in a row"
-        return ActorFailed(self.actor, what, session=session, remote_traceback=self.remote_traceback)
+        return ActorFailed(self.actor, what, self.cause, session=session, remote_traceback=self.remote_traceback)
 
     def but(self, more: str) -> ActorFailed:
         """Return this error with `more` appended to its text."""
         what = f"{self.what}; {more}"
-        return ActorFailed(self.actor, what, session=self.session, remote_traceback=self.remote_traceback)
+        return ActorFailed(self.actor, what, self.cause, session=self.session, remote_traceback=self.remote_traceback)
 
 
 class CheckpointError(RanvierError):

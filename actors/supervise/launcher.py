@@ -22,7 +22,7 @@ import trio
 
 from ranvier.transport.format.errors import ResourceError
 
-from ..errors import ActorFailed
+from ..errors import ActorFailed, Cause
 from ..protocol.host_spec import HostSpec, Restart
 from .restarts import Restarts
 from .zygote_process import ZygoteProcess
@@ -222,7 +222,7 @@ class LocalLauncher:
         told = ""
         with contextlib.suppress(OSError):
             told = self._errors.read_text(errors="replace")[-4000:]
-        return ActorFailed("zygote", what, remote_traceback=zygote.process.last_words() + told)
+        return ActorFailed("zygote", what, Cause.DIED, remote_traceback=zygote.process.last_words() + told)
 
     # -- hosts --------------------------------------------------------------------------------------------------
 
@@ -240,12 +240,12 @@ class LocalLauncher:
                 try:
                     zygote = await self._living()
                 except ResourceError as error:
-                    raise ActorFailed(spec.label, str(error)) from None
+                    raise ActorFailed(spec.label, str(error), Cause.REFUSED) from None
                 why = await self._started(zygote, spec)
                 if why is None:
                     continue
                 if why:
-                    raise ActorFailed(spec.label, why)
+                    raise ActorFailed(spec.label, why, Cause.REFUSED)
                 return
 
     async def _started(self, zygote: _Zygote, spec: HostSpec) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 from ranvier.transport.format.errors import ProtocolError
 
 from ..component.actor import REPLAYED
-from ..errors import ActorFailed
+from ..errors import ActorFailed, Cause
 from ..protocol.host_spec import HostLink, HostSpec
 from ..protocol.lifecycle import IllegalTransition, Lifecycle, State
 from ..protocol.training_spec import TrainingLink
@@ -103,7 +103,7 @@ class Supervision:
         elif kind == "counters":  # the last counters of an ending host
             host.counters = fields["counters"]
         elif kind == "failed":
-            self._fail(host, now_s, fields["error"], fields["traceback"])
+            self._fail(host, now_s, Cause.RAISED, fields["error"], fields["traceback"])
 
     def on_exit(self, key: str, code: int, stderr_tail: str, now_s: float, because: str = "") -> None:
         """Take the end of a host's process. A negative `code` is a signal. `because` is a loss that caused it."""
@@ -115,7 +115,7 @@ class Supervision:
             return
         how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
         why = f": {because}" if because else ""
-        self._fail(host, now_s, f"its process {how} while {host.life.state.value}{why}", stderr_tail)
+        self._fail(host, now_s, Cause.DIED, f"its process {how} while {host.life.state.value}{why}", stderr_tail)
 
     def on_tick(self, now_s: float) -> None:
         """Fail the hosts that have exceeded a deadline.
@@ -137,25 +137,29 @@ class Supervision:
             if not waits and host.life.state in (State.STARTING, State.LOADING, State.READY):
                 if starting_s > limits.start_deadline_s:
                     self._fail(
-                        host, now_s, f"not running {starting_s:.1f} s after its start (limit {limits.start_deadline_s} s), "
+                        host, now_s, Cause.LATE,
+                        f"not running {starting_s:.1f} s after its start (limit {limits.start_deadline_s} s), "
                         f"still {host.life.state.value}, {host.loaded:.0%} loaded",
                     )  # fmt: skip
             elif silent_s > limits.heartbeat_deadline_s:
                 self._fail(
-                    host, now_s,
+                    host, now_s, Cause.SILENT,
                     f"no heartbeat for {silent_s:.1f} s (limit {limits.heartbeat_deadline_s} s): hung or stopped",
                 )  # fmt: skip
             elif host.stepping_s > limits.progress_deadline_s:
                 self._fail(
-                    host, now_s, f"in one step for {host.stepping_s:.1f} s (limit {limits.progress_deadline_s} s): hung"
+                    host,
+                    now_s,
+                    Cause.LATE,
+                    f"in one step for {host.stepping_s:.1f} s (limit {limits.progress_deadline_s} s): hung",
                 )
 
-    def _fail(self, host: Watched, now_s: float, what: str, remote_traceback: str = "") -> None:
+    def _fail(self, host: Watched, now_s: float, cause: Cause, what: str, remote_traceback: str = "") -> None:
         if not host.life.over:
             host.life.to(State.FAILED, what)
         if self.stopping or host.lost is not None:
             return
-        host.lost, host.lost_s = ActorFailed(host.spec.label, what, remote_traceback=remote_traceback), now_s
+        host.lost, host.lost_s = ActorFailed(host.spec.label, what, cause, remote_traceback=remote_traceback), now_s
         if not self.begun and not host.joining:
             self.failure = self.failure or host.lost
 

@@ -15,7 +15,7 @@ import msgspec
 import trio
 
 from ranvier.actors.component.session import Sampling, SessionInfo
-from ranvier.actors.errors import ActorFailed, Overloaded
+from ranvier.actors.errors import ActorFailed, Cause, Overloaded
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.trace import spans
 from ranvier.transport.format.errors import RanvierError, ResourceError
@@ -347,7 +347,7 @@ class Requests:
             end = request.end or Ended(key, reason)
             self._note(_so_far(request))
             self._note(end)
-            self._resumed[key] = Over(ActorFailed(GATEWAY, end.error) if end.error else reason)
+            self._resumed[key] = Over(ActorFailed(GATEWAY, end.error, Cause.RAISED) if end.error else reason)
         for key in self._no_room:
             self._note(_so_far(self._left[key]))
         self._flush()

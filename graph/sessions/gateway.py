@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from ranvier.actors.component.session import SessionInfo
-from ranvier.actors.errors import ActorFailed, Expired
+from ranvier.actors.errors import ActorFailed, Cause, Expired
 from ranvier.actors.host.route import Places, Route
 from ranvier.actors.protocol.host_spec import GATEWAY, HostLink
 from ranvier.actors.trace.spans import TraceContext
@@ -282,7 +282,9 @@ class Gateway:
                 self._close(stream)
         else:
             what, session = fields["error"], stream.info.session
-            self._end(stream, ActorFailed(label, what, session=session, remote_traceback=fields["traceback"]))
+            self._end(
+                stream, ActorFailed(label, what, Cause.RAISED, session=session, remote_traceback=fields["traceback"])
+            )
 
     def on_lost(self, row: Row, error: Exception) -> None:
         """End the session of a row whose message to the client was refused here."""
@@ -311,7 +313,7 @@ class Gateway:
             got = ", ".join(sorted(stream.outputs)) or "nothing"
             session = stream.info.session
             what = f"session {session}: every actor has been idle for {quiet_s:g} s: expected {missing}, got {got}"
-            self._end(stream, ActorFailed(GATEWAY, what, session=session))
+            self._end(stream, ActorFailed(GATEWAY, what, Cause.LATE, session=session))
 
     def on_message(self, received: Received) -> None:
         """Take a message of tokens, logits, scores, or outputs of a call."""

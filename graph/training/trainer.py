@@ -13,7 +13,7 @@ from typing import Any
 
 import trio
 
-from ranvier.actors.errors import ActorFailed
+from ranvier.actors.errors import ActorFailed, Cause
 from ranvier.actors.supervise.restarts import Restarts
 from ranvier.actors.supervise.zygote_process import ZygoteProcess
 
@@ -85,7 +85,7 @@ async def train(
                 await attempt.run(runs, on_started, zygote)
             except ActorFailed as error:
                 actor = error.actor.partition(".")[0]
-                if error.remote_traceback and "Error" in error.what and "ended" not in error.what:
+                if error.cause is Cause.RAISED:
                     raise  # a retry would fail again: the same batch, the same weights
                 policy = attempt.policies.get(actor)
                 delay_s = (

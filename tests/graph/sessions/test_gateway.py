@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ranvier.actors.component.session import SessionInfo
-from ranvier.actors.errors import ActorFailed, Overloaded
+from ranvier.actors.errors import ActorFailed, Cause, Overloaded
 from ranvier.actors.protocol.host_spec import HostLink
 from ranvier.graph.sessions.gateway import Gateway, token_tensor
 from ranvier.graph.sessions.placement import Placement
@@ -129,9 +129,9 @@ def test_what_does_not_fit_is_turned_away_at_the_door() -> None:
 def test_a_lost_run_ends_every_stream_and_takes_no_more() -> None:
     bench = Bench()
     streams = [bench.submit() for _ in range(3)]
-    failure = ActorFailed("lower.0", "signal 9")
+    failure = ActorFailed("lower.0", "signal 9", Cause.DIED)
     bench.gateway.on_failure(failure)
-    bench.gateway.on_failure(ActorFailed("upper.0", "later"))
+    bench.gateway.on_failure(ActorFailed("upper.0", "later", Cause.DIED))
     assert [list(stream.events) for stream in streams] == [[failure]] * 3
     with pytest.raises(ActorFailed, match="lower.0"):
         bench.submit()
@@ -175,7 +175,7 @@ def opened(bench: Bench) -> list[dict[str, Any]]:
     return told
 
 
-LOST = ActorFailed("embed.0", "its process was ended by signal 9 while running")
+LOST = ActorFailed("embed.0", "its process was ended by signal 9 while running", Cause.DIED)
 
 
 def test_a_session_begins_anew_from_its_log_and_what_is_late_is_refused() -> None:
