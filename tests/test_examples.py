@@ -1,4 +1,4 @@
-"""Everything in examples/ runs."""
+"""Run everything in examples/."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ PICTURES = (EXAMPLES.parent / "docs" / "graphs.md").read_text()
 
 
 def test_every_example_is_tested() -> None:
+    """List every file and folder of examples/ in TESTED."""
     assert {path.name for path in EXAMPLES.iterdir() if path.name != "ranvier-runs"} == TESTED
 
 
@@ -62,7 +63,7 @@ def test_every_example_is_tested() -> None:
     ],
 )
 def test_a_folder_runs_and_its_picture_is_true(name: str, words: str, runs: Path) -> None:
-    """The script of the folder, in a copy of it; what docs/graphs.md draws is what `show` draws."""
+    """Run the script in a copy of its folder, and find the drawing that `show` makes in docs/graphs.md."""
     folder = copied(name, runs)
     done = ran(folder, f"{name}.py")
     assert re.search(words, done), done
@@ -71,7 +72,9 @@ def test_a_folder_runs_and_its_picture_is_true(name: str, words: str, runs: Path
 
 
 def ran(folder: Path, *arguments: str, code: int = 0) -> str:
-    """What Python prints with these arguments there."""
+    """Run Python with these arguments in `folder`, and return its standard output.
+
+    Its exit status must be `code`."""
     done = subprocess.run(
         [sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=400
     )
@@ -80,7 +83,7 @@ def ran(folder: Path, *arguments: str, code: int = 0) -> str:
 
 
 def copied(name: str, runs: Path) -> Path:
-    """A folder of examples/ as it is after a clone."""
+    """Copy a folder of examples/ as it is after a clone, and return the copy."""
     folder = runs / name
     left_out = ("ranvier-runs", "*.safetensors", "model", "trained", "corpus.txt", "__pycache__")
     shutil.copytree(EXAMPLES / name, folder, ignore=shutil.ignore_patterns(*left_out))
@@ -90,12 +93,13 @@ def copied(name: str, runs: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(450)
 def test_layers_learn(runs: Path) -> None:
+    """Classify at least 95 % of the held-out pictures correctly after 300 steps."""
     done = ran(copied("layers", runs), "layers.py")
     assert re.search(r"359 pictures that were not trained on: 9[5-9]\.\d% right after 300 steps", done), done
 
 
 def test_bytes_learn_and_run(runs: Path) -> None:
-    """In a short form: some steps, and the checkpoint that comes of them speaks."""
+    """Train for 6 steps, and generate from the checkpoint that training saved."""
     folder = copied("bytes", runs)
     subprocess.run([sys.executable, "prepare.py"], cwd=folder, check=True, timeout=60)
     command = ("-m", "ranvier")
@@ -134,7 +138,9 @@ def test_bytes_learn_and_run(runs: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(450)
 def test_smollm2_learns_facts_by_lora(runs: Path) -> None:
-    """In a short form. The checkpoint, out of a GGUF file, is one of transformers': it says what the script says."""
+    """Halve the loss in 6 steps, and generate the same text with transformers from the saved checkpoint.
+
+    The model comes from a GGUF file."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -154,7 +160,9 @@ def test_smollm2_learns_facts_by_lora(runs: Path) -> None:
 
 @pytest.mark.parametrize("name", ["smollm2-one.yaml", "smollm2-tcp.yaml", "smollm2-local.yaml"])
 def test_a_graph_answers(name: str, runs: Path) -> None:
-    """(smollm2.yaml itself is run by the tests of the command.)"""
+    """Answer from one process, and over TCP.
+
+    The tests of the command run smollm2.yaml itself."""
     done = ran(
         runs,
         "-m",
@@ -175,7 +183,7 @@ def test_a_graph_answers(name: str, runs: Path) -> None:
 
 
 def test_three_sessions_at_once(runs: Path) -> None:
-    """Run from another folder, as a user may; the run folder lands there."""
+    """Run from another folder, as a user may, and leave the run folder there."""
     done = ran(runs, str(EXAMPLES / "three_sessions.py"))
     for prompt in ("Name three colours.", "What is two plus two?", "Say hello in French."):
         assert prompt in done
@@ -186,7 +194,9 @@ def test_three_sessions_at_once(runs: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(450)
 def test_the_story_of_a_slow_pipeline(runs: Path) -> None:
-    """What docs/tracing.md tells: the tap is what everybody waits for, then the cut, and the edge that rounds is named."""
+    """Reproduce docs/tracing.md: the tap is the bottleneck first, then the cut.
+
+    `diverge` names the edge that rounds."""
     folder = copied("slow", runs)
 
     def ranvier_(*arguments: str, code: int = 0) -> Any:

@@ -1,4 +1,4 @@
-"""The rooms: who imports whom, what the wheel offers, what must stand nowhere."""
+"""Check the imports between the top-level packages, the contents of the wheel, and the forbidden constructs."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SOURCES = [path for room in ROOMS for path in sorted((REPOSITORY / room).rglob("
 
 
 def imported(path: Path) -> set[str]:
-    """Rooms of this project that a file imports, also inside functions and by relative names."""
+    """Return the packages of this project that a file imports, also inside functions and by relative names."""
     room = path.relative_to(REPOSITORY).parts[0]
-    depth = len(path.relative_to(REPOSITORY).parts)  # transport/x.py: 2 dots lead out of its room
+    depth = len(path.relative_to(REPOSITORY).parts)  # from transport/x.py, 2 dots lead out of its package
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
@@ -40,12 +40,13 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_imports_go_one_way(path: Path) -> None:
-    """transport imports neither of the others, actors not graph."""
+    """Let `transport` import only itself, `actors` also `transport`, and `graph` all three."""
     allowed = {"transport": {"transport"}, "actors": {"transport", "actors"}, "graph": set(ROOMS)}
     assert imported(path) <= allowed[path.relative_to(REPOSITORY).parts[0]]
 
 
 def test_the_rooms_are_links() -> None:
+    """Keep src/ranvier/NAME a relative link to the package's folder."""
     for room in ROOMS:
         link = REPOSITORY / "src" / "ranvier" / room
         assert link.is_symlink()
@@ -61,12 +62,12 @@ FORBIDDEN = re.compile(
 
 @pytest.mark.parametrize("path", SOURCES + sorted((REPOSITORY / "examples").glob("*.py")), ids=lambda p: p.name)
 def test_no_pickle_anywhere(path: Path) -> None:
-    """No pickle, no `torch.load`, nothing like them, and no option to allow them."""
+    """Use no pickle, no `torch.load` and nothing similar, and offer no option that allows them."""
     assert not FORBIDDEN.search(path.read_text())
 
 
 def test_importing_is_light() -> None:
-    """Neither `import ranvier` nor checking a graph takes torch; importing does no work and starts no thread."""
+    """Import ranvier and check a graph without importing torch and without starting a thread."""
     script = (
         "import sys, threading, ranvier; from ranvier import load, plan; "
         f"plan(load({str(REPOSITORY / 'examples' / 'smollm2.yaml')!r})); import ranvier.graph.run.launch; "
@@ -77,6 +78,7 @@ def test_importing_is_light() -> None:
 
 
 def test_every_public_name_is_there() -> None:
+    """Give every public name a docstring, list it in `dir`, and raise AttributeError for other names."""
     import ranvier
 
     for name in ranvier.__all__:
@@ -87,7 +89,9 @@ def test_every_public_name_is_there() -> None:
 
 
 def test_the_wheel_offers_ranvier_and_nothing_bare(tmp_path: Path) -> None:
-    """Built, installed without the checkout: `ranvier.actors` is there, `actors` and `graph` are not, and it runs."""
+    """Run from the wheel alone, without the checkout.
+
+    The wheel installs `ranvier.actors`, but no bare `actors`, `graph` or `transport`."""
     subprocess.run(
         [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(REPOSITORY)],
         check=True, capture_output=True,
@@ -100,7 +104,7 @@ def test_the_wheel_offers_ranvier_and_nothing_bare(tmp_path: Path) -> None:
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)],
         check=True,
     )
-    # what it depends on comes from this environment, behind the installed package and without this checkout
+    # Dependencies come from this environment: after the installed package, and without this checkout.
     here = [path for path in sys.path if path.endswith("site-packages")]
     script = (
         f"import sys, importlib.util as u; sys.path[:] = [p for p in sys.path if p] + {here!r}; "
@@ -121,7 +125,7 @@ def test_the_wheel_offers_ranvier_and_nothing_bare(tmp_path: Path) -> None:
 
 
 def test_every_benchmark_is_a_question_that_is_asked() -> None:
-    """`make bench` asks what lies in benchmarks/: one file a question, each with what should hold told by its first line."""
+    """Keep one question per file of benchmarks/. `run.py --help` lists each of them, and `make bench` calls run.py."""
     folder = REPOSITORY / "benchmarks"
     shared = {"run", "report", "contestants"}
     done = subprocess.run(

@@ -1,7 +1,7 @@
-"""Look for bytes that break a target, guided by coverage (atheris): `python tests/fuzz/run.py TARGET [libFuzzer's options]`.
+"""Find bytes that break a target, guided by coverage (atheris).
 
-What it finds new goes to a folder of the user's (`make fuzz`); what breaks a target is written to `crash-…` and ends it.
-"""
+Run it with `python tests/fuzz/run.py TARGET [libFuzzer options]`. New inputs go to the first folder among the options,
+which `make fuzz` sets. Bytes that break the target are written to `crash-…` and end the run."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ with atheris.instrument_imports(include=["ranvier", "targets"]):
 
 
 def main() -> None:
+    """Fuzz the target that the command line names."""
     target = targets.TARGETS[sys.argv[1]]
     atheris.Setup([sys.argv[0], *sys.argv[2:]], target)
     atheris.Fuzz()

@@ -1,4 +1,6 @@
-"""Write the beginning of each corpus: what is right, and what was wrong on purpose. `python tests/fuzz/seeds.py`."""
+"""Write the first inputs of each corpus: valid ones, and ones that are wrong on purpose.
+
+Run it with `python tests/fuzz/seeds.py`."""
 
 from __future__ import annotations
 
@@ -28,6 +30,7 @@ def packet(header: bytes, *tensors: Buffer) -> bytes:
 
 
 def seeds() -> dict[str, list[bytes]]:
+    """Return the first inputs of each target."""
     row, ack = Row(3, 2, 17, 2), Ack(1, 5, 12, 1 << 20)
     tensor = torch.linspace(-1, 1, 128).view(2, 64)
     messages = []
@@ -77,6 +80,7 @@ def seeds() -> dict[str, list[bytes]]:
 
 
 def _safetensors(entries: object) -> bytes:
+    """Return a safetensors file with this header and 4 bytes of data."""
     text = json.dumps(entries).encode()
     return struct.pack("<Q", len(text)) + text + bytes(4)
 

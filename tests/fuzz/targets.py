@@ -1,8 +1,7 @@
-"""What is given bytes from outside: each target takes any bytes and may raise nothing but the error that is meant for them.
+"""Define the targets, which take bytes from outside.
 
-`run.py` looks for bytes that break them, by coverage; `test_corpus.py` gives them all that was found before, and thousands of
-changes to it.
-"""
+A target takes any bytes, and may raise only the error that is meant for them. `run.py` finds bytes that break a target,
+by coverage. `test_corpus.py` gives each target all inputs that were found before, and thousands of changes to them."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ CORPUS = Path(__file__).parent / "corpus"
 
 
 def header(data: bytes) -> None:
-    """A message's header."""
+    """Decode the header of a message."""
     with suppress(ProtocolError):
         decode(data)
 
@@ -60,25 +59,25 @@ def own_frame(data: bytes) -> None:
 
 
 def control(data: bytes) -> None:
-    """A message between supervisor and host."""
+    """Decode a message between supervisor and host."""
     with suppress(ProtocolError):
         decode_control(data)
 
 
 def graph(data: bytes) -> None:
-    """A graph file."""
+    """Read and validate a graph file."""
     with _file(data) as path, suppress(GraphError):
         schema.validate(load.read(path))
 
 
 def safetensors(data: bytes) -> None:
-    """The header of a safetensors file."""
+    """Read the header of a safetensors file."""
     with _file(data) as path, suppress(CheckpointError):
         safetensors_file.read_header(path)
 
 
 def gguf(data: bytes) -> None:
-    """The header of a GGUF file."""
+    """Read the header of a GGUF file."""
     with _file(data) as path, suppress(CheckpointError):
         gguf_file.read_header(path)
 
@@ -90,6 +89,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
 
 @contextmanager
 def _file(data: bytes) -> Iterator[Path]:
+    """Provide a temporary file with these bytes."""
     descriptor, name = tempfile.mkstemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -1,4 +1,4 @@
-"""All bytes that were of interest to the fuzzer, and changes to them: no target raises what is not meant for it."""
+"""Give each target all inputs that the fuzzer found, and changes to them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 
 def _targets() -> ModuleType:
+    """Import targets.py."""
     path = Path(__file__).with_name("targets.py")
     spec = importlib.util.spec_from_file_location("fuzz_targets", path)
     assert spec is not None and spec.loader is not None
@@ -25,7 +26,9 @@ CHANGES = 1500
 
 @pytest.mark.parametrize("name", targets.TARGETS)
 def test_nothing_from_outside_breaks_a_target(name: str) -> None:
-    """Case 35 among them: sizes that are claimed allocate nothing."""
+    """Raise nothing but the error that is meant for bad bytes.
+
+    Among the inputs are claimed sizes, for which nothing may be allocated (case 35)."""
     target, chance = targets.TARGETS[name], random.Random(name)
     corpus = [path.read_bytes() for path in sorted((targets.CORPUS / name).iterdir())]
     assert len(corpus) >= 3
@@ -37,7 +40,7 @@ def test_nothing_from_outside_breaks_a_target(name: str) -> None:
 
 
 def _changed(data: bytearray, chance: random.Random) -> bytes:
-    """A few bytes of it set, left out, doubled, or cut off."""
+    """Set, leave out, double, or cut off a few bytes."""
     for _ in range(chance.randrange(1, 5)):
         if not data:
             break

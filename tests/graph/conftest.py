@@ -1,4 +1,4 @@
-"""Graphs that several tests run, and a run whose trace they read."""
+"""Provide graphs that several tests run, and a run whose trace they read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MANY = {"max": 100, "window_s": 60, "backoff_s": 0}
 def four(
     tiny: Any, split: Callable[[int, int], dict[str, Any]], graph_file: Callable[..., Path]
 ) -> Callable[..., ranvier.Graph]:
-    """A small llama as embed, blocks0, blocks1 and head."""
+    """Provide a function that returns a graph of a small llama as embed, blocks0, blocks1 and head."""
     folder, _ = tiny("llama")
 
     def make(restart: Any = MANY, actors: dict[str, Any] | None = None, **settings: Any) -> ranvier.Graph:
@@ -36,7 +36,7 @@ def four(
 
 @pytest.fixture
 def own(graph_file: Callable[..., Path], tmp_path: Path) -> Callable[..., ranvier.Graph]:
-    """A chain of two actors of which the second goes wrong as its arguments say."""
+    """Provide a function that returns a graph of two actors, of which the second fails as its arguments say."""
     shutil.copy(CUSTOM / "faulty.py", tmp_path / "faulty.py")
 
     def make(restart: Any = MANY, kind: str = "Faulty", supervision: Any = None, **args: Any) -> ranvier.Graph:
@@ -52,8 +52,9 @@ def own(graph_file: Callable[..., Path], tmp_path: Path) -> Callable[..., ranvie
 
 @pytest.fixture(scope="session")
 def streamed(tiny: Any) -> Callable[..., Path]:
-    """`streamed(place, prompts, max_tokens, **settings)`: a run over four actors of a small llama, all prompts at once, that
-    has ended: its folder, under `place`."""
+    """Provide `streamed(place, prompts, max_tokens, **settings)`, which returns the folder of a finished run.
+
+    A small llama in four actors answers all prompts at once. The folder is under `place`."""
     model, _ = tiny("plain")
 
     def run_once(place: Path, prompts: Sequence[Sequence[int]], max_tokens: int, **settings: Any) -> Path:

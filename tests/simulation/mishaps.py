@@ -1,7 +1,6 @@
-"""What else goes wrong in a simulated run: things that come from outside the graph, all at once, and leave every host healthy.
+"""Cause faults in a simulated run that come from outside the graph.
 
-They are drawn from a source of chance of their own, so that a seed's schedule of other faults is the same with and without.
-"""
+They have a separate random source, so that a seed's other faults are the same with and without them."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ TICK_S = 0.3
 
 
 class Mishaps:
-    """Of one simulation: when they happen, and that what they must not touch stays as it was."""
+    """Cause the faults of one simulation, and check that nothing else changes."""
 
     def __init__(self, seed: int, simulation: Simulation) -> None:
         self.chance = random.Random(seed ^ 0x5EED)
@@ -42,11 +41,11 @@ class Mishaps:
         self._full_until_s = 0.0
         self._folder = Path(tempfile.mkdtemp(prefix="rv-sim-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
-        me = weakref.ref(self)  # a schedule that fails can be let go of, with its folder
+        me = weakref.ref(self)  # a failed schedule can be freed, with its folder
         self.journal = Journal(self._folder, Began("g", "m"), lambda *written: _write(me, *written))
 
     def turn(self) -> None:
-        """Perhaps one happens now."""
+        """Cause a fault with a small probability."""
         if self.left and self.chance.random() < 0.002:
             self.left -= 1
             self.chance.choice(self._kinds)()
@@ -54,7 +53,7 @@ class Mishaps:
     # -- what happens -------------------------------------------------------------------------------------------
 
     def all_leave(self) -> None:
-        """All clients close in one moment."""
+        """Let all clients close in one moment."""
         simulation = self._of
         for stream, _ in simulation.streams:
             simulation.happened["left together"] += not stream.over
@@ -62,7 +61,7 @@ class Mishaps:
         simulation.flush_gateway()
 
     def deadlines_pass(self) -> None:
-        """Time goes on past every deadline that was given."""
+        """Advance the time past every deadline."""
         simulation = self._of
         last_ns = max((due for _, due in self.deadlines()), default=0)
         simulation.network.now_ns = max(simulation.network.now_ns, last_ns)
@@ -71,11 +70,13 @@ class Mishaps:
         simulation.flush_gateway()
 
     def deadlines(self) -> list[tuple[Stream, int]]:
-        """The open streams that have one."""
+        """Return the open streams that have a deadline."""
         return [(stream, due) for stream, due in self._of.deadlines.items() if not stream.over]
 
     def supervisor_pauses(self) -> None:
-        """The parent stands still for up to a minute. Signs of life queue up meanwhile; its own late tick comes first."""
+        """Pause the parent for up to a minute.
+
+        Heartbeats queue up meanwhile. Its own late tick comes first."""
         simulation = self._of
         simulation.happened["paused"] += 1
         held = []
@@ -93,12 +94,14 @@ class Mishaps:
         simulation.flush_gateway()
 
     def disk_is_full(self) -> None:
-        """Every write fails for a while."""
+        """Fail every write for a while."""
         self._of.happened["disk full"] += 1
         self._full_until_s = self._of.now_s + self.chance.uniform(0.3, 5)
 
     def zygote_dies(self) -> None:
-        """The process that hosts are forked from dies, and all hosts with it; another one needs a while to be there."""
+        """Kill the process that hosts are forked from, and all hosts with it.
+
+        It takes a while until another one can start hosts."""
         simulation = self._of
         simulation.happened["zygote died"] += 1
         self.no_starts_until_s = simulation.now_s + self.chance.uniform(0.1, 3)
@@ -106,7 +109,7 @@ class Mishaps:
             simulation.supervision.on_exit(host.name, -9, "", simulation.now_s, "the zygote was lost")
 
     def clocks_jump(self) -> None:
-        """The hosts are on machines whose clocks show other times, and do so by other amounts from now on."""
+        """Set the clocks of the hosts' machines to other times."""
         simulation = self._of
         simulation.happened["clocks jumped"] += 1
         for host in simulation.all_hosts:
@@ -115,22 +118,24 @@ class Mishaps:
     # -- the journal --------------------------------------------------------------------------------------------
 
     def asked(self, stream: Stream, info: SessionInfo) -> None:
-        """A request was accepted."""
+        """Record an accepted request in the journal."""
         stream.key = str(stream.info.session)
         self.journal.add(journal.of_request(stream.key, info, (), 0.0))
 
     def delivered(self, stream: Stream, position: int, token: int) -> None:
+        """Record a delivered token in the journal."""
         self.journal.add(journal.Made(stream.key, position, token))
 
     def ended(self, stream: Stream, outcome: str | Exception) -> None:
+        """Record the end of a request in the journal."""
         if stream.key:
             self.journal.add(journal.Ended(stream.key, str(outcome)))
 
     def check(self) -> None:
-        """The journal that a new process would find says what the clients were given."""
+        """Check that a new process would find in the journal what the clients were given."""
         self._full_until_s = 0.0
         until_s = time.monotonic() + 5
-        while not self.journal.durable and time.monotonic() < until_s:  # it rests after an attempt that failed
+        while not self.journal.durable and time.monotonic() < until_s:  # it pauses after a failed attempt
             self.journal.catch_up()
         assert self.journal.durable
         self.journal.close()
@@ -143,10 +148,12 @@ class Mishaps:
 
     @property
     def disk_full(self) -> bool:
+        """Return whether the disk is full now."""
         return self._of.now_s < self._full_until_s
 
 
 def _write(mishaps: weakref.ref[Mishaps], descriptor: int, data: bytes, at: int) -> int:
+    """Write to the journal, or fail if the disk is full."""
     here = mishaps()
     if here is not None and here.disk_full:
         raise OSError(errno.ENOSPC, "no space left")

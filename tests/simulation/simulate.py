@@ -1,11 +1,14 @@
-"""A whole graph in one thread: the real gateway, supervision, links and host cores over wires in memory, in virtual time, in an
-order that a seed gives. Messages are lost, repeated, late and damaged, commands are late, hosts crash, hang, are noticed by their
-silence and replaced within their budget, clients leave; and more from outside (mishaps.py).
+"""Simulate a whole graph in one thread and in virtual time, in an order that a seed gives.
 
-The model is small enough to be computed beside it: a token is a number that depends on all tokens before it, and every actor
-that keeps something for a session checks that it is told each position once. A seed that fails is played again by
-`python tests/simulation/simulate.py --seed N`; `make simulate SEEDS=1000` plays many.
-"""
+The gateway, supervision, links and host cores are the real ones, over wires in memory. Messages are lost, repeated,
+late and damaged, and commands are late. Hosts crash and hang, are noticed by their silence, and are replaced within
+their budget. Clients leave, and mishaps.py adds faults from outside.
+
+The model is so small that it is computed beside the graph: a token is a number that depends on all tokens before it.
+Every actor that keeps state for a session checks that it gets each position once.
+
+Play a seed that fails again with `python tests/simulation/simulate.py --seed N`. Play many with `make simulate
+SEEDS=1000`."""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ Live = Mapping[str, Mapping[int, int]]
 
 
 def following(tokens: Sequence[int]) -> int:
-    """The token after these."""
+    """Return the token after these."""
     state = 7
     for token in tokens:
         state = (state * 31 + token + 1) % 100_003
@@ -66,7 +69,7 @@ def following(tokens: Sequence[int]) -> int:
 
 
 def links(actor: str, replica: int, live: Live) -> list[HostLink]:
-    """Those of one host, or of the gateway, to all that live."""
+    """Return the links of one host, or of the gateway, to all live peers."""
     made = []
     for edge, (source, out, target, into, spec, feedback) in enumerate(EDGES):
         for mine, other, outgoing in ((source, target, True), (target, source, False)):
@@ -81,6 +84,8 @@ def links(actor: str, replica: int, live: Live) -> list[HostLink]:
 
 
 class Embed(Actor):
+    """Map a token to token + 1."""
+
     stateless = True
 
     def step(self, batch: Batch) -> dict[str, torch.Tensor | Batch]:
@@ -88,7 +93,7 @@ class Embed(Actor):
 
 
 class Layers(Actor):
-    """They keep what they have seen, as a KV cache does, and can forget the end of it."""
+    """Keep what was seen, as a KV cache does, and forget the end of it on request."""
 
     def __init__(self) -> None:
         self.kept: dict[int, list[int]] = {}
@@ -114,13 +119,13 @@ class Layers(Actor):
 
 
 class Forgetting(Layers):
-    """Layers that can only begin anew."""
+    """Keep what was seen, and never forget only the end of it."""
 
     rewind = Actor.rewind
 
 
 class Head(Actor):
-    """The next token is a function of what the layers have seen: of the log, then of what has come since."""
+    """Compute the next token from what the layers have seen: the log, then all later tokens."""
 
     stateless = True
 
@@ -157,7 +162,7 @@ class Head(Actor):
 
 
 class Host:
-    """The step thread of one host, without the thread."""
+    """Do the work of one host's step thread, without the thread."""
 
     def __init__(
         self, actor: str, replica: int, epoch: int, network: MemoryNetwork, layers: type[Actor], batches: int = 1
@@ -166,7 +171,7 @@ class Host:
         self.name = identity(actor, replica, epoch)
         self.wire = network.wire(self.name)
         self.offset_ns = 0
-        """How far the clock of its machine is ahead."""
+        """Time by which the clock of its machine is ahead, in ns."""
         self.exchange = Exchange(self.name, "g", (), lambda: network.clock() + self.offset_ns)
         inputs = {into: spec for _, _, target, into, spec, _ in EDGES if target == actor}
         outputs = {out: spec for source, out, _, _, spec, _ in EDGES if source == actor}
@@ -179,6 +184,7 @@ class Host:
         self.failed: list[tuple[Row, str]] = []
 
     def obey(self) -> None:
+        """Carry out the oldest command."""
         kind, fields = self.commands.popleft()
         if kind == "open":
             info = SessionInfo.from_plain(fields["info"])
@@ -198,7 +204,7 @@ class Host:
             self.exchange.remove(fields["peer"])
 
     def step(self) -> bool:
-        """Whether there was one to take."""
+        """Take a step, and return whether there was one."""
         work = self.core.take()
         self.core.discarded.clear()
         if work is None:
@@ -210,7 +216,7 @@ class Host:
 
 
 class Simulation:
-    """One schedule."""
+    """Play one schedule."""
 
     def __init__(self, seed: int) -> None:
         self.chance = chance = random.Random(seed)
@@ -253,6 +259,7 @@ class Simulation:
         self.leaving = chance.randrange(0, 3)
 
     def fault(self, crossing: Crossing) -> Sequence[Crossing]:
+        """Apply a random fault to a message."""
         dice = self.chance.random()
         if self.calm or dice > self.badness:
             return [crossing]
@@ -275,7 +282,7 @@ class Simulation:
         return self.network.clock() / 1e9
 
     def spec(self, actor: str, replica: int, epoch: int) -> HostSpec:
-        """What the supervisor knows of a host; nothing is started by it here."""
+        """Return what the supervisor knows of a host, without starting anything."""
         deadlines = Deadlines(heartbeat_deadline_s=2.0)
         return HostSpec(
             actor, replica, epoch, "g", "none", None, {}, None, "float32", None, 0, 1, "cpu", (), (), (), "", "", "", "", 1, 8,
@@ -283,30 +290,33 @@ class Simulation:
         )  # fmt: skip
 
     def say(self, key: str, *states: State) -> None:
-        """What a host tells of itself."""
+        """Report states of a host to the supervisor."""
         for state in states:
             self.supervision.on_message(key, "state", {"state": state.value, "why": ""}, self.now_s)
 
     # -- one thing that happens -----------------------------------------------------------------------------------
 
     def flush(self, exchange: Exchange, name: str) -> None:
+        """Send all messages of an outbox."""
         for out in exchange.outbox:
             if out.peer in self.network.wires:
                 self.network.wires[name].send(out.peer, out.header, out.buffers)
         exchange.outbox.clear()
 
     def flush_gateway(self) -> None:
+        """Send the gateway's commands and messages, and write its journal."""
         for kind, fields, labels in self.gateway.commands:
             for label in labels:
                 actor, _, replica = label.partition(".")
                 host = self.hosts.get((actor, int(replica)))
-                if host is not None:  # those that are not there any more are not told, as `Supervisor.tell` has it
+                if host is not None:  # a host that has gone gets no command, as in `Supervisor.tell`
                     host.commands.append((kind, fields))
         self.gateway.commands.clear()
         self.flush(self.exchange, self.exchange.me)
         self.mishaps.journal.flush()
 
     def receive_gateway(self) -> None:
+        """Let the gateway receive one message."""
         arrival = self.wire.receive(0)
         if arrival is None:
             return
@@ -320,6 +330,7 @@ class Simulation:
         self.flush_gateway()
 
     def receive(self, host: Host) -> None:
+        """Let a host receive one message."""
         arrival = host.wire.receive(0)
         if arrival is None:
             return
@@ -332,6 +343,7 @@ class Simulation:
         self.flush(host.exchange, host.name)
 
     def submit(self, prompt: Sequence[int], count: int) -> None:
+        """Submit a request, and compute the tokens that it must get."""
         info = SessionInfo(0, 0, len(prompt) + count, tuple(prompt), count, logits=False)
         due_ns = 0
         if self.mishaps.chance.random() < 0.2:
@@ -355,11 +367,12 @@ class Simulation:
         self.flush_gateway()
 
     def crash(self, host: Host) -> None:
+        """Let the process of a host die."""
         self.happened["crashed"] += 1
         self.supervision.on_exit(host.name, -9, "", self.now_s)
 
     def notice(self) -> None:
-        """Whom the supervisor takes for lost is fenced, forgotten and, if its actor may be started anew, replaced."""
+        """Fence and remove each host that the supervisor considers lost, and replace it within the budget."""
         for host in self.all_hosts:
             watched = self.supervision.hosts[host.name]
             if watched.lost is not None:
@@ -367,11 +380,12 @@ class Simulation:
                 self.lose(host, watched.lost)
 
     def lose(self, host: Host, failure: ActorFailed) -> None:
+        """Remove a lost host, and schedule its replacement if the restart budget allows one."""
         actor, replica = host.actor, host.replica
         delay_s = self.supervision.restart(failure, self.spec(actor, replica, host.epoch), self.now_s)
         if delay_s is not None:
             self.away.append((actor, replica, host.epoch + 1, self.now_s + delay_s))
-        if host is self.coming:  # it was to take a place
+        if host is self.coming:  # it was a replacement
             self.coming = None
         else:
             del self.hosts[actor, replica]
@@ -387,6 +401,7 @@ class Simulation:
             self.left = 0
 
     def forget(self, host: Host) -> None:
+        """Remove every link to a host."""
         del self.network.wires[host.name]
         for other in [*self.hosts.values(), *([self.coming] if self.coming is not None else [])]:
             other.commands.append(("unlink", {"peer": host.name}))
@@ -395,7 +410,7 @@ class Simulation:
         self.flush_gateway()
 
     def replace(self, which: int) -> None:
-        """Begin to put one in the place of a lost one."""
+        """Begin to replace a lost host."""
         actor, replica, epoch, due_s = self.away[which]
         if self.now_s < max(due_s, self.mishaps.no_starts_until_s):
             return
@@ -419,7 +434,7 @@ class Simulation:
         self.flush_gateway()
 
     def enter(self) -> None:
-        """The one that comes is told of its links once everyone knows it, and takes its place once they are open."""
+        """Send the replacement its links once all peers know it, and activate it once they are open."""
         host = self.coming
         if host is None:
             return
@@ -443,6 +458,7 @@ class Simulation:
         self.flush_gateway()
 
     def tick(self) -> None:
+        """Advance the time by 0.3 s, and let every process that does not hang do its periodic work."""
         self.network.advance(0.3)
         beat = {"steps": 0, "stepping_s": 0.0, "queued": 0, "counters": {}}
         for host in self.all_hosts:
@@ -460,10 +476,11 @@ class Simulation:
 
     @property
     def all_hosts(self) -> list[Host]:
+        """Return all live hosts, and the replacement that is starting."""
         return [*self.hosts.values(), *([self.coming] if self.coming is not None else [])]
 
     def turn(self) -> None:
-        """One thing, at random."""
+        """Let one random thing happen."""
         self.mishaps.turn()
         dice = self.chance.random()
         if dice < 0.02 and self.left:
@@ -510,11 +527,9 @@ class Simulation:
         self.enter()
 
     def play(self, most: int = 60_000) -> Counter[str]:
-        """The whole schedule: every stream has ended, and rightly.
+        """Play the whole schedule, and return what happened.
 
-        Raises:
-            AssertionError: one has not.
-        """
+        Raises AssertionError if a stream has not ended, or not correctly."""
         for turn in range(most):
             if turn > most // 2:
                 self.calm, self.crashes, self.mishaps.left = True, 0, 0
@@ -528,7 +543,7 @@ class Simulation:
         return self.happened
 
     def check(self) -> None:
-        """Every stream has its end, and before it nothing but the tokens that it should have, each once and in order."""
+        """Check that every stream has ended, after only its expected tokens, each once and in order."""
         for stream, expected in self.streams:
             *delivered, end = stream.events or [None]
             first = len(stream.asked.log)
@@ -553,11 +568,12 @@ class Simulation:
 
 
 def main() -> int:
+    """Play the schedules that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, help="play this one alone")
-    parser.add_argument("--seeds", type=int, default=1000, help="how many (%(default)s)")
+    parser.add_argument("--seed", type=int, help="play only this seed")
+    parser.add_argument("--seeds", type=int, default=1000, help="number of seeds (default %(default)s)")
     parser.add_argument(
-        "--first", type=int, default=random.randrange(1 << 30), help="the first of them; a new one if it is not given"
+        "--first", type=int, default=random.randrange(1 << 30), help="first seed (default: a random one)"
     )
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,5 +1,7 @@
-"""The session protocol (epoch, position, fence, replay) as a state machine that hypothesis drives: it chooses what happens next,
-to whom, and what the network does to each message, and finds the shortest story that goes wrong."""
+"""Check the session protocol (epoch, position, fence, replay) as a state machine.
+
+Hypothesis chooses what happens next, to which host, and what the network does to each message. It finds the shortest
+sequence that fails."""
 
 from __future__ import annotations
 
@@ -27,10 +29,11 @@ MOST_CRASHES = 4
 
 
 class Protocol(RuleBasedStateMachine):
-    """Gateway, four hosts and one replica more, as in `simulate.py`; the order is hypothesis's."""
+    """Run the gateway, four hosts and an extra replica, as in `simulate.py`, in an order that hypothesis chooses."""
 
     @initialize(seed=st.integers(0, 20))
     def begin(self, seed: int) -> None:
+        """Begin a simulation without random faults."""
         self.all = simulate.Simulation(seed)
         self.all.network.fault = self.fault
         self.all.crashes = self.all.left = self.all.leaving = 0
@@ -39,7 +42,7 @@ class Protocol(RuleBasedStateMachine):
         self.calm = False
 
     def fault(self, crossing: Crossing) -> Sequence[Crossing]:
-        """What was chosen for the next messages."""
+        """Apply the fault that was chosen for the next message."""
         what = self.next.pop() if self.next and not self.calm else "fine"
         if what == "lost":
             return []
@@ -57,6 +60,7 @@ class Protocol(RuleBasedStateMachine):
 
     @rule(bad=st.lists(st.sampled_from(("lost", "twice", "late", "damaged", "fine")), min_size=1, max_size=6))
     def network(self, bad: list[str]) -> None:
+        """Choose what the network does to the next messages."""
         self.next = bad
 
     @rule(which=ANY, times=st.integers(1, 12))
@@ -115,11 +119,12 @@ class Protocol(RuleBasedStateMachine):
 
     @rule()
     def all_goes_well(self) -> None:
-        """For a while everyone does what there is to do, so that stories get somewhere."""
+        """Let every process do all that is due for a while, so that sequences make progress."""
         for _ in range(3):
             self.round()
 
     def round(self) -> None:
+        """Do all that is due once."""
         for host in self.all.all_hosts:
             while host.commands:
                 host.obey()
@@ -134,6 +139,7 @@ class Protocol(RuleBasedStateMachine):
 
     @invariant()
     def what_was_delivered_is_right(self) -> None:
+        """Deliver only expected tokens, in order, and at most one end."""
         if not hasattr(self, "all"):
             return
         self.all.enter()
@@ -144,7 +150,7 @@ class Protocol(RuleBasedStateMachine):
             assert sum(not isinstance(event, Delivered) for event in events) == stream.over
 
     def teardown(self) -> None:
-        """Whatever has happened: once all goes well every stream comes to its end."""
+        """End every stream once all goes well, whatever has happened."""
         if not hasattr(self, "all"):
             return
         self.calm = True

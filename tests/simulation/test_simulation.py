@@ -1,4 +1,4 @@
-"""Some hundred schedules of whole graphs in virtual time; `make simulate` plays more."""
+"""Play some hundred schedules of whole graphs in virtual time. `make simulate` plays more."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from ranvier.actors.supervise import supervision
 
 
 def _simulate() -> ModuleType:
+    """Import simulate.py."""
     spec = importlib.util.spec_from_file_location("simulate", Path(__file__).with_name("simulate.py"))
     assert spec is not None and spec.loader is not None
     made = importlib.util.module_from_spec(spec)
@@ -29,9 +30,11 @@ simulate = _simulate()
 
 @pytest.mark.parametrize("first", range(0, 200, 50))
 def test_every_stream_ends_and_rightly(first: int) -> None:
-    """Loss, repetition, delay, damage, crashes while others are replaced, hosts that hang, clients that leave: each happened, and
-    each stream is exact, or was ended by its client or its deadline, by the error of an actor that it lost four times in a row, or with the
-    run, once a budget was used up."""
+    """End every stream, exactly or for a known reason.
+
+    Each of these happens: loss, repetition, delay, damage, crashes during a replacement, hosts that hang, clients that
+    leave. A stream that is not exact was ended by its client, by its deadline, or by an actor that it lost four times
+    in a row. Or it ended with the run, once a restart budget was used up."""
     happened: Counter[str] = Counter()
     for seed in range(first, first + 50):
         happened += simulate.Simulation(seed).play()
@@ -43,11 +46,12 @@ def test_every_stream_ends_and_rightly(first: int) -> None:
 
 
 def test_a_schedule_is_the_same_each_time() -> None:
+    """Play the same schedule for the same seed."""
     assert simulate.Simulation(11).play() == simulate.Simulation(11).play()
 
 
 def found_within(seconds: float) -> str:
-    """What the first schedule that finds a fault says of it."""
+    """Return the error of the first schedule that finds a fault."""
     until_s = time.monotonic() + seconds
     for seed in itertools.count():
         assert time.monotonic() < until_s, f"not found in {seed} schedules"
@@ -59,14 +63,17 @@ def found_within(seconds: float) -> str:
 
 
 def test_it_finds_the_batch_of_no_rows_case_53(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Case 53: a host that cut its batches by the number of open sessions laid an empty one together when all clients had left.
-    With that fault put back in, a schedule finds it within ten seconds."""
+    """Find the fault of case 53 within ten seconds, once it is put back.
+
+    A host that cut its batches by the number of open sessions made an empty batch when all clients had left."""
     faulty = property(lambda core: -(-len(core._epochs) // core._batches) if core._batches > 1 else core._most_rows)
     monkeypatch.setattr(HostCore, "_rows_of_a_batch", faulty)
     assert re.search("empty|at least one row", found_within(10))
 
 
 def test_it_finds_a_supervisor_that_judges_by_its_own_late_clock_case_54(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Case 54: a tick that is late itself must judge nobody. With that fault put back in, a schedule finds it."""
+    """Find the fault of case 54, once it is put back.
+
+    A tick that is late itself must not judge any host."""
     monkeypatch.setattr(supervision, "LATE", float("inf"))
     assert "a healthy host was lost by a pause" in found_within(10)

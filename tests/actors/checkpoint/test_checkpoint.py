@@ -1,4 +1,4 @@
-"""Model files: what is damaged is refused before the run, naming file and tensor; what is good is read exactly."""
+"""Refuse damaged model files before the run, naming file and tensor, and read good ones exactly."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ CONFIG = {
 
 
 def tensors() -> dict[str, torch.Tensor]:
+    """Return random weights for `CONFIG`, by name."""
     generator = torch.Generator().manual_seed(1)
     config = ranvier_config()
     return {
@@ -38,6 +39,7 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def ranvier_config() -> Any:
+    """Return `CONFIG` as Ranvier reads it."""
     from ranvier.actors.checkpoint.hf_config import from_hf
 
     return from_hf(CONFIG, "test")
@@ -45,14 +47,14 @@ def ranvier_config() -> Any:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A good small checkpoint."""
+    """Write a valid small checkpoint, and return its folder."""
     save_file(tensors(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     return tmp_path
 
 
 def rewrite(file: Path, change: Callable[[dict[str, Any]], None] | None = None, raw: str | None = None) -> None:
-    """Change the header of a safetensors file, leaving its data."""
+    """Change the header of a safetensors file, and keep its data."""
     data = file.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
@@ -63,7 +65,7 @@ def rewrite(file: Path, change: Callable[[dict[str, Any]], None] | None = None, 
 
 
 def load_graph(folder: Path) -> ranvier.Graph:
-    """A graph over the checkpoint, as a user would load it."""
+    """Load a graph over the checkpoint, as a user would."""
     path = folder / "graph.yaml"
     path.write_text(
         json.dumps(
@@ -80,6 +82,7 @@ def load_graph(folder: Path) -> ranvier.Graph:
 
 
 def test_a_good_checkpoint_loads(folder: Path) -> None:
+    """Load a valid checkpoint, and plan 2 bytes per weight."""
     graph = load_graph(folder)
     assert ranvier.plan(graph).hosts[0].weight_bytes == sum(t.numel() for t in tensors().values()) * 2
 
@@ -103,7 +106,7 @@ Q = "model.layers.0.self_attn.q_proj.weight"
     ],
 )  # fmt: skip
 def test_a_damaged_header_cases_32_to_34(name: str, change: Any, words: str, folder: Path) -> None:
-    """Cases 32 to 34, for safetensors: an error of the graph's check, before anything is started."""
+    """Refuse a damaged safetensors header in the check of the graph, before anything starts (cases 32 to 34)."""
     rewrite(folder / "model.safetensors", change)
     with pytest.raises(ranvier.GraphError) as caught:
         load_graph(folder)
@@ -111,7 +114,7 @@ def test_a_damaged_header_cases_32_to_34(name: str, change: Any, words: str, fol
 
 
 def test_truncated_case_31(folder: Path) -> None:
-    """Case 31: whatever is cut off, in the header or in the data."""
+    """Refuse a file that is cut off anywhere, in the header or in the data (case 31)."""
     file = folder / "model.safetensors"
     data = file.read_bytes()
     for size in (0, 5, 8, 100, len(data) // 2, len(data) - 1):
@@ -121,7 +124,7 @@ def test_truncated_case_31(folder: Path) -> None:
 
 
 def test_a_name_twice_case_34(folder: Path) -> None:
-    """Case 34: JSON that says a name twice; a plain parser would keep the last."""
+    """Refuse a header that names a tensor twice (case 34). A plain JSON parser would keep the last one."""
     file = folder / "model.safetensors"
     length = struct.unpack("<Q", file.read_bytes()[:8])[0]
     header = file.read_bytes()[8 : 8 + length].decode()
@@ -132,7 +135,7 @@ def test_a_name_twice_case_34(folder: Path) -> None:
 
 
 def test_a_header_that_claims_2_to_the_63_case_35(folder: Path) -> None:
-    """Case 35: nothing is allocated for it."""
+    """Allocate nothing for a header that claims 2^63 bytes (case 35)."""
     file = folder / "model.safetensors"
     data = file.read_bytes()
     file.write_bytes(struct.pack("<Q", 1 << 63) + data[8:])
@@ -145,7 +148,7 @@ def test_a_header_that_claims_2_to_the_63_case_35(folder: Path) -> None:
 
 
 def test_a_pickle_as_a_model_case_41(folder: Path) -> None:
-    """Case 41: a pickle under the name of a model is no model, whatever its ending; its canary is not touched."""
+    """Refuse a pickle as a model, whatever its suffix, and never run it (case 41)."""
     canary = folder / "canary"
 
     class Touch:
@@ -165,7 +168,7 @@ def test_a_pickle_as_a_model_case_41(folder: Path) -> None:
 
 
 def test_shards_stay_in_their_folder_case_42(folder: Path) -> None:
-    """Case 42: an index that points elsewhere."""
+    """Refuse a shard index that points out of its folder (case 42)."""
     (folder / "model.safetensors").unlink()
     for bad in ("../x.safetensors", "/etc/passwd", "", 5):
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {Q: bad}}))
@@ -187,6 +190,7 @@ def test_shards_stay_in_their_folder_case_42(folder: Path) -> None:
     ],
 )
 def test_a_config_that_cannot_be(change: dict[str, Any], words: str, folder: Path) -> None:
+    """Refuse an impossible config.json, and name the field."""
     (folder / "config.json").write_text(json.dumps({**CONFIG, **change}))
     with pytest.raises(CheckpointError, match=words):
         open_checkpoint(folder)
@@ -196,7 +200,7 @@ def test_a_config_that_cannot_be(change: dict[str, Any], words: str, folder: Pat
     "change", [{"hidden_act": "gelu"}, {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}]
 )
 def test_what_the_native_blocks_do_not_have_is_left_to_transformers(change: dict[str, Any], folder: Path) -> None:
-    """A known family with an unknown feature is never run wrongly; without transformers the error says what to install."""
+    """Leave a known family with an unsupported feature to transformers, rather than compute it wrongly."""
     (folder / "config.json").write_text(json.dumps({**CONFIG, **change}))
     assert not open_checkpoint(folder).config.native
     assert open_checkpoint(folder).config.layers == CONFIG["num_hidden_layers"]
@@ -208,7 +212,9 @@ def test_what_the_native_blocks_do_not_have_is_left_to_transformers(change: dict
 def write_gguf(
     path: Path, kind: gguf.GGMLQuantizationType | None = None, **leave_out: Any
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """A small llama in GGUF, by the gguf package. Returns what transformers' names hold, as the file's own type has it."""
+    """Write a small llama as GGUF with the gguf package.
+
+    Return the values as the file's type stores them, by transformers' names."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
     writer.add_context_length(64)
@@ -244,7 +250,7 @@ def write_gguf(
 
 
 def permuted(data: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
-    """llama.cpp's convert script: the rows of q and k go from halves of a head to pairs."""
+    """Reorder the rows of q and k from halves of a head to pairs, as llama.cpp's convert script does."""
     heads = {"attn_q": 4, "attn_k": 2}.get(name.split(".")[2] if "." in name and name.startswith("blk") else "", 0)
     if not heads:
         return data
@@ -254,6 +260,7 @@ def permuted(data: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
 
 
 def back(data: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
+    """Undo `permuted`."""
     heads = {"attn_q": 4, "attn_k": 2}.get(name.split(".")[2] if "." in name and name.startswith("blk") else "", 0)
     if not heads:
         return data
@@ -266,7 +273,7 @@ def back(data: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, Any]:
     ids=str,
 )
 def test_gguf_types_are_read_as_the_package_reads_them(kind: Any, tmp_path: Path) -> None:
-    """Every tensor type comes out as the gguf package's own conversion, q and k in transformers' order."""
+    """Read every tensor type as the gguf package does, with q and k in transformers' order."""
     file = tmp_path / "m.gguf"
     held = write_gguf(file, kind)
     checkpoint = open_checkpoint(file)
@@ -279,6 +286,7 @@ def test_gguf_types_are_read_as_the_package_reads_them(kind: Any, tmp_path: Path
 
 @pytest.mark.parametrize("cut", [0, 3, 8, 20, 100, 300, 700, -1, -5000])
 def test_truncated_gguf_case_31(cut: int, tmp_path: Path) -> None:
+    """Refuse a GGUF file that is cut off anywhere (case 31)."""
     file = tmp_path / "m.gguf"
     write_gguf(file)
     data = file.read_bytes()
@@ -288,13 +296,17 @@ def test_truncated_gguf_case_31(cut: int, tmp_path: Path) -> None:
 
 
 def patched(file: Path, old: bytes, new: bytes) -> None:
+    """Replace the first `old` in the file by `new`."""
     data = file.read_bytes()
     assert data.count(old) >= 1
     file.write_bytes(data.replace(old, new, 1))
 
 
 def test_damaged_gguf_cases_32_to_35(tmp_path: Path) -> None:
-    """Cases 32 to 35: unknown type, missing tensor, a name twice, overlapping and overflowing offsets, claims of 2^63."""
+    """Refuse a damaged GGUF file (cases 32 to 35).
+
+    The damages are an unknown type, a missing tensor, a name twice, overlapping and overflowing offsets, and claims of
+    2^63."""
     file = tmp_path / "m.gguf"
 
     def entry(name: str, kind: int, offset: int) -> bytes:
@@ -338,7 +350,7 @@ def test_damaged_gguf_cases_32_to_35(tmp_path: Path) -> None:
 
 
 def test_a_file_that_ends_while_it_is_read(folder: Path) -> None:
-    """The check saw a good file, then it shrank: still an error that names the tensor."""
+    """Name the tensor that cannot be read when a file shrinks after the check."""
     checkpoint = open_checkpoint(folder)
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:600])
@@ -347,7 +359,7 @@ def test_a_file_that_ends_while_it_is_read(folder: Path) -> None:
 
 
 def test_hosts_open_only_their_own_tensors(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What each kind reads is exactly what it needs."""
+    """Read exactly the tensors that each kind of actor needs."""
     from ranvier.actors.checkpoint import Checkpoint
     from ranvier.actors.component.actor import Context
     from ranvier.actors.model.causal import BlocksActor, Embedding, Head
@@ -365,7 +377,9 @@ def test_hosts_open_only_their_own_tensors(folder: Path, monkeypatch: pytest.Mon
 
 
 def test_the_table_of_types_is_ggufs() -> None:
-    """Name, numbers and bytes of a block of each type that the package knows, but for those it has had since."""
+    """Match the gguf package in the number, name, block size and bytes per block of every type in the table.
+
+    Types that the package added later may be missing from the table."""
     from gguf.constants import GGML_QUANT_SIZES
 
     from ranvier.actors.checkpoint.gguf_file import _TYPES

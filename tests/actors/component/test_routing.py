@@ -1,4 +1,4 @@
-"""Routing: every token to its choices and back into its place, whatever the choices are."""
+"""Route every token to the experts that it chose, and back to its position, for any choices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from ranvier.transport.format.header import Row
 
 @given(counts=st.lists(st.integers(1, 5), min_size=1, max_size=4), experts=st.integers(1, 5), seed=st.integers(0, 99))
 def test_there_and_back(counts: list[int], experts: int, seed: int) -> None:
-    """Experts that do nothing, weights that add up to one: what comes back is what went; rows count their own tokens."""
+    """Return every token unchanged from experts that do nothing, if its weights add up to one.
+
+    Each batch's rows count the tokens in that batch."""
     generator = torch.Generator().manual_seed(seed)
     tokens, choices = sum(counts), min(2, experts)
     rows = tuple(Row(session, 1, 3, count) for session, count in enumerate(counts))
@@ -32,7 +34,9 @@ def test_there_and_back(counts: list[int], experts: int, seed: int) -> None:
 
 
 def test_one_expert_chosen_twice_counts_twice() -> None:
-    """The token goes there once; its weights add up, and a choice that is not its own has no part in it."""
+    """Send a token once to an expert that it chose twice, and add up the two weights.
+
+    An expert that the token did not choose has no influence on it."""
     rows, hidden, ports = (Row(1, 1, 0, 2),), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), ["a", "b"]
     index, weight = torch.tensor([[0, 0], [1, 0]]), torch.tensor([[0.25, 0.5], [2.0, 1.0]])
     routed = scatter(rows, hidden, index, ports)
@@ -42,6 +46,7 @@ def test_one_expert_chosen_twice_counts_twice() -> None:
 
 
 def test_what_cannot_be_routed() -> None:
+    """Refuse indices out of range, indices of a wrong shape, and answers with a wrong number of tokens."""
     rows, hidden = (Row(1, 1, 0, 2),), torch.zeros(2, 4)
     with pytest.raises(ValueError, match="expected indices from 0 to 1 for a, b, got 0 to 2"):
         scatter(rows, hidden, torch.tensor([[0], [2]]), ["a", "b"])

@@ -1,4 +1,4 @@
-"""Which replica a row goes to, what comes twice, what comes early, and where a session fits: without a process."""
+"""Check routes without a process: the replica of each row, repeated answers, second copies, and where sessions fit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ META, DATA = TensorMeta("x", BY_NAME["float32"].number, (1,), 0, 4), b"\0\0\0\0"
 
 
 class Bench:
-    """A sender and its replicas of one actor on a memory network; messages are used up when `use` says so."""
+    """Connect a sender to the replicas of one actor on a memory network.
+
+    A replica consumes a message only when a test calls `use`."""
 
     def __init__(self, replicas: int, policy: Policy, credits: int = 4, skips: bool = True) -> None:
         self.network = MemoryNetwork()
@@ -49,6 +51,7 @@ class Bench:
         return self.ends["a.0.1"]
 
     def turn(self, rounds: int = 3) -> None:
+        """Deliver messages between all endpoints, `rounds` times."""
         for _ in range(rounds):
             for name, end in self.ends.items():
                 while (arrival := self.wires[name].receive(0)) is not None:
@@ -61,7 +64,7 @@ class Bench:
                 end.outbox.clear()
 
     def send(self, session: int, position: int = 0) -> tuple[int, ...]:
-        """Where it went."""
+        """Send one row, and return the replicas that received it."""
         before = {number: len(got) for number, got in self.got.items()}
         rows = (Row(session, 1, position, 1),)
         for replicas, _ in self.route.groups(rows, lambda _: self.places):
@@ -70,13 +73,14 @@ class Bench:
         return tuple(number for number, got in self.got.items() if len(got) > before[number])
 
     def use(self, replica: int, after_s: float = 0.0) -> None:
-        """The replica uses its oldest message up."""
+        """Let the replica consume its oldest message."""
         self.network.advance(after_s)
         received = self.got[replica].pop(0)
         self.ends[f"work.{replica}.1"].consumed(received.link, received.nbytes)
         self.turn()
 
     def copies(self) -> None:
+        """Send the second copies that are due."""
         self.route.send_copies(
             self.sender, self.network.now_ns, lambda _: self.places, lambda row: row.session not in self.closed
         )
@@ -84,13 +88,14 @@ class Bench:
 
 
 def test_a_session_stays_where_it_is() -> None:
+    """Send every step of a session to the replica that it was assigned to."""
     bench = Bench(3, Policy())
     bench.places = {"work": (2,)}
     assert {bench.send(1, position) for position in range(3)} == {(2,)}
 
 
 def test_in_turn_by_session_and_position() -> None:
-    """The same at every sender, whatever it sent before: what is to be joined meets."""
+    """Choose the same replica at every sender, whatever it sent before, so that rows to be joined meet."""
     bench, other = Bench(3, Policy("round_robin")), Bench(3, Policy("round_robin"))
     other.send(7)
     for session in range(6):
@@ -98,6 +103,7 @@ def test_in_turn_by_session_and_position() -> None:
 
 
 def test_the_shortest_queue() -> None:
+    """Choose the replica that has the fewest unread messages."""
     bench = Bench(2, Policy("least_queued"))
     assert [bench.send(session) for session in range(4)] == [(0,), (1,), (0,), (1,)]
     bench.use(1)
@@ -108,7 +114,7 @@ def test_the_shortest_queue() -> None:
 
 
 def test_the_lowest_latency() -> None:
-    """Each is tried; then the quicker one gets all, until it is slower or full."""
+    """Try each replica once, then choose the quicker one until it is slower or has no credit left."""
     bench = Bench(2, Policy("lowest_latency"), credits=2)
     assert [bench.send(0), bench.send(1)] == [(0,), (1,)]
     bench.use(1, after_s=0.001)
@@ -119,6 +125,7 @@ def test_the_lowest_latency() -> None:
 
 
 def test_the_slow_one_is_tried_again_now_and_then() -> None:
+    """Send a few of many rows to the slower replica, so that its latency is measured again."""
     bench = Bench(2, Policy("lowest_latency"), credits=1000)
     for replica, took_s in ((0, 0.010), (1, 0.001)):
         bench.send(replica)
@@ -128,7 +135,9 @@ def test_the_slow_one_is_tried_again_now_and_then() -> None:
 
 
 def test_hedged_to_both_and_one_without_credit_falls_out() -> None:
-    """Four are unread at replica 1: it gets no more of that session, ever; another session begins with both."""
+    """Stop sending a session to a replica that has no credit, for good.
+
+    Replica 1 has four unread messages. Another session begins with both replicas."""
     bench = Bench(2, Policy("hedge", 2))
     for position in range(4):
         assert bench.send(1, position) == (0, 1)
@@ -145,7 +154,10 @@ def test_hedged_to_both_and_one_without_credit_falls_out() -> None:
 
 
 def test_while_none_has_credit_nobody_is_taken_for_the_slow_one() -> None:
-    """Ten go out at once over four credits: the rest are held, and go to whoever uses its own up first, be it the second."""
+    """Leave no replica out while none has credit.
+
+    Ten messages are sent over four credits per replica. The other six are held, and go to the replica that consumes its
+    own first, even the second one."""
     bench = Bench(2, Policy("hedge", 2))
     for session in range(10):
         bench.send(session)
@@ -161,7 +173,9 @@ def test_while_none_has_credit_nobody_is_taken_for_the_slow_one() -> None:
 
 
 def test_a_link_that_is_about_to_open_is_not_a_slow_one() -> None:
-    """At a run's start one replica's welcome comes before the other's: nobody is left out for that."""
+    """Leave no replica out because its link is not open yet.
+
+    At a run's start, one replica's welcome arrives before the other's."""
     bench = Bench(2, Policy("hedge", 2))
     late = bench.route.links[0]
     late.open = False
@@ -175,6 +189,7 @@ def test_a_link_that_is_about_to_open_is_not_a_slow_one() -> None:
 
 
 def test_where_nothing_may_be_left_out_copies_wait() -> None:
+    """Hold the copies for a replica without credit, if none may be left out."""
     bench = Bench(2, Policy("hedge", 2), skips=False)
     for position in range(6):
         bench.send(1, position)
@@ -183,7 +198,9 @@ def test_where_nothing_may_be_left_out_copies_wait() -> None:
 
 
 def test_a_second_copy_after_the_percentile() -> None:
-    """It goes out when the first took longer than 90 in 100 before, to the other replica, once; not if the session is over."""
+    """Send one second copy to the other replica, once the first takes longer than 90 % of those before.
+
+    Send none for a session that has closed."""
     bench = Bench(2, Policy("hedge", 2, after=90), credits=100)
     for number in range(FEWEST_SAMPLES):
         [replica] = bench.send(number)
@@ -207,6 +224,7 @@ def test_a_second_copy_after_the_percentile() -> None:
 
 
 def test_a_replica_that_leaves() -> None:
+    """Send no second copy for a replica that left, and keep only the other one's link."""
     bench = Bench(2, Policy("hedge", 2, after=90))
     assert bench.send(2) == (0,)
     bench.route.remove("work.0.1")
@@ -216,8 +234,9 @@ def test_a_replica_that_leaves() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 3)), max_size=40))
 def test_each_step_counts_once(turns: list[tuple[int, int]]) -> None:
-    """Two replicas answer the steps of four sessions, each in its own order, interleaved at will: every step counts once and
-    in order."""
+    """Count every step once and in order.
+
+    Two replicas answer the steps of four sessions, each in its own order and interleaved at will."""
     answers = Answers()
     answers.add(5)
     sent, seen = dict.fromkeys(((r, s) for r in (0, 1) for s in range(4)), 0), []
@@ -234,7 +253,9 @@ def test_each_step_counts_once(turns: list[tuple[int, int]]) -> None:
 
 
 def test_placing_sessions() -> None:
-    """Fewest sessions first, in turn among equals, where it fits; one that leaves gets none; full is said."""
+    """Assign a session to the replica with the fewest sessions, in turn among equals, if it fits.
+
+    A replica that is leaving gets none. If a session fits nowhere, `Overloaded` gives the actor and its free tokens."""
     placement = Placement({"head": Policy("round_robin"), "pair": Policy("hedge", 2)})
     for number in range(2):
         placement.join("blocks", number, 100)

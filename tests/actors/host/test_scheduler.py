@@ -1,4 +1,4 @@
-"""What a host decides, driven by memory wires: joining, batching, refusing, and where outputs and credits go."""
+"""Check a host's decisions over memory wires: joining, batching, refusing, and where outputs and credits go."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ ME, UP, DOWN = "me.0.1", "up.0.1", "down.0.1"
 
 
 def link(edge: int, source: str, target: str, port: str, credits: int) -> LinkSpec:
+    """Return the spec of a link with one port."""
     return LinkSpec(edge, f"{source} -> {target}", source, target, ((port, SPEC),), credits, 1 << 20)
 
 
 class Bench:
-    """A host's core between two neighbours, all three on a memory network."""
+    """Connect a host's core to two neighbours, all three on a memory network."""
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class Bench:
         self.turn(4)
 
     def turn(self, rounds: int = 3) -> None:
+        """Deliver messages between all endpoints, `rounds` times."""
         for _ in range(rounds):
             for name, end in self.ends.items():
                 while (arrival := self.wires[name].receive(0)) is not None:
@@ -81,6 +83,7 @@ class Bench:
                 end.outbox.clear()
 
     def send(self, rows: Sequence[Row], edge: int = 0, port: str = "x", value: float = 0.0) -> None:
+        """Send one message with these rows from the upper neighbour."""
         end = self.ends[UP]
         tensor = torch.cat([torch.full((row.tokens,), row.session + value) for row in rows])
         meta, buffer = to_buffer(port, tensor)
@@ -88,7 +91,7 @@ class Bench:
         self.turn()
 
     def step(self) -> Work | None:
-        """Take a step that gives x + 0.5."""
+        """Run one step that returns the sum of its inputs + 0.5, and return its work."""
         work = self.core.take()
         if work is not None:
             total = sum(work.batch.tensors.values())
@@ -100,6 +103,7 @@ class Bench:
 
 
 def test_one_message_one_step() -> None:
+    """Run one step for one message, and send the output down."""
     bench = Bench()
     bench.core.open(7, 1)
     bench.send([Row(7, 1, 0, 2)])
@@ -109,7 +113,9 @@ def test_one_message_one_step() -> None:
 
 
 def test_what_has_queued_up_is_one_batch_up_to_the_budget() -> None:
-    """Five sessions of four tokens: sixteen tokens in the first step, the rest in the next."""
+    """Batch the queued messages up to the token budget.
+
+    Of five sessions with four tokens each, the first step takes sixteen tokens and the next step the rest."""
     bench = Bench()
     for session in range(1, 6):
         bench.core.open(session, 1)
@@ -122,6 +128,7 @@ def test_what_has_queued_up_is_one_batch_up_to_the_budget() -> None:
 
 
 def test_a_message_over_the_budget_goes_alone() -> None:
+    """Run a message over the token budget in a separate step."""
     bench = Bench(batch_tokens=4)
     bench.core.open(1, 1)
     bench.core.open(2, 1)
@@ -133,14 +140,16 @@ def test_a_message_over_the_budget_goes_alone() -> None:
 
 
 def sessions_of(work: Work | None) -> list[tuple[int, int]]:
-    """Session and position of each row of a step."""
+    """Return session and position of each row of a step."""
     assert work is not None
     return [(row.session, row.position) for row in work.batch.rows]
 
 
 def test_a_long_prompt_holds_up_neither_tokens_nor_short_prompts() -> None:
-    """Four parts of a long prompt, then a short prompt and two sessions that decode: every step has the oldest part and, before
-    it, the tokens; the short prompt goes with the first."""
+    """Delay neither decoding tokens nor short prompts by a long prompt.
+
+    Four parts of a long prompt are queued before a short prompt and two decoding sessions. Every step takes the
+    decoding tokens first, then the oldest part. The short prompt goes with the first part."""
     bench = Bench(batch_tokens=12)
     for session in range(1, 5):
         bench.core.open(session, 1)
@@ -157,7 +166,9 @@ def test_a_long_prompt_holds_up_neither_tokens_nor_short_prompts() -> None:
 
 
 def test_a_part_that_never_fits_beside_tokens_is_passed_over_once() -> None:
-    """Tokens of two sessions come before every step, and the budget has no room for a prompt's part with them."""
+    """Pass over a prompt's part at most once.
+
+    Tokens of two sessions come before every step, and the budget has no room for a part beside them."""
     bench = Bench(batch_tokens=4)
     for session in range(1, 4):
         bench.core.open(session, 1)
@@ -178,7 +189,9 @@ def test_a_part_that_never_fits_beside_tokens_is_passed_over_once() -> None:
 def test_every_row_is_taken_once_and_each_sessions_in_order(
     messages: list[dict[int, int]], batch_tokens: int, batches: int
 ) -> None:
-    """Of messages that hold parts of any sessions, whatever goes before what: what a KV cache relies on."""
+    """Take every row once and each session's rows in order, whatever the steps batch.
+
+    Messages hold parts of any sessions. A KV cache relies on this order."""
     bench = Bench(batch_tokens=batch_tokens, batches=batches)
     at = dict.fromkeys(range(1, 5), 0)
     for session in at:
@@ -198,7 +211,7 @@ def test_every_row_is_taken_once_and_each_sessions_in_order(
 
 
 def test_a_sessions_own_order_comes_before_any_other() -> None:
-    """A step of one token behind a larger one of the same session stays there."""
+    """Keep a step of one token behind a larger step of the same session."""
     bench = Bench()
     bench.core.open(1, 1)
     bench.core.open(2, 1)
@@ -210,7 +223,7 @@ def test_a_sessions_own_order_comes_before_any_other() -> None:
 
 
 def test_a_sessions_next_step_waits_for_the_one_before() -> None:
-    """Two chunks of one prompt are two steps, though both are there; another session may share the first."""
+    """Run two queued chunks of one prompt in two steps. Another session may share the first."""
     bench = Bench()
     bench.core.open(1, 1)
     bench.core.open(2, 1)
@@ -225,7 +238,9 @@ def test_a_sessions_next_step_waits_for_the_one_before() -> None:
 
 
 def test_rows_of_another_epoch_or_no_session_are_refused() -> None:
-    """A batch of three of which one is current: the step holds that one alone, and all credit comes back."""
+    """Refuse rows of another epoch or of a closed session, and return their credit.
+
+    One of three rows is current, and the step holds that row alone."""
     bench = Bench(credits=2)
     bench.core.open(1, 2)
     bench.core.open(2, 1)
@@ -245,7 +260,9 @@ def test_rows_of_another_epoch_or_no_session_are_refused() -> None:
 
 
 def test_a_join_takes_rows_that_are_complete() -> None:
-    """Rows come in another order and in other messages on the two ports; each is stepped once, when both are there."""
+    """Step each row once, when it has arrived on both ports.
+
+    Rows arrive in another order and in other messages on the two ports."""
     bench = Bench(ports=("a", "b"))
     for session in (1, 2, 3):
         bench.core.open(session, 1)
@@ -265,6 +282,7 @@ def test_a_join_takes_rows_that_are_complete() -> None:
 
 
 def test_a_session_that_closes_gives_back_what_its_join_held() -> None:
+    """Return the credit of the rows that a closing session had in the join."""
     bench = Bench(ports=("a", "b"), credits=1)
     for session in (1, 2, 3):
         bench.core.open(session, 1)
@@ -276,7 +294,9 @@ def test_a_session_that_closes_gives_back_what_its_join_held() -> None:
 
 
 def test_no_step_without_credit_for_its_output() -> None:
-    """The consumer below does not read: after its credits are used up no step begins, until it reads again."""
+    """Begin no step while an output waits for credit.
+
+    The consumer below does not read. Once it reads, steps begin again."""
     bench = Bench(credits=2)
     bench.read_down = False
     for session in range(1, 6):
@@ -286,7 +306,7 @@ def test_no_step_without_credit_for_its_output() -> None:
         if not bench.ends[UP].waiting:
             bench.send([Row(session, 1, 0, 1)])
         taken += bench.step() is not None
-    assert taken == 3  # two are out, one waits for credit
+    assert taken == 3  # two outputs are sent, one waits for credit
     assert len(bench.got) == 2
     assert bench.ends[ME].waiting
     down = bench.ends[DOWN]
@@ -299,7 +319,9 @@ def test_no_step_without_credit_for_its_output() -> None:
 
 
 def test_what_waits_for_credit_goes_with_its_session() -> None:
-    """A consumer that never reads holds up the steps of others only while somebody wants what waits for it."""
+    """Drop the output that waits for credit when its session closes.
+
+    A consumer that never reads delays other sessions only until then."""
     bench = Bench(credits=2)
     bench.read_down = False
     for session in range(1, 5):
@@ -319,7 +341,9 @@ def test_what_waits_for_credit_goes_with_its_session() -> None:
 
 
 def test_feedback_gives_its_credit_back_at_once() -> None:
-    """A ring cannot stand still for want of credit: what comes back is taken in whether or not it can be stepped yet."""
+    """Return the credit of feedback at once, even if its step cannot run yet.
+
+    Otherwise a ring could stop for lack of credit."""
     bench = Bench(credits=1, feedback=True)
     for session in range(1, 6):
         bench.core.open(session, 1)
@@ -329,7 +353,7 @@ def test_feedback_gives_its_credit_back_at_once() -> None:
 
 
 def test_rows_of_their_own_and_ports_that_send_nothing() -> None:
-    """An actor may answer for some rows only, with positions of its own, or for none."""
+    """Let an actor answer with positions of its choice, for some rows only, or for none."""
     bench = Bench()
     bench.core.open(1, 1)
     bench.send([Row(1, 1, 0, 3)])
@@ -344,6 +368,7 @@ def test_rows_of_their_own_and_ports_that_send_nothing() -> None:
 
 
 def test_each_row_alone() -> None:
+    """Split a step into one step per row."""
     bench = Bench()
     bench.core.open(1, 1)
     bench.core.open(2, 1)
@@ -362,6 +387,7 @@ def test_each_row_alone() -> None:
     ],
 )
 def test_outputs_that_cannot_be_sent(outputs: dict[str, torch.Tensor], kind: type[Exception], words: str) -> None:
+    """Refuse an output for an unknown port, or one that is no tensor."""
     bench = Bench()
     bench.core.open(1, 1)
     bench.send([Row(1, 1, 0, 1)])
@@ -373,7 +399,9 @@ def test_outputs_that_cannot_be_sent(outputs: dict[str, torch.Tensor], kind: typ
 
 @pytest.mark.parametrize("ports", [("a", "b", "c"), ("a", "a", "a")])
 def test_the_first_of_three_wins_and_the_others_are_dropped(ports: tuple[str, ...]) -> None:
-    """`join: first`, over three ports or three edges into one: one step each, the late counted, every credit returned."""
+    """Step once on the first of three inputs, count the late ones, and return every credit.
+
+    The inputs of `join: first` are three ports, or three edges into one port."""
     bench = Bench(ports=ports, needed=1, credits=2)
     bench.core.open(1, 1)
     for position in range(6):
@@ -388,7 +416,9 @@ def test_the_first_of_three_wins_and_the_others_are_dropped(ports: tuple[str, ..
 
 
 def test_a_quorum_steps_with_what_it_has() -> None:
-    """Two of three ports; the third is dropped whenever it comes. Sessions that have other ports share no batch."""
+    """Step on the first two of three ports, and drop the third whenever it arrives.
+
+    Sessions whose inputs are on different ports share no batch."""
     bench = Bench(ports=("a", "b", "c"), needed=2)
     for session in (1, 2):
         bench.core.open(session, 1)
@@ -406,6 +436,7 @@ def test_a_quorum_steps_with_what_it_has() -> None:
 
 
 def test_a_step_that_waits_too_long_names_what_is_missing() -> None:
+    """Name the ports that a row has and those that it lacks, until its session closes."""
     bench = Bench(ports=("a", "b"))
     bench.core.open(1, 1)
     bench.send([Row(1, 1, 0, 1)], edge=1, port="b")
@@ -416,7 +447,9 @@ def test_a_step_that_waits_too_long_names_what_is_missing() -> None:
 
 
 def test_ports_of_one_step_may_hold_different_numbers_of_tokens() -> None:
-    """As a router sends them, none among them; two sessions in one batch keep their own counts."""
+    """Allow a different number of tokens on each port of a step, even 0, as a router sends them.
+
+    Two sessions in one batch keep their own counts."""
     bench = Bench(ports=("a", "b"))
     for session in (1, 2):
         bench.core.open(session, 1)
@@ -431,8 +464,10 @@ def test_ports_of_one_step_may_hold_different_numbers_of_tokens() -> None:
 
 
 def test_steps_wait_for_what_their_session_gets_once() -> None:
-    """It makes a step of its own, before the first of its session; sessions that have it are not held up by one that has
-    not, and what a session held is given back when it closes."""
+    """Delay a session's steps until its once-per-session input has arrived.
+
+    That input gets a separate step, before the session's first. Sessions that have the input do not wait for sessions
+    that lack it. When a session closes, the credit of its held rows is returned."""
     bench = Bench(ports=("x", "memory"), once=("memory",), credits=2)
     for session in (1, 2, 3):
         bench.core.open(session, 1)
@@ -460,8 +495,10 @@ def test_steps_wait_for_what_their_session_gets_once() -> None:
 
 
 def test_rows_that_come_before_their_session_opens_are_kept_for_it() -> None:
-    """Commands come another way than messages: a row of a session that is newer than all so far waits for it, also in a
-    message with rows of others; one that turns out never to be opened here is refused."""
+    """Keep rows that arrive before their session opens.
+
+    Commands and messages take different paths. A row waits if its session is newer than all sessions so far, even in a
+    message with rows of other sessions. If the session never opens here, the row is refused."""
     bench = Bench(credits=2)
     bench.core.open(1, 1)
     bench.send([Row(3, 1, 0, 1), Row(1, 1, 0, 2), Row(2, 1, 0, 1)])
@@ -480,7 +517,9 @@ def test_rows_that_come_before_their_session_opens_are_kept_for_it() -> None:
 
 
 def test_what_another_replica_answered_before_is_dropped() -> None:
-    """The same steps come twice, in messages that are cut differently: each is stepped once, and all credit comes back."""
+    """Step each row once if it arrives twice, and return all credit.
+
+    The two copies arrive in messages that are cut differently."""
     bench = Bench(credits=2, repeats=True)
     bench.core.open(1, 1)
     bench.core.open(2, 1)
@@ -501,8 +540,9 @@ def test_what_another_replica_answered_before_is_dropped() -> None:
 
 
 def test_what_came_as_two_batches_stays_two() -> None:
-    """Of four sessions in two batches: whoever finds both in its queue takes one after the other, and puts together what is less
-    than half."""
+    """Keep two queued batches apart.
+
+    Four sessions form two batches. Smaller messages are merged only up to half of the sessions."""
     bench = Bench(batches=2)
     for session in range(1, 5):
         bench.core.open(session, 1)
@@ -516,8 +556,9 @@ def test_what_came_as_two_batches_stays_two() -> None:
 
 
 def test_sessions_are_cut_into_batches_that_keep_every_stage_busy() -> None:
-    """Five sessions in two batches: three and two, also when they come in one message; the credit of a message that was cut
-    comes back with its last row."""
+    """Cut five sessions into batches of three and two, even if they arrive in one message.
+
+    So every stage stays busy. The credit of a message that was cut is returned with its last row."""
     bench = Bench(credits=2, batches=2)
     for session in range(1, 6):
         bench.core.open(session, 1)
@@ -537,7 +578,8 @@ def test_sessions_are_cut_into_batches_that_keep_every_stage_busy() -> None:
 
 
 def test_a_step_of_several_inputs_has_them_where_they_matter() -> None:
-    memory = (torch.arange(400) % 100).to(torch.uint8)  # no bytes of what is not a number
+    """Copy only the inputs whose address is not aligned and whose kernels need it."""
+    memory = (torch.arange(400) % 100).to(torch.uint8)  # no byte pattern of a NaN
     odd, narrow, even = (
         memory[4:68].view(torch.float32),
         memory[4:68].view(torch.bfloat16),

@@ -1,4 +1,4 @@
-"""The parts of the layer groups: cache, sampling, attention, against transformers and by their own invariants."""
+"""Check cache, sampling and attention against transformers, and by their own invariants."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ CONFIG = ModelConfig("llama", 16, 32, 2, 4, 2, 8, 64, 64, 1e-5, 1e4, None, True)
 
 @pytest.mark.parametrize("seed", range(12))
 def test_filters_are_those_of_transformers(seed: int) -> None:
-    """Any mixture of penalty, temperature, top-k, top-p and min-p leaves the same tokens with the same logits."""
+    """Keep the same tokens with the same logits as transformers.
+
+    The settings mix penalty, temperature, top-k, top-p and min-p."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
     logits = torch.randn(50) * 3
@@ -49,7 +51,7 @@ def test_filters_are_those_of_transformers(seed: int) -> None:
 
 
 def test_draws_follow_the_distribution_and_the_key() -> None:
-    """Ten thousand draws keyed by position come out as softmax says, and the same again for the same key."""
+    """Draw ten thousand positions as softmax says, and draw the same tokens again for the same seed."""
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
     sampling = Sampling(temperature=1.0, seed=11)
     draws = [choose(logits, sampling, position, ()) for position in range(10_000)]
@@ -60,6 +62,7 @@ def test_draws_follow_the_distribution_and_the_key() -> None:
 
 
 def test_uniform_is_uniform() -> None:
+    """Spread the numbers evenly over [0, 1), with mean 1/2 and variance 1/12."""
     values = torch.tensor([uniform(seed, position) for seed in range(20) for position in range(500)])
     assert values.min() >= 0
     assert values.max() < 1
@@ -68,6 +71,7 @@ def test_uniform_is_uniform() -> None:
 
 
 def test_greedy_with_a_penalty() -> None:
+    """Choose another token once the penalty puts the likeliest token behind it."""
     assert choose(torch.tensor([2.0, 1.9]), Sampling(), 0, [0]) == 0
     assert choose(torch.tensor([2.0, 1.9]), Sampling(repetition_penalty=1.2), 0, [0]) == 1
 
@@ -85,18 +89,20 @@ def test_greedy_with_a_penalty() -> None:
     ],
 )
 def test_sampling_out_of_range(wrong: dict[str, float]) -> None:
+    """Refuse a sampling setting that is out of range, and name it."""
     [name] = wrong
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         Sampling(**wrong)  # type: ignore[arg-type]
 
 
 def test_a_session_survives_plain_data() -> None:
+    """Restore an equal SessionInfo from its plain data."""
     info = SessionInfo(1, 2, 30, (1, 2), 5, (9,), Sampling(0.5, seed=3), logits=True)
     assert SessionInfo.from_plain(info.to_plain()) == info
 
 
 def test_the_cache_takes_each_position_once() -> None:
-    """A step at any place but the end is refused, and so is one over the capacity; nothing changes by it."""
+    """Refuse a step at any position but the end, or over the capacity, and leave the cache unchanged."""
     cache = KVCache(20, lambda capacity: SessionCache(CONFIG, 2, capacity, torch.float32))
     cache.open(1, 12)
     cache.at(1, 0, 5).length = 5
@@ -109,11 +115,12 @@ def test_the_cache_takes_each_position_once() -> None:
 
 
 def test_the_cache_admits_what_fits() -> None:
+    """Admit a session only if its tokens fit, and free them when it closes or opens again."""
     cache = KVCache(20, lambda capacity: SessionCache(CONFIG, 2, capacity, torch.float32))
     cache.open(1, 12)
     with pytest.raises(MemoryError, match="session 2 needs 9 tokens, 8 of 20 are free"):
         cache.open(2, 9)
-    cache.open(1, 5)  # anew: what it had is given back first
+    cache.open(1, 5)  # opened again: its 12 tokens are freed first
     cache.open(2, 9)
     cache.close(1)
     cache.close(1)
@@ -123,7 +130,9 @@ def test_the_cache_admits_what_fits() -> None:
 @pytest.mark.parametrize("window", [0, 4, 20])
 @pytest.mark.parametrize(("tokens", "positions"), [(1, 1), (1, 9), (5, 5), (3, 9)])
 def test_attention_is_causal_attention(tokens: int, positions: int, window: int) -> None:
-    """Against the plain formula with repeated heads: first step, one token, a whole prompt, a later chunk."""
+    """Match the plain formula with repeated heads.
+
+    The cases are a first step, one token, a whole prompt and a later chunk."""
     torch.manual_seed(0)
     query, keys, values = torch.randn(tokens, 6, 8), torch.randn(2, positions, 8), torch.randn(2, positions, 8)
     expected = torch.empty(tokens, 6, 8)
@@ -133,6 +142,6 @@ def test_attention_is_causal_attention(tokens: int, positions: int, window: int)
             first = max(0, last - window) if window else 0
             scores = keys[head // 3, first:last] @ query[token, head] / 8**0.5
             expected[token, head] = scores.softmax(-1) @ values[head // 3, first:last]
-    seen = max(0, positions - tokens + 1 - window) if window else 0  # as the caller cuts them
+    seen = max(0, positions - tokens + 1 - window) if window else 0  # the caller passes only positions in the window
     mixed = attend(query, keys[:, seen:], values[:, seen:], 8**-0.5, window)
     assert torch.allclose(mixed.view(tokens, 6, 8), expected, atol=1e-5)

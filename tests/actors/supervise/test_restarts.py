@@ -1,4 +1,4 @@
-"""How often an actor may be started anew."""
+"""Limit how often an actor may be restarted."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from ranvier.actors.supervise.restarts import Restarts
 
 
 def test_a_budget_over_a_sliding_window() -> None:
-    """So many within the window, each after twice the wait of the one before; what is older counts no more."""
+    """Allow 3 restarts within 10 s, each after twice the wait of the one before.
+
+    A restart that is 10 s old no longer counts."""
     restarts = Restarts(Restart(max=3, window_s=10.0, backoff_s=0.5))
     assert [restarts.take(float(at_s)) for at_s in (0, 1, 2, 3)] == [0.5, 1.0, 2.0, None]
     assert restarts.take(9.9) is None
@@ -17,4 +19,5 @@ def test_a_budget_over_a_sliding_window() -> None:
 
 
 def test_never() -> None:
+    """Allow no restart if `max` is 0."""
     assert Restarts(Restart(max=0)).take(0.0) is None

@@ -1,4 +1,4 @@
-"""Life cycle, supervision, control messages and the trace's ring: decisions without I/O, with times of our own."""
+"""Check life cycle, supervision, control messages and the trace's ring, without I/O and with times set by the tests."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ranvier.transport.links.link import LinkSpec
 
 
 def test_a_life_goes_forward_and_tells_its_story() -> None:
+    """Refuse a transition back, and list all states so far in the error."""
     life = Lifecycle("lower.0")
     for state in (State.LOADING, State.READY, State.RUNNING):
         life.to(state)
@@ -39,7 +40,7 @@ def test_a_life_goes_forward_and_tells_its_story() -> None:
 
 @given(st.lists(st.sampled_from(State), max_size=12))
 def test_no_sequence_leads_out_of_an_end(states: list[State]) -> None:
-    """Whatever is tried: what is over stays over, and running is only reached by way of ready."""
+    """Never leave a final state, and reach running only from ready, whatever transitions are tried."""
     life = Lifecycle("x")
     for state in states:
         try:
@@ -53,6 +54,7 @@ def test_no_sequence_leads_out_of_an_end(states: list[State]) -> None:
 
 
 def spec(actor: str, **deadlines: float) -> HostSpec:
+    """Return the spec of a small host with these deadlines."""
     tensor = TensorSpec("float32", ("tokens", 4))
     link = LinkSpec(0, "a.x -> b.x", "a.0.1", "b.0.1", (("x", tensor),), 8, 1000)
     return HostSpec(
@@ -64,10 +66,12 @@ def spec(actor: str, **deadlines: float) -> HostSpec:
 
 
 def test_a_host_spec_survives_json() -> None:
+    """Restore an equal HostSpec from JSON."""
     assert HostSpec.from_plain(json.loads(json.dumps(spec("a").to_plain()))) == spec("a")
 
 
 def running(*specs: HostSpec) -> Supervision:
+    """Return a supervision whose hosts have all reported that they are ready and running."""
     supervision = Supervision(specs, 0.0)
     for each in specs:
         for state in ("loading", "ready", "running"):
@@ -82,11 +86,13 @@ def running(*specs: HostSpec) -> Supervision:
 
 
 def beat(supervision: Supervision, key: str, now_s: float, stepping_s: float = 0.0) -> None:
+    """Send a heartbeat of the host `key` to the supervision."""
     fields = {"steps": 1, "stepping_s": stepping_s, "queued": 0, "counters": {}}
     supervision.on_message(key, "heartbeat", fields, now_s)
 
 
 def test_everyone_ready_then_running() -> None:
+    """Report when all hosts are loaded and running, their capacity, and their neighbours' addresses."""
     supervision = running(spec("a"), spec("b"))
     assert supervision.all_loaded
     assert supervision.all_running
@@ -95,7 +101,9 @@ def test_everyone_ready_then_running() -> None:
 
 
 def test_silence_is_failure_and_a_slow_host_is_not() -> None:
-    """A host that beats is alive however slow; one that does not is lost at the deadline, not before."""
+    """Keep a host that sends heartbeats, however slow it is.
+
+    Fail a host that sends none at its deadline, and not before."""
     supervision = running(spec("a", heartbeat_deadline_s=5.0), spec("b", heartbeat_deadline_s=5.0))
     for now_s in range(2, 20):
         beat(supervision, "a.0.1", float(now_s), stepping_s=now_s - 1.0)
@@ -107,6 +115,7 @@ def test_silence_is_failure_and_a_slow_host_is_not() -> None:
 
 
 def test_one_step_over_the_deadline_is_a_hang() -> None:
+    """Report that a host hangs once one step takes longer than its progress deadline."""
     supervision = running(spec("a", progress_deadline_s=3.0))
     beat(supervision, "a.0.1", 2.0, stepping_s=2.9)
     supervision.on_tick(2.0)
@@ -117,7 +126,7 @@ def test_one_step_over_the_deadline_is_a_hang() -> None:
 
 
 def test_a_state_that_cannot_be_is_refused() -> None:
-    """Nothing that a host says of itself brings the supervisor down."""
+    """Refuse an unknown or impossible state of a host, without failing the run."""
     supervision = running(spec("a"))
     for state, words in (("flying", "'flying' is not a valid State"), ("loading", "running -> loading")):
         with pytest.raises(ProtocolError, match=words):
@@ -126,7 +135,7 @@ def test_a_state_that_cannot_be_is_refused() -> None:
 
 
 def test_the_first_failure_is_the_reason() -> None:
-    """When one host dies its neighbours follow; the run names the first."""
+    """Name the host that failed first. When one host dies, its neighbours follow."""
     supervision = running(spec("a"), spec("b"))
     supervision.on_exit("b.0.1", -9, "", 2.0)
     supervision.on_exit("a.0.1", 1, "Traceback", 2.0)
@@ -134,6 +143,7 @@ def test_the_first_failure_is_the_reason() -> None:
 
 
 def test_an_end_that_was_asked_for_is_no_failure() -> None:
+    """Report no failure while the run stops its hosts."""
     supervision = running(spec("a"))
     supervision.stopping = True
     supervision.on_exit("a.0.1", -9, "", 2.0)
@@ -149,13 +159,15 @@ GOOD: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", GOOD)
 def test_control_messages_come_back(kind: str) -> None:
+    """Decode a control message to what was encoded."""
     assert decode(encode(kind, GOOD[kind])) == (kind, GOOD[kind])
 
 
 @given(st.binary(max_size=200))
 def test_no_bytes_break_the_control_protocol(data: bytes) -> None:
+    """Raise ProtocolError, and nothing else, for any invalid bytes."""
     with pytest.raises(ProtocolError):
-        decode(data + b"\xc1")  # 0xc1 is never valid, so this never is
+        decode(data + b"\xc1")  # MessagePack never uses 0xc1, so no such message is valid
 
 
 @given(
@@ -163,6 +175,7 @@ def test_no_bytes_break_the_control_protocol(data: bytes) -> None:
     st.dictionaries(st.sampled_from(["session", "epoch", "x"]), st.none() | st.text(), max_size=3),
 )
 def test_ill_typed_fields_are_refused(kind: str, fields: dict[str, Any]) -> None:
+    """Refuse a control message with missing, unknown or ill-typed fields."""
     if kind in ("why", "status") and not fields:
         return
     with pytest.raises(ProtocolError):
@@ -170,6 +183,7 @@ def test_ill_typed_fields_are_refused(kind: str, fields: dict[str, Any]) -> None
 
 
 def test_the_ring_drops_and_counts_when_it_is_full() -> None:
+    """Drop and count new records while the ring is full, and accept only powers of two as its size."""
     ring = Ring(4)
     for number in range(6):
         ring.put((number,))
@@ -185,13 +199,15 @@ def test_the_ring_drops_and_counts_when_it_is_full() -> None:
 def test_a_trace_that_cannot_be_written_costs_records_and_nothing_else_case_49(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Case 49's core: the disk is full for a while; what was lost is counted in the file once there is room."""
+    """Lose only records while the disk is full (case 49).
+
+    Once there is room again, the trace file says how many were lost."""
     (tmp_path / "trace").mkdir()
     with TraceFile(tmp_path, "a.0") as file:
         file.write([("sent", 1)], 0)
 
         class Full:
-            """Has room for some bytes at first, as a disk has."""
+            """Stand in for a file on a disk that takes `room` more bytes and is then full."""
 
             def __init__(self, real: Any, room: int) -> None:
                 self.real, self.room = real, room

@@ -1,4 +1,4 @@
-"""What fused.c does in one pass equals torch's own operations and their autograd, forward and backward, in float64."""
+"""Check fused.c against torch's operations and their autograd in float64, forward and backward."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ pytestmark = pytest.mark.skipif(fused.library() is None, reason="no AVX2, or fus
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    """Assert that values differ by at most 2e-6 of the largest expected value."""
     scale = float(expected.abs().max())
     assert float((got.double() - expected).abs().max()) <= 2e-6 * scale
 
@@ -20,6 +21,7 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("more", [0.0, 1.0])
 @pytest.mark.parametrize("shape", [(5, 48), (1, 16), (384, 192), (3, 7, 64)])
 def test_root_mean_square(shape: tuple[int, ...], more: float) -> None:
+    """Match RMS normalisation, whose weight is increased by `more`, and its gradients."""
     torch.manual_seed(1)
     x, weight, given = torch.randn(shape) * 3, torch.randn(shape[-1]), torch.randn(shape)
     mine = [each.clone().requires_grad_() for each in (x, weight)]
@@ -35,7 +37,9 @@ def test_root_mean_square(shape: tuple[int, ...], more: float) -> None:
 
 
 def test_swiglu() -> None:
-    """Also where the exponential is at its ends, and of a part of a larger tensor."""
+    """Match SwiGLU and its gradient, also where the exponential overflows or underflows.
+
+    Gate and up are the two halves of one tensor."""
     torch.manual_seed(1)
     wide = torch.cat((torch.randn(9, 96) * 4, torch.tensor([[-200.0, -90, -88, -1e-8, 0, 1e-8, 88, 200] * 12])))
     given = torch.randn(10, 48)
@@ -52,11 +56,12 @@ def test_swiglu() -> None:
 
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(6, 2, 8), (4, 4, 32), (3, 1, 6)])
 def test_heads(heads: int, kv_heads: int, width: int) -> None:
+    """Match the queries, keys and values of a joint projection, with rotary embedding, and the gradient."""
     torch.manual_seed(1)
     batch, sequence = 3, 5
     qkv = torch.randn(batch * sequence, (heads + 2 * kv_heads) * width)
     angles = torch.randn(sequence, width)
-    cos, sin = angles.cos(), angles.sin()  # of halves that differ, as longrope's may
+    cos, sin = angles.cos(), angles.sin()  # the two halves differ, as longrope's may
     given = [torch.randn(batch, count, sequence, width) for count in (heads, kv_heads, kv_heads)]
     mine, theirs = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
     made = fused.heads(mine, cos, sin, heads, kv_heads)
@@ -75,7 +80,7 @@ def test_heads(heads: int, kv_heads: int, width: int) -> None:
 
 
 def test_what_is_not_for_it() -> None:
-    """Half precision and odd widths are torch's."""
+    """Leave half precision, and widths that are no multiple of 16, to torch."""
     assert fused.able(48, torch.empty(1))
     assert not fused.able(48, torch.empty(1, dtype=torch.bfloat16))
     assert not fused.able(40, torch.empty(1))

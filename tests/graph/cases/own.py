@@ -1,4 +1,4 @@
-"""Actors for the cases: they are never started."""
+"""Define actors for the cases. They are never started."""
 
 import torch
 
@@ -11,6 +11,8 @@ class Pass(Actor):
 
 
 class Deaf(Actor):
+    """Represent an actor without inputs."""
+
     outputs = {"y": TensorSpec("float32", ("tokens",))}
 
 
@@ -19,7 +21,7 @@ class NoActor:
 
 
 class Net(torch.nn.Module):
-    """A module without boilerplate."""
+    """Hold one linear layer, in a module without actor code."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,6 +52,8 @@ class Two(Actor):
 
 
 class Once(Actor):
+    """Name an input that does not exist as one that arrives once per session."""
+
     inputs = {"x": TensorSpec("float32", ("tokens",))}
     outputs = {"y": TensorSpec("float32", ("tokens",))}
     once = ("memory",)
@@ -61,6 +65,8 @@ class Both(Actor):
 
 
 class Told(Actor):
+    """Take `memory` once per session."""
+
     inputs = {"x": TensorSpec("float32", ("tokens",)), "memory": TensorSpec("float32", ("tokens",))}
     outputs = {"y": TensorSpec("float32", ("tokens",))}
     once = ("memory",)

@@ -1,4 +1,4 @@
-"""The command as a user types it: what it prints, where, and how it ends."""
+"""Check the command as a user types it: what it prints, where, and how it ends."""
 
 from __future__ import annotations
 
@@ -26,10 +26,12 @@ SMOLLM2 = str(EXAMPLES / "smollm2.yaml")
 
 
 def ranvier(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=100, check=False, **options)
 
 
 def test_help_teaches() -> None:
+    """Name the commands in the help, and say where to start."""
     done = ranvier("--help")
     assert done.returncode == 0
     for word in ("check", "show", "run", "trace", "schema", "Start with: ranvier check GRAPH"):
@@ -38,7 +40,9 @@ def test_help_teaches() -> None:
 
 
 def test_a_wrong_graph_leaves_no_process(tmp_path: Path) -> None:
-    """What was begun before the file was read is over when the command is."""
+    """Leave no process if the graph is wrong.
+
+    A process that was started before the file was read ends with the command."""
     path = tmp_path / "bad.yaml"
     path.write_text("ranvier: 1\n")
     mark = f"MARK={secrets.token_hex(8)}"
@@ -49,6 +53,7 @@ def test_a_wrong_graph_leaves_no_process(tmp_path: Path) -> None:
 
 
 def marked(process: Path, mark: str) -> bool:
+    """Return whether a process has `mark` in its environment."""
     try:
         return mark.encode() in (process / "environ").read_bytes()
     except OSError:
@@ -56,7 +61,7 @@ def marked(process: Path, mark: str) -> bool:
 
 
 def test_hosts_that_cannot_be_forked_say_why(tmp_path: Path, runs: Path) -> None:
-    """The process that they are forked from ends while it begins: the error carries its last words."""
+    """Print the last words of the process that hosts are forked from, if it ends while it starts."""
     (tmp_path / "torch.py").write_text("raise ImportError('this torch is broken')")
     done = ranvier(
         "run",
@@ -73,6 +78,7 @@ def test_hosts_that_cannot_be_forked_say_why(tmp_path: Path, runs: Path) -> None
 
 
 def test_check_says_good_or_what_is_wrong() -> None:
+    """Print that a graph is good, or each problem with its position on standard error."""
     good = ranvier("check", SMOLLM2)
     assert (good.returncode, good.stderr) == (0, "")
     assert "good: 4 processes, 8 edges" in good.stdout
@@ -84,6 +90,7 @@ def test_check_says_good_or_what_is_wrong() -> None:
 
 
 def test_check_json() -> None:
+    """Print the graph, or its problems with line and column, as JSON."""
     told = json.loads(ranvier("check", SMOLLM2, "--json", "--expand").stdout)
     assert told["ok"]
     assert told["graph"]["edges"][0] == {
@@ -97,7 +104,7 @@ def test_check_json() -> None:
 
 
 def test_the_long_form_is_a_graph_file_of_the_same_plan(tmp_path: Path) -> None:
-    """What `check --expand` prints can be run, and `pipeline:` is short for it."""
+    """Print with `check --expand` a graph file of the same plan, with `pipeline:` written out."""
     short = tmp_path / "short.yaml"
     text = Path(SMOLLM2).read_text()
     short.write_text(text[: text.index("edges:")] + "pipeline: [embed, lower, upper, head]\n")
@@ -109,6 +116,7 @@ def test_the_long_form_is_a_graph_file_of_the_same_plan(tmp_path: Path) -> None:
 
 
 def test_show_in_every_form() -> None:
+    """Show the plan as text, as Mermaid and as DOT."""
     text = ranvier("show", SMOLLM2).stdout
     assert "lower  blocks     1         0-14    1        106.2 MB  106202880" in text
     assert "lower.hidden -> upper.hidden     bfloat16[tokens, 576]  1152 B" in text
@@ -117,13 +125,14 @@ def test_show_in_every_form() -> None:
 
 
 def test_schema_is_json_schema() -> None:
+    """Print a JSON schema of graph files."""
     schema = json.loads(ranvier("schema").stdout)
     assert schema["properties"]["ranvier"]["const"] == 1
     assert "from" in schema["$defs"]["EdgeSection"]["properties"]
 
 
 def test_run_json_prints_one_object(runs: Path) -> None:
-    """One JSON object on standard output, progress on standard error, a run folder that explains the run."""
+    """Print one JSON object on standard output, progress on standard error, and leave a complete run folder."""
     done = ranvier("run", SMOLLM2, "--prompt", "What is the capital of France?", "--json", "--runs", str(runs))
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
@@ -146,7 +155,9 @@ def test_run_json_prints_one_object(runs: Path) -> None:
 
 
 def test_run_streams_text_and_prints_the_table(runs: Path) -> None:
-    """Sampled with a seed, cut at a stop string, over settings of the command line: the same text twice."""
+    """Print the same text for the same seed, then the table of messages.
+
+    The text is sampled, with a stop string and with settings of the command line."""
     arguments = (
         "run", SMOLLM2, "--prompt", "Once upon a time", "--raw", "--max-tokens", "12", "--temperature", "1.0",
         "--seed", "7", "--stop", "zebra", "--runs", str(runs), "--set", "model.dtype=float32",
@@ -173,7 +184,7 @@ def test_run_streams_text_and_prints_the_table(runs: Path) -> None:
     ],
 )
 def test_a_wrong_request_ends_with_2(arguments: tuple[str, ...], code: int, words: str, tmp_path: Path) -> None:
-    """Nothing is started, nothing is written."""
+    """End a wrong request with code 2, and start and write nothing."""
     done = ranvier(*arguments, cwd=tmp_path)
     assert done.returncode == code
     assert words in done.stderr
@@ -182,14 +193,16 @@ def test_a_wrong_request_ends_with_2(arguments: tuple[str, ...], code: int, word
 
 
 def test_a_run_that_fails_ends_with_1(graph_file: Callable[..., Path], tmp_path: Path, runs: Path) -> None:
-    """A damaged file behind a good header: an error that names actor, file and tensor, and exit code 1."""
+    """End a prompt that is longer than the model's context with code 2."""
     done = ranvier("run", SMOLLM2, "--prompt", "x" * 40_000, "--runs", str(runs))
     assert done.returncode == 2
     assert "the model's context is 8192" in done.stderr
 
 
 def interrupted(after_s: float, runs: Path) -> None:
-    """Ctrl-C after so long: soon over, with 130 (or 0 if it was faster); the fixture looks for leftovers."""
+    """Send Ctrl-C after `after_s`, and expect a quick end with code 130, or 0 if the command was faster.
+
+    The `runs` fixture checks what is left."""
     process = subprocess.Popen(
         [*COMMAND, "run", SMOLLM2, "--prompt", "Count to a thousand.", "--max-tokens", "500", "--runs", str(runs)],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
@@ -197,7 +210,7 @@ def interrupted(after_s: float, runs: Path) -> None:
     try:
         process.wait(after_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to everyone in the foreground
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the whole foreground group
     _, errors = process.communicate(timeout=20)
     assert process.returncode in (130, -signal.SIGINT, 0), errors.decode()
     if b"starting" in errors and process.returncode == 130:
@@ -207,12 +220,12 @@ def interrupted(after_s: float, runs: Path) -> None:
 
 @pytest.mark.parametrize("after_s", [1.0, *(pytest.param(after_s, marks=pytest.mark.slow) for after_s in (3.0, 6.0))])
 def test_ctrl_c_ends_everything(after_s: float, runs: Path) -> None:
-    """Case 50 at three points: while it starts, while it loads, while it generates."""
+    """End everything after Ctrl-C while the run starts, loads or generates (case 50)."""
     interrupted(after_s, runs)
 
 
 def test_ctrl_c_between_a_context_and_its_body_ends_what_it_started() -> None:
-    """Case 50 at its worst point: the hosts are there, and nobody yet stands in the block that ends them."""
+    """End the hosts if Ctrl-C arrives between their start and the block that ends them (case 50)."""
     ended: list[str] = []
 
     @asynccontextmanager
@@ -244,15 +257,16 @@ def test_ctrl_c_between_a_context_and_its_body_ends_what_it_started() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_ctrl_c_at_twenty_random_points_case_50(runs: Path) -> None:
-    """Case 50: no process, no socket left, whenever it comes."""
+    """Leave no process and no socket after Ctrl-C at random times."""
     rng = random.Random(50)
     for _ in range(20):
         interrupted(rng.uniform(0.2, 7.0), runs)
 
 
 def test_memory_of_the_hosts_is_what_show_says(runs: Path) -> None:
-    """Each host holds its own tensors and little else: what `show` states is what it holds, and beside that it takes no
-    more memory of its own than a bare interpreter with torch, plus a tenth of its tensors."""
+    """Hold in each host its own tensors, as `show` states, and little else.
+
+    A host needs at most a tenth more than its tensors, plus the memory of a bare interpreter with torch."""
     import trio
 
     import ranvier as package
@@ -285,6 +299,7 @@ def test_memory_of_the_hosts_is_what_show_says(runs: Path) -> None:
 
 
 def test_actors_lists_every_kind() -> None:
+    """List every kind with its inputs and outputs."""
     from ranvier.actors.component.kinds import BUILT_IN
     from ranvier.graph.file import catalogue
 
@@ -330,8 +345,10 @@ class Shift(torch.nn.Module):
 
 @pytest.mark.slow
 def test_kinds_of_an_installed_package(tmp_path: Path, runs: Path) -> None:
-    """By their entry points, without --allow-code: listed with ports and arguments, checked, run over real processes. One
-    that cannot be loaded is listed with the reason and is in nobody's way."""
+    """Run kinds of an installed package, by their entry points and without --allow-code.
+
+    They are listed with ports and arguments, checked, and run over real processes. A kind that cannot be loaded is
+    listed with the reason, and affects no other."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -366,7 +383,9 @@ def test_kinds_of_an_installed_package(tmp_path: Path, runs: Path) -> None:
 
 
 def test_what_a_module_gives_is_found_out(tmp_path: Path) -> None:
-    """A size that is made of another by adding is a size of its own, and not that of another output."""
+    """Give a new name to a size that is another size plus a number.
+
+    It is not the size of any other output."""
     from torch import nn
 
     from ranvier.actors.component import module
@@ -384,7 +403,7 @@ def test_what_a_module_gives_is_found_out(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_new_actor_works_as_it_is(tmp_path: Path, runs: Path) -> None:
-    """`new actor`, then a file through `run --input --output`; nothing is written over."""
+    """Run what `new actor` writes, unchanged, and overwrite nothing."""
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -405,6 +424,7 @@ def test_a_new_actor_works_as_it_is(tmp_path: Path, runs: Path) -> None:
 
 @pytest.mark.parametrize("name", ["My Part", "", "9lives", "x" * 40, "../up"])
 def test_a_new_part_needs_a_name(name: str) -> None:
+    """Refuse an invalid name for a new part."""
     from ranvier.graph.file import starts
 
     with pytest.raises(ValueError, match="expected lower-case letters"):
@@ -413,6 +433,7 @@ def test_a_new_part_needs_a_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["none", "gateway", "true", "class", "lambda", "on"])
 def test_a_new_part_needs_a_name_that_is_free(name: str) -> None:
+    """Refuse a name that is reserved in Python, YAML or Ranvier."""
     from ranvier.graph.file import starts
 
     with pytest.raises(ValueError, match="is a word of Python, of YAML or of Ranvier itself"):
@@ -420,5 +441,6 @@ def test_a_new_part_needs_a_name_that_is_free(name: str) -> None:
 
 
 def test_a_new_graph_is_good(tmp_path: Path) -> None:
+    """Write a valid graph with `new graph`."""
     assert ranvier("new", "graph", "mine", cwd=tmp_path).returncode == 0
     assert ranvier("check", "mine.yaml", cwd=tmp_path).returncode == 0

@@ -1,4 +1,4 @@
-"""`ranvier top`: what it shows of a real run, that it leaves nothing behind, and that it ends with the run or Ctrl-C."""
+"""Check what `ranvier top` shows of a real run, that it leaves nothing behind, and how it ends."""
 
 from __future__ import annotations
 
@@ -27,21 +27,24 @@ COMMAND = [sys.executable, "-m", "ranvier", "top"]
 
 
 def graph_of(tiny: Any, graph_file: Callable[..., Path], split: Any) -> ranvier.Graph:
+    """Return a graph of a small llama in two actors."""
     path = graph_file(model={"source": "unset", "dtype": "float32"}, **split(2, 6))
     return ranvier.load(path, overrides={"model.source": str(tiny("llama")[0])})
 
 
 def files(folder: Path) -> set[str]:
+    """Return the paths of everything in a folder."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
 async def stream(run: ranvier.Run, prompt: list[int]) -> None:
+    """Generate tokens to the end."""
     async for _ in run.generate(prompt, max_tokens=480, stop_tokens=()):
         pass
 
 
 def test_what_it_shows_of_a_run(tiny: Any, graph_file: Callable[..., Path], split: Any, runs: Path) -> None:
-    """States, processes, rates, KV use, edges: of a run that has two streams at that moment. It leaves no file there."""
+    """Show states, processes, rates, KV use and edges of a run with two streams, and leave no file in its folder."""
     graph = graph_of(tiny, graph_file, split)
 
     async def main() -> tuple[dict[str, Any], dict[str, int]]:
@@ -89,12 +92,12 @@ def test_what_it_shows_of_a_run(tiny: Any, graph_file: Callable[..., Path], spli
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["the run ends", "ctrl-c"])
 def test_it_ends(how: str, tiny: Any, graph_file: Callable[..., Path], split: Any, runs: Path) -> None:
-    """In a real terminal, with the run or by Ctrl-C; the screen is given back."""
+    """End in a real terminal, with the run or by Ctrl-C, and restore the screen."""
     graph = graph_of(tiny, graph_file, split)
     here, there = pty.openpty()
     pieces: list[bytes] = []
 
-    def watch() -> None:  # as a terminal does: who is not read cannot write on
+    def watch() -> None:  # as a terminal does, because a process whose output is not read is blocked
         with contextlib.suppress(OSError):  # the other end is closed
             while data := os.read(here, 1 << 16):
                 pieces.append(data)
@@ -127,12 +130,14 @@ def test_it_ends(how: str, tiny: Any, graph_file: Callable[..., Path], split: An
 
 
 def test_a_run_that_is_over(tmp_path: Path) -> None:
+    """Refuse a run that is over."""
     (tmp_path / "plan.json").write_text("{}")
     done = subprocess.run([*COMMAND, str(tmp_path)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.strip()) == (2, f"ranvier: {tmp_path}: this run is over")
 
 
 def test_a_line_that_is_not_whole_yet_is_read_later(tmp_path: Path) -> None:
+    """Leave an incomplete line of the trace for the next read."""
     (tmp_path / "plan.json").write_text(json.dumps({"edges": [{"name": "a.y -> b.x"}]}))
     (tmp_path / "trace").mkdir()
     line = json.dumps(["done", 0, 1, 8, 1000, 2000, 3000, 1_000_003_000, 1, [[1, 1, 0, 3]], "a.0.1"])

@@ -1,4 +1,4 @@
-"""Actors that use memory again, change what they are given, and return what cannot be sent, for the tests."""
+"""Define actors that reuse memory, change their inputs, or return what cannot be sent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ranvier import Actor, Batch, Context, TensorSpec
 
 
 class Fills(Actor):
-    """Returns one buffer again and again, filled with x, or a view of it."""
+    """Return the same buffer from each step, filled with x, or a view of the buffer."""
 
     inputs = {"x": TensorSpec("float32", ("n",))}
     outputs = {"y": TensorSpec("float32", ("m", "k"))}
@@ -28,8 +28,9 @@ class Fills(Actor):
 
 
 class FillsRows(Actor):
-    """Returns one buffer again and again, each row filled with its x; fails where a row says 13. Waits for the file `gate`
-    before its first step, so that calls come together."""
+    """Return the same buffer from each step, each row filled with its x.
+
+    A step fails if a row is 13. It waits for the file `gate`, so that calls share a step."""
 
     inputs = {"x": TensorSpec("float32", ("rows",))}
     outputs = {"y": TensorSpec("float32", ("rows", "k"))}
@@ -50,7 +51,9 @@ class FillsRows(Actor):
 
 
 class Wide(Actor):
-    """Doubles rows of any width. Waits for the file `gate` before its first step, so that calls come together."""
+    """Double rows of any width.
+
+    A step waits for the file `gate`, so that calls share a step."""
 
     inputs = {"x": TensorSpec("float32", ("rows", "width"))}
     outputs = {"y": TensorSpec("float32", ("rows", "width"))}
@@ -66,7 +69,7 @@ class Wide(Actor):
 
 
 class Slow(Actor):
-    """Gives the least and the largest of what it gets, late."""
+    """Return the minimum and the maximum of the input, after 20 ms."""
 
     inputs = {"y": TensorSpec("float32", ("m", "k"))}
     outputs = {"z": TensorSpec("float32", ("two",))}
@@ -78,9 +81,10 @@ class Slow(Actor):
 
 
 class InPlace(Actor):
-    """Doubles its input where it lies, in a way that torch does not see if `hidden`, and fails where a row says 13. Waits for the
-    file `gate` before its first step, so that calls come together, and writes into the file `rows` how many a step had at the
-    most."""
+    """Double the input in place, if `hidden` in a way that torch does not see.
+
+    A step fails if a row is 13. It waits for the file `gate`, so that calls share a step. It writes the largest number
+    of rows of a step so far to the file `rows`."""
 
     inputs = {"x": TensorSpec("float32", ("tokens",))}
     outputs = {"y": TensorSpec("float32", ("tokens",))}
@@ -107,7 +111,7 @@ class InPlace(Actor):
 
 
 class Odd(Actor):
-    """Returns as an output what its first number says."""
+    """Return the kind of output that the first number of x selects."""
 
     inputs = {"x": TensorSpec("float32", ("n", 4))}
     outputs = {"y": TensorSpec("float32", ("m", "k"))}
@@ -130,17 +134,20 @@ class Odd(Actor):
 
 
 def _shrunk(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor with a storage that is too small for it."""
     tensor.untyped_storage().resize_(8)
     return tensor
 
 
 class Unspeakable(Exception):
+    """Raise an error when it is converted to text."""
+
     def __str__(self) -> str:
         raise RuntimeError("no words")
 
 
 class Raises(Actor):
-    """Raises what x says, in its step."""
+    """Raise in a step the exception that x selects."""
 
     inputs = {"x": TensorSpec("float32", ("tokens",))}
     outputs = {"y": TensorSpec("float32", ("tokens",))}
@@ -161,7 +168,7 @@ class Raises(Actor):
 
 
 class BadAtClose(Raises):
-    """Cannot be closed."""
+    """Raise an error when a session closes."""
 
     def close(self, session: int) -> None:
         raise RuntimeError("will not close")

@@ -1,4 +1,4 @@
-"""Actors for the tests of replicas: they say which replica they are, and can be made to wait at a gate."""
+"""Define actors for the tests of replicas, which return their replica and can wait at a gate."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from ranvier import Actor, Batch, Context, TensorSpec
 
 
 def pass_through(gate: Path | None) -> None:
-    """Wait until whoever holds the gate (a lock on the file) lets go of it."""
+    """Wait until the test releases its lock on the file `gate`."""
     if gate is not None:
         with gate.open() as file:
             fcntl.flock(file, fcntl.LOCK_SH)
 
 
 class Counting(Actor):
-    """Gives x + 1 and the number of the replica. Args: `gate`: the replica `stuck` (1) waits at each step while the test
-    locks this file; `late_every`: replica 1 takes 50 ms for one step in so many; `no_more_than`: replicas from this on refuse to load."""
+    """Return x + 1 and the number of the replica.
+
+    Args: `gate`: the replica `stuck` (default 1) waits at each step while the test locks this file. `late_every`:
+    replica 1 takes 50 ms for every step whose number is a multiple. `no_more_than`: replicas from this number on refuse
+    to load."""
 
     inputs = {"x": TensorSpec("float32", ("rows",))}
     outputs = {"y": TensorSpec("float32", ("rows", 2))}
@@ -43,7 +46,7 @@ class Counting(Actor):
 
 
 class Pass(Actor):
-    """Gives x as it is."""
+    """Return x unchanged."""
 
     inputs = {"x": TensorSpec("float32", ("rows",))}
     outputs = {"x": TensorSpec("float32", ("rows",))}
@@ -53,7 +56,7 @@ class Pass(Actor):
 
 
 class Begins(Actor):
-    """How many bytes after a multiple of 64 its input begins in memory."""
+    """Return the offset of the input's address from a multiple of 64, in bytes."""
 
     inputs = {"x": TensorSpec("float32", ("tokens",))}
     outputs = {"begins": TensorSpec("int64", ("rows",))}
@@ -63,7 +66,7 @@ class Begins(Actor):
 
 
 class Spreader(Actor):
-    """Gives x as it is, for branches."""
+    """Return x unchanged, for branches."""
 
     inputs = {"x": TensorSpec("float32", ("tokens",))}
     outputs = {"x": TensorSpec("float32", ("tokens",))}
@@ -73,7 +76,7 @@ class Spreader(Actor):
 
 
 class Branch(Actor):
-    """Gives x + `args.plus`, and waits before while the test locks the file `args.gate`."""
+    """Return x + `args.plus`, after waiting while the test locks the file `args.gate`."""
 
     inputs = {"x": TensorSpec("float32", ("tokens",))}
     outputs = {"y": TensorSpec("float32", ("tokens",))}
@@ -88,7 +91,7 @@ class Branch(Actor):
 
 
 class Vote(Actor):
-    """Gives the sum of whatever is there, and how many that are."""
+    """Return the sum of the inputs that are present, and their number."""
 
     inputs = {name: TensorSpec("float32", ("tokens",)) for name in ("a", "b", "c")}
     outputs = {"y": TensorSpec("float32", ("tokens",)), "votes": TensorSpec("int64", ("rows",))}
@@ -99,7 +102,9 @@ class Vote(Actor):
 
 
 class Condition(Actor):
-    """Gives x + scale, where scale comes once a session; goes round as its graph says."""
+    """Return x + scale, where scale arrives once per session.
+
+    The graph may lead x back to this actor."""
 
     inputs = {"x": TensorSpec("float32", ("tokens",)), "scale": TensorSpec("float32", ("tokens",))}
     outputs = {"x": TensorSpec("float32", ("tokens",))}
@@ -120,7 +125,7 @@ class Condition(Actor):
 
 
 class Halve(Actor):
-    """Gives x / 2 each time round, `done` once that is under 1, and `seen`: what came in."""
+    """Return x / 2 on each round, `done` once that is under 1, and the input as `seen`."""
 
     inputs = {"x": TensorSpec("float32", ("rows",))}
     outputs = {name: TensorSpec("float32", ("rows",)) for name in ("x", "done", "seen")}
@@ -131,7 +136,7 @@ class Halve(Actor):
 
 
 class Spread(Actor):
-    """Gives 256 kB that say what x is, most of them zeros."""
+    """Return 256 KiB for each token that encode x, most of them zeros."""
 
     inputs = {"x": TensorSpec("float32", ("tokens",))}
     outputs = {"wide": TensorSpec("float32", ("tokens", 1 << 16))}
@@ -143,7 +148,7 @@ class Spread(Actor):
 
 
 class Narrowed(Actor):
-    """Gives the sum of what is wide, over the numbers that are not zero."""
+    """Return the sum of `wide` divided by 66, the count of its numbers that are not zero."""
 
     inputs = {"wide": TensorSpec("float32", ("tokens", 1 << 16))}
     outputs = {"y": TensorSpec("float32", ("tokens",))}

@@ -1,4 +1,4 @@
-"""Actors that go wrong on purpose, for the tests: each does as `args` says."""
+"""Define actors that fail on purpose, as `args` says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ranvier import Actor, Batch, Context, SessionInfo, TensorSpec, scatter
 
 
 class Faulty(Actor):
-    """Gives x + 1. `at_load` and `at_step` name what goes wrong; at a step it does when x is 13."""
+    """Return x + 1. `at_load` and `at_step` name the faults. A step has its fault if x is 13."""
 
     inputs = {"x": TensorSpec("float32", ("tokens",))}
     outputs = {"y": TensorSpec("float32", ("tokens",))}
@@ -51,7 +51,9 @@ class Faulty(Actor):
 
 
 class Remembering(Actor):
-    """Gives the sum of all x so far, over all sessions, and saves it. A step counts once, however often it comes."""
+    """Return the sum of all x so far, over all sessions, and save it.
+
+    A session counts once, however often its step arrives."""
 
     inputs = {"x": TensorSpec("float32", ("tokens",))}
     outputs = {"y": TensorSpec("float32", ("tokens",))}
@@ -75,7 +77,7 @@ class Remembering(Actor):
 
 
 class Wide(Actor):
-    """Gives 64 MB that say what x is."""
+    """Return 64 MiB for each token, filled with x."""
 
     inputs = {"x": TensorSpec("float32", ("tokens",))}
     outputs = {"y": TensorSpec("float32", ("tokens", 1 << 24))}
@@ -85,7 +87,7 @@ class Wide(Actor):
 
 
 class Narrow(Actor):
-    """Gives the first of each 64 MB; waits before while the test locks the file `args.gate`."""
+    """Return the first number of each 64 MiB, after waiting while the test locks the file `args.gate`."""
 
     inputs = {"x": TensorSpec("float32", ("tokens", 1 << 24))}
     outputs = {"y": TensorSpec("float32", ("tokens",))}
@@ -101,7 +103,7 @@ class Narrow(Actor):
 
 
 class Router(Actor):
-    """Sends each number to the expert that it names."""
+    """Send each number to the expert that it names."""
 
     inputs = {"x": TensorSpec("float32", ("tokens",))}
     outputs = {"e0": TensorSpec("float32", ("tokens", 1)), "e1": TensorSpec("float32", ("tokens", 1))}
@@ -111,7 +113,7 @@ class Router(Actor):
 
 
 class Experts(Actor):
-    """Gives how many numbers each expert got."""
+    """Return 10 times the number of tokens of expert 0, plus that of expert 1, for each row."""
 
     inputs = {"e0": TensorSpec("float32", ("tokens", 1)), "e1": TensorSpec("float32", ("tokens", 1))}
     outputs = {"y": TensorSpec("int64", ("rows",))}
@@ -125,7 +127,7 @@ class Experts(Actor):
 
 
 class Sum(Actor):
-    """Joins two inputs."""
+    """Add two inputs."""
 
     inputs = {"a": TensorSpec("float32", ("tokens",)), "b": TensorSpec("float32", ("tokens",))}
     outputs = {"y": TensorSpec("float32", ("tokens",))}
@@ -135,6 +137,7 @@ class Sum(Actor):
 
 
 def go_wrong(how: str | None) -> None:
+    """Fail in the way that `how` names."""
     if how == "raise":
         raise ValueError("thirteen is not a number I like")
     if how == "exit":
@@ -153,11 +156,13 @@ def go_wrong(how: str | None) -> None:
     if how == "hold the interpreter":
         import ctypes
 
-        ctypes.PyDLL(None).sleep(3600)  # a C call that never lets go of the GIL
+        ctypes.PyDLL(None).sleep(3600)  # a C call that never releases the GIL
 
 
 class DiesOnce(Actor):
-    """Gives how many steps the session has had, and dies at the first of all, when it has counted it."""
+    """Return the number of steps that the session has had.
+
+    The process dies in its first step of all, after counting it."""
 
     inputs = {"x": TensorSpec("float32", ("tokens",))}
     outputs = {"y": TensorSpec("float32", ("tokens",))}
@@ -179,7 +184,7 @@ class DiesOnce(Actor):
 
 
 class LoadsOnce(Faulty):
-    """Writes a letter each time it loads, and can do so only once."""
+    """Append a letter to the file `gate` at each load, and fail at each load after the first."""
 
     def load(self, context: Context) -> None:
         super().load(context)
@@ -191,7 +196,7 @@ class LoadsOnce(Faulty):
 
 
 class Leaky(Faulty):
-    """Never gives credit back: what its links say is used up stays unsaid."""
+    """Never return credit, by ignoring what was consumed."""
 
     def load(self, context: Context) -> None:
         super().load(context)
@@ -204,7 +209,7 @@ class Leaky(Faulty):
 
 
 class SlowReplica(Faulty):
-    """Its first replica takes 200 ms for each step."""
+    """Take 200 ms for each step in replica 0."""
 
     def load(self, context: Context) -> None:
         super().load(context)
@@ -217,7 +222,7 @@ class SlowReplica(Faulty):
 
 
 class Slow(Faulty):
-    """Takes 20 ms for each row."""
+    """Take 20 ms for each row."""
 
     def step(self, batch: Batch):  # type: ignore[no-untyped-def]
         time.sleep(0.02 * len(batch.rows))
@@ -225,7 +230,7 @@ class Slow(Faulty):
 
 
 class SlowKilled(Slow):
-    """Dies in a step with 13 in it; takes its time for each row, so that calls come together."""
+    """Die in a step that contains 13, after 20 ms for each row, so that calls share a step."""
 
     def step(self, batch: Batch):  # type: ignore[no-untyped-def]
         made = super().step(batch)

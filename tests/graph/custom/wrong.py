@@ -1,4 +1,4 @@
-"""A stack of attention layers of a user's own, with its own KV cache, that computes wrongly on purpose: as `args` says."""
+"""Define a custom stack of attention layers, with its own KV cache, that computes wrongly as `args` says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ WIDTH = 16
 
 
 class Attention(nn.Module):
-    """One head over what one session has so far: keys and values are of [positions, WIDTH]."""
+    """Apply one head to a session's positions so far.
+
+    Keys and values are [positions, WIDTH]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,10 +27,10 @@ class Attention(nn.Module):
 
 
 class Stack(Actor):
-    """`x` -> `y`, both float32 [tokens, WIDTH], one token a step; the state of a session is its keys and values.
+    """Map `x` to `y`, both float32 [tokens, WIDTH].
 
-    args: `layers`, `seed`; `fault`: a stale row | swapped rows | lower precision, in the layer `at`.
-    """
+    The state of a session is its keys and values. args: `layers`, `seed`, `fault` ("a stale row", "swapped rows" or
+    "lower precision"), and `at`, the layer with the fault."""
 
     inputs = {"x": TensorSpec("float32", ("tokens", WIDTH))}
     outputs = {"y": TensorSpec("float32", ("tokens", WIDTH))}

@@ -1,4 +1,4 @@
-"""Every bad graph file in cases/ gives the words that stand beside it, with their place, and starts nothing."""
+"""Refuse every bad graph file in cases/ with the message beside it and its position, and start nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CASES = sorted((Path(__file__).parents[1] / "cases").glob("*.yaml"))
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.stem)
 def test_case(case: Path) -> None:
-    """Each line of the expected words is in the message, in order; every line names file, line and column."""
+    """Report every expected message, and begin every line with the file and a position."""
     with pytest.raises(ranvier.GraphError) as caught:
         ranvier.load(case, allow_code=case.stem.startswith(("kind_", "actor_")))
     message = str(caught.value)
@@ -33,11 +33,12 @@ def test_case(case: Path) -> None:
 
 
 def test_there_are_cases() -> None:
+    """Find more than 50 bad graph files."""
     assert len(CASES) > 50
 
 
 def test_a_file_too_large(tmp_path: Path) -> None:
-    """10 MB are not even parsed."""
+    """Refuse a file of 10 MB without parsing it."""
     big = tmp_path / "big.yaml"
     big.write_bytes(b"# " + b"x" * 10_000_000)
     with pytest.raises(ranvier.GraphError, match="is over 1048576 bytes"):
@@ -45,18 +46,19 @@ def test_a_file_too_large(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    """Report a file that does not exist."""
     with pytest.raises(ranvier.GraphError, match="cannot be read: No such file"):
         ranvier.load(tmp_path / "nothing.yaml")
 
 
 def test_code_needs_leave() -> None:
-    """Code of the graph's own folder is not imported unless the user says so."""
+    """Import no code from the graph's folder unless the user allows it."""
     with pytest.raises(ranvier.GraphError, match="pass --allow-code if you trust it"):
         ranvier.load(Path(__file__).parents[1] / "cases" / "actor_nobody_reaches.yaml")
 
 
 def test_tags_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Case 27's canary is not touched."""
+    """Run nothing for a YAML tag (case 27)."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ranvier.GraphError):
         ranvier.load(Path(__file__).parents[1] / "cases" / "27_python_object.yaml")
@@ -73,6 +75,7 @@ def test_tags_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_settings_of_the_command_line_are_checked_too(key: str, value: str, words: str) -> None:
+    """Check settings of the command line like those of the file."""
     good = Path(__file__).resolve().parents[3] / "examples" / "smollm2.yaml"
     with pytest.raises(ranvier.GraphError, match="(?s)" + words.replace("?", r"\?")):
         ranvier.load(good, overrides={key: value})
@@ -81,7 +84,7 @@ def test_settings_of_the_command_line_are_checked_too(key: str, value: str, word
 def test_a_model_of_the_hub_from_its_cache(
     tiny: Any, graph_file: Callable[..., Path], tmp_path: Path, split: Any
 ) -> None:
-    """Offline, `hf://` finds what the cache holds, by its own layout; what it does not hold is an error that says so."""
+    """Find an `hf://` model offline in the hub's cache, and report a model that the cache lacks."""
     folder, _ = tiny("plain")
     cache = tmp_path / "hub"
     snapshot = cache / "models--someone--tiny-llama" / "snapshots" / "0123abcd"

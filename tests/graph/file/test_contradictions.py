@@ -1,5 +1,6 @@
-"""A checkpoint whose config says something else than its tensors is refused before the run is ready: nothing is left out,
-and nothing filled in, in silence."""
+"""Refuse a checkpoint whose config contradicts its tensors, before the run is ready.
+
+Nothing is left out or filled in silently."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ NEOX = {
 
 
 def contradicting(folder: Path, into: Path, **changes: Any) -> Path:
-    """A copy of a checkpoint whose config says something else."""
+    """Copy a checkpoint, and change these values of its config."""
     shutil.copytree(folder, into)
     config = json.loads((into / "config.json").read_text())
     (into / "config.json").write_text(json.dumps({**config, **changes}))
@@ -46,7 +47,7 @@ def test_a_config_that_contradicts_its_tensors(
     name: str, family: str, made_with: dict[str, Any], changes: dict[str, Any], words: str, tiny: Any,
     graph_file: Callable[..., Path], tmp_path: Path, split: Any,
 ) -> None:  # fmt: skip
-    """Found by the check: nothing is left out or filled in in silence."""
+    """Find the contradiction in the check."""
     folder, _ = tiny(name, family, **made_with)
     changed = contradicting(folder, tmp_path / "model", **changes)
     path = graph_file(model={"source": "./model", "dtype": "float32"}, **split(1, 6))
@@ -66,7 +67,9 @@ def test_a_config_that_contradicts_its_tensors(
 def test_what_the_librarys_own_layers_are_not_given(
     changes: dict[str, Any], words: str, tiny: Any, graph_file: Callable[..., Path], tmp_path: Path, runs: Path, split: Any
 ) -> None:  # fmt: skip
-    """The run does not start; the library alone would compute with random numbers instead."""
+    """Refuse to start if transformers' layers lack a tensor or get one of a wrong shape.
+
+    The library alone would compute with random numbers instead."""
     from safetensors.torch import load_file, save_file
 
     folder, _ = tiny("other-gpt_neox", "gpt_neox", **NEOX)
@@ -91,6 +94,7 @@ def test_what_the_librarys_own_layers_are_not_given(
     ],
 )
 def test_families_that_cannot_be_run_are_refused_with_the_reason(config: dict[str, Any], words: str) -> None:
+    """Refuse a family that cannot be run, and give the reason."""
     from ranvier.actors.checkpoint.hf_config import NotBuiltIn, from_hf
 
     with pytest.raises(NotBuiltIn, match=words):

@@ -1,7 +1,6 @@
-"""Files that are none, folders of others, configs that cannot be: refused with a typed error, at once, and nothing is harmed.
+"""Refuse strange files, foreign folders and impossible configs at once, with a typed error and without harm.
 
-The numbers are those of the faults in docs/reliability.md.
-"""
+The case numbers are those of the faults in docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -48,10 +47,11 @@ def invoke(*arguments: str) -> Any:
     return CliRunner().invoke(cli.app, list(arguments))
 
 
-# -- case 61: what is in the way ----------------------------------------------------------------------------------------
+# -- case 61: something else at the output's path ---------------------------------------------------------------------
 
 
 def in_the_way(path: Path, what: str) -> None:
+    """Create a `what` at `path`."""
     if what == "a folder":
         path.mkdir()
     elif what == "a link":
@@ -69,7 +69,7 @@ WAYS = ("a folder", "a link", "a pipe", "a socket")
 
 @pytest.mark.parametrize("what", WAYS)
 def test_outputs_go_into_files_alone_case_61(what: str, tmp_path: Path) -> None:
-    """Before any work is done; what is there stays what it is."""
+    """Refuse an output path that is not a regular file, before any work, and leave it as it is."""
     path = tmp_path / "out"
     in_the_way(path, what)
     before = path.lstat()
@@ -80,6 +80,7 @@ def test_outputs_go_into_files_alone_case_61(what: str, tmp_path: Path) -> None:
 
 
 def test_commands_look_at_their_outputs_first_case_61(tmp_path: Path) -> None:
+    """Check the output paths of commands before any work."""
     (tmp_path / "out").mkdir()
     for arguments in (["trace", str(tmp_path), "--perfetto"], ["trace", str(tmp_path), "--plot"]):
         done = invoke(*arguments, str(tmp_path / "out"))
@@ -107,7 +108,7 @@ def test_an_endpoint_never_replaces_what_is_not_its_own_case_61(what: str, schem
     assert what != "a file" or path.read_text() == "precious"
 
 
-# -- case 70: no file at all --------------------------------------------------------------------------------------------
+# -- case 70: not a regular file --------------------------------------------------------------------------------------
 
 
 def tokenizer_file(folder: Path) -> None:
@@ -129,6 +130,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any], type[RanvierError]]] = {
 
 
 def raised(done: Any) -> None:
+    """Raise the exception that the command ended with."""
     assert done.exception is not None
     raise done.exception
 
@@ -137,7 +139,7 @@ def raised(done: Any) -> None:
 @pytest.mark.parametrize("what", ["a pipe", "zeros", "a folder"])
 @pytest.mark.parametrize("reader", READERS)
 def test_what_is_no_file_is_refused_before_it_is_read_case_70(reader: str, what: str, tmp_path: Path) -> None:
-    """A pipe that waits for ever, a device without an end, a folder."""
+    """Refuse a pipe without a writer, an endless device and a folder before reading from them."""
     name, read, kind = READERS[reader]
     path = tmp_path / name
     if what == "zeros":
@@ -152,6 +154,7 @@ def test_what_is_no_file_is_refused_before_it_is_read_case_70(reader: str, what:
 @pytest.mark.timeout(30)
 @pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "tokenizer_config.json"])
 def test_a_tokenizers_files_that_are_none_case_70(name: str, tiny: Any, tmp_path: Path) -> None:
+    """Refuse a pipe among the tokenizer's files, and name it."""
     folder, _ = tiny("llama")
     own = tmp_path / "own"
     shutil.copytree(folder, own)
@@ -186,7 +189,7 @@ def pre_tokenizers_regex(text: str) -> Any:
 
 @pytest.mark.parametrize("how", HOSTILE)
 def test_a_tokenizer_that_explodes_ends_one_request_case_69(how: str) -> None:
-    """Its process is ended, and the next request gets another one."""
+    """Stop the process of a tokenizer that explodes, and serve the next request from another one."""
     tokenizer = Tokenizer(models.BPE({"a": 0, "b": 1}, [], unk_token="b"))
     HOSTILE[how](tokenizer)
     with closing(TextProcess(TextCodec(tokenizer, None, "", ""))) as process:
@@ -206,7 +209,9 @@ def test_a_tokenizer_that_explodes_ends_one_request_case_69(how: str) -> None:
     ids=["multiplies", "strips", "a pattern"],
 )
 def test_a_decoder_that_explodes_is_refused_as_it_is_read_case_69(decoder: Any, tiny: Any, tmp_path: Path) -> None:
-    """Tokens become text in the run's own process."""
+    """Refuse a decoder that explodes when the tokenizer is read.
+
+    Tokens become text in the run's own process."""
     folder, _ = tiny("llama")
     own = tmp_path / "own"
     shutil.copytree(folder, own)
@@ -217,7 +222,7 @@ def test_a_decoder_that_explodes_is_refused_as_it_is_read_case_69(decoder: Any, 
         tokenizer_file(own)
 
 
-# -- case 71: configs that cannot be ------------------------------------------------------------------------------------
+# -- case 71: impossible configs --------------------------------------------------------------------------------------
 
 ABSURD: Sequence[Any] = (float("nan"), float("inf"), float("-inf"), 0, -1, 10**9, 1e308, [], [1], {}, "x", True, 0.5)
 FIELDS: dict[str, Sequence[Any]] = {
@@ -226,23 +231,28 @@ FIELDS: dict[str, Sequence[Any]] = {
     "max_position_embeddings": (10**9,), "eos_token_id": (0, -1, 10**9, [], [1]), "bos_token_id": (0, -1, 10**9, [], [1]),
     "tie_word_embeddings": (True,), "attention_bias": (True,), "mlp_bias": (True,), "hidden_act": ("x",),
 }  # fmt: skip
-"""Of a llama, and the values of `ABSURD` that may be. An activation that is not built in is transformers' to know."""
+"""Fields of a llama, each with the values of `ABSURD` that it may have.
+
+transformers decides about an activation that is not built in."""
 MIXTURE: dict[str, Sequence[Any]] = {"num_local_experts": (), "num_experts_per_tok": (), "sliding_window": (0, 10**9)}
 
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_absurd_values_are_errors_of_the_check_case_71(field: str, tiny: Any, tmp_path: Path) -> None:
+    """Report an absurd value in a llama's config as an error of the check."""
     folder, _ = tiny("llama")
     check_absurd(folder, field, FIELDS[field], tmp_path)
 
 
 @pytest.mark.parametrize("field", MIXTURE)
 def test_absurd_values_of_a_mixture_case_71(field: str, tiny: Any, tmp_path: Path) -> None:
+    """Report an absurd value in a mixture's config as an error of the check."""
     folder, _ = tiny("mixture", "mixtral", num_local_experts=4, num_experts_per_tok=2)
     check_absurd(folder, field, MIXTURE[field], tmp_path)
 
 
 def check_absurd(folder: Path, field: str, allowed: Sequence[Any], tmp_path: Path) -> None:
+    """Check that every value of `ABSURD` is refused for this field, except the allowed ones."""
     own = tmp_path / "own"
     shutil.copytree(folder, own)
     config = json.loads((own / "config.json").read_text())
@@ -273,6 +283,7 @@ def check_absurd(folder: Path, field: str, allowed: Sequence[Any], tmp_path: Pat
     ],
 )  # fmt: skip
 def test_absurd_rotary_scaling_case_71(scaling: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
+    """Refuse absurd parameters of rotary scaling."""
     folder, _ = tiny("llama")
     own = tmp_path / "own"
     shutil.copytree(folder, own)
@@ -283,17 +294,17 @@ def test_absurd_rotary_scaling_case_71(scaling: dict[str, Any], tiny: Any, tmp_p
         open_checkpoint(own)
 
 
-# -- case 72: folders of others -----------------------------------------------------------------------------------------
+# -- case 72: foreign folders -----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def made(streamed: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run."""
+    """Return the folder of a run."""
     return streamed(tmp_path_factory.mktemp("made"), [[1, 2, 3], [4, 5, 6, 7]], 5)
 
 
 def first_line(file: Path, change: Callable[[list[Any]], Any]) -> None:
-    """Change the first message that a trace says was received."""
+    """Change the first message that a trace records as received."""
     head, *lines = file.read_text().splitlines()
     index = next(number for number, line in enumerate(lines) if line.startswith('["done"'))
     lines[index] = json.dumps(change(json.loads(lines[index])))
@@ -301,6 +312,7 @@ def first_line(file: Path, change: Callable[[list[Any]], Any]) -> None:
 
 
 def plan(folder: Path, change: Callable[[Any], Any]) -> None:
+    """Change the plan in a run folder."""
     file = folder / "plan.json"
     file.write_text(json.dumps(change(json.loads(file.read_text()))))
 
@@ -328,7 +340,9 @@ HURT: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("how", HURT)
 def test_a_hostile_run_folder_is_a_typed_error_case_72(how: str, made: Path, tmp_path: Path) -> None:
-    """In every form of `trace`: no traceback, no wait without an end, and nothing that steers a terminal."""
+    """Raise a typed error for a hostile run folder in every form of `trace`.
+
+    There is no traceback, no endless wait, and nothing that controls a terminal."""
     folder = tmp_path / "run"
     shutil.copytree(made, folder)
     HURT[how](folder)
@@ -347,7 +361,7 @@ def test_a_hostile_run_folder_is_a_typed_error_case_72(how: str, made: Path, tmp
 
 
 def test_a_step_that_waits_for_itself_case_72(made: Path, tmp_path: Path) -> None:
-    """Times that cannot have been: the walk back through what a step waited for has an end."""
+    """End the search for what a step waited for, even if its times are impossible."""
     folder = tmp_path / "run"
     shutil.copytree(made, folder)
     for file in (folder / "trace").glob("*.jsonl"):
@@ -366,7 +380,7 @@ def test_a_step_that_waits_for_itself_case_72(made: Path, tmp_path: Path) -> Non
 def test_names_that_steer_a_terminal_are_spelled_out_case_72(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error's words, a key of a graph file, the text of a model."""
+    """Escape control characters in an error message, a key of a graph file, and a model's text."""
     say("a\x1b[31mb\x07\u202ec\nd\te", error=True)
     assert capsys.readouterr().err == "a\\x1b[31mb\\x07\\x202ec\nd\te\n"
     assert printable("ordinary é 日本 🙂") == "ordinary é 日本 🙂"
@@ -379,7 +393,7 @@ def test_names_that_steer_a_terminal_are_spelled_out_case_72(
 
 
 def test_a_recording_of_others_case_72(made: Path, tmp_path: Path) -> None:
-    """What a host's file says is checked, too: a deep one, one of numbers, sessions that are none."""
+    """Refuse a host file that is nested too deep, or that does not describe an actor."""
     for text in ("[" * 100_000, "[1]", "{}", "null"):
         (tmp_path / "host.json").write_text(text)
         with pytest.raises(RecordingError, match="no recording of an actor"):

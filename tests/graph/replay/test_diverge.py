@@ -1,4 +1,6 @@
-"""Wrong numbers on purpose, and who is named: ten faults, each in a real run, against a right run or against transformers."""
+"""Name the cause of wrong numbers.
+
+Ten faults are each in a real run, which is compared with a right run or with transformers."""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ Recorded = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Recorded]:
-    """`recorded(model, edges=…)`: a run of a small llama in four actors whose messages are kept; its folder. Each once."""
+    """Provide `recorded(model, edge=…)`, which returns the folder of a recorded run of a small llama in four actors.
+
+    Each run is made once."""
     made: dict[str, Path] = {}
     runs = Path(tempfile.mkdtemp(prefix="rv-", dir="/tmp"))
 
@@ -72,7 +76,7 @@ async def _streams(graph: ranvier.Graph, runs: Path) -> Path:
 
 
 def altered(model: Any, folder: Path, change: Callable[[Any], None], **config: Any) -> Path:
-    """A checkpoint that differs from the right one by what `change` does to it."""
+    """Save a checkpoint that differs from the right one by `change` and `config`, and return its folder."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         change(other)
@@ -103,6 +107,7 @@ def lower_precision(model: Any) -> None:
 
 
 def nothing(_: Any) -> None:
+    """Leave the model unchanged."""
     pass
 
 
@@ -118,7 +123,9 @@ FAULTS: Mapping[str, tuple[Callable[[Any], None], dict[str, Any], str, int, str]
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_against_transformers(fault: str, tiny: Any, recorded: Recorded, tmp_path: Path) -> None:
-    """A run of a checkpoint that is wrong, and the library's own computation of the right one."""
+    """Name actor, layer and tensor of a fault in the checkpoint.
+
+    The reference is transformers' own computation with the right checkpoint."""
     change, config, actor, layer, tensor = FAULTS[fault]
     right, model = tiny("llama")
     run = recorded(altered(model, tmp_path / "wrong", change, **config))
@@ -131,17 +138,18 @@ def test_against_transformers(fault: str, tiny: Any, recorded: Recorded, tmp_pat
 
 @pytest.mark.parametrize("fault", ["one weight altered", "a wrong rotary base"])
 def test_against_another_run(fault: str, tiny: Any, recorded: Recorded, tmp_path: Path) -> None:
-    """Between two runs of ours, tensors of attention are seen, too."""
+    """Name the fault between two runs, whose attention tensors are compared, too."""
     change, config, actor, layer, tensor = FAULTS[fault]
     right, model = tiny("llama")
     found = diverge(recorded(right), recorded(altered(model, tmp_path / "wrong", change, **config)), None, None, _quiet)
     assert (found.actor, found.layer) == (actor, layer), found.what
     assert found.first is not None and found.first.place.name == (tensor or "layer 0 query")
-    assert found.first.token.position == (0 if tensor else 1)  # the first position is not turned
+    # The rotary embedding leaves the first position unchanged.
+    assert found.first.token.position == (0 if tensor else 1)
 
 
 def test_a_model_in_one_actor(tiny: Any, tmp_path: Path, runs: Path) -> None:
-    """Its layers are those of any other cut: against transformers, and against a run in four."""
+    """Name the faulty layer of a model in one actor."""
     right, model = tiny("llama")
     wrong = altered(model, tmp_path / "wrong", one_weight)
     (tmp_path / "graph.yaml").write_text(json.dumps({
@@ -155,7 +163,7 @@ def test_a_model_in_one_actor(tiny: Any, tmp_path: Path, runs: Path) -> None:
 
 
 def test_the_head_alone(tiny: Any, recorded: Recorded, tmp_path: Path) -> None:
-    """Nothing that goes over an edge differs but the token that it chose."""
+    """Blame the head if only the chosen token differs on the edges."""
     right, model = tiny("llama")
 
     def other_norm(other: Any) -> None:
@@ -169,6 +177,7 @@ def test_the_head_alone(tiny: Any, recorded: Recorded, tmp_path: Path) -> None:
 
 
 def test_nothing_differs(tiny: Any, recorded: Recorded) -> None:
+    """Find no difference between a right run and transformers, or between a run and itself."""
     right, _ = tiny("llama")
     run = recorded(right)
     found = diverge(run, None, None, None, _quiet)
@@ -180,6 +189,7 @@ def test_nothing_differs(tiny: Any, recorded: Recorded) -> None:
 
 
 def test_a_truncated_vocabulary(tiny: Any, recorded: Recorded, tmp_path: Path) -> None:
+    """Blame the head for a truncated vocabulary."""
     right, model = tiny("llama")
 
     def cut(other: Any) -> None:
@@ -192,6 +202,7 @@ def test_a_truncated_vocabulary(tiny: Any, recorded: Recorded, tmp_path: Path) -
 
 
 def test_an_edge_that_rounds(tiny: Any, recorded: Recorded) -> None:
+    """Blame an edge whose codec rounds."""
     right, _ = tiny("llama")
     found = diverge(recorded(right), recorded(right, {"codec": "int8"}), None, None, _quiet)
     assert (found.actor, found.edge) == (None, "lower.hidden -> upper.hidden"), found.what
@@ -200,7 +211,9 @@ def test_an_edge_that_rounds(tiny: Any, recorded: Recorded) -> None:
 
 @pytest.mark.parametrize("fault", ["a stale row", "swapped rows", "lower precision"])
 def test_in_an_actor_of_ones_own(fault: str, tmp_path: Path, runs: Path) -> None:
-    """Three stacks of two layers; in the second layer of the middle one something is wrong."""
+    """Name the faulty layer of a custom actor.
+
+    Of three stacks with two layers, the middle one has a fault in its second layer."""
     shutil.copy(CUSTOM / "wrong.py", tmp_path / "wrong.py")
     right, wrong = (_stacks(tmp_path, runs, given) for given in ({}, {"fault": fault, "at": 1}))
     found = diverge(right, wrong, None, None, _quiet)
@@ -209,7 +222,7 @@ def test_in_an_actor_of_ones_own(fault: str, tmp_path: Path, runs: Path) -> None
 
 
 def test_what_is_between_actors_of_ones_own(tmp_path: Path, runs: Path) -> None:
-    """An edge that rounds, and a run that was given something else."""
+    """Blame an edge between custom actors whose codec rounds, and report inputs that differ."""
     shutil.copy(CUSTOM / "wrong.py", tmp_path / "wrong.py")
     right = _stacks(tmp_path, runs, {})
     found = diverge(right, _stacks(tmp_path, runs, {}, codec="float16"), None, None, _quiet)
@@ -244,6 +257,7 @@ def _stacks(folder: Path, runs: Path, fault: Mapping[str, Any], codec: str = "ra
 
 
 def test_the_command(tiny: Any, recorded: Recorded, tmp_path: Path) -> None:
+    """Print the difference as text or JSON, with exit code 0 if there is none and 1 if there is one."""
     right, model = tiny("llama")
     good = recorded(right)
     bad = recorded(altered(model, tmp_path / "wrong", one_weight))
@@ -261,6 +275,7 @@ def test_the_command(tiny: Any, recorded: Recorded, tmp_path: Path) -> None:
 
 
 def test_what_was_not_recorded_is_told(streamed: Callable[..., Path], runs: Path) -> None:
+    """Report a run without a recording, and a graph without a prompt."""
     command = CliRunner()
     plain = streamed(runs, [[1, 2, 3]], 2)
     none = command.invoke(cli.app, ["diverge", str(plain)])
@@ -271,7 +286,9 @@ def test_what_was_not_recorded_is_told(streamed: Callable[..., Path], runs: Path
 
 
 def test_what_was_computed_first_comes_first() -> None:
-    """A prompt is of one moment: the shallower place counts, though a deeper one differs at an earlier position."""
+    """Report the difference that was computed first.
+
+    A prompt is computed at once. So the shallower layer counts, even if a deeper one differs at an earlier position."""
     (shallow, _), (deep, _) = hidden(1), hidden(2)
     one, other = Values(prompt={1: 3}), Values(prompt={1: 3})
     rows = (Row(1, 1, 0, 4),)
@@ -285,13 +302,13 @@ def test_what_was_computed_first_comes_first() -> None:
     del other.at[shallow][Token(1, 2)]
     found, largest = compare(one, other, 0.1)
     assert found is not None and found.place == deep and largest == {shallow: 0.0, deep: 1.0}
-    other.at[deep][Token(1, 3)] = torch.ones(2) * 9  # after it, which says nothing
+    other.at[deep][Token(1, 3)] = torch.ones(2) * 9  # a later position, which does not count
     assert compare(one, other, 0.1)[1] == largest
 
 
 @given(st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), min_size=1, max_size=8), st.integers(0, 7))
 def test_the_size_of_a_difference(numbers: list[float], at: int) -> None:
-    """None where all is the same, also NaN and infinities; one number that is other is never overlooked."""
+    """Measure 0 if all numbers are equal, NaN and infinity included, and more if one number differs."""
     one = torch.tensor(numbers)
     assert measure(one, one.clone()).size == 0
     other = one.clone()

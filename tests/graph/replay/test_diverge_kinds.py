@@ -1,4 +1,4 @@
-"""`diverge` against transformers of models that are not cut the usual way: encoder–decoders, and those that run whole."""
+"""Compare models that are cut in unusual ways with transformers: encoder–decoders, and models that run whole."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ RunOf = Callable[[Any, Mapping[str, Any], Sequence[Sequence[int]]], tuple[Path, 
 
 @pytest.fixture
 def run_of(tmp_path_factory: pytest.TempPathFactory, runs: Path) -> RunOf:
-    """`run_of(model, graph, prompts)`: a recorded run, all prompts at once, of a checkpoint of this model of transformers; its folder and
-    the checkpoint."""
+    """Provide `run_of(model, graph, prompts)`, which returns the folder of a recorded run and the checkpoint.
+
+    The checkpoint is made of this transformers model. All prompts run at once."""
 
     def run(model: Any, content: Mapping[str, Any], prompts: Sequence[Sequence[int]]) -> tuple[Path, Path]:
         place = tmp_path_factory.mktemp("run")
@@ -73,6 +74,7 @@ def run_of(tmp_path_factory: pytest.TempPathFactory, runs: Path) -> RunOf:
 
 
 def made(family: str, sizes: Mapping[str, Any], of: str = "AutoModelForCausalLM") -> Any:
+    """Return a random model of transformers."""
     import transformers
 
     torch.manual_seed(3)
@@ -81,7 +83,7 @@ def made(family: str, sizes: Mapping[str, Any], of: str = "AutoModelForCausalLM"
 
 
 def with_other_weights(model: Any, *names: str) -> Any:
-    """A copy; of every matrix whose name contains all of these one number is another."""
+    """Copy the model, and change one number of every matrix whose name contains all of `names`."""
     other = copy.deepcopy(model)
     found = [
         weight for name, weight in other.named_parameters() if all(part in name for part in names) and weight.dim() > 1
@@ -94,6 +96,7 @@ def with_other_weights(model: Any, *names: str) -> Any:
 
 
 def told(folder: Path, other: Path | None, reference: Path | None) -> Divergence:
+    """Return where the runs diverge."""
     return diverge(folder, other, None, reference, lambda _what, _share: None)
 
 
@@ -114,7 +117,9 @@ FAULTS = [
 def test_an_encoder_and_its_decoder(
     family: str, wrong: tuple[str, ...], actor: str, layer: int, tensor: str, run_of: RunOf
 ) -> None:
-    """Against transformers and against a right run, whose streams came in another order; nothing differs from what is right."""
+    """Name actor, layer and tensor of a fault, against transformers and against a right run.
+
+    The faulty run's streams come in another order. The right run does not differ from transformers."""
     model = made(family, SIDES[family], "AutoModelForSeq2SeqLM")
     right, checkpoint = run_of(model, GRAPH, SOURCES)
     other, _ = run_of(with_other_weights(model, *wrong), GRAPH, SOURCES[::-1])
@@ -141,7 +146,9 @@ def test_an_encoder_and_its_decoder(
     ],
 )  # fmt: skip
 def test_a_model_that_runs_whole(family: str, sizes: Mapping[str, Any], run_of: RunOf) -> None:
-    """With states, without a cache, or seeing the prompt both ways: its layers are looked at all the same."""
+    """Compare the layers of a model that runs whole.
+
+    It has states, has no cache, or sees the prompt in both directions."""
     model = made(family, sizes)
     right, checkpoint = run_of(model, WHOLE, SOURCES)
     other, _ = run_of(with_other_weights(model, ".2."), WHOLE, SOURCES)
@@ -167,7 +174,7 @@ def test_a_model_that_runs_whole(family: str, sizes: Mapping[str, Any], run_of: 
     ],
 )  # fmt: skip
 def test_a_model_whose_layers_have_nothing_of_each_token(family: str, sizes: Mapping[str, Any], run_of: RunOf) -> None:
-    """Of it there are the logits alone, and they are right or not."""
+    """Compare only the logits of a model whose layers have no tensor per token."""
     model = made(family, sizes)
     right, checkpoint = run_of(model, WHOLE, SOURCES)
     same = told(right, None, None)

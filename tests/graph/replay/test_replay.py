@@ -1,4 +1,4 @@
-"""What was recorded of an actor, and the same steps taken again by it alone: the same bits, or a mismatch that is told."""
+"""Replay the recorded steps of an actor alone, with the same bits, or report a mismatch."""
 
 from __future__ import annotations
 
@@ -33,16 +33,20 @@ Streamed = Callable[..., Path]
 
 
 def of(run: Path, name: str) -> Recorded:
+    """Return the recording `name` of a run."""
     [found] = [recorded for recorded in recordings(run) if recorded.name == name]
     return found
 
 
 def again(run: Path, name: str) -> replay.Replayed:
+    """Replay the recording `name` of a run."""
     return replay.replay(of(run, name), 0.0, lambda _: None)
 
 
 def test_every_actor_takes_its_steps_again(streamed: Streamed, runs: Path) -> None:
-    """Six streams at once, in whatever batches they came: the same bits from each actor, and all that went over the edges."""
+    """Give the same bits when an actor repeats its steps, and record all that went over its edges.
+
+    Six streams ran at once, in batches of any size."""
     run = streamed(runs, PROMPTS, 5, record={"edges": "all"})
     for actor in ("embed.0", "lower.0", "upper.0", "head.0"):
         done = again(run, actor)
@@ -60,12 +64,16 @@ def test_every_actor_takes_its_steps_again(streamed: Streamed, runs: Path) -> No
 
 
 def _by_row(batch: Any, port: str) -> list[tuple[Any, torch.Tensor]]:
+    """Return each row of a port with its part of the tensor."""
     parts = torch.split(batch[port], [row.tokens for row in batch.rows])
     return list(zip(batch.rows, parts, strict=True))
 
 
 def test_compiled_layers_one_by_one_are_the_same_bits(tiny: Any, tmp_path: Path, runs: Path) -> None:
-    """The kernels take all layers of an actor in one call; watched, they take one after the other."""
+    """Give the same bits layer by layer as in one call.
+
+    The compiled kernels compute all layers of an actor in one call. If the layers are watched, they are computed one
+    after the other."""
     model, _ = tiny(
         "wide", hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32, intermediate_size=128
     )
@@ -99,7 +107,9 @@ async def _stream(graph: ranvier.Graph, runs: Path, prompt: Sequence[int], kill:
 
 
 def test_what_came_after_a_recovery_is_replayed(tiny: Any, tmp_path: Path, runs: Path, split: Any) -> None:
-    """The head, which has no state, is killed: the blocks go back to a position, and so does their replay."""
+    """Replay what came after a recovery.
+
+    The head, which has no state, is killed. The blocks go back to a position, and so does their replay."""
     model, _ = tiny("llama")
     (tmp_path / "graph.yaml").write_text(json.dumps({
         "ranvier": 1, "name": "t", "model": {"source": str(model), "dtype": "float32"}, "record": {}, **split(4, 6),
@@ -115,7 +125,9 @@ def test_what_came_after_a_recovery_is_replayed(tiny: Any, tmp_path: Path, runs:
 
 @pytest.fixture
 def faulty(tmp_path: Path, runs: Path) -> Callable[..., Path]:
-    """`faulty(values, record=…, args=…)`: a run of two actors that add one each; calls that fail are let fail."""
+    """Provide `faulty(values, record=…, args=…)`, which returns the folder of a run of two actors.
+
+    Each actor adds one. Calls that fail are ignored."""
     shutil.copy(CUSTOM / "faulty.py", tmp_path / "faulty.py")
 
     def make(values: Sequence[Sequence[float]], **settings: Any) -> Path:
@@ -140,7 +152,9 @@ def faulty(tmp_path: Path, runs: Path) -> Callable[..., Path]:
 
 
 def test_a_step_that_failed_fails_again_under_the_debugger(faulty: Callable[..., Path]) -> None:
-    """Session 2 raised in the run; its step raises in the replay, and the debugger stops in front of it."""
+    """Fail again in the replay of a step that failed, and stop the debugger before it.
+
+    Session 2 raised an error in the run."""
     run = faulty([[1.0], [12.0], [2.0]], args={"at_step": "raise"})
     assert [step.error for step in of(run, "two.0").events() if isinstance(step, Step)] == [
         None, "ValueError: thirteen is not a number I like", None
@@ -158,7 +172,9 @@ def test_a_step_that_failed_fails_again_under_the_debugger(faulty: Callable[...,
 
 
 def test_a_state_that_was_restored(tmp_path: Path, runs: Path) -> None:
-    """An actor that sums over all sessions is killed; the one in its place goes on with its sum, and so does the replay."""
+    """Replay from a restored state.
+
+    An actor that sums over all sessions is killed. Its replacement continues with its sum, and so does the replay."""
     shutil.copy(CUSTOM / "faulty.py", tmp_path / "faulty.py")
     (tmp_path / "graph.yaml").write_text(json.dumps({
         "ranvier": 1, "name": "t", "actors": {"sum": {"kind": "./faulty.py:Remembering"}}, "record": {},
@@ -181,7 +197,7 @@ def test_a_state_that_was_restored(tmp_path: Path, runs: Path) -> None:
 
 
 def test_a_folder_that_would_start_something_else(faulty: Callable[..., Path]) -> None:
-    """What a run's folder names is started only if a graph file could name it (case 45)."""
+    """Start what a run's folder names only if a graph file could name it (case 45)."""
     run = faulty([[1.0]])
     host = run / "record" / "two.0" / "host.json"
     told = json.loads(host.read_text())
@@ -196,6 +212,7 @@ def test_a_folder_that_would_start_something_else(faulty: Callable[..., Path]) -
 
 
 def test_what_may_not_be_replayed(faulty: Callable[..., Path]) -> None:
+    """Refuse code that is not allowed, inputs that were not recorded, and actors or steps that do not exist."""
     run = faulty([[1.0]], record={"edges": ["two.y"]})
     command = CliRunner()
     for arguments, expected in (
@@ -214,7 +231,7 @@ def test_what_may_not_be_replayed(faulty: Callable[..., Path]) -> None:
 
 
 def test_an_output_that_is_another_than_it_was(faulty: Callable[..., Path]) -> None:
-    """What is compared is what was recorded: another number there is a mismatch, unless it is within the tolerance."""
+    """Report an output that differs from the recorded one, unless the difference is within the tolerance."""
     run = faulty([[1.0, 2.0], [4.0, 5.0]])
     file = run / "record" / "two.0" / "00000.safetensors"
     kept = load_file(file)
@@ -233,7 +250,7 @@ def test_an_output_that_is_another_than_it_was(faulty: Callable[..., Path]) -> N
 
 
 def test_a_recording_has_a_bound(faulty: Callable[..., Path]) -> None:
-    """What goes over it is left out, and all that comes after it: no hole in the middle. The run goes on."""
+    """End a recording at its size limit, with no hole in the middle, and continue the run."""
     large, small = [0.5] * 200_000, [1.0]
     run = faulty([small, large, small], record={"megabytes": 1})
     found = of(run, "two.0")
@@ -243,7 +260,9 @@ def test_a_recording_has_a_bound(faulty: Callable[..., Path]) -> None:
 
 
 def test_a_full_disk_ends_the_recording_alone(faulty: Callable[..., Path]) -> None:
-    """The hosts may write no file over 100 kB: they serve on, and the recording says why it ends."""
+    """End only the recording on a full disk, with the reason.
+
+    The hosts may write no file over 100 kB, and continue to serve."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
@@ -265,6 +284,7 @@ def test_a_full_disk_ends_the_recording_alone(faulty: Callable[..., Path]) -> No
     ],
 )
 def test_what_is_recorded(names: Any, ports: Mapping[str, Any], tmp_path: Path) -> None:
+    """Record the ports of the edges and actors that `record.edges` names."""
     shutil.copy(CUSTOM / "faulty.py", tmp_path / "faulty.py")
     path = tmp_path / "graph.yaml"
     path.write_text(json.dumps({

@@ -1,7 +1,6 @@
-"""Bad networks between real processes: the tokens are those of transformers, however the links behave.
+"""Give transformers' tokens over bad networks between real processes.
 
-The numbers are those of the faults in docs/reliability.md.
-"""
+The case numbers are those of the faults in docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ MakeTcp = Callable[..., ranvier.Graph]
 
 @pytest.fixture
 def over_tcp(tiny: Tiny, split: Callable[[int, int], dict[str, Any]], graph_file: Callable[..., Path]) -> MakeTcp:
-    """A small llama as two actors, tcp between them."""
+    """Provide a function that returns a graph of a small llama in two actors, with TCP between them."""
     folder, _ = tiny("llama")
 
     def make(transport: str = TCP, **settings: Any) -> ranvier.Graph:
@@ -58,7 +57,9 @@ def test_a_bad_link(
     faults: dict[str, float], happened: str, count: int, over_tcp: MakeTcp, exact: Callable[..., list[int]],
     runs: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
-    """Between the stages, and to the first one, where the gateway and the last stage send."""
+    """Give exact tokens over bad links.
+
+    They are between the stages, and to the first stage, from the gateway and the last stage."""
     bad = tmp_path / "chaos.yaml"
     bad.write_text(
         json.dumps({"links": [{"from": "first", "to": "last", **faults}, {"to": "first", **faults, "seed": 3}]})
@@ -78,9 +79,11 @@ def test_a_bad_link(
 def test_a_frame_that_is_cut_off_or_too_long_ends_that_connection_alone_cases_18_19(
     over_tcp: MakeTcp, exact: Callable[..., list[int]], runs: Path
 ) -> None:
-    """Raw connections to an inbox that send half a frame and then nothing, and a frame that claims 2^62 bytes, instead of a
-    handshake; and a member of the run, with its own key, that sends a frame over the limit and a message of a million frames.
-    The actor lives, and holds no more memory for it."""
+    """Close only the connection that sends a truncated or oversized frame.
+
+    Instead of a handshake, raw connections to an inbox send half a frame, and a frame that claims 2^62 bytes. A member
+    of the run, with its own key, sends a frame over the limit and a message of a million frames. The actor stays alive,
+    and uses less than 200 MiB more memory."""
     greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00CURVE" + bytes(15 + 1 + 31)
     assert len(greeting) == 64
     truncated = b"\x04" + bytes([200]) + b"\x05HELLO" + b"x" * 100
@@ -93,7 +96,7 @@ def test_a_frame_that_is_cut_off_or_too_long_ends_that_connection_alone_cases_18
                 assert first.address is not None
                 port = int(first.address.rpartition(":")[2])
                 before, log = memory(run.pids["first.0.1"]), run.dir / "logs" / "supervisor.jsonl"
-                with contextlib.ExitStack() as stack:  # an end that is closed at once takes back what it has sent
+                with contextlib.ExitStack() as stack:  # an end that is closed at once would discard what it has sent
                     for evil in (truncated, endless):
                         raw = stack.enter_context(socket.create_connection(("127.0.0.1", port)))
                         await trio.to_thread.run_sync(send, raw, greeting, evil)
@@ -119,25 +122,26 @@ def test_a_frame_that_is_cut_off_or_too_long_ends_that_connection_alone_cases_18
 
 
 def send(raw: socket.socket, greeting: bytes, data: bytes) -> None:
+    """Send the greeting, wait for the peer's greeting, and send the data."""
     raw.settimeout(10)
     raw.sendall(greeting)
-    while len(raw.recv(64, socket.MSG_PEEK)) < 64:  # its version must be known before anything is said
+    while len(raw.recv(64, socket.MSG_PEEK)) < 64:  # the peer's version must arrive before the data is sent
         pass
     try:
         raw.sendall(data)
-    except OSError:  # the other end has closed it, which is the point
+    except OSError:  # the peer has closed the connection, as it should
         return
 
 
 def memory(pid: int) -> int:
-    """Resident bytes."""
+    """Return the resident memory of a process, in bytes."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
 
 
 def test_what_a_chaos_file_says_wrongly(
     tmp_path: Path, over_tcp: MakeTcp, graph_file: Callable[..., Path], runs: Path
 ) -> None:
-    """Line and column of what is wrong; and that it is for tcp."""
+    """Report line and column of an error in a chaos file, and refuse a graph without TCP links."""
     bad = tmp_path / "chaos.yaml"
     bad.write_text("links:\n  - {from: a, flip: 2}\n  - {speed: 1}\n")
     with pytest.raises(GraphError) as caught:

@@ -1,4 +1,4 @@
-"""Codecs on the edges of a running graph: what the text costs, what `show` and `trace` say of it."""
+"""Check codecs on the edges of a running graph: the scores, the sizes, and what `show` and `trace` report."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ from ranvier.transport.format.tensors import encode, from_buffer
 def test_a_codec_on_every_edge_of_hidden_states(
     codec: str, bytes_a_token: int, largest_error: float, tiny: Any, runs: Path, graph_file: Callable[..., Path]
 ) -> None:
-    """Log-probabilities are transformers' own, with the hidden states between its layers written and read by the same
-    codec. Sizes, ratio and error stand in plan and trace."""
+    """Give the log-probabilities of transformers, if its hidden states pass through the same codec.
+
+    The plan and the trace have sizes, ratio and error."""
     folder, oracle = tiny("plain")
     names = ["embed", "lower", "upper", "head"]
     edges: list[Any] = [
@@ -63,7 +64,7 @@ def test_a_codec_on_every_edge_of_hidden_states(
     assert (float((coded - exact).abs().max()) > 1e-3) == (largest_error > 0)
     told = summary.summary(summary.read(folders[0]))
     [edge] = [edge for edge in told["edges"] if edge["edge"] == "lower.hidden -> upper.hidden"]
-    written = codec.partition(":")[0]  # the share is the sender's affair
+    written = codec.partition(":")[0]  # only the sender knows the share
     assert edge["codec"]["name"] == written
     assert edge["codec"]["bytes_before"] == len(ids) * 48 * 4
     assert edge["codec"]["ratio"] == pytest.approx(edge["codec"]["bytes_before"] / edge["bytes"])
@@ -74,7 +75,9 @@ def test_a_codec_on_every_edge_of_hidden_states(
 
 
 def scores_of(oracle: Any, ids: list[int], codec: str | None) -> torch.Tensor:
-    """Of each token but the first, by transformers; hidden states go through `codec` where the graph is cut."""
+    """Return the scores of each token except the first, by transformers.
+
+    Hidden states go through `codec` where the graph is cut."""
 
     def through(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
         assert codec is not None
@@ -98,7 +101,9 @@ def scores_of(oracle: Any, ids: list[int], codec: str | None) -> torch.Tensor:
 def test_auto_measures_the_link_and_tries_what_it_may(
     codec: str, tried: str, off: float, transport: str, graph_file: Callable[..., Path], runs: Path
 ) -> None:
-    """Once the speed is known, each codec that the edge allows is tried; answers are exact unless a lossy form was named."""
+    """Try each codec that the edge allows, once the speed of the link is known.
+
+    Answers are exact unless a lossy codec was named."""
     path = graph_file(
         actors={"spread": {"kind": "./counting.py:Spread"}, "narrowed": {"kind": "./counting.py:Narrowed"}},
         edges=[
@@ -132,7 +137,9 @@ def test_auto_measures_the_link_and_tries_what_it_may(
 def test_what_a_step_is_given_begins_where_torchs_own_memory_does(
     transport: str, codec: str, graph_file: Callable[..., Path], runs: Path
 ) -> None:
-    """Else what is computed of it would be another in its last bits from wire to wire, and from run to run."""
+    """Align the inputs of a step like torch's own memory.
+
+    Otherwise the last bits of a result would differ from wire to wire, and from run to run."""
     path = graph_file(
         transport=transport,
         actors={"front": {"kind": "./counting.py:Spreader"}, "where": {"kind": "./counting.py:Begins"}},

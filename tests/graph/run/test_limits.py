@@ -1,6 +1,7 @@
-"""Resources that run out, in real processes: typed errors for those that do not fit, exact tokens for those that do, and
-nothing grows. The numbers are those of the faults in docs/reliability.md.
-"""
+"""Use up resources in real processes.
+
+Requests that do not fit get typed errors, those that fit get exact tokens, and nothing grows. The case numbers are
+those of the faults in docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ Make = Callable[..., ranvier.Graph]
 def two(
     tiny: Callable[..., tuple[Path, Any]], split: Callable[[int, int], dict[str, Any]], graph_file: Callable[..., Path]
 ) -> Make:
-    """A small llama as two actors that hold `cache_tokens` each."""
+    """Provide a function that returns a graph of a small llama in two actors, which hold `cache_tokens` each."""
     folder, _ = tiny("llama")
 
     def make(cache_tokens: int = 65536, **settings: Any) -> ranvier.Graph:
@@ -44,13 +45,16 @@ def two(
 
 
 async def tokens(run: ranvier.Run, prompt: Sequence[int], count: int) -> list[int]:
+    """Return the tokens of one stream."""
     return [token.id async for token in run.generate(list(prompt), max_tokens=count, stop_tokens=())]
 
 
 def test_a_client_that_leaves_in_mid_stream_frees_every_cache_case_46(
     two: Make, exact: Callable[..., list[int]], runs: Path
 ) -> None:
-    """Ten times over: the next one needs all the room that there is, at every actor, and need not wait for a deadline to have it."""
+    """Free every cache when a client leaves in mid-stream, ten times in a row.
+
+    The next client needs all the room at every actor, and does not wait for a deadline."""
 
     async def main() -> None:
         async with ranvier.launch(two(cache_tokens=100), runs=runs) as run:
@@ -72,8 +76,9 @@ def test_a_client_that_leaves_in_mid_stream_frees_every_cache_case_46(
 
 @pytest.mark.slow
 def test_a_thousand_sessions_cases_47_48(two: Make, exact: Callable[..., list[int]], runs: Path) -> None:
-    """All at once at a graph that has room for two hundred: each is exact, or turned away at the door with a typed error that
-    says what is free; none hangs, and those that run are not disturbed."""
+    """Answer a thousand sessions at once exactly, or refuse them with an error that says what is free.
+
+    The graph has room for two hundred. No session hangs, and those that run are not disturbed."""
     prompts = [[3 + (index * 31 + place * 7) % 300 for place in range(1 + index % 5)] for index in range(1000)]
     got: dict[int, list[int] | str] = {}
 
@@ -106,7 +111,9 @@ def test_a_thousand_sessions_cases_47_48(two: Make, exact: Callable[..., list[in
 def test_a_full_disk_under_the_trace_costs_records_alone_case_49(
     two: Make, exact: Callable[..., list[int]], runs: Path
 ) -> None:
-    """No file of the hosts may grow over 20 kB: serving goes on, and what was lost is counted."""
+    """Lose only trace records on a full disk, and count them.
+
+    No file of the hosts may grow over 20 kB, and they continue to serve."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     async def main() -> Path:
@@ -126,7 +133,7 @@ def test_a_full_disk_under_the_trace_costs_records_alone_case_49(
 
 @pytest.mark.slow
 def test_descriptors_that_are_used_up_end_the_command_with_a_typed_error_case_51(runs: Path) -> None:
-    """At every limit from too few to enough the command ends by itself, with tokens or with an error that says so."""
+    """End the command with tokens or with a typed error, at every limit of descriptors from too few to enough."""
     command = [
         sys.executable, "-m", "ranvier", "run", str(EXAMPLE), "--prompt", "x", "-n", "2", "--runs", str(runs),
         "--json",
@@ -150,7 +157,7 @@ def test_descriptors_that_are_used_up_end_the_command_with_a_typed_error_case_51
 def test_ten_thousand_connections_leave_nothing_behind_case_52(
     two: Make, exact: Callable[..., list[int]], runs: Path
 ) -> None:
-    """Connects and disconnects at an inbox over tcp: descriptors and memory of the host are as before."""
+    """Use no more descriptors and memory after ten thousand connections to an inbox over TCP."""
 
     async def main() -> None:
         async with ranvier.launch(two(transport="tcp://127.0.0.1"), runs=runs) as run:
@@ -176,11 +183,12 @@ def test_ten_thousand_connections_leave_nothing_behind_case_52(
 
 
 def resident(pid: int) -> int:
+    """Return the resident memory of a process, in bytes."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
 
 
 def test_the_outcome_is_written_down(two: Make, runs: Path) -> None:
-    """What went wrong stands in the run folder, whatever it was."""
+    """Write the outcome of a run into its folder, even after a refused request."""
 
     async def main() -> Path:
         async with ranvier.launch(two(cache_tokens=10), runs=runs) as run:
@@ -195,6 +203,8 @@ def test_the_outcome_is_written_down(two: Make, runs: Path) -> None:
 def test_a_request_over_its_deadline_ends_and_frees_what_it_held(
     two: Make, exact: Callable[..., list[int]], runs: Path
 ) -> None:
+    """End a request at its deadline, and free what it held."""
+
     async def main() -> None:
         async with ranvier.launch(two(cache_tokens=500), runs=runs) as run:
             got: list[int] = []

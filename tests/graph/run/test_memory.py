@@ -1,7 +1,6 @@
-"""Whose memory a tensor's is: what is handed over has the values of that moment, whatever its actor or its caller does next.
+"""Send the values that a tensor has at that moment, whatever its actor or its caller does next.
 
-The numbers are those of the faults in docs/reliability.md.
-"""
+The case numbers are those of the faults in docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -26,6 +25,7 @@ Make = Callable[..., ranvier.Graph]
 
 @pytest.fixture
 def borrowing(graph_file: Callable[..., Path], tmp_path: Path) -> Make:
+    """Provide a function that returns a graph of actors of borrowing.py."""
     shutil.copy(CUSTOM / "borrowing.py", tmp_path / "borrowing.py")
 
     def make(actors: dict[str, dict[str, Any]], edges: list[Any], **settings: Any) -> ranvier.Graph:
@@ -38,7 +38,9 @@ def borrowing(graph_file: Callable[..., Path], tmp_path: Path) -> Make:
 def called(
     graph: ranvier.Graph, runs: Path, inputs: list[torch.Tensor], port: str, gate: Path | None = None
 ) -> list[Any]:
-    """The answers to calls that are all made at once, or their errors. The file `gate` is there once all of them are sent."""
+    """Return the answers to calls that are made at once, or their errors.
+
+    Create the file `gate` once all of them are sent."""
     got: dict[int, Any] = {}
 
     async def one(run: ranvier.Run, index: int) -> None:
@@ -71,7 +73,9 @@ def called(
 def test_an_actor_that_returns_the_same_buffer_case_63(
     elements: int, transport: str, views: bool, borrowing: Make, runs: Path
 ) -> None:
-    """24 calls at once, more than the edge has credit for: each gets its own numbers."""
+    """Give each of 24 calls its own numbers, if an actor returns the same buffer.
+
+    The calls are made at once, and the edge has credit for fewer."""
     graph = borrowing(
         {"fills": {"kind": "Fills", "args": {"k": elements, "views": views}}, "slow": {"kind": "Slow"}},
         ["gateway.x -> fills.x", {"from": "fills.y", "to": "slow.y", "credits": 2}, "slow.z -> gateway.z"],
@@ -83,7 +87,9 @@ def test_an_actor_that_returns_the_same_buffer_case_63(
 
 @pytest.mark.parametrize("elements", [4, 100_000])
 def test_a_caller_that_refills_its_tensor_case_63(elements: int, borrowing: Make, runs: Path) -> None:
-    """One tensor for twenty calls: each has the values that it had when the call was made, also where its actor is lost."""
+    """Send the values that a tensor had when the call was made.
+
+    One tensor is used for twenty calls."""
     graph = borrowing(
         {"slow": {"kind": "Slow"}}, [{"from": "gateway.x", "to": "slow.y", "credits": 2}, "slow.z -> gateway.z"]
     )
@@ -107,7 +113,9 @@ def test_a_caller_that_refills_its_tensor_case_63(elements: int, borrowing: Make
 def test_one_buffer_for_rows_that_are_taken_alone_case_63(
     transport: str, borrowing: Make, runs: Path, tmp_path: Path
 ) -> None:
-    """A step fails for one of its rows. The others are taken alone, and each has its own values though the memory is one."""
+    """Give each row its own values when the rows of a failed step run alone.
+
+    The step fails for one row, and the actor returns the same memory for all."""
     gate = tmp_path / "gate"
     graph = borrowing(
         {"bad": {"kind": "FillsRows", "args": {"gate": str(gate)}}}, ["gateway.x -> bad.x", "bad.y -> gateway.y"],
@@ -123,7 +131,7 @@ def test_one_buffer_for_rows_that_are_taken_alone_case_63(
 def test_a_step_that_changes_its_input_and_fails_for_one_row_case_64(
     hidden: bool, borrowing: Make, runs: Path, tmp_path: Path
 ) -> None:
-    """The others of its batch are stepped again, from what was sent to them."""
+    """Run the other rows of a failed step again, with the inputs that were sent."""
     gate, rows = tmp_path / "gate", tmp_path / "rows"
     graph = borrowing(
         {
@@ -141,7 +149,7 @@ def test_a_step_that_changes_its_input_and_fails_for_one_row_case_64(
 
 
 def test_a_step_that_changes_its_input_is_recorded_as_it_was_case_64(borrowing: Make, runs: Path) -> None:
-    """The record holds what was given: a replay makes the same of it."""
+    """Record the input as it was before the step changed it, so that a replay gives the same output."""
     graph = borrowing(
         {"bad": {"kind": "InPlace"}}, ["gateway.x -> bad.x", "bad.y -> gateway.y"], record={"edges": "all"}
     )
@@ -153,7 +161,9 @@ def test_a_step_that_changes_its_input_is_recorded_as_it_was_case_64(borrowing: 
 
 
 def test_outputs_that_are_no_memory_of_this_machine_case_65(borrowing: Make, runs: Path) -> None:
-    """What can be sent has its values, an imaginary part its sign. What cannot is an error that names actor and port."""
+    """Send the values of unusual tensors, or raise an error that names actor and port.
+
+    An imaginary part keeps its sign."""
     graph = borrowing({"odd": {"kind": "Odd"}}, ["gateway.x -> odd.x", "odd.y -> gateway.y"])
     inputs = []
     for which in range(9):
@@ -178,7 +188,7 @@ def test_outputs_that_are_no_memory_of_this_machine_case_65(borrowing: Make, run
 
 
 def test_what_cannot_be_recorded_ends_no_host(borrowing: Make, runs: Path) -> None:
-    """An output on the meta device, and a sparse one: errors of their calls, also where all is recorded."""
+    """Fail only the call whose output cannot be recorded: one on the meta device, or a sparse one."""
     graph = borrowing({"odd": {"kind": "Odd"}}, ["gateway.x -> odd.x", "odd.y -> gateway.y"], record={"edges": "all"})
     inputs = [torch.full((3, 4), float(which)) for which in (3, 4, 0)]
     made = called(graph, runs, inputs, "y")
@@ -187,7 +197,7 @@ def test_what_cannot_be_recorded_ends_no_host(borrowing: Make, runs: Path) -> No
 
 
 def test_calls_of_different_widths_at_once(borrowing: Make, runs: Path, tmp_path: Path) -> None:
-    """They wait together, and cannot be one step: each has its answer."""
+    """Answer calls that wait together, but whose widths differ so that they cannot share a step."""
     gate = tmp_path / "gate"
     graph = borrowing(
         {"wide": {"kind": "Wide", "args": {"gate": str(gate)}}}, ["gateway.x -> wide.x", "wide.y -> gateway.y"]
@@ -197,7 +207,9 @@ def test_calls_of_different_widths_at_once(borrowing: Make, runs: Path, tmp_path
 
 
 def test_memory_that_nobody_else_holds_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a step makes anew, or passes on, is not copied. Whatever its actor still holds in any way is."""
+    """Copy only outputs that the actor still holds in some way.
+
+    An output that the step made, or passed on from its input, is not copied."""
     monkeypatch.setattr(ownership, "COPY_BELOW_BYTES", 0)
     kept: list[Any] = []
 
@@ -233,7 +245,10 @@ def test_memory_that_nobody_else_holds_is_known(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("kind", ["Raises", "BadAtClose"])
 def test_errors_that_cannot_be_told_end_one_session_at_once_case_66(kind: str, borrowing: Make, runs: Path) -> None:
-    """30 MB of words, none at all, no Exception, letters that cannot be written; and an actor that will not close."""
+    """End one session at once with the error of its step, even if the error cannot be printed.
+
+    The errors have 30 MB of text, no text, or letters that cannot be encoded, or are no subclass of Exception. One
+    actor also fails when a session closes."""
     graph = borrowing({"bad": {"kind": kind}}, ["gateway.x -> bad.x", "bad.y -> gateway.y"])
 
     async def main() -> None:

@@ -1,7 +1,6 @@
-"""What comes from outside a run: clients that leave together, a parent that stands still or is killed, a zygote that is lost.
+"""Check what comes from outside a run: clients that leave together, a parent that is stopped or killed, a lost zygote.
 
-The numbers are those of the faults in docs/reliability.md.
-"""
+The case numbers are those of the faults in docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ Exact = Callable[[Sequence[int], int], list[int]]
 async def tokens(
     run: ranvier.Run, count: int, prompt: Sequence[int] = PROMPT, at: Callable[[int], None] = lambda _: None
 ) -> list[int]:
-    """The tokens of one stream; `at` is called with how many there are."""
+    """Return the tokens of one stream, and call `at` with their number after each token."""
     ids: list[int] = []
     async for token in run.generate(list(prompt), max_tokens=count, stop_tokens=()):
         assert token.position == len(prompt) + len(ids), "a gap, or a repeat"
@@ -48,17 +47,19 @@ async def tokens(
 
 
 async def leave_by_closing(generations: list[ranvier.Generation], reading: trio.Nursery) -> None:
+    """Close all generations, and stop reading."""
     for generation in generations:
         generation.close()
     reading.cancel_scope.cancel()
 
 
 async def leave_by_cancelling(_: list[ranvier.Generation], reading: trio.Nursery) -> None:
+    """Stop reading."""
     reading.cancel_scope.cancel()
 
 
 async def leave_by_deadline(_: list[ranvier.Generation], __: trio.Nursery) -> None:
-    """All have the same one."""
+    """Do nothing, because all generations have the same deadline."""
 
 
 WAYS: dict[str, Callable[[list[ranvier.Generation], trio.Nursery], Awaitable[None]]] = {
@@ -81,7 +82,9 @@ WAYS: dict[str, Callable[[list[ranvier.Generation], trio.Nursery], Awaitable[Non
 def test_clients_that_leave_together_case_53(
     clients: int, rounds: int, transport: str, way: str, four: Four, exact: Exact, runs: Path
 ) -> None:
-    """All in one moment, round after round: no actor is lost, the caches are free, and who comes next is served exactly."""
+    """Lose no actor when all clients leave in one moment, round after round.
+
+    The caches are free again, and the next client gets exact tokens."""
     expected = exact(PROMPT, 4)
 
     async def main() -> None:
@@ -123,7 +126,9 @@ def test_clients_that_leave_together_case_53(
 
 
 def test_a_parent_whose_loop_is_blocked_loses_no_host_case_54(four: Four, exact: Exact, runs: Path) -> None:
-    """User code that blocks for three times the deadline: the signs of life of that time are read before anybody is judged."""
+    """Lose no host when user code blocks for three times the deadline.
+
+    The heartbeats of that time are read before any host is judged."""
     limits = {"heartbeat_interval_s": 0.1, "heartbeat_deadline_s": 1.5}
     expected = exact(PROMPT, 60)
 
@@ -138,7 +143,7 @@ def test_a_parent_whose_loop_is_blocked_loses_no_host_case_54(four: Four, exact:
 
             assert await tokens(run, 60, at=block) == expected
             assert blocked
-            await trio.sleep(1.5)  # who is judged late would be lost by now
+            await trio.sleep(1.5)  # a host that is judged late would be lost by now
             assert not run.recoveries
 
     trio.run(main)
@@ -169,7 +174,9 @@ trio.run(main)
 
 
 def parent(graph: ranvier.Graph, folder: Path, runs: Path, count: int, **options: Any) -> list[Any]:
-    """What a process prints that generates `count` tokens, and is killed at a token, or stopped for some seconds."""
+    """Return what a process prints that generates `count` tokens.
+
+    It is killed at a token, or stopped for some seconds."""
     arguments = [options.get("kill_at", -1), options.get("stop_s", 0), json.dumps(options.get("settings", {}))]
     done = subprocess.run(
         [sys.executable, "-c", PARENT, str(graph.path), str(folder), str(runs), str(count), *map(str, arguments)],
@@ -184,7 +191,7 @@ def parent(graph: ranvier.Graph, folder: Path, runs: Path, count: int, **options
 def test_a_parent_that_is_stopped_loses_no_host_case_54(
     stop_s: int, four: Four, tiny: Any, exact: Exact, runs: Path
 ) -> None:
-    """SIGSTOP for longer than every deadline, then SIGCONT, while a stream is under way."""
+    """Lose no host when the parent is stopped for longer than every deadline during a stream."""
     limits = {"heartbeat_interval_s": 0.2, "heartbeat_deadline_s": 3.0, "join_deadline_s": 4.0}
     folder, _ = tiny("llama")
     _, *made, lost = parent(four(supervision=limits), folder, runs, 60, stop_s=stop_s)
@@ -196,8 +203,10 @@ def test_a_parent_that_is_stopped_loses_no_host_case_54(
 def test_a_request_outlives_the_process_that_holds_the_gateway_case_57(
     kill_at: int, four: Four, tiny: Any, exact: Exact, runs: Path
 ) -> None:
-    """SIGKILL at any token, also before the first and after the last: a new run gives the client all after the position that it
-    has seen, none twice. Who comes again is told where the request went."""
+    """Continue a request in a new run after SIGKILL at any token, even before the first or after the last.
+
+    The client gets all tokens after the position that it has seen, and none twice. A client that comes again is sent to
+    the run that continues the request."""
     folder, _ = tiny("llama")
     graph = four(journal=True)
     expected = exact(PROMPT, 8)
@@ -230,7 +239,9 @@ def test_a_request_outlives_the_process_that_holds_the_gateway_case_57(
 
 
 def test_a_request_is_not_resumed_by_another_model_case_57(four: Four, tiny: Any, runs: Path, tmp_path: Path) -> None:
-    """One changed byte of the weights, or another setting, is refused by its hash. Nothing is lost by the attempt."""
+    """Refuse to resume with other weights or settings, by their hash.
+
+    The attempt loses nothing."""
     folder, _ = tiny("llama")
     graph, own = four(journal=True), tmp_path / "own"
     shutil.copytree(folder, own)
@@ -257,7 +268,7 @@ def test_a_request_is_not_resumed_by_another_model_case_57(four: Four, tiny: Any
 
 
 def left_by_a_run(graph: ranvier.Graph, runs: Path, *lines: journal.Line) -> Path:
-    """The folder of a run that is over, with these lines in its journal."""
+    """Return the folder of a run that is over, with these lines in its journal."""
 
     async def main() -> Path:
         async with ranvier.launch(graph, runs=runs) as run:
@@ -270,13 +281,15 @@ def left_by_a_run(graph: ranvier.Graph, runs: Path, *lines: journal.Line) -> Pat
 
 
 def asked(key: str, count: int) -> journal.Asked:
+    """Return a journal line that requests `count` tokens."""
     info = SessionInfo(session=0, epoch=0, capacity=len(PROMPT) + count, log=tuple(PROMPT), max_tokens=count)
     return journal.of_request(key, info, (), 0.0)
 
 
 def test_requests_that_there_is_no_room_for_at_once_go_on_case_57(four: Four, exact: Exact, runs: Path) -> None:
-    """Each of three needs more than half of every cache: one goes on after the other, all exact. One has ended meanwhile, and
-    one cannot be placed at all."""
+    """Continue requests that do not fit together one after the other, all exactly.
+
+    Each of three needs more than half of every cache. Another request has ended before, and one fits nowhere."""
     graph = four(journal=True, actors={name: {"cache_tokens": 100} for name in ("blocks0", "blocks1")})
     keys = ("first", "second", "third")
     where = left_by_a_run(
@@ -303,7 +316,7 @@ def test_requests_that_there_is_no_room_for_at_once_go_on_case_57(four: Four, ex
 
 
 def test_a_request_that_waits_for_room_ends_with_its_run_case_57(four: Four, runs: Path) -> None:
-    """Whoever reads it hears of the end, as the others do."""
+    """End a request that waits for room with its run, and notify its reader."""
     graph = four(journal=True, actors={name: {"cache_tokens": 100} for name in ("blocks0", "blocks1")})
     where = left_by_a_run(graph, runs, asked("first", 60), asked("second", 60))
 
@@ -323,7 +336,9 @@ def test_a_request_that_waits_for_room_ends_with_its_run_case_57(four: Four, run
 
 
 def test_a_journal_that_does_not_say_what_it_is_of_is_refused_case_57(four: Four, runs: Path) -> None:
-    """Nor is one with a request that cannot be one. The run stays as it is, also where its folder is bounded."""
+    """Refuse a journal without its first line, or with an invalid request.
+
+    The run stays as it is, even if the number of run folders is bounded."""
     graph = four(journal=True, runs={"newest": 1})
     wrong = msgspec.structs.replace(asked("a", 5), info={**asked("a", 5).info, "log": ["x"]})
     where = left_by_a_run(graph, runs, wrong)
@@ -340,7 +355,7 @@ def test_a_journal_that_does_not_say_what_it_is_of_is_refused_case_57(four: Four
 
 
 def test_the_code_beside_an_actor_is_of_the_model_case_57(tmp_path: Path) -> None:
-    """An actor's file may import its neighbours: another one there is another model."""
+    """Count the code beside an actor's file as part of the model, because the actor may import it."""
     refine = Path(__file__).resolve().parents[3] / "examples" / "refine"
     shutil.copytree(refine, tmp_path / "refine", ignore=shutil.ignore_patterns("ranvier-runs", "__pycache__"))
     plan = ranvier.plan(ranvier.load(tmp_path / "refine" / "refine.yaml", allow_code=True))
@@ -354,7 +369,9 @@ def test_the_code_beside_an_actor_is_of_the_model_case_57(tmp_path: Path) -> Non
 def test_on_a_full_disk_a_request_goes_on_and_says_that_it_is_not_durable_case_57(
     four: Four, exact: Exact, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The journal's writes fail for a while: tokens of that time are marked, and counted. What was missed is written later."""
+    """Continue a request while the journal cannot be written, and mark its tokens as not durable.
+
+    The request is counted. What was missed is written later."""
     full = [False]
     really = os.pwrite
 
@@ -392,12 +409,15 @@ def test_on_a_full_disk_a_request_goes_on_and_says_that_it_is_not_durable_case_5
 
 
 def zygote_of(run: ranvier.Run) -> int:
+    """Return the process id of the newest zygote."""
     made: Any = run._supervisor._launcher
     return int(made._zygotes[-1].process.process.pid)
 
 
 def test_a_zygote_that_is_killed_is_replaced_case_55(four: Four, exact: Exact, runs: Path) -> None:
-    """Its hosts die with it, twice, and nobody's budget is used up: each actor may be started anew only once."""
+    """Replace a killed zygote without using up any actor's restarts.
+
+    Its hosts die with it, twice, and each actor may be restarted only once."""
     expected = exact(PROMPT, 40)
 
     async def main() -> None:
@@ -424,7 +444,7 @@ def test_a_zygote_that_is_killed_is_replaced_case_55(four: Four, exact: Exact, r
 def test_a_zygote_that_is_stopped_with_a_host_case_55(
     four: Four, exact: Exact, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It stands still while one of its hosts dies: another zygote forks the one in its place, and the other hosts live on."""
+    """Start a lost host from a new zygote if the old one is stopped, and keep the other hosts."""
     monkeypatch.setattr(launcher, "STARTED_DEADLINE_S", 2.0)
     expected = exact(PROMPT, 40)
 
@@ -444,7 +464,7 @@ def test_a_zygote_that_is_stopped_with_a_host_case_55(
             assert [gone.actor for gone in run.recoveries] == ["blocks0.0"]
             assert run._supervisor._launcher.counters["zygotes_stuck"] == 1  # type: ignore[attr-defined]
             assert all(Path(f"/proc/{pid}").exists() for key, pid in pids.items() if not key.startswith("blocks0"))
-            os.kill(stopped, signal.SIGCONT)  # what it was asked for meanwhile must not come to be
+            os.kill(stopped, signal.SIGCONT)  # commands that it received before must have no effect
             assert await tokens(run, 40) == expected
 
     trio.run(main)
@@ -453,7 +473,9 @@ def test_a_zygote_that_is_stopped_with_a_host_case_55(
 def test_a_zygote_that_cannot_fork_ends_with_one_typed_error_case_55(
     four: Four, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No process is to be had for the one in a lost one's place: once the budget is used up the error names the cause."""
+    """Name the cause in the error, if no process can be started in place of a lost one.
+
+    The error is raised once the restarts are used up."""
 
     async def main() -> None:
         async with ranvier.launch(four(restart={"max": 2, "window_s": 60, "backoff_s": 0}), runs=runs) as run:
@@ -469,7 +491,7 @@ def test_a_zygote_that_cannot_fork_ends_with_one_typed_error_case_55(
 
 
 def refusing(made: Any) -> Callable[..., Awaitable[None]]:
-    """A zygote that is asked for a host says that there is no memory for one."""
+    """Return a command that reports that there is no memory for a host."""
 
     async def command(zygote: Any, **fields: Any) -> None:
         event = {"event": "refused", "key": fields["key"], "why": "its process cannot be started: no memory"}

@@ -1,7 +1,7 @@
-"""Actors are killed, stopped, and die again and again in real processes: the tokens are those of a run without the fault.
+"""Kill and stop actors in real processes: the tokens are those of a run without the fault.
 
-"Exact" is what transformers gives for the same checkpoint in float32. Numbers are those of the faults in docs/reliability.md.
-"""
+"Exact" is what transformers gives for the same checkpoint in float32. The case numbers are those of the faults in
+docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -29,19 +29,22 @@ MANY = {"max": 100, "window_s": 60, "backoff_s": 0}
 
 
 def pid_of(run: ranvier.Run, actor: str) -> int:
-    """Of the newest process of an actor."""
+    """Return the process id of the newest process of an actor."""
     return next(pid for name, pid in reversed(run.pids.items()) if name.startswith(f"{actor}."))
 
 
 @asynccontextmanager
 async def launched(graph: ranvier.Graph, runs: Path, seconds: float = 60) -> AsyncIterator[ranvier.Run]:
+    """Launch a run that must end within `seconds`."""
     with trio.fail_after(seconds):
         async with ranvier.launch(graph, runs=runs) as run:
             yield run
 
 
 LONG = 100
-"""So many tokens are not all there before a kill that comes with the first ones: a client sees them later than they are made."""
+"""A number of tokens so large that a kill after the first ones comes before the last.
+
+A client sees tokens later than they are made."""
 
 
 async def tokens(
@@ -51,7 +54,9 @@ async def tokens(
     at: Callable[[int], None] = lambda _: None,
     **options: Any,
 ) -> list[int]:
-    """The tokens of one stream. `at` is called with how many there are, also before the first."""
+    """Return the tokens of one stream.
+
+    `at` is called with their number after each token, and with 0 before the first."""
     ids: list[int] = []
     at(0)
     async for token in run.generate(list(prompt), max_tokens=count, stop_tokens=(), **options):
@@ -64,6 +69,7 @@ async def tokens(
 def test_a_middle_actor_is_killed_at_every_token_case_1(
     four: Callable[..., ranvier.Graph], exact: Callable[..., list[int]], runs: Path
 ) -> None:
+    """Give exact tokens when a middle actor is killed, at whatever token."""
     count = 8
 
     async def main() -> Path:
@@ -76,9 +82,7 @@ def test_a_middle_actor_is_killed_at_every_token_case_1(
                         os.kill(pid_of(run, "blocks0"), signal.SIGKILL)
 
                 assert await tokens(run, count, at=kill) == expected, f"killed at token {kill_at}"
-                while (
-                    len(run.recoveries) <= kill_at
-                ):  # what came before the end of the last ones need not have been replayed
+                while len(run.recoveries) <= kill_at:  # the last tokens may arrive without a replay
                     await trio.sleep(0.01)
             assert [recovered.actor for recovered in run.recoveries] == ["blocks0.0"] * count
             assert all("signal 9" in recovered.why for recovered in run.recoveries)
@@ -94,7 +98,9 @@ def test_a_middle_actor_is_killed_at_every_token_case_1(
 def test_an_actor_without_state_costs_one_step_not_a_prefill(
     four: Callable[..., ranvier.Graph], exact: Callable[..., list[int]], runs: Path
 ) -> None:
-    """The embedding and the head are killed at every token: the blocks go on with what they have."""
+    """Repeat one step, and no prefill, when an actor without state is killed.
+
+    The embedding and the head are killed at every token. The blocks continue with what they have."""
     count = 4
 
     async def main() -> Path:
@@ -125,7 +131,9 @@ def test_an_actor_without_state_costs_one_step_not_a_prefill(
 def test_a_session_that_cannot_go_on_where_it_was_is_replayed(
     four: Callable[..., ranvier.Graph], exact: Callable[..., list[int]], runs: Path
 ) -> None:
-    """The embedding and, before that is back, a blocks actor are killed: what was held is given up for a replay."""
+    """Replay a session that cannot continue from its position.
+
+    The embedding is killed and, before it is replaced, a blocks actor. What was held is dropped for a replay."""
 
     async def main() -> None:
         async with launched(four(restart={**MANY, "backoff_s": 0.3}), runs) as run:
@@ -151,7 +159,9 @@ def test_a_session_that_cannot_go_on_where_it_was_is_replayed(
 def test_killed_during_a_prefill_case_2(
     four: Callable[..., ranvier.Graph], exact: Callable[..., list[int]], runs: Path
 ) -> None:
-    """480 tokens in as many steps: once the first are through, and again while it is replayed."""
+    """Give exact tokens when an actor is killed during a prefill, and again during the replay.
+
+    The prompt has 480 tokens in as many steps. The first kill comes after the first steps."""
     prompt = [3 + index * 7 % 300 for index in range(480)]
     slow = {"prefill_chunk": 1, "supervision": {"heartbeat_interval_s": 0.005}}
 
@@ -182,12 +192,13 @@ def test_killed_during_a_prefill_case_2(
 
 
 def steps(run: ranvier.Run, actor: str) -> int:
+    """Return the number of steps of an actor so far."""
     host = run._supervisor.supervision.host(f"{actor}.0")
     return host.steps if host is not None else 0
 
 
 async def recovered(run: ranvier.Run, times: int) -> None:
-    """Wait until so many lost hosts have been replaced."""
+    """Wait until `times` lost hosts have been replaced."""
     while len(run.recoveries) < times:
         await trio.sleep(0.01)
 
@@ -195,7 +206,7 @@ async def recovered(run: ranvier.Run, times: int) -> None:
 def test_two_actors_are_killed_at_once_case_4(
     four: Callable[..., ranvier.Graph], exact: Callable[..., list[int]], runs: Path
 ) -> None:
-    """Every pair of four, with three streams under way."""
+    """Give exact tokens when any two of four actors are killed at once, with three streams running."""
     actors = ["embed", "blocks0", "blocks1", "head"]
     prompts = [PROMPT, PROMPT[::-1], PROMPT[2:]]
 
@@ -218,7 +229,7 @@ def test_two_actors_are_killed_at_once_case_4(
                     for index in range(3):
                         nursery.start_soon(one, index, kill if index == 0 else lambda _: None)
                 assert got == {index: exact(prompt, 6) for index, prompt in enumerate(prompts)}, pair
-                await recovered(run, 2 * (pairs.index(pair) + 1))  # a stream may have been at its end already
+                await recovered(run, 2 * (pairs.index(pair) + 1))  # the streams may have ended before
             assert len(run.recoveries) == 12
 
     trio.run(main)
@@ -227,7 +238,7 @@ def test_two_actors_are_killed_at_once_case_4(
 def test_stopped_past_the_deadline_is_fenced_and_replaced_case_5(
     four: Callable[..., ranvier.Graph], exact: Callable[..., list[int]], runs: Path
 ) -> None:
-    """A stopped process is not dead: it is killed before another takes its place, so it never says anything late."""
+    """Kill a stopped process before it is replaced, so that it never sends anything late."""
     limits = {"heartbeat_interval_s": 0.1, "heartbeat_deadline_s": 3.0}
 
     async def main() -> None:
@@ -247,7 +258,9 @@ def test_stopped_past_the_deadline_is_fenced_and_replaced_case_5(
 def test_killed_while_it_is_being_replaced_case_10(
     four: Callable[..., ranvier.Graph], exact: Callable[..., list[int]], runs: Path
 ) -> None:
-    """The one in its place is killed as soon as it has a process, three times; then another actor during the recovery."""
+    """Give exact tokens when a replacement is killed, and when another actor is killed during a recovery.
+
+    The replacement is killed as soon as it has a process, three times."""
 
     async def main() -> None:
         async with launched(four(), runs) as run:
@@ -286,13 +299,16 @@ def test_killed_while_it_is_being_replaced_case_10(
 def test_random_kills_under_load(
     four: Callable[..., ranvier.Graph], exact: Callable[..., list[int]], runs: Path
 ) -> None:
-    """Twelve streams that begin and actors that are killed once so many tokens are there as a seed gives: every stream exact, every one
-    ended. No actor is killed more than twice: four times in a row would end a stream that made no progress meanwhile."""
+    """Give exact tokens in twelve streams, whose actors are killed at random.
+
+    A seed gives the numbers of tokens at which streams begin and actors are killed. No actor is killed more than twice,
+    because four losses in a row would end a stream that made no progress."""
     seed, count = int(os.environ.get("RANVIER_SEED", "5")), 40
     chance = random.Random(seed)
     prompts = [[chance.randrange(3, 320) for _ in range(chance.randrange(1, 30))] for _ in range(12)]
     expected = [exact(prompt, count) for prompt in prompts]
-    begins = [chance.randrange(count * index // 2 + 1) for index in range(12)]  # those before it have as many to give
+    # The streams before it give that many tokens.
+    begins = [chance.randrange(count * index // 2 + 1) for index in range(12)]
     kills = sorted(chance.sample(range(1, 11 * count), 5))
     victims = chance.sample(["embed", "blocks0", "blocks1", "head"] * 2, len(kills))
 
@@ -307,7 +323,7 @@ def test_random_kills_under_load(
                 there += of_stream > 0
                 while kills and there >= kills[0]:
                     del kills[0]
-                    with contextlib.suppress(ProcessLookupError):  # it was hit just before
+                    with contextlib.suppress(ProcessLookupError):  # it was killed just before
                         os.kill(pid_of(run, victims.pop()), signal.SIGKILL)
                 more.set()
                 more = trio.Event()
@@ -329,6 +345,7 @@ def test_random_kills_under_load(
 
 
 def test_sampling_logits_and_scores_go_on_as_they_would_have(four: Callable[..., ranvier.Graph], runs: Path) -> None:
+    """Give the same sampled tokens, logits and scores, with and without kills."""
     sampling = ranvier.Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.3, seed=11)
 
     async def both(run: ranvier.Run, kill: bool) -> tuple[list[int], list[list[float]], list[float]]:
@@ -363,6 +380,8 @@ def test_sampling_logits_and_scores_go_on_as_they_would_have(four: Callable[...,
 def test_a_spare_takes_over_and_another_one_is_made(
     four: Callable[..., ranvier.Graph], exact: Callable[..., list[int]], runs: Path
 ) -> None:
+    """Replace a killed actor by its spare, and start another spare."""
+
     async def main() -> None:
         async with launched(four(actors={"blocks0": {"spares": 1}}), runs) as run:
             for round_ in (1, 2):
@@ -382,7 +401,9 @@ def test_a_spare_takes_over_and_another_one_is_made(
 def test_a_replica_that_is_lost_leaves_its_sessions_to_another(
     four: Callable[..., ranvier.Graph], exact: Callable[..., list[int]], runs: Path
 ) -> None:
-    """With every policy that a stream may have. The lost one comes back and takes sessions again."""
+    """Move the sessions of a lost replica to another one, with every policy that a stream may have.
+
+    The lost replica comes back and takes sessions again."""
 
     async def main() -> None:
         for policy in ("sticky", {"hedge": 2}):
@@ -408,10 +429,11 @@ def test_a_replica_that_is_lost_leaves_its_sessions_to_another(
     trio.run(main)
 
 
-# -- actors of one's own ------------------------------------------------------------------------------------------------
+# -- custom actors ----------------------------------------------------------------------------------------------------
 
 
 async def call(run: ranvier.Run, value: float) -> float:
+    """Return the answer to one call."""
     return float((await run.call(x=torch.tensor([value])))["y"][0])
 
 
@@ -427,7 +449,7 @@ async def call(run: ranvier.Run, value: float) -> float:
 def test_a_replica_without_state_is_killed_under_load(
     policy: Any, graph_file: Callable[..., Path], runs: Path, tmp_path: Path
 ) -> None:
-    """Every call is answered, once and rightly, by the one that is left and by the one that comes."""
+    """Answer every call once and correctly when a replica without state is killed under load."""
     shutil.copy(CUSTOM / "faulty.py", tmp_path / "faulty.py")
     path = graph_file(
         actors={"good": {"kind": "./faulty.py:Faulty"},
@@ -461,7 +483,7 @@ def test_a_replica_without_state_is_killed_under_load(
 def test_killed_after_the_compute_and_before_the_send_case_3(
     own: Callable[..., ranvier.Graph], runs: Path, tmp_path: Path
 ) -> None:
-    """What a session's actor keeps is built anew: the step that was computed but never sent counts once."""
+    """Count a step once that was computed but never sent, because the session's state is rebuilt."""
     gate = tmp_path / "died"
 
     async def main() -> None:
@@ -478,7 +500,9 @@ def test_killed_after_the_compute_and_before_the_send_case_3(
 def test_what_an_actor_has_saved_outlives_it(
     spares: int, graph_file: Callable[..., Path], runs: Path, tmp_path: Path
 ) -> None:
-    """Killed after every second call: the sum over all calls goes on, each counted once."""
+    """Restore what an actor has saved.
+
+    It is killed after every second call. Its sum over all calls continues, and counts each call once."""
     shutil.copy(CUSTOM / "faulty.py", tmp_path / "faulty.py")
     path = graph_file(
         actors={"sum": {"kind": "./faulty.py:Remembering", "spares": spares, "restart": {**MANY, "snapshot_s": 0}}},
@@ -505,6 +529,7 @@ def test_what_an_actor_has_saved_outlives_it(
 def test_a_snapshot_that_cannot_be_read_is_an_error_that_names_it(
     graph_file: Callable[..., Path], runs: Path, tmp_path: Path
 ) -> None:
+    """Name the snapshot that cannot be read."""
     shutil.copy(CUSTOM / "faulty.py", tmp_path / "faulty.py")
     restart = {"max": 2, "window_s": 60, "backoff_s": 0, "snapshot_s": 0}
     path = graph_file(
@@ -526,6 +551,7 @@ def test_a_snapshot_that_cannot_be_read_is_an_error_that_names_it(
 def test_an_actor_that_dies_at_every_start_uses_up_its_budget_case_6(
     own: Callable[..., ranvier.Graph], runs: Path, tmp_path: Path
 ) -> None:
+    """End the run when an actor dies at every restart that its budget allows."""
     gate = tmp_path / "loaded"
     restart = {"max": 3, "window_s": 60, "backoff_s": 0.05}
 
@@ -546,6 +572,8 @@ def test_an_actor_that_dies_at_every_start_uses_up_its_budget_case_6(
 
 
 def test_an_actor_that_dies_at_its_first_start_ends_the_run(own: Callable[..., ranvier.Graph], runs: Path) -> None:
+    """End the run when an actor dies at its first start."""
+
     async def main() -> None:
         async with launched(own(at_load="kill"), runs):
             raise AssertionError("not reached")
@@ -557,6 +585,8 @@ def test_an_actor_that_dies_at_its_first_start_ends_the_run(own: Callable[..., r
 def test_a_call_that_kills_its_actor_each_time_ends_and_the_run_goes_on(
     own: Callable[..., ranvier.Graph], runs: Path
 ) -> None:
+    """End a call that kills its actor each time, and continue the run."""
+
     async def main() -> None:
         async with launched(own(at_step="kill"), runs) as run:
             assert await call(run, 1.0) == 3.0
@@ -568,8 +598,9 @@ def test_a_call_that_kills_its_actor_each_time_ends_and_the_run_goes_on(
 
 
 def test_ten_times_slower_is_not_lost_case_8(own: Callable[..., ranvier.Graph], runs: Path) -> None:
-    """Calls that take an actor longer, all together, than it may be silent: nobody is killed, and the senders wait within their
-    credits."""
+    """Keep an actor whose calls, all together, take longer than it may be silent.
+
+    The senders wait for credit."""
 
     async def main() -> None:
         limits = {"heartbeat_interval_s": 0.1, "heartbeat_deadline_s": 3.0, "progress_deadline_s": 30.0}
@@ -590,7 +621,9 @@ def test_ten_times_slower_is_not_lost_case_8(own: Callable[..., ranvier.Graph], 
 
 
 def test_ctrl_c_in_the_middle_of_a_recovery_leaves_nothing(own: Callable[..., ranvier.Graph], runs: Path) -> None:
-    """The `runs` fixture looks for what is left."""
+    """Leave nothing when a run ends in the middle of a recovery.
+
+    The `runs` fixture checks it."""
 
     async def main() -> None:
         async with launched(own({"max": 5, "window_s": 60, "backoff_s": 30}), runs) as run:
@@ -602,8 +635,9 @@ def test_ctrl_c_in_the_middle_of_a_recovery_leaves_nothing(own: Callable[..., ra
 
 
 def test_who_was_only_nearby_is_not_blamed_case_74(own: Callable[..., ranvier.Graph], runs: Path) -> None:
-    """One call kills its actor whenever it is in a step. Twelve others that are open there, and that share its steps, all get
-    their answers; that one ends, and nobody else."""
+    """Blame only the call that kills its actor in every step.
+
+    Twelve other calls are open there and share its steps, and all of them get their answers."""
 
     async def main() -> None:
         async with launched(own(kind="SlowKilled"), runs, seconds=100) as run:

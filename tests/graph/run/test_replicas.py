@@ -1,4 +1,4 @@
-"""Replicas over real processes: each policy, hedging, joining and leaving while sessions go on, and what is refused."""
+"""Run replicas in real processes: each policy, hedging, joining and leaving during sessions, and what is refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ranvier.graph.trace import summary
 
 
 class Gate:
-    """Actors wait at it (counting.py) until it is opened: a lock that the test holds."""
+    """Hold a lock, at which actors of counting.py wait until it is opened."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -37,6 +37,7 @@ class Gate:
 
 @pytest.fixture
 def gate(tmp_path: Path) -> Iterator[Gate]:
+    """Provide a closed gate, which is opened after the test."""
     made = Gate(tmp_path / "gate")
     yield made
     made.open()
@@ -48,7 +49,9 @@ Tiny = Callable[..., tuple[Path, Any]]
 
 @pytest.fixture
 def counting(graph_file: Callable[..., Path]) -> WriteGraph:
-    """`counting(**work)`: one replicated actor of counting.py between the gateway's ports; `front=True`: behind another."""
+    """Provide `counting(**work)`, which returns a graph with one replicated actor of counting.py.
+
+    With `front=True`, the actor is behind another one."""
 
     def write(front: bool = False, args: dict[str, Any] | None = None, **work: Any) -> ranvier.Graph:
         actors: dict[str, Any] = {"work": {"kind": "./counting.py:Counting", "args": args or {}, **work}}
@@ -64,21 +67,21 @@ def counting(graph_file: Callable[..., Path]) -> WriteGraph:
 
 
 async def call(run: ranvier.Run, x: float) -> int:
-    """Which replica answered; the answer is checked."""
+    """Check the answer to a call, and return the replica that gave it."""
     [[answer, who]] = (await run.call(x=torch.tensor([x])))["y"].tolist()
     assert answer == x + 1
     return int(who)
 
 
 async def calls(run: ranvier.Run, count: int) -> Counter[int]:
-    """Which replicas answered so many calls, one after the other."""
+    """Count which replicas answer `count` calls, made one after the other."""
     return Counter([await call(run, float(number)) for number in range(count)])
 
 
 @pytest.mark.parametrize("front", [False, True])
 @pytest.mark.parametrize("policy", ["sticky", "round_robin", "least_queued", "lowest_latency"])
 def test_calls_are_shared(policy: str, front: bool, counting: WriteGraph, runs: Path) -> None:
-    """Every replica does its part, whether the gateway or an actor chooses; in turn means exactly in turn."""
+    """Use every replica, whether the gateway or an actor chooses, and take exact turns in round robin."""
 
     async def main() -> Counter[int]:
         graph = counting(front=front, replicas=3, policy=policy)
@@ -96,8 +99,10 @@ def test_calls_are_shared(policy: str, front: bool, counting: WriteGraph, runs: 
 def test_one_that_stands_still_holds_nobody_up(
     policy: Any, front: bool, counting: WriteGraph, runs: Path, gate: Gate
 ) -> None:
-    """Replica 1 does not answer until it may: twenty-five calls, more than there is credit, are answered by the other. With
-    the shortest queue the one call that it holds is answered in the end; hedged, its own answers are dropped."""
+    """Answer calls by the other replica while one is blocked.
+
+    Replica 1 waits at a gate, and there is credit for fewer than the 25 calls. With `least_queued`, the one call that
+    it holds is answered in the end. With hedging, its answers are dropped."""
     held = []
 
     async def main() -> Path:
@@ -108,7 +113,7 @@ def test_one_that_stands_still_holds_nobody_up(
                 async def hold(x: float) -> None:
                     held.append(await call(run, x))
 
-                for number in range(2):  # one of them goes to either
+                for number in range(2):  # one of them goes to each replica
                     nursery.start_soon(hold, float(number))
                 while len(held) < 1:
                     await trio.sleep(0.01)
@@ -127,7 +132,7 @@ def test_one_that_stands_still_holds_nobody_up(
 def test_many_hedged_calls_at_once_while_one_stands_still(
     stuck: int, counting: WriteGraph, runs: Path, gate: Gate
 ) -> None:
-    """Thirty calls over eight credits, whichever replica it is that stands still: all are answered by the other."""
+    """Answer thirty calls over eight credits by the other replica, whichever one is blocked."""
     answered: Counter[int] = Counter()
 
     async def one(run: ranvier.Run, x: float) -> None:
@@ -146,8 +151,10 @@ def test_many_hedged_calls_at_once_while_one_stands_still(
 
 
 def test_losers_are_dropped_and_counted(counting: WriteGraph, runs: Path) -> None:
-    """Two hedged stages behind each other: the second gets each step from both of the first, and takes it once. The trace
-    says how many came in vain."""
+    """Take each step once, and count the copies that were not needed.
+
+    Two hedged stages follow each other, so the second gets each step from both replicas of the first. The trace says
+    how many messages went into no step."""
 
     async def main() -> tuple[Counter[int], Path]:
         graph = counting(front=True, replicas=2, policy={"hedge": 2})
@@ -162,11 +169,11 @@ def test_losers_are_dropped_and_counted(counting: WriteGraph, runs: Path) -> Non
     told = summary.summary(summary.read(run_dir))
     [between] = [edge for edge in told["edges"] if edge["edge"] == "front.x -> work.x"]
     left_out = sum(told["counters"][f"front.{replica}"].get("copies_left_out", 0) for replica in (0, 1))
-    # a replica that the machine holds up gets fewer copies, or takes the last ones no more before the run ends
+    # A replica that the machine delays gets fewer copies, or does not take the last ones before the run ends.
     assert between["messages"] + between["not_taken"] + left_out >= 40, "at least one of the front, and two copies"
     in_vain = 0
     for replica in (0, 1):
-        # the second copy is late, or its session is over by then
+        # The second copy is late, or its session has closed.
         counted = told["counters"][f"work.{replica}"]
         in_vain += counted.get("rows_late", 0) + counted.get("rows_refused", 0)
     assert in_vain >= between["unused"] > 0
@@ -174,7 +181,9 @@ def test_losers_are_dropped_and_counted(counting: WriteGraph, runs: Path) -> Non
 
 
 def test_the_replica_that_answers_sooner_gets_more(counting: WriteGraph, runs: Path) -> None:
-    """`lowest_latency`, one replica always 50 ms late: in turn it would get 30 of 60 calls."""
+    """Send fewer calls to a replica that is always 50 ms late, with `lowest_latency`.
+
+    In round robin it would get 30 of 60 calls."""
 
     async def main() -> Counter[int]:
         graph = counting(replicas=2, policy="lowest_latency", args={"late_every": 1})
@@ -187,12 +196,15 @@ def test_the_replica_that_answers_sooner_gets_more(counting: WriteGraph, runs: P
 
 
 def test_second_copies_go_out_only_for_those_that_are_late(counting: WriteGraph, runs: Path) -> None:
-    """`{hedge: 2, after: p95}`, one replica late in one step of ten: some calls have a second copy, by far not all."""
+    """Send second copies only of calls that are late.
+
+    The policy is `{hedge: 2, after: p95}`, and one replica is late in one step of ten. Some calls have a second copy,
+    but by far not all."""
 
     async def main() -> tuple[Counter[int], int]:
         graph = counting(replicas=2, policy={"hedge": 2, "after": "p95"}, args={"late_every": 10})
         async with ranvier.launch(graph, runs=runs) as run:
-            early = await calls(run, 40)  # until there is a percentile every call has its copy
+            early = await calls(run, 40)  # until a percentile is known, every call has a copy
             before = run.counters["gateway.0"]["second_copies"]
             return early + await calls(run, 120), run.counters["gateway.0"]["second_copies"] - before
 
@@ -202,12 +214,14 @@ def test_second_copies_go_out_only_for_those_that_are_late(counting: WriteGraph,
 
 
 def greedy(model: Any, prompt: list[int], ids: list[int]) -> bool:
+    """Return whether each token is the likeliest for transformers, given those before it."""
     with torch.inference_mode():
         logits = model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
     return bool(logits.argmax(-1).tolist() == ids)
 
 
 def model_graph(graph_file: Callable[..., Path], folder: Path, **actors: Any) -> ranvier.Graph:
+    """Return a graph of a model in four actors, with these settings of its actors."""
     path = graph_file(
         model={"source": "./model", "dtype": "float32"},
         actors={
@@ -228,8 +242,9 @@ PROMPTS = [[5 + 3 * n, 7, 11 + n, 13, 17, 19 + n, 23] for n in range(6)]
 
 
 def test_a_language_model_in_replicas_is_exact(tiny: Tiny, graph_file: Callable[..., Path], runs: Path) -> None:
-    """Six streams at once over two lower, three hedged upper, two heads, prompts in chunks: each token is transformers'
-    own choice, and every replica took part."""
+    """Give transformers' tokens in six streams at once, and use every replica.
+
+    There are two lower, three hedged upper and two head replicas. Prompts are sent in chunks."""
     folder, model = tiny("replicas")
     graph = model_graph(
         graph_file, folder,
@@ -259,8 +274,10 @@ def test_a_language_model_in_replicas_is_exact(tiny: Tiny, graph_file: Callable[
 
 
 def test_replicas_join_and_leave_while_streams_go_on(tiny: Tiny, graph_file: Callable[..., Path], runs: Path) -> None:
-    """A stream that began before stays where it is, one that begins after may go to the new replica; one that leaves ends
-    when its streams are over. Each stream is exact."""
+    """Let replicas join and leave during streams, which stay exact.
+
+    A running stream stays where it is, and a new one may go to the new replica. A replica that leaves ends after its
+    streams."""
     folder, model = tiny("replicas")
     graph = model_graph(graph_file, folder)
     results: dict[int, list[int]] = {}
@@ -296,6 +313,7 @@ def test_replicas_join_and_leave_while_streams_go_on(tiny: Tiny, graph_file: Cal
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of Ranvier to its end."""
     return subprocess.run(
         [sys.executable, "-m", "ranvier", *arguments],
         capture_output=True,
@@ -307,7 +325,9 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_scale_is_a_command(counting: WriteGraph, runs: Path, tmp_path: Path) -> None:
-    """From another process, by the run's folder; what cannot be is said, and the run goes on."""
+    """Scale from another process, by the run's folder.
+
+    An impossible change is refused, and the run continues."""
     graph = counting(args={"no_more_than": 2})
 
     async def scale(run: ranvier.Run, change: str) -> subprocess.CompletedProcess[str]:
@@ -342,8 +362,9 @@ def test_scale_is_a_command(counting: WriteGraph, runs: Path, tmp_path: Path) ->
 
 
 def test_whoever_asked_may_go_away(counting: WriteGraph, runs: Path) -> None:
-    """A scale that is given up in the middle is still done, and the next one knows of it; one asked of a run that is lost
-    ends with what it was lost by."""
+    """Complete a scaling whose caller has given up, so that the next one sees it.
+
+    A scaling of a run that is lost fails with the reason of the loss."""
     graph = ranvier.load(counting(front=True).path, allow_code=True, overrides={"restart": "never"})
 
     async def main() -> None:
@@ -362,7 +383,7 @@ def test_whoever_asked_may_go_away(counting: WriteGraph, runs: Path) -> None:
 
 
 def test_a_client_that_goes_away_or_talks_nonsense(counting: WriteGraph, runs: Path) -> None:
-    """Nobody is left to hear the answer, or the question is none: the run goes on."""
+    """Continue the run if a client leaves before its answer, or sends an invalid question."""
     graph = counting()
 
     async def main() -> None:
@@ -392,6 +413,7 @@ def test_a_client_that_goes_away_or_talks_nonsense(counting: WriteGraph, runs: P
 
 
 def test_show_says_how_many(counting: WriteGraph) -> None:
+    """Show the number of replicas and their policy."""
     planned = ranvier.plan(counting(replicas=3, policy={"hedge": 2, "after": "p90"}))
     assert "3 x hedge 2 after p90" in show.text(planned)
     assert "3 processes" in show.text(planned)
@@ -403,8 +425,10 @@ def test_show_says_how_many(counting: WriteGraph) -> None:
 def test_the_fastest_branches_make_the_step(
     join: Any, slow: str, expected: float, front: bool, graph_file: Callable[..., Path], runs: Path, gate: Gate
 ) -> None:
-    """Of three branches some stand still: the others' answers make the step, more often than there is credit for what is
-    late; when the slow ones go on, what they bring is dropped and the next call takes whoever comes first."""
+    """Step with the answers of the fastest branches, and drop late ones.
+
+    One or two of three branches are blocked, for more calls than they have credit. Once they continue, their late
+    answers are dropped, and the next call takes the first answers that arrive."""
     branches = {
         name: {
             "kind": "./counting.py:Branch",
@@ -426,7 +450,7 @@ def test_the_fastest_branches_make_the_step(
 
     async def main() -> None:
         async with ranvier.launch(ranvier.load(path, allow_code=True), runs=runs) as run:
-            for _ in range(20):  # the credit for a slow branch is eight messages: what waits goes with its session
+            for _ in range(20):  # a slow branch has eight credits, and what waits is dropped with its session
                 outputs = await run.call(x=torch.tensor([100.0]))
                 assert outputs["y"].tolist() == [expected]
                 assert outputs["votes"].tolist() == [needed]
@@ -442,8 +466,9 @@ def test_the_fastest_branches_make_the_step(
 def test_an_actor_of_ones_own_gets_something_once_a_session(
     graph_file: Callable[..., Path], runs: Path, tmp_path: Path
 ) -> None:
-    """A loop of five rounds, twenty calls at once: each adds its own number each time round, though that comes only once, and
-    by a slower way than what it belongs to."""
+    """Give a custom actor an input once per session, even if it arrives later than the step that needs it.
+
+    Twenty calls at once go through a loop of five rounds, and each adds its own number in every round."""
     path = graph_file(
         actors={
             "slow": {"kind": "./counting.py:Branch", "args": {"plus": 0}},
@@ -474,8 +499,10 @@ def test_an_actor_of_ones_own_gets_something_once_a_session(
 
 
 def test_a_loop_ends_when_its_actor_says_so(graph_file: Callable[..., Path], runs: Path, tmp_path: Path) -> None:
-    """Rows halve until they are under one, each in its own number of rounds, at most six: the client gets what leaves the
-    loop, on every port of the same round, and can see which was never done."""
+    """End a loop when its actor reports `done`, or after six rounds.
+
+    Rows halve until they are under one, each in its own number of rounds. The client gets every port of the last round,
+    and sees which row was never done."""
     path = graph_file(
         actors={"halve": {"kind": "./counting.py:Halve"}},
         edges=[

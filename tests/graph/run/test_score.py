@@ -1,4 +1,4 @@
-"""How likely a text is: every log-probability against transformers, by the Python interface and by the command."""
+"""Check the log-probability of every token against transformers, from Python and from the command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ranvier.graph.run import scoring
 
 
 def expected(oracle: Any, ids: list[int]) -> torch.Tensor:
-    """The oracle's log-probability of each token but the first."""
+    """Return the oracle's log-probability of each token except the first."""
     with torch.inference_mode():
         logits = oracle(torch.tensor([ids])).logits[0, :-1].float()
     return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
@@ -28,7 +28,9 @@ def expected(oracle: Any, ids: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("cut", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_scores_are_the_oracles(cut: int, tiny: Any, runs: Path, graph_file: Callable[..., Path], split: Any) -> None:
-    """In parts shorter than the text, several texts at once, beside a generation; the windows add up."""
+    """Score several texts at once, in chunks and beside a generation, as the oracle does.
+
+    The scores of the windows add up."""
     folder, oracle = tiny("plain")
     path = graph_file(model={"source": "unset", "dtype": "float32"}, prefill_chunk=16, **split(cut, 6))
     graph = ranvier.load(path, overrides={"model.source": str(folder)})
@@ -67,7 +69,9 @@ def test_scores_are_the_oracles(cut: int, tiny: Any, runs: Path, graph_file: Cal
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_perplexity_of_smollm2_is_transformers_to_five_digits(oracle: Any, runs: Path, tmp_path: Path) -> None:
-    """20 kB of English over four processes, float32, by the command."""
+    """Give transformers' perplexity to five digits.
+
+    The command scores 20 kB of English over four processes in float32."""
     text = "".join(pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics))[:20_000]
     (tmp_path / "text.txt").write_text(text)
     example = Path(__file__).resolve().parents[3] / "examples" / "smollm2.yaml"

@@ -1,4 +1,4 @@
-"""Encoder–decoder models: every family's layer groups against transformers, streams over real processes, and bad graphs."""
+"""Check encoder–decoder models: the layer groups of every family, streams over real processes, and bad graphs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ Made = tuple[Path, Any]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
-    """`made(name)`: a random checkpoint of a family, and the model as transformers loads it from there."""
+    """Provide `made(name)`, which returns a random checkpoint of a family, and the model that transformers loads."""
     there: dict[str, Made] = {}
 
     def make(name: str) -> Made:
@@ -78,14 +78,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Made]:
 
 
 def expected(model: Any, source: Sequence[int], answer: Sequence[int]) -> torch.Tensor:
-    """[answer, V]: the logits after each token of the answer."""
+    """Return the logits after each token of the answer, [answer, V]."""
     with torch.inference_mode():
         logits: torch.Tensor = model(torch.tensor([source]), decoder_input_ids=torch.tensor([answer])).logits[0]
     return logits
 
 
 def actors_of(checkpoint: Checkpoint) -> dict[str, Any]:
-    """One actor of each part, two of the layers, loaded in this process."""
+    """Load one actor of each part, and two for the layers, in this process."""
     actors = {}
     for name, kind, layers in (
         ("source", "encoder_embedding", None), ("enc1", "encoder", (0, 0)), ("enc2", "encoder", (1, 3)),
@@ -100,8 +100,9 @@ def actors_of(checkpoint: Checkpoint) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_groups_of_every_family_are_exact(name: str, made: Callable[[str], Made]) -> None:
-    """Two sources of unequal length in one batch; answers in parts, then token by token, past every bucket: the logits of
-    transformers at each."""
+    """Give transformers' logits in the layer groups of every family.
+
+    Two sources of different length share a batch. Answers come in parts, then token by token, past every bucket."""
     folder, model = made(name)
     checkpoint = open_checkpoint(folder)
     actors = actors_of(checkpoint)
@@ -141,6 +142,7 @@ def test_the_groups_of_every_family_are_exact(name: str, made: Callable[[str], M
 
 
 def test_buckets_are_those_of_transformers() -> None:
+    """Compute the buckets of relative positions as transformers does."""
     from transformers.models.t5.modeling_t5 import T5Attention
 
     behind = torch.arange(-300, 300)[None]
@@ -174,8 +176,9 @@ GRAPH: dict[str, Any] = {
 def test_streams_over_real_processes_are_exact(
     name: str, made: Callable[[str], Made], graph_file: Callable[..., Path], runs: Path
 ) -> None:
-    """Five streams at once, encoder and last decoder in two replicas: logits within 1e-4 and each token transformers' own
-    choice; what is said of the prompt is the source's."""
+    """Give transformers' tokens, and logits within 1e-4, in five streams at once.
+
+    The encoder and the last decoder have two replicas. The prompt and its limits are those of the source."""
     folder, model = made(name)
     path = graph_file(**GRAPH)
     shutil.copytree(folder, path.parent / "model")
@@ -217,7 +220,9 @@ def test_streams_over_real_processes_are_exact(
 
 
 def test_tokens_that_may_never_be_chosen(made: Callable[[str], Made], tmp_path: Path) -> None:
-    """`bad_words_ids` of one token (marian's padding) in generation_config.json: never sampled, logits as they are."""
+    """Never sample a token of `bad_words_ids`, and leave the logits unchanged.
+
+    Words of one token, such as marian's padding, are listed in generation_config.json."""
     folder, _ = made("marian")
     shutil.copytree(folder, tmp_path / "model")
     file = tmp_path / "model" / "generation_config.json"
@@ -234,7 +239,7 @@ def test_tokens_that_may_never_be_chosen(made: Callable[[str], Made], tmp_path: 
 
 
 def test_the_first_token_may_be_given(made: Callable[[str], Made], tmp_path: Path) -> None:
-    """`forced_bos_token_id`: the first generated token, whatever the logits say, and none after it."""
+    """Generate `forced_bos_token_id` as the first token, whatever the logits are, and only there."""
     folder, _ = made("mbart")
     shutil.copytree(folder, tmp_path / "model")
     file = tmp_path / "model" / "generation_config.json"
@@ -252,6 +257,7 @@ def test_the_first_token_may_be_given(made: Callable[[str], Made], tmp_path: Pat
 
 
 def test_t5_does_not_fit_into_float16(made: Callable[[str], Made], graph_file: Callable[..., Path]) -> None:
+    """Refuse t5 in float16, whose range it exceeds."""
     path = graph_file(**{**GRAPH, "model": {"source": "./model", "dtype": "float16"}})
     shutil.copytree(made("t5")[0], path.parent / "model")
     with pytest.raises(ranvier.GraphError, match="t5 exceeds the range of float16; use bfloat16 or float32"):
@@ -274,6 +280,7 @@ def test_t5_does_not_fit_into_float16(made: Callable[[str], Made], graph_file: C
 def test_what_does_not_fit(
     change: dict[str, Any], words: str, made: Callable[[str], Made], graph_file: Callable[..., Path]
 ) -> None:
+    """Refuse a graph that does not fit the encoder–decoder model, and say why."""
     content = copy.deepcopy(GRAPH)
     edges = change.pop("edges", None) if "edges" in change else None
     if edges is not None:
@@ -289,6 +296,7 @@ def test_what_does_not_fit(
 
 
 def test_a_causal_model_has_no_encoder(tiny: Any, graph_file: Callable[..., Path]) -> None:
+    """Refuse an encoder for a causal model."""
     path = graph_file(**GRAPH)
     shutil.copytree(tiny("no encoder")[0], path.parent / "model")
     with pytest.raises(ranvier.GraphError, match=r"the model \(llama\) has no encoder; use embedding, blocks and head"):

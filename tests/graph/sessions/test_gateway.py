@@ -1,4 +1,4 @@
-"""The gateway's promises, without a process: admission, order, once only, exactly one end, everything given back."""
+"""Check the gateway without a process: admission, order, no repetition, exactly one end, and everything returned."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ LINKS = [
 
 
 class Bench:
+    """Hold a gateway between two actors that are never started."""
+
     def __init__(self, capacity: int | None = 100, chunk: int = 4) -> None:
         self.exchange = Exchange(ME, "g", LINKS, lambda: 0)
         for link in self.exchange.sending.values():
@@ -40,13 +42,16 @@ class Bench:
         self.gateway = Gateway(self.exchange, links, placement, chunk)
 
     def submit(self, prompt: int = 3, tokens: int = 2, **options: Any) -> Stream:
+        """Submit a session with a prompt of `prompt` tokens."""
         info = SessionInfo(0, 0, prompt + tokens, tuple(range(prompt)), tokens, **options)
         return self.gateway.submit(info)
 
     def told(self, rows: list[Row], tokens: list[int]) -> None:
+        """Deliver a message with sampled tokens from the head."""
         self.message(1, rows, TensorMeta("sampled", 5, (len(rows),), 0, 8 * len(rows)), array("q", tokens).tobytes())
 
     def message(self, edge: int, rows: list[Row], meta: TensorMeta, data: bytes) -> None:
+        """Deliver a message from the head on this edge."""
         link = self.exchange.receiving[edge, HEAD]
         header = Header(1, 0, edge, link.window.received + 1, tuple(rows), (meta,), 0, 0, 0)
         link.window.received += 1
@@ -54,11 +59,14 @@ class Bench:
 
 
 def row_of(stream: Stream) -> Row:
+    """Return a row of the stream's session and epoch."""
     return Row(stream.info.session, stream.info.epoch, 0, 1)
 
 
 def test_a_session_is_opened_and_its_prompt_goes_in_chunks() -> None:
-    """The hosts are told of it, and nobody is waited for: a host keeps rows that overtake the command."""
+    """Open a session at its hosts, and send its prompt in chunks without waiting for them.
+
+    A host keeps rows that arrive before the command."""
     bench = Bench()
     stream = bench.submit(prompt=10)
     assert [(kind, hosts) for kind, _, hosts in bench.gateway.commands] == [("open", ["embed.0", "head.0"])]
@@ -67,7 +75,9 @@ def test_a_session_is_opened_and_its_prompt_goes_in_chunks() -> None:
 
 
 def test_each_position_once_and_in_order_then_one_end() -> None:
-    """Told twice, out of turn, of another epoch, after the end: the client sees each position once and one end."""
+    """Deliver each position once and in order, then one end.
+
+    Tokens arrive twice, out of order, of another epoch, and after the end."""
     bench = Bench()
     stream = bench.submit(prompt=3, tokens=2)
     for row in (Row(1, 1, 4, 1), Row(1, 2, 3, 1), Row(9, 1, 3, 1)):
@@ -83,6 +93,7 @@ def test_each_position_once_and_in_order_then_one_end() -> None:
 
 
 def test_a_stop_token_ends_the_stream() -> None:
+    """End the stream at a stop token."""
     bench = Bench()
     stream = bench.submit(tokens=5, stop_tokens=(60,))
     bench.told([Row(1, 1, 3, 1)], [60])
@@ -91,7 +102,9 @@ def test_a_stop_token_ends_the_stream() -> None:
 
 @pytest.mark.parametrize("first", ["token", "logits"])
 def test_logits_and_token_are_delivered_together(first: str) -> None:
-    """They come on two edges, in either order; of two sessions in one message each gets its own row."""
+    """Deliver a token and its logits together.
+
+    They arrive on two edges, in either order. Two sessions that share a message each get their own row."""
     bench = Bench()
     streams = [bench.submit(tokens=1, logits=True), bench.submit(tokens=1, logits=True)]
     rows = [Row(1, 1, 3, 1), Row(2, 1, 3, 1)]
@@ -106,7 +119,9 @@ def test_logits_and_token_are_delivered_together(first: str) -> None:
 
 
 def test_what_does_not_fit_is_turned_away_at_the_door() -> None:
-    """Room is reserved for the whole of a session and given back at its end, however it ends."""
+    """Refuse a session that does not fit.
+
+    Room is reserved for a whole session, and returned when it ends, however it ends."""
     bench = Bench(capacity=12)
     first, second = bench.submit(), bench.submit()
     with pytest.raises(Overloaded, match="needs 5 tokens of KV cache, 2 of 12 are free"):
@@ -127,6 +142,7 @@ def test_what_does_not_fit_is_turned_away_at_the_door() -> None:
 
 
 def test_a_lost_run_ends_every_stream_and_takes_no_more() -> None:
+    """End every stream with the first failure of the run, and refuse new sessions."""
     bench = Bench()
     streams = [bench.submit() for _ in range(3)]
     failure = ActorFailed("lower.0", "signal 9", Cause.DIED)
@@ -138,13 +154,16 @@ def test_a_lost_run_ends_every_stream_and_takes_no_more() -> None:
 
 
 def test_token_tensors_need_no_torch() -> None:
+    """Encode token ids as int64 without torch."""
     meta, data = token_tensor([1, 2**40])
     assert (meta.shape, meta.nbytes, len(data)) == ((2,), 16, 16)
     assert array("q", data).tolist() == [1, 2**40]
 
 
 def test_what_waits_for_credit_goes_with_its_session() -> None:
-    """A client that leaves takes along what was never sent; what is sent stays until it is acknowledged."""
+    """Drop messages that wait for credit when their session is cancelled.
+
+    Messages that were sent stay until they are acknowledged."""
     bench = Bench()
     [link] = bench.exchange.sending.values()
     link.window.sequence_limit = 1
@@ -157,7 +176,7 @@ def test_what_waits_for_credit_goes_with_its_session() -> None:
 
 
 def test_a_stream_that_nobody_works_on_ends() -> None:
-    """One that was asked before everybody fell idle; one that came since goes on."""
+    """End a stream that began before all actors became idle, and keep one that began later."""
     bench = Bench()
     before = bench.submit()
     bench.exchange.clock = lambda: 100
@@ -169,7 +188,7 @@ def test_a_stream_that_nobody_works_on_ends() -> None:
 
 
 def opened(bench: Bench) -> list[dict[str, Any]]:
-    """What hosts were told of sessions that open, and forget it."""
+    """Return the infos of sessions that the gateway opens at hosts, and clear its commands."""
     told = [fields["info"] for kind, fields, _ in bench.gateway.commands if kind == "open"]
     bench.gateway.commands.clear()
     return told
@@ -179,7 +198,10 @@ LOST = ActorFailed("embed.0", "its process was ended by signal 9 while running",
 
 
 def test_a_session_begins_anew_from_its_log_and_what_is_late_is_refused() -> None:
-    """Each position is delivered once and in order through two losses; what is left to do gets less, and the epoch grows."""
+    """Open a session again from its log after a loss, and refuse late tokens.
+
+    Each position is delivered once and in order through two losses. The tokens left to generate become fewer, and the
+    epoch grows."""
     bench = Bench()
     stream = bench.submit(prompt=3, tokens=4)
     bench.told([Row(1, 1, 3, 1)], [60])
@@ -202,7 +224,9 @@ def test_a_session_begins_anew_from_its_log_and_what_is_late_is_refused() -> Non
 
 
 def test_who_comes_while_an_actor_is_away_waits_and_opens_after_those_before() -> None:
-    """Hosts keep rows that overtake their session by (epoch, session): in that order sessions must open."""
+    """Let a session that begins while an actor is away wait, and open it after earlier ones.
+
+    Hosts keep rows that arrive before their session by (epoch, session), so sessions must open in that order."""
     bench = Bench()
     bench.submit()
     bench.gateway.on_lost_replica("head", 0, LOST)
@@ -217,6 +241,7 @@ def test_who_comes_while_an_actor_is_away_waits_and_opens_after_those_before() -
 
 
 def test_a_session_whose_log_is_ahead_of_its_logits_computes_them_again() -> None:
+    """Compute logits again if the log of a session is ahead of them."""
     bench = Bench()
     stream = bench.submit(tokens=2, logits=True)
     bench.told([Row(1, 1, 3, 1)], [60])
@@ -233,7 +258,9 @@ def test_a_session_whose_log_is_ahead_of_its_logits_computes_them_again() -> Non
 
 
 def test_a_session_that_loses_its_actors_again_and_again_ends_and_the_others_go_on() -> None:
-    """It is taken for the cause; one that makes progress between losses is not."""
+    """End a session that loses its actors 4 times in a row, and continue the other sessions.
+
+    It is blamed for the losses. A session that makes progress between losses is not."""
     bench = Bench()
     poison, good = bench.submit(), bench.submit(tokens=9)
     for epoch in (1, 2, 3, 4):
@@ -249,6 +276,7 @@ def test_a_session_that_loses_its_actors_again_and_again_ends_and_the_others_go_
 
 
 def test_a_session_moves_to_a_replica_that_has_room_and_waits_where_none_has() -> None:
+    """Move a session to a replica that has room, and let it wait if none has."""
     bench = Bench(capacity=None)
     bench.gateway.placement.replicas["head"][0].capacity_tokens = 12
     bench.gateway.placement.join("head", 1, 6)
@@ -269,7 +297,9 @@ def test_a_session_moves_to_a_replica_that_has_room_and_waits_where_none_has() -
 
 
 def test_a_deadline_ends_a_stream_that_waits_too() -> None:
-    """At its time and not before, also while an actor is away; one that is done has none any more."""
+    """End a stream at its deadline and not before, even while an actor is away.
+
+    A stream that has ended has no deadline any more."""
     bench = Bench()
     info = SessionInfo(0, 0, 5, (1, 2, 3), 2)
     soon, later = bench.gateway.submit(info, None, 100), bench.gateway.submit(info, None, 200)
@@ -286,8 +316,11 @@ def test_a_deadline_ends_a_stream_that_waits_too() -> None:
 
 
 def test_only_those_inside_the_step_are_blamed_and_suspects_are_tried_one_at_a_time_case_74() -> None:
-    """Case 74: three sessions share a step that kills. Each is tried alone from the second loss on: who then makes progress is
-    free, who kills again, alone, is the cause. One that is never inside is opened each time."""
+    """Blame only sessions inside the step that failed, and try suspects one at a time.
+
+    Three sessions share a step that kills the process. From the second loss on, each is tried alone. A session that
+    then makes progress is cleared. A session that kills again, alone, is the cause. A session that is never inside is
+    opened each time."""
     bench = Bench()
     guilty, first, second, nearby = (bench.submit(tokens=9) for _ in range(4))
     shared = frozenset({1, 2, 3})

@@ -1,4 +1,6 @@
-"""Hosts whose clock is not the run's: real processes in a time namespace of their own, as on a machine of their own."""
+"""Correct times of hosts whose clock differs from the run's.
+
+The hosts are real processes in their own time namespace, as if on another machine."""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ COMMAND = ["unshare", "--time", "--monotonic", str(AHEAD_S)]
 def test_times_of_hosts_that_are_ahead_are_corrected(
     streamed: Callable[..., Path], runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What starts the hosts is given a monotonic clock that is 1000 s ahead. Raw, a message takes that long; corrected, it takes
-    what it takes, give or take the error."""
+    """Correct the times of hosts whose monotonic clock is 1000 s ahead.
+
+    Uncorrected, a message takes about 1000 s. Corrected, it takes its real time, within the estimated error."""
     tried = subprocess.run([*COMMAND, "true"], capture_output=True, text=True, check=False)
     if tried.returncode:
         pytest.skip(f"no time namespace can be made here: {tried.stderr}")
@@ -49,6 +52,7 @@ def test_times_of_hosts_that_are_ahead_are_corrected(
 
 
 def test_one_clock_is_not_corrected(streamed: Callable[..., Path], runs: Path) -> None:
+    """Correct nothing if hosts and run share one clock."""
     run = streamed(runs, [[1, 2, 3]], 8)
     clocks = json.loads((run / "clocks.json").read_text())
     assert clocks and all(abs(ahead) <= error for estimates in clocks.values() for _, ahead, error in estimates)
@@ -56,7 +60,9 @@ def test_one_clock_is_not_corrected(streamed: Callable[..., Path], runs: Path) -
 
 
 def test_a_negative_latency_is_shown_as_what_it_is(tmp_path: Path) -> None:
-    """Two clocks, one ahead by 100: a message that seems to have come before it was sent."""
+    """Show a negative latency unchanged.
+
+    One of the two clocks is 100 ns ahead, so a message seems to arrive before it was sent."""
     (tmp_path / "trace").mkdir()
     (tmp_path / "plan.json").write_text('{"edges": [{"name": "a.y -> b.x"}]}')
     (tmp_path / "clocks.json").write_text(json.dumps({"b.0.1": [[400, 100, 20]]}))
@@ -75,7 +81,9 @@ def test_a_negative_latency_is_shown_as_what_it_is(tmp_path: Path) -> None:
 
 
 def test_a_clock_that_drifts_is_corrected_by_what_was_known_then(tmp_path: Path) -> None:
-    """Ahead by 100 at 1000 and by 300 at 3000: what it showed between is put where it belongs, and the drift is told."""
+    """Correct each time by the offset known for that time, and report the drift.
+
+    The clock is 100 ns ahead at 1000 ns, and 300 ns ahead at 3000 ns."""
     (tmp_path / "trace").mkdir()
     (tmp_path / "plan.json").write_text('{"edges": [{"name": "a.y -> b.x"}]}')
     (tmp_path / "clocks.json").write_text(json.dumps({"b.0.1": [[1000, 100, 20], [3000, 300, 10]]}))

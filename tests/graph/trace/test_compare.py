@@ -1,4 +1,4 @@
-"""What changed between two runs is found, and is put in the order of what it costs."""
+"""Find what changed between two runs, in the order of its cost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ranvier.graph.trace.trace_lines import Done, Sent
 
 
 def run(name: str, *, wire_us: int, compute_us: int, credit_us: int = 0, more: bool = False) -> dict[str, Any]:
-    """A summary of ten messages from a to b with these times."""
+    """Return a summary of ten messages from a to b with these times."""
     sent, done = [], []
     for number in range(10):
         ready = number * 1_000_000
@@ -25,6 +25,7 @@ def run(name: str, *, wire_us: int, compute_us: int, credit_us: int = 0, more: b
 
 
 def test_the_largest_change_comes_first() -> None:
+    """List the largest change first."""
     before, after = run("one", wire_us=100, compute_us=2000), run("two", wire_us=150, compute_us=3000, credit_us=700)
     told = compare.compare(before, after)
     assert [(each["where"], each["part"], each["p50_us"], each["total_ms"]) for each in told["changes"]] == [
@@ -37,6 +38,7 @@ def test_the_largest_change_comes_first() -> None:
 
 
 def test_what_is_as_it_was_and_what_is_not_there() -> None:
+    """Leave out changes below 10 % or 5 µs, and list the actors that only one of the runs has."""
     same = compare.compare(run("one", wire_us=100, compute_us=2000), run("two", wire_us=104, compute_us=2010))
     assert same["changes"] == []
     assert "no median changed by at least 10% and 5 µs" in compare.table(same)

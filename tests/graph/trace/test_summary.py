@@ -1,4 +1,4 @@
-"""Traces: what a real run left is complete and in order."""
+"""Check that the trace of a real run is complete and in order."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ranvier.graph.trace.trace_lines import Lines, TraceError
 
 @pytest.fixture(scope="module")
 def run_dir(streamed: Callable[..., Path]) -> Iterator[Path]:
-    """A run of three sessions at once over four actors."""
+    """Provide the folder of a run with three sessions at once over four actors."""
     place = Path(tempfile.mkdtemp(prefix="rv-", dir="/tmp"))
     yield streamed(place, ([1, 2, 3], list(range(20)), [7]), 10)
     shutil.rmtree(place)
 
 
 def test_every_message_left_a_record_at_both_ends(run_dir: Path) -> None:
-    """Each that was sent was done with, in order on its edge, and its times go forward."""
+    """Record every message at both ends, in order on its edge, with times that go forward."""
     read = summary.read(run_dir)
     sent = {(r.edge, r.sequence): r for records in read.sent.values() for r in records}
     done = {(r.edge, r.sequence): r for records in read.done.values() for r in records}
@@ -42,7 +42,9 @@ def test_every_message_left_a_record_at_both_ends(run_dir: Path) -> None:
 
 
 def test_every_control_message_left_a_record_at_both_ends(run_dir: Path) -> None:
-    """Of links: what one end says it sent the other end says it heard, but for what came after its own end."""
+    """Record the control messages of links at both ends.
+
+    At most 10 % are missing at the receiver, because they arrived after it had ended."""
     read = summary.read(run_dir)
     sent, heard = Counter[Any](), Counter[Any]()
     for actor, records in read.control.items():
@@ -60,7 +62,10 @@ def test_every_control_message_left_a_record_at_both_ends(run_dir: Path) -> None
 
 
 def test_every_command_left_a_record(run_dir: Path) -> None:
-    """Of the supervisor: each host was connected, opened each session before its first step and closed it, and stopped."""
+    """Record every command of the supervisor.
+
+    Each host is connected first, opens each session before its first step, closes it after its last step, and is
+    stopped last."""
     read = summary.read(run_dir)
     assert read.commands.keys() == {"embed.0", "lower.0", "upper.0", "head.0"}
     for actor, told in read.commands.items():
@@ -80,7 +85,7 @@ def test_every_command_left_a_record(run_dir: Path) -> None:
 
 
 def test_every_position_of_every_session_is_in_it(run_dir: Path) -> None:
-    """Rows on the edge between the two groups: each position of each session exactly once."""
+    """Record each position of each session exactly once on the edge between the two groups."""
     read = summary.read(run_dir)
     edge = read.edges.index("lower.hidden -> upper.hidden")
     positions: Counter[tuple[int, int]] = Counter()
@@ -94,6 +99,7 @@ def test_every_position_of_every_session_is_in_it(run_dir: Path) -> None:
 
 
 def test_the_summary_adds_up(run_dir: Path) -> None:
+    """Sum up bytes and times per edge, and name every actor."""
     told = summary.summary(summary.read(run_dir))
     by_name = {edge["edge"]: edge for edge in told["edges"]}
     hidden = by_name["lower.hidden -> upper.hidden"]
@@ -108,7 +114,7 @@ def test_the_summary_adds_up(run_dir: Path) -> None:
 
 
 def test_the_end_of_a_long_file_is_read_alone(run_dir: Path) -> None:
-    """Whole lines, the last ones, wherever it begins; then all that comes."""
+    """Read the last lines of a file, whole ones only, wherever the reading begins, and then every new line."""
     every = list(Lines(run_dir).read())
     for last_bytes in (0, 1, 200, 3000, 10**6):
         lines = Lines(run_dir, last_bytes)
@@ -124,7 +130,7 @@ def test_the_end_of_a_long_file_is_read_alone(run_dir: Path) -> None:
 
 
 def test_a_line_that_was_cut_off_is_left_out(run_dir: Path, tmp_path: Path) -> None:
-    """What a killed process leaves can be read."""
+    """Read the trace of a killed process without its incomplete last line."""
     for part in ("plan.json", "trace"):
         target = tmp_path / part
         if part == "trace":
@@ -152,12 +158,14 @@ def test_a_line_that_was_cut_off_is_left_out(run_dir: Path, tmp_path: Path) -> N
     ],
 )
 def test_no_trace(make: Callable[[Path], Any], words: str, tmp_path: Path) -> None:
+    """Refuse a folder without a trace, and say what is missing."""
     make(tmp_path)
     with pytest.raises(TraceError, match=words):
         summary.read(tmp_path)
 
 
 def test_percentiles_by_nearest_rank() -> None:
+    """Take percentiles by nearest rank, and None if there are no values."""
     assert summary.percentiles(range(1, 101)) == {"p50": 50, "p95": 95, "p99": 99}
     assert summary.percentiles([7.0]) == {"p50": 7.0, "p95": 7.0, "p99": 7.0}
     assert summary.percentiles([]) == {"p50": None, "p95": None, "p99": None}

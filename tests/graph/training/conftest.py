@@ -1,4 +1,4 @@
-"""Graphs that are trained in these tests, in real processes."""
+"""Provide graphs that are trained in real processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Train = Callable[..., Trained]
 
 @pytest.fixture
 def graph(tmp_path: Path) -> Callable[..., ranvier.Graph]:
-    """A checked graph with a training section."""
+    """Provide a function that writes and checks a graph with a training section."""
     shutil.copy(HERE / "parts.py", tmp_path / "parts.py")
 
     def make(
@@ -39,7 +39,7 @@ def graph(tmp_path: Path) -> Callable[..., ranvier.Graph]:
 
 @pytest.fixture
 def trained(runs: Path, tmp_path: Path) -> Train:
-    """Train a graph to its end in real processes."""
+    """Provide a function that trains a graph to its end in real processes."""
 
     def run(graph: ranvier.Graph, out: str = "out", seconds: float = 120, **options: Any) -> Trained:
         async def main() -> Trained:

@@ -1,4 +1,4 @@
-"""Modules that the tests train, and data for them."""
+"""Define modules that the tests train, and data for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ranvier import Actor, Batch, Context, TensorSpec
 
 
 class Layer(nn.Module):
-    """x [pictures, width] -> [pictures, to]."""
+    """Map x [pictures, width] to [pictures, to], with tanh unless it is the last layer."""
 
     def __init__(self, width: int, to: int, last: bool = False) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class Layer(nn.Module):
 
 
 class Join(nn.Module):
-    """What two branches make of the same pictures, together."""
+    """Combine the outputs of two branches for the same pictures."""
 
     def __init__(self, width: int, to: int) -> None:
         super().__init__()
@@ -37,14 +37,14 @@ class Join(nn.Module):
 
 
 class Rounding(nn.Module):
-    """Cannot be differentiated."""
+    """Round x, which cannot be differentiated."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.detach().round()
 
 
 class Exploding(nn.Module):
-    """Gives what is not a number once it sees the hundredth picture."""
+    """Return NaN and infinity from the hundredth picture on."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Exploding(nn.Module):
 
 
 class Sleeping(nn.Module):
-    """Never comes back from its third forward."""
+    """Never return from the third call of `forward`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Sleeping(nn.Module):
 
 
 class Dropping(nn.Module):
-    """Draws at random in training."""
+    """Map x [pictures, width] to [pictures, to], with dropout in training."""
 
     def __init__(self, width: int, to: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Dropping(nn.Module):
 
 
 class Numbers:
-    """Data: pictures of eight numbers and which of them is largest."""
+    """Make pictures of eight numbers, each with the index of its largest number as label, modulo 4."""
 
     def __init__(self, batch: int, width: int = 8) -> None:
         self.batch, self.width = batch, width
@@ -95,7 +95,7 @@ class Numbers:
 
 
 class Tokens:
-    """Data: sequences of token ids of a small vocabulary, and the tokens that come next."""
+    """Make sequences of token ids of a small vocabulary, and the tokens that follow."""
 
     def __init__(self, batch: int, context: int, vocabulary: int) -> None:
         self.batch, self.context, self.vocabulary = batch, context, vocabulary
@@ -107,7 +107,7 @@ class Tokens:
 
 
 class Several(nn.Module):
-    """Some layers in a row."""
+    """Apply some layers in a row."""
 
     def __init__(self, widths: list[int], ends: bool) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class Several(nn.Module):
 
 
 class Own(Actor):
-    """An actor of one's own that holds two modules, and does more in its step than call one."""
+    """Represent a custom actor that holds two modules, and whose step does more than call one."""
 
     inputs = {"x": TensorSpec("float32", ("pictures", 8))}
     outputs = {"y": TensorSpec("float32", ("pictures", 4))}
@@ -138,7 +138,7 @@ class Own(Actor):
 
 
 class InPlace(nn.Module):
-    """Changes its input where it lies, first of all, as `nn.ReLU(inplace=True)` does."""
+    """Change the input in place first of all, as `nn.ReLU(inplace=True)` does."""
 
     def __init__(self, width: int, to: int) -> None:
         super().__init__()
@@ -149,7 +149,9 @@ class InPlace(nn.Module):
 
 
 class Everything(nn.Module):
-    """Has all kinds of state: tied weights, whole numbers, flags, views of one memory, what is not in `state_dict`."""
+    """Hold all kinds of state.
+
+    These are tied weights, integers, flags, views of one memory, and a buffer that is not in `state_dict`."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Files of token ids: whatever their format, the same windows; what is no such file is said to be none."""
+"""Read the same windows from files of token ids in every format, and refuse other files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Plans = Callable[[str], Any]
 
 @pytest.fixture
 def plans(tiny: Any, split: Any, graph_file: Callable[..., Path]) -> Plans:
-    """The training plan of a graph that learns from a file of tokens."""
+    """Provide a function that returns the training plan of a graph that learns from a file of tokens."""
     model, _ = tiny("llama")
 
     def make(file: str) -> Any:
@@ -35,6 +35,7 @@ def plans(tiny: Any, split: Any, graph_file: Callable[..., Path]) -> Plans:
 
 
 def written(folder: Path, name: str, ids: numpy.ndarray[Any, Any]) -> str:
+    """Write the ids in the format of the name's suffix, and return the path for the graph file."""
     if name.endswith(".bin"):
         ids.astype("<u2").tofile(folder / name)
     elif name.endswith(".npy"):
@@ -46,8 +47,11 @@ def written(folder: Path, name: str, ids: numpy.ndarray[Any, Any]) -> str:
 
 @pytest.mark.parametrize("name", ["ids.bin", "ids.npy", "ids.safetensors"])
 def test_windows_of_token_ids(name: str, plans: Plans, tmp_path: Path) -> None:
-    """Each is a piece of the file with what follows it; training never sees the last quarter, validation nothing else, in order."""
-    ids = numpy.random.default_rng(3).permutation(300).astype(numpy.int32)  # no id twice: a window says where it is
+    """Cut windows from the file, each with the tokens that follow it.
+
+    Training never sees the last quarter. Validation sees only that quarter, in order."""
+    # No id occurs twice, so the first id of a window gives its position.
+    ids = numpy.random.default_rng(3).permutation(300).astype(numpy.int32)
     found = data.of(plans(written(tmp_path, name, ids)), allow_code=False)
     at = {int(value): index for index, value in enumerate(ids)}
     for step in range(4):
@@ -77,6 +81,7 @@ def test_windows_of_token_ids(name: str, plans: Plans, tmp_path: Path) -> None:
 def test_what_is_no_row_of_tokens(
     name: str, ids: numpy.ndarray[Any, Any], words: str, plans: Plans, tmp_path: Path
 ) -> None:
+    """Refuse ids out of range, a wrong shape or dtype, and too few tokens."""
     with pytest.raises(ranvier.RequestError, match=words):
         data.of(plans(written(tmp_path, name, ids)), allow_code=False)
 
@@ -93,12 +98,14 @@ def test_what_is_no_row_of_tokens(
     ],
 )
 def test_what_cannot_be_read(name: str, content: bytes, words: str, plans: Plans, tmp_path: Path) -> None:
+    """Refuse a file that is not in one of the formats."""
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ranvier.RequestError, match=words):
         data.of(plans(f"./{name}"), allow_code=False)
 
 
 def test_two_files_are_not_one(plans: Plans, tmp_path: Path) -> None:
+    """Refuse a file with two tensors."""
     safetensors.numpy.save_file({"a": numpy.arange(9), "b": numpy.arange(9)}, tmp_path / "ids.safetensors")
     with pytest.raises(ranvier.RequestError, match="expected one tensor of token ids, got a, b"):
         data.of(plans("./ids.safetensors"), allow_code=False)

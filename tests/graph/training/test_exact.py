@@ -1,7 +1,7 @@
-"""Synchronous training equals plain torch autograd in one process, to rounding, for every schedule and cut.
+"""Check that synchronous training equals plain torch autograd in one process, for every schedule and cut.
 
-The oracle computes whole batches: neither its micro-batches nor its order of sums is ours. Float32, ten steps.
-"""
+The results are equal to rounding, in float32 and over ten steps. The oracle computes whole batches, so it has neither
+the same micro-batches nor the same order of sums."""
 
 from __future__ import annotations
 
@@ -47,23 +47,26 @@ parts = _parts()
 
 
 def losses(trained: Trained) -> list[float]:
+    """Return the loss of each training step."""
     return [told["loss"] for told in trained.history if "validation" not in told]
 
 
 def weights(trained: Trained) -> dict[str, dict[str, torch.Tensor]]:
-    """Of each actor, as the last checkpoint has them."""
+    """Return the weights of each actor in the last training checkpoint."""
     assert trained.folder is not None
     files = [file for file in trained.folder.glob("*.safetensors") if ".state" not in file.name]
     return {file.stem: load_file(file) for file in files}
 
 
 def same_losses(got: Sequence[float], expected: Sequence[float]) -> None:
+    """Assert that the losses of all steps are equal, to 1e-5 of their size."""
     assert len(got) == len(expected) == STEPS
     for step, (one, other) in enumerate(zip(got, expected, strict=True), 1):
         assert abs(one - other) <= 1e-5 * abs(other), f"step {step}: {one}, expected {other}"
 
 
 def same_weights(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Assert that all weights are equal, to 1e-4."""
     for name, tensor in got.items():
         assert float((tensor.detach() - expected[name].detach()).abs().max()) <= 1e-4, name
 
@@ -71,7 +74,7 @@ def same_weights(got: Mapping[str, torch.Tensor], expected: Mapping[str, torch.T
 def plain(
     held: Iterable[nn.Parameter], loss_of: Callable[[int], torch.Tensor], clip: float | None = 0.1
 ) -> list[float]:
-    """The oracle: AdamW over whole batches."""
+    """Run the oracle, which is AdamW over whole batches, and return its losses."""
     held, told = list(held), []
     optimizer = torch.optim.AdamW(held, 0.001, weight_decay=0.1)
     for step in range(STEPS):
@@ -86,11 +89,13 @@ def plain(
 
 
 def numbers(step: int) -> dict[str, torch.Tensor]:
+    """Return the training batch of this step."""
     made: dict[str, torch.Tensor] = parts.Numbers(BATCH)(step, False)
     return made
 
 
 def training(**more: Any) -> dict[str, Any]:
+    """Return a training section with these changes."""
     return {
         "data": {"source": "./parts.py:Numbers", "args": {"batch": BATCH}}, "batch": BATCH, "micro_batches": MICRO,
         "steps": STEPS, "optimizer": ADAMW, **more,
@@ -103,7 +108,9 @@ WIDTHS = (8, 16, 12, 10, 4)
 
 
 def dense(count: int, tmp_path: Path) -> tuple[dict[str, Any], list[str], list[nn.Module]]:
-    """Four dense layers cut into so many actors, with weights in a file: actors, edges, the layers."""
+    """Cut four dense layers into `count` actors, with their weights in files.
+
+    Return the actors, the edges and the layers."""
     torch.manual_seed(3)
     layers = [parts.Layer(one, two, last=two == 4) for one, two in itertools.pairwise(WIDTHS)]
     size = 4 // count
@@ -133,6 +140,7 @@ def dense(count: int, tmp_path: Path) -> tuple[dict[str, Any], list[str], list[n
     ],
 )  # fmt: skip
 def test_dense_layers(count: int, schedule: str, graph: Make, trained: Train, tmp_path: Path) -> None:
+    """Train dense layers as torch does, with gradients that are clipped in each step."""
     actors, edges, layers = dense(count, tmp_path)
     loss = [{"of": f"actor{count - 1}.output", "target": "label"}]
     made = trained(graph(actors, edges, training(schedule=schedule, loss=loss)))
@@ -153,7 +161,10 @@ def test_dense_layers(count: int, schedule: str, graph: Make, trained: Train, tm
 
 @pytest.mark.slow
 def test_interleaved_and_recomputed_and_a_schedule_of_ones_own(graph: Make, trained: Train, tmp_path: Path) -> None:
-    """Four actors on two cores; activations computed twice; an order that a file gives: the same numbers, all of them."""
+    """Give the same numbers for an interleaved schedule, for recomputation, and for a custom schedule.
+
+    The interleaved schedule has four actors on two cores. Recomputation computes activations twice. A file gives the
+    order of the custom schedule."""
     actors, edges, layers = dense(4, tmp_path)
     dealt = {name: {**actor, "cpus": [index % 2]} for index, (name, actor) in enumerate(actors.items())}
     own = "\n".join(f"actor{index}: F0 F1 F2 F3 B3 B2 B1 I0 W0 U  # backwards" for index in range(4))
@@ -174,7 +185,10 @@ def test_interleaved_and_recomputed_and_a_schedule_of_ones_own(graph: Make, trai
 
 
 def test_branches_a_join_and_two_losses(graph: Make, trained: Train, tmp_path: Path) -> None:
-    """A trunk whose output goes to two branches, whose outputs meet; a loss beside the first, and one of a frozen part."""
+    """Train branches, a join and several losses as torch does.
+
+    A trunk's output goes to two branches, whose outputs are joined. One loss is on a frozen part, and three are on the
+    join."""
     torch.manual_seed(5)
     trunk, one, two = parts.Layer(8, 16), parts.Layer(16, 12), parts.Layer(16, 12)
     join = parts.Join(12, 8)
@@ -218,7 +232,7 @@ def test_branches_a_join_and_two_losses(graph: Make, trained: Train, tmp_path: P
 
 @pytest.mark.slow
 def test_an_actor_of_ones_own_that_holds_modules(graph: Make, trained: Train) -> None:
-    """Nothing is written for it: its step is the forward pass."""
+    """Train a custom actor that holds modules, without extra code. Its step is the forward pass."""
     actors = {"own": {"kind": "./parts.py:Own"}}
     made = trained(
         graph(actors, ["gateway.x -> own.x", "own.y -> gateway.y"], training(loss=[{"of": "own.y", "target": "label"}]))
@@ -245,6 +259,7 @@ CONTEXT, SEQUENCES = 12, 8
 
 
 def model_training(vocabulary: int, **more: Any) -> dict[str, Any]:
+    """Return a training section for a model with this vocabulary."""
     args = {"batch": SEQUENCES, "context": CONTEXT, "vocabulary": vocabulary}
     data = {"source": "./parts.py:Tokens", "args": args, "context": CONTEXT}
     return {**training(), "data": data, "batch": SEQUENCES, **more}
@@ -271,8 +286,9 @@ def model_training(vocabulary: int, **more: Any) -> dict[str, Any]:
 def test_models(
     family: str, count: int, changes: dict[str, Any], graph: Make, trained: Train, tiny: Tiny, split: Any
 ) -> None:
-    """Against transformers' own model and torch's autograd: losses, and every weight of the checkpoint that comes out. Tied
-    embeddings at both ends of a pipeline are one weight."""
+    """Train models as transformers and torch autograd do, in losses and in every weight of the checkpoint.
+
+    Tied embeddings at both ends of a pipeline are one weight."""
     if family == "gpt2":
         changes = {**changes, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     changes = dict(changes)
@@ -319,7 +335,9 @@ QWEN = {**MIXTURE, "head_dim": 12, "intermediate_size": 64, "moe_intermediate_si
 
 
 def mixture_cut(layers: Sequence[str]) -> tuple[dict[str, Any], list[Any], list[str]]:
-    """Actors and edges where each layer is cut into attention, experts 0-1, experts 2-3 and combine; who has balances."""
+    """Cut each layer into attention, experts 0-1, experts 2-3 and combine.
+
+    Return the actors, the edges, and the names of the actors that have a `balance` output."""
     actors: dict[str, Any] = {"embed": {"kind": "embedding"}}
     edges: list[Any] = []
     before = "embed"
@@ -353,8 +371,9 @@ def mixture_cut(layers: Sequence[str]) -> tuple[dict[str, Any], list[Any], list[
 def test_mixtures_of_experts(
     family: str, changes: dict[str, Any], count: int, schedule: str, graph: Make, trained: Train, tiny: Tiny, split: Any
 ) -> None:
-    """Against transformers' own model, its balancing loss of each layer included; the experts in so many stages with all
-    else (0: in actors of their own)."""
+    """Train mixtures of experts as transformers does, with the balancing loss of each layer.
+
+    The experts are in `count` stages together with everything else, or in separate actors if `count` is 0."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     folder, model = tiny(f"learns-mixture-{family}", family, **changes)
@@ -379,7 +398,7 @@ def test_mixtures_of_experts(
         given = parts.Tokens(SEQUENCES, CONTEXT, 320)(step, False)
         total = torch.zeros(())
         for ids, targets in zip(given["token"].chunk(MICRO), given["target"].chunk(MICRO), strict=True):
-            # what a micro-batch's routers do is balanced by itself: the term is no mean over tokens
+            # The balancing loss is taken per micro-batch, because it is no mean over tokens.
             out = learner(ids.view(-1, CONTEXT), use_cache=False, output_router_logits=True)
             answer = F.cross_entropy(out.logits.flatten(0, 1), targets)
             balances = sum(load_balancing_loss_func((logits,), 4, 2) for logits in out.router_logits)
@@ -397,7 +416,9 @@ def test_mixtures_of_experts(
 
 
 def only_where_rows_went(checked: ranvier.Graph, made: Trained) -> None:
-    """Micro-batch by micro-batch an expert's edge carries as many rows back as went there, and those are two of each token."""
+    """Check that an expert returns as many rows as it gets in each micro-batch.
+
+    All experts of a layer together get two rows per token."""
     assert made.run_dir is not None
     read = summary.read(made.run_dir)
     routed = [
@@ -421,8 +442,9 @@ def only_where_rows_went(checked: ranvier.Graph, made: Trained) -> None:
 
 @pytest.mark.slow
 def test_half_precision_has_masters(graph: Make, trained: Train, tiny: Tiny, split: Any) -> None:
-    """bfloat16 computes, float32 is updated: steps that bfloat16 could not show add up. The oracle does the same with
-    transformers' model; tied embeddings at both ends."""
+    """Update float32 master weights of bfloat16, so that steps too small for bfloat16 add up.
+
+    The oracle does the same with transformers' model. Tied embeddings are at both ends."""
     folder, model = tiny("llama")
     content = split(4, 6)
     names = content["pipeline"]
@@ -460,8 +482,10 @@ def test_half_precision_has_masters(graph: Make, trained: Train, tiny: Tiny, spl
 
 
 def test_lora(graph: Make, trained: Train, tiny: Tiny, split: Any) -> None:
-    """The oracle computes each matrix of the blocks as W + scale · B A, by itself, with torch's autograd over A and B; embedding,
-    norms and head stay. What comes out has the sum, and resumes."""
+    """Train LoRA adapters as torch does, and save merged weights, with only the adapters as training state.
+
+    The oracle computes each matrix of the blocks as W + scale · B A, with autograd over A and B. Embedding, norms and
+    head do not change."""
     folder, model = tiny("llama")
     content = split(4, 6)
     names = content["pipeline"]
@@ -511,7 +535,9 @@ def test_lora(graph: Make, trained: Train, tiny: Tiny, split: Any) -> None:
 
 @pytest.mark.parametrize("codec", ["int8", pytest.param("topk:0.25+zstd", marks=pytest.mark.slow)])
 def test_codecs_of_gradients_feed_back_what_they_lose(codec: str, graph: Make, trained: Train, tmp_path: Path) -> None:
-    """The oracle writes and reads each gradient between its two halves as the edge does, and adds what was lost to the next."""
+    """Add what a gradient's codec loses to the next gradient.
+
+    The oracle encodes and decodes each gradient between its two halves as the edge does."""
     actors, edges, layers = dense(2, tmp_path)
     edges[1] = {"from": "actor0.output", "to": "actor1.x", "gradient_codec": codec}
     made = trained(graph(actors, edges, training(loss=[{"of": "actor1.output", "target": "label"}])))

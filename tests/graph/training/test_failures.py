@@ -1,4 +1,4 @@
-"""Training that goes wrong: kills at every stage, interruptions, what cannot be trained, numbers that are none."""
+"""Check training that goes wrong: kills at every stage, interruptions, what cannot be trained, and NaN or infinity."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ EDGES = ["gateway.x -> one.x", "one.output -> two.x", "two.output -> three.x", "
 
 
 def section(**more: Any) -> dict[str, Any]:
+    """Return a training section with these changes."""
     return {
         "data": {"source": "./parts.py:Numbers", "args": {"batch": 24}}, "batch": 24, "micro_batches": 4, "steps": STEPS,
         "loss": [{"of": "three.output", "target": "label"}], "optimizer": {"kind": "adamw", "lr": 0.01, "clip": 0.1},
@@ -42,6 +43,7 @@ def section(**more: Any) -> dict[str, Any]:
 
 
 def without_times(trained: Trained) -> list[dict[str, Any]]:
+    """Return the history without its times."""
     return [{key: value for key, value in told.items() if key != "seconds"} for told in trained.history]
 
 
@@ -49,16 +51,19 @@ def without_times(trained: Trained) -> list[dict[str, Any]]:
 
 
 AHEAD = 4
-"""A kill at one step is seen before so many steps more are told: the gateway sends two steps ahead, a loss comes before its norm."""
+"""A kill is noticed before this many further steps are reported.
+
+The gateway sends two steps ahead, and a step's loss arrives before its norm."""
 LONG = 18
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 @pytest.mark.parametrize("schedule", ["1f1b", pytest.param("async", marks=pytest.mark.slow)])
 def test_a_stage_is_killed_and_the_losses_are_the_same(seed: int, schedule: str, graph: Make, trained: Train) -> None:
-    """One stage, or each once, at steps that the seed gives, so far apart that a kill is noticed before the next one, however late the
-    gateway is; the model draws at random (dropout), and its optimiser remembers. Every loss, norm and validation is what it is without
-    the kills, to the last bit."""
+    """Give the same losses, norms and validations, to the last bit, when stages are killed.
+
+    One stage is killed, or each stage once, at steps that the seed gives. The kills are so far apart that the gateway
+    notices each before the next, however late it is. The model uses dropout, and its optimiser has state."""
     chance = random.Random(seed)
     made = graph(
         ROW, EDGES, section(schedule=schedule, steps=LONG), restart={"max": 10, "window_s": 600, "backoff_s": 0}
@@ -99,7 +104,9 @@ def test_a_stage_is_killed_and_the_losses_are_the_same(seed: int, schedule: str,
 def test_bad_links_change_nothing(
     faults: Mapping[str, float], happened: str, graph: Make, trained: Train, tmp_path: Path
 ) -> None:
-    """Between all stages and to the gateway, both ways: what was damaged is asked for again, and no loss is another."""
+    """Give the same losses over links that damage, reset or reorder messages.
+
+    The faults are between all stages and to the gateway, both ways. What was damaged is requested again."""
     expected = trained(graph(ROW, EDGES, section()), out="whole")
     bad = tmp_path / "chaos.yaml"
     bad.write_text(json.dumps({"links": [{**faults, "seed": 5}]}))
@@ -111,6 +118,7 @@ def test_bad_links_change_nothing(
 
 @pytest.mark.slow
 def test_an_actor_that_is_lost_too_often_ends_the_training(graph: Make, trained: Train) -> None:
+    """End the training when an actor is lost more often than `restart` allows."""
     made = graph(ROW, EDGES, section(), restart={"max": 2, "window_s": 60, "backoff_s": 0})
     pids: dict[str, int] = {}
 
@@ -127,7 +135,7 @@ def test_an_actor_that_is_lost_too_often_ends_the_training(graph: Make, trained:
 
 @pytest.mark.slow
 def test_an_interrupted_training_goes_on_where_it_was(graph: Make, trained: Train, tmp_path: Path, runs: Path) -> None:
-    """Ctrl-C on the command in mid-training; the same command again ends with the losses of one without it."""
+    """Continue a training that Ctrl-C interrupted, with the losses of one that was not interrupted."""
     made = graph(ROW, EDGES, section(steps=60, save={"every": 5}, validate={"every": 20, "batches": 2}))
     expected = trained(made, out="whole")
     command = [
@@ -154,6 +162,7 @@ def test_an_interrupted_training_goes_on_where_it_was(graph: Make, trained: Trai
 
 
 def test_a_checkpoint_of_another_graph_is_not_touched(graph: Make, trained: Train, tmp_path: Path) -> None:
+    """Overwrite nothing in a folder that has a training checkpoint of another graph."""
     trained(graph(ROW, EDGES, section(steps=3)))
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
     wider = {
@@ -170,6 +179,7 @@ def test_a_checkpoint_of_another_graph_is_not_touched(graph: Make, trained: Trai
 
 
 def test_a_part_that_cannot_be_differentiated(graph: Make, trained: Train) -> None:
+    """Name the actor and its output that cannot be differentiated."""
     actors = {
         **ROW,
         "two": {"kind": "./parts.py:Rounding"},
@@ -180,6 +190,7 @@ def test_a_part_that_cannot_be_differentiated(graph: Make, trained: Train) -> No
 
 
 def test_a_number_that_is_none_names_who_had_it_first(graph: Make, trained: Train, tmp_path: Path) -> None:
+    """Name the first actor with NaN or infinity, and keep the last good training checkpoint."""
     actors = {**ROW, "two": {"kind": "./parts.py:Exploding", "args": {"width": 16}},
               "three": {**ROW["three"], "args": {"width": 16, "to": 4, "last": True}}}  # fmt: skip
     with pytest.raises(ranvier.ActorFailed, match=r"two\.0: output 'output' of micro-batch 16 is not finite"):
@@ -207,6 +218,7 @@ def test_a_number_that_is_none_names_who_had_it_first(graph: Make, trained: Trai
     ],
 )
 def test_what_the_plan_refuses(change: dict[str, Any], expected: str, graph: Make) -> None:
+    """Refuse in the plan a training section that cannot work for this graph."""
     with pytest.raises(ranvier.GraphError, match=expected):
         training_plan(graph(ROW, EDGES, section(**change)))
 
@@ -221,6 +233,7 @@ def test_what_the_plan_refuses(change: dict[str, Any], expected: str, graph: Mak
     ],
 )
 def test_what_the_check_refuses(change: dict[str, Any], expected: str, graph: Make) -> None:
+    """Refuse in the check a training section with unknown keys or bad values."""
     with pytest.raises(ranvier.GraphError, match=expected):
         graph(ROW, EDGES, section(**change))
 
@@ -239,11 +252,13 @@ def test_what_the_check_refuses(change: dict[str, Any], expected: str, graph: Ma
     ],
 )  # fmt: skip
 def test_data_that_does_not_fit(data: dict[str, Any], expected: str, graph: Make, trained: Train) -> None:
+    """Refuse data that does not fit the graph, and say what is expected."""
     with pytest.raises(ranvier.RequestError, match=expected):
         trained(graph(ROW, EDGES, section(data=data)))
 
 
 def test_a_graph_without_a_section_says_so(graph: Make, tmp_path: Path) -> None:
+    """Report that a graph file has no training section."""
     made = graph(ROW, EDGES, section())
     content = yaml.safe_load(made.path.read_text())
     del content["training"]
@@ -254,7 +269,7 @@ def test_a_graph_without_a_section_says_so(graph: Make, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_training_that_hangs_says_why_and_shows_itself(graph: Make, runs: Path, tmp_path: Path) -> None:
-    """`ranvier why` and `top` attach to it as to any run."""
+    """Attach `ranvier why` and `ranvier top` to a training that hangs, as to any run."""
     actors = {**ROW, "two": {"kind": "./parts.py:Sleeping", "args": {"width": 16}},
               "three": {"kind": LAYER, "args": {"width": 16, "to": 4, "last": True}}}  # fmt: skip
     made = graph(actors, EDGES, section(), restart="never", supervision={"progress_deadline_s": 60.0})

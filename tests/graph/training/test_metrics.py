@@ -1,4 +1,4 @@
-"""What Prometheus reads of a training that goes on."""
+"""Check what Prometheus reads of a running training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ TRAINING = {
 
 
 def test_step_and_losses(graph: Callable[..., ranvier.Graph], runs: Path, tmp_path: Path) -> None:
-    """The page's address is in the log; what it says of a step is what the training tells of it."""
+    """Report a step's numbers on the page as the training reports them.
+
+    The address of the page is in the log."""
     actors = {
         "one": {"kind": LAYER, "args": {"width": 8, "to": 12}, "inputs": {"x": "float32[pictures, 8]"}},
         "two": {"kind": LAYER, "args": {"width": 12, "to": 4, "last": True}},
@@ -64,7 +66,8 @@ def test_step_and_losses(graph: Callable[..., ranvier.Graph], runs: Path, tmp_pa
     step = int(found["ranvier_training_step"])
     assert step >= 5
     assert found["ranvier_training_loss"] == told[step, False]
-    validations = [told.get((at, True)) for at in (step - step % 3, step - step % 3 - 3)]  # it comes after its step
+    # A validation is reported after its step.
+    validations = [told.get((at, True)) for at in (step - step % 3, step - step % 3 - 3)]
     assert found["ranvier_training_validation_loss"] in validations
     assert found["ranvier_training_norm"] > 0 and found["ranvier_training_seconds"] > 0
     assert found["ranvier_recoveries_total"] == 0

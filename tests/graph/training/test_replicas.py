@@ -1,4 +1,4 @@
-"""Replicas share the micro-batches: their gradients are summed round a ring, or each goes its own way and weights are averaged."""
+"""Share micro-batches among replicas, which sum gradients round a ring, or learn apart and average their weights."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ EDGES = ["gateway.x -> one.x", "one.output -> two.x", "two.output -> three.x", "
 
 
 def row(tmp_path: Path, replicas: Mapping[str, int]) -> tuple[dict[str, Any], nn.Sequential]:
+    """Cut three layers into actors with these replicas.
+
+    Return the actors and the whole model."""
     torch.manual_seed(3)
     whole = nn.Sequential(parts.Layer(8, 16), parts.Layer(16, 12), parts.Layer(12, 4, last=True))
     sizes = {"one": (8, 16), "two": (16, 12), "three": (12, 4)}
@@ -46,6 +49,7 @@ def row(tmp_path: Path, replicas: Mapping[str, int]) -> tuple[dict[str, Any], nn
 
 
 def section(**more: Any) -> dict[str, Any]:
+    """Return a training section with these changes."""
     return {
         "data": {"source": "./parts.py:Numbers", "args": {"batch": BATCH}}, "batch": BATCH, "micro_batches": MICRO,
         "steps": STEPS, "loss": [{"of": "three.output", "target": "label"}],
@@ -65,7 +69,9 @@ def section(**more: Any) -> dict[str, Any]:
 def test_summed_gradients_are_those_of_one(
     replicas: Mapping[str, int], schedule: str, graph: Make, trained: Train, tmp_path: Path
 ) -> None:
-    """However many replicas each actor has: plain torch over whole batches, with clipping over all."""
+    """Learn as plain torch does over whole batches, however many replicas each actor has.
+
+    Gradients are clipped over all actors."""
     actors, whole = row(tmp_path, replicas)
     made = trained(graph(actors, EDGES, section(schedule=schedule, validate={"every": 4, "batches": 6})))
     optimizer = torch.optim.AdamW(whole.parameters(), 0.01, weight_decay=0.0)
@@ -91,8 +97,10 @@ def test_summed_gradients_are_those_of_one(
 
 @pytest.mark.slow
 def test_averaged_weights(graph: Make, trained: Train, tmp_path: Path) -> None:
-    """Two of each: for the oracle two whole models that learn from their halves of the micro-batches, and meet every second
-    update. One is killed on the way; nothing differs for it."""
+    """Average the weights of two replicas of each actor after every second update.
+
+    The oracle has two whole models, which learn from their halves of the micro-batches. One replica is killed during
+    the training, which changes no loss."""
     names = ("one", "two", "three")
     actors, whole = row(tmp_path, dict.fromkeys(names, 2))
     settings = section(average_every=2, save={"every": 2}, optimizer={"kind": "sgd", "lr": 0.3, "momentum": 0.5})
@@ -143,6 +151,7 @@ def test_averaged_weights(graph: Make, trained: Train, tmp_path: Path) -> None:
     ],
 )
 def test_what_replicas_cannot(change: dict[str, Any], expected: str, graph: Make, tmp_path: Path) -> None:
+    """Refuse in the plan what replicas cannot share."""
     actors, _ = row(tmp_path, {"two": 2})
     with pytest.raises(ranvier.GraphError, match=expected):
         training_plan(graph(actors, EDGES, section(**change)))

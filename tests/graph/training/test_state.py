@@ -1,7 +1,6 @@
-"""What a training keeps: all state of a module, each step once, a folder of its own.
+"""Check what a training keeps: all state of a module, each step once, and a folder for one training only.
 
-The numbers are those of the faults in docs/reliability.md.
-"""
+The case numbers are those of the faults in docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -30,6 +29,7 @@ Train = Callable[..., Trained]
 
 
 def section(last: str, **more: Any) -> dict[str, Any]:
+    """Return a training section with a loss on the output `last` and these changes."""
     return {
         "data": {"source": "./parts.py:Numbers", "args": {"batch": 24}}, "batch": 24, "micro_batches": 4, "steps": 4,
         "loss": [{"of": last, "target": "label"}], "optimizer": {"kind": "sgd", "lr": 0.05, "momentum": 0.0}, **more,
@@ -37,7 +37,9 @@ def section(last: str, **more: Any) -> dict[str, Any]:
 
 
 def test_all_state_comes_back_whole_case_77(graph: Make, trained: Train, tmp_path: Path) -> None:
-    """Through a checkpoint and `weights:`, into plain torch: whole numbers, tied names, views, non-persistent buffers."""
+    """Restore all state from a checkpoint, through `weights:` and into plain torch.
+
+    It includes integers, tied names and views. Non-persistent buffers are not saved."""
     layer = {"kind": "./parts.py:Layer", "args": {"width": 8, "to": 4, "last": True}}
     made = graph(
         {"all": {"kind": "./parts.py:Everything", "inputs": {"x": "float32[pictures, 8]"}}, "last": layer},
@@ -70,7 +72,7 @@ def test_all_state_comes_back_whole_case_77(graph: Make, trained: Train, tmp_pat
 def test_a_stage_that_changes_its_input_learns_as_in_plain_torch_case_64(
     graph: Make, trained: Train, tmp_path: Path
 ) -> None:
-    """`nn.ReLU(inplace=True)` first in a stage: the weights are those of the same two modules in one process."""
+    """Learn the weights of plain torch in one process, if a stage begins with `nn.ReLU(inplace=True)`."""
     actors = {
         "one": {"kind": "./parts.py:Layer", "args": {"width": 8, "to": 8, "last": True}, "inputs": {"x": "float32[pictures, 8]"}},
         "two": {"kind": "./parts.py:InPlace", "args": {"width": 8, "to": 4}},
@@ -106,7 +108,9 @@ def test_a_stage_that_changes_its_input_learns_as_in_plain_torch_case_64(
 
 
 def test_two_trainings_into_one_folder_case_75(graph: Make, runs: Path, tmp_path: Path) -> None:
-    """The second is refused and says why; the first goes on, and has each step once."""
+    """Refuse a second training into the same folder, with the reason.
+
+    The first training continues, and records each step once."""
     shutil.copy(Path(__file__).parent / "parts.py", tmp_path / "parts.py")
     made = graph(
         {"one": {"kind": "./parts.py:Layer", "args": {"width": 8, "to": 4, "last": True}, "inputs": {"x": "float32[pictures, 8]"}}},
@@ -132,6 +136,7 @@ def test_two_trainings_into_one_folder_case_75(graph: Make, runs: Path, tmp_path
 
 
 def test_a_folder_is_claimed_by_one_case_75(tmp_path: Path) -> None:
+    """Let only one training at a time claim a folder."""
     with (
         checkpoints.claimed(tmp_path / "out"),
         pytest.raises(RequestError, match="another training writes there"),
@@ -143,7 +148,7 @@ def test_a_folder_is_claimed_by_one_case_75(tmp_path: Path) -> None:
 
 
 def test_a_training_that_goes_on_tells_each_step_once_case_75(graph: Make, runs: Path, tmp_path: Path) -> None:
-    """Interrupted after its checkpoint and begun again: `history.jsonl` has no step twice."""
+    """Record each step once in `history.jsonl`, if a training is killed after a checkpoint and run again."""
     made = graph(
         {"one": {"kind": "./parts.py:Layer", "args": {"width": 8, "to": 4, "last": True}, "inputs": {"x": "float32[pictures, 8]"}}},
         ["gateway.x -> one.x", "one.output -> gateway.made"],
@@ -170,8 +175,10 @@ def test_a_training_that_goes_on_tells_each_step_once_case_75(graph: Make, runs:
 def test_a_disk_that_is_full_costs_a_training_checkpoints_alone_case_58(
     graph: Make, trained: Train, tmp_path: Path
 ) -> None:
-    """No host may write from the fourth step to the fourteenth: checkpoints of that time are left out and counted, the losses and the
-    last checkpoint are those of a training with room."""
+    """Lose only checkpoints while the disk is full.
+
+    No host may write from the fourth step to the fourteenth. Checkpoints of that time are left out and counted. The
+    losses and the last checkpoint are those of a training with room."""
     row = {
         "one": {"kind": "./parts.py:Layer", "args": {"width": 8, "to": 8, "last": True}, "inputs": {"x": "float32[pictures, 8]"}},
         "two": {"kind": "./parts.py:Layer", "args": {"width": 8, "to": 4, "last": True}},

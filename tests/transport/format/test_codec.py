@@ -1,4 +1,4 @@
-"""Codecs: what comes back, how large it is, and that no bytes whatever do harm."""
+"""Check what codecs restore, how large the encoded tensors are, and that no bytes do harm."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ TEXTS = [f"{form}{packer}" for form in (*codecs.FORMS, "topk:0.3") for packer in
 
 
 def through(tensor: torch.Tensor, codec: Codec) -> tuple[torch.Tensor, int, float | None]:
-    """Over the wire's own header and back."""
+    """Encode and decode a tensor, with the header of the wire.
+
+    Return the tensor, the encoded bytes and the error."""
     meta, buffer, coding = encode("x", tensor, codec, look=True)
     header = decode(Header(1, 0, 0, 1, (), (meta,), 0, 0, 0).encode())
     assert isinstance(header, Header)
@@ -39,8 +41,10 @@ def through(tensor: torch.Tensor, codec: Codec) -> tuple[torch.Tensor, int, floa
 )
 @settings(max_examples=40)
 def test_what_comes_back(text: str, shape: list[int], dtype: torch.dtype, seed: int) -> None:
-    """Shape and dtype always; raw bit for bit, bfloat16 and float16 as torch rounds, int8 within half a step of its block,
-    topk the largest as they are and zeros else."""
+    """Restore shape and dtype always, and the values as the codec promises.
+
+    raw is exact bit for bit. bfloat16 and float16 round as torch does. int8 is within half a step of its block. topk
+    keeps the largest numbers unchanged, and sets all other numbers to zero."""
     tensor = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 10).to(dtype)
     codec = parse(text)
     back, _, error = through(tensor, codec)
@@ -70,6 +74,7 @@ def test_what_comes_back(text: str, shape: list[int], dtype: torch.dtype, seed: 
 
 
 def test_sizes_are_those_that_show_states() -> None:
+    """Encode to the sizes that `show` states."""
     tensor = torch.randn(7, 576)
     assert through(tensor, parse("bfloat16"))[1] == tensor.nbytes // 2
     assert through(tensor, parse("int8"))[1] == 7 * (576 + 9 * 4)
@@ -78,7 +83,7 @@ def test_sizes_are_those_that_show_states() -> None:
 
 
 def test_not_a_number_stays_one() -> None:
-    """A NaN is not turned into something that looks like a number."""
+    """Keep NaN, and never turn it into a number."""
     tensor = torch.tensor([[1.0, float("nan"), 2.0]])
     for text in ("bfloat16", "int8", "int8+lz4"):
         assert through(tensor, parse(text))[0].isnan().any()
@@ -86,12 +91,14 @@ def test_not_a_number_stays_one() -> None:
 
 @pytest.mark.parametrize("text", ["int9", "raw+gzip", "topk:0", "topk:2", "topk:x", "int8:0.5", "+lz4", ""])
 def test_codecs_that_do_not_exist(text: str) -> None:
+    """Refuse a codec that does not exist."""
     with pytest.raises(ValueError, match="codec"):
         parse(text)
 
 
 @pytest.mark.parametrize("text", TEXTS[:15])
 def test_names_and_numbers_agree(text: str) -> None:
+    """Map the name of each codec to its number and back."""
     assert CODECS[parse(text).number] == text
     assert parse(str(parse(text))) == parse(text)
 
@@ -101,7 +108,7 @@ def test_names_and_numbers_agree(text: str) -> None:
 )
 @settings(max_examples=600)
 def test_no_bytes_do_harm(number: int, shape: list[int], data: bytes) -> None:
-    """Any bytes behind a header that passed: a tensor of that shape or a ProtocolError."""
+    """Return a tensor of the stated shape or raise ProtocolError, for any bytes after a valid header."""
     meta = TensorMeta("x", 8, tuple(shape), number, len(data))
     with contextlib.suppress(ProtocolError):
         decode(Header(1, 0, 0, 1, (), (meta,), 0, 0, 0).encode())
@@ -110,7 +117,9 @@ def test_no_bytes_do_harm(number: int, shape: list[int], data: bytes) -> None:
 
 @pytest.mark.parametrize("packer", ["lz4", "zstd"])
 def test_a_packed_bomb_is_refused(packer: str) -> None:
-    """64 MiB of zeros packed into a few kB, behind a header of four numbers: refused before memory is taken."""
+    """Refuse a packed bomb before memory is allocated.
+
+    64 MiB of zeros are packed into a few kB, after a header of four numbers."""
     meta, buffer, _ = encode("x", torch.zeros(1 << 24), parse(f"raw+{packer}"), look=False)
     small: Any = TensorMeta("x", 8, (4,), meta.codec, len(buffer))
     with pytest.raises(ProtocolError, match="expected at most 16 bytes, got a claim of 67108864"):
@@ -118,6 +127,7 @@ def test_a_packed_bomb_is_refused(packer: str) -> None:
 
 
 def test_places_out_of_range_are_refused() -> None:
+    """Refuse a topk index that is out of range."""
     meta, buffer, _ = encode("x", torch.arange(1.0, 9.0), parse("topk:0.25"), look=False)
     wrong = bytearray(buffer)
     wrong[0] = 200
@@ -126,6 +136,7 @@ def test_places_out_of_range_are_refused() -> None:
 
 
 def test_integers_have_no_lossy_codec() -> None:
+    """Refuse a lossy codec for integers."""
     with pytest.raises(ValueError, match="expected floats, got torch.int64"):
         encode("x", torch.arange(3), parse("int8"), look=False)
     meta = TensorMeta("x", 5, (8,), parse("int8").number, 12)

@@ -1,4 +1,4 @@
-"""The header: what is encoded comes back; whatever else comes in is a `ProtocolError` and nothing else."""
+"""Decode what was encoded, and raise `ProtocolError`, and nothing else, for any other bytes."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ COUNT = st.integers(0, (1 << 63) - 1)
 
 @st.composite
 def metas(draw: Any) -> TensorMeta:
+    """Draw the metadata of a tensor."""
     dtype = draw(st.sampled_from(TABLE))
     shape = tuple(draw(st.lists(st.integers(0, 40), max_size=8)))
     nbytes = dtype.itemsize
@@ -50,14 +51,14 @@ HEADERS = st.builds(
 
 @given(HEADERS)
 def test_round_trip(header: Header) -> None:
-    """A header that was encoded is decoded to the same."""
+    """Decode an encoded header to the same header."""
     assert decode(header.encode()) == header
 
 
 @given(st.binary(max_size=300))
 @settings(max_examples=500)
 def test_no_bytes_raise_anything_else(data: bytes) -> None:
-    """Any bytes at all: a header or a ProtocolError."""
+    """Return a header or raise ProtocolError, for any bytes."""
     with contextlib.suppress(ProtocolError):
         decode(data)
 
@@ -73,7 +74,9 @@ VALUES = st.recursive(
 @given(st.lists(VALUES, min_size=0, max_size=10), st.integers(0, 9), VALUES)
 @settings(max_examples=500)
 def test_no_msgpack_raises_anything_else(fields: list[Any], index: int, value: Any) -> None:
-    """Well-formed msgpack of the wrong shape, and a good header with one field changed: ProtocolError or a header."""
+    """Return a header or raise ProtocolError, for any valid msgpack.
+
+    The inputs are of a wrong shape, or a good header with one field changed."""
     good: list[Any] = [1, 0, 0, 1, [[1, 1, 0, 1]], [["x", 8, [1], 0, 4]], 5, 6, 0, []]
     if index < len(good):
         good[index] = value
@@ -85,7 +88,9 @@ def test_no_msgpack_raises_anything_else(fields: list[Any], index: int, value: A
 @given(HEADERS, st.data())
 @settings(max_examples=100)
 def test_traces_go_with_their_rows(header: Header, data: Any) -> None:
-    """W3C trace contexts, 25 bytes or none for each row; the header without them is as it was."""
+    """Send a W3C trace context with each row, of 25 bytes or none.
+
+    The header without contexts is unchanged."""
     traces = tuple(data.draw(st.sampled_from([b"", bytes(range(25))])) for _ in header.rows)
     traced = h.TracedHeader(*(getattr(header, name) for name in header.__struct_fields__), traces)
     read = decode(traced.encode())
@@ -96,7 +101,7 @@ def test_traces_go_with_their_rows(header: Header, data: Any) -> None:
 @given(HEADERS, st.data())
 @settings(max_examples=200)
 def test_a_damaged_header_is_refused_or_read(header: Header, data: Any) -> None:
-    """Any one byte changed, any tail cut off."""
+    """Read or refuse a header with one byte changed, or with any tail cut off."""
     encoded = bytearray(header.encode())
     at = data.draw(st.integers(0, len(encoded) - 1))
     encoded[at] ^= data.draw(st.integers(1, 255))
@@ -157,7 +162,9 @@ def test_a_damaged_header_is_refused_or_read(header: Header, data: Any) -> None:
     ],
 )
 def test_what_is_wrong_is_named(data: bytes, words: str) -> None:
-    """Case 41 among them: a pickle where a header should be."""
+    """Name what is wrong with a header.
+
+    One case is a pickle where a header should be (case 41)."""
     with pytest.raises(ProtocolError, match=re.escape(words)):
         decode(data)
 
@@ -177,7 +184,7 @@ def test_what_is_wrong_is_named(data: bytes, words: str) -> None:
     ],
 )
 def test_claims_allocate_nothing(data: bytes) -> None:
-    """A length that is claimed and not there costs no memory beyond a multiple of the header's own limit."""
+    """Allocate at most a multiple of the header's limit for a length that is only claimed."""
     tracemalloc.start()
     with pytest.raises(ProtocolError):
         decode(data)
@@ -187,6 +194,7 @@ def test_claims_allocate_nothing(data: bytes) -> None:
 
 
 def test_a_header_too_large_is_the_callers_fault() -> None:
+    """Raise ValueError at the sender if a header is too large."""
     rows = tuple(Row(1 << 60, 1 << 60, 1 << 60, 1 << 60) for _ in range(4000))
     with pytest.raises(ValueError, match="4000 rows"):
         Header(1, 0, 0, 1, rows, (), 0, 0, 0).encode()

@@ -1,4 +1,4 @@
-"""Every dtype and shape survives the wire bit for bit; a message that does not fit its header or its edge is refused."""
+"""Keep every dtype and shape bit for bit over the wire, and refuse what does not fit its header or its edge."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ranvier.transport.format.tensors import from_buffer, to_buffer, torch_dtype
 
 @st.composite
 def tensors(draw: Any) -> torch.Tensor:
-    """Any dtype, any shape (also of size zero and rank zero), any strides."""
+    """Draw a tensor of any dtype, any shape (also of size zero and rank zero) and any strides."""
     dtype = torch_dtype(draw(st.sampled_from(TABLE)).name)
     shape = draw(st.lists(st.integers(0, 5), max_size=5))
     count = 1
@@ -40,7 +40,9 @@ def tensors(draw: Any) -> torch.Tensor:
 
 @given(tensors())
 def test_round_trip_bit_for_bit(tensor: torch.Tensor) -> None:
-    """Also NaNs with their payload, negative zeros, tensors without elements, transposed and strided ones."""
+    """Restore a tensor bit for bit.
+
+    It may have NaNs with their payload, negative zeros or no elements, or be transposed or strided."""
     meta, buffer = to_buffer("x", tensor)
     header = Header(1, 0, 0, 1, (), (meta,), 0, 0, checksum((buffer,)))
     got = decode(header.encode())
@@ -54,12 +56,12 @@ def test_round_trip_bit_for_bit(tensor: torch.Tensor) -> None:
 
 
 def bytes_of(tensor: torch.Tensor) -> bytes:
-    """By torch's own flattening, not by the code under test."""
+    """Return a tensor's bytes by torch's own flattening, not by the code under test."""
     return bytes(tensor.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8).tolist())
 
 
 def test_sending_does_not_copy() -> None:
-    """The buffer of a large tensor is its own memory, and what is received is a view of the buffer."""
+    """Send a large tensor from its own memory, and receive it as a view of the buffer."""
     tensor = torch.zeros(1 << 14)
     _, buffer = to_buffer("x", tensor)
     tensor[1] = 7
@@ -71,11 +73,13 @@ def test_sending_does_not_copy() -> None:
 
 
 def test_a_tensor_that_learns_is_sent_as_it_is() -> None:
+    """Send a tensor that requires a gradient."""
     meta, _ = to_buffer("x", torch.ones(2, requires_grad=True))
     assert meta.nbytes == 8
 
 
 def test_a_dtype_outside_the_table_is_refused() -> None:
+    """Refuse a dtype that is not in the table."""
     with pytest.raises(ValueError, match=r"tensor x: dtype torch.complex64 may not be sent"):
         to_buffer("x", torch.zeros(1, dtype=torch.complex64))
 
@@ -84,6 +88,7 @@ META = TensorMeta("x", 8, (2, 3), 0, 24)
 
 
 def header(*tensors: TensorMeta, check: int = 0) -> Header:
+    """Return a header with these tensors."""
     return Header(1, 0, 4, 1, (Row(1, 1, 0, 2),), tensors, 0, 0, check)
 
 
@@ -97,7 +102,7 @@ def header(*tensors: TensorMeta, check: int = 0) -> Header:
     ],
 )
 def test_frames_that_do_not_fit_the_header(head: Header, buffers: tuple[bytes, ...], words: str) -> None:
-    """Case 18 (a truncated frame) and case 17 (a flipped bit) where they are noticed."""
+    """Refuse a truncated frame (case 18) and a flipped bit (case 17) where they are noticed."""
     with pytest.raises(ProtocolError, match=words):
         check_frames(head, buffers)
 
@@ -118,11 +123,13 @@ def test_frames_that_do_not_fit_the_header(head: Header, buffers: tuple[bytes, .
     ],
 )  # fmt: skip
 def test_tensors_that_do_not_fit_the_edge(specs: list[tuple[str, TensorSpec]], words: str) -> None:
+    """Refuse tensors that do not fit the specification of their edge."""
     with pytest.raises(ProtocolError, match=words):
         check_specs("a.x -> b.x", specs, (Row(1, 1, 0, 2),), (META,))
 
 
 def test_named_sizes_fit_when_they_agree() -> None:
+    """Accept named sizes that agree."""
     check_specs("e", [("x", TensorSpec("float32", ("tokens", "width")))], (Row(1, 1, 0, 2),), (META,))
     square = TensorMeta("x", 8, (3, 3), 0, 36)
     check_specs("e", [("x", TensorSpec("float32", ("n", "n")))], (), (square,))
@@ -138,14 +145,17 @@ def test_named_sizes_fit_when_they_agree() -> None:
     ],
 )
 def test_a_spec_that_cannot_be(dtype: str, shape: tuple[Any, ...], words: str) -> None:
+    """Refuse an impossible specification of a tensor."""
     with pytest.raises(ValueError, match=words):
         TensorSpec(dtype, shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_tensor_that_begins_elsewhere_is_copied(dtype: torch.dtype) -> None:
-    """And no other one: of bfloat16 none."""
-    memory = (torch.arange(400) % 100).to(torch.uint8)  # no bytes of what is not a number
+    """Copy a tensor whose address is not aligned, and no other.
+
+    A tensor of bfloat16 is never copied."""
+    memory = (torch.arange(400) % 100).to(torch.uint8)  # no byte pattern of a NaN
     assert memory.data_ptr() % ALIGNED_BYTES == 0
     for begins in range(0, 200, dtype.itemsize):
         tensor = memory[begins : begins + 192].view(dtype).view(3, -1)

@@ -1,4 +1,4 @@
-"""`codec: auto`: what is chosen for which size, speed and cost; and how a link's speed is measured."""
+"""Check what `codec: auto` chooses for each size, speed and cost, and how it measures the speed of a link."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from ranvier.transport.wires.testing import MemoryNetwork
 
 BIG = 1_000_000
 COSTS = {"raw": (0.0, 1.0), "raw+lz4": (0.5, 0.6), "raw+zstd": (4.0, 0.3)}
-"""Nanoseconds to write a byte, and the share that is left."""
+"""Nanoseconds to write a byte, and the share of the bytes that remains."""
 
 
 def chooser(ns_a_byte: float | None, text: str = "auto") -> Chooser:
+    """Return a chooser that has measured a link of this speed."""
     codecs = candidates(text)
     assert codecs is not None
     made = Chooser(codecs)
@@ -31,7 +32,7 @@ def chooser(ns_a_byte: float | None, text: str = "auto") -> Chooser:
 
 
 def settle(made: Chooser) -> str:
-    """What is chosen most once everything was tried."""
+    """Return what is chosen most, once every codec was tried."""
     chosen = []
     for _ in range(4 * TRY_EVERY):
         codec = made.choose(BIG)
@@ -46,11 +47,14 @@ def settle(made: Chooser) -> str:
     ("ns_a_byte", "best"), [(0.1, "raw"), (1.0, "raw"), (5.0, "raw+lz4"), (20.0, "raw+lz4"), (100.0, "raw+zstd")]
 )
 def test_the_slower_the_link_the_more_it_is_worth(ns_a_byte: float, best: str) -> None:
-    """10 GB/s, 1 GB/s, 200, 50 and 10 MB/s: the least sum of writing, carrying and reading."""
+    """Choose the codec with the least sum of writing, carrying and reading.
+
+    The links have 10 GB/s, 1 GB/s, 200, 50 and 10 MB/s."""
     assert settle(chooser(ns_a_byte)) == best
 
 
 def test_small_messages_and_unknown_links_are_raw() -> None:
+    """Send small messages raw, and all messages on a link of unknown speed."""
     assert chooser(1000.0).choose(LEAST_BYTES - 1) == Codec()
     unknown = chooser(None)
     assert {unknown.choose(BIG) for _ in range(100)} == {Codec()}
@@ -59,6 +63,7 @@ def test_small_messages_and_unknown_links_are_raw() -> None:
 
 
 def test_a_link_that_changes_is_noticed() -> None:
+    """Choose another codec when a link becomes slower."""
     made = chooser(0.1)
     assert settle(made) == "raw"
     for _ in range(20):
@@ -67,7 +72,7 @@ def test_a_link_that_changes_is_noticed() -> None:
 
 
 def test_what_may_be_chosen() -> None:
-    """Nothing lossy unless the edge names it."""
+    """Choose no lossy codec unless the edge names it."""
     assert [str(codec) for codec in candidates("auto") or ()] == ["raw", "raw+lz4", "raw+zstd"]
     assert [str(codec) for codec in candidates("auto:int8") or ()][3:] == ["int8", "int8+lz4", "int8+zstd"]
     assert [str(codec) for codec in candidates("auto:topk:0.5") or ()][3:5] == ["topk:0.5", "topk:0.5+lz4"]
@@ -82,8 +87,10 @@ def test_what_may_be_chosen() -> None:
 @pytest.mark.parametrize("ahead_s", [0, 1000, -1000])
 @pytest.mark.parametrize(("nbytes", "told"), [(MEASURED_BYTES, True), (MEASURED_BYTES - 4, False)])
 def test_a_round_trip_says_how_long_a_large_message_took_case_76(nbytes: int, told: bool, ahead_s: int) -> None:
-    """Case 76: three milliseconds on the way, in virtual time, of a message that was waited for; one that came while the receiver
-    was busy says nothing. The clock of the receiver's machine makes no difference."""
+    """Measure the speed of a link from a large message that the receiver waited for.
+
+    In virtual time it travels for 3 ms. A message that arrives while the receiver is busy is not measured. The clock of
+    the receiver's machine makes no difference."""
     network = MemoryNetwork()
     network.now_ns = 10**13
     ahead_ns = {"a": 0, "b": ahead_s * 10**9}

@@ -1,4 +1,4 @@
-"""Links over a wire that loses, repeats, reorders, delays and damages: everything still arrives once and in order."""
+"""Deliver everything once and in order over a wire that loses, repeats, reorders, delays and damages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LINK = LinkSpec(0, "a.x -> b.x", "a.0.1", "b.0.1", (("x", TensorSpec("int64", ("
 
 
 class Pair:
-    """Both ends of one link on a memory network in virtual time."""
+    """Hold both ends of one link on a memory network in virtual time."""
 
     def __init__(self, fault: Fault | None = None) -> None:
         self.network = MemoryNetwork()
@@ -32,11 +32,13 @@ class Pair:
         self.network.fault = fault
 
     def send(self, number: int) -> None:
+        """Send a message with this number from a to b."""
         a = self.ends["a.0.1"]
         meta, buffer = to_buffer("x", torch.tensor([number]))
         a.send(a.sending[0, "b.0.1"], (Row(1, 1, number, 1),), (meta,), (buffer,), self.network.clock())
 
     def run(self, rounds: int) -> None:
+        """Deliver messages for `rounds` half seconds."""
         for turn in range(rounds):
             for me, end in self.ends.items():
                 wire = self.wires[me]
@@ -61,7 +63,9 @@ class Pair:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_everything_arrives_once_and_in_order(seed: int) -> None:
-    """Cases 14 to 17 in virtual time: a fifth lost, a tenth twice, late or with a flipped bit, at random by a seed."""
+    """Deliver everything once and in order, in virtual time (cases 14 to 17).
+
+    A fifth is lost, and a tenth each is repeated, late or has a flipped bit, at random by a seed."""
     rng = random.Random(seed)
     happened: dict[str, int] = {"lost": 0, "twice": 0, "late": 0, "flipped": 0}
 
@@ -99,6 +103,7 @@ def test_everything_arrives_once_and_in_order(seed: int) -> None:
 
 
 def test_a_repeated_message_is_dropped_case_15() -> None:
+    """Drop a repeated message."""
     pair = Pair(lambda crossing: [crossing, crossing])
     for number in range(10):
         pair.send(number)
@@ -108,7 +113,7 @@ def test_a_repeated_message_is_dropped_case_15() -> None:
 
 
 def test_a_gap_is_asked_for_once_case_16() -> None:
-    """One of six messages is lost: asked for again once, not once for each message after it."""
+    """Request a lost message once, and not again for each message after it."""
     lost: list[int] = []
 
     def fault(crossing: Crossing) -> Sequence[Crossing]:
@@ -128,7 +133,7 @@ def test_a_gap_is_asked_for_once_case_16() -> None:
 
 
 def test_a_message_that_does_not_fit_its_edge_names_its_rows() -> None:
-    """The link goes on after it; the error carries the sessions that lost their input."""
+    """Name the rows of a message that does not fit its edge, and continue the link."""
     pair = Pair()
     pair.run(3)
     a = pair.ends["a.0.1"]
@@ -148,6 +153,7 @@ def test_a_message_that_does_not_fit_its_edge_names_its_rows() -> None:
 
 
 def test_a_message_before_the_handshake_is_refused() -> None:
+    """Refuse a message before the handshake."""
     pair = Pair()
     stranger = Exchange("a.0.1", "g", [LINK], pair.network.clock)
     link = stranger.sending[0, "b.0.1"]
@@ -163,7 +169,7 @@ def test_a_message_before_the_handshake_is_refused() -> None:
 
 
 def test_acknowledgements_ride_along() -> None:
-    """Two links that go both ways: while each answers the other, no acknowledgement takes a message of its own."""
+    """Send acknowledgements with other messages while two links answer each other."""
     back = LinkSpec(1, "b.x -> a.x", "b.0.1", "a.0.1", LINK.tensors, 6, 1 << 20)
     network = MemoryNetwork()
     wires = {me: network.wire(me) for me in ("a.0.1", "b.0.1")}
@@ -195,5 +201,5 @@ def test_acknowledgements_ride_along() -> None:
     ends["a.0.1"].send(link, (Row(1, 1, 0, 1),), (meta,), (buffer,), 0)
     for _ in range(40):
         turn(answers=True)
-    assert link.window.sequence > 15  # more than its credit: grants came
+    assert link.window.sequence > 15  # more than its credit, so credit was granted
     assert alone == 0

@@ -1,7 +1,6 @@
-"""Keys on tcp: who has none, a wrong one, or another's is refused, and those that may speak are not disturbed.
+"""Refuse peers on TCP with no key, a wrong key or another's key, without disturbing valid peers.
 
-The numbers are those of the faults in docs/reliability.md.
-"""
+The case numbers are those of the faults in docs/reliability.md."""
 
 from __future__ import annotations
 
@@ -27,12 +26,14 @@ Wires = Callable[..., ZeroWire]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    """Provide a folder with the keys of a, b and c."""
     curve.write(tmp_path / "keys", ["a", "b", "c"])
     return tmp_path / "keys"
 
 
 @pytest.fixture
 def wires() -> Iterator[Wires]:
+    """Provide a function that makes TCP wires, which are closed afterwards."""
     with contextlib.ExitStack() as stack:
 
         def make(me: str, keys: Keys | None) -> ZeroWire:
@@ -45,13 +46,14 @@ def wires() -> Iterator[Wires]:
 
 @pytest.fixture
 def pair(folder: Path, wires: Wires) -> tuple[ZeroWire, ZeroWire]:
-    """`a`, which sends to `b`."""
+    """Provide `a`, which sends to `b`."""
     a, b = wires("a.0.1", curve.read(folder, "a")), wires("b.0.1", curve.read(folder, "b"))
     a.connect("b.0.1", b.address)
     return a, b
 
 
 def check_that_it_works(pair: tuple[ZeroWire, ZeroWire], text: bytes = b"hello") -> None:
+    """Check that `b` receives a message of `a`."""
     a, b = pair
     a.send("b.0.1", text, [b"12"])
     arrival = b.receive(5)
@@ -60,13 +62,14 @@ def check_that_it_works(pair: tuple[ZeroWire, ZeroWire], text: bytes = b"hello")
 
 
 def check_that_nothing_comes(wire: ZeroWire, seconds: float = 0.5) -> None:
+    """Check that nothing arrives for some time."""
     until_s = time.monotonic() + seconds
     while (left_s := until_s - time.monotonic()) > 0:
         assert wire.receive(left_s) is None
 
 
 def dealer(context: zmq.Context[zmq.Socket[bytes]], name: str, address: str, keys: Keys | None) -> zmq.Socket[bytes]:
-    """A peer that knows whom it speaks with, and has `keys`."""
+    """Connect a peer with these keys to the inbox of `b`, and send a message."""
     made = context.socket(zmq.DEALER)
     made.linger = 0
     made.setsockopt(zmq.IDENTITY, name.encode())
@@ -78,6 +81,7 @@ def dealer(context: zmq.Context[zmq.Socket[bytes]], name: str, address: str, key
 
 
 def test_a_wrong_key_is_refused_and_the_others_go_on_case_36(pair: tuple[ZeroWire, ZeroWire], folder: Path) -> None:
+    """Refuse a wrong key, and serve the valid peers."""
     check_that_it_works(pair)
     known = curve.read(folder, "a")
     public, secret = zmq.curve_keypair()
@@ -91,6 +95,7 @@ def test_a_wrong_key_is_refused_and_the_others_go_on_case_36(pair: tuple[ZeroWir
 def test_when_nobody_answers_who_may_connect_nobody_gets_in_case_37(
     folder: Path, wires: Wires, pair: tuple[ZeroWire, ZeroWire]
 ) -> None:
+    """Admit no new peer once the check of keys has stopped."""
     _, b = pair
     check_that_it_works(pair)
     assert b._doorkeeper is not None
@@ -102,6 +107,7 @@ def test_when_nobody_answers_who_may_connect_nobody_gets_in_case_37(
 
 
 def test_a_plain_peer_is_refused_case_38(pair: tuple[ZeroWire, ZeroWire]) -> None:
+    """Refuse a peer without encryption."""
     with zmq.Context() as context:
         plain = dealer(context, "a.0.1", pair[1].address, None)
         check_that_nothing_comes(pair[1])
@@ -110,7 +116,9 @@ def test_a_plain_peer_is_refused_case_38(pair: tuple[ZeroWire, ZeroWire]) -> Non
 
 
 def until_refused(sender: zmq.Socket[bytes], inbox: ZeroWire) -> None:
-    """Send until it comes: while two claim one name, each takes the other's connection away."""
+    """Send until the message is refused.
+
+    While two peers claim one name, each replaces the other's connection."""
     until_s = time.monotonic() + 10
     while time.monotonic() < until_s:
         sender.send_multipart([b"evil"])
@@ -118,6 +126,7 @@ def until_refused(sender: zmq.Socket[bytes], inbox: ZeroWire) -> None:
 
 
 def test_a_key_speaks_as_its_own_actor_alone_case_39(pair: tuple[ZeroWire, ZeroWire], folder: Path) -> None:
+    """Refuse a message that has another actor's name than its key."""
     b = pair[1]
     with zmq.Context() as context:
         other = dealer(context, "a.0.1", b.address, curve.read(folder, "c"))
@@ -127,16 +136,19 @@ def test_a_key_speaks_as_its_own_actor_alone_case_39(pair: tuple[ZeroWire, ZeroW
                 until_refused(other, b)
         other.close()
     until_s, arrival = time.monotonic() + 10, None
-    while arrival is None and time.monotonic() < until_s:  # the name was taken from its connection, which comes back
+    # The other peer took over the name, so the valid peer connects again.
+    while arrival is None and time.monotonic() < until_s:
         pair[0].send("b.0.1", b"hello", [])
-        with contextlib.suppress(ProtocolError):  # what the other had said before
+        with contextlib.suppress(ProtocolError):  # what the other peer had sent before
             arrival = b.receive(0.1)
     assert arrival is not None
     assert bytes(arrival.header) == b"hello"
 
 
 def test_recorded_bytes_are_refused_when_played_again_case_40(folder: Path, wires: Wires) -> None:
-    """All that a sender said to an inbox, its handshake too, is recorded between them and said again."""
+    """Refuse recorded bytes that are sent again.
+
+    They are all that a sender sent to an inbox, its handshake included."""
     a, b = wires("a.0.1", curve.read(folder, "a")), wires("b.0.1", curve.read(folder, "b"))
     port = int(b.address.rpartition(":")[2])
     recorded = bytearray()
@@ -160,12 +172,12 @@ def test_recorded_bytes_are_refused_when_played_again_case_40(folder: Path, wire
         check_that_it_works((a, b), text)
     assert len(recorded) > 400
     assert b"one" not in recorded, "it was encrypted"
-    for piece_bytes in (len(recorded), 64):  # at once, and as the greeting, then the rest
+    for piece_bytes in (len(recorded), 64):  # all at once, or first the greeting
         with socket.create_connection(("127.0.0.1", port)) as again:
             again.sendall(recorded[:piece_bytes])
             again.settimeout(5)
-            with contextlib.suppress(OSError):  # refused in the middle
-                again.recv(10)  # it has begun to answer, or has hung up
+            with contextlib.suppress(OSError):  # it is refused in between
+                again.recv(10)  # the inbox has begun to answer, or has closed the connection
                 again.sendall(recorded[piece_bytes:])
             check_that_nothing_comes(b)
     check_that_it_works((a, b), b"three")
@@ -174,6 +186,7 @@ def test_recorded_bytes_are_refused_when_played_again_case_40(folder: Path, wire
 
 @pytest.mark.slow
 def test_a_thousand_idle_connections_do_not_keep_the_real_peers_out_case_44(folder: Path, wires: Wires) -> None:
+    """Serve valid peers beside a thousand idle connections."""
     b = wires("b.0.1", curve.read(folder, "b"))
     port = int(b.address.rpartition(":")[2])
     with contextlib.ExitStack() as stack:
@@ -187,7 +200,7 @@ def test_a_thousand_idle_connections_do_not_keep_the_real_peers_out_case_44(fold
 
 
 def test_key_files_that_may_not_be_used(folder: Path) -> None:
-    """Which file it is, what was expected, what to do."""
+    """Name the file, what was expected, and what to do."""
     secret = folder / "a.key"
     assert oct(secret.stat().st_mode & 0o777) == "0o600"
     before = secret.read_bytes()
@@ -215,7 +228,8 @@ def test_key_files_that_may_not_be_used(folder: Path) -> None:
 
 
 def test_beyond_loopback_needs_keys(folder: Path) -> None:
+    """Refuse an address beyond loopback without keys."""
     with pytest.raises(AddressError, match="is not loopback, and tcp beyond loopback needs CURVE keys"):
         ZeroWire("a.0.1", "tcp://192.0.2.1:5555", max_frame_bytes=1 << 20)
-    with pytest.raises(AddressError, match="cannot bind"):  # it may, but this machine has no such address
+    with pytest.raises(AddressError, match="cannot bind"):  # allowed, but this machine has no such address
         ZeroWire("a.0.1", "tcp://192.0.2.1:5555", max_frame_bytes=1 << 20, keys=curve.read(folder, "a"))

@@ -1,4 +1,4 @@
-"""Addresses that may be used, and those that may not, with the reason."""
+"""Accept valid addresses, and refuse invalid ones with the reason."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from ranvier.transport.wires.endpoint import parse
     ],
 )
 def test_good(text: str, made: str) -> None:
+    """Parse a valid address."""
     assert str(parse(text)) == made
 
 
@@ -43,6 +44,8 @@ def test_good(text: str, made: str) -> None:
     ],
 )
 def test_refused(text: str, words: str) -> None:
-    """Case 30 among them."""
+    """Refuse an address with the reason.
+
+    One case is the binding of every interface (case 30)."""
     with pytest.raises(AddressError, match=words):
         parse(text)

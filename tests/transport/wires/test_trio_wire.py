@@ -1,4 +1,6 @@
-"""The trio side of a socket: a cancelled receive loses nothing, and the edge-triggered descriptor is never slept on."""
+"""Check the trio side of a socket.
+
+A cancelled receive loses nothing, and a receive never sleeps on an edge-triggered descriptor that has messages."""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from ranvier.transport.wires.zeromq import ZeroWire
 
 @pytest.fixture
 def wires() -> Iterator[tuple[ZeroWire, ZeroWire]]:
+    """Provide two wires, of which the first is connected to the second."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         a = ZeroWire("a", f"ipc://{folder}/a", max_frame_bytes=1 << 20)
         b = ZeroWire("b", f"ipc://{folder}/b", max_frame_bytes=1 << 20)
@@ -24,7 +27,9 @@ def wires() -> Iterator[tuple[ZeroWire, ZeroWire]]:
 
 
 def test_every_message_of_a_burst_is_received(wires: tuple[ZeroWire, ZeroWire]) -> None:
-    """The descriptor tells of a burst once; all of it must come out, and again after a pause."""
+    """Receive every message of a burst, and again after a pause.
+
+    The descriptor signals a burst only once."""
 
     async def main() -> None:
         a, b = wires[0], TrioWire(wires[1])
@@ -39,6 +44,8 @@ def test_every_message_of_a_burst_is_received(wires: tuple[ZeroWire, ZeroWire]) 
 
 
 def test_a_cancelled_receive_loses_nothing(wires: tuple[ZeroWire, ZeroWire]) -> None:
+    """Lose no message when a receive is cancelled."""
+
     async def main() -> None:
         a, b = wires[0], TrioWire(wires[1])
         got = []
@@ -57,6 +64,8 @@ def test_a_cancelled_receive_loses_nothing(wires: tuple[ZeroWire, ZeroWire]) -> 
 
 
 def test_two_readers_are_told_apart(wires: tuple[ZeroWire, ZeroWire]) -> None:
+    """Raise BusyResourceError for a second reader."""
+
     async def main() -> None:
         wire = TrioWire(wires[1])
         async with trio.open_nursery() as nursery:
@@ -72,6 +81,8 @@ def test_two_readers_are_told_apart(wires: tuple[ZeroWire, ZeroWire]) -> None:
 
 
 def test_closing_ends_a_waiting_receive(wires: tuple[ZeroWire, ZeroWire]) -> None:
+    """End a waiting receive when the wire is closed."""
+
     async def main() -> None:
         wire = TrioWire(wires[1])
 

@@ -63,6 +63,7 @@ def make_wire(request: pytest.FixtureRequest) -> Iterator[MakeWire]:
 
 
 def link(credits_messages: int = 4, credits_bytes: int = 1 << 20, **changes: Any) -> LinkSpec:
+    """Return the specification of a link with these changes."""
     fields: dict[str, Any] = {
         "edge": 3, "name": "a.x -> b.x", "source": "a.0.1", "target": "b.0.1", "tensors": SPEC,
         "credits_messages": credits_messages, "credits_bytes": credits_bytes, **changes,
@@ -71,7 +72,7 @@ def link(credits_messages: int = 4, credits_bytes: int = 1 << 20, **changes: Any
 
 
 class Peer:
-    """One process's transport: a wire and the state of its links, driven by hand."""
+    """Hold one process's transport: a wire and the state of its links, driven by the test."""
 
     def __init__(self, make_wire: MakeWire, me: str, spec: LinkSpec, graph: str = "g") -> None:
         self.wire = make_wire(me)
@@ -84,7 +85,7 @@ class Peer:
         return next(iter(self.exchange.sending.values()))
 
     def turn(self, *, consume: bool = True, wait_s: float = 0.02) -> None:
-        """Send what is due, take what has come."""
+        """Send what is due, and take what has arrived."""
         self.flush()
         while True:
             try:
@@ -105,6 +106,7 @@ class Peer:
         self.flush()
 
     def flush(self) -> None:
+        """Send everything in the outbox."""
         for out in self.exchange.outbox:
             out.buffers = self.wire.send(out.peer, out.header, out.buffers)
         self.exchange.outbox.clear()
@@ -116,6 +118,7 @@ class Peer:
 
 
 def pair(make_wire: MakeWire, spec: LinkSpec | None = None, **changes: Any) -> tuple[Peer, Peer]:
+    """Connect two peers, and begin their handshake."""
     spec = spec or link()
     a, b = Peer(make_wire, "a.0.1", spec), Peer(make_wire, "b.0.1", changes.pop("theirs", spec), **changes)
     a.wire.connect("b.0.1", b.wire.address)
@@ -125,6 +128,7 @@ def pair(make_wire: MakeWire, spec: LinkSpec | None = None, **changes: Any) -> t
 
 
 def turns(*peers: Peer, until: Callable[[], bool], most: int = 200, **options: Any) -> None:
+    """Take turns until `until` is true."""
     for _ in range(most):
         if until():
             return
@@ -134,13 +138,14 @@ def turns(*peers: Peer, until: Callable[[], bool], most: int = 200, **options: A
 
 
 def opened(make_wire: MakeWire, spec: LinkSpec | None = None) -> tuple[Peer, Peer]:
+    """Return two peers whose link is open."""
     a, b = pair(make_wire, spec)
     turns(a, b, until=lambda: a.exchange.ready and b.exchange.ready)
     return a, b
 
 
 def test_messages_arrive_once_and_in_order(make_wire: MakeWire) -> None:
-    """Twenty messages through a window of four: all, once, in order, bit for bit."""
+    """Deliver twenty messages through a window of four: all, once, in order, bit for bit."""
     a, b = opened(make_wire)
     sent = [torch.randn(n % 3 + 1, 5) for n in range(20)]
     for position, tensor in enumerate(sent):
@@ -155,7 +160,7 @@ def test_messages_arrive_once_and_in_order(make_wire: MakeWire) -> None:
 
 
 def test_large_and_empty_tensors(make_wire: MakeWire) -> None:
-    """Twelve MiB without a copy, a tensor without elements, one that is not contiguous."""
+    """Deliver 12 MiB without a copy, a tensor without elements, and one that is not contiguous."""
     a, b = opened(make_wire, link(credits_bytes=1 << 30))
     sent = [torch.randn(3, 1 << 20), torch.empty(0, 7), torch.randn(6, 4).t()]
     for tensor in sent:
@@ -166,7 +171,7 @@ def test_large_and_empty_tensors(make_wire: MakeWire) -> None:
 
 
 def test_credit_bounds_what_is_on_its_way(make_wire: MakeWire) -> None:
-    """A receiver that uses nothing up gets as many messages as it granted, and the rest once it does."""
+    """Deliver only as many messages as the receiver granted, and the rest once it has consumed them."""
     a, b = opened(make_wire, link(credits_messages=3))
     for position in range(10):
         a.send(torch.ones(1, 1), position)
@@ -183,7 +188,7 @@ def test_credit_bounds_what_is_on_its_way(make_wire: MakeWire) -> None:
 
 
 def test_credit_in_bytes(make_wire: MakeWire) -> None:
-    """Bytes are bounded, too; one message larger than the whole window goes alone."""
+    """Limit the bytes as well, and send a message larger than the whole window alone."""
     a, b = opened(make_wire, link(credits_messages=100, credits_bytes=1000))
     for position, floats in enumerate([100, 100, 100, 600, 1]):
         a.send(torch.ones(1, floats), position)
@@ -211,7 +216,7 @@ def test_credit_in_bytes(make_wire: MakeWire) -> None:
 def test_a_handshake_that_differs_names_both_sides_case_20(
     make_wire: MakeWire, changes: dict[str, Any], words: str
 ) -> None:
-    """Case 20: another graph, another edge, another spec."""
+    """Name both sides if their graph, edge or specification differs."""
     a, b = pair(make_wire, **changes)
 
     def refused() -> bool:
@@ -228,7 +233,7 @@ def test_a_handshake_that_differs_names_both_sides_case_20(
 
 
 def test_another_wire_version_is_refused_case_20(make_wire: MakeWire) -> None:
-    """Case 20: a peer of another version gets nothing in, and the link of the right one still works."""
+    """Refuse a message of another wire version, and keep the link."""
     import msgpack
 
     a, b = opened(make_wire)
@@ -248,7 +253,9 @@ def test_another_wire_version_is_refused_case_20(make_wire: MakeWire) -> None:
     ],
 )
 def test_rubbish_is_refused_and_the_link_goes_on(make_wire: MakeWire, frames: tuple[bytes, ...], words: str) -> None:
-    """Case 41: a pickle as a header; too large a header; none at all. The receiver goes on."""
+    """Refuse an invalid header, and keep the link.
+
+    It is a pickle (case 41), too large, or empty."""
     a, b = opened(make_wire)
     a.wire.send("b.0.1", frames[0], frames[1:])
     turns(a, b, until=lambda: len(b.errors) == 1)
@@ -258,7 +265,7 @@ def test_rubbish_is_refused_and_the_link_goes_on(make_wire: MakeWire, frames: tu
 
 
 def test_too_many_frames_are_refused(make_wire: MakeWire) -> None:
-    """A thousand frames in one message: dropped, and the next message is taken."""
+    """Drop a message of a thousand frames, and take the next."""
     a, b = opened(make_wire)
     a.send(torch.ones(1, 1))
     header = a.exchange.outbox[0].header
@@ -275,11 +282,12 @@ def test_too_many_frames_are_refused(make_wire: MakeWire) -> None:
         if b.errors:
             break
     assert "tensor frames" in str(b.errors[0])
-    a.exchange.tick()  # what was lost is asked for again
+    a.exchange.tick()  # requests what was lost again
     turns(a, b, until=lambda: len(b.taken) == 1)
 
 
 def test_a_closed_wire_says_so(make_wire: MakeWire) -> None:
+    """Raise LinkClosed on a wire that is closed."""
     wire = make_wire("a.0.1")
     wire.close()
     wire.close()
