@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +86,3 @@ class SessionInfo:
     def finished(self, generated: int, token: int) -> bool:
         """Return whether `token`, the `generated`-th of the stream, ends it. The gateway and the head use the same rule."""
         return generated >= self.max_tokens or token in self.stop_tokens
-
-    def to_plain(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> SessionInfo:
-        fields = dict(plain)
-        fields["sampling"] = Sampling(**fields["sampling"])
-        fields["log"] = tuple(fields["log"])
-        fields["stop_tokens"] = tuple(fields["stop_tokens"])
-        fields["places"] = {actor: tuple(replicas) for actor, replicas in fields["places"].items()}
-        return cls(**fields)

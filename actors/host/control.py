@@ -18,10 +18,22 @@ from ranvier.transport.format.errors import ProtocolError
 from ranvier.transport.wires.trio_wire import TrioWire
 from ranvier.transport.wires.zeromq import ZeroWire
 
-from ..protocol.control_protocol import MAX_BYTES, decode, encode
+from ..protocol.control_protocol import (
+    MAX_BYTES,
+    AskTime,
+    Explain,
+    Heartbeat,
+    HostMessage,
+    Refused,
+    Situation,
+    Time,
+    decode,
+    encode,
+    for_host,
+)
 from ..protocol.host_spec import SUPERVISOR, HostSpec
 from ..protocol.refusals import Refusals, with_left_out
-from ..trace.crossing import Crossing, Event
+from ..trace.crossing import Crossing
 from ..trace.trace_file import TraceFile
 
 SHIP_INTERVAL_S = 0.4
@@ -55,7 +67,9 @@ class ControlThread:
 
     async def _main(self) -> None:
         spec = self._spec
-        events_in, events_out = trio.open_memory_channel[Event](math.inf)  # peers cause only refusals: rate-limited
+        events_in, events_out = trio.open_memory_channel[HostMessage](
+            math.inf
+        )  # peers cause only refusals: rate-limited
         try:
             wire = TrioWire(ZeroWire(spec.identity, spec.control, max_frame_bytes=MAX_BYTES))
             wire.connect(SUPERVISOR, spec.supervisor)
@@ -71,15 +85,15 @@ class ControlThread:
                 await self._ship(spec)
                 # the trace is written; send the last events of the step thread
                 with trio.move_on_after(FINISH_DEADLINE_S / 2):
-                    while self._crossing.untold or events_out.statistics().current_buffer_used:
+                    while self._crossing.unsent or events_out.statistics().current_buffer_used:
                         await trio.sleep(0.001)
                 nursery.cancel_scope.cancel()
         finally:
             wire.close()
 
-    async def _events(self, wire: TrioWire, events: trio.MemoryReceiveChannel[Event]) -> None:
-        async for kind, fields in events:
-            wire.send(SUPERVISOR, encode(kind, dict(fields)))
+    async def _events(self, wire: TrioWire, events: trio.MemoryReceiveChannel[HostMessage]) -> None:
+        async for message in events:
+            wire.send(SUPERVISOR, encode(message))
 
     async def _commands(self, wire: TrioWire) -> None:
         while True:
@@ -87,22 +101,22 @@ class ControlThread:
                 arrival = await wire.receive()
                 if arrival.peer != SUPERVISOR:
                     raise ProtocolError(f"control: expected commands from {SUPERVISOR}, got one from {arrival.peer}")
-                kind, fields = decode(arrival.header)
+                command = decode(arrival.header, for_host)
             except ProtocolError as error:
                 left_out = self._refusals.one_more(time.monotonic())
                 if left_out is not None:
-                    self._crossing.tell("refused", what=with_left_out(str(error), left_out))
+                    self._crossing.report(Refused(with_left_out(str(error), left_out)))
                 continue
-            if kind == "explain":  # answered here, because the step thread may be stuck
-                tell = self._crossing.situation
-                situation = tell() if tell is not None else {}
-                wire.send(SUPERVISOR, encode("situation", {"asked": fields["asked"], "situation": situation}))
-            elif kind == "what time":
-                now_ns = time.monotonic_ns()
-                answer = {"asked_ns": fields["sent_ns"], "heard_ns": now_ns, "told_ns": time.monotonic_ns()}
-                wire.send(SUPERVISOR, encode("time", answer))
-            else:
-                self._crossing.command(kind, fields)
+            match command:
+                case Explain():  # answered here, because the step thread may be stuck
+                    describe = self._crossing.situation
+                    situation = describe() if describe is not None else {}
+                    wire.send(SUPERVISOR, encode(Situation(command.asked, situation)))
+                case AskTime():
+                    heard_ns = time.monotonic_ns()
+                    wire.send(SUPERVISOR, encode(Time(command.sent_ns, heard_ns, time.monotonic_ns())))
+                case _:
+                    self._crossing.command(command)
 
     async def _lifeline_watch(self) -> None:
         await trio.lowlevel.wait_readable(self._lifeline)
@@ -112,18 +126,8 @@ class ControlThread:
         crossing = self._crossing
         while True:
             since = crossing.stepping_since_ns
-            wire.send(
-                SUPERVISOR,
-                encode(
-                    "heartbeat",
-                    {
-                        "steps": crossing.steps,
-                        "stepping_s": (time.monotonic_ns() - since) / 1e9 if since else 0.0,
-                        "queued": crossing.queued,
-                        "counters": crossing.counters,
-                    },
-                ),
-            )
+            stepping_s = (time.monotonic_ns() - since) / 1e9 if since else 0.0
+            wire.send(SUPERVISOR, encode(Heartbeat(crossing.steps, stepping_s, crossing.queued, crossing.counters)))
             await trio.sleep(self._spec.supervision.heartbeat_interval_s)
 
     async def _ship(self, spec: HostSpec) -> None:

@@ -9,13 +9,11 @@ import gc
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ranvier.transport.format.aligned import NARROW_BYTES
 from ranvier.transport.format.dtypes import BY_NAME
-from ranvier.transport.format.errors import ProtocolError
 from ranvier.transport.format.header import Row
 from ranvier.transport.links.link_state import Received
 from ranvier.transport.links.wire import ProcessWire
@@ -25,8 +23,22 @@ from ..component.ownership import soles
 from ..component.session import SessionInfo
 from ..errors import told, traceback_of
 from ..protocol import step_board
+from ..protocol.control_protocol import (
+    Alarm,
+    Close,
+    Counters,
+    Hold,
+    Link,
+    Linked,
+    Open,
+    Ready,
+    StepCommand,
+    Stop,
+    Unlink,
+)
 from ..protocol.host_spec import HostLink, HostSpec
 from ..protocol.lifecycle import State
+from ..protocol.training_spec import TrainingLink
 from ..trace.recording import Recording
 from ..trace.spans import Spans
 from . import taps
@@ -34,7 +46,7 @@ from .batcher import Work
 from .join import Overdue
 from .loading import load
 from .open_sessions import Onlooker, OpenSessions
-from .process import ACK_DELAY_S, TICK_S, Process, live
+from .process import ACK_DELAY_S, TICK_S, JoinTimeout, Process, live
 from .scheduler import HostCore
 from .snapshots import Snapshots
 
@@ -67,7 +79,7 @@ class Host(Process):
 
     recording: Recording | None = None
 
-    def prepare(self) -> Mapping[str, Any]:
+    def prepare(self, address: str) -> Ready:
         spec = self.spec
         self.core = HostCore(spec.inputs, spec.outputs, (), self.exchange, spec.batch_tokens, spec.needed, spec.batches)
         self.counted = self.core.counters
@@ -82,9 +94,7 @@ class Host(Process):
         self.sessions = OpenSessions(actor, self.core, onlookers)
         state = Path(spec.snapshot_of(spec.label))
         self.snapshots = Snapshots.of(actor, state, spec.restart.snapshot_s, self._snapshot_failed)
-        return {
-            "capacity_tokens": actor.capacity_tokens(), "held_bytes": actor.held_bytes(), "keeps": keeps(actor)
-        }  # fmt: skip
+        return Ready(address, actor.capacity_tokens(), actor.held_bytes(), keeps(actor))
 
     def work(self, wire: ProcessWire) -> None:
         self._steps(wire)
@@ -93,15 +103,14 @@ class Host(Process):
     def on_message(self, received: Received) -> None:
         self.core.on_message(received)
 
-    def on_place(self, instead_of: str | None) -> None:
+    def on_connected(self, instead_of: str | None) -> None:
         if self.snapshots is not None and instead_of is not None:
             state = Path(self.spec.snapshot_of(instead_of))
             if self.recording is not None:
                 self.recording.restored(state)
             self.snapshots.restore(state)
 
-    def add_links(self, plain: Sequence[Mapping[str, Any]]) -> None:
-        links = [HostLink.from_plain(each) for each in plain]
+    def add_links(self, links: Sequence[HostLink], training: Sequence[TrainingLink] = ()) -> None:
         for spec in dict.fromkeys(link.link for link in links):  # a link to this host itself appears at both ends
             self.exchange.add(spec)
         for link in links:
@@ -113,10 +122,10 @@ class Host(Process):
 
     def _snapshot_failed(self, error: Exception) -> None:
         self.counted["snapshots_failed"] += 1
-        self.told_of(f"a snapshot could not be taken: {told(error)}")
+        self.warn(f"a snapshot could not be taken: {told(error)}")
 
     def _alarm(self, edge: str, row: Row, share: float, at_ns: int) -> None:
-        self.crossing.tell("alarm", edge=edge, session=row.session, position=row.position, share=share, at_ns=at_ns)
+        self.crossing.report(Alarm(edge, row.session, row.position, share, at_ns))
 
     # -- stepping -----------------------------------------------------------------------------------------------
 
@@ -269,19 +278,16 @@ class Host(Process):
     def _give_up_overdue(self) -> None:
         limit_s = self.spec.supervision.join_deadline_s
         for row, present, missing, _ in self.core.overdue(time.monotonic_ns() - int(limit_s * 1e9)):
-            self.session_failed(
-                row,
-                TimeoutError(
-                    f"the join waited over {limit_s:g} s: expected {', '.join(missing)}, got only {', '.join(present)}"
-                ),
-            )
+            expected, got = ", ".join(missing), ", ".join(present)
+            late = JoinTimeout(f"the join waited over {limit_s:g} s: expected {expected}, got only {got}")
+            self.session_failed(row, late)
 
     def session_failed(self, row: Row, error: BaseException) -> None:
         super().session_failed(row, error)
         try:
             self.sessions.close(row.session)
         except BaseException as own:  # raised by the actor's `close`; the session is closed anyway
-            self.told_of(f"session {row.session} could not be closed: {traceback_of(own)}")
+            self.warn(f"session {row.session} could not be closed: {traceback_of(own)}")
 
     def failed(self, error: BaseException) -> None:
         if self.recording is not None:
@@ -297,53 +303,52 @@ class Host(Process):
 
     # -- commands -----------------------------------------------------------------------------------------------
 
-    def obey(self, kind: str, fields: Mapping[str, Any]) -> bool:
-        """Obey a command of the supervisor. Return False if it is `stop`."""
-        if kind == "open":
-            try:
-                info = SessionInfo.from_plain(fields["info"])
-            except (KeyError, TypeError, ValueError) as error:
-                self.refused(ProtocolError(f"control open: {type(error).__name__}: {error}"))
-                return True
-            step_board.write(self.board, [info.session])
-            try:
-                self.sessions.open(info)
-            except BaseException as error:
-                self.session_failed(Row(info.session, info.epoch, 0, 0), error)
-            self.board[0] = 0
-        elif kind == "hold":
-            self.sessions.hold(fields["session"])
-        elif kind == "close":
-            self._close(fields["session"])
-        elif kind == "link":
-            self._link(fields)
-        elif kind == "unlink":
-            self._unlink(fields["peer"])
-        return kind != "stop"
+    def obey(self, command: StepCommand) -> bool:
+        """Obey a command of the supervisor. Return False if it is `Stop`."""
+        match command:
+            case Open():
+                self._open(command.info)
+            case Hold():
+                self.sessions.hold(command.session)
+            case Close():
+                self._close(command.session)
+            case Link():
+                self._link(command)
+            case Unlink():
+                self._unlink(command.peer)
+        return not isinstance(command, Stop)
+
+    def _open(self, info: SessionInfo) -> None:
+        step_board.write(self.board, [info.session])
+        try:
+            self.sessions.open(info)
+        except BaseException as error:
+            self.session_failed(Row(info.session, info.epoch, 0, 0), error)
+        self.board[0] = 0
 
     def _close(self, session: int) -> None:
         try:
             self.sessions.close(session)
         except BaseException as error:  # raised by the actor's `close`: its other sessions continue
-            self.told_of(f"session {session} could not be closed: {traceback_of(error)}")
+            self.warn(f"session {session} could not be closed: {traceback_of(error)}")
         if self.snapshots is not None:
             self.snapshots.on_step()
 
-    def _link(self, fields: Mapping[str, Any]) -> None:
+    def _link(self, command: Link) -> None:
         """Add the links with a replica that has joined the run, and report `linked`.
 
         On an error `linked` is not sent. Whoever started the replica waits for `linked`, and handles that case.
         """
         assert self.wire is not None
-        peer = fields["peer"]
+        peer = command.peer
         try:
-            self.wire.connect(peer, fields["address"])
-            self.add_links(fields["links"])
+            self.wire.connect(peer, command.address)
+            self.add_links(command.links)
         except Exception as error:
-            self.told_of(f"no link with {peer}: {traceback_of(error)}")
+            self.warn(f"no link with {peer}: {traceback_of(error)}")
             return
         self.exchange.open()
-        self.crossing.tell("linked", peer=peer)
+        self.crossing.report(Linked(peer))
 
     def _unlink(self, peer: str) -> None:
         """Remove the links with a replica that has left the run."""
@@ -364,7 +369,7 @@ class Host(Process):
             self.counted["recording_full"] = bool(self.recording.full)
         self._record_discarded()
         self._count()
-        self.crossing.tell("counters", counters=self.crossing.counters)
+        self.crossing.report(Counters(self.crossing.counters))
 
     def _record_discarded(self) -> None:
         """Record the messages that went into no step: late parts of a join, and rows of sessions that have ended."""

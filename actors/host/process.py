@@ -12,7 +12,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,22 @@ from ranvier.transport.links.link_state import Received
 from ranvier.transport.links.wire import Arrival, ProcessWire
 from ranvier.transport.wires.opening import open_wire
 
-from ..errors import told, traceback_of, words
-from ..protocol.host_spec import HostSpec
+from ..errors import Cause, told, traceback_of, words
+from ..protocol.control_protocol import (
+    Connect,
+    Failed,
+    Progress,
+    Ready,
+    Refused,
+    SessionFailed,
+    StateChanged,
+    StepCommand,
+    Stop,
+)
+from ..protocol.host_spec import HostLink, HostSpec
 from ..protocol.lifecycle import Lifecycle, State
 from ..protocol.refusals import Refusals, with_left_out
+from ..protocol.training_spec import TrainingLink
 from ..trace.crossing import Crossing
 from ..trace.trace_records import Records
 from . import situation
@@ -47,6 +59,10 @@ wait, because the parent process may itself have been suspended."""
 
 class Stopped(Exception):
     """Signal that the supervisor sent `stop` before the host was running."""
+
+
+class JoinTimeout(Exception):
+    """Signal that a step has waited too long for some of its inputs."""
 
 
 class Process(ABC):
@@ -70,7 +86,7 @@ class Process(ABC):
         return torch.inference_mode()
 
     @abstractmethod
-    def prepare(self) -> Mapping[str, Any]:
+    def prepare(self, address: str) -> Ready:
         """Load everything. Return what the supervisor needs to know: `capacity_tokens`, `held_bytes`, `keeps`."""
 
     @abstractmethod
@@ -78,7 +94,7 @@ class Process(ABC):
         """What it is there for, until it is told to stop, and its end."""
 
     @abstractmethod
-    def add_links(self, plain: Sequence[Mapping[str, Any]]) -> None:
+    def add_links(self, links: Sequence[HostLink], training: Sequence[TrainingLink]) -> None:
         """Add the links that the supervisor sent."""
 
     @abstractmethod
@@ -86,7 +102,7 @@ class Process(ABC):
         """Take a message that has arrived."""
 
     @abstractmethod
-    def obey(self, kind: str, fields: Mapping[str, Any]) -> bool:
+    def obey(self, command: StepCommand) -> bool:
         """Obey a command of the supervisor. Return False if it is `stop`."""
 
     @abstractmethod
@@ -121,14 +137,14 @@ class Process(ABC):
         )
         crossing.situation = lambda: situation.tell(crossing, self.exchange, self.held_up)
         with self.mode():
-            ready = self.prepare()
+            ready = self.prepare(wire.address)
             gc.collect()
             gc.freeze()
             # A full collection walks all of torch's objects: 1 ms in the middle of a step. Subclasses collect between
             # steps.
             gc.disable()
             self._to(State.READY)
-            crossing.tell("ready", address=wire.address, **ready)
+            crossing.report(ready)
             self._link_up(wire)
             self._to(State.RUNNING)
             self.work(wire)
@@ -140,8 +156,8 @@ class Process(ABC):
         Raises:
             Stopped: the supervisor has sent `stop`.
         """
-        self.crossing.tell("progress", share=float(share))
-        if any(command.kind == "stop" for command in self.crossing.commands):
+        self.crossing.report(Progress(float(share)))
+        if any(isinstance(received.command, Stop) for received in self.crossing.commands):
             raise Stopped
 
     def _link_up(self, wire: ProcessWire) -> None:
@@ -163,7 +179,7 @@ class Process(ABC):
                 return
             if not complained and time.monotonic() > self._connected_s + UNLINKED_S:
                 complained = True
-                self.told_of(f"links are not open after {UNLINKED_S:.0f} s: {self._closed()}")
+                self.warn(f"links are not open after {UNLINKED_S:.0f} s: {self._closed()}")
             if early:
                 self._take_in(early.popleft())
             elif not self._receive(wire, 0.2):
@@ -174,28 +190,29 @@ class Process(ABC):
 
         Before `connect`, all commands except `connect` and `stop` are ignored.
         """
-        command = self.crossing.commands.popleft()
+        received = self.crossing.commands.popleft()
+        command = received.command
         started_ns, going_on = time.monotonic_ns(), True
-        if command.kind == "connect":
-            self._connect(command.fields)
-        elif self._connected_s is None and command.kind != "stop":
+        if isinstance(command, Connect):
+            self._connect(command)
+        elif self._connected_s is None and not isinstance(command, Stop):
             return True
         else:
-            going_on = self.obey(command.kind, command.fields)
+            going_on = self.obey(command)
         if self.spec.trace:
-            self.records.command(command, started_ns, time.monotonic_ns())
+            self.records.command(received, started_ns, time.monotonic_ns())
         return going_on
 
-    def _connect(self, fields: Mapping[str, Any]) -> None:
+    def _connect(self, command: Connect) -> None:
         assert self.wire is not None
-        for peer, address in fields["peers"].items():
+        for peer, address in command.peers.items():
             self.wire.connect(peer, address)
-        self.add_links(fields["links"])
+        self.add_links(command.links, command.training)
         self.exchange.open()
         self._connected_s = time.monotonic()
-        self.on_place(fields["instead_of"])
+        self.on_connected(command.instead_of)
 
-    def on_place(self, instead_of: str | None) -> None:  # noqa: B027 - most subclasses have nothing to do
+    def on_connected(self, instead_of: str | None) -> None:  # noqa: B027 - most subclasses have nothing to do
         """React to `connect`. `instead_of` is the label of the lost host that this one replaces, or None."""
 
     def _closed(self) -> str:
@@ -238,20 +255,20 @@ class Process(ABC):
     def refused(self, error: ProtocolError) -> None:
         """Count and report a refused message or command, and end the sessions that lost a row by it."""
         self.counted["refused"] += 1
-        self.told_of(words(error))
+        self.warn(words(error))
         if isinstance(error, RefusedMessage):
             self.lost_rows(error.rows, error)
 
-    def told_of(self, what: str) -> None:
+    def warn(self, what: str) -> None:
         """Ask the supervisor to log a problem. Problems beyond the limit of `Refusals` are only counted."""
         left_out = self._refusals.one_more(time.monotonic())
         if left_out is not None:
-            self.crossing.tell("refused", what=with_left_out(what, left_out))
+            self.crossing.report(Refused(with_left_out(what, left_out)))
 
     def decision_failed(self, rows: Sequence[Row], error: Exception) -> None:
         """Treat an error outside the actor's step as one of the sessions of `rows`, not of the host."""
         self.counted["decisions_failed"] += 1
-        self.told_of(f"received rows could not be processed: {traceback_of(error)}")
+        self.warn(f"received rows could not be processed: {traceback_of(error)}")
         self.lost_rows(rows, error)
 
     def send_owed(self, wire: ProcessWire, deadline_s: float) -> None:
@@ -267,7 +284,7 @@ class Process(ABC):
     def _count(self) -> None:
         left_out = self._refusals.overdue(time.monotonic())
         if left_out:
-            self.crossing.tell("refused", what=f"{left_out} more, left out")
+            self.crossing.report(Refused(f"{left_out} more, left out"))
         dropped = self.crossing.ring.dropped
         assert self.wire is not None
         self.crossing.counters = {
@@ -276,22 +293,15 @@ class Process(ABC):
 
     def session_failed(self, row: Row, error: BaseException) -> None:
         """Report to the supervisor that the step of a row failed, so that its session ends."""
-        self.crossing.tell(
-            "session_failed",
-            session=row.session,
-            epoch=row.epoch,
-            error=f"session {row.session}, epoch {row.epoch}, position {row.position}: {told(error)}",
-            traceback=traceback_of(error),
-        )
+        what = f"session {row.session}, epoch {row.epoch}, position {row.position}: {told(error)}"
+        self.crossing.report(SessionFailed(row.session, row.epoch, what, traceback_of(error), _cause_of(error)))
 
     def failed(self, error: BaseException) -> None:
         what = words(error)
         if not self.life.over:
             self.life.to(State.FAILED, what)
         state = self.life.story[-2][0].value
-        self.crossing.tell(
-            "failed", error=f"{type(error).__name__} while {state}: {what}", traceback=traceback_of(error)
-        )
+        self.crossing.report(Failed(f"{type(error).__name__} while {state}: {what}", traceback_of(error)))
 
     def close(self) -> None:
         """Close the wire. The control thread must have ended, because it uses the waker."""
@@ -302,7 +312,14 @@ class Process(ABC):
 
     def _to(self, state: State) -> None:
         self.life.to(state)
-        self.crossing.tell("state", state=state.value, why="")
+        self.crossing.report(StateChanged(state.value))
+
+
+def _cause_of(error: BaseException) -> Cause:
+    """Return why a session failed: refused messages and missed deadlines are not the actor's own errors."""
+    if isinstance(error, ProtocolError):
+        return Cause.REFUSED
+    return Cause.LATE if isinstance(error, JoinTimeout) else Cause.RAISED
 
 
 def live(kind: type[Process], spec: HostSpec, lifeline: int) -> int:

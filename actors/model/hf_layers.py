@@ -107,7 +107,7 @@ class Skeleton:
         self.bypasses = self.tuples = False
         self.past: Any = None
         self.layers = layers
-        # code in a checkpoint never runs: trust_remote_code keeps its default, False
+        # code in a checkpoint never runs: the library's default
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
         with torch.inference_mode(False), no_init_weights():
             make: Any = AutoModelForCausalLM.from_config

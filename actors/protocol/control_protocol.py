@@ -1,81 +1,268 @@
-"""What supervisor and hosts say to each other: a kind and its fields, msgpack, checked field by field.
+"""Define what supervisor, hosts and clients say to each other: tagged structs in msgpack, checked field by field.
 
-It has sockets of its own, so data never delays it. Nothing here trusts the other side: an unknown kind, a missing or
-ill-typed field is a `ProtocolError`.
+Control has sockets of its own, so data never delays it. Nothing here trusts the other side: an unknown kind, or a missing,
+unknown or ill-typed field, is a `ProtocolError`. Each side decodes only the messages that it may receive.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
 from ranvier.transport.format.errors import ProtocolError
 
+from ..component.session import SessionInfo
+from ..errors import Cause
+from .host_spec import HostLink
+from .training_spec import TrainingLink
+
 MAX_BYTES = 16 << 20
 
-FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
-    # host -> supervisor
-    "state": {"state": str, "why": str},
-    "progress": {"share": float},
-    "ready": {"address": str, "capacity_tokens": (int, type(None)), "held_bytes": int, "keeps": str},
-    "heartbeat": {"steps": int, "stepping_s": float, "queued": int, "counters": dict},
-    "counters": {"counters": dict},
-    "linked": {"peer": str},
-    "session_failed": {"session": int, "epoch": int, "error": str, "traceback": str},
-    "refused": {"what": str},
-    "alarm": {"edge": str, "session": int, "position": int, "share": float, "at_ns": int},
-    "saved": {"round": int},
-    "failed": {"error": str, "traceback": str},
-    "situation": {"asked": int, "situation": dict},
-    "time": {"asked_ns": int, "heard_ns": int, "told_ns": int},
-    # supervisor -> host, to be obeyed by its step thread
-    "connect": {"sent_ns": int, "peers": dict, "links": list, "instead_of": (str, type(None))},
-    "open": {"sent_ns": int, "info": dict},
-    "hold": {"sent_ns": int, "session": int},
-    "close": {"sent_ns": int, "session": int},
-    "link": {"sent_ns": int, "peer": str, "address": str, "links": list},
-    "unlink": {"sent_ns": int, "peer": str},
-    "stop": {"sent_ns": int},
-    # supervisor -> host, answered at once by its control thread
-    "explain": {"sent_ns": int, "asked": int},
-    "what time": {"sent_ns": int},
-    # a command of the user's, to a run, and its answer
-    "scale": {"actor": str, "replicas": int},
-    "why": {},
-    "status": {},
-    "done": {"what": str},
-    "wrong": {"what": str},
-}
 
-COMMANDS = ("scale", "why", "status")
-"""What a client may ask of a run."""
+class Message(msgspec.Struct, tag_field="kind", forbid_unknown_fields=True):
+    """Represent one message of the control sockets."""
 
-_decoder = msgspec.msgpack.Decoder(tuple[str, dict[str, Any]])
+    @property
+    def kind(self) -> str:
+        """Return the kind, as logs and traces name it."""
+        return str(self.__struct_config__.tag)
 
 
-def encode(kind: str, fields: dict[str, Any]) -> bytes:
-    return msgspec.msgpack.encode((kind, fields))
+# -- host to supervisor -----------------------------------------------------------------------------------------------
 
 
-def decode(data: bytes | memoryview) -> tuple[str, dict[str, Any]]:
-    """Kind and fields.
+class StateChanged(Message, tag="state"):
+    """Report that the host is in another state (lifecycle.py)."""
+
+    state: str
+    why: str = ""
+
+
+class Progress(Message, tag="progress"):
+    """Report which share of the weights is loaded, from 0 to 1."""
+
+    share: float
+
+
+class Ready(Message, tag="ready"):
+    """Report that the host has its weights and listens at `address`; what it can hold, holds, and keeps of its sessions."""
+
+    address: str
+    capacity_tokens: int | None
+    held_bytes: int
+    keeps: str
+
+
+class Heartbeat(Message, tag="heartbeat"):
+    """Report that the host is alive: its steps, how long the current one takes, its queue, its counters."""
+
+    steps: int
+    stepping_s: float
+    queued: int
+    counters: dict[str, int]
+
+
+class Counters(Message, tag="counters"):
+    """Report the last counters of a host that ends."""
+
+    counters: dict[str, int]
+
+
+class Linked(Message, tag="linked"):
+    """Report that the host knows a replica that has joined."""
+
+    peer: str
+
+
+class SessionFailed(Message, tag="session_failed"):
+    """Report that a session cannot continue at this host."""
+
+    session: int
+    epoch: int
+    error: str
+    traceback: str
+    cause: Cause
+
+
+class Refused(Message, tag="refused"):
+    """Report a message or a command that was refused."""
+
+    what: str
+
+
+class Alarm(Message, tag="alarm"):
+    """Report that an edge carried NaN or infinity, and which share of the elements that was."""
+
+    edge: str
+    session: int
+    position: int
+    share: float
+    at_ns: int
+
+
+class Saved(Message, tag="saved"):
+    """Report that the host has saved its shard after `round` rounds of training."""
+
+    round: int
+
+
+class Failed(Message, tag="failed"):
+    """Report the error that ends the host."""
+
+    error: str
+    traceback: str
+
+
+class Situation(Message, tag="situation"):
+    """Answer `Explain` of the number `asked`: what the host does and waits for (situation.py)."""
+
+    asked: int
+    situation: dict[str, Any]
+
+
+class Time(Message, tag="time"):
+    """Answer `AskTime`: when it was sent (by the supervisor's clock), heard and answered (by the host's)."""
+
+    asked_ns: int
+    heard_ns: int
+    told_ns: int
+
+
+# -- supervisor to host -----------------------------------------------------------------------------------------------
+
+
+class Command(Message, kw_only=True):
+    """Represent what a supervisor asks of a host. `sent_ns` is by the supervisor's clock."""
+
+    sent_ns: int = 0
+
+    @property
+    def subject(self) -> tuple[int, int]:
+        """Return the session that the command is about, and its epoch; 0 for what it does not name."""
+        return 0, 0
+
+
+class Connect(Command, tag="connect"):
+    """Say where the neighbours listen and which links to open, and which lost replica the host replaces, if any."""
+
+    peers: dict[str, str]
+    links: tuple[HostLink, ...]
+    training: tuple[TrainingLink, ...] = ()
+    instead_of: str | None = None
+
+
+class Open(Command, tag="open"):
+    """Open a session."""
+
+    info: SessionInfo
+
+    @property
+    def subject(self) -> tuple[int, int]:
+        return self.info.session, self.info.epoch
+
+
+class _OfSession(Command):
+    session: int
+
+    @property
+    def subject(self) -> tuple[int, int]:
+        return self.session, 0
+
+
+class Hold(_OfSession, tag="hold"):
+    """Refuse the rows of a session until it is opened in another epoch, and keep what is held of it."""
+
+
+class Close(_OfSession, tag="close"):
+    """Close a session."""
+
+
+class Link(Command, tag="link"):
+    """Introduce a replica that joins."""
+
+    peer: str
+    address: str
+    links: tuple[HostLink, ...]
+
+
+class Unlink(Command, tag="unlink"):
+    """Forget a replica that has left."""
+
+    peer: str
+
+
+class Stop(Command, tag="stop"):
+    """End in order."""
+
+
+class Explain(Command, tag="explain"):
+    """Ask what the host waits for. Its control thread answers."""
+
+    asked: int
+
+
+class AskTime(Command, tag="what time"):
+    """Ask for the host's clock. Its control thread answers."""
+
+
+# -- client to supervisor, and its answer -----------------------------------------------------------------------------
+
+
+class Scale(Message, tag="scale"):
+    """Ask for a number of replicas of an actor."""
+
+    actor: str
+    replicas: int
+
+
+class AskWhy(Message, tag="why"):
+    """Ask who waits for whom."""
+
+
+class AskStatus(Message, tag="status"):
+    """Ask what is known of the run."""
+
+
+class Done(Message, tag="done"):
+    """Answer what was done, or what was asked for."""
+
+    what: str
+
+
+class Wrong(Message, tag="wrong"):
+    """Answer why it cannot be done."""
+
+    what: str
+
+
+StepCommand = Connect | Open | Hold | Close | Link | Unlink | Stop
+"""Commands for a host's step thread."""
+Request = Scale | AskWhy | AskStatus
+HostMessage = (
+    StateChanged | Progress | Ready | Heartbeat | Counters | Linked | SessionFailed | Refused | Alarm | Saved | Failed
+    | Situation | Time
+)  # fmt: skip
+Answer = Done | Wrong
+
+for_supervisor: msgspec.msgpack.Decoder[HostMessage | Request] = msgspec.msgpack.Decoder(HostMessage | Request)
+for_host: msgspec.msgpack.Decoder[StepCommand | Explain | AskTime] = msgspec.msgpack.Decoder(
+    StepCommand | Explain | AskTime
+)
+for_client: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
+encode = msgspec.msgpack.Encoder().encode
+T = TypeVar("T")
+
+
+def decode(data: bytes | memoryview, decoder: msgspec.msgpack.Decoder[T]) -> T:
+    """Decode a message with the decoder of the side that receives it.
 
     Raises:
-        ProtocolError: anything is not as `FIELDS` says.
+        ProtocolError: it is none of the messages that this side may receive.
     """
     if len(data) > MAX_BYTES:
         raise ProtocolError(f"control: expected at most {MAX_BYTES} bytes, got {len(data)}")
     try:
-        kind, fields = _decoder.decode(data)
+        return decoder.decode(data)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise ProtocolError(f"control: expected [kind, fields], got {len(data)} bytes that are not: {error}") from None
-    expected = FIELDS.get(kind)
-    if expected is None:
-        raise ProtocolError(f"control: unknown kind {kind!r:.80}")
-    if fields.keys() != expected.keys():
-        raise ProtocolError(f"control {kind}: expected the fields {sorted(expected)}, got {sorted(fields)}")
-    for name, types in expected.items():
-        if not isinstance(fields[name], types):
-            raise ProtocolError(f"control {kind}: {name}: expected {types}, got {type(fields[name]).__name__}")
-    return kind, fields
+        raise ProtocolError(f"control: expected a message of this side, got {len(data)} bytes: {error}") from None

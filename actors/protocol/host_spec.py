@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from ranvier.transport.format.tensor_spec import TensorSpec
@@ -137,10 +137,6 @@ class HostLink:
     repeats: bool = False
     tap: str | None = None
 
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> HostLink:
-        return cls(**{**plain, "link": _link(plain["link"]), "policy": Policy(**plain["policy"])})
-
 
 @dataclass(frozen=True, slots=True)
 class RecordSpec:
@@ -149,10 +145,6 @@ class RecordSpec:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     most_bytes: int
-
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> RecordSpec:
-        return cls(tuple(plain["inputs"]), tuple(plain["outputs"]), plain["most_bytes"])
 
 
 STATISTICS = "statistics"
@@ -236,35 +228,3 @@ class HostSpec:
     def file(self) -> str:
         """Return the base name of the host's files (see `file_name`)."""
         return file_name(self.actor, self.replica, self.epoch)
-
-    def to_plain(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> HostSpec:
-        fields = dict(plain)
-        fields["layers"] = tuple(fields["layers"]) if fields["layers"] is not None else None
-        fields["experts"] = tuple(fields["experts"]) if fields["experts"] is not None else None
-        fields["inputs"] = tuple(_port(port) for port in fields["inputs"])
-        fields["outputs"] = tuple(_port(port) for port in fields["outputs"])
-        fields["links"] = tuple(HostLink.from_plain(link) for link in fields["links"])
-        fields["supervision"] = Deadlines(**fields["supervision"])
-        fields["restart"] = Restart(**fields["restart"])
-        record, training = fields["record"], fields["training"]
-        fields["record"] = RecordSpec.from_plain(record) if record is not None else None
-        fields["training"] = TrainingSpec.from_plain(training) if training is not None else None
-        return cls(**fields)
-
-
-def _tensor(plain: Mapping[str, Any]) -> TensorSpec:
-    return TensorSpec(plain["dtype"], tuple(plain["shape"]))
-
-
-def _port(plain: Mapping[str, Any]) -> PortSpec:
-    return PortSpec(plain["name"], _tensor(plain["tensor"]), plain["once"])
-
-
-def _link(plain: Mapping[str, Any]) -> LinkSpec:
-    fields = dict(plain)
-    fields["tensors"] = tuple((name, _tensor(tensor)) for name, tensor in fields["tensors"])
-    return LinkSpec(**fields)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.links.link import LinkSpec
 
 INPUT, INPUT_GRADIENT, OUTPUT, OUTPUT_GRADIENT = "input", "input gradient", "output", "output gradient"
@@ -52,12 +50,6 @@ class TrainingLink:
     def carries(self, number: int) -> bool:
         """Return whether the link carries the micro-batch of that number."""
         return number % self.every == self.at
-
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> TrainingLink:
-        link = dict(plain["link"])
-        link["tensors"] = tuple((name, TensorSpec(t["dtype"], tuple(t["shape"]))) for name, t in link["tensors"])
-        return cls(**{**plain, "link": LinkSpec(**link)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,15 +122,3 @@ class TrainingSpec:
     """Rank and scale of the adapters that are trained beside the blocks' matrices, which do not change (LoRA)."""
     shared: Mapping[str, str] = field(default_factory=dict)
     """Weights that other actors hold, too; each with the actor that sums its gradients."""
-
-    @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> TrainingSpec:
-        fields = dict(plain)
-        fields["links"] = tuple(TrainingLink.from_plain(link) for link in fields["links"])
-        fields["losses"] = tuple(Loss(**loss) for loss in fields["losses"])
-        fields["actions"] = tuple(fields["actions"])
-        optimizer = dict(fields["optimizer"])
-        optimizer["betas"] = tuple(optimizer["betas"])
-        fields["optimizer"] = Optimizer(**optimizer)
-        fields["lora"] = tuple(fields["lora"]) if fields["lora"] is not None else None
-        return cls(**fields)

@@ -8,7 +8,6 @@ a new one takes its place.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import time
@@ -16,16 +15,17 @@ from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import trio
 
-from ranvier.transport.format.errors import ResourceError
+from ranvier.transport.format.errors import ProtocolError, ResourceError
 
 from ..errors import ActorFailed, Cause
 from ..protocol.host_spec import HostSpec, Restart
 from .restarts import Restarts
 from .zygote_process import ZygoteProcess
+from .zygote_protocol import Begin, Command, Event, Exited, Imported, NotStarted, Reader, Start, Started, pack
 
 READY_DEADLINE_S = 120.0
 """For the import of torch, on a disk that is slow and beside other work."""
@@ -150,7 +150,7 @@ class LocalLauncher:
         self._zygotes.append(zygote)
         self._nursery.start_soon(self._read_events, zygote, events)
         with contextlib.suppress(*_ENDED):
-            await self._command(zygote, do="begin", sockets=str(self._sockets), errors=str(self._errors))
+            await self._command(zygote, Begin(str(self._sockets), str(self._errors)))
         return zygote
 
     async def _living(self) -> _Zygote:
@@ -171,29 +171,28 @@ class LocalLauncher:
         return await self._new_zygote()
 
     async def _read_events(self, zygote: _Zygote, events: trio.lowlevel.FdStream) -> None:
-        pending = b""
+        reader: Reader[Event] = Reader(Event)
         async with events:
-            with contextlib.suppress(trio.BrokenResourceError):
+            with contextlib.suppress(trio.BrokenResourceError, ProtocolError):  # it is gone, or not to be trusted
                 async for data in events:
-                    *lines, pending = (pending + data).split(b"\n")
-                    for line in lines:
-                        self._on_event(zygote, json.loads(line))
+                    for event in reader.feed(data):
+                        self._on_event(zygote, event)
                     zygote.notify()
         zygote.gone = True
         zygote.notify()
         await zygote.stdin.aclose()
         zygote.process.end()  # another one takes its place: nothing of this one is held any longer
 
-    def _on_event(self, zygote: _Zygote, event: Mapping[str, Any]) -> None:
-        match event["event"]:
-            case "zygote":
+    def _on_event(self, zygote: _Zygote, event: Event) -> None:
+        match event:
+            case Imported():
                 zygote.ready.set()
-            case "started":
-                self._on_started(zygote, event["key"], event["pid"])
-            case "refused":
-                zygote.answers[event["key"]] = event["why"]
-            case "exited":
-                zygote.codes[event["key"]] = event["code"]
+            case Started():
+                self._on_started(zygote, event.key, event.pid)
+            case NotStarted():
+                zygote.answers[event.key] = event.why
+            case Exited():
+                zygote.codes[event.key] = event.code
 
     def _on_started(self, zygote: _Zygote, key: str, pid: int) -> None:
         try:
@@ -215,8 +214,8 @@ class LocalLauncher:
         assert self._nursery is not None
         self._nursery.start_soon(self._until_exit, key, host)
 
-    async def _command(self, zygote: _Zygote, **command: Any) -> None:
-        await zygote.stdin.send_all(json.dumps(command).encode() + b"\n")
+    async def _command(self, zygote: _Zygote, command: Command) -> None:
+        await zygote.stdin.send_all(pack(command))
 
     def _failed(self, zygote: _Zygote, what: str) -> ActorFailed:
         told = ""
@@ -255,7 +254,7 @@ class LocalLauncher:
         zygote.answers.pop(key, None)
         with trio.move_on_after(STARTED_DEADLINE_S if zygote.ready.is_set() else READY_DEADLINE_S):
             with contextlib.suppress(*_ENDED):
-                await self._command(zygote, do="start", key=key, spec=spec.to_plain(), stderr=stderr)
+                await self._command(zygote, Start(spec, stderr))
             while key not in zygote.answers and not zygote.gone:
                 await zygote.changed.wait()
         if key in zygote.answers:

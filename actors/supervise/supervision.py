@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ranvier.transport.format.errors import ProtocolError
 
 from ..component.actor import REPLAYED
 from ..errors import ActorFailed, Cause
+from ..protocol.control_protocol import Counters, Failed, Heartbeat, HostMessage, Progress, Ready, StateChanged
 from ..protocol.host_spec import HostLink, HostSpec
 from ..protocol.lifecycle import IllegalTransition, Lifecycle, State
 from ..protocol.training_spec import TrainingLink
@@ -76,34 +76,35 @@ class Supervision:
 
     # -- events -------------------------------------------------------------------------------------------------
 
-    def on_message(self, key: str, kind: str, fields: Mapping[str, Any], now_s: float) -> None:
+    def on_message(self, key: str, message: HostMessage, now_s: float) -> None:
         """Take a control message of a host about itself.
 
         Raises:
-            ProtocolError: the state does not exist, or cannot follow the present one.
+            ProtocolError: the state does not exist, or cannot follow the current one.
         """
         host = self.hosts[key]
         host.heard_s = now_s
-        if kind == "state":
-            try:
-                state = State(fields["state"])
-                if state is not host.life.state and not host.life.over:
-                    host.life.to(state, fields["why"])
-            except (ValueError, IllegalTransition) as error:
-                raise ProtocolError(f"control state of {host.spec.label}: {error}") from None
-        elif kind == "progress":
-            host.loaded = fields["share"]
-        elif kind == "ready":
-            host.address, host.loaded = fields["address"], 1.0
-            host.capacity_tokens, host.held_bytes = fields["capacity_tokens"], fields["held_bytes"]
-            host.keeps = fields["keeps"]
-        elif kind == "heartbeat":
-            host.steps, host.stepping_s, host.queued = fields["steps"], fields["stepping_s"], fields["queued"]
-            host.counters = fields["counters"]
-        elif kind == "counters":  # the last counters of an ending host
-            host.counters = fields["counters"]
-        elif kind == "failed":
-            self._fail(host, now_s, Cause.RAISED, fields["error"], fields["traceback"])
+        match message:
+            case StateChanged():
+                try:
+                    state = State(message.state)
+                    if state is not host.life.state and not host.life.over:
+                        host.life.to(state, message.why)
+                except (ValueError, IllegalTransition) as error:
+                    raise ProtocolError(f"control state of {host.spec.label}: {error}") from None
+            case Progress():
+                host.loaded = message.share
+            case Ready():
+                host.address, host.loaded = message.address, 1.0
+                host.capacity_tokens, host.held_bytes = message.capacity_tokens, message.held_bytes
+                host.keeps = message.keeps
+            case Heartbeat():
+                host.steps, host.stepping_s, host.queued = message.steps, message.stepping_s, message.queued
+                host.counters = message.counters
+            case Counters():
+                host.counters = message.counters
+            case Failed():
+                self._fail(host, now_s, Cause.RAISED, message.error, message.traceback)
 
     def on_exit(self, key: str, code: int, stderr_tail: str, now_s: float, because: str = "") -> None:
         """Take the end of a host's process. A negative `code` is a signal. `because` is a loss that caused it."""

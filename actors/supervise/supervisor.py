@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import trio
 
 from ranvier.transport.format.errors import ProtocolError
@@ -20,7 +20,32 @@ from ranvier.transport.wires.zeromq import ZeroWire
 
 from ..errors import ActorFailed
 from ..protocol.clocks import Clock
-from ..protocol.control_protocol import COMMANDS, MAX_BYTES, decode, encode
+from ..protocol.control_protocol import (
+    MAX_BYTES,
+    Alarm,
+    Answer,
+    AskTime,
+    Command,
+    Connect,
+    Counters,
+    Explain,
+    Failed,
+    Heartbeat,
+    HostMessage,
+    Linked,
+    Ready,
+    Refused,
+    Request,
+    Saved,
+    SessionFailed,
+    Situation,
+    StateChanged,
+    Stop,
+    Time,
+    decode,
+    encode,
+    for_supervisor,
+)
 from ..protocol.host_spec import SUPERVISOR, HostLink, HostSpec
 from ..protocol.lifecycle import State
 from ..protocol.refusals import Refusals, with_left_out
@@ -34,8 +59,10 @@ if TYPE_CHECKING:
 TICK_S = 0.1
 NEVER_STARTED = 127
 """Exit code of a host whose process was never started, as in shells."""
-OnSessionFailed = Callable[[str, Mapping[str, Any]], None]
-"""A handler of failed sessions. It takes the label of the host, and the fields of its `session_failed`."""
+OnSessionFailed = Callable[[str, SessionFailed], None]
+"""Called with the label of the host, and its message."""
+OnRequest = Callable[[str, Any], None]
+"""Called with the name of a client, and its request."""
 
 
 class Supervisor:
@@ -72,7 +99,7 @@ class Supervisor:
         """The clock of each host relative to that of this process, by identity."""
         self.on_clock: Callable[[], None] = lambda: None
         """A function that is called when the estimate of a host's clock has improved."""
-        self.commands: dict[str, Callable[[str, Mapping[str, Any]], None]] = {}
+        self.on_request: dict[type[Request], OnRequest] = {}
         self.alarms: list[dict[str, Any]] = []
         """Edges that carried NaN or infinity, the earliest first."""
         self._refusals = Refusals()
@@ -137,8 +164,9 @@ class Supervisor:
         own = spec.identity
         listening = self.supervision.neighbours(links, gateway, gateway_address)
         peers = {peer: self.detour(own, peer, address) for peer, address in listening.items()}
-        plain = [asdict(link) for link in links]
-        self._send(own, "connect", peers=peers, links=plain, instead_of=instead_of)
+        serving = tuple(link for link in links if isinstance(link, HostLink))
+        training = tuple(link for link in links if isinstance(link, TrainingLink))
+        self.send([own], Connect(peers, serving, training, instead_of))
 
     # -- during the run -----------------------------------------------------------------------------------------
 
@@ -216,7 +244,7 @@ class Supervisor:
             return
         host.leaving = True
         if host.exited is None and host.lost is None:
-            self._send(spec.identity, "stop")
+            self.send([spec.identity], Stop())
             with trio.move_on_after(spec.supervision.stop_deadline_s):
                 while host.exited is None:
                     await self._changed.wait()
@@ -243,16 +271,18 @@ class Supervisor:
                 return
             await self._changed.wait()
 
-    def _send(self, key: str, kind: str, **fields: Any) -> None:
-        self._wire.send(key, _command(kind, fields))
+    def send(self, keys: Iterable[str], command: Command) -> None:
+        """Send a command to hosts by their identities. Hosts that are gone are left out."""
+        command.sent_ns = time.monotonic_ns()
+        data = encode(command)
+        for key in keys:
+            if key in self.supervision.hosts:
+                self._wire.send(key, data)
 
-    def tell(self, labels: Iterable[str], kind: str, **fields: Any) -> None:
-        """Send a command to hosts. Hosts that are gone are skipped."""
-        data = _command(kind, fields)
-        for label in labels:
-            host = self.supervision.host(label)
-            if host is not None:
-                self._wire.send(host.spec.identity, data)
+    def send_to(self, labels: Iterable[str], command: Command) -> None:
+        """Send a command to hosts by their labels. Hosts that are gone are left out."""
+        hosts = [self.supervision.host(label) for label in labels]
+        self.send([host.spec.identity for host in hosts if host is not None], command)
 
     async def situations(self, within_s: float) -> Mapping[str, Mapping[str, Any] | None]:
         """Ask each host why it waits (situation.py). Return the answers by identity.
@@ -264,21 +294,21 @@ class Supervisor:
             self._situations = {}
             asked = [key for key, host in self.supervision.hosts.items() if host.exited is None]
             for key in asked:
-                self._send(key, "explain", asked=self._asked)
+                self.send([key], Explain(self._asked))
             with trio.move_on_after(within_s):
                 while len(self._situations) < len(asked):
                     await self._changed.wait()
             return {key: self._situations.get(key) for key in asked}
 
-    def answer(self, client: str, kind: str, what: str) -> None:
-        """Send a client the result of its command. A client that has gone gets nothing."""
-        self._wire.send(client, encode(kind, {"what": what}))
+    def answer(self, client: str, answer: Answer) -> None:
+        """Answer a client's request. A client that has gone gets nothing."""
+        self._wire.send(client, encode(answer))
 
     async def stop(self) -> None:
         """Stop all hosts, and kill those that exceed the longest stop deadline."""
         self.supervision.stopping = True
         hosts = self.supervision.hosts.values()
-        self.tell([host.spec.label for host in hosts], "stop")
+        self.send([host.spec.identity for host in hosts], Stop())
         deadline_s = max((host.spec.supervision.stop_deadline_s for host in hosts), default=0.0)
         with trio.move_on_after(deadline_s):
             while any(host.exited is None for host in hosts):
@@ -297,15 +327,15 @@ class Supervisor:
         while True:
             try:
                 arrival = await self._wire.receive()
-                kind, fields = decode(arrival.header)
-                if kind in COMMANDS and kind in self.commands:
-                    self.commands[kind](arrival.peer, fields)
-                elif arrival.peer not in self.supervision.hosts:
-                    raise ProtocolError(
-                        f"control: expected messages of this run's hosts, got {kind} from {arrival.peer!r}"
-                    )
+                message = decode(arrival.header, for_supervisor)
+                if isinstance(message, Request):
+                    self._on_request(arrival.peer, message)
+                elif arrival.peer in self.supervision.hosts:
+                    self._take(arrival.peer, message)
                 else:
-                    self._take(arrival.peer, kind, fields)
+                    raise ProtocolError(
+                        f"control: expected messages of this run's hosts, got {message.kind} from {arrival.peer!r}"
+                    )
             except ProtocolError as error:
                 self.refused(SUPERVISOR, str(error))
 
@@ -320,37 +350,54 @@ class Supervisor:
         if left_out is not None:
             self._log.warning("refused", actor=by, what=with_left_out(what, left_out))
 
-    def _take(self, key: str, kind: str, fields: Mapping[str, Any]) -> None:
+    def _on_request(self, client: str, request: Request) -> None:
+        on_request = self.on_request.get(type(request))
+        if on_request is None:
+            raise ProtocolError(
+                f"control: expected a request that this run answers, got {request.kind} from {client!r}"
+            )
+        on_request(client, request)
+
+    def _take(self, key: str, message: HostMessage) -> None:
         label = self.supervision.hosts[key].spec.label
-        if kind == "session_failed":
-            self._log.error("session failed", actor=label, **fields)
-            self._on_session_failed(label, fields)
-        elif kind == "linked":
-            self._linked.add((key, fields["peer"]))
-        elif kind == "alarm":
-            self._log.error("alarm", actor=label, **fields)
-            self.alarms.append({"actor": label, **fields})
-            self.alarms.sort(key=lambda alarm: alarm["at_ns"])
-        elif kind == "situation":
-            if fields["asked"] == self._asked:
-                self._situations[key] = fields["situation"]
-        elif kind == "time":
-            clock = self.clocks.get(key)
-            if clock is None:
-                raise ProtocolError(f"control time of {label}: expected none, because none was asked for")
-            if clock.on_answer(fields["asked_ns"], fields["heard_ns"], fields["told_ns"], time.monotonic_ns()):
-                self.on_clock()
-        elif kind == "saved":
-            self.on_saved(label, fields["round"])
-        elif kind == "refused":
-            self.refused(label, fields["what"])
-        else:
-            self.supervision.on_message(key, kind, fields, time.monotonic())
-            if kind in ("state", "ready", "heartbeat") and self.clocks.setdefault(key, Clock()).asks():
-                self._send(key, "what time")
-            if kind in ("state", "ready", "failed", "counters"):
-                self._log.info(kind, actor=label, **fields)
+        match message:
+            case SessionFailed():
+                self._log.error("session failed", actor=label, **_fields(message))
+                self._on_session_failed(label, message)
+            case Linked():
+                self._linked.add((key, message.peer))
+            case Alarm():
+                alarm = {"actor": label, **_fields(message)}
+                self._log.error("alarm", **alarm)
+                self.alarms.append(alarm)
+                self.alarms.sort(key=lambda alarm: alarm["at_ns"])
+            case Situation():
+                if message.asked == self._asked:
+                    self._situations[key] = message.situation
+            case Time():
+                self._on_time(key, label, message)
+            case Saved():
+                self.on_saved(label, message.round)
+            case Refused():
+                self.refused(label, message.what)
+            case _:
+                self._on_life(key, label, message)
         self._notify()
+
+    def _on_time(self, key: str, label: str, message: Time) -> None:
+        clock = self.clocks.get(key)
+        if clock is None:
+            raise ProtocolError(f"control time of {label}: expected none, because none was asked for")
+        if clock.on_answer(message.asked_ns, message.heard_ns, message.told_ns, time.monotonic_ns()):
+            self.on_clock()
+
+    def _on_life(self, key: str, label: str, message: HostMessage) -> None:
+        """Take what a host says about itself, and ask for its clock now and then."""
+        self.supervision.on_message(key, message, time.monotonic())
+        if isinstance(message, StateChanged | Ready | Heartbeat) and self.clocks.setdefault(key, Clock()).asks():
+            self.send([key], AskTime())
+        if isinstance(message, StateChanged | Ready | Failed | Counters):
+            self._log.info(message.kind, actor=label, **_fields(message))
 
     async def _reap(self) -> None:
         while True:
@@ -395,5 +442,6 @@ class Supervisor:
         self._changed = trio.Event()
 
 
-def _command(kind: str, fields: Mapping[str, Any]) -> bytes:
-    return encode(kind, {"sent_ns": time.monotonic_ns(), **fields})
+def _fields(message: HostMessage) -> dict[str, Any]:
+    """Return the fields of a message for the log, without its kind."""
+    return msgspec.structs.asdict(message)

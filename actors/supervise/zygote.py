@@ -1,7 +1,8 @@
 """The process that hosts are forked from: it imports torch once, opens no socket and starts no thread.
 
 One import of torch is 1.6 s and 140 MB; four hosts and two cores would spend over 3 s on theirs. A fork of this process
-starts in 20 ms and shares those pages. It speaks JSON lines: commands on standard input, events on standard output.
+starts in 20 ms and shares those pages. Commands come on standard input, events go to standard output
+(zygote_protocol.py).
 
 It is also what guards against orphans that hang: when its standard input ends, so when the supervisor is gone for
 whatever reason, it kills every host and whatever their actors have started, removes their sockets, and leaves.
@@ -14,13 +15,13 @@ import ctypes
 import faulthandler
 import gc
 import importlib
-import json
 import os
 import select
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+
+from .zygote_protocol import Begin, Command, Event, Exited, Imported, NotStarted, Reader, Start, Started, pack
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 FOR_TRAINING = ("ranvier.actors.training.host", "torch._dynamo")
@@ -41,28 +42,29 @@ def main() -> int:
     gc.collect()
     gc.freeze()  # what is alive now stays, and a collection in a host must not copy its pages
     zygote = Zygote(lifeline)
-    zygote.tell(event="zygote", pid=os.getpid())
+    zygote.report(Imported())
     return zygote.run()
 
 
 class Zygote:
-    """Forks hosts, reaps them, tells how they ended."""
+    """Fork hosts, reap them, and report how they ended."""
 
     def __init__(self, lifeline: int) -> None:
         self._lifeline = lifeline
         self._sockets: Path | None = None
         self._children: dict[int, str] = {}
+        self._commands: Reader[Command] = Reader(Command)
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wake_write)
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
-    def tell(self, **event: Any) -> None:
-        # a supervisor that is gone is noticed at standard input
+    def report(self, event: Event) -> None:
+        """Report to the launcher. That it is gone is noticed at standard input."""
         with contextlib.suppress(BrokenPipeError):
-            os.write(1, json.dumps(event).encode() + b"\n")
+            os.write(1, pack(event))
 
     def run(self) -> int:
-        pending = b""
+        """Obey commands until standard input ends, then kill all hosts. Return the exit code."""
         while True:
             readable, _, _ = select.select([0, self._wake_read], [], [])
             if self._wake_read in readable:
@@ -73,33 +75,34 @@ class Zygote:
                 data = os.read(0, 1 << 20)
                 if not data:
                     return self._end()
-                *lines, pending = (pending + data).split(b"\n")
-                for line in lines:
-                    self._obey(json.loads(line))
+                for command in self._commands.feed(data):
+                    self._obey(command)
 
-    def _obey(self, command: dict[str, Any]) -> None:
-        if command["do"] == "begin":
-            self._sockets = Path(command["sockets"])
-            errors = _opened_log(command["errors"])
-            os.dup2(errors, 2)
-            os.close(errors)
-        elif command["do"] == "start":
-            try:
-                self._start(command)
-            except Exception as error:  # no process, no memory, or what its kind needs cannot be imported
-                self.tell(event="refused", key=command["key"], why=f"its process cannot be started: {error}")
+    def _obey(self, command: Command) -> None:
+        match command:
+            case Begin():
+                self._sockets = Path(command.sockets)
+                errors = _opened_log(command.errors)
+                os.dup2(errors, 2)
+                os.close(errors)
+            case Start():
+                try:
+                    self._start(command)
+                except Exception as error:  # no process, no memory, or what its kind needs cannot be imported
+                    self.report(NotStarted(command.spec.identity, f"its process cannot be started: {error}"))
 
-    def _start(self, command: dict[str, Any]) -> None:
-        place = command["spec"]["implementation"].partition(":")[0]
-        wanted = [place] if place in OF_OUR_OWN else []
-        if command["spec"]["training"] is not None:
+    def _start(self, command: Start) -> None:
+        spec = command.spec
+        module = spec.implementation.partition(":")[0]
+        wanted = [module] if module in OF_OUR_OWN else []
+        if spec.training is not None:
             wanted += FOR_TRAINING
         if not sys.modules.keys() >= set(wanted):  # once here, not in every host: transformers takes two seconds
-            for place in wanted:
-                importlib.import_module(place)
+            for module in wanted:
+                importlib.import_module(module)
             gc.freeze()
-        if command["spec"]["model"] is not None:
-            self._know(Path(command["spec"]["model"]))
+        if spec.model is not None:
+            self._know(Path(spec.model))
         pid = os.fork()
         if pid == 0:
             try:
@@ -109,8 +112,8 @@ class Zygote:
                 print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 code = 1
             os._exit(code)  # no farewell of an interpreter that was never ours
-        self._children[pid] = command["key"]
-        self.tell(event="started", key=command["key"], pid=pid)
+        self._children[pid] = spec.identity
+        self.report(Started(spec.identity, pid))
 
     def _know(self, model: Path) -> None:
         """Read the headers of a model's files once for all hosts. What is wrong with them each host finds out itself."""
@@ -120,7 +123,7 @@ class Zygote:
         with contextlib.suppress(CheckpointError):
             known_checkpoint(model)
 
-    def _become_host(self, command: dict[str, Any]) -> int:
+    def _become_host(self, command: Start) -> int:
         # The signal follows the parent's thread: the zygote has only one. Were it gone already, the lifeline would tell.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         os.setpgid(0, 0)  # what an actor's own code starts can be ended with it
@@ -129,20 +132,18 @@ class Zygote:
         for descriptor in (self._wake_read, self._wake_write):
             os.close(descriptor)
         null = os.open(os.devnull, os.O_RDONLY)
-        errors = _opened_log(command["stderr"])
+        errors = _opened_log(command.stderr)
         os.dup2(null, 0)
         os.dup2(errors, 1)
         os.dup2(errors, 2)
         os.close(null)
         os.close(errors)
         faulthandler.enable()
-        from ..protocol.host_spec import HostSpec
-
-        spec = HostSpec.from_plain(command["spec"])
+        spec = command.spec
         with contextlib.suppress(OSError):  # the name in `ps` and `top`, where there is a /proc
             Path("/proc/self/comm").write_text(f"rv:{spec.label}"[:15])
-        place = "ranvier.actors.host.host" if spec.training is None else "ranvier.actors.training.host"
-        code: int = importlib.import_module(place).main(spec, self._lifeline)
+        module = "ranvier.actors.host.host" if spec.training is None else "ranvier.actors.training.host"
+        code: int = importlib.import_module(module).main(spec, self._lifeline)
         return code
 
     def _reap(self) -> None:
@@ -155,7 +156,7 @@ class Zygote:
                 return
             if pid in self._children:  # else a host has left it behind
                 _kill_group(pid)
-                self.tell(event="exited", key=self._children.pop(pid), code=os.waitstatus_to_exitcode(status))
+                self.report(Exited(self._children.pop(pid), os.waitstatus_to_exitcode(status)))
 
     def _end(self) -> int:
         for pid in self._children:

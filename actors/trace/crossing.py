@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import trio
 
 from ranvier.transport.links.wire import Waker
 
+from ..protocol.control_protocol import HostMessage, StepCommand
 from .ring import Ring
 
-Event = tuple[str, Mapping[str, Any]]
 
-
-class Command(NamedTuple):
+class ReceivedCommand(NamedTuple):
     """Hold a command of the supervisor, and when it arrived, in nanoseconds of this machine's clock."""
 
-    kind: str
-    fields: Mapping[str, Any]
+    command: StepCommand
     received_ns: int
 
 
@@ -43,36 +41,36 @@ class Crossing:
         self.situation: Callable[[], dict[str, Any]] | None = None
         self.queued = 0
         self.counters: dict[str, int] = {}
-        self.commands: deque[Command] = deque()
+        self.commands: deque[ReceivedCommand] = deque()
         self.waker: Waker | None = None
-        self._events: trio.MemorySendChannel[Event] | None = None
+        self._events: trio.MemorySendChannel[HostMessage] | None = None
         self._token: trio.lowlevel.TrioToken | None = None
-        self._early: deque[Event] = deque()
+        self._early: deque[HostMessage] = deque()
 
     # -- called by the step thread ------------------------------------------------------------------------------
 
-    def tell(self, kind: str, **fields: Any) -> None:
-        """Queue an event for the supervisor."""
-        self._early.append((kind, fields))
+    def report(self, message: HostMessage) -> None:
+        """Queue a message for the supervisor."""
+        self._early.append(message)
         if self._token is not None:
             self._token.run_sync_soon(self._pass_on)
 
     @property
-    def untold(self) -> bool:
-        """Return whether an event is queued that the control thread has not passed on yet."""
+    def unsent(self) -> bool:
+        """Return whether a message is queued that the control thread has not passed on yet."""
         return bool(self._early)
 
     # -- called by the control thread ---------------------------------------------------------------------------
 
-    def attach(self, events: trio.MemorySendChannel[Event]) -> None:
-        """Send events to this channel from now on, first those that are queued already."""
+    def attach(self, events: trio.MemorySendChannel[HostMessage]) -> None:
+        """Pass messages to this channel from now on, first those that are queued already."""
         self._events = events
         self._token = trio.lowlevel.current_trio_token()
         self._pass_on()
 
-    def command(self, kind: str, fields: Mapping[str, Any]) -> None:
+    def command(self, command: StepCommand) -> None:
         """Queue a command for the step thread, and wake it."""
-        self.commands.append(Command(kind, fields, time.monotonic_ns()))
+        self.commands.append(ReceivedCommand(command, time.monotonic_ns()))
         if self.waker is not None:
             self.waker.wake()
 

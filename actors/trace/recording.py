@@ -14,13 +14,12 @@ it: a recording with a gap could not be replayed.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import msgspec
 import torch
@@ -51,11 +50,11 @@ class _Line(msgspec.Struct, frozen=True, tag_field="kind"):
 
 
 class _Opened(_Line, frozen=True, tag="open"):
-    info: dict[str, Any]
+    info: SessionInfo
 
 
 class _Rewound(_Line, frozen=True, tag="rewind"):
-    info: dict[str, Any]
+    info: SessionInfo
 
 
 class _Closed(_Line, frozen=True, tag="close"):
@@ -112,7 +111,7 @@ class Recording:
         """The reason why nothing more is recorded; empty while the recording continues."""
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            (self._folder / HOST).write_text(json.dumps(spec.to_plain()))
+            (self._folder / HOST).write_bytes(msgspec.json.encode(spec))
         except OSError as error:
             self._stop(error)
 
@@ -121,7 +120,7 @@ class Recording:
         return f"{self._files:05d}.safetensors"
 
     def opened(self, info: SessionInfo, rewound: bool) -> None:
-        self._put((_Rewound if rewound else _Opened)(info.to_plain()))
+        self._put((_Rewound if rewound else _Opened)(info))
 
     def closed(self, session: int) -> None:
         self._put(_Closed(session))
@@ -279,10 +278,10 @@ class Recorded:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
-            self.host = HostSpec.from_plain(json.loads(read_bounded(folder / HOST, MOST_HOST_BYTES)))
+            self.host = msgspec.json.decode(read_bounded(folder / HOST, MOST_HOST_BYTES), type=HostSpec)
             data = read_bounded(folder / INDEX, MOST_INDEX_BYTES) if (folder / INDEX).exists() else b""
             self._lines = [_of_line(line) for line in data[: data.rfind(b"\n") + 1].splitlines()]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RecordingError(f"{folder}: no recording of an actor, or a damaged one: {error}") from None
         if self.host.record is None:
             raise RecordingError(f"{folder / HOST}: expected the recorded ports in `record`, got null")
@@ -310,7 +309,7 @@ class Recorded:
     @property
     def sessions(self) -> list[tuple[int, tuple[int, ...]]]:
         """Return each session as often as it opened or was rewound, with the token ids known at that time."""
-        infos = [self._info(line.info) for line in self._lines if isinstance(line, _Opened | _Rewound)]
+        infos = [line.info for line in self._lines if isinstance(line, _Opened | _Rewound)]
         return [(info.session, info.log) for info in infos]
 
     def needs_inputs(self) -> None:
@@ -337,7 +336,7 @@ class Recorded:
         for line in self._lines:
             match line:
                 case _Opened() | _Rewound():
-                    yield Session(self._info(line.info), isinstance(line, _Rewound))
+                    yield Session(line.info, isinstance(line, _Rewound))
                 case _Closed():
                     yield Closed(line.session)
                 case _Restored():
@@ -346,12 +345,6 @@ class Recorded:
                     if line.tensors and line.file != opened:
                         opened, tensors = line.file, self._read(line.file)
                     yield self._step(line, tensors)
-
-    def _info(self, plain: dict[str, Any]) -> SessionInfo:
-        try:
-            return SessionInfo.from_plain(plain)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise RecordingError(f"{self.folder / INDEX}: expected a session, got a damaged one: {error}") from None
 
     def _step(self, line: _Step, tensors: Mapping[str, torch.Tensor]) -> Step:
         sides: dict[str, dict[str, Batch]] = {"in": {}, "out": {}}

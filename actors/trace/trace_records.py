@@ -11,7 +11,7 @@ from ranvier.transport.format.header import Row, TensorMeta, Verb
 from ranvier.transport.links.link import LinkSpec
 from ranvier.transport.links.link_state import Received
 
-from .crossing import Command
+from .crossing import ReceivedCommand
 from .ring import Ring
 from .trace_file import COMMAND, CONTROL, DONE, PART, SENT, SPAN, TAP, UNSENT
 
@@ -56,14 +56,13 @@ class Records:
         if self._below is None or verb not in _MANY:
             self._put((CONTROL, edge, _VERBS[verb], time.monotonic_ns(), peer, sent, arguments))
 
-    def command(self, command: Command, started_ns: int, finished_ns: int) -> None:
+    def command(self, received: ReceivedCommand, started_ns: int, finished_ns: int) -> None:
         """Record a command that the host obeyed. Commands without a session are few, and always recorded."""
-        fields = command.fields
-        named = fields.get("info", fields)
-        session, epoch = named.get("session", 0), named.get("epoch", 0)
+        command = received.command
+        session, epoch = command.subject
         if self._below is None or not session or self._chosen((Row(session, epoch, 0, 0),)):
             self._put((
-                COMMAND, command.kind, fields["sent_ns"], command.received_ns, started_ns, finished_ns, session, epoch
+                COMMAND, command.kind, command.sent_ns, received.received_ns, started_ns, finished_ns, session, epoch
             ))  # fmt: skip
 
     def span(

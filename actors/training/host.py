@@ -27,7 +27,8 @@ from ..component.actor import REPLAYED
 from ..component.kinds import BUILT_IN
 from ..errors import told
 from ..host.loading import context_of, load
-from ..host.process import live
+from ..host.process import Stopped, live
+from ..protocol.control_protocol import Ready, Saved
 from ..protocol.host_spec import GATEWAY, HostSpec, identity
 from ..protocol.schedule import BACKWARD, FORWARD, UPDATE, WEIGHTS, Action, Stages, parse
 from ..protocol.training_spec import (
@@ -48,7 +49,7 @@ from . import mixture, optimizer, shards
 from .inbox import Place
 from .layers import NativeStage
 from .stage import Learner, Stage, Told, Wrapped
-from .training_process import Mail, Stop
+from .training_process import Mail
 
 FULL_DEADLINE_S = 60.0
 """Seconds for which the last save of a run is retried, for example while the disk is full."""
@@ -65,7 +66,7 @@ class TrainingHost(Mail):
     def mode(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
-    def prepare(self) -> Mapping[str, Any]:
+    def prepare(self, address: str) -> Ready:
         spec = self.spec
         assert spec.training is not None
         self.training: TrainingSpec = spec.training
@@ -96,7 +97,7 @@ class TrainingHost(Mail):
         line = parse(f"{spec.actor}: {' '.join(training.actions)}", stages).stages[spec.actor]
         self._actions = [action for action in line if action.kind == UPDATE or self._mine(action.micro_batch)]
         held = sum(weight.nbytes for weight in self.stage.module.parameters())
-        return {"capacity_tokens": None, "held_bytes": held, "keeps": REPLAYED}
+        return Ready(address, None, held, REPLAYED)
 
     def _module(self) -> Learner:
         """Return the module to train: the training form of a built-in kind, or any other actor's wrapped modules."""
@@ -127,7 +128,7 @@ class TrainingHost(Mail):
             self._programme(wire)
             while True:
                 self.take_in_more(wire)
-        except Stop:
+        except Stopped:
             self.drain(wire)
 
     def _programme(self, wire: ProcessWire) -> None:
@@ -157,14 +158,14 @@ class TrainingHost(Mail):
                 break
             except (OSError, SafetensorError) as error:
                 self.core.counters["saves_failed"] += 1
-                self.told_of(f"round {done} could not be saved: {told(error)}")
+                self.warn(f"round {done} could not be saved: {told(error)}")
                 if time.monotonic() < until_s:
                     time.sleep(1.0)
                 elif done == self.training.rounds:
                     raise
                 else:
                     return
-        self.crossing.tell("saved", round=done)
+        self.crossing.report(Saved(done))
         self.owed.clear()  # a run that resumes from this checkpoint starts without codec losses, too
 
     def _round(self, wire: ProcessWire, number: int) -> None:

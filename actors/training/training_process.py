@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,16 +15,14 @@ from ranvier.transport.links.link_state import Received
 from ranvier.transport.links.wire import ProcessWire
 
 from ..host.outputs import coded
-from ..host.process import ACK_DELAY_S, TICK_S, Process
+from ..host.process import ACK_DELAY_S, TICK_S, Process, Stopped
+from ..protocol.control_protocol import Counters, StepCommand, Stop
+from ..protocol.host_spec import HostLink
 from ..protocol.schedule import UPDATE, Action
 from ..protocol.training_spec import INPUT_GRADIENT, VALIDATION, WAITED, TrainingLink
 from .inbox import Place, TrainingCore
 
 DRAIN_DEADLINE_S = 5.0
-
-
-class Stop(Exception):
-    """Signal that the supervisor has sent `stop`."""
 
 
 class Mail(Process):
@@ -44,17 +42,16 @@ class Mail(Process):
         links = self._links.get(role, [])
         return links if number is None else [link for link in links if link.carries(number)]
 
-    def add_links(self, plain: Sequence[Mapping[str, Any]]) -> None:
-        links = [TrainingLink.from_plain(each) for each in plain]
-        for link in links:
+    def add_links(self, links: Sequence[HostLink], training: Sequence[TrainingLink]) -> None:
+        for link in training:
             self.exchange.add(link.link)
-        self.core.add(links)
+        self.core.add(training)
 
     def on_message(self, received: Received) -> None:
         self.core.on_message(received)
 
-    def obey(self, kind: str, fields: Mapping[str, Any]) -> bool:
-        return kind != "stop"
+    def obey(self, command: StepCommand) -> bool:
+        return not isinstance(command, Stop)
 
     def lost_rows(self, rows: Sequence[Row], error: Exception) -> None:
         raise error  # training must not skip a row
@@ -75,7 +72,7 @@ class Mail(Process):
         """Send what is to be sent, wait for something to come, obey.
 
         Raises:
-            Stop: the supervisor has sent `stop`.
+            Stopped: the supervisor has sent `stop`.
         """
         exchange, crossing = self.exchange, self.crossing
         self._flush(wire)
@@ -88,7 +85,7 @@ class Mail(Process):
             self._flush(wire)
         while crossing.commands:
             if not self.obey_next():
-                raise Stop
+                raise Stopped
 
     def send(self, link: TrainingLink, place: Place, tensor: torch.Tensor) -> None:
         """Send a tensor as the one for `place`; the caller must not change it afterwards."""
@@ -136,4 +133,4 @@ class Mail(Process):
         """Send what is owed and wait until what was sent is acknowledged, but not for long."""
         self.send_owed(wire, DRAIN_DEADLINE_S)
         self._count()
-        self.crossing.tell("counters", counters=self.crossing.counters)
+        self.crossing.report(Counters(self.crossing.counters))

@@ -24,10 +24,12 @@ def why_command(run_dir: RunFolder, as_json: Json = False) -> None:
     process can still answer, the Python lines that it is executing are shown. It costs the run nothing unless it is
     used.
     """
+    from ranvier.actors.protocol.control_protocol import AskWhy
+
     from . import client
 
     with reading(run_dir):
-        found = json.loads(client.ask(run_dir, "why", WHY_S))
+        found = json.loads(client.ask(run_dir, AskWhy(), WHY_S))
         if as_json:
             print_json(found)
         else:
@@ -72,13 +74,15 @@ def scale_command(
     A replica that joins receives only sessions that begin later. A replica that leaves ends when its last session is
     over.
     """
+    from ranvier.actors.protocol.control_protocol import Scale
+
     from . import client
 
     actor, _, count = change.partition("=")
     if not actor or not count.isdecimal():
         raise RequestError(f"{change}: expected ACTOR=N, such as upper=2")
     with reading(run_dir):
-        done = client.ask(run_dir, "scale", timeout, actor=actor, replicas=int(count))
+        done = client.ask(run_dir, Scale(actor, int(count)), timeout)
     if as_json:
         print_json({"done": done})
     else:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
-from typing import Any
 
-from ranvier.actors.protocol.control_protocol import decode, encode
+from ranvier.actors.protocol.control_protocol import Request, Wrong, decode, encode, for_client
 from ranvier.transport.format.errors import RanvierError
 from ranvier.transport.wires.zeromq import ask as ask_wire
 
@@ -18,7 +17,7 @@ class NoAnswer(RanvierError):
     """Report that a run did not answer a command in time."""
 
 
-def ask(run_dir: Path, kind: str, timeout_s: float, **fields: Any) -> str:
+def ask(run_dir: Path, request: Request, timeout_s: float) -> str:
     """Send a command to a run, and return what the run did, in words.
 
     Raises:
@@ -31,10 +30,12 @@ def ask(run_dir: Path, kind: str, timeout_s: float, **fields: Any) -> str:
     if not socket.exists():
         raise RequestError(f"{run_dir}: this run is over")
     me = f"client-{os.getpid()}-{secrets.token_hex(4)}"
-    answer = ask_wire(me, f"ipc://{socket}", encode(kind, fields), timeout_s)
+    answer = ask_wire(me, f"ipc://{socket}", encode(request), timeout_s)
     if answer is None:
-        raise NoAnswer(f"{run_dir}: no answer to {kind} within {timeout_s:g} s; the command may still be in progress")
-    what, said = decode(bytes(answer))
-    if what != "done":
-        raise RequestError(str(said.get("what", what)))
-    return str(said["what"])
+        raise NoAnswer(
+            f"{run_dir}: no answer to {request.kind} within {timeout_s:g} s; the command may still be in progress"
+        )
+    said = decode(bytes(answer), for_client)
+    if isinstance(said, Wrong):
+        raise RequestError(said.what)
+    return said.what

@@ -18,6 +18,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from ranvier.actors.protocol.control_protocol import AskStatus
+
 from ..file.errors import RequestError
 from ..sessions.printable import printable
 from ..trace.tail import Tail
@@ -42,7 +44,7 @@ class Top:
             RequestError: there is no such run in progress.
             NoAnswer: the run's process does not answer.
         """
-        told: dict[str, Any] = json.loads(client.ask(self._run_dir, "status", ANSWER_S))
+        told: dict[str, Any] = json.loads(client.ask(self._run_dir, AskStatus(), ANSWER_S))
         self._tail.read()
         rates = self._tail.actors()
         for host in told["hosts"]:

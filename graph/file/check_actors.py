@@ -402,7 +402,8 @@ class ActorCheck(Findings):
             elif not (where.scheme == "tcp" and where.port == 0):
                 if str(where) in taken:
                     self._wrong(
-                        f"actor {name}: endpoint {where} is that of {taken[str(where)]}; give each actor its own",
+                        f"actor {name}: endpoint {where} is already used by {taken[str(where)]}; give each actor another "
+                        "endpoint",
                         "actors", name, "endpoint",
                     )  # fmt: skip
                 taken[str(where)] = name

@@ -136,7 +136,8 @@ class Graph:
 
     def expanded(self) -> dict[str, Any]:
         """Return the long form of the file, with every edge and every setting written out."""
-        plain = self.file.model_dump(by_alias=True, exclude={"pipeline", "edges"}, exclude_none=True)
+        of_local = set() if self.file.transport == "local" else {"shared_from_bytes"}
+        plain = self.file.model_dump(by_alias=True, exclude={"pipeline", "edges", *of_local}, exclude_none=True)
         plain["edges"] = [
             {
                 "from": f"{e.source}.{e.out}", "to": f"{e.target}.{e.into}", "feedback": e.feedback, "codec": e.codec,

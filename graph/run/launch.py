@@ -140,7 +140,7 @@ async def _launched(
                 text.start()
             supervisor = Supervisor(
                 specs, launcher, f"ipc://{folder.sockets / 'supervisor'}", folder.logs, log,
-                lambda label, fields: holder[0].on_session_failed(label, fields) if holder else None,
+                lambda label, failed: holder[0].on_session_failed(label, failed) if holder else None,
             )  # fmt: skip
             exported: dict[str, int] = {}
             try:

@@ -7,10 +7,10 @@ its peers forget it. `scaling.py` and `recovery.py` decide when a host joins or 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 
 import trio
 
+from ranvier.actors.protocol.control_protocol import Link, Unlink
 from ranvier.actors.protocol.host_spec import GATEWAY, HostLink, HostSpec, identity
 from ranvier.actors.supervise.supervisor import Supervisor
 from ranvier.transport.wires.trio_wire import TrioWire
@@ -93,10 +93,7 @@ class Members:
                 links = _between(spec, self._plan.links(actor, replica, live))
                 if links and not supervision.is_lost(key := identity(actor, replica, epoch)):
                     told.append(key)
-                    self._supervisor.tell(
-                        [f"{actor}.{replica}"], "link", peer=spec.identity, address=detour(key, spec.identity, address),
-                        links=[asdict(link) for link in links],
-                    )  # fmt: skip
+                    self._supervisor.send([key], Link(spec.identity, detour(key, spec.identity, address), tuple(links)))
         self._wire.connect(spec.identity, detour(self._gateway.exchange.me, spec.identity, address))
         for link in _between(spec, self._plan.links(GATEWAY, 0, live)):
             self._gateway.exchange.add(link.link)
@@ -113,8 +110,8 @@ class Members:
         live = self.live[spec.actor]
         if live.get(spec.replica) == spec.epoch:
             del live[spec.replica]
-        others = [host.spec.label for key, host in self._supervisor.supervision.hosts.items() if key != spec.identity]
-        self._supervisor.tell(others, "unlink", peer=spec.identity)
+        others = [key for key in self._supervisor.supervision.hosts if key != spec.identity]
+        self._supervisor.send(others, Unlink(spec.identity))
         self._gateway.remove(spec.identity)
         self._gateway.exchange.remove(spec.identity)
         self._wire.disconnect(spec.identity)

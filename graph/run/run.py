@@ -12,6 +12,7 @@ import trio
 
 from ranvier.actors.component.session import Sampling, SessionInfo
 from ranvier.actors.errors import told
+from ranvier.actors.protocol.control_protocol import SessionFailed
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.supervise.supervisor import Supervisor
 from ranvier.actors.trace import spans
@@ -291,8 +292,8 @@ class Run:
 
     # -- the gateway's I/O --------------------------------------------------------------------------------------
 
-    def on_session_failed(self, label: str, fields: Mapping[str, Any]) -> None:
-        self._gateway.on_session_failed(label, fields)
+    def on_session_failed(self, label: str, failed: SessionFailed) -> None:
+        self._gateway.on_session_failed(label, failed)
         self._flush()
 
     def _on_ended(self, stream: Stream, outcome: str | Exception) -> None:
@@ -311,8 +312,8 @@ class Run:
         if self._over:
             return
         commands, self._gateway.commands = self._gateway.commands, []  # a command that cannot be sent is not retried
-        for kind, fields, labels in commands:
-            self._supervisor.tell(labels, kind, **fields)
+        for command, labels in commands:
+            self._supervisor.send_to(labels, command)
         for outgoing in self._gateway.exchange.outbox:
             outgoing.buffers = self._own.wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
         self._gateway.exchange.outbox.clear()

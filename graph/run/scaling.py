@@ -6,12 +6,13 @@ is stopped when its last session is over. A session stays with the replicas it b
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 import trio
 
 from ranvier.actors.errors import ActorFailed
+from ranvier.actors.protocol.control_protocol import Done, Scale, Wrong
 from ranvier.actors.supervise.supervisor import Supervisor
 from ranvier.transport.format.errors import RanvierError
 
@@ -55,16 +56,16 @@ class Scaling:
         self._one_at_a_time = trio.Lock()
         self._nursery: trio.Nursery
         self._over = trio.Event()
-        self._asked_in, self._asked = trio.open_memory_channel[tuple[str, Mapping[str, Any]]](100)
-        supervisor.commands["scale"] = self._on_command
+        self._asked_in, self._asked = trio.open_memory_channel[tuple[str, Scale]](100)
+        supervisor.on_request[Scale] = self._on_command
 
     # -- clients of the control socket --------------------------------------------------------------------------
 
-    def _on_command(self, client: str, fields: Mapping[str, Any]) -> None:
+    def _on_command(self, client: str, request: Scale) -> None:
         try:
-            self._asked_in.send_nowait((client, fields))
+            self._asked_in.send_nowait((client, request))
         except trio.WouldBlock:
-            self._supervisor.answer(client, "wrong", "too many commands at once; try later")
+            self._supervisor.answer(client, Wrong("too many commands at once; try later"))
 
     async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Carry out requests until cancelled.
@@ -74,14 +75,14 @@ class Scaling:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             task_status.started()
-            async for client, fields in self._asked:
-                nursery.start_soon(self._answer, client, fields)
+            async for client, request in self._asked:
+                nursery.start_soon(self._answer, client, request)
 
-    async def _answer(self, client: str, fields: Mapping[str, Any]) -> None:
+    async def _answer(self, client: str, request: Scale) -> None:
         try:
-            self._supervisor.answer(client, "done", await self.scale(fields["actor"], fields["replicas"]))
+            self._supervisor.answer(client, Done(await self.scale(request.actor, request.replicas)))
         except RanvierError as error:
-            self._supervisor.answer(client, "wrong", str(error))
+            self._supervisor.answer(client, Wrong(str(error)))
 
     async def _in_background(self, work: Callable[..., Awaitable[T]], *arguments: Any) -> T:
         """Wait for work that continues even if the waiting is cancelled."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
 from typing import Any
 
+from ranvier.actors.protocol.control_protocol import AskStatus, Done
 from ranvier.actors.supervise.supervisor import Supervisor
 
 from ..sessions.gateway import Gateway
@@ -19,10 +19,10 @@ class Status:
         self._supervisor = supervisor
         self.gateway: Gateway | None = None
         """The gateway, once there is one."""
-        supervisor.commands["status"] = self._on_command
+        supervisor.on_request[AskStatus] = self._on_command
 
-    def _on_command(self, client: str, _fields: Mapping[str, Any]) -> None:
-        self._supervisor.answer(client, "done", json.dumps(self.snapshot()))
+    def _on_command(self, client: str, _request: AskStatus) -> None:
+        self._supervisor.answer(client, Done(json.dumps(self.snapshot())))
 
     def snapshot(self) -> dict[str, Any]:
         """Return the hosts with state, process and last heartbeat, and the open sessions with the tokens they hold."""

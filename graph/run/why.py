@@ -16,6 +16,7 @@ import trio
 
 from ranvier.actors.host import situation
 from ranvier.actors.host.situation import STACK_LINES
+from ranvier.actors.protocol.control_protocol import AskWhy, Done, Wrong
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.supervise.supervision import Watched
 from ranvier.actors.supervise.supervisor import Supervisor
@@ -47,19 +48,19 @@ class Why:
         self.taken_from: Iterable[Stream] = ()
         """The streams that clients take their answers from, also of sessions that are over."""
         self._asked_in, self._asked = trio.open_memory_channel[str](100)
-        supervisor.commands["why"] = self._on_command
+        supervisor.on_request[AskWhy] = self._on_command
 
-    def _on_command(self, client: str, _fields: Mapping[str, Any]) -> None:
+    def _on_command(self, client: str, _request: AskWhy) -> None:
         try:
             self._asked_in.send_nowait(client)
         except trio.WouldBlock:
-            self._supervisor.answer(client, "wrong", "too many questions at once; try later")
+            self._supervisor.answer(client, Wrong("too many questions at once; try later"))
 
     async def run(self) -> None:
         """Answer the clients of the control socket until cancelled."""
         async for client in self._asked:
             answer = await self.ask()
-            self._supervisor.answer(client, "done", json.dumps({**answer.to_plain(), "text": str(answer)}))
+            self._supervisor.answer(client, Done(json.dumps({**answer.to_plain(), "text": str(answer)})))
 
     async def watch(self) -> None:
         """Explain requests shortly before their deadline, so that the error says who is to blame."""

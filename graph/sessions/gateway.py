@@ -7,13 +7,13 @@ or one typed error. The driver (run.py) carries `commands` to the hosts and the 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from ranvier.actors.component.session import SessionInfo
 from ranvier.actors.errors import ActorFailed, Cause, Expired
 from ranvier.actors.host.route import Places, Route
+from ranvier.actors.protocol.control_protocol import Close, Command, Hold, Open, SessionFailed
 from ranvier.actors.protocol.host_spec import GATEWAY, HostLink
 from ranvier.actors.trace.spans import TraceContext
 from ranvier.transport.format.codec import RAW
@@ -60,7 +60,7 @@ class Gateway:
     ) -> None:
         self.exchange = exchange
         self.placement = placement
-        self.commands: list[tuple[str, dict[str, Any], list[str]]] = []
+        self.commands: list[tuple[Command, list[str]]] = []
         self.streams: dict[int, Stream] = {}
         self._chunk = prefill_chunk
         self._generates = generates
@@ -192,7 +192,7 @@ class Gateway:
         kept = stream.taken if stream.held else 0
         stream.info = replace(asked, epoch=self._epoch, log=tuple(log), max_tokens=left, kept=kept, places=chosen)
         stream.waits, stream.held, stream.submitted_ns = False, False, self.exchange.clock()
-        self.commands.append(("open", {"info": stream.info.to_plain()}, self.placement.labels(stream.places)))
+        self.commands.append((Open(stream.info), self.placement.labels(stream.places)))
         if asked.traceparent:
             context = TraceContext(asked.traceparent)
             if context.sampled:
@@ -251,7 +251,7 @@ class Gateway:
             return
         stream.waits = True
         stream.held = not stream.inputs and self.placement.outlive(stream.places, lost)
-        self._close(stream, "hold" if stream.held else "close")
+        self._close(stream, hold=stream.held)
 
     def _resume(self) -> None:
         """Open the waiting sessions whose actors are all up, in a new epoch. At most one of them is suspected."""
@@ -271,20 +271,20 @@ class Gateway:
 
     # -- hosts --------------------------------------------------------------------------------------------------
 
-    def on_session_failed(self, label: str, fields: Mapping[str, Any]) -> None:
+    def on_session_failed(self, label: str, failed: SessionFailed) -> None:
         """Handle a host that could not open a session, or has lost it."""
-        stream = self.streams.get(fields["session"])
-        if stream is None or stream.info.epoch != fields["epoch"]:
+        stream = self.streams.get(failed.session)
+        if stream is None or stream.info.epoch != failed.epoch:
             return
         if stream.waits:
             if stream.held:  # a host cannot hold it: the whole session is replayed
                 stream.held = False
                 self._close(stream)
         else:
-            what, session = fields["error"], stream.info.session
-            self._end(
-                stream, ActorFailed(label, what, Cause.RAISED, session=session, remote_traceback=fields["traceback"])
+            error = ActorFailed(
+                label, failed.error, failed.cause, session=failed.session, remote_traceback=failed.traceback
             )
+            self._end(stream, error)
 
     def on_lost(self, row: Row, error: Exception) -> None:
         """End the session of a row whose message to the client was refused here."""
@@ -418,7 +418,7 @@ class Gateway:
         if stream.losses:
             self._acquit(stream)
 
-    def _close(self, stream: Stream, command: str = "close") -> None:
+    def _close(self, stream: Stream, *, hold: bool = False) -> None:
         """Close a session at its hosts, or have them hold it. Drop its messages that wait for credit."""
         for route in self._routes():
             route.close(stream.info.session)
@@ -426,7 +426,8 @@ class Gateway:
             for route in self._routes():
                 route.give_up(self._is_open)
             self.exchange.give_up(self._is_open)
-        self.commands.append((command, {"session": stream.info.session}, self.placement.labels(stream.places)))
+        command = (Hold if hold else Close)(stream.info.session)
+        self.commands.append((command, self.placement.labels(stream.places)))
 
 
 def token_tensor(ids: Sequence[int], name: str = "token") -> tuple[TensorMeta, bytes]:

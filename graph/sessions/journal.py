@@ -13,14 +13,14 @@ still needed.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -61,7 +61,7 @@ class Asked(_Line, frozen=True, tag="request"):
     """
 
     id: str
-    info: dict[str, Any]
+    info: SessionInfo
     stop: tuple[str, ...] = ()
     deadline_s: float = 0.0
     tokens: tuple[int, ...] = ()
@@ -101,9 +101,13 @@ class Request:
     """Hold one request of a journal. `end` is None while the request is open."""
 
     asked: Asked
-    info: SessionInfo
     tokens: list[int] = field(default_factory=list)
     end: Ended | None = None
+
+    @property
+    def info(self) -> SessionInfo:
+        """Return the session as it was asked for."""
+        return self.asked.info
 
     @property
     def reason(self) -> str | None:
@@ -152,7 +156,7 @@ class Journal:
     def add(self, line: Asked | Made | Ended) -> None:
         """Add a line, which `flush` writes."""
         if isinstance(line, Asked):
-            self.known[line.id] = Request(line, SessionInfo.from_plain(line.info), list(line.tokens))
+            self.known[line.id] = Request(line, list(line.tokens))
         elif isinstance(line, Made):
             self.known[line.id].tokens.append(line.token)
         else:
@@ -291,10 +295,10 @@ class Resumed:
                             f"{self._path}: its requests are for another {what}: expected hash {there}, got {here}"
                         )
             case Asked():
-                info = msgspec.convert(line.info, SessionInfo)
+                info = line.info
                 if not info.log or info.capacity < 1 or info.max_tokens < 1:
                     raise ValueError(f"request {line.id:.80}: expected a prompt and at least one new token")
-                self.requests[line.id] = Request(line, info, list(line.tokens))
+                self.requests[line.id] = Request(line, list(line.tokens))
             case Made():
                 request = self.requests[line.id]
                 if line.position != len(request.info.log) + len(request.tokens):
@@ -392,5 +396,5 @@ def of_request(
     key: str, info: SessionInfo, stop: Sequence[str], deadline_s: float, *, source: tuple[int, ...] = ()
 ) -> Asked:
     """Return the line of a request, without what is valid only in its run: number, epoch, trace and replicas."""
-    plain: Mapping[str, Any] = {**info.to_plain(), "session": 0, "epoch": 0, "traceparent": "", "places": {}}
-    return Asked(key, dict(plain), tuple(stop), deadline_s, source=source)
+    asked = dataclasses.replace(info, session=0, epoch=0, traceparent="", places={})
+    return Asked(key, asked, tuple(stop), deadline_s, source=source)

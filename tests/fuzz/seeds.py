@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from ranvier.actors.component.session import SessionInfo
+from ranvier.actors.protocol.control_protocol import Heartbeat, Link, Open, Scale, Stop
 from ranvier.actors.protocol.control_protocol import encode as encode_control
 from ranvier.transport.format.codec import parse
 from ranvier.transport.format.header import Ack, Header, Row, TracedHeader, Verb, control
@@ -57,9 +59,8 @@ def seeds() -> dict[str, list[bytes]]:
     ]  # fmt: skip
     lender.close()
     said = [
-        encode_control("heartbeat", {"steps": 1, "stepping_s": 0.5, "queued": 2, "counters": {"refused": 1}}),
-        encode_control("open", {"sent_ns": 5, "info": {"session": 1, "epoch": 2}}), encode_control("stop", {"sent_ns": 6}),
-        encode_control("link", {"sent_ns": 7, "peer": "a.0.2", "address": "ipc:///x", "links": []}),
+        encode_control(Heartbeat(1, 0.5, 2, {"refused": 1})), encode_control(Open(SessionInfo(1, 2, 9, log=(3, 4)), sent_ns=5)),
+        encode_control(Stop(sent_ns=6)), encode_control(Link("a.0.2", "ipc:///x", (), sent_ns=7)), encode_control(Scale("a", 2)),
     ]  # fmt: skip
     text = b"\x05\x00\x00\x00\x00\x00\x00\x00llama"
     gguf = b"GGUF" + struct.pack("<IQQ", 3, 1, 1)

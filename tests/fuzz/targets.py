@@ -14,6 +14,7 @@ from pathlib import Path
 from ranvier.actors.checkpoint import gguf_file, safetensors_file
 from ranvier.actors.errors import CheckpointError
 from ranvier.actors.protocol.control_protocol import decode as decode_control
+from ranvier.actors.protocol.control_protocol import for_host, for_supervisor
 from ranvier.graph.file import load, schema
 from ranvier.graph.file.errors import GraphError
 from ranvier.transport.format.errors import ProtocolError
@@ -61,7 +62,9 @@ def own_frame(data: bytes) -> None:
 def control(data: bytes) -> None:
     """Decode a message between supervisor and host."""
     with suppress(ProtocolError):
-        decode_control(data)
+        decode_control(data, for_supervisor)
+    with suppress(ProtocolError):
+        decode_control(data, for_host)
 
 
 def graph(data: bytes) -> None:

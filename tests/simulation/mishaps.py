@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ranvier.actors.component.session import SessionInfo
+from ranvier.actors.protocol.control_protocol import Heartbeat
 from ranvier.graph.sessions import journal
 from ranvier.graph.sessions.journal import Began, Journal
 from ranvier.graph.sessions.stream import Stream
@@ -23,7 +24,7 @@ from ranvier.graph.sessions.stream import Stream
 if TYPE_CHECKING:
     from .simulate import Simulation
 
-BEAT = {"steps": 0, "stepping_s": 0.0, "queued": 0, "counters": {}}
+BEAT = Heartbeat(0, 0.0, 0, {})
 TICK_S = 0.3
 
 
@@ -86,7 +87,7 @@ class Mishaps:
         before = {host.name for host in simulation.all_hosts if simulation.supervision.hosts[host.name].lost}
         simulation.supervision.on_tick(simulation.now_s)
         for name in held:
-            simulation.supervision.on_message(name, "heartbeat", BEAT, simulation.now_s)
+            simulation.supervision.on_message(name, BEAT, simulation.now_s)
         for host in simulation.all_hosts:
             lost = simulation.supervision.hosts[host.name].lost
             assert lost is None or host.hangs or host.name in before, f"a healthy host was lost by a pause: {lost}"

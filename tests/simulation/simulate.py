@@ -19,7 +19,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,6 +27,7 @@ from ranvier.actors.component.session import SessionInfo
 from ranvier.actors.errors import ActorFailed, Expired, Overloaded
 from ranvier.actors.host.open_sessions import OpenSessions
 from ranvier.actors.host.scheduler import HostCore
+from ranvier.actors.protocol.control_protocol import Close, Command, Heartbeat, Hold, Link, Open, StateChanged, Unlink
 from ranvier.actors.protocol.host_spec import GATEWAY, Deadlines, HostLink, HostSpec, PortSpec, Restart, identity
 from ranvier.actors.protocol.lifecycle import State
 from ranvier.actors.supervise.supervision import Supervision
@@ -179,29 +179,29 @@ class Host:
         self.core = HostCore(ports[0], ports[1], (), self.exchange, 8, batches=batches)
         self.component = Embed() if actor == "embed" else Head() if actor == "head" else layers()
         self.open_sessions = OpenSessions(self.component, self.core)
-        self.commands: deque[tuple[str, dict[str, Any]]] = deque()
+        self.commands: deque[Command] = deque()
         self.hangs = False
         self.failed: list[tuple[Row, str]] = []
 
     def obey(self) -> None:
         """Carry out the oldest command."""
-        kind, fields = self.commands.popleft()
-        if kind == "open":
-            info = SessionInfo.from_plain(fields["info"])
-            self.open_sessions.open(info)
-        elif kind == "hold":
-            self.open_sessions.hold(fields["session"])
-        elif kind == "close":
-            self.open_sessions.close(fields["session"])
-        elif kind == "link":
-            for link in fields["links"]:
-                self.exchange.add(link.link)
-            for link in fields["links"]:
-                self.core.add(link)
-            self.exchange.open()
-        elif kind == "unlink":
-            self.core.remove(fields["peer"])
-            self.exchange.remove(fields["peer"])
+        command = self.commands.popleft()
+        match command:
+            case Open():
+                self.open_sessions.open(command.info)
+            case Hold():
+                self.open_sessions.hold(command.session)
+            case Close():
+                self.open_sessions.close(command.session)
+            case Link():
+                for link in command.links:
+                    self.exchange.add(link.link)
+                for link in command.links:
+                    self.core.add(link)
+                self.exchange.open()
+            case Unlink():
+                self.core.remove(command.peer)
+                self.exchange.remove(command.peer)
 
     def step(self) -> bool:
         """Take a step, and return whether there was one."""
@@ -240,7 +240,7 @@ class Simulation:
             for replica in self.live[actor]:
                 host = self.hosts[actor, replica] = Host(actor, replica, 1, self.network, self.layers, self.batches)
                 placement.join(actor, replica, CAPACITY, keeps(host.component))
-                host.commands.append(("link", {"links": links(actor, replica, self.live)}))
+                host.commands.append(Link(host.name, "", tuple(links(actor, replica, self.live))))
         self.gateway = Gateway(self.exchange, links(GATEWAY, 0, self.live), placement, CHUNK)
         self.gateway.on_delivered, self.gateway.on_ended = self.mishaps.delivered, self.mishaps.ended
         self.exchange.open()
@@ -252,7 +252,7 @@ class Simulation:
         self.supervision.begun = True
         self.away: list[tuple[str, int, int, float]] = []
         self.coming: Host | None = None
-        self.introduced: list[tuple[Host, dict[str, Any]]] | None = None
+        self.introduced: list[tuple[Host, Link]] | None = None
         self.streams: list[tuple[Stream, list[int]]] = []
         self.left = chance.randrange(4, 12)
         self.crashes, self.peril = chance.randrange(0, 5), chance.choice((0.005, 0.0005))
@@ -292,7 +292,7 @@ class Simulation:
     def say(self, key: str, *states: State) -> None:
         """Report states of a host to the supervisor."""
         for state in states:
-            self.supervision.on_message(key, "state", {"state": state.value, "why": ""}, self.now_s)
+            self.supervision.on_message(key, StateChanged(state.value), self.now_s)
 
     # -- one thing that happens -----------------------------------------------------------------------------------
 
@@ -305,12 +305,12 @@ class Simulation:
 
     def flush_gateway(self) -> None:
         """Send the gateway's commands and messages, and write its journal."""
-        for kind, fields, labels in self.gateway.commands:
+        for command, labels in self.gateway.commands:
             for label in labels:
                 actor, _, replica = label.partition(".")
                 host = self.hosts.get((actor, int(replica)))
                 if host is not None:  # a host that has gone gets no command, as in `Supervisor.tell`
-                    host.commands.append((kind, fields))
+                    host.commands.append(command)
         self.gateway.commands.clear()
         self.flush(self.exchange, self.exchange.me)
         self.mishaps.journal.flush()
@@ -404,7 +404,7 @@ class Simulation:
         """Remove every link to a host."""
         del self.network.wires[host.name]
         for other in [*self.hosts.values(), *([self.coming] if self.coming is not None else [])]:
-            other.commands.append(("unlink", {"peer": host.name}))
+            other.commands.append(Unlink(host.name))
         self.gateway.remove(host.name)
         self.exchange.remove(host.name)
         self.flush_gateway()
@@ -423,9 +423,9 @@ class Simulation:
         for (other, number), told in self.hosts.items():
             between = [link for link in links(other, number, live) if host.name in (link.link.source, link.link.target)]
             if between:
-                fields: dict[str, Any] = {"links": between}
-                told.commands.append(("link", fields))
-                self.introduced.append((told, fields))
+                command = Link(host.name, "", tuple(between))
+                told.commands.append(command)
+                self.introduced.append((told, command))
         for link in links(GATEWAY, 0, live):
             if host.name in (link.link.source, link.link.target):
                 self.exchange.add(link.link)
@@ -439,13 +439,11 @@ class Simulation:
         if host is None:
             return
         if self.introduced is not None:
-            if any(
-                told in self.hosts.values() and ("link", fields) in told.commands for told, fields in self.introduced
-            ):
+            if any(told in self.hosts.values() and command in told.commands for told, command in self.introduced):
                 return
             self.introduced = None
             live = {**self.live, host.actor: {**self.live[host.actor], host.replica: host.epoch}}
-            host.commands.append(("link", {"links": links(host.actor, host.replica, live)}))
+            host.commands.append(Link(host.name, "", tuple(links(host.actor, host.replica, live))))
         if host.commands or not host.exchange.ready:
             return
         self.say(host.name, State.RUNNING)
@@ -460,11 +458,11 @@ class Simulation:
     def tick(self) -> None:
         """Advance the time by 0.3 s, and let every process that does not hang do its periodic work."""
         self.network.advance(0.3)
-        beat = {"steps": 0, "stepping_s": 0.0, "queued": 0, "counters": {}}
+        beat = Heartbeat(0, 0.0, 0, {})
         for host in self.all_hosts:
             if host.hangs:
                 continue
-            self.supervision.on_message(host.name, "heartbeat", beat, self.now_s)
+            self.supervision.on_message(host.name, beat, self.now_s)
             host.exchange.idle()
             host.exchange.tick()
             self.flush(host.exchange, host.name)

@@ -9,6 +9,7 @@ import pytest
 
 from ranvier.actors.component.session import SessionInfo
 from ranvier.actors.errors import ActorFailed, Cause, Overloaded
+from ranvier.actors.protocol.control_protocol import Open, SessionFailed
 from ranvier.actors.protocol.host_spec import HostLink
 from ranvier.graph.sessions.gateway import Gateway, token_tensor
 from ranvier.graph.sessions.placement import Placement
@@ -69,7 +70,7 @@ def test_a_session_is_opened_and_its_prompt_goes_in_chunks() -> None:
     A host keeps rows that arrive before the command."""
     bench = Bench()
     stream = bench.submit(prompt=10)
-    assert [(kind, hosts) for kind, _, hosts in bench.gateway.commands] == [("open", ["embed.0", "head.0"])]
+    assert [(command.kind, hosts) for command, hosts in bench.gateway.commands] == [("open", ["embed.0", "head.0"])]
     assert len(bench.exchange.outbox) == 3
     assert not stream.events
 
@@ -89,7 +90,7 @@ def test_each_position_once_and_in_order_then_one_end() -> None:
     assert list(stream.events) == [Delivered(3, 60), Delivered(4, 70), "length"]
     assert stream.log == [0, 1, 2, 60, 70]
     assert bench.exchange.counters["tokens_refused"] == 5
-    assert [kind for kind, *_ in bench.gateway.commands] == ["open", "close"]
+    assert [command.kind for command, _ in bench.gateway.commands] == ["open", "close"]
 
 
 def test_a_stop_token_ends_the_stream() -> None:
@@ -129,7 +130,7 @@ def test_what_does_not_fit_is_turned_away_at_the_door() -> None:
     bench.gateway.cancel(first)
     bench.gateway.cancel(first)
     third = bench.submit()
-    failed = {"session": second.info.session, "epoch": 1, "error": "boom", "traceback": "T"}
+    failed = SessionFailed(second.info.session, 1, "boom", "T", Cause.RAISED)
     bench.gateway.on_session_failed("head.0", failed)
     bench.gateway.on_session_failed("embed.0", failed)
     [error] = second.events
@@ -187,9 +188,9 @@ def test_a_stream_that_nobody_works_on_ends() -> None:
     assert "every actor has been idle for 60 s: expected a token at position 3, got nothing" in str(error)
 
 
-def opened(bench: Bench) -> list[dict[str, Any]]:
+def opened(bench: Bench) -> list[SessionInfo]:
     """Return the infos of sessions that the gateway opens at hosts, and clear its commands."""
-    told = [fields["info"] for kind, fields, _ in bench.gateway.commands if kind == "open"]
+    told = [command.info for command, _ in bench.gateway.commands if isinstance(command, Open)]
     bench.gateway.commands.clear()
     return told
 
@@ -205,16 +206,16 @@ def test_a_session_begins_anew_from_its_log_and_what_is_late_is_refused() -> Non
     bench = Bench()
     stream = bench.submit(prompt=3, tokens=4)
     bench.told([Row(1, 1, 3, 1)], [60])
-    assert [info["epoch"] for info in opened(bench)] == [1]
+    assert [info.epoch for info in opened(bench)] == [1]
     for epoch, token in ((2, 61), (3, 62)):
         bench.gateway.on_lost_replica("embed", 0, LOST)
-        assert [(kind, hosts) for kind, _, hosts in bench.gateway.commands] == [("close", ["head.0"])]
+        assert [(command.kind, hosts) for command, hosts in bench.gateway.commands] == [("close", ["head.0"])]
         late = Row(1, epoch - 1, 3 + epoch - 1, 1)
         bench.told([late], [99])
-        bench.gateway.on_session_failed("head.0", {"session": 1, "epoch": epoch - 1, "error": "late", "traceback": ""})
+        bench.gateway.on_session_failed("head.0", SessionFailed(1, epoch - 1, "late", "", Cause.RAISED))
         bench.gateway.on_replaced("embed", 0, 0)
         [info] = opened(bench)
-        assert (info["epoch"], list(info["log"]), info["max_tokens"]) == (epoch, stream.log, 7 - len(stream.log))
+        assert (info.epoch, list(info.log), info.max_tokens) == (epoch, stream.log, 7 - len(stream.log))
         bench.told([late], [99])
         bench.told([Row(1, epoch, 2 + epoch, 1)], [token])
     bench.told([Row(1, 3, 6, 1)], [63])
@@ -237,7 +238,7 @@ def test_who_comes_while_an_actor_is_away_waits_and_opens_after_those_before() -
     assert not waiting.over
     bench.gateway.on_replaced("head", 0, 0)
     bench.submit()
-    assert [(info["epoch"], info["session"]) for info in opened(bench)] == [(2, 1), (2, 2), (2, 3)]
+    assert [(info.epoch, info.session) for info in opened(bench)] == [(2, 1), (2, 2), (2, 3)]
 
 
 def test_a_session_whose_log_is_ahead_of_its_logits_computes_them_again() -> None:
@@ -250,7 +251,7 @@ def test_a_session_whose_log_is_ahead_of_its_logits_computes_them_again() -> Non
     bench.gateway.on_lost_replica("head", 0, LOST)
     bench.gateway.on_replaced("head", 0, 0)
     [info] = opened(bench)
-    assert (list(info["log"]), info["max_tokens"]) == ([0, 1, 2], 2)
+    assert (list(info.log), info.max_tokens) == ([0, 1, 2], 2)
     for position in (3, 4):
         bench.told([Row(1, 2, position, 1)], [57 + position])
         bench.message(2, [Row(1, 2, position, 1)], TensorMeta("logits", 8, (1, 2), 0, 8), bytes(8))
@@ -287,12 +288,12 @@ def test_a_session_moves_to_a_replica_that_has_room_and_waits_where_none_has() -
     opened(bench)
     bench.gateway.placement.replicas["head"][1].capacity_tokens = 11
     bench.gateway.on_lost_replica("head", 0, LOST)
-    assert [(info["session"], info["places"]) for info in opened(bench)] == [(1, {"head": (1,)})]
+    assert [(info.session, info.places) for info in opened(bench)] == [(1, {"head": (1,)})]
     assert (first.places["head"], third.places["head"]) == ((1,), (0,))
     assert third.waits
     bench.gateway.placement.join("head", 2, 12)
     bench.gateway.on_replaced("head", 0, 2)
-    assert [(info["session"], info["places"]) for info in opened(bench)] == [(3, {"head": (2,)})]
+    assert [(info.session, info.places) for info in opened(bench)] == [(3, {"head": (2,)})]
     assert set(bench.gateway.placement.replicas["head"]) == {1, 2}
 
 
