@@ -13,7 +13,7 @@ from ranvier.transport.format.header import Row, TensorMeta
 from ranvier.transport.format.message import Buffer, stable
 from ranvier.transport.format.tensors import LOOK_EVERY, encode, to_buffer
 from ranvier.transport.links.exchange import Exchange
-from ranvier.transport.links.link_state import SendingLink
+from ranvier.transport.links.link_state import Outbound, SendingLink
 
 from ..component.actor import Batch
 from ..protocol.host_spec import GATEWAY, HostLink, PortSpec
@@ -171,12 +171,12 @@ class Outputs:
                 meta, buffer = plain = plain or to_buffer(port, tensor, sole=sole)
                 if buffer.__class__ is not bytes:
                     self.large = True
-                self._exchange.send(link, rows, (meta,), (buffer,), ready_ns)
+                self._exchange.send(link, Outbound(rows, (meta,), (buffer,), ready_ns))
             else:
                 tensors, buffers, coding = coded(port, given, link)
                 if given is not tensor:  # the tap of another edge may reuse that memory
                     buffers = (stable(buffers[0]),)
-                self._exchange.send(link, rows, tensors, buffers, ready_ns, coding)
+                self._exchange.send(link, Outbound(rows, tensors, buffers, ready_ns, coding))
 
     def _send_by_choice(
         self, port: str, route: Route, rows: tuple[Row, ...], tensor: torch.Tensor, ready_ns: int
@@ -185,12 +185,12 @@ class Outputs:
         parts = self._split(port, rows, tensor) if len(groups) > 1 else []
         for replicas, chosen in groups:
             if not replicas:
-                self._exchange.counters["rows_unsent"] += len(chosen)
+                self._exchange.count("rows_unsent", len(chosen))
                 continue
             part = torch.cat([parts[index] for index in chosen]) if parts else tensor
             own = tuple(rows[index] for index in chosen)
             tensors, buffers, coding = coded(port, part, route.links[replicas[0]])
-            route.send(self._exchange, replicas, own, tensors, buffers, ready_ns, coding)
+            route.send(self._exchange, replicas, Outbound(own, tensors, buffers, ready_ns, coding))
 
     def _go_round(
         self,

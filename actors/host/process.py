@@ -246,11 +246,7 @@ class Process(ABC):
             self.decision_failed(received.header.rows, error)
 
     def _flush(self, wire: ProcessWire) -> None:
-        outbox = self.exchange.outbox
-        if outbox:
-            for outgoing in outbox:
-                outgoing.buffers = wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
-            outbox.clear()
+        self.exchange.drain(wire.send)
 
     def refused(self, error: ProtocolError) -> None:
         """Count and report a refused message or command, and end the sessions that lost a row by it."""

@@ -12,11 +12,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from ranvier.transport.format.codec import Coding
-from ranvier.transport.format.header import Row, TensorMeta
-from ranvier.transport.format.message import Buffer, stable
+from ranvier.transport.format.header import Row
 from ranvier.transport.links.exchange import Exchange
-from ranvier.transport.links.link_state import SendingLink
+from ranvier.transport.links.link_state import Outbound, SendingLink
 
 from ..protocol.host_spec import STICKY, Policy, replica_of
 
@@ -42,11 +40,7 @@ class _Copy(NamedTuple):
     due_ns: int
     replica: int
     sequence: int
-    rows: tuple[Row, ...]
-    tensors: tuple[TensorMeta, ...]
-    buffers: tuple[Buffer, ...]
-    ready_ns: int
-    coding: Coding | None
+    message: Outbound
 
 
 class _Held(NamedTuple):
@@ -54,11 +48,7 @@ class _Held(NamedTuple):
 
     exchange: Exchange
     replicas: tuple[int, ...]
-    rows: tuple[Row, ...]
-    tensors: tuple[TensorMeta, ...]
-    buffers: tuple[Buffer, ...]
-    ready_ns: int
-    coding: Coding | None
+    message: Outbound
 
 
 class Route:
@@ -111,11 +101,10 @@ class Route:
         """Drop the held messages that have no `wanted` row."""
         kept = deque[_Held]()
         for held in self._held:
-            if any(wanted(row) for row in held.rows):
+            if any(wanted(row) for row in held.message.rows):
                 kept.append(held)
             else:
-                held.exchange.waiting -= 1
-                held.exchange.counters["given_up"] += 1
+                held.exchange.release(given_up=True)
         self._held = kept
 
     # -- choosing -----------------------------------------------------------------------------------------------
@@ -164,59 +153,48 @@ class Route:
 
     # -- sending ------------------------------------------------------------------------------------------------
 
-    def send(
-        self,
-        exchange: Exchange,
-        replicas: tuple[int, ...],
-        rows: tuple[Row, ...],
-        tensors: tuple[TensorMeta, ...],
-        buffers: tuple[Buffer, ...],
-        ready_ns: int,
-        coding: Coding | None = None,
-    ) -> None:
+    def send(self, exchange: Exchange, replicas: tuple[int, ...], message: Outbound) -> None:
         """Send one message to each of `replicas`.
 
         With `skips`, a replica that has no credit gets no more copies of that session while another replica has credit:
         the slowest replica does not delay the fastest.
         """
         if not replicas:
-            exchange.counters["rows_unsent"] += len(rows)
+            exchange.count("rows_unsent", len(message.rows))
             return
         if self._policy.copies > 1:  # a later copy must carry the present values
-            buffers = tuple(map(stable, buffers))
+            message = message.stable()
         if len(replicas) > 1 and self._skips:
             # while no replica has credit, the slow one is unknown: hold the message until one has
-            self._held.append(_Held(exchange, replicas, rows, tensors, buffers, ready_ns, coding))
-            exchange.waiting += 1
+            self._held.append(_Held(exchange, replicas, message))
+            exchange.hold()
             self._send_held()
             return
         for replica in replicas:
-            exchange.send(self.links[replica], rows, tensors, buffers, ready_ns, coding)
+            exchange.send(self.links[replica], message)
         if self._policy.after:
             link = self.links[replicas[0]]
             sequence = link.window.sequence + len(link.waiting)
-            due_ns = exchange.clock() + self._late_ns
-            self._copies.append(_Copy(due_ns, replicas[0], sequence, rows, tensors, buffers, ready_ns, coding))
+            self._copies.append(_Copy(exchange.clock() + self._late_ns, replicas[0], sequence, message))
 
     def _send_held(self) -> None:
         while self._held:
             held = self._held[0]
-            out = {replica for row in held.rows for replica in self._dropped_out.get(row.session, ())}
+            rows = held.message.rows
+            out = {replica for row in rows for replica in self._dropped_out.get(row.session, ())}
             left = [replica for replica in held.replicas if replica in self.links and replica not in out]
-            nbytes = sum(meta.nbytes for meta in held.tensors)
+            nbytes = held.message.nbytes
             able = [replica for replica in left if self.links[replica].may_send(nbytes)]
             if left and (not able or not all(self.links[replica].open for replica in left)):
                 return  # a link that is not open yet does not count as slow
             self._held.popleft()
-            held.exchange.waiting -= 1
+            held.exchange.release()
             if len(able) < len(left):
-                held.exchange.counters["copies_left_out"] += len(left) - len(able)
-                for row in held.rows:
+                held.exchange.count("copies_left_out", len(left) - len(able))
+                for row in rows:
                     self._dropped_out.setdefault(row.session, set()).update(set(left) - set(able))
             for replica in able:
-                held.exchange.send(
-                    self.links[replica], held.rows, held.tensors, held.buffers, held.ready_ns, held.coding
-                )
+                held.exchange.send(self.links[replica], held.message)
 
     # -- second copies ------------------------------------------------------------------------------------------
 
@@ -231,16 +209,16 @@ class Route:
         """Send the copies that are due, each to the session's other replica with the fewest queued messages."""
         while (due_ns := self.due_ns) is not None and due_ns <= now_ns:
             copy = self._copies.popleft()
-            rows = copy.rows
+            rows = copy.message.rows
             if not open_(rows[0]):
                 continue  # the session has ended
             others = [r for r in places(rows[0].session).get(self.actor, ()) if r != copy.replica and r in self.links]
-            nbytes = sum(meta.nbytes for meta in copy.tensors)
+            nbytes = copy.message.nbytes
             able = [replica for replica in others if self.links[replica].may_send(nbytes)]
             if able:
                 best = min(able, key=lambda replica: self.links[replica].queued)
-                exchange.counters["second_copies"] += 1
-                exchange.send(self.links[best], rows, copy.tensors, copy.buffers, copy.ready_ns, copy.coding)
+                exchange.count("second_copies")
+                exchange.send(self.links[best], copy.message)
 
     def _answered(self, copy: _Copy) -> bool:
         link = self.links.get(copy.replica)

@@ -67,7 +67,7 @@ def credit(exchange: Exchange, now_ns: int) -> list[list[Any]]:
             link.spec.name,
             link.spec.target.rpartition(".")[0],
             len(link.waiting),
-            (now_ns - link.waiting[0].ready_ns) / 1e9,
+            (now_ns - link.waiting[0][0].ready_ns) / 1e9,
         ]
         for link in list(exchange.sending.values())
         if link.waiting

@@ -6,10 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ranvier.transport.format.codec import Coding
-from ranvier.transport.format.header import Row, TensorMeta, Verb
-from ranvier.transport.links.link import LinkSpec
-from ranvier.transport.links.link_state import Received
+from ranvier.transport.format.header import Row, Verb
+from ranvier.transport.links.link_state import Received, Sent, Unsent
 
 from .crossing import ReceivedCommand
 from .ring import Ring
@@ -38,13 +36,12 @@ class Records:
         self._below = int(sample * (1 << 32)) if sample < 1.0 else None
         self._field = 2 if by_position else 0
 
-    def sent(
-        self, link: LinkSpec, sequence: int, rows: tuple[Row, ...], nbytes: int, ready_ns: int, credit_ns: int, sent_ns: int,
-        tensors: tuple[TensorMeta, ...], coding: Coding | None, checksum: int,
-    ) -> None:  # fmt: skip
-        if self._below is None or self._chosen(rows):
+    def sent(self, sent: Sent) -> None:
+        message, link = sent.message, sent.link
+        if self._below is None or self._chosen(message.rows):
             self._put((
-                SENT, link.edge, sequence, nbytes, ready_ns, credit_ns, sent_ns, rows, coding, link.target, tensors, checksum
+                SENT, link.edge, sent.sequence, sent.nbytes, message.ready_ns, sent.credit_ns, sent.sent_ns, message.rows,
+                message.coding, link.target, message.tensors, sent.checksum,
             ))  # fmt: skip
 
     def control(self, edge: int, verb: Verb, peer: str, sent: bool, arguments: tuple[Any, ...]) -> None:
@@ -73,9 +70,12 @@ class Records:
         if self._below is None or self._chosen((row,)):
             self._put((SPAN, started_ns, finished_ns, row, trace, span, parent, links, batch, error))
 
-    def unsent(self, link: LinkSpec, rows: tuple[Row, ...], nbytes: int, ready_ns: int, given_up_ns: int) -> None:
-        if self._below is None or self._chosen(rows):
-            self._put((UNSENT, link.edge, nbytes, ready_ns, given_up_ns, rows, link.target))
+    def unsent(self, unsent: Unsent) -> None:
+        message, link = unsent.message, unsent.link
+        if self._below is None or self._chosen(message.rows):
+            self._put((
+                UNSENT, link.edge, unsent.nbytes, message.ready_ns, unsent.given_up_ns, message.rows, link.target
+            ))  # fmt: skip
 
     def done(self, received: Received, started_ns: int, finished_ns: int, batch: int) -> None:
         """Record a message that is used up. `batch` is the number of messages in its step; 0: it went into no step."""

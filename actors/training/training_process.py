@@ -11,7 +11,7 @@ import torch
 from ranvier.transport.format.codec import RAW
 from ranvier.transport.format.header import Row
 from ranvier.transport.format.tensors import from_buffer, to_buffer
-from ranvier.transport.links.link_state import Received
+from ranvier.transport.links.link_state import Outbound, Received
 from ranvier.transport.links.wire import ProcessWire
 
 from ..host.outputs import coded
@@ -96,7 +96,7 @@ class Mail(Process):
         if sending.raw:
             meta, buffer = to_buffer(name, tensor)
             assert meta.codec == RAW
-            self.exchange.send(sending, (row,), (meta,), (buffer,), now_ns)
+            self.exchange.send(sending, Outbound((row,), (meta,), (buffer,), now_ns))
         else:
             owed = self.owed.get(link)
             if owed is not None and owed.shape == tensor.shape:  # a router's rows differ each time
@@ -104,7 +104,7 @@ class Mail(Process):
             tensors, buffers, coding = coded(name, tensor, sending)
             if link.role == INPUT_GRADIENT:  # error feedback: what the codec lost is added to the next one
                 self.owed[link] = tensor - from_buffer(tensors[0], buffers[0])
-            self.exchange.send(sending, (row,), tensors, buffers, now_ns, coding)
+            self.exchange.send(sending, Outbound((row,), tensors, buffers, now_ns, coding))
 
     def counting(self, what: Callable[[], float]) -> float:
         """Run `what`, which precedes the optimiser's step, and count its time as part of the update."""

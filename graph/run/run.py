@@ -314,9 +314,7 @@ class Run:
         commands, self._gateway.commands = self._gateway.commands, []  # a command that cannot be sent is not retried
         for command, labels in commands:
             self._supervisor.send_to(labels, command)
-        for outgoing in self._gateway.exchange.outbox:
-            outgoing.buffers = self._own.wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
-        self._gateway.exchange.outbox.clear()
+        self._gateway.exchange.drain(self._own.wire.send)
         self._requests.write()
         for stream, wake in self._wakes.items():
             if stream.events:

@@ -21,7 +21,7 @@ from ranvier.transport.format.dtypes import BY_NAME
 from ranvier.transport.format.header import Row, TensorMeta
 from ranvier.transport.format.message import Buffer
 from ranvier.transport.links.exchange import Exchange
-from ranvier.transport.links.link_state import Received
+from ranvier.transport.links.link_state import Outbound, Received
 
 from .placement import Placement
 from .stream import Delivered, Stream, Tensors
@@ -267,7 +267,7 @@ class Gateway:
         for stream in ready:
             anew = stream.info.epoch > 0
             self._open(stream)
-            self.exchange.counters["sessions_resumed" if stream.info.kept else "sessions_replayed"] += anew
+            self.exchange.count("sessions_resumed" if stream.info.kept else "sessions_replayed", anew)
 
     # -- hosts --------------------------------------------------------------------------------------------------
 
@@ -348,12 +348,12 @@ class Gateway:
     def _send(self, stream: Stream, port: str, row: Row, meta: TensorMeta, buffer: Buffer, now_ns: int) -> None:
         for route in self._by_port[port].values():
             [(replicas, _)] = route.groups((row,), lambda _session: stream.places)
-            route.send(self.exchange, replicas, (row,), (meta,), (buffer,), now_ns)
+            route.send(self.exchange, replicas, Outbound((row,), (meta,), (buffer,), now_ns))
 
     def _on_token(self, row: Row, token: int) -> None:
         stream = self._stream_of(row)
         if stream is None or row.position != len(stream.log):
-            self.exchange.counters["tokens_refused"] += 1  # the session is over, or the token came twice
+            self.exchange.count("tokens_refused")  # the session is over, or the token came twice
             return
         stream.log.append(token)  # logged before it is delivered
         if stream.info.logits and row.position not in stream.logits:
@@ -373,7 +373,7 @@ class Gateway:
         for row, (_, buffer) in rows_of(received):
             stream = self._stream_of(row)
             if stream is None or row.position != len(stream.scores):
-                self.exchange.counters["tokens_refused"] += 1
+                self.exchange.count("tokens_refused")
                 continue
             stream.scores.frombytes(bytes(buffer))
             if len(stream.scores) == len(stream.log) - 1:

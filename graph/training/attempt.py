@@ -23,7 +23,7 @@ from ranvier.actors.supervise.zygote_process import ZygoteProcess
 from ranvier.transport.format.errors import LinkClosed, ProtocolError, ResourceError
 from ranvier.transport.format.header import Row
 from ranvier.transport.links.exchange import RefusedMessage
-from ranvier.transport.links.link_state import Received
+from ranvier.transport.links.link_state import Outbound, Received
 
 from ..run import metrics, run_folder
 from ..run.chaos import ChaosLink, Detours
@@ -227,7 +227,7 @@ class Attempt:
                 meta, buffer = to_buffer(link.link.tensors[0][0], tensor)
                 sending = self._exchange.sending[link.link.edge, link.link.target]
                 row = Row(session, 1, number, len(tensor))
-                self._exchange.send(sending, (row,), (meta,), (buffer,), time.monotonic_ns())
+                self._exchange.send(sending, Outbound((row,), (meta,), (buffer,), time.monotonic_ns()))
         self._flush()
 
     # -- receiving losses -----------------------------------------------------------------------------------------
@@ -261,12 +261,8 @@ class Attempt:
             self._changed = trio.Event()
 
     def _flush(self) -> None:
-        for outgoing in self._exchange.outbox:
-            try:
-                outgoing.buffers = self._own.wire.send(outgoing.peer, outgoing.header, outgoing.buffers)
-            except LinkClosed:
-                break
-        self._exchange.outbox.clear()
+        with contextlib.suppress(LinkClosed):
+            self._exchange.drain(self._own.wire.send)
 
     async def _until(self, holds: Callable[[], bool]) -> None:
         while not holds():

@@ -7,10 +7,10 @@ memory wires with a clock of their own. Nothing here blocks, sleeps, or knows a 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from ..format.codec import RAW, Coding
+from ..format.codec import RAW
 from ..format.codec import parse as parse_codec
 from ..format.errors import LinkBroken, ProtocolError
 from ..format.header import (
@@ -27,24 +27,19 @@ from ..format.header import (
     control,
     decode,
 )
-from ..format.message import Buffer, check_frames, check_specs, checksum, stable
+from ..format.message import Buffer, check_frames, check_specs, checksum
 from . import codec_choice
 from .handshake import hello, objection
 from .link import LinkSpec
-from .link_state import Received, ReceivingLink, SendingLink, Waiting
+from .link_state import Outbound, Received, ReceivingLink, SendingLink, Sent, Unsent
 from .window import Outgoing, ReceiveWindow, SendWindow
 from .wire import Arrival
 
 Link = TypeVar("Link")
-OnUnsent = Callable[[LinkSpec, tuple[Row, ...], int, int, int], None]
-"""A message that never got credit: (link, rows, bytes, ready_ns, given_up_ns)."""
-OnSent = Callable[
-    [LinkSpec, int, tuple[Row, ...], int, int, int, int, tuple[TensorMeta, ...], Coding | None, int], None
-]
-"""What the sending end knows of one message: (link, sequence, rows, bytes, ready_ns, credit_ns, sent_ns, tensors, coding,
-checksum)."""
+OnSent = Callable[[Sent], None]
+OnUnsent = Callable[[Unsent], None]
 OnControl = Callable[[int, Verb, str, bool, tuple[Any, ...]], None]
-"""A control message of a link: (edge, verb, peer, whether it was sent from here, arguments)."""
+"""Called for a control message of a link: (edge, verb, peer, whether it was sent from here, arguments)."""
 
 
 def _checked(link: SendingLink | ReceivingLink, rows: tuple[Row, ...], tensors: tuple[TensorMeta, ...]) -> int:
@@ -75,9 +70,8 @@ class Exchange:
         on_unsent: called for each that waited for credit and was given up.
         on_control: called for each control message of the links, both ways.
 
-    `traces` holds the W3C trace context (header.py) of what is being done for a session, for those that are traced.
-    `waiting` is the number of messages that wait for credit: the host starts no step meanwhile. `outbox` is for the
-    driver to hand to the wire, and to clear.
+    `traces` holds the W3C trace context (header.py) of the current work for each traced session. `waiting` is the number of
+    messages that wait for credit: the host starts no step meanwhile. The driver hands the `outbox` to the wire (`drain`).
     """
 
     def __init__(
@@ -124,7 +118,7 @@ class Exchange:
     def remove(self, peer: str) -> None:
         """All links with `peer`, and whatever was still on its way there."""
         for key in [key for key in self.sending if key[1] == peer]:
-            self.waiting -= len(self.sending.pop(key).waiting)
+            self.release(len(self.sending.pop(key).waiting))
         for key in [key for key in self.receiving if key[1] == peer]:
             link = self.receiving.pop(key)
             link.open = False
@@ -153,73 +147,74 @@ class Exchange:
 
     # -- sending ------------------------------------------------------------------------------------------------
 
-    def send(
-        self,
-        link: SendingLink,
-        rows: tuple[Row, ...],
-        tensors: tuple[TensorMeta, ...],
-        buffers: tuple[Buffer, ...],
-        ready_ns: int,
-        coding: Coding | None = None,
-    ) -> None:
+    def send(self, link: SendingLink, message: Outbound) -> None:
         """Send a message, or keep it until there is credit (`waiting` counts). Buffers that can be written to are copied where
-        they wait; else the wire sees to it.
+        they wait; else the wire copies what it sends by reference.
 
         Raises:
             ProtocolError: the tensors are not what the edge carries.
         """
-        nbytes = _checked(link, rows, tensors)
+        nbytes = _checked(link, message.rows, message.tensors)
         if link.waiting or not link.window.may_send(nbytes):
-            self.counters["credit_waits"] += 1
-            self.waiting += 1
-            held = tuple(map(stable, buffers))  # whoever made them goes on meanwhile
-            link.waiting.append(Waiting(rows, tensors, held, nbytes, ready_ns, coding))
+            self.count("credit_waits")
+            self.hold()
+            link.waiting.append((message.stable(), nbytes))
         else:
-            self._transmit(link, rows, tensors, buffers, nbytes, ready_ns, ready_ns, coding)
+            self._transmit(link, message, nbytes, message.ready_ns)
+
+    def hold(self) -> None:
+        """Count a message that waits for credit: the host starts no step meanwhile."""
+        self.waiting += 1
+
+    def release(self, messages: int = 1, *, given_up: bool = False) -> None:
+        """Count messages that do not wait any more, because they were sent or are `given_up`."""
+        self.waiting -= messages
+        if given_up:
+            self.count("given_up", messages)
+
+    def count(self, what: str, times: int = 1) -> None:
+        """Count an event of the links, for the run's counters."""
+        self.counters[what] += times
+
+    def drain(self, send: Callable[[str, bytes, Sequence[Buffer]], Sequence[Buffer]]) -> None:
+        """Hand the frames of the outbox to the wire, in order. What `send` returns is kept in place of the buffers."""
+        if self.outbox:
+            for outgoing in self.outbox:
+                outgoing.buffers = send(outgoing.peer, outgoing.header, outgoing.buffers)
+            self.outbox.clear()
 
     def give_up(self, wanted: Callable[[Row], bool] = lambda _row: False) -> None:
-        """Drop what waits for credit and of which no row is `wanted` any more. It has no sequence number yet, so nothing is
+        """Drop the messages that wait for credit and have no `wanted` row. They have no sequence number yet, so nothing is
         missing at the other end."""
         if not self.waiting:
             return
         for link in self.sending.values():
-            kept = deque[Waiting]()
-            for message in link.waiting:
+            kept = deque[tuple[Outbound, int]]()
+            for message, nbytes in link.waiting:
                 if any(wanted(row) for row in message.rows):
-                    kept.append(message)
+                    kept.append((message, nbytes))
                     continue
-                self.waiting -= 1
-                self.counters["given_up"] += 1
+                self.release(given_up=True)
                 if self._on_unsent is not None:
-                    self._on_unsent(link.spec, message.rows, message.nbytes, message.ready_ns, self.clock())
+                    self._on_unsent(Unsent(link.spec, message, nbytes, self.clock()))
             link.waiting = kept
 
     def unfinished(self) -> bool:
-        """Whether anything sent is not acknowledged yet."""
+        """Return whether anything sent is not acknowledged yet."""
         return any(link.waiting or link.window.kept for link in self.sending.values())
 
-    def _transmit(
-        self,
-        link: SendingLink,
-        rows: tuple[Row, ...],
-        tensors: tuple[TensorMeta, ...],
-        buffers: tuple[Buffer, ...],
-        nbytes: int,
-        ready_ns: int,
-        credit_ns: int,
-        coding: Coding | None,
-    ) -> None:
-        window, spec = link.window, link.spec
+    def _transmit(self, link: SendingLink, message: Outbound, nbytes: int, credit_ns: int) -> None:
+        window, spec, rows = link.window, link.spec, message.rows
         sequence = window.sequence + 1
         acks = self._acks_for(spec.target) if self._owing else ()
         sent_ns = self.clock()
-        crc = checksum(buffers) if spec.checksums else 0
-        fields = VERSION, spec.kind, spec.edge, sequence, rows, tensors, ready_ns, sent_ns, crc, acks
+        crc = checksum(message.buffers) if spec.checksums else 0
+        fields = VERSION, spec.kind, spec.edge, sequence, rows, message.tensors, message.ready_ns, sent_ns, crc, acks
         if self.traces and len(rows) <= MAX_TRACED_ROWS and any(row.session in self.traces for row in rows):
             header = TracedHeader(*fields, tuple(self.traces.get(row.session, b"") for row in rows)).encode()
         else:
             header = Header(*fields).encode()
-        outgoing = Outgoing(spec.target, header, buffers, sequence, nbytes)
+        outgoing = Outgoing(spec.target, header, message.buffers, sequence, nbytes)
         window.keep(outgoing)
         self.outbox.append(outgoing)
         if link.on_used is not None:
@@ -227,7 +222,7 @@ class Exchange:
         if link.chooser is not None and nbytes >= codec_choice.MEASURED_BYTES:
             link.timed.append((sequence, sent_ns, nbytes))
         if self._on_sent is not None:
-            self._on_sent(spec, sequence, rows, nbytes, ready_ns, credit_ns, sent_ns, tensors, coding, crc)
+            self._on_sent(Sent(spec, message, sequence, nbytes, credit_ns, sent_ns, crc))
 
     def _acks_for(self, peer: str) -> tuple[Ack, ...]:
         """What is owed to `peer` rides along with a message that goes there anyway."""
@@ -276,7 +271,7 @@ class Exchange:
         try:
             check_frames(header, arrival.buffers)
         except ProtocolError:
-            self.counters["damaged"] += 1
+            self.count("damaged")
             self._ask_again(link)  # the sender still has it
             raise
         link.window.received = header.sequence
@@ -319,10 +314,10 @@ class Exchange:
     def _out_of_order(self, link: ReceivingLink, sequence: int) -> None:
         """One already seen is dropped, a gap is asked for again."""
         if sequence <= link.window.received:
-            self.counters["duplicate"] += 1
+            self.count("duplicate")
             self._owing[link] = None
         else:
-            self.counters["gap"] += 1
+            self.count("gap")
             self._ask_again(link)
 
     def consumed(self, link: ReceivingLink, nbytes: int) -> None:
@@ -353,7 +348,7 @@ class Exchange:
     def _ask_again(self, link: ReceivingLink) -> None:
         missing = link.window.ask()
         if missing is not None:
-            self.counters["asked_again"] += 1
+            self.count("asked_again")
             self._tell(link.spec.source, control(link.spec.edge, Verb.AGAIN, missing))
 
     def _acknowledge(self, link: ReceivingLink) -> None:
@@ -388,7 +383,7 @@ class Exchange:
         link = self.receiving.get((edge, peer))
         reason = objection(link.spec if link else None, self.graph, peer, self.me, offer)
         if link is None or reason is not None:
-            self.counters["refused"] += 1
+            self.count("refused")
             self._tell(peer, control(edge, Verb.REFUSE, reason or "no such edge"))
             raise ProtocolError(f"handshake refused: {reason}")
         link.open = True
@@ -408,7 +403,7 @@ class Exchange:
             self._learn_speed(link, arguments[0], arguments[1], waiting_since_ns)
         elif verb is Verb.AGAIN:
             for sent in link.window.since(arguments[0]):
-                self.counters["sent_again"] += 1
+                self.count("sent_again")
                 self.outbox.append(sent)
         self._send_waiting(link)
         if link.on_credit is not None:
@@ -420,10 +415,10 @@ class Exchange:
             on_used(now_ns - link.sent_at.popleft()[1])
 
     def _send_waiting(self, link: SendingLink) -> None:
-        while link.waiting and link.window.may_send(link.waiting[0].nbytes):
-            self.waiting -= 1
-            rows, tensors, buffers, nbytes, ready_ns, coding = link.waiting.popleft()
-            self._transmit(link, rows, tensors, buffers, nbytes, ready_ns, self.clock(), coding)
+        while link.waiting and link.window.may_send(link.waiting[0][1]):
+            self.release()
+            message, nbytes = link.waiting.popleft()
+            self._transmit(link, message, nbytes, self.clock())
 
     def _link(self, links: dict[tuple[int, str], Link], peer: str, edge: int, what: str) -> Link:
         link = links.get((edge, peer))

@@ -1,17 +1,16 @@
-"""The two ends of a link as one process holds them, and a message that was taken from it. What moves them is `exchange.py`."""
+"""Hold the two ends of a link as one process sees them, and the messages on their way. `exchange.py` changes them."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import msgspec
 
 from ..format.codec import Codec, Coding
 from ..format.header import Header, Row, TensorMeta
-from ..format.message import Buffer
+from ..format.message import Buffer, stable
 from . import codec_choice
 from .link import LinkSpec
 from .window import ReceiveWindow, SendWindow
@@ -22,8 +21,10 @@ Shape = tuple[tuple[TensorMeta, ...], int, int]
 
 
 class Received(msgspec.Struct, frozen=True, eq=False):
-    """A message that was taken, `buffers` in the order of the header's tensors and never to be written to. Its credit
-    returns when the host calls `consumed`."""
+    """Hold a message that was received. `buffers` are in the order of the header's tensors and must not be written to.
+
+    Its credit returns when the host calls `Exchange.consumed`.
+    """
 
     link: ReceivingLink
     header: Header
@@ -32,22 +33,58 @@ class Received(msgspec.Struct, frozen=True, eq=False):
     received_ns: int
 
 
-class Waiting(NamedTuple):
-    """A message that has no credit yet."""
+class Outbound(msgspec.Struct, frozen=True, gc=False):
+    """Hold a message on its way out, until the exchange has made frames of it.
+
+    `ready_ns` is when the actor had it. `coding` says what a codec did to it.
+    """
 
     rows: tuple[Row, ...]
     tensors: tuple[TensorMeta, ...]
     buffers: tuple[Buffer, ...]
-    nbytes: int
     ready_ns: int
-    coding: Coding | None
+    coding: Coding | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Return the number of bytes of its tensors."""
+        return sum(meta.nbytes for meta in self.tensors)
+
+    def stable(self) -> Outbound:
+        """Return the message with buffers that nobody else can change: the sender may use their memory again."""
+        held = tuple(map(stable, self.buffers))
+        return Outbound(self.rows, self.tensors, held, self.ready_ns, self.coding)
+
+
+class Sent(msgspec.Struct, frozen=True, gc=False):
+    """Describe a message that was handed to the wire, as its sender knows it."""
+
+    link: LinkSpec
+    message: Outbound
+    sequence: int
+    nbytes: int
+    credit_ns: int
+    sent_ns: int
+    checksum: int
+
+
+class Unsent(msgspec.Struct, frozen=True, gc=False):
+    """Describe a message that was dropped while it waited for credit."""
+
+    link: LinkSpec
+    message: Outbound
+    nbytes: int
+    given_up_ns: int
 
 
 @dataclass(slots=True, eq=False)
 class SendingLink:
-    """The sender's end of one link. `waiting` holds what has no credit yet. `on_used`, on a prompt link, is called with the
-    nanoseconds since it was sent for each message that was used up, `on_credit` when there may be more credit. `chooser`
-    says which codec, where the edge leaves that open."""
+    """Hold the sender's end of one link.
+
+    `waiting` holds the messages without credit, and the bytes of each. `on_used`, on a prompt link, is called for each message
+    that was used up, with the nanoseconds since it was sent. `on_credit` is called when there may be more credit. `chooser`
+    chooses the codec of an edge that leaves it open.
+    """
 
     spec: LinkSpec
     window: SendWindow
@@ -58,32 +95,32 @@ class SendingLink:
     passed: Shape | None = None
     nbytes: int = 0
     sent: int = 0
-    waiting: deque[Waiting] = field(default_factory=deque)
+    waiting: deque[tuple[Outbound, int]] = field(default_factory=deque)
     on_used: Callable[[int], None] | None = None
     on_credit: Callable[[], None] | None = None
     sent_at: deque[tuple[int, int]] = field(default_factory=deque)
     timed: deque[tuple[int, int, int]] = field(default_factory=lambda: deque(maxlen=MOST_TIMED))
-    """Of an edge whose codec is chosen: sequence, time and bytes of large messages that nothing was heard of yet."""
+    """With a `chooser`: sequence, time and bytes of the large messages that were not answered yet."""
     chooser: codec_choice.Chooser | None = None
 
     @property
     def used(self) -> int:
-        """The highest sequence of which the receiver has said that it is used up."""
+        """Return the highest sequence number that the receiver has used up."""
         return max(0, self.window.sequence_limit - self.spec.credits_messages)
 
     @property
     def queued(self) -> int:
-        """Messages that were given to it and are not used up."""
+        """Count the messages that were given to the link and are not used up."""
         return self.window.sequence - self.used + len(self.waiting)
 
     def may_send(self, nbytes: int) -> bool:
-        """Whether a message of `nbytes` would go at once."""
+        """Return whether a message of `nbytes` would go at once."""
         return not self.waiting and self.window.may_send(nbytes)
 
 
 @dataclass(slots=True, eq=False)
 class ReceivingLink:
-    """The receiver's end of one link."""
+    """Hold the receiver's end of one link."""
 
     spec: LinkSpec
     window: ReceiveWindow

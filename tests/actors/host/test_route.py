@@ -17,6 +17,7 @@ from ranvier.transport.format.header import Row, TensorMeta
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.links.exchange import Exchange
 from ranvier.transport.links.link import LinkSpec
+from ranvier.transport.links.link_state import Outbound
 from ranvier.transport.wires.testing import MemoryNetwork
 
 SPEC = TensorSpec("float32", ("rows",))
@@ -68,7 +69,7 @@ class Bench:
         before = {number: len(got) for number, got in self.got.items()}
         rows = (Row(session, 1, position, 1),)
         for replicas, _ in self.route.groups(rows, lambda _: self.places):
-            self.route.send(self.sender, replicas, rows, (META,), (DATA,), 0)
+            self.route.send(self.sender, replicas, Outbound(rows, (META,), (DATA,), 0))
         self.turn()
         return tuple(number for number, got in self.got.items() if len(got) > before[number])
 

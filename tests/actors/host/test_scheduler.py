@@ -19,6 +19,7 @@ from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.format.tensors import from_buffer, to_buffer
 from ranvier.transport.links.exchange import Exchange
 from ranvier.transport.links.link import LinkSpec
+from ranvier.transport.links.link_state import Outbound
 from ranvier.transport.wires.testing import MemoryNetwork
 
 SPEC = TensorSpec("float32", ("tokens",))
@@ -87,7 +88,7 @@ class Bench:
         end = self.ends[UP]
         tensor = torch.cat([torch.full((row.tokens,), row.session + value) for row in rows])
         meta, buffer = to_buffer(port, tensor)
-        end.send(end.sending[edge, ME], tuple(rows), (meta,), (buffer,), 0)
+        end.send(end.sending[edge, ME], Outbound(tuple(rows), (meta,), (buffer,), 0))
         self.turn()
 
     def step(self) -> Work | None:

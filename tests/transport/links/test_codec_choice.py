@@ -14,6 +14,7 @@ from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.links.codec_choice import LEAST_BYTES, MEASURED_BYTES, TRY_EVERY, Chooser, candidates
 from ranvier.transport.links.exchange import Exchange
 from ranvier.transport.links.link import LinkSpec
+from ranvier.transport.links.link_state import Outbound
 from ranvier.transport.wires.testing import MemoryNetwork
 
 BIG = 1_000_000
@@ -116,7 +117,7 @@ def test_a_round_trip_says_how_long_a_large_message_took_case_76(nbytes: int, to
     network.advance(1.0)
     network.fault = lambda crossing: [replace(crossing, delay_ns=3_000_000)] if crossing.source == "a" else [crossing]
     for busy in (True, False):
-        a.send(link, (Row(1, 1, 0, nbytes // 4),), (meta,), (bytes(nbytes),), network.now_ns)
+        a.send(link, Outbound((Row(1, 1, 0, nbytes // 4),), (meta,), (bytes(nbytes),), network.now_ns))
         turn()
         network.advance(0.003)
         turn(busy)

@@ -14,6 +14,7 @@ from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.format.tensors import from_buffer, to_buffer
 from ranvier.transport.links.exchange import Exchange, RefusedMessage
 from ranvier.transport.links.link import LinkSpec
+from ranvier.transport.links.link_state import Outbound
 from ranvier.transport.wires.testing import Crossing, Fault, MemoryNetwork
 
 LINK = LinkSpec(0, "a.x -> b.x", "a.0.1", "b.0.1", (("x", TensorSpec("int64", ("tokens",))),), 6, 1 << 20, wire="tcp")
@@ -35,7 +36,7 @@ class Pair:
         """Send a message with this number from a to b."""
         a = self.ends["a.0.1"]
         meta, buffer = to_buffer("x", torch.tensor([number]))
-        a.send(a.sending[0, "b.0.1"], (Row(1, 1, number, 1),), (meta,), (buffer,), self.network.clock())
+        a.send(a.sending[0, "b.0.1"], Outbound((Row(1, 1, number, 1),), (meta,), (buffer,), self.network.clock()))
 
     def run(self, rounds: int) -> None:
         """Deliver messages for `rounds` half seconds."""
@@ -141,9 +142,9 @@ def test_a_message_that_does_not_fit_its_edge_names_its_rows() -> None:
     rows = (Row(7, 1, 0, 1),)
     meta = TensorMeta("x", 8, (1,), 0, 4)
     with pytest.raises(ProtocolError, match=r"edge a.x -> b.x: expected int64\[tokens\]"):
-        a.send(link, rows, (meta,), (b"0000",), 0)
+        a.send(link, Outbound(rows, (meta,), (b"0000",), 0))
     link.passed, link.nbytes = ((meta,), 1, 1), meta.nbytes  # a sender that does not check
-    a.send(link, rows, (meta,), (b"0000",), 0)
+    a.send(link, Outbound(rows, (meta,), (b"0000",), 0))
     pair.send(5)
     pair.run(5)
     [error] = pair.errors
@@ -160,7 +161,7 @@ def test_a_message_before_the_handshake_is_refused() -> None:
     link.open = True
     link.window.grant(5, 1000)
     meta, buffer = to_buffer("x", torch.tensor([1]))
-    stranger.send(link, (Row(1, 1, 0, 1),), (meta,), (buffer,), 0)
+    stranger.send(link, Outbound((Row(1, 1, 0, 1),), (meta,), (buffer,), 0))
     [outgoing] = stranger.outbox
     pair.wires["a.0.1"].send(outgoing.peer, outgoing.header, outgoing.buffers)
     pair.run(1)
@@ -185,7 +186,7 @@ def test_acknowledgements_ride_along() -> None:
                     if answers:
                         [link] = end.sending.values()
                         header, buffers = received.header, received.buffers
-                        end.send(link, header.rows, header.tensors, buffers, 0)
+                        end.send(link, Outbound(header.rows, header.tensors, buffers, 0))
                     end.consumed(received.link, received.nbytes)
             for out in end.outbox:
                 alone += answers and not out.buffers
@@ -198,7 +199,7 @@ def test_acknowledgements_ride_along() -> None:
         turn(answers=False)
     [link] = ends["a.0.1"].sending.values()
     meta, buffer = to_buffer("x", torch.tensor([1]))
-    ends["a.0.1"].send(link, (Row(1, 1, 0, 1),), (meta,), (buffer,), 0)
+    ends["a.0.1"].send(link, Outbound((Row(1, 1, 0, 1),), (meta,), (buffer,), 0))
     for _ in range(40):
         turn(answers=True)
     assert link.window.sequence > 15  # more than its credit, so credit was granted

@@ -19,7 +19,7 @@ from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.format.tensors import from_buffer, to_buffer
 from ranvier.transport.links.exchange import Exchange
 from ranvier.transport.links.link import LinkSpec
-from ranvier.transport.links.link_state import Received, SendingLink
+from ranvier.transport.links.link_state import Outbound, Received, SendingLink
 from ranvier.transport.links.wire import ProcessWire, Wire
 from ranvier.transport.wires import curve
 from ranvier.transport.wires.local import LocalWire
@@ -114,7 +114,7 @@ class Peer:
     def send(self, tensor: torch.Tensor, position: int = 0) -> None:
         meta, buffer = to_buffer("x", tensor)
         row = Row(1, 1, position, tensor.shape[0])
-        self.exchange.send(self.link, (row,), (meta,), (buffer,), time.monotonic_ns())
+        self.exchange.send(self.link, Outbound((row,), (meta,), (buffer,), time.monotonic_ns()))
 
 
 def pair(make_wire: MakeWire, spec: LinkSpec | None = None, **changes: Any) -> tuple[Peer, Peer]:
