@@ -57,12 +57,12 @@ class Outputs:
         known = itertools.chain(routes, (route for route, _ in self._loops.values()))
         route = next((route for route in known if route.edge == spec.edge), None)
         if route is None:
-            route = Route(spec.edge, spec.target.partition(".")[0], link.policy, link.skips)
+            route = Route(spec.edge, spec.target.actor, link.policy, link.skips)
             if link.at_most:
                 self._loops[link.port] = route, Loop(link.until, link.at_most)
             else:
                 routes.append(route)
-        route.add(self._exchange.sending[spec.edge, spec.target])
+        route.add(self._exchange.sender(spec))
 
     def remove(self, peer: str) -> None:
         """Remove the links to a replica that has left."""

@@ -61,7 +61,7 @@ class Stopped(Exception):
     """Signal that the supervisor sent `stop` before the host was running."""
 
 
-class JoinTimeout(Exception):
+class JoinTimeout(TimeoutError):
     """Signal that a step has waited too long for some of its inputs."""
 
 

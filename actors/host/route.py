@@ -16,7 +16,7 @@ from ranvier.transport.format.header import Row
 from ranvier.transport.links.exchange import Exchange
 from ranvier.transport.links.link_state import Outbound, SendingLink
 
-from ..protocol.host_spec import STICKY, Policy, replica_of
+from ..protocol.host_spec import STICKY, Policy
 
 Places = Mapping[str, tuple[int, ...]]
 """The replicas of one session, by actor."""
@@ -79,7 +79,7 @@ class Route:
         self._dropped_out: dict[int, set[int]] = {}
 
     def add(self, link: SendingLink) -> None:
-        replica = replica_of(link.spec.target)
+        replica = link.spec.target.replica
         self.links[replica] = link
         self.only = link if len(self.links) == 1 else None
         if self._policy.by_load:
@@ -89,7 +89,7 @@ class Route:
 
     def remove(self, peer: str) -> None:
         """Remove the link to a replica that has left."""
-        self.links = {replica: link for replica, link in self.links.items() if link.spec.target != peer}
+        self.links = {replica: link for replica, link in self.links.items() if link.peer != peer}
         self.only = next(iter(self.links.values())) if len(self.links) == 1 else None
         self._send_held()
 

@@ -90,7 +90,7 @@ class HostCore:
         if link.outgoing:
             self.outputs.add(link)
             return
-        self._in[self.exchange.receiving[edge, link.link.source]] = link
+        self._in[self.exchange.receiver(link.link)] = link
         if link.repeats:
             self._answers.add(edge)
         if self._join is not None and not link.feedback and link.port in self._joined:
@@ -100,7 +100,7 @@ class HostCore:
     def remove(self, peer: str) -> None:
         """Remove the links with a replica that has left."""
         self.outputs.remove(peer)
-        self._in = {link: here for link, here in self._in.items() if link.spec.source != peer}
+        self._in = {link: here for link, here in self._in.items() if link.peer != peer}
 
     def send_copies(self, now_ns: int) -> None:
         """Send the second copies that are due."""

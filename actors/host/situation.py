@@ -65,7 +65,7 @@ def credit(exchange: Exchange, now_ns: int) -> list[list[Any]]:
     return [
         [
             link.spec.name,
-            link.spec.target.rpartition(".")[0],
+            link.spec.target.label,
             len(link.waiting),
             (now_ns - link.waiting[0][0].ready_ns) / 1e9,
         ]
@@ -79,7 +79,7 @@ def unread(exchange: Exchange) -> list[list[Any]]:
     return [
         [
             link.spec.name,
-            link.spec.target.rpartition(".")[0],
+            link.spec.target.label,
             len(link.window.kept),
             sum(sent.nbytes for sent in link.window.kept),
         ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ranvier.transport.format.host_id import HostId
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.links.link import LinkSpec
 
@@ -15,25 +16,6 @@ GATEWAY = "gateway"
 """Reserved actor name of the gateway, where clients enter."""
 SUPERVISOR = "supervisor"
 """Reserved name of the supervisor, which commands the hosts over separate sockets."""
-
-
-def identity(actor: str, replica: int, epoch: int) -> str:
-    """Return the name of a host on the wire.
-
-    A restarted host has a new epoch, and so a new name. Under its old name ZeroMQ would ignore it until the loss of the old
-    connection is noticed.
-    """
-    return f"{actor}.{replica}.{epoch}"
-
-
-def file_name(actor: str, replica: int, epoch: int) -> str:
-    """Return the base name of a host's files and sockets. It differs between epochs, so that earlier files remain."""
-    return f"{actor}.{replica}" if epoch == 1 else identity(actor, replica, epoch)
-
-
-def replica_of(name: str) -> int:
-    """Return the number of the replica that an identity or a label names."""
-    return int(name.split(".")[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,13 +189,19 @@ class HostSpec:
         return self.training.links if self.training is not None else self.links
 
     @property
+    def id(self) -> HostId:
+        """Return the name of the host in this epoch."""
+        return HostId(self.actor, self.replica, self.epoch)
+
+    @property
     def identity(self) -> str:
-        return identity(self.actor, self.replica, self.epoch)
+        """Return the host's name on a wire, `actor.replica.epoch`."""
+        return str(self.id)
 
     @property
     def label(self) -> str:
         """Return the name of this host for people and files, `actor.replica`."""
-        return f"{self.actor}.{self.replica}"
+        return self.id.label
 
     def snapshot_of(self, label: str) -> str:
         """Return the path at which the host of that label saves its state."""
@@ -226,5 +214,5 @@ class HostSpec:
 
     @property
     def file(self) -> str:
-        """Return the base name of the host's files (see `file_name`)."""
-        return file_name(self.actor, self.replica, self.epoch)
+        """Return the base name of the host's files (see `HostId.file`)."""
+        return self.id.file

@@ -248,5 +248,5 @@ class Supervision:
             if host.address is not None:  # None while the host loads
                 addresses[key] = host.address
         # a host with a link to itself is its own peer
-        peers = {link.link.target if link.outgoing else link.link.source for link in links}
+        peers = {str(link.link.target if link.outgoing else link.link.source) for link in links}
         return {peer: addresses[peer] for peer in sorted(peers)}

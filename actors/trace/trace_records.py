@@ -40,8 +40,8 @@ class Records:
         message, link = sent.message, sent.link
         if self._below is None or self._chosen(message.rows):
             self._put((
-                SENT, link.edge, sent.sequence, sent.nbytes, message.ready_ns, sent.credit_ns, sent.sent_ns, message.rows,
-                message.coding, link.target, message.tensors, sent.checksum,
+                SENT, link.spec.edge, sent.sequence, sent.nbytes, message.ready_ns, sent.credit_ns, sent.sent_ns, message.rows,
+                message.coding, link.peer, message.tensors, sent.checksum,
             ))  # fmt: skip
 
     def control(self, edge: int, verb: Verb, peer: str, sent: bool, arguments: tuple[Any, ...]) -> None:
@@ -74,7 +74,7 @@ class Records:
         message, link = unsent.message, unsent.link
         if self._below is None or self._chosen(message.rows):
             self._put((
-                UNSENT, link.edge, unsent.nbytes, message.ready_ns, unsent.given_up_ns, message.rows, link.target
+                UNSENT, link.spec.edge, unsent.nbytes, message.ready_ns, unsent.given_up_ns, message.rows, link.peer
             ))  # fmt: skip
 
     def done(self, received: Received, started_ns: int, finished_ns: int, batch: int) -> None:
@@ -99,7 +99,7 @@ class Records:
             return
         self._put((
             kind, header.edge, header.sequence, received.nbytes, header.sent_ns, received.received_ns, started_ns,
-            finished_ns, batch, rows, received.link.spec.source,
+            finished_ns, batch, rows, received.link.peer,
         ))  # fmt: skip
 
     def _chosen(self, rows: tuple[Row, ...]) -> bool:

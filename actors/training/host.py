@@ -29,7 +29,7 @@ from ..errors import told
 from ..host.loading import context_of, load
 from ..host.process import Stopped, live
 from ..protocol.control_protocol import Ready, Saved
-from ..protocol.host_spec import GATEWAY, HostSpec, identity
+from ..protocol.host_spec import GATEWAY, HostSpec
 from ..protocol.schedule import BACKWARD, FORWARD, UPDATE, WEIGHTS, Action, Stages, parse
 from ..protocol.training_spec import (
     INPUT,
@@ -88,7 +88,6 @@ class TrainingHost(Mail):
         weights = list(self.stage.weights.values())
         self.optimizer = optimizer.make(training.optimizer, weights) if weights else None
         self._update = 0
-        self._gateway = identity(GATEWAY, 0, 1)
         self._batch: tuple[Place, list[torch.Tensor], list[Received]] = (0, -1), [], []
         self._told: list[torch.Tensor] = []
         if training.resume is not None:
@@ -203,14 +202,14 @@ class TrainingHost(Mail):
         size = self.training.of_step if place[0] == TRAINING else self.training.validation
         whole = (place[0], place[1] // size)
         given: dict[str, dict[str, torch.Tensor]] = {INPUT: {}, TARGET: {}}
-        fed = [link for role in given for link in self.of(role) if link.link.source == self._gateway]
+        fed = [link for role in given for link in self.of(role) if link.link.source.actor == GATEWAY]
         if self._batch[0] != whole:  # the gateway sends a whole step's data; it is cut here
             self.until(wire, fed, whole)
             self._batch = whole, *self.core.take(fed, whole)
         index = place[1] % size
         for link, tensor in zip(fed, self._batch[1], strict=True):
             given[link.role][link.port] = tensor.chunk(size)[index]
-        links = [link for link in self.of(INPUT, place[1]) if link.link.source != self._gateway]
+        links = [link for link in self.of(INPUT, place[1]) if link.link.source.actor != GATEWAY]
         self.until(wire, links, place)
         came, messages = self.core.take(links, place)
         given[INPUT] |= {link.port: tensor for link, tensor in zip(links, came, strict=True)}

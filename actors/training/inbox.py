@@ -32,7 +32,7 @@ class TrainingCore:
         """Register the incoming links among `links`, which the exchange already has."""
         for here in links:
             if not here.outgoing:
-                self._links[self.exchange.receiving[here.link.edge, here.link.source]] = here
+                self._links[self.exchange.receiver(here.link)] = here
 
     def on_message(self, received: Received) -> None:
         """Keep a message until it is taken.

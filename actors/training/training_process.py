@@ -89,7 +89,7 @@ class Mail(Process):
 
     def send(self, link: TrainingLink, place: Place, tensor: torch.Tensor) -> None:
         """Send a tensor as the one for `place`; the caller must not change it afterwards."""
-        sending = self.exchange.sending[link.link.edge, link.link.target]
+        sending = self.exchange.sender(link.link)
         name = link.link.tensors[0][0]
         row = Row(place[0], 1, place[1], len(tensor) if tensor.dim() else 1)
         now_ns = time.monotonic_ns()

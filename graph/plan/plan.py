@@ -22,11 +22,10 @@ from ranvier.actors.protocol.host_spec import (
     PortSpec,
     RecordSpec,
     Restart,
-    file_name,
-    identity,
 )
 from ranvier.transport.format import codec
 from ranvier.transport.format.dtypes import BY_NAME
+from ranvier.transport.format.host_id import HostId
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.links import codec_choice
 from ranvier.transport.links.link import LinkSpec
@@ -160,8 +159,8 @@ class Plan:
         return LinkSpec(
             edge=index,
             name=edge.name,
-            source=identity(edge.source, source, live.get(edge.source, _GATEWAY)[source]),
-            target=identity(edge.target, target, live.get(edge.target, _GATEWAY)[target]),
+            source=HostId(edge.source, source, live.get(edge.source, _GATEWAY)[source]),
+            target=HostId(edge.target, target, live.get(edge.target, _GATEWAY)[target]),
             tensors=((edge.out, edge.spec),),
             credits_messages=edge.credits_messages,
             credits_bytes=edge.credits_bytes,
@@ -191,7 +190,7 @@ class Plan:
         actor = self.graph.actors[name]
         file, section = self.graph.file, actor.section
         epoch = live[name][replica]
-        own = file_name(name, replica, epoch)
+        own = HostId(name, replica, epoch).file
         checkpoint = self.graph.checkpoint
         return HostSpec(
             actor=actor.name,

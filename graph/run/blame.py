@@ -13,6 +13,7 @@ from typing import Any
 
 from ranvier.actors.host.situation import STUCK_S
 from ranvier.actors.protocol.host_spec import GATEWAY
+from ranvier.transport.format.host_id import replica_id
 
 QUEUES_APART = 4
 """A replica is overloaded if at least `QUEUES_APART * (n + 1)` messages are in its queue.
@@ -45,7 +46,7 @@ class Seen:
 
     @property
     def actor(self) -> str:
-        return self.label.rpartition(".")[0]
+        return replica_id(self.label).actor
 
 
 @dataclass(frozen=True, slots=True)

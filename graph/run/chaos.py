@@ -17,6 +17,7 @@ import pydantic
 import trio
 from pydantic import ConfigDict, Field
 
+from ranvier.transport.format.host_id import host_id
 from ranvier.transport.wires.chaos_proxy import ChaosProxy, Faults, MessageProxy
 
 from ..file import load
@@ -111,7 +112,7 @@ class Detours:
         if not address.startswith("tcp://"):
             return address
         if (source, target) not in self._proxies:
-            actors = source.partition(".")[0], target.partition(".")[0]
+            actors = host_id(source).actor, host_id(target).actor
             link = next((link for link in self._links if link.fits(*actors)), None)
             if link is None:
                 return address

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterable
 import trio
 
 from ranvier.actors.protocol.control_protocol import Link, Unlink
-from ranvier.actors.protocol.host_spec import GATEWAY, HostLink, HostSpec, identity
+from ranvier.actors.protocol.host_spec import GATEWAY, HostLink, HostSpec
 from ranvier.actors.supervise.supervisor import Supervisor
+from ranvier.transport.format.host_id import HostId
 from ranvier.transport.wires.trio_wire import TrioWire
 
 from ..plan.plan import EPOCH, Live, Plan
@@ -91,7 +92,7 @@ class Members:
         for actor, replicas in self.live.items():
             for replica, epoch in replicas.items():
                 links = _between(spec, self._plan.links(actor, replica, live))
-                if links and not supervision.is_lost(key := identity(actor, replica, epoch)):
+                if links and not supervision.is_lost(key := str(HostId(actor, replica, epoch))):
                     told.append(key)
                     self._supervisor.send([key], Link(spec.identity, detour(key, spec.identity, address), tuple(links)))
         self._wire.connect(spec.identity, detour(self._gateway.exchange.me, spec.identity, address))
@@ -119,4 +120,4 @@ class Members:
 
 
 def _between(spec: HostSpec, links: Iterable[HostLink]) -> list[HostLink]:
-    return [link for link in links if spec.identity in (link.link.source, link.link.target)]
+    return [link for link in links if spec.id in (link.link.source, link.link.target)]

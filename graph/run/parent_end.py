@@ -8,10 +8,11 @@ from collections.abc import Iterable
 import trio
 
 from ranvier.actors.host.control import SHIP_AT_ONCE, SHIP_INTERVAL_S
-from ranvier.actors.protocol.host_spec import GATEWAY, identity
+from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.trace.ring import Ring
 from ranvier.actors.trace.trace_file import TraceFile
 from ranvier.actors.trace.trace_records import Records
+from ranvier.transport.format.host_id import HostId
 from ranvier.transport.links.exchange import Exchange
 from ranvier.transport.links.link import LinkSpec
 from ranvier.transport.links.link_state import Received
@@ -21,7 +22,7 @@ from ranvier.transport.wires.trio_wire import TrioWire
 from ..plan.plan import EPOCH, Plan
 from .run_folder import RunFolder
 
-ME = identity(GATEWAY, 0, EPOCH)
+ME = str(HostId(GATEWAY, 0, EPOCH))
 
 
 class OwnEnd:

@@ -18,6 +18,7 @@ import trio
 
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.trace.trace_file import SPAN
+from ranvier.transport.format.host_id import replica_id
 
 from ..file.errors import RequestError
 from ..trace.trace_lines import Lines, Spanned
@@ -135,7 +136,7 @@ class _Made:
         from opentelemetry.trace.status import Status, StatusCode
 
         session, epoch, position, tokens = record.row
-        name = actor.partition(".")[0]
+        name = replica_id(actor).actor
         root = name == GATEWAY
         return ReadableSpan(
             name="request" if root else f"{name} step",

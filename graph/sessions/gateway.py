@@ -91,8 +91,8 @@ class Gateway:
             return
         routes = self._by_port.setdefault(port, {})
         if spec.edge not in routes:
-            routes[spec.edge] = Route(spec.edge, spec.target.partition(".")[0], link.policy, link.skips)
-        routes[spec.edge].add(self.exchange.sending[spec.edge, spec.target])
+            routes[spec.edge] = Route(spec.edge, spec.target.actor, link.policy, link.skips)
+        routes[spec.edge].add(self.exchange.sender(spec))
 
     def remove(self, peer: str) -> None:
         """Remove the links to a replica that has left."""

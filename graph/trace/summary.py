@@ -24,6 +24,7 @@ import msgspec
 from ranvier.actors.protocol.clocks import Estimate
 from ranvier.actors.trace.trace_file import COMMAND, CONTROL, DONE, DROPPED, PART, SENT, TAP, UNSENT
 from ranvier.transport.format.codec import CODECS
+from ranvier.transport.format.host_id import host_id
 
 from .trace_lines import (
     Commanded,
@@ -56,12 +57,12 @@ The time is part of it because the links of a restarted host count from 1 again.
 
 def sent_key(actor: str, record: Sent) -> Message:
     """Return the key of a message from its record at the sending end."""
-    return record.edge, record.sequence, actor, record.target.rpartition(".")[0], record.sent_ns
+    return record.edge, record.sequence, actor, host_id(record.target).label, record.sent_ns
 
 
 def done_key(actor: str, record: Done) -> Message:
     """Return the key of a message from its record at the receiving end."""
-    return record.edge, record.sequence, record.source.rpartition(".")[0], actor, record.sent_ns
+    return record.edge, record.sequence, host_id(record.source).label, actor, record.sent_ns
 
 
 @dataclass(slots=True)
@@ -266,7 +267,7 @@ def control(trace: Trace) -> list[dict[str, Any]]:
     for actor, records in trace.control.items():
         for record in records:
             if record.sent:
-                counted[record.edge, f"{actor} to {record.peer.rpartition('.')[0]}"][record.verb] += 1
+                counted[record.edge, f"{actor} to {host_id(record.peer).label}"][record.verb] += 1
     return [
         {"edge": trace.edge(edge), "way": way, "messages": dict(verbs)}
         for (edge, way), verbs in sorted(counted.items())
@@ -313,11 +314,11 @@ def waits(trace: Trace) -> list[dict[str, Any]]:
     for actor, sent in trace.sent.items():
         for record in sent:
             if record.credit_ns > record.ready_ns:
-                key = record.edge, actor, record.target.rpartition(".")[0]
+                key = record.edge, actor, host_id(record.target).label
                 found[key].append((record.credit_ns - record.ready_ns, True))
     for actor, unsent in trace.unsent.items():
         for lost in unsent:
-            key = lost.edge, actor, lost.target.rpartition(".")[0]
+            key = lost.edge, actor, host_id(lost.target).label
             found[key].append((lost.given_up_ns - lost.ready_ns, False))
     told = [
         {

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ranvier.actors.protocol.host_spec import GATEWAY
+from ranvier.transport.format.host_id import host_id, replica_id
 
 from .summary import Message, Trace, done_key, sent_key
 from .trace_lines import Done
@@ -118,14 +119,14 @@ def _count(made: Timeline, trace: Trace) -> None:
     for actor, records in trace.done.items():
         for done in records:
             changes[actor, QUEUE] += [(done.received_ns, 1), (done.started_ns, -1)]
-        if actor.partition(".")[0] in caches:
+        if replica_id(actor).actor in caches:
             made.counters[actor, KV] = _positions(trace, actor)
     for one in made.slices:
         if one.track == STEPS and one.name == "step":
             changes[one.actor, BATCH] += [(one.start_ns, one.args["tokens"]), (one.end_ns, -one.args["tokens"])]
     for actor, sent_records in trace.sent.items():
         for sent in sent_records:
-            key = actor, f"credits left: {trace.edge(sent.edge)} to {sent.target.removesuffix('.1')}"
+            key = actor, f"credits left: {trace.edge(sent.edge)} to {host_id(sent.target).file}"
             if key not in changes:
                 changes[key].append((sent.credit_ns, planned[trace.edge(sent.edge)]["credits_messages"]))
             changes[key].append((sent.credit_ns, -1))
@@ -142,7 +143,7 @@ def _positions(trace: Trace, actor: str) -> list[tuple[int, int]]:
     """
     over: dict[int, int] = {}
     for other, records in trace.done.items():
-        if other.partition(".")[0] == GATEWAY:
+        if replica_id(other).actor == GATEWAY:
             for record in records:
                 for row in record.rows:
                     over[row[0]] = max(over.get(row[0], 0), record.finished_ns)

@@ -23,6 +23,10 @@ class TraceError(RanvierError):
 
 Count = Annotated[int, Meta(ge=0, lt=1 << 62)]
 Name = Annotated[str, Meta(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+Label = Annotated[str, Meta(max_length=200, pattern=r"^[^\x00-\x1f\x7f.]+\.[0-9]{1,9}$")]
+"""`actor.replica`."""
+Identity = Annotated[str, Meta(max_length=200, pattern=r"^[^\x00-\x1f\x7f.]+\.[0-9]{1,9}\.[0-9]{1,9}$")]
+"""`actor.replica.epoch`."""
 Codec = Annotated[int, Meta(ge=0, lt=len(CODECS))]
 RowOf = tuple[Count, Count, Count, Count]
 """Session, epoch, position, tokens."""
@@ -36,7 +40,7 @@ MOST_LINE_BYTES = 16 << 20
 class _Head(msgspec.Struct, frozen=True):
     """Describe the first line of a trace file."""
 
-    actor: Name
+    actor: Label
     sample: Annotated[float, Meta(gt=0, le=1)] = 1.0
     columns: dict[str, tuple[str, ...]] | None = None
 
@@ -90,7 +94,7 @@ class Sent(NamedTuple):
     sent_ns: Count
     rows: Rows
     coding: tuple[Count, Count, float | None] | None
-    target: Name
+    target: Identity
     tensors: tuple[tuple[Name, Count, tuple[Count, ...], Codec, Count], ...] = ()
     checksum: Count = 0
 
@@ -123,7 +127,7 @@ class Unsent(NamedTuple):
     ready_ns: Count
     given_up_ns: Count
     rows: Rows
-    target: Name
+    target: Identity
 
 
 class Tapped(NamedTuple):
@@ -144,7 +148,7 @@ class Controlled(NamedTuple):
     edge: Count
     verb: Name
     at_ns: Count
-    peer: Name
+    peer: Identity
     sent: bool
     arguments: Sequence[Any]
 

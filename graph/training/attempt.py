@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
-from ranvier.actors.protocol.host_spec import GATEWAY
+from ranvier.actors.protocol.host_spec import GATEWAY, Restart
 from ranvier.actors.protocol.training_spec import LOSS, NORM, OUTPUT, TRAINING, VALIDATION, TrainingLink
 from ranvier.actors.supervise.launcher import LocalLauncher
 from ranvier.actors.supervise.supervisor import Supervisor
@@ -65,7 +65,7 @@ class Attempt:
     ) -> None:
         self._bad_links, self._shown = bad_links, log
         self.plan, self.data, self.out, self.found, self.trained = plan, data, out, found, trained
-        self.policies: dict[str, Any] = {}
+        self.restarts: dict[str, tuple[str, Restart]] = {}
         self._on_step = on_step
         self._keep = keep
         self._first = found.rounds if found is not None else 0
@@ -110,7 +110,7 @@ class Attempt:
         resume = self.found.folder if self.found is not None else None
         specs = plan.hosts(folder.path, folder.sockets, self.out.absolute(), self._first, resume)
         self._labels = {spec.label for spec in specs}
-        self.policies = {spec.actor: spec.restart for spec in specs}
+        self.restarts = {spec.label: (spec.actor, spec.restart) for spec in specs}
         with contextlib.ExitStack() as stack:
             log_file = LogFile(folder.logs)
             stack.callback(log_file.close)
@@ -118,11 +118,7 @@ class Attempt:
             own = self._own = OwnEnd(plan.plan, folder, by_position=True)
             stack.callback(own.wire.close)
             self._exchange = own.exchange([link.link for link in self._links])
-            self._by_link = {
-                self._exchange.receiving[link.link.edge, link.link.source]: link
-                for link in self._links
-                if not link.outgoing
-            }
+            self._by_link = {self._exchange.receiver(link.link): link for link in self._links if not link.outgoing}
             async with LocalLauncher(folder.sockets, folder.logs, zygote).running() as launcher:
                 supervisor = self._supervisor = Supervisor(
                     specs,
@@ -225,7 +221,7 @@ class Attempt:
             if link.role == OUTPUT:
                 tensor = tensors[link.port].contiguous()
                 meta, buffer = to_buffer(link.link.tensors[0][0], tensor)
-                sending = self._exchange.sending[link.link.edge, link.link.target]
+                sending = self._exchange.sender(link.link)
                 row = Row(session, 1, number, len(tensor))
                 self._exchange.send(sending, Outbound((row,), (meta,), (buffer,), time.monotonic_ns()))
         self._flush()

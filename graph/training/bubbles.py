@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ranvier.actors.protocol.schedule import BACKWARD, FORWARD, INPUTS, UPDATE, WEIGHTS, Schedule, Stages, bubble, play
 from ranvier.actors.protocol.training_spec import WAITED
+from ranvier.transport.format.host_id import replica_id
 
 KINDS = (FORWARD, BACKWARD, INPUTS, WEIGHTS, UPDATE)
 
@@ -21,7 +22,7 @@ class Bubbles:
     """
 
     def __init__(self, schedule: Schedule, stages: Stages, counters: Mapping[str, Mapping[str, int]]) -> None:
-        own = {label.partition(".")[0]: counted for label, counted in counters.items()}
+        own = {replica_id(label).actor: counted for label, counted in counters.items()}
         self._schedule, self._stages = schedule, stages
         self._own = {name: own[name] for name in stages.names if name in own}
         self.costs: dict[tuple[str, str], float] = {}

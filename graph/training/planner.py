@@ -9,7 +9,7 @@ from dataclasses import replace
 from ranvier.actors.errors import words
 from ranvier.actors.model import weights
 from ranvier.actors.protocol import schedule as schedules
-from ranvier.actors.protocol.host_spec import GATEWAY, identity
+from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.protocol.schedule import Schedule, ScheduleError, Stages
 from ranvier.actors.protocol.training_spec import (
     BALANCE,
@@ -29,6 +29,7 @@ from ranvier.actors.protocol.training_spec import (
 from ranvier.transport.files import read_text
 from ranvier.transport.format.dtypes import BY_NAME
 from ranvier.transport.format.header import GRAD, STATE
+from ranvier.transport.format.host_id import HostId
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.links.link import LinkSpec
 
@@ -362,7 +363,7 @@ class _Planning:
         self, number: int, name: str, source: str, target: str, port: str, spec: TensorSpec, codec: str = "raw"
     ) -> LinkSpec:
         return LinkSpec(
-            number, name, identity(source, 0, EPOCH), identity(target, 0, EPOCH), ((port, spec),),
+            number, name, HostId(source, 0, EPOCH), HostId(target, 0, EPOCH), ((port, spec),),
             credits_messages=2 * self.section.micro_batches + 8, credits_bytes=CREDIT_BYTES,
             wire=self.graph.file.transport.partition(":")[0], codec=codec,
         )  # fmt: skip
@@ -372,8 +373,7 @@ class _Planning:
 
         Replica r of n takes the micro-batches whose number modulo n is r.
         """
-        ends = [end.partition(".")[0] for end in (link.source, link.target)]
-        ours, theirs = map(self._replicas, ends)
+        ours, theirs = self._replicas(link.source.actor), self._replicas(link.target.actor)
         pairs = {(number % ours, number % theirs) for number in range(math.lcm(ours, theirs))}
         for replica, other in sorted(pairs):
             self._add(outgoing, port, incoming, into, link, replica, other, ours, theirs)
@@ -382,8 +382,8 @@ class _Planning:
         self, outgoing: str, port: str, incoming: str, into: str, link: LinkSpec, replica: int = 0, other: int = 0,
         ours: int = 1, theirs: int = 1,
     ) -> None:  # fmt: skip
-        source, target = (end.partition(".")[0] for end in (link.source, link.target))
-        link = replace(link, source=identity(source, replica, EPOCH), target=identity(target, other, EPOCH))
+        source, target = link.source.actor, link.target.actor
+        link = replace(link, source=HostId(source, replica, EPOCH), target=HostId(target, other, EPOCH))
         at, there = (other, replica) if ours * theirs > 1 else (0, 0)
         self.links[source, replica].append(TrainingLink(outgoing, port, link, True, theirs, at if theirs > 1 else 0))
         self.links[target, other].append(TrainingLink(incoming, into, link, False, ours, there if ours > 1 else 0))

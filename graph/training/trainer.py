@@ -14,6 +14,7 @@ from typing import Any
 import trio
 
 from ranvier.actors.errors import ActorFailed, Cause
+from ranvier.actors.protocol.host_spec import Restart
 from ranvier.actors.supervise.restarts import Restarts
 from ranvier.actors.supervise.zygote_process import ZygoteProcess
 
@@ -84,13 +85,10 @@ async def train(
             try:
                 await attempt.run(runs, on_started, zygote)
             except ActorFailed as error:
-                actor = error.actor.partition(".")[0]
                 if error.cause is Cause.RAISED:
                     raise  # a retry would fail again: the same batch, the same weights
-                policy = attempt.policies.get(actor)
-                delay_s = (
-                    restarts.setdefault(actor, Restarts(policy)).take(time.monotonic()) if policy is not None else None
-                )
+                actor, policy = attempt.restarts.get(error.actor, (error.actor, Restart(max=0)))
+                delay_s = restarts.setdefault(actor, Restarts(policy)).take(time.monotonic())
                 if delay_s is None:
                     raise
                 zygote = None  # the zygote has ended with its hosts

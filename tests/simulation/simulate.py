@@ -28,7 +28,7 @@ from ranvier.actors.errors import ActorFailed, Expired, Overloaded
 from ranvier.actors.host.open_sessions import OpenSessions
 from ranvier.actors.host.scheduler import HostCore
 from ranvier.actors.protocol.control_protocol import Close, Command, Heartbeat, Hold, Link, Open, StateChanged, Unlink
-from ranvier.actors.protocol.host_spec import GATEWAY, Deadlines, HostLink, HostSpec, PortSpec, Restart, identity
+from ranvier.actors.protocol.host_spec import GATEWAY, Deadlines, HostLink, HostSpec, PortSpec, Restart
 from ranvier.actors.protocol.lifecycle import State
 from ranvier.actors.supervise.supervision import Supervision
 from ranvier.graph.sessions.gateway import Gateway
@@ -36,6 +36,7 @@ from ranvier.graph.sessions.placement import Placement
 from ranvier.graph.sessions.stream import Delivered, Stream
 from ranvier.transport.format.errors import ProtocolError
 from ranvier.transport.format.header import Row
+from ranvier.transport.format.host_id import HostId, host_id
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.links.exchange import Exchange
 from ranvier.transport.links.link import LinkSpec
@@ -77,7 +78,7 @@ def links(actor: str, replica: int, live: Live) -> list[HostLink]:
                 continue
             for number in live[other]:
                 ends = [(mine, replica), (other, number)] if outgoing else [(other, number), (mine, replica)]
-                names = [identity(name, at, live[name][at]) for name, at in ends]
+                names = [HostId(name, at, live[name][at]) for name, at in ends]
                 link = LinkSpec(edge, f"{source}.{out}", names[0], names[1], ((out, spec),), 6, 1 << 20, wire="tcp")
                 made.append(HostLink(out if outgoing else into, link, outgoing, feedback and not outgoing))
     return made
@@ -168,7 +169,7 @@ class Host:
         self, actor: str, replica: int, epoch: int, network: MemoryNetwork, layers: type[Actor], batches: int = 1
     ) -> None:
         self.actor, self.replica, self.epoch = actor, replica, epoch
-        self.name = identity(actor, replica, epoch)
+        self.name = str(HostId(actor, replica, epoch))
         self.wire = network.wire(self.name)
         self.offset_ns = 0
         """Time by which the clock of its machine is ahead, in ns."""
@@ -230,7 +231,7 @@ class Simulation:
         self.live = {actor: {0: 1} for actor in ACTORS} | {GATEWAY: {0: 1}}
         if chance.random() < 0.5:
             self.live[chance.choice(("lower", "upper"))][1] = 1
-        me = identity(GATEWAY, 0, 1)
+        me = str(HostId(GATEWAY, 0, 1))
         self.wire = self.network.wire(me)
         self.exchange = Exchange(me, "g", [link.link for link in links(GATEWAY, 0, self.live)], self.network.clock)
         placement = Placement()
@@ -421,13 +422,17 @@ class Simulation:
         live = {**self.live, actor: {**self.live[actor], replica: epoch}}
         self.introduced = []
         for (other, number), told in self.hosts.items():
-            between = [link for link in links(other, number, live) if host.name in (link.link.source, link.link.target)]
+            between = [
+                link
+                for link in links(other, number, live)
+                if host_id(host.name) in (link.link.source, link.link.target)
+            ]
             if between:
                 command = Link(host.name, "", tuple(between))
                 told.commands.append(command)
                 self.introduced.append((told, command))
         for link in links(GATEWAY, 0, live):
-            if host.name in (link.link.source, link.link.target):
+            if host_id(host.name) in (link.link.source, link.link.target):
                 self.exchange.add(link.link)
                 self.gateway.add(link)
         self.exchange.open()

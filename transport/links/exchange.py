@@ -102,21 +102,30 @@ class Exchange:
 
     def add(self, spec: LinkSpec) -> None:
         """One link more; `open` offers it."""
-        if spec.source == self.me:
+        source, target = str(spec.source), str(spec.target)
+        if source == self.me:
             window, choices = SendWindow(spec.credits_bytes), codec_choice.candidates(spec.codec)
             if choices is None:
                 codec = parse_codec(spec.codec)
-                link = SendingLink(spec, window, codec, codec.number == RAW)
+                link = SendingLink(spec, target, window, codec, codec.number == RAW)
             else:
-                link = SendingLink(spec, window, choices[0], raw=False, chooser=codec_choice.Chooser(choices))
-            self.sending[spec.edge, spec.target] = link
-        if spec.target == self.me:
+                link = SendingLink(spec, target, window, choices[0], raw=False, chooser=codec_choice.Chooser(choices))
+            self.sending[spec.edge, target] = link
+        if target == self.me:
             receiver = ReceiveWindow(spec.credits_messages, spec.credits_bytes)
             measured = codec_choice.candidates(spec.codec) is not None
-            self.receiving[spec.edge, spec.source] = ReceivingLink(spec, receiver, measured)
+            self.receiving[spec.edge, source] = ReceivingLink(spec, source, receiver, measured)
+
+    def sender(self, spec: LinkSpec) -> SendingLink:
+        """Return the sending end of a link that was added."""
+        return self.sending[spec.edge, str(spec.target)]
+
+    def receiver(self, spec: LinkSpec) -> ReceivingLink:
+        """Return the receiving end of a link that was added."""
+        return self.receiving[spec.edge, str(spec.source)]
 
     def remove(self, peer: str) -> None:
-        """All links with `peer`, and whatever was still on its way there."""
+        """Remove all links with `peer`, and the messages that were on their way there."""
         for key in [key for key in self.sending if key[1] == peer]:
             self.release(len(self.sending.pop(key).waiting))
         for key in [key for key in self.receiving if key[1] == peer]:
@@ -131,7 +140,7 @@ class Exchange:
         """Offer every sending link to its receiver."""
         for link in self.sending.values():
             if not link.open:
-                self._tell(link.spec.target, hello(link.spec, self.graph))
+                self._queue(link.peer, hello(link.spec, self.graph))
 
     @property
     def ready(self) -> bool:
@@ -142,7 +151,7 @@ class Exchange:
         """
         for link in self.sending.values():
             if link.refused is not None:
-                raise LinkBroken(f"edge {link.spec.name}: refused by {link.spec.target}: {link.refused}")
+                raise LinkBroken(f"edge {link.spec.name}: refused by {link.peer}: {link.refused}")
         return all(link.open for link in self.sending.values()) and all(r.open for r in self.receiving.values())
 
     # -- sending ------------------------------------------------------------------------------------------------
@@ -196,7 +205,7 @@ class Exchange:
                     continue
                 self.release(given_up=True)
                 if self._on_unsent is not None:
-                    self._on_unsent(Unsent(link.spec, message, nbytes, self.clock()))
+                    self._on_unsent(Unsent(link, message, nbytes, self.clock()))
             link.waiting = kept
 
     def unfinished(self) -> bool:
@@ -206,7 +215,7 @@ class Exchange:
     def _transmit(self, link: SendingLink, message: Outbound, nbytes: int, credit_ns: int) -> None:
         window, spec, rows = link.window, link.spec, message.rows
         sequence = window.sequence + 1
-        acks = self._acks_for(spec.target) if self._owing else ()
+        acks = self._acks_for(link.peer) if self._owing else ()
         sent_ns = self.clock()
         crc = checksum(message.buffers) if spec.checksums else 0
         fields = VERSION, spec.kind, spec.edge, sequence, rows, message.tensors, message.ready_ns, sent_ns, crc, acks
@@ -214,7 +223,7 @@ class Exchange:
             header = TracedHeader(*fields, tuple(self.traces.get(row.session, b"") for row in rows)).encode()
         else:
             header = Header(*fields).encode()
-        outgoing = Outgoing(spec.target, header, message.buffers, sequence, nbytes)
+        outgoing = Outgoing(link.peer, header, message.buffers, sequence, nbytes)
         window.keep(outgoing)
         self.outbox.append(outgoing)
         if link.on_used is not None:
@@ -222,22 +231,21 @@ class Exchange:
         if link.chooser is not None and nbytes >= codec_choice.MEASURED_BYTES:
             link.timed.append((sequence, sent_ns, nbytes))
         if self._on_sent is not None:
-            self._on_sent(Sent(spec, message, sequence, nbytes, credit_ns, sent_ns, crc))
+            self._on_sent(Sent(link, message, sequence, nbytes, credit_ns, sent_ns, crc))
 
     def _acks_for(self, peer: str) -> tuple[Ack, ...]:
         """What is owed to `peer` rides along with a message that goes there anyway."""
         if len(self._owing) == 1:  # as in every chain of actors, where a list would take twice as long
             [link] = self._owing
-            if link.spec.source != peer:
+            if link.peer != peer:
                 return ()
             self._owing.clear()
-            return (Ack(link.spec.edge, *link.window.tell()),)
+            return (Ack(link.spec.edge, *link.window.report()),)
         acks = []
         for link in list(self._owing):
-            spec = link.spec
-            if spec.source == peer:
+            if link.peer == peer:
                 del self._owing[link]
-                acks.append(Ack(spec.edge, *link.window.tell()))
+                acks.append(Ack(link.spec.edge, *link.window.report()))
         return tuple(acks)
 
     # -- receiving ----------------------------------------------------------------------------------------------
@@ -257,7 +265,7 @@ class Exchange:
             sending = self.sending.get((ack.edge, peer)) or self._link(self.sending, peer, ack.edge, "an ack")
             sending.window.acknowledge(ack.received, ack.sequence_limit, ack.byte_limit)
             if sending.on_used is not None:
-                self._tell_used(sending, sending.on_used)
+                self._report_used(sending, sending.on_used)
             if sending.waiting:
                 self._send_waiting(sending)
             if sending.on_credit is not None:
@@ -289,7 +297,7 @@ class Exchange:
         """Let the sender find out how fast the link is, by its own clock: the clocks of two machines are never compared."""
         if sum(meta.nbytes for meta in header.tensors) >= codec_choice.MEASURED_BYTES:
             waited_ns = max(0, self.clock() - since_ns)
-            self._tell(link.spec.source, control(link.spec.edge, Verb.SPEED, header.sequence, waited_ns))
+            self._queue(link.peer, control(link.spec.edge, Verb.SPEED, header.sequence, waited_ns))
 
     def _learn_speed(self, link: SendingLink, sequence: int, waited_ns: int, waiting_since_ns: int) -> None:
         """A round trip says how fast the link is where nobody was busy meanwhile: the receiver had waited for longer than it
@@ -343,19 +351,19 @@ class Exchange:
         self.open()
         for link in self.sending.values():
             if link.open and (link.window.kept or link.waiting):
-                self._tell(link.spec.target, control(link.spec.edge, Verb.PROBE, link.window.sequence))
+                self._queue(link.peer, control(link.spec.edge, Verb.PROBE, link.window.sequence))
 
     def _ask_again(self, link: ReceivingLink) -> None:
         missing = link.window.ask()
         if missing is not None:
             self.count("asked_again")
-            self._tell(link.spec.source, control(link.spec.edge, Verb.AGAIN, missing))
+            self._queue(link.peer, control(link.spec.edge, Verb.AGAIN, missing))
 
     def _acknowledge(self, link: ReceivingLink) -> None:
         self._owing.pop(link, None)
-        self._tell(link.spec.source, control(link.spec.edge, Verb.ACK, *link.window.tell()))
+        self._queue(link.peer, control(link.spec.edge, Verb.ACK, *link.window.report()))
 
-    def _tell(self, peer: str, message: Control) -> None:
+    def _queue(self, peer: str, message: Control) -> None:
         self.outbox.append(Outgoing(peer, message.encode()))
         if self._on_control_message is not None:
             self._on_control_message(message.edge, message.verb, peer, True, message.arguments)
@@ -384,10 +392,10 @@ class Exchange:
         reason = objection(link.spec if link else None, self.graph, peer, self.me, offer)
         if link is None or reason is not None:
             self.count("refused")
-            self._tell(peer, control(edge, Verb.REFUSE, reason or "no such edge"))
+            self._queue(peer, control(edge, Verb.REFUSE, reason or "no such edge"))
             raise ProtocolError(f"handshake refused: {reason}")
         link.open = True
-        self._tell(peer, control(edge, Verb.WELCOME, *link.window.limits()))
+        self._queue(peer, control(edge, Verb.WELCOME, *link.window.limits()))
 
     def _on_answer(self, link: SendingLink, verb: Verb, arguments: tuple[Any, ...], waiting_since_ns: int) -> None:
         if verb is Verb.WELCOME:
@@ -398,7 +406,7 @@ class Exchange:
         elif verb is Verb.ACK:
             link.window.acknowledge(*arguments)
             if link.on_used is not None:
-                self._tell_used(link, link.on_used)
+                self._report_used(link, link.on_used)
         elif verb is Verb.SPEED:
             self._learn_speed(link, arguments[0], arguments[1], waiting_since_ns)
         elif verb is Verb.AGAIN:
@@ -409,7 +417,7 @@ class Exchange:
         if link.on_credit is not None:
             link.on_credit()
 
-    def _tell_used(self, link: SendingLink, on_used: Callable[[int], None]) -> None:
+    def _report_used(self, link: SendingLink, on_used: Callable[[int], None]) -> None:
         now_ns, used = self.clock(), link.used
         while link.sent_at and link.sent_at[0][0] <= used:
             on_used(now_ns - link.sent_at.popleft()[1])

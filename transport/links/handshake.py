@@ -13,7 +13,7 @@ def hello(spec: LinkSpec, graph: str) -> Control:
 
     `graph` is the hash of the graph that the sender runs. The header carries the wire version.
     """
-    return control(spec.edge, Verb.HELLO, graph, spec.name, spec.described(), spec.source, spec.target)
+    return control(spec.edge, Verb.HELLO, graph, spec.name, spec.described(), str(spec.source), str(spec.target))
 
 
 def objection(spec: LinkSpec | None, graph: str, peer: str, me: str, offer: tuple[Any, ...]) -> str | None:
@@ -31,7 +31,7 @@ def objection(spec: LinkSpec | None, graph: str, peer: str, me: str, offer: tupl
         return f"{me} runs graph {graph}, {peer} runs graph {their_graph}"
     if spec is None:
         return f"{me} has no edge {name!r} from {peer}"
-    if (source, target) != (spec.source, spec.target) or source != peer:
+    if (source, target) != (str(spec.source), str(spec.target)) or source != peer:
         return f"edge {spec.name}: {me} expects {spec.source} -> {spec.target}, {peer} offers {source} -> {target}"
     if tensors != spec.described():
         return f"edge {spec.name}: {me} expects {spec.described()}, {peer} offers {tensors}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..format.header import DATA
+from ..format.host_id import HostId
 from ..format.tensor_spec import TensorSpec
 
 
@@ -15,7 +16,7 @@ from ..format.tensor_spec import TensorSpec
 class LinkSpec:
     """Describe one edge between two replicas, as both ends must know it before they communicate.
 
-    `source` and `target` are the identities `actor.replica.epoch`; `tensors` the names and specs of what travels.
+    `source` and `target` are the hosts at its ends; `tensors` the names and specs of what travels.
     `wire` is the kind of wire it goes over: ipc, local or tcp. On a `prompt` link each message is acknowledged as soon as it is
     used up, because the sender chooses replicas by how long that takes. `kind` is what its messages are: data, or the
     gradients that come back along the edge.
@@ -23,8 +24,8 @@ class LinkSpec:
 
     edge: int
     name: str
-    source: str
-    target: str
+    source: HostId
+    target: HostId
     tensors: tuple[tuple[str, TensorSpec], ...]
     credits_messages: int
     credits_bytes: int

@@ -59,7 +59,7 @@ class Outbound(msgspec.Struct, frozen=True, gc=False):
 class Sent(msgspec.Struct, frozen=True, gc=False):
     """Describe a message that was handed to the wire, as its sender knows it."""
 
-    link: LinkSpec
+    link: SendingLink
     message: Outbound
     sequence: int
     nbytes: int
@@ -71,7 +71,7 @@ class Sent(msgspec.Struct, frozen=True, gc=False):
 class Unsent(msgspec.Struct, frozen=True, gc=False):
     """Describe a message that was dropped while it waited for credit."""
 
-    link: LinkSpec
+    link: SendingLink
     message: Outbound
     nbytes: int
     given_up_ns: int
@@ -87,6 +87,8 @@ class SendingLink:
     """
 
     spec: LinkSpec
+    peer: str
+    """The receiver, as the wire names it."""
     window: SendWindow
     codec: Codec
     raw: bool
@@ -123,6 +125,8 @@ class ReceivingLink:
     """Hold the receiver's end of one link."""
 
     spec: LinkSpec
+    peer: str
+    """The sender, as the wire names it."""
     window: ReceiveWindow
     measured: bool
     open: bool = False

@@ -93,9 +93,9 @@ class ReceiveWindow:
     received: int = 0
     consumed: int = 0
     consumed_bytes: int = 0
-    told_received: int = 0
-    told_consumed: int = 0
-    told_bytes: int = 0
+    acknowledged: int = 0
+    granted: int = 0
+    granted_bytes: int = 0
     asked: int = 0
 
     def ask(self) -> int | None:
@@ -114,15 +114,15 @@ class ReceiveWindow:
         self.consumed += 1
         self.consumed_bytes += nbytes
         return (
-            2 * (self.consumed - self.told_consumed) >= self.credits_messages
-            or 2 * (self.consumed_bytes - self.told_bytes) >= self.credits_bytes
+            2 * (self.consumed - self.granted) >= self.credits_messages
+            or 2 * (self.consumed_bytes - self.granted_bytes) >= self.credits_bytes
         )
 
     def limits(self) -> tuple[int, int]:
         """Return the grant: the highest sequence and the total bytes that the sender may send."""
         return self.consumed + self.credits_messages, self.consumed_bytes + self.credits_bytes
 
-    def tell(self) -> tuple[int, int, int]:
+    def report(self) -> tuple[int, int, int]:
         """Return the arguments of an acknowledgement, and record that it was sent."""
-        self.told_received, self.told_consumed, self.told_bytes = self.received, self.consumed, self.consumed_bytes
+        self.acknowledged, self.granted, self.granted_bytes = self.received, self.consumed, self.consumed_bytes
         return self.received, self.consumed + self.credits_messages, self.consumed_bytes + self.credits_bytes

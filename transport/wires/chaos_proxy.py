@@ -19,6 +19,7 @@ from pathlib import Path
 import trio
 
 from ..format.errors import ProtocolError
+from ..format.host_id import host_id
 from ..links.wire import Arrival
 from . import curve
 from .endpoint import parse
@@ -239,7 +240,7 @@ class MessageProxy:
         self._held: Arrival | None = None
         self._scope = trio.CancelScope()
         self._near, self._far = (
-            ZeroWire(me, "tcp://127.0.0.1:0", max_frame_bytes=1 << 40, keys=curve.read(keys, me.partition(".")[0]))
+            ZeroWire(me, "tcp://127.0.0.1:0", max_frame_bytes=1 << 40, keys=curve.read(keys, host_id(me).actor))
             for me in (target, source)
         )
         self._far.connect(target, address)

@@ -17,6 +17,7 @@ import zmq.auth.thread
 
 from ..files import read_bounded
 from ..format.errors import KeyFileError
+from ..format.host_id import host_id
 
 DOMAIN = "ranvier"
 """Domain of ZeroMQ's authentication (ZAP). Without a domain, ZeroMQ does not ask the handler about a connection."""
@@ -40,7 +41,7 @@ class Keys:
         Raises:
             KeyFileError: this process has no key of that actor.
         """
-        actor = peer.partition(".")[0]
+        actor = host_id(peer).actor
         if actor not in self.publics:
             raise KeyFileError(f"{self.actor}: no key of {actor}; make one with `ranvier keys new`")
         return self.publics[actor]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ..format.host_id import host_id
 from ..links.wire import ProcessWire
 from .curve import read
 from .local import LocalWire
@@ -33,5 +34,5 @@ def open_wire(
         me,
         address,
         max_frame_bytes=max_frame_bytes,
-        keys=read(keys, me.partition(".")[0]) if keys is not None else None,
+        keys=read(keys, host_id(me).actor) if keys is not None else None,
     )

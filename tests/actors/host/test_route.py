@@ -14,6 +14,7 @@ from ranvier.actors.protocol.host_spec import Policy
 from ranvier.graph.sessions.placement import Placement
 from ranvier.transport.format.dtypes import BY_NAME
 from ranvier.transport.format.header import Row, TensorMeta
+from ranvier.transport.format.host_id import host_id
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.links.exchange import Exchange
 from ranvier.transport.links.link import LinkSpec
@@ -33,7 +34,16 @@ class Bench:
         self.network = MemoryNetwork()
         targets = [f"work.{number}.1" for number in range(replicas)]
         links = [
-            LinkSpec(0, "a.x -> work.x", "a.0.1", name, (("x", SPEC),), credits, 1 << 20, prompt=policy.by_load)
+            LinkSpec(
+                0,
+                "a.x -> work.x",
+                host_id("a.0.1"),
+                host_id(name),
+                (("x", SPEC),),
+                credits,
+                1 << 20,
+                prompt=policy.by_load,
+            )
             for name in targets
         ]
         self.ends = {name: Exchange(name, "g", links, self.network.clock) for name in ("a.0.1", *targets)}

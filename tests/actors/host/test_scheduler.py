@@ -15,6 +15,7 @@ from ranvier.actors.host.scheduler import HostCore
 from ranvier.actors.protocol.host_spec import HostLink, PortSpec
 from ranvier.transport.format.aligned import ALIGNED_BYTES
 from ranvier.transport.format.header import Row
+from ranvier.transport.format.host_id import host_id
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.format.tensors import from_buffer, to_buffer
 from ranvier.transport.links.exchange import Exchange
@@ -28,7 +29,7 @@ ME, UP, DOWN = "me.0.1", "up.0.1", "down.0.1"
 
 def link(edge: int, source: str, target: str, port: str, credits: int) -> LinkSpec:
     """Return the spec of a link with one port."""
-    return LinkSpec(edge, f"{source} -> {target}", source, target, ((port, SPEC),), credits, 1 << 20)
+    return LinkSpec(edge, f"{source} -> {target}", host_id(source), host_id(target), ((port, SPEC),), credits, 1 << 20)
 
 
 class Bench:

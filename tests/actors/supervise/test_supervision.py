@@ -60,6 +60,7 @@ from ranvier.actors.supervise.supervision import Supervision
 from ranvier.actors.trace.ring import Ring
 from ranvier.actors.trace.trace_file import DROPPED, TraceFile
 from ranvier.transport.format.errors import ProtocolError
+from ranvier.transport.format.host_id import host_id
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.links.link import LinkSpec
 
@@ -98,7 +99,7 @@ def test_no_sequence_leads_out_of_an_end(states: list[State]) -> None:
 def spec(actor: str, **deadlines: float) -> HostSpec:
     """Return the spec of a small host with these deadlines."""
     tensor = TensorSpec("float32", ("tokens", 4))
-    link = LinkSpec(0, "a.x -> b.x", "a.0.1", "b.0.1", (("x", tensor),), 8, 1000)
+    link = LinkSpec(0, "a.x -> b.x", host_id("a.0.1"), host_id("b.0.1"), (("x", tensor),), 8, 1000)
     return HostSpec(
         actor=actor, replica=0, epoch=1, graph_hash="g", implementation="m:C", folder=None, args={"k": 1}, model=None,
         dtype="float32", layers=(0, 3), cache_tokens=5, threads=1, device="cpu", inputs=(PortSpec("x", tensor),),
@@ -194,7 +195,9 @@ def test_an_end_that_was_asked_for_is_no_failure() -> None:
 
 
 SIDES = {"supervisor": for_supervisor, "host": for_host, "client": for_client}
-LINK = LinkSpec(0, "a.x -> b.x", "a.0.1", "b.0.1", (("x", TensorSpec("float32", ("tokens", 4))),), 4, 1 << 20)
+LINK = LinkSpec(
+    0, "a.x -> b.x", host_id("a.0.1"), host_id("b.0.1"), (("x", TensorSpec("float32", ("tokens", 4))),), 4, 1 << 20
+)
 GOOD: dict[str, list[Message]] = {
     "supervisor": [
         StateChanged("ready", "because"), Progress(0.5), Ready("ipc:///a", None, 3, "nothing"), Heartbeat(1, 0.5, 0, {"gap": 2}),

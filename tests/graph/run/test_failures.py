@@ -324,7 +324,7 @@ def test_a_join_that_never_completes_names_what_is_missing(
     [lost] = errors
     assert set(answers) == {3.0}
     assert lost.actor == "sum.0"
-    assert "epoch 1, position 0: TimeoutError: the join waited over 2 s" in str(lost)
+    assert "epoch 1, position 0: JoinTimeout: the join waited over 2 s" in str(lost)
     assert "expected a, got only b" in str(lost)
 
 

@@ -387,15 +387,15 @@ def test_a_client_that_goes_away_or_talks_nonsense(counting: WriteGraph, runs: P
     graph = counting()
 
     async def main() -> None:
-        from ranvier.actors.protocol.control_protocol import encode
+        from ranvier.actors.protocol.control_protocol import Scale, Stop, encode
         from ranvier.transport.wires.zeromq import ask
 
         async with ranvier.launch(graph, runs=runs) as run:
             address = f"ipc://{run.dir}/sockets/supervisor"
             questions = [
-                encode("scale", {"actor": "work", "replicas": 2}),
-                encode("scale", {"actor": "work"}),
-                encode("stop", {"sent_ns": 1}),
+                encode(Scale("work", 2)),
+                encode({"kind": "scale", "actor": "work"}),
+                encode(Stop(sent_ns=1)),
                 b"\xc1 nonsense",
             ]
             for number, question in enumerate(questions):

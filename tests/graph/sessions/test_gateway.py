@@ -15,6 +15,7 @@ from ranvier.graph.sessions.gateway import Gateway, token_tensor
 from ranvier.graph.sessions.placement import Placement
 from ranvier.graph.sessions.stream import Delivered, Stream
 from ranvier.transport.format.header import Header, Row, TensorMeta
+from ranvier.transport.format.host_id import host_id
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.links.exchange import Exchange
 from ranvier.transport.links.link import LinkSpec
@@ -22,9 +23,9 @@ from ranvier.transport.links.link_state import Received
 
 ME, EMBED, HEAD = "gateway.0.1", "embed.0.1", "head.0.1"
 LINKS = [
-    LinkSpec(0, "in", ME, EMBED, (("token", TensorSpec("int64", ("tokens",))),), 8, 1 << 20),
-    LinkSpec(1, "out", HEAD, ME, (("sampled", TensorSpec("int64", ("rows",))),), 8, 1 << 20),
-    LinkSpec(2, "logits", HEAD, ME, (("logits", TensorSpec("float32", ("rows", 2))),), 8, 1 << 20),
+    LinkSpec(0, "in", host_id(ME), host_id(EMBED), (("token", TensorSpec("int64", ("tokens",))),), 8, 1 << 20),
+    LinkSpec(1, "out", host_id(HEAD), host_id(ME), (("sampled", TensorSpec("int64", ("rows",))),), 8, 1 << 20),
+    LinkSpec(2, "logits", host_id(HEAD), host_id(ME), (("logits", TensorSpec("float32", ("rows", 2))),), 8, 1 << 20),
 ]
 
 
@@ -39,7 +40,7 @@ class Bench:
         placement = Placement()
         for actor in ("embed", "head"):
             placement.join(actor, 0, capacity)
-        links = [HostLink(link.tensors[0][0], link, outgoing=link.source == ME) for link in LINKS]
+        links = [HostLink(link.tensors[0][0], link, outgoing=str(link.source) == ME) for link in LINKS]
         self.gateway = Gateway(self.exchange, links, placement, chunk)
 
     def submit(self, prompt: int = 3, tokens: int = 2, **options: Any) -> Stream:

@@ -10,6 +10,7 @@ from ranvier.transport.format.codec import Codec, Coding
 from ranvier.transport.format.codec import parse as parse_codec
 from ranvier.transport.format.dtypes import BY_NAME
 from ranvier.transport.format.header import Row, TensorMeta
+from ranvier.transport.format.host_id import host_id
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.links.codec_choice import LEAST_BYTES, MEASURED_BYTES, TRY_EVERY, Chooser, candidates
 from ranvier.transport.links.exchange import Exchange
@@ -94,15 +95,24 @@ def test_a_round_trip_says_how_long_a_large_message_took_case_76(nbytes: int, to
     the receiver's machine makes no difference."""
     network = MemoryNetwork()
     network.now_ns = 10**13
-    ahead_ns = {"a": 0, "b": ahead_s * 10**9}
-    spec = LinkSpec(0, "a -> b", "a", "b", (("x", TensorSpec("float32", ("tokens",))),), 8, 1 << 30, codec="auto")
-    a, b = (Exchange(name, "g", [spec], lambda name=name: network.clock() + ahead_ns[name]) for name in "ab")
-    wires = {name: network.wire(name) for name in "ab"}
+    ahead_ns = {"a.0.1": 0, "b.0.1": ahead_s * 10**9}
+    spec = LinkSpec(
+        0,
+        "a -> b",
+        host_id("a.0.1"),
+        host_id("b.0.1"),
+        (("x", TensorSpec("float32", ("tokens",))),),
+        8,
+        1 << 30,
+        codec="auto",
+    )
+    a, b = (Exchange(name, "g", [spec], lambda name=name: network.clock() + ahead_ns[name]) for name in ahead_ns)
+    wires = {name: network.wire(name) for name in ahead_ns}
 
     def turn(busy: bool = False) -> None:
-        for name, end in (("a", a), ("b", b)) * 3:
+        for name, end in (("a.0.1", a), ("b.0.1", b)) * 3:
             while (arrival := wires[name].receive(0)) is not None:
-                since_ns = 0 if busy and name == "b" else waiting_since_ns + ahead_ns[name]
+                since_ns = 0 if busy and name == "b.0.1" else waiting_since_ns + ahead_ns[name]
                 arrival = type(arrival)(arrival.peer, arrival.header, arrival.buffers, since_ns)
                 end.on_arrival(arrival)
             for out in end.outbox:
@@ -112,10 +122,12 @@ def test_a_round_trip_says_how_long_a_large_message_took_case_76(nbytes: int, to
     waiting_since_ns = network.now_ns
     a.open()
     turn()
-    link = a.sending[0, "b"]
+    link = a.sending[0, "b.0.1"]
     meta = TensorMeta("x", BY_NAME["float32"].number, (nbytes // 4,), 0, nbytes)
     network.advance(1.0)
-    network.fault = lambda crossing: [replace(crossing, delay_ns=3_000_000)] if crossing.source == "a" else [crossing]
+    network.fault = lambda crossing: (
+        [replace(crossing, delay_ns=3_000_000)] if crossing.source == "a.0.1" else [crossing]
+    )
     for busy in (True, False):
         a.send(link, Outbound((Row(1, 1, 0, nbytes // 4),), (meta,), (bytes(nbytes),), network.now_ns))
         turn()

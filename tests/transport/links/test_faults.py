@@ -10,6 +10,7 @@ import torch
 
 from ranvier.transport.format.errors import ProtocolError
 from ranvier.transport.format.header import Row, TensorMeta
+from ranvier.transport.format.host_id import host_id
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.format.tensors import from_buffer, to_buffer
 from ranvier.transport.links.exchange import Exchange, RefusedMessage
@@ -17,7 +18,16 @@ from ranvier.transport.links.link import LinkSpec
 from ranvier.transport.links.link_state import Outbound
 from ranvier.transport.wires.testing import Crossing, Fault, MemoryNetwork
 
-LINK = LinkSpec(0, "a.x -> b.x", "a.0.1", "b.0.1", (("x", TensorSpec("int64", ("tokens",))),), 6, 1 << 20, wire="tcp")
+LINK = LinkSpec(
+    0,
+    "a.x -> b.x",
+    host_id("a.0.1"),
+    host_id("b.0.1"),
+    (("x", TensorSpec("int64", ("tokens",))),),
+    6,
+    1 << 20,
+    wire="tcp",
+)
 
 
 class Pair:
@@ -171,7 +181,7 @@ def test_a_message_before_the_handshake_is_refused() -> None:
 
 def test_acknowledgements_ride_along() -> None:
     """Send acknowledgements with other messages while two links answer each other."""
-    back = LinkSpec(1, "b.x -> a.x", "b.0.1", "a.0.1", LINK.tensors, 6, 1 << 20)
+    back = LinkSpec(1, "b.x -> a.x", host_id("b.0.1"), host_id("a.0.1"), LINK.tensors, 6, 1 << 20)
     network = MemoryNetwork()
     wires = {me: network.wire(me) for me in ("a.0.1", "b.0.1")}
     ends = {me: Exchange(me, "g", [LINK, back], network.clock) for me in wires}

@@ -15,6 +15,7 @@ import zmq
 
 from ranvier.transport.format.errors import AddressError, LinkBroken, LinkClosed, ProtocolError
 from ranvier.transport.format.header import Row
+from ranvier.transport.format.host_id import host_id
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.format.tensors import from_buffer, to_buffer
 from ranvier.transport.links.exchange import Exchange
@@ -65,7 +66,7 @@ def make_wire(request: pytest.FixtureRequest) -> Iterator[MakeWire]:
 def link(credits_messages: int = 4, credits_bytes: int = 1 << 20, **changes: Any) -> LinkSpec:
     """Return the specification of a link with these changes."""
     fields: dict[str, Any] = {
-        "edge": 3, "name": "a.x -> b.x", "source": "a.0.1", "target": "b.0.1", "tensors": SPEC,
+        "edge": 3, "name": "a.x -> b.x", "source": host_id("a.0.1"), "target": host_id("b.0.1"), "tensors": SPEC,
         "credits_messages": credits_messages, "credits_bytes": credits_bytes, **changes,
     }  # fmt: skip
     return LinkSpec(**fields)
