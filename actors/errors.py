@@ -82,13 +82,13 @@ MOST_LETTERS = 16_384
 """Largest length of an error's text or traceback, in characters: a step may raise an exception of 30 MB."""
 
 
-def told(error: BaseException) -> str:
+def describe(error: BaseException) -> str:
     """Return the type and the text of an error as valid UTF-8, with at most `MOST_LETTERS` characters of the text."""
     return f"{type(error).__name__}: {words(error)}"
 
 
 def words(error: BaseException) -> str:
-    """Return the text of an error without its type (see `told`)."""
+    """Return the text of an error without its type (see `describe`)."""
     try:
         return _writable(str(error))
     except Exception as own:  # custom code raised this
@@ -101,7 +101,7 @@ def traceback_of(error: BaseException) -> str:
         text = "".join(traceback.format_exception(error))
     except Exception as own:
         frames = "".join(traceback.format_tb(error.__traceback__))
-        text = f"{frames}{told(error)} (not printed by Python: {type(own).__name__})"
+        text = f"{frames}{describe(error)} (not printed by Python: {type(own).__name__})"
     return _writable(text, end=True)
 
 

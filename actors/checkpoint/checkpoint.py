@@ -257,9 +257,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     generation = folder / "generation_config.json"
     if config.get("is_encoder_decoder") and generation.exists():
-        told = read_json(generation)
+        defaults = read_json(generation)
         named = ("decoder_start_token_id", "eos_token_id", "bad_words_ids", "forced_bos_token_id")
-        config |= {name: told[name] for name in named if told.get(name) is not None}
+        config |= {name: defaults[name] for name in named if defaults.get(name) is not None}
     return config
 
 

@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..errors import CheckpointError, told
+from ..errors import CheckpointError, describe
 from . import bounds, hf_seq2seq
 from .config import Activation, ModelConfig, RopeScaling
 from .hf_seq2seq import eos_tokens
@@ -233,7 +233,7 @@ def _foreign(config: Config, why: str) -> ModelConfig:
     try:
         made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))  # adds defaults of missing fields
     except Exception as error:  # the library raises errors of many classes
-        raise CheckpointError(f"config: transformers refuses it: {told(error)[:300]}") from None
+        raise CheckpointError(f"config: transformers refuses it: {describe(error)[:300]}") from None
     sizes = text = made.get_text_config()  # the text part of a model that also takes pictures or sound
     uncut = _uncut(made, text)
     if not hasattr(sizes, "hidden_size"):  # several stacks of layers: use the sizes of the largest

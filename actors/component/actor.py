@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
-from ranvier.transport.format.aligned import each_aligned, misplaced
+from ranvier.transport.format.aligned import each_aligned, misaligned
 from ranvier.transport.format.header import Row
 from ranvier.transport.format.tensor_spec import TensorSpec
 
@@ -60,7 +60,7 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
 
     def aligned(self) -> Batch:
         """Return the batch for a step: tensors whose address would change the result are replaced by aligned copies."""
-        if not any(map(misplaced, self.tensors.values())):
+        if not any(map(misaligned, self.tensors.values())):
             return self
         return Batch(self.rows, each_aligned(self.tensors), self.own_rows)
 

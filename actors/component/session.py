@@ -78,7 +78,7 @@ class SessionInfo:
     """W3C trace context of the request's root span (spans.py); empty if the request is not traced."""
     kept: int = 0
     """Number of positions that actors still hold from the previous epoch (see `Actor.rewind`). The rows begin after them."""
-    places: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    replicas: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Replicas at which the session is opened, by actor. For an actor that is left out, it is replica 0.
 
     The replicas do not change while the session is open."""

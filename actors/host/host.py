@@ -21,7 +21,7 @@ from ranvier.transport.links.wire import ProcessWire
 from ..component.actor import Batch, keeps
 from ..component.ownership import soles
 from ..component.session import SessionInfo
-from ..errors import told, traceback_of
+from ..errors import describe, traceback_of
 from ..protocol import step_board
 from ..protocol.control_protocol import (
     Alarm,
@@ -86,7 +86,7 @@ class Host(Process):
         actor = self.actor = load(spec, self.progress)
         self.spans = Spans(self.exchange, self.records)
         self.board = step_board.board(Path(spec.board))
-        self._place_matters = any(BY_NAME[port.tensor.dtype].itemsize > NARROW_BYTES for port in spec.inputs)
+        self._alignment_matters = any(BY_NAME[port.tensor.dtype].itemsize > NARROW_BYTES for port in spec.inputs)
         onlookers: list[Onlooker] = [self.spans] if spec.trace else []
         if spec.record is not None:
             self.recording = Recording(spec, spec.record)
@@ -122,7 +122,7 @@ class Host(Process):
 
     def _snapshot_failed(self, error: Exception) -> None:
         self.counted["snapshots_failed"] += 1
-        self.warn(f"a snapshot could not be taken: {told(error)}")
+        self.warn(f"a snapshot could not be taken: {describe(error)}")
 
     def _alarm(self, edge: str, row: Row, share: float, at_ns: int) -> None:
         self.crossing.report(Alarm(edge, row.session, row.position, share, at_ns))
@@ -221,7 +221,7 @@ class Host(Process):
 
         `again`: if the step fails, its rows are tried again from this same batch.
         """
-        if self._place_matters:
+        if self._alignment_matters:
             batch = batch.aligned()
         # an actor that writes into its inputs gets copies where the originals are needed afterwards
         given = batch.copied() if (again or self.recording is not None) and self.actor.writes else batch

@@ -53,7 +53,7 @@ class OpenSessions:
             self._core.open(session, info.epoch)
             self._core.close(session)
             raise
-        self._core.open(session, info.epoch, info.places)
+        self._core.open(session, info.epoch, info.replicas)
         for onlooker in self._onlookers:
             onlooker.opened(info, rewound)
 

@@ -17,7 +17,7 @@ from ranvier.transport.links.link_state import Outbound, SendingLink
 
 from ..component.actor import Batch
 from ..protocol.host_spec import GATEWAY, HostLink, PortSpec
-from .route import Places, Route
+from .route import Replicas, Route
 
 if TYPE_CHECKING:
     from .taps import Tap
@@ -47,7 +47,7 @@ class Outputs:
         self._specs = {port.name: port.tensor for port in ports}
         self._routes: dict[str, list[Route]] = {port: [] for port in self._specs}
         self._loops: dict[str, tuple[Route, Loop]] = {}
-        self._places: dict[int, Places] = {}
+        self._replicas: dict[int, Replicas] = {}
 
     # -- links and sessions -------------------------------------------------------------------------------------
 
@@ -69,12 +69,12 @@ class Outputs:
         for route in self._every():
             route.remove(peer)
 
-    def open(self, session: int, places: Places) -> None:
+    def open(self, session: int, replicas: Replicas) -> None:
         """Remember the replicas of a session."""
-        self._places[session] = places
+        self._replicas[session] = replicas
 
     def close(self, session: int) -> None:
-        if self._places.pop(session, None) is not None:
+        if self._replicas.pop(session, None) is not None:
             for route in self._every():
                 route.close(session)
 
@@ -89,22 +89,22 @@ class Outputs:
         for route, _ in self._loops.values():
             yield route
 
-    def _places_of(self, session: int) -> Places:
-        return self._places.get(session, {})
+    def _replicas_of(self, session: int) -> Replicas:
+        return self._replicas.get(session, {})
 
     # -- second copies ------------------------------------------------------------------------------------------
 
     @property
     def due_ns(self) -> int | None:
         """Return when the next second copy of a hedged message is due, or None if no copy is pending."""
-        if not self._places:
+        if not self._replicas:
             return None
         return min((due for route in self._every() if (due := route.due_ns) is not None), default=None)
 
     def send_copies(self, now_ns: int, is_open: Callable[[Row], bool]) -> None:
         """Send the second copies that are due."""
         for route in self._every():
-            route.send_copies(self._exchange, now_ns, self._places_of, is_open)
+            route.send_copies(self._exchange, now_ns, self._replicas_of, is_open)
 
     # -- sending ------------------------------------------------------------------------------------------------
 
@@ -181,7 +181,7 @@ class Outputs:
     def _send_by_choice(
         self, port: str, route: Route, rows: tuple[Row, ...], tensor: torch.Tensor, ready_ns: int
     ) -> None:
-        groups = route.groups(rows, self._places_of)
+        groups = route.groups(rows, self._replicas_of)
         parts = self._split(port, rows, tensor) if len(groups) > 1 else []
         for replicas, chosen in groups:
             if not replicas:

@@ -26,7 +26,7 @@ from ranvier.transport.links.link_state import Received
 from ranvier.transport.links.wire import Arrival, ProcessWire
 from ranvier.transport.wires.opening import open_wire
 
-from ..errors import Cause, told, traceback_of, words
+from ..errors import Cause, describe, traceback_of, words
 from ..protocol.control_protocol import (
     Connect,
     Failed,
@@ -135,7 +135,7 @@ class Process(ABC):
             self.records.unsent if spec.trace else None,
             self.records.control if spec.trace else None,
         )
-        crossing.situation = lambda: situation.tell(crossing, self.exchange, self.held_up)
+        crossing.situation = lambda: situation.describe(crossing, self.exchange, self.held_up)
         with self.mode():
             ready = self.prepare(wire.address)
             gc.collect()
@@ -289,7 +289,7 @@ class Process(ABC):
 
     def session_failed(self, row: Row, error: BaseException) -> None:
         """Report to the supervisor that the step of a row failed, so that its session ends."""
-        what = f"session {row.session}, epoch {row.epoch}, position {row.position}: {told(error)}"
+        what = f"session {row.session}, epoch {row.epoch}, position {row.position}: {describe(error)}"
         self.crossing.report(SessionFailed(row.session, row.epoch, what, traceback_of(error), _cause_of(error)))
 
     def failed(self, error: BaseException) -> None:

@@ -1,6 +1,6 @@
 """Choose the replica of an actor that a row goes to, and drop repeated answers. No I/O.
 
-A session is opened at some replicas of each actor and stays with them (`SessionInfo.places`). Among these the sender
+A session is opened at some replicas of each actor and stays with them (`SessionInfo.replicas`). Among these the sender
 chooses by the actor's policy. Policies that use only the session and the position choose alike at every sender, so rows
 that must be joined reach the same replica.
 """
@@ -18,9 +18,9 @@ from ranvier.transport.links.link_state import Outbound, SendingLink
 
 from ..protocol.host_spec import STICKY, Policy
 
-Places = Mapping[str, tuple[int, ...]]
+Replicas = Mapping[str, tuple[int, ...]]
 """The replicas of one session, by actor."""
-PlacesOf = Callable[[int], Places]
+ReplicasOf = Callable[[int], Replicas]
 WEIGHT = 0.1
 """Weight of the newest message in the moving average of the latencies."""
 RETRY_EVERY = 64
@@ -109,7 +109,7 @@ class Route:
 
     # -- choosing -----------------------------------------------------------------------------------------------
 
-    def groups(self, rows: Sequence[Row], places: PlacesOf) -> list[tuple[tuple[int, ...], list[int]]]:
+    def groups(self, rows: Sequence[Row], replicas_of: ReplicasOf) -> list[tuple[tuple[int, ...], list[int]]]:
         """Group the rows by destination: pairs of replicas and of row indices.
 
         Each of the replicas gets a copy. No replicas means that the session has lost all of them. With `policy.after`,
@@ -118,7 +118,7 @@ class Route:
         made: dict[tuple[int, ...], list[int]] = {}
         chosen_now: dict[int, int] = {}
         for index, row in enumerate(rows):
-            replicas = self._choose(row, places(row.session), chosen_now)
+            replicas = self._choose(row, replicas_of(row.session), chosen_now)
             out = self._dropped_out.get(row.session)
             if out is not None:
                 replicas = tuple(replica for replica in replicas if replica not in out)
@@ -127,12 +127,12 @@ class Route:
             return [(replicas, [index]) for replicas, own in made.items() for index in own]
         return list(made.items())
 
-    def _choose(self, row: Row, places: Places, chosen_now: dict[int, int]) -> tuple[int, ...]:
-        replicas = places.get(self.actor, _EVERYWHERE)
+    def _choose(self, row: Row, own: Replicas, chosen_now: dict[int, int]) -> tuple[int, ...]:
+        replicas = own.get(self.actor, _EVERYWHERE)
         policy = self._policy
         if not all(replica in self.links for replica in replicas):  # lost: its sessions start again elsewhere
             replicas = tuple(replica for replica in replicas if replica in self.links)
-        if len(replicas) <= 1 or policy.places is not None:
+        if len(replicas) <= 1 or policy.opened is not None:
             return replicas
         if policy.name == "round_robin":
             return (replicas[(row.session + row.position) % len(replicas)],)
@@ -205,14 +205,18 @@ class Route:
             self._copies.popleft()
         return self._copies[0].due_ns if self._copies else None
 
-    def send_copies(self, exchange: Exchange, now_ns: int, places: PlacesOf, open_: Callable[[Row], bool]) -> None:
+    def send_copies(
+        self, exchange: Exchange, now_ns: int, replicas_of: ReplicasOf, open_: Callable[[Row], bool]
+    ) -> None:
         """Send the copies that are due, each to the session's other replica with the fewest queued messages."""
         while (due_ns := self.due_ns) is not None and due_ns <= now_ns:
             copy = self._copies.popleft()
             rows = copy.message.rows
             if not open_(rows[0]):
                 continue  # the session has ended
-            others = [r for r in places(rows[0].session).get(self.actor, ()) if r != copy.replica and r in self.links]
+            others = [
+                r for r in replicas_of(rows[0].session).get(self.actor, ()) if r != copy.replica and r in self.links
+            ]
             nbytes = copy.message.nbytes
             able = [replica for replica in others if self.links[replica].may_send(nbytes)]
             if able:

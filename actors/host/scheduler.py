@@ -23,7 +23,7 @@ from ..protocol.host_spec import HostLink, PortSpec
 from .batcher import Work, in_order, laid_together, widths
 from .join import Gate, Join, Late, Overdue, Part
 from .outputs import Outputs
-from .route import Answers, Places
+from .route import Answers, Replicas
 
 
 class HostCore:
@@ -108,15 +108,15 @@ class HostCore:
 
     # -- sessions -----------------------------------------------------------------------------------------------
 
-    def open(self, session: int, epoch: int, places: Places | None = None) -> None:
+    def open(self, session: int, epoch: int, replicas: Replicas | None = None) -> None:
         """Accept rows of the session and epoch from now on. Rows of the session in any other epoch are refused.
 
         Sessions open in the order of their epochs, and within an epoch in the order of their numbers. Rows that arrived
         before their session opened were kept, and are queued now.
         """
         self._epochs[session] = epoch
-        if places:
-            self.outputs.open(session, places)
+        if replicas:
+            self.outputs.open(session, replicas)
         if (epoch, session) > self._newest:
             self._newest = epoch, session
             for early in [early for early in self._early if early <= self._newest]:

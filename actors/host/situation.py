@@ -27,7 +27,7 @@ STUCK_S = 0.25
 """A step that runs longer than this, in seconds, reports its stack. A shorter one is normal work."""
 
 
-def tell(crossing: Crossing, exchange: Exchange, joins: Callable[[int], Iterable[Overdue]]) -> dict[str, Any]:
+def describe(crossing: Crossing, exchange: Exchange, joins: Callable[[int], Iterable[Overdue]]) -> dict[str, Any]:
     """Return what the host does and waits for, as plain data: names, counts and durations in seconds.
 
     `joins` returns the steps that have waited for some of their inputs since before a given time (ns).

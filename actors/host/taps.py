@@ -37,11 +37,11 @@ class Statistics:
 
     def __call__(self, tensor: torch.Tensor, rows: tuple[Row, ...]) -> torch.Tensor:
         now_ns = time.monotonic_ns()
-        told = statistics(tensor)
-        self.put(self.link.edge, now_ns, told, rows)
-        if told["not_finite"] and not self.alarmed:
+        measured = statistics(tensor)
+        self.put(self.link.edge, now_ns, measured, rows)
+        if measured["not_finite"] and not self.alarmed:
             self.alarmed = True
-            self.alarm(self.link.name, rows[0], told["not_finite"], now_ns)
+            self.alarm(self.link.name, rows[0], measured["not_finite"], now_ns)
         return tensor
 
 

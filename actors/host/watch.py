@@ -23,11 +23,11 @@ from ..model.seq2seq import Decoder, Encoder
 def step(actor: Actor, batch: Batch, look: Look) -> Mapping[str, torch.Tensor | Batch]:
     """Run one step like `Actor.step`, and call `look` with the tensors inside, in the order of their creation."""
     with contextlib.ExitStack() as stack:
-        told = _that_tell(actor)
-        for one in told:
+        reporting = _that_report(actor)
+        for one in reporting:
             stack.callback(setattr, one, "look", one.look)
             one.look = look
-        if told:
+        if reporting:
             return actor.step(batch)
         seen: list[tuple[str, torch.Tensor]] = []
         for name, module in held(actor).named_modules():
@@ -39,7 +39,7 @@ def step(actor: Actor, batch: Batch, look: Look) -> Mapping[str, torch.Tensor | 
     return made
 
 
-def _that_tell(actor: Actor) -> list[Stage | Head | AnyBlocks | Encoder | Decoder]:
+def _that_report(actor: Actor) -> list[Stage | Head | AnyBlocks | Encoder | Decoder]:
     if isinstance(actor, Stage):
         return [actor, actor.blocks, *([actor.head] if actor.head is not None else [])]
     if isinstance(actor, BlocksActor):

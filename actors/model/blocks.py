@@ -100,7 +100,7 @@ class Blocks:
                 hidden_TH = self._compiled.step(rows, caches, hidden_TH)
             else:
                 hidden_TH = self._compiled.watched(
-                    rows, caches, hidden_TH, functools.partial(self._tell, rows, "hidden")
+                    rows, caches, hidden_TH, functools.partial(self._report, rows, "hidden")
                 )
             self._done(rows, caches)
             return hidden_TH
@@ -108,11 +108,11 @@ class Blocks:
         for index, block in enumerate(self.blocks):
             hidden_TH = self._attended(index, block, rows, caches, hidden_TH, turns)
             hidden_TH = self._fed_forward(block, hidden_TH)
-            self._tell(rows, "hidden", index, hidden_TH)
+            self._report(rows, "hidden", index, hidden_TH)
         self._done(rows, caches)
         return hidden_TH
 
-    def _tell(self, rows: tuple[Row, ...], name: str, index: int, tensor_T: torch.Tensor) -> None:
+    def _report(self, rows: tuple[Row, ...], name: str, index: int, tensor_T: torch.Tensor) -> None:
         if self.look is not None:
             self.look(self._first + index, name, rows, tensor_T)
 
@@ -152,9 +152,9 @@ class Blocks:
         if turn is not None:
             turned_TND = rotate(turned_TND, *turn)
         if self.look is not None:
-            self._tell(rows, "query", index, turned_TND[:, :heads])
-            self._tell(rows, "key", index, turned_TND[:, heads:])
-            self._tell(rows, "value", index, qkv_TND[:, heads + kv_heads :])
+            self._report(rows, "query", index, turned_TND[:, :heads])
+            self._report(rows, "key", index, turned_TND[:, heads:])
+            self._report(rows, "value", index, qkv_TND[:, heads + kv_heads :])
         attended = []
         start = 0
         for row, cache in zip(rows, caches, strict=True):
@@ -173,7 +173,7 @@ class Blocks:
             start = stop
         mixed_TH = product(attended[0] if len(attended) == 1 else torch.cat(attended), block.out, block.out_bias)
         hidden_TH = hidden_TH + (mixed_TH if block.norm_attended is None else block.norm_attended(mixed_TH))
-        self._tell(rows, "attended", index, hidden_TH)
+        self._report(rows, "attended", index, hidden_TH)
         return hidden_TH
 
     def _fed_forward(self, block: Block, hidden_TH: torch.Tensor) -> torch.Tensor:

@@ -124,15 +124,15 @@ class Compiled:
         rows: Sequence[Row],
         caches: Sequence[SessionCache],
         hidden_TH: torch.Tensor,
-        tell: Callable[[int, torch.Tensor], None],
+        report: Callable[[int, torch.Tensor], None],
     ) -> torch.Tensor:
-        """Compute the same as `step`, one layer at a time, and pass each layer's output to `tell`, in float32."""
+        """Compute the same as `step`, one layer at a time, and pass each layer's output to `report`, in float32."""
         wide_TH = hidden_TH.float()
         for index, layer in enumerate(self._layers):
             self._first.layer = ctypes.pointer(layer)
             own = [(cache.keys_LKPD[index], cache.values_LKPD[index]) for cache in caches]
             self._through(ctypes.byref(self._first), rows, own, wide_TH)
-            tell(index, wide_TH.clone())
+            report(index, wide_TH.clone())
         return wide_TH.to(hidden_TH.dtype)
 
     def _through(

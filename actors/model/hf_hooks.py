@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-Told = Callable[["int | None", str, torch.Tensor], None]
+Report = Callable[["int | None", str, torch.Tensor], None]
 """Takes a tensor's layer (None if it is in none), its name, and the tensor as the model has it, mostly [1, t, H]."""
 
 
@@ -19,8 +19,8 @@ def layer_count(model: Any) -> int:
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module, count: int, told: Told) -> Iterator[None]:
-    """Report tensors of each forward pass to `told` while the context is open.
+def watched(model: nn.Module, count: int, report: Report) -> Iterator[None]:
+    """Report tensors of each forward pass to `report` while the context is open.
 
     `embedding` is what enters the first of the `count` layers. Each layer reports `hidden`, what leaves it, and
     `attended`, the residual before its feed-forward part, if the layer's modules show where that is.
@@ -37,21 +37,21 @@ def watched(model: nn.Module, count: int, told: Told) -> Iterator[None]:
         for name, layers in lists.items():
             if not any(name.startswith(f"{other}.") for other in lists):
                 for index, layer in enumerate(layers):
-                    stack.enter_context(_seen(layer, index, told))
+                    stack.enter_context(_seen(layer, index, report))
         yield
 
 
 @contextlib.contextmanager
-def _seen(layer: nn.Module, index: int, told: Told) -> Iterator[None]:
+def _seen(layer: nn.Module, index: int, report: Report) -> Iterator[None]:
     def before(_: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         if index == 0:
-            told(None, "embedding", given[0] if given else named["hidden_states"])
+            report(None, "embedding", given[0] if given else named["hidden_states"])
 
     def after(_: nn.Module, __: Any, made: Any) -> None:
-        told(index, "hidden", made[0] if isinstance(made, tuple) else made)
+        report(index, "hidden", made[0] if isinstance(made, tuple) else made)
 
     def between(_: nn.Module, given: tuple[Any, ...]) -> None:
-        told(index, "attended", given[0])
+        report(index, "attended", given[0])
 
     handles = [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
     children = dict(layer.named_children())

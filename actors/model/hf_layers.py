@@ -58,11 +58,13 @@ class _Place(nn.Module):
         self._skeleton = [skeleton]  # in a list, so that torch does not register it as a submodule
         self._index = index
         # some models read plain attributes of a layer, such as its type
-        self._told = {name: value for name, value in vars(layer).items() if isinstance(value, str | int | float | bool)}
+        self._settings = {
+            name: value for name, value in vars(layer).items() if isinstance(value, str | int | float | bool)
+        }
 
     def __getattr__(self, name: str) -> Any:
-        told = self.__dict__.get("_told", {})
-        return told[name] if name in told else super().__getattr__(name)
+        info = self.__dict__.get("_settings", {})
+        return info[name] if name in info else super().__getattr__(name)
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         skeleton = self._skeleton[0]
@@ -185,18 +187,18 @@ class Skeleton:
         """
         with torch.inference_mode(False):
             read: Any = AutoModelForCausalLM.from_pretrained
-            whole, told = read(
+            whole, info = read(
                 checkpoint.path,
                 dtype=dtype,
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-        for name, theirs, expected in sorted(told["mismatched_keys"]):  # transformers would leave them random
+        for name, theirs, expected in sorted(info["mismatched_keys"]):  # transformers would leave them random
             raise CheckpointError(
                 f"{checkpoint.path}: tensor {name}: expected shape {tuple(expected)}, got {tuple(theirs)}"
             )
-        missing = sorted(wanted & {str(name) for name in told["missing_keys"]})
+        missing = sorted(wanted & {str(name) for name in info["missing_keys"]})
         if missing:  # transformers would fill them with random numbers
             raise CheckpointError(
                 f"{checkpoint.path}: tensor {missing[0]} is missing (missing tensors: {len(missing)})"

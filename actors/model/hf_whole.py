@@ -53,11 +53,11 @@ class Whole:
         """
         seen = last_of(row) if self._both_ways else row
 
-        def told(layer: int | None, name: str, tensor_1tH: torch.Tensor) -> None:
+        def report(layer: int | None, name: str, tensor_1tH: torch.Tensor) -> None:
             if tensor_1tH.dim() == 3 and len(tensor_1tH) == 1 and tensor_1tH.shape[1] >= row.tokens:
                 look(layer, name, (seen,), tensor_1tH[0, -seen.tokens :])
 
-        return watched(self._model, layer_count(self._model), told)
+        return watched(self._model, layer_count(self._model), report)
 
     def logits(self, session: WholeSession, token_t: torch.Tensor) -> torch.Tensor:
         """Return the logits [t, V], and extend the session.

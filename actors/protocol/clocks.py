@@ -46,12 +46,12 @@ class Clock:
         self.beats += 1
         return self.beats <= FIRST or self.beats % EVERY == 0
 
-    def on_answer(self, asked_ns: int, heard_ns: int, told_ns: int, now_ns: int) -> bool:
+    def on_answer(self, asked_ns: int, heard_ns: int, answered_ns: int, now_ns: int) -> bool:
         """Keep an answer if it is better than the last estimate, and return whether it is.
 
         The arguments are t0, t1, t2 and t3 of the module's description, in nanoseconds.
         """
-        error_ns = (max(0, (now_ns - asked_ns) - (told_ns - heard_ns)) + 1) // 2
+        error_ns = (max(0, (now_ns - asked_ns) - (answered_ns - heard_ns)) + 1) // 2
         last = self.estimates[-1] if self.estimates else None
         if last is not None and error_ns >= last.error_ns + int((now_ns - last.at_ns) * DRIFT):
             return False
@@ -59,7 +59,7 @@ class Clock:
             self.estimates.pop()
         else:
             self._begun_ns = now_ns
-        self.estimates.append(Estimate(now_ns, ((heard_ns - asked_ns) + (told_ns - now_ns)) // 2, error_ns))
+        self.estimates.append(Estimate(now_ns, ((heard_ns - asked_ns) + (answered_ns - now_ns)) // 2, error_ns))
         if len(self.estimates) > MOST:
             del self.estimates[1:-1:2]
             self._apart_ns *= 2

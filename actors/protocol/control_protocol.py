@@ -126,7 +126,7 @@ class Time(Message, tag="time"):
 
     asked_ns: int
     heard_ns: int
-    told_ns: int
+    answered_ns: int
 
 
 # -- supervisor to host -----------------------------------------------------------------------------------------------

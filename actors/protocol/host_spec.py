@@ -39,7 +39,7 @@ class Policy:
         return self.name in ("least_queued", "lowest_latency") or self.after > 0
 
     @property
-    def places(self) -> int | None:
+    def opened(self) -> int | None:
         """Return the number of replicas at which a session is opened; None means all."""
         return self.copies if self.name in ("sticky", "hedge") and not self.after else None
 

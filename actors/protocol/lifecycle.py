@@ -58,8 +58,8 @@ class Lifecycle:
             IllegalTransition: the state cannot follow the present one.
         """
         if state not in _NEXT[self.state]:
-            told = " -> ".join(s.value + (f" ({reason})" if reason else "") for s, reason in self.story)
-            raise IllegalTransition(f"{self.name}: {told} -> {state.value}: may only be {_names(self.state)} next")
+            story = " -> ".join(s.value + (f" ({reason})" if reason else "") for s, reason in self.story)
+            raise IllegalTransition(f"{self.name}: {story} -> {state.value}: may only be {_names(self.state)} next")
         self.story.append((state, why))
 
 

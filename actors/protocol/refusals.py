@@ -13,16 +13,16 @@ class Refusals:
 
     def __init__(self) -> None:
         self._second = -1
-        self._told = self._untold = 0
+        self._passed = self._left_out = 0
 
     def one_more(self, now_s: float) -> int | None:
         """Count one refusal. Return how many were left out before it, or None if it is left out, too."""
         if int(now_s) != self._second:
-            self._second, self._told = int(now_s), 0
-        if self._told >= PER_S:
-            self._untold += 1
+            self._second, self._passed = int(now_s), 0
+        if self._passed >= PER_S:
+            self._left_out += 1
             return None
-        self._told += 1
+        self._passed += 1
         return self.rest()
 
     def overdue(self, now_s: float) -> int:
@@ -31,8 +31,8 @@ class Refusals:
 
     def rest(self) -> int:
         """Return how many refusals were left out since the last report, and count from 0 again."""
-        untold, self._untold = self._untold, 0
-        return untold
+        left_out, self._left_out = self._left_out, 0
+        return left_out
 
 
 def with_left_out(what: str, left_out: int) -> str:

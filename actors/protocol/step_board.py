@@ -37,8 +37,8 @@ def board(file: Path) -> memoryview:
 def write(board: memoryview, sessions: Sequence[int]) -> None:
     """Record that these sessions are inside a step from now on. Only the first `MOST` are recorded."""
     count = min(len(sessions), MOST)
-    for place in range(count):
-        board[place + 1] = sessions[place]
+    for index in range(count):
+        board[index + 1] = sessions[index]
     board[0] = count
 
 

@@ -218,10 +218,10 @@ class LocalLauncher:
         await zygote.stdin.send_all(pack(command))
 
     def _failed(self, zygote: _Zygote, what: str) -> ActorFailed:
-        told = ""
+        errors = ""
         with contextlib.suppress(OSError):
-            told = self._errors.read_text(errors="replace")[-4000:]
-        return ActorFailed("zygote", what, Cause.DIED, remote_traceback=zygote.process.last_words() + told)
+            errors = self._errors.read_text(errors="replace")[-4000:]
+        return ActorFailed("zygote", what, Cause.DIED, remote_traceback=zygote.process.last_words() + errors)
 
     # -- hosts --------------------------------------------------------------------------------------------------
 
@@ -274,9 +274,9 @@ class LocalLauncher:
         _kill_group(host)
         _close(host)
         self._hosts.pop(key, None)  # its number may come to mean another process
-        told = key in host.zygote.codes
+        reported = key in host.zygote.codes
         because = "the process that hosts are forked from was lost, and its hosts with it" if host.zygote.gone else ""
-        self._exits_in.send_nowait(Exit(key, host.zygote.codes.pop(key, KILLED), "" if told else because))
+        self._exits_in.send_nowait(Exit(key, host.zygote.codes.pop(key, KILLED), "" if reported else because))
 
     async def wait(self) -> Exit:
         return await self._exits.receive()

@@ -388,7 +388,7 @@ class Supervisor:
         clock = self.clocks.get(key)
         if clock is None:
             raise ProtocolError(f"control time of {label}: expected none, because none was asked for")
-        if clock.on_answer(message.asked_ns, message.heard_ns, message.told_ns, time.monotonic_ns()):
+        if clock.on_answer(message.asked_ns, message.heard_ns, message.answered_ns, time.monotonic_ns()):
             self.on_clock()
 
     def _on_life(self, key: str, label: str, message: HostMessage) -> None:

@@ -35,7 +35,7 @@ from ranvier.transport.format.tensors import dtype_name
 
 from ..component.actor import Batch
 from ..component.session import SessionInfo
-from ..errors import RecordingError, told
+from ..errors import RecordingError, describe
 from ..protocol.host_spec import HostSpec, RecordSpec
 
 FOLDER, INDEX, HOST, STATE = "record", "index.jsonl", "host.json", "state.safetensors"
@@ -162,7 +162,7 @@ class Recording:
         number, self._steps = self._steps, self._steps + 1
         for name, tensor in kept.items():
             self._tensors[f"{number}.{name}"] = tensor.detach().clone(memory_format=torch.contiguous_format)
-        error = told(made) if isinstance(made, BaseException) else None
+        error = describe(made) if isinstance(made, BaseException) else None
         in_rows = {port: batch.rows_of(port) for port in batch.tensors}
         line = _Step(number, self._file, batch.rows, in_rows, out_rows, tuple(sorted(kept)), error)
         self._put(line, sum(tensor.nbytes for tensor in kept.values()))

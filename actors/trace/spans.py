@@ -18,7 +18,7 @@ from ranvier.transport.links.exchange import Exchange
 from ranvier.transport.links.link_state import Received
 
 from ..component.session import SessionInfo
-from ..errors import told
+from ..errors import describe
 from .trace_records import Records
 
 _FORM = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
@@ -75,7 +75,7 @@ def root(caller: str | None) -> tuple[str, str]:
 
 def words(error: object) -> str:
     """Return why a span failed; empty if it did not."""
-    return told(error)[:MOST_CHARACTERS] if isinstance(error, BaseException) else ""
+    return describe(error)[:MOST_CHARACTERS] if isinstance(error, BaseException) else ""
 
 
 Begun = tuple[Row, TraceContext, bytes]

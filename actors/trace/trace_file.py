@@ -149,8 +149,8 @@ class TraceFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        untold = self._not_put + self._lost - self._dropped
-        if untold:
-            self._append(_to_lines([(DROPPED, untold)]))
+        uncounted = self._not_put + self._lost - self._dropped
+        if uncounted:
+            self._append(_to_lines([(DROPPED, uncounted)]))
         if self._file is not None:
             self._file.close()

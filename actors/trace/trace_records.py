@@ -81,10 +81,21 @@ class Records:
         """Record a message that is used up. `batch` is the number of messages in its step; 0: it went into no step."""
         self._received(DONE, received, started_ns, finished_ns, batch, received.header.rows)
 
-    def tapped(self, edge: int, at_ns: int, told: Mapping[str, float], rows: tuple[Row, ...]) -> None:
+    def tapped(self, edge: int, at_ns: int, statistics: Mapping[str, float], rows: tuple[Row, ...]) -> None:
         """Record the statistics of a message that went out on an edge with a tap."""
         if self._below is None or self._chosen(rows):
-            self._put((TAP, edge, at_ns, told["norm"], told["mean"], told["largest"], told["not_finite"], rows))
+            self._put(
+                (
+                    TAP,
+                    edge,
+                    at_ns,
+                    statistics["norm"],
+                    statistics["mean"],
+                    statistics["largest"],
+                    statistics["not_finite"],
+                    rows,
+                )
+            )
 
     def part(self, received: Received, started_ns: int, finished_ns: int, batch: int, rows: tuple[Row, ...]) -> None:
         """Record a step that took only some rows of a message. `rows` are those of the step."""

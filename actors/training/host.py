@@ -25,7 +25,7 @@ from ranvier.transport.links.wire import ProcessWire
 
 from ..component.actor import REPLAYED
 from ..component.kinds import BUILT_IN
-from ..errors import told
+from ..errors import describe
 from ..host.loading import context_of, load
 from ..host.process import Stopped, live
 from ..protocol.control_protocol import Ready, Saved
@@ -46,9 +46,9 @@ from ..protocol.training_spec import (
     TrainingSpec,
 )
 from . import mixture, optimizer, shards
-from .inbox import Place
+from .inbox import Key
 from .layers import NativeStage
-from .stage import Learner, Stage, Told, Wrapped
+from .stage import Learner, Stage, TermValue, Wrapped
 from .training_process import Mail
 
 FULL_DEADLINE_S = 60.0
@@ -88,8 +88,8 @@ class TrainingHost(Mail):
         weights = list(self.stage.weights.values())
         self.optimizer = optimizer.make(training.optimizer, weights) if weights else None
         self._update = 0
-        self._batch: tuple[Place, list[torch.Tensor], list[Received]] = (0, -1), [], []
-        self._told: list[torch.Tensor] = []
+        self._batch: tuple[Key, list[torch.Tensor], list[Received]] = Key(0, -1), [], []
+        self._values: list[torch.Tensor] = []
         if training.resume is not None:
             self._update = shards.read(Path(training.resume), self._shard, self.stage, self.optimizer)
         stages = Stages((spec.actor,), (), {})
@@ -157,7 +157,7 @@ class TrainingHost(Mail):
                 break
             except (OSError, SafetensorError) as error:
                 self.core.counters["saves_failed"] += 1
-                self.warn(f"round {done} could not be saved: {told(error)}")
+                self.warn(f"round {done} could not be saved: {describe(error)}")
                 if time.monotonic() < until_s:
                     time.sleep(1.0)
                 elif done == self.training.rounds:
@@ -171,70 +171,72 @@ class TrainingHost(Mail):
         first = number * self.training.micro_batches
         began_ns = time.monotonic_ns()
         for action in self._actions:
-            place = (TRAINING, first + action.micro_batch)
+            key = Key(TRAINING, first + action.micro_batch)
             if action.kind == FORWARD:
-                self._forward(wire, place)
+                self._forward(wire, key)
             elif action.kind == UPDATE:
                 self._make_update(wire)
             elif action.kind == WEIGHTS:
-                self.timed(action, partial(self.stage.backward_weights, place[1]))
+                self.timed(action, partial(self.stage.backward_weights, key.number))
             else:
-                self._backward(wire, place, action)
+                self._backward(wire, key, action)
             self.crossing.steps += 1
         self.core.counters["rounds"] += 1
         self.core.counters["rounds_us"] += (time.monotonic_ns() - began_ns) // 1000
         self._count()
 
-    def _forward(self, wire: ProcessWire, place: Place) -> None:
-        inputs, targets, messages = self._inputs(wire, place)
+    def _forward(self, wire: ProcessWire, key: Key) -> None:
+        inputs, targets, messages = self._inputs(wire, key)
         # random draws depend only on the micro-batch; torch.manual_seed, which seeds all devices, takes 0.7 ms
-        torch.default_generator.manual_seed(self._seed * 1_000_003 + place[1] + 1)
+        torch.default_generator.manual_seed(self._seed * 1_000_003 + key.number + 1)
         share = self.training.share
-        outputs, told = self.timed(
-            Action(FORWARD, place[1]), lambda: self.stage.forward(place[1], inputs, targets, share), messages
+        outputs, values = self.timed(
+            Action(FORWARD, key.number), lambda: self.stage.forward(key.number, inputs, targets, share), messages
         )
-        self._send_outputs(place, outputs, told, self.training.of_step)
+        self._send_outputs(key, outputs, values, self.training.of_step)
         self._flush(wire)
 
     def _inputs(
-        self, wire: ProcessWire, place: Place
+        self, wire: ProcessWire, key: Key
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[Received]]:
-        size = self.training.of_step if place[0] == TRAINING else self.training.validation
-        whole = (place[0], place[1] // size)
+        size = self.training.of_step if key.session == TRAINING else self.training.validation
+        whole = Key(key.session, key.number // size)
         given: dict[str, dict[str, torch.Tensor]] = {INPUT: {}, TARGET: {}}
         fed = [link for role in given for link in self.of(role) if link.link.source.actor == GATEWAY]
         if self._batch[0] != whole:  # the gateway sends a whole step's data; it is cut here
             self.until(wire, fed, whole)
             self._batch = whole, *self.core.take(fed, whole)
-        index = place[1] % size
+        index = key.number % size
         for link, tensor in zip(fed, self._batch[1], strict=True):
             given[link.role][link.port] = tensor.chunk(size)[index]
-        links = [link for link in self.of(INPUT, place[1]) if link.link.source.actor != GATEWAY]
-        self.until(wire, links, place)
-        came, messages = self.core.take(links, place)
+        links = [link for link in self.of(INPUT, key.number) if link.link.source.actor != GATEWAY]
+        self.until(wire, links, key)
+        came, messages = self.core.take(links, key)
         given[INPUT] |= {link.port: tensor for link, tensor in zip(links, came, strict=True)}
         return given[INPUT], given[TARGET], messages + (self._batch[2] if index == self.spec.replica else [])
 
-    def _send_outputs(self, place: Place, outputs: Mapping[str, torch.Tensor], told: Sequence[Told], size: int) -> None:
-        for link in self.of(OUTPUT, place[1]):
-            self.send(link, place, outputs[link.port])
+    def _send_outputs(
+        self, key: Key, outputs: Mapping[str, torch.Tensor], values: Sequence[TermValue], size: int
+    ) -> None:
+        for link in self.of(OUTPUT, key.number):
+            self.send(link, key, outputs[link.port])
         for link in self.of(LOSS):
-            self._told.append(torch.tensor(told, dtype=torch.float64).view(-1, 2))
-            if len(self._told) == size // self.training.replicas:  # once per step, because the reader shares a core
-                self.send(link, (place[0], place[1] // size), torch.stack(self._told))
-                self._told.clear()
+            self._values.append(torch.tensor(values, dtype=torch.float64).view(-1, 2))
+            if len(self._values) == size // self.training.replicas:  # once per step, because the reader shares a core
+                self.send(link, Key(key.session, key.number // size), torch.stack(self._values))
+                self._values.clear()
 
-    def _backward(self, wire: ProcessWire, place: Place, action: Action) -> None:
-        links = self.of(OUTPUT_GRADIENT, place[1])
-        self.until(wire, links, place)
-        came, messages = self.core.take(links, place)
+    def _backward(self, wire: ProcessWire, key: Key, action: Action) -> None:
+        links = self.of(OUTPUT_GRADIENT, key.number)
+        self.until(wire, links, key)
+        came, messages = self.core.take(links, key)
         gradients: dict[str, torch.Tensor] = {}
         for link, gradient in zip(links, came, strict=True):  # branches are summed in the order of the edges
             gradients[link.port] = gradients[link.port] + gradient if link.port in gradients else gradient
         take = self.stage.backward if action.kind == BACKWARD else self.stage.backward_inputs
-        made = self.timed(action, lambda: take(place[1], gradients), messages)
-        for link in self.of(INPUT_GRADIENT, place[1]):
-            self.send(link, place, made[link.port])
+        made = self.timed(action, lambda: take(key.number, gradients), messages)
+        for link in self.of(INPUT_GRADIENT, key.number):
+            self.send(link, key, made[link.port])
         self._flush(wire)
 
     def _validate(self, wire: ProcessWire, number: int) -> None:
@@ -243,26 +245,26 @@ class TrainingHost(Mail):
         every, count = self.training.validate_every, self.training.validation
         first = (number // every) * count
         for index in filter(self._mine, range(first, first + count)):
-            place = (VALIDATION, index)
-            inputs, targets, messages = self._inputs(wire, place)
+            key = Key(VALIDATION, index)
+            inputs, targets, messages = self._inputs(wire, key)
             action = Action(FORWARD, index)
-            outputs, told = self.timed(action, partial(self.stage.evaluate, inputs, targets), messages, "validation")
-            self._send_outputs(place, outputs, told, count)
+            outputs, values = self.timed(action, partial(self.stage.evaluate, inputs, targets), messages, "validation")
+            self._send_outputs(key, outputs, values, count)
             self._flush(wire)
         self.stage.module.train(True)
 
     # -- updates --------------------------------------------------------------------------------------------------
 
     def _make_update(self, wire: ProcessWire) -> None:
-        settings, place = self.training.optimizer, (TRAINING, self._update)
+        settings, key = self.training.optimizer, Key(TRAINING, self._update)
         replicated = self.training.replicas > 1 and not self.training.average_every
         if replicated:
             self._sum_over_ring(wire, [self._gradient(weight) for weight in self.stage.weights.values()], self._update)
-        self._sum_shared(wire, place)
+        self._sum_shared(wire, key)
         clips = settings.clip is not None
         squares = self.counting(self._squares) if clips else 0.0
         if clips and not self.training.stashes:  # asynchronous stages do not wait: each uses its own norm
-            squares = self._squares_of_all(wire, place, squares)
+            squares = self._squares_of_all(wire, key, squares)
         self.timed(Action(UPDATE), partial(self._apply, squares**0.5))
         every = self.training.average_every
         if every and self._update % every == 0:
@@ -277,7 +279,7 @@ class TrainingHost(Mail):
         return weight.grad
 
     def _sum_over_ring(self, wire: ProcessWire, tensors: Sequence[torch.Tensor], round_: int) -> None:
-        """Replace tensors by their sums over all replicas: each part goes round once to be summed and once to be told (ring
+        """Replace tensors by their sums over all replicas: each part goes round once to be summed and once to be values (ring
         all-reduce, Patarasuk and Yuan 2009)."""
         if not tensors:
             return
@@ -287,14 +289,14 @@ class TrainingHost(Mail):
         [out] = [link for link in self.of(RING) if link.outgoing]
         back = [link for link in self.of(RING) if not link.outgoing]
         for turn in range(2 * (count - 1)):
-            place = (TRAINING, 2 * (count - 1) * round_ + turn)
+            key = Key(TRAINING, 2 * (count - 1) * round_ + turn)
             summing = turn < count - 1
             going, coming = (
                 (own - turn, own - turn - 1) if summing else (own + 1 - turn + count - 1, own - turn + count - 1)
             )
-            self.send(out, place, parts[going % count].clone())  # the message may be in transit when the part changes
-            self.until(wire, back, place)
-            [came], _ = self.core.take(back, place)
+            self.send(out, key, parts[going % count].clone())  # the message may be in transit when the part changes
+            self.until(wire, back, key)
+            [came], _ = self.core.take(back, key)
             parts[coming % count] = parts[coming % count] + came if summing else came.clone()
         flat, start = torch.cat(parts), 0
         with torch.no_grad():
@@ -310,20 +312,20 @@ class TrainingHost(Mail):
             raise ArithmeticError(f"{self.spec.label}: the gradient of {key!r} is not finite in update {self._update}")
         return made
 
-    def _squares_of_all(self, wire: ProcessWire, place: Place, own: float) -> float:
+    def _squares_of_all(self, wire: ProcessWire, key: Key, own: float) -> float:
         """Every stage tells every other one: one hop, and the same sum everywhere."""
         there = [link for link in self.of(NORM) if link.outgoing]
         for link in there:
             if link.port != GATEWAY:
-                self.send(link, place, torch.tensor([own], dtype=torch.float64))
+                self.send(link, key, torch.tensor([own], dtype=torch.float64))
         self._flush(wire)
         back = [link for link in self.of(NORM) if not link.outgoing]
-        self.until(wire, back, place)
-        came, _ = self.core.take(back, place)
+        self.until(wire, back, key)
+        came, _ = self.core.take(back, key)
         total = math.fsum([*([own] if self.spec.replica == 0 else []), *map(float, came)])
         for link in there:
             if link.port == GATEWAY:
-                self.send(link, place, torch.tensor([total**0.5], dtype=torch.float64))
+                self.send(link, key, torch.tensor([total**0.5], dtype=torch.float64))
         return total
 
     def _apply(self, norm: float) -> None:
@@ -343,24 +345,24 @@ class TrainingHost(Mail):
         """Return whether this stage counts the norm of a weight's gradient; of a shared weight, only the owner does."""
         return self.training.shared.get(key, self.spec.actor) == self.spec.actor
 
-    def _sum_shared(self, wire: ProcessWire, place: Place) -> None:
+    def _sum_shared(self, wire: ProcessWire, key: Key) -> None:
         """Weights that several stages hold: the gradients go to the first of them, which gives back the sum."""
-        for key, owner in self.training.shared.items():
-            weight = self.stage.weights[key]
+        for name, owner in self.training.shared.items():
+            weight = self.stage.weights[name]
             own = weight.grad if weight.grad is not None else torch.zeros_like(weight)
-            out = [link for link in self.of(SHARED) if link.outgoing and link.port.partition("/")[2] == key]
-            back = [link for link in self.of(SHARED) if not link.outgoing and link.port.partition("/")[2] == key]
+            out = [link for link in self.of(SHARED) if link.outgoing and link.port.partition("/")[2] == name]
+            back = [link for link in self.of(SHARED) if not link.outgoing and link.port.partition("/")[2] == name]
             if owner != self.spec.actor:
                 for link in out:
-                    self.send(link, place, own)
+                    self.send(link, key, own)
                 self._flush(wire)
-            self.until(wire, back, place)
-            came, _ = self.core.take(back, place)
+            self.until(wire, back, key)
+            came, _ = self.core.take(back, key)
             if owner == self.spec.actor:
                 for gradient in came:
                     own = own + gradient
                 for link in out:
-                    self.send(link, place, own)
+                    self.send(link, key, own)
                 self._flush(wire)
                 weight.grad = own
             else:

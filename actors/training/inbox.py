@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -15,8 +16,12 @@ from ranvier.transport.links.link_state import Received, ReceivingLink
 
 from ..protocol.training_spec import TrainingLink
 
-Place = tuple[int, int]
-"""A session (TRAINING or VALIDATION) and a number that counts within it."""
+
+class Key(NamedTuple):
+    """Name what a message is for: a session (TRAINING or VALIDATION), and a number that counts within it."""
+
+    session: int
+    number: int
 
 
 class TrainingCore:
@@ -26,7 +31,7 @@ class TrainingCore:
         self.exchange = exchange
         self.counters: Counter[str] = Counter()
         self._links: dict[ReceivingLink, TrainingLink] = {}
-        self._came: dict[tuple[TrainingLink, Place], tuple[torch.Tensor, Received]] = {}
+        self._came: dict[tuple[TrainingLink, Key], tuple[torch.Tensor, Received]] = {}
 
     def add(self, links: Iterable[TrainingLink]) -> None:
         """Register the incoming links among `links`, which the exchange already has."""
@@ -48,17 +53,17 @@ class TrainingCore:
         except ProtocolError as error:
             self.exchange.consumed(received.link, received.nbytes)
             raise RefusedMessage(f"edge {received.link.spec.name}: {error}", rows) from None
-        self._came[self._links[received.link], (rows[0].session, rows[0].position)] = tensor, received
+        self._came[self._links[received.link], Key(rows[0].session, rows[0].position)] = tensor, received
 
-    def missing(self, links: Iterable[TrainingLink], place: Place) -> list[TrainingLink]:
-        """Return the links on which nothing has arrived for `place` yet."""
-        return [link for link in links if (link, place) not in self._came]
+    def missing(self, links: Iterable[TrainingLink], key: Key) -> list[TrainingLink]:
+        """Return the links on which nothing has arrived for `key` yet."""
+        return [link for link in links if (link, key) not in self._came]
 
-    def take(self, links: Sequence[TrainingLink], place: Place) -> tuple[list[torch.Tensor], list[Received]]:
-        """Return what has arrived on all these links for `place`; the credit for it goes back to the senders."""
+    def take(self, links: Sequence[TrainingLink], key: Key) -> tuple[list[torch.Tensor], list[Received]]:
+        """Return what has arrived on all these links for `key`; the credit for it goes back to the senders."""
         tensors, messages = [], []
         for link in links:
-            tensor, received = self._came.pop((link, place))
+            tensor, received = self._came.pop((link, key))
             self.exchange.consumed(received.link, received.nbytes)
             tensors.append(aligned(tensor))
             messages.append(received)

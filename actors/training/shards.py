@@ -43,14 +43,14 @@ def write(
     _replace(folder / f"{actor}{STATE}.safetensors", state, {"update": str(update), "version": str(stage.version)})
 
 
-def _replace(file: Path, tensors: dict[str, torch.Tensor], told: dict[str, str]) -> None:
+def _replace(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     part, seen = file.with_suffix(".part"), set()
     for name, tensor in tensors.items():  # safetensors refuses tensors that share memory
-        place = tensor.untyped_storage().data_ptr()
-        if place in seen:
+        address = tensor.untyped_storage().data_ptr()
+        if address in seen:
             tensors[name] = tensor.clone()
-        seen.add(place)
-    save_file(tensors, part, {"format": "pt", **told})
+        seen.add(address)
+    save_file(tensors, part, {"format": "pt", **metadata})
     part.replace(file)
 
 
@@ -63,7 +63,7 @@ def read(folder: Path, actor: str, stage: Stage, optimizer: torch.optim.Optimize
     file = folder / f"{actor}{STATE}.safetensors"
     try:
         with safe_open(regular(file), "pt") as opened:
-            told = opened.metadata() or {}
+            metadata = opened.metadata() or {}
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is not a mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: {error}") from error
@@ -88,5 +88,5 @@ def read(folder: Path, actor: str, stage: Stage, optimizer: torch.optim.Optimize
             if kept:
                 optimizer.state[weight] = kept
     stage.refresh()
-    stage.version = int(told.get("version", 0))
-    return int(told.get("update", 0))
+    stage.version = int(metadata.get("version", 0))
+    return int(metadata.get("update", 0))

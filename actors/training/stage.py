@@ -70,7 +70,7 @@ class _Kept(NamedTuple):
     version: int
 
 
-class Told(NamedTuple):
+class TermValue(NamedTuple):
     """Hold a loss of one micro-batch, and the share of correct answers (NaN if the loss has none)."""
 
     loss: float
@@ -125,7 +125,7 @@ class Stage:
 
     def forward(
         self, number: int, inputs: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor], share: float
-    ) -> tuple[dict[str, torch.Tensor], list[Told]]:
+    ) -> tuple[dict[str, torch.Tensor], list[TermValue]]:
         """Run the forward of micro-batch `number`; return outputs by port, and the losses.
 
         `share` is the weight of one micro-batch in an update.
@@ -137,16 +137,16 @@ class Stage:
         given = {port: tensor.detach().requires_grad_(port in self._given_back) for port, tensor in inputs.items()}
         with torch.enable_grad():
             outputs = self._computed(given)
-            told, terms = [], []
+            values, terms = [], []
             for term in self._terms:
                 target = targets.get(term.target) if term.target is not None else None
                 loss = losses.KINDS[term.kind](outputs[term.port], target)
                 terms.append(loss * (term.weight * share))
                 right = losses.correct(term.kind, outputs[term.port].detach(), target)
-                told.append(Told(float(loss.detach()), float(right)))
-        self._look(f"of micro-batch {number}", outputs, told)
+                values.append(TermValue(float(loss.detach()), float(right)))
+        self._look(f"of micro-batch {number}", outputs, values)
         self._under_way[number] = _Kept(given, outputs, terms, self.version)
-        return {port: tensor.detach() for port, tensor in outputs.items()}, told
+        return {port: tensor.detach() for port, tensor in outputs.items()}, values
 
     def _computed(self, given: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
         held = self._stash() if self._stashes else None
@@ -171,14 +171,14 @@ class Stage:
         return self._versions[self.version]
 
     def _look(
-        self, which: str, outputs: Mapping[str, torch.Tensor], told: Sequence[Told], differentiable: bool = True
+        self, which: str, outputs: Mapping[str, torch.Tensor], values: Sequence[TermValue], differentiable: bool = True
     ) -> None:
         for port, tensor in outputs.items():
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
                 raise ArithmeticError(f"{self.name}: output {port!r} {which} is not finite")
         if differentiable:
             self._look_for_gradients(outputs)
-        for term, (loss, _) in zip(self._terms, told, strict=True):
+        for term, (loss, _) in zip(self._terms, values, strict=True):
             if loss != loss or loss in (float("inf"), float("-inf")):
                 raise ArithmeticError(f"{self.name}: the {term.kind} loss of {term.port!r}, {which}, is {loss}")
 
@@ -198,17 +198,17 @@ class Stage:
 
     def evaluate(
         self, inputs: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]
-    ) -> tuple[Mapping[str, torch.Tensor], list[Told]]:
+    ) -> tuple[Mapping[str, torch.Tensor], list[TermValue]]:
         """Return outputs and losses, and keep nothing for a backward."""
         with torch.no_grad():
             outputs = self.module(_batch(inputs))
-            told = []
+            values = []
             for term in self._terms:
                 target = targets.get(term.target) if term.target is not None else None
                 loss = losses.KINDS[term.kind](outputs[term.port], target)
-                told.append(Told(float(loss), float(losses.correct(term.kind, outputs[term.port], target))))
-        self._look("of validation", outputs, told, differentiable=False)
-        return outputs, told
+                values.append(TermValue(float(loss), float(losses.correct(term.kind, outputs[term.port], target))))
+        self._look("of validation", outputs, values, differentiable=False)
+        return outputs, values
 
     def backward(self, number: int, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the gradients of inputs by port, and add the gradients of weights to those already there."""

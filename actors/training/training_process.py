@@ -20,7 +20,7 @@ from ..protocol.control_protocol import Counters, StepCommand, Stop
 from ..protocol.host_spec import HostLink
 from ..protocol.schedule import UPDATE, Action
 from ..protocol.training_spec import INPUT_GRADIENT, VALIDATION, WAITED, TrainingLink
-from .inbox import Place, TrainingCore
+from .inbox import Key, TrainingCore
 
 DRAIN_DEADLINE_S = 5.0
 
@@ -56,16 +56,16 @@ class Mail(Process):
     def lost_rows(self, rows: Sequence[Row], error: Exception) -> None:
         raise error  # training must not skip a row
 
-    def until(self, wire: ProcessWire, links: Iterable[TrainingLink], place: Place) -> None:
+    def until(self, wire: ProcessWire, links: Iterable[TrainingLink], key: Key) -> None:
         """Take in what comes until something of that number has come by all of these, and count how long that took."""
-        missing = self.core.missing(links, place)
+        missing = self.core.missing(links, key)
         if not missing:
             return
         role, began_ns = missing[0].role, time.monotonic_ns()
         while missing:
             self.take_in_more(wire)
-            missing = self.core.missing(missing, place)
-        name = f"{role}{WAITED}" + (" in validation" if place[0] == VALIDATION else "")
+            missing = self.core.missing(missing, key)
+        name = f"{role}{WAITED}" + (" in validation" if key.session == VALIDATION else "")
         self.core.counters[name] += (time.monotonic_ns() - began_ns) // 1000
 
     def take_in_more(self, wire: ProcessWire) -> None:
@@ -87,11 +87,11 @@ class Mail(Process):
             if not self.obey_next():
                 raise Stopped
 
-    def send(self, link: TrainingLink, place: Place, tensor: torch.Tensor) -> None:
-        """Send a tensor as the one for `place`; the caller must not change it afterwards."""
+    def send(self, link: TrainingLink, key: Key, tensor: torch.Tensor) -> None:
+        """Send a tensor as the one for `key`; the caller must not change it afterwards."""
         sending = self.exchange.sender(link.link)
         name = link.link.tensors[0][0]
-        row = Row(place[0], 1, place[1], len(tensor) if tensor.dim() else 1)
+        row = Row(key.session, 1, key.number, len(tensor) if tensor.dim() else 1)
         now_ns = time.monotonic_ns()
         if sending.raw:
             meta, buffer = to_buffer(name, tensor)

@@ -263,14 +263,14 @@ def _call(checked: Graph, input_file: Path, output_file: Path | None, as_json: b
     shapes = {
         name: f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for name, tensor in outputs.items()
     }
-    told = summary.summary(summary.read(run_dir)) if checked.file.trace else None
+    traced = summary.summary(summary.read(run_dir)) if checked.file.trace else None
     if as_json:
-        print_json({"outputs": shapes, "seconds": took_s, "run_dir": str(run_dir), "trace": told})
+        print_json({"outputs": shapes, "seconds": took_s, "run_dir": str(run_dir), "trace": traced})
         return
     for name, shape in shapes.items():
         print(f"{name}: {shape}{f' in {output_file}' if output_file is not None else ''}")
-    if told is not None:
-        say(f"\n{summary.table(told)}")
+    if traced is not None:
+        say(f"\n{summary.table(traced)}")
     print(f"\n{took_s:.3f} s\nrun folder: {run_dir}")
 
 
@@ -386,18 +386,18 @@ def _run(checked: Graph, prompt: str, options: dict[str, Any], as_json: bool, la
                 return started.dir, generation.result
 
     run_dir, result = interruptible(main)
-    told = summary.summary(summary.read(run_dir)) if checked.file.trace else None
+    traced = summary.summary(summary.read(run_dir)) if checked.file.trace else None
     if as_json:
         print_json({
             "text": result.text, "token_ids": result.token_ids, "prompt_tokens": result.prompt_tokens,
             "finish_reason": result.finish_reason, "time_to_first_token_s": result.first_token_s,
             "tokens_per_second": result.tokens_per_second, "run_dir": str(run_dir),
-            "trace": told,
+            "trace": traced,
         })  # fmt: skip
         return
     print("\n")
-    if told is not None:
-        say(summary.table(told))
+    if traced is not None:
+        say(summary.table(traced))
     print(
         f"\n{result.prompt_tokens} tokens in, {len(result.token_ids)} out ({result.finish_reason}); first token after "
         f"{result.first_token_s:.2f} s, then {result.tokens_per_second:.1f} tokens/s\nrun folder: {run_dir}"

@@ -13,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from ranvier.actors.errors import told
+from ranvier.actors.errors import describe
 from ranvier.transport.files import read_bounded
 from ranvier.transport.format.errors import RanvierError
 
@@ -174,7 +174,7 @@ def reading(*folders: Path | None) -> Iterator[None]:
     except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError,
             TypeError, ValueError) as error:  # fmt: skip
         names = ", ".join(str(folder) for folder in folders if folder is not None)
-        raise TraceError(f"{names}: damaged, or not a run folder: {told(error)}") from error
+        raise TraceError(f"{names}: damaged, or not a run folder: {describe(error)}") from error
 
 
 def print_json(value: Any) -> None:

@@ -94,9 +94,12 @@ def graph_of(run_dir: Path, allow_code: bool) -> Graph:
     Its code runs only if that is allowed now, too.
     """
     try:
-        told = json.loads(read_text(run_dir / "run.json", MOST_BYTES))
-        file, settings = Path(str(told["file"])), {str(key): str(value) for key, value in told["settings"].items()}
-        wanted_code = bool(told["allow_code"])
+        outcome = json.loads(read_text(run_dir / "run.json", MOST_BYTES))
+        file, settings = (
+            Path(str(outcome["file"])),
+            {str(key): str(value) for key, value in outcome["settings"].items()},
+        )
+        wanted_code = bool(outcome["allow_code"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RequestError(f"{run_dir}: no run folder, or a damaged one: {type(error).__name__}: {error}") from None
     if wanted_code and not allow_code:

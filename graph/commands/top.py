@@ -44,15 +44,15 @@ class Top:
             RequestError: there is no such run in progress.
             NoAnswer: the run's process does not answer.
         """
-        told: dict[str, Any] = json.loads(client.ask(self._run_dir, AskStatus(), ANSWER_S))
+        status: dict[str, Any] = json.loads(client.ask(self._run_dir, AskStatus(), ANSWER_S))
         self._tail.read()
         rates = self._tail.actors()
-        for host in told["hosts"]:
+        for host in status["hosts"]:
             capacity = host["capacity_tokens"]
             host["resident_bytes"] = resident_bytes(host["pid"]) if host["pid"] else 0
-            host["kv_use"] = told["held_tokens"].get(host["label"], 0) / capacity if capacity else None
+            host["kv_use"] = status["held_tokens"].get(host["label"], 0) / capacity if capacity else None
             host.update(rates.get(host["label"], {}))
-        return {**told, "edges": self._tail.edges(), "run_dir": str(self._run_dir)}
+        return {**status, "edges": self._tail.edges(), "run_dir": str(self._run_dir)}
 
 
 def show(run_dir: Path, interval_s: float, console: Console) -> None:
@@ -64,13 +64,13 @@ def show(run_dir: Path, interval_s: float, console: Console) -> None:
     """
     _go_last()
     top = Top(run_dir)
-    told = top.look()
+    status = top.look()
     with Live(console=console, transient=True, auto_refresh=False, screen=console.is_terminal) as live:
         while True:
-            live.update(view(told), refresh=True)
+            live.update(view(status), refresh=True)
             time.sleep(interval_s)
             try:
-                told = top.look()
+                status = top.look()
             except (RequestError, client.NoAnswer):
                 if not (run_dir / "sockets" / "supervisor").exists():
                     return  # the run has ended
@@ -87,16 +87,19 @@ def _go_last() -> None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
-def view(told: Mapping[str, Any]) -> Group:
+def view(status: Mapping[str, Any]) -> Group:
     """Return two tables: actors and edges."""
     actors = Table(
-        title=_text(f"{told['run_dir']}: {told['sessions']} sessions"), title_justify="left", box=None, pad_edge=False
+        title=_text(f"{status['run_dir']}: {status['sessions']} sessions"),
+        title_justify="left",
+        box=None,
+        pad_edge=False,
     )
     for name in ("actor", "state"):
         actors.add_column(name)
     for name in ("pid", "tok/s", "steps/s", "batch", "busy", "queue", "step s", "KV", "MiB"):
         actors.add_column(name, justify="right")
-    for host in told["hosts"]:
+    for host in status["hosts"]:
         batch = host.get("tokens_a_step", {}).get("p50")
         actors.add_row(
             _text(host["label"]), _text("spare" if host["spare"] else host["state"]), _text(host["pid"] or "-"),
@@ -108,7 +111,7 @@ def view(told: Mapping[str, Any]) -> Group:
     edges.add_column("edge")
     for name in ("messages/s", "KiB/s", "wire µs p50", "p95", "credit µs p95"):
         edges.add_column(name, justify="right")
-    for edge in told["edges"]:
+    for edge in status["edges"]:
         edges.add_row(
             _text(edge["edge"]), _number(edge["messages_per_second"]), _number(edge["bytes_per_second"] / 1024),
             _number(edge["wire_us"]["p50"]), _number(edge["wire_us"]["p95"]), _number(edge["credit_us"]["p95"]),

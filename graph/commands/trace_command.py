@@ -79,14 +79,14 @@ def _trace(
         with writing(to_plot):
             trace_plot.draw(to_plot, read)
         print(f"wrote {to_plot}", file=sys.stderr)
-    told = summary.summary(read)
+    figures = summary.summary(read)
     if diff is not None:
-        changed = compare.compare(told, summary.summary(summary.read(diff)))
+        changed = compare.compare(figures, summary.summary(summary.read(diff)))
         if as_json:
             print_json(changed)
         else:
             say(compare.table(changed))
     elif as_json:
-        print_json(told)
+        print_json(figures)
     else:
-        say(summary.table(told))
+        say(summary.table(figures))

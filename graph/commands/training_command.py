@@ -86,28 +86,30 @@ def train_command(
     bubbles = Bubbles(plan.schedule, plan.stages, trained.counters) if trained.counters else None
     if plot is not None:
         draw(plot, plan, trained.history, bubbles)
-    told = _told(trained, bubbles, time.monotonic() - began_s)
+    results = _results(trained, bubbles, time.monotonic() - began_s)
     if as_json:
-        print_json(told)
+        print_json(results)
         return
-    print(f"loss {told['loss']:.4f}" + (f", validation {told['validation']:.4f}" if "validation" in told else ""))
-    if "bubble" in told:
-        shares = told["bubble"]
+    print(
+        f"loss {results['loss']:.4f}" + (f", validation {results['validation']:.4f}" if "validation" in results else "")
+    )
+    if "bubble" in results:
+        shares = results["bubble"]
         print(
             f"bubble {shares['measured']:.1%}, {shares['computed']:.1%} by the schedule; messages {shares['messages']:.1%}"
         )
     print(f"checkpoint: {trained.folder}\nrun folder: {trained.run_dir}")
 
 
-def _told(trained: Trained, bubbles: Bubbles | None, took_s: float) -> dict[str, Any]:
-    steps = [told for told in trained.history if "validation" not in told]
-    validations = [told["loss"] for told in trained.history if "validation" in told]
-    told: dict[str, Any] = {
+def _results(trained: Trained, bubbles: Bubbles | None, took_s: float) -> dict[str, Any]:
+    steps = [entry for entry in trained.history if "validation" not in entry]
+    validations = [entry["loss"] for entry in trained.history if "validation" in entry]
+    results: dict[str, Any] = {
         "steps": len(steps), "loss": steps[-1]["loss"], "seconds": round(took_s, 3), "checkpoint": str(trained.folder),
         "run_dir": str(trained.run_dir) if trained.run_dir is not None else None, "lost": trained.losses,
     }  # fmt: skip
     if validations:
-        told |= {"validation": validations[-1], "best_validation": min(validations)}
+        results |= {"validation": validations[-1], "best_validation": min(validations)}
     if bubbles is not None:
-        told["bubble"] = {"measured": bubbles.measured, "computed": bubbles.computed, "messages": bubbles.messages}
-    return told
+        results["bubble"] = {"measured": bubbles.measured, "computed": bubbles.computed, "messages": bubbles.messages}
+    return results

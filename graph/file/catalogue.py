@@ -58,13 +58,13 @@ def _installed(name: str, made: type[Any]) -> dict[str, Any]:
 
 def _ports(ports: Mapping[str, TensorSpec]) -> dict[str, str]:
     """Return specs by port name. Ports that are numbered by expert become one entry, `expertN`."""
-    told = {}
+    texts = {}
     for name, spec in ports.items():
         shape = tuple(_NAMED.get(dim, dim) if isinstance(dim, int) else dim for dim in spec.shape)
         dtype = "dtype" if shape == ("tokens", "hidden") else spec.dtype  # the model's dtype
         if re.fullmatch(r"expert[1-9]\d*", name) is None:
-            told["expertN" if name == "expert0" else name] = f"{dtype}[{', '.join(map(str, shape))}]"
-    return told
+            texts["expertN" if name == "expert0" else name] = f"{dtype}[{', '.join(map(str, shape))}]"
+    return texts
 
 
 def _entry(

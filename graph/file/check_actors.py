@@ -230,9 +230,9 @@ class ActorCheck(Findings):
 
     def _fed(self, name: str, port: str, actors: Mapping[str, CheckedActor]) -> TensorSpec | None:
         for edge in self.file.edges:
-            if edge.target == f"{name}.{port}":
-                source_actor, out = edge.source.split(".")
-                found = actors[source_actor].outputs.get(out) if source_actor in actors else None
+            if edge.finish == (name, port):
+                source = edge.start
+                found = actors[source.actor].outputs.get(source.port) if source.actor in actors else None
                 if found is not None:
                     return found
         row = self.file.pipeline or []

@@ -18,7 +18,7 @@ from .checked import CheckedActor, CheckedEdge
 OF_THE_MESSAGE = ("tokens", "rows")
 
 
-class Place(NamedTuple):
+class Dimension(NamedTuple):
     """Represent a named dimension of an actor, or one number at one end of an edge."""
 
     actor: str
@@ -29,8 +29,8 @@ class Place(NamedTuple):
 class Conflict(NamedTuple):
     """Represent two different numbers that a chain of edges makes equal. `chain` holds the edges' names."""
 
-    first: Place
-    second: Place
+    first: Dimension
+    second: Dimension
     chain: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class Conflict(NamedTuple):
 
 def conflicts(actors: Mapping[str, CheckedActor], edges: Iterable[CheckedEdge]) -> list[Conflict]:
     """Return, for each number that is connected to a different one, the nearest such number and the edges between."""
-    joined: dict[Place, list[tuple[Place, str]]] = defaultdict(list)
+    joined: dict[Dimension, list[tuple[Dimension, str]]] = defaultdict(list)
     for edge in edges:
         if edge.target == GATEWAY:
             continue
@@ -56,14 +56,14 @@ def conflicts(actors: Mapping[str, CheckedActor], edges: Iterable[CheckedEdge]) 
             if one in OF_THE_MESSAGE or two in OF_THE_MESSAGE:
                 continue
             ends = [
-                Place(actor, dim, edge.name if isinstance(dim, int) else "")
+                Dimension(actor, dim, edge.name if isinstance(dim, int) else "")
                 for actor, dim in ((edge.source, one), (edge.target, two))
             ]
             joined[ends[0]].append((ends[1], edge.name))
             joined[ends[1]].append((ends[0], edge.name))
     found: list[Conflict] = []
-    blamed: set[frozenset[Place]] = set()
-    for start in [place for place in joined if isinstance(place.dim, int)]:
+    blamed: set[frozenset[Dimension]] = set()
+    for start in [dimension for dimension in joined if isinstance(dimension.dim, int)]:
         conflict = _nearest(start, joined)
         if conflict is not None and frozenset(conflict[:2]) not in blamed:
             blamed.add(frozenset(conflict[:2]))
@@ -71,20 +71,20 @@ def conflicts(actors: Mapping[str, CheckedActor], edges: Iterable[CheckedEdge]) 
     return found
 
 
-def _nearest(start: Place, joined: Mapping[Place, list[tuple[Place, str]]]) -> Conflict | None:
-    trail: dict[Place, tuple[Place, str] | None] = {start: None}
+def _nearest(start: Dimension, joined: Mapping[Dimension, list[tuple[Dimension, str]]]) -> Conflict | None:
+    trail: dict[Dimension, tuple[Dimension, str] | None] = {start: None}
     waiting = deque([start])
     while waiting:
-        place = waiting.popleft()
-        if isinstance(place.dim, int) and place.dim != start.dim:
+        dimension = waiting.popleft()
+        if isinstance(dimension.dim, int) and dimension.dim != start.dim:
             chain: list[str] = []
-            step = trail[place]
+            step = trail[dimension]
             while step is not None:
                 chain.append(step[1])
                 step = trail[step[0]]
-            return Conflict(start, place, tuple(dict.fromkeys(reversed(chain))))
-        for following, edge in joined[place]:
+            return Conflict(start, dimension, tuple(dict.fromkeys(reversed(chain))))
+        for following, edge in joined[dimension]:
             if following not in trail:
-                trail[following] = (place, edge)
+                trail[following] = (dimension, edge)
                 waiting.append(following)
     return None

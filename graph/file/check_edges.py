@@ -58,8 +58,7 @@ class EdgeCheck(Findings):
 
     def _edge(self, section: EdgeSection, index: int) -> CheckedEdge | None:
         name = f"{section.source} -> {section.target}"
-        source_actor, out = section.source.split(".")
-        target_actor, into = section.target.split(".")
+        (source_actor, out), (target_actor, into) = section.start, section.finish
         if section.credits < 1:
             self._wrong(
                 f"edge {name}: credits {section.credits}: nothing could ever be sent; give at least 1",
@@ -107,7 +106,7 @@ class EdgeCheck(Findings):
                 f"edge {name}: codec {section.codec} is for floats, the edge carries {spec}; use raw, raw+lz4 or raw+zstd",
                 "edges", index, "codec",
             )  # fmt: skip
-        if made.number != codec.RAW and GATEWAY in (section.source.split(".")[0], section.target.split(".")[0]):
+        if made.number != codec.RAW and GATEWAY in (section.start.actor, section.finish.actor):
             self._wrong(
                 f"edge {name}: the gateway reads and writes only raw tensors; remove the codec",
                 "edges",
@@ -124,7 +123,7 @@ class EdgeCheck(Findings):
                 f"edge {name}: tap {section.tap!r}: expected {STATISTICS} or ./file.py:function; change it",
                 "edges", index, "tap",
             )  # fmt: skip
-        elif section.source.partition(".")[0] == GATEWAY:
+        elif section.start.actor == GATEWAY:
             self._wrong(
                 f"edge {name}: the gateway cannot run a tap; put the tap on a later edge", "edges", index, "tap"
             )
@@ -141,7 +140,7 @@ class EdgeCheck(Findings):
 
     def _loop(self, section: EdgeSection, name: str, index: int) -> None:
         """Check `at_most` and `until`: both are for feedback edges, and `until` names an output of the sender."""
-        actor = self.actors.get(section.source.split(".")[0])
+        actor = self.actors.get(section.start.actor)
         if actor is None:
             return
         if not section.feedback:
@@ -160,7 +159,7 @@ class EdgeCheck(Findings):
         """Return the spec of a port, or None if it is unknown. A gateway port has the spec of the edge's other end."""
         if actor == GATEWAY:
             other = self.file.edges[index]
-            name, far = (other.target if side == "outputs" else other.source).split(".")
+            name, far = other.finish if side == "outputs" else other.start
             return self._ports(name, "inputs" if side == "outputs" else "outputs").get(far)
         if actor not in self.actors:
             self._wrong(f"actor {actor!r} does not exist; {near(actor, [*self.actors, GATEWAY])}", "edges", index, key)
@@ -253,7 +252,7 @@ class EdgeCheck(Findings):
         used = {(edge.source, edge.out) for edge in edges}
         says_done = {(edge.source, edge.until) for edge in edges}
         if self.file.training is not None:  # an output that a loss uses needs no edge
-            used |= {(actor, port) for actor, _, port in (loss.of.partition(".") for loss in self.file.training.loss)}
+            used |= {loss.output for loss in self.file.training.loss}
         for actor in self.actors.values():
             self._joinable(actor, edges)
             for port in actor.inputs:
@@ -297,23 +296,19 @@ class EdgeCheck(Findings):
         cycle = _cycle(forward)
         if cycle:
             steps = set(itertools.pairwise(cycle))
-            last = [
-                i for i, e in enumerate(self.file.edges) if (e.source.split(".")[0], e.target.split(".")[0]) in steps
-            ]
+            last = [i for i, e in enumerate(self.file.edges) if (e.start.actor, e.finish.actor) in steps]
             self._wrong(
                 f"cycle {' -> '.join(cycle)} has no feedback edge; mark the edge that carries the result back "
                 "with feedback: true", *(("edges", last[-1]) if last else ("pipeline",)),
             )  # fmt: skip
         for index, section in enumerate(self.file.edges):
-            if section.feedback:
-                source_actor, target_actor = section.source.split(".")[0], section.target.split(".")[0]
-                if source_actor not in _reach({target_actor}, forward):
-                    self._wrong(
-                        f"edge {section.source} -> {section.target} closes no cycle; remove feedback: true",
-                        "edges",
-                        index,
-                        "feedback",
-                    )
+            if section.feedback and section.start.actor not in _reach({section.finish.actor}, forward):
+                self._wrong(
+                    f"edge {section.source} -> {section.target} closes no cycle; remove feedback: true",
+                    "edges",
+                    index,
+                    "feedback",
+                )
 
     def loops(self, edges: Iterable[CheckedEdge]) -> None:
         """Check that every loop has a bound. A language model's token loop needs none: it ends with its stream."""

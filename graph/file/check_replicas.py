@@ -37,13 +37,13 @@ class ReplicaCheck(Findings):
                     f"endpoint {actor.section.endpoint} can be bound by only one of its {replicas} replicas; "
                     "remove the endpoint, or its port",
                 )
-            if generates and policy.places is None:
+            if generates and policy.opened is None:
                 self._no(
                     actor,
                     f"policy {policy.name}{' with after' if policy.after else ''} would put tokens out of order: "
                     "a stream must stay at its replicas; use sticky, or hedge without after",
                 )
-            if actor.once and policy.places is None:
+            if actor.once and policy.opened is None:
                 self._no(
                     actor,
                     f"only one replica of a session gets the `once` inputs ({', '.join(actor.once)}), but policy {policy.name} "

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, Field
 
 from ranvier.actors.protocol.host_spec import Deadlines, Restart
 
+from .edge_end import End, end
 from .errors import GraphError, Problem
 from .load import Document
 from .sections import Name, Port, Section
@@ -161,6 +162,16 @@ class EdgeSection(Section):
     )
     credits: int = Field(8, ge=0, le=1 << 20, description="messages that may be in flight or unread")
     credit_bytes: int = Field(64 << 20, ge=1, le=1 << 40, description="bytes that may be in flight or unread")
+
+    @property
+    def start(self) -> End:
+        """Return the sending end."""
+        return end(self.source)
+
+    @property
+    def finish(self) -> End:
+        """Return the receiving end."""
+        return end(self.target)
 
 
 class SupervisionSection(Section):

@@ -29,11 +29,11 @@ def resolve(source: str, folder: Path, trusted: bool = False) -> Path:
     Raises:
         SourceError: the source may not be used, or does not exist.
     """
-    scheme, separator, place = source.partition("://")
+    scheme, separator, location = source.partition("://")
     if separator and scheme == "package":
-        return _package(source, place)
+        return _package(source, location)
     if separator and scheme == "hf":
-        return _hub(source, place)
+        return _hub(source, location)
     if separator:
         raise SourceError(
             f"source {source!r}: unknown scheme {scheme!r}; use package://NAME/FILE, hf://ORG/NAME or a path such as ./folder"
@@ -53,13 +53,13 @@ def resolve(source: str, folder: Path, trusted: bool = False) -> Path:
     return path
 
 
-def _hub(source: str, place: str) -> Path:
+def _hub(source: str, location: str) -> Path:
     """Return the path of a model from the Hugging Face hub.
 
     A cached model is used as it is; any other is fetched once.
     """
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?(?:/([\w./-]+\.gguf))?", place)
-    if match is None or ".." in place:
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?(?:/([\w./-]+\.gguf))?", location)
+    if match is None or ".." in location:
         raise SourceError(f"source {source!r}: expected hf://ORG/NAME, optionally with @REVISION and /FILE.gguf")
     if importlib.util.find_spec("huggingface_hub") is None:
         raise SourceError(f"source {source!r} needs huggingface_hub; pip install 'ranvier[hf]'")
@@ -84,8 +84,8 @@ def _hub(source: str, place: str) -> Path:
         ) from None
 
 
-def _package(source: str, place: str) -> Path:
-    name, _, file = place.partition("/")
+def _package(source: str, location: str) -> Path:
+    name, _, file = location.partition("/")
     if not name.isidentifier() or not file:
         raise SourceError(f"source {source!r}: expected package://NAME/FILE")
     spec = importlib.util.find_spec(name)  # finds the package, does not import it

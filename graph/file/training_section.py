@@ -8,6 +8,7 @@ from pydantic import Field
 
 from ranvier.actors.protocol.training_spec import Optimizer
 
+from .edge_end import End, end
 from .sections import Name, Port, Section
 
 _OPTIMIZER = Optimizer()
@@ -44,6 +45,11 @@ class LossSection(Section):
     )
     target: Name | None = Field(None, description="tensor of the data that the output is compared with")
     weight: float = Field(1.0, strict=False, description="factor of this term in the sum")
+
+    @property
+    def output(self) -> End:
+        """Return the actor and the output port that the term is computed from."""
+        return end(self.of)
 
 
 class OptimizerSection(Section):

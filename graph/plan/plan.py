@@ -137,7 +137,7 @@ class Plan:
                     link = self._link(index, edge, other, replica, live)
                     yield HostLink(edge.into, link, outgoing=False, feedback=edge.feedback, repeats=repeats)
 
-    def place(self, run_dir: Path, sockets: Path) -> list[HostSpec]:
+    def host_specs(self, run_dir: Path, sockets: Path) -> list[HostSpec]:
         """Return the specs of all hosts, with their endpoints under `sockets`.
 
         Raises:
@@ -346,7 +346,7 @@ def _wire_bytes(edge: CheckedEdge) -> int | None:
     made, itemsize = codec.parse(edge.codec), BY_NAME[edge.spec.dtype].itemsize
     shape = (1, *(size for size in edge.spec.shape[1:] if isinstance(size, int)))
     if made.form == codec.TOPK:
-        return codec.kept(math.prod(shape), made.share) * (codec.PLACE_BYTES + itemsize)
+        return codec.kept(math.prod(shape), made.share) * (codec.INDEX_BYTES + itemsize)
     return codec.form_bytes(made.form, itemsize, shape)[1]
 
 

@@ -233,12 +233,9 @@ def _replay(
 
 
 def _layer(place: Place | None) -> int | None:
-    if place is None:
-        return None
-    if place.name.startswith("layer "):
-        return int(place.name.split()[1])
-    words = place.name.split()
-    return int(words[-1]) - 1 if words[-2:-1] == ["hidden"] and words[-1] != "0" else None
+    if place is None or place.layer is None or not place.between:
+        return place.layer if place is not None else None
+    return place.layer - 1 if place.layer else None  # the layer that made it
 
 
 def _words(

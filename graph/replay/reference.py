@@ -12,7 +12,7 @@ import torch
 
 from ranvier.actors.checkpoint import open_checkpoint
 from ranvier.actors.errors import RecordingError
-from ranvier.actors.model.hf_hooks import Told, layer_count, watched
+from ranvier.actors.model.hf_hooks import Report, layer_count, watched
 from ranvier.transport.format.header import Row
 
 from .tensor_places import LOGITS, RecordedRun, encoder_hidden, hidden, within
@@ -32,7 +32,7 @@ def values(run: RecordedRun, recorded: Values, model: Path | None) -> Values:
             installed or cannot open the checkpoint.
     """
     path = model or next((Path(recorded.host.model) for recorded in run.all() if recorded.host.model), None)
-    if path is None or Place("token", False) not in recorded.at:
+    if path is None or Place(None, "token", False) not in recorded.at:
         raise RecordingError(
             f"{run.folder}: expected a run of a language model with the edge into its embedding recorded; record all"
         )
@@ -55,7 +55,7 @@ def values(run: RecordedRun, recorded: Values, model: Path | None) -> Values:
             oracle.forward(session, ids)
     made = oracle.made
     for place in list(made.at):  # no edge changes what one layer gives to the next
-        if place.name.startswith(("hidden", "encoder hidden")):
+        if place.between:
             other = place._replace(sent=False)
             depth, part, _ = made.order[place]
             made.at[other], made.maker[other], made.order[other] = made.at[place], NAME, (depth, part, True)
@@ -69,7 +69,7 @@ def _tokens(recorded: Values, port: str, session: int, log: Sequence[int] = ()) 
     """
     known = dict(enumerate(log)) | {
         token.position: int(at)
-        for token, at in recorded.at.get(Place(port, False), {}).items()
+        for token, at in recorded.at.get(Place(None, port, False), {}).items()
         if token.session == session
     }
     return [known[position] for position in itertools.takewhile(known.__contains__, itertools.count())]
@@ -105,7 +105,7 @@ class _Oracle:
         self.made = Values(prompt=dict(prompt))
 
     def forward(self, session: int, ids: list[int]) -> None:
-        with watched(self._model, layer_count(self._model), self._told(session, len(ids))), torch.inference_mode():
+        with watched(self._model, layer_count(self._model), self._reporter(session, len(ids))), torch.inference_mode():
             logits = self._model(input_ids=torch.tensor([ids]), use_cache=False).logits
         self._put((LOGITS, (LAST, 1, False)), session, 0, logits[0])
 
@@ -116,7 +116,7 @@ class _Oracle:
         """
         last = prompt - 1
 
-        def told(layer: int | None, name: str, tensor_1tH: torch.Tensor) -> None:
+        def report(layer: int | None, name: str, tensor_1tH: torch.Tensor) -> None:
             if tensor_1tH.dim() == 3 and len(tensor_1tH) == 1:
                 self._put(_where(layer, name), session, last, tensor_1tH[0, -1:])
 
@@ -125,7 +125,7 @@ class _Oracle:
             last = len(so_far)
             return ids[last : last + 1] or ids[-1:]
 
-        with watched(self._model, layer_count(self._model), told), torch.inference_mode():
+        with watched(self._model, layer_count(self._model), report), torch.inference_mode():
             made = self._model.generate(
                 torch.tensor([ids[:prompt]]), max_new_tokens=len(ids) - prompt + 1, do_sample=False, eos_token_id=None,
                 pad_token_id=0, prefix_allowed_tokens_fn=follow, output_logits=True, return_dict_in_generate=True,
@@ -135,26 +135,26 @@ class _Oracle:
     def translate(self, session: int, source: list[int], ids: list[int], encoder_layers: int) -> None:
         """Run an encoder–decoder model. The output of its encoder is taken after the encoder's last norm."""
 
-        def told(layer: int | None, name: str, tensor_1mH: torch.Tensor) -> None:
+        def report(layer: int | None, name: str, tensor_1mH: torch.Tensor) -> None:
             index = layer if layer is not None else -1
             if name != "attended" and index < encoder_layers - 1:
                 self._put(encoder_hidden(index + 1), session, 0, tensor_1mH[0])
 
         with (
-            watched(self._model.get_encoder(), encoder_layers, told),
-            watched(self._model.get_decoder(), self._layers, self._told(session, len(ids))),
+            watched(self._model.get_encoder(), encoder_layers, report),
+            watched(self._model.get_decoder(), self._layers, self._reporter(session, len(ids))),
             torch.inference_mode(),
         ):
             made = self._model(input_ids=torch.tensor([source]), decoder_input_ids=torch.tensor([ids]), use_cache=False)
         self._put(encoder_hidden(encoder_layers), session, 0, made.encoder_last_hidden_state[0])
         self._put((LOGITS, (LAST, 1, False)), session, 0, made.logits[0])
 
-    def _told(self, session: int, count: int) -> Told:
-        def told(layer: int | None, name: str, tensor_1tH: torch.Tensor) -> None:
+    def _reporter(self, session: int, count: int) -> Report:
+        def report(layer: int | None, name: str, tensor_1tH: torch.Tensor) -> None:
             if tensor_1tH.shape[:-1] == (1, count):  # other tensors do not have one vector per token
                 self._put(_where(layer, name), session, 0, tensor_1tH[0])
 
-        return told
+        return report
 
     def _put(self, where: tuple[Place, Order], session: int, position: int, tensor_tX: torch.Tensor) -> None:
         self.made.put(where, NAME, {}, (Row(session, 0, position, len(tensor_tX)),), tensor_tX)

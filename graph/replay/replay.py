@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ranvier.actors.component.actor import REWINDS, Actor, Batch, Look, keeps
-from ranvier.actors.errors import RecordingError, told
+from ranvier.actors.errors import RecordingError, describe
 from ranvier.actors.host import watch
 from ranvier.actors.host.loading import load
 from ranvier.actors.trace.recording import Closed, Outputs, Recorded, Restored, Session, Step
@@ -111,7 +111,7 @@ def mismatches(taken: Taken) -> Iterator[Mismatch]:
     Its size is 0 if both are the same bit for bit.
     """
     step = taken.step
-    failed = told(taken.error) if taken.error is not None else None
+    failed = describe(taken.error) if taken.error is not None else None
     if failed is not None or step.error is not None:
         same = failed == step.error
         what = "" if same else f"expected {step.error or 'outputs'}, got {failed or 'outputs'}"

@@ -14,29 +14,30 @@ from ranvier.actors.errors import RecordingError
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.trace.recording import Recorded, Session, Step, recordings
 
+from ..file.edge_end import ends
 from ..trace.trace_lines import TraceError, read_plan
-from .values import ENCODER, GIVEN, LAST, Order, Place, Values
+from .values import ENCODER, ENCODER_HIDDEN, GIVEN, HIDDEN, LAST, Order, Place, Values
 
 LAYER = ("query", "key", "value", "attended", "hidden")
 """Names of the tensors that a layer makes, in this order."""
-LOGITS, SAMPLED = Place("logits", True), Place("token", True)
+LOGITS, SAMPLED = Place(None, "logits", True), Place(None, "token", True)
 
 
 def hidden(layer: int, sent: bool = True) -> tuple[Place, Order]:
     """Return the place of the tensor that enters a layer, or leaves the last one."""
-    return Place(f"hidden {layer}", sent), (layer, 0, not sent)
+    return Place(layer, HIDDEN, sent), (layer, 0, not sent)
 
 
 def encoder_hidden(layer: int, sent: bool = True) -> tuple[Place, Order]:
     """Return the place of the tensor that enters a layer of an encoder, or leaves the last one."""
-    return Place(f"encoder hidden {layer}", sent), (ENCODER + layer, 0, not sent)
+    return Place(layer, ENCODER_HIDDEN, sent), (ENCODER + layer, 0, not sent)
 
 
 def within(layer: int, name: str) -> tuple[Place, Order]:
     """Return the place of a tensor that a layer makes."""
     if name == "hidden":
         return hidden(layer + 1)
-    return Place(f"layer {layer} {name}", True), (layer, 1 + LAYER.index(name) if name in LAYER else 1, False)
+    return Place(layer, name, True), (layer, 1 + LAYER.index(name) if name in LAYER else 1, False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +114,8 @@ class RecordedRun:
         if port == "hidden" and kind.name in _LAYERED and kind.layers is not None:
             return hidden(kind.layers[1] + 1, sent)
         if kind.name in _HEADS:
-            return Place(port, sent), (LAST, 3, not sent)
-        return Place(f"{actor}.{port}", sent), (self._depth(actor), LAST_PART, not sent)
+            return Place(None, port, sent), (LAST, 3, not sent)
+        return Place(None, f"{actor}.{port}", sent), (self._depth(actor), LAST_PART, not sent)
 
     def taken(self, actor: str, port: str) -> tuple[Place, Order, str]:
         """Return the place of an input, and the actor that made it.
@@ -125,7 +126,7 @@ class RecordedRun:
         edge = min(into, key=lambda edge: edge.feedback, default=None)
         if edge is None or edge.source == GATEWAY:
             source = self.kinds[actor].name in _ENCODERS
-            return Place(port, False), (ENCODER - 1 if source else GIVEN, 0, True), GATEWAY
+            return Place(None, port, False), (ENCODER - 1 if source else GIVEN, 0, True), GATEWAY
         return *self.made(edge.source, edge.out, sent=False), edge.source
 
     def inside(self, actor: str, layer: int | None, name: str, seen: int) -> tuple[Place, Order]:
@@ -136,7 +137,7 @@ class RecordedRun:
             return hidden(0)
         if name == "logits":
             return LOGITS, (LAST, 1, False)
-        return Place(f"{actor}.{name}", True), (self._depth(actor), 1 + seen, False)
+        return Place(None, f"{actor}.{name}", True), (self._depth(actor), 1 + seen, False)
 
     def _depth(self, actor: str) -> float:
         kind = self.kinds[actor]
@@ -211,8 +212,7 @@ def _sources(recorded: Recorded) -> Iterator[tuple[int, list[int]]]:
 
 
 def _edge(plain: Mapping[str, Any]) -> Edge:
-    source, target = plain["name"].split(" -> ")
-    (source, out), (target, into) = source.split("."), target.split(".")
+    (source, out), (target, into) = ends(plain["name"])
     return Edge(plain["name"], source, out, target, into, plain["codec"], plain["feedback"])
 
 

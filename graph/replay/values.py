@@ -21,11 +21,31 @@ GIVEN, ENCODER, LAST = -1e6, -1e3, 1e6
 layer."""
 
 
-class Place(NamedTuple):
-    """Name a place in a model. `sent` is true at the sending end of an edge or inside an actor, else false."""
+HIDDEN, ENCODER_HIDDEN = "hidden", "encoder hidden"
+"""Tensors between layers. They belong to the layer that they enter."""
 
-    name: str
+
+class Place(NamedTuple):
+    """Name a place in a model: a tensor, of a layer if there is one, and an end.
+
+    `sent` is true at the sending end of an edge or inside an actor, else false.
+    """
+
+    layer: int | None
+    tensor: str
     sent: bool
+
+    @property
+    def name(self) -> str:
+        """Return the place in words, without its end: "hidden 3", "layer 2 query", "logits"."""
+        if self.layer is None:
+            return self.tensor
+        return f"{self.tensor} {self.layer}" if self.between else f"layer {self.layer} {self.tensor}"
+
+    @property
+    def between(self) -> bool:
+        """Return whether the tensor goes from one layer to the next."""
+        return self.tensor in (HIDDEN, ENCODER_HIDDEN)
 
 
 class Token(NamedTuple):

@@ -121,7 +121,7 @@ async def _launched(
     resume: Path | None,
 ) -> AsyncIterator[Run]:
     graph = planned.graph
-    specs = planned.place(folder.path, folder.sockets)
+    specs = planned.host_specs(folder.path, folder.sockets)
     holder: list[Run] = []
     with contextlib.ExitStack() as ending:
         log_file = LogFile(folder.logs)

@@ -88,12 +88,12 @@ class Members:
         live, supervision = self._live_with(spec), self._supervisor.supervision
         address, detour = supervision.hosts[spec.identity].address, self._supervisor.detour
         assert address is not None
-        told = []
+        introduced = []
         for actor, replicas in self.live.items():
             for replica, epoch in replicas.items():
                 links = _between(spec, self._plan.links(actor, replica, live))
                 if links and not supervision.is_lost(key := str(HostId(actor, replica, epoch))):
-                    told.append(key)
+                    introduced.append(key)
                     self._supervisor.send([key], Link(spec.identity, detour(key, spec.identity, address), tuple(links)))
         self._wire.connect(spec.identity, detour(self._gateway.exchange.me, spec.identity, address))
         for link in _between(spec, self._plan.links(GATEWAY, 0, live)):
@@ -101,7 +101,7 @@ class Members:
             self._gateway.add(link)
         self._gateway.exchange.open()
         self.flush()
-        await self._supervisor.until_linked(told, spec.identity)
+        await self._supervisor.until_linked(introduced, spec.identity)
 
     def _live_with(self, spec: HostSpec) -> Live:
         return {**self.live, spec.actor: {**self.live[spec.actor], spec.replica: spec.epoch}}

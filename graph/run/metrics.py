@@ -71,7 +71,7 @@ class _Collector:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         try:
-            told = trio.from_thread.run_sync(self._snapshot, trio_token=self._token)
+            status = trio.from_thread.run_sync(self._snapshot, trio_token=self._token)
         except trio.RunFinishedError:
             return
         by_host: Mapping[str, tuple[type[Any], str, str]] = {
@@ -86,7 +86,7 @@ class _Collector:
         labels = ["graph", "host"]
         for name, (kind, what, key) in by_host.items():
             family = kind(f"ranvier_host_{name}", what, labels=labels)
-            for host in told["hosts"]:
+            for host in status["hosts"]:
                 value = float(host["state"] == "running") if key == "up" else host[key]
                 if value is not None:
                     family.add_metric([self._graph, host["label"]], value)
@@ -94,13 +94,13 @@ class _Collector:
         held = GaugeMetricFamily(
             "ranvier_host_kv_held_tokens", "token positions that open sessions hold", labels=labels
         )
-        for host, tokens in told["held_tokens"].items():
+        for host, tokens in status["held_tokens"].items():
             held.add_metric([self._graph, host], tokens)
         yield held
         counted = CounterMetricFamily(
             "ranvier_events", "events counted by the host, by name", labels=[*labels, "event"]
         )
-        for host, counters in told["counters"].items():
+        for host, counters in status["counters"].items():
             for event, count in counters.items():
                 counted.add_metric([self._graph, host, event], count)
         yield counted
@@ -110,9 +110,9 @@ class _Collector:
             ("tokens", "tokens delivered so far", CounterMetricFamily),
             ("recoveries", "hosts replaced so far", CounterMetricFamily),
         ):  # fmt: skip
-            if name in told:
-                yield self._of_the_run(kind, name, what, told[name])
-        trained = told.get("training", {})
+            if name in status:
+                yield self._of_the_run(kind, name, what, status[name])
+        trained = status.get("training", {})
         for name, what in (
             ("step", "number of the last finished step"), ("loss", "loss of that step"),
             ("accuracy", "accuracy of that step"), ("norm", "norm of all gradients of that step"),

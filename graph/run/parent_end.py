@@ -47,8 +47,8 @@ class OwnEnd:
     def exchange(self, links: Iterable[LinkSpec]) -> Exchange:
         """Return the exchange of these links. It records its messages if the run has a trace."""
         records = self.records
-        told = (records.sent, records.unsent, records.control) if self._traces else ()
-        return Exchange(ME, self._plan.hash, links, time.monotonic_ns, *told)
+        callbacks = (records.sent, records.unsent, records.control) if self._traces else ()
+        return Exchange(ME, self._plan.hash, links, time.monotonic_ns, *callbacks)
 
     def done(self, received: Received) -> None:
         """Record that a received message is fully processed."""

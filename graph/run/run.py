@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from ranvier.actors.component.session import Sampling, SessionInfo
-from ranvier.actors.errors import told
+from ranvier.actors.errors import describe
 from ranvier.actors.protocol.control_protocol import SessionFailed
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.supervise.supervisor import Supervisor
@@ -376,7 +376,7 @@ class Run:
             edge = received.link.spec.name
             self._refused(
                 RefusedMessage(
-                    f"edge {edge}: the gateway cannot process a message: {told(error)}", received.header.rows
+                    f"edge {edge}: the gateway cannot process a message: {describe(error)}", received.header.rows
                 )
             )
 

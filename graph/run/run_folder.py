@@ -33,7 +33,7 @@ from typing import Any
 
 import trio
 
-from ranvier.actors.errors import told
+from ranvier.actors.errors import describe
 from ranvier.actors.protocol.clocks import Clock
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.transport.format.errors import RanvierError
@@ -87,7 +87,7 @@ class RunFolder:
         interrupted = isinstance(error, KeyboardInterrupt | trio.Cancelled)
         if isinstance(error, BaseExceptionGroup):
             interrupted = error.split((KeyboardInterrupt, trio.Cancelled))[1] is None
-        what = str(error) if isinstance(error, RanvierError) else told(error)
+        what = str(error) if isinstance(error, RanvierError) else describe(error)
         self.outcome(outcome="interrupted" if interrupted else "failed", error=what)
 
     def clocks(self, clocks: Mapping[str, Clock]) -> None:
@@ -200,8 +200,8 @@ def _sockets(graph: Graph, path: Path) -> Path:
     if len(os.fsencode(own / f"{longest}.9999.c")) <= MAX_PATH_BYTES:
         own.mkdir(mode=0o700)
         return own
-    for place in (None, "/dev/shm", "/tmp"):
-        made = Path(tempfile.mkdtemp(prefix="rv-", dir=place))  # mode 0700
+    for parent in (None, "/dev/shm", "/tmp"):
+        made = Path(tempfile.mkdtemp(prefix="rv-", dir=parent))  # mode 0700
         if len(os.fsencode(made / f"{longest}.9999.c")) <= MAX_PATH_BYTES:
             own.symlink_to(made)  # so that commands find it
             return made

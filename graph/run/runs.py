@@ -95,13 +95,13 @@ def _is_run(path: Path) -> bool:
 
 
 def _of(path: Path) -> RunOfFolder:
-    told = {}
+    known = {}
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        told = json.loads(read_text(path / "run.json", MOST_BYTES))
-    if not isinstance(told, dict):
-        told = {}
-    began = str(told.get("started") or "")
-    outcome = RUNNING if _goes_on(path) else str(told.get("outcome") or (KILLED if began else UNKNOWN))
+        known = json.loads(read_text(path / "run.json", MOST_BYTES))
+    if not isinstance(known, dict):
+        known = {}
+    began = str(known.get("started") or "")
+    outcome = RUNNING if _goes_on(path) else str(known.get("outcome") or (KILLED if began else UNKNOWN))
     nbytes = 0
     for folder, _, names in os.walk(path):
         for name in names:

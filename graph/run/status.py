@@ -39,7 +39,7 @@ class Status:
         streams = list(self.gateway.streams.values()) if self.gateway is not None else []
         held: dict[str, int] = {}
         for stream in streams:
-            for actor, replicas in stream.places.items():
+            for actor, replicas in stream.replicas.items():
                 for replica in replicas:
                     label = f"{actor}.{replica}"
                     held[label] = held.get(label, 0) + len(stream.log)

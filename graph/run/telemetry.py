@@ -36,11 +36,11 @@ TIMEOUT_S = 3.0
 
 @contextlib.asynccontextmanager
 async def exporting(
-    run_dir: Path, graph: str, endpoint: str | None, log: Any, told: dict[str, int]
+    run_dir: Path, graph: str, endpoint: str | None, log: Any, counts: dict[str, int]
 ) -> AsyncIterator[None]:
     """Export the spans of a run to a collector, if `endpoint` is given, until all are written.
 
-    At the end, `told` gets the numbers of spans that were `exported` and `lost`.
+    At the end, `counts` gets the numbers of spans that were `exported` and `lost`.
 
     Raises:
         RequestError: OpenTelemetry is not installed.
@@ -59,7 +59,7 @@ async def exporting(
     finally:
         with trio.CancelScope(shield=True):
             await exporter.finish()
-        told.update(exported=exporter.exported, lost=exporter.lost)
+        counts.update(exported=exporter.exported, lost=exporter.lost)
 
 
 class Exporter:

@@ -102,7 +102,7 @@ class Why:
         lost: dict[str, list[int]] = {}
         for session, stream in self.gateway.streams.items():
             if stream.waits and stream.lost_actor:
-                for replica in stream.places[stream.lost_actor]:
+                for replica in stream.replicas[stream.lost_actor]:
                     lost.setdefault(f"{stream.lost_actor}.{replica}", []).append(session)
         waiting = situation.credit(self.gateway.exchange, time.monotonic_ns())
         return AtGateway(list(self.gateway.streams), still, lost, waiting, full)
@@ -114,14 +114,14 @@ class Why:
         }
 
     def _seen(
-        self, key: str, host: Watched, before: Mapping[str, Any] | None, told: Mapping[str, Any] | None,
+        self, key: str, host: Watched, before: Mapping[str, Any] | None, current: Mapping[str, Any] | None,
         outside: Sequence[str],
     ) -> Seen:  # fmt: skip
         now_s, pid = time.monotonic(), self._supervisor.pids.get(key)
         return Seen(
             host.spec.label, pid, process_state(pid) if pid is not None else "", host.life.state.value, host.loaded,
-            now_s - host.started_s, now_s - host.heard_s, str(host.lost.what) if host.lost is not None else None, told, before,
-            outside,
+            now_s - host.started_s, now_s - host.heard_s, str(host.lost.what) if host.lost is not None else None,
+            current, before, outside,
         )  # fmt: skip
 
     def _feeds(self) -> dict[tuple[str, str], list[str]]:

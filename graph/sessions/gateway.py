@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from ranvier.actors.component.session import SessionInfo
 from ranvier.actors.errors import ActorFailed, Cause, Expired
-from ranvier.actors.host.route import Places, Route
+from ranvier.actors.host.route import Replicas, Route
 from ranvier.actors.protocol.control_protocol import Close, Command, Hold, Open, SessionFailed
 from ranvier.actors.protocol.host_spec import GATEWAY, HostLink
 from ranvier.actors.trace.spans import TraceContext
@@ -126,11 +126,11 @@ class Gateway:
             what = f"session {session}: deadline exceeded, {stream.delivered} of {stream.asked.max_tokens} tokens delivered"
             self._end(stream, Expired(f"{what}\n{stream.why}" if stream.why else what))
         for route in self._routes():
-            route.send_copies(self.exchange, now_ns, self._places_of, self._is_open)
+            route.send_copies(self.exchange, now_ns, self._replicas_of, self._is_open)
 
-    def _places_of(self, session: int) -> Places:
+    def _replicas_of(self, session: int) -> Replicas:
         stream = self.streams.get(session)
-        return stream.places if stream is not None else {}
+        return stream.replicas if stream is not None else {}
 
     def _is_open(self, row: Row) -> bool:
         return self._stream_of(row) is not None
@@ -162,17 +162,17 @@ class Gateway:
         """
         if self._failure is not None:
             raise self._failure
-        places = self.placement.take(info.capacity)
+        replicas = self.placement.take(info.capacity)
         self.accepted += 1
         info = replace(info, session=self._next)
         self._next += 1
         stream = self.streams[info.session] = Stream(
-            info, info, inputs or {}, places, log=[*info.log, *tokens], accepted_ns=self.exchange.clock(), caller=caller,
+            info, info, inputs or {}, replicas, log=[*info.log, *tokens], accepted_ns=self.exchange.clock(), caller=caller,
             key=key, delivered=len(tokens),
         )  # fmt: skip
         if deadline_ns:
             self._timed[info.session] = deadline_ns
-        if self.placement.is_up(places):
+        if self.placement.is_up(replicas):
             self._open(stream)
         return stream
 
@@ -187,12 +187,12 @@ class Gateway:
         stream.rounds.clear()
         stream.logits.clear()
         del stream.scores[:]
-        chosen = {actor: replicas for actor, replicas in stream.places.items() if replicas != (0,)}
+        chosen = {actor: replicas for actor, replicas in stream.replicas.items() if replicas != (0,)}
         left = asked.max_tokens - (len(log) - len(asked.log))
         kept = stream.taken if stream.held else 0
-        stream.info = replace(asked, epoch=self._epoch, log=tuple(log), max_tokens=left, kept=kept, places=chosen)
+        stream.info = replace(asked, epoch=self._epoch, log=tuple(log), max_tokens=left, kept=kept, replicas=chosen)
         stream.waits, stream.held, stream.submitted_ns = False, False, self.exchange.clock()
-        self.commands.append((Open(stream.info), self.placement.labels(stream.places)))
+        self.commands.append((Open(stream.info), self.placement.labels(stream.replicas)))
         if asked.traceparent:
             context = TraceContext(asked.traceparent)
             if context.sampled:
@@ -219,7 +219,7 @@ class Gateway:
         """
         self.placement.down(actor, replica)
         for stream in list(self.streams.values()):
-            if replica in stream.places.get(actor, ()):
+            if replica in stream.replicas.get(actor, ()):
                 if not stream.waits and (inside is None or stream.info.session in inside):
                     stream.losses = stream.losses + 1 if stream.suspected_of == actor else 1
                     stream.suspected_of = actor
@@ -237,27 +237,27 @@ class Gateway:
             self.placement.up(actor, replica)
         else:
             for stream in self.streams.values():
-                if lost in stream.places.get(actor, ()):
+                if lost in stream.replicas.get(actor, ()):
                     self._move(stream, actor)
             self.placement.remove(actor, lost)
         self._resume()
 
     def _move(self, stream: Stream, actor: str) -> None:
-        stream.places = self.placement.move(stream.places, actor, stream.info.capacity)
+        stream.replicas = self.placement.move(stream.replicas, actor, stream.info.capacity)
 
     def _suspend(self, stream: Stream, lost: str) -> None:
         """Suspend a session: the other hosts hold it or, if they could not continue it, close it."""
         if stream.waits and not stream.held:
             return
         stream.waits = True
-        stream.held = not stream.inputs and self.placement.outlive(stream.places, lost)
+        stream.held = not stream.inputs and self.placement.outlive(stream.replicas, lost)
         self._close(stream, hold=stream.held)
 
     def _resume(self) -> None:
         """Open the waiting sessions whose actors are all up, in a new epoch. At most one of them is suspected."""
         if self._failure is not None:
             return
-        ready = [s for s in self.streams.values() if s.waits and self.placement.is_up(s.places)]
+        ready = [s for s in self.streams.values() if s.waits and self.placement.is_up(s.replicas)]
         suspected = [stream for stream in ready if stream.losses >= SUSPECTED]
         tried = any(s.losses >= SUSPECTED and not s.waits for s in self.streams.values())
         for stream in suspected[0 if tried else 1 :]:
@@ -347,7 +347,7 @@ class Gateway:
 
     def _send(self, stream: Stream, port: str, row: Row, meta: TensorMeta, buffer: Buffer, now_ns: int) -> None:
         for route in self._by_port[port].values():
-            [(replicas, _)] = route.groups((row,), lambda _session: stream.places)
+            [(replicas, _)] = route.groups((row,), lambda _session: stream.replicas)
             route.send(self.exchange, replicas, Outbound((row,), (meta,), (buffer,), now_ns))
 
     def _on_token(self, row: Row, token: int) -> None:
@@ -413,7 +413,7 @@ class Gateway:
         self.exchange.traces.pop(stream.info.session, None)
         self._timed.pop(stream.info.session, None)
         self._close(stream)
-        self.placement.give_back(stream.places, stream.info.capacity)
+        self.placement.give_back(stream.replicas, stream.info.capacity)
         self.on_ended(stream, outcome)
         if stream.losses:
             self._acquit(stream)
@@ -427,7 +427,7 @@ class Gateway:
                 route.give_up(self._is_open)
             self.exchange.give_up(self._is_open)
         command = (Hold if hold else Close)(stream.info.session)
-        self.commands.append((command, self.placement.labels(stream.places)))
+        self.commands.append((command, self.placement.labels(stream.replicas)))
 
 
 def token_tensor(ids: Sequence[int], name: str = "token") -> tuple[TensorMeta, bytes]:

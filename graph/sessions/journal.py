@@ -25,7 +25,7 @@ from pathlib import Path
 import msgspec
 
 from ranvier.actors.component.session import SessionInfo
-from ranvier.actors.errors import told
+from ranvier.actors.errors import describe
 from ranvier.transport.files import locked, regular
 
 from ..file.checked import Graph
@@ -281,7 +281,7 @@ class Resumed:
                 except RequestError:
                     raise
                 except (msgspec.MsgspecError, ValueError, KeyError, TypeError, RecursionError) as error:
-                    raise RequestError(f"{self._path}:{number}: damaged: {told(error)}") from None
+                    raise RequestError(f"{self._path}:{number}: damaged: {describe(error)}") from None
         if not size:
             raise RequestError(f"{self._path}: empty; nothing can be resumed")
         return size
@@ -396,5 +396,5 @@ def of_request(
     key: str, info: SessionInfo, stop: Sequence[str], deadline_s: float, *, source: tuple[int, ...] = ()
 ) -> Asked:
     """Return the line of a request, without what is valid only in its run: number, epoch, trace and replicas."""
-    asked = dataclasses.replace(info, session=0, epoch=0, traceparent="", places={})
+    asked = dataclasses.replace(info, session=0, epoch=0, traceparent="", replicas={})
     return Asked(key, asked, tuple(stop), deadline_s, source=source)

@@ -63,11 +63,11 @@ class Placement:
         """Mark the replacement of a lost replica as up."""
         self.replicas[actor][replica].down = False
 
-    def is_up(self, places: Mapping[str, tuple[int, ...]]) -> bool:
+    def is_up(self, chosen: Mapping[str, tuple[int, ...]]) -> bool:
         """Return whether all replicas of a session are up."""
-        return not any(replica.down for replica in self._of(places))
+        return not any(replica.down for replica in self._of(chosen))
 
-    def outlive(self, places: Mapping[str, tuple[int, ...]], actor: str) -> bool:
+    def outlive(self, chosen: Mapping[str, tuple[int, ...]], actor: str) -> bool:
         """Return whether the other actors can continue a session where they were, after `actor` is lost.
 
         They can if the lost actor kept nothing of the session, and each other one kept nothing or can rewind to a
@@ -75,22 +75,22 @@ class Placement:
         """
         return all(
             self.replicas[name][number].keeps in ((NOTHING,) if name == actor else (NOTHING, REWINDS))
-            for name, numbers in places.items()
+            for name, numbers in chosen.items()
             for number in numbers
         )
 
-    def move(self, places: Mapping[str, tuple[int, ...]], actor: str, tokens: int) -> dict[str, tuple[int, ...]]:
+    def move(self, before: Mapping[str, tuple[int, ...]], actor: str, tokens: int) -> dict[str, tuple[int, ...]]:
         """Return the replicas of a session that lost one of `actor`.
 
         They are other replicas of that actor if there is room, and otherwise the same as before.
         """
-        self.give_back({actor: places[actor]}, tokens)
+        self.give_back({actor: before[actor]}, tokens)
         try:
             chosen = self._choose(actor, tokens)
         except Overloaded:
-            chosen = places[actor]
+            chosen = before[actor]
         self._reserve({actor: chosen}, tokens)
-        return {**places, actor: chosen}
+        return {**before, actor: chosen}
 
     def active(self, actor: str) -> list[int]:
         """Return the replicas of an actor that accept new sessions."""
@@ -106,31 +106,31 @@ class Placement:
         self._reserve(chosen, tokens)
         return chosen
 
-    def _reserve(self, places: Mapping[str, tuple[int, ...]], tokens: int) -> None:
+    def _reserve(self, chosen: Mapping[str, tuple[int, ...]], tokens: int) -> None:
         self._turn += 1
-        for replica in self._of(places):
+        for replica in self._of(chosen):
             replica.reserved_tokens += tokens
             replica.sessions += 1
             replica.turn = self._turn
 
-    def give_back(self, places: Mapping[str, tuple[int, ...]], tokens: int) -> None:
+    def give_back(self, chosen: Mapping[str, tuple[int, ...]], tokens: int) -> None:
         """Free what a session reserved, once it is over."""
-        for replica in self._of(places):
+        for replica in self._of(chosen):
             replica.reserved_tokens -= tokens
             replica.sessions -= 1
 
-    def labels(self, places: Mapping[str, tuple[int, ...]]) -> list[str]:
+    def labels(self, chosen: Mapping[str, tuple[int, ...]]) -> list[str]:
         """Return the labels of a session's hosts that are up."""
-        return [replica.label for replica in self._of(places) if not replica.down]
+        return [replica.label for replica in self._of(chosen) if not replica.down]
 
-    def _of(self, places: Mapping[str, tuple[int, ...]]) -> list[Replica]:
-        return [self.replicas[actor][number] for actor, numbers in places.items() for number in numbers]
+    def _of(self, chosen: Mapping[str, tuple[int, ...]]) -> list[Replica]:
+        return [self.replicas[actor][number] for actor, numbers in chosen.items() for number in numbers]
 
     def _choose(self, actor: str, tokens: int) -> tuple[int, ...]:
         replicas, active = self.replicas[actor], self.active(actor)
         standing = [number for number in active if not replicas[number].down] or active
         able = [number for number in standing if replicas[number].fits(tokens)]
-        wanted = self._policies.get(actor, STICKY).places
+        wanted = self._policies.get(actor, STICKY).opened
         wanted = len(standing) if wanted is None else min(wanted, len(standing))
         if len(able) < wanted:
             full = [replicas[number] for number in standing if number not in able]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ranvier.actors.component.session import SessionInfo
-from ranvier.actors.host.route import Places
+from ranvier.actors.host.route import Replicas
 from ranvier.transport.format.header import TensorMeta
 from ranvier.transport.format.message import Buffer
 
@@ -37,7 +37,7 @@ class Stream:
     info: SessionInfo
     asked: SessionInfo
     inputs: Tensors
-    places: Places
+    replicas: Replicas
     waits: bool = True
     held: bool = False
     lost_actor: str = ""

@@ -127,7 +127,7 @@ class Worker:
 
         The operating system kills the process if it takes too long, even if the parent is gone.
         """
-        from ranvier.actors.errors import CheckpointError, told
+        from ranvier.actors.errors import CheckpointError, describe
 
         spent = resource.getrusage(resource.RUSAGE_SELF)
         limit = int(spent.ru_utime + spent.ru_stime) + 1 + request.seconds
@@ -141,7 +141,7 @@ class Worker:
         except CheckpointError as error:
             return Refused(str(error))
         except BaseException as error:  # the tokenizer's panics do not derive from Exception
-            return Refused(f"tokenizer: {told(error)}")
+            return Refused(f"tokenizer: {describe(error)}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import msgspec
 
-from ranvier.actors.errors import CheckpointError, told
+from ranvier.actors.errors import CheckpointError, describe
 from ranvier.transport.format.errors import ResourceError
 
 from ..file.errors import RequestError
@@ -109,7 +109,7 @@ class TextProcess:
         except UnicodeEncodeError:
             raise RequestError("prompt: expected text, got lone surrogates; decode the bytes first") from None
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise RequestError(f"prompt: expected messages of plain data, as in JSON: {told(error)}") from None
+            raise RequestError(f"prompt: expected messages of plain data, as in JSON: {describe(error)}") from None
         with self._one_at_a_time:
             if self._closed:
                 raise ResourceError("the process for prompts has ended with its run")

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.checkpoint.checkpoint import read_json
-from ranvier.actors.errors import CheckpointError, told
+from ranvier.actors.errors import CheckpointError, describe
 from ranvier.transport.files import read_text
 
 from . import chat_template
@@ -109,7 +109,7 @@ class TextCodec:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # its panics do not derive from Exception
-            raise CheckpointError(f"tokenizer: cannot decode: {told(error)}") from None
+            raise CheckpointError(f"tokenizer: cannot decode: {describe(error)}") from None
         return text
 
 
@@ -188,7 +188,7 @@ def of(checkpoint: Checkpoint) -> TextCodec:
             else _from_folder(checkpoint)
         )
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint.path}: tokenizer: damaged: {told(error)}") from None
+        raise CheckpointError(f"{checkpoint.path}: tokenizer: damaged: {describe(error)}") from None
     if not isinstance(made.chat_template, str | None):
         what = type(made.chat_template).__name__
         raise CheckpointError(f"{checkpoint.path}: chat template: expected text, got {what}")
@@ -206,7 +206,7 @@ def _from_folder(checkpoint: Checkpoint) -> TextCodec:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # an invalid file raises bare Exception; panics do not derive from Exception
-        raise CheckpointError(f"{file}: {told(error)}") from None
+        raise CheckpointError(f"{file}: {describe(error)}") from None
     _check_decoder(file, json.loads(tokenizer.to_str()).get("decoder"))
     config_file = checkpoint.path / "tokenizer_config.json"
     config = read_json(config_file) if config_file.exists() else {}

@@ -28,8 +28,8 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def _names(told: Mapping[str, Any]) -> set[str]:
-    return {edge["edge"] for edge in told["edges"]} | {actor["actor"] for actor in told["actors"]}
+def _names(figures: Mapping[str, Any]) -> set[str]:
+    return {edge["edge"] for edge in figures["edges"]} | {actor["actor"] for actor in figures["actors"]}
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -69,11 +69,11 @@ def _change(
         }  # fmt: skip
 
 
-def table(told: Mapping[str, Any], most: int = 20) -> str:
+def table(figures: Mapping[str, Any], most: int = 20) -> str:
     """Format a comparison for people, with at most `most` changes."""
-    lines = [f"from {told['before']} to {told['after']}", ""]
-    width = max((len(change["where"]) for change in told["changes"][:most]), default=0)
-    for change in told["changes"][:most]:
+    lines = [f"from {figures['before']} to {figures['after']}", ""]
+    width = max((len(change["where"]) for change in figures["changes"][:most]), default=0)
+    for change in figures["changes"][:most]:
         one, other = change["p50_us"]
         times = f"{other / one:.1f} times" if one else "new"
         batch = ""
@@ -83,8 +83,8 @@ def table(told: Mapping[str, Any], most: int = 20) -> str:
             f"{change['where']:{width}}  {change['part']:9} {one:9.0f} -> {other:9.0f} µs ({times}), "
             f"{change['total_ms']:+.1f} ms over {change['times']}{batch}"
         )
-    if not told["changes"]:
+    if not figures["changes"]:
         lines.append(f"no median changed by at least {LEAST_SHARE:.0%} and {LEAST_US:.0f} µs")
-    lines += [f"{name}: only in the first run" for name in told["only_before"]]
-    lines += [f"{name}: only in the second run" for name in told["only_after"]]
+    lines += [f"{name}: only in the first run" for name in figures["only_before"]]
+    lines += [f"{name}: only in the second run" for name in figures["only_after"]]
     return "\n".join(lines)

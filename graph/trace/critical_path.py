@@ -283,16 +283,17 @@ def idle(trace: Trace) -> dict[str, Any]:
     return {"run_dir": str(trace.run_dir), "actors": actors}
 
 
-def why_table(told: dict[str, Any]) -> str:
+def why_table(figures: dict[str, Any]) -> str:
     """Format a critical path for people."""
-    head = f"session {told['session']}: {told['ms']:.1f} ms from its first message to its last answer, by what it waited for"
-    return "\n".join([head, "", *_lines(told["causes"])])
+    session, ms = figures["session"], figures["ms"]
+    head = f"session {session}: {ms:.1f} ms from its first message to its last answer, by what it waited for"
+    return "\n".join([head, "", *_lines(figures["causes"])])
 
 
-def idle_table(told: dict[str, Any], most: int = 6) -> str:
+def idle_table(figures: dict[str, Any], most: int = 6) -> str:
     """Format idle times for people, with at most `most` causes per actor."""
     lines = []
-    for actor in told["actors"]:
+    for actor in figures["actors"]:
         share = actor["idle_ms"] / actor["ms"] if actor["ms"] else 0.0
         lines += [
             f"{actor['actor']} had nothing to do for {actor['idle_ms']:.1f} of {actor['ms']:.1f} ms ({share:.0%})",

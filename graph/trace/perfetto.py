@@ -84,9 +84,9 @@ def protobuf(timeline: Timeline) -> bytes:
         begun.flow_ids.extend(numbers[message] for message in one.leaves)
         begun.terminating_flow_ids.extend(numbers[message] for message in one.arrives)
         for key, value in one.args.items():
-            told = begun.debug_annotations.add()
-            told.name = key
-            setattr(told, {int: "int_value", float: "double_value", str: "string_value"}[type(value)], value)
+            annotation = begun.debug_annotations.add()
+            annotation.name = key
+            setattr(annotation, {int: "int_value", float: "double_value", str: "string_value"}[type(value)], value)
     for (actor, name), values in timeline.counters.items():
         for at_ns, value in values:
             event(at_ns, TrackEvent.TYPE_COUNTER, actor, name).counter_value = value

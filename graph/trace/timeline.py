@@ -101,10 +101,10 @@ def _steps(trace: Trace, actor: str) -> Iterable[Slice]:
 
 def _commands(trace: Trace, actor: str) -> Iterable[Slice]:
     """Yield one slice per command of the supervisor. An actor carries out commands between two steps."""
-    for told in trace.commands.get(actor, ()):
-        name = f"{told.verb} {told.session}" if told.session else told.verb
-        args = {"epoch": told.epoch, "sent_to_started_us": (told.started_ns - told.sent_ns) / 1e3}
-        yield Slice(actor, STEPS, name, told.started_ns, told.finished_ns, args)
+    for command in trace.commands.get(actor, ()):
+        name = f"{command.verb} {command.session}" if command.session else command.verb
+        args = {"epoch": command.epoch, "sent_to_started_us": (command.started_ns - command.sent_ns) / 1e3}
+        yield Slice(actor, STEPS, name, command.started_ns, command.finished_ns, args)
 
 
 def _count(made: Timeline, trace: Trace) -> None:

@@ -70,9 +70,9 @@ def read_json(file: Path, kind: Any = Any) -> Any:
         TraceError: the file cannot be read, or its contents do not have the form `kind`.
     """
     try:
-        told = msgspec.json.decode(read_bounded(file, MOST_BYTES))
-        msgspec.convert(told, kind)
-        return told
+        content = msgspec.json.decode(read_bounded(file, MOST_BYTES))
+        msgspec.convert(content, kind)
+        return content
     except (OSError, ValueError, RecursionError) as error:
         raise TraceError(f"{file}: {error}") from None
 
@@ -262,8 +262,8 @@ class Lines:
     def _read_clocks(self) -> None:
         if not self._clocks.exists():
             return  # the run is on one machine
-        told = read_json(self._clocks, dict[Name, tuple[Estimated, ...]])
-        known = {host: [Estimate(*each) for each in estimates] for host, estimates in told.items()}
+        content = read_json(self._clocks, dict[Name, tuple[Estimated, ...]])
+        known = {host: [Estimate(*each) for each in estimates] for host, estimates in content.items()}
         self.clocks = {host: estimates for host, estimates in known.items() if is_another(estimates)}
         self._corrections = {host: Correction(estimates) for host, estimates in self.clocks.items()}
 

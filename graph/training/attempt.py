@@ -75,7 +75,7 @@ class Attempt:
         self._done_steps = self._first * plan.steps_of_round
         self._losses: dict[tuple[int, int], dict[str, list[tuple[float, float]]]] = {}
         self._norm_of: dict[int, float] = {}
-        self._told: deque[Step] = deque()
+        self._unreported: deque[Step] = deque()
         self._saved: dict[int, set[str]] = {}
         self._last_saved = self._first
         self._step_began_s = 0.0
@@ -176,8 +176,8 @@ class Attempt:
         }  # fmt: skip
 
     def _latest(self, *, validation: bool) -> Mapping[str, Any]:
-        told = (step for step in reversed(self.trained.history) if step.get("validation", False) is validation)
-        return next(told, {})
+        entry = (step for step in reversed(self.trained.history) if step.get("validation", False) is validation)
+        return next(entry, {})
 
     async def _watch(self) -> None:
         """End the attempt when the first host is lost."""
@@ -274,7 +274,7 @@ class Attempt:
             self._on_losses(link, row, values)
         elif link.role == NORM:
             self._norm_of[row.position] = float(values[0])
-            self._tell()
+            self._report_steps()
         else:
             raise ProtocolError(f"edge {link.link.name}: expected a loss or a norm")
 
@@ -286,7 +286,7 @@ class Attempt:
         key = (row.session, row.position)
         terms = self._losses.setdefault(key, {})
         for index, (name, _) in enumerate(self._terms[link.port]):
-            terms.setdefault(name, []).extend((told[index][0], told[index][1]) for told in values)
+            terms.setdefault(name, []).extend((entry[index][0], entry[index][1]) for entry in values)
         section = self.plan.section
         size = section.micro_batches
         if row.session == VALIDATION:
@@ -311,19 +311,19 @@ class Attempt:
             step = Step(number + 1, total, means, accuracy, now_s - self._step_began_s)
             self._step_began_s = now_s
             self._done_steps = max(self._done_steps, number + 1)
-        self._told.append(step)
-        self._tell()
+        self._unreported.append(step)
+        self._report_steps()
 
-    def _tell(self) -> None:
+    def _report_steps(self) -> None:
         """Report finished steps in their order. A step is reported once its norm has come, if norms are computed."""
         clips = any(link.role == NORM for link in self._links)
-        while self._told:
-            step = self._told[0]
+        while self._unreported:
+            step = self._unreported[0]
             if clips and not step.validation:
                 if step.step - 1 not in self._norm_of:
                     return
                 step.norm = self._norm_of.pop(step.step - 1)
-            self._told.popleft()
+            self._unreported.popleft()
             self.trained.history.append(step.to_plain())
             self._on_step(step)
         self._finish_saved()
@@ -339,13 +339,13 @@ class Attempt:
         """
         for rounds, saved in list(self._saved.items()):
             at = rounds * self.plan.steps_of_round
-            known = {(told["step"], "validation" in told) for told in self.trained.history}
+            known = {(entry["step"], "validation" in entry) for entry in self.trained.history}
             if saved != self._labels or (at, False) not in known:
                 continue  # a host without disk space may never save its shard
             if self._pauses(rounds) and (at, True) not in known:
                 continue
-            self._saved = {other: told for other, told in self._saved.items() if other > rounds}
-            history = [told for told in self.trained.history if told["step"] <= at]
+            self._saved = {other: entry for other, entry in self._saved.items() if other > rounds}
+            history = [entry for entry in self.trained.history if entry["step"] <= at]
             try:
                 self.trained.folder = checkpoints.finish(self.out, self.plan, rounds, history, self._keep)
             except OSError as error:  # the disk is full: the previous checkpoint remains

@@ -76,8 +76,8 @@ def latest(out: Path, plan: TrainingPlan) -> Checkpoint | None:
         raise RequestError(f"{out / LATEST}: expected a folder of {out}, got {name!r:.80}; remove it")
     folder = out / name
     try:
-        told = json.loads(read_text(folder / INDEX, MOST_BYTES))
-        rounds, history, ours = int(told["rounds"]), list(told["history"]), told["hash"]
+        content = json.loads(read_text(folder / INDEX, MOST_BYTES))
+        rounds, history, ours = int(content["rounds"]), list(content["history"]), content["hash"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RequestError(f"{folder}: damaged: {error}; remove it, or give another --out") from None
     if ours != plan.resumable:
@@ -94,8 +94,8 @@ def finish(out: Path, plan: TrainingPlan, rounds: int, history: Sequence[dict[st
     checkpoint = plan.graph.checkpoint
     if checkpoint is not None:
         _as_model(folder, plan)
-    told = {"hash": plan.resumable, "rounds": rounds, "graph": plan.graph.name, "history": list(history)}
-    _write(folder / INDEX, json.dumps(told) + "\n")
+    content = {"hash": plan.resumable, "rounds": rounds, "graph": plan.graph.name, "history": list(history)}
+    _write(folder / INDEX, json.dumps(content) + "\n")
     _write(out / LATEST, folder.name + "\n")
     for old in sorted(out.glob("round-*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -108,16 +108,16 @@ def _as_model(folder: Path, plan: TrainingPlan) -> None:
 
     checkpoint = plan.graph.checkpoint
     assert checkpoint is not None
-    place: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     for actor in plan.graph.actors.values():
         if actor.kind.uses_model:
             file = folder / f"{actor.name}.safetensors"
             with safe_open(file, "pt") as opened:
-                place |= {name: place.get(name, file.name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
+                file_of |= {name: file_of.get(name, file.name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
     if checkpoint.config.tied:
-        place.pop("lm_head.weight", None)
-    sizes = sum((folder / name).stat().st_size for name in set(place.values()))
-    index = {"metadata": {"total_size": sizes}, "weight_map": place}
+        file_of.pop("lm_head.weight", None)
+    sizes = sum((folder / name).stat().st_size for name in set(file_of.values()))
+    index = {"metadata": {"total_size": sizes}, "weight_map": file_of}
     _write(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
     if checkpoint.gguf is not None:
         _out_of_gguf(folder, plan)
@@ -137,14 +137,14 @@ def _out_of_gguf(folder: Path, plan: TrainingPlan) -> None:
     if tokenizer.brought_by(checkpoint):
         codec = tokenizer.of(checkpoint)
         codec.tokenizer.save(str(folder / "tokenizer.json"))
-        told = {
+        content = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": codec.bos_token,
             "eos_token": codec.eos_token,
         }
         if codec.chat_template is not None:
-            told["chat_template"] = codec.chat_template
-        _write(folder / "tokenizer_config.json", json.dumps(told, indent=1) + "\n")
+            content["chat_template"] = codec.chat_template
+        _write(folder / "tokenizer_config.json", json.dumps(content, indent=1) + "\n")
 
 
 def _write(file: Path, text: str) -> None:

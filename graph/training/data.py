@@ -109,23 +109,23 @@ class _Windows:
         import torch
 
         count = self._plan.section.batch
-        places = torch.randint(len(self._learned) - self._length, (count,), generator=_generator(self._plan, step))
-        return _windows(self._learned, places.numpy(), self._length)
+        starts = torch.randint(len(self._learned) - self._length, (count,), generator=_generator(self._plan, step))
+        return _windows(self._learned, starts.numpy(), self._length)
 
     def validation(self, index: int) -> Tensors:
         import numpy
 
         count = self._plan.section.batch // self._plan.section.micro_batches
         of_all = max(1, (len(self._held) - 1) // self._length)
-        places = (numpy.arange(index * count, (index + 1) * count) % of_all) * self._length
-        return _windows(self._held, places, self._length)
+        starts = (numpy.arange(index * count, (index + 1) * count) % of_all) * self._length
+        return _windows(self._held, starts, self._length)
 
 
-def _windows(ids_T: numpy.ndarray[Any, Any], places_B: numpy.ndarray[Any, Any], length: int) -> Tensors:
+def _windows(ids_T: numpy.ndarray[Any, Any], starts_B: numpy.ndarray[Any, Any], length: int) -> Tensors:
     import numpy
     import torch
 
-    at_BS = places_B[:, None] + numpy.arange(length)
+    at_BS = starts_B[:, None] + numpy.arange(length)
     token, following = (torch.from_numpy(ids_T[at].astype(numpy.int64).ravel()) for at in (at_BS, at_BS + 1))
     return {"token": token, NEXT: following}
 

@@ -36,14 +36,14 @@ class History:
             self._open.close()
         writable(self._file)
         part = self._file.with_suffix(".part")
-        part.write_text("".join(json.dumps(told) + "\n" for told in stands), encoding="utf-8")
+        part.write_text("".join(json.dumps(entry) + "\n" for entry in stands), encoding="utf-8")
         part.replace(self._file)
         self._open = self._file.open("a", encoding="utf-8")
 
-    def add(self, told: Mapping[str, Any]) -> None:
+    def add(self, entry: Mapping[str, Any]) -> None:
         """Write a step. On a full disk the training continues, and the missing lines are written with later ones."""
         assert self._open is not None
-        self._missed += json.dumps(told) + "\n"
+        self._missed += json.dumps(entry) + "\n"
         data = self._missed.encode()
         try:
             done = os.write(self._open.fileno(), data)

@@ -85,7 +85,7 @@ class TrainingPlan:
         """Return a hash (16 hexadecimal digits) of all that a checkpoint and a training that resumes it must share."""
         left_out = set() if self.asynchronous else {"validate_", "save", "schedule", "recompute"}
         graph = self.graph
-        told = [
+        lines = [
             sorted(
                 (name, actor.kind.implementation, actor.layers, actor.section.args, actor.section.replicas)
                 for name, actor in graph.actors.items()
@@ -94,7 +94,7 @@ class TrainingPlan:
             repr(graph.checkpoint.config) if graph.checkpoint is not None else None,
             self.section.model_dump(exclude=left_out),
         ]
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def asynchronous(self) -> bool:
@@ -122,7 +122,7 @@ class TrainingPlan:
         """
         section = self.section
         made = []
-        for spec in self.plan.place(run_dir, sockets):
+        for spec in self.plan.host_specs(run_dir, sockets):
             actor = self.graph.actors[spec.actor]
             validate = section.validate_
             training = TrainingSpec(

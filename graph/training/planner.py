@@ -34,6 +34,7 @@ from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.links.link import LinkSpec
 
 from ..file.checked import CheckedActor, CheckedEdge, Graph
+from ..file.edge_end import End
 from ..file.errors import Problem
 from ..file.load import read
 from ..plan.plan import EPOCH, plan
@@ -72,8 +73,8 @@ class _Planning:
         }
 
     def _wrong(self, what: str, *at: str | int) -> TrainingError:
-        place = read(self.graph.path).at("training", *at)
-        return TrainingError(str(self.graph.path), [Problem(f"training: {what}", place)])
+        position = read(self.graph.path).at("training", *at)
+        return TrainingError(str(self.graph.path), [Problem(f"training: {what}", position)])
 
     def _carries(self, edge: CheckedEdge) -> bool:
         """Return whether an edge takes part in training. Edges to the client and the feedback of tokens do not.
@@ -194,16 +195,15 @@ class _Planning:
         graph = self.graph
         ends = [name for name, actor in graph.actors.items() if actor.kind.name in ENDS]
         given = [
-            (loss.of, Loss(loss.of.partition(".")[2], loss.kind, loss.target, loss.weight))
-            for loss in self.section.loss
+            (loss.output, Loss(loss.output.port, loss.kind, loss.target, loss.weight)) for loss in self.section.loss
         ]
         if not given and ends:
-            given = [(f"{ends[0]}.{LOGITS}", Loss(LOGITS, "cross_entropy", NEXT))]
+            given = [(End(ends[0], LOGITS), Loss(LOGITS, "cross_entropy", NEXT))]
         if not given:
             raise self._wrong("no loss; add loss: [{of: ACTOR.PORT, kind: cross_entropy, target: NAME}]")
         made: dict[str, list[Loss]] = {}
         for of, loss in given:
-            name, kind = of.partition(".")[0], loss.kind
+            name, kind = of.actor, loss.kind
             actor = graph.actors.get(name)
             outputs = self._minimised(actor) if actor is not None else []
             if loss.port not in outputs:

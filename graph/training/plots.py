@@ -31,13 +31,17 @@ def draw(file: Path, plan: TrainingPlan, history: Sequence[Mapping[str, Any]], b
 
 
 def _losses(axis: Any, plan: TrainingPlan, history: Sequence[Mapping[str, Any]]) -> None:
-    steps = [told for told in history if "validation" not in told]
-    held = [told for told in history if "validation" in told]
+    steps = [entry for entry in history if "validation" not in entry]
+    held = [entry for entry in history if "validation" in entry]
     axis.plot(
-        [told["step"] for told in steps], [told["loss"] for told in steps], lw=0.8, color=COLOURS["F"], label="training"
+        [entry["step"] for entry in steps],
+        [entry["loss"] for entry in steps],
+        lw=0.8,
+        color=COLOURS["F"],
+        label="training",
     )
     if held:
-        at, losses = [told["step"] for told in held], [told["loss"] for told in held]
+        at, losses = [entry["step"] for entry in held], [entry["loss"] for entry in held]
         axis.plot(at, losses, "o-", ms=3, color=COLOURS["B"], label=f"validation, at best {min(losses):.4f}")
     axis.set(xlabel="step", ylabel="loss", title=f"{plan.graph.name}: {plan.section.schedule}")
     axis.legend()

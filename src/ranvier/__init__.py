@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from ranvier.transport.format.tensor_spec import TensorSpec
 
 # Imported on first use: `import ranvier` must not take the second that torch needs.
-_PLACES = {
+_MODULES = {
     "Actor": "actors.component.actor", "Batch": "actors.component.actor", "Context": "actors.component.actor",
     "ActorFailed": "actors.errors", "CheckpointError": "actors.errors", "Expired": "actors.errors",
     "Overloaded": "actors.errors",
@@ -74,10 +74,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    place = _PLACES.get(name)
-    if place is None:
+    module = _MODULES.get(name)
+    if module is None:
         raise AttributeError(f"module 'ranvier' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"ranvier.{place}"), name)
+    return getattr(importlib.import_module(f"ranvier.{module}"), name)
 
 
 def __dir__() -> list[str]:

@@ -23,18 +23,18 @@ NARROW_BYTES = 2
 """MKL does not multiply elements of this size or less, in bytes (bfloat16, float16)."""
 
 
-def misplaced(tensor: torch.Tensor) -> bool:
+def misaligned(tensor: torch.Tensor) -> bool:
     """Return whether products of the tensor may differ from those of an aligned copy."""
     return tensor.data_ptr() % ALIGNED_BYTES > 0 and tensor.itemsize > NARROW_BYTES
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor, or an aligned copy if it is misplaced.
+    """Return the tensor, or an aligned copy if it is misaligned.
 
     The call takes 0.2 µs, or 1.5 µs if it copies a small tensor. Receiving 16 MiB over the wire takes 8 ms with the copy and
     5 ms without.
     """
-    return tensor.clone() if misplaced(tensor) else tensor
+    return tensor.clone() if misaligned(tensor) else tensor
 
 
 def each_aligned(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

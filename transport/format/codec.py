@@ -24,7 +24,7 @@ RAW, BFLOAT16, FLOAT16, INT8, TOPK = range(5)
 LZ4, ZSTD = 1, 2
 BLOCK = 64
 SCALE_BYTES = 4
-PLACE_BYTES = 4
+INDEX_BYTES = 4
 DEFAULT_SHARE = 1 / 16
 
 
@@ -99,7 +99,7 @@ def form_bytes(form: int, itemsize: int, shape: tuple[int, ...]) -> tuple[int, i
         blocks = elements // width * -(-width // BLOCK) if width else 0
         return elements + SCALE_BYTES * blocks, elements + SCALE_BYTES * blocks
     if form == TOPK:
-        return (PLACE_BYTES + itemsize if elements else 0), elements * (PLACE_BYTES + itemsize)
+        return (INDEX_BYTES + itemsize if elements else 0), elements * (INDEX_BYTES + itemsize)
     return elements * itemsize, elements * itemsize
 
 

@@ -17,7 +17,7 @@ import torch
 import zstandard
 
 from . import codec as codecs
-from .codec import BFLOAT16, BLOCK, FLOAT16, INT8, PLACE_BYTES, RAW, SCALE_BYTES, TOPK, Codec, Coding
+from .codec import BFLOAT16, BLOCK, FLOAT16, INDEX_BYTES, INT8, RAW, SCALE_BYTES, TOPK, Codec, Coding
 from .dtypes import BY_NAME, TABLE
 from .errors import ProtocolError
 from .header import TensorMeta
@@ -160,8 +160,8 @@ def _to_int8(tensor: torch.Tensor, _: float) -> tuple[torch.Tensor, torch.Tensor
 
 def _to_topk(tensor: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
     flat = tensor.reshape(-1)
-    places = flat.abs().topk(codecs.kept(flat.numel(), share), sorted=False).indices
-    return places.to(torch.int32), flat[places].contiguous()
+    indices = flat.abs().topk(codecs.kept(flat.numel(), share), sorted=False).indices
+    return indices.to(torch.int32), flat[indices].contiguous()
 
 
 _FORMS: dict[int, Callable[[torch.Tensor, float], tuple[torch.Tensor, ...]]] = {
@@ -202,14 +202,14 @@ def _decoded(meta: TensorMeta, buffer: Buffer) -> torch.Tensor:
         whole = torch.frombuffer(writable, dtype=torch.int8, offset=split).view(elements // width, width)
         wide = (_blocks(whole.float()) * scales).view(elements // width, -1)
         return wide[:, :width].reshape(meta.shape).to(dtype)
-    count, rest = divmod(len(data), PLACE_BYTES + TABLE[meta.dtype].itemsize)
-    places = torch.frombuffer(writable, dtype=torch.int32, count=count).long()
-    if rest or int(places.min()) < 0 or int(places.max()) >= elements:
+    count, rest = divmod(len(data), INDEX_BYTES + TABLE[meta.dtype].itemsize)
+    indices = torch.frombuffer(writable, dtype=torch.int32, count=count).long()
+    if rest or int(indices.min()) < 0 or int(indices.max()) >= elements:
         raise ProtocolError(
             f"tensor {meta.name}: topk: expected index-value pairs with indices from 0 to {elements - 1}, got invalid bytes"
         )
-    values = torch.frombuffer(writable, dtype=dtype, offset=count * PLACE_BYTES)
-    return torch.zeros(elements, dtype=dtype).index_put_((places,), values).view(meta.shape)
+    values = torch.frombuffer(writable, dtype=dtype, offset=count * INDEX_BYTES)
+    return torch.zeros(elements, dtype=dtype).index_put_((indices,), values).view(meta.shape)
 
 
 def _unpacked(meta: TensorMeta, buffer: Buffer, packer: int, most: int) -> Buffer:

@@ -285,7 +285,7 @@ class Exchange:
         link.window.received = header.sequence
         self._owing[link] = None
         if link.measured and arrival.waiting_since_ns:
-            self._tell_waited(link, header, arrival.waiting_since_ns)
+            self._queue_waited(link, header, arrival.waiting_since_ns)
         try:
             nbytes = _checked(link, header.rows, header.tensors)
         except ProtocolError as error:
@@ -293,7 +293,7 @@ class Exchange:
             raise RefusedMessage(str(error), header.rows) from None
         return Received(link, header, arrival.buffers, nbytes, self.clock())
 
-    def _tell_waited(self, link: ReceivingLink, header: Header, since_ns: int) -> None:
+    def _queue_waited(self, link: ReceivingLink, header: Header, since_ns: int) -> None:
         """Let the sender find out how fast the link is, by its own clock: the clocks of two machines are never compared."""
         if sum(meta.nbytes for meta in header.tensors) >= codec_choice.MEASURED_BYTES:
             waited_ns = max(0, self.clock() - since_ns)

@@ -107,7 +107,7 @@ class Sharing:
             if len(buffer) >= self.from_bytes and (lent := self.lender.lend(peer, buffer)) is not None:
                 loans.append((index, lent[0]))
                 sent[index], kept[index] = b"", lent[1]
-        self._tell_dropped()
+        self._announce_dropped()
         if not loans:
             self.counters["shared_full"] += 1
             return Lending(None, buffers, buffers)
@@ -121,9 +121,9 @@ class Sharing:
             peer, segment = self.borrower.let_go.popleft()
             let_go.setdefault(peer, []).append(segment)
         self.outbox.extend((peer, _encode(_Returned(segments))) for peer, segments in let_go.items())
-        self._tell_dropped()
+        self._announce_dropped()
 
-    def _tell_dropped(self) -> None:
+    def _announce_dropped(self) -> None:
         self.outbox.extend((peer, _encode(_Dropped(segments))) for peer, segments in self.lender.dropped().items())
 
     def take(self, arrival: Arrival) -> Arrival | None:

@@ -52,7 +52,7 @@ class Bench:
         for link in self.sender.sending.values():
             self.route.add(link)
         self.got: dict[int, list[Any]] = {number: [] for number in range(replicas)}
-        self.places = {"work": tuple(range(replicas))}
+        self.replicas = {"work": tuple(range(replicas))}
         self.closed: set[int] = set()
         self.sender.open()
         self.turn(4)
@@ -78,7 +78,7 @@ class Bench:
         """Send one row, and return the replicas that received it."""
         before = {number: len(got) for number, got in self.got.items()}
         rows = (Row(session, 1, position, 1),)
-        for replicas, _ in self.route.groups(rows, lambda _: self.places):
+        for replicas, _ in self.route.groups(rows, lambda _: self.replicas):
             self.route.send(self.sender, replicas, Outbound(rows, (META,), (DATA,), 0))
         self.turn()
         return tuple(number for number, got in self.got.items() if len(got) > before[number])
@@ -93,7 +93,7 @@ class Bench:
     def copies(self) -> None:
         """Send the second copies that are due."""
         self.route.send_copies(
-            self.sender, self.network.now_ns, lambda _: self.places, lambda row: row.session not in self.closed
+            self.sender, self.network.now_ns, lambda _: self.replicas, lambda row: row.session not in self.closed
         )
         self.turn()
 
@@ -101,7 +101,7 @@ class Bench:
 def test_a_session_stays_where_it_is() -> None:
     """Send every step of a session to the replica that it was assigned to."""
     bench = Bench(3, Policy())
-    bench.places = {"work": (2,)}
+    bench.replicas = {"work": (2,)}
     assert {bench.send(1, position) for position in range(3)} == {(2,)}
 
 

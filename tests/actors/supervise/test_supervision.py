@@ -207,7 +207,7 @@ GOOD: dict[str, list[Message]] = {
     ],
     "host": [
         Connect({"b.0.1": "ipc:///b"}, (HostLink("x", LINK, outgoing=True),), (TrainingLink("output", "x", LINK, True),), "a.0"),
-        Open(SessionInfo(1, 1, 9, log=(3, 4), sampling=Sampling(temperature=0.5), places={"a": (0, 1)})), Hold(1), Close(1),
+        Open(SessionInfo(1, 1, 9, log=(3, 4), sampling=Sampling(temperature=0.5), replicas={"a": (0, 1)})), Hold(1), Close(1),
         Link("b.1.1", "ipc:///b", (HostLink("x", LINK, outgoing=False),)), Unlink("b.1.1"), Stop(), Explain(4), AskTime(),
     ],
     "client": [Done("what"), Wrong("why")],

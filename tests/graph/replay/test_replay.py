@@ -292,6 +292,6 @@ def test_what_is_recorded(names: Any, ports: Mapping[str, Any], tmp_path: Path) 
         "edges": ["gateway.x -> one.x", "one.y -> two.x", "two.y -> gateway.y"], "record": {"edges": names},
     }))  # fmt: skip
     planned = ranvier.plan(ranvier.load(path, allow_code=True))
-    for spec in planned.place(Path("/tmp/r"), Path("/tmp/r/s")):
+    for spec in planned.host_specs(Path("/tmp/r"), Path("/tmp/r/s")):
         assert spec.record is not None
         assert (spec.record.inputs, spec.record.outputs) == ports[spec.actor]

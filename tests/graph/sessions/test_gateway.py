@@ -283,18 +283,18 @@ def test_a_session_moves_to_a_replica_that_has_room_and_waits_where_none_has() -
     bench.gateway.placement.replicas["head"][0].capacity_tokens = 12
     bench.gateway.placement.join("head", 1, 6)
     first, second = bench.submit(), bench.submit()
-    assert [first.places["head"], second.places["head"]] == [(0,), (1,)]
+    assert [first.replicas["head"], second.replicas["head"]] == [(0,), (1,)]
     third = bench.submit()
-    assert third.places["head"] == (0,)
+    assert third.replicas["head"] == (0,)
     opened(bench)
     bench.gateway.placement.replicas["head"][1].capacity_tokens = 11
     bench.gateway.on_lost_replica("head", 0, LOST)
-    assert [(info.session, info.places) for info in opened(bench)] == [(1, {"head": (1,)})]
-    assert (first.places["head"], third.places["head"]) == ((1,), (0,))
+    assert [(info.session, info.replicas) for info in opened(bench)] == [(1, {"head": (1,)})]
+    assert (first.replicas["head"], third.replicas["head"]) == ((1,), (0,))
     assert third.waits
     bench.gateway.placement.join("head", 2, 12)
     bench.gateway.on_replaced("head", 0, 2)
-    assert [(info.session, info.places) for info in opened(bench)] == [(3, {"head": (2,)})]
+    assert [(info.session, info.replicas) for info in opened(bench)] == [(3, {"head": (2,)})]
     assert set(bench.gateway.placement.replicas["head"]) == {1, 2}
 
 

@@ -263,7 +263,7 @@ def test_a_message_whose_rows_go_into_two_steps() -> None:
     rows = tuple(Row(session, 1, 7, 1) for session in (1, 2, 3))
     received: Any = SimpleNamespace(
         header=SimpleNamespace(edge=1, sequence=4, sent_ns=5, rows=rows), nbytes=24, received_ns=6,
-        link=SimpleNamespace(spec=SimpleNamespace(source="a.0.1")),
+        link=SimpleNamespace(peer="a.0.1"),
     )  # fmt: skip
     records.part(
         received, 10, 20, 1, (rows[1], Row(9, 1, 0, 4))
