@@ -78,6 +78,12 @@ class RecordingError(RanvierError):
     """Report that a recording does not exist, is damaged, or lacks what was asked for."""
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: "1 process", "2 processes", "0 messages"."""
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "sh", "ch", "x")) else "s"
+    return f"{number} {noun}{ending}"
+
+
 MOST_LETTERS = 16_384
 """Largest length of an error's text or traceback, in characters: a step may raise an exception of 30 MB."""
 

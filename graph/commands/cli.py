@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ranvier.actors.component.session import Sampling
-from ranvier.actors.errors import CheckpointError, RecordingError
+from ranvier.actors.errors import CheckpointError, RecordingError, counted
 from ranvier.actors.supervise.zygote_process import ZygoteProcess
 from ranvier.transport.files import read_beginning, read_bounded, regular
 from ranvier.transport.format.errors import KeyFileError, RanvierError
@@ -25,7 +25,7 @@ from ..plan import show
 from ..plan.plan import plan
 from ..run import run_folder
 from ..run.paths import folder_of_runs, writable
-from ..trace import summary
+from ..trace import summary, table
 from ..training.planner import training_plan
 from . import resume_command, runs_command
 from .attached import scale_command, top_command, why_command
@@ -97,10 +97,7 @@ def check(
         print(yaml.safe_dump(checked.expanded(), sort_keys=False, width=120), end="")
     else:
         planned = plan(checked)
-        print(
-            f"{graph}: good: {planned.processes} process{'es' if planned.processes != 1 else ''}, "
-            f"{len(planned.edges)} edge{'s' if len(planned.edges) != 1 else ''}"
-        )
+        print(f"{graph}: good: {counted(planned.processes, 'process')}, {counted(len(planned.edges), 'edge')}")
 
 
 @app.command("show")
@@ -270,7 +267,7 @@ def _call(checked: Graph, input_file: Path, output_file: Path | None, as_json: b
     for name, shape in shapes.items():
         print(f"{name}: {shape}{f' in {output_file}' if output_file is not None else ''}")
     if traced is not None:
-        say(f"\n{summary.table(traced)}")
+        say(f"\n{table.of_summary(traced)}")
     print(f"\n{took_s:.3f} s\nrun folder: {run_dir}")
 
 
@@ -397,7 +394,7 @@ def _run(checked: Graph, prompt: str, options: dict[str, Any], as_json: bool, la
         return
     print("\n")
     if traced is not None:
-        say(summary.table(traced))
+        say(table.of_summary(traced))
     print(
         f"\n{result.prompt_tokens} tokens in, {len(result.token_ids)} out ({result.finish_reason}); first token after "
         f"{result.first_token_s:.2f} s, then {result.tokens_per_second:.1f} tokens/s\nrun folder: {run_dir}"

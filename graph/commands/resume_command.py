@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from ranvier.actors.errors import counted
 from ranvier.transport.files import read_text
 from ranvier.transport.format.errors import RanvierError
 
@@ -78,9 +79,7 @@ def run(run_dir: Path, after: int | None, as_json: bool, allow_code: bool, launc
             for key, result, failed in results
         ]})  # fmt: skip
     else:
-        print(
-            f"\n\ncontinued {len(results)} request{'s' if len(results) != 1 else ''} of {run_dir}\nrun folder: {path}"
-        )
+        print(f"\n\ncontinued {counted(len(results), 'request')} of {run_dir}\nrun folder: {path}")
         for key, _, failed in results:
             if failed:
                 say(f"{key}: {failed}", error=True)

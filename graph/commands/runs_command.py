@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ranvier.actors.errors import counted
+
 from ..file.errors import RequestError
 from ..file.schema import RunsSection
 from ..run import run_folder, runs
@@ -39,7 +41,7 @@ def list_runs(context: typer.Context, folder: Folder = run_folder.DEFAULT_ROOT, 
     for run in found:
         more = "  can be resumed" if run.resumable else ""
         say(f"{run.path.name:{width}}  {run.began[:19]:19}  {run.outcome:11}  {run.nbytes / 1e6:9.1f} MB{more}")
-    say(f"{len(found)} run{'s' if len(found) != 1 else ''}, {sum(run.nbytes for run in found) / 1e6:.1f} MB")
+    say(f"{counted(len(found), 'run')}, {sum(run.nbytes for run in found) / 1e6:.1f} MB")
 
 
 @app.command("prune")
@@ -72,4 +74,4 @@ def prune_command(
         return
     for run in gone:
         say(f"removed {run.path.name}")
-    say(f"{len(gone)} run{'s' if len(gone) != 1 else ''} removed, {sum(run.nbytes for run in gone) / 1e6:.1f} MB")
+    say(f"{counted(len(gone), 'run')} removed, {sum(run.nbytes for run in gone) / 1e6:.1f} MB")

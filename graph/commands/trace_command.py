@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..run.paths import writable, writing
-from ..trace import compare, critical_path, perfetto, summary, trace_plot
+from ..trace import compare, critical_path, perfetto, summary, table, trace_plot
 from ..trace.timeline import timeline
 from .command_line import Json, print_json, reading, say
 
@@ -68,7 +68,7 @@ def _trace(
         if as_json:
             print_json(found)
         else:
-            say(critical_path.why_table(found) if why is not None else critical_path.idle_table(found))
+            say(table.of_path(found) if why is not None else table.of_idle(found))
         return
     if to_perfetto is not None:
         drawn = timeline(read)
@@ -85,8 +85,8 @@ def _trace(
         if as_json:
             print_json(changed)
         else:
-            say(compare.table(changed))
+            say(table.of_changes(changed))
     elif as_json:
         print_json(figures)
     else:
-        say(summary.table(figures))
+        say(table.of_summary(figures))

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ranvier.actors.errors import counted
 from ranvier.actors.host.situation import STUCK_S
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.transport.format.host_id import replica_id
@@ -219,8 +220,8 @@ def _for_others(host: Seen, hosts: Sequence[Seen], feeds: Mapping[tuple[str, str
 
 def _no_credit(label: str, edge: str, target: str, messages: int, since_s: float) -> Fact:
     return Fact(
-        label, "no credit", f"{label} has waited {since_s:.1f} s for credit of {target} ({edge}: {messages} "
-        f"message{'s' if messages != 1 else ''})", target,
+        label, "no credit", f"{label} has waited {since_s:.1f} s for credit of {target} ({edge}: "
+        f"{counted(messages, 'message')})", target,
     )  # fmt: skip
 
 
@@ -230,8 +231,8 @@ def _passive(host: Seen | None, label: str, fact: Fact) -> Fact:
     steps = now.get("steps", 0) - before.get("steps", now.get("steps", 0))
     if steps or now.get("queued", 0):
         return Fact(
-            label, "slow", f"it is at work, and {fact.who} waits for it: {steps} step{'s' if steps != 1 else ''} between "
-            f"two reports, {now['queued']} message{'s' if now['queued'] != 1 else ''} in its queue",
+            label, "slow", f"it is at work, and {fact.who} waits for it: {counted(steps, 'step')} between "
+            f"two reports, {counted(now['queued'], 'message')} in its queue",
         )  # fmt: skip
     if fact.reason == "join":
         return Fact(label, "sent nothing", f"it has not sent the input that {fact.who} waits for, and waits for nobody")
@@ -256,7 +257,7 @@ def _on_the_way(hosts: Sequence[Seen], known: set[str]) -> list[Fact]:
         for edge, target, messages, nbytes in (host.situation or {}).get("unread", ()):
             if target in idle and (edge, target) in earlier:
                 words = (
-                    f"{messages} message{'s' if messages != 1 else ''} ({nbytes} bytes) "
+                    f"{counted(messages, 'message')} ({nbytes} bytes) "
                     f"{'are' if messages != 1 else 'is'} on the way from {host.label} to {target}, which is idle"
                 )
                 made.append(Fact(edge, "on the way", words))

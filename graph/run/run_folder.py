@@ -33,7 +33,7 @@ from typing import Any
 
 import trio
 
-from ranvier.actors.errors import describe
+from ranvier.actors.errors import counted, describe
 from ranvier.actors.protocol.clocks import Clock
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.transport.format.errors import RanvierError
@@ -181,8 +181,8 @@ def _prune(root: Path, graph: Graph) -> Sequence[str]:
         with contextlib.suppress(OSError):
             said.touch()
         what = (
-            f"removed {len(gone)} older run{'s' if len(gone) != 1 else ''}; at most {bound.newest} "
-            f"run{'s' if bound.newest != 1 else ''} and {bound.gigabytes:g} GB are kept"
+            f"removed {counted(len(gone), 'older run')}; at most {counted(bound.newest, 'run')} "
+            f"and {bound.gigabytes:g} GB are kept"
         )
         print(f"ranvier: {root}: {what} (change `runs:` in the graph file; this message appears once)", file=sys.stderr)
     return [run.path.name for run in gone]

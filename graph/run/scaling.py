@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from ranvier.actors.errors import ActorFailed
+from ranvier.actors.errors import ActorFailed, counted
 from ranvier.actors.protocol.control_protocol import Done, Scale, Wrong
 from ranvier.actors.supervise.supervisor import Supervisor
 from ranvier.transport.format.errors import RanvierError
@@ -112,7 +112,7 @@ class Scaling:
         for gone in left:
             await gone.wait()
         what = [f"{actor}.{replica} joined" for replica in joined] + [f"{gone.label} left" for gone in left]
-        return f"{actor} has {replicas} replica{'s' if replicas > 1 else ''}: {', '.join(what) or 'as before'}"
+        return f"{actor} has {counted(replicas, 'replica')}: {', '.join(what) or 'as before'}"
 
     async def _change(self, actor: str, replicas: int) -> tuple[list[int], list[_Leaving]]:
         """Return the replicas that have joined, and those that leave when their last session is over."""

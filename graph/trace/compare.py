@@ -67,24 +67,3 @@ def _change(
             "where": where, "part": part, "p50_us": [one, other], "p95_us": [old["p95"], new["p95"]], "times": times,
             "total_ms": by * times / 1e3,
         }  # fmt: skip
-
-
-def table(figures: Mapping[str, Any], most: int = 20) -> str:
-    """Format a comparison for people, with at most `most` changes."""
-    lines = [f"from {figures['before']} to {figures['after']}", ""]
-    width = max((len(change["where"]) for change in figures["changes"][:most]), default=0)
-    for change in figures["changes"][:most]:
-        one, other = change["p50_us"]
-        times = f"{other / one:.1f} times" if one else "new"
-        batch = ""
-        if "tokens_a_step" in change and change["tokens_a_step"][0] != change["tokens_a_step"][1]:
-            batch = f", {change['tokens_a_step'][0]:.0f} -> {change['tokens_a_step'][1]:.0f} tokens per step"
-        lines.append(
-            f"{change['where']:{width}}  {change['part']:9} {one:9.0f} -> {other:9.0f} µs ({times}), "
-            f"{change['total_ms']:+.1f} ms over {change['times']}{batch}"
-        )
-    if not figures["changes"]:
-        lines.append(f"no median changed by at least {LEAST_SHARE:.0%} and {LEAST_US:.0f} µs")
-    lines += [f"{name}: only in the first run" for name in figures["only_before"]]
-    lines += [f"{name}: only in the second run" for name in figures["only_after"]]
-    return "\n".join(lines)

@@ -281,32 +281,3 @@ def idle(trace: Trace) -> dict[str, Any]:
             "causes": totals(stretches),
         })  # fmt: skip
     return {"run_dir": str(trace.run_dir), "actors": actors}
-
-
-def why_table(figures: dict[str, Any]) -> str:
-    """Format a critical path for people."""
-    session, ms = figures["session"], figures["ms"]
-    head = f"session {session}: {ms:.1f} ms from its first message to its last answer, by what it waited for"
-    return "\n".join([head, "", *_lines(figures["causes"])])
-
-
-def idle_table(figures: dict[str, Any], most: int = 6) -> str:
-    """Format idle times for people, with at most `most` causes per actor."""
-    lines = []
-    for actor in figures["actors"]:
-        share = actor["idle_ms"] / actor["ms"] if actor["ms"] else 0.0
-        lines += [
-            f"{actor['actor']} had nothing to do for {actor['idle_ms']:.1f} of {actor['ms']:.1f} ms ({share:.0%})",
-            "",
-        ]
-        lines += [*_lines(actor["causes"][:most]), ""]
-    return "\n".join(lines).rstrip()
-
-
-def _lines(causes: Sequence[dict[str, Any]]) -> list[str]:
-    width = max((len(each["where"]) for each in causes), default=0)
-    return [
-        f"  {each['ms']:9.2f} ms {each['share']:6.1%}  {each['cause']:9} {each['where']:{width}}  "
-        f"{each['times']} times, longest {each['longest_ms']:.2f} ms: {CAUSES[each['cause']]}"
-        for each in causes
-    ]

@@ -42,12 +42,6 @@ from .trace_lines import (
 
 PARTS = ("serialise", "credit", "wire", "join", "queue", "compute")
 PERCENTILES = (50, 95, 99)
-_ODD = {"unused": "messages that went into no step", "not_taken": "messages sent but never received"}
-_COUNTED = {
-    "rows_late": "rows that came after their step", "rows_refused": "rows of sessions that were over",
-    "second_copies": "second copies sent", "copies_left_out": "second copies not sent for lack of credit",
-    "refused": "messages refused", "damaged": "messages damaged", "sent_again": "messages sent again",
-}  # fmt: skip
 
 
 Message = tuple[int, int, str, str, int]
@@ -148,9 +142,9 @@ def read(run_dir: Path) -> Trace:
         trace.sample = head.get("sample", 1.0)
         for records in (trace.sent, trace.done):
             records.setdefault(head["actor"], [])
-    told = run_dir / "run.json"
-    if told.is_file():  # written at the end of the run
-        trace.counters = read_json(told, _Outcome).get("counters", {})
+    outcome = run_dir / "run.json"
+    if outcome.is_file():  # written at the end of the run
+        trace.counters = read_json(outcome, _Outcome).get("counters", {})
     if not trace.done:
         raise TraceError(f"{folder}: holds no records; was the run made with trace: false?")
     return trace
@@ -239,9 +233,9 @@ def _complete(records: Iterable[Done]) -> dict[tuple[int, ...], int]:
     return found
 
 
-def _number(told: float | None) -> float:
+def _number(value: float | None) -> float:
     """Return infinity for None, which records hold in its place because JSON has no infinity."""
-    return math.inf if told is None else told
+    return math.inf if value is None else value
 
 
 def taps(trace: Trace) -> list[dict[str, Any]]:
@@ -249,12 +243,15 @@ def taps(trace: Trace) -> list[dict[str, Any]]:
     made = []
     for actor, own in trace.taps.items():
         for edge in sorted({tapped.edge for tapped in own}):
-            told = [tapped for tapped in own if tapped.edge == edge]
-            bad = min((tapped for tapped in told if tapped.not_finite), key=lambda tapped: tapped.at_ns, default=None)
+            records = [tapped for tapped in own if tapped.edge == edge]
+            bad = min(
+                (tapped for tapped in records if tapped.not_finite), key=lambda tapped: tapped.at_ns, default=None
+            )
             made.append({
-                "edge": trace.edge(edge), "actor": actor, "messages": len(told),
-                "norm": percentiles(_number(t.norm) for t in told),
-                "largest": max(_number(t.largest) for t in told), "not_finite": sum(_number(t.not_finite) > 0 for t in told),
+                "edge": trace.edge(edge), "actor": actor, "messages": len(records),
+                "norm": percentiles(_number(t.norm) for t in records),
+                "largest": max(_number(t.largest) for t in records),
+                "not_finite": sum(_number(t.not_finite) > 0 for t in records),
                 "first_not_finite": list(bad.rows[0]) if bad is not None else None,
                 "first_not_finite_ns": bad.at_ns if bad is not None else None,
             })  # fmt: skip
@@ -279,10 +276,10 @@ def commands(trace: Trace) -> list[dict[str, Any]]:
 
     Also return how many microseconds they were on the wire, waited at the host, and took.
     """
-    told: dict[tuple[str, str], list[Commanded]] = defaultdict(list)
+    obeyed: dict[tuple[str, str], list[Commanded]] = defaultdict(list)
     for actor, records in trace.commands.items():
         for record in records:
-            told[actor, record.verb].append(record)
+            obeyed[actor, record.verb].append(record)
     return [
         {
             "actor": actor, "command": verb, "number": len(records),
@@ -292,7 +289,7 @@ def commands(trace: Trace) -> list[dict[str, Any]]:
                 "obey": percentiles((one.finished_ns - one.started_ns) / 1e3 for one in records),
             },
         }
-        for (actor, verb), records in sorted(told.items())
+        for (actor, verb), records in sorted(obeyed.items())
     ]  # fmt: skip
 
 
@@ -320,7 +317,7 @@ def waits(trace: Trace) -> list[dict[str, Any]]:
         for lost in unsent:
             key = lost.edge, actor, host_id(lost.target).label
             found[key].append((lost.given_up_ns - lost.ready_ns, False))
-    told = [
+    waits = [
         {
             "edge": trace.edge(edge), "waiting": actor, "for": target, "messages": len(waited),
             "never_sent": sum(not went for _, went in waited), "total_ms": sum(ns for ns, _ in waited) / 1e6,
@@ -328,7 +325,7 @@ def waits(trace: Trace) -> list[dict[str, Any]]:
         }
         for (edge, actor, target), waited in found.items()
     ]  # fmt: skip
-    return sorted(told, key=lambda wait: -wait["total_ms"])
+    return sorted(waits, key=lambda wait: -wait["total_ms"])
 
 
 def _codec(records: list[Sent]) -> dict[str, Any]:
@@ -371,76 +368,3 @@ def percentiles(values: Iterable[float]) -> dict[str, float | None]:
         f"p{share}": ordered[max(0, math.ceil(share / 100 * len(ordered)) - 1)] if ordered else None
         for share in PERCENTILES
     }
-
-
-def table(told: dict[str, Any]) -> str:
-    """Format the summary for people: p50 / p95 / p99 in microseconds."""
-    width = max(len(edge["edge"]) for edge in told["edges"])
-    of = "every message" if told["sample"] == 1 else f"the messages of {told['sample']:.2%} of all sessions"
-    lines = [f"what {of} cost, in microseconds (p50 / p95 / p99)", ""]
-    lines.append(
-        "  ".join(["edge".ljust(width), "over ", "messages", "bytes each", *(part.center(22) for part in PARTS)])
-    )
-    for edge in told["edges"]:
-        each = edge["bytes"] // max(1, edge["messages"])
-        cells = [edge["wire"].ljust(5), str(edge["messages"]).rjust(8), str(each).rjust(10)]
-        cells += [_cell(edge["microseconds"][part]).rjust(22) for part in PARTS]
-        lines.append("  ".join([edge["edge"].ljust(width), *cells]))
-    for edge in told["edges"]:
-        if "codec" in edge:
-            made, error = edge["codec"], edge["codec"]["largest_relative_error"]
-            lost = "no loss" if error is None else f"largest relative error {error:.2g}"
-            lines.append(
-                f"{edge['edge'].ljust(width)}  {made['name']}: {made['ratio']:.2f} times smaller, "
-                f"{_cell(made['microseconds'])} µs, {lost}"
-            )
-    lines += [
-        "",
-        "  ".join(["actor".ljust(width), "   steps", "      busy", "compute".center(22), "tokens per step".center(22)]),
-    ]
-    for actor in told["actors"]:
-        lines.append("  ".join([
-            actor["actor"].ljust(width), str(actor["steps"]).rjust(8), f"{actor['busy']:.0%}".rjust(10),
-            _cell(actor["compute_microseconds"]).rjust(22), _cell(actor["tokens_a_step"]).rjust(22),
-        ]))  # fmt: skip
-    for edge in told["edges"]:
-        odd = [f"{words}: {edge[key]}" for key, words in _ODD.items() if edge[key]]
-        if odd:
-            lines.append(f"{edge['edge']}: {', '.join(odd)}")
-    for tap in told["taps"]:
-        norms = " / ".join(f"{value:.3g}" for value in tap["norm"].values())
-        lines.append(f"{tap['edge']}: norm {norms}, largest {tap['largest']:.3g}, over {tap['messages']} messages")
-    bad = [tap for tap in told["taps"] if tap["first_not_finite"] is not None]
-    for tap in sorted(bad, key=lambda tap: tap["first_not_finite_ns"])[:1]:
-        session, _, position, _ = tap["first_not_finite"]
-        lines.append(
-            f"{tap['edge']} was the first of {len(bad)} edges to carry NaN or infinities: session {session}, "
-            f"position {position}"
-        )
-    for host, clock in told["clocks"].items():
-        drifted = (
-            f", after it drifted by {clock['drift_ns'] / 1e6:.3f} ms"
-            if abs(clock["drift_ns"]) > clock["error_ns"]
-            else ""
-        )
-        lines.append(
-            f"the clock of {host} is {clock['offset_ns'] / 1e6:.3f} ms ahead, give or take {clock['error_ns'] / 1e6:.3f} ms"
-            f"{drifted}: its times are corrected by that; wire times between it and other hosts have the same error"
-        )
-    for wait in told["waits"]:
-        never = f", {wait['never_sent']} of them never sent" if wait["never_sent"] else ""
-        lines.append(
-            f"{wait['waiting']} waited {wait['total_ms']:.1f} ms for credit of {wait['for']} ({wait['edge']}): "
-            f"{wait['messages']} message{'s' if wait['messages'] != 1 else ''}{never}, the longest {wait['longest_ms']:.1f} ms"
-        )
-    for actor, own in told["counters"].items():
-        odd = [f"{words}: {own[name]}" for name, words in _COUNTED.items() if own.get(name)]
-        if odd:
-            lines.append(f"{actor}: {', '.join(odd)}")
-    for actor, count in told["records_dropped"].items():
-        lines.append(f"records of {actor} that are missing: {count}; the ring buffer or the disk was full")
-    return "\n".join(lines)
-
-
-def _cell(values: dict[str, float | None]) -> str:
-    return " / ".join("-" if value is None else f"{value:.0f}" for value in values.values())

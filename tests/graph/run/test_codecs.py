@@ -14,7 +14,7 @@ import trio
 
 import ranvier
 from ranvier.graph.plan import show
-from ranvier.graph.trace import summary
+from ranvier.graph.trace import summary, table
 from ranvier.transport.format.codec import parse
 from ranvier.transport.format.tensors import encode, from_buffer
 
@@ -70,7 +70,7 @@ def test_a_codec_on_every_edge_of_hidden_states(
     assert edge["codec"]["ratio"] == pytest.approx(edge["codec"]["bytes_before"] / edge["bytes"])
     assert edge["codec"]["ratio"] > 192 / bytes_a_token * 0.95
     assert (edge["codec"]["largest_relative_error"] or 0.0) <= largest_error
-    assert f"{written}: " in summary.table(told)
+    assert f"{written}: " in table.of_summary(told)
     assert f"192 -> {bytes_a_token} B" in show.text(ranvier.plan(graph))
 
 

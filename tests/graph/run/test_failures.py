@@ -21,7 +21,7 @@ import trio
 import zmq
 
 import ranvier
-from ranvier.graph.trace import summary
+from ranvier.graph.trace import summary, table
 from ranvier.transport.format.header import Header, Row
 
 CUSTOM = Path(__file__).parents[1] / "custom"
@@ -429,7 +429,7 @@ def test_a_branch_that_is_not_read_holds_up_its_senders_within_their_credits(
     waits = {(wait["waiting"], wait["for"]): wait for wait in told["waits"]}
     slow = waits["wide.0", "slow.0"]
     assert slow["edge"] == "wide.y -> slow.x"
-    assert f"wide.0 waited {slow['total_ms']:.1f} ms for credit of slow.0 (wide.y -> slow.x)" in summary.table(told)
+    assert f"wide.0 waited {slow['total_ms']:.1f} ms for credit of slow.0 (wide.y -> slow.x)" in table.of_summary(told)
     assert waits["gateway.0", "wide.0"]["edge"] == "gateway.x -> wide.x", (
         "more calls than credits: they wait for wide in turn"
     )

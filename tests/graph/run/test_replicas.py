@@ -20,7 +20,7 @@ import trio
 
 import ranvier
 from ranvier.graph.plan import show
-from ranvier.graph.trace import summary
+from ranvier.graph.trace import summary, table
 
 
 class Gate:
@@ -177,7 +177,7 @@ def test_losers_are_dropped_and_counted(counting: WriteGraph, runs: Path) -> Non
         counted = told["counters"][f"work.{replica}"]
         in_vain += counted.get("rows_late", 0) + counted.get("rows_refused", 0)
     assert in_vain >= between["unused"] > 0
-    assert f"front.x -> work.x: messages that went into no step: {between['unused']}" in summary.table(told)
+    assert f"front.x -> work.x: messages that went into no step: {between['unused']}" in table.of_summary(told)
 
 
 def test_the_replica_that_answers_sooner_gets_more(counting: WriteGraph, runs: Path) -> None:

@@ -14,7 +14,7 @@ import trio
 
 import ranvier
 from ranvier.actors.host.taps import statistics
-from ranvier.graph.trace import summary
+from ranvier.graph.trace import summary, table
 
 CUSTOM = Path(__file__).parents[1] / "custom"
 FUNCTIONS = """
@@ -88,8 +88,8 @@ def test_statistics_and_who_had_the_first_nan(graphs: Graphs, runs: Path) -> Non
     assert (first.norm, first.mean, first.largest, first.not_finite) == (pytest.approx(math.sqrt(34)), -1.0, 5.0, 0.0)
     assert (second.mean, second.not_finite) == (2.0, 0.5)
     assert third.not_finite == 1.0
-    text = summary.table(summary.summary(read))
-    assert "one.y -> two.x was the first of 2 edges to carry NaN or infinities: session 2, position 0" in text
+    text = table.of_summary(summary.summary(read))
+    assert "one.y -> two.x was the first of 2 edges to carry NaN or infinity: session 2, position 0" in text
     assert "one.y -> two.x: norm " in text
 
 

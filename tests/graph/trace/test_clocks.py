@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ranvier.graph.trace import summary
+from ranvier.graph.trace import summary, table
 from ranvier.graph.trace.trace_lines import Lines
 
 AHEAD_S = 1000
@@ -46,7 +46,7 @@ def test_times_of_hosts_that_are_ahead_are_corrected(
         if edge["messages"]:
             assert -error_us <= edge["microseconds"]["wire"]["p50"] < 1e6
     told = re.search(
-        r"the clock of lower\.0\.1 is ([\d.]+) ms ahead, give or take", summary.table(summary.summary(read))
+        r"the clock of lower\.0\.1 is ([\d.]+) ms ahead, give or take", table.of_summary(summary.summary(read))
     )
     assert told is not None and abs(float(told[1]) - AHEAD_S * 1e3) < 100
 
@@ -96,6 +96,7 @@ def test_a_clock_that_drifts_is_corrected_by_what_was_known_then(tmp_path: Path)
     read = summary.read(tmp_path)
     assert [done.received_ns for done in read.done["b.0"]] == [at_ns for at_ns, _ in shown]
     assert summary.summary(read)["clocks"] == {"b.0.1": {"offset_ns": 300, "error_ns": 20, "drift_ns": 200}}
-    assert "the clock of b.0.1 is 0.000 ms ahead, give or take 0.000 ms, after it drifted by 0.000 ms" in summary.table(
-        summary.summary(read)
+    assert (
+        "the clock of b.0.1 is 0.000 ms ahead, give or take 0.000 ms, after it drifted by 0.000 ms"
+        in table.of_summary(summary.summary(read))
     )

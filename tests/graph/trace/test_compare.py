@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ranvier.graph.trace import compare, summary
+from ranvier.graph.trace import compare, summary, table
 from ranvier.graph.trace.summary import Trace
 from ranvier.graph.trace.trace_lines import Done, Sent
 
@@ -32,7 +32,7 @@ def test_the_largest_change_comes_first() -> None:
         ("b.0", "compute", [2000.0, 3000.0], 10.0), ("a.y -> b.x", "credit", [0.0, 700.0], 7.0),
         ("a.y -> b.x", "wire", [100.0, 150.0], 0.5),
     ]  # fmt: skip
-    text = compare.table(told)
+    text = table.of_changes(told)
     assert "b.0         compute        2000 ->      3000 µs (1.5 times), +10.0 ms over 10" in text
     assert "(new), +7.0 ms over 10" in text
 
@@ -41,6 +41,6 @@ def test_what_is_as_it_was_and_what_is_not_there() -> None:
     """Leave out changes below 10 % or 5 µs, and list the actors that only one of the runs has."""
     same = compare.compare(run("one", wire_us=100, compute_us=2000), run("two", wire_us=104, compute_us=2010))
     assert same["changes"] == []
-    assert "no median changed by at least 10% and 5 µs" in compare.table(same)
+    assert "no median changed by at least 10% and 5 µs" in table.of_changes(same)
     other = compare.compare(run("one", wire_us=1, compute_us=1), run("two", wire_us=1, compute_us=1, more=True))
     assert (other["only_before"], other["only_after"]) == ([], ["c.0"])

@@ -19,7 +19,7 @@ import pytest
 from ranvier.actors.trace.ring import Ring
 from ranvier.actors.trace.trace_file import DONE, DROPPED, PART, SENT, TraceFile
 from ranvier.actors.trace.trace_records import Records
-from ranvier.graph.trace import critical_path, summary
+from ranvier.graph.trace import critical_path, summary, table
 from ranvier.graph.trace.critical_path import Causes, Stretch
 from ranvier.graph.trace.summary import Trace
 from ranvier.graph.trace.trace_lines import Done, Sent, TraceError
@@ -194,7 +194,7 @@ def test_a_sample_is_whole_requests_at_both_ends(streamed: Callable[..., Path], 
         path = Causes(read).critical_path(session)
         assert all(one.ended_ns == other.began_ns for one, other in pairwise(path))
         assert all(stretch.cause != "unknown" for stretch in path)
-    assert "the messages of 20.00% of all sessions" in summary.table(summary.summary(read))
+    assert "the messages of 20.00% of all sessions" in table.of_summary(summary.summary(read))
     with pytest.raises(TraceError, match=r"has records of 20.00% of the sessions; idle times need all"):
         critical_path.idle(read)
 
@@ -291,9 +291,9 @@ def test_idle_times_have_causes(run_dir: Path) -> None:
 def test_what_is_printed(run_dir: Path) -> None:
     """Print the causes of a request's time and of idle times."""
     read = summary.read(run_dir)
-    text = critical_path.why_table(critical_path.why(read, 3))
+    text = table.of_path(critical_path.why(read, 3))
     assert text.startswith("session 3: ") and "compute   upper.0" in text
-    assert "upper.0 had nothing to do for" in critical_path.idle_table(critical_path.idle(read))
+    assert "upper.0 had nothing to do for" in table.of_idle(critical_path.idle(read))
 
 
 def test_the_command(run_dir: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ranvier.graph.trace import summary
+from ranvier.graph.trace import summary, table
 from ranvier.graph.trace.trace_lines import Lines, TraceError
 
 
@@ -108,7 +108,7 @@ def test_the_summary_adds_up(run_dir: Path) -> None:
     assert set(hidden["microseconds"]) == {"serialise", "credit", "wire", "join", "queue", "compute"}
     assert all(part["p50"] <= part["p95"] <= part["p99"] for part in hidden["microseconds"].values())
     assert {actor["actor"] for actor in told["actors"]} == {"embed.0", "lower.0", "upper.0", "head.0", "gateway.0"}
-    text = summary.table(told)
+    text = table.of_summary(told)
     for word in ("lower.hidden -> upper.hidden", "tokens per step", "gateway.0"):
         assert word in text
 
