@@ -99,6 +99,7 @@ class UnixSockets:
         self._out_of: dict[int, _Out] = {}
         self._in: dict[int, _In] = {}
         self._accept_again_s: float | None = None
+        self._came = False
         self._buffer = bytearray(MAX_PACKET_BYTES)
         self._view = memoryview(self._buffer)
         with contextlib.ExitStack() as stack:
@@ -246,16 +247,20 @@ class UnixSockets:
         while not events and time.monotonic_ns() < awake_until_ns:
             os.sched_yield()
             events = poll(0, MAX_EVENTS)
-        for fd, event in events or poll(timeout_s, MAX_EVENTS):
-            if (came := self._in.get(fd)) is not None:
-                self._read(fd, came, waiting_since_ns)
-            elif (out := self._out_of.get(fd)) is not None:
-                self._on_out(out, event)
-            elif fd == self._wakes:
-                os.eventfd_read(fd)
-                woken = True
-            elif fd == self._listener.fileno():
-                self._accept()
+        events = events or poll(timeout_s, MAX_EVENTS)
+        while events:
+            self._came = False
+            for fd, event in events:
+                if (came := self._in.get(fd)) is not None:
+                    self._read(fd, came, waiting_since_ns)
+                elif (out := self._out_of.get(fd)) is not None:
+                    self._on_out(out, event)
+                elif fd == self._wakes:
+                    os.eventfd_read(fd)
+                    woken = True
+                elif fd == self._listener.fileno():
+                    self._accept()
+            events = poll(0, MAX_EVENTS) if self._came else []  # a peer that has come may have sent already
         return woken
 
     def _try_again(self, timeout_s: float | None) -> float:
@@ -283,6 +288,7 @@ class UnixSockets:
                 self._accept_again_s = time.monotonic() + RETRY_S
                 self._epoll.modify(self._listener.fileno(), 0)
             return
+        self._came = True
         accepted.setblocking(False)
         self._in[accepted.fileno()] = _In(accepted)
         self._epoll.register(accepted.fileno(), select.EPOLLIN)
@@ -298,7 +304,7 @@ class UnixSockets:
             self._forget(fd)
             return
         if not came.peer:
-            came.peer = bytes(self._view[:size]).decode("latin-1")
+            came.peer, self._came = bytes(self._view[:size]).decode("latin-1"), True
             return
         try:
             packet = self._whole(came, size)

@@ -181,16 +181,16 @@ class ZeroWire:
     def receive(self, timeout_s: float | None) -> Arrival | None:
         inbox = self._inbox
         try:
-            if timeout_s == 0:
-                began_ns, identity = 0, inbox.recv(_LAST)
-            else:
-                began_ns, identity = self._wait(timeout_s)
-            header = inbox.recv(copy=False)  # a ROUTER's message has at least one frame after the identity
-            if self._doorkeeper is not None and identity != _WAKE:
+            while True:
+                began_ns, identity = (0, inbox.recv(_LAST)) if timeout_s == 0 else self._wait(timeout_s)
+                header = inbox.recv(copy=False)  # a ROUTER's message has at least one frame after the identity
+                if identity != _WAKE:
+                    break
+                timeout_s = 0  # a wake must not hide the messages behind it from a caller that takes all there are
+            if self._doorkeeper is not None:
                 self._check_speaker(identity, header)
-            if not header.more:
-                return Arrival(identity.decode("latin-1"), header.buffer, (), began_ns) if identity != _WAKE else None
-            return Arrival(identity.decode("latin-1"), header.buffer, self._tensors(identity), began_ns)
+            buffers = self._tensors(identity) if header.more else ()
+            return Arrival(identity.decode("latin-1"), header.buffer, buffers, began_ns)
         except zmq.Again:
             self._quick = False
             return None

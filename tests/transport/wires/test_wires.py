@@ -344,6 +344,24 @@ def test_a_wake_interrupts_a_blocked_receive(at_path: Callable[..., ProcessWire]
     waker.close()
 
 
+def test_a_wake_hides_no_messages(at_path: Callable[..., ProcessWire]) -> None:
+    """Give all messages that have arrived to a caller that looks until there are none, whatever wakes came between them."""
+    wire, other = at_path("a.0.1", "a"), at_path("b.0.1", "b")
+    other.connect("a.0.1", wire.address)
+    waker = wire.waker()
+    for number in range(5):
+        waker.wake()
+        other.send("a.0.1", b"%d" % number, [b"x"])
+        time.sleep(0.02)  # so that each wake lies between two messages
+    waker.wake()
+    arrival, found = wire.receive(5), []
+    while arrival is not None:
+        found.append(bytes(arrival.header))
+        arrival = wire.receive(0)
+    assert found == [b"0", b"1", b"2", b"3", b"4"]
+    waker.close()
+
+
 def test_an_address_in_use_is_not_stolen(at_path: Callable[..., ProcessWire]) -> None:
     """Refuse a path that another wire holds; ZeroMQ itself would take it over."""
     at_path("a.0.1", "a")
