@@ -204,13 +204,13 @@ class ModelConfig:
         """Return the number of elements of key and value together, for one token and one layer."""
         return 2 * self.kv_heads * self.head_dim
 
-    def runs(self, kind: str) -> bool:
-        """Return whether this package's own code runs an actor of a built-in kind.
+    def runs(self, *, blocks: bool) -> bool:
+        """Return whether this package's own code runs an actor of a built-in kind, which holds whole `blocks` or does not.
 
         It runs a mixture of experts only if that is cut into attention, experts and combine. Whole blocks of a
         mixture are run by transformers' layers.
         """
-        return self.native or bool(self.experts and kind not in ("blocks", "first_stage", "last_stage", "model"))
+        return self.native or bool(self.experts and not blocks)
 
     def window(self, layer: int) -> int:
         """Return how many positions a token of this layer sees; 0: all."""

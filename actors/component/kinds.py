@@ -38,6 +38,10 @@ class Kind:
     `implementation` is `module:Class`, or `file.py:Class` relative to `folder`. `foreign` is the implementation for models that
     run with transformers' own layers, and `seq2seq` the one for the decoder of an encoder–decoder model.
 
+    What distinguishes the built-in kinds is said here, so that nobody compares names: `begins` holds the embedding of a model,
+    or of its encoder; `ends` makes logits; `whole` holds all layers; `one_layer` is a part of one mixture-of-experts layer;
+    `encodes` belongs to an encoder; `keeps_nothing` has no weights; `learns` can be trained.
+
     `once` inputs arrive once per session, before its first step (see `Actor.once`). `optional` outputs need not be connected.
     `from_gateway` inputs and `to_gateway` outputs are connected to the gateway without an edge in the file.
     """
@@ -51,11 +55,28 @@ class Kind:
     uses_layers: bool = False
     caches: bool = False
     uses_experts: bool = False
+    begins: bool = False
+    ends: bool = False
+    whole: bool = False
+    one_layer: bool = False
+    encodes: bool = False
+    keeps_nothing: bool = False
+    learns: bool = False
     ports_of: Callable[[ModelConfig, str, tuple[int, int]], Ports] | None = None
     from_gateway: tuple[str, ...] = ()
     to_gateway: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     once: tuple[str, ...] = ()
+
+    @property
+    def holds_blocks(self) -> bool:
+        """Return whether it holds whole layers of a decoder, with attention and all that follows it."""
+        return self.caches and not self.one_layer
+
+    @property
+    def has_decoder_memory(self) -> bool:
+        """Return whether it exists only in encoder–decoder models."""
+        return self.encodes or "memory" in self.once
 
 
 def _hidden(config: ModelConfig, dtype: str) -> TensorSpec:
@@ -94,6 +115,8 @@ BUILT_IN: dict[str, Kind] = {
             foreign=f"{_FOREIGN}:ForeignEmbedding",
             seq2seq=f"{_SEQ2SEQ}:SourceEmbedding",
             uses_model=True,
+            begins=True,
+            learns=True,
             ports_of=lambda config, dtype, _: ({"token": _TOKENS}, {"hidden": _hidden(config, dtype)}),
             from_gateway=("token",),
         ),
@@ -102,6 +125,7 @@ BUILT_IN: dict[str, Kind] = {
             f"{_PARTS}:BlocksActor",
             foreign=f"{_FOREIGN}:ForeignBlocksActor",
             uses_model=True,
+            learns=True,
             uses_layers=True,
             caches=True,
             ports_of=lambda config, dtype, _: ({"hidden": _hidden(config, dtype)}, {"hidden": _hidden(config, dtype)}),
@@ -110,6 +134,8 @@ BUILT_IN: dict[str, Kind] = {
             "attention",
             f"{_EXPERTS}:Attention",
             uses_model=True,
+            one_layer=True,
+            learns=True,
             uses_layers=True,
             caches=True,
             ports_of=lambda config, dtype, _: (
@@ -125,6 +151,8 @@ BUILT_IN: dict[str, Kind] = {
             "experts",
             f"{_EXPERTS}:Experts",
             uses_model=True,
+            one_layer=True,
+            learns=True,
             uses_layers=True,
             uses_experts=True,
             ports_of=lambda config, dtype, experts: (
@@ -136,6 +164,9 @@ BUILT_IN: dict[str, Kind] = {
             "combine",
             f"{_EXPERTS}:Combine",
             uses_model=True,
+            one_layer=True,
+            keeps_nothing=True,
+            learns=True,
             uses_layers=True,
             ports_of=lambda config, dtype, _: (
                 {
@@ -152,6 +183,8 @@ BUILT_IN: dict[str, Kind] = {
             foreign=f"{_FOREIGN}:ForeignHead",
             seq2seq=f"{_SEQ2SEQ}:Seq2SeqHead",
             uses_model=True,
+            ends=True,
+            learns=True,
             ports_of=lambda config, dtype, _: ({"hidden": _hidden(config, dtype)}, _head_outputs(config)),
             **_HEAD_PORTS,
         ),
@@ -160,6 +193,8 @@ BUILT_IN: dict[str, Kind] = {
             f"{_SEQ2SEQ}:EncoderEmbedding",
             seq2seq=f"{_SEQ2SEQ}:EncoderEmbedding",
             uses_model=True,
+            begins=True,
+            encodes=True,
             ports_of=lambda config, dtype, _: ({"prompt": _TOKENS}, {"hidden": _hidden(config, dtype)}),
             from_gateway=("prompt",),
         ),
@@ -168,6 +203,7 @@ BUILT_IN: dict[str, Kind] = {
             f"{_SEQ2SEQ}:Encoder",
             seq2seq=f"{_SEQ2SEQ}:Encoder",
             uses_model=True,
+            encodes=True,
             uses_layers=True,
             ports_of=lambda config, dtype, _: ({"hidden": _hidden(config, dtype)}, {"hidden": _hidden(config, dtype)}),
         ),
@@ -189,6 +225,8 @@ BUILT_IN: dict[str, Kind] = {
             f"{_PARTS}:FirstStage",
             foreign=f"{_FOREIGN}:ForeignFirstStage",
             uses_model=True,
+            begins=True,
+            learns=True,
             uses_layers=True,
             caches=True,
             ports_of=lambda config, dtype, _: ({"token": _TOKENS}, {"hidden": _hidden(config, dtype)}),
@@ -199,6 +237,8 @@ BUILT_IN: dict[str, Kind] = {
             f"{_PARTS}:LastStage",
             foreign=f"{_FOREIGN}:ForeignLastStage",
             uses_model=True,
+            ends=True,
+            learns=True,
             uses_layers=True,
             caches=True,
             ports_of=lambda config, dtype, _: ({"hidden": _hidden(config, dtype)}, _head_outputs(config)),
@@ -209,6 +249,10 @@ BUILT_IN: dict[str, Kind] = {
             f"{_PARTS}:Model",
             foreign=f"{_FOREIGN}:ForeignModel",
             uses_model=True,
+            begins=True,
+            ends=True,
+            whole=True,
+            learns=True,
             caches=True,
             ports_of=lambda config, dtype, _: ({"token": _TOKENS}, _head_outputs(config)),
             from_gateway=("token",),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..checkpoint.config import ModelConfig, Seq2Seq
+from ..component.kinds import Kind
 from .slots import Slot
 
 Side = Literal["encoder", "decoder"]
@@ -127,14 +128,14 @@ def bias(config: ModelConfig) -> Slot | None:
     return Slot("bias", (("final_logits_bias", 1),), config.vocab) if seq2seq(config).logits_bias else None
 
 
-def slots(kind: str, config: ModelConfig, layers: tuple[int, int] | None) -> Iterator[Slot]:
-    """Yield every tensor that an actor of `kind` holds."""
-    if kind in ("embedding", "encoder_embedding"):
-        yield from embedding(config, "decoder" if kind == "embedding" else "encoder")
-    elif kind == "head":
+def slots(kind: Kind, config: ModelConfig, layers: tuple[int, int] | None) -> Iterator[Slot]:
+    """Yield every tensor that an actor of a built-in kind holds."""
+    side: Side = "encoder" if kind.encodes else "decoder"
+    if kind.begins:
+        yield from embedding(config, side)
+    elif kind.ends:
         yield from head(config)
     elif layers is not None:
-        side: Side = "encoder" if kind == "encoder" else "decoder"
         yield from relative(config, side)
         for index in range(layers[0], layers[1] + 1):
             yield from layer(config, side, index)

@@ -11,6 +11,7 @@ from typing import Literal
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import LAYER_OF, ModelConfig
+from ..component.kinds import BUILT_IN, Kind
 from ..errors import CheckpointError
 from . import seq2seq_weights
 from .slots import Need, Slot
@@ -115,39 +116,39 @@ def _linear(
 
 
 def slots(
-    kind: str, config: ModelConfig, layers: tuple[int, int] | None, experts: tuple[int, int] | None = None
+    kind: Kind, config: ModelConfig, layers: tuple[int, int] | None, experts: tuple[int, int] | None = None
 ) -> Iterator[Slot]:
-    """Yield every tensor that an actor of a built-in `kind` holds.
+    """Yield every tensor that an actor of a built-in kind holds.
 
     `layers` and `experts` are the first and the last, both included.
     """
     if config.encoder is not None:
         yield from seq2seq_weights.slots(kind, config, layers)
         return
-    if kind == "combine":
+    if kind.keeps_nothing:
         return
-    if kind == "experts":
+    if kind.uses_experts:
         assert layers is not None and experts is not None
         for number in range(experts[0], experts[1] + 1):
             yield from expert(config, layers[0], number)
         return
-    if kind == "attention":
+    if kind.one_layer:
         assert layers is not None
         yield gate(config, layers[0])
         yield from shared_expert(config, layers[0])
-    if kind in ("embedding", "first_stage", "model"):
+    if kind.begins:
         yield from embedding(config)
     if layers is not None:
         for layer in range(layers[0], layers[1] + 1):
             yield from block(config, layer)
-    if kind in ("head", "last_stage") or (kind == "model" and not config.tied):
+    if kind.ends and not (kind.whole and config.tied):
         yield from head(config)
-    elif kind == "model":
+    elif kind.whole:
         yield from final_norm(config)  # the embedding already yielded the tied matrix
 
 
 def needs(
-    kind: str, config: ModelConfig, layers: tuple[int, int] | None, experts: tuple[int, int] | None = None
+    kind: Kind, config: ModelConfig, layers: tuple[int, int] | None, experts: tuple[int, int] | None = None
 ) -> Iterator[Need]:
     """Yield names and shapes of the checkpoint's tensors for `slots`."""
     for slot in slots(kind, config, layers, experts):
@@ -193,13 +194,13 @@ def shares_packed(matrix: Slot, checkpoint: Checkpoint, precision: str) -> bool:
 
 
 def held_bytes(
-    checkpoint: Checkpoint, kind: str, layers: tuple[int, int] | None, experts: tuple[int, int] | None,
+    checkpoint: Checkpoint, kind: Kind, layers: tuple[int, int] | None, experts: tuple[int, int] | None,
     itemsize: int, precision: str,
 ) -> int:  # fmt: skip
     """Return the bytes of the weights that an actor holds."""
     total = 0.0
     needed = list(slots(kind, checkpoint.config, layers, experts))
-    if kind == "model" and checkpoint.config.tied:
+    if kind.whole and checkpoint.config.tied:
         [matrix] = [slot for slot in head(checkpoint.config) if slot.name == "head"]
         if shares_packed(matrix, checkpoint, precision):
             needed = [matrix if slot.name == "embedding" else slot for slot in needed]
@@ -212,14 +213,14 @@ def held_bytes(
 
 
 def check(
-    checkpoint: Checkpoint, kind: str, layers: tuple[int, int] | None, experts: tuple[int, int] | None = None
+    checkpoint: Checkpoint, kind: Kind, layers: tuple[int, int] | None, experts: tuple[int, int] | None = None
 ) -> int:
     """Check that the checkpoint has an actor's tensors, and return the number of their elements.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape.
     """
-    if not checkpoint.config.runs(kind):
+    if not checkpoint.config.runs(blocks=kind.holds_blocks):
         return _foreign_elements(checkpoint, kind, layers)
     elements = 0
     for name, shape in needs(kind, checkpoint.config, layers, experts):
@@ -250,7 +251,7 @@ def check_whole(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: expected {config.layers} layers, as the config says, got {count} (tensor {name})"
         )
     if config.native:
-        needed = {name for name, _ in needs("model", config, (0, config.layers - 1))}
+        needed = {name for name, _ in needs(BUILT_IN["model"], config, (0, config.layers - 1))}
         for name in sorted(numbered.keys() - needed):
             if not name.endswith(_HARMLESS):
                 raise CheckpointError(
@@ -259,9 +260,9 @@ def check_whole(checkpoint: Checkpoint) -> None:
                 )
 
 
-def _foreign_elements(checkpoint: Checkpoint, kind: str, layers: tuple[int, int] | None) -> int:
+def _foreign_elements(checkpoint: Checkpoint, kind: Kind, layers: tuple[int, int] | None) -> int:
     """Count an actor's elements if transformers runs it: its layers' tensors and, at both ends, those in no layer."""
-    outside = kind != "blocks"
+    outside = kind.begins or kind.ends
     elements = 0
     for name, entry in checkpoint.tensors.items():
         found = LAYER_OF.search(name)

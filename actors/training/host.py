@@ -104,7 +104,7 @@ class TrainingHost(Mail):
         if kind in BUILT_IN:
             context = context_of(self.spec, self.progress)
             made_of = mixture.STAGES.get(kind, NativeStage)
-            made: Learner = made_of(kind, context, self.training.context, self.training.lora)
+            made: Learner = made_of(BUILT_IN[kind], context, self.training.context, self.training.lora)
             self.progress(1.0)
         else:
             made = Wrapped(load(self.spec, self.progress))

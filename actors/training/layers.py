@@ -18,6 +18,7 @@ from ranvier.transport.format.header import Row
 
 from ..checkpoint.config import ModelConfig
 from ..component.actor import Batch, Context
+from ..component.kinds import Kind
 from ..component.routing import balancing_loss, expert_ports, gather, scatter
 from ..model import weights
 from ..model.blocks import activate, rotary_tables
@@ -55,15 +56,15 @@ class NativeStage(Learner):
     splits = True
     writes = False
 
-    def __init__(self, kind: str, context: Context, sequence: int, lora: tuple[int, float] | None = None) -> None:
+    def __init__(self, kind: Kind, context: Context, sequence: int, lora: tuple[int, float] | None = None) -> None:
         super().__init__()
         checkpoint, dtype = needed(context)
         self.config: ModelConfig = checkpoint.config
         self.sequence = sequence
-        self._begins = kind in ("embedding", "first_stage", "model")
-        self._ends = kind in ("head", "last_stage", "model")
+        self._begins = kind.begins
+        self._ends = kind.ends
         last = self.config.layers - 1
-        self.layers = context.layers or ((0, last) if kind == "model" else None)
+        self.layers = context.layers or ((0, last) if kind.whole else None)
         self._slots: dict[str, Slot] = {}
         for name, slot in self._slots_of(context):
             self._slots[name] = slot

@@ -26,11 +26,6 @@ from .findings import Findings, near
 from .load import Document
 from .schema import ActorSection, GraphFile
 
-MIXTURE = ("attention", "experts", "combine")
-"""The kinds that one layer of a mixture of experts is split into."""
-SEQ2SEQ = ("encoder_embedding", "encoder", "decoder")
-"""The kinds that only encoder–decoder models have."""
-
 
 class ActorCheck(Findings):
     """Check each actor, and check that all actors together hold every layer exactly once."""
@@ -109,9 +104,9 @@ class ActorCheck(Findings):
                 inputs, outputs = kind.ports_of(checkpoint.config, self.file.model.dtype, experts or (0, 0))
                 if self.problems:
                     continue  # its layers or experts are wrong, so its tensors cannot be looked up
-                held = (0, checkpoint.config.layers - 1) if kind.name == "model" else layers
+                held = (0, checkpoint.config.layers - 1) if kind.whole else layers
                 try:
-                    elements = weights.check(checkpoint, kind.name, held, experts)
+                    elements = weights.check(checkpoint, kind, held, experts)
                 except CheckpointError as error:
                     self._wrong(f"actor {name}: {error}; the checkpoint does not fit", "actors", name)
             else:
@@ -140,7 +135,7 @@ class ActorCheck(Findings):
         if checkpoint is None or not kind.uses_model:
             return
         family = checkpoint.config.family
-        if checkpoint.config.uncut and kind.name != "model":
+        if checkpoint.config.uncut and not kind.whole:
             self._wrong(
                 f"actor {name}: the model ({family}) cannot be cut: {checkpoint.config.uncut}; use kind: model for all of it",
                 "actors", name, "kind",
@@ -150,7 +145,7 @@ class ActorCheck(Findings):
                 f"actor {name}: the model ({family}) is an encoder–decoder; use encoder_embedding and encoder, embedding, "
                 "decoder and head", "actors", name, "kind",
             )  # fmt: skip
-        elif checkpoint.config.encoder is None and kind.name in SEQ2SEQ:
+        elif checkpoint.config.encoder is None and kind.has_decoder_memory:
             self._wrong(
                 f"actor {name}: the model ({family}) has no encoder; use embedding, blocks and head",
                 "actors",
@@ -257,7 +252,7 @@ class ActorCheck(Findings):
     def _expert_range(
         self, name: str, section: ActorSection, kind: Kind, checkpoint: Checkpoint
     ) -> tuple[int, int] | None:
-        if kind.name in MIXTURE and not checkpoint.config.experts:
+        if kind.one_layer and not checkpoint.config.experts:
             self._wrong(
                 f"actor {name}: the model ({checkpoint.config.family}) has no experts; use kind: blocks",
                 "actors",
@@ -315,7 +310,7 @@ class ActorCheck(Findings):
                 "layers",
             )
             return None
-        if first != last and kind.name in MIXTURE:
+        if first != last and kind.one_layer:
             self._wrong(
                 f"actor {name}: kind {kind.name!r} holds one layer, got {first}-{last}; give one layer",
                 "actors",
@@ -331,7 +326,7 @@ class ActorCheck(Findings):
         holders = [actor for actor in actors.values() if actor.layers is not None and actor.kind.caches]
         if holders:
             self._each_once(holders, checkpoint.config.layers, "layers")
-        encoders = [actor for actor in actors.values() if actor.layers is not None and actor.kind.name == "encoder"]
+        encoders = [actor for actor in actors.values() if actor.layers is not None and actor.kind.encodes]
         if checkpoint.config.encoder is not None and (holders or encoders):
             self._each_once(encoders, checkpoint.config.encoder.layers, "layers of the encoder")
 
@@ -452,7 +447,7 @@ class ActorCheck(Findings):
 
 def _layers_of(kind: Kind, checkpoint: Checkpoint) -> int:
     encoder = checkpoint.config.encoder
-    return encoder.layers if kind.name == "encoder" and encoder is not None else checkpoint.config.layers
+    return encoder.layers if kind.encodes and encoder is not None else checkpoint.config.layers
 
 
 def _ranges(numbers: list[int]) -> str:

@@ -347,9 +347,9 @@ class EdgeCheck(Findings):
             self._sides(edge, before, after, checkpoint)
             if edge.into != "hidden":
                 continue
-            starting = {"embedding": -1, "encoder_embedding": -1}
-            ends = starting.get(before.kind.name, before.layers[1] if before.layers else None)
-            starts = {"head": count}.get(after.kind.name, after.layers[0] if after.layers else None)
+            outside = (-1 if before.kind.begins else None), (count if after.kind.ends else None)
+            ends = before.layers[1] if before.layers else outside[0]
+            starts = after.layers[0] if after.layers else outside[1]
             if ends is not None and starts is not None and starts != ends + 1:
                 need = "the head" if ends + 1 == count else f"layer {ends + 1}"
                 self._wrong(
@@ -363,14 +363,14 @@ class EdgeCheck(Findings):
         encoder = checkpoint.config.encoder
         if encoder is None or not before.kind.uses_model or not after.kind.uses_model:
             return
-        of_encoder = before.kind.name in ("encoder_embedding", "encoder")
-        last = before.kind.name == "encoder" and before.layers is not None and before.layers[1] == encoder.layers - 1
+        of_encoder = before.kind.encodes
+        last = of_encoder and before.layers is not None and before.layers[1] == encoder.layers - 1
         if edge.into == "memory" and not last:
             self._wrong(
                 f"edge {edge.name}: memory comes from layer {encoder.layers - 1} of the encoder, not from {before.name}; "
                 "fix the order", *self._edge_path(edge),
             )  # fmt: skip
-        elif edge.into == "hidden" and of_encoder != (after.kind.name == "encoder"):
+        elif edge.into == "hidden" and of_encoder != after.kind.encodes:
             self._wrong(
                 f"edge {edge.name}: {before.name} belongs to the {'encoder' if of_encoder else 'decoder'}, {after.name} "
                 "does not; connect the encoder's last layer to the decoders' memory", *self._edge_path(edge),

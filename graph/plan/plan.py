@@ -251,7 +251,7 @@ def plan(graph: Graph) -> Plan:
 def _implementation(kind: Kind, checkpoint: Checkpoint | None) -> str:
     if checkpoint is not None and checkpoint.config.encoder is not None and kind.seq2seq is not None:
         return kind.seq2seq
-    if kind.foreign is not None and checkpoint is not None and not checkpoint.config.runs(kind.name):
+    if kind.foreign is not None and checkpoint is not None and not checkpoint.config.runs(blocks=kind.holds_blocks):
         return kind.foreign
     return kind.implementation
 
@@ -308,8 +308,8 @@ def _weight_bytes(graph: Graph, actor: CheckedActor, itemsize: int) -> int:
     checkpoint, model = graph.checkpoint, graph.file.model
     if checkpoint is None or model is None or model.weights == "dtype" or not actor.kind.uses_model:
         return actor.elements * itemsize
-    layers = (0, checkpoint.config.layers - 1) if actor.kind.name == "model" else actor.layers
-    return weights.held_bytes(checkpoint, actor.kind.name, layers, actor.experts, itemsize, model.weights)
+    layers = (0, checkpoint.config.layers - 1) if actor.kind.whole else actor.layers
+    return weights.held_bytes(checkpoint, actor.kind, layers, actor.experts, itemsize, model.weights)
 
 
 def _edge(graph: Graph, index: int, edge: CheckedEdge) -> PlannedEdge:

@@ -21,10 +21,11 @@ def text(plan: Plan) -> str:
     lines = [f"graph {plan.graph.name} ({plan.hash})"]
     if plan.graph.checkpoint is not None and plan.graph.file.model is not None:
         config = plan.graph.checkpoint.config
+        native = all(config.runs(blocks=actor.kind.holds_blocks) for actor in plan.graph.actors.values())
         lines.append(
             f"model {plan.graph.file.model.source}: {config.family}, {config.layers} layers of {config.hidden}, "
             f"vocabulary {config.vocab}, {plan.graph.file.model.dtype}"
-            + ("" if all(config.runs(h.kind) for h in plan.hosts) else "; run by transformers' own layers, slower")
+            + ("" if native else "; run by transformers' own layers, slower")
         )
     lines += ["", *_table(("actor", "kind", "replicas", "layers", "threads", "weights", "bytes", "KV per token", "KV tokens"), [
         (h.actor, h.kind, _replicas(h), _layers(h), str(h.threads), amount(h.weight_bytes), str(h.weight_bytes),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ranvier.actors.component.kinds import BUILT_IN, Kind
 from ranvier.actors.errors import RecordingError
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.trace.recording import Recorded, Session, Step, recordings
@@ -41,13 +42,18 @@ def within(layer: int, name: str) -> tuple[Place, Order]:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """Describe an actor. `index` is its position in the pipeline, and `depth` counts the layers before it."""
+class Part:
+    """Describe an actor as a part of the model. `index` is its position in the pipeline, `depth` how many layers precede it."""
 
     name: str
     layers: tuple[int, int] | None
     index: int
     depth: int
+
+    @property
+    def kind(self) -> Kind:
+        """Return the kind. A custom kind is none of the model's."""
+        return BUILT_IN.get(self.name, Kind(self.name, ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,7 @@ class RecordedRun:
     folder: Path
     hosts: Mapping[str, list[Recorded]]
     """Recordings by actor, in pipeline order: those of its replicas, and of earlier hosts that were replaced."""
-    kinds: Mapping[str, Kind]
+    parts: Mapping[str, Part]
     edges: tuple[Edge, ...]
     sessions: Mapping[int, int]
     """New session numbers, by the session's number in the run. Equal prompts get equal new numbers in every run."""
@@ -78,7 +84,7 @@ class RecordedRun:
     @property
     def cut(self) -> Mapping[str, tuple[str, tuple[int, int] | None]]:
         """Return the kind and the layers of each actor."""
-        return {actor: (kind.name, kind.layers) for actor, kind in self.kinds.items()}
+        return {actor: (part.name, part.layers) for actor, part in self.parts.items()}
 
     def values(self) -> Values:
         """Return all tensors that were recorded at edges."""
@@ -99,21 +105,22 @@ class RecordedRun:
             made.put((place, order), maker, self.sessions, batch.rows, batch[port])
             made.takes.setdefault(actor, set()).add(place)
         for port, batch in step.outputs.items():
-            if port == "sampled" and self.kinds[actor].name in _HEADS:  # made from the position before it
+            if port == "sampled" and self.parts[actor].kind.ends:  # made from the position before it
                 made.put((SAMPLED, (LAST, 2, False)), actor, self.sessions, batch.rows, batch[port], shift=-1)
-            elif port not in ("token", "logits") or self.kinds[actor].name not in _HEADS:
+            elif port not in ("token", "logits") or not self.parts[actor].kind.ends:
                 made.put(self.made(actor, port), actor, self.sessions, batch.rows, batch[port])
 
     def made(self, actor: str, port: str, sent: bool = True) -> tuple[Place, Order]:
         """Return the place of an output: at its sending end, or at its receiving end if not `sent`."""
-        kind = self.kinds[actor]
-        if port == "hidden" and kind.name in _ENCODERS:
-            return encoder_hidden(kind.layers[1] + 1 if kind.layers is not None else 0, sent)
-        if port == "hidden" and kind.name == "embedding":
+        part = self.parts[actor]
+        kind = part.kind
+        if port == "hidden" and kind.encodes:
+            return encoder_hidden(part.layers[1] + 1 if part.layers is not None else 0, sent)
+        if port == "hidden" and kind.begins and part.layers is None:
             return hidden(0, sent)
-        if port == "hidden" and kind.name in _LAYERED and kind.layers is not None:
-            return hidden(kind.layers[1] + 1, sent)
-        if kind.name in _HEADS:
+        if port == "hidden" and kind.uses_layers and part.layers is not None:
+            return hidden(part.layers[1] + 1, sent)
+        if kind.ends:
             return Place(None, port, sent), (LAST, 3, not sent)
         return Place(None, f"{actor}.{port}", sent), (self._depth(actor), LAST_PART, not sent)
 
@@ -125,14 +132,14 @@ class RecordedRun:
         into = [edge for edge in self.edges if (edge.target, edge.into) == (actor, port)]
         edge = min(into, key=lambda edge: edge.feedback, default=None)
         if edge is None or edge.source == GATEWAY:
-            source = self.kinds[actor].name in _ENCODERS
+            source = self.parts[actor].kind.encodes
             return Place(None, port, False), (ENCODER - 1 if source else GIVEN, 0, True), GATEWAY
         return *self.made(edge.source, edge.out, sent=False), edge.source
 
     def inside(self, actor: str, layer: int | None, name: str, seen: int) -> tuple[Place, Order]:
         """Return the place of a tensor inside an actor; `seen` counts the names that came before it."""
         if layer is not None:
-            return encoder_hidden(layer + 1) if self.kinds[actor].name in _ENCODERS else within(layer, name)
+            return encoder_hidden(layer + 1) if self.parts[actor].kind.encodes else within(layer, name)
         if name == "embedding":
             return hidden(0)
         if name == "logits":
@@ -140,8 +147,8 @@ class RecordedRun:
         return Place(None, f"{actor}.{name}", True), (self._depth(actor), 1 + seen, False)
 
     def _depth(self, actor: str) -> float:
-        kind = self.kinds[actor]
-        return (kind.layers[0] if kind.layers is not None else kind.depth) + (1 + kind.index) * 1e-4
+        part = self.parts[actor]
+        return (part.layers[0] if part.layers is not None else part.depth) + (1 + part.index) * 1e-4
 
     def all(self) -> Iterator[Recorded]:
         """Yield the recordings of all actors."""
@@ -149,9 +156,6 @@ class RecordedRun:
             yield from hosts
 
 
-_ENCODERS = ("encoder_embedding", "encoder")
-_LAYERED = ("blocks", "first_stage", "last_stage", "combine", "decoder")
-_HEADS = ("head", "last_stage", "model")
 LAST_PART = 1 << 20
 
 
@@ -164,7 +168,7 @@ def read(folder: Path) -> RecordedRun:
     try:
         plan = read_plan(folder)
         edges = tuple(_edge(edge) for edge in plan["edges"])
-        kinds = _kinds(plan["hosts"], edges)
+        kinds = _parts(plan["hosts"], edges)
     except (TraceError, OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise RecordingError(f"{folder}: no run folder: {type(error).__name__}: {error}") from None
     by_actor: dict[str, list[Recorded]] = {}
@@ -181,7 +185,7 @@ def read(folder: Path) -> RecordedRun:
     )
 
 
-def _numbered(by_actor: Mapping[str, Iterable[Recorded]], kinds: Mapping[str, Kind]) -> dict[int, int]:
+def _numbered(by_actor: Mapping[str, Iterable[Recorded]], parts: Mapping[str, Part]) -> dict[int, int]:
     """Assign numbers from 1 to the sessions, sorted by prompt.
 
     Sessions with the same prompt keep their order of arrival.
@@ -194,7 +198,7 @@ def _numbered(by_actor: Mapping[str, Iterable[Recorded]], kinds: Mapping[str, Ki
         for recorded in hosts:
             for session, log in recorded.sessions:
                 prompts[session] = min(prompts.get(session, log), log, key=len)
-            if kinds[actor].name == "encoder_embedding":
+            if parts[actor].kind.begins and parts[actor].kind.encodes:
                 sources.update(_sources(recorded))
     ordered = sorted(prompts, key=lambda session: (prompts[session], sources.get(session, []), session))
     return {session: number for number, session in enumerate(ordered, 1)}
@@ -216,10 +220,10 @@ def _edge(plain: Mapping[str, Any]) -> Edge:
     return Edge(plain["name"], source, out, target, into, plain["codec"], plain["feedback"])
 
 
-def _kinds(hosts: Sequence[Mapping[str, Any]], edges: Sequence[Edge]) -> dict[str, Kind]:
+def _parts(hosts: Sequence[Mapping[str, Any]], edges: Sequence[Edge]) -> dict[str, Part]:
     """Return the actors, each after those that it receives from. Feedback edges do not count."""
     left = {host["actor"]: host for host in hosts}
-    made: dict[str, Kind] = {}
+    made: dict[str, Part] = {}
     depth = 0
     while left:
         waits = {
@@ -228,7 +232,7 @@ def _kinds(hosts: Sequence[Mapping[str, Any]], edges: Sequence[Edge]) -> dict[st
         actor = next((actor for actor in left if actor not in waits), next(iter(left)))
         host = left.pop(actor)
         layers = (host["layers"][0], host["layers"][1]) if host["layers"] is not None else None
-        made[actor] = Kind(host["kind"], layers, len(made), depth)
-        if layers is not None and host["kind"] not in _ENCODERS:
+        made[actor] = Part(host["kind"], layers, len(made), depth)
+        if layers is not None and not made[actor].kind.encodes:
             depth = max(depth, layers[1] + 1)
     return made

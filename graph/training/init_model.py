@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ranvier.actors.checkpoint.checkpoint import read_json
 from ranvier.actors.checkpoint.hf_config import from_hf
+from ranvier.actors.component.kinds import BUILT_IN
 from ranvier.actors.model import weights
 
 from ..file.errors import RequestError
@@ -39,7 +40,7 @@ def initialise(folder: Path | str, seed: int = 0, deviation: float = 0.02) -> Pa
         raise RequestError(f"{folder}: models of the family {config.family} cannot be trained")
     generator = torch.Generator().manual_seed(seed)
     made = {}
-    for slot in weights.slots("model", config, (0, config.layers - 1)):
+    for slot in weights.slots(BUILT_IN["model"], config, (0, config.layers - 1)):
         for name, shape in slot.needs():
             if slot.columns is not None:
                 made[name] = torch.empty(shape).normal_(0, deviation, generator=generator)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from ranvier.actors.component.kinds import BUILT_IN
 from ranvier.actors.errors import words
 from ranvier.actors.model import weights
 from ranvier.actors.protocol import schedule as schedules
@@ -40,10 +41,6 @@ from ..file.load import read
 from ..plan.plan import EPOCH, plan
 from .plan import NEXT, TrainingError, TrainingPlan
 
-KINDS = ("embedding", "blocks", "head", "first_stage", "last_stage", "model", "attention", "experts", "combine")
-"""The built-in kinds that can be trained."""
-ENDS = ("head", "last_stage", "model")
-"""The built-in kinds that compute logits."""
 CREDIT_BYTES = 1 << 30
 _NUMBER = TensorSpec("float64", (1,))
 
@@ -58,6 +55,10 @@ def training_plan(graph: Graph) -> TrainingPlan:
         TrainingError: the graph cannot be trained; the error says why and what to do.
     """
     return _Planning(graph).made()
+
+
+LEARN = tuple(kind.name for kind in BUILT_IN.values() if kind.learns)
+"""The built-in kinds that can be trained."""
 
 
 class _Planning:
@@ -122,7 +123,7 @@ class _Planning:
 
     def _learns(self, actor: CheckedActor) -> bool:
         """Return whether an actor learns. With LoRA, built-in kinds learn only if they have blocks."""
-        has_blocks = actor.layers is not None or actor.kind.name == "model" or not actor.kind.uses_model
+        has_blocks = actor.layers is not None or actor.kind.whole or not actor.kind.uses_model
         return (self.section.lora is None or has_blocks) and actor.name not in self.section.frozen
 
     # -- what can be trained --------------------------------------------------------------------------------------
@@ -132,10 +133,10 @@ class _Planning:
         self._check_replicas(actor)
         if kind.uses_model:
             config = checkpoint.config if checkpoint is not None else None
-            if kind.name not in KINDS or config is None or not (config.native or config.experts) or config.encoder:
+            if not kind.learns or config is None or not (config.native or config.experts) or config.encoder:
                 raise self._wrong(
                     f"actor {actor.name}: kind {kind.name} of this model can run, but cannot be trained; kinds that "
-                    f"can are {', '.join(KINDS)} of llama, mistral, qwen2, qwen3, gemma3, gpt2, mixtral, "
+                    f"can are {', '.join(LEARN)} of llama, mistral, qwen2, qwen3, gemma3, gpt2, mixtral, "
                     "qwen2_moe and qwen3_moe"
                 )
             if self.graph.file.model is not None and self.graph.file.model.weights != "dtype":
@@ -193,7 +194,7 @@ class _Planning:
 
     def _losses(self) -> dict[str, tuple[Loss, ...]]:
         graph = self.graph
-        ends = [name for name, actor in graph.actors.items() if actor.kind.name in ENDS]
+        ends = [name for name, actor in graph.actors.items() if actor.kind.ends]
         given = [
             (loss.output, Loss(loss.output.port, loss.kind, loss.target, loss.weight)) for loss in self.section.loss
         ]
@@ -218,10 +219,10 @@ class _Planning:
 
     def _minimised(self, actor: CheckedActor) -> list[str]:
         """Return the outputs that a loss may be computed from."""
-        name, checkpoint = actor.kind.name, self.graph.checkpoint
-        made = [LOGITS] if name in ENDS else list(actor.outputs)
-        mixes = checkpoint is not None and checkpoint.config.experts and name not in ("experts", "combine")
-        return [*made, BALANCE] if (mixes and actor.layers is not None) or (mixes and name == "model") else made
+        kind, checkpoint = actor.kind, self.graph.checkpoint
+        made = [LOGITS] if kind.ends else list(actor.outputs)
+        mixes = checkpoint is not None and checkpoint.config.experts and kind.caches
+        return [*made, BALANCE] if mixes and (actor.layers is not None or kind.whole) else made
 
     def _steps_of_round(self) -> int:
         """Return the number of steps in a round. Asynchronous stages stop only for validation, saving, and the end."""
@@ -332,8 +333,8 @@ class _Planning:
         graph = self.graph
         if graph.checkpoint is None or not graph.checkpoint.config.tied or self.section.lora is not None:
             return {}  # with LoRA the matrix itself does not change
-        begins = [name for name, actor in graph.actors.items() if actor.kind.name in ("embedding", "first_stage")]
-        ends = [name for name, actor in graph.actors.items() if actor.kind.name in ("head", "last_stage")]
+        begins = [name for name, actor in graph.actors.items() if actor.kind.begins and not actor.kind.whole]
+        ends = [name for name, actor in graph.actors.items() if actor.kind.ends and not actor.kind.whole]
         if not begins or not ends:
             return {}
         [first], [last] = begins, ends

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import ranvier
 from ranvier.actors.checkpoint import open_checkpoint
+from ranvier.actors.component.kinds import BUILT_IN
 from ranvier.actors.errors import CheckpointError
 from ranvier.actors.model import weights
 
@@ -34,7 +35,7 @@ def tensors() -> dict[str, torch.Tensor]:
     config = ranvier_config()
     return {
         name: torch.randn(shape, generator=generator)
-        for name, shape in weights.needs("model", config, (0, config.layers - 1))
+        for name, shape in weights.needs(BUILT_IN["model"], config, (0, config.layers - 1))
     }
 
 
@@ -332,7 +333,7 @@ def test_damaged_gguf_cases_32_to_35(tmp_path: Path) -> None:
     write_gguf(file)
     patched(file, b"blk.0.attn_q.weight", b"blk.0.attn_x.weight")
     with pytest.raises(CheckpointError, match=f"tensor {Q} is missing"):
-        weights.check(open_checkpoint(file), "model", (0, 0))
+        weights.check(open_checkpoint(file), BUILT_IN["model"], (0, 0))
     write_gguf(file)
     patched(file, b"blk.0.ffn_up.weight", b"blk.0.attn_q.weight")
     with pytest.raises(CheckpointError, match="tensor blk.0.attn_q.weight appears twice"):
@@ -373,7 +374,7 @@ def test_hosts_open_only_their_own_tensors(folder: Path, monkeypatch: pytest.Mon
     for kind, name, layers in ((Embedding, "embedding", None), (BlocksActor, "blocks", (0, 0)), (Head, "head", None)):
         read.clear()
         kind().load(Context("t", {}, lambda _: None, checkpoint, "float32", layers, 8))
-        assert sorted(read) == sorted(n for n, _ in weights.needs(name, checkpoint.config, layers))
+        assert sorted(read) == sorted(n for n, _ in weights.needs(BUILT_IN[name], checkpoint.config, layers))
 
 
 def test_the_table_of_types_is_ggufs() -> None:

@@ -239,7 +239,7 @@ def check_groups(checkpoint: Any, oracle: Any, parts: Sequence[int] = (30,)) -> 
         ("embedding", None), ("blocks", (0, layers // 2 - 1)), ("blocks", (layers // 2, layers - 1)), ("head", None)
     ):  # fmt: skip
         kind = BUILT_IN[name]
-        implementation = kind.implementation if checkpoint.config.runs(name) else kind.foreign
+        implementation = kind.implementation if checkpoint.config.runs(blocks=kind.holds_blocks) else kind.foreign
         assert implementation is not None
         actor = load_class(implementation, None)()
         actor.load(Context("test", {}, lambda _: None, checkpoint, "float32", held, 64))
