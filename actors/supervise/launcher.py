@@ -118,6 +118,23 @@ class LocalLauncher:
         self._one_at_a_time = trio.Lock()
         self._nursery: trio.Nursery | None = None
 
+    def begin(self) -> None:
+        """Start the zygote, which imports torch while its starter works on. `running` waits for nothing else.
+
+        Raises:
+            ResourceError: it cannot be started.
+        """
+        if self._given is None:
+            try:
+                self._given = ZygoteProcess()
+            except OSError as error:
+                raise ResourceError(f"the process that hosts are forked from cannot be started: {error}") from None
+
+    def end_zygote(self) -> None:
+        """End a zygote that was given or begun, and that `running` has not taken over. Idempotent."""
+        if self._given is not None and not self._zygotes:
+            self._given.end()
+
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[LocalLauncher]:
         """Start the zygote if need be; on leaving, whatever still runs is killed and reaped."""

@@ -79,12 +79,11 @@ class Supervisor:
         control: str,
         logs: Path,
         log: structlog.typing.FilteringBoundLogger,
-        on_session_failed: OnSessionFailed,
     ) -> None:
         self._launcher = launcher
         self._logs = logs
         self._log = log
-        self._on_session_failed = on_session_failed
+        self.on_session_failed: OnSessionFailed = lambda _label, _failed: None
         self.supervision = Supervision(specs, time.monotonic())
         self.failed = trio.Event()
         self._changed = trio.Event()
@@ -363,7 +362,7 @@ class Supervisor:
         match message:
             case SessionFailed():
                 self._log.error("session failed", actor=label, **_fields(message))
-                self._on_session_failed(label, message)
+                self.on_session_failed(label, message)
             case Linked():
                 self._linked.add((key, message.peer))
             case Alarm():

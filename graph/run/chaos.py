@@ -91,17 +91,23 @@ def read(path: Path) -> list[ChaosLink]:
 class Detours:
     """Route the faulty links of one run through proxies.
 
-    For one sender, a proxy replaces the inbox of one receiver. Proxies run in `nursery`. `keys` is the folder of the
+    For one sender, a proxy replaces the inbox of one receiver. Proxies run while `run` does. `keys` is the folder of the
     run's keys.
     """
 
-    def __init__(self, links: Sequence[ChaosLink], nursery: trio.Nursery, keys: Path | None) -> None:
+    def __init__(self, links: Sequence[ChaosLink], keys: Path | None) -> None:
         self._links = links
-        self._nursery = nursery
+        self._nursery: trio.Nursery
         self._keys = keys
         self._proxies: dict[tuple[str, str], ChaosProxy] = {}
         self._behind: dict[tuple[str, str], MessageProxy] = {}
         self._before: Counter[str] = Counter()
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Run the proxies until cancelled."""
+        async with trio.open_nursery() as self._nursery:
+            task_status.started()
+            await trio.sleep_forever()
 
     def address(self, source: str, target: str, address: str) -> str:
         """Return the address by which `source` reaches `target`, which listens at `address`.

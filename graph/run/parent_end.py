@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from typing import Protocol
 
 import trio
 
@@ -12,10 +13,12 @@ from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.trace.ring import Ring
 from ranvier.actors.trace.trace_file import TraceFile
 from ranvier.actors.trace.trace_records import Records
+from ranvier.transport.format.errors import ProtocolError
 from ranvier.transport.format.host_id import HostId
 from ranvier.transport.links.exchange import Exchange
 from ranvier.transport.links.link import LinkSpec
 from ranvier.transport.links.link_state import Received
+from ranvier.transport.links.wire import Arrival
 from ranvier.transport.wires.opening import open_wire
 from ranvier.transport.wires.trio_wire import TrioWire
 
@@ -25,15 +28,43 @@ from .run_folder import RunFolder
 ME = str(HostId(GATEWAY, 0, EPOCH))
 
 
-class OwnEnd:
+TICK_S = 1.0
+ACK_DELAY_S = 0.002
+"""An acknowledgement that no message carries goes out after this time without work."""
+
+
+class Driver(Protocol):
+    """Drive a run with what comes over its links."""
+
+    @property
+    def due_ns(self) -> int | None:
+        """Return when `on_due` is to be called, or None."""
+
+    def on_message(self, received: Received) -> None:
+        """Take a message."""
+
+    def on_refused(self, error: ProtocolError) -> None:
+        """Handle a message that was refused."""
+
+    def on_due(self, now_ns: int) -> None:
+        """Handle that `due_ns` has come."""
+
+    def on_tick(self) -> None:
+        """Handle that nothing came for a second."""
+
+    def flush(self) -> None:
+        """Carry out what was decided: send what is to be sent."""
+
+
+class ParentEnd:
     """Represent the run's own process as one end of its links.
 
     A training sets `by_position`: its records are sampled by position instead of by session.
     """
 
-    def __init__(self, plan: Plan, folder: RunFolder, *, by_position: bool = False) -> None:
+    def __init__(self, plan: Plan, folder: RunFolder, links: Iterable[LinkSpec], *, by_position: bool = False) -> None:
         graph = plan.graph
-        self._plan, self._folder = plan, folder
+        self._folder = folder
         self._traces, self._sampling = bool(graph.file.trace), graph.file.sampling
         self.wire = TrioWire(
             open_wire(
@@ -42,18 +73,45 @@ class OwnEnd:
             )
         )  # fmt: skip
         self._ring = Ring()
-        self.records = Records(self._ring, self._sampling.sample, by_position=by_position)
-
-    def exchange(self, links: Iterable[LinkSpec]) -> Exchange:
-        """Return the exchange of these links. It records its messages if the run has a trace."""
-        records = self.records
+        records = self.records = Records(self._ring, self._sampling.sample, by_position=by_position)
         callbacks = (records.sent, records.unsent, records.control) if self._traces else ()
-        return Exchange(ME, self._plan.hash, links, time.monotonic_ns, *callbacks)
+        self.exchange = Exchange(ME, plan.hash, links, time.monotonic_ns, *callbacks)
 
-    def done(self, received: Received) -> None:
-        """Record that a received message is fully processed."""
-        if self._traces:
-            self.records.done(received, received.received_ns, time.monotonic_ns(), 1)
+    async def drive(self, driver: Driver) -> None:
+        """Receive until cancelled: messages go to `driver`, acknowledgements and probes go out in time."""
+        exchange = self.exchange
+        while True:
+            wait_s = ACK_DELAY_S if exchange.owes() else TICK_S
+            due_ns = driver.due_ns
+            if due_ns is not None:
+                wait_s = min(wait_s, max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
+            arrival = None
+            with trio.move_on_after(wait_s):
+                try:
+                    arrival = await self.wire.receive()
+                except ProtocolError as error:
+                    driver.on_refused(error)
+            if arrival is not None:
+                self._take_in(arrival, driver)
+            elif exchange.owes():
+                exchange.idle()
+            else:
+                exchange.tick()
+                driver.on_tick()
+            if due_ns is not None and time.monotonic_ns() >= due_ns:
+                driver.on_due(time.monotonic_ns())
+            driver.flush()
+
+    def _take_in(self, arrival: Arrival, driver: Driver) -> None:
+        try:
+            received = self.exchange.on_arrival(arrival)
+        except ProtocolError as error:
+            driver.on_refused(error)
+            return
+        if received is not None:
+            driver.on_message(received)
+            if self._traces:
+                self.records.done(received, received.received_ns, time.monotonic_ns(), 1)
 
     async def ship(self) -> None:
         """Write the records to the trace until cancelled, then those that are left."""

@@ -59,7 +59,7 @@ class Requests:
     """Manage the generations of one run.
 
     `flush` carries out the gateway's decisions. `capacity` returns how many positions one session may have in the KV
-    caches; None: no limit. `folder` is the run folder. `journal` is set once its file exists, if the graph asks for
+    caches; None: no limit. `folder` is the run folder. `journal` is the run's journal, if the graph asks for
     one.
     """
 
@@ -73,8 +73,9 @@ class Requests:
         wakes: Wakes,
         capacity: Callable[[], int | None],
         folder: Path,
+        journal: Journal | None,
     ) -> None:
-        self.journal: Journal | None = None
+        self.journal = journal
         self._graph = graph
         self._gateway = gateway
         self._codec = codec

@@ -14,7 +14,6 @@ from ranvier.actors.component.session import Sampling, SessionInfo
 from ranvier.actors.errors import describe
 from ranvier.actors.protocol.control_protocol import SessionFailed
 from ranvier.actors.protocol.host_spec import GATEWAY
-from ranvier.actors.supervise.supervisor import Supervisor
 from ranvier.actors.trace import spans
 from ranvier.transport.format.errors import LinkClosed, ProtocolError
 from ranvier.transport.format.header import Row
@@ -26,25 +25,21 @@ from ..file.errors import RequestError
 from ..plan.plan import Plan
 from ..sessions.gateway import Gateway
 from ..sessions.generation import Client, Generation, Wakes
+from ..sessions.journal import Journal, Resumed
 from ..sessions.stream import Stream
 from ..sessions.text_process import TextProcess
 from ..sessions.tokenizer import TextCodec
 from .blame import Answer
-from .chaos import Detours
+from .hosts import Hosts
 from .members import Members
-from .parent_end import OwnEnd
 from .recovery import Recovered, Recovery
 from .requests import Requests, no_tokenizer
 from .run_folder import RunFolder
 from .scaling import Scaling
-from .status import Status
-from .why import Why
 
 if TYPE_CHECKING:
     import torch
 
-TICK_S = 1.0
-ACK_DELAY_S = 0.002
 LATE_NS = 3_000_000_000
 """Longest time between two checks for idle actors, in nanoseconds (3 s).
 
@@ -60,41 +55,60 @@ class Run:
         self,
         plan: Plan,
         folder: RunFolder,
-        supervisor: Supervisor,
-        own: OwnEnd,
+        hosts: Hosts,
         gateway: Gateway,
         codec: TextCodec | None,
         text: TextProcess | None,
-        detours: Detours,
-        why: Why,
-        status: Status,
+        journal: Journal | None,
     ) -> None:
         self.plan = plan
         self.folder = folder
-        self._supervisor = supervisor
-        self._own = own
+        self._hosts = hosts
+        self._supervisor = hosts.supervisor
+        self._own = hosts.end
         self._gateway = gateway
         self._codec = codec
-        self._detours = detours
         self._wakes: Wakes = {}
         self._over = False
         self._quiet_since_ns = 0
         self._looked_ns = 0
         self._steps = -1
-        self._why = why
-        self._status = status
         self.metrics: str | None = None
-        """URL of this run's /metrics page for Prometheus, if there is one."""
-        why.gateway, why.taken_from = gateway, self._wakes
+        """The address at which Prometheus can read this run's /metrics, if any."""
         self._requests = Requests(
-            plan.graph, gateway, codec, text, self._flush, self._wakes,
-            lambda: supervisor.supervision.capacity_tokens, folder.path,
+            plan.graph, gateway, codec, text, self.flush, self._wakes,
+            lambda: hosts.supervisor.supervision.capacity_tokens, folder.path, journal,
         )  # fmt: skip
         gateway.on_ended = self._on_ended
         gateway.on_delivered = self._requests.on_delivered
-        members = Members(plan, folder, supervisor, gateway, own.wire, self._flush)
-        self._scaling = Scaling(plan, supervisor, gateway, members)
-        self._recovery = Recovery(plan, supervisor, gateway, members)
+        hosts.supervisor.on_session_failed = self._on_session_failed
+        hosts.why.watch(gateway, self._wakes)
+        hosts.status.watch(gateway)
+        members = Members(plan, folder, hosts.supervisor, gateway, hosts.end.wire, self.flush)
+        self._scaling = Scaling(plan, hosts.supervisor, gateway, members)
+        self._recovery = Recovery(plan, hosts.supervisor, gateway, members)
+
+    async def begin(self, nursery: trio.Nursery, left: Resumed | None) -> None:
+        """Open the links with the hosts that have loaded, and begin to serve; for `launch`.
+
+        `left` is the journal of a lost run whose requests continue here.
+
+        Raises:
+            ActorFailed: a host was lost meanwhile.
+        """
+        for spec in self._hosts.specs:
+            host = self._supervisor.supervision.hosts[spec.identity]
+            self._gateway.placement.join(spec.actor, spec.replica, host.capacity_tokens, host.keeps)
+        nursery.start_soon(self._failure)
+        nursery.start_soon(self._requests.prepare)
+        nursery.start_soon(self._hosts.why.before_deadlines)
+        await nursery.start(self._scaling.run)
+        await self._hosts.link(nursery, self)
+        nursery.start_soon(self._recovery.run)
+        if left is not None:
+            nursery.start_soon(self._requests.make_room)
+            self._requests.go_on(left)
+            left.close()
 
     @property
     def dir(self) -> Path:
@@ -117,7 +131,7 @@ class Run:
     def status(self) -> dict[str, Any]:
         """Return hosts, open sessions and counters, as known at this moment; no host is asked."""
         return {
-            **self._status.snapshot(), "counters": self.counters, "recoveries": len(self.recoveries),
+            **self._hosts.status.snapshot(), "counters": self.counters, "recoveries": len(self.recoveries),
             "requests": self._gateway.accepted, "tokens": self._gateway.delivered,
         }  # fmt: skip
 
@@ -229,7 +243,7 @@ class Run:
         root, caller = self._requests.traced(traceparent)
         info = SessionInfo(session=0, epoch=0, capacity=len(ids), log=tuple(ids), score=True, traceparent=root)
         with contextlib.closing(
-            Client(self._gateway, self._gateway.submit(info, caller=caller), self._flush, self._wakes)
+            Client(self._gateway, self._gateway.submit(info, caller=caller), self.flush, self._wakes)
         ) as client:
             await client.event()
         return list(client.stream.scores)
@@ -267,7 +281,7 @@ class Run:
                 raise RequestError(f"call: {error}") from None
             tensors[port] = meta, stable(buffer)  # the caller may overwrite it, and it may have to be sent again
         with contextlib.closing(
-            Client(self._gateway, self._gateway.submit(info, tensors, caller=caller), self._flush, self._wakes)
+            Client(self._gateway, self._gateway.submit(info, tensors, caller=caller), self.flush, self._wakes)
         ) as client:
             while not isinstance(await client.event(), str):
                 pass
@@ -288,13 +302,13 @@ class Run:
 
     async def why(self) -> Answer:
         """Return who waits for whom at this moment, and who is to blame, as `ranvier why` prints it."""
-        return await self._why.ask()
+        return await self._hosts.why.ask()
 
     # -- the gateway's I/O --------------------------------------------------------------------------------------
 
-    def on_session_failed(self, label: str, failed: SessionFailed) -> None:
+    def _on_session_failed(self, label: str, failed: SessionFailed) -> None:
         self._gateway.on_session_failed(label, failed)
-        self._flush()
+        self.flush()
 
     def _on_ended(self, stream: Stream, outcome: str | Exception) -> None:
         """Note the end of a session in the journal, and record the root span of a traced request."""
@@ -307,7 +321,7 @@ class Run:
                 spans.words(outcome),
             )  # fmt: skip
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Carry out the gateway's decisions."""
         if self._over:
             return
@@ -321,60 +335,42 @@ class Run:
                 wake.set()
         self._scaling.look()
 
-    def _close(self) -> None:
+    def end(self) -> None:
         """End all sessions.
 
-        Messages are still received and acknowledged until `_silence`: a host that stops waits for that.
+        Messages are still received and acknowledged until `silence`: a host that stops waits for that.
         """
         self._recovery.stop()
         over = LinkClosed("the run is over")
         self._gateway.on_failure(over)
         self._requests.refuse(over)
-        self._flush()
+        self.flush()
 
-    def _silence(self) -> None:
+    def silence(self) -> None:
         """Stop sending."""
         self._over = True
 
-    async def _listen(self) -> None:
-        gateway = self._gateway
-        exchange = gateway.exchange
-        while True:
-            arrival = None
-            wait_s = ACK_DELAY_S if exchange.owes() else TICK_S
-            due_ns = gateway.due_ns
-            if due_ns is not None:
-                wait_s = min(wait_s, max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
-            with trio.move_on_after(wait_s):
-                try:
-                    arrival = await self._own.wire.receive()
-                except ProtocolError as error:
-                    self._refused(error)
-            if arrival is not None:
-                try:
-                    received = exchange.on_arrival(arrival)
-                except ProtocolError as error:
-                    self._refused(error)
-                else:
-                    if received is not None:
-                        self._take(received)
-                        self._own.done(received)
-            elif exchange.owes():
-                exchange.idle()
-            else:
-                exchange.tick()
-                self._give_up_unanswered()
-                self._requests.catch_up()
-            if due_ns is not None and time.monotonic_ns() >= due_ns:
-                gateway.on_due(time.monotonic_ns())
-            self._flush()
+    @property
+    def due_ns(self) -> int | None:
+        """Return when the gateway has something to do, or None."""
+        return self._gateway.due_ns
 
-    def _take(self, received: Received) -> None:
+    def on_due(self, now_ns: int) -> None:
+        """Do what the gateway has to do now."""
+        self._gateway.on_due(now_ns)
+
+    def on_tick(self) -> None:
+        """Look after requests that nobody works on, and write what a full disk has kept out of the journal."""
+        self._give_up_unanswered()
+        self._requests.catch_up()
+
+    def on_message(self, received: Received) -> None:
+        """Take a message for the gateway."""
         try:
             self._gateway.on_message(received)
         except Exception as error:  # it fails the sessions in that message, not the run
             edge = received.link.spec.name
-            self._refused(
+            self.on_refused(
                 RefusedMessage(
                     f"edge {edge}: the gateway cannot process a message: {describe(error)}", received.header.rows
                 )
@@ -393,7 +389,7 @@ class Run:
         if quiet_s > limits.join_deadline_s:
             self._gateway.on_quiet(self._quiet_since_ns, limits.join_deadline_s)
 
-    def _refused(self, error: ProtocolError) -> None:
+    def on_refused(self, error: ProtocolError) -> None:
         """Log a refused message, and end the sessions that it was for with the error."""
         self._supervisor.refused(GATEWAY, str(error))
         if isinstance(error, RefusedMessage):
@@ -405,7 +401,7 @@ class Run:
         failure = self._supervisor.supervision.failure
         assert failure is not None
         self._gateway.on_failure(failure)
-        self._flush()
+        self.flush()
 
     @property
     def counters(self) -> dict[str, dict[str, int]]:
@@ -413,10 +409,7 @@ class Run:
 
         Examples are rows that came late or were refused, second copies, and waits for credit.
         """
-        counted = {label: dict(own) for label, own in self._supervisor.supervision.counters.items()}
-        if done := self._detours.counters:
-            counted["chaos"] = dict(done)
         own = {**self._gateway.exchange.counters, **self._own.wire.wire.counters}
         own |= self._requests.counters
         own |= {f"{name}_not_written": times for name, times in self.folder.lost.items()}
-        return {**counted, f"{GATEWAY}.0": own}
+        return {**self._hosts.counters, f"{GATEWAY}.0": own}

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -33,10 +33,10 @@ from typing import Any
 
 import trio
 
-from ranvier.actors.errors import counted, describe
+from ranvier.actors.errors import ActorFailed, counted, describe
 from ranvier.actors.protocol.clocks import Clock
 from ranvier.actors.protocol.host_spec import GATEWAY
-from ranvier.transport.format.errors import RanvierError
+from ranvier.transport.format.errors import RanvierError, ResourceError
 from ranvier.transport.wires import curve
 from ranvier.transport.wires.endpoint import MAX_PATH_BYTES
 
@@ -115,6 +115,41 @@ class RunFolder:
             (self.path / runs.LOCK).unlink()
         with contextlib.suppress(OSError):  # already closed
             os.close(self.lock)
+
+
+@contextlib.contextmanager
+def made(
+    plan: Plan, root: Path, blame: Callable[[OSError], BaseException], resumed: Path | None = None
+) -> Iterator[RunFolder]:
+    """Create the folder of a new run, and write into it how the run ended: with "done", or with the error that it ended with.
+
+    `blame` makes an error for users of one of the operating system's. `resumed` is the folder of the run that this one
+    continues: it is not removed to make room.
+
+    Raises:
+        ResourceError: the folder cannot be made.
+        BaseException: the error that the run ended with; of a group, the one that matters most.
+    """
+    try:
+        with runs.using(resumed):
+            folder = create(plan, root)
+    except OSError as error:
+        raise ResourceError(f"the run's folder cannot be made: {error}") from error
+    try:
+        yield folder
+    except (BaseExceptionGroup, OSError) as several:
+        one = single(several) if isinstance(several, BaseExceptionGroup) else several
+        if isinstance(one, OSError):
+            one = blame(one)
+        folder.failed(one)
+        raise one from None
+    except BaseException as error:
+        folder.failed(error)
+        raise
+    else:
+        folder.outcome(outcome="done")
+    finally:
+        folder.close()
 
 
 def create(plan: Plan, root: Path) -> RunFolder:
@@ -207,3 +242,24 @@ def _sockets(graph: Graph, path: Path) -> Path:
             return made
         made.rmdir()
     raise OSError(f"no folder is short enough for the socket {longest}.c: at most {MAX_PATH_BYTES} bytes")
+
+
+def single(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Reduce a group of errors to the one that matters most.
+
+    That is an interrupt, else an `ActorFailed`, else another `RanvierError`, else the only error in the group, else the
+    group.
+    """
+    leaves: list[BaseException] = []
+    stack: list[BaseException] = [group]
+    while stack:
+        error = stack.pop()
+        if isinstance(error, BaseExceptionGroup):
+            stack.extend(error.exceptions)
+        elif not isinstance(error, trio.Cancelled):
+            leaves.append(error)
+    for kind in (KeyboardInterrupt, ActorFailed, RanvierError):
+        for leaf in leaves:
+            if isinstance(leaf, kind):
+                return leaf
+    return leaves[0] if len(leaves) == 1 else group

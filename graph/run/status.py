@@ -17,9 +17,12 @@ class Status:
 
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
-        self.gateway: Gateway | None = None
-        """The gateway, once there is one."""
+        self._gateway: Gateway | None = None
         supervisor.on_request[AskStatus] = self._on_command
+
+    def watch(self, gateway: Gateway) -> None:
+        """Report the open sessions of this gateway, too."""
+        self._gateway = gateway
 
     def _on_command(self, client: str, _request: AskStatus) -> None:
         self._supervisor.answer(client, Done(json.dumps(self.snapshot())))
@@ -36,7 +39,7 @@ class Status:
             }
             for key, host in self._supervisor.supervision.hosts.items()
         ]  # fmt: skip
-        streams = list(self.gateway.streams.values()) if self.gateway is not None else []
+        streams = list(self._gateway.streams.values()) if self._gateway is not None else []
         held: dict[str, int] = {}
         for stream in streams:
             for actor, replicas in stream.replicas.items():

@@ -43,10 +43,8 @@ class Why:
 
     def __init__(self, plan: Plan, supervisor: Supervisor, run_dir: Path) -> None:
         self._plan, self._supervisor, self._run_dir = plan, supervisor, run_dir
-        self.gateway: Gateway | None = None
-        """The gateway, once there is one. Before that, hosts load."""
-        self.taken_from: Iterable[Stream] = ()
-        """The streams that clients take their answers from, also of sessions that are over."""
+        self._gateway: Gateway | None = None
+        self._taken_from: Iterable[Stream] = ()
         self._asked_in, self._asked = trio.open_memory_channel[str](100)
         supervisor.on_request[AskWhy] = self._on_command
 
@@ -62,12 +60,19 @@ class Why:
             answer = await self.ask()
             self._supervisor.answer(client, Done(json.dumps({**answer.to_plain(), "text": str(answer)})))
 
-    async def watch(self) -> None:
+    def watch(self, gateway: Gateway, taken_from: Iterable[Stream]) -> None:
+        """Explain what the sessions of this gateway wait for, too.
+
+        `taken_from` are the streams that clients take their answers from, also of sessions that are over.
+        """
+        self._gateway, self._taken_from = gateway, taken_from
+
+    async def before_deadlines(self) -> None:
         """Explain requests shortly before their deadline, so that the error says who is to blame."""
-        assert self.gateway is not None
+        assert self._gateway is not None
         while True:
             await trio.sleep(LOOK_S)
-            if near := self.gateway.nearly_due(time.monotonic_ns() + int(LEAD_S * 1e9)):
+            if near := self._gateway.nearly_due(time.monotonic_ns() + int(LEAD_S * 1e9)):
                 answer = str(await self.ask())
                 for stream in near:
                     stream.why = answer
@@ -92,7 +97,7 @@ class Why:
 
     def _at_gateway(self, untaken: Mapping[int, tuple[int, object]]) -> AtGateway:
         full = _is_full(self._run_dir)
-        if self.gateway is None:
+        if self._gateway is None:
             return AtGateway([], disk_full=full)
         still = {
             session: count
@@ -100,17 +105,17 @@ class Why:
             if untaken.get(session, (0, None))[1] is first
         }
         lost: dict[str, list[int]] = {}
-        for session, stream in self.gateway.streams.items():
+        for session, stream in self._gateway.streams.items():
             if stream.waits and stream.lost_actor:
                 for replica in stream.replicas[stream.lost_actor]:
                     lost.setdefault(f"{stream.lost_actor}.{replica}", []).append(session)
-        waiting = situation.credit(self.gateway.exchange, time.monotonic_ns())
-        return AtGateway(list(self.gateway.streams), still, lost, waiting, full)
+        waiting = situation.credit(self._gateway.exchange, time.monotonic_ns())
+        return AtGateway(list(self._gateway.streams), still, lost, waiting, full)
 
     def _untaken(self) -> dict[int, tuple[int, object]]:
         """Return the number of untaken answers and the first one, for each session that has any."""
         return {
-            stream.info.session: (len(stream.events), stream.events[0]) for stream in self.taken_from if stream.events
+            stream.info.session: (len(stream.events), stream.events[0]) for stream in self._taken_from if stream.events
         }
 
     def _seen(

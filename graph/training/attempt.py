@@ -17,8 +17,6 @@ import trio
 
 from ranvier.actors.protocol.host_spec import GATEWAY, Restart
 from ranvier.actors.protocol.training_spec import LOSS, NORM, OUTPUT, TRAINING, VALIDATION, TrainingLink
-from ranvier.actors.supervise.launcher import LocalLauncher
-from ranvier.actors.supervise.supervisor import Supervisor
 from ranvier.actors.supervise.zygote_process import ZygoteProcess
 from ranvier.transport.format.errors import LinkClosed, ProtocolError, ResourceError
 from ranvier.transport.format.header import Row
@@ -26,13 +24,8 @@ from ranvier.transport.links.exchange import RefusedMessage
 from ranvier.transport.links.link_state import Outbound, Received
 
 from ..run import metrics, run_folder
-from ..run.chaos import ChaosLink, Detours
-from ..run.launch import single
-from ..run.log import LogFile, logger
-from ..run.parent_end import ME, OwnEnd
-from ..run.run_folder import RunFolder
-from ..run.status import Status
-from ..run.why import Why
+from ..run.chaos import ChaosLink
+from ..run.hosts import Hosts
 from . import checkpoints
 from .checkpoints import Checkpoint
 from .data import Data
@@ -43,7 +36,6 @@ if TYPE_CHECKING:
 
 from .steps import OnStarted, OnStep, Step, Trained
 
-TICK_S, ACK_DELAY_S = 1.0, 0.002
 AHEAD = 2
 """Number of steps whose batches are sent before the losses of the first of them have come."""
 
@@ -64,6 +56,7 @@ class Attempt:
         log: str | None = None,
     ) -> None:
         self._bad_links, self._shown = bad_links, log
+        self._hosts: Hosts
         self.plan, self.data, self.out, self.found, self.trained = plan, data, out, found, trained
         self.restarts: dict[str, tuple[str, Restart]] = {}
         self._on_step = on_step
@@ -83,94 +76,52 @@ class Attempt:
     # -- starting and ending --------------------------------------------------------------------------------------
 
     async def run(self, runs: Path, on_started: OnStarted, zygote: ZygoteProcess | None) -> None:
-        plan = self.plan
-        try:
-            folder = run_folder.create(plan.plan, runs)
-        except OSError as full:
-            raise ResourceError(f"the run's folder cannot be made: {full}") from full
-        self.trained.run_dir = folder.path
-        try:
-            await self._run(folder, on_started, zygote)
-        except (BaseExceptionGroup, OSError) as several:
-            error = single(several) if isinstance(several, BaseExceptionGroup) else several
-            if isinstance(error, OSError):
-                error = ResourceError(f"the training cannot continue: {error}; its last checkpoint is intact")
-            folder.failed(error)
-            raise error from None
-        except BaseException as error:
-            folder.failed(error)
-            raise
-        else:
-            folder.outcome(outcome="done")
-        finally:
-            folder.close()
+        """Train until all rounds are done.
 
-    async def _run(self, folder: RunFolder, on_started: OnStarted, zygote: ZygoteProcess | None) -> None:
+        Raises:
+            ActorFailed: a host was lost.
+            ResourceError: there is no room for the run's folder, or for a training checkpoint.
+        """
         plan, graph = self.plan, self.plan.graph
-        resume = self.found.folder if self.found is not None else None
-        specs = plan.hosts(folder.path, folder.sockets, self.out.absolute(), self._first, resume)
-        self._labels = {spec.label for spec in specs}
-        self.restarts = {spec.label: (spec.actor, spec.restart) for spec in specs}
-        with contextlib.ExitStack() as stack:
-            log_file = LogFile(folder.logs)
-            stack.callback(log_file.close)
-            log = logger(log_file, self._shown)
-            own = self._own = OwnEnd(plan.plan, folder, by_position=True)
-            stack.callback(own.wire.close)
-            self._exchange = own.exchange([link.link for link in self._links])
+
+        def blame(error: OSError) -> BaseException:
+            return ResourceError(f"the training cannot go on: {error}; its last checkpoint stands")
+
+        with run_folder.made(plan.plan, runs, blame) as folder, contextlib.ExitStack() as closing:
+            self.trained.run_dir = folder.path
+            resume = self.found.folder if self.found is not None else None
+            specs = plan.hosts(folder.path, folder.sockets, self.out.absolute(), self._first, resume)
+            self._labels = {spec.label for spec in specs}
+            self.restarts = {spec.label: (spec.actor, spec.restart) for spec in specs}
+            hosts = self._hosts = Hosts(
+                plan.plan, folder, specs, [link.link for link in self._links],
+                zygote=zygote, bad_links=self._bad_links, shown=self._shown, by_position=True,
+            )  # fmt: skip
+            closing.callback(hosts.close)
+            hosts.supervisor.on_saved = self._on_saved
+            self._exchange = hosts.end.exchange
             self._by_link = {self._exchange.receiver(link.link): link for link in self._links if not link.outgoing}
-            async with LocalLauncher(folder.sockets, folder.logs, zygote).running() as launcher:
-                supervisor = self._supervisor = Supervisor(
-                    specs,
-                    launcher,
-                    f"ipc://{folder.sockets / 'supervisor'}",
-                    folder.logs,
-                    log,
-                    lambda _label, _fields: None,
-                )
-                stack.callback(supervisor.close)
-                supervisor.on_saved = self._on_saved
-                supervisor.on_clock = lambda: folder.clocks(supervisor.clocks)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(Why(plan.plan, supervisor, folder.path).run)
-                    status = Status(supervisor)
-                    detours = Detours(self._bad_links, nursery, plan.plan.keys(folder.path))
-                    supervisor.detour, supervisor.on_forgotten = detours.address, detours.forget
-                    nursery.start_soon(supervisor.run)
-                    await supervisor.until_loaded(lambda _share: None)
-                    for spec in specs:
-                        address = supervisor.supervision.hosts[spec.identity].address
-                        assert address is not None
-                        self._own.wire.connect(spec.identity, detours.address(ME, spec.identity, address))
-                    nursery.start_soon(self._listen)
-                    nursery.start_soon(own.ship)
-                    self._exchange.open()
-                    self._flush()
-                    await supervisor.until_running(ME, self._own.wire.wire.address)
-                    on_started(dict(supervisor.pids))
+            try:
+                async with (
+                    hosts.up() as nursery,
+                    metrics.served(graph.file.telemetry.metrics, graph.name, self._at_a_glance, hosts.log),
+                ):
+                    await hosts.link(nursery, self)
+                    on_started(dict(hosts.supervisor.pids))
                     nursery.start_soon(self._watch)
                     self._step_began_s = time.monotonic()
-                    try:
-                        address = graph.file.telemetry.metrics
-                        async with metrics.served(address, graph.name, lambda: self._at_a_glance(status), log):
-                            await self._feed()
-                            await self._until(lambda: self._last_saved >= plan.rounds)
-                    finally:
-                        with trio.CancelScope(shield=True):
-                            await supervisor.stop()
-                        self.trained.counters = {
-                            label: dict(own) for label, own in supervisor.supervision.counters.items()
-                        }
-                        if done := detours.counters:
-                            self.trained.counters["chaos"] = dict(done)
-                        folder.outcome(counters=self.trained.counters)
-                    nursery.cancel_scope.cancel()
+                    await self._feed()
+                    await self._until(lambda: self._last_saved >= plan.rounds)
+            finally:
+                self.trained.counters = hosts.counters
+                folder.outcome(counters=self.trained.counters)
 
-    def _at_a_glance(self, status: Status) -> dict[str, Any]:
+    def _at_a_glance(self) -> dict[str, Any]:
         """Return what is known at this moment, as `Run.status` does; no host is asked."""
         last, validated = self._latest(validation=False), self._latest(validation=True)
         return {
-            **status.snapshot(), "counters": self._supervisor.supervision.counters, "recoveries": len(self.trained.losses),
+            **self._hosts.status.snapshot(), "counters": self._hosts.supervisor.supervision.counters,
+            "recoveries": len(self.trained.losses),
             "training": {name: last[name] for name in ("step", "loss", "accuracy", "norm", "seconds") if name in last}
             | {f"validation_{name}": validated[name] for name in ("loss", "accuracy") if name in validated},
         }  # fmt: skip
@@ -181,7 +132,7 @@ class Attempt:
 
     async def _watch(self) -> None:
         """End the attempt when the first host is lost."""
-        lost = await self._supervisor.next_lost(())
+        lost = await self._hosts.supervisor.next_lost(())
         assert lost.lost is not None
         raise lost.lost
 
@@ -224,47 +175,44 @@ class Attempt:
                 sending = self._exchange.sender(link.link)
                 row = Row(session, 1, number, len(tensor))
                 self._exchange.send(sending, Outbound((row,), (meta,), (buffer,), time.monotonic_ns()))
-        self._flush()
+        self.flush()
 
     # -- receiving losses -----------------------------------------------------------------------------------------
 
-    async def _listen(self) -> None:
-        exchange = self._exchange
-        while True:
-            arrival = None
-            with trio.move_on_after(ACK_DELAY_S if exchange.owes() else TICK_S):
-                try:
-                    arrival = await self._own.wire.receive()
-                except ProtocolError as error:
-                    self._supervisor.refused(GATEWAY, str(error))
-            if arrival is not None:
-                try:
-                    received = exchange.on_arrival(arrival)
-                except RefusedMessage:
-                    raise  # a training must not lose a message
-                except ProtocolError as error:  # a message that was damaged on the way is requested again
-                    self._supervisor.refused(GATEWAY, str(error))
-                    received = None
-                if received is not None:
-                    self._on_message(received)
-                    self._own.done(received)
-            elif exchange.owes():
-                exchange.idle()
-            else:
-                exchange.tick()
-            self._flush()
-            self._changed.set()
-            self._changed = trio.Event()
+    @property
+    def due_ns(self) -> int | None:
+        """Return None: a training has nothing to do at a certain time."""
+        return None
 
-    def _flush(self) -> None:
+    def on_due(self, now_ns: int) -> None:
+        """Do nothing."""
+
+    def on_tick(self) -> None:
+        """Do nothing."""
+
+    def on_refused(self, error: ProtocolError) -> None:
+        """Log a refused message. The sender sends what was damaged on the way again.
+
+        Raises:
+            RefusedMessage: the message does not fit its edge, and training must not skip a row.
+        """
+        if isinstance(error, RefusedMessage):
+            raise error
+        self._hosts.supervisor.refused(GATEWAY, str(error))
+
+    def flush(self) -> None:
+        """Send what is to be sent, and wake whoever waits for what came."""
         with contextlib.suppress(LinkClosed):
-            self._exchange.drain(self._own.wire.send)
+            self._exchange.drain(self._hosts.end.wire.send)
+        self._changed.set()
+        self._changed = trio.Event()
 
     async def _until(self, holds: Callable[[], bool]) -> None:
         while not holds():
             await self._changed.wait()
 
-    def _on_message(self, received: Received) -> None:
+    def on_message(self, received: Received) -> None:
+        """Take the losses of a step, or its norm."""
         from ranvier.transport.format.tensors import from_buffer
 
         link, row = self._by_link[received.link], received.header.rows[0]
@@ -351,7 +299,7 @@ class Attempt:
             except OSError as error:  # the disk is full: the previous checkpoint remains
                 if rounds == self.plan.rounds:
                     raise
-                self._supervisor.note("checkpoint not finished", round=rounds, what=str(error))
+                self._hosts.supervisor.note("checkpoint not finished", round=rounds, what=str(error))
                 continue
             self._last_saved = rounds
             self._changed.set()

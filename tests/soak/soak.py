@@ -118,7 +118,7 @@ class Soak:
             victims = self.chance.sample(sorted(self.pids()), 2 if fault == "kill two" else 1)
             self.done[fault] += 1
             if fault == "cut":
-                for proxy in self.run._detours.proxies:
+                for proxy in self.run._hosts.detours.proxies:
                     proxy.cut()
                 continue
             for victim in victims:
