@@ -14,8 +14,10 @@ SEEDS ?= 1000
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+C_FILES := $(wildcard actors/model/kernels/*.[ch] actors/training/*.[ch])
+
 # torch first and alone: its range resolves to the CPU build, and nothing else may pull another in
-$(STAMP): pyproject.toml actors/model/kernels.c actors/model/vectors.h actors/training/fused.c | $(VENV)/bin/python
+$(STAMP): pyproject.toml setup.py $(C_FILES) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet "torch>=2.13,<2.14"
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
@@ -69,4 +71,4 @@ fuzz: $(STAMP)
 	done
 
 clean:
-	rm -rf $(VENV) .bench-venv actors/model/*.so build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .bench-venv actors/model/kernels/*.so actors/training/*.so build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

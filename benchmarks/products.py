@@ -2,7 +2,7 @@
 
 The weights are a matrix of 3072 x 576, as in SmolLM2's feed-forward part, in 24 copies, which no cache holds.
 torchao uses these products of torch on a CPU. The figures are microseconds for 1 and for 8 tokens. A product is only
-part of a step: kernels.c does the other thirty operations of a layer, too.
+part of a step: the kernels do the other thirty operations of a layer, too.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import report
 import torch
 from report import Answer, Goal
 
-from ranvier.actors.model import kernels
+from ranvier.actors.model.kernels import packed
 
 ROWS, COLUMNS, GROUP, COPIES = 3072, 576, 32, 24
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -44,7 +44,7 @@ def _torch_bfloat16(weight: torch.Tensor) -> Product:
 
 
 PEERS = {"bfloat16": _torch_bfloat16, "int8": _torch_int8, "int4": _torch_int4}
-OURS = {"bfloat16": kernels.pack_bfloat16, "int8": kernels.pack_int8, "int4": kernels.pack_int4}
+OURS = {"bfloat16": packed.pack_bfloat16, "int8": packed.pack_int8, "int4": packed.pack_int4}
 
 
 def ask(rounds: int) -> Answer:

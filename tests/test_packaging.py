@@ -111,7 +111,7 @@ def test_the_wheel_offers_ranvier_and_nothing_bare(tmp_path: Path) -> None:
         "import ranvier.actors.host.host, ranvier.transport.wires.zeromq, ranvier.graph.commands.cli; "
         "print(ranvier.__file__); print([u.find_spec(n) for n in ('actors', 'graph', 'transport')]); "
         "import pathlib; print((pathlib.Path(ranvier.__file__).parent / 'py.typed').exists()); "
-        "print(u.find_spec('ranvier.actors.model._kernels_avx2') is not None)"
+        "print(u.find_spec('ranvier.actors.model.kernels._product_avx2') is not None)"
     )
     done = subprocess.run(
         [str(home / "bin" / "python"), "-S", "-c", f"import sys; sys.path.insert(0, {str(target)!r}); {script}"],

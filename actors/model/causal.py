@@ -20,9 +20,10 @@ from ranvier.transport.format.tensors import torch_dtype
 from ..checkpoint import Checkpoint, ModelConfig
 from ..component.actor import Actor, Batch, Context, Look
 from ..component.session import SessionInfo
-from . import kernels, weights
+from . import weights
 from .blocks import Blocks
-from .kernels import Packed
+from .kernels import packed
+from .kernels.packed import Packed
 from .kv_cache import KVCache
 from .sampling import choose
 from .tensors import Norm, product, read_matrix, read_slot
@@ -360,7 +361,7 @@ def _load_tied(embedding: Embedding, head: Head, context: Context) -> None:
     """Load both ends of a tied model; they share one matrix, packed or plain, if both read the same values from it."""
     checkpoint, dtype = needed(context)
     [slot] = [slot for slot in weights.head(checkpoint.config) if slot.name == "head"]
-    if dtype is not torch.bfloat16 or not weights.packs(slot) or kernels.library() is None:
+    if dtype is not torch.bfloat16 or not weights.packs(slot) or packed.library() is None:
         embedding.load(context)
         head.load_with(context, embedding.weight_VH)
         return

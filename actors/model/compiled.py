@@ -14,8 +14,8 @@ import torch
 from ranvier.transport.format.header import Row
 
 from ..checkpoint.config import ModelConfig
-from . import kernels
-from .kernels import Matrix, Packed
+from .kernels import packed
+from .kernels.packed import Matrix, Packed
 from .kv_cache import SessionCache
 from .rotary import RotaryTable
 
@@ -51,11 +51,11 @@ class _Row(ctypes.Structure):
 
 _Two = ctypes.c_void_p * 2
 MOST_QUERIES = 24
-"""Largest number of query heads per key-value head that the kernels support (QUERIES of kernels.c)."""
+"""Largest number of query heads per key-value head that the kernels support (QUERIES of step.c)."""
 
 
 class Compiled:
-    """Describe the layers of one actor to kernels.c, and keep alive the tensors that this description points to."""
+    """Describe the layers of one actor to step.c, and keep alive the tensors that this description points to."""
 
     def __init__(self, config: ModelConfig, blocks: Sequence[Block], scale: float) -> None:
         self._held: list[torch.Tensor] = []
@@ -81,10 +81,10 @@ class Compiled:
             and not config.learned_positions and not config.out_bias and not config.mlp_bias
             and config.head_dim % 32 == 0 and config.hidden % 32 == 0 and config.heads // config.kv_heads <= MOST_QUERIES
         )  # fmt: skip
-        packed = all(
+        all_packed = all(
             isinstance(matrix, Packed) for block in blocks for matrix in (block.qkv, block.out, block.up, block.down)
         )
-        return cls(config, blocks, scale) if plain and packed else None
+        return cls(config, blocks, scale) if plain and all_packed else None
 
     def _layer(self, block: Block) -> _Layer:
         matrices = [block.qkv, block.out, block.up, block.down]
@@ -161,10 +161,10 @@ class Compiled:
             )
         )  # fmt: skip
         longest = max(row.position + row.tokens for row in rows)
-        room = kernels.library().ranvier_room(group, ctypes.c_int(len(wide_TH)), ctypes.c_int64(longest))
+        room = packed.library().ranvier_room(group, ctypes.c_int(len(wide_TH)), ctypes.c_int64(longest))
         if self._room.numel() < room:
             self._room = torch.empty(2 * room, dtype=torch.uint8)
-        kernels.library().ranvier_step(
+        packed.library().ranvier_step(
             group, made, ctypes.c_int(count), ctypes.c_void_p(wide_TH.data_ptr()), ctypes.c_int64(longest),
             ctypes.c_void_p(self._room.data_ptr()),
         )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from ..checkpoint.config import ModelConfig
-from .kernels import TILE
+from .kernels.packed import TILE
 
 
 class SessionCache:

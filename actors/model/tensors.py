@@ -10,18 +10,18 @@ import torch.nn.functional as F
 
 from ..checkpoint.checkpoint import Checkpoint, StoredRows
 from ..checkpoint.config import ModelConfig
-from . import kernels
-from .kernels import Packed
+from .kernels import packed
+from .kernels.packed import Packed
 from .slots import Slot
 from .weights import AS_IT_IS, packed_as, packs
 
-KINDS = {"bfloat16": kernels.BFLOAT16, "int8": kernels.INT8, "int4": kernels.INT4}
+KINDS = {"bfloat16": packed.BFLOAT16, "int8": packed.INT8, "int4": packed.INT4}
 
 
 def read_slot(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
     """Read the tensor of a slot, with its parts stacked by rows."""
     if dtype is torch.bfloat16 and len(slot.parts) == 1 and (parts := _stored(slot, checkpoint)) is not None:
-        return kernels.read_stored(parts[0])
+        return packed.read_stored(parts[0])
     tensor = torch.empty(slot.shape, dtype=dtype)
     start = 0
     for name, rows in slot.parts:
@@ -33,28 +33,28 @@ def read_slot(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.T
 
 def read_matrix(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, precision: str) -> torch.Tensor | Packed:
     """Read a matrix for products with tokens: packed if the kernels run here, take its shape, and dtype is bfloat16."""
-    if dtype is not torch.bfloat16 or not packs(slot) or kernels.library() is None:
+    if dtype is not torch.bfloat16 or not packs(slot) or packed.library() is None:
         return read_slot(slot, checkpoint, dtype)
     held = packed_as(slot, checkpoint, precision)
     stored = _stored(slot, checkpoint) if precision in ("dtype", "stored") else None
     if (
         stored is not None
-        and all(part.rows % kernels.TILE == 0 for part in stored)
+        and all(part.rows % packed.TILE == 0 for part in stored)
         and (held == "bfloat16" or {AS_IT_IS[part.stored] for part in stored} == {held})
     ):
-        return kernels.pack_stored(stored, KINDS[held])
+        return packed.pack_stored(stored, KINDS[held])
     if held == "bfloat16":
-        return kernels.pack_bfloat16(read_slot(slot, checkpoint, dtype))
+        return packed.pack_bfloat16(read_slot(slot, checkpoint, dtype))
     wide = read_slot(slot, checkpoint, torch.float32)
-    return kernels.pack_int8(wide) if held == "int8" else kernels.pack_int4(wide)
+    return packed.pack_int8(wide) if held == "int8" else packed.pack_int4(wide)
 
 
 def _stored(slot: Slot, checkpoint: Checkpoint) -> list[StoredRows] | None:
     """Return the parts of a matrix as GGUF blocks; None if the kernels cannot read all of them."""
     found = [checkpoint.tensors.get(name) for name, _ in slot.parts]
     if (
-        kernels.library() is None or slot.transposed or slot.columns is None
-        or any(entry is None or entry.stored not in kernels.STORED for entry in found)
+        packed.library() is None or slot.transposed or slot.columns is None
+        or any(entry is None or entry.stored not in packed.STORED for entry in found)
     ):  # fmt: skip
         return None
     return [checkpoint.stored_rows(name, (rows, slot.columns)) for name, rows in slot.parts]

@@ -2,23 +2,11 @@
    are float32, and rows are contiguous.
 
    Shape suffixes as in layers.py: T tokens, B sequences of S, H hidden, I inner width, D head width. The caller ensures
-   that the widths H and I are multiples of 16, and D of 2. */
+   that the widths H and I are multiples of 16, and D of 2. Included by fused_avx2.c and fused_avx512.c. */
 
 #include <stddef.h>
 
-#include "../model/vectors.h"
-
-/* CPython requires these symbols of an extension module; the functions are called through ctypes. */
-void *PyInit__fused_avx2(void) { return NULL; }
-void *PyInit__fused_avx512(void) { return NULL; }
-
-int ranvier_supported(void) {
-#ifdef __AVX512F__
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-#else
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#endif
-}
+#include "../model/kernels/vectors.h"
 
 /* Compute out = x / rms(x) * (w + more), and keep 1 / rms of each row in `inverse`. */
 void ranvier_rms(

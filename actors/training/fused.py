@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..model.native import find
+from ..model.kernels.native import find
 
 TILE = 16
 
@@ -24,7 +24,13 @@ TILE = 16
 @functools.cache
 def library() -> Any:
     """Return the functions of fused.c; None if they cannot be used."""
-    return find("ranvier.actors.training", "_fused")
+    return next(iter(libraries().values()), None)
+
+
+@functools.cache
+def libraries() -> dict[str, Any]:
+    """Return the functions of fused.c for each instruction set that this processor has, the best set first."""
+    return find("ranvier.actors.training", "fused")
 
 
 def able(width: int, *tensors: torch.Tensor) -> bool:

@@ -13,7 +13,8 @@ from ranvier.actors.checkpoint import Checkpoint, ModelConfig, open_checkpoint
 from ranvier.actors.component import kinds
 from ranvier.actors.component.kinds import BUILT_IN, Kind, KindError
 from ranvier.actors.errors import CheckpointError
-from ranvier.actors.model import native, weights
+from ranvier.actors.model import weights
+from ranvier.actors.model.kernels import native
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.transport.format.errors import AddressError, KeyFileError
 from ranvier.transport.format.tensor_spec import TensorSpec

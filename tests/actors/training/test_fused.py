@@ -1,4 +1,7 @@
-"""Check fused.c against torch's operations and their autograd in float64, forward and backward."""
+"""Check fused.c against torch's operations and their autograd in float64, forward and backward.
+
+Each test runs with every instruction set that this processor has.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,13 @@ import torch.nn.functional as F
 from ranvier.actors.model.rotary import rotate
 from ranvier.actors.training import fused
 
-pytestmark = pytest.mark.skipif(fused.library() is None, reason="no AVX2, or fused.c was not compiled")
+pytestmark = pytest.mark.skipif(not fused.libraries(), reason="no AVX2, or fused.c was not compiled")
+
+
+@pytest.fixture(params=list(fused.libraries()), autouse=True)
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute with one of the instruction sets."""
+    monkeypatch.setattr(fused, "library", lambda: fused.libraries()[request.param])
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:

@@ -1,57 +1,4 @@
-/* Sixteen numbers at a time: one register with AVX-512, two with AVX2. kernels.c is written in these and compiled for each.
-
-   Plain words for what the processor does; nothing here knows of weights or tokens. */
-
-#ifndef RANVIER_VECTORS_H
-#define RANVIER_VECTORS_H
-
-#include <immintrin.h>
-#include <math.h>
-#include <stdint.h>
-
-#define INLINE static inline __attribute__((always_inline))
-
-#ifdef __AVX512F__
-
-typedef __m512 F;  /* 16 float32 */
-typedef __m512i I; /* 64 bytes: 16 int32, or 64 int8 */
-
-INLINE F f_load(const float *from) { return _mm512_loadu_ps(from); }
-INLINE void f_store(float *to, F x) { _mm512_storeu_ps(to, x); }
-INLINE F f_all(float x) { return _mm512_set1_ps(x); }
-INLINE F f_add(F x, F y) { return _mm512_add_ps(x, y); }
-INLINE F f_sub(F x, F y) { return _mm512_sub_ps(x, y); }
-INLINE F f_mul(F x, F y) { return _mm512_mul_ps(x, y); }
-INLINE F f_div(F x, F y) { return _mm512_div_ps(x, y); }
-INLINE F f_fma(F x, F y, F more) { return _mm512_fmadd_ps(x, y, more); }
-INLINE F f_less(F x, F y, F from) { return _mm512_fnmadd_ps(x, y, from); }
-INLINE F f_max(F x, F y) { return _mm512_max_ps(x, y); }
-INLINE F f_min(F x, F y) { return _mm512_min_ps(x, y); }
-INLINE F f_abs(F x) { return _mm512_abs_ps(x); }
-INLINE F f_round(F x) { return _mm512_roundscale_ps(x, 0); }
-INLINE F f_power_of_two(F n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
-INLINE float f_sum(F x) { return _mm512_reduce_add_ps(x); }
-INLINE float f_most(F x) { return _mm512_reduce_max_ps(x); }
-INLINE F f_from_half(const uint16_t *from) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from)); }
-INLINE F f_from_bfloat16(const uint16_t *from) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)from)), 16));
-}
-INLINE void f_to_bfloat16(uint16_t *to, F x) { _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x)); }
-
-/* Sixteen pairs of bfloat16: the first of each as float32, or the second. */
-INLINE F f_first(const uint16_t *from) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(from), 16)); }
-INLINE F f_second(const uint16_t *from) {
-    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(from), _mm512_set1_epi32((int)0xFFFF0000)));
-}
-
-/* Rounded to whole numbers from -128 to 127; returns their sum. */
-INLINE int32_t f_to_int8(int8_t *to, F x) {
-    __m512i whole = _mm512_cvtps_epi32(x);
-    _mm_storeu_si128((__m128i *)to, _mm512_cvtsepi32_epi8(whole));
-    return _mm512_reduce_add_epi32(whole);
-}
-
-#else
+/* vectors.h with AVX2: sixteen numbers in two registers. */
 
 typedef struct {
     __m256 a, b;
@@ -102,7 +49,7 @@ INLINE __m256 from_bfloat16(const uint16_t *from) {
 }
 INLINE F f_from_bfloat16(const uint16_t *from) { return (F){from_bfloat16(from), from_bfloat16(from + 8)}; }
 
-/* To the nearest, halves to the even one; what is no number stays none. */
+/* Round to the nearest, halves to even; NaN stays NaN. */
 INLINE __m256i to_bfloat16(__m256 x) {
     __m256i bits = _mm256_castps_si256(x);
     __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -114,7 +61,7 @@ INLINE void f_to_bfloat16(uint16_t *to, F x) {
     __m256i both = _mm256_packus_epi32(to_bfloat16(x.a), to_bfloat16(x.b));
     _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(both, 0xD8));
 }
-/* Loaded each time anew: kept for the second of the pairs they would take the registers of sums. */
+/* Load anew each time: kept for the second of the pairs, they would take the registers of sums. */
 INLINE __m256i eight_pairs(const uint16_t *from) { return *(const volatile __m256i_u *)from; }
 INLINE __m256 first_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
 INLINE __m256 second_of(__m256i pairs) {
@@ -131,25 +78,3 @@ INLINE int32_t f_to_int8(int8_t *to, F x) {
     __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
     return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
 }
-
-#endif
-
-INLINE F f_zero(void) { return f_all(0.0f); }
-
-/* e^x, relative error under 2e-7 for x <= 0: 2^n times a polynomial in the rest (Cephes' expf). */
-INLINE F f_exp(F x) {
-    x = f_max(f_all(-87.0f), x); /* in this order what is no number stays none */
-    F n = f_round(f_mul(x, f_all(1.44269504088896341f)));
-    F r = f_less(n, f_all(0.693359375f), x);
-    r = f_less(n, f_all(-2.12194440e-4f), r);
-    F y = f_all(1.9875691500e-4f);
-    y = f_fma(y, r, f_all(1.3981999507e-3f));
-    y = f_fma(y, r, f_all(8.3334519073e-3f));
-    y = f_fma(y, r, f_all(4.1665795894e-2f));
-    y = f_fma(y, r, f_all(1.6666665459e-1f));
-    y = f_fma(y, r, f_all(5.0000001201e-1f));
-    y = f_fma(y, f_mul(r, r), f_add(r, f_all(1.0f)));
-    return f_mul(y, f_power_of_two(n));
-}
-
-#endif

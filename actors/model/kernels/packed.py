@@ -1,8 +1,9 @@
-"""Packed weights and their products with tokens, in C (kernels.c), for processors with AVX2 or AVX-512.
+"""Pack weights, and multiply them with tokens in C, on processors with AVX2 or AVX-512 (product.h).
 
-A product of 16 rows at a time reads each weight once for some tokens, and a step through a group of layers is a single call:
-torch's own operations took two thirds of a decoding step's time before any number was multiplied (benchmarks/one_stream.py).
-Without such a processor, or a compiler when the package was installed, torch does it all.
+A product takes 16 rows at a time and reads each weight once for several tokens. A step through a group of layers is a single
+call (step.c), because torch's own operations took two thirds of a decoding step's time before any number was multiplied
+(benchmarks/one_stream.py). If the processor has no such instructions, or if there was no compiler when the package was
+installed, torch computes everything.
 
 Shape suffixes: T tokens, R rows, C columns, B blocks of 32 columns.
 """
@@ -19,18 +20,19 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.checkpoint import StoredRows
+from ranvier.actors.checkpoint.checkpoint import StoredRows
+
 from . import native
 
 TILE, BLOCK = 16, 32
 BFLOAT16, INT8, INT4 = range(3)
 CHUNK_BYTES = 16 << 20
-"""Asked of the system at once for weights."""
+"""Memory that is requested from the system at once for weights."""
 BITS = {BFLOAT16: 16, INT8: 8, INT4: 4}
 
 
 class Matrix(ctypes.Structure):
-    """`Matrix` of kernels.c."""
+    """Describe a packed matrix to C (`Matrix` of product.h)."""
 
     _fields_ = (
         ("kind", ctypes.c_int32), ("rows", ctypes.c_int32), ("columns", ctypes.c_int32),
@@ -40,7 +42,7 @@ class Matrix(ctypes.Structure):
 
 @functools.cache
 def library() -> Any:
-    """The compiled functions, with as many threads as torch has; None where they cannot be used."""
+    """Return the compiled functions, with as many threads as torch has; None if they cannot be used."""
     loaded = native.library()
     if loaded is not None:
         loaded.ranvier_threads(torch.get_num_threads())
@@ -48,8 +50,11 @@ def library() -> Any:
 
 
 class Packed:
-    """A matrix [R, C] as the products want it. `kind`: bfloat16, or whole numbers of 8 or 4 bits with a scale (and, of 4
-    bits, a least value) for each row and 32 columns."""
+    """Hold a matrix [R, C] as the products need it.
+
+    `kind` is bfloat16, or whole numbers of 8 or 4 bits. These have a scale, and those of 4 bits a least value, for each row
+    and 32 columns.
+    """
 
     def __init__(
         self, kind: int, data: torch.Tensor, rows: int, columns: int,
@@ -67,7 +72,7 @@ class Packed:
         return sum(tensor.nbytes for tensor in self._held)
 
     def rows(self, index_T: torch.Tensor) -> torch.Tensor:
-        """Some of its rows, [T, C], as the matrix holds them: bfloat16, or float32 where they are whole numbers with scales."""
+        """Return some rows [T, C]: as bfloat16 if the matrix holds that, else as float32."""
         rows, columns = self.shape
         tile, row = index_T // TILE, index_T % TILE
         wide = {BFLOAT16: 2, INT8: 4, INT4: 4}[self.kind]
@@ -82,7 +87,7 @@ class Packed:
         return ((whole - 128) * scale if self.kind == INT8 else whole * scale + least[0]).view(-1, columns)
 
     def multiply(self, tokens_TC: torch.Tensor) -> torch.Tensor:
-        """[T, R] in the dtype of the tokens."""
+        """Return the products [T, R] in the dtype of the tokens."""
         rows, columns = self.shape
         wide = tokens_TC.float().contiguous()
         made = torch.empty(wide.shape[0], rows)
@@ -95,7 +100,7 @@ class Packed:
 
 
 def pack_bfloat16(weight_RC: torch.Tensor) -> Packed:
-    """A matrix of numbers as bfloat16."""
+    """Pack a matrix, rounded to bfloat16."""
     narrow = weight_RC.to(torch.bfloat16).contiguous()
     rows, columns = narrow.shape
     data = _pages.take(rows * columns * 2)
@@ -106,7 +111,7 @@ def pack_bfloat16(weight_RC: torch.Tensor) -> Packed:
 
 
 def pack_int8(weight_RC: torch.Tensor) -> Packed:
-    """Rounded to 255 steps: a scale for each row and 32 columns (as GGUF's Q8_0)."""
+    """Pack a matrix, rounded to 255 steps with a scale for each row and 32 columns, as GGUF's Q8_0."""
     wide = _in_blocks(weight_RC)
     scale_RB = (wide.abs().amax(-1) / 127).half().float()
     whole = torch.where(scale_RB[..., None] > 0, wide / scale_RB[..., None], 0.0).round().clamp(-128, 127)
@@ -114,7 +119,7 @@ def pack_int8(weight_RC: torch.Tensor) -> Packed:
 
 
 def pack_int4(weight_RC: torch.Tensor) -> Packed:
-    """Rounded to 16 steps between the least and the largest of each row's 32 columns (as GGUF's Q4_1)."""
+    """Pack a matrix, rounded to 16 steps between the least and the largest of each row's 32 columns, as GGUF's Q4_1."""
     wide = _in_blocks(weight_RC)
     least_RB, most_RB = wide.amin(-1), wide.amax(-1)
     scale_RB, least_RB = ((most_RB - least_RB) / 15).half().float(), least_RB.half().float()
@@ -125,7 +130,7 @@ def pack_int4(weight_RC: torch.Tensor) -> Packed:
 def pack_whole(
     kind: int, whole_RC: torch.Tensor, scale_RB: torch.Tensor, least_RB: torch.Tensor | None = None
 ) -> Packed:
-    """Whole numbers from 0 (int8: what stands for -128) on, uint8 [R, C], with their scales and least values."""
+    """Pack whole numbers, uint8 [R, C], with their scales and least values. They begin at 0; in int8 that is -128."""
     rows, columns = whole_RC.shape
     data = _pages.take(rows * columns * BITS[kind] // 8)
     library().ranvier_pack_whole(
@@ -136,12 +141,14 @@ def pack_whole(
 
 
 STORED = {"Q4_0": 0, "Q4_1": 1, "Q8_0": 2}
-"""GGUF's types that the kernels read (`Q4_0` and so on of kernels.c)."""
+"""GGUF's types that the kernels read, with their numbers in pack.c."""
 
 
 def pack_stored(parts: Sequence[StoredRows], kind: int) -> Packed:
-    """Matrices of GGUF blocks, one below the other: rounded to bfloat16, or (int8: Q8_0, int4: the others) as they are. Each
-    has whole tiles of rows."""
+    """Pack matrices of GGUF blocks, one below the other. Each has whole tiles of rows.
+
+    `kind` bfloat16 rounds them; int8 (for Q8_0) and int4 (for the others) keep the numbers of the file.
+    """
     rows, columns = sum(part.rows for part in parts), parts[0].columns
     data = _pages.take(rows * columns * BITS[kind] // 8)
     if kind == BFLOAT16:
@@ -165,7 +172,7 @@ def pack_stored(parts: Sequence[StoredRows], kind: int) -> Packed:
 
 
 def read_stored(part: StoredRows) -> torch.Tensor:
-    """bfloat16 [R, C]."""
+    """Return the numbers of GGUF blocks as bfloat16 [R, C]."""
     made = torch.empty(part.rows, part.columns, dtype=torch.bfloat16)
     _read_blocks(part, False, made.data_ptr())
     return made
@@ -183,14 +190,16 @@ def _order(part: StoredRows) -> ctypes.c_void_p:
 
 
 class _LargePages:
-    """Memory for weights, in large pages where the system has them: a step reads all of it, and small pages have to be looked
-    up one by one, in a virtual machine through two tables each."""
+    """Give out memory for weights, in large pages if the system has them.
+
+    A step reads all of it, and small pages are looked up one by one, in a virtual machine through two tables each.
+    """
 
     def __init__(self) -> None:
         self._left = torch.empty(0, dtype=torch.uint8)
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """uint8, at a multiple of 64 bytes."""
+        """Return uint8 [nbytes] that begins at a multiple of 64 bytes."""
         if nbytes > self._left.numel():
             size = max(nbytes, CHUNK_BYTES)
             memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -205,7 +214,7 @@ _pages = _LargePages()
 
 
 def _tiled(by_block_RB: torch.Tensor) -> torch.Tensor:
-    """float16 [R / 16, B, 16]."""
+    """Return scales or least values in tiles: float16 [R / 16, B, 16]."""
     tiled = by_block_RB.half().view(-1, TILE, by_block_RB.shape[1]).transpose(1, 2)
     return _pages.take(2 * tiled.numel()).view(torch.float16).view(tiled.shape).copy_(tiled)
 

@@ -1,0 +1,1 @@
+"""Compute with packed weights in C: one file for each instruction set, and the Python around them."""

@@ -1,0 +1,43 @@
+"""Find the compiled kernels that this processor can run.
+
+This module does not import torch, because the check of a graph uses it, too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+
+@functools.cache
+def library() -> Any:
+    """Return the functions of the kernels for the best instruction set; None if they cannot be used."""
+    return next(iter(libraries().values()), None)
+
+
+@functools.cache
+def libraries() -> dict[str, Any]:
+    """Return the functions of the kernels for each instruction set that this processor has, the best set first."""
+    found = find(__package__, "product")
+    for loaded in found.values():
+        loaded.ranvier_room.restype = ctypes.c_int64
+    return found
+
+
+def find(package: str, name: str) -> dict[str, Any]:
+    """Return what was compiled of `<name>_<set>.c` in a package, for each instruction set that this processor has.
+
+    The best set comes first. Nothing is returned if nothing was compiled.
+    """
+    ranked: list[tuple[int, str, Any]] = []
+    spec = importlib.util.find_spec(package)
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for path in Path(folder).glob(f"_{name}_*{EXTENSION_SUFFIXES[0]}"):
+            loaded = ctypes.CDLL(str(path))
+            if rank := loaded.ranvier_supported():
+                ranked.append((rank, path.name.removeprefix(f"_{name}_").split(".")[0], loaded))
+    return {chosen: loaded for _, chosen, loaded in sorted(ranked, key=lambda each: -each[0])}
