@@ -1,9 +1,11 @@
-"""Decide which pieces form one step of a host, and in which order. Knows no links and no sessions."""
+"""Decide which pieces form one step of a host, and in which order. Knows no links and no open sessions."""
 
 from __future__ import annotations
 
+import enum
+import itertools
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 import torch
@@ -12,6 +14,7 @@ from ranvier.transport.format.header import Row
 from ranvier.transport.links.link_state import Received
 
 from ..component.actor import Batch
+from ..protocol.host_spec import PortSpec
 
 
 class Work(msgspec.Struct, frozen=True, eq=False):
@@ -25,48 +28,196 @@ class Work(msgspec.Struct, frozen=True, eq=False):
     pieces: tuple[Work, ...] = ()
 
 
-def in_order(ready: deque[Work], passed: Row | None) -> tuple[deque[Work], Row | None]:
-    """Sort the waiting pieces into the order in which steps take them (see `HostCore.take`).
+class Rank(enum.IntEnum):
+    """Order the waiting pieces: a step takes a lower rank first, and pieces of the same rank by position and age."""
 
-    A piece never goes before an earlier piece of the same session.
+    PASSED_OVER = 0
+    """The oldest prompt chunk, if steps went before it already: it is passed over at most once."""
+    DECODING = 1
+    """A row of one token. It waits at most for the running step and for one chunk."""
+    OLDEST_CHUNK = 2
+    """The prompt chunk that has waited longest."""
+    CHUNK = 3
+    """Other prompt chunks, by position: a short prompt does not wait for a long one."""
+
+
+Order = tuple[Rank, int]
+"""A rank, and the position among chunks."""
+
+
+class Batcher:
+    """Keep the pieces that wait, and make steps of them.
 
     Args:
-        ready: the waiting pieces, the oldest first.
-        passed: the first row of the prompt chunk that was the oldest at the last call. If that chunk still waits, it
-            was passed over, and now goes first.
-
-    Returns:
-        The sorted pieces, and the first row of the prompt chunk that is the oldest now.
+        inputs: the actor's input ports by name.
+        batch_tokens: the maximum number of tokens of a batched step. A single piece may hold more.
+        current: removes the rows of a piece that are no longer wanted; returns None if no row is left. It is called
+            for each piece when a step takes it.
+        on_split: called with a piece of which only the first rows were taken. The rest waits on.
     """
-    parts = [piece for piece in ready if all(row.tokens > 1 for row in piece.batch.rows)]
-    if not parts:
-        return ready, passed
-    oldest = parts[0]
-    lead = oldest.batch.rows[0]
-    of_sessions: dict[int, tuple[int, int]] = {}
-    ranked: list[tuple[tuple[int, int], Work]] = []
-    for piece in ready:
+
+    def __init__(
+        self,
+        inputs: Mapping[str, PortSpec],
+        batch_tokens: int,
+        current: Callable[[Work], Work | None],
+        on_split: Callable[[Work], None],
+    ) -> None:
+        self._by_tokens = {name for name, port in inputs.items() if port.tensor.shape[:1] == ("tokens",)}
+        self._stacks = all(port.stacks for port in inputs.values())
+        self._alike = all(isinstance(size, int) for port in inputs.values() for size in port.tensor.shape[1:])
+        self._batch_tokens = batch_tokens
+        self._current = current
+        self._on_split = on_split
+        self._ready: deque[Work] = deque()
+        self._passed: Row | None = None
+        self._taken: list[Work] = []
+        self.add = self._ready.append
+
+    def __len__(self) -> int:
+        """Return the number of pieces that wait."""
+        return len(self._ready)
+
+    def take(self, most_rows: int) -> Work | None:
+        """Return the next step: waiting pieces by `Rank`, one row per session, within the token budget.
+
+        Args:
+            most_rows: the maximum number of rows of the step, at least 1.
+
+        Returns:
+            The step; None if nothing waits, or if no row of what waits is wanted.
+        """
+        ready = self._ready
+        if len(ready) > 1 and self._stacks:
+            self._put_in_order()
+        if len(ready) == 1 and len(ready[0].batch.rows) == 1:
+            current = self._current(ready[0])
+            ready.popleft()
+            return current
+        self._taken = []
+        work = self._together(most_rows)
+        self._taken = []
+        return work
+
+    def abandon(self) -> list[Work]:
+        """Drop the pieces that the last, failed `take` was batching, and return them."""
+        taken, self._taken = self._taken or ([self._ready.popleft()] if self._ready else []), []
+        return taken
+
+    def _put_in_order(self) -> None:
+        """Sort the waiting pieces by rank. A piece never goes before an earlier piece of the same session."""
+        chunks = [piece for piece in self._ready if all(row.tokens > 1 for row in piece.batch.rows)]
+        if not chunks:
+            return
+        oldest = chunks[0]
+        lead = oldest.batch.rows[0]
+        of_sessions: dict[int, Order] = {}
+        ranked: list[tuple[Order, Work]] = []
+        for piece in self._ready:
+            rows = piece.batch.rows
+            before = max((of_sessions[row.session] for row in rows if row.session in of_sessions), default=None)
+            order: Order
+            if piece is oldest:
+                order = (Rank.PASSED_OVER if lead == self._passed else Rank.OLDEST_CHUNK, 0)
+            elif before is None and any(row.tokens <= 1 for row in rows):
+                order = (Rank.DECODING, 0)
+            else:
+                order = (Rank.CHUNK, max(row.position for row in rows))
+            order = max(order, before or order)
+            of_sessions.update((row.session, order) for row in rows)
+            ranked.append((order, piece))
+        ranked.sort(key=lambda one: one[0])
+        self._ready.clear()
+        self._ready.extend(piece for _, piece in ranked)
+        self._passed = lead
+
+    def _together(self, most_rows: int) -> Work | None:
+        if len(self._ready) == 1:
+            return self._next_current(most_rows)
+        pieces: list[Work] = []
+        sessions: set[int] = set()
+        tokens = 0
+        while self._ready:
+            piece = self._ready[0]
+            if pieces and not self._fits(piece, pieces[0], tokens, len(sessions), most_rows):
+                break
+            if not sessions.isdisjoint(row.session for row in piece.batch.rows):
+                break  # a session's next step depends on the one before
+            size = piece.batch.tokens
+            current = self._next_current(most_rows)
+            if current is not None:
+                pieces.append(current)
+                tokens += size
+                sessions.update(row.session for row in current.batch.rows)
+        return _laid_together(pieces) if pieces else None
+
+    def _fits(self, piece: Work, first: Work, tokens: int, rows: int, most_rows: int) -> bool:
+        """Return whether a piece can join a step that begins with `first` and has so many tokens and rows."""
+        if not self._stacks or tokens + piece.batch.tokens > self._batch_tokens:
+            return False
+        if rows + len(piece.batch.rows) > most_rows:
+            return False
+        if piece.batch.tensors.keys() != first.batch.tensors.keys():
+            return False  # the join chose other ports
+        return self._alike or _widths(piece) == _widths(first)
+
+    def _next_current(self, most_rows: int) -> Work | None:
+        current = self._current(self._next(most_rows))
+        if current is None:
+            self._taken.pop()  # whoever removed its rows has dropped it
+        return current
+
+    def _next(self, most_rows: int) -> Work:
+        """Take the first piece, or only its first `most_rows` rows if it has more."""
+        piece = self._ready.popleft()
+        self._taken.append(piece)
+        count = len(piece.batch.rows)
+        if count <= most_rows:
+            return piece
+        first, rest = (
+            self.part(piece, [(index < most_rows) == leading for index in range(count)]) for leading in (True, False)
+        )
+        self._on_split(piece)
+        self._ready.appendleft(rest)
+        self._taken[-1] = first
+        return first
+
+    def split(self, port: str, rows: Sequence[Row], tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Return the part of each row of a port's tensor."""
+        if len(rows) == 1:
+            return [tensor]
+        by_tokens = port in self._by_tokens
+        return list(torch.split(tensor, [row.tokens if by_tokens else 1 for row in rows]))
+
+    def part(self, piece: Work, keep: Sequence[bool]) -> Work:
+        """Return a piece with only the rows that are marked in `keep`, at least one."""
         rows = piece.batch.rows
-        before = max((of_sessions[row.session] for row in rows if row.session in of_sessions), default=None)
-        if piece is oldest:
-            rank = (0 if lead == passed else 2, 0)
-        elif before is None and any(row.tokens <= 1 for row in rows):
-            rank = (1, 0)
-        else:
-            rank = (3, max(row.position for row in rows))
-        rank = max(rank, before or rank)
-        of_sessions.update((row.session, rank) for row in rows)
-        ranked.append((rank, piece))
-    ranked.sort(key=lambda one: one[0])
-    return deque(piece for _, piece in ranked), lead
+        tensors = {
+            port: torch.cat(list(itertools.compress(self.split(port, rows, tensor), keep)))
+            for port, tensor in piece.batch.tensors.items()
+        }
+        return Work(Batch(tuple(itertools.compress(rows, keep)), tensors), piece.sources)
+
+    def alone(self, work: Work) -> list[Work]:
+        """Make a step of each row of a step, to find the sessions that make it fail. These steps have no sources."""
+        if work.pieces:
+            return [single for piece in work.pieces for single in self.alone(piece)]
+        batch = work.batch
+        if len(batch.rows) == 1:
+            return [Work(batch, ())]
+        parts = {port: self.split(port, batch.rows, tensor) for port, tensor in batch.tensors.items()}
+        return [
+            Work(Batch((row,), {port: split[index] for port, split in parts.items()}), ())
+            for index, row in enumerate(batch.rows)
+        ]
 
 
-def widths(piece: Work) -> list[torch.Size]:
+def _widths(piece: Work) -> list[torch.Size]:
     """Return the shapes of a piece's tensors without their first dimension. All pieces of a step must agree in them."""
     return [tensor.shape[1:] for tensor in piece.batch.tensors.values()]
 
 
-def laid_together(pieces: Sequence[Work]) -> Work:
+def _laid_together(pieces: Sequence[Work]) -> Work:
     """Combine at least one piece into a step. All pieces must have the same ports and widths."""
     if len(pieces) == 1:
         return pieces[0]

@@ -7,7 +7,7 @@ step thread drives this over ZeroMQ, the tests over memory wires.
 from __future__ import annotations
 
 import itertools
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -20,7 +20,7 @@ from ranvier.transport.links.link_state import Received, ReceivingLink
 
 from ..component.actor import Batch
 from ..protocol.host_spec import HostLink, PortSpec
-from .batcher import Work, in_order, laid_together, widths
+from .batcher import Batcher, Work
 from .join import Gate, Join, Late, Overdue, Part
 from .outputs import Outputs
 from .route import Answers, Replicas
@@ -58,18 +58,13 @@ class HostCore:
         self._answers = Answers()
         self._arriving: set[int] = set()
         self._join: Join | None = None
-        self._batch_tokens = batch_tokens
         self._batches = batches
-        self._stacks = all(port.stacks for port in self._inputs.values())
-        self._alike = all(isinstance(size, int) for port in self._inputs.values() for size in port.tensor.shape[1:])
         # rows may share a step only if every output has a dimension of tokens or rows
         self._most_rows = MAX_ROWS if all(port.stacks for port in outputs) else 1
         self._epochs: dict[int, int] = {}
         self._newest = (0, 0)
         self._early: dict[tuple[int, int], list[tuple[HostLink, Row, torch.Tensor, Received]]] = {}
-        self._ready: deque[Work] = deque()
-        self._passed: Row | None = None
-        self._taken: list[Work] = []
+        self._batcher = Batcher(self._inputs, batch_tokens, self._current, self._share)
         once = [port.name for port in self._inputs.values() if port.once]
         joined = tuple(port for port in self._inputs if port not in once)
         self._gate: Gate[Work] | None = Gate(once) if once else None
@@ -176,7 +171,7 @@ class HostCore:
 
     def _keep_early(self, here: HostLink, rows: tuple[Row, ...], tensor: torch.Tensor, received: Received) -> None:
         """Keep rows of sessions that have not opened here yet: the command `open` comes over another socket."""
-        parts = self._split(here.port, rows, tensor)
+        parts = self._batcher.split(here.port, rows, tensor)
         early = [(row.epoch, row.session) > self._newest for row in rows]
         if self._join is None:
             self._shares[received.link, received.header.sequence] = sum(early) + (not all(early))
@@ -198,10 +193,10 @@ class HostCore:
         piece = Work(Batch(rows, {here.port: tensor}), (received,))
         kept = self._without_repeats(piece, here) if here.repeats else piece
         if kept is not None:
-            self._ready.append(kept)
+            self._batcher.add(kept)
 
     def _offer(self, join: Join, port: str, rows: tuple[Row, ...], tensor: torch.Tensor, received: Received) -> None:
-        for row, part in zip(rows, self._split(port, rows, tensor), strict=True):
+        for row, part in zip(rows, self._batcher.split(port, rows, tensor), strict=True):
             if not self._is_open(row):
                 self.counters["rows_refused"] += 1
                 self._discard((received,))
@@ -212,8 +207,9 @@ class HostCore:
                 self._discard((received,))
                 continue
             if self._gate is not None and port in self._gate:
-                self._ready.append(Work(Batch((row,), {port: part}), (received,)))
-                self._ready.extend(self._gate.came(row.session, port))
+                self._batcher.add(Work(Batch((row,), {port: part}), (received,)))
+                for work in self._gate.came(row.session, port):
+                    self._batcher.add(work)
                 continue
             try:
                 whole = join.offer(port, Part(row, part, received))
@@ -228,18 +224,12 @@ class HostCore:
                 own = {name: (held.row,) for name, held in whole.items() if held.row != lead}
                 work = Work(Batch((lead,), tensors, own), tuple(held.source for held in parts))
                 if self._gate is None or not self._gate.holds(work, lead, received.received_ns):
-                    self._ready.append(work)
+                    self._batcher.add(work)
 
     def overdue(self, before_ns: int) -> list[Overdue]:
         """Return the steps that have waited at the join, or for a `once` input, since before `before_ns`."""
         found = self._join.overdue(before_ns) if self._join is not None else []
         return found + (self._gate.overdue(before_ns) if self._gate is not None else [])
-
-    def _split(self, port: str, rows: tuple[Row, ...], tensor: torch.Tensor) -> list[torch.Tensor]:
-        if len(rows) == 1:
-            return [tensor]
-        by_tokens = self._inputs[port].tensor.shape[:1] == ("tokens",)
-        return list(torch.split(tensor, [row.tokens if by_tokens else 1 for row in rows]))
 
     # -- work ---------------------------------------------------------------------------------------------------
 
@@ -251,56 +241,13 @@ class HostCore:
     @property
     def queued(self) -> int:
         """Return the number of pieces that wait for a step."""
-        return len(self._ready)
+        return len(self._batcher)
 
     def take(self) -> Work | None:
-        """Return the next step: queued pieces, one row per session, within the token budget.
-
-        Returns None if nothing is queued, or if an output waits for credit.
-
-        Rows of one token (decoding) go before prompt chunks. A decoding token waits at most for the running step and,
-        if a chunk does not fit into its batch, for one chunk. Next comes the chunk that has waited longest; it is
-        passed over at most once. The other chunks follow by position, so that a short prompt does not wait for a long
-        one.
-        """
-        if not self._ready or self.exchange.waiting:
+        """Return the next step (see `Batcher.take`); None if nothing is queued, or if an output waits for credit."""
+        if not self._batcher or self.exchange.waiting:
             return None
-        if len(self._ready) > 1 and self._stacks:
-            self._ready, self._passed = in_order(self._ready, self._passed)
-        if len(self._ready) == 1 and len(self._ready[0].batch.rows) == 1:
-            current = self._current(self._ready[0])
-            self._ready.popleft()
-            return current
-        self._taken = []
-        work = self._together(self._rows_of_a_batch)
-        self._taken = []
-        return work
-
-    def _together(self, most_rows: int) -> Work | None:
-        if len(self._ready) == 1:
-            return self._next_current(most_rows)
-        pieces: list[Work] = []
-        sessions: set[int] = set()
-        tokens = 0
-        while self._ready:
-            piece = self._ready[0]
-            size = piece.batch.tokens
-            if pieces and (not self._stacks or tokens + size > self._batch_tokens):
-                break
-            if pieces and len(sessions) + len(piece.batch.rows) > most_rows:
-                break
-            if pieces and piece.batch.tensors.keys() != pieces[0].batch.tensors.keys():
-                break  # the join chose other ports
-            if pieces and not self._alike and widths(piece) != widths(pieces[0]):
-                break  # they differ in a free dimension
-            if not sessions.isdisjoint(row.session for row in piece.batch.rows):
-                break  # a session's next step depends on the one before
-            current = self._next_current(most_rows)
-            if current is not None:
-                pieces.append(current)
-                tokens += size
-                sessions.update(row.session for row in current.batch.rows)
-        return laid_together(pieces) if pieces else None
+        return self._batcher.take(self._rows_of_a_batch)
 
     @property
     def _rows_of_a_batch(self) -> int:
@@ -317,35 +264,16 @@ class HostCore:
 
         Returns the rows of these pieces. Their sessions have lost a step.
         """
-        taken, self._taken = self._taken or ([self._ready.popleft()] if self._ready else []), []
+        taken = self._batcher.abandon()
         for piece in taken:
             self._discard(piece.sources)
         return tuple(dict.fromkeys(row for piece in taken for row in piece.batch.rows))
 
-    def _next_current(self, most_rows: int) -> Work | None:
-        current = self._current(self._next(most_rows))
-        if current is None:
-            self._taken.pop()  # its credit was given back
-        return current
-
-    def _next(self, most_rows: int) -> Work:
-        """Take the first piece from the queue, or only its first `most_rows` rows if it has more."""
-        piece = self._ready.popleft()
-        self._taken.append(piece)
-        rows = piece.batch.rows
-        if len(rows) <= most_rows:
-            return piece
+    def _share(self, piece: Work) -> None:
+        """Note that the message of a piece goes into one more step."""
         [received] = piece.sources  # only joined pieces have several sources, and these have one row
-        parts = {port: self._split(port, rows, tensor) for port, tensor in piece.batch.tensors.items()}
-        first, rest = (
-            Work(Batch(rows[own], {port: torch.cat(split[own]) for port, split in parts.items()}), piece.sources)
-            for own in (slice(None, most_rows), slice(most_rows, None))
-        )
         key = received.link, received.header.sequence
         self._shares[key] = self._shares.get(key, 1) + 1
-        self._ready.appendleft(rest)
-        self._taken[-1] = first
-        return first
 
     def _current(self, piece: Work) -> Work | None:
         """Remove rows of closed sessions and of other epochs from a piece. Return None if no row is left."""
@@ -369,11 +297,7 @@ class HostCore:
         if not any(keep):
             self._discard(piece.sources)
             return None
-        tensors = {
-            port: torch.cat(list(itertools.compress(self._split(port, rows, tensor), keep)))
-            for port, tensor in piece.batch.tensors.items()
-        }
-        return Work(Batch(tuple(itertools.compress(rows, keep)), tensors), piece.sources)
+        return self._batcher.part(piece, keep)
 
     def complete(
         self,
@@ -386,17 +310,8 @@ class HostCore:
         self.outputs.send(work.batch.rows, outputs, ready_ns, soles)
 
     def alone(self, work: Work) -> list[Work]:
-        """Make a step of each row of the batch, to find the sessions that make it fail. These steps hold no credit."""
-        if work.pieces:
-            return [single for piece in work.pieces for single in self.alone(piece)]
-        batch = work.batch
-        if len(batch.rows) == 1:
-            return [Work(batch, ())]
-        parts = {port: self._split(port, batch.rows, tensor) for port, tensor in batch.tensors.items()}
-        return [
-            Work(Batch((row,), {port: split[index] for port, split in parts.items()}), ())
-            for index, row in enumerate(batch.rows)
-        ]
+        """Make a step of each row of a step, to find the sessions that make it fail. These steps hold no credit."""
+        return self._batcher.alone(work)
 
     def finish(self, work: Work) -> list[Received]:
         """Give back the credit of a step that has ended or failed, and return its used-up messages."""
