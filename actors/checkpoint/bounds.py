@@ -71,20 +71,14 @@ def _expected(name: str, value: Any, alike: bool) -> str:
     """Return what a value is expected to be; empty if the value is valid."""
     if isinstance(value, list) and (name not in NAMES or (not alike and name in (*SIZES, *EXPERTS, *COUNTS))):
         return ""
-    if name in LAYERS:
-        return "" if whole(value, 1, MOST_LAYERS) else f"a whole number from 1 to {MOST_LAYERS}"
-    if name in SIZES:
-        return "" if whole(value, 1, MOST_SIZE) else f"a whole number from 1 to {MOST_SIZE}"
-    if name in EXPERTS:
-        return "" if whole(value, int(alike), MOST_LAYERS) else f"a whole number from {int(alike)} to {MOST_LAYERS}"
-    if name in COUNTS:
-        return "" if whole(value, 0, MOST_COUNT) else f"a whole number from 0 to {MOST_COUNT}"
-    if name in EPSILONS:
-        return "" if number(value, 0.0, 0.1) else "a number over 0 and at most 0.1"
-    if name in BASES:
-        return "" if number(value, 1.0, 1e12) else "a number over 1 and at most 1e12"
-    if name in FACTORS:
-        return "" if number(value, 0.0, 1e6) else "a number over 0 and at most 1e6"
+    for names, least, most in (
+        (LAYERS, 1, MOST_LAYERS), (SIZES, 1, MOST_SIZE), (EXPERTS, int(alike), MOST_LAYERS), (COUNTS, 0, MOST_COUNT),
+    ):  # fmt: skip
+        if name in names:
+            return "" if whole(value, least, most) else f"a whole number from {least} to {most}"
+    for values, over, limit in ((EPSILONS, 0, "0.1"), (BASES, 1, "1e12"), (FACTORS, 0, "1e6")):
+        if name in values:
+            return "" if number(value, over, float(limit)) else f"a number over {over} and at most {limit}"
     if name in TOKENS:
         ids = value if isinstance(value, list) else [value]
         return "" if all(whole(token, -1, MOST_COUNT) for token in ids) else "a token id, or a list of token ids"

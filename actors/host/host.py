@@ -15,6 +15,7 @@ import torch
 from ranvier.transport.format.aligned import NARROW_BYTES
 from ranvier.transport.format.dtypes import BY_NAME
 from ranvier.transport.format.header import Row
+from ranvier.transport.links.exchange import ACK_DELAY_S, TICK_S
 from ranvier.transport.links.link_state import Received
 from ranvier.transport.links.wire import ProcessWire
 
@@ -46,7 +47,7 @@ from .batcher import Work
 from .join import Overdue
 from .loading import load
 from .open_sessions import Onlooker, OpenSessions
-from .process import ACK_DELAY_S, TICK_S, JoinTimeout, Process, live
+from .process import JoinTimeout, Process, live
 from .scheduler import HostCore
 from .snapshots import Snapshots
 
@@ -131,45 +132,52 @@ class Host(Process):
 
     def _steps(self, wire: ProcessWire) -> None:
         exchange, core, crossing = self.exchange, self.core, self.crossing
-        outputs = core.outputs
         tick_at_s = time.monotonic() + TICK_S
         while True:
             if time.monotonic() > tick_at_s:  # also while there is work: a join may be overdue
                 tick_at_s = time.monotonic() + TICK_S
-                exchange.tick()
-                self._give_up_overdue()
-                if self.snapshots is not None:
-                    self.snapshots.on_tick()
-                if self.recording is not None:
-                    self.recording.flush()
-                self._flush(wire)
-                self._count()
+                self._tick(wire)
             while crossing.commands:
                 if not self.obey_next():
                     return
                 self._flush(wire)
-            due_ns = outputs.due_ns
+            due_ns = core.outputs.due_ns
             if due_ns is not None and time.monotonic_ns() >= due_ns:
                 core.send_copies(time.monotonic_ns())
                 self._flush(wire)
-                due_ns = outputs.due_ns
+                due_ns = core.outputs.due_ns
             if not core.queued or exchange.waiting:
                 self._wait(wire, due_ns)
             elif core.may_batch:  # new rows may go before the queued ones, or into the same step
                 while self._receive(wire, 0):
                     pass
-            try:
-                work = core.take()
-            except Exception as error:
-                self.decision_failed(core.abandon(), error)
-                work = None
-            if core.discarded:
-                self._record_discarded()
+            work = self._take()
             if work is not None:
                 self._step(work)
 
+    def _take(self) -> Work | None:
+        work = None
+        try:
+            work = self.core.take()
+        except Exception as error:
+            self.decision_failed(self.core.abandon(), error)
+        if self.core.discarded:
+            self._record_discarded()
+        return work
+
+    def _tick(self, wire: ProcessWire) -> None:
+        """Do what is due every `TICK_S`."""
+        self.exchange.tick()
+        self._give_up_overdue()
+        if self.snapshots is not None:
+            self.snapshots.on_tick()
+        if self.recording is not None:
+            self.recording.flush()
+        self._flush(wire)
+        self._count()
+
     def _wait(self, wire: ProcessWire, due_ns: int | None) -> None:
-        """Nothing can be done before something comes: take that in."""
+        """Wait for messages, because nothing can be done before one comes, and take in all that have come."""
         exchange, core = self.exchange, self.core
         self._flush(wire)
         wait_s = ACK_DELAY_S if exchange.owes() else TICK_S

@@ -21,7 +21,7 @@ import torch
 
 from ranvier.transport.format.errors import ProtocolError
 from ranvier.transport.format.header import Row
-from ranvier.transport.links.exchange import Exchange, RefusedMessage
+from ranvier.transport.links.exchange import TICK_S, Exchange, RefusedMessage
 from ranvier.transport.links.link_state import Received
 from ranvier.transport.links.wire import Arrival, ProcessWire
 from ranvier.transport.wires.opening import open_wire
@@ -48,10 +48,6 @@ from . import situation
 from .control import ControlThread
 from .join import Overdue
 
-ACK_DELAY_S = 0.001
-"""Seconds without work after which a held-back acknowledgement is sent."""
-TICK_S = 1.0
-"""Seconds between two ticks. A tick repeats unanswered offers and probes. An idle host collects garbage as often."""
 UNLINKED_S = 30.0
 """Seconds after which a host reports the links that are still closed. It keeps waiting: only the supervisor ends the
 wait, because the parent process may itself have been suspended."""
@@ -91,7 +87,7 @@ class Process(ABC):
 
     @abstractmethod
     def work(self, wire: ProcessWire) -> None:
-        """What it is there for, until it is told to stop, and its end."""
+        """Do the work of this process until it is told to stop, and end it."""
 
     @abstractmethod
     def add_links(self, links: Sequence[HostLink], training: Sequence[TrainingLink]) -> None:

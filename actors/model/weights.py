@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import LAYER_OF, ModelConfig
@@ -127,15 +126,11 @@ def slots(
         return
     if kind.keeps_nothing:
         return
-    if kind.uses_experts:
-        assert layers is not None and experts is not None
-        for number in range(experts[0], experts[1] + 1):
-            yield from expert(config, layers[0], number)
-        return
     if kind.one_layer:
         assert layers is not None
-        yield gate(config, layers[0])
-        yield from shared_expert(config, layers[0])
+        yield from _mixture(kind, config, layers[0], experts)
+    if kind.uses_experts:
+        return
     if kind.begins:
         yield from embedding(config)
     if layers is not None:
@@ -147,6 +142,17 @@ def slots(
         yield from final_norm(config)  # the embedding already yielded the tied matrix
 
 
+def _mixture(kind: Kind, config: ModelConfig, layer: int, experts: tuple[int, int] | None) -> Iterator[Slot]:
+    """Yield what an actor of one mixture-of-experts layer holds: some experts, or the gate with the shared expert."""
+    if kind.uses_experts:
+        assert experts is not None
+        for number in range(experts[0], experts[1] + 1):
+            yield from expert(config, layer, number)
+    else:
+        yield gate(config, layer)
+        yield from shared_expert(config, layer)
+
+
 def needs(
     kind: Kind, config: ModelConfig, layers: tuple[int, int] | None, experts: tuple[int, int] | None = None
 ) -> Iterator[Need]:
@@ -155,8 +161,6 @@ def needs(
         yield from slot.needs()
 
 
-Precision = Literal["dtype", "int8", "int4", "stored"]
-"""The form of the matrices of blocks and head: in the model's dtype, rounded to 8 or 4 bits, or as in the file."""
 PACKABLE = ("qkv", "out", "up", "down", "head")
 """Slots whose matrices the kernels can hold packed."""
 BITS = {"bfloat16": 16.0, "int8": 8.5, "int4": 5.0}

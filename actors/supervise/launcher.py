@@ -59,7 +59,7 @@ class Launcher(Protocol):
         """
 
     async def wait(self) -> Exit:
-        """The next host that ends."""
+        """Wait for the next host that ends, and return how it ended."""
 
     async def kill(self, key: str) -> None:
         """End a host at once, whatever it is doing."""
@@ -247,9 +247,10 @@ class LocalLauncher:
         return self._pids
 
     async def start(self, spec: HostSpec) -> None:
-        """
+        """Fork a host from the zygote.
+
         Raises:
-            ActorFailed: it cannot be forked, or no process that could fork it can be had.
+            ActorFailed: the host cannot be forked, or no zygote can be started.
         """
         async with self._one_at_a_time:
             while True:

@@ -240,7 +240,7 @@ class TrainingHost(Mail):
         self._flush(wire)
 
     def _validate(self, wire: ProcessWire, number: int) -> None:
-        """Forwards alone, on what is held out."""
+        """Run the forwards of one validation, on samples that are held out of training."""
         self.stage.module.train(False)
         every, count = self.training.validate_every, self.training.validation
         first = (number // every) * count

@@ -22,7 +22,6 @@ KINDS: dict[str, Function] = {
     "mean": lambda made, _: made.float().mean(),
 }
 """Losses by name; `mean` takes no target, because the output is a loss already."""
-WITHOUT_TARGET = ("mean",)
 
 
 def correct(kind: str, made: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:

@@ -11,11 +11,12 @@ import torch
 from ranvier.transport.format.codec import RAW
 from ranvier.transport.format.header import Row
 from ranvier.transport.format.tensors import from_buffer, to_buffer
+from ranvier.transport.links.exchange import ACK_DELAY_S, TICK_S
 from ranvier.transport.links.link_state import Outbound, Received
 from ranvier.transport.links.wire import ProcessWire
 
 from ..host.outputs import coded
-from ..host.process import ACK_DELAY_S, TICK_S, Process, Stopped
+from ..host.process import Process, Stopped
 from ..protocol.control_protocol import Counters, StepCommand, Stop
 from ..protocol.host_spec import HostLink
 from ..protocol.schedule import UPDATE, Action

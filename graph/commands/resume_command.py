@@ -79,12 +79,16 @@ def run(run_dir: Path, after: int | None, as_json: bool, allow_code: bool, launc
             for key, result, failed in results
         ]})  # fmt: skip
     else:
-        print(f"\n\ncontinued {counted(len(results), 'request')} of {run_dir}\nrun folder: {path}")
-        for key, _, failed in results:
-            if failed:
-                say(f"{key}: {failed}", error=True)
+        _print_outcome(run_dir, path, results)
     if any(failed for _, _, failed in results):
         raise typer.Exit(FAILED)
+
+
+def _print_outcome(resumed: Path, path: Path, results: list[tuple[str, Result, str]]) -> None:
+    print(f"\n\ncontinued {counted(len(results), 'request')} of {resumed}\nrun folder: {path}")
+    for key, _, failed in results:
+        if failed:
+            say(f"{key}: {failed}", error=True)
 
 
 def graph_of(run_dir: Path, allow_code: bool) -> Graph:

@@ -430,7 +430,7 @@ class ActorCheck(Findings):
             )  # fmt: skip
 
     def _in_folder(self, name: str, where: endpoint.Endpoint) -> None:
-        """A socket lies in the graph's folder, where nothing else is yet. `--set` may put it elsewhere.
+        """Check that a socket lies in the graph's folder, at a path that is free. `--set` may put it elsewhere.
 
         Raises:
             AddressError: the socket lies elsewhere, or its path is taken.

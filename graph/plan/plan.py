@@ -108,7 +108,7 @@ class Plan:
         return {actor.name: dict.fromkeys(range(actor.section.replicas), EPOCH) for actor in actors}
 
     def keys(self, run_dir: Path) -> Path | None:
-        """The folder of the keys for tcp: the graph's own, or one that the run makes for itself. None if all is local."""
+        """Return the folder of the keys for tcp: the graph's, or the run's own. None if no edge uses tcp."""
         if self.graph.keys is not None or all(edge.wire != "tcp" for edge in self.edges):
             return self.graph.keys
         return run_dir / "keys"

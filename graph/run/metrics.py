@@ -74,6 +74,29 @@ class _Collector:
             status = trio.from_thread.run_sync(self._snapshot, trio_token=self._token)
         except trio.RunFinishedError:
             return
+        yield from self._of_hosts(status)
+        yield from self._of_events(status)
+        for name, what, kind in (
+            ("sessions", "sessions open now", GaugeMetricFamily),
+            ("requests", "requests accepted so far", CounterMetricFamily),
+            ("tokens", "tokens delivered so far", CounterMetricFamily),
+            ("recoveries", "hosts replaced so far", CounterMetricFamily),
+        ):  # fmt: skip
+            if name in status:
+                yield self._of_the_run(kind, name, what, status[name])
+        trained = status.get("training", {})
+        for name, what in (
+            ("step", "number of the last finished step"), ("loss", "loss of that step"),
+            ("accuracy", "accuracy of that step"), ("norm", "norm of all gradients of that step"),
+            ("seconds", "duration of that step"), ("validation_loss", "loss of the last validation"),
+            ("validation_accuracy", "accuracy of the last validation"),
+        ):  # fmt: skip
+            if name in trained:
+                yield self._of_the_run(GaugeMetricFamily, f"training_{name}", what, trained[name])
+
+    def _of_hosts(self, status: Mapping[str, Any]) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
         by_host: Mapping[str, tuple[type[Any], str, str]] = {
             "up": (GaugeMetricFamily, "1 while the host runs", "up"),
             "steps": (CounterMetricFamily, "steps taken so far", "steps"),
@@ -97,30 +120,17 @@ class _Collector:
         for host, tokens in status["held_tokens"].items():
             held.add_metric([self._graph, host], tokens)
         yield held
+
+    def _of_events(self, status: Mapping[str, Any]) -> Iterator[Any]:
+        from prometheus_client.core import CounterMetricFamily
+
         counted = CounterMetricFamily(
-            "ranvier_events", "events counted by the host, by name", labels=[*labels, "event"]
+            "ranvier_events", "events counted by the host, by name", labels=["graph", "host", "event"]
         )
         for host, counters in status["counters"].items():
             for event, count in counters.items():
                 counted.add_metric([self._graph, host, event], count)
         yield counted
-        for name, what, kind in (
-            ("sessions", "sessions open now", GaugeMetricFamily),
-            ("requests", "requests accepted so far", CounterMetricFamily),
-            ("tokens", "tokens delivered so far", CounterMetricFamily),
-            ("recoveries", "hosts replaced so far", CounterMetricFamily),
-        ):  # fmt: skip
-            if name in status:
-                yield self._of_the_run(kind, name, what, status[name])
-        trained = status.get("training", {})
-        for name, what in (
-            ("step", "number of the last finished step"), ("loss", "loss of that step"),
-            ("accuracy", "accuracy of that step"), ("norm", "norm of all gradients of that step"),
-            ("seconds", "duration of that step"), ("validation_loss", "loss of the last validation"),
-            ("validation_accuracy", "accuracy of the last validation"),
-        ):  # fmt: skip
-            if name in trained:
-                yield self._of_the_run(GaugeMetricFamily, f"training_{name}", what, trained[name])
 
     def _of_the_run(self, kind: type[Any], name: str, what: str, value: float) -> Any:
         family = kind(f"ranvier_{name}", what, labels=["graph"])

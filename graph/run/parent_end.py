@@ -15,7 +15,7 @@ from ranvier.actors.trace.trace_file import TraceFile
 from ranvier.actors.trace.trace_records import Records
 from ranvier.transport.format.errors import ProtocolError
 from ranvier.transport.format.host_id import HostId
-from ranvier.transport.links.exchange import Exchange
+from ranvier.transport.links.exchange import ACK_DELAY_S, TICK_S, Exchange
 from ranvier.transport.links.link import LinkSpec
 from ranvier.transport.links.link_state import Received
 from ranvier.transport.links.wire import Arrival
@@ -26,11 +26,6 @@ from ..plan.plan import EPOCH, Plan
 from .run_folder import RunFolder
 
 ME = str(HostId(GATEWAY, 0, EPOCH))
-
-
-TICK_S = 1.0
-ACK_DELAY_S = 0.002
-"""An acknowledgement that no message carries goes out after this time without work."""
 
 
 class Driver(Protocol):

@@ -104,12 +104,7 @@ class TextProcess:
         )
 
     def _ask(self, request: Chat | Text, limit_s: float, what: str) -> Reply:
-        try:
-            data = to_bytes(request)
-        except UnicodeEncodeError:
-            raise RequestError("prompt: expected text, got lone surrogates; decode the bytes first") from None
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise RequestError(f"prompt: expected messages of plain data, as in JSON: {describe(error)}") from None
+        data = _to_bytes(request)
         with self._one_at_a_time:
             if self._closed:
                 raise ResourceError("the process for prompts has ended with its run")
@@ -128,12 +123,8 @@ class TextProcess:
             except TimeoutError:
                 self._kill()
                 raise CheckpointError(f"{what}: took over {limit_s:.0f} s and was stopped") from None
-            except (
-                OSError,
-                EOFError,
-                ValueError,
-                msgspec.MsgspecError,
-            ):  # the process ended, was closed meanwhile, or sent an invalid message
+            except (OSError, EOFError, ValueError, msgspec.MsgspecError):
+                # the process ended, was closed meanwhile, or sent an invalid message
                 last_words = _last_words(process.stderr)
                 self._kill()
                 if self._closed:
@@ -207,6 +198,15 @@ def _last_words(pipe: IO[bytes] | None) -> str:
     except (OSError, ValueError):  # there is no output, or the pipe is closed
         return ""
     return f" ({printable(said.splitlines()[-1])[:300]})" if said else ""
+
+
+def _to_bytes(request: Chat | Text) -> bytes:
+    try:
+        return to_bytes(request)
+    except UnicodeEncodeError:
+        raise RequestError("prompt: expected text, got lone surrogates; decode the bytes first") from None
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise RequestError(f"prompt: expected messages of plain data, as in JSON: {describe(error)}") from None
 
 
 def _receive(pipe: IO[bytes] | None, limit_s: float) -> Reply:

@@ -55,17 +55,7 @@ def protobuf(timeline: Timeline) -> bytes:
             "Perfetto's protobuf needs the perfetto package; pip install 'ranvier[perfetto]', or name a .json file"
         ) from None
     builder: Any = TraceProtoBuilder()
-    tracks: dict[tuple[str, str], int] = {}
-    for number, actor in enumerate(timeline.actors, 1):
-        process = _described(builder, number << 16)
-        process.process.pid, process.process.process_name = number, actor
-        names = [STEPS, SENDS, *(name for owner, name in timeline.counters if owner == actor)]
-        for index, name in enumerate(names, 1):
-            tracks[actor, name] = (number << 16) + index
-            track = _described(builder, tracks[actor, name])
-            track.parent_uuid, track.name = number << 16, name
-            if name not in (STEPS, SENDS):
-                track.counter.unit_name = name
+    tracks = _tracks(builder, timeline)
     numbers = _numbers(timeline)
 
     def event(at_ns: int, kind: int, actor: str, track: str) -> Any:
@@ -94,6 +84,22 @@ def protobuf(timeline: Timeline) -> bytes:
         builder.trace.packet[0].sequence_flags = TracePacket.SEQ_INCREMENTAL_STATE_CLEARED
     made: bytes = builder.serialize()
     return made
+
+
+def _tracks(builder: Any, timeline: Timeline) -> dict[tuple[str, str], int]:
+    """Describe a process for each actor, with its tracks. Return the number of each track, by actor and name."""
+    tracks: dict[tuple[str, str], int] = {}
+    for number, actor in enumerate(timeline.actors, 1):
+        process = _described(builder, number << 16)
+        process.process.pid, process.process.process_name = number, actor
+        names = [STEPS, SENDS, *(name for owner, name in timeline.counters if owner == actor)]
+        for index, name in enumerate(names, 1):
+            tracks[actor, name] = (number << 16) + index
+            track = _described(builder, tracks[actor, name])
+            track.parent_uuid, track.name = number << 16, name
+            if name not in (STEPS, SENDS):
+                track.counter.unit_name = name
+    return tracks
 
 
 def _described(builder: Any, uuid: int) -> Any:

@@ -148,31 +148,12 @@ def _of_tokens(plan: TrainingPlan, file: Path) -> numpy.ndarray[Any, Any]:
 
     `.bin` and `.npy` files are mapped.
     """
-    import numpy
 
     def wrong(what: str) -> RequestError:
         return RequestError(f"training: data: {file.name}: {what}")
 
     try:
-        if file.suffix == ".bin":
-            ids = numpy.memmap(file, "<u2", "r") if file.stat().st_size else numpy.empty(0, "<u2")
-        elif file.suffix == ".npy":
-            ids = numpy.load(file, mmap_mode="r", allow_pickle=False)
-        elif file.suffix == ".safetensors":
-            from safetensors import SafetensorError
-            from safetensors.numpy import load_file
-
-            try:
-                held = load_file(file)
-            except SafetensorError as error:
-                raise wrong(str(error)) from None
-            if len(held) != 1:
-                raise wrong(f"expected one tensor of token ids, got {', '.join(sorted(held)) or 'none'}")
-            [ids] = held.values()
-        else:
-            raise wrong("expected tokens in a .bin, .npy or .safetensors file")
-    except RequestError:
-        raise
+        ids = _ids_in(file)
     except (OSError, ValueError) as error:
         raise wrong(str(error)) from None
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
@@ -181,6 +162,35 @@ def _of_tokens(plan: TrainingPlan, file: Path) -> numpy.ndarray[Any, Any]:
     vocabulary = checkpoint.config.vocab if checkpoint is not None else None
     if vocabulary is not None and len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
         raise wrong(f"expected token ids from 0 to {vocabulary - 1}, got {int(ids.min())} to {int(ids.max())}")
+    return ids
+
+
+def _ids_in(file: Path) -> numpy.ndarray[Any, Any]:
+    """Read the tensor of a file of tokens.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it does not hold one tensor.
+    """
+    import numpy
+
+    if file.suffix == ".bin":
+        return numpy.memmap(file, "<u2", "r") if file.stat().st_size else numpy.empty(0, "<u2")
+    if file.suffix == ".npy":
+        held: numpy.ndarray[Any, Any] = numpy.load(file, mmap_mode="r", allow_pickle=False)
+        return held
+    if file.suffix != ".safetensors":
+        raise ValueError("expected tokens in a .bin, .npy or .safetensors file")
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(str(error)) from None
+    if len(tensors) != 1:
+        raise ValueError(f"expected one tensor of token ids, got {', '.join(sorted(tensors)) or 'none'}")
+    [ids] = tensors.values()
     return ids
 
 

@@ -47,7 +47,7 @@ def packet(data: bytes) -> None:
 
 
 def own_frame(data: bytes) -> None:
-    """What wires say to each other about shared memory."""
+    """Read what a peer says about shared memory."""
     from ranvier.transport.links.wire import Arrival
 
     sharing = Sharing("me.0.1", 1 << 18)

@@ -492,11 +492,7 @@ class Simulation:
             self.submit(prompt, self.chance.randrange(1, 13))
         elif dice < 0.02 + self.peril and self.crashes > 0 and self.all_hosts:
             self.crashes -= 1
-            victim = self.chance.choice(self.all_hosts)
-            if self.chance.random() < 0.3:
-                victim.hangs = True
-            else:
-                self.crash(victim)
+            self.injure(self.chance.choice(self.all_hosts))
         elif dice < 0.05 and self.away and self.coming is None:
             self.replace(self.chance.randrange(len(self.away)))
         elif dice < 0.053 and self.streams and self.leaving > 0:
@@ -510,24 +506,32 @@ class Simulation:
         elif dice < 0.25:
             for _ in range(self.chance.choice((1, 1, 4, 16))):
                 self.receive_gateway()
-        else:
-            if not self.all_hosts:
-                return
-            host = self.chance.choice(self.all_hosts)
-            what = self.chance.random()
-            if host.hangs:
-                pass
-            elif host.commands and what < 0.2:
-                host.obey()
-                self.flush(host.exchange, host.name)
-            elif what < 0.6:
-                for _ in range(self.chance.choice((1, 1, 4, 16))):
-                    self.receive(host)
-            else:
-                host.step()
-                self.flush(host.exchange, host.name)
+        elif self.all_hosts:
+            self.turn_of(self.chance.choice(self.all_hosts))
         self.notice()
         self.enter()
+
+    def injure(self, victim: Host) -> None:
+        """Crash a host, or let it hang."""
+        if self.chance.random() < 0.3:
+            victim.hangs = True
+        else:
+            self.crash(victim)
+
+    def turn_of(self, host: Host) -> None:
+        """Let one random thing happen in a host."""
+        what = self.chance.random()
+        if host.hangs:
+            return
+        if what >= 0.6:
+            host.step()
+            self.flush(host.exchange, host.name)
+        elif host.commands and what < 0.2:
+            host.obey()
+            self.flush(host.exchange, host.name)
+        else:
+            for _ in range(self.chance.choice((1, 1, 4, 16))):
+                self.receive(host)
 
     def play(self, most: int = 60_000) -> Counter[str]:
         """Play the whole schedule, and return what happened.

@@ -60,9 +60,9 @@ def to_buffer(name: str, tensor: torch.Tensor, *, sole: bool = False) -> tuple[T
         raise _no_bytes(name, tensor)
     if nbytes == 0:
         return meta, b""
-    if meta.dtype in _OF_COMPLEX and tensor.is_neg():  # an imaginary part: its sign is a flag outside its bytes
-        tensor = tensor.resolve_neg()
     try:
+        if meta.dtype in _OF_COMPLEX:  # the sign of an imaginary part is a flag outside its bytes
+            tensor = tensor.resolve_neg()
         if not tensor.is_contiguous():
             tensor, sole = tensor.contiguous(), True
         address = tensor.data_ptr()  # raises if the layout has no address
@@ -75,12 +75,16 @@ def to_buffer(name: str, tensor: torch.Tensor, *, sole: bool = False) -> tuple[T
         raise _no_bytes(name, tensor)
     if nbytes < COPY_BELOW_BYTES:  # ZeroMQ would copy it anyway; copying it here takes 1 µs instead of 5 µs
         return meta, ctypes.string_at(address, nbytes)
+    view = _bytes_of(tensor)
+    return meta, view.toreadonly() if sole else view
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
     if tensor.requires_grad:
         tensor = tensor.detach()
     if tensor.dtype is torch.bfloat16:  # numpy has no bfloat16; only the bytes are sent, so integers serve
         tensor = tensor.view(torch.int16)
-    view = tensor.numpy().data.cast("B")
-    return meta, view.toreadonly() if sole else view
+    return tensor.numpy().data.cast("B")
 
 
 @functools.lru_cache(maxsize=1024)  # an edge carries the same few shapes over and over: 0.2 µs instead of 1.5 µs

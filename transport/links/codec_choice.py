@@ -51,27 +51,26 @@ def candidates(text: str) -> tuple[Codec, ...] | None:
 
 
 class Chooser:
-    """Choose codecs for one sending link."""
+    """Choose codecs for one sending link.
+
+    Attributes:
+        ns_a_byte: the nanoseconds that the link takes for a byte; None until they have been measured.
+    """
 
     def __init__(self, codecs: tuple[Codec, ...]) -> None:
         self._codecs = codecs
         self._costs: dict[Codec, _Cost] = {codecs[0]: _Cost(0.0, 1.0)}
-        self._ns_a_byte: float | None = None
+        self.ns_a_byte: float | None = None
         self._chosen = 0
         self._turn = 0
 
-    @property
-    def bytes_per_second(self) -> float | None:
-        """Return the link's speed, or None until it has been measured."""
-        return 1e9 / self._ns_a_byte if self._ns_a_byte else None
-
     def measured(self, nbytes: int, took_ns: int) -> None:
         """Record how many nanoseconds a message took to a receiver that was waiting for it."""
-        self._ns_a_byte = _average(self._ns_a_byte, took_ns / max(1, nbytes))
+        self.ns_a_byte = _average(self.ns_a_byte, took_ns / max(1, nbytes))
 
     def choose(self, nbytes: int) -> Codec:
         """Return the codec for a message of `nbytes` bytes."""
-        if nbytes < LEAST_BYTES or self._ns_a_byte is None:
+        if nbytes < LEAST_BYTES or self.ns_a_byte is None:
             return self._codecs[0]  # raw messages also measure the link's speed
         untried = next((codec for codec in self._codecs if codec not in self._costs), None)
         if untried is not None:
@@ -93,9 +92,9 @@ class Chooser:
 
     def _ns(self, codec: Codec) -> float:
         """Estimate the nanoseconds per byte with this codec: writing, carrying and reading."""
-        assert self._ns_a_byte is not None
+        assert self.ns_a_byte is not None
         cost = self._costs[codec]
-        return 2 * cost.ns_a_byte + cost.ratio * self._ns_a_byte
+        return 2 * cost.ns_a_byte + cost.ratio * self.ns_a_byte
 
 
 def _average(before: float | None, now: float) -> float:

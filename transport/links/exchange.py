@@ -1,7 +1,7 @@
-"""All links of one process, without I/O: frames in, messages and frames out.
+"""Keep all links of one process, without I/O: frames go in, messages and frames come out.
 
-The step thread of a host drives one over ZeroMQ, the gateway drives one from trio, and the tests drive the same over
-memory wires with a clock of their own. Nothing here blocks, sleeps, or knows a socket.
+The step thread of a host drives an exchange over a wire, the parent process drives one from trio, and the tests drive one
+over memory wires with a clock of their own. Nothing here blocks, sleeps, or knows a socket.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ from .link_state import Outbound, Received, ReceivingLink, SendingLink, Sent, Un
 from .window import Outgoing, ReceiveWindow, SendWindow
 from .wire import Arrival
 
+ACK_DELAY_S = 0.001
+"""Seconds without work after which the driver of an exchange calls `idle`, if it `owes` an acknowledgement."""
+TICK_S = 1.0
+"""Seconds between two calls of `tick`."""
 Link = TypeVar("Link")
 OnSent = Callable[[Sent], None]
 OnUnsent = Callable[[Unsent], None]
@@ -43,10 +47,10 @@ OnControl = Callable[[int, Verb, str, bool, tuple[Any, ...]], None]
 
 
 def _checked(link: SendingLink | ReceivingLink, rows: tuple[Row, ...], tensors: tuple[TensorMeta, ...]) -> int:
-    """The bytes of a message that its edge carries. Most are like the one before, which has `passed`.
+    """Check a message, and return its size in bytes. Most messages have the shape of the one before, which has `passed`.
 
     Raises:
-        ProtocolError: its edge does not carry it.
+        ProtocolError: the edge does not carry such a message.
     """
     shape = (tensors, len(rows), rows[0].tokens if len(rows) == 1 else sum([row.tokens for row in rows]))
     if shape != link.passed:
@@ -59,19 +63,21 @@ def _checked(link: SendingLink | ReceivingLink, rows: tuple[Row, ...], tensors: 
 
 
 class Exchange:
-    """The links of the process `me`.
+    """Keep the links of the process `me`.
 
     Args:
         me: this process's identity, `actor.replica.epoch`.
-        graph: hash of the graph; both ends of a link must run the same.
-        links: every link with `me` at one end (or both).
-        clock: nanoseconds; CLOCK_MONOTONIC in a run.
-        on_sent: called for each message handed over (the trace).
-        on_unsent: called for each that waited for credit and was given up.
-        on_control: called for each control message of the links, both ways.
+        graph: the hash of the graph. Both ends of a link must run the same graph.
+        links: every link with `me` at one end, or at both.
+        clock: returns nanoseconds; CLOCK_MONOTONIC in a run.
+        on_sent: called for each message that was handed over (for the trace).
+        on_unsent: called for each message that waited for credit and was given up.
+        on_control: called for each control message of the links, in both directions.
 
-    `traces` holds the W3C trace context (header.py) of the current work for each traced session. `waiting` is the number of
-    messages that wait for credit: the host starts no step meanwhile. The driver hands the `outbox` to the wire (`drain`).
+    Attributes:
+        traces: the W3C trace context (header.py) of the current work of each traced session.
+        waiting: the number of messages that wait for credit. While there are any, the host starts no step.
+        outbox: frames for the wire; the driver hands them over with `drain`.
     """
 
     def __init__(
@@ -101,7 +107,7 @@ class Exchange:
             self.add(spec)
 
     def add(self, spec: LinkSpec) -> None:
-        """One link more; `open` offers it."""
+        """Add a link. `open` offers it to its receiver."""
         source, target = str(spec.source), str(spec.target)
         if source == self.me:
             window, choices = SendWindow(spec.credits_bytes), codec_choice.candidates(spec.codec)
@@ -144,10 +150,10 @@ class Exchange:
 
     @property
     def ready(self) -> bool:
-        """Whether every link is open at both ends.
+        """Return whether every link is open at both ends.
 
         Raises:
-            LinkBroken: a receiver refused; the message names both sides.
+            LinkBroken: a receiver refused a link. The message names both sides.
         """
         for link in self.sending.values():
             if link.refused is not None:
@@ -157,8 +163,9 @@ class Exchange:
     # -- sending ------------------------------------------------------------------------------------------------
 
     def send(self, link: SendingLink, message: Outbound) -> None:
-        """Send a message, or keep it until there is credit (`waiting` counts). Buffers that can be written to are copied where
-        they wait; else the wire copies what it sends by reference.
+        """Send a message, or keep it until there is credit (`waiting` counts these).
+
+        Buffers that can be written to are copied before they wait. Otherwise the wire copies what it sends by reference.
 
         Raises:
             ProtocolError: the tensors are not what the edge carries.
@@ -172,11 +179,11 @@ class Exchange:
             self._transmit(link, message, nbytes, message.ready_ns)
 
     def hold(self) -> None:
-        """Count a message that waits for credit: the host starts no step meanwhile."""
+        """Count a message that waits for credit. The host starts no step meanwhile."""
         self.waiting += 1
 
     def release(self, messages: int = 1, *, given_up: bool = False) -> None:
-        """Count messages that do not wait any more, because they were sent or are `given_up`."""
+        """Count messages that no longer wait, because they were sent or are `given_up`."""
         self.waiting -= messages
         if given_up:
             self.count("given_up", messages)
@@ -193,8 +200,10 @@ class Exchange:
             self.outbox.clear()
 
     def give_up(self, wanted: Callable[[Row], bool] = lambda _row: False) -> None:
-        """Drop the messages that wait for credit and have no `wanted` row. They have no sequence number yet, so nothing is
-        missing at the other end."""
+        """Drop the messages that wait for credit and have no `wanted` row.
+
+        They have no sequence number yet, so the receiver misses nothing.
+        """
         if not self.waiting:
             return
         for link in self.sending.values():
@@ -209,7 +218,7 @@ class Exchange:
             link.waiting = kept
 
     def unfinished(self) -> bool:
-        """Return whether anything sent is not acknowledged yet."""
+        """Return whether a message waits, or was sent and is not acknowledged yet."""
         return any(link.waiting or link.window.kept for link in self.sending.values())
 
     def _transmit(self, link: SendingLink, message: Outbound, nbytes: int, credit_ns: int) -> None:
@@ -234,7 +243,7 @@ class Exchange:
             self._on_sent(Sent(link, message, sequence, nbytes, credit_ns, sent_ns, crc))
 
     def _acks_for(self, peer: str) -> tuple[Ack, ...]:
-        """What is owed to `peer` rides along with a message that goes there anyway."""
+        """Return the acknowledgements owed to `peer`: they travel with a message that goes there anyway."""
         if len(self._owing) == 1:  # as in every chain of actors, where a list would take twice as long
             [link] = self._owing
             if link.peer != peer:
@@ -251,25 +260,18 @@ class Exchange:
     # -- receiving ----------------------------------------------------------------------------------------------
 
     def on_arrival(self, arrival: Arrival) -> Received | None:
-        """Take what a wire received: a message for the host, or None for the link's own affairs.
+        """Take what a wire received. Return a message for the host, or None if the link needed it for itself.
 
         Raises:
-            ProtocolError: the peer sent what it must not. The message is dropped; `rows` of the error, if any, names
-                the sessions that lost it.
+            ProtocolError: the peer sent what it must not. The message is dropped.
+            RefusedMessage: the edge does not carry the message. `rows` names the sessions that lost it.
         """
         header, peer = decode(arrival.header), arrival.peer
         if isinstance(header, Control):
             self._on_control(peer, header, arrival.waiting_since_ns)
             return None
         for ack in header.acks:
-            sending = self.sending.get((ack.edge, peer)) or self._link(self.sending, peer, ack.edge, "an ack")
-            sending.window.acknowledge(ack.received, ack.sequence_limit, ack.byte_limit)
-            if sending.on_used is not None:
-                self._report_used(sending, sending.on_used)
-            if sending.waiting:
-                self._send_waiting(sending)
-            if sending.on_credit is not None:
-                sending.on_credit()
+            self._on_ack(peer, ack)
         link = self.receiving.get((header.edge, peer))
         if link is None or not link.open or header.kind != link.spec.kind:
             raise ProtocolError(self._misplaced(header, peer, link))
@@ -293,15 +295,30 @@ class Exchange:
             raise RefusedMessage(str(error), header.rows) from None
         return Received(link, header, arrival.buffers, nbytes, self.clock())
 
+    def _on_ack(self, peer: str, ack: Ack) -> None:
+        link = self.sending.get((ack.edge, peer)) or self._link(self.sending, peer, ack.edge, "an ack")
+        link.window.acknowledge(ack.received, ack.sequence_limit, ack.byte_limit)
+        if link.on_used is not None:
+            self._report_used(link, link.on_used)
+        if link.waiting:
+            self._send_waiting(link)
+        if link.on_credit is not None:
+            link.on_credit()
+
     def _queue_waited(self, link: ReceivingLink, header: Header, since_ns: int) -> None:
-        """Let the sender find out how fast the link is, by its own clock: the clocks of two machines are never compared."""
+        """Tell the sender how long we had waited for its message.
+
+        It measures the link by its own clock, because clocks of two machines are never compared.
+        """
         if sum(meta.nbytes for meta in header.tensors) >= codec_choice.MEASURED_BYTES:
             waited_ns = max(0, self.clock() - since_ns)
             self._queue(link.peer, control(link.spec.edge, Verb.SPEED, header.sequence, waited_ns))
 
     def _learn_speed(self, link: SendingLink, sequence: int, waited_ns: int, waiting_since_ns: int) -> None:
-        """A round trip says how fast the link is where nobody was busy meanwhile: the receiver had waited for longer than it
-        took, and the answer was waited for here."""
+        """Measure the link by a round trip during which nobody was busy.
+
+        The receiver had waited for longer than the round trip took, and this process waited for the answer.
+        """
         while link.timed and link.timed[0][0] < sequence:
             link.timed.popleft()
         if link.chooser is None or not link.timed or link.timed[0][0] != sequence:
@@ -320,7 +337,7 @@ class Exchange:
         return f"edge {link.spec.name}: expected {expected}, got {got}"
 
     def _out_of_order(self, link: ReceivingLink, sequence: int) -> None:
-        """One already seen is dropped, a gap is asked for again."""
+        """Drop a message that was seen before; ask again for what is missing before one that came too early."""
         if sequence <= link.window.received:
             self.count("duplicate")
             self._owing[link] = None
@@ -329,7 +346,7 @@ class Exchange:
             self._ask_again(link)
 
     def consumed(self, link: ReceivingLink, nbytes: int) -> None:
-        """A message of `nbytes` was used up; tell the sender at once if it may run out of credit, else when idle."""
+        """Note that a message was used up. Tell the sender at once if it may run out of credit, otherwise when idle."""
         if not link.open:
             return  # removed meanwhile
         if link.window.consume(nbytes) or link.spec.prompt:
@@ -338,16 +355,16 @@ class Exchange:
             self._owing[link] = None
 
     def owes(self) -> bool:
-        """Whether an acknowledgement is held back until the process is idle."""
+        """Return whether an acknowledgement is held back until the process is idle."""
         return bool(self._owing)
 
     def idle(self) -> None:
-        """Nothing to do just now: send the acknowledgements that were held back."""
+        """Send the acknowledgements that were held back, because there is nothing else to do now."""
         for link in list(self._owing):
             self._acknowledge(link)
 
     def tick(self) -> None:
-        """A second or so has passed: repeat the offers and probes nobody answered."""
+        """Repeat the offers and probes that nobody answered. Call this every `TICK_S`."""
         self.open()
         for link in self.sending.values():
             if link.open and (link.window.kept or link.waiting):
@@ -436,7 +453,7 @@ class Exchange:
 
 
 class RefusedMessage(ProtocolError):
-    """A message in sequence that its edge does not carry: `rows` are the steps that lost their input."""
+    """Report a message in sequence that its edge does not carry. `rows` are the steps that lost their input."""
 
     def __init__(self, text: str, rows: tuple[Row, ...]) -> None:
         super().__init__(text)

@@ -125,7 +125,7 @@ class LocalWire:
                 return None
 
     def _notify(self) -> None:
-        """Send what the wires have to say to each other about shared memory."""
+        """Send what the two wires say to each other about shared memory."""
         sharing = self._sharing
         sharing.give_back()
         while sharing.outbox:
@@ -147,11 +147,15 @@ class LocalWire:
 
 
 def _path(who: str, address: str) -> str:
-    """
+    """Return the path of an address of this wire.
+
     Raises:
         AddressError: the address is not one of this wire.
     """
     parsed = endpoint.parse(address)
     if parsed.scheme != "local":
-        raise AddressError(f"{who}: expected an address local:///path, got {address}; a process has one wire")
+        raise AddressError(
+            f"{who}: expected an address local:///path, got {address}; a process has one wire, "
+            "so give all its edges the same transport"
+        )
     return parsed.location

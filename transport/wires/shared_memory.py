@@ -1,12 +1,12 @@
-"""Large tensors through memory that two processes map, beside a wire between them.
+"""Lend large tensors to another process in memory that both map.
 
-The sender copies a tensor once into a segment, a memfd, and says over the wire where it lies; the receiver maps it and reads
-it in place. The segment is lent until the receiver lets go of its last view. Over a socket the same bytes are copied
-twice, in and out of the kernel (benchmarks/large.py).
+The sender copies a tensor once into a segment (a memfd), and says over the wire where it lies. The receiver maps the segment
+and reads the tensor in place. The segment is lent until the receiver has released its last view. Over a socket, the same
+bytes are copied twice, into the kernel and out of it (benchmarks/large.py).
 
-Nothing has a name in a file system: a segment is opened through /proc by whoever may look into the sender's process (the
-same user), and it is gone with the last process that maps it. It is sealed against shrinking, so that no
-sender can pull it away under a reader. No torch, no ZeroMQ here.
+A segment has no name in a file system. It is opened through /proc, by those who may look into the sender's process (the
+same user), and it ends with the last process that maps it. It is sealed against shrinking, so that no sender can take it
+away from a reader. This module knows neither torch nor ZeroMQ.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from ..format.errors import ProtocolError
 from ..format.message import Buffer
 
 ROUND_BYTES = 1 << 16
-"""Segments are whole multiples of this, so that messages of nearly one size use the same ones again."""
+"""The size of a segment is a multiple of this, so that messages of similar sizes use the same segments again."""
 MOST_BYTES = 256 << 20
-"""What one process lends and keeps ready at the most; beyond it tensors go over the wire."""
+"""The most that one process lends and keeps ready. Beyond it, tensors go over the socket."""
 MOST_IDLE_BYTES = 64 << 20
-"""What it keeps ready while nobody has it."""
+"""The most that one process keeps ready while it is not lent."""
 NONCE_BYTES = 32
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
 class Loan(NamedTuple):
-    """Where bytes lie: a descriptor of a process, the segment's number and size, and how many bytes of it are meant."""
+    """Say where bytes lie: a descriptor of a process, the segment's number and size, and how many bytes of it are used."""
 
     pid: int
     fd: int
@@ -62,14 +62,17 @@ class _Segment:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
 
     def close(self) -> None:
-        with contextlib.suppress(BufferError):  # a view of it is still about: the memory goes with that
+        with contextlib.suppress(BufferError):  # a view of it still exists; the memory ends with that view
             self.memory.close()
         os.close(self.fd)
 
 
 class Lender:
-    """The segments of one process: which are lent to whom, which are ready. One is ready again when the peer has given it
-    back and the sender's own view of it has ended, by which a message may be sent once more until it is acknowledged."""
+    """Keep the segments of one process: which are lent to whom, and which are ready.
+
+    A segment is ready again when the peer has given it back and the sender's own view of it has ended. With that view a
+    message can be sent again until it is acknowledged.
+    """
 
     def __init__(self, most_bytes: int = MOST_BYTES, most_idle_bytes: int = MOST_IDLE_BYTES) -> None:
         self._most_bytes, self._most_idle_bytes = most_bytes, most_idle_bytes
@@ -83,13 +86,17 @@ class Lender:
 
     @property
     def held_bytes(self) -> int:
-        """Of all segments, lent or ready."""
+        """Return the size of all segments, lent or ready."""
         used = {**self._kept, **{number: segment for number, (segment, _) in self._lent.items()}}
         return sum(segment.size for segment in [*used.values(), *self._ready])
 
     def lend(self, peer: str, data: Buffer) -> tuple[Loan, memoryview] | None:
-        """Copy `data` into a segment that is lent to `peer`: the loan, and the sender's own view of the copy, which may stand
-        for `data` from now on. None if there is no room for it now."""
+        """Copy `data` into a segment that is lent to `peer`.
+
+        Returns:
+            The loan, and the sender's own view of the copy, which can replace `data` from now on. None if there is no
+            room now.
+        """
         self._take_back()
         nbytes = len(data)
         size = -(-nbytes // ROUND_BYTES) * ROUND_BYTES
@@ -108,13 +115,13 @@ class Lender:
         return Loan(os.getpid(), segment.fd, segment.number, segment.size, nbytes), own
 
     def offer(self, peer: str) -> tuple[Loan, bytes] | None:
-        """A first loan, of random bytes: who can read them can read others."""
+        """Make a first loan, of random bytes. A peer that can read them can read other loans."""
         nonce = secrets.token_bytes(NONCE_BYTES)
         lent = self.lend(peer, nonce)
         return (lent[0], nonce) if lent is not None else None
 
     def returned(self, peer: str, segments: Iterable[int]) -> None:
-        """`peer` has let go of these. Others than it was lent are ignored: it may have been told twice."""
+        """Take back segments that `peer` has released. Ignore those it does not hold: it may say so twice."""
         for number in segments:
             if number in self._lent and self._lent[number][1] == peer:
                 segment, _ = self._lent.pop(number)
@@ -132,19 +139,19 @@ class Lender:
             idle -= self._drop(self._ready.popleft())
 
     def dropped(self) -> dict[str, list[int]]:
-        """Segments that are gone, by the peers that may still map them; each is told once."""
+        """Return the segments that no longer exist, by the peers that may still map them. Each is returned once."""
         dropped, self._dropped = self._dropped, {}
         return dropped
 
     def forget(self, peer: str) -> None:
-        """`peer` is gone, and with it whatever it mapped."""
+        """Forget a peer that has ended, and take back what it was lent."""
         self.returned(peer, [number for number, (_, to) in self._lent.items() if to == peer])
         self._dropped.pop(peer, None)
         for seen in self._seen.values():
             seen.discard(peer)
 
     def close(self) -> None:
-        """Idempotent. Whoever maps a segment keeps it until he lets go."""
+        """Close all segments. A peer that maps one keeps it until it releases it. Calling this twice does no harm."""
         used = {**self._kept, **{number: segment for number, (segment, _) in self._lent.items()}}
         for segment in [*self._ready, *used.values()]:
             segment.close()
@@ -160,7 +167,7 @@ class Lender:
             return None
         try:
             return _Segment(next(self._numbers), size)
-        except (OSError, ValueError):  # no memory, no descriptors: the wire carries it as well
+        except (OSError, ValueError):  # no memory or no descriptors: the socket carries the tensor, too
             return None
 
     def _drop(self, segment: _Segment) -> int:
@@ -171,18 +178,20 @@ class Lender:
 
 
 class Borrower:
-    """What one process maps of others' segments. `let_go` are loans to be given back, by peer; views may end in any
-    thread."""
+    """Keep what one process maps of the segments of others.
+
+    `let_go` holds the loans to be given back, with their peers. Views may end in any thread.
+    """
 
     def __init__(self) -> None:
         self._mapped: dict[tuple[str, int], mmap.mmap] = {}
         self.let_go: deque[tuple[str, int]] = deque()
 
     def view(self, peer: str, loan: Loan) -> memoryview:
-        """The bytes of a loan, in place.
+        """Return the bytes of a loan, in place.
 
         Raises:
-            ProtocolError: it cannot be opened, or is not a sealed segment of that size.
+            ProtocolError: the loan cannot be opened, or is not a sealed segment of that size.
         """
         if not 0 < loan.nbytes <= loan.size:
             raise ProtocolError(f"expected at most the {loan.size} bytes of a segment of {peer}, got {loan.nbytes}")
@@ -192,11 +201,12 @@ class Borrower:
         return _view(memory, loan.nbytes, self.let_go, (peer, loan.segment))
 
     def drop(self, peer: str, segments: Iterable[int]) -> None:
-        """The lender has no use for these any more; memory that a view still shows stays until it ends."""
+        """Unmap segments that the lender does not use any more. Memory that a view still shows stays until the view ends."""
         for number in segments:
             self._mapped.pop((peer, number), None)
 
     def forget(self, peer: str) -> None:
+        """Unmap everything of a peer that has ended."""
         self.drop(peer, [number for other, number in self._mapped if other == peer])
 
 
@@ -204,7 +214,7 @@ T = TypeVar("T")
 
 
 def _view(memory: mmap.mmap, nbytes: int, let_go: deque[T], what: T) -> memoryview:
-    """The first bytes of `memory`. When nobody holds them any more, `what` is put down in `let_go`."""
+    """Return the first bytes of `memory`. When nobody holds them any more, `what` is appended to `let_go`."""
     array = np.frombuffer(memory, np.uint8, nbytes)
     ends = weakref.finalize(array, let_go.append, what)
     ends.atexit = False
@@ -220,7 +230,7 @@ def _map(peer: str, loan: Loan) -> mmap.mmap:
             seals, size = fcntl.fcntl(fd, fcntl.F_GET_SEALS), os.fstat(fd).st_size
             if seals & SEALS != SEALS or size != loan.size:
                 raise ProtocolError(f"expected {where}, sealed, got {size} bytes with seals {seals}")
-            # writable, as received frames are: whoever writes into his input in place changes nobody else's
+            # writable, as received frames are: an actor that writes into its input in place changes nobody else's
             return mmap.mmap(fd, loan.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except (OSError, ValueError) as error:
             raise ProtocolError(f"expected {where}, which cannot be mapped: {error}") from None

@@ -1,8 +1,8 @@
 """Carry messages over ZeroMQ: inproc, ipc and tcp. The only file that sees a `ZMQError`.
 
-One ROUTER inbox, bound; one DEALER for each peer, connected, its identity this process's own. Everything that comes in
-(data, acknowledgements, wakes) comes through the inbox, so that the step thread waits on a single socket: waiting on
-two needs a poller, and a poll before each receive doubled the time of a hop (18 to 37 µs, one core).
+A process binds one ROUTER as its inbox, and connects one DEALER to each peer, with the process's own identity. Everything
+that comes in (data, acknowledgements, wakes) comes through the inbox, so that the step thread waits on a single socket. To
+wait on two needs a poller, and a poll before each receive doubled the time of a hop (18 to 37 µs, on one core).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from .descriptors import OF_A_PEER, OF_A_WIRE, claim, make_sure_of_descriptors
 
 LINGER_MS = 500
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000
-"""Over tcp a peer that is silent for so long has gone, though its connection was never closed."""
+"""Over tcp, a peer that is silent for this long has gone, although its connection was never closed."""
 AWAKE_NS = 500_000
-"""Where the last message came within so long, the next is waited for awake, yielding to whoever else can run: a core
-that falls asleep wakes late and cold (1.2 kB over ipc: 100 µs a hop instead of 165; benchmarks/hop.py)."""
+"""If the last message came within this time, the next one is waited for without sleeping, yielding to other threads that
+can run. A core that falls asleep wakes up late and cold (1.2 kB over ipc: 100 µs a hop instead of 165; benchmarks/hop.py)."""
 _MORE = int(zmq.SNDMORE | zmq.DONTWAIT)
 _LAST = int(zmq.DONTWAIT)
 _READABLE, _EVENTS = int(zmq.POLLIN), zmq.EVENTS
@@ -40,14 +40,14 @@ _serial = itertools.count()
 
 
 class ZeroWire:
-    """A `wire.ProcessWire` over ZeroMQ. Owned by the thread that uses it.
+    """Carry messages over ZeroMQ (see `wire.ProcessWire`). The thread that uses a wire owns it.
 
     Args:
-        me: the identity others see, `actor.replica.epoch`.
-        address: where to bind; `tcp://127.0.0.1:0` binds any free port (see `address`).
+        me: the identity that others see, `actor.replica.epoch`.
+        address: where to bind. `tcp://127.0.0.1:0` binds any free port (see the attribute `address`).
         max_frame_bytes: a peer that sends a larger frame is disconnected by ZeroMQ.
-        context: shared by wires that talk over inproc; if None, the wire makes its own.
-        keys: for tcp: only connections with keys are accepted and made (curve.py). Without them tcp is refused.
+        context: shared by wires that talk over inproc. If None, the wire makes its own.
+        keys: for tcp, which needs them: only connections with keys are accepted and made (curve.py).
 
     Raises:
         AddressError: the address may not be used or is in use.
@@ -75,7 +75,7 @@ class ZeroWire:
         self._inbox.linger = 0
         self._inbox.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._inbox.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
-        self._inbox.setsockopt(zmq.RCVHWM, 0)  # credits bound what is on its way; ZeroMQ's marks must never drop
+        self._inbox.setsockopt(zmq.RCVHWM, 0)  # credit bounds what is on its way; ZeroMQ must never drop a message
         self._inbox.setsockopt(zmq.SNDHWM, 0)
         self._wake_address = f"inproc://wake-{os.getpid()}-{next(_serial)}"
         self._lock: int | None = None
@@ -118,7 +118,7 @@ class ZeroWire:
 
     @property
     def fd(self) -> int:
-        """Return ZeroMQ's descriptor. It is edge-triggered: look (`receive(0)`) before and after every wait on it."""
+        """Return ZeroMQ's descriptor. It is edge-triggered: call `receive(0)` before and after every wait on it."""
         return int(self._inbox.getsockopt(zmq.FD))
 
     def connect(self, peer: str, address: str) -> None:
@@ -175,7 +175,7 @@ class ZeroWire:
         except zmq.ZMQError as error:
             if self._inbox.closed:
                 raise LinkClosed(f"{self.me}: this wire is closed") from None
-            if error.errno != zmq.EHOSTUNREACH:  # it has gone since, and nobody waits for the answer
+            if error.errno != zmq.EHOSTUNREACH:  # the peer has gone meanwhile, and nobody waits for the answer
                 raise LinkBroken(f"{self.me}: cannot send to {peer}: {error.strerror}") from error
 
     def receive(self, timeout_s: float | None) -> Arrival | None:
@@ -200,7 +200,7 @@ class ZeroWire:
             raise LinkBroken(f"{self.me}: cannot receive: {error.strerror}") from error
 
     def _wait(self, timeout_s: float | None) -> tuple[int, bytes]:
-        """Wait for a message. Return since when, and who it is from."""
+        """Wait for a message. Return since when we waited, and who sent it."""
         # The socket's own timeout, not a poll before the receive: that took 18 µs more per hop on one core.
         inbox = self._inbox
         if timeout_s != self._timeout_s:
@@ -216,10 +216,10 @@ class ZeroWire:
         return began_ns, identity
 
     def _tensors(self, identity: bytes) -> tuple[Buffer, ...]:
-        """Take the frames behind the header.
+        """Return the frames behind the header.
 
         Raises:
-            ProtocolError: they are more than a message may have; they are dropped.
+            ProtocolError: there are more than a message may have. They are dropped.
         """
         buffers: list[Buffer] = []
         more = True
@@ -235,10 +235,10 @@ class ZeroWire:
         return tuple(buffers)
 
     def _check_speaker(self, identity: bytes, header: zmq.Frame) -> None:
-        """The key of a connection says as which actor it may speak.
+        """Check that a peer speaks as the actor that its key belongs to.
 
         Raises:
-            ProtocolError: it speaks as another.
+            ProtocolError: it speaks as another actor.
         """
         actor = header.get("User-Id")
         if identity.partition(b".")[0].decode("latin-1") != actor:
@@ -252,7 +252,7 @@ class ZeroWire:
             more = self._inbox.recv(copy=False).more
 
     def waker(self) -> ZeroWaker:
-        """A handle with which one other thread can interrupt `receive`."""
+        """Return a handle with which one other thread can interrupt `receive`."""
         return ZeroWaker(self._context, self._wake_address)
 
     def close(self) -> None:
@@ -272,15 +272,21 @@ class ZeroWire:
 
 
 def _endpoint(who: str, address: str, keys: Keys | None) -> endpoint.Endpoint:
-    """
+    """Parse an address that may be used over ZeroMQ.
+
     Raises:
         AddressError: the address may not be used over ZeroMQ, or not without keys.
     """
     where = endpoint.parse(address, guarded=keys is not None)
     if where.scheme == "local":
-        raise AddressError(f"{who}: expected an ipc, tcp or inproc address, got {where}; a process has one wire")
+        raise AddressError(
+            f"{who}: expected an ipc, tcp or inproc address, got {where}; a process has one wire, "
+            "so give all its edges the same transport"
+        )
     if where.scheme == "tcp" and keys is None:
-        raise AddressError(f"{who} at {where}: tcp needs keys, on loopback, too: others use this machine; give `keys`")
+        raise AddressError(
+            f"{who} at {where}: tcp needs keys, on loopback, too, because others use this machine; give `keys`"
+        )
     return where
 
 
@@ -290,7 +296,7 @@ def _notices_half_open(socket: zmq.Socket[bytes]) -> None:
 
 
 def ask(me: str, address: str, question: bytes, timeout_s: float) -> Buffer | None:
-    """Send one message to a wire that listens at `address`, and wait for its answer; None if there is none in time.
+    """Send one message to the wire that listens at `address`, and return its answer; None if there is none in time.
 
     Raises:
         AddressError: the address may not be used.
@@ -309,7 +315,7 @@ def ask(me: str, address: str, question: bytes, timeout_s: float) -> Buffer | No
 
 
 class ZeroWaker:
-    """Wakes one `ZeroWire` from one other thread."""
+    """Wake one `ZeroWire` from one other thread."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
         self._socket = context.socket(zmq.DEALER)
@@ -318,7 +324,7 @@ class ZeroWaker:
         self._socket.connect(address)
 
     def wake(self) -> None:
-        # closed, or the wire is: nobody is left to wake
+        # the socket or the wire is closed: nobody is left to wake
         with contextlib.suppress(zmq.ZMQError):
             self._socket.send(b"", _LAST)
 

@@ -51,7 +51,10 @@ def pair(wire: Make) -> tuple[LocalWire, LocalWire]:
 
 
 def taken(wire: LocalWire, count: int, sender: LocalWire | None = None) -> list[Arrival]:
-    """What comes, up to `count`. A sender pushes on what its socket had no room for when it looks at its own wire."""
+    """Return what arrives, up to `count` messages.
+
+    A sender sends on what its socket had no room for when it receives from its own wire.
+    """
     arrivals = []
     deadline = time.monotonic() + 20
     while len(arrivals) < count and time.monotonic() < deadline:
