@@ -88,6 +88,18 @@ def test_every_public_name_is_there() -> None:
         _ = ranvier.nothing
 
 
+def test_the_version_is_the_same_everywhere() -> None:
+    """Give the same version in the package, its metadata, the command, and the changelog."""
+    import importlib.metadata
+
+    import ranvier
+
+    assert importlib.metadata.version("ranvier") == ranvier.__version__
+    done = subprocess.run([sys.executable, "-m", "ranvier", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"ranvier {ranvier.__version__}\n"
+    assert f"## {ranvier.__version__} " in (REPOSITORY / "CHANGELOG.md").read_text()
+
+
 def test_the_wheel_offers_ranvier_and_nothing_bare(tmp_path: Path) -> None:
     """Run from the wheel alone, without the checkout.
 

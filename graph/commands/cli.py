@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ranvier import __version__
 from ranvier.actors.component.session import Sampling
 from ranvier.actors.errors import CheckpointError, RecordingError, counted
 from ranvier.actors.supervise.zygote_process import ZygoteProcess
@@ -60,6 +61,21 @@ app = typer.Typer(
 
 
 MOST_TEXT_BYTES = 1 << 30
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ranvier {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Take the options that belong to no command."""
 
 
 class Format(StrEnum):

@@ -5,116 +5,291 @@ The calls are those of `Run`, but they block. trio runs in a separate thread.
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import trio
 
+from ranvier.actors.component.session import Sampling
+from ranvier.actors.supervise.zygote_process import ZygoteProcess
+from ranvier.transport.format.errors import LinkClosed, RanvierError
+
 from ..file.checked import Graph
-from ..sessions.generation import Generation, Token
+from ..plan.plan import Plan
+from ..sessions.generation import Generation, Result, Token
+from ..sessions.tokenizer import TextCodec
 from . import run_folder
+from .blame import Answer
 from .launch import Progress, launch
+from .recovery import Recovered
 from .run import Run
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 
-class BlockingRun:
-    """Offer a run to code that does not await. Several threads may use it at once.
 
-    `start` makes it. Use it in a `with`.
-    """
+class _Thread:
+    """Run a graph under trio in a thread of its own, and carry calls there."""
 
-    def __init__(self, graph: Graph, runs: Path | str, progress: Progress, resume: Path | None = None) -> None:
+    def __init__(self, graph: Graph, options: Mapping[str, Any]) -> None:
+        self.error: BaseException | None = None
+        self.run: Run | None = None
         self._started = threading.Event()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(
-            target=self._main, args=(graph, runs, progress, resume), name="ranvier-run", daemon=True
-        )
+        self._scope = trio.CancelScope()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._stop: trio.Event
+        self._thread = threading.Thread(target=self._main, args=(graph, options), name="ranvier-run", daemon=True)
         self._thread.start()
         try:
             self._started.wait()
         except BaseException:  # Ctrl-C while it starts
-            self.close()
+            self.end()
             raise
-        if self._error is not None:
+        if self.error is not None:
             self._thread.join()
-            raise self._error
+            raise self.error
 
-    def _main(self, graph: Graph, runs: Path | str, progress: Progress, resume: Path | None) -> None:
+    def _main(self, graph: Graph, options: Mapping[str, Any]) -> None:
         async def main() -> None:
-            self._token = trio.lowlevel.current_trio_token()
             self._stop = trio.Event()
-            with trio.CancelScope() as self._scope:
-                async with launch(graph, runs=runs, progress=progress, resume=resume) as self._run:
+            self._token = trio.lowlevel.current_trio_token()
+            with self._scope:
+                async with launch(graph, **options) as self.run:
                     self._started.set()
                     await self._stop.wait()
 
         try:
             trio.run(main)
         except BaseException as error:
-            self._error = error
+            self.error = error
         self._started.set()
 
-    @property
-    def run(self) -> Run:
-        """Return the run itself, for attributes that need no waiting (`dir`, `plan`, `codec`)."""
-        return self._run
+    def wait(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Await `call` in the run's thread, and return its result.
 
-    def generate(self, prompt: Any, **options: Any) -> Iterator[Token]:
-        """Generate tokens, as `Run.generate` does. Errors of a wrong request are raised at the first token."""
+        Raises:
+            RanvierError: the run is over, or ends meanwhile.
+        """
+        scope = trio.CancelScope()
 
-        async def begin() -> Generation:
-            return self._run.generate(prompt, **options)
+        async def cancellable() -> T:
+            with scope:
+                return await call()
+            raise LinkClosed("the call was interrupted")
 
-        return self._tokens(begin)
-
-    def _tokens(self, begin: Callable[[], Awaitable[Generation]]) -> Iterator[Token]:
-        async def following() -> Token | None:
-            return await anext(generation, None)
-
-        generation = trio.from_thread.run(begin, trio_token=self._token)
         try:
-            while (token := trio.from_thread.run(following, trio_token=self._token)) is not None:
-                yield token
-        finally:
-            trio.from_thread.run_sync(generation.close, trio_token=self._token)
+            return trio.from_thread.run(cancellable, trio_token=self._token)
+        except (trio.RunFinishedError, trio.Cancelled):
+            raise self._over() from None
+        except KeyboardInterrupt:  # the call must not go on and take what a later call should get
+            self.soon(scope.cancel)
+            raise
 
-    def resume(self, request_id: str, after: int | None = None) -> Iterator[Token]:
+    def read(self, call: Callable[[], T]) -> T:
+        """Return what `call` returns in the run's thread.
+
+        Raises:
+            RanvierError: the run is over.
+        """
+        try:
+            return trio.from_thread.run_sync(call, trio_token=self._token)
+        except trio.RunFinishedError:
+            raise self._over() from None
+
+    def soon(self, call: Callable[[], None]) -> None:
+        """Have `call` called in the run's thread, unless the run is over."""
+        if self._token is not None:
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(call)
+
+    def _over(self) -> RanvierError:
+        return self.error if isinstance(self.error, RanvierError) else LinkClosed("the run is over")
+
+    def end(self) -> None:
+        """End the run and its thread. Calling this twice does no harm."""
+        if self._thread.is_alive():
+            self.soon(self._stop.set if self.run is not None else self._scope.cancel)
+            self._thread.join()
+
+
+class BlockingGeneration:
+    """Iterate over the tokens of one request. `result` grows with them and is complete at the end.
+
+    `BlockingRun.generate` makes it. A generation that is not read to its end is cancelled by `close`, or when it is
+    garbage-collected.
+    """
+
+    def __init__(self, thread: _Thread, generation: Generation) -> None:
+        self._thread = thread
+        self._generation = generation
+
+    @property
+    def result(self) -> Result:
+        """Return the result so far."""
+        return self._generation.result
+
+    @property
+    def request_id(self) -> str:
+        """Return the request's name in the run's journal; empty if there is no journal."""
+        return self._generation.request_id
+
+    def __iter__(self) -> BlockingGeneration:
+        return self
+
+    def __next__(self) -> Token:
+        async def following() -> Token | None:
+            return await anext(self._generation, None)
+
+        try:
+            token = self._thread.wait(following)
+        except KeyboardInterrupt:
+            self.close()
+            raise
+        if token is None:
+            raise StopIteration
+        return token
+
+    def close(self) -> None:
+        """End the session now, or prevent its start. Calling this twice does no harm."""
+        self._thread.soon(self._generation.close)
+
+    def __del__(self) -> None:
+        self.close()  # in the run's thread: only that may send
+
+
+class BlockingRun:
+    """Offer a run to code that does not await. Several threads may use it at once.
+
+    `start` makes it. Use it in a `with`. After its end, every call raises a `RanvierError`.
+    """
+
+    def __init__(self, graph: Graph, **options: Any) -> None:
+        self._thread = _Thread(graph, options)
+        run = self._thread.run
+        assert run is not None
+        self._run = run
+
+    # -- requests -----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt: str | Sequence[dict[str, str]] | Sequence[int],
+        *,
+        max_tokens: int = 128,
+        raw: bool = False,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        stop_tokens: Sequence[int] | None = None,
+        logits: bool = False,
+        deadline_s: float | None = None,
+        traceparent: str | None = None,
+    ) -> BlockingGeneration:
+        """Generate tokens: `for token in run.generate(…)` gets each token as soon as it exists.
+
+        `Run.generate` describes the arguments and the errors.
+        """
+
+        def begin() -> Generation:
+            return self._run.generate(
+                prompt, max_tokens=max_tokens, raw=raw, sampling=sampling, stop=stop, stop_tokens=stop_tokens,
+                logits=logits, deadline_s=deadline_s, traceparent=traceparent,
+            )  # fmt: skip
+
+        return BlockingGeneration(self._thread, self._thread.read(begin))
+
+    def resume(self, request_id: str, after: int | None = None) -> BlockingGeneration:
         """Resume a request, as `Run.resume` does."""
-
-        async def begin() -> Generation:
-            return self._run.resume(request_id, after)
-
-        return self._tokens(begin)
+        return BlockingGeneration(self._thread, self._thread.read(lambda: self._run.resume(request_id, after)))
 
     def call(self, traceparent: str | None = None, /, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Call the graph, as `Run.call` does."""
+        return self._thread.wait(lambda: self._run.call(traceparent, **inputs))
 
-        async def call() -> dict[str, torch.Tensor]:
-            return await self._run.call(traceparent, **inputs)
-
-        return trio.from_thread.run(call, trio_token=self._token)
+    def score(self, ids: Sequence[int], *, traceparent: str | None = None) -> list[float]:
+        """Return the log-probabilities of tokens, as `Run.score` does."""
+        return self._thread.wait(lambda: self._run.score(ids, traceparent=traceparent))
 
     def scale(self, actor: str, replicas: int) -> str:
         """Scale an actor, as `Run.scale` does."""
-        return trio.from_thread.run(self._run.scale, actor, replicas, trio_token=self._token)
+        return self._thread.wait(lambda: self._run.scale(actor, replicas))
+
+    def why(self) -> Answer:
+        """Return who waits for whom, and who is to blame, as `Run.why` does."""
+        return self._thread.wait(self._run.why)
+
+    def status(self) -> dict[str, Any]:
+        """Return hosts, open sessions and counters, as `Run.status` does."""
+        return self._thread.read(self._run.status)
+
+    def chat_tokens(self, messages: Sequence[dict[str, Any]] | str) -> list[int]:
+        """Return the token ids of a chat, as `Run.chat_tokens` does."""
+        return self._run.chat_tokens(messages)
+
+    # -- what is known without asking; also after the end -------------------------------------------------------
+
+    @property
+    def dir(self) -> Path:
+        """Return the run folder."""
+        return self._run.dir
+
+    @property
+    def plan(self) -> Plan:
+        """Return what runs where."""
+        return self._run.plan
+
+    @property
+    def pids(self) -> Mapping[str, int]:
+        """Return the process ids of the hosts on this machine, by identity (`actor.replica.epoch`)."""
+        return self._copied(lambda: dict(self._run.pids))
+
+    @property
+    def alarms(self) -> Sequence[Mapping[str, Any]]:
+        """Return the edges whose tap has seen NaN or infinity, as `Run.alarms` does."""
+        return self._copied(lambda: list(self._run.alarms))
+
+    @property
+    def counters(self) -> dict[str, dict[str, int]]:
+        """Return what each process has counted, as `Run.counters` does."""
+        return self._copied(lambda: self._run.counters)
+
+    @property
+    def recoveries(self) -> Sequence[Recovered]:
+        """Return the hosts that were lost and replaced so far."""
+        return self._copied(lambda: list(self._run.recoveries))
+
+    @property
+    def resumed(self) -> Sequence[str]:
+        """Return the ids of the resumed run's requests, as `Run.resumed` does."""
+        return self._run.resumed
+
+    @property
+    def codec(self) -> TextCodec:
+        """Return the model's tokenizer, as `Run.codec` does."""
+        return self._run.codec
+
+    @property
+    def metrics(self) -> str | None:
+        """Return the address at which Prometheus can read this run's /metrics, if any."""
+        return self._run.metrics
+
+    def _copied(self, copy: Callable[[], T]) -> T:
+        """Return a copy of what the run's thread may be changing; after its end nothing changes any more."""
+        try:
+            return self._thread.read(copy)
+        except RanvierError:
+            return copy()
+
+    # -- the end ------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """End the run and its thread. Idempotent."""
-        if self._thread.is_alive():
-            try:
-                if hasattr(self, "_run"):
-                    trio.from_thread.run_sync(self._stop.set, trio_token=self._token)
-                elif hasattr(self, "_scope"):
-                    trio.from_thread.run_sync(self._scope.cancel, trio_token=self._token)
-            except trio.RunFinishedError:
-                pass
-            self._thread.join()
+        """End the run and its thread. Calling this twice does no harm."""
+        self._thread.end()
 
     def __enter__(self) -> BlockingRun:
         return self
@@ -123,8 +298,8 @@ class BlockingRun:
         self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self.close()
-        if error is None and self._error is not None:
-            raise self._error
+        if error is None and self._thread.error is not None:
+            raise self._thread.error
 
 
 def start(
@@ -132,7 +307,13 @@ def start(
     *,
     runs: Path | str = run_folder.DEFAULT_ROOT,
     progress: Progress = lambda _what, _share: None,
+    zygote: ZygoteProcess | None = None,
+    chaos: Path | None = None,
+    log: str | None = None,
     resume: Path | None = None,
 ) -> BlockingRun:
-    """Start a graph and wait until it is ready. `launch` describes the arguments and errors."""
-    return BlockingRun(graph, runs, progress, resume)
+    """Start a graph and wait until it is ready.
+
+    `launch` describes the arguments and the errors. `progress` is called in the run's own thread.
+    """
+    return BlockingRun(graph, runs=runs, progress=progress, zygote=zygote, chaos=chaos, log=log, resume=resume)

@@ -58,9 +58,11 @@ async def launch(
 
     Raises:
         ActorFailed: an actor did not start, or was lost.
-        RequestError: there is nothing to resume, or the run to resume has another graph or model.
+        RequestError: there is nothing to resume, the run to resume has another graph or model, or the caller does not
+            run under trio.
         ResourceError: there are not enough descriptors, disk space or memory to start the run.
     """
+    make_sure_of_trio("launch", "await asyncio.to_thread(ranvier.start, graph), whose calls block")
     planned = plan(graph)
     if resume is not None and not graph.file.journal:
         raise RequestError(f"graph {graph.name} has no journal; set journal: true to resume a run of it")
@@ -93,7 +95,7 @@ async def launch(
             async with (
                 _exported(folder, graph, hosts),
                 hosts.up(lambda share: progress("loading", share)) as nursery,
-                metrics.served(graph.file.telemetry.metrics, graph.name, run.status, hosts.log) as run.metrics,
+                metrics.served(graph.file.telemetry.metrics, graph.name, run.snapshot, hosts.log) as run.metrics,
             ):
                 progress("linking", 1.0)
                 try:
@@ -106,6 +108,19 @@ async def launch(
         finally:
             run.silence()
             folder.outcome(counters=run.counters)
+
+
+def make_sure_of_trio(name: str, instead: str) -> None:
+    """Check that the caller runs under trio.
+
+    Raises:
+        RequestError: it runs under another event loop. The message says what to do instead.
+    """
+    if not trio.lowlevel.in_trio_run():
+        raise RequestError(
+            f"{name}: expected an async function that trio runs (trio.run(main)), got another event loop; "
+            f"under asyncio, use {instead}"
+        )
 
 
 def bad_links_of(planned: Plan, chaos: Path | None) -> Sequence[ChaosLink]:

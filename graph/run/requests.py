@@ -7,7 +7,7 @@ import math
 import operator
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -124,21 +124,21 @@ class Requests:
         graph = self._graph
         if not graph.generates or graph.checkpoint is None:
             raise RequestError(f"graph {graph.name} does not generate tokens; use call()")
-        if stop and self._codec is None:
-            raise RequestError("stop strings need a tokenizer, and the model has none; use stop_tokens")
-        if deadline_s is not None and not deadline_s > 0:
-            raise RequestError(f"deadline_s: expected over 0, got {deadline_s}")
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise RequestError(f"sampling: expected ranvier.Sampling, got {type(sampling).__name__}")
         request = _Request(
-            _whole("max_tokens", max_tokens),
+            self._most(max_tokens),
             sampling or Sampling(),
-            tuple(_whole("stop_tokens", token) for token in stop_tokens) if stop_tokens is not None else None,
-            logits,
-            time.monotonic_ns() + int(deadline_s * 1e9) if deadline_s is not None else 0,
+            tuple(_whole("stop_tokens", token) for token in _listed("stop_tokens", stop_tokens))
+            if stop_tokens is not None
+            else None,
+            bool(logits),
+            time.monotonic_ns() + int(_positive("deadline_s", deadline_s) * 1e9) if deadline_s is not None else 0,
             *self.traced(traceparent),
             secrets.token_hex(8) if self.journal is not None else "",
-            tuple(stop),
+            self._stop_strings(stop),
         )
-        generation = Generation(TextStream(self._codec, stop))
+        generation = Generation(TextStream(self._codec, request.stop))
         generation.request_id = request.key
         generation.is_durable = self._is_durable
         asked = _prompt(prompt)
@@ -152,6 +152,32 @@ class Requests:
             generation.deadline_ns = request.deadline_ns
             self._waiting_in.send_nowait(_Waiting(generation, cast(str | list[dict[str, Any]], asked), raw, request))
         return generation
+
+    def _most(self, max_tokens: int) -> int:
+        """Check `max_tokens` as far as possible without the prompt.
+
+        Raises:
+            RequestError: it is no whole number, or it is out of the model's range.
+        """
+        assert self._graph.checkpoint is not None
+        most, context = _whole("max_tokens", max_tokens), self._graph.checkpoint.config.context
+        if not 1 <= most <= context:
+            raise RequestError(f"max_tokens: expected 1 to the model's context of {context}, got {most}")
+        return most
+
+    def _stop_strings(self, stop: Sequence[str]) -> tuple[str, ...]:
+        """Check stop strings.
+
+        Raises:
+            RequestError: they are not strings, or the model has no tokenizer.
+        """
+        strings = tuple(_listed("stop", stop))
+        wrong = next((each for each in strings if not isinstance(each, str)), None)
+        if wrong is not None:
+            raise RequestError(f"stop: expected strings, got {type(wrong).__name__}; give ids as stop_tokens")
+        if strings and self._codec is None:
+            raise RequestError("stop strings need a tokenizer, and the model has none; use stop_tokens")
+        return strings
 
     def _begin(self, generation: Generation, ids: list[int], request: _Request) -> None:
         """Submit a request whose prompt is known as token ids.
@@ -238,8 +264,6 @@ class Requests:
         vocab = config.vocab if config.encoder is None else config.encoder.source_vocab
         if not ids:
             raise RequestError("the prompt is empty; give at least one token")
-        if max_tokens < 1:
-            raise RequestError(f"max_tokens: expected at least 1, got {max_tokens}")
         if config.encoder is not None:  # the encoder and the decoder have a context each
             if max(len(ids), max_tokens) > context:
                 raise RequestError(
@@ -435,6 +459,10 @@ def _prompt(prompt: str | Sequence[dict[str, Any]] | Sequence[int]) -> str | lis
     """
     if isinstance(prompt, str):
         return prompt
+    if isinstance(prompt, bytes | bytearray | Mapping) or not hasattr(prompt, "__len__"):
+        raise RequestError(
+            f"prompt: expected text, a list of chat messages, or a list of token ids, got {type(prompt).__name__}"
+        )
     if len(prompt) and all(isinstance(item, dict) for item in prompt):
         return [item for item in prompt if isinstance(item, dict)]
     if any(isinstance(item, bool | str | dict) for item in prompt):
@@ -443,6 +471,32 @@ def _prompt(prompt: str | Sequence[dict[str, Any]] | Sequence[int]) -> str | lis
             f"prompt: expected text, a list of chat messages, or a list of token ids, got a list of {kinds}"
         )
     return [_whole("prompt", item) for item in prompt]
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    """Return the entries of a list.
+
+    Raises:
+        RequestError: it is a single string, or not a list.
+    """
+    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
+        raise RequestError(f"{name}: expected a list, got {type(values).__name__}; write [{values!r:.40}]")
+    return list(values)
+
+
+def _positive(name: str, value: Any) -> float:
+    """Return a finite number over 0.
+
+    Raises:
+        RequestError: it is something else.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise RequestError(f"{name}: expected a number, got {type(value).__name__}") from None
+    if not 0 < number < math.inf:
+        raise RequestError(f"{name}: expected a finite number over 0, got {value}")
+    return number
 
 
 def _whole(name: str, value: Any) -> int:

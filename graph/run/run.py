@@ -70,6 +70,7 @@ class Run:
         self._codec = codec
         self._wakes: Wakes = {}
         self._over = False
+        self._ended: LinkClosed | None = None
         self._quiet_since_ns = 0
         self._looked_ns = 0
         self._steps = -1
@@ -129,11 +130,24 @@ class Run:
         return self._supervisor.alarms
 
     def status(self) -> dict[str, Any]:
-        """Return hosts, open sessions and counters, as known at this moment; no host is asked."""
+        """Return hosts, open sessions and counters, as known at this moment; no host is asked.
+
+        Raises:
+            LinkClosed: the run is over. Every other call raises this, too.
+        """
+        self._check_open()
+        return self.snapshot()
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return the same as `status`, also while the run ends; for the metrics server."""
         return {
             **self._hosts.status.snapshot(), "counters": self.counters, "recoveries": len(self.recoveries),
             "requests": self._gateway.accepted, "tokens": self._gateway.delivered,
         }  # fmt: skip
+
+    def _check_open(self) -> None:
+        if self._ended is not None:
+            raise self._ended
 
     @property
     def recoveries(self) -> Sequence[Recovered]:
@@ -160,6 +174,7 @@ class Run:
             RequestError: the graph does not generate text, or its model has no tokenizer.
             CheckpointError: the template is missing or wrong, refuses the messages, or takes too long.
         """
+        self._check_open()
         return self._requests.chat_ids(messages)
 
     # -- requests -----------------------------------------------------------------------------------------------
@@ -192,11 +207,13 @@ class Run:
                 spans form a separate trace if the graph has `telemetry.otlp`.
 
         Raises:
-            RequestError: the prompt is empty or too long, or the graph does not generate tokens.
-            Overloaded: there is no room now.
+            RequestError: an argument is wrong, or the graph does not generate tokens. While iterating: a prompt of text
+                is empty or too long, which shows when it has been tokenized.
+            Overloaded: there is no room now (for text: while iterating).
             ActorFailed: an actor was lost (here, or while iterating).
             Expired: the deadline passed (while iterating).
         """
+        self._check_open()
         return self._requests.generate(
             prompt, max_tokens=max_tokens, raw=raw, sampling=sampling, stop=stop, stop_tokens=stop_tokens, logits=logits,
             deadline_s=deadline_s, traceparent=traceparent,
@@ -221,6 +238,7 @@ class Run:
         Raises:
             RequestError: there is no such request, or another client has resumed it.
         """
+        self._check_open()
         return self._requests.resume(request_id, after)
 
     async def score(self, ids: Sequence[int], *, traceparent: str | None = None) -> list[float]:
@@ -231,6 +249,7 @@ class Run:
             Overloaded: there is no room now.
             ActorFailed: an actor was lost.
         """
+        self._check_open()
         graph = self.plan.graph
         if not graph.generates or graph.checkpoint is None:
             raise RequestError(f"graph {graph.name} is not a language model; score needs one")
@@ -259,6 +278,7 @@ class Run:
         """
         from ranvier.transport.format.tensors import dtype_name, from_buffer, to_buffer
 
+        self._check_open()
         ports = {edge.out for edge in self.plan.graph.edges if edge.source == GATEWAY}
         if inputs.keys() != ports:
             raise RequestError(f"call: expected the inputs {sorted(ports)}, got {sorted(inputs)}")
@@ -298,10 +318,12 @@ class Run:
             RequestError: there is no such actor, or it cannot have this number of replicas.
             ActorFailed: a new replica failed before it joined; the run continues without it.
         """
+        self._check_open()
         return await self._scaling.scale(actor, replicas)
 
     async def why(self) -> Answer:
         """Return who waits for whom at this moment, and who is to blame, as `ranvier why` prints it."""
+        self._check_open()
         return await self._hosts.why.ask()
 
     # -- the gateway's I/O --------------------------------------------------------------------------------------
@@ -341,7 +363,7 @@ class Run:
         Messages are still received and acknowledged until `silence`: a host that stops waits for that.
         """
         self._recovery.stop()
-        over = LinkClosed("the run is over")
+        over = self._ended = LinkClosed("the run is over")
         self._gateway.on_failure(over)
         self._requests.refuse(over)
         self.flush()

@@ -20,7 +20,7 @@ from ranvier.actors.supervise.zygote_process import ZygoteProcess
 
 from ..file.checked import Graph
 from ..run import run_folder
-from ..run.launch import bad_links_of
+from ..run.launch import bad_links_of, make_sure_of_trio
 from . import checkpoints
 from .attempt import Attempt
 from .data import of as data_of
@@ -64,9 +64,10 @@ async def train(
     Raises:
         ActorFailed: an actor was lost more often than its `restart` allows, or raised an error itself.
         GraphError: the graph cannot be trained as its file says.
-        RequestError: the data does not exist or does not fit, `out` has a checkpoint of another graph, or another
-            training writes there.
+        RequestError: the data does not exist or does not fit, `out` has a checkpoint of another graph, another training
+            writes there, or the caller does not run under trio.
     """
+    make_sure_of_trio("train", "await asyncio.to_thread(trio.run, functools.partial(ranvier.train, graph, out))")
     plan = training_plan(graph)
     data, bad_links = data_of(plan, allow_code), bad_links_of(plan.plan, chaos)
     restarts: dict[str, Restarts] = {}

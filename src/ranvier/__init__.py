@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ranvier.graph.file.checked import Graph
     from ranvier.graph.file.errors import GraphError, RequestError
     from ranvier.graph.plan.plan import Plan, plan
-    from ranvier.graph.run.blocking import BlockingRun, start
+    from ranvier.graph.run.blocking import BlockingGeneration, BlockingRun, start
     from ranvier.graph.run.launch import launch
     from ranvier.graph.run.run import Run
     from ranvier.graph.sessions.generation import Generation, Result, Token
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from ranvier.transport.format.header import Row
     from ranvier.transport.format.tensor_spec import TensorSpec
 
+__version__ = "0.1.0"
+
 # Imported on first use: `import ranvier` must not take the second that torch needs.
 _MODULES = {
     "Actor": "actors.component.actor", "Batch": "actors.component.actor", "Context": "actors.component.actor",
@@ -50,7 +52,7 @@ _MODULES = {
     "Overloaded": "actors.errors",
     "balancing_loss": "actors.component.routing", "gather": "actors.component.routing", "scatter": "actors.component.routing",
     "Sampling": "actors.component.session", "SessionInfo": "actors.component.session",
-    "BlockingRun": "graph.run.blocking", "start": "graph.run.blocking",
+    "BlockingGeneration": "graph.run.blocking", "BlockingRun": "graph.run.blocking", "start": "graph.run.blocking",
     "Graph": "graph.file.checked", "load": "graph.file.check",
     "GraphError": "graph.file.errors", "RequestError": "graph.file.errors",
     "Plan": "graph.plan.plan", "plan": "graph.plan.plan",
@@ -65,8 +67,8 @@ _MODULES = {
 }  # fmt: skip
 
 __all__ = [
-    "Actor", "ActorFailed", "Batch", "BlockingRun", "CheckpointError", "Context", "Expired", "Generation", "Graph",
-    "GraphError", "KeyFileError", "LinkBroken", "LinkClosed", "Overloaded", "Plan", "ProtocolError", "RanvierError",
+    "Actor", "ActorFailed", "Batch", "BlockingGeneration", "BlockingRun", "CheckpointError", "Context", "Expired", "Generation",
+    "Graph", "GraphError", "KeyFileError", "LinkBroken", "LinkClosed", "Overloaded", "Plan", "ProtocolError", "RanvierError",
     "RequestError", "ResourceError", "Result", "Row", "Run",
     "Sampling", "SessionInfo", "TensorSpec", "Token", "Trained", "balancing_loss", "gather", "initialise", "launch",
     "load", "plan", "scatter", "start", "train",

@@ -468,19 +468,3 @@ def test_every_thread_stays_on_its_cores(graph_file: Callable[..., Path], runs: 
             assert len(threads["bound.0.1"]) >= 4
 
     trio.run(main)
-
-
-def test_the_blocking_form(faulty: Make, runs: Path) -> None:
-    """Answer calls from code that does not await, and raise the errors of actors there."""
-    with ranvier.start(faulty(at_step="raise"), runs=runs) as run:
-        assert run.call(x=torch.tensor([1.0]))["y"].tolist() == [3.0]
-        with pytest.raises(ranvier.ActorFailed, match="thirteen"):
-            run.call(x=torch.tensor([12.0]))
-        with pytest.raises(ranvier.RequestError, match=r"expected the inputs \['x'\], got \['z'\]"):
-            run.call(z=torch.tensor([12.0]))
-        with pytest.raises(ranvier.RequestError, match=r"expected float32\[tokens\]"):
-            run.call(x=torch.zeros(2, 2))
-        with pytest.raises(ranvier.RequestError, match="does not generate tokens"):
-            list(run.generate("hello"))
-    with pytest.raises(ranvier.ActorFailed, match="ValueError while loading"):
-        ranvier.start(faulty(at_load="raise"), runs=runs)

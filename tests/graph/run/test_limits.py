@@ -216,7 +216,7 @@ def test_a_request_over_its_deadline_ends_and_frees_what_it_held(
             with pytest.raises(ranvier.Expired, match=r"session 1: deadline exceeded, \d+ of 480 tokens delivered"):
                 await read()
             assert got == exact(PROMPT, len(got))
-            with pytest.raises(ranvier.RequestError, match="deadline_s: expected over 0, got -1"):
+            with pytest.raises(ranvier.RequestError, match="deadline_s: expected a finite number over 0, got -1"):
                 run.generate(PROMPT, deadline_s=-1)
             ids = [token.id async for token in run.generate(PROMPT, max_tokens=20, stop_tokens=(), deadline_s=30)]
             assert ids == exact(PROMPT, 20), "one that is done in time is not touched"
