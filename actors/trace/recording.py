@@ -229,7 +229,7 @@ def _is_sent(tensor: object) -> TypeGuard[torch.Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class RecordedStep:
     """Hold one recorded step. `inputs` and `outputs` contain the recorded ports. `error` is set if the step failed."""
 
     number: int
@@ -265,7 +265,7 @@ class Restored:
     state: Mapping[str, torch.Tensor]
 
 
-Event = Step | Session | Closed | Restored
+Event = RecordedStep | Session | Closed | Restored
 
 
 class Recorded:
@@ -346,7 +346,7 @@ class Recorded:
                         opened, tensors = line.file, self._read(line.file)
                     yield self._step(line, tensors)
 
-    def _step(self, line: _Step, tensors: Mapping[str, torch.Tensor]) -> Step:
+    def _step(self, line: _Step, tensors: Mapping[str, torch.Tensor]) -> RecordedStep:
         sides: dict[str, dict[str, Batch]] = {"in": {}, "out": {}}
         specs = {port.name: port.tensor for port in self.host.inputs}
         for side, rows_of in (("in", line.in_rows), ("out", line.out_rows)):
@@ -359,7 +359,7 @@ class Recorded:
                     if side == "in":
                         self._check(specs, port, rows, tensor)
                     sides[side][port] = Batch(rows, {port: tensor})
-        return Step(line.step, line.rows, sides["in"], sides["out"], line.error)
+        return RecordedStep(line.step, line.rows, sides["in"], sides["out"], line.error)
 
     def _check(self, specs: Mapping[str, TensorSpec], port: str, rows: tuple[Row, ...], tensor: torch.Tensor) -> None:
         """Check an input as a link would. A recording may come from an untrusted source."""

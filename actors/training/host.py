@@ -48,7 +48,7 @@ from ..protocol.training_spec import (
 from . import mixture, optimizer, shards
 from .inbox import Key
 from .layers import NativeStage
-from .stage import Learner, Stage, TermValue, Wrapped
+from .stage import Learner, TermValue, TrainedStage, Wrapped
 from .training_process import Mail
 
 FULL_DEADLINE_S = 60.0
@@ -75,7 +75,7 @@ class TrainingHost(Mail):
         # each actor has its own seed; replicas of one actor share it
         self._seed = zlib.crc32(f"{training.seed} {spec.actor}".encode())
         torch.manual_seed(self._seed)
-        self.stage = Stage(
+        self.stage = TrainedStage(
             spec.label,
             self._module(),
             training.losses,

@@ -18,7 +18,7 @@ from ..protocol.training_spec import BALANCE
 from .layers import NativeStage, attention_slots, expert_slots
 
 
-class Attention(NativeStage):
+class AttentionStage(NativeStage):
     """Run attention and the router: `hidden` -> `residual`, `index`, `weight`, `expertN`, and the balancing loss."""
 
     def _slots_of(self, context: Context) -> Iterator[tuple[str, Slot]]:
@@ -33,7 +33,7 @@ class Attention(NativeStage):
         return {**made, **chosen.parts}
 
 
-class Experts(NativeStage):
+class ExpertsStage(NativeStage):
     """Run some experts, each over its own tokens: `expertN` -> `expertN`."""
 
     def _slots_of(self, context: Context) -> Iterator[tuple[str, Slot]]:
@@ -47,7 +47,7 @@ class Experts(NativeStage):
         return {port: self._up_and_down(f"layer{self.layers[0]}_{port}_", batch[port]) for port in self.ports}
 
 
-class Combine(NativeStage):
+class CombineStage(NativeStage):
     """Combine `residual`, `index`, `weight`, `expertN` -> `hidden`; it has no weights and passes gradients on."""
 
     def _slots_of(self, context: Context) -> Iterator[tuple[str, Slot]]:
@@ -58,5 +58,9 @@ class Combine(NativeStage):
         return {"hidden": batch["residual"] + gather(batch["index"], batch["weight"], batch.tensors, ports)}
 
 
-STAGES: Mapping[str, type[NativeStage]] = {"attention": Attention, "experts": Experts, "combine": Combine}
+STAGES: Mapping[str, type[NativeStage]] = {
+    "attention": AttentionStage,
+    "experts": ExpertsStage,
+    "combine": CombineStage,
+}
 """The kinds that are parts of a mixture, and their modules."""

@@ -17,13 +17,13 @@ from ranvier.transport.format.aligned import aligned
 
 from ..component.module import fill
 from ..protocol.training_spec import folder_of
-from .stage import Stage
+from .stage import TrainedStage
 
 STATE = ".state"
 
 
 def write(
-    root: Path, done: int, actor: str, stage: Stage, optimizer: torch.optim.Optimizer | None, update: int
+    root: Path, done: int, actor: str, stage: TrainedStage, optimizer: torch.optim.Optimizer | None, update: int
 ) -> None:
     """Write the weights as `ACTOR.safetensors`, and what training resumes from as `ACTOR.state.safetensors`.
 
@@ -54,7 +54,7 @@ def _replace(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, s
     part.replace(file)
 
 
-def read(folder: Path, actor: str, stage: Stage, optimizer: torch.optim.Optimizer | None) -> int:
+def read(folder: Path, actor: str, stage: TrainedStage, optimizer: torch.optim.Optimizer | None) -> int:
     """Restore a stage and its optimiser from a shard; return the number of updates so far.
 
     Raises:

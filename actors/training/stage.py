@@ -77,7 +77,7 @@ class TermValue(NamedTuple):
     correct: float
 
 
-class Stage:
+class TrainedStage:
     """Hold the weights of one stage and the micro-batches between forward and backward.
 
     Args:

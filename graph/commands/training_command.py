@@ -18,7 +18,7 @@ from ..training.bubbles import Bubbles
 from ..training.history import History
 from ..training.planner import training_plan
 from ..training.plots import draw
-from ..training.progress import Progress
+from ..training.progress import TrainingProgress
 from ..training.trainer import Step, Trained, train
 from .command_line import AllowCode, GraphFile, Json, Log, Set, interruptible, overrides, print_json
 
@@ -70,7 +70,7 @@ def train_command(
     checked = load_graph(graph, allow_code=allow_code, overrides=overrides(settings))
     plan = training_plan(checked)
     began_s = time.monotonic()
-    with Progress(plan, sys.stderr) as progress, History(out / HISTORY) as history:
+    with TrainingProgress(plan, sys.stderr) as progress, History(out / HISTORY) as history:
 
         def on_step(step: Step) -> None:
             history.add(step.to_plain())

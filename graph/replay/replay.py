@@ -14,7 +14,7 @@ from ranvier.actors.component.actor import REWINDS, Actor, Batch, Look, keeps
 from ranvier.actors.errors import RecordingError, describe
 from ranvier.actors.host import watch
 from ranvier.actors.host.loading import load
-from ranvier.actors.trace.recording import Closed, Outputs, Recorded, Restored, Session, Step
+from ranvier.actors.trace.recording import Closed, Outputs, Recorded, RecordedStep, Restored, Session
 from ranvier.transport.format.aligned import each_aligned
 
 from .values import measure
@@ -27,7 +27,7 @@ class Taken:
     `recorded` names the outputs that were recorded.
     """
 
-    step: Step
+    step: RecordedStep
     recorded: tuple[str, ...]
     outputs: Mapping[str, Batch]
     error: Exception | None
@@ -88,7 +88,7 @@ def steps(
                 yield _taken(actor, event, recorded.ports.outputs, look, stop_at == event.number)
 
 
-def _taken(actor: Actor, step: Step, outputs: tuple[str, ...], look: Look | None, debugged: bool) -> Taken:
+def _taken(actor: Actor, step: RecordedStep, outputs: tuple[str, ...], look: Look | None, debugged: bool) -> Taken:
     batch = step.batch.aligned()
     try:
         if debugged:

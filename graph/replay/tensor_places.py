@@ -13,7 +13,7 @@ from typing import Any
 from ranvier.actors.component.kinds import BUILT_IN, Kind
 from ranvier.actors.errors import RecordingError
 from ranvier.actors.protocol.host_spec import GATEWAY
-from ranvier.actors.trace.recording import Recorded, Session, Step, recordings
+from ranvier.actors.trace.recording import Recorded, RecordedStep, Session, recordings
 
 from ..file.edge_end import ends
 from ..trace.trace_lines import TraceError, read_plan
@@ -42,7 +42,7 @@ def within(layer: int, name: str) -> tuple[Place, Order]:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ModelPart:
     """Describe an actor as a part of the model. `index` is its position in the pipeline, `depth` how many layers precede it."""
 
     name: str
@@ -76,7 +76,7 @@ class RecordedRun:
     folder: Path
     hosts: Mapping[str, list[Recorded]]
     """Recordings by actor, in pipeline order: those of its replicas, and of earlier hosts that were replaced."""
-    parts: Mapping[str, Part]
+    parts: Mapping[str, ModelPart]
     edges: tuple[Edge, ...]
     sessions: Mapping[int, int]
     """New session numbers, by the session's number in the run. Equal prompts get equal new numbers in every run."""
@@ -95,11 +95,11 @@ class RecordedRun:
                     number, log = self.sessions[event.info.session], event.info.log
                     made.prompt[number] = min(made.prompt.get(number, len(log)), len(log))
                     made.logs[number] = max(made.logs.get(number, ()), log, key=len)
-                elif isinstance(event, Step):
+                elif isinstance(event, RecordedStep):
                     self._put(made, recorded.host.actor, event)
         return made
 
-    def _put(self, made: Values, actor: str, step: Step) -> None:
+    def _put(self, made: Values, actor: str, step: RecordedStep) -> None:
         for port, batch in step.inputs.items():
             place, order, maker = self.taken(actor, port)
             made.put((place, order), maker, self.sessions, batch.rows, batch[port])
@@ -185,7 +185,7 @@ def read(folder: Path) -> RecordedRun:
     )
 
 
-def _numbered(by_actor: Mapping[str, Iterable[Recorded]], parts: Mapping[str, Part]) -> dict[int, int]:
+def _numbered(by_actor: Mapping[str, Iterable[Recorded]], parts: Mapping[str, ModelPart]) -> dict[int, int]:
     """Assign numbers from 1 to the sessions, sorted by prompt.
 
     Sessions with the same prompt keep their order of arrival.
@@ -207,7 +207,7 @@ def _numbered(by_actor: Mapping[str, Iterable[Recorded]], parts: Mapping[str, Pa
 def _sources(recorded: Recorded) -> Iterator[tuple[int, list[int]]]:
     """Yield the tokens that each session gave to an encoder."""
     for event in recorded.events():
-        if isinstance(event, Step):
+        if isinstance(event, RecordedStep):
             for port, batch in event.inputs.items():
                 start = 0
                 for row in batch.rows:
@@ -220,10 +220,10 @@ def _edge(plain: Mapping[str, Any]) -> Edge:
     return Edge(plain["name"], source, out, target, into, plain["codec"], plain["feedback"])
 
 
-def _parts(hosts: Sequence[Mapping[str, Any]], edges: Sequence[Edge]) -> dict[str, Part]:
+def _parts(hosts: Sequence[Mapping[str, Any]], edges: Sequence[Edge]) -> dict[str, ModelPart]:
     """Return the actors, each after those that it receives from. Feedback edges do not count."""
     left = {host["actor"]: host for host in hosts}
-    made: dict[str, Part] = {}
+    made: dict[str, ModelPart] = {}
     depth = 0
     while left:
         waits = {
@@ -232,7 +232,7 @@ def _parts(hosts: Sequence[Mapping[str, Any]], edges: Sequence[Edge]) -> dict[st
         actor = next((actor for actor in left if actor not in waits), next(iter(left)))
         host = left.pop(actor)
         layers = (host["layers"][0], host["layers"][1]) if host["layers"] is not None else None
-        made[actor] = Part(host["kind"], layers, len(made), depth)
+        made[actor] = ModelPart(host["kind"], layers, len(made), depth)
         if layers is not None and not made[actor].kind.encodes:
             depth = max(depth, layers[1] + 1)
     return made

@@ -48,7 +48,7 @@ class Place(NamedTuple):
         return self.tensor in (HIDDEN, ENCODER_HIDDEN)
 
 
-class Token(NamedTuple):
+class TokenKey(NamedTuple):
     """Identify a token by its session and its position."""
 
     session: int
@@ -64,7 +64,7 @@ class Values:
     session's prompt.
     """
 
-    at: dict[Place, dict[Token, torch.Tensor]] = field(default_factory=dict)
+    at: dict[Place, dict[TokenKey, torch.Tensor]] = field(default_factory=dict)
     order: dict[Place, Order] = field(default_factory=dict)
     maker: dict[Place, str] = field(default_factory=dict)
     takes: dict[str, set[Place]] = field(default_factory=dict)
@@ -87,14 +87,14 @@ class Values:
             session = sessions.get(row.session, row.session)
             if by_tokens:
                 for offset in range(row.tokens):
-                    held[Token(session, row.position + offset + shift)] = tensor[start + offset].flatten()
+                    held[TokenKey(session, row.position + offset + shift)] = tensor[start + offset].flatten()
                 start += row.tokens
             elif len(rows) == 1:
-                held[Token(session, row.position + shift)] = tensor.flatten()
+                held[TokenKey(session, row.position + shift)] = tensor.flatten()
             else:
-                held[Token(session, row.position + shift)] = tensor[index].flatten()
+                held[TokenKey(session, row.position + shift)] = tensor[index].flatten()
 
-    def moment(self, place: Place, token: Token) -> int:
+    def moment(self, place: Place, token: TokenKey) -> int:
         """Return when a token was computed at a place, as a number that grows over time.
 
         The tokens of a prompt are computed together, and each later one by itself. An encoder's tokens come before
@@ -125,7 +125,7 @@ class Difference:
     """Describe a difference: the place, the token, and its size."""
 
     place: Place
-    token: Token
+    token: TokenKey
     by: Measure
 
 

@@ -178,18 +178,10 @@ class BlockingRun:
     # -- requests -----------------------------------------------------------------------------------------------
 
     def generate(
-        self,
-        prompt: str | Sequence[dict[str, str]] | Sequence[int],
-        *,
-        max_tokens: int = 128,
-        raw: bool = False,
-        sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
-        stop_tokens: Sequence[int] | None = None,
-        logits: bool = False,
-        deadline_s: float | None = None,
-        traceparent: str | None = None,
-    ) -> BlockingGeneration:
+        self, prompt: str | Sequence[dict[str, str]] | Sequence[int], *, max_tokens: int = 128, raw: bool = False,
+        sampling: Sampling | None = None, stop: Sequence[str] = (), stop_tokens: Sequence[int] | None = None,
+        logits: bool = False, deadline_s: float | None = None, traceparent: str | None = None,
+    ) -> BlockingGeneration:  # fmt: skip
         """Generate tokens: `for token in run.generate(…)` gets each token as soon as it exists.
 
         `Run.generate` describes the arguments and the errors.

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ranvier.actors.protocol.host_spec import GATEWAY
 
 from .summary import Trace, done_key, sent_key
-from .trace_lines import Done, TraceError
+from .trace_lines import DoneLine, TraceError
 
 CAUSES = {
     "compute": "the actor computed on it",
@@ -52,20 +52,20 @@ class Stretch(NamedTuple):
 
 
 @dataclass(slots=True)
-class Step:
+class TracedStep:
     """Represent one step of one actor and the messages that went into it."""
 
     started_ns: int
     finished_ns: int
-    inputs: list[Done] = field(default_factory=list)
+    inputs: list[DoneLine] = field(default_factory=list)
 
-    def last_input(self, session: int | None) -> Done:
+    def last_input(self, session: int | None) -> DoneLine:
         """Return the input that the step waited for: the one that completed a row.
 
         Only the session's rows count; without a session, all rows. Of several rows, the one that was complete first
         counts.
         """
-        needed: dict[tuple[int, ...], Done] = {}
+        needed: dict[tuple[int, ...], DoneLine] = {}
         for record in self.inputs:
             for row in record.rows:
                 if session is None or row[0] == session:
@@ -133,7 +133,7 @@ class Causes:
 
     # -- the walk -------------------------------------------------------------------------------------------------
 
-    def _back(self, actor: str, record: Done, until_ns: int, session: int | None) -> Iterator[Stretch]:
+    def _back(self, actor: str, record: DoneLine, until_ns: int, session: int | None) -> Iterator[Stretch]:
         """Yield the stretches from the beginning of a message's step back to a point in time."""
         at_ns = record.started_ns
         for cause, where, began_ns, _ in self._endless(actor, record, until_ns, session):
@@ -142,7 +142,7 @@ class Causes:
             if at_ns <= until_ns:
                 return
 
-    def _endless(self, actor: str, record: Done, until_ns: int, session: int | None) -> Iterator[Stretch]:
+    def _endless(self, actor: str, record: DoneLine, until_ns: int, session: int | None) -> Iterator[Stretch]:
         """Yield the stretches of `_back` without stopping at `until_ns`.
 
         Raises:
@@ -176,7 +176,7 @@ class Causes:
             yield Stretch("compute", sender, before.started_ns, before.finished_ns)
             actor, record = sender, before.last_input(session)
 
-    def _made_by(self, actor: str, ready_ns: int, session: int) -> Step | None:
+    def _made_by(self, actor: str, ready_ns: int, session: int) -> TracedStep | None:
         """Return the last step that ended by then. For the gateway, return the last one that involved the session."""
         index = bisect.bisect_right(self._ends.get(actor, []), ready_ns) - 1
         while index >= 0:
@@ -186,7 +186,7 @@ class Causes:
             index -= 1
         return None
 
-    def _queued(self, actor: str, record: Done) -> Iterator[Stretch]:
+    def _queued(self, actor: str, record: DoneLine) -> Iterator[Stretch]:
         """Yield the stretches from the beginning of a message's step back to the receipt of the message."""
         return self._beside_steps(actor, "handling", actor, record.received_ns, record.started_ns)
 
@@ -217,11 +217,11 @@ class Causes:
         yield Stretch(cause, where, from_ns, at_ns)
 
 
-def _steps(records: Iterable[Done]) -> list[Step]:
-    found: dict[tuple[int, int], Step] = {}
+def _steps(records: Iterable[DoneLine]) -> list[TracedStep]:
+    found: dict[tuple[int, int], TracedStep] = {}
     for record in records:
         key = record.started_ns, record.finished_ns
-        found.setdefault(key, Step(*key)).inputs.append(record)
+        found.setdefault(key, TracedStep(*key)).inputs.append(record)
     return sorted(found.values(), key=lambda step: step.finished_ns)
 
 

@@ -29,13 +29,13 @@ from ranvier.transport.format.host_id import host_id
 from .trace_lines import (
     Commanded,
     Controlled,
-    Done,
+    DoneLine,
     Lines,
     Name,
-    Sent,
+    SentLine,
     Tapped,
     TraceError,
-    Unsent,
+    UnsentLine,
     read_json,
     read_plan,
 )
@@ -49,12 +49,12 @@ Message = tuple[int, int, str, str, int]
 The time is part of it because the links of a restarted host count from 1 again."""
 
 
-def sent_key(actor: str, record: Sent) -> Message:
+def sent_key(actor: str, record: SentLine) -> Message:
     """Return the key of a message from its record at the sending end."""
     return record.edge, record.sequence, actor, host_id(record.target).label, record.sent_ns
 
 
-def done_key(actor: str, record: Done) -> Message:
+def done_key(actor: str, record: DoneLine) -> Message:
     """Return the key of a message from its record at the receiving end."""
     return record.edge, record.sequence, host_id(record.source).label, actor, record.sent_ns
 
@@ -66,11 +66,11 @@ class Trace:
     run_dir: Path
     edges: list[str]
     plan: Mapping[str, Any] = field(default_factory=dict)
-    sent: dict[str, list[Sent]] = field(default_factory=dict)
-    done: dict[str, list[Done]] = field(default_factory=dict)
-    parts: dict[str, list[Done]] = field(default_factory=dict)
+    sent: dict[str, list[SentLine]] = field(default_factory=dict)
+    done: dict[str, list[DoneLine]] = field(default_factory=dict)
+    parts: dict[str, list[DoneLine]] = field(default_factory=dict)
     """Steps that took only some rows of a message. The step that finished the message is in `done`."""
-    unsent: dict[str, list[Unsent]] = field(default_factory=dict)
+    unsent: dict[str, list[UnsentLine]] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
     counters: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     taps: dict[str, list[Tapped]] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class Trace:
         edges = self.plan.get("edges", ())
         return str(edges[min(number, len(edges) - 1)].get("wire", "-")) if edges else "-"
 
-    def in_steps(self, actor: str) -> list[Done]:
+    def in_steps(self, actor: str) -> list[DoneLine]:
         """Return what went into each step of an actor.
 
         A message that went into several steps appears once per step, with the rows that this step took.
@@ -156,7 +156,7 @@ def summary(trace: Trace) -> dict[str, Any]:
     nbytes: Counter[int] = Counter()
     unused: Counter[int] = Counter()
     never_done = Counter(record.edge for records in trace.sent.values() for record in records)
-    coded: dict[int, list[Sent]] = defaultdict(list)
+    coded: dict[int, list[SentLine]] = defaultdict(list)
     for sender, record, parts in messages(trace):
         for part, spent_ns in parts.items():
             times[record.edge][part].append(spent_ns / 1e3)
@@ -198,7 +198,7 @@ def summary(trace: Trace) -> dict[str, Any]:
     }
 
 
-def messages(trace: Trace) -> Iterator[tuple[Sent | None, Done, dict[str, int]]]:
+def messages(trace: Trace) -> Iterator[tuple[SentLine | None, DoneLine, dict[str, int]]]:
     """Yield for each message its record at the sending end (or None), its record at the receiving end, and its parts.
 
     The parts are in nanoseconds. If there are both records and the message went into a step, they add up to the time
@@ -223,7 +223,7 @@ def messages(trace: Trace) -> Iterator[tuple[Sent | None, Done, dict[str, int]]]
             yield sender, record, parts
 
 
-def _complete(records: Iterable[Done]) -> dict[tuple[int, ...], int]:
+def _complete(records: Iterable[DoneLine]) -> dict[tuple[int, ...], int]:
     """Return when the last input of each row was received, by the beginning of the step and the row."""
     found: dict[tuple[int, ...], int] = {}
     for record in records:
@@ -328,7 +328,7 @@ def waits(trace: Trace) -> list[dict[str, Any]]:
     return sorted(waits, key=lambda wait: -wait["total_ms"])
 
 
-def _codec(records: list[Sent]) -> dict[str, Any]:
+def _codec(records: list[SentLine]) -> dict[str, Any]:
     """Return what a codec cost, saved and lost on one edge."""
     codings = [record.coding for record in records if record.coding is not None]
     before = sum(coding[0] or 0 for coding in codings)
@@ -343,7 +343,7 @@ def _codec(records: list[Sent]) -> dict[str, Any]:
     }
 
 
-def _actor(actor: str, records: list[Done], done: list[Done]) -> dict[str, Any]:
+def _actor(actor: str, records: list[DoneLine], done: list[DoneLine]) -> dict[str, Any]:
     steps = {(record.started_ns, record.finished_ns): record for record in records}
     tokens: Counter[tuple[int, int]] = Counter()
     for record in records:

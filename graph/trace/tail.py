@@ -9,7 +9,7 @@ from typing import Any
 from ranvier.actors.trace.trace_file import DONE, PART, SENT
 
 from .summary import percentiles
-from .trace_lines import Done, Lines, Sent, read_plan
+from .trace_lines import DoneLine, Lines, SentLine, read_plan
 
 WINDOW_S = 5.0
 """Seconds before the newest record that rates and percentiles cover. Records are written some 0.4 s after their
@@ -27,8 +27,8 @@ class Tail:
         self._run_dir = run_dir
         self._edges: list[str] = []
         self._lines = Lines(run_dir, AT_FIRST)
-        self._done: deque[tuple[str, Done]] = deque()
-        self._sent: deque[Sent] = deque()
+        self._done: deque[tuple[str, DoneLine]] = deque()
+        self._sent: deque[SentLine] = deque()
         self._newest_ns = 0
 
     def read(self) -> None:

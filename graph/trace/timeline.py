@@ -15,7 +15,7 @@ from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.transport.format.host_id import host_id, replica_id
 
 from .summary import Message, Trace, done_key, sent_key
-from .trace_lines import Done
+from .trace_lines import DoneLine
 
 STEPS, SENDS = "step", "send"
 QUEUE, BATCH, KV = "messages in queue", "tokens in batch", "positions in KV cache"
@@ -78,7 +78,7 @@ def timeline(trace: Trace) -> Timeline:
 
 def _steps(trace: Trace, actor: str) -> Iterable[Slice]:
     """Yield one slice per step, with all its messages, and one per message that went into no step."""
-    steps: dict[tuple[int, int, bool], list[Done]] = defaultdict(list)
+    steps: dict[tuple[int, int, bool], list[DoneLine]] = defaultdict(list)
     ends: dict[tuple[int, int, bool], list[Message]] = defaultdict(list)
     for record in trace.in_steps(actor):
         steps[record.started_ns, record.finished_ns, True].append(record)

@@ -83,7 +83,7 @@ def read_plan(run_dir: Path) -> dict[str, Any]:
     return plan
 
 
-class Sent(NamedTuple):
+class SentLine(NamedTuple):
     """Represent a message at its sending end, as `trace_file.SENT_COLUMNS` describes it."""
 
     edge: Count
@@ -104,7 +104,7 @@ class Sent(NamedTuple):
         return self.tensors[0][3] if self.tensors else 0
 
 
-class Done(NamedTuple):
+class DoneLine(NamedTuple):
     """Represent a message at its receiving end, as `trace_file.DONE_COLUMNS` describes it."""
 
     edge: Count
@@ -119,7 +119,7 @@ class Done(NamedTuple):
     source: str
 
 
-class Unsent(NamedTuple):
+class UnsentLine(NamedTuple):
     """Represent a message that was never sent, as `trace_file.UNSENT_COLUMNS` describes it."""
 
     edge: Count
@@ -190,10 +190,10 @@ class Dropped(NamedTuple):
     records: Count
 
 
-Record = Sent | Done | Unsent | Tapped | Controlled | Commanded | Spanned | Dropped
+Record = SentLine | DoneLine | UnsentLine | Tapped | Controlled | Commanded | Spanned | Dropped
 _FORMS: Mapping[str, type[Any]] = {
-    SENT: Sent, DONE: Done, PART: Done, UNSENT: Unsent, TAP: Tapped, CONTROL: Controlled, COMMAND: Commanded, SPAN: Spanned,
-    DROPPED: Dropped,
+    SENT: SentLine, DONE: DoneLine, PART: DoneLine, UNSENT: UnsentLine, TAP: Tapped, CONTROL: Controlled,
+    COMMAND: Commanded, SPAN: Spanned, DROPPED: Dropped,
 }  # fmt: skip
 
 
@@ -269,7 +269,7 @@ class Lines:
 
     def _in_the_runs_time(self, host: str, record: Any) -> Any:
         times = {name: self._corrected(host, getattr(record, name)) for name in record._fields if name.endswith("_ns")}
-        if isinstance(record, Done | Commanded):  # `sent_ns` is by the sender's clock
+        if isinstance(record, DoneLine | Commanded):  # `sent_ns` is by the sender's clock
             times["sent_ns"] = self._corrected(record.source, record.sent_ns)
         return record._replace(**times)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .critical_path import ME, Causes, Step
+from .critical_path import ME, Causes, TracedStep
 from .picture import PALETTE, picture
 from .summary import Trace, done_key, sent_key
 
@@ -51,7 +51,7 @@ def _latency(axis: Any, trace: Trace) -> None:
     axis.legend(fontsize=7)
 
 
-def _pipeline(axis: Any, steps: Mapping[str, Sequence[Step]]) -> None:
+def _pipeline(axis: Any, steps: Mapping[str, Sequence[TracedStep]]) -> None:
     actors = list(steps)
     every = sorted((step.started_ns, step.finished_ns, actor) for actor, own in steps.items() for step in own)
     first = max((len(every) - STEPS) // 2, 0)

@@ -27,7 +27,7 @@ from ..run import metrics, run_folder
 from ..run.chaos import ChaosLink
 from ..run.hosts import Hosts
 from . import checkpoints
-from .checkpoints import Checkpoint
+from .checkpoints import TrainingCheckpoint
 from .data import Data
 from .plan import TrainingPlan
 
@@ -48,7 +48,7 @@ class Attempt:
         plan: TrainingPlan,
         data: Data,
         out: Path,
-        found: Checkpoint | None,
+        found: TrainingCheckpoint | None,
         trained: Trained,
         on_step: OnStep,
         keep: int,

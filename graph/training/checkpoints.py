@@ -32,7 +32,7 @@ BROUGHT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class TrainingCheckpoint:
     """Describe a complete checkpoint: its folder, the number of finished rounds, the steps so far with their losses."""
 
     folder: Path
@@ -60,7 +60,7 @@ def claimed(out: Path) -> Iterator[None]:
         os.close(lock)
 
 
-def latest(out: Path, plan: TrainingPlan) -> Checkpoint | None:
+def latest(out: Path, plan: TrainingPlan) -> TrainingCheckpoint | None:
     """Return the newest complete checkpoint under `out`, or None if there is none.
 
     Raises:
@@ -85,7 +85,7 @@ def latest(out: Path, plan: TrainingPlan) -> Checkpoint | None:
             f"{folder}: a checkpoint of another graph (expected {plan.resumable}, got {ours}): nothing was overwritten; give "
             "another --out"
         )
-    return Checkpoint(folder, rounds, history)
+    return TrainingCheckpoint(folder, rounds, history)
 
 
 def finish(out: Path, plan: TrainingPlan, rounds: int, history: Sequence[dict[str, Any]], keep: int) -> Path:

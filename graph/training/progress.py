@@ -18,7 +18,7 @@ from .trainer import Step
 EVERY_S = 10.0
 
 
-class Progress:
+class TrainingProgress:
     """Show the progress of one training. Use it in a `with`."""
 
     def __init__(self, plan: TrainingPlan, stream: TextIO) -> None:
@@ -30,7 +30,7 @@ class Progress:
         self._shown_s = -math.inf
         self._pace = 0.0
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> TrainingProgress:
         if self._stream.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
             self._bar = RichProgress(*columns, console=Console(file=self._stream), transient=True)

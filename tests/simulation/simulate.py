@@ -40,7 +40,7 @@ from ranvier.transport.format.host_id import HostId, host_id
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.links.exchange import Exchange
 from ranvier.transport.links.link import LinkSpec
-from ranvier.transport.wires.testing import Crossing, MemoryNetwork
+from ranvier.transport.wires.testing import Carried, MemoryNetwork
 
 sys.path.insert(0, str(Path(__file__).parent))
 from mishaps import Mishaps
@@ -259,7 +259,7 @@ class Simulation:
         self.crashes, self.peril = chance.randrange(0, 5), chance.choice((0.005, 0.0005))
         self.leaving = chance.randrange(0, 3)
 
-    def fault(self, crossing: Crossing) -> Sequence[Crossing]:
+    def fault(self, crossing: Carried) -> Sequence[Carried]:
         """Apply a random fault to a message."""
         dice = self.chance.random()
         if self.calm or dice > self.badness:
@@ -272,7 +272,7 @@ class Simulation:
             return [crossing, crossing]
         if what == "late":
             return [
-                Crossing(
+                Carried(
                     crossing.number, crossing.source, crossing.target, crossing.header, crossing.buffers, 900_000_000
                 )
             ]

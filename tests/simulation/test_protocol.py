@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from ranvier.graph.sessions.stream import Delivered
-from ranvier.transport.wires.testing import Crossing
+from ranvier.transport.wires.testing import Carried
 
 spec = importlib.util.spec_from_file_location("simulate_protocol", Path(__file__).with_name("simulate.py"))
 assert spec is not None and spec.loader is not None
@@ -41,7 +41,7 @@ class Protocol(RuleBasedStateMachine):
         self.next: list[str] = []
         self.calm = False
 
-    def fault(self, crossing: Crossing) -> Sequence[Crossing]:
+    def fault(self, crossing: Carried) -> Sequence[Carried]:
         """Apply the fault that was chosen for the next message."""
         what = self.next.pop() if self.next and not self.calm else "fine"
         if what == "lost":
@@ -50,7 +50,7 @@ class Protocol(RuleBasedStateMachine):
             return [crossing, crossing]
         if what == "late":
             return [
-                Crossing(crossing.number, crossing.source, crossing.target, crossing.header, crossing.buffers, 10**9)
+                Carried(crossing.number, crossing.source, crossing.target, crossing.header, crossing.buffers, 10**9)
             ]
         return [crossing.damaged()] if what == "damaged" and crossing.buffers else [crossing]
 

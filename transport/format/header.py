@@ -48,7 +48,7 @@ MAX_TRACED_ROWS = 1024
 """Messages with more rows than this carry no traces: their headers have no room for them."""
 
 
-class Kind(enum.IntEnum):
+class MessageKind(enum.IntEnum):
     """Distinguish the kinds of messages.
 
     Data goes along an edge, and gradients come back along it. Control messages maintain the link itself.
@@ -61,7 +61,7 @@ class Kind(enum.IntEnum):
 
 
 # Plain integers for code that runs for every message: each access to an enumeration's member takes 0.3 µs.
-DATA, GRAD, STATE, CONTROL = map(int, Kind)
+DATA, GRAD, STATE, CONTROL = map(int, MessageKind)
 
 
 class Verb(enum.IntEnum):
@@ -128,7 +128,7 @@ class Header(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """
 
     version: Annotated[int, msgspec.Meta(ge=VERSION, le=VERSION)]
-    kind: Annotated[int, msgspec.Meta(ge=0, lt=int(Kind.CONTROL))]
+    kind: Annotated[int, msgspec.Meta(ge=0, lt=int(MessageKind.CONTROL))]
     edge: _Count
     sequence: _Count
     rows: Annotated[tuple[Row, ...], msgspec.Meta(max_length=MAX_ROWS)]

@@ -56,6 +56,11 @@ def host_id(text: str) -> HostId:
     return HostId(actor, int(replica), int(epoch))
 
 
+def claims_to_be(identity: bytes, actor: str) -> bool:
+    """Return whether the identity with which a peer speaks is one of the actor's hosts. A peer may send any bytes."""
+    return identity.startswith(actor.encode() + b".")
+
+
 @lru_cache(maxsize=1 << 16)
 def replica_id(text: str) -> ReplicaId:
     """Parse the label of a replica.

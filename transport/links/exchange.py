@@ -19,7 +19,7 @@ from ..format.header import (
     Ack,
     Control,
     Header,
-    Kind,
+    MessageKind,
     Row,
     TensorMeta,
     TracedHeader,
@@ -333,7 +333,7 @@ class Exchange:
             return f"{self.me}: expected an edge of the graph, got edge {header.edge} from {peer}"
         if not link.open:
             return f"edge {link.spec.name}: expected a handshake from {peer}, got a message"
-        expected, got = (Kind(kind).name.lower() for kind in (link.spec.kind, header.kind))
+        expected, got = (MessageKind(kind).name.lower() for kind in (link.spec.kind, header.kind))
         return f"edge {link.spec.name}: expected {expected}, got {got}"
 
     def _out_of_order(self, link: ReceivingLink, sequence: int) -> None:

@@ -19,7 +19,7 @@ from ..links.wire import Arrival
 
 
 @dataclass(frozen=True, slots=True)
-class Crossing:
+class Carried:
     """Hold the `number`-th set of frames that the network carries. It arrives `delay_ns` of virtual time later."""
 
     number: int
@@ -29,7 +29,7 @@ class Crossing:
     buffers: tuple[Buffer, ...]
     delay_ns: int = 0
 
-    def damaged(self, byte: int = 0) -> Crossing:
+    def damaged(self, byte: int = 0) -> Carried:
         """Return a copy with one bit flipped: in its first tensor, or in its header if it has no tensor."""
         if not self.buffers:
             return replace(self, header=_flipped(self.header, byte))
@@ -37,7 +37,7 @@ class Crossing:
         return replace(self, buffers=(first, *self.buffers[1:]))
 
 
-Fault = Callable[[Crossing], Sequence[Crossing]]
+Fault = Callable[[Carried], Sequence[Carried]]
 """Returns the crossings that replace one: none (it is lost), itself, itself twice, itself later, or a changed one."""
 
 
@@ -52,7 +52,7 @@ class MemoryNetwork:
         self.fault = fault
         self.now_ns = 0
         self.wires: dict[str, MemoryWire] = {}
-        self._late: list[tuple[int, int, Crossing]] = []
+        self._late: list[tuple[int, int, Carried]] = []
         self._count = 0
 
     def clock(self) -> int:
@@ -76,7 +76,7 @@ class MemoryNetwork:
         """Deliver frames, now or later, as `fault` decides."""
         self._count += 1
         # the wire owns a copy: a sender that writes to its tensor later must not change what arrives
-        crossing = Crossing(
+        crossing = Carried(
             self._count, source, target, header, tuple(memoryview(bytearray(buffer)) for buffer in buffers)
         )
         for outcome in [crossing] if self.fault is None else self.fault(crossing):
@@ -86,7 +86,7 @@ class MemoryNetwork:
             else:
                 self._deliver(outcome)
 
-    def _deliver(self, crossing: Crossing) -> None:
+    def _deliver(self, crossing: Carried) -> None:
         wire = self.wires.get(crossing.target)
         if wire is not None and not wire.closed:
             wire.inbox.append(Arrival(crossing.source, crossing.header, crossing.buffers, waiting_since_ns=1))

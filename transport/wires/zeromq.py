@@ -19,6 +19,7 @@ import zmq
 
 from ..format.errors import AddressError, LinkBroken, LinkClosed, ProtocolError
 from ..format.header import MAX_TENSORS
+from ..format.host_id import claims_to_be
 from ..format.message import COPY_BELOW_BYTES, Buffer, stable
 from ..links.wire import Arrival
 from . import endpoint
@@ -241,7 +242,7 @@ class ZeroWire:
             ProtocolError: it speaks as another actor.
         """
         actor = header.get("User-Id")
-        if identity.partition(b".")[0].decode("latin-1") != actor:
+        if not claims_to_be(identity, str(actor)):
             self._drop_rest(header.more)
             raise ProtocolError(
                 f"{self.me}: expected {actor} to speak as itself, got a message from {identity!r} with its key"

@@ -24,7 +24,7 @@ import ranvier
 from ranvier.graph.commands import cli
 from ranvier.graph.replay.diverge import diverge
 from ranvier.graph.replay.tensor_places import hidden
-from ranvier.graph.replay.values import Token, Values, compare, measure
+from ranvier.graph.replay.values import TokenKey, Values, compare, measure
 from ranvier.transport.format.header import Row
 
 HERE = Path(__file__).parent
@@ -298,11 +298,11 @@ def test_what_was_computed_first_comes_first() -> None:
         tensor[wrong] = 2
         other.put(hidden(layer), "a", {}, rows, tensor)
     found, _ = compare(one, other, 0.1)
-    assert found is not None and (found.place, found.token) == (shallow, Token(1, 2))
-    del other.at[shallow][Token(1, 2)]
+    assert found is not None and (found.place, found.token) == (shallow, TokenKey(1, 2))
+    del other.at[shallow][TokenKey(1, 2)]
     found, largest = compare(one, other, 0.1)
     assert found is not None and found.place == deep and largest == {shallow: 0.0, deep: 1.0}
-    other.at[deep][Token(1, 3)] = torch.ones(2) * 9  # a later position, which does not count
+    other.at[deep][TokenKey(1, 3)] = torch.ones(2) * 9  # a later position, which does not count
     assert compare(one, other, 0.1)[1] == largest
 
 

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import ranvier
 from ranvier.actors.errors import RecordingError
-from ranvier.actors.trace.recording import Recorded, Step, recordings
+from ranvier.actors.trace.recording import Recorded, RecordedStep, recordings
 from ranvier.graph.commands import cli
 from ranvier.graph.replay import replay
 from ranvier.graph.replay.diverge import diverge
@@ -54,10 +54,10 @@ def test_every_actor_takes_its_steps_again(streamed: Streamed, runs: Path) -> No
         assert done.sessions == len(PROMPTS)
         assert done.compared >= done.steps > 5
     tokens = sum(len(prompt) + 4 for prompt in PROMPTS)
-    taken = [event for event in of(run, "lower.0").events() if isinstance(event, Step)]
+    taken = [event for event in of(run, "lower.0").events() if isinstance(event, RecordedStep)]
     assert sum(row.tokens for step in taken for row in step.rows) == tokens
     sent = {row[:3]: at for step in taken for row, at in _by_row(step.outputs["hidden"], "hidden")}
-    came = [event for event in of(run, "upper.0").events() if isinstance(event, Step)]
+    came = [event for event in of(run, "upper.0").events() if isinstance(event, RecordedStep)]
     for step in came:
         for row, at in _by_row(step.inputs["hidden"], "hidden"):
             assert torch.equal(at, sent[row[:3]])
@@ -156,7 +156,7 @@ def test_a_step_that_failed_fails_again_under_the_debugger(faulty: Callable[...,
 
     Session 2 raised an error in the run."""
     run = faulty([[1.0], [12.0], [2.0]], args={"at_step": "raise"})
-    assert [step.error for step in of(run, "two.0").events() if isinstance(step, Step)] == [
+    assert [step.error for step in of(run, "two.0").events() if isinstance(step, RecordedStep)] == [
         None, "ValueError: thirteen is not a number I like", None
     ]  # fmt: skip
     done = again(run, "two.0")

@@ -7,7 +7,7 @@ from typing import Any
 
 from ranvier.graph.trace import compare, summary, table
 from ranvier.graph.trace.summary import Trace
-from ranvier.graph.trace.trace_lines import Done, Sent
+from ranvier.graph.trace.trace_lines import DoneLine, SentLine
 
 
 def run(name: str, *, wire_us: int, compute_us: int, credit_us: int = 0, more: bool = False) -> dict[str, Any]:
@@ -18,8 +18,8 @@ def run(name: str, *, wire_us: int, compute_us: int, credit_us: int = 0, more: b
         left = ready + credit_us * 1000
         came = left + wire_us * 1000
         rows = [[1, 1, number, 2]]
-        sent.append(Sent(0, number, 8, ready, left, left, rows, None, "b.0.1"))
-        done.append(Done(0, number, 8, left, came, came, came + compute_us * 1000, 1, rows, "a.0.1"))
+        sent.append(SentLine(0, number, 8, ready, left, left, rows, None, "b.0.1"))
+        done.append(DoneLine(0, number, 8, left, came, came, came + compute_us * 1000, 1, rows, "a.0.1"))
     actors = {"b.0": done, **({"c.0": done} if more else {})}
     return summary.summary(Trace(Path(name), ["a.y -> b.x"], sent={"a.0": sent}, done=actors))
 

@@ -22,16 +22,18 @@ from ranvier.actors.trace.trace_records import Records
 from ranvier.graph.trace import critical_path, summary, table
 from ranvier.graph.trace.critical_path import Causes, Stretch
 from ranvier.graph.trace.summary import Trace
-from ranvier.graph.trace.trace_lines import Done, Sent, TraceError
+from ranvier.graph.trace.trace_lines import DoneLine, SentLine, TraceError
 from ranvier.transport.format.header import Row
 
 GATEWAY, A, B = "gateway.0", "a.0", "b.0"
 EDGES = ["gateway.x -> a.x", "a.y -> b.y", "b.z -> gateway.z"]
 
 
-def sent(edge: int, sequence: int, session: int, ready: int, credit: int, at: int, target: str, epoch: int = 1) -> Sent:
+def sent(
+    edge: int, sequence: int, session: int, ready: int, credit: int, at: int, target: str, epoch: int = 1
+) -> SentLine:
     """Return a record of a message that was sent."""
-    return Sent(edge, sequence, 8, ready, credit, at, [[session, epoch, 0, 1]], None, f"{target}.1")
+    return SentLine(edge, sequence, 8, ready, credit, at, [[session, epoch, 0, 1]], None, f"{target}.1")
 
 
 def done(
@@ -44,9 +46,11 @@ def done(
     finished: int,
     source: str,
     epoch: int = 1,
-) -> Done:
+) -> DoneLine:
     """Return a record of a message that a step has used."""
-    return Done(edge, sequence, 8, at, taken, started, finished, 1, [[s, epoch, 0, 1] for s in sessions], f"{source}.1")
+    return DoneLine(
+        edge, sequence, 8, at, taken, started, finished, 1, [[s, epoch, 0, 1] for s in sessions], f"{source}.1"
+    )
 
 
 def by_hand() -> Trace:
@@ -271,7 +275,7 @@ def test_a_message_whose_rows_go_into_two_steps() -> None:
     records.done(received, 30, 40, 1)
     (kind, *first), (other, *last) = ring.take(9)
     assert (kind, other) == (PART, DONE)
-    cut = Trace(Path("cut"), EDGES, done={B: [Done(*last)]}, parts={B: [Done(*first)]})
+    cut = Trace(Path("cut"), EDGES, done={B: [DoneLine(*last)]}, parts={B: [DoneLine(*first)]})
     found = {
         step.started_ns: [row[0] for record in step.inputs for row in record.rows] for step in Causes(cut).steps[B]
     }

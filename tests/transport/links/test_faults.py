@@ -16,7 +16,7 @@ from ranvier.transport.format.tensors import from_buffer, to_buffer
 from ranvier.transport.links.exchange import Exchange, RefusedMessage
 from ranvier.transport.links.link import LinkSpec
 from ranvier.transport.links.link_state import Outbound
-from ranvier.transport.wires.testing import Crossing, Fault, MemoryNetwork
+from ranvier.transport.wires.testing import Carried, Fault, MemoryNetwork
 
 LINK = LinkSpec(
     0,
@@ -80,7 +80,7 @@ def test_everything_arrives_once_and_in_order(seed: int) -> None:
     rng = random.Random(seed)
     happened: dict[str, int] = {"lost": 0, "twice": 0, "late": 0, "flipped": 0}
 
-    def fault(crossing: Crossing) -> Sequence[Crossing]:
+    def fault(crossing: Carried) -> Sequence[Carried]:
         dice = rng.random()
         if dice < 0.2:
             happened["lost"] += 1
@@ -91,7 +91,7 @@ def test_everything_arrives_once_and_in_order(seed: int) -> None:
         if dice < 0.4:
             happened["late"] += 1
             return [
-                Crossing(
+                Carried(
                     crossing.number, crossing.source, crossing.target, crossing.header, crossing.buffers, 900_000_000
                 )
             ]
@@ -127,7 +127,7 @@ def test_a_gap_is_asked_for_once_case_16() -> None:
     """Request a lost message once, and not again for each message after it."""
     lost: list[int] = []
 
-    def fault(crossing: Crossing) -> Sequence[Crossing]:
+    def fault(crossing: Carried) -> Sequence[Carried]:
         if crossing.buffers and not lost:
             lost.append(crossing.number)
             return []
