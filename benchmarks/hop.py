@@ -1,17 +1,20 @@
-"""Measure what one small hop costs between actors with everything on, against pyzmq, gloo, and Ray's compiled graphs.
+"""Measure what one small hop costs between actors, over each wire, against pyzmq, Unix sockets, gloo, and Ray.
 
-576 bfloat16 values go back and forth between two processes over ipc. The figure is half a round trip in microseconds,
-the median of a thousand. Ours has header, handshake, credits, acknowledgements and trace on. pyzmq is a PAIR without
-header or tensor, and gloo is `torch.distributed`. Ray has two forms. In one, the values go back and forth within one
-compiled graph, and the time to start and end a graph is subtracted. In the other, the caller sends to one actor, which
-sends to another, which sends back to the caller.
+576 bfloat16 values go back and forth between two processes. The figure is half a round trip in microseconds, the median
+of a thousand. Ours has header, handshake, credits, acknowledgements and trace on, over `transport: ipc` (ZeroMQ) and over
+`transport: local`. pyzmq is a PAIR without header or tensor, and gloo is `torch.distributed`. A bare Unix socket carries
+packets without header or tensor. It has two forms: one waits asleep, as pyzmq does, and the other waits as our wires do,
+without sleeping for half a millisecond. Ray's compiled graphs have two forms. In one, the values go back and forth within
+one graph, and the time to start and end a graph is subtracted. In the other, the caller sends to one actor, which sends to
+another, which sends back to the caller.
 
 Each of the two processes has its own core, as actors that compute do. In a second variant the system places them. Then
-both processes of bare pyzmq often share one core, and no core has to be woken.
+both processes of a bare peer often share one core, and no core has to be woken.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -58,6 +61,45 @@ if __name__ == "__main__":
         for _ in range(bounces + 1):
             socket.send(got if copy or not times else got.buffer, copy=copy)
             got = socket.recv(copy=copy)
+            times.append(time.monotonic_ns())
+        print(statistics.median(b - a for a, b in zip(times, times[1:])) / 2e3, flush=True)
+"""
+
+UNIX = """
+import multiprocessing, os, pathlib, socket, statistics, sys, time
+path, size, bounces = f"{pathlib.Path(__file__).parent}/unix", int(sys.argv[1]) * 2, int(sys.argv[2])
+awake = sys.argv[4] == "awake"
+def take(core):
+    if sys.argv[3] == "a core each":
+        os.sched_setaffinity(0, {core})
+def receive(end, got):
+    if awake:  # as our wires do: half a millisecond without sleeping
+        until = time.monotonic_ns() + 500_000
+        while time.monotonic_ns() < until:
+            try:
+                return end.recv_into(got, 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                os.sched_yield()
+    return end.recv_into(got)
+def wall():
+    take(1)
+    end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    end.connect(path)
+    got = bytearray(size)
+    while receive(end, got):
+        end.send(got)
+if __name__ == "__main__":
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(path)
+    listener.listen()
+    multiprocessing.get_context("spawn").Process(target=wall, daemon=True).start()
+    take(0)
+    end, got = listener.accept()[0], bytearray(size)
+    for _ in sys.stdin:
+        times = []
+        for _ in range(bounces + 1):
+            end.send(got)
+            receive(end, got)
             times.append(time.monotonic_ns())
         print(statistics.median(b - a for a, b in zip(times, times[1:])) / 2e3, flush=True)
 """
@@ -127,15 +169,17 @@ for _ in sys.stdin:
 
 
 EACH, FREE = "a core each", "placed by the system"
-PINNED = '{"actors.player.cpus": "[0]", "actors.wall.cpus": "[1]"}'
+PINNED = {"actors.player.cpus": "[0]", "actors.wall.cpus": "[1]"}
+WIRES = "ipc", "local"
 
 
-def _ours(placed: str) -> Contestant:
-    return Contestant(sys.executable, OURS, str(WIDTH), str(BOUNCES), str(GRAPH), PINNED if placed == EACH else "{}")
+def _ours(wire: str, placed: str) -> Contestant:
+    settings = json.dumps({"transport": wire, **(PINNED if placed == EACH else {})})
+    return Contestant(sys.executable, OURS, str(WIDTH), str(BOUNCES), str(GRAPH), settings)
 
 
-def _peer(code: str, placed: str) -> Contestant:
-    return Contestant(sys.executable, code, str(WIDTH), str(BOUNCES), placed)
+def _peer(code: str, placed: str, how: str = "") -> Contestant:
+    return Contestant(sys.executable, code, str(WIDTH), str(BOUNCES), placed, how)
 
 
 def _ray(how: str) -> Contestant:
@@ -144,15 +188,20 @@ def _ray(how: str) -> Contestant:
 
 def ask(rounds: int) -> Answer:
     makers: Makers = {
-        **{f"ranvier, {placed}": partial(_ours, placed) for placed in (EACH, FREE)},
+        **{f"{wire}, {placed}": partial(_ours, wire, placed) for wire in WIRES for placed in (EACH, FREE)},
         **{f"bare pyzmq, {placed}": partial(_peer, PYZMQ, placed) for placed in (EACH, FREE)},
+        **{f"bare Unix socket, {placed}": partial(_peer, UNIX, placed) for placed in (EACH, FREE)},
+        **{f"bare Unix socket awake, {placed}": partial(_peer, UNIX, placed, "awake") for placed in (EACH, FREE)},
         **{f"gloo, {placed}": partial(_peer, GLOO, placed) for placed in (EACH, FREE)},
         "Ray, within a compiled graph": partial(_ray, "within"),
         "Ray, a compiled graph called": partial(_ray, "whole"),
     }
     goals = [
-        *(Goal(f"ranvier, {placed}", f"bare pyzmq, {placed}", 1.6, less=True) for placed in (EACH, FREE)),
-        *(Goal(f"ranvier, {placed}", f"gloo, {placed}", 1.0, less=True) for placed in (EACH, FREE)),
-        *(Goal(f"ranvier, {EACH}", peer, 0.33, less=True) for peer in list(makers)[-2:]),
+        *(Goal(f"ipc, {placed}", f"bare pyzmq, {placed}", 1.6, less=True) for placed in (EACH, FREE)),
+        *(Goal(f"local, {placed}", f"bare Unix socket, {placed}", 1.1, less=True) for placed in (EACH, FREE)),
+        *(Goal(f"local, {placed}", f"bare Unix socket awake, {placed}", less=True) for placed in (EACH, FREE)),
+        *(Goal(f"{wire}, {placed}", f"gloo, {placed}", 1.0, less=True) for wire in WIRES for placed in (EACH, FREE)),
+        *(Goal(f"{wire}, {EACH}", peer, 0.33, less=True) for wire in WIRES for peer in list(makers)[-2:]),
+        Goal(f"local, {EACH}", f"ipc, {EACH}", less=True),
     ]
     return Answer("microseconds", in_turn(makers, 3 * rounds), goals)

@@ -1,4 +1,4 @@
-"""Run a step through a group of blocks as one call of kernels.c, for prompts and single tokens of many sessions.
+"""Run a step through a group of blocks as one call of step.c, for prompts and single tokens of many sessions.
 
 Shape suffixes: T tokens, H hidden, P positions, D head width.
 """
