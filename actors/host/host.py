@@ -40,7 +40,7 @@ from ..protocol.control_protocol import (
 from ..protocol.host_spec import HostLink, HostSpec
 from ..protocol.lifecycle import State
 from ..protocol.training_spec import TrainingLink
-from ..trace.recording import Recording
+from ..trace.recording_writer import Recording
 from ..trace.spans import Spans
 from . import taps
 from .batcher import Work

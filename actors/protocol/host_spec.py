@@ -122,7 +122,7 @@ class HostLink:
 
 @dataclass(frozen=True, slots=True)
 class RecordSpec:
-    """Name the ports of an actor whose tensors are recorded (recording.py), and limit the recorded bytes."""
+    """Name the ports of an actor whose tensors are recorded (recording_writer.py), and limit the recorded bytes."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]

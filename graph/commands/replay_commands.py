@@ -17,7 +17,7 @@ from ..run import runs as runs_of
 from .command_line import FAILED, AllowCode, Json, interruptible, print_json, reading, say
 
 if TYPE_CHECKING:
-    from ranvier.actors.trace.recording import Recorded
+    from ranvier.actors.trace.recording_reader import Recorded
 
     from ..replay.replay import Replayed
 
@@ -55,7 +55,7 @@ def replay_command(
     Record a run with: ranvier run GRAPH --record all. The KV cache is built by the same steps in the same batches.
     Exit code 1: an output differs from the recorded one.
     """
-    from ranvier.actors.trace.recording import recordings
+    from ranvier.actors.trace.recording_reader import recordings
 
     from ..replay import replay
     from .progress import Bar
@@ -165,7 +165,7 @@ def diverge_command(
     Compare what was recorded at the edges first. Then replay the actors between the last edge that agrees and the first
     that does not, and compare their layers. Exit code 1: they differ.
     """
-    from ranvier.actors.trace.recording import recordings
+    from ranvier.actors.trace.recording_reader import recordings
 
     from ..replay import diverge
     from .progress import Bar

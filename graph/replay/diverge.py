@@ -17,7 +17,7 @@ import torch
 
 from ranvier.actors.errors import RecordingError
 from ranvier.actors.protocol.host_spec import GATEWAY
-from ranvier.actors.trace.recording import Recorded
+from ranvier.actors.trace.recording_reader import Recorded
 from ranvier.transport.format.header import Row
 
 from . import reference, replay

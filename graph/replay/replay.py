@@ -14,7 +14,8 @@ from ranvier.actors.component.actor import REWINDS, Actor, Batch, Look, keeps
 from ranvier.actors.errors import RecordingError, describe
 from ranvier.actors.host import watch
 from ranvier.actors.host.loading import load
-from ranvier.actors.trace.recording import Closed, Outputs, Recorded, RecordedStep, Restored, Session
+from ranvier.actors.trace.recording_reader import Closed, Recorded, RecordedStep, Restored, Session
+from ranvier.actors.trace.recording_writer import Outputs
 from ranvier.transport.format.aligned import each_aligned
 
 from .values import measure

@@ -13,7 +13,7 @@ from typing import Any
 from ranvier.actors.component.kinds import BUILT_IN, Kind
 from ranvier.actors.errors import RecordingError
 from ranvier.actors.protocol.host_spec import GATEWAY
-from ranvier.actors.trace.recording import Recorded, RecordedStep, Session, recordings
+from ranvier.actors.trace.recording_reader import Recorded, RecordedStep, Session, recordings
 
 from ..file.edge_end import ends
 from ..trace.trace_lines import TraceError, read_plan

@@ -7,7 +7,7 @@
     trace/       one file per actor          sockets/     only while it runs
     keys/        for tcp, only while it runs; made for this run alone if the graph names none
     clocks.json  how far the hosts' clocks are ahead of the run's own, and how accurately that is known
-    record/      recorded messages of edges, one folder per actor (actors/trace/recording.py)
+    record/      recorded messages of edges, one folder per actor (actors/trace/recording_format.py)
     state/       state that actors have saved for their replacements, if any do
 """
 

@@ -22,7 +22,7 @@ import ranvier
 from ranvier.actors.checkpoint import gguf_file, open_checkpoint, safetensors_file
 from ranvier.actors.checkpoint.checkpoint import read_json
 from ranvier.actors.errors import CheckpointError, RecordingError
-from ranvier.actors.trace.recording import Recorded
+from ranvier.actors.trace.recording_reader import Recorded
 from ranvier.graph.commands import cli
 from ranvier.graph.commands.command_line import say
 from ranvier.graph.file import load

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import ranvier
 from ranvier.actors.errors import RecordingError
-from ranvier.actors.trace.recording import Recorded, RecordedStep, recordings
+from ranvier.actors.trace.recording_reader import Recorded, RecordedStep, recordings
 from ranvier.graph.commands import cli
 from ranvier.graph.replay import replay
 from ranvier.graph.replay.diverge import diverge
