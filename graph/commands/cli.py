@@ -213,7 +213,9 @@ def run(
     """Start the graph, stream the text, print what every message cost, and write the run folder."""
     if resume is not None:
         resume_command.check(context)
-        resume_command.run(resume, after, as_json, allow_code, {"runs": runs, "zygote": context.obj, "log": log})
+        resume_command.run(
+            resume, after, as_json, allow_code, {"runs": folder_of_runs(runs), "zygote": context.obj, "log": log}
+        )
         return
     if after is not None:
         raise RequestError("--after needs --resume; give --resume RUN, too")

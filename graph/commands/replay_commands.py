@@ -14,6 +14,7 @@ import typer
 from ..file.errors import RequestError
 from ..run import run_folder
 from ..run import runs as runs_of
+from ..run.paths import folder_of_runs
 from .command_line import FAILED, AllowCode, Json, interruptible, print_json, reading, say
 
 if TYPE_CHECKING:
@@ -207,7 +208,7 @@ def _folder(given: Path, prompt: str | None, max_tokens: int, runs: Path, allow_
 
     async def main() -> Path:
         with bar:
-            async with launch(checked, runs=runs, progress=bar.show, zygote=zygote) as run:
+            async with launch(checked, runs=folder_of_runs(runs), progress=bar.show, zygote=zygote) as run:
                 bar.show("thinking", 1.0)
                 async for _ in run.generate(prompt, max_tokens=max_tokens):
                     pass

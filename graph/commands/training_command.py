@@ -14,6 +14,7 @@ from ranvier.actors.protocol.schedule import bubble, play
 from ..file.check import load as load_graph
 from ..file.checked import Graph
 from ..run import run_folder
+from ..run.paths import folder_of_runs
 from ..training.bubbles import Bubbles
 from ..training.history import History
 from ..training.planner import training_plan
@@ -78,7 +79,7 @@ def train_command(
 
         async def main() -> Trained:
             return await train(
-                checked, out, allow_code=allow_code, runs=runs, on_step=on_step, on_event=progress.say,
+                checked, out, allow_code=allow_code, runs=folder_of_runs(runs), on_step=on_step, on_event=progress.say,
                 on_begin=history.begin, keep=keep, chaos=chaos, log=log, zygote=context.obj,
             )  # fmt: skip
 

@@ -78,7 +78,7 @@ def read(path: Path, overrides: Mapping[str, str] | None = None) -> Document:
     for key, value in (overrides or {}).items():
         _override(document, key, value)
     if not isinstance(document.data, dict):
-        what = "is empty" if document.data is None else f"holds a {_kind(document.data)}"
+        what = "is empty" if document.data is None else f"holds {_kind(document.data)}"
         raise _fail(document, document.at(), f"{what}; expected keys such as ranvier, name, actors, edges")
     return document
 
@@ -181,7 +181,8 @@ def _place(mark: Any) -> Position:
 
 
 def _kind(value: Any) -> str:
-    return "list" if isinstance(value, list) else type(value).__name__
+    names = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false"}
+    return names.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def _fail(document: Document, at: Position, what: str) -> GraphError:

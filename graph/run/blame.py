@@ -186,7 +186,8 @@ def _of_gateway(gateway: AtGateway) -> list[Fact]:
         )
     for who, sessions in gateway.lost.items():
         waiting = (
-            f"session{'s' if len(sessions) > 1 else ''} {', '.join(map(str, sessions[:8]))} "
+            f"session{'s' if len(sessions) > 1 else ''} {', '.join(map(str, sessions[:8]))}"
+            f"{f' and {len(sessions) - 8} more' if len(sessions) > 8 else ''} "
             f"wait{'s' if len(sessions) == 1 else ''}"
         )
         made.append(Fact(who, "lost", f"it was lost, and {waiting} for its replacement"))

@@ -89,7 +89,11 @@ def latest(out: Path, plan: TrainingPlan) -> TrainingCheckpoint | None:
 
 
 def finish(out: Path, plan: TrainingPlan, rounds: int, history: Sequence[dict[str, Any]], keep: int) -> Path:
-    """Complete a checkpoint whose shards are all there, and remove all except the newest `keep` checkpoints."""
+    """Complete a checkpoint whose shards are all there, and remove all except the newest `keep` complete checkpoints.
+
+    A folder without an index is incomplete: an attempt was lost before all shards were written. Such folders of earlier
+    rounds are removed, too. Those of later rounds may be in use: hosts write them while the training continues.
+    """
     folder = folder_of(out, rounds)
     checkpoint = plan.graph.checkpoint
     if checkpoint is not None:
@@ -97,8 +101,11 @@ def finish(out: Path, plan: TrainingPlan, rounds: int, history: Sequence[dict[st
     content = {"hash": plan.resumable, "rounds": rounds, "graph": plan.graph.name, "history": list(history)}
     _write(folder / INDEX, json.dumps(content) + "\n")
     _write(out / LATEST, folder.name + "\n")
-    for old in sorted(out.glob("round-*"))[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    earlier = sorted(each for each in out.glob("round-*") if each.name <= folder.name)
+    complete = [each for each in earlier if (each / INDEX).exists()]
+    for old in earlier:
+        if old not in complete[-keep:]:
+            shutil.rmtree(old, ignore_errors=True)
     return folder
 
 

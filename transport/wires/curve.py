@@ -14,6 +14,7 @@ from pathlib import Path
 
 import zmq
 import zmq.auth.thread
+from zmq.utils import z85
 
 from ..files import read_bounded
 from ..format.errors import KeyFileError
@@ -83,13 +84,13 @@ def read(folder: Path, actor: str) -> Keys:
     try:
         mode = secret.stat().st_mode & 0o777
         publics = {path.stem: _key(path) for path in sorted(folder.glob("*.pub"))}
+        own = _key(secret)
     except OSError as error:
         raise KeyFileError(f"{error.filename}: {error.strerror}; make keys with `ranvier keys new`") from None
     if mode & 0o077:
         raise KeyFileError(f"{secret}: expected mode 0600, got {mode:04o}: other users can read it; run chmod 600")
     if actor not in publics:
         raise KeyFileError(f"{folder / actor}.pub: no such file; make keys with `ranvier keys new`")
-    own = _key(secret)
     if zmq.curve_public(own) != publics[actor]:
         raise KeyFileError(f"{secret}: expected the secret key of {actor}.pub, got the secret key of another pair")
     return Keys(actor, publics[actor], own, publics)
@@ -99,6 +100,8 @@ def _key(path: Path) -> bytes:
     text = read_bounded(path, MOST_KEY_BYTES).strip()
     if len(text) != KEY_BYTES:
         raise KeyFileError(f"{path}: expected a key of {KEY_BYTES} characters, got {len(text)}")
+    if not set(text) <= set(z85.Z85CHARS):
+        raise KeyFileError(f"{path}: expected a key in Z85, got other characters; make keys with `ranvier keys new`")
     return text
 
 
@@ -119,8 +122,6 @@ class Doorkeeper(zmq.auth.thread.ThreadAuthenticator):
 
     def curve_user_id(self, client_public_key: bytes) -> str:
         """Return the actor that the key belongs to. Messages of the connection carry this name."""
-        from zmq.utils import z85
-
         return self._actors[z85.encode(client_public_key)]
 
 

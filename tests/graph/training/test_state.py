@@ -107,6 +107,23 @@ def test_a_stage_that_changes_its_input_learns_as_in_plain_torch_case_64(
         assert torch.allclose(tensor, got[name], atol=1e-6), name
 
 
+def test_what_an_attempt_left_unfinished_is_not_kept_in_place_of_a_checkpoint(
+    graph: Make, trained: Train, tmp_path: Path
+) -> None:
+    """Keep the newest complete checkpoint, although a lost attempt left shards of earlier and of later rounds."""
+    made = graph(
+        {"one": {"kind": "./parts.py:Layer", "args": {"width": 8, "to": 4, "last": True}, "inputs": {"x": "float32[pictures, 8]"}}},
+        ["gateway.x -> one.x", "one.output -> gateway.made"],
+        section("one.output", steps=3, save={"every": 1}),
+    )  # fmt: skip
+    for unfinished in ("round-00000000", "round-00000099"):
+        (tmp_path / "out" / unfinished).mkdir(parents=True)
+    folder = trained(made, keep=1).folder
+    assert folder is not None
+    assert (folder / "one.safetensors").exists()
+    assert [each.name for each in sorted((tmp_path / "out").glob("round-*"))] == [folder.name, "round-00000099"]
+
+
 def test_two_trainings_into_one_folder_case_75(graph: Make, runs: Path, tmp_path: Path) -> None:
     """Refuse a second training into the same folder, with the reason.
 

@@ -220,6 +220,9 @@ def test_key_files_that_may_not_be_used(folder: Path) -> None:
     secret.write_text("short")
     with pytest.raises(KeyFileError, match=r"a\.key: expected a key of 40 characters, got 5"):
         curve.read(folder, "a")
+    secret.write_text("\x7f" * 40)
+    with pytest.raises(KeyFileError, match=r"a\.key: expected a key in Z85, got other characters"):
+        curve.read(folder, "a")
     secret.unlink()
     with pytest.raises(KeyFileError, match=r"a\.key: No such file or directory; make keys with `ranvier keys new`"):
         curve.read(folder, "a")
