@@ -203,7 +203,7 @@ def test_streams_over_real_processes_are_exact(
                 run.generate([300], max_tokens=1)
             if name == "marian":
                 with pytest.raises(
-                    ranvier.RequestError, match="65 are asked for, but encoder and decoder hold 64 each"
+                    ranvier.RequestError, match="max_tokens: expected 1 to the model's context of 64, got 65"
                 ):
                     run.generate([5], max_tokens=65)
             return run.dir
