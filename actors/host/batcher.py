@@ -69,14 +69,11 @@ class Batcher:
         self._batch_tokens = batch_tokens
         self._current = current
         self._on_split = on_split
-        self._ready: deque[Work] = deque()
+        self.waiting: deque[Work] = deque()
+        """The pieces that no step has taken yet, the oldest first, or in the order of their ranks."""
         self._passed: Row | None = None
         self._taken: list[Work] = []
-        self.add = self._ready.append
-
-    def __len__(self) -> int:
-        """Return the number of pieces that wait."""
-        return len(self._ready)
+        self.add = self.waiting.append
 
     def take(self, most_rows: int) -> Work | None:
         """Return the next step: waiting pieces by `Rank`, one row per session, within the token budget.
@@ -87,7 +84,7 @@ class Batcher:
         Returns:
             The step; None if nothing waits, or if no row of what waits is wanted.
         """
-        ready = self._ready
+        ready = self.waiting
         if len(ready) > 1 and self._stacks:
             self._put_in_order()
         if len(ready) == 1 and len(ready[0].batch.rows) == 1:
@@ -101,19 +98,19 @@ class Batcher:
 
     def abandon(self) -> list[Work]:
         """Drop the pieces that the last, failed `take` was batching, and return them."""
-        taken, self._taken = self._taken or ([self._ready.popleft()] if self._ready else []), []
+        taken, self._taken = self._taken or ([self.waiting.popleft()] if self.waiting else []), []
         return taken
 
     def _put_in_order(self) -> None:
         """Sort the waiting pieces by rank. A piece never goes before an earlier piece of the same session."""
-        chunks = [piece for piece in self._ready if all(row.tokens > 1 for row in piece.batch.rows)]
+        chunks = [piece for piece in self.waiting if all(row.tokens > 1 for row in piece.batch.rows)]
         if not chunks:
             return
         oldest = chunks[0]
         lead = oldest.batch.rows[0]
         of_sessions: dict[int, Order] = {}
         ranked: list[tuple[Order, Work]] = []
-        for piece in self._ready:
+        for piece in self.waiting:
             rows = piece.batch.rows
             before = max((of_sessions[row.session] for row in rows if row.session in of_sessions), default=None)
             order: Order
@@ -127,18 +124,18 @@ class Batcher:
             of_sessions.update((row.session, order) for row in rows)
             ranked.append((order, piece))
         ranked.sort(key=lambda one: one[0])
-        self._ready.clear()
-        self._ready.extend(piece for _, piece in ranked)
+        self.waiting.clear()
+        self.waiting.extend(piece for _, piece in ranked)
         self._passed = lead
 
     def _together(self, most_rows: int) -> Work | None:
-        if len(self._ready) == 1:
+        if len(self.waiting) == 1:
             return self._next_current(most_rows)
         pieces: list[Work] = []
         sessions: set[int] = set()
         tokens = 0
-        while self._ready:
-            piece = self._ready[0]
+        while self.waiting:
+            piece = self.waiting[0]
             if pieces and not self._fits(piece, pieces[0], tokens, len(sessions), most_rows):
                 break
             if not sessions.isdisjoint(row.session for row in piece.batch.rows):
@@ -169,7 +166,7 @@ class Batcher:
 
     def _next(self, most_rows: int) -> Work:
         """Take the first piece, or only its first `most_rows` rows if it has more."""
-        piece = self._ready.popleft()
+        piece = self.waiting.popleft()
         self._taken.append(piece)
         count = len(piece.batch.rows)
         if count <= most_rows:
@@ -178,7 +175,7 @@ class Batcher:
             self.part(piece, [(index < most_rows) == leading for index in range(count)]) for leading in (True, False)
         )
         self._on_split(piece)
-        self._ready.appendleft(rest)
+        self.waiting.appendleft(rest)
         self._taken[-1] = first
         return first
 

@@ -137,33 +137,39 @@ class Host(Process):
             if time.monotonic() > tick_at_s:  # also while there is work: a join may be overdue
                 tick_at_s = time.monotonic() + TICK_S
                 self._tick(wire)
-            while crossing.commands:
-                if not self.obey_next():
-                    return
-                self._flush(wire)
+            if crossing.commands and not self._obey_all(wire):
+                return
             due_ns = core.outputs.due_ns
             if due_ns is not None and time.monotonic_ns() >= due_ns:
                 core.send_copies(time.monotonic_ns())
-                self._flush(wire)
+                exchange.drain(wire.send)
                 due_ns = core.outputs.due_ns
-            if not core.queued or exchange.waiting:
+            if not core.queue or exchange.waiting:
                 self._wait(wire, due_ns)
             elif core.may_batch:  # new rows may go before the queued ones, or into the same step
-                while self._receive(wire, 0):
-                    pass
-            work = self._take()
+                self._receive_all(wire)
+            work = None
+            try:
+                work = core.take()
+            except Exception as error:
+                self.decision_failed(core.abandon(), error)
+            if core.discarded:
+                self._record_discarded()
             if work is not None:
                 self._step(work)
 
-    def _take(self) -> Work | None:
-        work = None
-        try:
-            work = self.core.take()
-        except Exception as error:
-            self.decision_failed(self.core.abandon(), error)
-        if self.core.discarded:
-            self._record_discarded()
-        return work
+    def _obey_all(self, wire: ProcessWire) -> bool:
+        """Obey the commands that have arrived. Return False if one of them is `stop`."""
+        while self.crossing.commands:
+            if not self.obey_next():
+                return False
+            self.exchange.drain(wire.send)
+        return True
+
+    def _receive_all(self, wire: ProcessWire) -> None:
+        """Take in all messages that have arrived."""
+        while self._receive(wire, 0):
+            pass
 
     def _tick(self, wire: ProcessWire) -> None:
         """Do what is due every `TICK_S`."""
@@ -173,23 +179,22 @@ class Host(Process):
             self.snapshots.on_tick()
         if self.recording is not None:
             self.recording.flush()
-        self._flush(wire)
+        self.exchange.drain(wire.send)
         self._count()
 
     def _wait(self, wire: ProcessWire, due_ns: int | None) -> None:
         """Wait for messages, because nothing can be done before one comes, and take in all that have come."""
         exchange, core = self.exchange, self.core
-        self._flush(wire)
+        self.exchange.drain(wire.send)
         wait_s = ACK_DELAY_S if exchange.owes() else TICK_S
         if due_ns is not None:
             wait_s = min(wait_s, max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
         if self._receive(wire, wait_s):
             if core.may_batch:  # all messages that have arrived meanwhile may go into one step
-                while self._receive(wire, 0):
-                    pass
+                self._receive_all(wire)
         elif exchange.owes():
             exchange.idle()
-            self._flush(wire)
+            self.exchange.drain(wire.send)
         elif due_ns is None and not self.crossing.commands:
             gc.collect()
 
@@ -209,9 +214,9 @@ class Host(Process):
                 done = self.core.finish(work)
             failures = self._step_failed(work, _cause(error), again=made is None and not isinstance(error, _Afterwards))
         assert self.wire is not None
-        self._flush(self.wire)  # send to the next stage first, then do the bookkeeping
+        self.exchange.drain(self.wire.send)  # send to the next stage first, then do the bookkeeping
         crossing.steps += 1
-        crossing.queued = self.core.queued
+        crossing.queued = len(self.core.queue)
         crossing.stepped_ns, crossing.stepping_since_ns = finished_ns, 0
         if self.recording is not None:
             self.recording.write_if_due()
@@ -277,7 +282,7 @@ class Host(Process):
         for single in singles:
             try:
                 self.core.complete(single, *self._stepped(single.batch))
-                self._flush(self.wire)  # before the next step, which may reuse the memory of these outputs
+                self.exchange.drain(self.wire.send)  # before the next step, which may reuse the memory of these outputs
             except BaseException as own:
                 self.session_failed(single.batch.rows[0], _cause(own))
                 failures[single.batch.rows[0].session] = _cause(own)

@@ -130,8 +130,8 @@ class Outputs:
         """
         going: set[Row] | None = None
         # loop ports first: they decide which rows go round
-        ordered = sorted(outputs.items(), key=lambda one: one[0] not in self._loops) if self._loops else outputs.items()
-        for port, value in ordered:
+        several = self._loops and len(outputs) > 1
+        for port, value in sorted(outputs.items(), key=self._after_loops) if several else outputs.items():
             routes = self._routes.get(port)
             if routes is None:
                 raise ValueError(f"step returned the port {port!r}; the actor's outputs are {', '.join(self._routes)}")
@@ -156,6 +156,9 @@ class Outputs:
                 tensor, sole = torch.cat(list(itertools.compress(parts, stays))) if own else tensor[:0], True
             if own:
                 self._send(port, routes, own, tensor, ready_ns, sole)
+
+    def _after_loops(self, output: tuple[str, torch.Tensor | Batch]) -> bool:
+        return output[0] not in self._loops
 
     def _send(
         self, port: str, routes: Iterable[Route], rows: tuple[Row, ...], tensor: torch.Tensor, ready_ns: int, sole: bool
@@ -208,7 +211,7 @@ class Outputs:
         A row is done when the port `until` says so, or when it has gone round `at_most` times.
         """
         if loop.until is None and len(rows) == 1 and rows[0].position + 1 < loop.at_most:
-            self._send(port, [route], (rows[0]._replace(position=rows[0].position + 1),), tensor, ready_ns, sole)
+            self._send(port, [route], (rows[0].further(),), tensor, ready_ns, sole)
             return (), tensor
         done = outputs.get(loop.until) if loop.until is not None else None
         said = [False] * len(rows)
@@ -222,7 +225,7 @@ class Outputs:
         if not any(goes):
             return rows, tensor
         parts = self._split(port, rows, tensor)
-        on = tuple(row._replace(position=row.position + 1) for row in itertools.compress(rows, goes))
+        on = tuple(row.further() for row in itertools.compress(rows, goes))
         self._send(port, [route], on, torch.cat(list(itertools.compress(parts, goes))), ready_ns, True)
         stays = [not going for going in goes]
         left = list(itertools.compress(parts, stays))

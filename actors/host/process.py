@@ -170,7 +170,7 @@ class Process(ABC):
                 if arrival is not None:  # the neighbour connected first: answered once its address is known
                     early.append(arrival)
                 continue
-            self._flush(wire)
+            self.exchange.drain(wire.send)
             if self.exchange.ready and not early:
                 return
             if not complained and time.monotonic() > self._connected_s + UNLINKED_S:
@@ -241,9 +241,6 @@ class Process(ABC):
                 raise  # the state of a link is broken: this host fails and is replaced
             self.decision_failed(received.header.rows, error)
 
-    def _flush(self, wire: ProcessWire) -> None:
-        self.exchange.drain(wire.send)
-
     def refused(self, error: ProtocolError) -> None:
         """Count and report a refused message or command, and end the sessions that lost a row by it."""
         self.counted["refused"] += 1
@@ -267,11 +264,11 @@ class Process(ABC):
         """Send what is owed and wait until what was sent is acknowledged, but not for long."""
         until_s = time.monotonic() + deadline_s
         self.exchange.idle()
-        self._flush(wire)
+        self.exchange.drain(wire.send)
         while self.exchange.unfinished() and time.monotonic() < until_s:
             self._receive(wire, 0.02)
             self.exchange.idle()
-            self._flush(wire)
+            self.exchange.drain(wire.send)
 
     def _count(self) -> None:
         left_out = self._refusals.overdue(time.monotonic())

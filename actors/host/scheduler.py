@@ -65,6 +65,8 @@ class HostCore:
         self._newest = (0, 0)
         self._early: dict[tuple[int, int], list[tuple[HostLink, Row, torch.Tensor, Received]]] = {}
         self._batcher = Batcher(self._inputs, batch_tokens, self._current, self._share)
+        self.queue = self._batcher.waiting
+        """The pieces that wait for a step."""
         once = [port.name for port in self._inputs.values() if port.once]
         joined = tuple(port for port in self._inputs if port not in once)
         self._gate: Gate[Work] | None = Gate(once) if once else None
@@ -238,25 +240,17 @@ class HostCore:
         """Return whether several sessions are open. Only then is it worth 15 µs to look for more messages to batch."""
         return len(self._epochs) > 1
 
-    @property
-    def queued(self) -> int:
-        """Return the number of pieces that wait for a step."""
-        return len(self._batcher)
-
     def take(self) -> Work | None:
         """Return the next step (see `Batcher.take`); None if nothing is queued, or if an output waits for credit."""
-        if not self._batcher or self.exchange.waiting:
+        if not self.queue or self.exchange.waiting:
             return None
-        return self._batcher.take(self._rows_of_a_batch)
+        return self._batcher.take(self._most_rows if self._batches == 1 else self._rows_of_a_batch())
 
-    @property
     def _rows_of_a_batch(self) -> int:
-        """Return the maximum number of rows of one batch.
+        """Return the maximum number of rows of one of several batches.
 
         It is at least 1: when no session is open, the queued rows must still be taken, to be dropped.
         """
-        if self._batches == 1:
-            return self._most_rows
         return min(self._most_rows, max(1, -(-len(self._epochs) // self._batches)))
 
     def abandon(self) -> tuple[Row, ...]:

@@ -194,7 +194,7 @@ class TrainingHost(Mail):
             Action(FORWARD, key.number), lambda: self.stage.forward(key.number, inputs, targets, share), messages
         )
         self._send_outputs(key, outputs, values, self.training.of_step)
-        self._flush(wire)
+        self.exchange.drain(wire.send)
 
     def _inputs(
         self, wire: ProcessWire, key: Key
@@ -237,7 +237,7 @@ class TrainingHost(Mail):
         made = self.timed(action, lambda: take(key.number, gradients), messages)
         for link in self.of(INPUT_GRADIENT, key.number):
             self.send(link, key, made[link.port])
-        self._flush(wire)
+        self.exchange.drain(wire.send)
 
     def _validate(self, wire: ProcessWire, number: int) -> None:
         """Run the forwards of one validation, on samples that are held out of training."""
@@ -250,7 +250,7 @@ class TrainingHost(Mail):
             action = Action(FORWARD, index)
             outputs, values = self.timed(action, partial(self.stage.evaluate, inputs, targets), messages, "validation")
             self._send_outputs(key, outputs, values, count)
-            self._flush(wire)
+            self.exchange.drain(wire.send)
         self.stage.module.train(True)
 
     # -- updates --------------------------------------------------------------------------------------------------
@@ -318,7 +318,7 @@ class TrainingHost(Mail):
         for link in there:
             if link.port != GATEWAY:
                 self.send(link, key, torch.tensor([own], dtype=torch.float64))
-        self._flush(wire)
+        self.exchange.drain(wire.send)
         back = [link for link in self.of(NORM) if not link.outgoing]
         self.until(wire, back, key)
         came, _ = self.core.take(back, key)
@@ -355,7 +355,7 @@ class TrainingHost(Mail):
             if owner != self.spec.actor:
                 for link in out:
                     self.send(link, key, own)
-                self._flush(wire)
+                self.exchange.drain(wire.send)
             self.until(wire, back, key)
             came, _ = self.core.take(back, key)
             if owner == self.spec.actor:
@@ -363,7 +363,7 @@ class TrainingHost(Mail):
                     own = own + gradient
                 for link in out:
                     self.send(link, key, own)
-                self._flush(wire)
+                self.exchange.drain(wire.send)
                 weight.grad = own
             else:
                 weight.grad = came[0].clone()

@@ -76,14 +76,14 @@ class Mail(Process):
             Stopped: the supervisor has sent `stop`.
         """
         exchange, crossing = self.exchange, self.crossing
-        self._flush(wire)
+        self.exchange.drain(wire.send)
         if not self._receive(wire, ACK_DELAY_S if exchange.owes() else TICK_S):
             if exchange.owes():
                 exchange.idle()
             else:
                 exchange.tick()
                 self._count()
-            self._flush(wire)
+            self.exchange.drain(wire.send)
         while crossing.commands:
             if not self.obey_next():
                 raise Stopped

@@ -113,9 +113,10 @@ class Exchange:
             window, choices = SendWindow(spec.credits_bytes), codec_choice.candidates(spec.codec)
             if choices is None:
                 codec = parse_codec(spec.codec)
-                link = SendingLink(spec, target, window, codec, codec.number == RAW)
+                link = SendingLink(spec, target, window, codec, codec.number == RAW, spec.wire == "tcp")
             else:
-                link = SendingLink(spec, target, window, choices[0], raw=False, chooser=codec_choice.Chooser(choices))
+                chooser = codec_choice.Chooser(choices)
+                link = SendingLink(spec, target, window, choices[0], False, spec.wire == "tcp", chooser=chooser)
             self.sending[spec.edge, target] = link
         if target == self.me:
             receiver = ReceiveWindow(spec.credits_messages, spec.credits_bytes)
@@ -226,7 +227,7 @@ class Exchange:
         sequence = window.sequence + 1
         acks = self._acks_for(link.peer) if self._owing else ()
         sent_ns = self.clock()
-        crc = checksum(message.buffers) if spec.checksums else 0
+        crc = checksum(message.buffers) if link.checksums else 0
         fields = VERSION, spec.kind, spec.edge, sequence, rows, message.tensors, message.ready_ns, sent_ns, crc, acks
         if self.traces and len(rows) <= MAX_TRACED_ROWS and any(row.session in self.traces for row in rows):
             header = TracedHeader(*fields, tuple(self.traces.get(row.session, b"") for row in rows)).encode()
@@ -271,7 +272,12 @@ class Exchange:
             self._on_control(peer, header, arrival.waiting_since_ns)
             return None
         for ack in header.acks:
-            self._on_ack(peer, ack)
+            sending = self.sending.get((ack.edge, peer)) or self._link(self.sending, peer, ack.edge, "an ack")
+            sending.window.acknowledge(ack.received, ack.sequence_limit, ack.byte_limit)
+            if sending.on_used is not None:
+                self._report_used(sending, sending.on_used)
+            if sending.waiting or sending.on_credit is not None:
+                self._use_credit(sending)
         link = self.receiving.get((header.edge, peer))
         if link is None or not link.open or header.kind != link.spec.kind:
             raise ProtocolError(self._misplaced(header, peer, link))
@@ -294,16 +300,6 @@ class Exchange:
             self.consumed(link, sum(meta.nbytes for meta in header.tensors))
             raise RefusedMessage(str(error), header.rows) from None
         return Received(link, header, arrival.buffers, nbytes, self.clock())
-
-    def _on_ack(self, peer: str, ack: Ack) -> None:
-        link = self.sending.get((ack.edge, peer)) or self._link(self.sending, peer, ack.edge, "an ack")
-        link.window.acknowledge(ack.received, ack.sequence_limit, ack.byte_limit)
-        if link.on_used is not None:
-            self._report_used(link, link.on_used)
-        if link.waiting:
-            self._send_waiting(link)
-        if link.on_credit is not None:
-            link.on_credit()
 
     def _queue_waited(self, link: ReceivingLink, header: Header, since_ns: int) -> None:
         """Tell the sender how long we had waited for its message.
@@ -430,20 +426,21 @@ class Exchange:
             for sent in link.window.since(arguments[0]):
                 self.count("sent_again")
                 self.outbox.append(sent)
-        self._send_waiting(link)
-        if link.on_credit is not None:
-            link.on_credit()
+        self._use_credit(link)
 
     def _report_used(self, link: SendingLink, on_used: Callable[[int], None]) -> None:
         now_ns, used = self.clock(), link.used
         while link.sent_at and link.sent_at[0][0] <= used:
             on_used(now_ns - link.sent_at.popleft()[1])
 
-    def _send_waiting(self, link: SendingLink) -> None:
+    def _use_credit(self, link: SendingLink) -> None:
+        """Send what waits for credit, as far as there is credit now."""
         while link.waiting and link.window.may_send(link.waiting[0][1]):
             self.release()
             message, nbytes = link.waiting.popleft()
             self._transmit(link, message, nbytes, self.clock())
+        if link.on_credit is not None:
+            link.on_credit()
 
     def _link(self, links: dict[tuple[int, str], Link], peer: str, edge: int, what: str) -> Link:
         link = links.get((edge, peer))

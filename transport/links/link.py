@@ -37,8 +37,3 @@ class LinkSpec:
     def described(self) -> tuple[tuple[str, str], ...]:
         """Return the specs in the form that the handshake compares."""
         return tuple((name, str(spec)) for name, spec in self.tensors)
-
-    @property
-    def checksums(self) -> bool:
-        """Return whether messages carry checksums."""
-        return self.wire == "tcp"

@@ -92,6 +92,8 @@ class SendingLink:
     window: SendWindow
     codec: Codec
     raw: bool
+    checksums: bool
+    """Whether messages carry checksums: over tcp."""
     open: bool = False
     refused: str | None = None
     passed: Shape | None = None

@@ -307,42 +307,36 @@ class UnixSockets:
             came.peer, self._came = bytes(self._view[:size]).decode("latin-1"), True
             return
         try:
-            packet = self._whole(came, size)
-            if packet is None:
+            if came.whole is None and self._buffer[0] != _SEVERAL[0]:
+                packet = memoryview(bytearray(self._view[:size]))
+            elif (whole := self._whole(came, size)) is not None:
+                packet = whole
+            else:
                 return
-            frames = self._frames_of(packet, came.peer)
-        except ProtocolError:
+            frames = _frames(packet)
+        except ProtocolError as error:
             self._forget(fd)
-            raise
+            raise ProtocolError(f"{self.me}: expected a message from {came.peer}, {error}") from None
         self.ready.append(Arrival(came.peer, frames[0], tuple(frames[1:]), waiting_since_ns))
 
     def _whole(self, came: _In, size: int) -> memoryview | None:
-        """Return the bytes of a message, or None if more of its packets are to come."""
+        """Take in a packet of a message of several. Return the message, or None if more of its packets are to come."""
         if came.whole is not None:
             came.arrived += size
             if came.arrived < len(came.whole):
                 return None
             packet, came.whole = came.whole, None
             return packet
-        if self._view[:2] != _SEVERAL:
-            return memoryview(bytearray(self._view[:size]))
         prefix = self._view[2:size]
         count, sizes = _sizes(prefix)
         _, total = _starts(len(prefix), sizes)
         if count is None or len(prefix) != _SIZES[count].size or total > self._max_bytes + MAX_OTHER_BYTES:
             raise ProtocolError(
-                f"{self.me}: expected a message from {came.peer} with frames of at most {self._max_bytes} bytes, "
-                f"got a packet of {size} bytes that announces {total}"
+                f"with frames of at most {self._max_bytes} bytes, got a packet of {size} bytes that announces {total}"
             )
         came.whole, came.arrived = memoryview(bytearray(total)), len(prefix)
         came.whole[: len(prefix)] = prefix
         return None
-
-    def _frames_of(self, packet: memoryview, peer: str) -> list[memoryview]:
-        try:
-            return _frames(packet)
-        except ProtocolError as error:
-            raise ProtocolError(f"{self.me}: expected a message from {peer}, {error}") from None
 
     # -- the end ------------------------------------------------------------------------------------------------
 

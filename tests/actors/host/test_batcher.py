@@ -99,7 +99,7 @@ def test_rows_that_are_no_longer_wanted_are_not_taken() -> None:
     assert steps(bench) == [[(2, 0), (3, 0)]]
     bench.add((1, 2, 1))
     assert bench.take() is None
-    assert len(bench.batcher) == 0
+    assert not bench.batcher.waiting
 
 
 def test_pieces_of_unequal_width_do_not_share_a_step() -> None:
