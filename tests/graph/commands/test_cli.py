@@ -9,7 +9,7 @@ import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,7 @@ def test_a_wrong_request_ends_with_2(arguments: tuple[str, ...], code: int, word
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_fails_ends_with_1(graph_file: Callable[..., Path], tmp_path: Path, runs: Path) -> None:
+def test_a_prompt_over_the_context_ends_with_2(runs: Path) -> None:
     """End a prompt that is longer than the model's context with code 2."""
     done = ranvier("run", SMOLLM2, "--prompt", "x" * 40_000, "--runs", str(runs))
     assert done.returncode == 2

@@ -237,7 +237,9 @@ def test_runs_are_listed_case_79(tmp_path: Path) -> None:
     assert len(runs.found(tmp_path)) == 1
 
 
-def test_where_the_folder_is_named_makes_no_difference_case_79(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_runs_of_the_folder_that_is_named_are_removed_case_79(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Remove runs from the folder that is named before `prune`, and none from the default folder."""
     monkeypatch.chdir(tmp_path)
     here, there = tmp_path / "ranvier-runs", tmp_path / "there"

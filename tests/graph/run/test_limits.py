@@ -187,7 +187,7 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
 
 
-def test_the_outcome_is_written_down(two: Make, runs: Path) -> None:
+def test_a_refused_request_does_not_spoil_the_outcome(two: Make, runs: Path) -> None:
     """Write the outcome of a run into its folder, even after a refused request."""
 
     async def main() -> Path:

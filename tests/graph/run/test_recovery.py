@@ -620,7 +620,9 @@ def test_ten_times_slower_is_not_lost_case_8(own: Callable[..., ranvier.Graph], 
     trio.run(main)
 
 
-def test_ctrl_c_in_the_middle_of_a_recovery_leaves_nothing(own: Callable[..., ranvier.Graph], runs: Path) -> None:
+def test_a_run_that_ends_in_the_middle_of_a_recovery_leaves_nothing(
+    own: Callable[..., ranvier.Graph], runs: Path
+) -> None:
     """Leave nothing when a run ends in the middle of a recovery.
 
     The `runs` fixture checks it."""
