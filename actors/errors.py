@@ -20,7 +20,7 @@ class Cause(StrEnum):
     LATE = "late"
     """It is alive, but missed a deadline: of its start, of a step, of a join."""
     REFUSED = "refused"
-    """It could not be started, or was sent what it must not take."""
+    """Its process could not be started, or it received a message that it must refuse."""
 
 
 class ActorFailed(RanvierError):
@@ -28,7 +28,7 @@ class ActorFailed(RanvierError):
 
     Attributes:
         actor: `actor.replica`.
-        cause: why, for decisions.
+        cause: the kind of failure, for code that decides what to do next.
         what: what happened, without the actor's name and the traceback.
         session: the session that was lost, or None if the whole actor is gone.
         remote_traceback: the traceback that Python printed in the actor's process, or "".
@@ -46,7 +46,7 @@ class ActorFailed(RanvierError):
         super().__init__(f"actor {actor}: {what}{tail}")
 
     def of(self, session: int, times: int) -> ActorFailed:
-        """Return this error for a session that was reopened in vain, because the actor failed `times` times in a row."""
+        """Return this error for a session that ends, because the actor failed in its steps `times` times in a row."""
         what = f"session {session}: {self.what}; that happened {times} times in a row"
         return ActorFailed(self.actor, what, self.cause, session=session, remote_traceback=self.remote_traceback)
 
@@ -71,7 +71,7 @@ class Overloaded(RanvierError):
 
 
 class Expired(RanvierError):
-    """Report that the deadline of a request passed before it was done. Its resources are free again."""
+    """Report that the deadline of a request passed before the request was done. Its resources are free again."""
 
 
 class RecordingError(RanvierError):

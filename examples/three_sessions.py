@@ -29,4 +29,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    trio.run(main, restrict_keyboard_interrupt_to_checkpoints=True)  # Ctrl-C also ends the run in order
+    trio.run(main, restrict_keyboard_interrupt_to_checkpoints=True)  # Ctrl-C also ends the run cleanly

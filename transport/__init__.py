@@ -1,4 +1,4 @@
 """Carry bytes and tensors between processes: messages, links and wires.
 
-This package imports nothing else of the project.
+This package imports no other package of the project.
 """

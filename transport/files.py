@@ -19,7 +19,7 @@ class FileRefused(OSError):
 
 
 def regular(path: Path) -> Path:
-    """Return `path` if it leads to a regular file, directly or by links. Use this for libraries that open the file themselves.
+    """Return `path` if it is a regular file or a link to one. Use this for libraries that open the file themselves.
 
     Raises:
         FileRefused: it is a pipe, a device, a folder or a socket.

@@ -1,7 +1,7 @@
 """Check that the values of a config are within bounds.
 
-A file may come from anybody. So the check refuses NaN, a negative size, or a list where a number belongs, before it
-becomes a wrong answer, an error deep in a library, or unlimited memory.
+A file may come from anybody. So the check refuses NaN, a negative size, or a list where a number belongs. Later, such a
+value could cause a wrong answer, an error deep in a library, or unlimited use of memory.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ NAMES = {*LAYERS, *SIZES, *EXPERTS, *COUNTS, *EPSILONS, *BASES, *FACTORS, *TOKEN
 
 
 def check(config: Mapping[str, Any], *, alike: bool, where: str = "") -> None:
-    """Check all values that any family uses, under each family's name for them, also in nested objects.
+    """Check every value that some family uses, under the names that the families give it, also in nested objects.
 
     Null counts as absent. If `alike`, all layers of the family have the same sizes, so a size is one number.
-    Otherwise a size may be a list.
+    Otherwise a size may be a list, with one number per layer.
 
     Raises:
         CheckpointError: a value is out of bounds; the message names it.
@@ -64,7 +64,7 @@ def check(config: Mapping[str, Any], *, alike: bool, where: str = "") -> None:
     if types is not None and not (isinstance(types, list) and all(isinstance(each, str) for each in types)):
         raise CheckpointError(f"config: {where}layer_types: expected a list of words, got {types!r:.80}")
     if types is not None and isinstance(layers, int) and len(types) != layers:
-        raise CheckpointError(f"config: {where}layer_types: expected one for each of {layers} layers, got {len(types)}")
+        raise CheckpointError(f"config: {where}layer_types: expected {layers}, one for each layer, got {len(types)}")
 
 
 def _expected(name: str, value: Any, alike: bool) -> str:

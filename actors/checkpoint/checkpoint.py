@@ -37,8 +37,8 @@ WHOLE = ("bool", "uint8", "int8", "int16", "int32", "int64")
 class TensorEntry:
     """Describe where a tensor lies; `stored` is a dtype of the wire format or a GGUF type, `shape` is row-major.
 
-    GGUF stores the rows of q and k of the llama architecture in another order, pair by pair for the rotary embedding.
-    `permuted_heads` is the number of heads to reorder, or 0.
+    For the llama architecture, GGUF stores the rows of q and k in another order than transformers: as pairs that the
+    rotary embedding rotates together. `permuted_heads` is the number of heads to reorder, or 0.
     """
 
     name: str
@@ -170,7 +170,7 @@ def _converted(entry: TensorEntry, data: bytearray, rows: int) -> torch.Tensor:
     from gguf.constants import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    # as one row: blocks do not cross rows, and the package converts only sixteen rows at a time
+    # as one long row, because the package converts only sixteen rows at a time; no block is part of two rows
     blocks = np.frombuffer(data, dtype=np.uint8).reshape(1, -1)
     return torch.from_numpy(dequantize(blocks, GGMLQuantizationType[entry.stored])).view(rows, -1)
 
@@ -320,7 +320,7 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 
 def _rope_factors(path: Path, header: gguf_file.GGUFHeader) -> tuple[float, ...]:
-    """Return the divisors of the rotary frequencies, a small tensor of Llama 3.1 and later; empty without it."""
+    """Return the divisors of the rotary frequencies, a tensor of Llama 3.1 and later; empty if the file has none."""
     found = header.tensors.get("rope_freqs.weight")
     if found is None:
         return ()

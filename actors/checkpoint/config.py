@@ -15,8 +15,8 @@ from .bounds import MOST_COUNT, MOST_LAYERS, MOST_SIZE, number, whole
 class RopeScaling:
     """Describe how rotary frequencies are stretched.
 
-    `linear` divides all by `factor`. `llama3` is Llama 3.1's smooth change between two wavelengths, as in transformers'
-    `modeling_rope_utils`. `factors` has a divisor for each frequency, which is how GGUF stores `llama3`.
+    `linear` divides all frequencies by `factor`. `llama3` is Llama 3.1's smooth change between two wavelengths, as in
+    transformers' `modeling_rope_utils`. `factors` has a divisor for each frequency, which is how GGUF stores `llama3`.
     """
 
     kind: str
@@ -38,7 +38,7 @@ class RopeScaling:
         if not whole(self.original_context, 1, MOST_COUNT):
             raise CheckpointError(f"config: rope: expected a context of at least 1, got {self.original_context!r}")
         if not all(number(factor, 0.0, 1e6) for factor in self.factors):
-            raise CheckpointError("config: rope: expected all factors over 0")
+            raise CheckpointError(f"config: rope: expected all factors over 0, got {self.factors!r:.80}")
 
 
 LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
@@ -47,7 +47,7 @@ Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
 Positions = Literal["relative", "sinusoidal", "learned"]
 """Positions of an encoder–decoder model: `relative` adds to attention scores (T5), the other two to the embedding."""
 Norm = Literal["rms", "rms_plus_one", "layer"]
-"""Root-mean-square; the same with weights stored minus one (gemma); mean and variance with a bias (gpt2)."""
+"""`rms`: root mean square. `rms_plus_one`: the same, weights stored minus one (gemma). `layer`: mean, variance, bias (gpt2)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Seq2Seq:
     start_token: int
     suppressed: tuple[int, ...]
     norms_first: bool
-    """True if norms come before each part (`final_norm`: one more after the last layer), False if after it."""
+    """True if a norm comes before each part of a layer, False if after it. `final_norm`: one more after the last layer."""
     final_norm: bool
     positions: Positions
     buckets: int = 0
@@ -74,7 +74,7 @@ class Seq2Seq:
     head_scale: float = 1.0
     logits_bias: bool = False
     first_token: int | None = None
-    """Token that must be generated first (the mark of a language); None: any."""
+    """Token that must be generated first, such as the token of a language; None: any."""
     separate: bool = False
     """True if encoder and decoder have separate embeddings."""
 
@@ -92,8 +92,8 @@ class Seq2Seq:
             raise CheckpointError(f"config: expected the id of the start token, got {self.start_token!r}")
         if self.positions == "relative" and not (4 <= self.buckets <= 4096 and self.distance > self.buckets // 4):
             raise CheckpointError(
-                f"config: expected 4 to 4096 buckets of relative positions and a larger distance, got {self.buckets} and "
-                f"{self.distance}"
+                f"config: expected 4 to 4096 buckets of relative positions and a distance over a quarter of their "
+                f"number, got {self.buckets} buckets and distance {self.distance}"
             )
 
 
@@ -149,14 +149,14 @@ class ModelConfig:
     """Width of an expert that every token passes through, weighted by its own gate (qwen2_moe); 0: none."""
     encoder: Seq2Seq | None = None
     uncached: bool = False
-    """True if transformers has no cache per session for it, so that every step computes all previous tokens again.
+    """True if transformers has no cache per session for this model: every step computes all previous tokens again.
 
     Such a model is `uncut`, too.
     """
     both_ways: bool = False
     """True if the tokens of a prompt see each other in both directions. Such a model is `uncut`, too."""
     uncut: str = ""
-    """Reason why neither layers nor prompts can be cut; then one actor (`kind: model`) runs it. Empty: they can."""
+    """Reason why neither layers nor prompts can be cut; one actor (`kind: model`) then runs all layers. Empty: they can."""
 
     def __post_init__(self) -> None:
         sizes = dict.fromkeys(("vocab", "hidden", "heads", "kv_heads", "head_dim", "intermediate"), MOST_SIZE)
@@ -187,15 +187,17 @@ class ModelConfig:
                 raise CheckpointError(f"config: expected {name} over 0, got {value!r}")
         if not whole(self.experts, 0, MOST_LAYERS) or not whole(self.experts_per_token, 0, self.experts):
             raise CheckpointError(
-                f"config: expected experts and at most as many per token, got {self.experts} and "
-                f"{self.experts_per_token}"
+                f"config: expected a number of experts and at most that many per token, got {self.experts} experts and "
+                f"{self.experts_per_token} per token"
             )
         if not whole(self.shared_expert, 0, MOST_SIZE):
             raise CheckpointError(
                 f"config: expected a whole number as the shared expert's width, got {self.shared_expert!r}"
             )
         if not all(whole(window, 0, MOST_COUNT) for window in self.windows):
-            raise CheckpointError("config: expected each window as a whole number of positions")
+            raise CheckpointError(
+                f"config: expected each window as a whole number of positions, got {self.windows!r:.80}"
+            )
         if not all(whole(token, 0, MOST_COUNT) for token in self.eos_tokens):
             raise CheckpointError(f"config: expected the ids of tokens that end a text, got {self.eos_tokens!r:.80}")
 
@@ -205,10 +207,10 @@ class ModelConfig:
         return 2 * self.kv_heads * self.head_dim
 
     def runs(self, *, blocks: bool) -> bool:
-        """Return whether this package's own code runs an actor of a built-in kind, which holds whole `blocks` or does not.
+        """Return whether this package's own code, and not transformers' layers, runs an actor of a built-in kind.
 
-        It runs a mixture of experts only if that is cut into attention, experts and combine. Whole blocks of a
-        mixture are run by transformers' layers.
+        `blocks` is true for an actor that holds whole blocks. Transformers' layers run whole blocks of a mixture of
+        experts. The own code runs a mixture only if it is cut into attention, experts and combine.
         """
         return self.native or bool(self.experts and not blocks)
 

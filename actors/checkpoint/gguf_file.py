@@ -37,7 +37,7 @@ _TYPES = {
 
 @dataclass(frozen=True, slots=True)
 class GGUFTensor:
-    """Describe a tensor of the file: `shape` is row-major (GGUF's order reversed), `offset` from the file's start."""
+    """Describe a tensor of the file; `shape` is row-major (GGUF's order reversed), `offset` is from the file's start."""
 
     name: str
     type: str
@@ -56,7 +56,7 @@ def read_header(path: Path) -> GGUFHeader:
     """Return the metadata and the tensor table.
 
     Raises:
-        CheckpointError: the file is not GGUF or truncated, a name appears twice, or tensors overlap or leave the file.
+        CheckpointError: the file is not GGUF, or is truncated; a name appears twice; tensors overlap or pass its end.
     """
     try:
         with regular(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -122,14 +122,17 @@ class _Reader:
             for size in shape:
                 elements *= size
             if not shape or shape[-1] % block:
-                raise CheckpointError(f"{self.path}: tensor {name}: shape {shape} does not divide into {kind}")
+                raise CheckpointError(
+                    f"{self.path}: tensor {name}: expected a row length that is a multiple of {block} ({kind}), "
+                    f"got shape {shape}"
+                )
             nbytes = elements // block * block_bytes
             if offset % alignment:
                 raise CheckpointError(f"{self.path}: tensor {name}: offset {offset} is not aligned to {alignment}")
             if start + offset + nbytes > self.size:
                 raise CheckpointError(
-                    f"{self.path}: tensor {name}: needs bytes {start + offset} to {start + offset + nbytes}, "
-                    f"the file has {self.size}: truncated or a wrong offset"
+                    f"{self.path}: tensor {name}: needs bytes {start + offset} to {start + offset + nbytes}, but "
+                    f"the file has {self.size}: it is truncated, or the offset is wrong"
                 )
             tensors[name] = GGUFTensor(name, kind, shape, start + offset, nbytes)
         end, before = 0, ""

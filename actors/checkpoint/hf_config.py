@@ -1,7 +1,7 @@
 """Convert a transformers `config.json` to a `ModelConfig`, with one function per built-in family.
 
-If a model of such a family has a feature that its function does not know, transformers' layers run it, or it is
-refused. It never runs wrongly.
+If a model of such a family has a feature that its function does not know, transformers' layers run the model, or the
+model is refused. It never runs with wrong results.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def _foreign(config: Config, why: str) -> ModelConfig:
     try:
         made = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))  # adds defaults of missing fields
     except Exception as error:  # the library raises errors of many classes
-        raise CheckpointError(f"config: transformers refuses it: {describe(error)[:300]}") from None
+        raise CheckpointError(f"config: transformers refuses this config: {describe(error)[:300]}") from None
     sizes = text = made.get_text_config()  # the text part of a model that also takes pictures or sound
     uncut = _uncut(made, text)
     if not hasattr(sizes, "hidden_size"):  # several stacks of layers: use the sizes of the largest
@@ -279,8 +279,8 @@ def _size(sizes: Any, name: str, default: int) -> int:
 def _uncut(made: Any, sizes: Any) -> str:
     """Return why a model's layers cannot be cut apart; empty if they can.
 
-    Reasons: text is only a part of its inputs, or its layers keep a state that is no KV cache, differ in their sizes,
-    or see a prompt in both directions.
+    There are four reasons: text is only a part of the model's inputs; its layers keep a state other than a KV cache; its
+    layers differ in their sizes; its prompt tokens see each other in both directions.
     """
     kinds = next((k for name in ("layer_types", "layers_block_type") if (k := getattr(sizes, name, None))), None)
     if made.model_type in PROMPTS_BOTH_WAYS:
@@ -348,7 +348,7 @@ def _same_window(config: Config, window: int | None) -> tuple[int, ...]:
 
 
 def _typed_windows(config: Config) -> tuple[int, ...]:
-    """Return qwen's windows: of the layers that `layer_types` names, or of layers from `max_window_layers` on."""
+    """Return qwen's windows: for the sliding layers of `layer_types`, or else for layers from `max_window_layers` on."""
     if not config.get("use_sliding_window") or not config.get("sliding_window"):
         return ()
     types = config.get("layer_types") or [

@@ -1,6 +1,6 @@
 """Convert a transformers `config.json` of an encoder–decoder model to a `ModelConfig`: T5's and BART's families.
 
-BART's family (marian, pegasus, mbart) differs in where norms are and where positions come from.
+The families related to BART (marian, pegasus, mbart) differ in where their norms are and how positions are encoded.
 """
 
 from __future__ import annotations
@@ -145,5 +145,5 @@ def _start(config: Config) -> int:
 
 
 def _suppressed(config: Config) -> tuple[int, ...]:
-    """Return the tokens that are never chosen (marian's padding): the bad words of one token."""
+    """Return the tokens that are never chosen, such as marian's padding: the `bad_words_ids` of one token."""
     return tuple(word[0] for word in config.get("bad_words_ids") or () if len(word) == 1)

@@ -1,8 +1,8 @@
 """Read the header of a safetensors file, and check it before any weights are read.
 
-The safetensors library checks offsets, too. But it silently keeps the last of two tensors with the same name, which
-this module refuses. It also needs torch to return a shape, while `check` and `show` must run without torch. Layout:
-the format section of the library's README.
+The safetensors library checks offsets, too. But if two tensors have the same name, it silently keeps the last one; this
+module refuses such a file. The library also needs torch to return a shape, while `check` and `show` must run without
+torch. Layout: the format section of the library's README.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def read_header(path: Path) -> dict[str, SafeTensor]:
 
     Raises:
         CheckpointError: the file is truncated, the header is invalid or too large, a name appears twice, or tensors
-            overlap or leave the file.
+            overlap or pass the file's end.
     """
     try:
         with regular(path).open("rb") as file:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 Look = Callable[["int | None", str, "tuple[Row, ...]", "torch.Tensor"], None]
 """Receives each tensor inside an actor during a watched step (watch.py): its layer or None, its name, its rows, the tensor."""
 NOTHING, REWINDS, REPLAYED = "nothing", "rewinds", "replayed"
-"""Kinds of state that an actor keeps of a session, which decide how the session is recovered.
+"""Kinds of state that an actor keeps for a session. They decide how the session is recovered.
 
 NOTHING: no state between steps. REWINDS: state that can continue from an earlier position. REPLAYED: state that must be
 rebuilt from the session's inputs."""
@@ -101,8 +101,8 @@ class Actor:
     `step` may raise: then only the sessions of that batch end, with an error that carries the traceback.
 
     A tensor that `step` returns belongs to the message from then on. `step` may return the same buffer each time, a view of
-    its input, or a tensor that it keeps: the message has the values at the moment of the return. `step` may read and keep its
-    inputs.
+    its input, or a tensor that it keeps. In each case, the message carries the values at the moment of the return. `step` may
+    read and keep its inputs.
     """
 
     inputs: ClassVar[Mapping[str, TensorSpec]] = {}
@@ -116,7 +116,7 @@ class Actor:
     the other inputs."""
 
     stateless: ClassVar[bool] = False
-    """True for an actor that keeps nothing of a session between steps, except the arguments of `open`.
+    """True for an actor that keeps nothing for a session between steps, except the arguments of `open`.
 
     If such an actor is lost, the other actors keep their state, and only the interrupted step is repeated."""
 
@@ -153,7 +153,7 @@ class Actor:
         The host calls this after steps, at most every `restart.snapshot_s` seconds, before the outputs of the step are sent.
 
         After `restore`, sessions that were open are replayed from their inputs, so the state may contain some of their steps
-        already. The actor must recognise these: by session and position, or by `open`, whose `epoch` is then a later one.
+        already. The actor must recognise repeated steps: by session and position, or because `open` comes with a later `epoch`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no snapshot")
 
@@ -171,7 +171,7 @@ class Actor:
 
 
 def keeps(actor: Actor) -> str:
-    """Return which state the actor keeps of a session: NOTHING, REWINDS or REPLAYED."""
+    """Return which kind of state the actor keeps for a session: NOTHING, REWINDS or REPLAYED."""
     if actor.stateless:
         return NOTHING
     return REWINDS if type(actor).rewind is not Actor.rewind else REPLAYED

@@ -1,7 +1,8 @@
 """Register the kinds that `kind:` in a graph file may name. Nothing else can be started.
 
-A kind is built in, or offered by an installed package through the entry-point group `ranvier.actors`, or a class in a Python
-file in the graph's own folder (`./file.py:Class`, imported only if the user allows code). This module does not import torch.
+A kind is built in, or an installed package offers it through the entry-point group `ranvier.actors`. It may also be a class
+in a Python file of the graph's own folder (`./file.py:Class`), which is imported only if the user allows code. This module does
+not import torch.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Kind:
     `implementation` is `module:Class`, or `file.py:Class` relative to `folder`. `foreign` is the implementation for models that
     run with transformers' own layers, and `seq2seq` the one for the decoder of an encoder–decoder model.
 
-    What distinguishes the built-in kinds is said here, so that nobody compares names: `begins` holds the embedding of a model,
-    or of its encoder; `ends` makes logits; `whole` holds all layers; `one_layer` is a part of one mixture-of-experts layer;
+    These fields say how the built-in kinds differ, so that no code compares names: `begins` holds the embedding of a model, or
+    of its encoder; `ends` makes logits; `whole` holds all layers; `one_layer` is a part of one mixture-of-experts layer;
     `encodes` belongs to an encoder; `keeps_nothing` has no weights; `learns` can be trained.
 
     `once` inputs arrive once per session, before its first step (see `Actor.once`). `optional` outputs need not be connected.
@@ -70,12 +71,12 @@ class Kind:
 
     @property
     def holds_blocks(self) -> bool:
-        """Return whether it holds whole layers of a decoder, with attention and all that follows it."""
+        """Return whether an actor of this kind holds whole decoder layers: attention and the feed-forward part."""
         return self.caches and not self.one_layer
 
     @property
     def has_decoder_memory(self) -> bool:
-        """Return whether it exists only in encoder–decoder models."""
+        """Return whether this kind exists only in encoder–decoder models."""
         return self.encodes or "memory" in self.once
 
 
@@ -306,7 +307,7 @@ def inside(folder: Path, name: str) -> Path:
 def is_offered(implementation: str) -> bool:
     """Return whether an implementation belongs to a built-in kind, or to a kind that an installed package offers.
 
-    A graph file may name these without code of its own folder.
+    A graph file may name these without `--allow-code`.
     """
     built_in = {name for kind in BUILT_IN.values() for name in (kind.implementation, kind.foreign, kind.seq2seq)}
     return implementation in built_in or any(

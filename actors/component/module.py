@@ -75,10 +75,10 @@ def outputs_of(
 
 
 def _trials(names: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
-    """Return two sizes for each named dimension. A dimension of an output that changes with them is named, too.
+    """Return the sizes of two trials, by named dimension. An output's dimension gets the name that has the same two sizes.
 
-    From the first trial to the second, each size grows by a different amount. So a size that is another one plus a constant
-    is not mistaken for a third one.
+    From the first trial to the second, each size grows by a different amount. So a dimension that is, for example, `rows + 4`
+    is not mistaken for the dimension of another name.
     """
     first = {name: 11 + 4 * index for index, name in enumerate(names)}
     return first, {name: size + 2 + index * (index + 1) for index, (name, size) in enumerate(first.items())}
@@ -197,6 +197,6 @@ def fill(tensor: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def _place(name: str, tensor: torch.Tensor) -> Any:
-    """Return a key that is the same for all names of one tensor."""
+    """Return a key for a tensor's memory, which is the same for all names of one tensor."""
     storage = tensor.untyped_storage().data_ptr()
     return (storage, tensor.storage_offset(), tensor.shape, tensor.stride()) if storage else name

@@ -2,8 +2,8 @@
 
 A file is a module of a package that represents its folder, so `from .helper import x` works with or without an `__init__.py`.
 Other files of the folder can also be imported by their plain names (`import helper`). Python searches the folder last, so no
-file in it can replace an installed module or a module of Python itself. A file is imported once, however many actors it
-holds, and again when it has changed.
+file in it can replace an installed module or a module of Python itself. A file is imported once, even if it has several
+actors, and again after it has changed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def module(path: Path) -> ModuleType:
 
 
 def _look_in(folder: Path) -> None:
-    """Let modules of this folder be found by their plain names, and those of another graph's folder no longer."""
+    """Make this folder's modules importable by their plain names, instead of those of another graph's folder."""
     if _on_path == [str(folder)]:
         return
     for other in _on_path:

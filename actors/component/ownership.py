@@ -5,8 +5,8 @@ is copied before it waits or is passed by reference (`transport.format.message.s
 needs no copy: a copy of 16 MiB takes 2.5 ms.
 
 Torch does not report whether anything else holds a tensor's memory. So all reference counts, of Python and of torch, are
-compared with those of a tensor that this module creates in the same calls. The counts depend on the versions of both. If they
-are not as expected, the answer is no, which costs a copy. The check takes 3 µs, and is made for large tensors only.
+compared with those of a tensor that this module creates in the same calls. The counts depend on the versions of both. If a
+count differs, the memory is treated as reachable and is copied. The check takes 3 µs, and is made for large tensors only.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _counts(outputs: Mapping[str, torch.Tensor | Batch], port: str, inputs: Batc
 def _expected() -> frozenset[Counts]:
     """Return the counts for memory that nobody else holds.
 
-    Return nothing if memory that something else holds can have the same counts.
+    Return an empty set if memory that something else holds can have the same counts.
     """
     if _uses_of_storage is None or _uses_of_tensor is None:
         return frozenset()

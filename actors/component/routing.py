@@ -58,7 +58,7 @@ def gather(
         token_t = torch.where(chosen_Tk.any(1))[0]
         if len(token_t) != parts[port].shape[0]:
             raise ValueError(f"routing: port {port}: expected {len(token_t)} tokens, got {parts[port].shape[0]}")
-        # a port that is chosen twice by a token gets the token once
+        # if a token chooses a port twice, the port gets the token only once
         weight_t = torch.where(chosen_Tk, weight_Tk, 0.0).sum(1)[token_t]
         mixed_TH.index_add_(0, token_t, (parts[port] * weight_t[:, None]).to(mixed_TH.dtype))
     return mixed_TH
@@ -67,9 +67,9 @@ def gather(
 def balancing_loss(scores_TE: torch.Tensor, index_Tk: torch.Tensor) -> torch.Tensor:
     """Return how unevenly a router chooses, as a term to minimise: [].
 
-    It is E times the sum over the experts of (choices of the expert per token · mean score of the expert). It is k if all
-    experts are alike, and grows with their differences. Its gradient flows through the scores (Fedus et al. 2021, Switch
-    Transformers, with k choices as transformers counts them).
+    The term is E times the sum over the experts of (choices of the expert per token · mean score of the expert). It is k if
+    all experts are used equally, and grows with the differences. Its gradient flows through the scores (Fedus et al. 2021,
+    Switch Transformers, with k choices as transformers counts them).
 
     Args:
         scores_TE: the probabilities of all experts for each token.

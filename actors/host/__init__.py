@@ -1,1 +1,1 @@
-"""Run one actor in a process of its own: receive, batch, step, send."""
+"""Run one actor in its own process: receive, batch, step, send."""

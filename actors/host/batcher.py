@@ -1,4 +1,4 @@
-"""Decide which pieces form one step of a host, and in which order. Knows no links and no open sessions."""
+"""Decide which pieces form one step of a host, and in which order. This module knows no links and no sessions."""
 
 from __future__ import annotations
 
@@ -149,19 +149,19 @@ class Batcher:
         return _laid_together(pieces) if pieces else None
 
     def _fits(self, piece: Work, first: Work, tokens: int, rows: int, most_rows: int) -> bool:
-        """Return whether a piece can join a step that begins with `first` and has so many tokens and rows."""
+        """Return whether a piece can join a step that begins with `first` and has this many tokens and rows."""
         if not self._stacks or tokens + piece.batch.tokens > self._batch_tokens:
             return False
         if rows + len(piece.batch.rows) > most_rows:
             return False
         if piece.batch.tensors.keys() != first.batch.tensors.keys():
-            return False  # the join chose other ports
+            return False  # the join completed it with other ports
         return self._alike or _widths(piece) == _widths(first)
 
     def _next_current(self, most_rows: int) -> Work | None:
         current = self._current(self._next(most_rows))
         if current is None:
-            self._taken.pop()  # whoever removed its rows has dropped it
+            self._taken.pop()  # `self._current` has dropped the piece
         return current
 
     def _next(self, most_rows: int) -> Work:

@@ -373,7 +373,7 @@ class Host(Process):
     # -- the end ------------------------------------------------------------------------------------------------
 
     def _drain(self, wire: ProcessWire) -> None:
-        """Send what is owed and wait until what was sent is acknowledged, but not for long."""
+        """Finish the links: wait up to `DRAIN_DEADLINE_S` for acknowledgements, then report the last counters."""
         self._to(State.DRAINING)
         self.core.outputs.give_up(lambda _row: False)  # every session has ended
         self.send_owed(wire, DRAIN_DEADLINE_S)

@@ -15,7 +15,7 @@ from .scheduler import HostCore
 
 
 class Onlooker(Protocol):
-    """Follow which sessions open and close. The recording and the spans do."""
+    """Observe which sessions open and close, as the recording and the spans do."""
 
     def opened(self, info: SessionInfo, rewound: bool) -> None: ...
 

@@ -1,4 +1,4 @@
-"""Send the outputs of a host: choose edges and replicas, and decide what goes round a loop again. No I/O."""
+"""Send the outputs of a host: choose edges and replicas, and decide which rows go round a loop again. No I/O."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Loop(NamedTuple):
-    """Bound a loop edge of a custom actor: `until` is the port that says done, `at_most` the number of rounds."""
+    """Bound a loop edge of a custom actor: `until` is the port that reports done rows, `at_most` the number of rounds."""
 
     until: str | None
     at_most: int
@@ -124,7 +124,7 @@ class Outputs:
             soles: the ports whose memory nobody else holds.
 
         Raises:
-            ProtocolError: an output is not what its edge carries.
+            ProtocolError: an output does not match the spec of its edge.
             ValueError: the actor returned a port that it does not have, or a wrong number of `until` elements.
             TypeError: the actor returned something other than a tensor.
         """
@@ -145,7 +145,7 @@ class Outputs:
             if loop is not None:
                 entered = own
                 own, tensor = self._go_round(port, own, tensor, *loop, outputs, ready_ns, sole)
-                sole = False  # a part of it may be on its way round
+                sole = False  # a part of it may be going round the loop
                 going = (going or set()).union(entered).difference(own)
             elif going and not going.isdisjoint(own):
                 # from every port, the client gets only the rows that leave the loop
@@ -208,7 +208,7 @@ class Outputs:
     ) -> tuple[tuple[Row, ...], torch.Tensor]:
         """Send the rows that go round once more, one position further. Return the rows that are done, and their tensor.
 
-        A row is done when the port `until` says so, or when it has gone round `at_most` times.
+        A row is done when the port `until` reports it, or when it has gone round `at_most` times.
         """
         if loop.until is None and len(rows) == 1 and rows[0].position + 1 < loop.at_most:
             self._send(port, [route], (rows[0].further(),), tensor, ready_ns, sole)

@@ -1,4 +1,4 @@
-"""Do what every host process does: load, link up, receive, send, fail, end.
+"""Implement what every host process does: load, open links, receive, send, fail and end.
 
 `host.py` derives from it to serve, `training/host.py` to train. The step thread owns the data wire: it waits on the
 wire directly, runs the actor and sends the outputs. It uses no event loop: waiting for the socket in trio took 18 µs
@@ -87,7 +87,7 @@ class Process(ABC):
 
     @abstractmethod
     def work(self, wire: ProcessWire) -> None:
-        """Do the work of this process until it is told to stop, and end it."""
+        """Do the work of this process until the supervisor sends `stop`, then finish it."""
 
     @abstractmethod
     def add_links(self, links: Sequence[HostLink], training: Sequence[TrainingLink]) -> None:
@@ -95,7 +95,7 @@ class Process(ABC):
 
     @abstractmethod
     def on_message(self, received: Received) -> None:
-        """Take a message that has arrived."""
+        """Process a message that has arrived."""
 
     @abstractmethod
     def obey(self, command: StepCommand) -> bool:
@@ -157,8 +157,10 @@ class Process(ABC):
             raise Stopped
 
     def _link_up(self, wire: ProcessWire) -> None:
-        """Connect to all neighbours once the supervisor has told who and where they are, and open every link. A spare waits
-        here until it is needed. A neighbour that is lost meanwhile is not waited for."""
+        """Connect to all neighbours once the supervisor has sent their addresses, and open every link.
+
+        A spare waits here until it is needed. A neighbour that is lost meanwhile is not waited for.
+        """
         early = deque[Arrival]()
         complained = False
         while True:
@@ -217,7 +219,7 @@ class Process(ABC):
         return ", ".join(closed)
 
     def _receive(self, wire: ProcessWire, timeout_s: float) -> bool:
-        """Take in what comes next; False if nothing came in time."""
+        """Receive and process the next frames. Return False if none came in time."""
         try:
             arrival = wire.receive(timeout_s)
         except ProtocolError as error:
@@ -255,13 +257,13 @@ class Process(ABC):
             self.crossing.report(Refused(with_left_out(what, left_out)))
 
     def decision_failed(self, rows: Sequence[Row], error: Exception) -> None:
-        """Treat an error outside the actor's step as one of the sessions of `rows`, not of the host."""
+        """Let an error outside the actor's step end the sessions of `rows`, not the host."""
         self.counted["decisions_failed"] += 1
         self.warn(f"received rows could not be processed: {traceback_of(error)}")
         self.lost_rows(rows, error)
 
     def send_owed(self, wire: ProcessWire, deadline_s: float) -> None:
-        """Send what is owed and wait until what was sent is acknowledged, but not for long."""
+        """Send owed acknowledgements, and wait up to `deadline_s` seconds until all sent messages are acknowledged."""
         until_s = time.monotonic() + deadline_s
         self.exchange.idle()
         self.exchange.drain(wire.send)

@@ -156,7 +156,7 @@ class Route:
     def send(self, exchange: Exchange, replicas: tuple[int, ...], message: Outbound) -> None:
         """Send one message to each of `replicas`.
 
-        With `skips`, a replica that has no credit gets no more copies of that session while another replica has credit:
+        With `skips`, a replica that has no credit gets no more copies of that session while another replica has credit. So
         the slowest replica does not delay the fastest.
         """
         if not replicas:
@@ -255,7 +255,7 @@ class Answers:
         return edge in self._last
 
     def first(self, edge: int, row: Row) -> bool:
-        """Return whether a step comes by this edge for the first time. Its session must be open, in the row's epoch."""
+        """Return whether a step comes over this edge for the first time. Its session must be open, in the row's epoch."""
         seen = self._last[edge]
         if row.position <= seen.get(row.session, -1):
             return False

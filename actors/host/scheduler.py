@@ -36,7 +36,7 @@ class HostCore:
         batch_tokens: the maximum number of tokens of a batched step. A single message may hold more.
         needed: the number of input ports that complete a step; None: all.
         batches: the number of batches that the open sessions are divided into. Use more than one where tokens return to
-            the start of a ring of stages: with all sessions in one batch, one stage would work while the others wait.
+            the start of a ring of stages. With all sessions in one batch, one stage would work while the others wait.
     """
 
     def __init__(

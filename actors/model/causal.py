@@ -192,7 +192,7 @@ class Head(Actor):
             end += row.tokens
             if self.streams[row.session].info.score:
                 scored += self._scored(row, hidden_TH[end - row.tokens : end])
-            elif row.position + row.tokens >= self.streams[row.session].prompt_length:  # else more of it follows
+            elif row.position + row.tokens >= self.streams[row.session].prompt_length:  # otherwise the prompt continues
                 due.append(row)
                 last.append(end - 1)
         if scored:
@@ -207,7 +207,7 @@ class Head(Actor):
         return {**outputs, **self._sampled(due, logits_RV)}
 
     def _scored(self, row: Row, hidden_tH: torch.Tensor) -> list[tuple[Row, torch.Tensor]]:
-        """Return the log-probability of the token after each one of the row, float32 [t]; none after the log's last."""
+        """Return, for each token of the row except the log's last, the log-probability of the next one, float32 [t]."""
         log = self.streams[row.session].tokens
         following = torch.tensor(log[row.position + 1 : row.position + row.tokens + 1])
         count = len(following)
@@ -304,7 +304,7 @@ class Stage(Actor):
             hidden_TH = batch["hidden"]
         else:
             hidden_TH = self.embedding.forward(batch.rows, batch["token"])
-            if self.look is not None and hidden_TH.is_floating_point():  # a model that cannot be cut gets the tokens
+            if self.look is not None and hidden_TH.is_floating_point():  # not for models that take token ids
                 self.look(None, "embedding", batch.rows, hidden_TH)
         hidden_TH = self.blocks.forward(batch.rows, hidden_TH)
         return self.head.forward(batch.rows, hidden_TH) if self.head is not None else {"hidden": hidden_TH}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 Report = Callable[["int | None", str, torch.Tensor], None]
-"""Takes a tensor's layer (None if it is in none), its name, and the tensor as the model has it, mostly [1, t, H]."""
+"""Takes a tensor's layer (None outside the layers), its name, and the tensor as the model has it, mostly [1, t, H]."""
 
 
 def layer_count(model: Any) -> int:
@@ -22,8 +22,8 @@ def layer_count(model: Any) -> int:
 def watched(model: nn.Module, count: int, report: Report) -> Iterator[None]:
     """Report tensors of each forward pass to `report` while the context is open.
 
-    `embedding` is what enters the first of the `count` layers. Each layer reports `hidden`, what leaves it, and
-    `attended`, the residual before its feed-forward part, if the layer's modules show where that is.
+    `embedding` is the input of the first of the `count` layers. Each layer reports its output as `hidden`. If its modules
+    show where the feed-forward part begins, it also reports the residual before that part, as `attended`.
 
     The layers are a list of `count` modules that is not nested in another such list (lists of experts are). There may
     be several such lists, for example one that only pictures pass through.

@@ -2,8 +2,8 @@
 
 Every actor runs the model's own forward pass over a skeleton in which only this actor's layers have weights. The
 input from the previous actor replaces the hidden states before the first of these layers. The output of the last of
-them is the result. All other layers pass their input on unchanged. So masks, positions and all else that a family
-does between its layers are the library's. Tensors that are never written to take no memory.
+them is the result. All other layers pass their input on unchanged. So the library computes masks, positions and
+everything else that a family does between its layers. Tensors that are never written to take no memory.
 
 Shape suffixes: T tokens of the batch, t tokens of one row, H hidden, V vocabulary.
 """
@@ -109,7 +109,7 @@ class Skeleton:
         self.bypasses = self.tuples = False
         self.past: Any = None
         self.layers = layers
-        # code in a checkpoint never runs: the library's default
+        # the library's default is not to run code of a checkpoint
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
         with torch.inference_mode(False), no_init_weights():
             make: Any = AutoModelForCausalLM.from_config
@@ -294,7 +294,7 @@ class ForeignBlocks:
         made = []
         parts = torch.split(hidden_TH, [row.tokens for row in rows])
         for row, unaligned in zip(rows, parts, strict=True):
-            part = aligned(unaligned)  # results must not depend on what precedes it in the batch
+            part = aligned(unaligned)  # results must not depend on the rows before it in the batch
             session = self.cache.at(row.session, row.position, row.tokens)
             self.skeleton.look, self.skeleton.rows = self.look, (row,)
             if isinstance(session, WholeSession):
@@ -331,7 +331,7 @@ class ForeignEmbedding(Embedding):
 
 class ForeignBlocksActor(BlocksActor):
     writes = True
-    rewind = Actor.rewind  # none: these caches may hold only a window, or sums over all positions
+    rewind = Actor.rewind  # not supported: a cache may hold only a window, or sums over all positions
 
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)

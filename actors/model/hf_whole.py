@@ -1,8 +1,8 @@
 """Run a whole transformers model in one actor, from a session's tokens to logits, by the library's forward pass.
 
-Most models keep a session's state in a cache. For some models the library keeps it elsewhere: each step computes all
-tokens again. A few models let the tokens of a prompt see each other in both directions: they take the steps of
-`generate`.
+Most models keep a session's state in a cache. For some models the library keeps it elsewhere; then each step computes
+all tokens again. In a few models the tokens of a prompt see each other in both directions; each of their steps is a
+step of the library's `generate`.
 
 Shape suffixes: t tokens of one step, H hidden, V vocabulary.
 """
@@ -24,7 +24,7 @@ from .hf_hooks import layer_count, watched
 
 
 class WholeSession:
-    """Hold one session: the tokens that later steps read again, and the state that the model keeps of it."""
+    """Hold one session: the tokens that later steps read again, and the state that the model keeps for it."""
 
     def __init__(self, cache: DynamicCache | None, capacity: int) -> None:
         self.past: Any = cache
@@ -78,7 +78,7 @@ class Whole:
     def _seen_both_ways(self, session: WholeSession, token_t: torch.Tensor) -> torch.Tensor:
         before = len(session.tokens)
         session.tokens += token_t.tolist()
-        if session.scored:  # a prediction depends on where the prompt ends: let it end once at each token
+        if session.scored:  # a prediction depends on where the prompt ends: make it end at each token in turn
             ends = range(before + 1, len(session.tokens) + 1)
             return torch.stack([self._predicted(session.tokens[:end], None)[0] for end in ends])
         last_V, session.past = self._predicted(session.tokens, session.past)

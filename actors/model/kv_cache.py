@@ -30,7 +30,7 @@ class SessionCache:
 
 
 class Bounded(Protocol):
-    """Describe what the cache of a session has in every class."""
+    """Describe the attributes that every class of session caches has."""
 
     capacity: int
     length: int
@@ -52,7 +52,7 @@ class KVCache(Generic[C]):
         """Reserve `capacity` positions for a session; one that is already open starts again, empty.
 
         Raises:
-            MemoryError: they do not fit beside the other sessions (the gateway should have refused the session).
+            MemoryError: the positions do not fit beside the other sessions (the gateway should have refused the session).
         """
         self.close(session)
         if self.reserved + capacity > self.tokens:

@@ -16,7 +16,7 @@ def inverse_frequencies(width: int, theta: float, scaling: RopeScaling | None) -
     """Return the inverse frequencies after scaling, float32 [D / 2].
 
     Raises:
-        ValueError: the scaling has not D / 2 factors.
+        ValueError: the scaling does not have D / 2 factors.
     """
     exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
     frequencies = 1.0 / (theta**exponents)

@@ -32,7 +32,7 @@ def read_slot(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.T
 
 
 def read_matrix(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, precision: str) -> torch.Tensor | Packed:
-    """Read a matrix for products with tokens: packed if the kernels run here, take its shape, and dtype is bfloat16."""
+    """Read a matrix for products with tokens: packed if `dtype` is bfloat16 and the kernels run here and take its shape."""
     if dtype is not torch.bfloat16 or not packs(slot) or packed.library() is None:
         return read_slot(slot, checkpoint, dtype)
     held = packed_as(slot, checkpoint, precision)

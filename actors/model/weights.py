@@ -190,7 +190,7 @@ def packs(slot: Slot) -> bool:
 
 
 def shares_packed(matrix: Slot, checkpoint: Checkpoint, precision: str) -> bool:
-    """Return whether a tied model's embedding reads from the head's packed matrix; it does if that is not rounded."""
+    """Return whether a tied model's embedding reads the head's packed matrix: it does if packing rounds nothing."""
     if not packs(matrix) or precision not in ("dtype", "stored"):
         return False
     stored = {checkpoint.tensors[name].stored for name, _ in matrix.parts}
@@ -238,7 +238,7 @@ _HARMLESS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 
 def check_whole(checkpoint: Checkpoint) -> None:
-    """Check that the layers in the file are those of its config; other tensors would be ignored silently.
+    """Check that the file has the layers of its config and no other tensors in them, which would be ignored silently.
 
     Raises:
         CheckpointError: the file has another number of layers, or tensors in a layer that the config excludes.

@@ -1,7 +1,7 @@
-"""Define what supervisor, hosts and clients say to each other: tagged structs in msgpack, checked field by field.
+"""Define the messages between supervisor, hosts and clients: tagged structs in msgpack, checked field by field.
 
-Control has sockets of its own, so data never delays it. Nothing here trusts the other side: an unknown kind, or a missing,
-unknown or ill-typed field, is a `ProtocolError`. Each side decodes only the messages that it may receive.
+Control messages have their own sockets, so data never delays them. Nothing here trusts the other side: an unknown kind, or a
+missing, unknown or ill-typed field, is a `ProtocolError`. Each side decodes only the messages that it may receive.
 """
 
 from __future__ import annotations
@@ -46,7 +46,11 @@ class Progress(Message, tag="progress"):
 
 
 class Ready(Message, tag="ready"):
-    """Report that the host has its weights and listens at `address`; what it can hold, holds, and keeps of its sessions."""
+    """Report that the host has loaded its weights and listens at `address`.
+
+    `capacity_tokens` is the number of positions that it can hold; None means no limit. `held_bytes` is the size of its
+    weights. `keeps` says which state of a session it keeps (component/actor.py).
+    """
 
     address: str
     capacity_tokens: int | None
@@ -115,7 +119,7 @@ class Failed(Message, tag="failed"):
 
 
 class Situation(Message, tag="situation"):
-    """Answer `Explain` of the number `asked`: what the host does and waits for (situation.py)."""
+    """Answer the `Explain` with the same number `asked`: what the host does and waits for (situation.py)."""
 
     asked: int
     situation: dict[str, Any]
@@ -139,12 +143,12 @@ class Command(Message, kw_only=True):
 
     @property
     def subject(self) -> tuple[int, int]:
-        """Return the session that the command is about, and its epoch; 0 for what it does not name."""
+        """Return the session and the epoch that the command names; 0 for each that it does not name."""
         return 0, 0
 
 
 class Connect(Command, tag="connect"):
-    """Say where the neighbours listen and which links to open, and which lost replica the host replaces, if any."""
+    """Give the neighbours' addresses, the links to open, and the label of the lost host that this one replaces, if any."""
 
     peers: dict[str, str]
     links: tuple[HostLink, ...]
@@ -171,7 +175,7 @@ class _OfSession(Command):
 
 
 class Hold(_OfSession, tag="hold"):
-    """Refuse the rows of a session until it is opened in another epoch, and keep what is held of it."""
+    """Refuse the rows of a session until it is opened in another epoch, and keep its state."""
 
 
 class Close(_OfSession, tag="close"):
@@ -193,7 +197,7 @@ class Unlink(Command, tag="unlink"):
 
 
 class Stop(Command, tag="stop"):
-    """End in order."""
+    """Shut down cleanly."""
 
 
 class Explain(Command, tag="explain"):
@@ -217,21 +221,21 @@ class Scale(Message, tag="scale"):
 
 
 class AskWhy(Message, tag="why"):
-    """Ask who waits for whom."""
+    """Ask which hosts wait, and for what (`ranvier why`)."""
 
 
 class AskStatus(Message, tag="status"):
-    """Ask what is known of the run."""
+    """Ask for the status of the run (`ranvier top`)."""
 
 
 class Done(Message, tag="done"):
-    """Answer what was done, or what was asked for."""
+    """Answer a successful request: what was done, or the requested data."""
 
     what: str
 
 
 class Wrong(Message, tag="wrong"):
-    """Answer why it cannot be done."""
+    """Answer a request that cannot be fulfilled, with the reason."""
 
     what: str
 
@@ -258,7 +262,7 @@ def decode(data: bytes | memoryview, decoder: msgspec.msgpack.Decoder[T]) -> T:
     """Decode a message with the decoder of the side that receives it.
 
     Raises:
-        ProtocolError: it is none of the messages that this side may receive.
+        ProtocolError: it is not a message that this side may receive.
     """
     if len(data) > MAX_BYTES:
         raise ProtocolError(f"control: expected at most {MAX_BYTES} bytes, got {len(data)}")

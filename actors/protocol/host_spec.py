@@ -24,9 +24,8 @@ class Policy:
 
     `sticky`: the replica that the session was given. `round_robin`: the session's replicas in turn. `least_queued`: the
     replica with the fewest messages that are not used up. `lowest_latency`: the replica where a message takes the least time,
-    by a moving average. `hedge`: `copies` replicas; the first answer counts. With `after`, a percentile, the second copy is
-    sent only when the first has taken longer than that share of the messages before it (Dean and Barroso, The Tail at Scale,
-    2013).
+    by a moving average. `hedge`: `copies` replicas; the first answer counts. `after` is a percentile: the second copy is sent
+    only when the first has taken longer than that share of the messages before it (Dean and Barroso, The Tail at Scale, 2013).
     """
 
     name: str = "sticky"
@@ -103,8 +102,8 @@ class HostLink:
     lead to the replicas of one actor. With `skips`, a copy without credit may be left out. At an incoming end, `repeats` says
     that a step may come again from another replica.
 
-    `at_most` is set at the outgoing end of a custom loop: a row goes round at most that often, and stops earlier when the
-    port `until` reports that it is done. With 0, the actor decides by what it sends. `tap` is the function that sees outgoing
+    `at_most` is set at the outgoing end of a custom loop. A row goes round at most that often. It stops earlier when the port
+    `until` reports that it is done. With 0, the actor decides by what it sends. `tap` is the function that sees outgoing
     tensors (taps.py).
     """
 

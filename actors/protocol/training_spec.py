@@ -14,7 +14,7 @@ TARGET, LOSS, NORM, SHARED, RING = "target", "loss", "norm", "shared", "ring"
 
 Data arrives at an INPUT, and its gradient leaves at the INPUT_GRADIENT; OUTPUT and OUTPUT_GRADIENT are the other ends. A LOSS
 goes to the gateway, and a TARGET comes from it. Over NORM links every stage sends the squared norm of its gradients to every
-other stage, and the first stage sends the norm over all stages to the gateway. SHARED links connect actors that hold the same
+other stage. The first stage also sends the norm over all stages to the gateway. SHARED links connect actors that hold the same
 weight. RING links go from each replica of an actor to the next."""
 
 LOGITS = "logits"

@@ -1,8 +1,8 @@
-"""Where hosts run, behind three functions: start one, wait for its end, kill it. Nothing else knows.
+"""Run hosts behind three functions: start one, wait for its end, kill it. No other module knows where hosts run.
 
-`LocalLauncher` forks them on this machine from one process that has imported torch (zygote.py). That process is watched
-itself. If it ends, its hosts end with it, and the next host is forked from a new one. If it stands still, its hosts go on, and
-a new one takes its place.
+`LocalLauncher` forks hosts on this machine from one process that has imported torch, the zygote (zygote.py). The launcher
+watches the zygote, too. If the zygote ends, its hosts end with it, and the next host is forked from a new zygote. If it hangs,
+its hosts continue, and a new zygote takes its place.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from .zygote_process import ZygoteProcess
 from .zygote_protocol import Begin, Command, Event, Exited, Imported, NotStarted, Reader, Start, Started, pack
 
 READY_DEADLINE_S = 120.0
-"""For the import of torch, on a disk that is slow and beside other work."""
+"""Limit for the import of torch, on a slow disk and a busy machine."""
 STARTED_DEADLINE_S = 20.0
-"""For a fork, which takes 20 ms, and what hosts of that kind import, which may be transformers."""
+"""Limit for a fork, which takes 20 ms, and for the imports of hosts of that kind, which may include transformers."""
 CODE_DEADLINE_S = 1.0
-"""For the exit code of a host that is known to have ended."""
+"""Limit for the arrival of the exit code of a host that is known to have ended."""
 KILLED = -int(signal.SIGKILL)
 
 
 class Exit(NamedTuple):
-    """One host has ended, by exit code (negative: the signal). `because` says what else was lost with it, if anything."""
+    """Report that a host has ended, with its exit code (negative: the signal). `because` is a loss that caused it, if any."""
 
     key: str
     code: int
@@ -45,14 +45,14 @@ class Exit(NamedTuple):
 
 
 class Launcher(Protocol):
-    """Starts hosts somewhere. A key names a host: its identity."""
+    """Start, await and kill hosts. A key is the identity of a host."""
 
     @property
     def pids(self) -> Mapping[str, int]:
-        """Process ids by key, of hosts on this machine."""
+        """Return the process ids of the hosts on this machine, by key."""
 
     async def start(self, spec: HostSpec) -> None:
-        """Begin to start a host; its own `ready` tells when it is.
+        """Begin to start a host. The host itself reports `ready` later.
 
         Raises:
             ActorFailed: hosts cannot be started at all.
@@ -62,16 +62,19 @@ class Launcher(Protocol):
         """Wait for the next host that ends, and return how it ended."""
 
     async def kill(self, key: str) -> None:
-        """End a host at once, whatever it is doing."""
+        """Kill a host at once, whatever it is doing."""
 
 
 _ENDED = trio.BrokenResourceError, trio.ClosedResourceError
-"""What a command to a zygote ends with that is gone. Its events tell of that."""
+"""Errors of sending a command to a zygote that is gone. `_read_events` notices the loss and handles it."""
 
 
 @dataclass(eq=False)
 class _Zygote:
-    """One process that forks hosts, as its launcher sees it. `answers` are of starts: an empty one means that it was done."""
+    """Represent one process that forks hosts, as its launcher sees it.
+
+    `answers` holds the result of each start, by key: empty if the host was forked, otherwise the reason why not.
+    """
 
     process: ZygoteProcess
     stdin: trio.lowlevel.FdStream
@@ -81,7 +84,7 @@ class _Zygote:
     changed: trio.Event = field(default_factory=trio.Event)
     gone: bool = False
     retired: bool = False
-    """It did not answer in time: nothing is asked of it any more, and what it still does is undone."""
+    """True if it did not answer in time. It gets no more commands, and any host that it still forks is killed."""
 
     def notify(self) -> None:
         self.changed.set()
@@ -90,7 +93,7 @@ class _Zygote:
 
 @dataclass(eq=False)
 class _Host:
-    """One host's process. The descriptor becomes readable when it has ended, and cannot come to mean another process."""
+    """Hold one host's process. The descriptor becomes readable when it has ended, and never refers to another process."""
 
     pid: int
     descriptor: int
@@ -98,10 +101,10 @@ class _Host:
 
 
 class LocalLauncher:
-    """Hosts as processes of this machine, forked from a zygote: one that was started before, or one of its own. It is ended
-    in either case. Use as `async with LocalLauncher(…).running()`.
+    """Run hosts as processes of this machine, forked from a zygote. Use as `async with LocalLauncher(…).running()`.
 
-    `counters` says how often a zygote was replaced, and why.
+    The zygote is the given one, or one that the launcher starts. The launcher ends it in both cases. `counters` counts how
+    often a zygote was replaced, by reason.
     """
 
     def __init__(self, sockets: Path, logs: Path, zygote: ZygoteProcess | None = None) -> None:
@@ -119,10 +122,10 @@ class LocalLauncher:
         self._nursery: trio.Nursery | None = None
 
     def begin(self) -> None:
-        """Start the zygote, which imports torch while its starter works on. `running` waits for nothing else.
+        """Start the zygote early, so that it imports torch while the caller continues. `running` then uses this zygote.
 
         Raises:
-            ResourceError: it cannot be started.
+            ResourceError: the zygote cannot be started.
         """
         if self._given is None:
             try:
@@ -131,13 +134,13 @@ class LocalLauncher:
                 raise ResourceError(f"the process that hosts are forked from cannot be started: {error}") from None
 
     def end_zygote(self) -> None:
-        """End a zygote that was given or begun, and that `running` has not taken over. Idempotent."""
+        """End the zygote that was given, or started by `begin`, unless `running` has taken it over. Idempotent."""
         if self._given is not None and not self._zygotes:
             self._given.end()
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[LocalLauncher]:
-        """Start the zygote if need be; on leaving, whatever still runs is killed and reaped."""
+        """Start the zygote if there is none yet. On exit, kill and reap every process that still runs."""
         try:
             async with trio.open_nursery() as self._nursery:
                 await self._new_zygote(self._given)
@@ -171,10 +174,10 @@ class LocalLauncher:
         return zygote
 
     async def _living(self) -> _Zygote:
-        """Return the zygote that forks, after starting another one if it is gone.
+        """Return the zygote to fork from. Start another one first if the last one is gone or hangs.
 
         Raises:
-            ActorFailed: that was done too often.
+            ActorFailed: zygotes were replaced too often.
         """
         zygote = self._zygotes[-1]
         if not (zygote.gone or zygote.retired):
@@ -183,14 +186,14 @@ class LocalLauncher:
         if delay_s is None:
             raise self._failed(zygote, f"the process that hosts are forked from is lost; {self._restarts}")
         self.counters["zygotes_stuck" if zygote.retired else "zygotes_lost"] += 1
-        if self.counters.total() > 1:  # the first is replaced at once
+        if self.counters.total() > 1:  # only the first one is replaced at once
             await trio.sleep(delay_s)
         return await self._new_zygote()
 
     async def _read_events(self, zygote: _Zygote, events: trio.lowlevel.FdStream) -> None:
         reader: Reader[Event] = Reader(Event)
         async with events:
-            with contextlib.suppress(trio.BrokenResourceError, ProtocolError):  # it is gone, or not to be trusted
+            with contextlib.suppress(trio.BrokenResourceError, ProtocolError):  # it is gone, or sent invalid data
                 async for data in events:
                     for event in reader.feed(data):
                         self._on_event(zygote, event)
@@ -198,7 +201,7 @@ class LocalLauncher:
         zygote.gone = True
         zygote.notify()
         await zygote.stdin.aclose()
-        zygote.process.end()  # another one takes its place: nothing of this one is held any longer
+        zygote.process.end()  # another one takes its place: release all resources of this one
 
     def _on_event(self, zygote: _Zygote, event: Event) -> None:
         match event:
@@ -214,7 +217,7 @@ class LocalLauncher:
     def _on_started(self, zygote: _Zygote, key: str, pid: int) -> None:
         try:
             descriptor = os.pidfd_open(pid)
-        except ProcessLookupError:  # it has ended, and its code is the next event
+        except ProcessLookupError:  # it has ended; the next event brings its exit code
             descriptor = -1
         except OSError as error:
             zygote.answers[key] = f"its process cannot be watched: {error}"
@@ -222,7 +225,7 @@ class LocalLauncher:
                 os.kill(pid, signal.SIGKILL)
             return
         host = _Host(pid, descriptor, zygote)
-        if zygote.retired:  # it goes on after all; another one has forked this host since
+        if zygote.retired:  # it continued after all, but another one has forked this host since
             _kill(host)
             _close(host)
             return
@@ -266,7 +269,7 @@ class LocalLauncher:
                 return
 
     async def _started(self, zygote: _Zygote, spec: HostSpec) -> str | None:
-        """Ask a zygote for a host: why there is none, empty if there is one, None if the zygote did not answer."""
+        """Ask a zygote for a host. Return an empty text, or why it cannot be started, or None if the zygote did not answer."""
         key = spec.identity
         stderr = str(self._logs / f"{spec.label}.err")
         zygote.answers.pop(key, None)
@@ -277,13 +280,13 @@ class LocalLauncher:
                 await zygote.changed.wait()
         if key in zygote.answers:
             return zygote.answers.pop(key)
-        if zygote.gone and not zygote.ready.is_set():  # the next would fare no better: torch cannot be imported
+        if zygote.gone and not zygote.ready.is_set():  # the next one would fail, too: torch cannot be imported
             raise self._failed(zygote, "the process that hosts are forked from has ended")
         zygote.retired = not zygote.gone
         return None
 
     async def _until_exit(self, key: str, host: _Host) -> None:
-        """Wait for the end of one host. Its exit code is the zygote's to tell, unless that stands still or is gone."""
+        """Wait for the end of one host. The zygote reports its exit code, unless the zygote hangs or is gone."""
         if host.descriptor >= 0:
             await trio.lowlevel.wait_readable(host.descriptor)
         with trio.move_on_after(CODE_DEADLINE_S):
@@ -291,7 +294,7 @@ class LocalLauncher:
                 await host.zygote.changed.wait()
         _kill_group(host)
         _close(host)
-        self._hosts.pop(key, None)  # its number may come to mean another process
+        self._hosts.pop(key, None)  # its pid may belong to another process later
         reported = key in host.zygote.codes
         because = "the process that hosts are forked from was lost, and its hosts with it" if host.zygote.gone else ""
         self._exits_in.send_nowait(Exit(key, host.zygote.codes.pop(key, KILLED), "" if reported else because))
@@ -300,7 +303,7 @@ class LocalLauncher:
         return await self._exits.receive()
 
     async def kill(self, key: str) -> None:
-        """Done from here: the zygote may stand still."""
+        """Kill a host directly, because the zygote may hang."""
         if key in self._hosts:
             _kill(self._hosts[key])
 
@@ -309,7 +312,7 @@ class LocalLauncher:
     async def _end(self) -> None:
         for zygote in self._zygotes:
             zygote.process.cut_lifeline()
-            await zygote.stdin.aclose()  # it kills and reaps its hosts, and removes their sockets
+            await zygote.stdin.aclose()  # so it kills and reaps its hosts, and removes their sockets
         for zygote in self._zygotes:
             waits = zygote.ready.is_set() and not zygote.retired  # one that still imports torch has no hosts yet
             with trio.move_on_after(2 if waits else 0):
@@ -329,7 +332,7 @@ def _kill(host: _Host) -> None:
 
 
 def _kill_group(host: _Host) -> None:
-    """Kill the processes that an actor's own code has started: a host leads a group of its own."""
+    """Kill the processes that an actor's code has started: each host leads its own process group."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(host.pid, signal.SIGKILL)
 

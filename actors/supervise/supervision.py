@@ -77,7 +77,7 @@ class Supervision:
     # -- events -------------------------------------------------------------------------------------------------
 
     def on_message(self, key: str, message: HostMessage, now_s: float) -> None:
-        """Take a control message of a host about itself.
+        """Process a control message of a host about itself.
 
         Raises:
             ProtocolError: the state does not exist, or cannot follow the current one.
@@ -107,7 +107,7 @@ class Supervision:
                 self._fail(host, now_s, Cause.RAISED, message.error, message.traceback)
 
     def on_exit(self, key: str, code: int, stderr_tail: str, now_s: float, because: str = "") -> None:
-        """Take the end of a host's process. A negative `code` is a signal. `because` is a loss that caused it."""
+        """Record the end of a host's process. A negative `code` is a signal. `because` is a loss that caused it."""
         host = self.hosts[key]
         host.exited = code
         if host.lost is None:
@@ -182,7 +182,7 @@ class Supervision:
         """Return the seconds to wait before a lost host, or its lost replacement, is restarted.
 
         Returns None if it is not restarted: the run has failed, or its actor's budget is used up and the run now fails.
-        The loss of a host that was caused by another loss costs nothing of the budget.
+        A loss that was caused by another loss does not count against the budget.
         """
         if self.failure is not None:
             return None
@@ -217,7 +217,7 @@ class Supervision:
 
     @property
     def capacity_tokens(self) -> int | None:
-        """Return how many positions one session may have: what fits at some replica of every actor. None: no limit."""
+        """Return how many positions one session may have: at each actor, it must fit at some replica. None: no limit."""
         limits: dict[str, int] = {}
         for host in self.hosts.values():
             if host.capacity_tokens is not None:

@@ -1,4 +1,4 @@
-"""Start hosts, listen to them, watch the clock, and stop or kill them. Runs in trio.
+"""Start hosts, receive their messages, check their deadlines, and stop or kill them. This module runs in trio.
 
 The decisions are in supervision.py. The supervisor owns the control socket of the run folder. It knows hosts by their
 identity, so that a lost host is not confused with its replacement. Callers use labels.
@@ -68,8 +68,8 @@ OnRequest = Callable[[str, Any], None]
 class Supervisor:
     """Supervise all hosts of one run.
 
-    `failed` is set when the run fails; `supervision.failure` is the reason. `commands` holds the handlers of what
-    clients of the control socket ask for, by kind. A handler is called with the client's name and the fields.
+    `failed` is set when the run fails; `supervision.failure` is the reason. `on_request` holds a handler for each kind
+    of request from clients of the control socket. A handler is called with the client's name and the request.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Supervisor:
         self._changed = trio.Event()
         self._linked: set[tuple[str, str]] = set()
         self.detour: Callable[[str, str, str], str] = lambda _source, _target, address: address
-        """A function of source, target and the target's address. It returns the address by which the source reaches it."""
+        """A function of source, target and the target's address. It returns the address that the source connects to."""
         self.on_forgotten: Callable[[str], None] = lambda _peer: None
         """A function that is called with the identity of a host that the run forgets."""
         self.on_saved: Callable[[str, int], None] = lambda _label, _round: None
@@ -300,7 +300,7 @@ class Supervisor:
             return {key: self._situations.get(key) for key in asked}
 
     def answer(self, client: str, answer: Answer) -> None:
-        """Answer a client's request. A client that has gone gets nothing."""
+        """Answer a client's request. The answer to a client that has gone is dropped."""
         self._wire.send(client, encode(answer))
 
     async def stop(self) -> None:
@@ -386,12 +386,12 @@ class Supervisor:
     def _on_time(self, key: str, label: str, message: Time) -> None:
         clock = self.clocks.get(key)
         if clock is None:
-            raise ProtocolError(f"control time of {label}: expected none, because none was asked for")
+            raise ProtocolError(f"control time of {label}: expected no answer before a question, got one")
         if clock.on_answer(message.asked_ns, message.heard_ns, message.answered_ns, time.monotonic_ns()):
             self.on_clock()
 
     def _on_life(self, key: str, label: str, message: HostMessage) -> None:
-        """Take what a host says about itself, and ask for its clock now and then."""
+        """Process a message of a host about itself. From time to time, ask for its clock."""
         self.supervision.on_message(key, message, time.monotonic())
         if isinstance(message, StateChanged | Ready | Heartbeat) and self.clocks.setdefault(key, Clock()).asks():
             self.send([key], AskTime())

@@ -1,11 +1,10 @@
-"""The process that hosts are forked from: it imports torch once, opens no socket and starts no thread.
+"""Run the zygote, the process that hosts are forked from. It imports torch once, opens no socket and starts no thread.
 
-One import of torch is 1.6 s and 140 MB; four hosts and two cores would spend over 3 s on theirs. A fork of this process
-starts in 20 ms and shares those pages. Commands come on standard input, events go to standard output
-(zygote_protocol.py).
+Importing torch takes 1.6 s and 140 MB; four hosts on two cores would spend over 3 s on it. A fork of the zygote starts in
+20 ms and shares those pages. Commands come on standard input, events go to standard output (zygote_protocol.py).
 
-It is also what guards against orphans that hang: when its standard input ends, so when the supervisor is gone for
-whatever reason, it kills every host and whatever their actors have started, removes their sockets, and leaves.
+The zygote also prevents hanging orphans. Its standard input ends when the supervisor is gone, for whatever reason. Then it
+kills every host and every process that their actors have started, removes the hosts' sockets, and exits.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ from .zygote_protocol import Begin, Command, Event, Exited, Imported, NotStarted
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 FOR_TRAINING = ("ranvier.actors.training.host", "torch._dynamo")
-"""The second is what torch's optimisers import when the first one is made; it takes a second."""
+"""Modules of a training host. torch imports the second one when the first optimiser is made, which takes 1 s."""
 OF_OUR_OWN = ("ranvier.actors.model.causal", "ranvier.actors.model.hf_layers")
 
 
 def main() -> int:
     lifeline = int(sys.argv[1])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor handles Ctrl-C
     import torch  # noqa: F401
 
     import ranvier.actors.host.host
     import ranvier.actors.model.causal  # noqa: F401
 
-    # what the actors' own code starts and leaves behind comes to this process, which ends it
+    # orphans of processes that the actors' code starts become children of this process, which ends them
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     gc.collect()
-    gc.freeze()  # what is alive now stays, and a collection in a host must not copy its pages
+    gc.freeze()  # objects alive now stay, and a collection in a host must not copy their pages
     zygote = Zygote(lifeline)
     zygote.report(Imported())
     return zygote.run()
@@ -59,7 +58,7 @@ class Zygote:
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def report(self, event: Event) -> None:
-        """Report to the launcher. That it is gone is noticed at standard input."""
+        """Send an event to the launcher. If the launcher is gone, `run` notices the end of standard input."""
         with contextlib.suppress(BrokenPipeError):
             os.write(1, pack(event))
 
@@ -88,7 +87,7 @@ class Zygote:
             case Start():
                 try:
                     self._start(command)
-                except Exception as error:  # no process, no memory, or what its kind needs cannot be imported
+                except Exception as error:  # no process or memory is left, or an import failed
                     self.report(NotStarted(command.spec.identity, f"its process cannot be started: {error}"))
 
     def _start(self, command: Start) -> None:
@@ -97,7 +96,7 @@ class Zygote:
         wanted = [module] if module in OF_OUR_OWN else []
         if spec.training is not None:
             wanted += FOR_TRAINING
-        if not sys.modules.keys() >= set(wanted):  # once here, not in every host: transformers takes two seconds
+        if not sys.modules.keys() >= set(wanted):  # imported once here, not in every host: transformers takes 2 s
             for module in wanted:
                 importlib.import_module(module)
             gc.freeze()
@@ -111,12 +110,12 @@ class Zygote:
                 faulthandler.dump_traceback()
                 print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 code = 1
-            os._exit(code)  # no farewell of an interpreter that was never ours
+            os._exit(code)  # skips the exit handlers, which are the zygote's
         self._children[pid] = spec.identity
         self.report(Started(spec.identity, pid))
 
     def _know(self, model: Path) -> None:
-        """Read the headers of a model's files once for all hosts. What is wrong with them each host finds out itself."""
+        """Read the headers of a model's files once for all hosts. Errors are ignored here: each host reports them itself."""
         from ..checkpoint import known_checkpoint
         from ..errors import CheckpointError
 
@@ -124,9 +123,10 @@ class Zygote:
             known_checkpoint(model)
 
     def _become_host(self, command: Start) -> int:
-        # The signal follows the parent's thread: the zygote has only one. Were it gone already, the lifeline would tell.
+        # The signal comes when the parent's thread ends; the zygote has only one. If the zygote is gone already, the
+        # lifeline ends this host.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        os.setpgid(0, 0)  # what an actor's own code starts can be ended with it
+        os.setpgid(0, 0)  # so that processes of the actor's code can be killed with the host
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for descriptor in (self._wake_read, self._wake_write):
@@ -154,7 +154,7 @@ class Zygote:
                 return
             if pid == 0:
                 return
-            if pid in self._children:  # else a host has left it behind
+            if pid in self._children:  # otherwise it is an orphan of a host
                 _kill_group(pid)
                 self.report(Exited(self._children.pop(pid), os.waitstatus_to_exitcode(status)))
 
@@ -166,7 +166,7 @@ class Zygote:
         for pid in self._children:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, 0)
-        while left := _left_behind():  # each may leave others
+        while left := _left_behind():  # each may leave children of its own
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -186,12 +186,12 @@ def _kill_group(leader: int) -> None:
 
 
 def _left_behind() -> list[int]:
-    """Return the processes that have become this one's children, which has one thread and had none but hosts."""
+    """Return the children of this process, which has one thread. Its hosts are reaped, so these are their orphans."""
     return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
 
 
 def _opened_log(path: str) -> int:
-    """Open a file for what a process prints. Where the disk is full it goes nowhere: that must not stop a host."""
+    """Open the file for the output of a process, or /dev/null if that fails: a full disk must not stop a host."""
     try:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     except OSError:

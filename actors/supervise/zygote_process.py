@@ -1,5 +1,8 @@
-"""Starting the process that hosts are forked from (zygote.py), as early as one likes: it imports torch, which is the longest
-part of a run's start, while whoever started it still reads the graph. No trio here, and nothing else that takes time."""
+"""Start the zygote, the process that hosts are forked from (zygote.py).
+
+Start it as early as possible: it imports torch, the longest part of a run's start, while its starter still reads the graph.
+This module does not import trio, nor anything else that takes time.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +15,25 @@ STANDARD = (0, 1, 2)
 
 
 def open_standard_streams() -> None:
-    """Open what is closed of the descriptors 0, 1 and 2, at nothing: a daemon has none of them, and the next pipe or socket
-    would take their place."""
+    """Open /dev/null for each of the descriptors 0, 1 and 2 that is closed.
+
+    A daemon has none of them, and the next pipe or socket would take their numbers.
+    """
     for descriptor in STANDARD:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
 
 
 class ZygoteProcess:
-    """The process and the pipes to it. Whoever makes one ends it (`end`), or hands it to a launcher that does.
+    """Hold the zygote process and the pipes to it. Whoever creates one must `end` it, or pass it to a launcher, which does.
 
-    `lifeline` is the end of a pipe that every host holds the other end of: that becomes readable when this process is gone,
-    however it went.
+    `lifeline` is one end of a pipe, and every host holds the other end. The hosts' end becomes readable when the process that
+    holds `lifeline` is gone, for whatever reason.
 
     Raises:
-        OSError: there are no descriptors, no memory or no processes for it.
+        OSError: no descriptor, memory or process is left.
     """
 
     def __init__(self) -> None:
@@ -41,13 +46,13 @@ class ZygoteProcess:
         try:
             self._errors = os.memfd_create("zygote.err", os.MFD_CLOEXEC)
             self.process = subprocess.Popen(
-                # -P: a file of the current folder that is called like a module, such as glob.py, is not imported
+                # -P: do not import a file of the current folder that is named like a module, such as glob.py
                 [sys.executable, "-P", "-m", "ranvier.actors.supervise.zygote", str(lifeline)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 pass_fds=(lifeline,),
-                start_new_session=True,  # the terminal's Ctrl-C comes to the supervisor alone
+                start_new_session=True,  # only the supervisor gets the terminal's Ctrl-C
                 env=environment,
             )
         except BaseException:
@@ -58,20 +63,20 @@ class ZygoteProcess:
             os.close(lifeline)
 
     def last_words(self) -> str:
-        """Return the end of what it wrote to standard error before it was given a log."""
+        """Return the last 4000 bytes that the zygote wrote to standard error before it was given a log."""
         if self._errors < 0:
             return self._said
         size = os.fstat(self._errors).st_size
         return os.pread(self._errors, 4000, max(0, size - 4000)).decode(errors="replace")
 
     def end(self) -> None:
-        """Kill it if it still runs, and close what there is of it. Its hosts end with the lifeline. Idempotent."""
+        """Kill the zygote if it still runs, and close its pipes. Its hosts end with the lifeline. Idempotent."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
         self._said = self.last_words()
         for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(OSError):  # a command may be left that nobody will read
+            with contextlib.suppress(OSError):  # the pipe may still hold a command that nobody will read
                 if pipe is not None:
                     pipe.close()
         self._close_errors()
@@ -83,7 +88,7 @@ class ZygoteProcess:
             self._errors = -1
 
     def cut_lifeline(self) -> None:
-        """Let every host know that it is over. Idempotent."""
+        """Close the lifeline, at which every host ends itself. Idempotent."""
         if self.lifeline >= 0:
             os.close(self.lifeline)
             self.lifeline = -1

@@ -1,7 +1,7 @@
-"""Define what a launcher and its zygote say to each other: tagged structs in msgpack, one after the other over a pipe.
+"""Define the messages between a launcher and its zygote: tagged structs in msgpack, one after the other over a pipe.
 
-The msgpack package reads them, because its `Unpacker` takes a stream in whatever pieces it comes, and bounds what it buffers.
-msgspec checks the fields.
+The msgpack package reads them, because its `Unpacker` accepts a stream in pieces of any size, and bounds its buffer. msgspec
+checks the fields.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ranvier.transport.format.errors import ProtocolError
 from ..protocol.host_spec import HostSpec
 
 MOST_BYTES = 64 << 20
-"""Largest message. A host's part of a plan has some kilobytes for each of its links."""
+"""Size of the largest message. A host's part of a plan takes some kilobytes for each of its links."""
 
 
 class Begin(msgspec.Struct, tag="begin"):
-    """Say where the run's sockets are, and where the zygote writes its errors from now on."""
+    """Give the folder of the run's sockets, and the file to which the zygote writes its errors from now on."""
 
     sockets: str
     errors: str
@@ -35,11 +35,11 @@ class Start(msgspec.Struct, tag="start"):
 
 
 class Imported(msgspec.Struct, tag="imported"):
-    """Report that torch is imported: hosts can be forked in no time."""
+    """Report that torch is imported, so that hosts can be forked quickly."""
 
 
 class Started(msgspec.Struct, tag="started"):
-    """Report the process of a host, which is known by its identity."""
+    """Report the process id of a host. `key` is the identity of the host."""
 
     key: str
     pid: int
@@ -82,10 +82,10 @@ class Reader(Generic[T]):
         self._unpacker = msgpack.Unpacker(max_buffer_size=MOST_BYTES)
 
     def feed(self, data: bytes | bytearray) -> Iterator[T]:
-        """Take in what came, and give the messages that are complete now.
+        """Add received bytes, and yield the messages that are complete now.
 
         Raises:
-            ProtocolError: it is no message of that kind, or too large.
+            ProtocolError: the bytes are not a message of that kind, or are too large.
         """
         try:
             self._unpacker.feed(data)

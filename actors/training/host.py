@@ -222,7 +222,7 @@ class TrainingHost(Mail):
             self.send(link, key, outputs[link.port])
         for link in self.of(LOSS):
             self._values.append(torch.tensor(values, dtype=torch.float64).view(-1, 2))
-            if len(self._values) == size // self.training.replicas:  # once per step, because the reader shares a core
+            if len(self._values) == size // self.training.replicas:  # once per step: the receiver shares a core
                 self.send(link, Key(key.session, key.number // size), torch.stack(self._values))
                 self._values.clear()
 
@@ -279,8 +279,10 @@ class TrainingHost(Mail):
         return weight.grad
 
     def _sum_over_ring(self, wire: ProcessWire, tensors: Sequence[torch.Tensor], round_: int) -> None:
-        """Replace tensors by their sums over all replicas: each part goes round once to be summed and once to be values (ring
-        all-reduce, Patarasuk and Yuan 2009)."""
+        """Replace tensors by their sums over all replicas, by a ring all-reduce (Patarasuk and Yuan 2009).
+
+        Each part of the data goes round the ring twice: first it is summed up, then the sum is copied to every replica.
+        """
         if not tensors:
             return
         count, own = self.training.replicas, self.spec.replica
@@ -313,7 +315,7 @@ class TrainingHost(Mail):
         return made
 
     def _squares_of_all(self, wire: ProcessWire, key: Key, own: float) -> float:
-        """Every stage tells every other one: one hop, and the same sum everywhere."""
+        """Return the sum over all stages. Each stage sends its own part to every other stage, so this takes one hop."""
         there = [link for link in self.of(NORM) if link.outgoing]
         for link in there:
             if link.port != GATEWAY:
@@ -346,7 +348,7 @@ class TrainingHost(Mail):
         return self.training.shared.get(key, self.spec.actor) == self.spec.actor
 
     def _sum_shared(self, wire: ProcessWire, key: Key) -> None:
-        """Weights that several stages hold: the gradients go to the first of them, which gives back the sum."""
+        """Sum the gradients of weights that several stages hold: the first of these stages sends the sum back."""
         for name, owner in self.training.shared.items():
             weight = self.stage.weights[name]
             own = weight.grad if weight.grad is not None else torch.zeros_like(weight)

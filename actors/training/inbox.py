@@ -18,7 +18,7 @@ from ..protocol.training_spec import TrainingLink
 
 
 class Key(NamedTuple):
-    """Name what a message is for: a session (TRAINING or VALIDATION), and a number that counts within it."""
+    """Identify what a message is for: its session (TRAINING or VALIDATION), and its number within that session."""
 
     session: int
     number: int
@@ -43,7 +43,7 @@ class TrainingCore:
         """Keep a message until it is taken.
 
         Raises:
-            RefusedMessage: its bytes are not what its codec writes, or it has not exactly one row.
+            RefusedMessage: its bytes do not match its codec, or it does not have exactly one row.
         """
         rows = received.header.rows
         try:

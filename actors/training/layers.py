@@ -1,4 +1,4 @@
-"""Define built-in kinds as modules that learn: the families of `blocks.py`, over whole sequences, without caches.
+"""Define the built-in kinds as trainable modules: the families of `blocks.py`, over whole sequences, without caches.
 
 Shape suffixes: T tokens of the micro-batch, S of one sequence, B sequences (T = B·S), H hidden, N query heads, K key-value
 heads, D head width, V vocabulary, E experts, k choices per token.
@@ -94,7 +94,7 @@ class NativeStage(Learner):
     def _adapt(self, rank: int, dtype: torch.dtype) -> None:
         """Add to each matrix of the blocks, except routers, the product of two narrow matrices (LoRA), zero at first.
 
-        The random matrix is seeded by its name, so that it is the same at whichever stage the layer runs.
+        The random one of the two is seeded by its name, so that it does not depend on the stage that runs the layer.
         """
         for name, slot in self._slots.items():
             if name.startswith("layer") and slot.columns is not None and not name.endswith("gate"):

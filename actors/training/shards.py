@@ -27,7 +27,7 @@ def write(
 ) -> None:
     """Write the weights as `ACTOR.safetensors`, and what training resumes from as `ACTOR.state.safetensors`.
 
-    The latter has the weights as they are held here, and the optimiser's state.
+    The second file has the weights as the stage holds them, and the optimiser's state.
     """
     folder = folder_of(root, done)
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,8 +73,8 @@ def read(folder: Path, actor: str, stage: TrainedStage, optimizer: torch.optim.O
     if theirs != ours:
         odd = sorted(set(theirs.items()) ^ set(ours.items()))[0]
         raise ValueError(
-            f"{file}: of another graph or actor: only one of file and actor has {odd[0]} with shape {odd[1]}; "
-            "resume with the graph that wrote the file"
+            f"{file}: belongs to another graph or actor: only the file or only the actor has {odd[0]} with shape "
+            f"{odd[1]}; resume with the graph that wrote the file"
         )
     with torch.no_grad():
         for name, tensor in held.items():

@@ -1,8 +1,8 @@
 """Train one stage without I/O: run forwards and keep them, run backwards in any order, and apply updates.
 
-Any actor made of torch modules can learn: the modules that it holds are its weights, its `step` is its forward pass. If
-updates are asynchronous, the version of the weights that a forward runs on is kept until its backward is done (weight
-stashing, PipeDream, Narayanan et al. 2019). Its gradients are applied to the newest version.
+Any actor made of torch modules can learn: the modules that it holds are its weights, its `step` is its forward pass. With
+asynchronous updates, a forward's version of the weights is kept until its backward is done (weight stashing, PipeDream,
+Narayanan et al. 2019). The gradients are applied to the newest version.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class TrainedStage:
         terms: the losses of its outputs.
         given_back: inputs whose gradients go back to earlier stages.
         wanted: outputs for which later stages send gradients.
-        trains: whether its weights learn; otherwise only the gradients of inputs are computed.
+        trains: whether updates change its weights; otherwise only the gradients of inputs are computed.
         stashes: whether each forward keeps the version of the weights that it ran on.
         recompute: whether the backward computes activations again, instead of keeping them.
     """
@@ -320,7 +320,7 @@ class TrainedStage:
 
 
 def _batch(inputs: Mapping[str, torch.Tensor]) -> Batch:
-    """Return a micro-batch as one row; a port that got only some of its tokens has a separate row."""
+    """Return a micro-batch as one row; a port with fewer tokens than this row has a separate row."""
     lengths = {port: len(tensor) if tensor.dim() else 1 for port, tensor in inputs.items()}
     row = Row(1, 1, 0, max(lengths.values(), default=1))
     own = {port: (row._replace(tokens=length),) for port, length in lengths.items() if length != row.tokens}

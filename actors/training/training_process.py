@@ -27,7 +27,7 @@ DRAIN_DEADLINE_S = 5.0
 
 
 class Mail(Process):
-    """Exchange the messages of one stage; `owed` holds, by link, what its codec has lost of the last gradient."""
+    """Exchange the messages of one stage; `owed` holds, by link, the part of the last gradient that its codec has lost."""
 
     def begin(self, links: Iterable[TrainingLink]) -> None:
         """Prepare the inbox and group the links by role."""
@@ -58,7 +58,7 @@ class Mail(Process):
         raise error  # training must not skip a row
 
     def until(self, wire: ProcessWire, links: Iterable[TrainingLink], key: Key) -> None:
-        """Take in what comes until something of that number has come by all of these, and count how long that took."""
+        """Receive messages until each of `links` has the one for `key`, and count the time that this takes."""
         missing = self.core.missing(links, key)
         if not missing:
             return
@@ -70,7 +70,7 @@ class Mail(Process):
         self.core.counters[name] += (time.monotonic_ns() - began_ns) // 1000
 
     def take_in_more(self, wire: ProcessWire) -> None:
-        """Send what is to be sent, wait for something to come, obey.
+        """Send messages that may go, wait for a message or a timeout, then carry out commands.
 
         Raises:
             Stopped: the supervisor has sent `stop`.
@@ -89,7 +89,7 @@ class Mail(Process):
                 raise Stopped
 
     def send(self, link: TrainingLink, key: Key, tensor: torch.Tensor) -> None:
-        """Send a tensor as the one for `key`; the caller must not change it afterwards."""
+        """Send the tensor for `key`. The caller must not change it afterwards."""
         sending = self.exchange.sender(link.link)
         name = link.link.tensors[0][0]
         row = Row(key.session, 1, key.number, len(tensor) if tensor.dim() else 1)
@@ -100,7 +100,7 @@ class Mail(Process):
             self.exchange.send(sending, Outbound((row,), (meta,), (buffer,), now_ns))
         else:
             owed = self.owed.get(link)
-            if owed is not None and owed.shape == tensor.shape:  # a router's rows differ each time
+            if owed is not None and owed.shape == tensor.shape:  # a router's number of rows varies
                 tensor = tensor + owed
             tensors, buffers, coding = coded(name, tensor, sending)
             if link.role == INPUT_GRADIENT:  # error feedback: what the codec lost is added to the next one
@@ -108,7 +108,7 @@ class Mail(Process):
             self.exchange.send(sending, Outbound((row,), tensors, buffers, now_ns, coding))
 
     def counting(self, what: Callable[[], float]) -> float:
-        """Run `what`, which precedes the optimiser's step, and count its time as part of the update."""
+        """Run `what` before the optimiser's step, and count its time as part of the update."""
         began_ns = time.monotonic_ns()
         made = what()
         self.core.counters[f"{UPDATE}_us"] += (time.monotonic_ns() - began_ns) // 1000
@@ -131,7 +131,7 @@ class Mail(Process):
                     self.records.done(received, began_ns, ended_ns, 1)
 
     def drain(self, wire: ProcessWire) -> None:
-        """Send what is owed and wait until what was sent is acknowledged, but not for long."""
+        """Send pending messages, and wait at most `DRAIN_DEADLINE_S` seconds until all are acknowledged."""
         self.send_owed(wire, DRAIN_DEADLINE_S)
         self._count()
         self.crossing.report(Counters(self.crossing.counters))

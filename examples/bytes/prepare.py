@@ -24,7 +24,7 @@ def main() -> None:
     folder = HERE / "model"
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # one letter stands for each byte
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # each letter stands for one byte
     tokenizer = Tokenizer(models.BPE({letter: index for index, letter in enumerate(letters)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 
 def together(parts: nn.ModuleDict, pixels: torch.Tensor) -> torch.Tensor:
-    """Compute the same in one process."""
+    """Compute the same as the graph, in one process."""
     top, bottom = parts["top"](pixels)["features"], parts["bottom"](pixels)["features"]
     return parts["joint"](top, bottom)["logits"]
 

@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 
 
 def together(parts: nn.ModuleDict, pixels: torch.Tensor) -> torch.Tensor:
-    """Compute the same in one process, the dense way: every expert computes every picture, mostly for nothing."""
+    """Compute the same in one process, densely: every expert computes every picture, and most results are not used."""
     _, weight, index = choose(parts["router"]["gate"], pixels)
     answers = torch.stack([parts[port](pixels)["logits"] for port in PORTS], 1)
     chosen = answers.gather(1, index[:, :, None].expand(-1, -1, 10))

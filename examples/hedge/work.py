@@ -1,4 +1,4 @@
-"""Define a small network with one slow replica: at times it stands still, as on a machine that is shared."""
+"""Define a small network with one slow replica, which pauses at times, as on a shared machine."""
 
 import random
 import time
@@ -12,7 +12,7 @@ from ranvier import Actor, TensorSpec
 class Work(Actor):
     """Apply two linear layers; one replica is slow.
 
-    Args: `slow` is the number of the slow replica. It stands still in one step of `one_in`, for `ms` milliseconds.
+    Args: `slow` is the number of the slow replica. It pauses in one step of `one_in`, for `ms` milliseconds.
     """
 
     inputs = {"x": TensorSpec("float32", ("rows", 64))}

@@ -21,8 +21,8 @@ def why_command(run_dir: RunFolder, as_json: Json = False) -> None:
     """Show who waits for whom in a run in progress, and which actor is to blame.
 
     An actor that is stopped, silent, loading, or spends long in one step is named with its process. If the
-    process can still answer, the Python lines that it is executing are shown. It costs the run nothing unless it is
-    used.
+    process can still answer, the Python lines that it is executing are shown. The run pays nothing for this command
+    until you use it.
     """
     from ranvier.actors.protocol.control_protocol import AskWhy
 

@@ -75,7 +75,7 @@ def common(
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    """Take the options that belong to no command."""
+    """Handle the options that apply without a command: `--version`."""
 
 
 class Format(StrEnum):
@@ -175,10 +175,10 @@ def run(
     ] = 0.0,
     top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0: among all.")] = 0,
     top_p: Annotated[
-        float, typer.Option(help="Choose among the likeliest tokens that have this probability together.")
+        float, typer.Option(help="Choose among the likeliest tokens whose probabilities add up to this value.")
     ] = 1.0,
     min_p: Annotated[
-        float, typer.Option(help="Leave out tokens less likely than this share of the likeliest one.")
+        float, typer.Option(help="Leave out tokens whose probability is below this share of the likeliest one's.")
     ] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Over 1: avoid tokens that occurred before.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the random choice; the same seed gives the same text.")] = 0,
@@ -419,7 +419,7 @@ def _run(checked: Graph, prompt: str, options: dict[str, Any], as_json: bool, la
     )
 
 
-keys = typer.Typer(help="Make keys for tcp, with which actors prove who they are.", no_args_is_help=True)
+keys = typer.Typer(help="Make key pairs, with which actors authenticate each other over tcp.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 
 
@@ -430,7 +430,7 @@ def keys_new(
         Path | None, typer.Option(help="Folder of the keys; by default `keys:` of the graph, or else keys/ beside it.")
     ] = None,
 ) -> None:
-    """Make a key pair for each actor of the graph, and for the gateway, if it has none yet.
+    """Make a key pair for the gateway and for each actor of the graph, unless it already has one.
 
     Give each machine all .pub files, and the .key files of the actors that run there. Nobody else may read the .key
     files.
@@ -476,7 +476,7 @@ def main(zygote: ZygoteProcess | None = None) -> None:
     try:
         app(obj=zygote)
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of the output has closed it
+        sys.stderr.close()  # whoever read the output has closed the pipe
         sys.exit(FAILED)
     except RanvierError as error:
         say(f"{error}" if isinstance(error, GraphError) else f"ranvier: {error}", error=True)

@@ -84,9 +84,9 @@ def interruptible(main: Callable[[], Awaitable[Result_]]) -> Result_:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[None]:
-    """Let Ctrl-C raise `KeyboardInterrupt` inside, so that work can be ended in order.
+    """Let Ctrl-C raise `KeyboardInterrupt` while in the context, so that work can end in order.
 
-    Outside, it ends a command at once.
+    Outside the context, Ctrl-C ends a command at once.
     """
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:
@@ -109,7 +109,7 @@ def overrides(settings: Sequence[str] | None) -> dict[str, str]:
     """Return the values of `--set`, by key.
 
     Raises:
-        RequestError: one is not of the form KEY=VALUE.
+        RequestError: a setting does not have the form KEY=VALUE.
     """
     made = {}
     for setting in settings or ():
@@ -148,28 +148,28 @@ def prompt_of(text: str | None, file: Path | None) -> str | None:
 
 
 def say(text: str, *, end: str = "\n", error: bool = False) -> None:
-    """Print a text that may come from outside, with its control characters spelled out."""
+    """Print a text that may be untrusted, with its control characters escaped."""
     print(printable(text), end=end, file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def show_text(text: str) -> None:
-    """Print a piece of a model's text. On a terminal, its control characters are spelled out."""
+    """Print a piece of a model's text. On a terminal, its control characters are escaped."""
     print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
 @contextlib.contextmanager
 def reading(*folders: Path | None) -> Iterator[None]:
-    """Work on folders that may come from anybody.
+    """Read untrusted folders in this context, and translate unexpected errors.
 
     Raises:
-        TraceError: their contents made the work fail in a way that no check covers.
+        TraceError: the contents of a folder caused an error that no check covers.
     """
     from ..trace.trace_lines import TraceError
 
     try:
         with interrupts():
             yield
-    except (RanvierError, BrokenPipeError):  # the reader of the output has closed it
+    except (RanvierError, BrokenPipeError):  # BrokenPipeError: whoever read the output has closed the pipe
         raise
     except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, OSError, RuntimeError,
             TypeError, ValueError) as error:  # fmt: skip

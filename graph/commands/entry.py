@@ -1,7 +1,7 @@
 """Start the command `ranvier`.
 
 A command that starts a run first starts the process from which hosts are forked. That process imports torch while the
-command reads the graph: both take most of a second. If the graph is wrong, the process is ended again.
+command reads the graph: each takes most of a second. If the graph is wrong, the process is ended again.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ INTERRUPTED = 130
 
 
 def _at_once(_number: int, _frame: object) -> None:
-    """End at once on Ctrl-C, while there is nothing that must be ended in order.
+    """End at once on Ctrl-C, as long as nothing runs that must be ended in order.
 
-    An exception could be raised inside any library, which might turn it into another error. The process from which
-    hosts are forked ends when its standard input closes.
+    This does not raise an exception: it could occur inside any library, which might turn it into another error. The
+    process from which hosts are forked ends when its standard input closes.
     """
     os.write(2, b"interrupted\n")
     os._exit(INTERRUPTED)
@@ -34,7 +34,7 @@ def main() -> None:
         from ranvier.actors.supervise.zygote_process import ZygoteProcess, open_standard_streams
 
         open_standard_streams()
-        for name in ("stdin", "stdout", "stderr"):  # None where it was closed, as cron and init do
+        for name in ("stdin", "stdout", "stderr"):  # None if the parent closed it, as cron and init do
             if getattr(sys, name) is None:
                 setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
         if sys.argv[1:2] and sys.argv[1] in STARTING and not set(ASKING) & set(sys.argv):

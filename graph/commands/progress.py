@@ -28,7 +28,7 @@ class Bar:
         self._stage = stage
 
     def done(self) -> None:
-        """Wipe the line."""
+        """Clear the progress line."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 REFERENCE = "reference"
 RECORD_HELP = (
-    "Record what goes over these edges for `replay` and `diverge`: all, or edges, ports, actors, comma-separated."
+    "Record the messages of these edges for `replay` and `diverge`: all, or edges, ports, actors, comma-separated."
 )
 
 
@@ -51,7 +51,7 @@ def replay_command(
     allow_code: AllowCode = False,
     as_json: Json = False,
 ) -> None:
-    """Replay one actor alone, in this process, with its inputs of a recorded run, and compare its outputs.
+    """Replay one actor alone, in this process, with its inputs from a recorded run, and compare its outputs.
 
     Record a run with: ranvier run GRAPH --record all. The KV cache is built by the same steps in the same batches.
     Exit code 1: an output differs from the recorded one.
@@ -116,10 +116,10 @@ def _words(recorded: Recorded, done: Replayed, tolerance: float) -> str:
 
 
 def _allowed(chosen: Sequence[Recorded], allow_code: bool) -> None:
-    """Refuse recorded actors that may not be started: a run folder may come from anybody.
+    """Refuse recorded actors that may not be started: a run folder may be untrusted.
 
     Raises:
-        RequestError: an actor is not of an installed kind, or is code of a graph's folder and code is not allowed.
+        RequestError: the kind of an actor is not installed, or is code from a graph's folder and code is not allowed.
     """
     from ranvier.actors.component.kinds import is_offered
 

@@ -44,7 +44,7 @@ def run(run_dir: Path, after: int | None, as_json: bool, allow_code: bool, launc
     """Continue all open requests of a run, and print the text of each that comes after the position `after`.
 
     Raises:
-        RequestError: it is not a run folder, there is nothing to resume, or the run had another graph or model.
+        RequestError: `run_dir` is not a run folder, has nothing to resume, or its run had another graph or model.
         typer.Exit: a request failed; the other requests are done.
     """
     from ..run.launch import launch
@@ -94,7 +94,7 @@ def _print_outcome(resumed: Path, path: Path, results: list[tuple[str, Result, s
 def graph_of(run_dir: Path, allow_code: bool) -> Graph:
     """Load the graph file of a run again, with the settings of that run.
 
-    Its code runs only if that is allowed now, too.
+    Code from the graph's folder is imported only if `allow_code` is set now, too.
     """
     try:
         outcome = json.loads(read_text(run_dir / "run.json", MOST_BYTES))

@@ -23,7 +23,7 @@ _BOUND = RunsSection()
 def list_runs(context: typer.Context, folder: Folder = run_folder.DEFAULT_ROOT, as_json: Json = False) -> None:
     """List the runs of a folder, the newest first: name, start, outcome, size."""
     if context.invoked_subcommand is not None:
-        context.obj = (folder, as_json)  # they may also stand before the subcommand
+        context.obj = (folder, as_json)  # these options may also stand before the subcommand
         return
     if not folder.is_dir():
         raise RequestError(f"{folder}: no such folder; give one with --runs")

@@ -1,6 +1,6 @@
 """Show a run in progress as a table that updates itself: `ranvier top`.
 
-It asks the run's process for what that process knows anyway, and reads the rest from the trace while the run writes it.
+The run's process reports what it already knows. The rest is read from the trace while the run writes it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Top:
 
 
 def show(run_dir: Path, interval_s: float, console: Console) -> None:
-    """Show the table until the run is over, or until Ctrl-C, then wipe it.
+    """Show the table until the run is over, or until Ctrl-C, then clear it.
 
     Raises:
         RequestError: there is no such run in progress.
@@ -80,10 +80,9 @@ def show(run_dir: Path, interval_s: float, console: Console) -> None:
 def _go_last() -> None:
     """Run this process only on idle cores.
 
-    `ranvier top` needs 20 ms of a core per second, which it would take from the run if both cores of a machine are
-    busy.
+    `ranvier top` needs 20 ms of a core per second. On a machine with two busy cores, it would take them from the run.
     """
-    with contextlib.suppress(AttributeError, OSError):  # the system does not have it, or forbids it
+    with contextlib.suppress(AttributeError, OSError):  # the system has no such scheduling policy, or forbids it
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
@@ -120,7 +119,7 @@ def view(status: Mapping[str, Any]) -> Group:
 
 
 def _text(value: object) -> Text:
-    """Return text from outside, with control characters spelled out, and without reading it as markup."""
+    """Return untrusted text for a table: control characters are escaped, and nothing is read as markup."""
     return Text(printable(str(value)))
 
 

@@ -29,7 +29,7 @@ HISTORY = "history.jsonl"
 def show_schedule(graph: Graph, as_json: bool) -> None:
     """Print the training schedule of a graph, one line per stage, and its bubble.
 
-    The bubble assumes that a backward takes twice as long as a forward, and that messages take no time.
+    The bubble assumes that a backward pass takes twice as long as a forward pass, and that messages take no time.
     """
     plan = training_plan(graph)
     played = play(plan.schedule, plan.stages)
@@ -66,7 +66,7 @@ def train_command(
     """Train a graph as its `training:` section says; every actor learns its own weights.
 
     To continue after an interruption, or with more steps, run the same command again: it resumes from the newest
-    checkpoint under --out. Checkpoints of a model open with transformers, and as `model: {source: …}` of a graph.
+    checkpoint under --out. transformers can open the checkpoints of a model, and so can `model: {source: …}` of graphs.
     """
     checked = load_graph(graph, allow_code=allow_code, overrides=overrides(settings))
     plan = training_plan(checked)

@@ -42,7 +42,10 @@ class ActorCheck(Findings):
     def names(self) -> None:
         if GATEWAY in self.file.actors:
             self._wrong(
-                f"actor name {GATEWAY!r} is reserved for where clients enter; use another", "actors", GATEWAY, key=True
+                f"actor name {GATEWAY!r} is reserved for the place where clients enter; use another name",
+                "actors",
+                GATEWAY,
+                key=True,
             )
 
     def kinds(self) -> dict[str, Kind]:
@@ -132,7 +135,7 @@ class ActorCheck(Findings):
             )
 
     def _fits_model(self, name: str, kind: Kind, checkpoint: Checkpoint | None) -> None:
-        """Report a kind that this model does not have."""
+        """Report a kind that does not fit this model."""
         if checkpoint is None or not kind.uses_model:
             return
         family = checkpoint.config.family
@@ -405,7 +408,7 @@ class ActorCheck(Findings):
                 taken[str(where)] = name
 
     def _transport(self) -> None:
-        """Check which wire carries the tensors, and that what belongs to one of them is not asked of another."""
+        """Check the form of `transport`, and that `shared_from_bytes` is set only for transport local."""
         transport = self.file.transport
         if transport != "local" and "shared_from_bytes" in self.file.model_fields_set:
             self._wrong(

@@ -1,7 +1,7 @@
 """Check symbolic dimensions over the whole graph.
 
-Within one actor a name stands for one size, and an edge makes the names at its two ends equal. A chain of edges may so
-make two different numbers equal, a mistake that no single edge shows. `tokens` and `rows` are sizes of a message and
+Within one actor a name stands for one size, and an edge makes the names at its two ends equal. So a chain of edges may
+make two different numbers equal, and no single edge shows this mistake. `tokens` and `rows` are sizes of a message and
 are not checked.
 """
 
@@ -42,7 +42,7 @@ class Conflict(NamedTuple):
 
 
 def conflicts(actors: Mapping[str, CheckedActor], edges: Iterable[CheckedEdge]) -> list[Conflict]:
-    """Return, for each number that is connected to a different one, the nearest such number and the edges between."""
+    """Find the numbers that are connected to a different one. Report the nearest such number, and the edges between."""
     joined: dict[Dimension, list[tuple[Dimension, str]]] = defaultdict(list)
     for edge in edges:
         if edge.target == GATEWAY:

@@ -62,8 +62,8 @@ class ReplicaCheck(Findings):
     def _one_sender(self, actor: CheckedActor, edges: list[CheckedEdge]) -> None:
         """Check that one sender chooses the replica for all parts of a step.
 
-        With a policy by load each sender chooses from what it sees itself, so two senders could choose different
-        replicas.
+        With a policy that goes by load, each sender decides from its own observations. So two senders could choose
+        different replicas.
         """
         incoming = [edge for edge in edges if edge.target == actor.name != edge.source]
         if len(incoming) > 1:

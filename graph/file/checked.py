@@ -77,14 +77,14 @@ class CheckedEdge:
         return f"{self.source}.{self.out} -> {self.target}.{self.into}"
 
     def is_meant_by(self, name: str) -> bool:
-        """Return whether `name` names this edge, or an actor or a port at one of its ends."""
+        """Return whether `name` is the name of this edge, or of an actor or a port at one of its ends."""
         ends = (self.source, self.target, f"{self.source}.{self.out}", f"{self.target}.{self.into}")
         return name in ends or name.replace(" ", "") == self.name.replace(" ", "")
 
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """Hold a graph that can run. `overrides` and `allow_code` are those that it was loaded with."""
+    """Hold a graph that can run. `overrides` and `allow_code` are the arguments of the `load` that read it."""
 
     path: Path
     file: GraphFile
@@ -114,7 +114,7 @@ class Graph:
     def prefill_chunk(self) -> int:
         """Return the maximum number of prompt tokens in one message.
 
-        A model that keeps states gets its whole prompt in one.
+        A model that cannot be cut (`uncut`) gets its whole prompt in one message.
         """
         if self.checkpoint is not None and self.checkpoint.config.uncut:
             return self.checkpoint.config.context
@@ -131,7 +131,7 @@ class Graph:
         return tuple(edge for edge in self.edges if any(edge.is_meant_by(name) for name in section.edges))
 
     def policy(self, actor: str) -> Policy:
-        """Return the policy of an actor. That of the gateway is sticky."""
+        """Return the policy of an actor. The gateway's policy is sticky."""
         return self.actors[actor].policy if actor in self.actors else STICKY
 
     def expanded(self) -> dict[str, Any]:

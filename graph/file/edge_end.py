@@ -19,7 +19,7 @@ def end(text: str) -> End:
     """Parse an end.
 
     Raises:
-        ValueError: it is not `actor.port`.
+        ValueError: the text does not have the form `actor.port`.
     """
     actor, port = text.split(".")
     return End(actor, port)
@@ -29,7 +29,7 @@ def ends(name: str) -> tuple[End, End]:
     """Parse the name of an edge, `actor.port -> actor.port`.
 
     Raises:
-        ValueError: it has another form.
+        ValueError: the name has another form.
     """
     source, target = name.split(" -> ")
     return end(source), end(target)

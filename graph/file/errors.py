@@ -25,7 +25,7 @@ class Problem:
 
 
 class RequestError(RanvierError, ValueError):
-    """Report a wrong request, for which nothing was started. The message says what to change."""
+    """Report a wrong request. Nothing was started for it, and the message says what to change."""
 
 
 class GraphError(RanvierError):

@@ -90,7 +90,7 @@ def _parse(document: Document, text: bytes) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = _place(mark) if mark else START
-        if "nesting depth" in str(error.problem):  # PyYAML since 6.0.4 reads ahead, and has another limit
+        if "nesting depth" in str(error.problem):  # PyYAML from 6.0.4 on reads ahead, and has its own limit
             raise _fail(document, at, TOO_DEEP) from None
         raise _fail(document, at, f"is not YAML: {error.problem or error.context}; fix the syntax here") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -39,7 +39,7 @@ class ModelSection(Section):
 
 
 class Quorum(Section):
-    """Start a step when this many of an actor's inputs hold it."""
+    """Start a step as soon as `quorum` of the actor's inputs have arrived."""
 
     quorum: int = Field(ge=1, le=1024)
 
@@ -142,7 +142,9 @@ class EdgeSection(Section):
     at_most: int | None = Field(
         None, ge=1, le=1 << 40, description="for feedback of a custom actor: maximum number of rounds of a row"
     )
-    until: str | None = Field(None, description="output port, one number per row, that ends a row's rounds")
+    until: str | None = Field(
+        None, description="output port with one number per row; a number other than 0 ends the rounds of its row"
+    )
     codec: str = Field(
         "raw",
         max_length=40,
@@ -152,7 +154,7 @@ class EdgeSection(Section):
     gradient_codec: str = Field(
         "raw",
         max_length=40,
-        description="how gradients that come back in training are written; the codec's loss is added to the next gradient",
+        description="how gradients are encoded in training; the codec's error is added to the next gradient",
     )
     tap: str | None = Field(
         None,
@@ -254,7 +256,7 @@ class GraphFile(Section):
         1 << 30, ge=1 << 16, le=1 << 40, description="maximum size of a tensor; a larger one is refused"
     )
     shared_from_bytes: int = Field(
-        1 << 18, ge=0, le=1 << 40,
+        1 << 20, ge=0, le=1 << 40,
         description="with transport: local, tensors of at least this many bytes go through shared memory; 0: none",
     )  # fmt: skip
     trace: bool | TraceSection = Field(
@@ -284,7 +286,7 @@ class GraphFile(Section):
 
     @property
     def sampling(self) -> TraceSection:
-        """Return which messages are traced if the trace is on."""
+        """Return which messages are traced if tracing is on."""
         return self.trace if isinstance(self.trace, TraceSection) else TraceSection()
 
 

@@ -56,7 +56,7 @@ def resolve(source: str, folder: Path, trusted: bool = False) -> Path:
 def _hub(source: str, location: str) -> Path:
     """Return the path of a model from the Hugging Face hub.
 
-    A cached model is used as it is; any other is fetched once.
+    A cached model is used as it is. Any other model is downloaded once.
     """
     match = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?(?:/([\w./-]+\.gguf))?", location)
     if match is None or ".." in location:

@@ -173,9 +173,8 @@ class Plan:
     def _batches(self) -> int:
         """Return the number of batches that the sessions of a token loop are split into, at every actor.
 
-        There is one batch for each stage with layers, but at most one per core. If only the first actor split the
-        sessions, an actor with two batches in its queue would merge them, and its neighbours would wait for it each
-        time.
+        There is one batch for each stage with layers, but at most one per core. It is not enough that the first actor
+        splits the sessions: an actor with two batches in its queue would merge them, and its neighbours would wait.
         """
         comes_back = any(edge.feedback and edge.into == "token" for edge in self.graph.edges)
         stages = sum(actor.kind.caches for actor in self.graph.actors.values())
@@ -270,7 +269,7 @@ def _restart(given: RestartSection | str) -> Restart:
 
 
 def _needed(section: ActorSection) -> int | None:
-    """Return how many inputs make a step, or None for all."""
+    """Return how many inputs a step needs, or None for all."""
     if isinstance(section.join, Quorum):
         return section.join.quorum
     return 1 if section.join == "first" else None
@@ -320,7 +319,7 @@ def _edge(graph: Graph, index: int, edge: CheckedEdge) -> PlannedEdge:
 
 
 def _wire(graph: Graph, edge: CheckedEdge) -> str:
-    """Return the kind of wire of an edge: tcp if one of its ends listens there."""
+    """Return the kind of wire of an edge. It is tcp if one end of the edge listens on tcp."""
     sections = [graph.file.actors.get(end) for end in (edge.source, edge.target)]
     given = [section.endpoint if section is not None else None for section in sections]
     kinds = {(address or graph.file.transport).partition(":")[0] for address in given}

@@ -100,12 +100,12 @@ def diverge(
     Args:
         first: a run folder.
         second: another run folder; None: the reference.
-        threshold: the largest difference that counts as none; None: what rounding explains.
+        threshold: the largest difference that is ignored; None: what rounding explains.
         model: the checkpoint of the reference; None: that of the first run.
-        progress: receives what is being done, and the share of it that is finished.
+        progress: called with the name of the current phase, and the share of it that is finished.
 
     Raises:
-        RecordingError: what is needed was not recorded.
+        RecordingError: a tensor that the comparison needs was not recorded.
     """
     progress("reading", 0.0)
     run = read(first)
@@ -122,8 +122,8 @@ def diverge(
 def _threshold(one: Side, other: Side) -> float:
     """Return the largest difference that rounding explains.
 
-    It is small between two runs that are cut alike and compute in the same dtype and with the same precision of
-    weights. The cut matters because each edge rounds to its dtype what an actor keeps in float32.
+    It is small between two runs that are cut alike and compute with the same dtype and precision of weights. The cut
+    matters because each edge rounds to its dtype what an actor keeps in float32.
     """
     ways = {
         (recorded.host.dtype, recorded.host.precision)
@@ -162,12 +162,12 @@ def _found(one: Side, other: Side, threshold: float, progress: Callable[[str, fl
 
 
 def _given(one: Side, place: Place) -> bool:
-    """Return whether the gateway sent it, so that no actor made it."""
+    """Return whether the gateway, not an actor, made the tensor at a place."""
     return one.values.maker[place] == GATEWAY
 
 
 def _edge(one: Side, other: Side, found: Difference | None) -> str | None:
-    """Return the edge that causes the difference: both sides sent the same on it, but received different values."""
+    """Return the edge that causes the difference: both sides sent the same values, but received different ones."""
     if found is None or found.place.sent or _given(one, found.place):
         return None
     sent = found.place._replace(sent=True)
@@ -186,7 +186,7 @@ def _look_inside(
 ) -> None:
     """Replay the actors between the last place that agrees and the first that differs, and store their inner tensors.
 
-    Without a difference, replay the actors after the last common place: the logits that they make go over no edge.
+    Without a difference, replay the actors after the last common place, because no edge carries their logits.
     """
     orders = one.values.order
     ends = orders[found.place] if found is not None else (math.inf, 0, False)

@@ -36,7 +36,7 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """Describe how an output differs from the recorded one: `size` measures it, `what` says it in words."""
+    """Describe how an output differs from the recorded one: `size` measures the difference, `what` describes it."""
 
     step: int
     port: str

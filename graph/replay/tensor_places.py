@@ -52,7 +52,7 @@ class ModelPart:
 
     @property
     def kind(self) -> Kind:
-        """Return the kind. A custom kind is none of the model's."""
+        """Return the kind. A custom kind has no role in the model."""
         return BUILT_IN.get(self.name, Kind(self.name, ""))
 
 
@@ -105,7 +105,7 @@ class RecordedRun:
             made.put((place, order), maker, self.sessions, batch.rows, batch[port])
             made.takes.setdefault(actor, set()).add(place)
         for port, batch in step.outputs.items():
-            if port == "sampled" and self.parts[actor].kind.ends:  # made from the position before it
+            if port == "sampled" and self.parts[actor].kind.ends:  # a token is made from the position before its own
                 made.put((SAMPLED, (LAST, 2, False)), actor, self.sessions, batch.rows, batch[port], shift=-1)
             elif port not in ("token", "logits") or not self.parts[actor].kind.ends:
                 made.put(self.made(actor, port), actor, self.sessions, batch.rows, batch[port])
@@ -125,9 +125,9 @@ class RecordedRun:
         return Place(None, f"{actor}.{port}", sent), (self._depth(actor), LAST_PART, not sent)
 
     def taken(self, actor: str, port: str) -> tuple[Place, Order, str]:
-        """Return the place of an input, and the actor that made it.
+        """Return the place of an input, and the actor that made the input.
 
-        Both ends of an edge share the name of the place.
+        The place has the same name at both ends of an edge.
         """
         into = [edge for edge in self.edges if (edge.target, edge.into) == (actor, port)]
         edge = min(into, key=lambda edge: edge.feedback, default=None)
@@ -137,7 +137,7 @@ class RecordedRun:
         return *self.made(edge.source, edge.out, sent=False), edge.source
 
     def inside(self, actor: str, layer: int | None, name: str, seen: int) -> tuple[Place, Order]:
-        """Return the place of a tensor inside an actor; `seen` counts the names that came before it."""
+        """Return the place of a tensor inside an actor. `seen` is the number of tensor names that came before."""
         if layer is not None:
             return encoder_hidden(layer + 1) if self.parts[actor].kind.encodes else within(layer, name)
         if name == "embedding":
@@ -221,7 +221,7 @@ def _edge(plain: Mapping[str, Any]) -> Edge:
 
 
 def _parts(hosts: Sequence[Mapping[str, Any]], edges: Sequence[Edge]) -> dict[str, ModelPart]:
-    """Return the actors, each after those that it receives from. Feedback edges do not count."""
+    """Return the actors in an order in which each comes after its senders. Feedback edges do not count."""
     left = {host["actor"]: host for host in hosts}
     made: dict[str, ModelPart] = {}
     depth = 0

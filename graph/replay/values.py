@@ -1,6 +1,6 @@
 """Hold tensors by their place in the model (tensor_places.py names it) and by token, and measure how far two of them differ.
 
-A token is known by its session (the first, the second, … of its run) and its position.
+A token is identified by the number of its session (1, 2, … in each run) and by its position.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HIDDEN, ENCODER_HIDDEN = "hidden", "encoder hidden"
 
 
 class Place(NamedTuple):
-    """Name a place in a model: a tensor, of a layer if there is one, and an end.
+    """Name a place in a model: a tensor, its layer if it has one, and an end of an edge.
 
     `sent` is true at the sending end of an edge or inside an actor, else false.
     """
@@ -97,7 +97,7 @@ class Values:
     def moment(self, place: Place, token: TokenKey) -> int:
         """Return when a token was computed at a place, as a number that grows over time.
 
-        The tokens of a prompt are computed together, and each later one by itself. An encoder's tokens come before
+        The tokens of a prompt are computed together, and each later one separately. An encoder's tokens come before
         both: -1.
         """
         read_first = GIVEN < self.order[place][0] < 0
@@ -108,9 +108,9 @@ class Values:
 class Measure:
     """Measure how far two vectors differ.
 
-    `size` is the Euclidean distance over the norm of the first vector. It is infinite if the shapes differ, if only one
-    of them has NaN or infinity at some index, or if they differ and the first one is zero. For integers it is 1 if they
-    differ, else 0. `index`, `one` and `other` are the element that differs most.
+    `size` is the Euclidean distance divided by the norm of the first vector. It is infinite if the shapes differ or if
+    only one vector has NaN or infinity at some index. It is also infinite if the vectors differ and the first is zero.
+    For integers it is 1 if they differ, else 0. `index`, `one` and `other` are the element that differs most.
     """
 
     size: float
@@ -138,7 +138,7 @@ def measure(one: torch.Tensor, other: torch.Tensor) -> Measure:
         differs = (one != other).to(torch.float64)
         size = float(differs.any())
     else:
-        if one.dtype != other.dtype:  # what the coarser dtype cannot represent is no difference
+        if one.dtype != other.dtype:  # ignore what the coarser dtype cannot represent
             coarser = max(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).eps)
             one, other = one.to(coarser), other.to(coarser)
         wide, wider = one.double(), other.double()
@@ -161,8 +161,8 @@ def common(one: Values, other: Values) -> list[Place]:
 def compare(one: Values, other: Values, threshold: float) -> tuple[Difference | None, dict[Place, float]]:
     """Return the first difference over the threshold, and the largest difference at every place that both have.
 
-    The first difference is the one that was computed first: a prompt comes before the tokens after it, and at one
-    moment the shallower place comes first. The largest differences are taken up to that moment.
+    The first difference is the one that was computed first. A prompt is computed before the tokens after it. At the
+    same moment, the shallower place comes first. The largest differences are taken up to the first difference's moment.
     """
     first: Difference | None = None
     sizes: dict[Place, list[tuple[int, float]]] = {}

@@ -27,9 +27,9 @@ n is the length of the shortest queue among the actor's other replicas.
 class Seen:
     """Hold what was observed of one host.
 
-    `process` is the process state in /proc: R, S, D, T or Z; it is empty if unknown. `situation` is the report of the
-    host itself (actors/host/situation.py); it is None if the host did not answer. `before` is its report of a moment
-    earlier.
+    `process` is the process state in /proc: R, S, D, T or Z; it is empty if unknown. `situation` is the host's own
+    report (actors/host/situation.py); it is None if the host did not answer. `before` is the host's report from a
+    moment earlier.
     """
 
     label: str
@@ -55,8 +55,8 @@ class AtGateway:
     """Hold what the gateway knows.
 
     `sessions` are the open sessions. `untaken` counts the answers that a client has not taken yet, by session. `credit`
-    lists the messages that wait for credit, as in a host's report (`situation.credit`). `disk_full` is about the disk
-    of the run's folder.
+    lists the messages that wait for credit, as in a host's report (`situation.credit`). `disk_full` tells whether the
+    disk of the run's folder is full.
     """
 
     sessions: Sequence[int]
@@ -227,7 +227,7 @@ def _no_credit(label: str, edge: str, target: str, messages: int, since_s: float
 
 
 def _passive(host: Seen | None, label: str, fact: Fact) -> Fact:
-    """Blame a host that another one waits for, but that itself waits for nobody."""
+    """Blame a host that another host waits for, although it waits for nobody itself."""
     now, before = (host.situation or {}, host.before or {}) if host is not None else ({}, {})
     steps = now.get("steps", 0) - before.get("steps", now.get("steps", 0))
     if steps or now.get("queued", 0):

@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class _Thread:
-    """Run a graph under trio in a thread of its own, and carry calls there."""
+    """Run a graph under trio in a separate thread, and pass calls to that thread."""
 
     def __init__(self, graph: Graph, options: Mapping[str, Any]) -> None:
         self.error: BaseException | None = None
@@ -48,7 +48,7 @@ class _Thread:
         self._thread.start()
         try:
             self._started.wait()
-        except BaseException:  # Ctrl-C while it starts
+        except BaseException:  # Ctrl-C while the run starts
             self.end()
             raise
         if self.error is not None:
@@ -87,7 +87,7 @@ class _Thread:
             return trio.from_thread.run(cancellable, trio_token=self._token)
         except (trio.RunFinishedError, trio.Cancelled):
             raise self._over() from None
-        except KeyboardInterrupt:  # the call must not go on and take what a later call should get
+        except KeyboardInterrupt:  # a call that continued could take the result of a later call
             self.soon(scope.cancel)
             raise
 
@@ -103,7 +103,7 @@ class _Thread:
             raise self._over() from None
 
     def soon(self, call: Callable[[], None]) -> None:
-        """Have `call` called in the run's thread, unless the run is over."""
+        """Schedule `call` in the run's thread, unless the run is over."""
         if self._token is not None:
             with contextlib.suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(call)
@@ -160,7 +160,7 @@ class BlockingGeneration:
         self._thread.soon(self._generation.close)
 
     def __del__(self) -> None:
-        self.close()  # in the run's thread: only that may send
+        self.close()  # runs in the run's thread, the only one that may send
 
 
 class BlockingRun:
@@ -223,7 +223,7 @@ class BlockingRun:
         """Return the token ids of a chat, as `Run.chat_tokens` does."""
         return self._run.chat_tokens(messages)
 
-    # -- what is known without asking; also after the end -------------------------------------------------------
+    # -- properties, which also work after the end ---------------------------------------------------------------
 
     @property
     def dir(self) -> Path:
@@ -232,7 +232,7 @@ class BlockingRun:
 
     @property
     def plan(self) -> Plan:
-        """Return what runs where."""
+        """Return the plan: what runs where."""
         return self._run.plan
 
     @property
@@ -271,7 +271,7 @@ class BlockingRun:
         return self._run.metrics
 
     def _copied(self, copy: Callable[[], T]) -> T:
-        """Return a copy of what the run's thread may be changing; after its end nothing changes any more."""
+        """Copy data in the run's thread, which may be changing it. After the run's end, copy it here."""
         try:
             return self._thread.read(copy)
         except RanvierError:

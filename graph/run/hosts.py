@@ -1,7 +1,7 @@
-"""Bring up the hosts of a run, or of a training, and end them. Both do it this one way.
+"""Start the hosts of a run or of a training, and end them. Both use this code.
 
-A `Hosts` is made whole before anything runs, so that whoever drives it can be made whole, too. `up` starts the processes and
-waits for their weights, `link` opens the links, and leaving `up` ends every process.
+A `Hosts` object is complete before any process starts, so the object that drives it can be completed first, too. `up`
+starts the processes and waits for their weights, `link` opens the links, and leaving `up` ends every process.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from .why import Why
 
 
 class Hosts:
-    """Hold the hosts of one run, and all that watches them.
+    """Hold the hosts of one run, and the objects that watch them.
 
     Args:
         plan: the plan of the graph.
         folder: the run's folder.
         specs: the hosts to start with.
         links: the links of this process.
-        zygote: the process that hosts are forked from, if it is already started. It is ended in any case.
+        zygote: the process that hosts are forked from, if it is already started. `Hosts` always ends it.
         bad_links: tcp links that fail on purpose (chaos.py).
         shown: `json` or `console`: also write the run's log to standard error, in that form.
         by_position: sample the trace's records by position instead of by session.
@@ -102,7 +102,7 @@ class Hosts:
             nursery.cancel_scope.cancel()
 
     async def link(self, nursery: trio.Nursery, driver: Driver) -> None:
-        """Open all links, and wait until the hosts have opened theirs. From now on `driver` receives what comes.
+        """Open all links, and wait until the hosts have opened theirs. From then on, `driver` gets the messages.
 
         Raises:
             ActorFailed: a host was lost meanwhile.
@@ -115,12 +115,12 @@ class Hosts:
 
     @property
     def counters(self) -> dict[str, dict[str, int]]:
-        """Return what each host has counted, by its label, and what was done to links on purpose."""
+        """Return the counters of each host by its label, and those of injected faults under `chaos`."""
         counted = {label: dict(own) for label, own in self.supervisor.supervision.counters.items()}
         if done := self.detours.counters:
             counted["chaos"] = dict(done)
         return counted
 
     def close(self) -> None:
-        """Close the wires and the log. The hosts have ended."""
+        """Close the wires and the log, after the hosts have ended."""
         self._closing.close()

@@ -49,10 +49,10 @@ async def launch(
 
     Args:
         graph: from `ranvier.load`.
-        runs: the folder in which the run's own folder is made.
+        runs: the folder in which the run folder is created.
         progress: called with the phase and the share done, until the run is ready.
-        zygote: the process that hosts are forked from, if it is already started. It is ended in any case.
-        chaos: a file that says which tcp links fail, and how (chaos.py).
+        zygote: the process that hosts are forked from, if it is already started. `launch` always ends it.
+        chaos: a file that lists faults to inject on tcp links (chaos.py).
         log: `json` or `console`: also write the run's log to standard error, in that form.
         resume: the folder of a killed run that has a journal. Its requests continue here (`Run.resume`).
 
@@ -137,7 +137,7 @@ def bad_links_of(planned: Plan, chaos: Path | None) -> Sequence[ChaosLink]:
 
 @contextlib.asynccontextmanager
 async def _exported(folder: RunFolder, graph: Graph, hosts: Hosts) -> AsyncIterator[None]:
-    """Export spans, where the graph says so, and write how many there were."""
+    """Export spans if the graph asks for it, and write their counts to `run.json`."""
     exported: dict[str, int] = {}
     try:
         async with exporting(folder.path, graph.name, graph.file.telemetry.otlp, hosts.log, exported):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import structlog
 
 Snapshot = Callable[[], Mapping[str, Any]]
-"""`Run.status`, or its counterpart of a training. It is called on the run's own thread."""
+"""`Run.snapshot`, or its counterpart for a training. It is called on the run's own thread."""
 
 
 @contextlib.asynccontextmanager
@@ -52,7 +52,7 @@ async def served(
         yield page
     finally:
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(server.shutdown)  # it checks twice a second whether to stop
+            await trio.to_thread.run_sync(server.shutdown)  # up to 0.5 s: the server checks twice a second
         server.server_close()
         thread.join()
 

@@ -29,26 +29,26 @@ ME = str(HostId(GATEWAY, 0, EPOCH))
 
 
 class Driver(Protocol):
-    """Drive a run with what comes over its links."""
+    """Handle what happens on the links of a run. `ParentEnd.drive` calls these methods."""
 
     @property
     def due_ns(self) -> int | None:
-        """Return when `on_due` is to be called, or None."""
+        """Return the time at which `on_due` is to be called, or None."""
 
     def on_message(self, received: Received) -> None:
-        """Take a message."""
+        """Handle a message that was received."""
 
     def on_refused(self, error: ProtocolError) -> None:
         """Handle a message that was refused."""
 
     def on_due(self, now_ns: int) -> None:
-        """Handle that `due_ns` has come."""
+        """Do the work that is due: the time `due_ns` has come."""
 
     def on_tick(self) -> None:
-        """Handle that nothing came for a second."""
+        """Do periodic work: no message came for a second."""
 
     def flush(self) -> None:
-        """Carry out what was decided: send what is to be sent."""
+        """Send the messages and commands that the other methods decided on."""
 
 
 class ParentEnd:
@@ -109,7 +109,7 @@ class ParentEnd:
                 self.records.done(received, received.received_ns, time.monotonic_ns(), 1)
 
     async def ship(self) -> None:
-        """Write the records to the trace until cancelled, then those that are left."""
+        """Write records to the trace until cancelled. Then write the remaining ones."""
         if not self._traces:
             return
         sampling, ring = self._sampling, self._ring

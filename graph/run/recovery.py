@@ -1,7 +1,7 @@
 """Replace hosts that are lost while the run continues.
 
-A lost host is fenced at once: it is killed, whatever state it is in, and all peers forget it, so that nothing it still
-sends counts. The other hosts close or hold its sessions. If another replica has room for a session, the session starts
+A lost host is fenced at once: it is killed, whatever its state, and all peers forget it. Messages that it still sends
+are refused. The other hosts close or hold its sessions. If another replica has room for a session, the session starts
 there again in a new epoch, from the gateway's log. Otherwise it waits for a spare, which already has its weights, or
 for a restart of the same replica. An actor that is lost too often ends the run (`Restarts`).
 """

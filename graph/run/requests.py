@@ -119,7 +119,7 @@ class Requests:
     ) -> Generation:
         """Begin a generation. See `Run.generate`.
 
-        It begins at once if its prompt is token ids, else when the prompt has been turned into token ids.
+        It begins at once if its prompt is token ids, else when the prompt has been tokenized.
         """
         graph = self._graph
         if not graph.generates or graph.checkpoint is None:
@@ -157,7 +157,7 @@ class Requests:
         """Check `max_tokens` as far as possible without the prompt.
 
         Raises:
-            RequestError: it is no whole number, or it is out of the model's range.
+            RequestError: `max_tokens` is not a whole number, or exceeds the model's context.
         """
         assert self._graph.checkpoint is not None
         most, context = _whole("max_tokens", max_tokens), self._graph.checkpoint.config.context
@@ -169,7 +169,7 @@ class Requests:
         """Check stop strings.
 
         Raises:
-            RequestError: they are not strings, or the model has no tokenizer.
+            RequestError: a stop string is not a string, or the model has no tokenizer.
         """
         strings = tuple(_listed("stop", stop))
         wrong = next((each for each in strings if not isinstance(each, str)), None)
@@ -192,7 +192,7 @@ class Requests:
         log: tuple[int, ...] = tuple(ids)
         inputs: Tensors = {}
         if config.encoder is not None and not any(e.source == GATEWAY and e.out == "prompt" for e in graph.edges):
-            raise RequestError(f"graph {graph.name} has no encoder_embedding, so nothing takes the prompt")
+            raise RequestError(f"graph {graph.name} has no actor for the prompt; add one of kind encoder_embedding")
         if config.encoder is not None:  # the encoder gets the prompt; the decoder begins with its start token
             log, inputs = (config.encoder.start_token,), {"prompt": token_tensor(ids, "prompt")}
         info = SessionInfo(
@@ -215,7 +215,7 @@ class Requests:
     async def prepare(self) -> None:
         """Turn prompts that are text into token ids, in order of arrival, and begin their requests.
 
-        A hostile template may take a second; the gateway continues meanwhile.
+        A hostile template may take a second. The gateway continues to work meanwhile.
         """
         async for generation, prompt, raw, request in self._waiting:
             if generation.closed:
@@ -235,7 +235,7 @@ class Requests:
         return self._process.ids(prompt) if raw and isinstance(prompt, str) else self._process.chat_ids(_chat(prompt))
 
     def refuse(self, why: Exception) -> None:
-        """End all requests that have not begun with this error.
+        """End, with this error, all requests that have not begun.
 
         These are requests whose prompts are still text, requests that wait for room, and all future requests.
         """
@@ -303,10 +303,10 @@ class Requests:
     def _client(
         self, info: SessionInfo, inputs: Tensors, asked: Asked, deadline_ns: int = 0, caller: str = ""
     ) -> Client:
-        """Submit a session, and note it in the journal before its client gets anything.
+        """Submit a session, and add it to the journal before its client gets anything.
 
         Raises:
-            Overloaded, ActorFailed: see `Gateway.submit`. In this case, nothing is noted.
+            Overloaded, ActorFailed: see `Gateway.submit`. Then nothing is written to the journal.
         """
         key = asked.id if self.journal is not None else ""
         stream = self._gateway.submit(info, inputs, deadline_ns, caller, key, asked.tokens)
@@ -318,12 +318,12 @@ class Requests:
             self.journal.add(line)
 
     def on_delivered(self, stream: Stream, position: int, token: int) -> None:
-        """Note a token that a client is about to get."""
+        """Add a token to the journal, before its client gets it."""
         if self.journal is not None and stream.key:
             self.journal.add(journal.Made(stream.key, position, token))
 
     def on_ended(self, stream: Stream, outcome: str | Exception) -> None:
-        """Note the end of a session, and wake `make_room`."""
+        """Add the end of a session to the journal, and wake `make_room`."""
         if stream.key:
             failed = isinstance(outcome, Exception)
             self._note(Ended(stream.key, "" if failed else str(outcome), str(outcome) if failed else ""))
@@ -335,7 +335,7 @@ class Requests:
             self._not_durable.update(stream.key for stream in self._gateway.streams.values() if stream.key)
 
     def catch_up(self) -> None:
-        """Write the lines that a full disk has kept out of the journal."""
+        """Write the journal lines that a full disk has delayed."""
         if self.journal is not None:
             self.journal.catch_up()
 
@@ -488,7 +488,7 @@ def _positive(name: str, value: Any) -> float:
     """Return a finite number over 0.
 
     Raises:
-        RequestError: it is something else.
+        RequestError: the value is something else.
     """
     try:
         number = float(value)

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 LATE_NS = 3_000_000_000
 """Longest time between two checks for idle actors, in nanoseconds (3 s).
 
-A check comes a tick after the last message. A later check starts to count idle time again: this process may have stood
-still itself.
+A check normally comes one tick after the last message. A later check restarts the count of idle time, because this
+process itself may have been suspended.
 """
 
 
@@ -90,7 +90,7 @@ class Run:
         self._recovery = Recovery(plan, hosts.supervisor, gateway, members)
 
     async def begin(self, nursery: trio.Nursery, left: Resumed | None) -> None:
-        """Open the links with the hosts that have loaded, and begin to serve; for `launch`.
+        """Open the links with the hosts that have loaded, and begin to serve. `launch` calls this.
 
         `left` is the journal of a lost run whose requests continue here.
 
@@ -130,7 +130,7 @@ class Run:
         return self._supervisor.alarms
 
     def status(self) -> dict[str, Any]:
-        """Return hosts, open sessions and counters, as known at this moment; no host is asked.
+        """Return hosts, open sessions and counters, as known at this moment, without asking a host.
 
         Raises:
             LinkClosed: the run is over. Every other call raises this, too.
@@ -139,7 +139,7 @@ class Run:
         return self.snapshot()
 
     def snapshot(self) -> dict[str, Any]:
-        """Return the same as `status`, also while the run ends; for the metrics server."""
+        """Return the same as `status`, but also while the run ends. The metrics server uses this."""
         return {
             **self._hosts.status.snapshot(), "counters": self.counters, "recoveries": len(self.recoveries),
             "requests": self._gateway.accepted, "tokens": self._gateway.delivered,
@@ -360,7 +360,7 @@ class Run:
     def end(self) -> None:
         """End all sessions.
 
-        Messages are still received and acknowledged until `silence`: a host that stops waits for that.
+        Messages are still received and acknowledged until `silence`, because a stopping host waits for that.
         """
         self._recovery.stop()
         over = self._ended = LinkClosed("the run is over")
@@ -378,11 +378,11 @@ class Run:
         return self._gateway.due_ns
 
     def on_due(self, now_ns: int) -> None:
-        """Do what the gateway has to do now."""
+        """Do the gateway's work that is due now."""
         self._gateway.on_due(now_ns)
 
     def on_tick(self) -> None:
-        """Look after requests that nobody works on, and write what a full disk has kept out of the journal."""
+        """End requests that will never be answered, and write journal lines that a full disk has delayed."""
         self._give_up_unanswered()
         self._requests.catch_up()
 
@@ -390,7 +390,7 @@ class Run:
         """Take a message for the gateway."""
         try:
             self._gateway.on_message(received)
-        except Exception as error:  # it fails the sessions in that message, not the run
+        except Exception as error:  # the error ends the sessions in that message, not the run
             edge = received.link.spec.name
             self.on_refused(
                 RefusedMessage(
@@ -399,10 +399,10 @@ class Run:
             )
 
     def _give_up_unanswered(self) -> None:
-        """End sessions that will never be answered, because an actor has left out an output."""
+        """End sessions that will never be answered because an actor did not send an output."""
         supervision, now_ns = self._supervisor.supervision, time.monotonic_ns()
         limits = self.plan.graph.file.supervision
-        # if this check is late, this process may have stood still: answers of that time are still unread
+        # if this check is late, this process may have been suspended: answers from that time are still unread
         late, self._looked_ns = now_ns - self._looked_ns > LATE_NS, now_ns
         if late or not supervision.quiet or supervision.steps != self._steps or not self._quiet_since_ns:
             self._quiet_since_ns, self._steps = now_ns, supervision.steps
@@ -412,7 +412,7 @@ class Run:
             self._gateway.on_quiet(self._quiet_since_ns, limits.join_deadline_s)
 
     def on_refused(self, error: ProtocolError) -> None:
-        """Log a refused message, and end the sessions that it was for with the error."""
+        """Log a refused message, and end its sessions with the error."""
         self._supervisor.refused(GATEWAY, str(error))
         if isinstance(error, RefusedMessage):
             for row in error.rows:

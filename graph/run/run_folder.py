@@ -1,7 +1,7 @@
-"""Create and fill the run folder, which has all that is needed to understand a run later.
+"""Create and fill the run folder, which holds everything that is needed to understand a run later.
 
 <runs>/<graph>-<date>-<time>-<letters>/      mode 0700
-    graph.yaml   the file as it was          plan.json    the plan that was made of it
+    graph.yaml   a copy of the graph file    plan.json    the plan that was made from it
     run.json     versions, times, outcome    logs/        one file per process: JSON lines, standard error
     lock         held while it runs          journal.jsonl  requests and their tokens, with `journal: true`
     trace/       one file per actor          sockets/     only while it runs
@@ -75,7 +75,7 @@ class RunFolder:
         return self.path / "keys"
 
     def outcome(self, **fields: Any) -> None:
-        """Add to `run.json`, which is replaced as a whole.
+        """Add fields to `run.json`, and replace the file as a whole.
 
         On a full disk the previous file remains, and `lost` counts the failure.
         """
@@ -109,7 +109,7 @@ class RunFolder:
         """Remove what only a live run needs."""
         for folder in (self.sockets, self.keys):
             shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # it was a link to a folder with a short path
+        with contextlib.suppress(OSError):  # remove the link, if the sockets are in a separate folder
             (self.path / "sockets").unlink()
         with contextlib.suppress(OSError):
             (self.path / runs.LOCK).unlink()
@@ -121,14 +121,14 @@ class RunFolder:
 def made(
     plan: Plan, root: Path, blame: Callable[[OSError], BaseException], resumed: Path | None = None
 ) -> Iterator[RunFolder]:
-    """Create the folder of a new run, and write into it how the run ended: with "done", or with the error that it ended with.
+    """Create the folder of a new run. At the end, write the outcome into it: `done`, or the error that ended the run.
 
-    `blame` makes an error for users of one of the operating system's. `resumed` is the folder of the run that this one
+    `blame` turns an error of the operating system into one for users. `resumed` is the folder of the run that this one
     continues: it is not removed to make room.
 
     Raises:
         ResourceError: the folder cannot be made.
-        BaseException: the error that the run ended with; of a group, the one that matters most.
+        BaseException: the error that ended the run; for a group, the one that matters most (`single`).
     """
     try:
         with runs.using(resumed):
@@ -241,7 +241,7 @@ def _sockets(graph: Graph, path: Path) -> Path:
             own.symlink_to(made)  # so that commands find it
             return made
         made.rmdir()
-    raise OSError(f"no folder is short enough for the socket {longest}.c: at most {MAX_PATH_BYTES} bytes")
+    raise OSError(f"every path for the socket {longest}.c is over {MAX_PATH_BYTES} bytes; use shorter actor names")
 
 
 def single(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -82,7 +82,7 @@ def found(root: Path) -> list[RunOfFolder]:
     """
     runs = []
     for path in root.iterdir():
-        with contextlib.suppress(OSError):  # it is another user's, or was removed meanwhile
+        with contextlib.suppress(OSError):  # the run is another user's, or was removed meanwhile
             if _is_run(path):
                 runs.append(_of(path))
     return sorted(runs, key=lambda run: (run.began, run.path.name), reverse=True)
@@ -113,8 +113,8 @@ def _of(path: Path) -> RunOfFolder:
 def too_many(runs: list[RunOfFolder], newest: int, most_bytes: int, coming: int = 0) -> list[RunOfFolder]:
     """Return the runs that exceed a bound and may be removed.
 
-    A run exceeds a bound if it is not among the `newest` ones, or if it and the newer runs that are kept have more than
-    `most_bytes`. The newest run is always kept.
+    A run exceeds a bound if it is not among the `newest` ones. It also exceeds a bound if it and the newer kept runs
+    have more than `most_bytes`. The newest run is always kept.
 
     Args:
         runs: the newest first.

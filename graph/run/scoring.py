@@ -17,8 +17,8 @@ AT_ONCE = 4
 class Score:
     """Hold the score of a text.
 
-    `tokens` counts the scored tokens: all except the first of each window. `nll` is their negative log-likelihood in
-    all (natural logarithm).
+    `tokens` counts the scored tokens: all except the first of each window. `nll` is the sum of their negative
+    log-likelihoods (natural logarithm).
     """
 
     tokens: int

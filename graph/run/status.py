@@ -1,4 +1,4 @@
-"""Report the status of a run to clients that watch it. It is already known: no host is asked."""
+"""Report the status of a run to clients that watch it. The run already knows it, so no host is asked."""
 
 from __future__ import annotations
 

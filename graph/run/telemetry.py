@@ -1,8 +1,8 @@
-"""Export the spans of requests: read from the trace as it is written, sent by OTLP over HTTP.
+"""Export the spans of requests by OTLP over HTTP. They are read from the trace while it is written.
 
-Each request has one span (at the gateway). Below it is one span for each step that one of its rows went into, linked to
-the spans that made the inputs of the step. The export never delays a message: spans that the collector does not accept
-are counted as lost.
+Each request has one span (at the gateway). Below it is one span for each step that processed one of its rows. The span
+of a step links to the spans that made its inputs. The export never delays a message: spans that the collector does not
+accept are counted as lost.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Exporter:
         self._exporter = OTLPSpanExporter(endpoint=self._endpoint, timeout=TIMEOUT_S)
         self._log = log
         self._unsent: list[ReadableSpan] = []
-        logging.getLogger("opentelemetry").addHandler(logging.NullHandler())  # the run's log reports it once
+        logging.getLogger("opentelemetry").addHandler(logging.NullHandler())  # the run's log reports a failure once
         self.exported = self.lost = 0
 
     async def run(self) -> None:

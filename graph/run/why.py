@@ -29,9 +29,9 @@ from .blame import Answer, AtGateway, Seen, explain
 ANSWER_S = 0.5
 """Seconds after which a host counts as unable to answer. Its control thread answers at once, whatever the step does."""
 LEAD_S, LOOK_S = 1.5, 0.25
-"""Every LOOK_S seconds, requests whose deadline is less than LEAD_S seconds away are explained.
+"""Every LOOK_S seconds, `Why` explains the requests whose deadline is less than LEAD_S seconds away.
 
-After its deadline, a request is gone everywhere.
+This comes before the deadline, because afterwards no process knows the request any more.
 """
 LOOK_FROM_OUTSIDE_S = 0.8
 APART_S = 0.2
@@ -143,7 +143,7 @@ async def _look_from_outside(found: dict[str, Sequence[str]], key: str, pid: int
     command = str(beside) if beside.exists() else shutil.which("py-spy")
     if command is None:
         return
-    # OSError: there are no descriptors or no memory, so there are no lines
+    # OSError: descriptors or memory have run out; then no lines are reported
     with contextlib.suppress(OSError), trio.move_on_after(LOOK_FROM_OUTSIDE_S):
         done = await trio.run_process(
             [command, "dump", "--nonblocking", "--pid", str(pid)], capture_stdout=True, capture_stderr=True, check=False

@@ -153,7 +153,7 @@ class Gateway:
     ) -> Stream:
         """Accept a session: a generation from `info.log`, or a call with `inputs` by port. Set the session's number.
 
-        The session ends with `Expired` at `deadline_ns` (0: never). `tokens` were delivered already, by a run that was
+        The session ends with `Expired` at `deadline_ns` (0: never). `tokens` were already delivered by a run that was
         lost.
 
         Raises:
@@ -179,7 +179,7 @@ class Gateway:
     def _open(self, stream: Stream) -> None:
         """Open a session in the current epoch. Actors rebuild everything that they keep for it from its log.
 
-        Actors that held the session have all of it already, except the last token.
+        Actors that held the session already have everything, except the last token.
         """
         asked, log = stream.asked, stream.log
         del log[stream.awaited :]  # logged, but the logits have not come: both are computed again
@@ -391,7 +391,7 @@ class Gateway:
             self._end(stream, "stop" if token in stream.info.stop_tokens else "length")
 
     def _acquit(self, stream: Stream) -> None:
-        """Clear a session that has made progress or is over, so that the next suspected one may start."""
+        """Clear a session of suspicion: it has made progress, or is over. The next suspected session may start."""
         stream.losses = 0
         self._resume()
 

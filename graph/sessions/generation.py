@@ -173,7 +173,7 @@ class Generation:
         self.deadline_ns = 0
         """Time on the monotonic clock when the request ends with `Expired` even if it has not begun; 0: never.
 
-        It may wait long, since prompts are tokenized one after the other.
+        A request may wait long before it begins, since prompts are tokenized one after the other.
         """
         self.request_id = ""
         """Name of the request in the run's journal, if there is one.
@@ -192,7 +192,7 @@ class Generation:
     def recorded(self, first: int, tokens: Sequence[int], after: int | None) -> None:
         """Take the tokens of a journal; the first of them is at position `first`.
 
-        Tokens after position `after` are delivered again (None: all of them). Tokens up to it only go into the result.
+        Tokens after position `after` are delivered again (None: all). Tokens up to `after` only go into the result.
         """
         for position, token in enumerate(tokens, first):
             made = self._token(Delivered(position, token))

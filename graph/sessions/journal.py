@@ -56,8 +56,8 @@ class Began(_Line, frozen=True, tag="run"):
 class Asked(_Line, frozen=True, tag="request"):
     """Record that a request was accepted.
 
-    `deadline_s` is in seconds since 1970; 0 means no deadline. `tokens` are those that it already had when its run was
-    resumed.
+    `deadline_s` is in seconds since 1970; 0 means no deadline. `tokens` are those that the request already had when its
+    run was resumed.
     """
 
     id: str
@@ -167,7 +167,7 @@ class Journal:
         self._pending.append(line)
 
     def flush(self) -> bool:
-        """Write the added lines, and those that a full disk kept out. Return whether all lines are in the file now."""
+        """Write the added lines, and those that a full disk has delayed. Return whether all are in the file now."""
         if not self._pending:
             return not self._behind
         lines, self._pending = self._pending, []
@@ -178,7 +178,7 @@ class Journal:
         return not self._behind
 
     def catch_up(self) -> None:
-        """Write the lines that a full disk kept out, although no line was added since."""
+        """Write the lines that a full disk has delayed, even if no line was added since."""
         if self._behind and time.monotonic() >= self._next_try_s:
             self._behind = not self._write_anew()
 

@@ -1,4 +1,4 @@
-"""Choose the replicas of each actor that a session is opened at, and track what fits there. No I/O."""
+"""Choose the replicas of each actor at which a session is opened, and track their free capacity. No I/O."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Placement:
         return not any(replica.down for replica in self._of(chosen))
 
     def outlive(self, chosen: Mapping[str, tuple[int, ...]], actor: str) -> bool:
-        """Return whether the other actors can continue a session where they were, after `actor` is lost.
+        """Return whether the other actors can continue a session from their current state after `actor` is lost.
 
         They can if the lost actor kept nothing of the session, and each other one kept nothing or can rewind to a
         position.

@@ -8,9 +8,9 @@ _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u206
 
 
 def printable(text: str) -> str:
-    """Return a text with its control characters spelled out, except line feeds and tabs.
+    """Return a text with its control characters escaped, except line feeds and tabs.
 
     Text of other people, or of a model, must not control the terminal. Marks that change the direction of text, and
-    lone surrogates, are spelled out too.
+    lone surrogates, are escaped too.
     """
     return _UNSEEN.sub(lambda found: f"\\x{ord(found[0]):02x}", text)

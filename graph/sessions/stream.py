@@ -28,10 +28,10 @@ class Delivered:
 class Stream:
     """Hold the state of one session at the gateway.
 
-    `events` holds what the client has not yet taken; the last one is a `str` (done: the reason) or an exception. `info`
-    belongs to the current epoch, and `asked` is what the client requested. While the session `waits`, it is not yet
-    open: it is new, or an actor is lost and its replacement not yet there. Meanwhile no actor has it open, or the other
-    actors have it `held` and later continue where they were.
+    `events` holds what the client has not yet taken. The last event is a `str` (the session is done; the string is the
+    reason) or an exception. `info` belongs to the current epoch, and `asked` is what the client requested. While the
+    session `waits`, it is not open: it is new, or an actor is lost and its replacement is not yet there. Meanwhile no
+    actor has it open, or the other actors have it `held` and later continue where they stopped.
     """
 
     info: SessionInfo
@@ -55,7 +55,7 @@ class Stream:
     accepted_ns: int = 0
     submitted_ns: int = 0
     caller: str = ""
-    """The caller's span, in hexadecimal digits; empty if nobody traces the request."""
+    """The caller's span, in hexadecimal digits; empty if the request is not traced."""
     key: str = ""
     """Name of the request in the run's journal, if there is one."""
     why: str = ""

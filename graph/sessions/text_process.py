@@ -37,7 +37,7 @@ _reply = msgspec.msgpack.Decoder(Reply)
 class TextProcess:
     """Run one checkpoint's template and tokenizer.
 
-    Threads may share it: their requests wait for each other. `close` it.
+    Threads may share it: their requests wait for each other. Call `close` at the end.
     """
 
     def __init__(self, codec: TextCodec) -> None:

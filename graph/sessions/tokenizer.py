@@ -89,7 +89,7 @@ class TextCodec:
         self.tokenizer.encode_special_tokens = True
         try:
             ids = self.encode(text, special=False)
-            if not set(ids).isdisjoint(controls.values()):  # an ordinary token, too: split after its first character
+            if not set(ids).isdisjoint(controls.values()):  # even so, BPE made one: split it after its first character
                 cut = "|".join(
                     f"(?<={re.escape(word[0])})(?={re.escape(word[1:])})" for word in controls if len(word) > 1
                 )
@@ -108,7 +108,7 @@ class TextCodec:
             text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # its panics do not derive from Exception
+        except BaseException as error:  # the library's panics do not derive from Exception
             raise CheckpointError(f"tokenizer: cannot decode: {describe(error)}") from None
         return text
 
@@ -131,7 +131,7 @@ class _Hidden:
         self.needed = bool(first)
 
     def hide(self, value: Any) -> Any:
-        """Return the value with all of its texts changed, including the keys of mappings."""
+        """Return the value with the characters replaced in all of its strings, including the keys of mappings."""
         if isinstance(value, str):
             return value.translate(self._there)
         if isinstance(value, Mapping):
@@ -220,11 +220,11 @@ def _from_folder(checkpoint: Checkpoint) -> TextCodec:
 
 DECODERS = ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "WordPiece", "BPEDecoder", "CTC")
 MOST_DECODED = 16
-"""Maximum number of characters that all decoders together may make of one, or that one may strip at an end."""
+"""Maximum number of characters that all decoders together may make of one, or that a decoder may strip at an end."""
 
 
 def _check_decoder(file: Path, decoder: Any, grown: int = 1) -> int:
-    """Return how many characters a decoder may make of one, after earlier decoders that made `grown` of it.
+    """Return how many characters the decoders up to this one may make of one. Earlier decoders make `grown` of it.
 
     Tokens are decoded in the process of the run, so a decoder must not grow a text without bound.
 

@@ -146,7 +146,7 @@ class Causes:
         """Yield the stretches of `_back` without stopping at `until_ns`.
 
         Raises:
-            TraceError: the trace is damaged: by its records, a step waits for itself.
+            TraceError: the trace is damaged: according to its records, a step waits for itself.
         """
         seen: set[tuple[str, int]] = set()
         while True:
@@ -177,7 +177,7 @@ class Causes:
             actor, record = sender, before.last_input(session)
 
     def _made_by(self, actor: str, ready_ns: int, session: int) -> TracedStep | None:
-        """Return the last step that ended by then. For the gateway, return the last one that involved the session."""
+        """Return the last step that ended by `ready_ns`. At the gateway, only steps that involved the session count."""
         index = bisect.bisect_right(self._ends.get(actor, []), ready_ns) - 1
         while index >= 0:
             step = self.steps[actor][index]

@@ -87,7 +87,7 @@ class Trace:
         return self.edges[number] if number < len(self.edges) else f"link {number}"
 
     def wire(self, number: int) -> str:
-        """Return over which wire an edge went: ipc, local or tcp; those of a training go where the edges go."""
+        """Return the wire of an edge: ipc, local or tcp. A link that training adds uses the same wire as the edges."""
         edges = self.plan.get("edges", ())
         return str(edges[min(number, len(edges) - 1)].get("wire", "-")) if edges else "-"
 
@@ -294,7 +294,7 @@ def commands(trace: Trace) -> list[dict[str, Any]]:
 
 
 def _clock(estimates: Sequence[Estimate]) -> dict[str, int]:
-    """Return how far a clock was ahead at last, the largest error of its estimates, and its drift since the first one."""
+    """Return a clock's last offset, the largest error of its estimates, and its drift since the first estimate."""
     first, last = estimates[0], estimates[-1]
     return {
         "offset_ns": last.offset_ns, "error_ns": max(known.error_ns for known in estimates),

@@ -1,4 +1,4 @@
-"""Format what traces say as text for people. Other files make the figures."""
+"""Format figures from traces as text for people. Other modules compute the figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .summary import PARTS
 
 MOST_CHANGES = 20
 MOST_CAUSES = 6
-"""Per actor, in the table of idle times."""
+"""Maximum number of causes per actor in the table of idle times."""
 _UNUSED = {"unused": "messages that went into no step", "not_taken": "messages sent but never received"}
 _COUNTED = {
     "rows_late": "rows that came after their step", "rows_refused": "rows of sessions that were over",

@@ -34,7 +34,7 @@ def draw(file: Path, trace: Trace) -> None:
 
 
 def _latency(axis: Any, trace: Trace) -> None:
-    """Draw for each edge the share of messages over the time that they took from ready to the beginning of their step."""
+    """Draw, for each edge, the cumulative distribution of the time from a ready message to the beginning of its step."""
     ready_ns = {sent_key(actor, record): record.ready_ns for actor, own in trace.sent.items() for record in own}
     times: dict[int, list[float]] = defaultdict(list)
     for actor, own in trace.done.items():

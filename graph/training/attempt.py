@@ -1,6 +1,6 @@
 """Run all hosts of a training once, from a checkpoint to the end or until the first host is lost.
 
-Batches go in, losses come out, and the shards that the hosts save are completed to training checkpoints.
+An attempt sends batches, receives losses, and completes the shards that the hosts save to training checkpoints.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Attempt:
         plan, graph = self.plan, self.plan.graph
 
         def blame(error: OSError) -> BaseException:
-            return ResourceError(f"the training cannot go on: {error}; its last checkpoint stands")
+            return ResourceError(f"the training cannot continue: {error}; its last checkpoint is kept")
 
         with run_folder.made(plan.plan, runs, blame) as folder, contextlib.ExitStack() as closing:
             self.trained.run_dir = folder.path
@@ -117,7 +117,7 @@ class Attempt:
                 folder.outcome(counters=self.trained.counters)
 
     def _at_a_glance(self) -> dict[str, Any]:
-        """Return what is known at this moment, as `Run.status` does; no host is asked."""
+        """Return what is known at this moment, as `Run.status` does, without asking a host."""
         last, validated = self._latest(validation=False), self._latest(validation=True)
         return {
             **self._hosts.status.snapshot(), "counters": self._hosts.supervisor.supervision.counters,
@@ -191,7 +191,7 @@ class Attempt:
         """Do nothing."""
 
     def on_refused(self, error: ProtocolError) -> None:
-        """Log a refused message. The sender sends what was damaged on the way again.
+        """Log a refused message. If it was damaged on the way, its sender repeats it.
 
         Raises:
             RefusedMessage: the message does not fit its edge, and training must not skip a row.
@@ -201,7 +201,7 @@ class Attempt:
         self._hosts.supervisor.refused(GATEWAY, str(error))
 
     def flush(self) -> None:
-        """Send what is to be sent, and wake whoever waits for what came."""
+        """Send waiting messages, and wake the tasks that wait for a change."""
         with contextlib.suppress(LinkClosed):
             self._exchange.drain(self._hosts.end.wire.send)
         self._changed.set()
@@ -212,7 +212,7 @@ class Attempt:
             await self._changed.wait()
 
     def on_message(self, received: Received) -> None:
-        """Take the losses of a step, or its norm."""
+        """Handle a message with the losses of a step, or with its norm."""
         from ranvier.transport.format.tensors import from_buffer
 
         link, row = self._by_link[received.link], received.header.rows[0]
@@ -224,10 +224,10 @@ class Attempt:
             self._norm_of[row.position] = float(values[0])
             self._report_steps()
         else:
-            raise ProtocolError(f"edge {link.link.name}: expected a loss or a norm")
+            raise ProtocolError(f"edge {link.link.name}: expected a loss or a norm, got {link.role}")
 
     def _on_losses(self, link: TrainingLink, row: Row, values: list[list[list[float]]]) -> None:
-        """Collect the losses of one actor in one step, [micro-batches, terms, 2].
+        """Collect the losses of one actor in one step, of shape [micro-batches, terms, 2].
 
         The step is done when all losses have come.
         """
@@ -283,7 +283,7 @@ class Attempt:
     def _finish_saved(self) -> None:
         """Complete the checkpoints that all hosts have saved, once all losses up to them are known.
 
-        Losses come over links, the notices of saved shards over the control socket, so either may come first.
+        Losses come over links, and the notices of saved shards over the control socket, so either may come first.
         """
         for rounds, saved in list(self._saved.items()):
             at = rounds * self.plan.steps_of_round

@@ -17,7 +17,7 @@ class Bubbles:
     A stage computes, handles messages, or waits for a message. The waiting is the bubble.
 
     Args:
-        counters: what the hosts have counted, by `actor.replica`: microseconds and number of each kind of action
+        counters: the counters of the hosts, by `actor.replica`: microseconds and number of each kind of action
             (`F_us`, `F`, …), microseconds of waiting by the role of the link, and microseconds of whole rounds.
     """
 

@@ -244,7 +244,7 @@ class _Stored:
 
 
 class _Own:
-    """Call an instance of a custom class with the step, and with whether it is for validation."""
+    """Call an instance of a custom class with the step, and with True for validation or False for training."""
 
     def __init__(self, plan: TrainingPlan, source: str, allow_code: bool) -> None:
         try:

@@ -27,7 +27,7 @@ class History:
             self._open.close()
 
     def begin(self, stands: Sequence[Mapping[str, Any]]) -> None:
-        """Replace the file with the steps in `stands`. Later steps that it had are removed: they will be repeated.
+        """Replace the file with the steps in `stands`. Later steps in the file are removed: they will be repeated.
 
         Raises:
             RequestError: something other than a file is there, or its folder does not exist.

@@ -1,4 +1,4 @@
-"""Define the training plan of a graph: who learns, the links for gradients, the schedule, and every host's part.
+"""Define the training plan of a graph: which actors learn, gradient links, the schedule, and every host's part.
 
 Gradients go back along the edges of the activations: the same number, the ends swapped, messages of kind `grad`.
 Losses, norms and the sums of shared weights have separate links, numbered after the edges.
@@ -33,10 +33,10 @@ class TrainingError(GraphError):
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlan:
-    """Extend a plan by what training needs.
+    """Extend a plan with what training needs.
 
-    `schedule` is that of one round, which has `steps_of_round` steps. A round is one step. For an asynchronous
-    schedule, it is all steps between two pauses.
+    `schedule` covers one round of `steps_of_round` steps. A round is one step or, with an asynchronous schedule, all
+    steps between two pauses.
     """
 
     plan: Plan
@@ -116,7 +116,7 @@ class TrainingPlan:
         return Optimizer(**self.section.optimizer.model_dump())
 
     def hosts(self, run_dir: Path, sockets: Path, out: Path, first: int, resume: Path | None) -> list[HostSpec]:
-        """Return every host's part.
+        """Return the specs of all hosts, each with its part in the training.
 
         `first` is the round to begin with. `resume` is the folder of the shards to continue from, if any.
         """

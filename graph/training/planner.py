@@ -1,4 +1,4 @@
-"""Make the training plan of a checked graph: what can learn, which losses are minimised, and the links and schedule."""
+"""Make the training plan of a checked graph: which actors learn, which losses are minimised, links and schedule."""
 
 from __future__ import annotations
 
@@ -326,7 +326,7 @@ class _Planning:
                         self._add(NORM, other, NORM, name, link, 0, replica)
 
     def _share(self, learning: frozenset[str]) -> dict[str, dict[str, str]]:
-        """Link the two ends of a tied model: both hold the matrix, and the gradients of both are added up.
+        """Link the two ends of a tied model. Both hold the same matrix, and the gradients of both are added up.
 
         Return the shared weights of each actor, and which actor adds up their gradients.
         """

@@ -19,7 +19,7 @@ MOST_ACTIONS = 400
 
 
 def draw(file: Path, plan: TrainingPlan, history: Sequence[Mapping[str, Any]], bubbles: Bubbles | None) -> None:
-    """Write a picture as PNG, or as another format that matplotlib knows by the file's suffix.
+    """Write a picture. The suffix of the file chooses the format: PNG, or another one that matplotlib knows.
 
     Raises:
         RequestError: matplotlib is not installed, or cannot write such a file.

@@ -14,7 +14,7 @@ class Step:
     """Hold the result of one step, or of one validation after it.
 
     `losses` are the terms by `actor.port`; `loss` is their weighted sum. `accuracy` is NaN if there is none. `norm` is
-    that of all gradients; it is NaN if norms are not computed.
+    the norm of all gradients; it is NaN if norms are not computed.
     """
 
     step: int

@@ -56,16 +56,16 @@ async def train(
         on_event: called with a message about any other event.
         on_started: called in each attempt with the process ids of the hosts, by identity.
         on_begin: called before each attempt with the steps and validations that are kept. Later ones are repeated.
-        keep: how many checkpoints remain, the newest ones.
-        chaos: a file that says which tcp links fail, and how (chaos.py).
+        keep: how many of the newest checkpoints are kept.
+        chaos: a file that lists faults to inject on tcp links (chaos.py).
         log: `json` or `console`: also write the runs' logs to standard error, in that form.
         zygote: the process that hosts are forked from, if it is already started.
 
     Raises:
         ActorFailed: an actor was lost more often than its `restart` allows, or raised an error itself.
         GraphError: the graph cannot be trained as its file says.
-        RequestError: the data does not exist or does not fit, `out` has a checkpoint of another graph, another training
-            writes there, or the caller does not run under trio.
+        RequestError: the data does not exist or does not fit; `out` has a checkpoint of another graph; another training
+            writes to `out`; or the caller does not run under trio.
     """
     make_sure_of_trio("train", "await asyncio.to_thread(trio.run, functools.partial(ranvier.train, graph, out))")
     plan = training_plan(graph)

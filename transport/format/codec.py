@@ -18,7 +18,7 @@ from typing import NamedTuple
 FORMS: tuple[str, ...] = ("raw", "bfloat16", "float16", "int8", "topk")
 PACKERS: tuple[str, ...] = ("", "lz4", "zstd")
 CODECS: tuple[str, ...] = tuple(f"{form}+{packer}" if packer else form for packer in PACKERS for form in FORMS)
-"""Name of each codec, form and packer, at the index that is its number."""
+"""Names of all codecs, each a form and a packer. The index of a name is the number of the codec."""
 
 RAW, BFLOAT16, FLOAT16, INT8, TOPK = range(5)
 LZ4, ZSTD = 1, 2

@@ -10,7 +10,7 @@ The layout is positional (wire version 1):
     tensor              [name, dtype, shape, codec, bytes]
     ack                 [edge, highest sequence received, highest sequence that may be sent, total bytes that may be sent]
 
-An ack is about an edge in the opposite direction. A trace is the W3C trace context of the step that produced a row: trace id
+An ack refers to an edge in the opposite direction. A trace is the W3C trace context of the step that produced a row: trace id
 (16 bytes), the step's span id (8), flags (1).
 
 `decode` checks every field before any other code uses bytes from a socket. For any input it returns a valid header or raises
@@ -51,7 +51,7 @@ MAX_TRACED_ROWS = 1024
 class MessageKind(enum.IntEnum):
     """Distinguish the kinds of messages.
 
-    Data goes along an edge, and gradients come back along it. Control messages maintain the link itself.
+    Data goes along an edge, and gradients go in the opposite direction. Control messages maintain the link itself.
     """
 
     DATA = 0
@@ -290,7 +290,7 @@ def _control(fields: tuple[Any, ...]) -> Control:
     if kind != CONTROL:
         raise ProtocolError(f"header: expected 10 fields, or kind {CONTROL} (control), got {_show(fields)}")
     if type(edge) is not int or not 0 <= edge <= _MAX_INT:
-        raise ProtocolError(f"control: expected edge as an integer from 0, got {_show(edge)}")
+        raise ProtocolError(f"control: expected the edge as an integer of at least 0, got {_show(edge)}")
     if type(verb) is not int or not 0 <= verb < len(Verb):
         raise ProtocolError(f"control: expected a verb from 0 to {len(Verb) - 1}, got {_show(verb)}")
     expected = _ARGUMENTS[Verb(verb)]
@@ -298,7 +298,7 @@ def _control(fields: tuple[Any, ...]) -> Control:
         names = ", ".join(t.__name__ for t in expected)
         raise ProtocolError(f"control {Verb(verb).name}: expected ({names}), got {_show(arguments)}")
     if any(type(argument) is int and not 0 <= argument <= _MAX_INT for argument in arguments):
-        raise ProtocolError(f"control {Verb(verb).name}: expected integers from 0, got {_show(arguments)}")
+        raise ProtocolError(f"control {Verb(verb).name}: expected integers of at least 0, got {_show(arguments)}")
     return Control(VERSION, CONTROL, edge, Verb(verb), tuple(arguments))
 
 

@@ -23,8 +23,8 @@ class ReplicaId(NamedTuple):
 class HostId(NamedTuple):
     """Name the host of a replica in one epoch: `actor.replica.epoch`, its identity on a wire.
 
-    A host that is started again has a new epoch, so a new name: ZeroMQ ignores a peer that comes back under the old one until
-    it has noticed that the old connection is gone.
+    A restarted host has a new epoch, and so a new name. ZeroMQ would ignore a peer that reconnects under its old name until
+    it notices that the old connection is gone.
     """
 
     actor: str
@@ -36,12 +36,12 @@ class HostId(NamedTuple):
 
     @property
     def label(self) -> str:
-        """Return how people call the host, `actor.replica`."""
+        """Return the name of the host for people, `actor.replica`."""
         return f"{self.actor}.{self.replica}"
 
     @property
     def file(self) -> str:
-        """Return what the host's trace and sockets are named by. Those of an earlier host of the replica remain."""
+        """Return the base name of the host's files. It differs in each epoch, so files of an earlier host remain."""
         return self.label if self.epoch == 1 else str(self)
 
 
@@ -57,7 +57,7 @@ def host_id(text: str) -> HostId:
 
 
 def claims_to_be(identity: bytes, actor: str) -> bool:
-    """Return whether the identity with which a peer speaks is one of the actor's hosts. A peer may send any bytes."""
+    """Return whether the identity that a peer sent names a host of the actor. A peer may send any bytes."""
     return identity.startswith(actor.encode() + b".")
 
 

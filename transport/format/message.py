@@ -33,7 +33,7 @@ def stable(buffer: Buffer) -> Buffer:
 
 
 def checksum(buffers: Sequence[Buffer]) -> int:
-    """Return the CRC-32 over the tensors' bytes. It is never 0, which means that a message is not checked."""
+    """Return the CRC-32 over the tensors' bytes. It is never 0, because 0 in a header means that there is no checksum."""
     value = 0
     for buffer in buffers:
         value = zlib.crc32(buffer, value)

@@ -26,7 +26,7 @@ from .message import COPY_BELOW_BYTES, Buffer
 _TORCH: tuple[torch.dtype, ...] = tuple(getattr(torch, row.name) for row in TABLE)
 _NUMBER: dict[torch.dtype, int] = {dtype: number for number, dtype in enumerate(_TORCH)}
 _OF_COMPLEX = frozenset([_NUMBER[torch.float16], _NUMBER[torch.float32], _NUMBER[torch.float64]])
-"""Numbers of the real dtypes that the parts of complex tensors have."""
+"""Numbers of the dtypes that the real and imaginary parts of complex tensors have."""
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -35,7 +35,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Return the name of a dtype as the table and the specs write it, even if they do not contain it."""
+    """Return the name of a dtype in the form of the table and the specs. The dtype need not be in the table."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -61,7 +61,7 @@ def to_buffer(name: str, tensor: torch.Tensor, *, sole: bool = False) -> tuple[T
     if nbytes == 0:
         return meta, b""
     try:
-        if meta.dtype in _OF_COMPLEX:  # the sign of an imaginary part is a flag outside its bytes
+        if meta.dtype in _OF_COMPLEX:  # torch may keep a sign as a flag outside the tensor's bytes
             tensor = tensor.resolve_neg()
         if not tensor.is_contiguous():
             tensor, sole = tensor.contiguous(), True
@@ -82,7 +82,7 @@ def to_buffer(name: str, tensor: torch.Tensor, *, sole: bool = False) -> tuple[T
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     if tensor.requires_grad:
         tensor = tensor.detach()
-    if tensor.dtype is torch.bfloat16:  # numpy has no bfloat16; only the bytes are sent, so integers serve
+    if tensor.dtype is torch.bfloat16:  # numpy has no bfloat16; only the bytes matter, so int16 works
         tensor = tensor.view(torch.int16)
     return tensor.numpy().data.cast("B")
 
@@ -109,12 +109,12 @@ def from_buffer(meta: TensorMeta, buffer: Buffer) -> torch.Tensor:
     if meta.nbytes == 0:
         return torch.empty(meta.shape, dtype=_TORCH[meta.dtype])
     flat, shape = torch.frombuffer(buffer, dtype=_TORCH[meta.dtype]), meta.shape
-    # one row, as in each decoding step: this takes half the time of `view`
+    # a decoding step has one row: `unsqueeze` takes half the time of `view`
     return flat.unsqueeze(0) if len(shape) == 2 and shape[0] == 1 else flat.view(shape)
 
 
 LOOK_EVERY = 16
-"""The error of a lossy codec is measured in one of this many messages, because that decodes the message again."""
+"""One message in this many measures the error of a lossy codec. Measuring it requires decoding the message again."""
 
 
 def encode(name: str, tensor: torch.Tensor, codec: Codec, look: bool) -> tuple[TensorMeta, Buffer, Coding]:
@@ -217,7 +217,7 @@ def _decoded(meta: TensorMeta, buffer: Buffer) -> torch.Tensor:
 
 
 def _unpacked(meta: TensorMeta, buffer: Buffer, packer: int, most: int) -> Buffer:
-    """Return the bytes before packing. Never allocate more memory than the header allows.
+    """Return the unpacked bytes. Never allocate more memory than the header allows.
 
     Raises:
         ProtocolError: the bytes are damaged, or claim to be larger than `most` bytes once unpacked.

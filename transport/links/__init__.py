@@ -1,1 +1,1 @@
-"""Keep what an edge promises: order, credit and acknowledgement."""
+"""Implement what an edge guarantees: order, credit and acknowledgement."""

@@ -1,8 +1,8 @@
 """Choose the codec of each message of a `codec: auto` edge by its size, the link's measured speed, and each codec's cost.
 
-A message of n bytes that a codec shrinks to r·n takes e·n to write, about as long to read, and r·n / speed on the way. The
-codec with the smallest sum wins. Lossless codecs may always be chosen, a lossy form only if the edge names it (`auto:int8`).
-This module does no I/O and does not import torch; the caller passes all times.
+A codec shrinks a message of n bytes to r·n bytes. Encoding takes a time of e·n, decoding about as long, and the transfer takes
+r·n / speed. The codec with the smallest sum wins. Lossless codecs may always be chosen, a lossy form only if the edge names
+it (`auto:int8`). This module does no I/O and does not import torch; the caller passes all times.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Chooser:
         self._turn = 0
 
     def measured(self, nbytes: int, took_ns: int) -> None:
-        """Record how many nanoseconds a message took to a receiver that was waiting for it."""
+        """Record how many nanoseconds a message took to reach a receiver that was waiting for it."""
         self.ns_a_byte = _average(self.ns_a_byte, took_ns / max(1, nbytes))
 
     def choose(self, nbytes: int) -> Codec:
@@ -82,7 +82,7 @@ class Chooser:
         return min(self._codecs, key=self._ns)
 
     def learned(self, codec: Codec, coding: Coding, nbytes: int) -> None:
-        """Record what encoding one message cost (`coding`), and the number of bytes that remained."""
+        """Record the cost of encoding one message (`coding`), and its number of bytes after encoding."""
         if coding.raw_bytes >= LEAST_BYTES:
             seen = self._costs.get(codec)
             ns_a_byte, ratio = coding.took_ns / coding.raw_bytes, nbytes / coding.raw_bytes

@@ -1,7 +1,7 @@
 """Keep all links of one process, without I/O: frames go in, messages and frames come out.
 
-The step thread of a host drives an exchange over a wire, the parent process drives one from trio, and the tests drive one
-over memory wires with a clock of their own. Nothing here blocks, sleeps, or knows a socket.
+The step thread of a host drives an exchange over a wire, and the parent process drives one from trio. The tests drive one over
+memory wires with a virtual clock. Nothing here blocks, sleeps, or knows a socket.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ OnControl = Callable[[int, Verb, str, bool, tuple[Any, ...]], None]
 
 
 def _checked(link: SendingLink | ReceivingLink, rows: tuple[Row, ...], tensors: tuple[TensorMeta, ...]) -> int:
-    """Check a message, and return its size in bytes. Most messages have the shape of the one before, which has `passed`.
+    """Check a message, and return its size in bytes. A message of the shape that `passed` last needs no new check.
 
     Raises:
         ProtocolError: the edge does not carry such a message.
@@ -169,7 +169,7 @@ class Exchange:
         Buffers that can be written to are copied before they wait. Otherwise the wire copies what it sends by reference.
 
         Raises:
-            ProtocolError: the tensors are not what the edge carries.
+            ProtocolError: the tensors do not match the specs of the edge.
         """
         nbytes = _checked(link, message.rows, message.tensors)
         if link.waiting or not link.window.may_send(nbytes):
@@ -245,7 +245,7 @@ class Exchange:
 
     def _acks_for(self, peer: str) -> tuple[Ack, ...]:
         """Return the acknowledgements owed to `peer`: they travel with a message that goes there anyway."""
-        if len(self._owing) == 1:  # as in every chain of actors, where a list would take twice as long
+        if len(self._owing) == 1:  # as in every chain of actors; building a list would take twice as long
             [link] = self._owing
             if link.peer != peer:
                 return ()
@@ -261,11 +261,11 @@ class Exchange:
     # -- receiving ----------------------------------------------------------------------------------------------
 
     def on_arrival(self, arrival: Arrival) -> Received | None:
-        """Take what a wire received. Return a message for the host, or None if the link needed it for itself.
+        """Process frames that a wire received. Return a message for the host, or None if they concern only the link.
 
         Raises:
-            ProtocolError: the peer sent what it must not. The message is dropped.
-            RefusedMessage: the edge does not carry the message. `rows` names the sessions that lost it.
+            ProtocolError: the peer sent something invalid. The message is dropped.
+            RefusedMessage: the message does not match its edge. `rows` names the sessions that lost it.
         """
         header, peer = decode(arrival.header), arrival.peer
         if isinstance(header, Control):
@@ -302,9 +302,9 @@ class Exchange:
         return Received(link, header, arrival.buffers, nbytes, self.clock())
 
     def _queue_waited(self, link: ReceivingLink, header: Header, since_ns: int) -> None:
-        """Tell the sender how long we had waited for its message.
+        """Tell the sender how long this process had waited for its message.
 
-        It measures the link by its own clock, because clocks of two machines are never compared.
+        The sender measures the link by its own clock, because clocks of two machines are never compared.
         """
         if sum(meta.nbytes for meta in header.tensors) >= codec_choice.MEASURED_BYTES:
             waited_ns = max(0, self.clock() - since_ns)
@@ -333,7 +333,7 @@ class Exchange:
         return f"edge {link.spec.name}: expected {expected}, got {got}"
 
     def _out_of_order(self, link: ReceivingLink, sequence: int) -> None:
-        """Drop a message that was seen before; ask again for what is missing before one that came too early."""
+        """Drop a message out of sequence. If messages before it are missing, ask the sender to send them again."""
         if sequence <= link.window.received:
             self.count("duplicate")
             self._owing[link] = None
@@ -392,7 +392,7 @@ class Exchange:
         elif verb is Verb.PROBE:
             receiving = self._link(self.receiving, peer, message.edge, verb.name)
             if arguments[0] > receiving.window.received:
-                receiving.window.asked = 0  # the answer to an earlier question was lost
+                receiving.window.asked = 0  # the answer to an earlier AGAIN was lost
                 self._ask_again(receiving)
             else:
                 self._acknowledge(receiving)
@@ -434,7 +434,7 @@ class Exchange:
             on_used(now_ns - link.sent_at.popleft()[1])
 
     def _use_credit(self, link: SendingLink) -> None:
-        """Send what waits for credit, as far as there is credit now."""
+        """Send the waiting messages that have credit now."""
         while link.waiting and link.window.may_send(link.waiting[0][1]):
             self.release()
             message, nbytes = link.waiting.popleft()
@@ -450,7 +450,7 @@ class Exchange:
 
 
 class RefusedMessage(ProtocolError):
-    """Report a message in sequence that its edge does not carry. `rows` are the steps that lost their input."""
+    """Report a message that came in sequence but does not match its edge. `rows` are the steps that lost their input."""
 
     def __init__(self, text: str, rows: tuple[Row, ...]) -> None:
         super().__init__(text)

@@ -16,9 +16,9 @@ from ..format.tensor_spec import TensorSpec
 class LinkSpec:
     """Describe one edge between two replicas, as both ends must know it before they communicate.
 
-    `source` and `target` are the hosts at its ends; `tensors` the names and specs of what travels.
-    `wire` is the kind of wire it goes over: ipc, local or tcp. On a `prompt` link each message is acknowledged as soon as it is
-    used up, because the sender chooses replicas by how long that takes. `kind` is what its messages are: data, or the
+    `source` and `target` are the hosts at its ends. `tensors` holds the names and specs of the tensors in a message.
+    `wire` is the kind of wire: ipc, local or tcp. On a `prompt` link each message is acknowledged as soon as it is used up,
+    because the sender chooses replicas by the time that this takes. `kind` is the kind of the messages: data, or the
     gradients that come back along the edge.
     """
 

@@ -34,9 +34,9 @@ class Received(msgspec.Struct, frozen=True, eq=False):
 
 
 class Outbound(msgspec.Struct, frozen=True, gc=False):
-    """Hold a message on its way out, until the exchange has made frames of it.
+    """Hold an outgoing message until the exchange has made frames of it.
 
-    `ready_ns` is when the actor had it. `coding` says what a codec did to it.
+    `ready_ns` is when the actor had it. `coding` records what a codec did to it.
     """
 
     rows: tuple[Row, ...]
@@ -51,7 +51,7 @@ class Outbound(msgspec.Struct, frozen=True, gc=False):
         return sum(meta.nbytes for meta in self.tensors)
 
     def stable(self) -> Outbound:
-        """Return the message with buffers that nobody else can change: the sender may use their memory again."""
+        """Return the message with buffers that nobody else can change. The sender may then reuse its own memory."""
         held = tuple(map(stable, self.buffers))
         return Outbound(self.rows, self.tensors, held, self.ready_ns, self.coding)
 
@@ -83,7 +83,7 @@ class SendingLink:
 
     `waiting` holds the messages without credit, and the bytes of each. `on_used`, on a prompt link, is called for each message
     that was used up, with the nanoseconds since it was sent. `on_credit` is called when there may be more credit. `chooser`
-    chooses the codec of an edge that leaves it open.
+    chooses the codec of each message if the edge has `codec: auto`.
     """
 
     spec: LinkSpec
@@ -93,7 +93,7 @@ class SendingLink:
     codec: Codec
     raw: bool
     checksums: bool
-    """Whether messages carry checksums: over tcp."""
+    """True if messages carry checksums, as over tcp."""
     open: bool = False
     refused: str | None = None
     passed: Shape | None = None
@@ -104,7 +104,7 @@ class SendingLink:
     on_credit: Callable[[], None] | None = None
     sent_at: deque[tuple[int, int]] = field(default_factory=deque)
     timed: deque[tuple[int, int, int]] = field(default_factory=lambda: deque(maxlen=MOST_TIMED))
-    """With a `chooser`: sequence, time and bytes of the large messages that were not answered yet."""
+    """With a `chooser`: sequence, time and bytes of the large messages that the receiver has not answered yet."""
     chooser: codec_choice.Chooser | None = None
 
     @property
@@ -118,7 +118,7 @@ class SendingLink:
         return self.window.sequence - self.used + len(self.waiting)
 
     def may_send(self, nbytes: int) -> bool:
-        """Return whether a message of `nbytes` would go at once."""
+        """Return whether a message of `nbytes` would be sent at once."""
         return not self.waiting and self.window.may_send(nbytes)
 
 

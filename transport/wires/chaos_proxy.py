@@ -1,7 +1,7 @@
 """Imitate faults of networks with tcp proxies between a sender and the inbox that it connects to.
 
 `ChaosProxy` sees the bytes of a connection, which are encrypted. It can delay, throttle, slice, cut, reset or swallow them.
-`MessageProxy`, behind it, sees messages. It can repeat and reorder them, and flip bits of their tensors: a network's own
+`MessageProxy`, behind it, sees messages. It can repeat and reorder them, and flip bits of their tensors. A network's own
 checksums do not detect bits that changed before the checksums were computed.
 """
 

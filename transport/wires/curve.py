@@ -108,7 +108,7 @@ def _key(path: Path) -> bytes:
 class Doorkeeper(zmq.auth.thread.ThreadAuthenticator):
     """Decide for ZeroMQ, in a separate thread, which connections are accepted.
 
-    Start it before any socket is bound: without its answer ZeroMQ refuses every connection.
+    Start this thread before any socket is bound: without its answer ZeroMQ refuses every connection.
     """
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], keys: Keys) -> None:

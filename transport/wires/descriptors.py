@@ -11,7 +11,7 @@ from ..format.errors import AddressError, ResourceError
 
 LEAST_FILE_BYTES = 1 << 12
 OF_A_WIRE, OF_A_PEER = 32, 8
-"""Descriptors of a wire with its context, and of each peer with its incoming connections; rounded up."""
+"""Number of descriptors for a wire with its context, and for each peer with its incoming connections; rounded up."""
 
 
 def make_sure_of_descriptors(me: str, count: int) -> None:
@@ -47,8 +47,10 @@ def make_sure_of_files(me: str) -> None:
 
 
 def claim(path: str) -> int:
-    """Lock the path of a socket: binding a path that is in use would silently steal it. A socket that a dead run left there may
-    then be replaced. Nothing else ever is. Return the descriptor that holds the lock.
+    """Lock the path of a socket, and return the descriptor that holds the lock.
+
+    Without the lock, binding a path that is in use would silently steal it. With it, the caller may replace a socket that a
+    dead run left there. Nothing else is ever replaced.
 
     Raises:
         AddressError: another process listens there, something else is there, or the folder does not exist.
@@ -75,6 +77,6 @@ def _may_replace(path: str, ours: bool) -> None:
     except OSError as error:
         raise AddressError(f"{path}: {error.strerror}") from error
     if not stat.S_ISSOCK(mode):
-        raise AddressError(f"{path}: expected nothing there, found what is not a socket; it was left untouched")
+        raise AddressError(f"{path}: expected nothing there, found something that is not a socket; it was not changed")
     if not ours:
         raise AddressError(f"{path}: expected nothing there, found a socket that no run of ours left; remove it")

@@ -1,8 +1,8 @@
-"""Check endpoints, which say where a wire may be bound, before a socket exists.
+"""Check endpoints, which are the addresses that wires bind, before a socket exists.
 
-`inproc://name`, `ipc:///absolute/path` and `local:///absolute/path` (at most 107 bytes: the kernel's limit for a socket's
-path), and `tcp://address:port`, without keys only on loopback. Wildcards and abstract sockets are refused: the first admit
-strangers, the second have no permissions.
+Valid endpoints are `inproc://name`, `ipc:///absolute/path`, `local:///absolute/path` and `tcp://address:port`. A path has at
+most 107 bytes, the kernel's limit for sockets. Without keys, tcp is allowed only on loopback. Wildcards are refused because
+they admit strangers, and abstract sockets because they have no permissions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ _BESIDE = "ipc://./"
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Hold a checked address. `scheme` is inproc, ipc, local or tcp; `location` a name, path or host; `port` 0 any free one."""
+    """Hold a checked address.
+
+    `scheme` is inproc, ipc, local or tcp. `location` is a name, a path or a host. `port` 0 means any free port.
+    """
 
     scheme: str
     location: str
@@ -38,7 +41,7 @@ def settled(text: str, folder: Path) -> str:
 
 
 def parse(text: str, *, guarded: bool = False) -> Endpoint:
-    """Parse an endpoint. Where connections are `guarded` by keys, it may be beyond loopback.
+    """Parse an endpoint. If connections are `guarded` by keys, a tcp address may be beyond loopback.
 
     Raises:
         AddressError: the endpoint may not be used; the message says what to write instead.

@@ -1,9 +1,14 @@
-"""Lend memory to peers, so that large tensors go through shared memory (shared_memory.py): who can read whose memory, what is
-lent, what is given back. Frames in, frames out; no ZeroMQ here.
+"""Lend memory to peers, so that large tensors go through shared memory (shared_memory.py).
 
-A message of the wires' own begins with an empty frame, which no header is; the next frame says what it is. An offer and its
-answer find out whether the peer can read this process's memory at all; a return gives segments back, and what the lender
-drops is unmapped at the other end; loans come before the message that they are part of, which has empty frames in their places.
+This module tracks which peers can read this process's memory, what is lent, and what is given back. Frames go in and frames
+come out; it does not use ZeroMQ.
+
+Messages between the wires themselves begin with an empty frame, because a header is never empty. The next frame is one of:
+
+- an offer, or its answer: these test whether the peer can read this process's memory at all;
+- a return: the borrower gives segments back;
+- a drop: the lender no longer uses segments, so the borrower unmaps them;
+- loans: the header and the tensors of a message follow, with empty frames in place of the lent tensors.
 """
 
 from __future__ import annotations
@@ -35,13 +40,13 @@ class _Returned(msgspec.Struct, tag=3, array_like=True):
 
 
 class _Lent(msgspec.Struct, tag=4, array_like=True):
-    """Which tensor frames are loans."""
+    """List the tensor frames that are loans, by index."""
 
     loans: list[tuple[int, Loan]]
 
 
 class _Dropped(msgspec.Struct, tag=5, array_like=True):
-    """These segments are not lent any more: nobody need map them."""
+    """List segments that are no longer lent: nobody needs to map them."""
 
     segments: list[int]
 
@@ -51,8 +56,11 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 class Lending(NamedTuple):
-    """How a message goes out: the frame before its header, if it has loans; its tensors; and what to keep of them until it is
-    acknowledged."""
+    """Describe how a message is sent.
+
+    `loans` is the frame before its header, or None if it has no loans. `sent` are the frames of its tensors. `kept` are the
+    buffers to keep until the message is acknowledged.
+    """
 
     loans: bytes | None
     sent: Sequence[Buffer]
@@ -60,11 +68,13 @@ class Lending(NamedTuple):
 
 
 class Sharing:
-    """Shared memory of one wire, which sends what lies in `outbox` (peer, frame), each behind an empty frame.
+    """Manage the shared memory of one wire.
+
+    The wire must send each entry (peer, frame) of `outbox`, behind an empty frame.
 
     Args:
-        me: the wire's identity, for messages of errors.
-        from_bytes: tensors of so many bytes and more are lent; 0: none are.
+        me: the wire's identity, for error messages.
+        from_bytes: tensors of at least this many bytes are lent; 0: none are.
     """
 
     def __init__(self, me: str, from_bytes: int) -> None:
@@ -77,7 +87,7 @@ class Sharing:
         self._reads: dict[str, bool] = {}
 
     def join(self, peer: str) -> None:
-        """`peer` is a process of this machine."""
+        """Add a peer, which is a process of this machine."""
         if self.from_bytes:
             self._reads[peer] = False
 
@@ -91,12 +101,15 @@ class Sharing:
         self.lender.close()
 
     def concerns(self, peer: str, buffers: Sequence[Buffer]) -> bool:
-        """Whether one of these may be lent to `peer`."""
+        """Return whether one of these buffers may be lent to `peer`."""
         return peer in self._reads and self.from_bytes <= max(map(len, buffers))
 
     def lend(self, peer: str, buffers: Sequence[Buffer]) -> Lending:
-        """Lend what is large. Until `peer` has shown that it can read this memory, all goes over the wire; what asks for that
-        is put into the outbox, once."""
+        """Lend the large buffers of a message.
+
+        Until `peer` has shown that it can read this process's memory, all buffers go over the wire. The offer that tests
+        this is put into the outbox once.
+        """
         if not self._reads[peer]:
             if peer not in self._nonces and (made := self.lender.offer(peer)) is not None:
                 self._nonces[peer] = made[1]
@@ -115,7 +128,7 @@ class Sharing:
         return Lending(_encode(_Lent(loans)), sent, kept)
 
     def give_back(self) -> None:
-        """Put into the outbox what nobody here looks at any more, and what need not be mapped any more."""
+        """Put returns into the outbox, of segments that nobody here views any more, and drops, of those no longer lent."""
         let_go: dict[str, list[int]] = {}
         while self.borrower.let_go:
             peer, segment = self.borrower.let_go.popleft()
@@ -127,10 +140,10 @@ class Sharing:
         self.outbox.extend((peer, _encode(_Dropped(segments))) for peer, segments in self.lender.dropped().items())
 
     def take(self, arrival: Arrival) -> Arrival | None:
-        """Take in a message of the wires' own: the message that comes with it, if one does.
+        """Process a message of the peer's wire itself. Return the message with tensors that follows loans, otherwise None.
 
         Raises:
-            ProtocolError: it is none, or what it says is lent cannot be read.
+            ProtocolError: it is not such a message, or a loan cannot be read.
         """
         peer, frames = arrival.peer, arrival.buffers
         if peer not in self._reads or not frames or len(frames[0]) > MAX_OWN_BYTES:
@@ -151,21 +164,21 @@ class Sharing:
             try:
                 read = bytes(self.borrower.view(peer, own.loan))
             except ProtocolError:
-                read = b""  # another user's, another machine's: tensors go over the wire
+                read = b""  # memory of another user or machine: tensors go over the wire
             self.outbox.append((peer, _encode(_Answer(read))))
         return None
 
     def _with_loans(self, arrival: Arrival, lent: _Lent) -> Arrival:
         peer = arrival.peer
         if len(arrival.buffers) < 2:
-            raise ProtocolError(f"{self._me}: expected a message behind what {peer} lends, got none")
+            raise ProtocolError(f"{self._me}: expected a header after the loans of {peer}, got none")
         header, buffers = arrival.buffers[1], list(arrival.buffers[2:])
         for index, loan in lent.loans:
             if not 0 <= index < len(buffers) or len(buffers[index]):
-                raise ProtocolError(f"{self._me}: expected the place of a tensor that {peer} lends, got {index}")
+                raise ProtocolError(f"{self._me}: expected a loan of {peer} at an empty frame, got index {index}")
             try:
                 buffers[index] = self.borrower.view(peer, loan)
-            except ProtocolError:  # no descriptors, no memory: it will be asked for again, and come over the wire
+            except ProtocolError:  # no descriptors or no memory: it is requested again, and comes over the wire
                 self.outbox.append((peer, _encode(_Answer(b""))))
                 raise
         return Arrival(peer, header, tuple(buffers), arrival.waiting_since_ns)

@@ -1,7 +1,7 @@
 """Carry messages within one machine without ZeroMQ: packets over Unix sockets, large tensors in memory that both ends map.
 
-Everything a peer sends comes over one socket, so the order needs no further care. A tensor that cannot be shared, because the
-peer may not look into this process's memory or because there is none left, goes over the socket in several packets.
+Everything that a peer sends comes over one socket, which keeps the order. A tensor that cannot be shared goes over the socket
+in several packets. Reasons are that the peer may not read this process's memory, or that no shared memory is left.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from .lending import Sharing
 from .unix_sockets import UnixSockets, UnixWaker
 
 AWAKE_NS = 500_000
-"""Where the last message came within so long, the next is waited for awake: a core that falls asleep wakes late and cold."""
+"""If the last wait was shorter than this, the next one stays awake for this long: a sleeping core wakes up late and cold."""
 
 
 class LocalWire:
-    """A `wire.ProcessWire` within one machine. Owned by the thread that uses it.
+    """Carry messages within one machine (see `wire.ProcessWire`). The thread that uses a wire owns it.
 
     Args:
         me: the identity others see, `actor.replica.epoch`.
         address: where to listen, `local:///absolute/path`.
         max_frame_bytes: a peer that announces a larger frame is disconnected.
-        shared_from_bytes: tensors of so many bytes and more go through shared memory to peers that can read it; 0: none do.
+        shared_from_bytes: tensors of at least this size go through shared memory to peers that can read it; 0: none do.
 
     Raises:
         AddressError: the address may not be used or is in use.
@@ -56,13 +56,16 @@ class LocalWire:
 
     @property
     def counters(self) -> Counter[str]:
-        """Count tensors lent (`shared_sent`), messages for which no memory was left (`shared_full`), and messages that took
-        several packets (`in_pieces`)."""
+        """Return the counters of this wire.
+
+        `shared_sent` counts lent tensors, `shared_full` messages for which no shared memory was left, and `in_pieces`
+        messages that took several packets.
+        """
         return self._sharing.counters + Counter(in_pieces=self._sockets.pieces)
 
     @property
     def fd(self) -> int:
-        """Return the descriptor that is readable while there is anything to take."""
+        """Return the descriptor that is readable while there is anything to receive."""
         return self._sockets.fd
 
     def connect(self, peer: str, address: str) -> None:
@@ -86,7 +89,7 @@ class LocalWire:
         if not sockets.knows(peer):
             if sockets.closed:
                 raise LinkClosed(f"{self.me}: this wire is closed")
-            return buffers  # an answer to a peer that is not of this graph, or that has left it
+            return buffers  # an answer to a peer that does not belong to this graph, or has left it
         if buffers and sharing.from_bytes and sharing.concerns(peer, buffers):
             loans, sent, kept = sharing.lend(peer, buffers)
             if loans is not None:
@@ -125,7 +128,7 @@ class LocalWire:
                 return None
 
     def _notify(self) -> None:
-        """Send what the two wires say to each other about shared memory."""
+        """Send the messages of this wire itself: those about shared memory (lending.py)."""
         sharing = self._sharing
         sharing.give_back()
         while sharing.outbox:

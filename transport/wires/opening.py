@@ -20,7 +20,7 @@ def open_wire(
         me: the identity others see, `actor.replica.epoch`.
         address: `local:///path`, `ipc:///path` or `tcp://address:port`.
         max_frame_bytes: larger frames are refused.
-        shared_from_bytes: over `local`, tensors of so many bytes and more go through shared memory; 0: none do.
+        shared_from_bytes: over `local`, tensors of at least this many bytes go through shared memory; 0: none do.
         keys: the folder of the keys that tcp needs.
 
     Raises:

@@ -4,8 +4,8 @@ The sender copies a tensor once into a segment (a memfd), and says over the wire
 and reads the tensor in place. The segment is lent until the receiver has released its last view. Over a socket, the same
 bytes are copied twice, into the kernel and out of it (benchmarks/large.py).
 
-A segment has no name in a file system. It is opened through /proc, by those who may look into the sender's process (the
-same user), and it ends with the last process that maps it. It is sealed against shrinking, so that no sender can take it
+A segment has no name in a file system. It is opened through /proc, by processes that may access the sender's process (those of
+the same user). It ends with the last process that maps it. It is sealed against shrinking, so that no sender can take it
 away from a reader. This module knows neither torch nor ZeroMQ.
 """
 
@@ -29,11 +29,11 @@ from ..format.errors import ProtocolError
 from ..format.message import Buffer
 
 ROUND_BYTES = 1 << 16
-"""The size of a segment is a multiple of this, so that messages of similar sizes use the same segments again."""
+"""The size of a segment is a multiple of this, so that messages of similar sizes reuse the same segments."""
 MOST_BYTES = 256 << 20
-"""The most that one process lends and keeps ready. Beyond it, tensors go over the socket."""
+"""Largest size of all segments that one process lends or keeps ready. Beyond it, tensors go over the socket."""
 MOST_IDLE_BYTES = 64 << 20
-"""The most that one process keeps ready while it is not lent."""
+"""Largest size of the segments that one process keeps ready without lending them."""
 NONCE_BYTES = 32
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
@@ -70,8 +70,8 @@ class _Segment:
 class Lender:
     """Keep the segments of one process: which are lent to whom, and which are ready.
 
-    A segment is ready again when the peer has given it back and the sender's own view of it has ended. With that view a
-    message can be sent again until it is acknowledged.
+    A segment is ready again when the peer has given it back and the sender's own view of it has ended. The sender keeps that
+    view until the message is acknowledged, because it may have to send the message again.
     """
 
     def __init__(self, most_bytes: int = MOST_BYTES, most_idle_bytes: int = MOST_IDLE_BYTES) -> None:
@@ -121,7 +121,7 @@ class Lender:
         return (lent[0], nonce) if lent is not None else None
 
     def returned(self, peer: str, segments: Iterable[int]) -> None:
-        """Take back segments that `peer` has released. Ignore those it does not hold: it may say so twice."""
+        """Take back segments that `peer` has released. Ignore those it does not hold: it may return one twice."""
         for number in segments:
             if number in self._lent and self._lent[number][1] == peer:
                 segment, _ = self._lent.pop(number)
@@ -178,9 +178,9 @@ class Lender:
 
 
 class Borrower:
-    """Keep what one process maps of the segments of others.
+    """Keep the segments of other processes that one process maps.
 
-    `let_go` holds the loans to be given back, with their peers. Views may end in any thread.
+    `let_go` holds the segments to be given back, each with its peer. Views may end in any thread.
     """
 
     def __init__(self) -> None:
@@ -230,7 +230,7 @@ def _map(peer: str, loan: Loan) -> mmap.mmap:
             seals, size = fcntl.fcntl(fd, fcntl.F_GET_SEALS), os.fstat(fd).st_size
             if seals & SEALS != SEALS or size != loan.size:
                 raise ProtocolError(f"expected {where}, sealed, got {size} bytes with seals {seals}")
-            # writable, as received frames are: an actor that writes into its input in place changes nobody else's
+            # writable, as received frames are: an actor that writes into its input changes nobody else's data
             return mmap.mmap(fd, loan.size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except (OSError, ValueError) as error:
             raise ProtocolError(f"expected {where}, which cannot be mapped: {error}") from None

@@ -38,7 +38,7 @@ class Carried:
 
 
 Fault = Callable[[Carried], Sequence[Carried]]
-"""Returns the crossings that replace one: none (it is lost), itself, itself twice, itself later, or a changed one."""
+"""Returns what replaces a `Carried`: nothing (it is lost), itself, itself twice, itself later, or a changed copy."""
 
 
 def _flipped(data: bytes, byte: int) -> bytes:
@@ -46,7 +46,7 @@ def _flipped(data: bytes, byte: int) -> bytes:
 
 
 class MemoryNetwork:
-    """Connect wires by name, with a virtual clock and one `fault` hook for everything that crosses."""
+    """Connect wires by name, with a virtual clock and one `fault` hook for everything that is carried."""
 
     def __init__(self, fault: Fault | None = None) -> None:
         self.fault = fault
@@ -93,7 +93,7 @@ class MemoryNetwork:
 
 
 class MemoryWire:
-    """A `wire.Wire` in memory. `receive` never waits: virtual time passes only by `MemoryNetwork.advance`."""
+    """Implement `wire.Wire` in memory. `receive` never waits: virtual time passes only by `MemoryNetwork.advance`."""
 
     def __init__(self, network: MemoryNetwork, me: str) -> None:
         self.me = me

@@ -1,8 +1,8 @@
 """Receive from a wire in trio: one reader per wire, which loses nothing when a wait is cancelled.
 
-ZeroMQ's descriptor is edge-triggered: it becomes readable once, and only for what came after the last look. So the wire
-is looked at before every wait. The wait itself takes nothing from it, and a cancelled `receive` leaves every message
-where it was.
+ZeroMQ's descriptor is edge-triggered: it becomes readable once, and only for messages that came after the last call of
+the wire's `receive(0)`. So this module calls `receive(0)` before every wait. The wait itself takes no message from the
+wire, and so a cancelled `receive` loses none.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Carry frames between processes of one machine over Unix sockets that keep packets whole (SOCK_SEQPACKET).
 
-A message is one packet where it fits into one, and several in a row where it does not. One system call sends it, one receives
-it, and one thread wakes: 576 bfloat16 values take 18 µs to a process that sleeps, where ZeroMQ, which hands each message
-to a thread at both ends, takes 29 (benchmarks/hop.py).
+A message that fits into one packet is sent as one, a larger message as several in a row. For one packet, one system call sends
+it, one receives it, and one thread wakes up. So 576 bfloat16 values reach a sleeping process in 18 µs. ZeroMQ takes 29 µs,
+because it passes each message through a thread at both ends (benchmarks/hop.py).
 
-A process sends over connections that it made and receives over those that it accepted. The first packet of a connection is the
-sender's identity. Any identity may be claimed: the run folder's mode admits only the same user.
+A process sends over connections that it opened, and receives over those that it accepted. The first packet of a connection is
+the sender's identity. A peer may claim any identity: the mode of the run folder admits only the same user.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from ..links.wire import Arrival
 
 MAX_PACKET_BYTES = 256 << 10
 SEND_BUFFER_BYTES = 1 << 20
-"""Asked for; the system gives less where its limit is lower, and then packets are smaller, too."""
+"""Requested size of a send buffer. If the system's limit is lower, the buffer and the packets are smaller."""
 MAX_FRAMES = MAX_TENSORS + 3
-"""A header and tensors, and the two frames that announce loans (lending.py)."""
+"""Largest number of frames of a message: a header, tensors, and the two frames that announce loans (lending.py)."""
 MAX_OTHER_BYTES = 1 << 20
-"""What frames may add to the largest one in a message that comes in several packets."""
+"""Bytes that a message in several packets may have in addition to its largest frame."""
 RETRY_S = 0.05
-"""Between two attempts to reach a peer that does not listen, or to accept while there are no descriptors."""
+"""Seconds between two attempts to reach a peer that does not listen, or to accept while no descriptors are left."""
 BACKLOG = 128
 MAX_EVENTS = 64
 ALIGN = 16
@@ -42,9 +42,9 @@ _PADS = [_PAD[: -size % ALIGN] for size in range(ALIGN)]
 _SIZES = [struct.Struct(f"<H{count}I") for count in range(MAX_FRAMES + 1)]
 _COUNT = struct.Struct("<H")
 _TWO = struct.Struct("<HII6x")
-"""Before a header and one tensor, as far as where the header begins."""
+"""Prefix of a packet with a header and one tensor: count, both sizes, and padding up to the header."""
 _SEVERAL = struct.pack("<H", 0xFFFF)
-"""Before the sizes of the frames of a message whose bytes come in the packets that follow."""
+"""Start of a packet that holds only the sizes of the frames. The frames come in the packets that follow."""
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
@@ -53,7 +53,10 @@ Packet = Sequence[Buffer]
 
 
 class _Out:
-    """A peer that messages are sent to. `backlog` holds packets that wait for room in its socket, or for it to listen."""
+    """Hold the connection to a peer that messages are sent to.
+
+    `backlog` holds the packets that wait until the socket has room, or until the peer listens.
+    """
 
     def __init__(self, peer: str, path: str) -> None:
         self.peer, self.path = peer, path
@@ -64,7 +67,7 @@ class _Out:
 
 
 class _In:
-    """A peer that sends. `whole` is a message of several packets of which `arrived` bytes have come."""
+    """Hold the connection of a peer that sends. Of a message in several packets, `whole`, `arrived` bytes have come."""
 
     def __init__(self, accepted: socket.socket) -> None:
         self.socket = accepted
@@ -74,9 +77,9 @@ class _In:
 
 
 class UnixSockets:
-    """Hold the sockets of one wire: a listener at `path`, connections from peers and to them.
+    """Hold the sockets of one wire: a listener at `path`, connections from peers, and connections to peers.
 
-    `ready` holds the messages that have come, in their order for each peer; `pieces` counts those sent in several packets.
+    `ready` holds the received messages; those of one peer are in order. `pieces` counts messages sent in several packets.
 
     Args:
         me: the identity that peers see.
@@ -84,7 +87,7 @@ class UnixSockets:
         max_frame_bytes: a peer that announces a larger frame is disconnected.
 
     Raises:
-        OSError: nothing can listen there.
+        OSError: the listener cannot be opened at `path`.
     """
 
     def __init__(self, me: str, path: str, max_frame_bytes: int) -> None:
@@ -133,7 +136,7 @@ class UnixSockets:
     # -- sending ------------------------------------------------------------------------------------------------
 
     def connect(self, peer: str, path: str) -> None:
-        """Send to `peer` at `path` from now on. Until it listens there, what is sent to it waits here."""
+        """Connect to `peer` at `path`. Until the peer listens there, packets for it wait here."""
         out = self._out[peer] = _Out(peer, path)
         self._reach(out)
 
@@ -145,7 +148,7 @@ class UnixSockets:
             out.most_bytes = min(MAX_PACKET_BYTES, made.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2 - 4096)
             made.connect(out.path)
             made.send(self.me.encode(), _FLAGS)
-        except OSError:  # it does not listen yet, or not any more
+        except OSError:  # the peer does not listen yet, or no longer
             made.close()
             out.retry_s = time.monotonic() + RETRY_S
             self._down.add(out.peer)
@@ -153,13 +156,13 @@ class UnixSockets:
         out.socket = made
         self._out_of[made.fileno()] = out
         self._down.discard(out.peer)
-        self._epoll.register(made.fileno(), select.EPOLLOUT if out.backlog else 0)  # its end is always reported
+        self._epoll.register(made.fileno(), select.EPOLLOUT if out.backlog else 0)  # 0 still reports its end
 
     def send(self, peer: str, frames: Sequence[Buffer]) -> None:
-        """Send `frames` to a peer that this wire knows, in as many packets as they take.
+        """Send `frames` to a peer that this wire knows, in as many packets as they need.
 
         Raises:
-            ProtocolError: they are more frames than a message may have.
+            ProtocolError: there are more frames than a message may have.
         """
         out = self._out[peer]
         if out.socket is None and time.monotonic() >= out.retry_s:
@@ -171,7 +174,10 @@ class UnixSockets:
                 return
 
     def send_pair(self, peer: str, header: bytes, tensor: Buffer) -> bool:
-        """Send a header and one small tensor, as nearly every message is, in half the time of `send`. False: not sent."""
+        """Send a header and one small tensor in half the time of `send`. Nearly every message has this form.
+
+        Return False if the message was not sent.
+        """
         out = self._out.get(peer)
         if out is None or out.backlog or out.socket is None:
             return False
@@ -193,7 +199,7 @@ class UnixSockets:
                 return True
             except BlockingIOError:
                 self._epoll.modify(out.socket.fileno(), select.EPOLLOUT)
-            except OSError:  # the links above send what was not acknowledged again
+            except OSError:  # the links above send unacknowledged messages again
                 self._lose(out)
                 return False
         out.backlog.append(packet)
@@ -213,7 +219,7 @@ class UnixSockets:
         self._epoll.modify(out.socket.fileno(), 0)
 
     def _lose(self, out: _Out) -> None:
-        """Drop a connection that broke, with what waited for it. The next message, or the next wait, tries again."""
+        """Drop a broken connection with its backlog. The next message, or the next wait, connects again."""
         self._hang_up(out)
         out.backlog.clear()
         out.retry_s = time.monotonic() + RETRY_S
@@ -229,14 +235,14 @@ class UnixSockets:
     # -- receiving ----------------------------------------------------------------------------------------------
 
     def wait(self, timeout_s: float | None, waiting_since_ns: int, awake_until_ns: int = 0) -> bool:
-        """Take in what has come, and wait up to `timeout_s` (None: forever) for something to come. Return whether it was woken.
+        """Wait up to `timeout_s` (None: forever) for events, and process them. Return whether a `UnixWaker` woke it.
 
-        `waiting_since_ns` goes into the arrivals. Until `awake_until_ns` it waits without sleeping and yields the core to
-        whoever else can run.
+        `waiting_since_ns` goes into the arrivals. Until `awake_until_ns` the wait does not sleep, but yields the core to
+        other threads that can run.
 
         Raises:
             LinkClosed: the sockets are closed.
-            ProtocolError: a peer sent something that is no message. That peer is disconnected.
+            ProtocolError: a peer sent something that is not a message. That peer is disconnected.
         """
         if self.closed:
             raise LinkClosed(f"{self.me}: this wire is closed")
@@ -260,11 +266,11 @@ class UnixSockets:
                     woken = True
                 elif fd == self._listener.fileno():
                     self._accept()
-            events = poll(0, MAX_EVENTS) if self._came else []  # a peer that has come may have sent already
+            events = poll(0, MAX_EVENTS) if self._came else []  # a new peer may have sent already
         return woken
 
     def _try_again(self, timeout_s: float | None) -> float:
-        """Reach peers that did not listen before. Return how long to wait before the next attempt."""
+        """Retry connections and accepts that failed before. Return the timeout of the next wait, in seconds."""
         now_s = time.monotonic()
         if self._accept_again_s is not None and now_s >= self._accept_again_s:
             self._accept_again_s = None
@@ -284,7 +290,7 @@ class UnixSockets:
         try:
             accepted, _ = self._listener.accept()
         except OSError as error:
-            if error.errno in _NO_ROOM:  # the connection waits in the kernel; asking at once would use up the core
+            if error.errno in _NO_ROOM:  # the connection stays in the kernel; retrying at once would busy a core
                 self._accept_again_s = time.monotonic() + RETRY_S
                 self._epoll.modify(self._listener.fileno(), 0)
             return
@@ -320,7 +326,7 @@ class UnixSockets:
         self.ready.append(Arrival(came.peer, frames[0], tuple(frames[1:]), waiting_since_ns))
 
     def _whole(self, came: _In, size: int) -> memoryview | None:
-        """Take in a packet of a message of several. Return the message, or None if more of its packets are to come."""
+        """Add a packet to its message of several packets. Return the message, or None if more packets are missing."""
         if came.whole is not None:
             came.arrived += size
             if came.arrived < len(came.whole):
@@ -332,7 +338,7 @@ class UnixSockets:
         _, total = _starts(len(prefix), sizes)
         if count is None or len(prefix) != _SIZES[count].size or total > self._max_bytes + MAX_OTHER_BYTES:
             raise ProtocolError(
-                f"with frames of at most {self._max_bytes} bytes, got a packet of {size} bytes that announces {total}"
+                f"with frames of at most {self._max_bytes} bytes, got a packet of {size} bytes that announces {total} bytes"
             )
         came.whole, came.arrived = memoryview(bytearray(total)), len(prefix)
         came.whole[: len(prefix)] = prefix
@@ -341,7 +347,7 @@ class UnixSockets:
     # -- the end ------------------------------------------------------------------------------------------------
 
     def disconnect(self, peer: str) -> None:
-        """Send no more to `peer`. Unknown peers are ignored."""
+        """Close the connection to `peer`. Unknown peers are ignored."""
         out = self._out.pop(peer, None)
         self._down.discard(peer)
         if out is not None:
@@ -375,11 +381,11 @@ class UnixWaker:
         self._fd = os.dup(wakes)
 
     def wake(self) -> None:
-        """Interrupt the wait that runs, or else the next one."""
+        """Interrupt the current wait, or else the next one."""
         os.eventfd_write(self._fd, 1)
 
     def close(self) -> None:
-        """Give the descriptor back."""
+        """Close the descriptor."""
         os.close(self._fd)
 
 
@@ -393,10 +399,12 @@ def _starts(prefix_bytes: int, sizes: Sequence[int]) -> tuple[list[int], int]:
 
 
 def _packets(frames: Sequence[Buffer], most_bytes: int) -> list[Packet]:
-    """Lay frames out as packets of at most `most_bytes`: how many there are, their sizes, each frame at a multiple of ALIGN.
+    """Lay out a message in packets of at most `most_bytes` bytes.
+
+    A message consists of the number of frames, their sizes, and the frames, each at a multiple of ALIGN.
 
     Raises:
-        ProtocolError: they are more than a message may have.
+        ProtocolError: there are more frames than a message may have.
     """
     sizes = [len(frame) for frame in frames]
     if len(sizes) > MAX_FRAMES:
@@ -431,7 +439,7 @@ def _cut(parts: Sequence[Buffer], most_bytes: int) -> Iterator[Packet]:
 
 
 def _sizes(packet: memoryview) -> tuple[int | None, Sequence[int]]:
-    """Read how many frames a packet has and their sizes; None if it does not say."""
+    """Read the number of frames in a packet, and their sizes. The number is None if the packet does not state them."""
     count = _COUNT.unpack_from(packet)[0] if len(packet) >= _COUNT.size else 0
     if not 0 < count <= MAX_FRAMES or len(packet) < _SIZES[count].size:
         return None, ()
@@ -442,18 +450,18 @@ def _frames(packet: memoryview) -> list[memoryview]:
     """Cut a message into its frames.
 
     Raises:
-        ProtocolError: its sizes are not what it says.
+        ProtocolError: the packet does not state the sizes of its frames, or its length differs from them.
     """
     size = len(packet)
-    if size >= _TWO.size and packet[0] == 2:  # nearly every message: in half the time
+    if size >= _TWO.size and packet[0] == 2:  # nearly every message: takes half the time
         count, of_header, of_tensor = _TWO.unpack_from(packet)
         at = _TWO.size + of_header + len(_PADS[of_header % ALIGN])
         if count == 2 and at + of_tensor == size:
             return [packet[_TWO.size : _TWO.size + of_header], packet[at:]]
     count, sizes = _sizes(packet)
     if count is None:
-        raise ProtocolError(f"got a packet of {size} bytes that does not say which frames it has")
+        raise ProtocolError(f"got a packet of {size} bytes that does not state the sizes of its frames")
     starts, end = _starts(_SIZES[count].size, sizes)
     if end != size:
-        raise ProtocolError(f"got a packet of {size} bytes, {end} by the sizes of its {count} frames")
+        raise ProtocolError(f"got a packet of {size} bytes, but its {count} frames need {end} bytes")
     return [packet[start : start + length] for start, length in zip(starts, sizes, strict=True)]

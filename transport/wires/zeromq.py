@@ -1,8 +1,8 @@
-"""Carry messages over ZeroMQ: inproc, ipc and tcp. The only file that sees a `ZMQError`.
+"""Carry messages over ZeroMQ: inproc, ipc and tcp. Only this file sees a `ZMQError`.
 
 A process binds one ROUTER as its inbox, and connects one DEALER to each peer, with the process's own identity. Everything
-that comes in (data, acknowledgements, wakes) comes through the inbox, so that the step thread waits on a single socket. To
-wait on two needs a poller, and a poll before each receive doubled the time of a hop (18 to 37 µs, on one core).
+that comes in (data, acknowledgements, wakes) comes through the inbox, so that the step thread waits on a single socket.
+Waiting on two sockets needs a poller. A poll before each receive doubled the time per hop (18 to 37 µs, on one core).
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ from .descriptors import OF_A_PEER, OF_A_WIRE, claim, make_sure_of_descriptors
 
 LINGER_MS = 500
 HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS = 1000, 5000
-"""Over tcp, a peer that is silent for this long has gone, although its connection was never closed."""
+"""Over tcp, a peer that is silent for longer than the timeout counts as gone, even if its connection is still open."""
 AWAKE_NS = 500_000
-"""If the last message came within this time, the next one is waited for without sleeping, yielding to other threads that
-can run. A core that falls asleep wakes up late and cold (1.2 kB over ipc: 100 µs a hop instead of 165; benchmarks/hop.py)."""
+"""If the last wait was shorter than this, the next one stays awake for this long, and yields to threads that can run.
+
+A sleeping core wakes up late, with cold caches. Awake, a hop of 1.2 kB over ipc takes 100 µs instead of 165
+(benchmarks/hop.py)."""
 _MORE = int(zmq.SNDMORE | zmq.DONTWAIT)
 _LAST = int(zmq.DONTWAIT)
 _READABLE, _EVENTS = int(zmq.POLLIN), zmq.EVENTS
 _WAKE = b"\x00wake"
-_send: Any = zmq.backend.Socket.send  # without the sugar for DRAFT sockets: 0.8 µs less a frame
+_send: Any = zmq.backend.Socket.send  # skips pyzmq's code for DRAFT sockets: 0.8 µs less per frame
 _serial = itertools.count()
 
 
@@ -48,7 +50,7 @@ class ZeroWire:
         address: where to bind. `tcp://127.0.0.1:0` binds any free port (see the attribute `address`).
         max_frame_bytes: a peer that sends a larger frame is disconnected by ZeroMQ.
         context: shared by wires that talk over inproc. If None, the wire makes its own.
-        keys: for tcp, which needs them: only connections with keys are accepted and made (curve.py).
+        keys: required for tcp. Only connections with keys are accepted and opened (curve.py).
 
     Raises:
         AddressError: the address may not be used or is in use.
@@ -100,7 +102,7 @@ class ZeroWire:
             self._doorkeeper = Doorkeeper(self._context, self._keys)
             self._doorkeeper.start()
             guard(self._inbox, self._keys)
-            # a peer that comes back is not kept out by its own dead connection
+            # a peer that reconnects is not kept out by its own dead connection
             self._inbox.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._inbox.bind(f"tcp://{where.location}:*" if where.scheme == "tcp" and not where.port else str(where))
         bound = self._inbox.getsockopt(zmq.LAST_ENDPOINT)
@@ -114,7 +116,7 @@ class ZeroWire:
 
     @property
     def counters(self) -> Counter[str]:
-        """Return nothing: this wire only carries frames."""
+        """Return no counters: this wire only carries frames."""
         return Counter()
 
     @property
@@ -155,7 +157,7 @@ class ZeroWire:
             if not buffers:
                 _send(dealer, header, _LAST)
                 return buffers
-            for buffer in buffers:  # they go by reference, and are kept until they are acknowledged
+            for buffer in buffers:  # they are sent by reference, and kept until they are acknowledged
                 if buffer.__class__ is not bytes:
                     buffers = tuple(map(stable, buffers))
                     break
@@ -168,7 +170,7 @@ class ZeroWire:
         return buffers
 
     def _answer(self, peer: str, header: bytes) -> None:
-        """Send a refusal to a peer that spoke first and is not of this graph."""
+        """Send a refusal to a peer that sent the first message and does not belong to this graph."""
         try:
             with contextlib.suppress(zmq.Again):
                 self._inbox.send(peer.encode("latin-1"), _MORE)
@@ -187,7 +189,7 @@ class ZeroWire:
                 header = inbox.recv(copy=False)  # a ROUTER's message has at least one frame after the identity
                 if identity != _WAKE:
                     break
-                timeout_s = 0  # a wake must not hide the messages behind it from a caller that takes all there are
+                timeout_s = 0  # a caller that receives until None must still get the messages behind a wake
             if self._doorkeeper is not None:
                 self._check_speaker(identity, header)
             buffers = self._tensors(identity) if header.more else ()
@@ -201,8 +203,8 @@ class ZeroWire:
             raise LinkBroken(f"{self.me}: cannot receive: {error.strerror}") from error
 
     def _wait(self, timeout_s: float | None) -> tuple[int, bytes]:
-        """Wait for a message. Return since when we waited, and who sent it."""
-        # The socket's own timeout, not a poll before the receive: that took 18 µs more per hop on one core.
+        """Wait for a message. Return when the wait began (ns), and the identity of the sender."""
+        # Use the socket's own timeout: a poll before the receive took 18 µs more per hop on one core.
         inbox = self._inbox
         if timeout_s != self._timeout_s:
             inbox.setsockopt(zmq.RCVTIMEO, -1 if timeout_s is None else int(timeout_s * 1000))
@@ -220,7 +222,7 @@ class ZeroWire:
         """Return the frames behind the header.
 
         Raises:
-            ProtocolError: there are more than a message may have. They are dropped.
+            ProtocolError: there are more frames than a message may have. They are dropped.
         """
         buffers: list[Buffer] = []
         more = True
@@ -236,10 +238,10 @@ class ZeroWire:
         return tuple(buffers)
 
     def _check_speaker(self, identity: bytes, header: zmq.Frame) -> None:
-        """Check that a peer speaks as the actor that its key belongs to.
+        """Check that the identity of a peer is one of the actor that its key belongs to.
 
         Raises:
-            ProtocolError: it speaks as another actor.
+            ProtocolError: the identity is one of another actor.
         """
         actor = header.get("User-Id")
         if not claims_to_be(identity, str(actor)):
@@ -258,7 +260,7 @@ class ZeroWire:
 
     def close(self) -> None:
         for socket in self._dealers.values():
-            # data was acknowledged before; a refusal or last words may still be on their way
+            # data was acknowledged before; a refusal or a final message may still be on its way
             socket.close(linger=LINGER_MS)
         self._dealers.clear()
         self._inbox.close(linger=0)
@@ -286,7 +288,7 @@ def _endpoint(who: str, address: str, keys: Keys | None) -> endpoint.Endpoint:
         )
     if where.scheme == "tcp" and keys is None:
         raise AddressError(
-            f"{who} at {where}: tcp needs keys, on loopback, too, because others use this machine; give `keys`"
+            f"{who} at {where}: tcp needs keys, on loopback, too, because other users of this machine can connect; set `keys`"
         )
     return where
 
@@ -297,7 +299,7 @@ def _notices_half_open(socket: zmq.Socket[bytes]) -> None:
 
 
 def ask(me: str, address: str, question: bytes, timeout_s: float) -> Buffer | None:
-    """Send one message to the wire that listens at `address`, and return its answer; None if there is none in time.
+    """Send one message to the wire at `address`. Return its answer, or None if none comes within `timeout_s` seconds.
 
     Raises:
         AddressError: the address may not be used.

@@ -2,7 +2,7 @@
 
    Included by the file of each instruction set: see product.h. */
 
-#define TOGETHER 96 /* tokens that a product takes at a time: they stay in a near cache while the weights pass */
+#define TOGETHER 96 /* tokens that a product takes at a time: they stay in a near cache while the weights are read */
 #define COLUMNS 256 /* columns at a time, if there are more tokens than are summed at once */
 
 #ifdef PAIRS
@@ -12,8 +12,8 @@ static int pairs(void) { return 0; }
 static int summed_at_once(const Tokens *tokens) { return TOKENS; }
 #endif
 
-/* Multiply a tile with the tokens from `first` to `end`. If there are more than are summed at once, take so few columns at a
-   time that the tokens' and the weights' stay in the nearest cache. */
+/* Multiply a tile with the tokens from `first` to `end`. If there are more tokens than are summed at once, take COLUMNS
+   columns at a time: those of the tokens and of the weights then stay in the nearest cache. */
 static void tile_bfloat16(const Product *p, int tile, int first, int end) {
     const Matrix *m = p->matrix;
     size_t columns = m->columns, together = end - first > summed_at_once(p->tokens) ? COLUMNS : columns;

@@ -29,9 +29,9 @@ def libraries() -> dict[str, Any]:
 
 
 def find(package: str, name: str) -> dict[str, Any]:
-    """Return what was compiled of `<name>_<set>.c` in a package, for each instruction set that this processor has.
+    """Return the compiled `<name>_<set>.c` of a package, for each instruction set that this processor has.
 
-    The best set comes first. Nothing is returned if nothing was compiled.
+    The best set comes first. The result is empty if nothing was compiled.
     """
     ranked: list[tuple[int, str, Any]] = []
     spec = importlib.util.find_spec(package)

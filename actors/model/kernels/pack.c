@@ -30,7 +30,7 @@ void ranvier_pack_whole(const uint8_t *from, int rows, int columns, int kind, ui
 enum { Q4_0 = 0, Q4_1 = 1, Q8_0 = 2 };
 static const int STORED_BYTES[] = {18, 20, 34};
 
-/* Read one block of GGUF: its whole numbers, from 0 on (of Q8_0: the number plus 128), its scale and its least value. */
+/* Read one block of GGUF: its numbers as unsigned integers (Q8_0: the number plus 128), its scale and its least value. */
 INLINE void whole_block(int kind, const uint8_t *from, uint8_t to[BLOCK], uint16_t *scale, uint16_t *least) {
     memcpy(scale, from, 2);
     if (kind == Q8_0) {

@@ -1,7 +1,7 @@
 """Pack weights, and multiply them with tokens in C, on processors with AVX2 or AVX-512 (product.h).
 
 A product takes 16 rows at a time and reads each weight once for several tokens. A step through a group of layers is a single
-call (step.c), because torch's own operations took two thirds of a decoding step's time before any number was multiplied
+call (step.c). With torch's own operations, overhead outside the products took two thirds of a decoding step
 (benchmarks/one_stream.py). If the processor has no such instructions, or if there was no compiler when the package was
 installed, torch computes everything.
 
@@ -130,7 +130,7 @@ def pack_int4(weight_RC: torch.Tensor) -> Packed:
 def pack_whole(
     kind: int, whole_RC: torch.Tensor, scale_RB: torch.Tensor, least_RB: torch.Tensor | None = None
 ) -> Packed:
-    """Pack whole numbers, uint8 [R, C], with their scales and least values. They begin at 0; in int8 that is -128."""
+    """Pack whole numbers, uint8 [R, C], with their scales and least values. For int8, 0 stands for -128."""
     rows, columns = whole_RC.shape
     data = _pages.take(rows * columns * BITS[kind] // 8)
     library().ranvier_pack_whole(
@@ -145,7 +145,7 @@ STORED = {"Q4_0": 0, "Q4_1": 1, "Q8_0": 2}
 
 
 def pack_stored(parts: Sequence[StoredRows], kind: int) -> Packed:
-    """Pack matrices of GGUF blocks, one below the other. Each has whole tiles of rows.
+    """Pack matrices of GGUF blocks as one, stacked by rows. The rows of each matrix must fill whole tiles.
 
     `kind` bfloat16 rounds them; int8 (for Q8_0) and int4 (for the others) keep the numbers of the file.
     """
@@ -192,7 +192,8 @@ def _order(part: StoredRows) -> ctypes.c_void_p:
 class _LargePages:
     """Give out memory for weights, in large pages if the system has them.
 
-    A step reads all of it, and small pages are looked up one by one, in a virtual machine through two tables each.
+    A step reads all weights. With small pages, this takes many address translations, each of which goes through two page
+    tables in a virtual machine.
     """
 
     def __init__(self) -> None:

@@ -41,7 +41,7 @@ static void take_chunks(Pool *p) {
     }
 }
 
-/* Wait without sleeping, but let others have the core from time to time: one of them may be what we wait for. */
+/* Wait without sleeping, but yield the core from time to time: the thread that we wait for may need it. */
 static void patient(int *spins) {
     if (++*spins < 1000)
         _mm_pause();

@@ -8,24 +8,24 @@
        int4       for each 32 columns: 4 vectors of 16 rows x 8 numbers (columns 0-3 in the low halves of the bytes, 4-7 in
                   the high halves)
 
-   The scales, and of int4 the least values, are float16 in tiles of their own: 16 for each 32 columns. Quantised weights
+   The scales, and the least values of int4, are float16 in separate tiles: 16 for each 32 columns. Quantised weights
    are multiplied with tokens that are rounded to int8 in blocks of 32, as llama.cpp does. Keys are cached as tiles of
-   bfloat16, too: 16 positions are the rows, so that the scores of a query are a product like any other. Nothing here knows
-   Python: the functions are called through ctypes, which releases the interpreter's lock meanwhile.
+   bfloat16, too: 16 positions are the rows, so that the scores of a query are a product like any other. No file here uses
+   Python's API. The functions are called through ctypes, which releases the interpreter's lock during the call.
 
-   Each instruction set is one file, product_<set>.c. It says in its first line with which flags it is compiled, and it
-   defines, around this header,
+   Each instruction set has one file, product_<set>.c. Its first line gives the compiler flags. It defines TOKENS and SPLIT
+   before it includes this header. It also defines the rest of this list:
 
-       TOKENS        how many tokens' sums are held in registers at once: one or two vectors for each (before this header)
-       SPLIT         up to how many tokens have two vectors, so that a sum does not wait for itself (before this header)
+       TOKENS        how many tokens' sums are held in registers at once: one or two vectors for each
+       SPLIT         up to how many tokens have two vectors, so that an addition need not wait for the previous one
        tile_whole    the product of one tile of whole numbers with up to TOKENS tokens
        PAIRS, pairs, pairs_any
-                     optional: products of tokens that are rounded to bfloat16, with up to PAIRS tokens, where `pairs()`
+                     optional: products with up to PAIRS tokens that are rounded to bfloat16, used if `pairs()` is true
        ranvier_supported
                      a number greater than 0 if this processor has the instructions: the greatest one is used
 
-   and it then includes multiply.c, pack.c and step.c, which are written in these. setup.py makes an extension of each such
-   file, and native.py finds them. A processor with other vectors than these brings its own vectors_<set>.h, too. */
+   Then it includes multiply.c, pack.c and step.c, which use these definitions. setup.py makes an extension of each such
+   file, and native.py finds them. An instruction set with other vectors also needs its own vectors_<set>.h. */
 
 #ifndef RANVIER_PRODUCT_H
 #define RANVIER_PRODUCT_H

@@ -17,12 +17,12 @@ int ranvier_supported(void) {
     return all ? 512 : 0;
 }
 
-/* Do as `tile_rows` with tokens that are rounded to bfloat16, two columns at a time, by the processor's own instruction.
-   Where that starts twice a cycle (see `pairs`), this is at most half the work, because nothing has to be widened. */
+/* Multiply like `tile_rows`, but with tokens that are rounded to bfloat16: two columns at a time, by the processor's own
+   instruction. Where it can start twice a cycle (see `pairs`), this is at most half the work, because nothing is widened. */
 INLINE void tile_pairs(
     const uint16_t *tile, int columns, const uint16_t *x, size_t x_step, float *out, size_t out_step, int more,
     const int count) {
-    const int split = count <= 4 ? 4 : count <= 8 ? 2 : 1; /* sums side by side, so that none waits for itself */
+    const int split = count <= 4 ? 4 : count <= 8 ? 2 : 1; /* parallel sums, so that no addition waits for the previous one */
     F sum[PAIRS][4];
     for (int t = 0; t < count; t++) {
         sum[t][0] = more ? f_load(out + t * out_step) : f_zero();
@@ -65,8 +65,8 @@ static void pairs_any(
         }
 }
 
-/* Return whether the processor multiplies bfloat16 as fast as float32. AMD's do from Zen 5 on. On earlier ones the
-   instruction starts every other cycle, and of others we do not know. */
+/* Return whether the processor's bfloat16 instruction starts as often as that of float32. AMD's does from Zen 5 on. On
+   earlier processors it starts every other cycle. For other processors this is not known. */
 static int pairs(void) {
     static int known = -1;
     if (known < 0) {

@@ -1,14 +1,14 @@
-/* Compute whole steps through a group of blocks of llama's kind.
+/* Compute whole steps through a group of llama-like blocks.
 
    Included by the file of each instruction set: see product.h. */
 
-#define QUERIES 24 /* of one key-value head that go through the cache together */
+#define QUERIES 24 /* queries of one key-value head that go through the cache together */
 
 typedef struct {
     Matrix qkv, out, up, down;
     const float *norm_in, *norm_mid, *qkv_bias; /* the bias and all that follows may be NULL */
     const float *norm_query, *norm_key;        /* of each head, before it is rotated */
-    const float *norm_attended, *norm_out;     /* of what attention and the feed-forward part add */
+    const float *norm_attended, *norm_out;     /* of the outputs of attention and feed-forward part */
     int32_t window;                            /* positions that a token sees; 0: all */
     int32_t local;                             /* which of a row's two rotary tables */
 } Layer;
@@ -41,9 +41,9 @@ typedef struct {
     const Span *spans;
     float *hidden, *norm, *qkv, *attended, *inner, *gated, *made;
     const float *weight; /* of the norm that is being computed */
-    const float *after;  /* weight of the norm of what is added; NULL: no norm */
-    float *scores;       /* for each thread that attends [QUERIES, longest + width] */
-    _Atomic int *taken;  /* which of these rooms are in use */
+    const float *after;  /* weight of the norm of `made`, before it is added; NULL: no norm */
+    float *scores;       /* a workspace for each thread that attends: [QUERIES, longest + 2 * width] */
+    _Atomic int *taken;  /* which of these workspaces are in use */
 } Step;
 
 /* Divide the numbers by their root mean square, and multiply each by its weight. */
@@ -232,7 +232,7 @@ static void attend_chunk(void *context, int chunk) {
 
 static size_t line_of(int64_t longest) { return (size_t)(longest + 2 * TILE) / TILE * TILE; }
 
-/* Return how many bytes `ranvier_step` needs for so many tokens. The longest session has `longest` positions after it. */
+/* Return how many bytes `ranvier_step` needs for `tokens` tokens. After it, the longest session has `longest` positions. */
 int64_t ranvier_room(const Group *g, int tokens, int64_t longest) {
     int64_t attended = (int64_t)g->heads * g->width, widest = attended > g->hidden ? attended : g->hidden;
     int64_t floats = 2 * g->hidden + (g->heads + 2 * g->kv_heads) * g->width + attended + 3 * g->inner;

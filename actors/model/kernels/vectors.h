@@ -1,6 +1,7 @@
-/* Sixteen numbers at a time: one register with AVX-512, two with AVX2. The kernels are written in these, and compiled for each.
+/* Compute with sixteen numbers at a time: one register with AVX-512, two with AVX2. The shared kernels use these
+   functions, and are compiled for each instruction set.
 
-   These are names for what the processor does. Nothing here knows weights or tokens. */
+   Each function stands for one or a few instructions. Nothing here depends on weights or tokens. */
 
 #ifndef RANVIER_VECTORS_H
 #define RANVIER_VECTORS_H

@@ -25,11 +25,11 @@ INLINE F f_abs(F x) {
     __m256 sign = _mm256_set1_ps(-0.0f);
     return (F){_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
 }
-INLINE F f_round(F x) { return (F){_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; } /* 8: to the nearest, in silence */
+INLINE F f_round(F x) { return (F){_mm256_round_ps(x.a, 8), _mm256_round_ps(x.b, 8)}; } /* 8: to the nearest, no exception */
 INLINE __m256 power_of_two(__m256 n) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
-INLINE F f_power_of_two(F n) { return (F){power_of_two(n.a), power_of_two(n.b)}; } /* of -126 to 127 */
+INLINE F f_power_of_two(F n) { return (F){power_of_two(n.a), power_of_two(n.b)}; } /* n from -126 to 127 */
 INLINE float f_sum(F x) {
     __m256 all = _mm256_add_ps(x.a, x.b);
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
@@ -61,7 +61,7 @@ INLINE void f_to_bfloat16(uint16_t *to, F x) {
     __m256i both = _mm256_packus_epi32(to_bfloat16(x.a), to_bfloat16(x.b));
     _mm256_storeu_si256((__m256i *)to, _mm256_permute4x64_epi64(both, 0xD8));
 }
-/* Load anew each time: kept for the second of the pairs, they would take the registers of sums. */
+/* Load the pairs each time (volatile). If f_second reused those of f_first, they would take registers from the sums. */
 INLINE __m256i eight_pairs(const uint16_t *from) { return *(const volatile __m256i_u *)from; }
 INLINE __m256 first_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
 INLINE __m256 second_of(__m256i pairs) {
