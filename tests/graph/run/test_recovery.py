@@ -540,6 +540,7 @@ def test_a_snapshot_that_cannot_be_read_is_an_error_that_names_it(
     async def main() -> None:
         async with launched(ranvier.load(path, allow_code=True), runs) as run:
             assert await call(run, 1.0) == 1.0
+            os.kill(pid_of(run, "sum"), signal.SIGSTOP)  # so that it does not save once more
             (run.dir / "state" / "sum.0.safetensors").write_bytes(b"not what was saved")
             os.kill(pid_of(run, "sum"), signal.SIGKILL)
             await call(run, 2.0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -143,7 +144,11 @@ def test_two_trainings_into_one_folder_case_75(graph: Make, runs: Path, tmp_path
     until_s = time.monotonic() + 60
     while not (history.exists() and history.stat().st_size) and time.monotonic() < until_s:
         time.sleep(0.01)
-    second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    first.send_signal(signal.SIGSTOP)  # so that it is not done before the second begins
+    try:
+        second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    finally:
+        first.send_signal(signal.SIGCONT)
     _, errors = first.communicate(timeout=100)
     assert first.returncode == 0, errors
     assert second.returncode == 2
