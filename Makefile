@@ -46,8 +46,8 @@ lint: $(STAMP)
 	$(BIN)/lint-imports
 
 # the peers that ours is compared with, in an environment of their own; llama.cpp compiles for some minutes
-$(PEERS): benchmarks/peers.sh
-	bash benchmarks/peers.sh .bench-venv
+$(PEERS): benchmarks/peers.sh | $(MODEL)
+	bash benchmarks/peers.sh .bench-venv "$$($(BIN)/python -c 'import sys; sys.path.insert(0, "benchmarks"); import contestants; print(contestants.model_file())')"
 
 bench: $(STAMP) $(MODEL) $(PEERS)
 	$(BIN)/python benchmarks/run.py
