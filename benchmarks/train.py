@@ -88,6 +88,7 @@ import os, pathlib, statistics, sys, time, torch.distributed as dist, torch.mult
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 from ranvier import Batch, Context
 from ranvier.actors.checkpoint import known_checkpoint
+from ranvier.actors.component.kinds import BUILT_IN
 from ranvier.actors.training.layers import NativeStage
 folder = pathlib.Path(__file__).parent
 class Half(torch.nn.Module):
@@ -95,7 +96,7 @@ class Half(torch.nn.Module):
         super().__init__()
         layers, kind = [((0, 2), "first_stage"), ((3, 5), "last_stage")][rank]
         context = Context("half", {}, lambda _: None, known_checkpoint(pathlib.Path(sys.argv[1])), "float32", layers)
-        self.stage, self.port = NativeStage(kind, context, 128), "token" if rank == 0 else "hidden"
+        self.stage, self.port = NativeStage(BUILT_IN[kind], context, 128), "token" if rank == 0 else "hidden"
     def forward(self, x):
         [made] = self.stage(Batch((), {self.port: x})).values()
         return made
