@@ -226,6 +226,11 @@ class BlockingRun:
     # -- properties, which also work after the end ---------------------------------------------------------------
 
     @property
+    def run(self) -> Run:
+        """Return the run itself. It lives in another thread, so read its data only, and call nothing of it."""
+        return self._run
+
+    @property
     def dir(self) -> Path:
         """Return the run folder."""
         return self._run.dir

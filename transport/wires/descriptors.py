@@ -41,7 +41,7 @@ def make_sure_of_files(me: str) -> None:
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if limit != resource.RLIM_INFINITY and limit < LEAST_FILE_BYTES:
         raise ResourceError(
-            f"{me}: expected to write files of at least {LEAST_FILE_BYTES} bytes, the limit is {limit}; raise it "
+            f"{me}: expected to write files of at least {LEAST_FILE_BYTES} bytes, the limit is {limit}; raise the limit "
             "(ulimit -f)"
         )
 
