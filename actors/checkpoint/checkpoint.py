@@ -11,7 +11,7 @@ import json
 import math
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +22,14 @@ from . import config as configs
 from . import gguf_file, safetensors_file
 from .config import ModelConfig
 from .hf_config import from_hf
+from .hf_seq2seq import eos_tokens
 
 if TYPE_CHECKING:
     import torch
 
 PIECE_ELEMENTS = 1 << 18
 """Elements converted at a time: 1 MiB of float32, which stays in the processor's cache."""
+COMPARED_BYTES = 1 << 20
 MAX_JSON_BYTES = 64 << 20
 WHOLE = ("bool", "uint8", "int8", "int16", "int32", "int64")
 """Dtypes that are not floating-point; they are read without conversion."""
@@ -82,6 +84,10 @@ class Tensors:
         entry = self.tensors.get(name)
         if entry is None:
             raise CheckpointError(f"{self.path}: tensor {name} is missing")
+        if entry.stored.startswith(safetensors_file.UNKNOWN):
+            code = entry.stored.removeprefix(safetensors_file.UNKNOWN)
+            known = ", ".join(safetensors_file.DTYPES)
+            raise CheckpointError(f"{entry.file}: tensor {name}: dtype {code!r:.40} is not one of {known}")
         if entry.shape != shape:
             raise CheckpointError(f"{entry.file}: tensor {name}: expected shape {shape}, got {entry.shape}")
         if dtype in WHOLE and entry.stored != dtype:
@@ -135,10 +141,15 @@ class Tensors:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint(Tensors):
-    """Hold what `open_checkpoint` has found; `gguf` is the metadata of a GGUF file, which includes its tokenizer."""
+    """Hold what `open_checkpoint` has found.
+
+    `gguf` is the metadata of a GGUF file, which includes its tokenizer. `generation` is the content of
+    `generation_config.json`, or the same fields of a GGUF file: how the model's makers let it generate.
+    """
 
     config: ModelConfig
     gguf: Mapping[str, Any] | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _read_exactly(file: Any, entry: TensorEntry, count: int) -> bytearray:
@@ -223,7 +234,19 @@ def open_tensors(file: Path) -> Tensors:
 
 
 def _open_folder(folder: Path, single: Path | None) -> Checkpoint:
-    config = from_hf(_read_config(folder), str(folder / "config.json"))
+    generation_file = folder / "generation_config.json"
+    generation = read_json(generation_file) if generation_file.exists() else {}
+    read = _read_config(folder, generation)
+    quantised = read.get("quantization_config") or read.get("compression_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
+        raise CheckpointError(
+            f"{folder}: the weights are quantised by {method!r:.40}, which is not built in; use the original checkpoint, "
+            "or a GGUF file of the model"
+        )
+    config = from_hf(read, str(folder / "config.json"))
+    if generation.get("eos_token_id") is not None:  # often more ends than config.json has
+        config = replace(config, eos_tokens=eos_tokens(generation))
     index = folder / "model.safetensors.index.json"
     single = single or folder / "model.safetensors"
     if single.exists():
@@ -234,32 +257,72 @@ def _open_folder(folder: Path, single: Path | None) -> Checkpoint:
         files = {file: safetensors_file.read_header(file) for file in dict.fromkeys(names.values())}
     else:
         raise CheckpointError(f"{folder}: expected model.safetensors or {index.name}, found neither")
-    bare_gpt2 = config.family == "gpt2" and "wte.weight" in names  # names as in OpenAI's upload of gpt2
+    prefix = _left_out(names)
     tensors = {}
     for name, file in names.items():
         found = files[file].get(name)
         if found is None:
-            raise CheckpointError(f"{file}: tensor {name} is missing, though {index.name} says it is here")
-        known = f"transformer.{name}" if bare_gpt2 else name
+            continue  # some indexes list a tied head that no file holds; whoever needs the tensor will miss it
+        known = name if name.startswith((prefix, "lm_head.")) else prefix + name
         tensors[known] = TensorEntry(name, file, found.dtype, found.shape, found.offset, found.nbytes)
+    config = _untied(folder, config, tensors)
     if config.encoder is not None:
         own = "lm_head.weight" in tensors
         separate = config.family == "marian" and "model.shared.weight" not in tensors
         config = replace(config, tied=not own, encoder=replace(config.encoder, separate=separate))
-    return Checkpoint(folder, tensors, config)
+    return Checkpoint(folder, tensors, config, generation=generation)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+_BARE = {"wte.weight": "transformer.", "embed_tokens.weight": "model.", "shared.weight": "model."}
+"""A name that only a checkpoint without the prefix of its head has, and that prefix."""
+
+
+def _left_out(names: Mapping[str, Path]) -> str:
+    """Return the prefix that the names of a checkpoint lack, because only the model below the head was saved.
+
+    T5 has no such prefix: its encoder's layers are blocks.
+    """
+    if "shared.weight" in names and not any(name.startswith("encoder.layers.") for name in names):
+        return ""
+    return next((prefix for name, prefix in _BARE.items() if name in names), "")
+
+
+_EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight", "model.shared.weight", "gpt_neox.embed_in.weight")
+
+
+def _untied(folder: Path, config: ModelConfig, tensors: Mapping[str, TensorEntry]) -> ModelConfig:
+    """Return the config with its own head if the file holds one that differs from the embedding, whatever the config says.
+
+    transformers does so, too: some fine-tuned models trained their head and kept the config.
+    """
+    head = tensors.get("lm_head.weight")
+    embedding = next((tensors[name] for name in _EMBEDDINGS if name in tensors), None)
+    if not config.tied or config.encoder is not None or head is None or embedding is None:
+        return config
+    alike = (head.shape, head.stored) == (embedding.shape, embedding.stored)
+    return config if alike and _same_bytes(head, embedding) else replace(config, tied=False)
+
+
+def _same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
+    with one.file.open("rb", buffering=0) as first, other.file.open("rb", buffering=0) as second:
+        first.seek(one.offset)
+        second.seek(other.offset)
+        for start in range(0, one.nbytes, COMPARED_BYTES):
+            size = min(COMPARED_BYTES, one.nbytes - start)
+            if _read_exactly(first, one, size) != _read_exactly(second, other, size):
+                return False
+    return True
+
+
+def _read_config(folder: Path, generation: Mapping[str, Any]) -> dict[str, Any]:
     """Read `config.json`.
 
     Newer encoder–decoder checkpoints keep some fields in `generation_config.json`; these are added.
     """
     config = read_json(folder / "config.json")
-    generation = folder / "generation_config.json"
-    if config.get("is_encoder_decoder") and generation.exists():
-        defaults = read_json(generation)
-        named = ("decoder_start_token_id", "eos_token_id", "bad_words_ids", "forced_bos_token_id")
-        config |= {name: defaults[name] for name in named if defaults.get(name) is not None}
+    if config.get("is_encoder_decoder"):
+        named = ("decoder_start_token_id", "bad_words_ids", "forced_bos_token_id")
+        config |= {name: generation[name] for name in named if generation.get(name) is not None}
     return config
 
 
@@ -316,7 +379,23 @@ def _open_gguf(path: Path) -> Checkpoint:
         heads = turned.get(name.rpartition("self_attn.")[2].partition(".")[0], 0)
         stored = _GGUF_PLAIN.get(found.type, found.type)
         tensors[name] = TensorEntry(name, path, stored, found.shape, found.offset, found.nbytes, permuted_heads=heads)
-    return Checkpoint(path, tensors, config, gguf=header.fields)
+    return Checkpoint(path, tensors, config, gguf=header.fields, generation=_generation(header.fields))
+
+
+_GGUF_SAMPLING = {
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
+
+
+def _generation(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sampling defaults of a GGUF file under the names of `generation_config.json`."""
+    begin = "general.sampling."
+    made = {name: fields[begin + key] for key, name in _GGUF_SAMPLING.items() if begin + key in fields}
+    return {"do_sample": True, **made} if made else {}
 
 
 def _rope_factors(path: Path, header: gguf_file.GGUFHeader) -> tuple[float, ...]:

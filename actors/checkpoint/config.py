@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ..errors import CheckpointError
 from .bounds import MOST_COUNT, MOST_LAYERS, MOST_SIZE, number, whole
+from .gguf_tokens import ends_of_text, numbered
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +220,12 @@ class ModelConfig:
         return self.windows[layer] if self.windows else 0
 
 
+def _rows(tensors: Mapping[str, Any]) -> int:
+    """Return how many rows the embedding has: the vocabulary of a file without a tokenizer."""
+    embedding = tensors.get("token_embd.weight")
+    return int(embedding.shape[0]) if embedding is not None else 0
+
+
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 """GGUF architectures that are built in; mistral's files say llama, too."""
 
@@ -247,9 +254,8 @@ def from_gguf(
         stretched = RopeScaling("linear", float(own["rope.scaling.factor"])) if scaling == "linear" else None
         if rope_factors:
             stretched = RopeScaling("factors", 1.0, factors=rope_factors)
-        eos = [fields[key] for key in ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id") if key in fields]
         tokens = fields.get("tokenizer.ggml.tokens")
-        vocab = own.get("vocab_size") or (len(tokens) if tokens is not None else 0)
+        vocab = own.get("vocab_size") or (len(tokens) if tokens is not None else 0) or _rows(tensors)
         return ModelConfig(
             family=arch,
             vocab=vocab,
@@ -267,8 +273,8 @@ def from_gguf(
             tied="output.weight" not in tensors,
             qkv_bias="blk.0.attn_q.bias" in tensors,
             out_bias="blk.0.attn_output.bias" in tensors,
-            bos_token=fields.get("tokenizer.ggml.bos_token_id"),
-            eos_tokens=tuple(dict.fromkeys(eos)),
+            bos_token=numbered(fields, "tokenizer.ggml.bos_token_id", where),
+            eos_tokens=ends_of_text(fields, where),
         )
     except KeyError as error:
         raise CheckpointError(

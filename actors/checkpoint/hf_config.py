@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import CheckpointError, describe
 from . import bounds, hf_seq2seq
 from .config import Activation, ModelConfig, RopeScaling
+from .hf_defaults import filled
 from .hf_seq2seq import eos_tokens
 
 Config = Mapping[str, Any]
@@ -31,17 +32,18 @@ def from_hf(config: Config, where: str) -> ModelConfig:
     """
     family = config.get("model_type")
     made = FAMILIES.get(str(family)) or hf_seq2seq.FAMILIES.get(str(family))
+    given, config = config, filled(config)
     try:
         bounds.check(config, alike=made is not None)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
     try:
         if made is None:
-            return _foreign(config, f"model_type {family!r} is not built in")
+            return _foreign(given, f"model_type {family!r} is not built in")
         try:
             return made(config)
         except NotBuiltIn as error:
-            return _foreign(config, str(error))
+            return _foreign(given, str(error))
     except KeyError as error:
         raise CheckpointError(f"{where}: expected the field {error.args[0]!r}, which is missing") from None
     except NotBuiltIn as error:
@@ -76,7 +78,7 @@ def _llama(config: Config, **more: Any) -> ModelConfig:
         "activation": activation,
     }
     if "rope_theta" not in more:
-        fields["rope_theta"] = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+        fields["rope_theta"] = float(rope.get("rope_theta") or config["rope_theta"])
         fields["rope_scaling"] = _rope_scaling(rope)
     return ModelConfig(**{**fields, **more})
 
@@ -137,9 +139,9 @@ def _qwen_moe(config: Config) -> ModelConfig:
         head_norms=third,
         qkv_bias=biased,
         out_bias=biased and third,
-        windows=_typed_windows(config),
+        windows=_same_window(config, _used_window(config)) if third else _typed_windows(config),
         native=False,
-        experts=config.get("num_experts") or config["num_local_experts"],
+        experts=config["num_experts"],
         experts_per_token=config["num_experts_per_tok"],
         normalises_choices=bool(config.get("norm_topk_prob", False)),
     )
@@ -168,7 +170,7 @@ def _gemma3(config: Config) -> ModelConfig:
         embedding_scale=float(config["hidden_size"]) ** 0.5,
         attention_scale=float(config["query_pre_attn_scalar"]) ** -0.5,
         windows=_windows(config["sliding_window"], types),
-        rope_theta=float(far.get("rope_theta") or config.get("rope_theta") or 1e6),
+        rope_theta=float(far.get("rope_theta") or config["rope_theta"]),
         rope_scaling=_rope_scaling(far),
         local_rope_theta=float(near.get("rope_theta") or config.get("rope_local_base_freq") or 1e4),
         logit_softcap=config.get("final_logit_softcapping"),
@@ -347,9 +349,13 @@ def _same_window(config: Config, window: int | None) -> tuple[int, ...]:
     return (window,) * config["num_hidden_layers"] if window else ()
 
 
+def _used_window(config: Config) -> int | None:
+    return config.get("sliding_window") if config.get("use_sliding_window") else None
+
+
 def _typed_windows(config: Config) -> tuple[int, ...]:
     """Return qwen's windows: for the sliding layers of `layer_types`, or else for layers from `max_window_layers` on."""
-    if not config.get("use_sliding_window") or not config.get("sliding_window"):
+    if not _used_window(config):
         return ()
     types = config.get("layer_types") or [
         "sliding_attention" if layer >= config["max_window_layers"] else "full_attention"

@@ -35,6 +35,10 @@ DTYPES: dict[str, tuple[str, int]] = {
 }
 
 
+UNKNOWN = "unknown:"
+"""What a tensor's dtype begins with if it is not one of `DTYPES`. Such a tensor may lie beside those that are read."""
+
+
 @dataclass(frozen=True, slots=True)
 class SafeTensor:
     """Describe a tensor of the file; `dtype` is torch's name, `offset` is from the file's start."""
@@ -99,12 +103,12 @@ def _tensor(path: Path, name: str, entry: Any, start: int, size: int) -> SafeTen
         raise CheckpointError(
             f"{path}: tensor {name}: expected dtype, shape and data_offsets, got {entry!r:.80}"
         ) from None
-    if not isinstance(code, str) or code not in DTYPES:
-        raise CheckpointError(f"{path}: tensor {name}: dtype {code!r} is not one of {', '.join(DTYPES)}")
+    if not isinstance(code, str):
+        raise CheckpointError(f"{path}: tensor {name}: expected the name of a dtype, got {code!r:.80}")
     if any(type(number) is not int or number < 0 for number in numbers):
         raise CheckpointError(f"{path}: tensor {name}: expected sizes and offsets from 0, got {numbers!r:.80}")
-    dtype, itemsize = DTYPES[code]
-    expected = math.prod(shape) * itemsize
+    dtype, itemsize = DTYPES.get(code, (UNKNOWN + code, None))
+    expected = math.prod(shape) * itemsize if itemsize is not None else max(0, end - begin)
     if end - begin != expected:
         raise CheckpointError(
             f"{path}: tensor {name}: expected {expected} bytes for {dtype}{shape}, got offsets {begin} to {end}"

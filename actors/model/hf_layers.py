@@ -111,6 +111,8 @@ class Skeleton:
         self.layers = layers
         # the library's default is not to run code of a checkpoint
         config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        if not checkpoint.config.tied:  # the file may have a head of its own where its config says otherwise
+            config.tie_word_embeddings = False
         with torch.inference_mode(False), no_init_weights():
             make: Any = AutoModelForCausalLM.from_config
             self.model = make(config, dtype=dtype).train(False)

@@ -233,8 +233,9 @@ def check(
     return elements
 
 
-_HARMLESS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-"""Ends of names of tensors that some checkpoints contain but no actor reads: tables and masks, which are computed."""
+_HARMLESS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".k_scale", ".v_scale")
+"""Ends of names of tensors that some checkpoints contain but no actor reads: tables and masks, which are computed, and
+scales for a KV cache of eight bits."""
 
 
 def check_whole(checkpoint: Checkpoint) -> None:
