@@ -29,15 +29,23 @@ class Load(msgspec.Struct, tag="load", frozen=True):
     chat_template: str | None
     bos_token: str
     eos_token: str
-    add_bos: int | None
+    special: dict[str, str]
+    templates: dict[str, str]
 
 
 class Chat(msgspec.Struct, tag="chat", frozen=True):
-    """Render these messages to text, or with `encode` to token ids, within `seconds` of processor time."""
+    """Render these messages to text, or with `encode` to token ids, within `seconds` of processor time.
+
+    The last four fields are those of `ChatOptions`.
+    """
 
     messages: Sequence[dict[str, Any]]
     seconds: int
     encode: bool
+    tools: Sequence[Any] | None = None
+    documents: Sequence[Any] | None = None
+    template: str | None = None
+    arguments: dict[str, Any] = {}
 
 
 class Text(msgspec.Struct, tag="text", frozen=True):
@@ -106,14 +114,16 @@ def _limit(resource_: int, value: int) -> None:
 def _loaded(request: Load) -> tuple[Worker | None, Reply]:
     from tokenizers import Tokenizer
 
-    from .tokenizer import TextCodec
+    from .text_codec import TextCodec
 
     try:
         tokenizer = Tokenizer.from_str(request.tokenizer)
     except BaseException as error:  # the library's panics do not derive from Exception
         return None, Refused(f"tokenizer: {type(error).__name__}: {error}")
-    template, bos, eos = request.chat_template, request.bos_token, request.eos_token
-    return Worker(TextCodec(tokenizer, template, bos, eos, request.add_bos)), Ready()
+    codec = TextCodec(
+        tokenizer, request.chat_template, request.bos_token, request.eos_token, request.special, request.templates
+    )
+    return Worker(codec), Ready()
 
 
 class Worker:
@@ -129,15 +139,18 @@ class Worker:
         """
         from ranvier.actors.errors import CheckpointError, describe
 
+        from .text_codec import ChatOptions
+
         spent = resource.getrusage(resource.RUSAGE_SELF)
         limit = int(spent.ru_utime + spent.ru_stime) + 1 + request.seconds
         _limit(resource.RLIMIT_CPU, limit)
         try:
             if isinstance(request, Text):
                 return Ids(self._codec.encode(request.text, special=True))
+            options = ChatOptions(request.tools, request.documents, request.template, request.arguments)
             if request.encode:
-                return Ids(self._codec.chat_ids(request.messages))
-            return Rendered(self._codec.render(request.messages))
+                return Ids(self._codec.chat_ids(request.messages, options))
+            return Rendered(self._codec.render(request.messages, options))
         except CheckpointError as error:
             return Refused(str(error))
         except BaseException as error:  # the tokenizer's panics do not derive from Exception

@@ -25,7 +25,7 @@ from ranvier.transport.format.errors import ResourceError
 from ..file.errors import RequestError
 from .printable import printable
 from .text_child import LENGTH, Chat, Ids, Load, Ready, Refused, Rendered, Reply, Text, to_bytes
-from .tokenizer import TextCodec
+from .text_codec import PLAIN, ChatOptions, TextCodec
 
 LIMIT_S = 1.0
 LETTERS_PER_S = 200_000
@@ -42,7 +42,12 @@ class TextProcess:
 
     def __init__(self, codec: TextCodec) -> None:
         self._load = Load(
-            codec.tokenizer.to_str(), codec.chat_template, codec.bos_token, codec.eos_token, codec.add_bos
+            codec.tokenizer.to_str(),
+            codec.chat_template,
+            codec.bos_token,
+            codec.eos_token,
+            dict(codec.special),
+            dict(codec.templates),
         )
         self._one_at_a_time = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -75,19 +80,19 @@ class TextProcess:
         # in a thread: a tokenizer is larger than a pipe's buffer, and the child reads only once Python has started
         threading.Thread(target=_load, args=(self._process.stdin, self._load), daemon=True).start()
 
-    def chat_ids(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def chat_ids(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = PLAIN) -> list[int]:
         """Return the token ids of a chat, open for the answer.
 
         Raises:
             CheckpointError: the template or the tokenizer is wrong, refuses the messages, or takes too long.
             ResourceError: the process cannot be started, or this object is closed.
         """
-        reply = self._chat(messages, encode=True)
+        reply = self._chat(messages, options, encode=True)
         return reply.ids if isinstance(reply, Ids) else []
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions = PLAIN) -> str:
         """Return the text of a chat. Errors are those of `chat_ids`."""
-        reply = self._chat(messages, encode=False)
+        reply = self._chat(messages, options, encode=False)
         return reply.text if isinstance(reply, Rendered) else ""
 
     def ids(self, text: str) -> list[int]:
@@ -96,12 +101,19 @@ class TextProcess:
         reply = self._ask(Text(text, _whole(limit_s)), limit_s, "tokenizer")
         return reply.ids if isinstance(reply, Ids) else []
 
-    def _chat(self, messages: Sequence[Mapping[str, Any]], *, encode: bool) -> Reply:
-        letters = sum([len(value) for message in messages for value in message.values() if isinstance(value, str)])
-        limit_s = LIMIT_S + letters / LETTERS_PER_S
-        return self._ask(
-            Chat([dict(message) for message in messages], _whole(limit_s), encode), limit_s, "chat template"
+    def _chat(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions, *, encode: bool) -> Reply:
+        data = [messages, options.tools, options.documents, options.arguments]
+        limit_s = LIMIT_S + _letters(data) / LETTERS_PER_S
+        request = Chat(
+            [dict(message) for message in messages],
+            _whole(limit_s),
+            encode,
+            options.tools,
+            options.documents,
+            options.template,
+            dict(options.arguments),
         )
+        return self._ask(request, limit_s, "chat template")
 
     def _ask(self, request: Chat | Text, limit_s: float, what: str) -> Reply:
         data = _to_bytes(request)
@@ -160,6 +172,15 @@ class TextProcess:
 
 def _whole(seconds: float) -> int:
     return int(seconds) + 1
+
+
+def _letters(value: Any) -> int:
+    """Return how many characters all strings in a value have."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(_letters(each) for each in value.values())
+    return sum(_letters(each) for each in value) if isinstance(value, list | tuple) else 0
 
 
 def _load(pipe: IO[bytes], load: Load) -> None:

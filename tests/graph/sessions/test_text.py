@@ -19,10 +19,11 @@ from ranvier.actors.checkpoint import open_checkpoint
 from ranvier.actors.component.session import SessionInfo
 from ranvier.actors.errors import CheckpointError
 from ranvier.graph.file.errors import RequestError
-from ranvier.graph.sessions import tokenizer
+from ranvier.graph.sessions import tokenizer, tokenizer_folder
 from ranvier.graph.sessions.generation import Generation, Over, Token
 from ranvier.graph.sessions.text_process import TextProcess
 from ranvier.graph.sessions.text_stream import TextStream
+from ranvier.graph.sessions.tokenizer_gguf import from_gguf
 
 TEXTS = [
     "Hello world 12345  foo\n\n bar's naïve 日本 don't", "", " ", "\n", "a" * 300, "🙂🙃 emoji", "tabs\tand\r\nreturns",
@@ -251,9 +252,9 @@ def test_limits_of_the_shell_are_kept(codec: tokenizer.TextCodec, smollm2: Path)
 def test_decoders_that_grow_a_text_together_are_refused() -> None:
     """Refuse decoders that together make a text too long."""
     each = {"type": "Replace", "pattern": {"String": "a"}, "content": "aaaa"}
-    tokenizer._check_decoder(Path("tokenizer.json"), {"type": "Sequence", "decoders": [each, each]})
+    tokenizer_folder._check_decoder(Path("tokenizer.json"), {"type": "Sequence", "decoders": [each, each]})
     with pytest.raises(CheckpointError, match="expected Replace of a plain text by a short one"):
-        tokenizer._check_decoder(Path("tokenizer.json"), {"type": "Sequence", "decoders": [each, each, each]})
+        tokenizer_folder._check_decoder(Path("tokenizer.json"), {"type": "Sequence", "decoders": [each, each, each]})
 
 
 def test_a_tokenizer_of_a_folder(tiny: Any, tmp_path: Path) -> None:
@@ -288,7 +289,7 @@ def test_a_sentencepiece_like_tokenizer_in_gguf() -> None:
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
     }
-    codec = tokenizer._from_gguf(fields, "test")
+    codec = from_gguf(fields, "test")
     assert codec.encode("hi hi", special=True) == [1, 263, 263]
     assert codec.encode("hié", special=False) == [263, 3 + 0xC3, 3 + 0xA9]
     assert codec.decode(codec.encode("hi é", special=True)) == "hi é"
