@@ -63,6 +63,16 @@ class CheckpointError(RanvierError):
     """
 
 
+class NotFinite(RanvierError):
+    """Report that a model has computed NaN or infinity, from which no text can follow."""
+
+    def __init__(self, what: str, found: float) -> None:
+        super().__init__(
+            f"{what}: expected finite numbers, got {found}; the numbers of the model do not fit into its dtype or its "
+            "weights are damaged: try model.dtype: bfloat16 or float32"
+        )
+
+
 class Overloaded(RanvierError):
     """Report that there is no room for a request now.
 

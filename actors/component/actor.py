@@ -74,6 +74,18 @@ class Batch(msgspec.Struct, frozen=True, eq=False):
         return sum(row.tokens for row in self.rows)
 
 
+class RowsFailed(Exception):
+    """Report from `step` that some rows failed and the others did not. Only the sessions of the failed rows end.
+
+    `outputs` are those of the other rows, as `step` returns them. `failures` holds an error for each failed row.
+    """
+
+    def __init__(self, outputs: Mapping[str, torch.Tensor | Batch], failures: Mapping[Row, Exception]) -> None:
+        super().__init__(f"{len(failures)} rows failed")
+        self.outputs = outputs
+        self.failures = failures
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """Hold what an actor may use while it loads.

@@ -20,6 +20,7 @@ from ranvier.transport.format.tensor_spec import TensorSpec
 
 from ..checkpoint.config import ModelConfig
 from . import own_code
+from .session import MOST_LOGPROBS
 
 if TYPE_CHECKING:
     from .actor import Actor
@@ -90,7 +91,13 @@ _CHOSEN = TensorSpec("int64", ("rows",))
 
 def _head_outputs(config: ModelConfig) -> Mapping[str, TensorSpec]:
     logits = TensorSpec("float32", ("rows", config.vocab))
-    return {"token": _CHOSEN, "sampled": _CHOSEN, "logits": logits, "scores": TensorSpec("float32", ("tokens",))}
+    return {
+        "token": _CHOSEN,
+        "sampled": _CHOSEN,
+        "logits": logits,
+        "logprobs": TensorSpec("float32", ("rows", 2 * (MOST_LOGPROBS + 1))),
+        "scores": TensorSpec("float32", ("tokens",)),
+    }
 
 
 def _choices(config: ModelConfig) -> Mapping[str, TensorSpec]:
@@ -103,7 +110,7 @@ def _experts(config: ModelConfig, dtype: str, numbers: tuple[int, int]) -> Mappi
 
 
 _EXPERTS = "ranvier.actors.model.experts"
-_HEAD_PORTS: Mapping[str, Any] = {"to_gateway": ("sampled", "logits", "scores"), "optional": ("token",)}
+_HEAD_PORTS: Mapping[str, Any] = {"to_gateway": ("sampled", "logits", "logprobs", "scores"), "optional": ("token",)}
 _PARTS = "ranvier.actors.model.causal"
 _FOREIGN = "ranvier.actors.model.hf_layers"
 _SEQ2SEQ = "ranvier.actors.model.seq2seq"

@@ -10,13 +10,26 @@ import math
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+LEAST_TEMPERATURE = 1e-5
+"""Below this, logits divided by the temperature would overflow. vLLM has the same limit."""
+MOST_BIAS = 1e6
+MOST_BIASES = 1024
+MOST_LOGPROBS = 20
+"""Maximum number of likeliest tokens whose log-probabilities a request may ask for, as in OpenAI's API."""
+_NUMBERS = (
+    ("temperature", float), ("top_k", operator.index), ("top_p", float), ("min_p", float), ("repetition_penalty", float),
+    ("presence_penalty", float), ("frequency_penalty", float), ("min_tokens", operator.index), ("seed", operator.index),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """Describe how the head chooses a token. Temperature 0 is greedy and needs no other field.
 
-    The fields are applied in transformers' order: repetition penalty, temperature, top-k, top-p, min-p.
+    The fields are applied in this order, which is transformers' order: bias, penalties, minimum of tokens, temperature,
+    top-k, top-p, min-p. A temperature under 1e-5, and top-p 0, are greedy, too.
 
     Raises:
         ValueError: a value is out of its range; the message names it.
@@ -31,28 +44,65 @@ class Sampling:
     """Keep the tokens with at least this share of the likeliest token's probability (Nguyen et al. 2024)."""
     repetition_penalty: float = 1.0
     """Divide the logits of tokens that were seen before by this (Keskar et al. 2019); 1 does not change them."""
+    presence_penalty: float = 0.0
+    """Subtract this from the logits of tokens that the answer has already (OpenAI's API)."""
+    frequency_penalty: float = 0.0
+    """Subtract this from the logits of a token once for each time that the answer has it (OpenAI's API)."""
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    """Add these numbers to the logits of these tokens, by id."""
+    min_tokens: int = 0
+    """Exclude the stop tokens until the answer has this many tokens, and ignore stop strings until then."""
     seed: int = 0
     """Determine each draw, together with the position: the same seed gives the same text, even after a recovery."""
 
     def __post_init__(self) -> None:
-        for name, kind in (("temperature", float), ("top_k", operator.index), ("top_p", float), ("min_p", float),
-                           ("repetition_penalty", float), ("seed", operator.index)):  # fmt: skip
+        for name, kind in _NUMBERS:
             try:
                 object.__setattr__(self, name, kind(getattr(self, name)))  # Python's own types: numpy's cannot be sent
             except (TypeError, ValueError):
                 raise ValueError(f"{name}: expected a number, got {getattr(self, name)!r:.80}") from None
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         checks = (
             ("temperature", self.temperature >= 0, "at least 0"),
             ("temperature", self.temperature < math.inf, "a finite number"),
             ("top_k", 0 <= self.top_k < 1 << 63, "at least 0"),
-            ("top_p", 0 < self.top_p <= 1, "over 0 and at most 1"),
+            ("top_p", 0 <= self.top_p <= 1, "from 0 to 1"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "over 0 and finite"),
+            ("presence_penalty", abs(self.presence_penalty) <= MOST_BIAS, f"from {-MOST_BIAS:g} to {MOST_BIAS:g}"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= MOST_BIAS, f"from {-MOST_BIAS:g} to {MOST_BIAS:g}"),
+            ("min_tokens", 0 <= self.min_tokens < 1 << 31, "at least 0"),
             ("seed", 0 <= self.seed < 1 << 63, "from 0 to 2^63 - 1"),
         )
         for name, holds, expected in checks:
             if not holds:
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)}")
+
+    @property
+    def greedy(self) -> bool:
+        """Return whether the likeliest token is always chosen."""
+        return self.temperature < LEAST_TEMPERATURE or self.top_p == 0
+
+
+def _biases(given: Any) -> tuple[tuple[int, float], ...]:
+    """Return biases as pairs of token id and number, in the order of the ids.
+
+    Raises:
+        ValueError: they are not such pairs, or are too many.
+    """
+    try:
+        pairs = given.items() if isinstance(given, Mapping) else given
+        made = tuple(sorted((operator.index(token), float(bias)) for token, bias in pairs))
+    except (TypeError, ValueError):
+        raise ValueError(f"logit_bias: expected numbers by token id, got {given!r:.80}") from None
+    if len(made) > MOST_BIASES:
+        raise ValueError(f"logit_bias: expected at most {MOST_BIASES} tokens, got {len(made)}")
+    wrong = next((pair for pair in made if not abs(pair[1]) <= MOST_BIAS or pair[0] < 0), None)
+    if wrong is not None:
+        raise ValueError(
+            f"logit_bias: expected ids from 0 on and numbers up to {MOST_BIAS:g}, got {wrong[0]}: {wrong[1]}"
+        )
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +122,10 @@ class SessionInfo:
     sampling: Sampling = field(default_factory=Sampling)
     logits: bool = False
     """If true, the head sends the logits of every generated position to the gateway."""
+    logprobs: int | None = None
+    """If set, the head sends the log-probability of each generated token to the gateway, with those of so many likeliest."""
+    prompt: int | None = None
+    """Number of tokens of the log that were there before the answer. None: all."""
     score: bool = False
     """If true, nothing is generated, and the head sends the log-probability of each token of the log except the first."""
     traceparent: str = ""
@@ -82,6 +136,11 @@ class SessionInfo:
     """Replicas at which the session is opened, by actor. For an actor that is left out, it is replica 0.
 
     The replicas do not change while the session is open."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Return how many tokens of the log belong to the prompt; the rest was generated before a recovery."""
+        return len(self.log) if self.prompt is None else self.prompt
 
     def finished(self, generated: int, token: int) -> bool:
         """Return whether `token`, the `generated`-th of the stream, ends it. The gateway and the head use the same rule."""

@@ -9,6 +9,7 @@ import gc
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,7 +20,7 @@ from ranvier.transport.links.exchange import ACK_DELAY_S, TICK_S
 from ranvier.transport.links.link_state import Received
 from ranvier.transport.links.wire import ProcessWire
 
-from ..component.actor import Batch, keeps
+from ..component.actor import Batch, RowsFailed, keeps
 from ..component.ownership import soles
 from ..component.session import SessionInfo
 from ..errors import describe, traceback_of
@@ -54,9 +55,20 @@ from .snapshots import Snapshots
 DRAIN_DEADLINE_S = 1.0
 
 
-Made = tuple[Mapping[str, torch.Tensor | Batch], int, frozenset[str]]
-"""The result of a step: its outputs, the time when it ended (ns), and the ports whose memory nobody else holds."""
+class Made(NamedTuple):
+    """Hold the outputs of a step, the time when it ended, and the ports whose memory nobody else holds.
+
+    `failed` holds the errors of rows that are not in the outputs.
+    """
+
+    outputs: Mapping[str, torch.Tensor | Batch]
+    finished_ns: int
+    own: frozenset[str]
+    failed: Mapping[Row, Exception]
+
+
 _NONE = frozenset[str]()
+_NO_FAILURES: Mapping[Row, Exception] = {}
 
 
 class _Afterwards(Exception):
@@ -205,9 +217,11 @@ class Host(Process):
         done, failures, made = None, {}, None
         try:
             made = self._stepped(work.batch, again=len(work.batch.rows) > 1 and not work.pieces)
-            outputs, finished_ns, own = made
+            finished_ns = made.finished_ns
             done = self.core.finish(work)  # now, so that the credit travels with the outputs, or before them
-            self.core.complete(work, outputs, finished_ns, own)
+            self.core.complete(work, made.outputs, finished_ns, made.own)
+            if made.failed:
+                failures = self._rows_failed(made.failed)
         except BaseException as error:  # also SystemExit: it ends the sessions of the step, not the host
             finished_ns = time.monotonic_ns()
             if done is None:
@@ -243,8 +257,11 @@ class Host(Process):
             board[1], board[0] = rows[0].session, 1
         else:
             step_board.write(board, [row.session for row in rows])
+        failed = _NO_FAILURES
         try:
             outputs = self.actor.step(given)
+        except RowsFailed as some:
+            outputs, failed = some.outputs, some.failures
         except BaseException as error:
             if self.recording is not None:
                 self.recording.stepped(batch, error)
@@ -260,7 +277,13 @@ class Host(Process):
                 self.snapshots.on_step()
         except Exception as error:
             raise _Afterwards from error
-        return outputs, finished_ns, own
+        return Made(outputs, finished_ns, own, failed)
+
+    def _rows_failed(self, failed: Mapping[Row, Exception]) -> dict[int, BaseException]:
+        """End the sessions of rows that the actor itself reports, and return their errors by session."""
+        for row, error in failed.items():
+            self.session_failed(row, error)
+        return {row.session: error for row, error in failed.items()}
 
     def _step_failed(self, work: Work, error: BaseException, *, again: bool) -> dict[int, BaseException]:
         """End the sessions that caused a failure, and return their errors by session.
@@ -281,7 +304,9 @@ class Host(Process):
         assert self.wire is not None
         for single in singles:
             try:
-                self.core.complete(single, *self._stepped(single.batch))
+                made = self._stepped(single.batch)
+                self.core.complete(single, made.outputs, made.finished_ns, made.own)
+                failures |= self._rows_failed(made.failed)
                 self.exchange.drain(self.wire.send)  # before the next step, which may reuse the memory of these outputs
             except BaseException as own:
                 self.session_failed(single.batch.rows[0], _cause(own))

@@ -9,7 +9,7 @@ Shape suffixes: T tokens of the batch, t tokens of one row, R rows, H hidden, V 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +18,16 @@ from ranvier.transport.format.header import Row
 from ranvier.transport.format.tensors import torch_dtype
 
 from ..checkpoint import Checkpoint, ModelConfig
-from ..component.actor import Actor, Batch, Context, Look
+from ..component.actor import Actor, Batch, Context, Look, RowsFailed
 from ..component.session import SessionInfo
+from ..errors import NotFinite
 from . import weights
 from .blocks import Blocks
 from .kernels import packed
 from .kernels.packed import Packed
 from .kv_cache import KVCache
-from .sampling import choose
-from .tensors import Norm, product, read_matrix, read_slot
+from .sampling import choose, log_probabilities
+from .tensors import Norm, product, read_matrix, read_slot, sent
 
 SCORED_AT_ONCE = 64
 """Tokens whose logits are computed at a time for scoring."""
@@ -92,7 +93,7 @@ class Embedding(Actor):
         return hidden_TH
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
-        return {"hidden": self.forward(batch.rows, batch["token"])}
+        return sent("hidden", batch.rows, self.forward(batch.rows, batch["token"]))
 
     def held_bytes(self) -> int:
         return self.held
@@ -117,7 +118,7 @@ class BlocksActor(Actor):
         self.blocks.cache.rewind(session.session, session.kept)
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
-        return {"hidden": self.blocks.forward(batch.rows, batch["hidden"])}
+        return sent("hidden", batch.rows, self.blocks.forward(batch.rows, batch["hidden"]))
 
     def close(self, session: int) -> None:
         self.blocks.cache.close(session)
@@ -135,14 +136,15 @@ class _Stream:
     def __init__(self, info: SessionInfo) -> None:
         self.info = info
         self.tokens = list(info.log)
-        self.prompt_length = len(info.log)
+        self.known = len(info.log)
 
 
 class Head(Actor):
     """Choose the next token of each session whose prompt is complete, from `hidden` [tokens, H].
 
     `token` int64 [rows] goes back to the embedding, unless the stream has ended; `sampled` int64 [rows] goes to the
-    gateway. So do `logits` float32 [rows, V] or `scores` float32 [tokens] for sessions that asked for them.
+    gateway. So do `logits` float32 [rows, V], `logprobs` float32 [rows, pairs of id and number] or `scores` float32
+    [tokens] for sessions that asked for them.
     """
 
     writes = False
@@ -192,7 +194,7 @@ class Head(Actor):
             end += row.tokens
             if self.streams[row.session].info.score:
                 scored += self._scored(row, hidden_TH[end - row.tokens : end])
-            elif row.position + row.tokens >= self.streams[row.session].prompt_length:  # otherwise the prompt continues
+            elif row.position + row.tokens >= self.streams[row.session].known:  # otherwise the prompt continues
                 due.append(row)
                 last.append(end - 1)
         if scored:
@@ -233,30 +235,61 @@ class Head(Actor):
         return logits_TV if self._softcap is None else torch.tanh(logits_TV / self._softcap) * self._softcap
 
     def _sampled(self, due: list[Row], logits_RV: torch.Tensor) -> Mapping[str, torch.Tensor | Batch]:
-        made, tokens, going, asked = [], [], [], []
         allowed_RV = self.allowed(due, logits_RV)
+        drawn: list[_Drawn] = []
+        failures: dict[Row, Exception] = {}
         for index, row in enumerate(due):
-            stream = self.streams[row.session]
-            position = row.position + row.tokens
-            token = choose(allowed_RV[index], stream.info.sampling, position, stream.tokens)
-            stream.tokens[position:] = [token]  # by position: repeating a step changes nothing
-            made.append(Row(row.session, row.epoch, position, 1))
-            tokens.append(token)
-            if not stream.info.finished(len(stream.tokens) - stream.prompt_length, token):
-                going.append(index)
-            if stream.info.logits:
-                asked.append(index)
-        token_R = torch.tensor(tokens)
-        outputs: dict[str, torch.Tensor | Batch] = {}
-        if going:  # first, because the next step waits for it
-            outputs["token"] = Batch(tuple(made[i] for i in going), {"token": token_R[going]})
-        outputs["sampled"] = Batch(tuple(made), {"sampled": token_R})
-        if asked:
-            outputs["logits"] = Batch(tuple(made[i] for i in asked), {"logits": logits_RV[asked]})
+            try:
+                drawn.append(self._draw(row, allowed_RV[index], logits_RV[index]))
+            except NotFinite as error:
+                failures[row] = error
+        outputs = _outputs(drawn) if drawn else {}
+        if failures:
+            raise RowsFailed(outputs, failures)
         return outputs
+
+    def _draw(self, row: Row, allowed_V: torch.Tensor, logits_V: torch.Tensor) -> _Drawn:
+        stream = self.streams[row.session]
+        info, position = stream.info, row.position + row.tokens
+        del stream.tokens[position:]  # by position: repeating a step changes nothing
+        token = choose(allowed_V, info.sampling, position, stream.tokens, info.prompt_tokens, info.stop_tokens)
+        stream.tokens.append(token)
+        goes_on = not info.finished(len(stream.tokens) - stream.known, token)
+        return _Drawn(Row(row.session, row.epoch, position, 1), token, goes_on, info, logits_V)
 
     def held_bytes(self) -> int:
         return self.held
+
+
+class _Drawn(NamedTuple):
+    """Hold the token that was chosen for a row, and the logits that it was chosen from."""
+
+    row: Row
+    token: int
+    goes_on: bool
+    info: SessionInfo
+    logits: torch.Tensor
+
+
+def _outputs(drawn: list[_Drawn]) -> Mapping[str, torch.Tensor | Batch]:
+    """Return the outputs of a head for the tokens that it has chosen."""
+    outputs: dict[str, torch.Tensor | Batch] = {}
+    going = [each for each in drawn if each.goes_on]
+    if going:  # first, because the next step waits for it
+        outputs["token"] = _batch("token", going, torch.tensor([each.token for each in going]))
+    outputs["sampled"] = _batch("sampled", drawn, torch.tensor([each.token for each in drawn]))
+    asked = [each for each in drawn if each.info.logits]
+    if asked:
+        outputs["logits"] = _batch("logits", asked, torch.stack([each.logits for each in asked]))
+    explained = [each for each in drawn if each.info.logprobs is not None]
+    if explained:
+        rows = [log_probabilities(each.logits, each.token, each.info.logprobs or 0) for each in explained]
+        outputs["logprobs"] = _batch("logprobs", explained, torch.stack(rows))
+    return outputs
+
+
+def _batch(port: str, drawn: list[_Drawn], tensor: torch.Tensor) -> Batch:
+    return Batch(tuple([each.row for each in drawn]), {port: tensor})
 
 
 def last_of(row: Row) -> Row:
@@ -307,7 +340,9 @@ class Stage(Actor):
             if self.look is not None and hidden_TH.is_floating_point():  # not for models that take token ids
                 self.look(None, "embedding", batch.rows, hidden_TH)
         hidden_TH = self.blocks.forward(batch.rows, hidden_TH)
-        return self.head.forward(batch.rows, hidden_TH) if self.head is not None else {"hidden": hidden_TH}
+        return (
+            self.head.forward(batch.rows, hidden_TH) if self.head is not None else sent("hidden", batch.rows, hidden_TH)
+        )
 
     def close(self, session: int) -> None:
         self.blocks.cache.close(session)

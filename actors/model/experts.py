@@ -18,7 +18,7 @@ from ..component.routing import expert_ports, gather, scatter
 from . import weights
 from .blocks import Blocks, activate
 from .causal import BlocksActor, needed
-from .tensors import read_slot
+from .tensors import make_sure_of_finite, read_slot
 
 
 def _fed_forward(config: ModelConfig, held: Mapping[str, torch.Tensor], hidden_TH: torch.Tensor) -> torch.Tensor:
@@ -108,4 +108,6 @@ class Combine(Actor):
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
         mixed_TH = gather(batch["index"], batch["weight"], batch.tensors, self.ports)
-        return {"hidden": batch["residual"] + mixed_TH}
+        hidden_TH = batch["residual"] + mixed_TH
+        make_sure_of_finite("hidden", hidden_TH)
+        return {"hidden": hidden_TH}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import math
 from collections.abc import Sequence
 
 import torch
 
-from ..component.session import Sampling
+from ..component.session import MOST_LOGPROBS, Sampling
+from ..errors import NotFinite
 
 _MASK = (1 << 64) - 1
 
@@ -23,19 +26,14 @@ def uniform(seed: int, position: int) -> float:
     return (state >> 11) / (1 << 53)
 
 
-def filtered(logits_V: torch.Tensor, sampling: Sampling, seen: Sequence[int]) -> torch.Tensor:
-    """Return float32 logits after penalty, temperature, top-k, top-p and min-p, with -inf for tokens that are excluded.
+def filtered(logits_V: torch.Tensor, sampling: Sampling, seen: Sequence[int], prompt_tokens: int = 0) -> torch.Tensor:
+    """Return float32 logits after all that `Sampling` asks for, with -inf for tokens that are excluded.
 
-    The order and the edge cases are those of transformers' logits processors.
+    The order and the edge cases are those of transformers' logits processors. `seen` holds the prompt and the answer so
+    far, and `prompt_tokens` says how many of them are the prompt.
     """
-    logits_V = logits_V.float()
-    if sampling.repetition_penalty != 1 and seen:
-        tokens = torch.tensor(sorted(set(seen)))
-        picked = logits_V[tokens]
-        penalty = sampling.repetition_penalty
-        logits_V = logits_V.clone()
-        logits_V[tokens] = torch.where(picked < 0, picked * penalty, picked / penalty)
-    if sampling.temperature not in (0, 1):
+    logits_V = adjusted(logits_V, sampling, seen, prompt_tokens)
+    if not sampling.greedy and sampling.temperature != 1:
         logits_V = logits_V / sampling.temperature
     if 0 < sampling.top_k < logits_V.numel():
         least = torch.topk(logits_V, sampling.top_k).values[-1]
@@ -51,18 +49,80 @@ def filtered(logits_V: torch.Tensor, sampling: Sampling, seen: Sequence[int]) ->
     return logits_V
 
 
-def choose(logits_V: torch.Tensor, sampling: Sampling, position: int, seen: Sequence[int]) -> int:
-    """Return the token for `position`: the likeliest if the temperature is 0, else a draw keyed by (seed, position).
+def adjusted(logits_V: torch.Tensor, sampling: Sampling, seen: Sequence[int], prompt_tokens: int = 0) -> torch.Tensor:
+    """Return float32 logits after biases and penalties, which also apply to greedy decoding."""
+    logits_V = logits_V.float()
+    repeated = sampling.repetition_penalty != 1 and len(seen) > 0
+    answer = seen[prompt_tokens:] if sampling.presence_penalty or sampling.frequency_penalty else ()
+    if not (repeated or answer or sampling.logit_bias):
+        return logits_V
+    logits_V = logits_V.clone()
+    if sampling.logit_bias:
+        tokens, biases = zip(*sampling.logit_bias, strict=True)
+        logits_V[torch.tensor(tokens)] += torch.tensor(biases)
+    if repeated:
+        tokens_S = torch.tensor(sorted(set(seen)))
+        picked, penalty = logits_V[tokens_S], sampling.repetition_penalty
+        logits_V[tokens_S] = torch.where(picked < 0, picked * penalty, picked / penalty)
+    if answer:
+        tokens_S, counts_S = torch.unique(torch.tensor(answer), return_counts=True)
+        logits_V[tokens_S] -= sampling.presence_penalty + sampling.frequency_penalty * counts_S
+    return logits_V
+
+
+def choose(
+    logits_V: torch.Tensor,
+    sampling: Sampling,
+    position: int,
+    seen: Sequence[int],
+    prompt_tokens: int = 0,
+    stop_tokens: Sequence[int] = (),
+) -> int:
+    """Return the token for `position`: the likeliest if `sampling` is greedy, else a draw keyed by (seed, position).
 
     Args:
         logits_V: the model's logits, any floating dtype, one per token of the vocabulary.
-        seen: the tokens of the prompt and of the answer so far, for the repetition penalty.
+        sampling: how to choose.
+        position: the position of the token in its session.
+        seen: the tokens of the prompt and of the answer so far, for the penalties.
+        prompt_tokens: how many of them are the prompt.
+        stop_tokens: tokens that are excluded until the answer has `sampling.min_tokens` tokens.
+
+    Raises:
+        NotFinite: the largest logit is not a finite number.
     """
-    if sampling.temperature == 0:
-        if sampling.repetition_penalty != 1:
-            logits_V = filtered(logits_V, Sampling(repetition_penalty=sampling.repetition_penalty), seen)
-        return int(logits_V.argmax())
+    if stop_tokens and len(seen) - prompt_tokens < sampling.min_tokens:
+        logits_V = logits_V.index_fill(0, torch.tensor(stop_tokens), float("-inf"))
+    if sampling.greedy:
+        best_V = adjusted(logits_V, sampling, seen, prompt_tokens).contiguous()
+        token = int(best_V.argmax())
+        # NaN is the largest for `argmax`, too. It is read from memory: indexing a tensor takes 20 us between two products.
+        _make_sure_of(ctypes.c_float.from_address(best_V.data_ptr() + 4 * token).value)
+        return token
+    _make_sure_of(float(logits_V.max()))
     # float64: a draw must not fall into the rounding error at the end of the cumulative sum
-    cumulative = filtered(logits_V, sampling, seen).double().softmax(-1).cumsum(-1)
+    cumulative = filtered(logits_V, sampling, seen, prompt_tokens).double().softmax(-1).cumsum(-1)
     drawn = torch.searchsorted(cumulative, uniform(sampling.seed, position) * cumulative[-1], right=True)
     return min(int(drawn), int(cumulative.numel()) - 1)
+
+
+def _make_sure_of(best: float) -> None:
+    if not math.isfinite(best):
+        raise NotFinite("logits", best)
+
+
+def log_probabilities(logits_V: torch.Tensor, token: int, most: int) -> torch.Tensor:
+    """Return the log-probabilities of a token and of the `most` likeliest ones, float32 [2 * (MOST_LOGPROBS + 1)].
+
+    They are those of the model, before penalties and temperature. Pairs of a token's id and its log-probability: first
+    the given token, then the likeliest ones. The pairs that were not asked for have the id -1.
+    """
+    logits_V = logits_V.float()
+    total = logits_V.logsumexp(-1)
+    made = torch.full((MOST_LOGPROBS + 1, 2), -1.0)
+    made[0] = torch.stack([torch.tensor(float(token)), logits_V[token] - total])
+    count = min(most, logits_V.numel())
+    if count:
+        values, tokens = logits_V.topk(count)
+        made[1 : count + 1, 0], made[1 : count + 1, 1] = tokens.float(), values - total
+    return made.view(-1)

@@ -29,7 +29,7 @@ from .causal import Embedding, Head, needed
 from .kv_cache import KVCache, SessionCache
 from .seq2seq_weights import LEARNED_FROM, Side, seq2seq
 from .slots import Slot
-from .tensors import Norm, product, read_slot
+from .tensors import Norm, make_sure_of_finite, product, read_slot, sent
 
 Held = dict[str, torch.Tensor]
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
@@ -107,6 +107,7 @@ class Encoder(Actor):
                 hidden_TH = self._norm(hidden_TH)
             if self.look is not None:
                 self.look(self._first + index, "hidden", batch.rows, hidden_TH)
+        make_sure_of_finite("hidden", hidden_TH)
         return {"hidden": hidden_TH}
 
     def held_bytes(self) -> int:
@@ -153,7 +154,7 @@ class Decoder(Actor):
             for row, memory_MH in zip(batch.rows, parts, strict=True):
                 self.cache.sessions[row.session].memory = [layer.remembered(memory_MH) for layer in self.stack.layers]
             return {}
-        return {"hidden": self.forward(batch.rows, batch["hidden"])}
+        return sent("hidden", batch.rows, self.forward(batch.rows, batch["hidden"]))
 
     def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
         """Run one step of every row through every layer; the caches advance only if all layers succeed."""

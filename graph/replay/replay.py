@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ranvier.actors.component.actor import REWINDS, Actor, Batch, Look, keeps
+from ranvier.actors.component.actor import REWINDS, Actor, Batch, Look, RowsFailed, keeps
 from ranvier.actors.errors import RecordingError, describe
 from ranvier.actors.host import watch
 from ranvier.actors.host.loading import load
@@ -96,6 +96,8 @@ def _taken(actor: Actor, step: RecordedStep, outputs: tuple[str, ...], look: Loo
             made: Outputs = pdb.runcall(actor.step, batch) or {}
         else:
             made = actor.step(batch) if look is None else watch.step(actor, batch, look)
+    except RowsFailed as some:
+        made = some.outputs
     except Exception as error:
         return Taken(step, outputs, {}, error)
     return Taken(

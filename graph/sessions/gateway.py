@@ -182,15 +182,23 @@ class Gateway:
         Actors that held the session already have everything, except the last token.
         """
         asked, log = stream.asked, stream.log
-        del log[stream.awaited :]  # logged, but the logits have not come: both are computed again
+        del log[stream.awaited :]  # logged, but its numbers have not come: both are computed again
         stream.outputs.clear()
         stream.rounds.clear()
-        stream.logits.clear()
+        stream.numbers.clear()
         del stream.scores[:]
         chosen = {actor: replicas for actor, replicas in stream.replicas.items() if replicas != (0,)}
         left = asked.max_tokens - (len(log) - len(asked.log))
         kept = stream.taken if stream.held else 0
-        stream.info = replace(asked, epoch=self._epoch, log=tuple(log), max_tokens=left, kept=kept, replicas=chosen)
+        stream.info = replace(
+            asked,
+            epoch=self._epoch,
+            log=tuple(log),
+            max_tokens=left,
+            kept=kept,
+            replicas=chosen,
+            prompt=asked.prompt_tokens,
+        )
         stream.waits, stream.held, stream.submitted_ns = False, False, self.exchange.clock()
         self.commands.append((Open(stream.info), self.placement.labels(stream.replicas)))
         if asked.traceparent:
@@ -316,7 +324,7 @@ class Gateway:
             self._end(stream, ActorFailed(GATEWAY, what, Cause.LATE, session=session))
 
     def on_message(self, received: Received) -> None:
-        """Take a message of tokens, logits, scores, or outputs of a call."""
+        """Take a message of tokens, numbers about tokens, scores, or outputs of a call."""
         self.exchange.consumed(received.link, received.nbytes)
         port = self._port_of[received.link.spec.edge]
         if not self._generates:
@@ -325,8 +333,8 @@ class Gateway:
             tokens = array("q", bytes(received.buffers[0]))
             for row, token in zip(received.header.rows, tokens, strict=True):
                 self._on_token(row, token)
-        elif port == "logits":
-            self._on_logits(received)
+        elif port in ("logits", "logprobs"):
+            self._on_numbers(port, received)
         elif port == "scores":
             self._on_scores(received)
         else:
@@ -356,17 +364,17 @@ class Gateway:
             self.exchange.count("tokens_refused")  # the session is over, or the token came twice
             return
         stream.log.append(token)  # logged before it is delivered
-        if stream.info.logits and row.position not in stream.logits:
-            return  # its logits come later, over a separate edge
-        self._deliver(stream, row.position)
+        if stream.complete(row.position):  # else its numbers come later, over separate edges
+            self._deliver(stream, row.position)
 
-    def _on_logits(self, received: Received) -> None:
+    def _on_numbers(self, port: str, received: Received) -> None:
+        """Take logits or log-probabilities, and deliver the positions that were waiting for them."""
         for row, (_, buffer) in rows_of(received):
             stream = self._stream_of(row)
             if stream is None or row.position < stream.awaited:
                 continue
-            stream.logits[row.position] = bytes(buffer)
-            if row.position < len(stream.log):
+            stream.numbers[port, row.position] = bytes(buffer)
+            if row.position < len(stream.log) and stream.complete(row.position):
                 self._deliver(stream, row.position)
 
     def _on_scores(self, received: Received) -> None:
@@ -385,7 +393,9 @@ class Gateway:
         self.delivered += 1
         if stream.losses:
             self._acquit(stream)
-        stream.events.append(Delivered(position, token, stream.logits.pop(position, None)))
+        numbers = stream.numbers
+        logits, logprobs = numbers.pop(("logits", position), None), numbers.pop(("logprobs", position), None)
+        stream.events.append(Delivered(position, token, logits, logprobs))
         self.on_delivered(stream, position, token)
         if stream.info.finished(stream.generated, token):
             self._end(stream, "stop" if token in stream.info.stop_tokens else "length")

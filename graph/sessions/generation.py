@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -37,6 +37,10 @@ class Token:
     text: str
     logits: memoryview[float] | None = None
     """float32 logits, one for each token of the vocabulary, if requested."""
+    logprob: float | None = None
+    """The natural logarithm of the token's probability by the model, before penalties and temperature, if requested."""
+    top_logprobs: Mapping[int, float] = field(default_factory=dict)
+    """The same for the likeliest tokens by id, as many as requested, the likeliest first."""
     durable: bool = True
     """True if the token is in the run's journal, or if there is no journal.
 
@@ -251,7 +255,8 @@ class Generation:
             result.finish_reason = "stop"
             self.close()
         logits = memoryview(event.logits).cast("f") if event.logits is not None else None
-        return Token(event.token, event.position, piece, logits, self.is_durable())
+        logprob, top = _logprobs(event)
+        return Token(event.token, event.position, piece, logits, logprob, top, self.is_durable())
 
     def close(self) -> None:
         """End the session now, or prevent its start. Idempotent."""
@@ -264,3 +269,11 @@ class Generation:
     def __del__(self) -> None:
         # Needs no event loop: hosts are notified by a message. A run that is over has no stream left to close.
         self.close()
+
+
+def _logprobs(event: Delivered) -> tuple[float | None, dict[int, float]]:
+    """Return the log-probability of a token, and those of the likeliest ones by id."""
+    if event.logprobs is None:
+        return None, {}
+    pairs = memoryview(event.logprobs).cast("B").cast("f")
+    return pairs[1], {int(pairs[i]): pairs[i + 1] for i in range(2, len(pairs), 2) if pairs[i] >= 0}

@@ -17,11 +17,12 @@ Tensors = Mapping[str, tuple[TensorMeta, Buffer]]
 
 @dataclass(frozen=True, slots=True)
 class Delivered:
-    """Hold one position of a generation: its token and, if requested, its logits as float32 bytes."""
+    """Hold one position of a generation: its token and, if requested, its logits and log-probabilities as float32 bytes."""
 
     position: int
     token: int
     logits: Buffer | None = None
+    logprobs: Buffer | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -47,7 +48,8 @@ class Stream:
     outputs: dict[str, tuple[TensorMeta, Buffer]] = field(default_factory=dict)
     rounds: dict[str, int] = field(default_factory=dict)
     log: list[int] = field(default_factory=list)
-    logits: dict[int, Buffer] = field(default_factory=dict)
+    numbers: dict[tuple[str, int], Buffer] = field(default_factory=dict)
+    """Logits and log-probabilities that have come, by port and position."""
     scores: array[float] = field(default_factory=lambda: array("f"))
     events: deque[Delivered | str | Exception] = field(default_factory=deque)
     delivered: int = 0
@@ -60,6 +62,13 @@ class Stream:
     """Name of the request in the run's journal, if there is one."""
     why: str = ""
     """Description of what the session waited for shortly before its deadline."""
+
+    def complete(self, position: int) -> bool:
+        """Return whether everything that the client asked for at a position has come, beside the token."""
+        info = self.info
+        return not (info.logits and ("logits", position) not in self.numbers) and not (
+            info.logprobs is not None and ("logprobs", position) not in self.numbers
+        )
 
     @property
     def taken(self) -> int:

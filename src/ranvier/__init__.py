@@ -18,7 +18,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ranvier.actors.component.actor import Actor, Batch, Context
+    from ranvier.actors.component.actor import Actor, Batch, Context, RowsFailed
     from ranvier.actors.component.routing import balancing_loss, gather, scatter
     from ranvier.actors.component.session import Sampling, SessionInfo
     from ranvier.actors.errors import ActorFailed, CheckpointError, Expired, Overloaded
@@ -48,6 +48,7 @@ __version__ = "0.1.0"
 # Imported on first use: `import ranvier` must not take the second that torch needs.
 _MODULES = {
     "Actor": "actors.component.actor", "Batch": "actors.component.actor", "Context": "actors.component.actor",
+    "RowsFailed": "actors.component.actor",
     "ActorFailed": "actors.errors", "CheckpointError": "actors.errors", "Expired": "actors.errors",
     "Overloaded": "actors.errors",
     "balancing_loss": "actors.component.routing", "gather": "actors.component.routing", "scatter": "actors.component.routing",
@@ -69,7 +70,7 @@ _MODULES = {
 __all__ = [
     "Actor", "ActorFailed", "Batch", "BlockingGeneration", "BlockingRun", "CheckpointError", "Context", "Expired", "Generation",
     "Graph", "GraphError", "KeyFileError", "LinkBroken", "LinkClosed", "Overloaded", "Plan", "ProtocolError", "RanvierError",
-    "RequestError", "ResourceError", "Result", "Row", "Run",
+    "RequestError", "ResourceError", "Result", "Row", "RowsFailed", "Run",
     "Sampling", "SessionInfo", "TensorSpec", "Token", "Trained", "balancing_loss", "gather", "initialise", "launch",
     "load", "plan", "scatter", "start", "train",
 ]  # fmt: skip

@@ -24,7 +24,7 @@
        ranvier_supported
                      a number greater than 0 if this processor has the instructions: the greatest one is used
 
-   Then it includes multiply.c, pack.c and step.c, which use these definitions. setup.py makes an extension of each such
+   Then it includes multiply.c, pack.c, step.c and finite.c, which use these definitions. setup.py makes an extension of each such
    file, and native.py finds them. An instruction set with other vectors also needs its own vectors_<set>.h. */
 
 #ifndef RANVIER_PRODUCT_H

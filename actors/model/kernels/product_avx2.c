@@ -92,3 +92,4 @@ INLINE void tile_whole(const Product *p, int tile, int first, const int count, c
 #include "multiply.c"
 #include "pack.c"
 #include "step.c"
+#include "finite.c"

@@ -17,7 +17,7 @@ from gguf.quants import dequantize, quantize
 
 from ranvier.actors.checkpoint import open_checkpoint
 from ranvier.actors.checkpoint.checkpoint import Checkpoint
-from ranvier.actors.errors import CheckpointError
+from ranvier.actors.errors import CheckpointError, NotFinite
 from ranvier.actors.model.blocks import Blocks
 from ranvier.actors.model.kernels import native, packed
 from ranvier.actors.model.kernels.packed import (
@@ -32,6 +32,7 @@ from ranvier.actors.model.kernels.packed import (
     pack_whole,
     read_stored,
 )
+from ranvier.actors.model.tensors import make_sure_of_finite
 from ranvier.transport.format.header import Row
 
 pytestmark = pytest.mark.skipif(not native.libraries(), reason="no compiler, or no AVX2")
@@ -275,3 +276,18 @@ def test_a_transposed_matrix_is_rounded_like_any_other(tiny: Any) -> None:
         assert (one.up.kind, other.up.kind) == (INT8, BFLOAT16)
         exact = other.up.multiply(tokens.float())
         assert float((one.up.multiply(tokens.float()) - exact).norm() / exact.norm()) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("count", [1, 7, 576, 5001])
+def test_one_number_that_is_not_finite_is_found(count: int, dtype: torch.dtype) -> None:
+    """Find NaN and both infinities wherever they are, and take the largest and the smallest numbers as finite."""
+    tokens = torch.randn(count).to(dtype)
+    tokens[0], tokens[-1] = torch.finfo(dtype).max, torch.finfo(dtype).tiny
+    make_sure_of_finite("hidden", tokens)
+    for wrong in (float("nan"), float("inf"), float("-inf")):
+        for place in {0, count // 2, count - 1}:
+            other = tokens.clone()
+            other[place] = wrong
+            with pytest.raises(NotFinite, match=f"hidden: expected finite numbers, got {wrong}"):
+                make_sure_of_finite("hidden", other)

@@ -82,7 +82,7 @@ def test_greedy_with_a_penalty() -> None:
     [
         {"temperature": -1},
         {"top_k": -1},
-        {"top_p": 0},
+        {"top_p": -0.1},
         {"top_p": 1.1},
         {"min_p": 2},
         {"repetition_penalty": 0},
