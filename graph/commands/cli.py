@@ -8,27 +8,28 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ranvier import __version__
-from ranvier.actors.component.session import Sampling
 from ranvier.actors.errors import CheckpointError, RecordingError, counted
+from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.supervise.zygote_process import ZygoteProcess
-from ranvier.transport.files import read_beginning, read_bounded, regular
+from ranvier.transport.files import read_beginning, read_bounded
 from ranvier.transport.format.errors import KeyFileError, RanvierError
 
 from ..file.check import load as load_graph
 from ..file.checked import Graph
-from ..file.errors import GraphError, RequestError
+from ..file.errors import GraphError, Problem, RequestError
+from ..file.load import read as read_document
 from ..plan import show
 from ..plan.plan import plan
 from ..run import run_folder
-from ..run.paths import folder_of_runs, writable
-from ..trace import summary, table
+from ..run.paths import folder_of_runs
+from ..sessions.text_codec import TextCodec
 from ..training.planner import training_plan
-from . import resume_command, runs_command
+from . import runs_command
 from .attached import scale_command, top_command, why_command
 from .command_line import (
     FAILED,
@@ -36,16 +37,14 @@ from .command_line import (
     AllowCode,
     GraphFile,
     Json,
-    Log,
     Set,
     interruptible,
     overrides,
     print_json,
-    prompt_of,
     say,
-    show_text,
 )
-from .replay_commands import RECORD_HELP, diverge_command, record_setting, replay_command
+from .replay_commands import diverge_command, replay_command
+from .run_command import run_command
 from .trace_command import trace_command
 from .training_command import show_schedule, train_command
 
@@ -97,6 +96,7 @@ def check(
         checked = load_graph(graph, allow_code=allow_code, overrides=overrides(settings))
         if checked.file.training is not None:
             training_plan(checked)
+        codec = _codec(graph, checked, settings)
     except GraphError as error:
         if not as_json:
             raise
@@ -113,7 +113,36 @@ def check(
         print(yaml.safe_dump(checked.expanded(), sort_keys=False, width=120), end="")
     else:
         planned = plan(checked)
-        print(f"{graph}: good: {counted(planned.processes, 'process')}, {counted(len(planned.edges), 'edge')}")
+        size = f"{counted(planned.processes, 'process')}, {counted(len(planned.edges), 'edge')}"
+        print(f"{graph}: good: {size}{_words(checked, codec)}")
+
+
+def _codec(path: Path, checked: Graph, settings: list[str] | None) -> TextCodec | None:
+    """Return the tokenizer of a graph that generates text.
+
+    Raises:
+        GraphError: the tokenizer or a template is wrong. It points to the model's source.
+    """
+    from ..run.before_start import codec_of
+
+    try:
+        return codec_of(checked)
+    except CheckpointError as error:
+        at = read_document(path, overrides(settings)).at("model", "source")
+        raise GraphError(str(path), [Problem(str(error), at)]) from None
+
+
+def _words(checked: Graph, codec: TextCodec | None) -> str:
+    """Say what is good to know before a run: what a language model lacks to take text, and what `rows` is in a call."""
+    if not checked.generates:
+        calls = [edge for edge in checked.edges if edge.source == GATEWAY and "rows" in edge.spec.shape]
+        if checked.file.training is not None or not calls:
+            return ""
+        return f"; {calls[0].name}: a call has one row, so rows is 1; name a dimension of any size tokens"
+    if codec is None:
+        return "; no tokenizer: prompts are token ids"
+    encodes = checked.checkpoint is not None and checked.checkpoint.config.encoder is not None
+    return "" if codec.chat_template or codec.templates or encodes else "; no chat template: run it with --raw"
 
 
 @app.command("show")
@@ -140,153 +169,6 @@ def show_command(
         print_json(planned.to_plain())
     else:
         print({Format.text: show.text, Format.mermaid: show.mermaid, Format.dot: show.dot}[form](planned))
-
-
-@app.command()
-def run(
-    context: typer.Context,
-    graph: Annotated[
-        Path | None,
-        typer.Argument(metavar="GRAPH", help="The graph file (YAML); not with --resume.", show_default=False),
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            "--prompt", "-p", help="The prompt; - reads it from standard input, which other users cannot see."
-        ),
-    ] = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option("--prompt-file", metavar="FILE", help="Read the prompt from a file (UTF-8).")
-    ] = None,
-    input_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--input", help="For graphs that are not language models: safetensors with one tensor per input port."
-        ),
-    ] = None,
-    output_file: Annotated[
-        Path | None, typer.Option("--output", help="Write the graph's outputs to this file (safetensors).")
-    ] = None,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-n", min=1, help="Generate at most this many tokens.")
-    ] = 128,
-    temperature: Annotated[
-        float, typer.Option(help="0 takes the likeliest token; higher values are more random.")
-    ] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Choose among the k likeliest tokens; 0: among all.")] = 0,
-    top_p: Annotated[
-        float, typer.Option(help="Choose among the likeliest tokens whose probabilities add up to this value.")
-    ] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(help="Leave out tokens whose probability is below this share of the likeliest one's.")
-    ] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Over 1: avoid tokens that occurred before.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the random choice; the same seed gives the same text.")] = 0,
-    stop: Annotated[
-        list[str] | None, typer.Option("--stop", help="Stop before this text. May be given several times.")
-    ] = None,
-    deadline: Annotated[
-        float | None,
-        typer.Option("--deadline", help="End the stream after this many seconds, even if it is not complete."),
-    ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Use the prompt as it is, without the chat template.")] = False,
-    as_json: Json = False,
-    runs: Annotated[
-        Path, typer.Option("--runs", help="Create the run folder in this folder.")
-    ] = run_folder.DEFAULT_ROOT,
-    chaos: Annotated[
-        Path | None, typer.Option("--chaos", help="A file that lists faults to inject on tcp links.")
-    ] = None,
-    log: Log = None,
-    record: Annotated[str | None, typer.Option("--record", metavar="EDGES", help=RECORD_HELP)] = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option("--resume", metavar="RUN", help="Continue the requests of a killed run that had a journal."),
-    ] = None,
-    after: Annotated[
-        int | None,
-        typer.Option("--after", metavar="POSITION", help="With --resume: print only what comes after this position."),
-    ] = None,
-    allow_code: AllowCode = False,
-    settings: Set = None,
-) -> None:
-    """Start the graph, stream the text, print what every message cost, and write the run folder."""
-    if resume is not None:
-        resume_command.check(context)
-        resume_command.run(
-            resume, after, as_json, allow_code, {"runs": folder_of_runs(runs), "zygote": context.obj, "log": log}
-        )
-        return
-    if after is not None:
-        raise RequestError("--after needs --resume; give --resume RUN, too")
-    if graph is None:
-        raise RequestError("GRAPH is missing; give a graph file, or --resume RUN")
-    try:
-        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    except ValueError as error:
-        raise RequestError(f"--{error}") from None
-    checked = load_graph(graph, allow_code=allow_code, overrides={**overrides(settings), **record_setting(record)})
-    launching = {"runs": folder_of_runs(runs), "zygote": context.obj, "chaos": chaos, "log": log}
-    prompt = prompt_of(prompt, prompt_file)
-    if not checked.generates:
-        if prompt is not None or input_file is None:
-            raise RequestError(
-                f"graph {checked.name} is not a language model; give --input FILE.safetensors, not --prompt"
-            )
-        _call(checked, input_file, output_file, as_json, launching)
-        return
-    if prompt is None or input_file is not None or output_file is not None:
-        raise RequestError(f"graph {checked.name} is a language model; give --prompt TEXT, not --input or --output")
-    options: dict[str, Any] = {"max_tokens": max_tokens, "sampling": sampling, "stop": tuple(stop or ()), "raw": raw}
-    options["deadline_s"] = deadline
-    _run(checked, prompt, options, as_json, launching)
-
-
-def _call(checked: Graph, input_file: Path, output_file: Path | None, as_json: bool, launching: dict[str, Any]) -> None:
-    """Call a graph that is not a language model once: read its inputs from a file, and write its outputs to a file."""
-    import time
-
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
-
-    from ..run.launch import launch
-    from .progress import Bar
-
-    try:
-        inputs = load_file(regular(input_file))
-    except (OSError, SafetensorError) as error:
-        raise RequestError(f"--input {input_file}: {error}") from None
-    if output_file is not None:
-        writable(output_file)
-    bar = Bar(sys.stderr)
-
-    async def main() -> tuple[Path, dict[str, Any], float]:
-        with bar:
-            async with launch(checked, progress=bar.show, **launching) as started:
-                bar.show("computing", 1.0)
-                began = time.monotonic()
-                outputs = await started.call(**inputs)
-                return (
-                    started.dir,
-                    {name: tensor.contiguous() for name, tensor in outputs.items()},
-                    time.monotonic() - began,
-                )
-
-    run_dir, outputs, took_s = interruptible(main)
-    if output_file is not None:
-        save_file(outputs, output_file)
-    shapes = {
-        name: f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for name, tensor in outputs.items()
-    }
-    traced = summary.summary(summary.read(run_dir)) if checked.file.trace else None
-    if as_json:
-        print_json({"outputs": shapes, "seconds": took_s, "run_dir": str(run_dir), "trace": traced})
-        return
-    for name, shape in shapes.items():
-        print(f"{name}: {shape}{f' in {output_file}' if output_file is not None else ''}")
-    if traced is not None:
-        say(f"\n{table.of_summary(traced)}")
-    print(f"\n{took_s:.3f} s\nrun folder: {run_dir}")
 
 
 @app.command()
@@ -337,6 +219,7 @@ def score(
         print(f"{made.tokens} tokens, {made.nll_per_token:.5f} nats per token, perplexity {made.perplexity:.4f}")
 
 
+app.command("run")(run_command)
 app.command("train")(train_command)
 
 
@@ -382,43 +265,6 @@ def new(
     print(f"wrote {', '.join(files)}\n{starts.hint(what.value, name)}")
 
 
-def _run(checked: Graph, prompt: str, options: dict[str, Any], as_json: bool, launching: dict[str, Any]) -> None:
-    from ..run.launch import launch
-    from ..sessions.generation import Result
-    from .progress import Bar
-
-    bar = Bar(sys.stderr)
-
-    async def main() -> tuple[Path, Result]:
-        with bar:
-            async with launch(checked, progress=bar.show, **launching) as started:
-                bar.show("thinking", 1.0)
-                generation = started.generate(prompt, **options)
-                async for token in generation:
-                    bar.done()
-                    if not as_json:
-                        show_text(token.text)
-                return started.dir, generation.result
-
-    run_dir, result = interruptible(main)
-    traced = summary.summary(summary.read(run_dir)) if checked.file.trace else None
-    if as_json:
-        print_json({
-            "text": result.text, "token_ids": result.token_ids, "prompt_tokens": result.prompt_tokens,
-            "finish_reason": result.finish_reason, "time_to_first_token_s": result.first_token_s,
-            "tokens_per_second": result.tokens_per_second, "run_dir": str(run_dir),
-            "trace": traced,
-        })  # fmt: skip
-        return
-    print("\n")
-    if traced is not None:
-        say(table.of_summary(traced))
-    print(
-        f"\n{result.prompt_tokens} tokens in, {len(result.token_ids)} out ({result.finish_reason}); first token after "
-        f"{result.first_token_s:.2f} s, then {result.tokens_per_second:.1f} tokens/s\nrun folder: {run_dir}"
-    )
-
-
 keys = typer.Typer(help="Make key pairs, with which actors authenticate each other over tcp.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 
@@ -435,7 +281,6 @@ def keys_new(
     Give each machine all .pub files, and the .key files of the actors that run there. Nobody else may read the .key
     files.
     """
-    from ranvier.actors.protocol.host_spec import GATEWAY
     from ranvier.transport.wires import curve
 
     from ..file.load import read

@@ -106,18 +106,37 @@ def _receiver() -> Any:
 
 
 def overrides(settings: Sequence[str] | None) -> dict[str, str]:
-    """Return the values of `--set`, by key.
+    """Return the values of `--set`, by key. Errors are those of `pairs`."""
+    return pairs("--set", settings, "model.dtype=float32")
+
+
+def pairs(option: str, settings: Sequence[str] | None, example: str) -> dict[str, str]:
+    """Return the values of an option that is given as KEY=VALUE, several times, by key.
 
     Raises:
-        RequestError: a setting does not have the form KEY=VALUE.
+        RequestError: a setting does not have this form.
     """
     made = {}
     for setting in settings or ():
         key, separator, value = setting.partition("=")
         if not separator or not key:
-            raise RequestError(f"--set {setting}: expected KEY=VALUE, such as model.dtype=float32")
+            raise RequestError(f"{option} {setting}: expected KEY=VALUE, such as {example}")
         made[key] = value
     return made
+
+
+def yaml_value(text: str) -> Any:
+    """Return the plain value that a text has in YAML, as in a graph file: `false`, `3`, `[a, b]`; else the text.
+
+    Raises:
+        RequestError: it is not YAML.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RequestError(f"{text!r:.80}: {error}") from None
 
 
 MOST_PROMPT_BYTES = 64 << 20

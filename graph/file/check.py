@@ -46,6 +46,7 @@ def load(path: str | Path, *, allow_code: bool = False, overrides: Mapping[str, 
     edges = between.edges()
     between.stop_if_wrong()
     between.connected(edges)
+    between.token_returns(edges)
     between.observed(edges)
     between.cycles(edges)
     between.loops(edges)

@@ -274,6 +274,19 @@ class EdgeCheck(Findings):
                     f"actor {name}: nothing from the gateway ever reaches it; connect it", "actors", name, key=True
                 )
 
+    def token_returns(self, edges: Iterable[CheckedEdge]) -> None:
+        """Check that the token of a head goes back to an actor, which makes the next one of it."""
+        returned = {edge.source for edge in edges if edge.out == "token" and edge.source != GATEWAY}
+        first = next((actor.name for actor in self.actors.values() if "token" in actor.kind.from_gateway), None)
+        if self.file.training is not None or first is None:
+            return
+        for actor in self.actors.values():
+            if actor.kind.ends and actor.name not in returned:
+                self._wrong(
+                    f"actor {actor.name}: its output 'token' goes nowhere, so no text can be generated; add "
+                    f"{{from: {actor.name}.token, to: {first}.token, feedback: true}}", "actors", actor.name, key=True,
+                )  # fmt: skip
+
     def _joinable(self, actor: CheckedActor, edges: Iterable[CheckedEdge]) -> None:
         join = actor.section.join
         if join == "all":

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import trio
 
@@ -21,7 +21,7 @@ from ranvier.transport.format.errors import LinkClosed, RanvierError
 from ..file.checked import Graph
 from ..plan.plan import Plan
 from ..sessions.generation import Generation, Result, Token
-from ..sessions.tokenizer import TextCodec
+from ..sessions.text_codec import TextCodec
 from . import run_folder
 from .blame import Answer
 from .launch import Progress, launch
@@ -179,8 +179,11 @@ class BlockingRun:
 
     def generate(
         self, prompt: str | Sequence[dict[str, str]] | Sequence[int], *, max_tokens: int = 128, raw: bool = False,
-        sampling: Sampling | None = None, stop: Sequence[str] = (), stop_tokens: Sequence[int] | None = None,
-        logits: bool = False, deadline_s: float | None = None, traceparent: str | None = None,
+        sampling: Sampling | Literal["model"] | None = None, stop: Sequence[str] = (),
+        stop_tokens: Sequence[int] | None = None, logits: bool = False, logprobs: int | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None, documents: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None, template_arguments: Mapping[str, Any] | None = None,
+        deadline_s: float | None = None, traceparent: str | None = None,
     ) -> BlockingGeneration:  # fmt: skip
         """Generate tokens: `for token in run.generate(…)` gets each token as soon as it exists.
 
@@ -190,7 +193,8 @@ class BlockingRun:
         def begin() -> Generation:
             return self._run.generate(
                 prompt, max_tokens=max_tokens, raw=raw, sampling=sampling, stop=stop, stop_tokens=stop_tokens,
-                logits=logits, deadline_s=deadline_s, traceparent=traceparent,
+                logits=logits, logprobs=logprobs, tools=tools, documents=documents, template=template,
+                template_arguments=template_arguments, deadline_s=deadline_s, traceparent=traceparent,
             )  # fmt: skip
 
         return BlockingGeneration(self._thread, self._thread.read(begin))
@@ -219,9 +223,9 @@ class BlockingRun:
         """Return hosts, open sessions and counters, as `Run.status` does."""
         return self._thread.read(self._run.status)
 
-    def chat_tokens(self, messages: Sequence[dict[str, Any]] | str) -> list[int]:
-        """Return the token ids of a chat, as `Run.chat_tokens` does."""
-        return self._run.chat_tokens(messages)
+    def chat_tokens(self, messages: Sequence[dict[str, Any]] | str, **options: Any) -> list[int]:
+        """Return the token ids of a chat, as `Run.chat_tokens` does, with its options."""
+        return self._run.chat_tokens(messages, **options)
 
     # -- properties, which also work after the end ---------------------------------------------------------------
 

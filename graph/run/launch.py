@@ -16,13 +16,13 @@ from ranvier.transport.wires.descriptors import OF_A_PEER, OF_A_WIRE, make_sure_
 from ..file.checked import Graph
 from ..file.errors import RequestError
 from ..plan.plan import Plan, plan
-from ..sessions import journal, tokenizer
+from ..sessions import journal
 from ..sessions.gateway import Gateway
 from ..sessions.journal import Journal, Resumed
 from ..sessions.placement import Placement
 from ..sessions.text_process import TextProcess
-from ..sessions.tokenizer import TextCodec
 from . import metrics, run_folder
+from .before_start import codec_of
 from .chaos import ChaosLink
 from .chaos import read as read_chaos
 from .hosts import Hosts
@@ -64,6 +64,7 @@ async def launch(
     """
     make_sure_of_trio("launch", "await asyncio.to_thread(ranvier.start, graph), whose calls block")
     planned = plan(graph)
+    codec = codec_of(graph)
     if resume is not None and not graph.file.journal:
         raise RequestError(f"graph {graph.name} has no journal; set journal: true to resume a run of it")
     bad_links = bad_links_of(planned, chaos)
@@ -83,7 +84,6 @@ async def launch(
         closing.callback(hosts.close)
         hosts.launcher.begin()  # its import of torch takes longest; this process works in parallel
         kept, left = await _journals(planned, folder, resume, closing)
-        codec = _codec(graph)
         text = TextProcess(codec) if codec is not None else None
         if text is not None:
             closing.callback(text.close)
@@ -161,9 +161,3 @@ async def _journals(
     kept = Journal(folder.path, began)
     closing.callback(kept.close)
     return kept, left
-
-
-def _codec(graph: Graph) -> TextCodec | None:
-    if not graph.generates or graph.checkpoint is None or not tokenizer.brought_by(graph.checkpoint):
-        return None
-    return tokenizer.of(graph.checkpoint)

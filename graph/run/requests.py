@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, cast
 import msgspec
 import trio
 
-from ranvier.actors.component.session import Sampling, SessionInfo
+from ranvier.actors.component.session import MOST_LOGPROBS, Sampling, SessionInfo
 from ranvier.actors.errors import ActorFailed, Cause, Overloaded
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.trace import spans
@@ -26,10 +26,11 @@ from ..sessions import journal
 from ..sessions.gateway import Gateway, token_tensor
 from ..sessions.generation import Client, Generation, Later, Over, Source, Wakes
 from ..sessions.journal import Asked, Ended, Journal, Request, Resumed
+from ..sessions.model_defaults import sampling_of
 from ..sessions.stream import Stream, Tensors
+from ..sessions.text_codec import ChatOptions, TextCodec
 from ..sessions.text_process import TextProcess
 from ..sessions.text_stream import TextStream
-from ..sessions.tokenizer import TextCodec
 
 
 class _Request(NamedTuple):
@@ -44,6 +45,7 @@ class _Request(NamedTuple):
     caller: str
     key: str
     stop: tuple[str, ...]
+    logprobs: int | None
 
 
 class _Waiting(NamedTuple):
@@ -52,6 +54,7 @@ class _Waiting(NamedTuple):
     generation: Generation
     prompt: str | list[dict[str, Any]]
     raw: bool
+    chat: ChatOptions
     request: _Request
 
 
@@ -100,9 +103,9 @@ class Requests:
             raise no_tokenizer(self._graph)
         return self._text
 
-    def chat_ids(self, messages: Sequence[dict[str, Any]] | str) -> list[int]:
+    def chat_ids(self, messages: Sequence[dict[str, Any]] | str, chat: ChatOptions) -> list[int]:
         """Return the token ids of a chat. See `Run.chat_tokens`."""
-        return self._process.chat_ids(_chat(messages))
+        return self._process.chat_ids(_chat(messages), _checked_chat(chat))
 
     def generate(
         self,
@@ -110,10 +113,12 @@ class Requests:
         *,
         max_tokens: int,
         raw: bool,
-        sampling: Sampling | None,
+        sampling: Sampling | str | None,
         stop: Sequence[str],
         stop_tokens: Sequence[int] | None,
         logits: bool,
+        logprobs: int | None,
+        chat: ChatOptions,
         deadline_s: float | None,
         traceparent: str | None,
     ) -> Generation:
@@ -124,11 +129,11 @@ class Requests:
         graph = self._graph
         if not graph.generates or graph.checkpoint is None:
             raise RequestError(f"graph {graph.name} does not generate tokens; use call()")
-        if sampling is not None and not isinstance(sampling, Sampling):
-            raise RequestError(f"sampling: expected ranvier.Sampling, got {type(sampling).__name__}")
+        chat = _checked_chat(chat)
+        most = self._most(max_tokens)
         request = _Request(
-            self._most(max_tokens),
-            sampling or Sampling(),
+            most,
+            self._sampling(sampling, most),
             tuple(_whole("stop_tokens", token) for token in _listed("stop_tokens", stop_tokens))
             if stop_tokens is not None
             else None,
@@ -137,8 +142,9 @@ class Requests:
             *self.traced(traceparent),
             secrets.token_hex(8) if self.journal is not None else "",
             self._stop_strings(stop),
+            _most_logprobs(logprobs),
         )
-        generation = Generation(TextStream(self._codec, request.stop))
+        generation = Generation(TextStream(self._codec, request.stop, request.sampling.min_tokens))
         generation.request_id = request.key
         generation.is_durable = self._is_durable
         asked = _prompt(prompt)
@@ -150,7 +156,9 @@ class Requests:
             if self._text is None:
                 raise no_tokenizer(graph)
             generation.deadline_ns = request.deadline_ns
-            self._waiting_in.send_nowait(_Waiting(generation, cast(str | list[dict[str, Any]], asked), raw, request))
+            self._waiting_in.send_nowait(
+                _Waiting(generation, cast(str | list[dict[str, Any]], asked), raw, chat, request)
+            )
         return generation
 
     def _most(self, max_tokens: int) -> int:
@@ -164,6 +172,29 @@ class Requests:
         if not 1 <= most <= context:
             raise RequestError(f"max_tokens: expected 1 to the model's context of {context}, got {most}")
         return most
+
+    def _sampling(self, sampling: Sampling | str | None, max_tokens: int) -> Sampling:
+        """Check how tokens are to be chosen; "model" means as the model's own files say.
+
+        Raises:
+            RequestError: it is something else, or does not fit the model or `max_tokens`.
+        """
+        checkpoint = self._graph.checkpoint
+        assert checkpoint is not None
+        if sampling == "model":
+            return sampling_of(checkpoint)
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise RequestError(f'sampling: expected ranvier.Sampling or "model", got {sampling!r:.80}')
+        made = sampling or Sampling()
+        if made.min_tokens > max_tokens:
+            raise RequestError(f"min_tokens: expected at most max_tokens of {max_tokens}, got {made.min_tokens}")
+        vocab = checkpoint.config.vocab
+        beyond = next(
+            (token for token, _ in cast(tuple[tuple[int, float], ...], made.logit_bias) if token >= vocab), None
+        )
+        if beyond is not None:
+            raise RequestError(f"logit_bias: token {beyond} is not in the vocabulary of {vocab}")
+        return made
 
     def _stop_strings(self, stop: Sequence[str]) -> tuple[str, ...]:
         """Check stop strings.
@@ -205,6 +236,7 @@ class Requests:
             stop_tokens=tuple(config.eos_tokens) if request.stop_tokens is None else request.stop_tokens,
             sampling=request.sampling,
             logits=request.logits,
+            logprobs=request.logprobs,
         )
         deadline_s = time.time() + (request.deadline_ns - time.monotonic_ns()) / 1e9 if request.deadline_ns else 0.0
         source = tuple(ids) if inputs else ()
@@ -217,22 +249,20 @@ class Requests:
 
         A hostile template may take a second. The gateway continues to work meanwhile.
         """
-        async for generation, prompt, raw, request in self._waiting:
+        async for generation, prompt, raw, chat, request in self._waiting:
             if generation.closed:
                 continue
             self._preparing = generation
             try:
-                ids = await trio.to_thread.run_sync(self._ids, prompt, raw, abandon_on_cancel=True)
+                ids = await trio.to_thread.run_sync(self._ids, prompt, raw, chat, abandon_on_cancel=True)
                 if not generation.closed:
                     self._begin(generation, ids, request)
             except Exception as error:  # an error of one prompt must not stop the other requests
                 generation.refuse(error)
             self._preparing = None
 
-    def _ids(self, prompt: str | list[dict[str, Any]], raw: bool) -> list[int]:
-        checkpoint = self._graph.checkpoint
-        raw = raw or (checkpoint is not None and checkpoint.config.encoder is not None)
-        return self._process.ids(prompt) if raw and isinstance(prompt, str) else self._process.chat_ids(_chat(prompt))
+    def _ids(self, prompt: str | list[dict[str, Any]], raw: bool, chat: ChatOptions) -> list[int]:
+        return ids_of(self._graph, self._process, prompt, raw, chat)
 
     def refuse(self, why: Exception) -> None:
         """End, with this error, all requests that have not begun.
@@ -258,26 +288,7 @@ class Requests:
         Raises:
             RequestError: they do not fit, or a token is not in the vocabulary.
         """
-        assert self._graph.checkpoint is not None
-        config = self._graph.checkpoint.config
-        context = config.context + spare
-        vocab = config.vocab if config.encoder is None else config.encoder.source_vocab
-        if not ids:
-            raise RequestError("the prompt is empty; give at least one token")
-        if config.encoder is not None:  # the encoder and the decoder have a context each
-            if max(len(ids), max_tokens) > context:
-                raise RequestError(
-                    f"the prompt has {len(ids)} tokens and {max_tokens} are asked for, but encoder and decoder hold "
-                    f"{context} each; shorten one of them"
-                )
-        elif len(ids) + max_tokens > context:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens and {max_tokens} are asked for, but the model's context is {context}; "
-                "shorten one of them"
-            )
-        wrong = next((token for token in ids if not 0 <= token < vocab), None)
-        if wrong is not None:
-            raise RequestError(f"token {wrong} is not in the vocabulary of {vocab}")
+        check_ids(self._graph, ids, max_tokens, spare)
         capacity = self._capacity()
         if capacity is not None and len(ids) + max_tokens > capacity:
             raise RequestError(
@@ -429,12 +440,78 @@ class Requests:
             )
             raise RequestError(f"request {request_id!r:.80}: {why}")
         request = self._left[request_id]
-        generation = Generation(TextStream(self._codec, request.asked.stop))
+        generation = Generation(TextStream(self._codec, request.asked.stop, request.info.sampling.min_tokens))
         generation.request_id = request_id
         generation.is_durable = self._is_durable
         generation.begin(source, request.info, len(request.asked.source or request.info.log))
         generation.recorded(len(request.info.log), request.tokens, after)
         return generation
+
+
+def ids_of(
+    graph: Graph, text: TextProcess, prompt: str | list[dict[str, Any]], raw: bool, chat: ChatOptions
+) -> list[int]:
+    """Return the token ids of a prompt: as it is if `raw` or for an encoder, else by the chat template.
+
+    Raises:
+        CheckpointError: see `TextProcess.chat_ids`.
+    """
+    raw = raw or (graph.checkpoint is not None and graph.checkpoint.config.encoder is not None)
+    return text.ids(prompt) if raw and isinstance(prompt, str) else text.chat_ids(_chat(prompt), chat)
+
+
+def check_ids(graph: Graph, ids: Sequence[int], max_tokens: int, spare: int = 0) -> None:
+    """Check that a prompt and `max_tokens` fit into the model. `spare` is added to its context.
+
+    Raises:
+        RequestError: they do not fit, or a token is not in the vocabulary.
+    """
+    assert graph.checkpoint is not None
+    config = graph.checkpoint.config
+    context = config.context + spare
+    vocab = config.vocab if config.encoder is None else config.encoder.source_vocab
+    if not ids:
+        raise RequestError("the prompt is empty; give at least one token")
+    if config.encoder is not None:  # the encoder and the decoder have a context each
+        if max(len(ids), max_tokens) > context:
+            raise RequestError(
+                f"the prompt has {len(ids)} tokens and {max_tokens} are asked for, but encoder and decoder hold "
+                f"{context} each; shorten one of them"
+            )
+    elif len(ids) + max_tokens > context:
+        raise RequestError(
+            f"the prompt has {len(ids)} tokens and {max_tokens} are asked for, but the model's context is {context}; "
+            "shorten one of them"
+        )
+    wrong = next((token for token in ids if not 0 <= token < vocab), None)
+    if wrong is not None:
+        raise RequestError(f"token {wrong} is not in the vocabulary of {vocab}")
+
+
+def _checked_chat(chat: ChatOptions) -> ChatOptions:
+    """Return options of a chat whose lists are lists.
+
+    Raises:
+        RequestError: one of them has another form.
+    """
+    for name in ("tools", "documents"):
+        value = getattr(chat, name)
+        if value is not None and not all(isinstance(each, Mapping) for each in _listed(name, value)):
+            raise RequestError(f"{name}: expected a list of objects, as in JSON")
+    if not isinstance(chat.template, str | None):
+        raise RequestError(f"template: expected the name of a template, got {type(chat.template).__name__}")
+    if not isinstance(chat.arguments, Mapping) or not all(isinstance(name, str) for name in chat.arguments):
+        raise RequestError("template_arguments: expected values by name, such as {'enable_thinking': False}")
+    return chat
+
+
+def _most_logprobs(count: int | None) -> int | None:
+    if count is None:
+        return None
+    most = _whole("logprobs", count)
+    if not 0 <= most <= MOST_LOGPROBS:
+        raise RequestError(f"logprobs: expected 0 to {MOST_LOGPROBS} likeliest tokens, got {most}")
+    return most
 
 
 def no_tokenizer(graph: Graph) -> RequestError:

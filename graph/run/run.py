@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import trio
 
@@ -27,8 +27,9 @@ from ..sessions.gateway import Gateway
 from ..sessions.generation import Client, Generation, Wakes
 from ..sessions.journal import Journal, Resumed
 from ..sessions.stream import Stream
+from ..sessions.text_codec import ChatOptions, TextCodec
 from ..sessions.text_process import TextProcess
-from ..sessions.tokenizer import TextCodec
+from .before_start import check_inputs
 from .blame import Answer
 from .hosts import Hosts
 from .members import Members
@@ -165,8 +166,18 @@ class Run:
             raise no_tokenizer(self.plan.graph)
         return self._codec
 
-    def chat_tokens(self, messages: Sequence[dict[str, Any]] | str) -> list[int]:
+    def chat_tokens(
+        self,
+        messages: Sequence[dict[str, Any]] | str,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """Return the token ids of a chat, made with the model's own template. A string is one user message.
+
+        The other arguments are those of `generate`.
 
         The call blocks for at most a second, and for as long as earlier prompts take. `generate` does not block.
 
@@ -175,7 +186,7 @@ class Run:
             CheckpointError: the template is missing or wrong, refuses the messages, or takes too long.
         """
         self._check_open()
-        return self._requests.chat_ids(messages)
+        return self._requests.chat_ids(messages, ChatOptions(tools, documents, template, template_arguments or {}))
 
     # -- requests -----------------------------------------------------------------------------------------------
 
@@ -185,10 +196,15 @@ class Run:
         *,
         max_tokens: int = 128,
         raw: bool = False,
-        sampling: Sampling | None = None,
+        sampling: Sampling | Literal["model"] | None = None,
         stop: Sequence[str] = (),
         stop_tokens: Sequence[int] | None = None,
         logits: bool = False,
+        logprobs: int | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
         deadline_s: float | None = None,
         traceparent: str | None = None,
     ) -> Generation:
@@ -198,10 +214,16 @@ class Run:
             prompt: a user's message, a list of chat messages, or token ids as they are.
             max_tokens: at most this many new tokens.
             raw: use a string as it is, without the chat template.
-            sampling: how tokens are chosen; None: greedily.
+            sampling: how tokens are chosen. None: greedily. "model": as the model's own files say.
             stop: strings that end the stream; they are not part of the text.
             stop_tokens: ids that end the stream (they appear in `token_ids`); None: the model's own.
             logits: return the logits with every token.
+            logprobs: return the log-probability of every token, and those of so many likeliest ones (0 to 20).
+            tools: JSON schemas of functions that the model may call, for the chat template.
+            documents: documents with `title` and `text`, for the chat template.
+            template: the name of one of the model's chat templates. None: `tool_use` if there are tools and the model has
+                such a template, else its default.
+            template_arguments: further variables of the template, such as `{"enable_thinking": False}`.
             deadline_s: seconds from now after which the stream ends with `Expired`, whatever its state.
             traceparent: the W3C trace context of the caller, whose trace the request's spans join. Without one, the
                 spans form a separate trace if the graph has `telemetry.otlp`.
@@ -216,6 +238,7 @@ class Run:
         self._check_open()
         return self._requests.generate(
             prompt, max_tokens=max_tokens, raw=raw, sampling=sampling, stop=stop, stop_tokens=stop_tokens, logits=logits,
+            logprobs=logprobs, chat=ChatOptions(tools, documents, template, template_arguments or {}),
             deadline_s=deadline_s, traceparent=traceparent,
         )  # fmt: skip
 
@@ -276,21 +299,10 @@ class Run:
             RequestError: the names are not the gateway's ports, or a tensor does not fit its edge.
             ActorFailed: an actor was lost.
         """
-        from ranvier.transport.format.tensors import dtype_name, from_buffer, to_buffer
+        from ranvier.transport.format.tensors import from_buffer, to_buffer
 
         self._check_open()
-        ports = {edge.out for edge in self.plan.graph.edges if edge.source == GATEWAY}
-        if inputs.keys() != ports:
-            raise RequestError(f"call: expected the inputs {sorted(ports)}, got {sorted(inputs)}")
-        for edge in self.plan.graph.edges:
-            if edge.source == GATEWAY:
-                tensor = inputs[edge.out]
-                rows = {"tokens": tensor.shape[0] if tensor.dim() else 1, "rows": 1}
-                dtype = dtype_name(tensor.dtype)
-                try:
-                    edge.spec.check(edge.name, dtype, tuple(tensor.shape), rows)
-                except ProtocolError as error:
-                    raise RequestError(str(error)) from None
+        check_inputs(self.plan.graph, inputs)
         root, caller = self._requests.traced(traceparent)
         info = SessionInfo(session=0, epoch=0, capacity=0, traceparent=root)
         tensors = {}

@@ -81,7 +81,7 @@ def test_check_says_good_or_what_is_wrong() -> None:
     """Print that a graph is good, or each problem with its position on standard error."""
     good = ranvier("check", SMOLLM2)
     assert (good.returncode, good.stderr) == (0, "")
-    assert "good: 4 processes, 8 edges" in good.stdout
+    assert "good: 4 processes, 9 edges" in good.stdout
     case = Path(__file__).parents[1] / "cases" / "several_at_once.yaml"
     bad = ranvier("check", str(case))
     assert bad.returncode == 2
@@ -119,7 +119,7 @@ def test_show_in_every_form() -> None:
     """Show the plan as text, as Mermaid and as DOT."""
     text = ranvier("show", SMOLLM2).stdout
     assert "lower  blocks     1         0-14    1        106.2 MB  106202880" in text
-    assert "lower.hidden -> upper.hidden     bfloat16[tokens, 576]  1152 B" in text
+    assert "lower.hidden -> upper.hidden       bfloat16[tokens, 576]  1152 B" in text
     assert 'embed -->|"hidden, 1152 B"| lower' in ranvier("show", SMOLLM2, "--format", "mermaid").stdout
     assert 'head -> embed [label="token, 8 B", style=dashed];' in ranvier("show", SMOLLM2, "--format", "dot").stdout
 

@@ -91,7 +91,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"stop": ["END"]}, "stop strings need a tokenizer, and the model has none; use stop_tokens"),
     ({"stop_tokens": 5}, "stop_tokens: expected a list, got int; write [5]"),
     ({"stop_tokens": ["a"]}, "stop_tokens: expected a whole number, got str"),
-    ({"sampling": 0.7}, "sampling: expected ranvier.Sampling, got float"),
+    ({"sampling": 0.7}, 'sampling: expected ranvier.Sampling or "model", got 0.7'),
     ({"traceparent": "00-xyz"}, "traceparent"),
     ({"prompt": []}, "the prompt is empty"),
     ({"prompt": b"bytes"}, "prompt: expected text, a list of chat messages, or a list of token ids, got bytes"),
