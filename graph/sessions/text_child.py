@@ -31,6 +31,8 @@ class Load(msgspec.Struct, tag="load", frozen=True):
     eos_token: str
     special: dict[str, str]
     templates: dict[str, str]
+    splits_special: bool
+    """True if special tokens in a text are split like other text (`split_special_tokens`)."""
 
 
 class Chat(msgspec.Struct, tag="chat", frozen=True):
@@ -118,6 +120,7 @@ def _loaded(request: Load) -> tuple[Worker | None, Reply]:
 
     try:
         tokenizer = Tokenizer.from_str(request.tokenizer)
+        tokenizer.encode_special_tokens = request.splits_special
     except BaseException as error:  # the library's panics do not derive from Exception
         return None, Refused(f"tokenizer: {type(error).__name__}: {error}")
     codec = TextCodec(

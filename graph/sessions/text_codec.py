@@ -133,7 +133,7 @@ class TextCodec:
         """Encode text in which nothing is a control token."""
         if not text:
             return []
-        self.tokenizer.encode_special_tokens = True
+        splits, self.tokenizer.encode_special_tokens = self.tokenizer.encode_special_tokens, True
         try:
             ids = self.encode(text, special=False)
             if not set(ids).isdisjoint(controls.values()):  # even so, BPE made one: split it after its first character
@@ -143,7 +143,7 @@ class TextCodec:
                 ids = [token for part in re.split(cut, text) if part for token in self.encode(part, special=False)]
             return ids
         finally:
-            self.tokenizer.encode_special_tokens = False
+            self.tokenizer.encode_special_tokens = splits
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return text without special tokens.

@@ -48,6 +48,7 @@ class TextProcess:
             codec.eos_token,
             dict(codec.special),
             dict(codec.templates),
+            codec.tokenizer.encode_special_tokens,
         )
         self._one_at_a_time = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from ranvier.graph.commands import cli
+
 COMMAND = [sys.executable, "-m", "ranvier"]
+Done = subprocess.CompletedProcess[str]
 
 
-def ranvier(*arguments: str | bytes, folder: Path) -> subprocess.CompletedProcess[str]:
+def ranvier(*arguments: str | bytes, folder: Path) -> Done:
     """Run the command to its end, in a folder."""
     return subprocess.run(
         [*COMMAND, *arguments], capture_output=True, text=True, errors="replace", timeout=100, check=False, cwd=folder
     )
+
+
+def here(*arguments: str, folder: Path) -> Done:
+    """Do the same in this process: for commands that must end before any other process starts."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        contextlib.chdir(folder),
+        mock.patch.object(sys, "argv", ["ranvier", *arguments]),
+        pytest.raises(SystemExit) as ended,
+    ):
+        cli.main()
+    code = ended.value.code
+    return subprocess.CompletedProcess([], code if isinstance(code, int) else 0, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture
@@ -44,7 +65,8 @@ def folder(tiny: Any, tmp_path: Path) -> Path:
 
 def refused(folder: Path, *arguments: str | bytes) -> str:
     """Run a prompt that must be refused, and return the message. No run folder may be made, so nothing was started."""
-    done = ranvier("run", "graph.yaml", "-n", "4", *arguments, folder=folder)
+    there = any(isinstance(argument, bytes) for argument in arguments)
+    done = (ranvier if there else here)("run", "graph.yaml", "-n", "4", *arguments, folder=folder)  # type: ignore[arg-type]
     assert done.returncode in (1, 2)
     assert "Traceback" not in done.stderr
     assert not (folder / "ranvier-runs").exists()
@@ -54,7 +76,7 @@ def refused(folder: Path, *arguments: str | bytes) -> str:
 def test_no_chat_template_names_raw(folder: Path) -> None:
     """Say `--raw` where the model has no chat template, in `check` and before a run; run it raw."""
     (folder / "model" / "tokenizer_config.json").unlink()
-    assert "; no chat template: run it with --raw" in ranvier("check", "graph.yaml", folder=folder).stdout
+    assert "; no chat template: run it with --raw" in here("check", "graph.yaml", folder=folder).stdout
     assert "no chat template; use a raw prompt (--raw, raw=True)" in refused(folder, "--prompt", "hi")
     assert ranvier("run", "graph.yaml", "-n", "2", "--prompt", "hi", "--raw", folder=folder).returncode == 0
 
@@ -67,10 +89,10 @@ def test_no_chat_template_names_raw(folder: Path) -> None:
 def test_a_tokenizer_that_cannot_be_opened(file: str, content: str, words: str, folder: Path) -> None:
     """Find a damaged tokenizer or template in `check`, at the model's source, and before a run."""
     (folder / "model" / file).write_text(content)
-    checked = ranvier("check", "graph.yaml", folder=folder)
+    checked = here("check", "graph.yaml", folder=folder)
     assert checked.returncode == 2
     assert "graph.yaml:4:11: " in checked.stderr and words in checked.stderr
-    [problem] = json.loads(ranvier("check", "graph.yaml", "--json", folder=folder).stdout)["problems"]
+    [problem] = json.loads(here("check", "graph.yaml", "--json", folder=folder).stdout)["problems"]
     assert problem["line"] == 4 and words in problem["what"]
     assert words in refused(folder, "--prompt", "hi")
 
@@ -78,7 +100,7 @@ def test_a_tokenizer_that_cannot_be_opened(file: str, content: str, words: str, 
 def test_a_model_without_a_tokenizer_takes_token_ids(folder: Path) -> None:
     """Say in `check` that prompts are token ids, and refuse a prompt of text."""
     (folder / "model" / "tokenizer.json").unlink()
-    assert "; no tokenizer: prompts are token ids" in ranvier("check", "graph.yaml", folder=folder).stdout
+    assert "; no tokenizer: prompts are token ids" in here("check", "graph.yaml", folder=folder).stdout
     assert "graph before has no tokenizer; give token ids" in refused(folder, "--prompt", "hi")
 
 
@@ -154,10 +176,10 @@ def test_inputs_that_do_not_fit(inputs: dict[str, tuple[int, ...]], words: str, 
         "ranvier: 1\nname: double\nactors:\n  double: {kind: './double.py:Double'}\n"
         "edges:\n  - gateway.x -> double.x\n  - double.y -> gateway.y\n"
     )
-    checked = ranvier("check", "graph.yaml", "--allow-code", folder=tmp_path).stdout
+    checked = here("check", "graph.yaml", "--allow-code", folder=tmp_path).stdout
     assert "; gateway.x -> double.x: a call has one row, so rows is 1; name a dimension of any size tokens" in checked
     save_file({name: torch.ones(shape) for name, shape in inputs.items()}, tmp_path / "in.safetensors")
-    done = ranvier("run", "graph.yaml", "--input", "in.safetensors", "--allow-code", folder=tmp_path)
+    done = here("run", "graph.yaml", "--input", "in.safetensors", "--allow-code", folder=tmp_path)
     assert done.returncode == 2
     assert words in done.stderr
     assert not (tmp_path / "ranvier-runs").exists()
@@ -169,7 +191,7 @@ def test_a_graph_that_returns_no_token(folder: Path) -> None:
         "ranvier: 1\nname: before\nmodel: {source: ./model, dtype: float32}\n"
         "actors:\n  a: {kind: first_stage, layers: 0-2}\n  b: {kind: last_stage, layers: 3-5}\nedges:\n  - a.hidden -> b.hidden\n"
     )
-    done = ranvier("check", "graph.yaml", folder=folder)
+    done = here("check", "graph.yaml", folder=folder)
     assert done.returncode == 2
     assert (
         "actor b: its output 'token' goes nowhere, so no text can be generated; add {from: b.token, to: a.token, feedback: true}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 import json
 import pydoc_data.topics
@@ -27,6 +28,7 @@ from tokenizers import (
 from ranvier.actors.errors import CheckpointError
 from ranvier.graph.sessions import stream_decoder
 from ranvier.graph.sessions.text_codec import TextCodec
+from ranvier.graph.sessions.text_process import TextProcess
 from ranvier.graph.sessions.tokenizer_folder import from_folder
 
 PAGE: list[str] = json.loads((Path(__file__).parent / "page.json").read_text())
@@ -263,6 +265,15 @@ def test_a_stream_is_the_text_as_a_whole(kind: str, tmp_path: Path) -> None:
         ]
         decoder = stream_decoder.of(codec)
         assert "".join([*map(decoder.add, ids), decoder.rest()]) == codec.decode(ids), ids
+
+
+@pytest.mark.parametrize("kind", ["split special tokens", "tokens of the config", "llama 2"])
+def test_the_process_for_prompts_gives_the_same_tokens(kind: str, tmp_path: Path) -> None:
+    """Encode prompts in the process that may be killed as the codec itself does."""
+    codec = from_folder(folder_of(kind, tmp_path))
+    with contextlib.closing(TextProcess(codec)) as process:
+        for text in (*PAGE[:5], "<s>a<|im_start|>b<think>c</think></s>"):
+            assert process.ids(text) == codec.encode(text, special=True)
 
 
 def test_vocab_and_merges_alone(tmp_path: Path) -> None:
