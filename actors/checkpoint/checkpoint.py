@@ -245,7 +245,7 @@ def _open_folder(folder: Path, single: Path | None) -> Checkpoint:
             "or a GGUF file of the model"
         )
     config = from_hf(read, str(folder / "config.json"))
-    if generation.get("eos_token_id") is not None:  # often more ends than config.json has
+    if generation_file.exists():  # it has often more ends than config.json, and none if it names none
         config = replace(config, eos_tokens=eos_tokens(generation))
     index = folder / "model.safetensors.index.json"
     single = single or folder / "model.safetensors"

@@ -19,7 +19,7 @@ ENDS = (
     "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",  # what begins another file
 )  # fmt: skip
 """Names of tokens that end a text."""
-_IDS = ("eos", "eot", "eom")
+_IDS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 
 
 def numbered(fields: Mapping[str, Any], key: str, where: str) -> int | None:

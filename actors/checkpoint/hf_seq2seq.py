@@ -133,7 +133,8 @@ def _activation(name: str) -> Activation:
 def eos_tokens(config: Config) -> tuple[int, ...]:
     """Return the tokens that end a text: one, several or none."""
     eos = config.get("eos_token_id")
-    return tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    given = eos if isinstance(eos, list) else [eos]
+    return tuple(token for token in given if token is not None and not (isinstance(token, int) and token < 0))
 
 
 def _start(config: Config) -> int:

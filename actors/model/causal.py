@@ -8,6 +8,7 @@ Shape suffixes: T tokens of the batch, t tokens of one row, R rows, H hidden, V 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -221,7 +222,10 @@ class Head(Actor):
                              following[start : start + SCORED_AT_ONCE], reduction="none")
             for start in range(0, count, SCORED_AT_ONCE)
         ]  # fmt: skip
-        return [(row._replace(tokens=count), torch.cat(scores))]
+        scores_T = torch.cat(scores)
+        if bool(scores_T.isnan().any()):
+            raise NotFinite("scores", math.nan)
+        return [(row._replace(tokens=count), scores_T)]
 
     def logits(self, picked_TH: torch.Tensor) -> torch.Tensor:
         """Return the logits of some tokens, float32 [T, V]."""

@@ -92,7 +92,8 @@ def choose(
         NotFinite: the largest logit is not a finite number.
     """
     if stop_tokens and len(seen) - prompt_tokens < sampling.min_tokens:
-        logits_V = logits_V.index_fill(0, torch.tensor(stop_tokens), float("-inf"))
+        known = [token for token in stop_tokens if 0 <= token < logits_V.numel()]
+        logits_V = logits_V.index_fill(0, torch.tensor(known, dtype=torch.long), float("-inf"))
     if sampling.greedy:
         best_V = adjusted(logits_V, sampling, seen, prompt_tokens).contiguous()
         token = int(best_V.argmax())

@@ -10,8 +10,11 @@ from ranvier.transport.format.errors import RanvierError
 
 HUB_FILES = [
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json",
-    "chat_template.jinja",
+    "chat_template.jinja", "additional_chat_templates/*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
+    "tekken.json", "tiktoken.model", "qwen.tiktoken",
 ]  # fmt: skip
+"""Files that are fetched from the hub: weights, configs, and whatever holds a tokenizer or a chat template."""
 
 
 class SourceError(RanvierError):

@@ -80,21 +80,23 @@ def render(
         ValueError,
         MemoryError,
         RecursionError,
+        SyntaxError,
     ) as error:
         raise CheckpointError(f"chat template: {type(error).__name__}: {error}") from None
 
 
 def check(template: str) -> None:
-    """Check that a template can be compiled.
+    """Check the syntax of a template. It is not compiled: that computes its constants, which may take for ever.
 
     Raises:
-        CheckpointError: it cannot.
+        CheckpointError: the syntax is wrong.
     """
+    _check_length(template)
     try:
-        _compiled(template)
+        _environment().parse(template)
     except jinja2.TemplateSyntaxError as error:
         raise CheckpointError(f"chat template: line {error.lineno}: {error.message}") from None
-    except (jinja2.TemplateError, ValueError, RecursionError) as error:
+    except (jinja2.TemplateError, ValueError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"chat template: {type(error).__name__}: {error}") from None
 
 
@@ -155,10 +157,18 @@ def _check_name(name: Any) -> None:
 
 @functools.lru_cache(maxsize=16)  # for SmolLM2's template, parsing takes 1.35 of 1.77 ms
 def _compiled(template: str) -> jinja2.Template:
+    _check_length(template)
+    return _environment().from_string(template)
+
+
+def _check_length(template: str) -> None:
     if len(template) > MAX_TEMPLATE_CHARACTERS:
         raise CheckpointError(
             f"chat template: expected at most {MAX_TEMPLATE_CHARACTERS} characters, got {len(template)}"
         )
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
@@ -167,7 +177,7 @@ def _compiled(template: str) -> jinja2.Template:
     environment.globals["dict"] = _Dict()
     environment.globals["namespace"] = _Namespace
     environment.filters["tojson"] = _tojson
-    return environment.from_string(template)
+    return environment
 
 
 def _raise(message: str) -> NoReturn:

@@ -104,25 +104,31 @@ class TextCodec:
         template joins, stays ordinary text. Errors are those of `render`.
         """
         rendered, controls = self.render(messages, options), self.controls()
-        hidden = _Hidden(controls, [messages, options.tools, options.documents, options.arguments])
-        if hidden.needed:
-            apart = self.render(
-                hidden.hide(messages),
-                ChatOptions(
-                    hidden.hide(options.tools),
-                    hidden.hide(options.documents),
-                    options.template,
-                    hidden.hide(options.arguments),
-                ),
-            )
-            pattern = re.compile(f"({'|'.join(map(re.escape, sorted(controls, key=len, reverse=True)))})")
-            if pattern.findall(rendered) != pattern.findall(apart):
-                ids: list[int] = []
-                for part in pattern.split(apart):
-                    token = controls.get(part)
-                    ids += [token] if token is not None else self._ordinary(hidden.restored(part), controls)
-                return ids
-        return self.encode(rendered, special=False)
+        given = [messages, options.tools, options.documents, options.arguments]
+        hidden = _Hidden(controls, given)
+        if not hidden.needed:
+            return self.encode(rendered, special=False)
+        pattern = re.compile(f"({'|'.join(map(re.escape, sorted(controls, key=len, reverse=True)))})")
+        apart = self._render_hidden(hidden, messages, options)
+        if pattern.findall(rendered) == pattern.findall(apart):
+            return self.encode(rendered, special=False)
+        # Hiding signs everywhere may change what a template does, such as looking for `</think>` in an earlier answer.
+        # So only whole tokens are hidden, if no template has joined or changed parts of one.
+        whole = _Hidden(controls, given, whole=True)
+        less = self._render_hidden(whole, messages, options)
+        if pattern.findall(less) == pattern.findall(apart):
+            apart, hidden = less, whole
+        ids: list[int] = []
+        for part in pattern.split(apart):
+            token = controls.get(part)
+            ids += [token] if token is not None else self._ordinary(hidden.restored(part), controls)
+        return ids
+
+    def _render_hidden(self, hidden: _Hidden, messages: Sequence[Mapping[str, Any]], options: ChatOptions) -> str:
+        tools, documents = hidden.hide(options.tools), hidden.hide(options.documents)
+        return self.render(
+            hidden.hide(messages), ChatOptions(tools, documents, options.template, hidden.hide(options.arguments))
+        )
 
     def controls(self) -> dict[str, int]:
         """Return the ids of the special tokens by their texts."""
@@ -186,19 +192,21 @@ class _Hidden:
     PRIVATE = range(0x10_0000, 0x10_FFFE)
     """Supplementary private use area B. No language uses these characters, and no template looks for one."""
 
-    def __init__(self, controls: Iterable[str], messages: Any) -> None:
+    def __init__(self, controls: Iterable[str], messages: Any, *, whole: bool = False) -> None:
         said = set(json.dumps(messages, ensure_ascii=False, default=str))
         free = (chr(number) for number in self.PRIVATE if chr(number) not in said)
-        signs = {control[0] for control in controls if not control[0].isalnum()}
+        signs = set() if whole else {control[0] for control in controls if not control[0].isalnum()}
         self._there = str.maketrans({sign: next(free) for sign in sorted(signs & said - {'"', "\\"})})
         # A letter is hidden only where a whole token stands: templates compare words, such as those of roles.
-        words = sorted((word for word in controls if word[0].isalnum() and set(word) <= said), key=len, reverse=True)
-        stands = {word[0]: next(free) for word in words}
+        words = [word for word in controls if (whole or word[0].isalnum()) and {*json.dumps(word)[1:-1]} <= said]
+        words.sort(key=len, reverse=True)
+        stands = {first: next(free) for first in sorted({word[0] for word in words})}
         self._words = {word: stands[word[0]] + word[1:] for word in words}
-        self._back = str.maketrans(
-            {stand: chr(sign) for sign, stand in self._there.items()}
-            | {stand: first for first, stand in stands.items()}
-        )
+        back = {stand: chr(sign) for sign, stand in self._there.items()} | {
+            stand: first for first, stand in stands.items()
+        }
+        self._back = str.maketrans(back)
+        self._escaped = {json.dumps(stand)[1:-1]: json.dumps(first)[1:-1] for stand, first in back.items()}
         self.needed = bool(self._there or self._words)
 
     def hide(self, value: Any) -> Any:
@@ -217,4 +225,7 @@ class _Hidden:
         return [self.hide(each) for each in value] if isinstance(value, list | tuple) else value
 
     def restored(self, text: str) -> str:
+        """Return a text with its own characters, also where JSON has escaped what stood for them."""
+        for stand, first in self._escaped.items():
+            text = text.replace(stand, first)
         return text.translate(self._back)

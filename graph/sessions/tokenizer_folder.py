@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ OTHER_FILES = ("tokenizer.model", "tekken.json", "tiktoken.model", "spiece.model
 PACKAGES = {
     "sentencepiece": "sentencepiece",
     "tiktoken": "tiktoken",
-    "protobuf": "sentencepiece",
+    "protobuf": "protobuf",
     "mistral": "mistral-common",
 }
 
@@ -111,7 +110,7 @@ def _add(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
     tokens = [_added(declared[number]) for number in sorted(declared, key=int)]
     missing = [token for token in tokens if repr(token) not in have]
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()} | {t.content for t in missing}
-    for value in (*(config.get(name) for name in (*NAMED, *_specific(config))), *_extra(config)):
+    for value in (*(config.get(name) for name in NAMED), *_specific(config).values(), *_extra(config)):
         if value and _content(value) not in known:
             known.add(_content(value))
             missing.append(_added(value, special=True))
@@ -130,18 +129,19 @@ def _extra(config: Mapping[str, Any]) -> Sequence[Any]:
     return list(extra.values()) if isinstance(extra, Mapping) else list(extra)
 
 
-def _specific(config: Mapping[str, Any]) -> list[str]:
-    """Return the names of special tokens that only some models have, such as `image_token`."""
-    return [
-        key for key, value in config.items() if key.endswith("_token") and key not in NAMED and isinstance(value, str)
-    ]
+def _specific(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the special tokens that only some models have, such as `image_token`, by name."""
+    named = {
+        key: value
+        for key, value in config.items()
+        if key.endswith("_token") and key not in NAMED and isinstance(value, str | Mapping)
+    }
+    extra, models_own = config.get("extra_special_tokens"), config.get("model_specific_special_tokens")
+    return {**named, **(extra if isinstance(extra, Mapping) else {}), **(models_own or {})}
 
 
 def _named(config: Mapping[str, Any]) -> dict[str, str]:
-    extra = config.get("extra_special_tokens")
-    named = {name: config.get(name) for name in (*NAMED, *_specific(config))} | (
-        dict(extra) if isinstance(extra, Mapping) else {}
-    )
+    named = {name: config.get(name) for name in NAMED} | _specific(config)
     return {name: _content(value) for name, value in named.items() if value and not isinstance(value, bool)}
 
 
@@ -180,7 +180,6 @@ def _converted(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
     if "AutoTokenizer" in (config.get("auto_map") or {}):
         raise CheckpointError(f"{folder}: the tokenizer brings its own code, which is never run; add a tokenizer.json")
     try:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
         from transformers import AutoTokenizer
     except ImportError:
         raise CheckpointError(

@@ -8,9 +8,9 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
 from ranvier.actors.checkpoint.gguf_tokens import ends_of_text, numbered
-from ranvier.actors.errors import CheckpointError
+from ranvier.actors.errors import CheckpointError, describe
 
-from .pre_tokenizers import SPLITS
+from .pre_tokenizers import SPLITS, Split
 from .text_codec import TextCodec
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
@@ -18,6 +18,9 @@ UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "sep_token": "seperator", "pad_token": "padding",
          "cls_token": "cls", "mask_token": "mask"}  # fmt: skip
 """The names of special tokens in templates, and in GGUF's keys, which spell one of them wrong."""
+
+SENTENCEPIECE = ((0, "unknown", "<unk>"), (1, "bos", "<s>"), (2, "eos", "</s>"))
+"""Ids of special tokens in SentencePiece's vocabularies, unless a file says otherwise."""
 
 
 def from_gguf(fields: Mapping[str, Any], where: str) -> TextCodec:
@@ -37,6 +40,10 @@ def from_gguf(fields: Mapping[str, Any], where: str) -> TextCodec:
             f"{where}: tokenizer.ggml.token_type: expected a type for each of {len(tokens)} tokens, got {len(types)}"
         )
     ids = {token: number for number, token in enumerate(tokens)}
+    if kind == "llama":  # llama.cpp's ids where a file of this kind names none
+        fields = {
+            f"tokenizer.ggml.{key}_token_id": i for i, key, text in SENTENCEPIECE if tokens[i : i + 1] == [text]
+        } | dict(fields)
     split = SPLITS["default"]
     if kind in ("gpt2", "gemma4"):
         name = "gemma4" if kind == "gemma4" else fields.get("tokenizer.ggml.pre", "default")
@@ -106,13 +113,10 @@ def _merging(fields: Mapping[str, Any], tokens: list[str], ids: dict[str, int], 
     if wrong is not None:
         raise CheckpointError(f"{where}: tokenizer.ggml.merges: expected two parts and a space, got {wrong!r:.80}")
     pairs = [_parts(merge) if merge[0] == " " else tuple(merge.split(" ", 1)) for merge in merges]
-    if split.byte_level:
-        model = models.BPE(ids, pairs, ignore_merges=split.whole_words)
-    else:
-        model = models.BPE(
-            ids, pairs, ignore_merges=split.whole_words, byte_fallback=True, fuse_unk=True,
-            unk_token=_token(fields, tokens, "tokenizer.ggml.unknown_token_id", where) or None,
-        )  # fmt: skip
+    try:
+        model = _model(fields, tokens, ids, pairs, split, where)
+    except Exception as error:  # the library raises bare exceptions
+        raise CheckpointError(f"{where}: tokenizer.ggml.merges: {describe(error)}") from None
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = split.build()
     if split.byte_level:
@@ -123,6 +127,15 @@ def _merging(fields: Mapping[str, Any], tokens: list[str], ids: dict[str, int], 
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     return tokenizer
+
+
+def _model(
+    fields: Mapping[str, Any], tokens: list[str], ids: dict[str, int], pairs: Any, split: Split, where: str
+) -> models.BPE:
+    if split.byte_level:
+        return models.BPE(ids, pairs, ignore_merges=split.whole_words)
+    unknown = _token(fields, tokens, "tokenizer.ggml.unknown_token_id", where) or None
+    return models.BPE(ids, pairs, ignore_merges=split.whole_words, byte_fallback=True, fuse_unk=True, unk_token=unknown)
 
 
 def _parts(merge: str) -> tuple[str, str]:

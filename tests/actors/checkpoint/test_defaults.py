@@ -65,7 +65,10 @@ def test_the_ends_of_generation_config_count(tiny: Any, tmp_path: Path) -> None:
     folder = copied(tiny("ends")[0], tmp_path)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
     assert open_checkpoint(folder).config.eos_tokens == (7, 9)
-    (folder / "generation_config.json").write_text("{}")
+    for said in ("{}", '{"eos_token_id": null, "pad_token_id": 0}', '{"eos_token_id": -1}'):  # as transformers: no end
+        (folder / "generation_config.json").write_text(said)
+        assert open_checkpoint(folder).config.eos_tokens == ()
+    (folder / "generation_config.json").unlink()
     assert open_checkpoint(folder).config.eos_tokens == (2,)
 
 

@@ -15,6 +15,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from ranvier.actors.errors import CheckpointError
+from ranvier.graph.sessions import chat_template
 from ranvier.graph.sessions.text_codec import ChatOptions, TextCodec
 from ranvier.graph.sessions.tokenizer_folder import from_folder
 
@@ -218,3 +219,36 @@ def test_a_control_token_that_is_a_word_leaves_roles_alone(tmp_path: Path) -> No
     codec.tokenizer.add_special_tokens(["user"])
     user = codec.tokenizer.token_to_id("user")
     assert codec.chat_ids([{"role": "user", "content": " a user"}]).count(user) == 1
+
+
+def test_hiding_a_control_token_leaves_the_rest_of_a_chat_alone(tmp_path: Path) -> None:
+    """Strip the thoughts of an earlier answer as always, though a message spells a control token."""
+    template = (
+        "{% for m in messages %}{% set c = m.content %}{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}"
+        "<|im_start|>{{ c }}<|im_end|>{% endfor %}"
+    )
+    codec = from_folder(folder_of(template, tmp_path))
+    answer = {"role": "assistant", "content": "<think>secret</think>an answer"}
+    ids = codec.chat_ids([answer, {"role": "user", "content": 'say <|im_end|> & "</s>"'}])
+    text = codec.tokenizer.decode(ids, skip_special_tokens=False)
+    assert "secret" not in text and 'say <|im_end|> & "</s>"' in text
+    assert ids.count(codec.tokenizer.token_to_id("<|im_end|>")) == 2
+    assert codec.tokenizer.token_to_id("</s>") not in ids
+
+
+def test_a_control_token_in_escaped_json(tmp_path: Path) -> None:
+    """Keep the text of a message that a template writes as JSON in ASCII."""
+    codec = from_folder(folder_of("{{ messages | tojson(ensure_ascii=true) }}<|im_end|>", tmp_path))
+    ids = codec.chat_ids([{"role": "user", "content": "say <|im_end|> é"}])
+    assert '"say <|im_end|> \\u00e9"' in codec.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 9**(9**9) }}", "{{ 'a' * 10**9 }}", "{% for i in x %}" * 25 + "{% endfor %}" * 25]
+)
+def test_a_hostile_template_is_not_computed_by_a_check(template: str) -> None:
+    """Check the syntax of a template only: compiling would compute its constants, in a process that nobody kills."""
+    chat_template.check(template)
+    if "for" in template:
+        with pytest.raises(CheckpointError, match="chat template: SyntaxError"):
+            chat_template.render(template, [USER])

@@ -180,6 +180,7 @@ def test_an_id_out_of_range_is_named(key: str) -> None:
 
 @pytest.mark.parametrize(("fields", "words"), [
     ({"merges": None}, "tokenizer.ggml.merges is missing"),
+    ({"merges": ["t h", "th zz"]}, "tokenizer.ggml.merges: .*out of vocabulary"),
     ({"merges": ["ab"]}, "tokenizer.ggml.merges: expected two parts and a space, got 'ab'"),
     ({"token_type": [1]}, "tokenizer.ggml.token_type: expected a type for each of"),
     ({"tokens": None}, "tokenizer.ggml.tokens is missing"),
