@@ -20,6 +20,7 @@ from ..file.checked import Graph
 from ..file.errors import RequestError
 from ..run import before_start, run_folder
 from ..run.paths import folder_of_runs, writable
+from ..run.requests import checked_logprobs, checked_sampling
 from ..sessions.model_defaults import sampling_of
 from ..sessions.text_codec import ChatOptions
 from ..trace import summary, table
@@ -191,9 +192,11 @@ def run_command(
     }  # fmt: skip
     if sampling is not None:
         given = {name: value for name, value in given.items() if _was_given(context, name)}
+    chosen = checked_sampling(checked, _sampling(checked, sampling, given), max_tokens)
+    checked_logprobs(logprobs)
     before_start.check_prompt(checked, before_start.codec_of(checked), prompt, max_tokens, raw, chat)
     options: dict[str, Any] = {
-        "max_tokens": max_tokens, "sampling": _sampling(checked, sampling, given), "stop": tuple(stop or ()), "raw": raw,
+        "max_tokens": max_tokens, "sampling": chosen, "stop": tuple(stop or ()), "raw": raw,
         "deadline_s": deadline, "logprobs": logprobs, "tools": chat.tools, "documents": chat.documents,
         "template": chat.template, "template_arguments": chat.arguments,
     }  # fmt: skip

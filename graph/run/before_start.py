@@ -70,7 +70,7 @@ def check_prompt(
     if by_template:
         codec.template(chat)
     length = len(prompt.encode()) if isinstance(prompt, str) and not (chat.tools or chat.documents) else config.context
-    if length + max_tokens + (TEMPLATE_TOKENS if by_template else 8) <= config.context:
+    if prompt and length + max_tokens + (TEMPLATE_TOKENS if by_template else 8) <= config.context:
         return  # a token stands for a byte or more
     with closing(TextProcess(codec)) as text:
         check_ids(graph, ids_of(graph, text, prompt, raw, chat), max_tokens)

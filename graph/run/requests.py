@@ -105,7 +105,7 @@ class Requests:
 
     def chat_ids(self, messages: Sequence[dict[str, Any]] | str, chat: ChatOptions) -> list[int]:
         """Return the token ids of a chat. See `Run.chat_tokens`."""
-        return self._process.chat_ids(_chat(messages), _checked_chat(chat))
+        return self._process.chat_ids(_chat(messages), checked_chat(chat))
 
     def generate(
         self,
@@ -129,11 +129,11 @@ class Requests:
         graph = self._graph
         if not graph.generates or graph.checkpoint is None:
             raise RequestError(f"graph {graph.name} does not generate tokens; use call()")
-        chat = _checked_chat(chat)
+        chat = checked_chat(chat)
         most = self._most(max_tokens)
         request = _Request(
             most,
-            self._sampling(sampling, most),
+            checked_sampling(graph, sampling, most),
             tuple(_whole("stop_tokens", token) for token in _listed("stop_tokens", stop_tokens))
             if stop_tokens is not None
             else None,
@@ -142,7 +142,7 @@ class Requests:
             *self.traced(traceparent),
             secrets.token_hex(8) if self.journal is not None else "",
             self._stop_strings(stop),
-            _most_logprobs(logprobs),
+            checked_logprobs(logprobs),
         )
         generation = Generation(TextStream(self._codec, request.stop, request.sampling.min_tokens))
         generation.request_id = request.key
@@ -173,29 +173,6 @@ class Requests:
             raise RequestError(f"max_tokens: expected 1 to the model's context of {context}, got {most}")
         return most
 
-    def _sampling(self, sampling: Sampling | str | None, max_tokens: int) -> Sampling:
-        """Check how tokens are to be chosen; "model" means as the model's own files say.
-
-        Raises:
-            RequestError: it is something else, or does not fit the model or `max_tokens`.
-        """
-        checkpoint = self._graph.checkpoint
-        assert checkpoint is not None
-        if sampling == "model":
-            return sampling_of(checkpoint)
-        if sampling is not None and not isinstance(sampling, Sampling):
-            raise RequestError(f'sampling: expected ranvier.Sampling or "model", got {sampling!r:.80}')
-        made = sampling or Sampling()
-        if made.min_tokens > max_tokens:
-            raise RequestError(f"min_tokens: expected at most max_tokens of {max_tokens}, got {made.min_tokens}")
-        vocab = checkpoint.config.vocab
-        beyond = next(
-            (token for token, _ in cast(tuple[tuple[int, float], ...], made.logit_bias) if token >= vocab), None
-        )
-        if beyond is not None:
-            raise RequestError(f"logit_bias: token {beyond} is not in the vocabulary of {vocab}")
-        return made
-
     def _stop_strings(self, stop: Sequence[str]) -> tuple[str, ...]:
         """Check stop strings.
 
@@ -206,6 +183,8 @@ class Requests:
         wrong = next((each for each in strings if not isinstance(each, str)), None)
         if wrong is not None:
             raise RequestError(f"stop: expected strings, got {type(wrong).__name__}; give ids as stop_tokens")
+        if any("\ud800" <= letter <= "\udfff" for each in strings for letter in each):
+            raise RequestError("stop: expected text, got lone surrogates; decode the bytes first")
         if strings and self._codec is None:
             raise RequestError("stop strings need a tokenizer, and the model has none; use stop_tokens")
         return strings
@@ -488,7 +467,7 @@ def check_ids(graph: Graph, ids: Sequence[int], max_tokens: int, spare: int = 0)
         raise RequestError(f"token {wrong} is not in the vocabulary of {vocab}")
 
 
-def _checked_chat(chat: ChatOptions) -> ChatOptions:
+def checked_chat(chat: ChatOptions) -> ChatOptions:
     """Return options of a chat whose lists are lists.
 
     Raises:
@@ -505,7 +484,30 @@ def _checked_chat(chat: ChatOptions) -> ChatOptions:
     return chat
 
 
-def _most_logprobs(count: int | None) -> int | None:
+def checked_sampling(graph: Graph, sampling: Sampling | str | None, max_tokens: int) -> Sampling:
+    """Check how tokens are to be chosen; "model" means as the model's own files say.
+
+    Raises:
+        RequestError: it is something else, or does not fit the model or `max_tokens`.
+        CheckpointError: the model's files ask for what is not built in.
+    """
+    checkpoint = graph.checkpoint
+    assert checkpoint is not None
+    if sampling == "model":
+        return sampling_of(checkpoint)
+    if sampling is not None and not isinstance(sampling, Sampling):
+        raise RequestError(f'sampling: expected ranvier.Sampling or "model", got {sampling!r:.80}')
+    made = sampling or Sampling()
+    if made.min_tokens > max_tokens:
+        raise RequestError(f"min_tokens: expected at most max_tokens of {max_tokens}, got {made.min_tokens}")
+    vocab = checkpoint.config.vocab
+    beyond = next((token for token, _ in cast(tuple[tuple[int, float], ...], made.logit_bias) if token >= vocab), None)
+    if beyond is not None:
+        raise RequestError(f"logit_bias: token {beyond} is not in the vocabulary of {vocab}")
+    return made
+
+
+def checked_logprobs(count: int | None) -> int | None:
     if count is None:
         return None
     most = _whole("logprobs", count)

@@ -125,6 +125,9 @@ def test_a_prompt_that_is_no_text(folder: Path) -> None:
     (("--template-argument", "x"), "--template-argument x: expected KEY=VALUE, such as enable_thinking=false"),
     (("--logit-bias", "a=b"), "--logit-bias: expected a token's id and a number"),
     (("--logprobs", "2"), "--logprobs needs --json"),
+    (("--logprobs", "50", "--json"), "logprobs: expected 0 to 20 likeliest tokens, got 50"),
+    (("--logit-bias", "999=1"), "logit_bias: token 999 is not in the vocabulary of 320"),
+    (("--min-tokens", "9"), "min_tokens: expected at most max_tokens of 4, got 9"),
     (("--top-p", "2"), "--top-p: expected from 0 to 1, got 2"),
     (("--presence-penalty", "nan"), "--presence-penalty: expected"),
 ])  # fmt: skip
