@@ -16,6 +16,7 @@ from ranvier.actors.checkpoint.checkpoint import read_json
 from ranvier.actors.errors import CheckpointError, describe
 from ranvier.transport.files import read_text
 
+from . import tokenizer_classes
 from .text_codec import TextCodec
 
 MOST_BYTES = 64 << 20
@@ -48,10 +49,11 @@ def from_folder(folder: Path) -> TextCodec:
     config_file = folder / "tokenizer_config.json"
     config = _config(folder, read_json(config_file) if config_file.exists() else {})
     if file.exists():
-        tokenizer = _read(file)
+        tokenizer, config = _read(file, folder, config)
         _add(tokenizer, config)
     elif is_in(folder):
-        tokenizer = _converted(folder, config)
+        tokenizer, defaults = _converted(folder, config)
+        config = {**defaults, **config}
     else:
         raise CheckpointError(f"{file}: no such file; the checkpoint has no tokenizer")
     tokenizer.encode_special_tokens = bool(config.get("split_special_tokens", False))
@@ -70,16 +72,26 @@ def from_folder(folder: Path) -> TextCodec:
     )
 
 
-def _read(file: Path) -> Tokenizer:
+def _read(file: Path, folder: Path, config: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
+    """Return the tokenizer of a file, rebuilt if its class does so, and the config with the class's special tokens."""
     try:
-        tokenizer = Tokenizer.from_str(read_text(file, MOST_BYTES))
+        text = read_text(file, MOST_BYTES)
+        content = json.loads(text)
+        model = folder / "config.json"
+        name = tokenizer_classes.class_of(config, read_json(model) if model.exists() else {}, content)
+        if name is not None:
+            config = {**tokenizer_classes.CLASSES[name].tokens, **config}
+            if "added_tokens_decoder" not in config:
+                config["added_tokens_decoder"] = {str(token.pop("id")): token for token in content["added_tokens"]}
+            text = json.dumps(tokenizer_classes.rebuilt(name, content, config))
+        tokenizer = Tokenizer.from_str(text)
         tokenizer.no_truncation()  # limits in the file would truncate prompts silently
         tokenizer.no_padding()
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, CheckpointError):
         raise
     except BaseException as error:  # an invalid file raises bare Exception; panics do not derive from Exception
         raise CheckpointError(f"{file}: {describe(error)}") from None
-    return tokenizer
+    return tokenizer, config
 
 
 def _config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -170,8 +182,8 @@ def _templates(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, dic
     return named.pop("default", None), named
 
 
-def _converted(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
-    """Return the tokenizer that transformers makes of other files than `tokenizer.json`.
+def _converted(folder: Path, config: Mapping[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
+    """Return the tokenizer that transformers makes of other files than `tokenizer.json`, and its special tokens by name.
 
     Raises:
         CheckpointError: transformers, or a package that it needs for these files, is missing; or it cannot read them.
@@ -189,16 +201,16 @@ def _converted(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             made = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        tokenizer = made.backend_tokenizer
+        tokenizer, named = made.backend_tokenizer, {name: str(token) for name, token in made.special_tokens_map.items()}
+        copy = Tokenizer.from_str(tokenizer.to_str())
     except Exception as error:  # the library raises errors of many classes
         why = describe(error)
         package = next((package for word, package in PACKAGES.items() if word in why.lower()), None)
         hint = f"; pip install {package}" if package else ""
         raise CheckpointError(f"{folder}: transformers cannot convert {files}: {why[:300]}{hint}") from None
-    copy = Tokenizer.from_str(tokenizer.to_str())
     copy.no_truncation()
     copy.no_padding()
-    return copy
+    return copy, named
 
 
 DECODERS = ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "WordPiece", "BPEDecoder", "CTC")

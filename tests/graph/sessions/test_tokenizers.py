@@ -29,6 +29,7 @@ from ranvier.actors.errors import CheckpointError
 from ranvier.graph.sessions import stream_decoder
 from ranvier.graph.sessions.text_codec import TextCodec
 from ranvier.graph.sessions.text_process import TextProcess
+from ranvier.graph.sessions.tokenizer_classes import AS_IT_IS, NEVER_TRUSTED, OF_TYPE
 from ranvier.graph.sessions.tokenizer_folder import from_folder
 
 PAGE: list[str] = json.loads((Path(__file__).parent / "page.json").read_text())
@@ -191,6 +192,27 @@ KINDS: dict[str, tuple[Callable[[], Tokenizer], Config, Config]] = {
     ),
     "split special tokens": (over_bytes, {**FAST, "split_special_tokens": True}, {}),
     "bos that nobody asks for": (over_bytes, {**FAST, "add_bos_token": True, "add_eos_token": True}, {}),
+    "gpt2, space before": (over_bytes, {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, {}),
+    "gpt2, other parts": (
+        lambda: normalised(over_bytes(splitting(LLAMA3), whole_words=True)), {"tokenizer_class": "GPT2TokenizerFast"}, {},
+    ),
+    "gpt2's type": (lambda: over_bytes(splitting(QWEN2)), {"model_max_length": 99}, {"config.json": {"model_type": "gpt2"}}),
+    "qwen2's type": (over_bytes, FAST, {"config.json": {"model_type": "qwen2"}}),
+    "qwen3's type": (over_bytes, {"model_max_length": 99}, {"config.json": {"model_type": "qwen3"}}),
+    "qwen3, another class": (over_bytes, FAST, {"config.json": {"model_type": "qwen3"}}),
+    "mistral, llama's class": (
+        lambda: over_characters(prefix="normalizer"), {"tokenizer_class": "LlamaTokenizer"}, {"config.json": {"model_type": "mistral"}},
+    ),
+    "llama's class, normalizer": (
+        lambda: with_bos(over_characters(prefix="normalizer")), {"tokenizer_class": "LlamaTokenizerFast", "legacy": False}, {},
+    ),
+    "llama's class, legacy": (lambda: over_characters(prefix="first"), {"tokenizer_class": "LlamaTokenizer", "legacy": True}, {}),
+    "llama's class, no prefix": (
+        lambda: over_characters(prefix="first"), {"tokenizer_class": "LlamaTokenizer", "add_prefix_space": False}, {},
+    ),
+    "llama's class, bytes": (lambda: over_bytes(splitting(LLAMA3)), {"tokenizer_class": "LlamaTokenizerFast"}, {}),
+    "gemma's class": (lambda: with_bos(over_characters(prefix="first")), {"tokenizer_class": "GemmaTokenizerFast"}, {}),
+    "gemma's type": (lambda: over_characters(prefix="never"), {"model_max_length": 9}, {"config.json": {"model_type": "gemma3_text"}}),
     "no config": (over_bytes, {}, {}),
     "llama 2": (lambda: with_bos(over_characters(prefix="normalizer")), FAST, {}),
     "metaspace first": (lambda: with_bos(over_characters(prefix="first")), FAST, {}),
@@ -222,7 +244,8 @@ def folder_of(kind: str, folder: Path) -> Path:
     (folder / "tokenizer.json").write_text(trained(kind))
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     if config:
-        (folder / "tokenizer_config.json").write_text(json.dumps({**NAMED, **config}))
+        named = {} if "model_max_length" in config else NAMED  # else the names that the class gives them
+        (folder / "tokenizer_config.json").write_text(json.dumps({**named, **config}))
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
     return folder
@@ -265,6 +288,17 @@ def test_a_stream_is_the_text_as_a_whole(kind: str, tmp_path: Path) -> None:
         ]
         decoder = stream_decoder.of(codec)
         assert "".join([*map(decoder.add, ids), decoder.rest()]) == codec.decode(ids), ids
+
+
+def test_the_types_are_those_of_transformers() -> None:
+    """Choose the class of a type of models as transformers' table does."""
+    from transformers.models.auto import tokenization_auto as auto
+
+    assert {kind: auto.TOKENIZER_MAPPING_NAMES[kind] for kind in OF_TYPE} == OF_TYPE
+    generic = ("TokenizersBackend", "MistralCommonBackend")
+    assert all(auto.TOKENIZER_MAPPING_NAMES[kind] in generic for kind in AS_IT_IS)
+    distrusted = auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+    assert {kind for kind in OF_TYPE if kind in distrusted} == set(NEVER_TRUSTED)
 
 
 @pytest.mark.parametrize("kind", ["split special tokens", "tokens of the config", "llama 2"])
