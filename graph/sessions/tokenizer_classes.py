@@ -1,8 +1,8 @@
 """Rebuild a tokenizer as its class in transformers does, which takes only vocabulary and merges from `tokenizer.json`.
 
 Four classes of byte-level and SentencePiece-like BPE bring their own normalizer, pre-tokenizer and decoder, and their own
-special tokens. Which class counts follows from `tokenizer_class` and `model_type` by the rules of `AutoTokenizer`
-(transformers 5.24; a test compares the results).
+special tokens. Other classes that do are left to transformers, where it is installed. Which class counts follows from
+`tokenizer_class` and `model_type` by the rules of `AutoTokenizer` (transformers 5.24; a test compares the results).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ CLASSES = {
 
 
 def class_of(config: Mapping[str, Any], model: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> str | None:
-    """Return the class that rebuilds a tokenizer; None if `tokenizer.json` is taken as it is.
+    """Return the class that rebuilds a tokenizer, one of `CLASSES` or another one; None: `tokenizer.json` is taken as it is.
 
     `config` is the content of `tokenizer_config.json`, `model` that of `config.json`, `tokenizer` that of `tokenizer.json`.
     """
@@ -74,7 +74,12 @@ def class_of(config: Mapping[str, Any], model: Mapping[str, Any], tokenizer: Map
         return None
     if name == "LlamaTokenizer" and _byte_level(tokenizer):
         return None
-    return name if name in CLASSES and tokenizer.get("model", {}).get("type") == "BPE" else None
+    return name
+
+
+def is_built_in(name: str, tokenizer: Mapping[str, Any]) -> bool:
+    """Return whether `rebuilt` can do what a class does."""
+    return name in CLASSES and tokenizer.get("model", {}).get("type") == "BPE"
 
 
 def _byte_level(tokenizer: Mapping[str, Any]) -> bool:

@@ -79,11 +79,13 @@ def _read(file: Path, folder: Path, config: dict[str, Any]) -> tuple[Tokenizer, 
         content = json.loads(text)
         model = folder / "config.json"
         name = tokenizer_classes.class_of(config, read_json(model) if model.exists() else {}, content)
-        if name is not None:
+        if name is not None and tokenizer_classes.is_built_in(name, content):
             config = {**tokenizer_classes.CLASSES[name].tokens, **config}
             if "added_tokens_decoder" not in config:
                 config["added_tokens_decoder"] = {str(token.pop("id")): token for token in content["added_tokens"]}
             text = json.dumps(tokenizer_classes.rebuilt(name, content, config))
+        elif name is not None and (made := _by_library(folder)) is not None:
+            return made[0], {**made[1], **config}
         tokenizer = Tokenizer.from_str(text)
         tokenizer.no_truncation()  # limits in the file would truncate prompts silently
         tokenizer.no_padding()
@@ -192,25 +194,40 @@ def _converted(folder: Path, config: Mapping[str, Any]) -> tuple[Tokenizer, dict
     if "AutoTokenizer" in (config.get("auto_map") or {}):
         raise CheckpointError(f"{folder}: the tokenizer brings its own code, which is never run; add a tokenizer.json")
     try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise CheckpointError(
-            f"{folder}: there is no tokenizer.json; for {files}, pip install 'ranvier[hf]', whose libraries convert it"
-        ) from None
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            made = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        tokenizer, named = made.backend_tokenizer, {name: str(token) for name, token in made.special_tokens_map.items()}
-        copy = Tokenizer.from_str(tokenizer.to_str())
+        made = _by_library(folder, refusing=True)
     except Exception as error:  # the library raises errors of many classes
         why = describe(error)
         package = next((package for word, package in PACKAGES.items() if word in why.lower()), None)
         hint = f"; pip install {package}" if package else ""
         raise CheckpointError(f"{folder}: transformers cannot convert {files}: {why[:300]}{hint}") from None
+    if made is None:
+        raise CheckpointError(
+            f"{folder}: there is no tokenizer.json; for {files}, pip install 'ranvier[hf]', whose libraries convert it"
+        )
+    return made
+
+
+def _by_library(folder: Path, *, refusing: bool = False) -> tuple[Tokenizer, dict[str, str]] | None:
+    """Return the tokenizer that transformers makes of a folder, with its special tokens by name.
+
+    Return None if the library is not installed or, unless `refusing`, if it cannot.
+    """
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        return None
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            made = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        copy = Tokenizer.from_str(made.backend_tokenizer.to_str())
+    except Exception:  # the library raises errors of many classes
+        if refusing:
+            raise
+        return None
     copy.no_truncation()
     copy.no_padding()
-    return copy, named
+    return copy, {name: str(token) for name, token in made.special_tokens_map.items()}
 
 
 DECODERS = ("ByteLevel", "ByteFallback", "Fuse", "Metaspace", "WordPiece", "BPEDecoder", "CTC")

@@ -290,6 +290,19 @@ def test_a_stream_is_the_text_as_a_whole(kind: str, tmp_path: Path) -> None:
         assert "".join([*map(decoder.add, ids), decoder.rest()]) == codec.decode(ids), ids
 
 
+@pytest.mark.parametrize(("kind", "name", "model_type"), [
+    ("t5", "T5TokenizerFast", "t5"), ("gpt2", "BartTokenizerFast", "bart"), ("gpt2", "CohereTokenizerFast", "cohere"),
+    ("gpt2", "GPTNeoXTokenizerFast", "gpt_neox"), ("llama 2", "CodeLlamaTokenizer", "llama"), ("bert", "BertTokenizer", "bert"),
+    ("t5", "LlamaTokenizer", "llama"), ("llama 2", "LlamaTokenizer", "phi3"), ("gpt2", "NoSuchTokenizer", "llama"),
+])  # fmt: skip
+def test_other_classes_are_those_of_transformers(kind: str, name: str, model_type: str, tmp_path: Path) -> None:
+    """Give the tokens of classes that only transformers knows, or that it does not trust or does not know."""
+    folder_of(kind, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**NAMED, "tokenizer_class": name}))
+    check_page(from_folder(tmp_path), theirs(tmp_path))
+
+
 def test_the_types_are_those_of_transformers() -> None:
     """Choose the class of a type of models as transformers' table does."""
     from transformers.models.auto import tokenization_auto as auto
