@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import struct
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -370,16 +372,70 @@ _GGUF_PLAIN = {"F32": "float32", "F16": "float16", "F64": "float64"}
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    header = gguf_file.read_header(path)
-    config = configs.from_gguf(header.fields, header.tensors, str(path), _rope_factors(path, header))
+    parts = {file: gguf_file.read_header(file) for file in _parts(path)}
+    header = parts[next(iter(parts))]
+    _check_parts(path, list(parts.values()))
+    found = {name: (file, tensor) for file, part in parts.items() for name, tensor in part.tensors.items()}
+    all_tensors = {name: tensor for name, (_, tensor) in found.items()}
+    config = configs.from_gguf(header.fields, all_tensors, str(path), _rope_factors(found))
     turned = {"q_proj": config.heads, "k_proj": config.kv_heads} if config.family == "llama" else {}
     tensors = {}
-    for found in header.tensors.values():
-        name = _hf_name(found.name)
+    for file, tensor in found.values():
+        name = _hf_name(tensor.name)
         heads = turned.get(name.rpartition("self_attn.")[2].partition(".")[0], 0)
-        stored = _GGUF_PLAIN.get(found.type, found.type)
-        tensors[name] = TensorEntry(name, path, stored, found.shape, found.offset, found.nbytes, permuted_heads=heads)
+        stored = _GGUF_PLAIN.get(tensor.type, tensor.type)
+        tensors[name] = TensorEntry(
+            name, file, stored, tensor.shape, tensor.offset, tensor.nbytes, permuted_heads=heads
+        )
     return Checkpoint(path, tensors, config, gguf=header.fields, generation=_generation(header.fields))
+
+
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+
+
+def _parts(path: Path) -> list[Path]:
+    """Return the files of a model, in order: one, or those of a split one, whichever of them is given.
+
+    Raises:
+        CheckpointError: a file of a split model is missing.
+    """
+    named = _PART.search(path.name)
+    if named is None:
+        return [path]
+    begin, count = path.name[: named.start()], int(named[2])
+    files = [path.with_name(f"{begin}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    missing = next((file for file in files if not file.exists()), None)
+    if missing is not None:
+        raise CheckpointError(
+            f"{missing}: no such file; {path.name} is one of {count} files, which must lie side by side"
+        )
+    return files
+
+
+def _check_parts(path: Path, parts: Sequence[gguf_file.GGUFHeader]) -> None:
+    """Check that the files of a split model belong together.
+
+    Raises:
+        CheckpointError: a file is the part of another model, or has another number than its name says.
+    """
+    names = [name for part in parts for name in part.tensors]
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise CheckpointError(f"{path}: tensor {twice} is in two of its {len(parts)} files")
+    for number, part in enumerate(parts):
+        told = [part.fields.get(f"split.{name}") for name in ("no", "count", "tensors.count")]
+        expected = [number, len(parts), len(names)]
+        wrong = next((pair for pair in zip(told, expected, strict=True) if pair[0] not in (None, pair[1])), None)
+        if wrong is not None and len(parts) > 1:
+            raise CheckpointError(
+                f"{path}: file {number + 1} of {len(parts)} does not belong to the others: expected split.no, split.count and "
+                f"split.tensors.count {expected}, got {told}"
+            )
+    if len(parts) == 1 and (parts[0].fields.get("split.count") or 1) > 1:
+        raise CheckpointError(
+            f"{path}: one of {parts[0].fields['split.count']} files of a split model; give it its name, "
+            "which ends in -00001-of-0000N.gguf"
+        )
 
 
 _GGUF_SAMPLING = {
@@ -398,11 +454,11 @@ def _generation(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {"do_sample": True, **made} if made else {}
 
 
-def _rope_factors(path: Path, header: gguf_file.GGUFHeader) -> tuple[float, ...]:
+def _rope_factors(tensors: Mapping[str, tuple[Path, gguf_file.GGUFTensor]]) -> tuple[float, ...]:
     """Return the divisors of the rotary frequencies, a tensor of Llama 3.1 and later; empty if the file has none."""
-    found = header.tensors.get("rope_freqs.weight")
-    if found is None:
+    if "rope_freqs.weight" not in tensors:
         return ()
+    path, found = tensors["rope_freqs.weight"]
     if found.type != "F32" or len(found.shape) != 1:
         raise CheckpointError(f"{path}: tensor rope_freqs.weight: expected float32[n], got {found.type}{found.shape}")
     entry = TensorEntry("rope_freqs.weight", path, "float32", found.shape, found.offset, found.nbytes)

@@ -248,10 +248,15 @@ def from_gguf(
     try:
         heads = own["attention.head_count"]
         hidden = own["embedding_length"]
-        scaling = own.get("rope.scaling.type", "none")
+        factor = own.get("rope.scaling.factor") or own.get("rope.scale_linear")  # older files have the second name
+        scaling = own.get("rope.scaling.type", "linear" if factor else "none")
         if scaling not in ("none", "linear"):
             raise CheckpointError(f"{where}: rope scaling {scaling!r} is not built in; built in: none, linear")
-        stretched = RopeScaling("linear", float(own["rope.scaling.factor"])) if scaling == "linear" else None
+        stretched = None
+        if scaling == "linear":
+            if not factor:
+                raise KeyError("rope.scaling.factor")
+            stretched = RopeScaling("linear", float(factor))
         if rope_factors:
             stretched = RopeScaling("factors", 1.0, factors=rope_factors)
         tokens = fields.get("tokenizer.ggml.tokens")

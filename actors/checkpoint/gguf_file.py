@@ -31,6 +31,7 @@ _TYPES = {
     18: ("IQ3_XXS", 256, 98), 19: ("IQ1_S", 256, 50), 20: ("IQ4_NL", 32, 18), 21: ("IQ3_S", 256, 110), 22: ("IQ2_S", 256, 82),
     23: ("IQ4_XS", 256, 136), 24: ("I8", 1, 1), 25: ("I16", 1, 2), 26: ("I32", 1, 4), 27: ("I64", 1, 8), 28: ("F64", 1, 8),
     29: ("IQ1_M", 256, 56), 30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
 }  # fmt: skip
 """Types by their number in a file: name, elements per block, bytes per block (ggml's ggml.h)."""
 
@@ -78,6 +79,11 @@ class _Reader:
         magic, version = struct.unpack_from("<4sI", self.data, 0)
         if magic != b"GGUF":
             raise CheckpointError(f"{self.path}: expected the magic b'GGUF', got {magic!r}")
+        if version and not version & 0xFFFF:  # a small number whose bytes stand the other way round
+            raise CheckpointError(
+                f"{self.path}: a big-endian file, expected a little-endian one; convert it with gguf-convert-endian of the "
+                "gguf package"
+            )
         if version not in (2, 3):
             raise CheckpointError(f"{self.path}: expected GGUF version 2 or 3, got {version}")
         tensor_count, field_count = struct.unpack_from("<QQ", self.data, 8)

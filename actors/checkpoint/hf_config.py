@@ -67,7 +67,7 @@ def _llama(config: Config, **more: Any) -> ModelConfig:
         "kv_heads": config.get("num_key_value_heads") or heads,
         "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
         "intermediate": config["intermediate_size"],
-        "context": config["max_position_embeddings"],
+        "context": context_of(config["model_type"], config["max_position_embeddings"], rope),
         "norm_eps": float(config["rms_norm_eps"]),
         "tied": bool(config.get("tie_word_embeddings", False)),
         "qkv_bias": bias,
@@ -81,6 +81,19 @@ def _llama(config: Config, **more: Any) -> ModelConfig:
         fields["rope_theta"] = float(rope.get("rope_theta") or config["rope_theta"])
         fields["rope_scaling"] = _rope_scaling(rope)
     return ModelConfig(**{**fields, **more})
+
+
+def context_of(family: str, most: int, rope: Mapping[str, Any]) -> int:
+    """Return how many positions a model can use: `factor` times the original ones, if its rotary frequencies are scaled.
+
+    The rule is vLLM's. The configs of some ways of scaling, and of gemma3, give the number after scaling.
+    """
+    kind, factor = rope.get("rope_type", rope.get("type", "default")), rope.get("factor")
+    if kind not in ("linear", "dynamic", "yarn") or factor is None or "gemma3" in family:
+        return most
+    before = rope.get("original_max_position_embeddings") if kind == "yarn" else None
+    numbers = bounds.number(factor, 0.0, 1e6) and bounds.whole(before or most, 1, bounds.MOST_COUNT)
+    return min(max(most, int((before or most) * factor)), bounds.MOST_COUNT) if numbers else most
 
 
 def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -252,7 +265,11 @@ def _foreign(config: Config, why: str) -> ModelConfig:
         kv_heads=heads if uncut else _size(sizes, "num_key_value_heads", heads),
         head_dim=_size(sizes, "head_dim", max(1, hidden // heads)),
         intermediate=_size(sizes, "intermediate_size", 4 * hidden),
-        context=_size(sizes, "max_position_embeddings", 1 << 20),
+        context=context_of(
+            config["model_type"],
+            _size(sizes, "max_position_embeddings", 1 << 20),
+            getattr(sizes, "rope_parameters", None) or {},
+        ),
         norm_eps=0.0,
         rope_theta=0.0,
         rope_scaling=None,

@@ -9,12 +9,16 @@ from pathlib import Path
 from ranvier.transport.format.errors import RanvierError
 
 HUB_FILES = [
-    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json",
+    "model*.safetensors", "model*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json",
     "chat_template.jinja", "additional_chat_templates/*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
     "tekken.json", "tiktoken.model", "qwen.tiktoken",
 ]  # fmt: skip
-"""Files that are fetched from the hub: weights, configs, and whatever holds a tokenizer or a chat template."""
+"""Files that are fetched from the hub: weights, configs, and whatever holds a tokenizer or a chat template.
+
+A star also stands for `/`, so a pattern that begins with one would fetch the weights again from `original/` or `onnx/`.
+"""
+_PART = re.compile(r"-\d{5}-of-(\d{5}\.gguf)$")
 
 
 class SourceError(RanvierError):
@@ -72,6 +76,11 @@ def _hub(source: str, location: str) -> Path:
     name, revision, file = match.groups()
 
     def found(offline: bool) -> Path:
+        if file is not None and _PART.search(file):
+            parts = [_PART.sub(r"-?????-of-\1", file)]
+            return (
+                Path(snapshot_download(name, revision=revision, allow_patterns=parts, local_files_only=offline)) / file
+            )
         if file is not None:
             return Path(hf_hub_download(name, file, revision=revision, local_files_only=offline))
         return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, local_files_only=offline))
