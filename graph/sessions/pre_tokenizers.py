@@ -108,10 +108,11 @@ def _characters(pattern: str) -> str:
 
 _NAMED: tuple[tuple[Split, tuple[str, ...]], ...] = (
     (Split((_GPT2,)), (
-        "gpt-2", "default", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "jina-v1-en", "jina-v2-code",
+        "gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "jina-v1-en", "jina-v2-code",
         "roberta-bpe", "gigachat", "a.x-4.0", "mellum", "modern-bert", "mpt", "olmo", "jais", "trillion",
         "granite-docling", "exaone4",
     )),
+    (Split((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")), ("default",)),
     (Split((r"\p{N}", _GPT2)), ("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b", "mellum2")),
     (Split((_LLAMA3,), whole_words=True, add_bos=True), (
         "llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano",

@@ -44,9 +44,9 @@ def from_gguf(fields: Mapping[str, Any], where: str) -> TextCodec:
         fields = {
             f"tokenizer.ggml.{key}_token_id": i for i, key, text in SENTENCEPIECE if tokens[i : i + 1] == [text]
         } | dict(fields)
-    split = SPLITS["default"]
+    split = SPLITS["gpt-2"]
     if kind in ("gpt2", "gemma4"):
-        name = "gemma4" if kind == "gemma4" else fields.get("tokenizer.ggml.pre", "default")
+        name = "gemma4" if kind == "gemma4" else fields.get("tokenizer.ggml.pre", "gpt-2")
         if name not in SPLITS:
             known = ", ".join(sorted(SPLITS))
             raise CheckpointError(f"{where}: pre-tokenizer {name!r} is not built in; built in: {known}")

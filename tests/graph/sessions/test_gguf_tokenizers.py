@@ -20,6 +20,7 @@ PAGE: list[str] = json.loads((Path(__file__).parent / "page.json").read_text())
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 
 
 def split(pattern: str) -> pre_tokenizers.PreTokenizer:
@@ -79,7 +80,7 @@ def originals() -> dict[str, Tokenizer]:
         name: original(split(pattern), BYTES, whole_words=SPLITS[name].whole_words)
         for name, pattern in GGUF_PRE_TOKENIZER_SPLITS.items()
     }
-    for name in ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "modern-bert", "default"):
+    for name in ("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "exaone4", "modern-bert"):
         made[name] = original(GPT2)
     for name in ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"):
         made[name] = original(digits, GPT2)
@@ -89,6 +90,8 @@ def originals() -> dict[str, Tokenizer]:
     coder = [split(pattern) for pattern in ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+")]
     made["deepseek-coder"] = original(*coder, digits, BYTES)
     made["stablelm2"] = made["hunyuan"] = original(split(GGUF_PRE_TOKENIZER_SPLITS["qwen2"]), BYTES)
+    punctuation = split(r"[\p{P}\$\+<=>\^~\|]+")
+    made["default"] = original(punctuation, split(GPT2_WORDS), split(r"\p{N}+"), split("[0-9][0-9][0-9]"), BYTES)
     made["chatglm-bpe"] = original(split(GGUF_PRE_TOKENIZER_SPLITS["llama3"]), BYTES)
     made["glm4"] = original(split(GGUF_PRE_TOKENIZER_SPLITS["llama3"]), BYTES, whole_words=True)
     bloom = split(" ?[^(\\s|.,!?…。，、।۔،)]+")
