@@ -402,7 +402,7 @@ WHOLE = [
         "decoder_config": {**STACK, "hidden_size_global": 96, "num_hidden_layers": 2},
         "global_config": {**STACK, "hidden_size": 96, "num_hidden_layers": 4},
     }, marks=pytest.mark.slow),
-    pytest.param("cpmant", {**SMALL, "dim_head": 8, "dim_ff": 96, "prompt_types": 4, "prompt_length": 8}),
+    pytest.param("cpmant", {**SMALL, "dim_head": 8, "dim_ff": 96, "prompt_types": 4, "prompt_length": 8}, marks=pytest.mark.slow),
     pytest.param("xlnet", {"vocab_size": 320, "d_model": 48, "n_layer": 4, "n_head": 6, "d_inner": 96, "initializer_range": 0.2},
                  marks=pytest.mark.slow),
 ]  # fmt: skip

@@ -195,6 +195,7 @@ def test_a_step_that_fails_has_an_error(runs: Path, tmp_path: Path, receiver: Re
     assert request.status.message.startswith("ActorFailed: actor one.0: session 1")
 
 
+@pytest.mark.slow
 def test_a_collector_that_takes_nothing_holds_up_nobody(four: Four, runs: Path) -> None:
     """Generate tokens while the collector refuses or is absent.
 

@@ -125,6 +125,7 @@ def test_what_an_attempt_left_unfinished_is_not_kept_in_place_of_a_checkpoint(
     assert [each.name for each in sorted((tmp_path / "out").glob("round-*"))] == [folder.name, "round-00000099"]
 
 
+@pytest.mark.slow
 def test_two_trainings_into_one_folder_case_75(graph: Make, runs: Path, tmp_path: Path) -> None:
     """Refuse a second training into the same folder, with the reason.
 
