@@ -9,10 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import math
-import re
 import struct
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +19,7 @@ from ranvier.transport.files import read_bounded
 
 from ..errors import CheckpointError
 from . import config as configs
-from . import gguf_file, safetensors_file
+from . import gguf_file, gguf_parts, safetensors_file
 from .config import ModelConfig
 from .hf_config import from_hf
 from .hf_seq2seq import eos_tokens
@@ -372,10 +370,7 @@ _GGUF_PLAIN = {"F32": "float32", "F16": "float16", "F64": "float64"}
 
 
 def _open_gguf(path: Path) -> Checkpoint:
-    parts = {file: gguf_file.read_header(file) for file in _parts(path)}
-    header = parts[next(iter(parts))]
-    _check_parts(path, list(parts.values()))
-    found = {name: (file, tensor) for file, part in parts.items() for name, tensor in part.tensors.items()}
+    header, found = gguf_parts.read(path)
     all_tensors = {name: tensor for name, (_, tensor) in found.items()}
     config = configs.from_gguf(header.fields, all_tensors, str(path), _rope_factors(found))
     turned = {"q_proj": config.heads, "k_proj": config.kv_heads} if config.family == "llama" else {}
@@ -388,54 +383,6 @@ def _open_gguf(path: Path) -> Checkpoint:
             name, file, stored, tensor.shape, tensor.offset, tensor.nbytes, permuted_heads=heads
         )
     return Checkpoint(path, tensors, config, gguf=header.fields, generation=_generation(header.fields))
-
-
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
-
-
-def _parts(path: Path) -> list[Path]:
-    """Return the files of a model, in order: one, or those of a split one, whichever of them is given.
-
-    Raises:
-        CheckpointError: a file of a split model is missing.
-    """
-    named = _PART.search(path.name)
-    if named is None:
-        return [path]
-    begin, count = path.name[: named.start()], int(named[2])
-    files = [path.with_name(f"{begin}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
-    missing = next((file for file in files if not file.exists()), None)
-    if missing is not None:
-        raise CheckpointError(
-            f"{missing}: no such file; {path.name} is one of {count} files, which must lie side by side"
-        )
-    return files
-
-
-def _check_parts(path: Path, parts: Sequence[gguf_file.GGUFHeader]) -> None:
-    """Check that the files of a split model belong together.
-
-    Raises:
-        CheckpointError: a file is the part of another model, or has another number than its name says.
-    """
-    names = [name for part in parts for name in part.tensors]
-    twice = next((name for name, count in Counter(names).items() if count > 1), None)
-    if twice is not None:
-        raise CheckpointError(f"{path}: tensor {twice} is in two of its {len(parts)} files")
-    for number, part in enumerate(parts):
-        told = [part.fields.get(f"split.{name}") for name in ("no", "count", "tensors.count")]
-        expected = [number, len(parts), len(names)]
-        wrong = next((pair for pair in zip(told, expected, strict=True) if pair[0] not in (None, pair[1])), None)
-        if wrong is not None and len(parts) > 1:
-            raise CheckpointError(
-                f"{path}: file {number + 1} of {len(parts)} does not belong to the others: expected split.no, split.count and "
-                f"split.tensors.count {expected}, got {told}"
-            )
-    if len(parts) == 1 and (parts[0].fields.get("split.count") or 1) > 1:
-        raise CheckpointError(
-            f"{path}: one of {parts[0].fields['split.count']} files of a split model; give it its name, "
-            "which ends in -00001-of-0000N.gguf"
-        )
 
 
 _GGUF_SAMPLING = {

@@ -36,7 +36,7 @@ DTYPES: dict[str, tuple[str, int]] = {
 
 
 UNKNOWN = "unknown:"
-"""What a tensor's dtype begins with if it is not one of `DTYPES`. Such a tensor may lie beside those that are read."""
+"""Prefix of the dtype of a tensor that is not one of `DTYPES`. Such a tensor may lie beside those that are read."""
 
 
 @dataclass(frozen=True, slots=True)

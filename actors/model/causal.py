@@ -191,23 +191,29 @@ class Head(Actor):
         outputs: dict[str, torch.Tensor | Batch] = {}
         end = 0
         scored: list[tuple[Row, torch.Tensor]] = []
+        failures: dict[Row, Exception] = {}
         for row in rows:
             end += row.tokens
             if self.streams[row.session].info.score:
-                scored += self._scored(row, hidden_TH[end - row.tokens : end])
+                try:
+                    scored += self._scored(row, hidden_TH[end - row.tokens : end])
+                except NotFinite as error:
+                    failures[row] = error
             elif row.position + row.tokens >= self.streams[row.session].known:  # otherwise the prompt continues
                 due.append(row)
                 last.append(end - 1)
         if scored:
             scores_T = torch.cat([scores for _, scores in scored])
             outputs["scores"] = Batch(tuple(row for row, _ in scored), {"scores": scores_T})
-        if not due:
-            return outputs
-        picked = hidden_TH if len(last) == hidden_TH.shape[0] else hidden_TH[last]
-        logits_RV = self.logits(picked)
-        if self.look is not None:
-            self.look(None, "logits", tuple(last_of(row) for row in due), logits_RV)
-        return {**outputs, **self._sampled(due, logits_RV)}
+        if due:
+            picked = hidden_TH if len(last) == hidden_TH.shape[0] else hidden_TH[last]
+            logits_RV = self.logits(picked)
+            if self.look is not None:
+                self.look(None, "logits", tuple(last_of(row) for row in due), logits_RV)
+            outputs |= self._sampled(due, logits_RV, failures)
+        if failures:
+            raise RowsFailed(outputs, failures)
+        return outputs
 
     def _scored(self, row: Row, hidden_tH: torch.Tensor) -> list[tuple[Row, torch.Tensor]]:
         """Return, for each token of the row except the log's last, the log-probability of the next one, float32 [t]."""
@@ -238,19 +244,18 @@ class Head(Actor):
             logits_TV = product(normed_TH, self.weight_VH).float()
         return logits_TV if self._softcap is None else torch.tanh(logits_TV / self._softcap) * self._softcap
 
-    def _sampled(self, due: list[Row], logits_RV: torch.Tensor) -> Mapping[str, torch.Tensor | Batch]:
+    def _sampled(
+        self, due: list[Row], logits_RV: torch.Tensor, failures: dict[Row, Exception]
+    ) -> Mapping[str, torch.Tensor | Batch]:
+        """Choose a token for each row, and add the errors of rows without finite logits to `failures`."""
         allowed_RV = self.allowed(due, logits_RV)
         drawn: list[_Drawn] = []
-        failures: dict[Row, Exception] = {}
         for index, row in enumerate(due):
             try:
                 drawn.append(self._draw(row, allowed_RV[index], logits_RV[index]))
             except NotFinite as error:
                 failures[row] = error
-        outputs = _outputs(drawn) if drawn else {}
-        if failures:
-            raise RowsFailed(outputs, failures)
-        return outputs
+        return _outputs(drawn) if drawn else {}
 
     def _draw(self, row: Row, allowed_V: torch.Tensor, logits_V: torch.Tensor) -> _Drawn:
         stream = self.streams[row.session]

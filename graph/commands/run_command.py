@@ -20,7 +20,7 @@ from ..file.checked import Graph
 from ..file.errors import RequestError
 from ..run import before_start, run_folder
 from ..run.paths import folder_of_runs, writable
-from ..run.requests import checked_logprobs, checked_sampling
+from ..run.request_checks import checked_logprobs, checked_sampling
 from ..sessions.model_defaults import sampling_of
 from ..sessions.text_codec import ChatOptions
 from ..trace import summary, table

@@ -15,7 +15,7 @@ from ..file.errors import RequestError
 from ..sessions import chat_template, tokenizer
 from ..sessions.text_codec import ChatOptions, TextCodec
 from ..sessions.text_process import TextProcess
-from .requests import check_ids, ids_of, no_tokenizer
+from .request_checks import check_ids, ids_of, no_tokenizer
 
 if TYPE_CHECKING:
     import torch

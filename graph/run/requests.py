@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import msgspec
 import trio
 
-from ranvier.actors.component.session import MOST_LOGPROBS, Sampling, SessionInfo
+from ranvier.actors.component.session import Sampling, SessionInfo
 from ranvier.actors.errors import ActorFailed, Cause, Overloaded
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.trace import spans
@@ -26,11 +25,23 @@ from ..sessions import journal
 from ..sessions.gateway import Gateway, token_tensor
 from ..sessions.generation import Client, Generation, Later, Over, Source, Wakes
 from ..sessions.journal import Asked, Ended, Journal, Request, Resumed
-from ..sessions.model_defaults import sampling_of
 from ..sessions.stream import Stream, Tensors
 from ..sessions.text_codec import ChatOptions, TextCodec
 from ..sessions.text_process import TextProcess
 from ..sessions.text_stream import TextStream
+from .request_checks import (
+    as_chat,
+    check_ids,
+    checked_chat,
+    checked_logprobs,
+    checked_prompt,
+    checked_sampling,
+    ids_of,
+    listed,
+    no_tokenizer,
+    positive,
+    whole,
+)
 
 
 class _Request(NamedTuple):
@@ -105,7 +116,7 @@ class Requests:
 
     def chat_ids(self, messages: Sequence[dict[str, Any]] | str, chat: ChatOptions) -> list[int]:
         """Return the token ids of a chat. See `Run.chat_tokens`."""
-        return self._process.chat_ids(_chat(messages), checked_chat(chat))
+        return self._process.chat_ids(as_chat(messages), checked_chat(chat))
 
     def generate(
         self,
@@ -134,11 +145,11 @@ class Requests:
         request = _Request(
             most,
             checked_sampling(graph, sampling, most),
-            tuple(_whole("stop_tokens", token) for token in _listed("stop_tokens", stop_tokens))
+            tuple(whole("stop_tokens", token) for token in listed("stop_tokens", stop_tokens))
             if stop_tokens is not None
             else None,
             bool(logits),
-            time.monotonic_ns() + int(_positive("deadline_s", deadline_s) * 1e9) if deadline_s is not None else 0,
+            time.monotonic_ns() + int(positive("deadline_s", deadline_s) * 1e9) if deadline_s is not None else 0,
             *self.traced(traceparent),
             secrets.token_hex(8) if self.journal is not None else "",
             self._stop_strings(stop),
@@ -147,7 +158,7 @@ class Requests:
         generation = Generation(TextStream(self._codec, request.stop, request.sampling.min_tokens))
         generation.request_id = request.key
         generation.is_durable = self._is_durable
-        asked = _prompt(prompt)
+        asked = checked_prompt(prompt)
         if isinstance(asked, list) and not isinstance(next(iter(asked), 0), dict):
             self._begin(generation, cast(list[int], asked), request)
         else:
@@ -168,7 +179,7 @@ class Requests:
             RequestError: `max_tokens` is not a whole number, or exceeds the model's context.
         """
         assert self._graph.checkpoint is not None
-        most, context = _whole("max_tokens", max_tokens), self._graph.checkpoint.config.context
+        most, context = whole("max_tokens", max_tokens), self._graph.checkpoint.config.context
         if not 1 <= most <= context:
             raise RequestError(f"max_tokens: expected 1 to the model's context of {context}, got {most}")
         return most
@@ -179,7 +190,7 @@ class Requests:
         Raises:
             RequestError: a stop string is not a string, or the model has no tokenizer.
         """
-        strings = tuple(_listed("stop", stop))
+        strings = tuple(listed("stop", stop))
         wrong = next((each for each in strings if not isinstance(each, str)), None)
         if wrong is not None:
             raise RequestError(f"stop: expected strings, got {type(wrong).__name__}; give ids as stop_tokens")
@@ -427,167 +438,6 @@ class Requests:
         return generation
 
 
-def ids_of(
-    graph: Graph, text: TextProcess, prompt: str | list[dict[str, Any]], raw: bool, chat: ChatOptions
-) -> list[int]:
-    """Return the token ids of a prompt: as it is if `raw` or for an encoder, else by the chat template.
-
-    Raises:
-        CheckpointError: see `TextProcess.chat_ids`.
-    """
-    raw = raw or (graph.checkpoint is not None and graph.checkpoint.config.encoder is not None)
-    return text.ids(prompt) if raw and isinstance(prompt, str) else text.chat_ids(_chat(prompt), chat)
-
-
-def check_ids(graph: Graph, ids: Sequence[int], max_tokens: int, spare: int = 0) -> None:
-    """Check that a prompt and `max_tokens` fit into the model. `spare` is added to its context.
-
-    Raises:
-        RequestError: they do not fit, or a token is not in the vocabulary.
-    """
-    assert graph.checkpoint is not None
-    config = graph.checkpoint.config
-    context = config.context + spare
-    vocab = config.vocab if config.encoder is None else config.encoder.source_vocab
-    if not ids:
-        raise RequestError("the prompt is empty; give at least one token")
-    if config.encoder is not None:  # the encoder and the decoder have a context each
-        if max(len(ids), max_tokens) > context:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens and {max_tokens} are asked for, but encoder and decoder hold "
-                f"{context} each; shorten one of them"
-            )
-    elif len(ids) + max_tokens > context:
-        raise RequestError(
-            f"the prompt has {len(ids)} tokens and {max_tokens} are asked for, but the model's context is {context}; "
-            "shorten one of them"
-        )
-    wrong = next((token for token in ids if not 0 <= token < vocab), None)
-    if wrong is not None:
-        raise RequestError(f"token {wrong} is not in the vocabulary of {vocab}")
-
-
-def checked_chat(chat: ChatOptions) -> ChatOptions:
-    """Return options of a chat whose lists are lists.
-
-    Raises:
-        RequestError: one of them has another form.
-    """
-    for name in ("tools", "documents"):
-        value = getattr(chat, name)
-        if value is not None and not all(isinstance(each, Mapping) for each in _listed(name, value)):
-            raise RequestError(f"{name}: expected a list of objects, as in JSON")
-    if not isinstance(chat.template, str | None):
-        raise RequestError(f"template: expected the name of a template, got {type(chat.template).__name__}")
-    if not isinstance(chat.arguments, Mapping) or not all(isinstance(name, str) for name in chat.arguments):
-        raise RequestError("template_arguments: expected values by name, such as {'enable_thinking': False}")
-    return chat
-
-
-def checked_sampling(graph: Graph, sampling: Sampling | str | None, max_tokens: int) -> Sampling:
-    """Check how tokens are to be chosen; "model" means as the model's own files say.
-
-    Raises:
-        RequestError: it is something else, or does not fit the model or `max_tokens`.
-        CheckpointError: the model's files ask for what is not built in.
-    """
-    checkpoint = graph.checkpoint
-    assert checkpoint is not None
-    if sampling == "model":
-        return sampling_of(checkpoint)
-    if sampling is not None and not isinstance(sampling, Sampling):
-        raise RequestError(f'sampling: expected ranvier.Sampling or "model", got {sampling!r:.80}')
-    made = sampling or Sampling()
-    if made.min_tokens > max_tokens:
-        raise RequestError(f"min_tokens: expected at most max_tokens of {max_tokens}, got {made.min_tokens}")
-    vocab = checkpoint.config.vocab
-    beyond = next((token for token, _ in cast(tuple[tuple[int, float], ...], made.logit_bias) if token >= vocab), None)
-    if beyond is not None:
-        raise RequestError(f"logit_bias: token {beyond} is not in the vocabulary of {vocab}")
-    return made
-
-
-def checked_logprobs(count: int | None) -> int | None:
-    if count is None:
-        return None
-    most = _whole("logprobs", count)
-    if not 0 <= most <= MOST_LOGPROBS:
-        raise RequestError(f"logprobs: expected 0 to {MOST_LOGPROBS} likeliest tokens, got {most}")
-    return most
-
-
-def no_tokenizer(graph: Graph) -> RequestError:
-    """Return the error for text where the graph has no tokenizer."""
-    return RequestError(f"graph {graph.name} has no tokenizer; give token ids and use `stop_tokens`")
-
-
 def _so_far(request: Request) -> Asked:
     """Return the request as it was asked, with the tokens that were made so far."""
     return msgspec.structs.replace(request.asked, tokens=tuple(request.tokens))
-
-
-def _chat(messages: Sequence[dict[str, Any]] | str) -> Sequence[dict[str, Any]]:
-    return [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-
-
-def _prompt(prompt: str | Sequence[dict[str, Any]] | Sequence[int]) -> str | list[dict[str, Any]] | list[int]:
-    """Check that a prompt has one of its three forms.
-
-    Raises:
-        RequestError: it has another form.
-    """
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, bytes | bytearray | Mapping) or not hasattr(prompt, "__len__"):
-        raise RequestError(
-            f"prompt: expected text, a list of chat messages, or a list of token ids, got {type(prompt).__name__}"
-        )
-    if len(prompt) and all(isinstance(item, dict) for item in prompt):
-        return [item for item in prompt if isinstance(item, dict)]
-    if any(isinstance(item, bool | str | dict) for item in prompt):
-        kinds = ", ".join(sorted({type(item).__name__ for item in prompt}))
-        raise RequestError(
-            f"prompt: expected text, a list of chat messages, or a list of token ids, got a list of {kinds}"
-        )
-    return [_whole("prompt", item) for item in prompt]
-
-
-def _listed(name: str, values: Any) -> list[Any]:
-    """Return the entries of a list.
-
-    Raises:
-        RequestError: it is a single string, or not a list.
-    """
-    if isinstance(values, str | bytes) or not hasattr(values, "__iter__"):
-        raise RequestError(f"{name}: expected a list, got {type(values).__name__}; write [{values!r:.40}]")
-    return list(values)
-
-
-def _positive(name: str, value: Any) -> float:
-    """Return a finite number over 0.
-
-    Raises:
-        RequestError: the value is something else.
-    """
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise RequestError(f"{name}: expected a number, got {type(value).__name__}") from None
-    if not 0 < number < math.inf:
-        raise RequestError(f"{name}: expected a finite number over 0, got {value}")
-    return number
-
-
-def _whole(name: str, value: Any) -> int:
-    """Return a whole number as a Python `int`. Other types, such as numpy's, cannot be sent.
-
-    Raises:
-        RequestError: it is not a whole number, or has more than 63 bits.
-    """
-    try:
-        whole = operator.index(value)
-    except TypeError:
-        raise RequestError(f"{name}: expected a whole number, got {type(value).__name__}") from None
-    if not -(1 << 63) <= whole < 1 << 63:
-        raise RequestError(f"{name}: expected at most 63 bits, got {whole.bit_length()}")
-    return whole

@@ -34,7 +34,8 @@ from .blame import Answer
 from .hosts import Hosts
 from .members import Members
 from .recovery import Recovered, Recovery
-from .requests import Requests, no_tokenizer
+from .request_checks import no_tokenizer
+from .requests import Requests
 from .run_folder import RunFolder
 from .scaling import Scaling
 

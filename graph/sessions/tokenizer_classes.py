@@ -14,6 +14,8 @@ from typing import Any
 
 from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
+from .pre_tokenizers import SPLITS
+
 GENERIC = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
 AS_IT_IS = (
     "mistral", "mistral3", "ministral", "ministral3", "mixtral", "pixtral", "voxtral", "phi3", "phimoe", "olmo2", "olmo3",
@@ -32,9 +34,6 @@ OF_TYPE = {kind: name for name, kinds in _BY_TYPE.items() for kind in kinds}
 """The class of a type of models, for checkpoints that name none."""
 NEVER_TRUSTED = ("qwen2",)
 """Types for which the class of the type counts, whatever class a checkpoint names."""
-_QWEN2 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _END = "<|endoftext|>"
 
 
@@ -97,16 +96,17 @@ def rebuilt(name: str, tokenizer: dict[str, Any], config: Mapping[str, Any]) -> 
     if name == "LlamaTokenizer":
         scheme = "never" if before is False else "always" if config.get("legacy", False) else "first"
         splitter: Any = pre_tokenizers.Metaspace("▁", scheme, split=False)
-        strip = [] if before is False else [decoders.Strip(" ", 1, 0)]
-        decoder: Any = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+        decoder: Any = spelled_out(strips=before is not False)
     elif name == "GemmaTokenizer":
         normalizer, splitter = normalizers.Replace(" ", "▁"), pre_tokenizers.Split(" ", "merged_with_previous")
-        decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-        bpe["unk_token"] = _text(config.get("unk_token")) or "<unk>"
+        decoder = spelled_out(strips=False)
+        bpe["unk_token"] = content(config.get("unk_token")) or "<unk>"
     elif name == "Qwen2Tokenizer":
         normalizer, decoder = normalizers.NFC(), decoders.ByteLevel()
         bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=bool(before), use_regex=False)
-        splitter = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_QWEN2), "isolated"), bytes_])
+        splitter = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(SPLITS["qwen2"].patterns[0]), "isolated"), bytes_]
+        )
     else:
         splitter, decoder = pre_tokenizers.ByteLevel(add_prefix_space=bool(before)), decoders.ByteLevel()
     parts = {"normalizer": normalizer, "pre_tokenizer": splitter, "decoder": decoder}
@@ -114,5 +114,12 @@ def rebuilt(name: str, tokenizer: dict[str, Any], config: Mapping[str, Any]) -> 
     return {**tokenizer, **made, "model": {**tokenizer["model"], **bpe}, "added_tokens": []}
 
 
-def _text(token: Any) -> str:
+def spelled_out(*, strips: bool) -> decoders.Decoder:
+    """Return the decoder of a vocabulary that spells a space as U+2581; `strips`: it leaves out the first space."""
+    strip = [decoders.Strip(" ", 1, 0)] if strips else []
+    return decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
+
+
+def content(token: Any) -> str:
+    """Return the text of a token, which configs give as text or as an object."""
     return str(token.get("content", "")) if isinstance(token, Mapping) else str(token or "")

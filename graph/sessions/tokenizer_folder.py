@@ -106,7 +106,7 @@ def _config(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
         made |= {key: value for key, value in read_json(special).items() if value is not None}
     added = folder / "added_tokens.json"
     if added.exists():
-        names = {*_named(made).values(), *(_content(token) for token in _extra(made))}
+        names = {*_named(made).values(), *(tokenizer_classes.content(token) for token in _extra(made))}
         made["added_tokens_decoder"] = {
             str(number): {"content": token, "special": token in names, "normalized": token not in names}
             for token, number in read_json(added).items()
@@ -125,8 +125,8 @@ def _add(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
     missing = [token for token in tokens if repr(token) not in have]
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()} | {t.content for t in missing}
     for value in (*(config.get(name) for name in NAMED), *_specific(config).values(), *_extra(config)):
-        if value and _content(value) not in known:
-            known.add(_content(value))
+        if value and tokenizer_classes.content(value) not in known:
+            known.add(tokenizer_classes.content(value))
             missing.append(_added(value, special=True))
     tokenizer.add_tokens(missing)
 
@@ -135,7 +135,7 @@ def _added(value: Any, special: bool = False) -> AddedToken:
     if not isinstance(value, Mapping):
         return AddedToken(str(value), special=special)
     flags = {name: bool(value[name]) for name in ("single_word", "lstrip", "rstrip", "normalized") if name in value}
-    return AddedToken(_content(value), special=bool(value.get("special", special)), **flags)
+    return AddedToken(tokenizer_classes.content(value), special=bool(value.get("special", special)), **flags)
 
 
 def _extra(config: Mapping[str, Any]) -> Sequence[Any]:
@@ -156,11 +156,9 @@ def _specific(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _named(config: Mapping[str, Any]) -> dict[str, str]:
     named = {name: config.get(name) for name in NAMED} | _specific(config)
-    return {name: _content(value) for name, value in named.items() if value and not isinstance(value, bool)}
-
-
-def _content(token: Any) -> str:
-    return str(token.get("content", "")) if isinstance(token, Mapping) else str(token or "")
+    return {
+        name: tokenizer_classes.content(value) for name, value in named.items() if value and not isinstance(value, bool)
+    }
 
 
 def _templates(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, dict[str, str]]:

@@ -12,6 +12,7 @@ from ranvier.actors.errors import CheckpointError, describe
 
 from .pre_tokenizers import SPLITS, Split
 from .text_codec import TextCodec
+from .tokenizer_classes import spelled_out
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 """Types of tokens (`tokenizer.ggml.token_type`)."""
@@ -125,7 +126,7 @@ def _merging(fields: Mapping[str, Any], tokens: list[str], ids: dict[str, int], 
             tokenizer.normalizer = normalizers.NFC()
     else:
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
-        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        tokenizer.decoder = spelled_out(strips=False)
     return tokenizer
 
 
@@ -156,10 +157,7 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], ids: dict[str, 
     tokenizer = Tokenizer(model)
     prefix = [normalizers.Prepend("▁")] if fields.get("tokenizer.ggml.add_space_prefix", True) else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
+    tokenizer.decoder = spelled_out(strips=bool(prefix))
     return tokenizer
 
 

@@ -65,8 +65,12 @@ def folder(tiny: Any, tmp_path: Path) -> Path:
 
 def refused(folder: Path, *arguments: str | bytes) -> str:
     """Run a prompt that must be refused, and return the message. No run folder may be made, so nothing was started."""
-    there = any(isinstance(argument, bytes) for argument in arguments)
-    done = (ranvier if there else here)("run", "graph.yaml", "-n", "4", *arguments, folder=folder)  # type: ignore[arg-type]
+    words = [argument for argument in arguments if isinstance(argument, str)]
+    command = ("run", "graph.yaml", "-n", "4")
+    if len(words) < len(arguments):  # only a real command line has bytes
+        done = ranvier(*command, *arguments, folder=folder)
+    else:
+        done = here(*command, *words, folder=folder)
     assert done.returncode in (1, 2)
     assert "Traceback" not in done.stderr
     assert not (folder / "ranvier-runs").exists()

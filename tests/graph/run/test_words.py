@@ -211,6 +211,9 @@ def test_nan_names_the_first_actor_that_made_it(
         ) as raised:
             list(broken.generate(PROMPT, max_tokens=4))
         assert raised.value.actor == culprit
+        with pytest.raises(ranvier.ActorFailed, match="expected finite numbers") as raised:
+            broken.score(PROMPT)
+        assert raised.value.actor == culprit
 
 
 def test_nan_in_one_stream_leaves_the_others_alone(model: tuple[Path, Any], tmp_path: Path, runs: Path) -> None:
