@@ -108,6 +108,7 @@ def test_a_thousand_sessions_cases_47_48(two: Make, exact: Callable[..., list[in
         assert got[index] == exact(prompts[index], 8 - len(prompts[index])), index
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_the_trace_costs_records_alone_case_49(
     two: Make, exact: Callable[..., list[int]], runs: Path
 ) -> None:

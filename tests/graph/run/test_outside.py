@@ -126,6 +126,7 @@ def test_clients_that_leave_together_case_53(
 # -- the parent ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_parent_whose_loop_is_blocked_loses_no_host_case_54(four: Four, exact: Exact, runs: Path) -> None:
     """Lose no host when user code blocks for three times the deadline.
 
