@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ..errors import CheckpointError
 from .bounds import MOST_COUNT, MOST_LAYERS, MOST_SIZE, number, whole
-from .gguf_tokens import ends_of_text, numbered
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +40,7 @@ class RopeScaling:
             raise CheckpointError(f"config: rope: expected all factors over 0, got {self.factors!r:.80}")
 
 
-LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)\.")
+LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer|blk)\.(\d+)\.")
 """Pattern of the layer number in a tensor's name."""
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
 Positions = Literal["relative", "sinusoidal", "learned"]
@@ -218,72 +216,3 @@ class ModelConfig:
     def window(self, layer: int) -> int:
         """Return how many positions a token of this layer sees; 0: all."""
         return self.windows[layer] if self.windows else 0
-
-
-def _rows(tensors: Mapping[str, Any]) -> int:
-    """Return how many rows the embedding has: the vocabulary of a file without a tokenizer."""
-    embedding = tensors.get("token_embd.weight")
-    return int(embedding.shape[0]) if embedding is not None else 0
-
-
-GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""GGUF architectures that are built in; mistral's files say llama, too."""
-
-
-def from_gguf(
-    fields: Mapping[str, Any], tensors: Mapping[str, Any], where: str, rope_factors: tuple[float, ...] = ()
-) -> ModelConfig:
-    """Convert GGUF metadata; `rope_factors` are the values of the tensor `rope_freqs.weight`, if the file has it.
-
-    Raises:
-        CheckpointError: the architecture is not built in, or a field is missing or invalid.
-    """
-    arch = str(fields.get("general.architecture"))
-    if arch not in GGUF_ARCHITECTURES:
-        known = ", ".join(GGUF_ARCHITECTURES)
-        raise CheckpointError(f"{where}: architecture {arch!r} is not built in; built in: {known}")
-    own = {key.removeprefix(f"{arch}."): value for key, value in fields.items() if key.startswith(f"{arch}.")}
-    if own.get("expert_count"):
-        raise CheckpointError(f"{where}: {arch}.expert_count {own['expert_count']}: experts in GGUF are not built in")
-    try:
-        heads = own["attention.head_count"]
-        hidden = own["embedding_length"]
-        factor = own.get("rope.scaling.factor") or own.get("rope.scale_linear")  # older files have the second name
-        scaling = own.get("rope.scaling.type", "linear" if factor else "none")
-        if scaling not in ("none", "linear"):
-            raise CheckpointError(f"{where}: rope scaling {scaling!r} is not built in; built in: none, linear")
-        stretched = None
-        if scaling == "linear":
-            if not factor:
-                raise KeyError("rope.scaling.factor")
-            stretched = RopeScaling("linear", float(factor))
-        if rope_factors:
-            stretched = RopeScaling("factors", 1.0, factors=rope_factors)
-        tokens = fields.get("tokenizer.ggml.tokens")
-        vocab = own.get("vocab_size") or (len(tokens) if tokens is not None else 0) or _rows(tensors)
-        return ModelConfig(
-            family=arch,
-            vocab=vocab,
-            hidden=hidden,
-            layers=own["block_count"],
-            heads=heads,
-            kv_heads=own.get("attention.head_count_kv", heads),
-            head_dim=own.get("attention.key_length") or hidden // heads,
-            intermediate=own["feed_forward_length"],
-            context=own["context_length"],
-            norm_eps=float(own["attention.layer_norm_rms_epsilon"]),
-            rope_theta=float(own.get("rope.freq_base", 10000.0)),
-            rope_scaling=stretched,
-            head_norms=arch == "qwen3",
-            tied="output.weight" not in tensors,
-            qkv_bias="blk.0.attn_q.bias" in tensors,
-            out_bias="blk.0.attn_output.bias" in tensors,
-            bos_token=numbered(fields, "tokenizer.ggml.bos_token_id", where),
-            eos_tokens=ends_of_text(fields, where),
-        )
-    except KeyError as error:
-        raise CheckpointError(
-            f"{where}: expected the metadata {f'{arch}.{error.args[0]}'!r}, which is missing"
-        ) from None
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"{where}: {error}") from None

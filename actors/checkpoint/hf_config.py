@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, describe
 from . import bounds, hf_seq2seq
 from .config import Activation, ModelConfig, RopeScaling
+from .gguf_config import ARCHITECTURES
 from .hf_defaults import filled
 from .hf_seq2seq import eos_tokens
 
@@ -94,28 +96,6 @@ def context_of(family: str, most: int, rope: Mapping[str, Any]) -> int:
     before = rope.get("original_max_position_embeddings") if kind == "yarn" else None
     numbers = bounds.number(factor, 0.0, 1e6) and bounds.whole(before or most, 1, bounds.MOST_COUNT)
     return min(max(most, int((before or most) * factor)), bounds.MOST_COUNT) if numbers else most
-
-
-def to_hf(config: ModelConfig, dtype: str) -> dict[str, Any]:
-    """Return the fields of transformers' `config.json` for a model from a GGUF file (llama, qwen2, qwen3).
-
-    Raises:
-        CheckpointError: `config.json` has no field for its rotary factors.
-    """
-    made = {
-        "architectures": [f"{config.family.capitalize()}ForCausalLM"], "model_type": config.family, "dtype": dtype,
-        "vocab_size": config.vocab, "hidden_size": config.hidden, "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads, "num_key_value_heads": config.kv_heads, "head_dim": config.head_dim,
-        "intermediate_size": config.intermediate, "max_position_embeddings": config.context, "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta, "hidden_act": config.activation, "tie_word_embeddings": config.tied,
-        "attention_bias": config.qkv_bias and config.out_bias, "bos_token_id": config.bos_token,
-        "eos_token_id": list(config.eos_tokens),
-    }  # fmt: skip
-    if config.rope_scaling is not None:
-        if config.rope_scaling.kind != "linear":
-            raise CheckpointError(f"config: rotary factors of kind {config.rope_scaling.kind} cannot be written")
-        made["rope_scaling"] = {"rope_type": "linear", "factor": config.rope_scaling.factor}
-    return made
 
 
 def _mistral(config: Config) -> ModelConfig:
@@ -281,6 +261,25 @@ def _foreign(config: Config, why: str) -> ModelConfig:
         uncached=uncut == WITHOUT_CACHE,
         both_ways=uncut == BOTH_WAYS,
     )
+
+
+def by_transformers(path: Path, arch: str) -> dict[str, Any]:
+    """Return the `config.json` of a GGUF file whose architecture only transformers knows.
+
+    Raises:
+        NotBuiltIn: transformers does not know it either, or is not installed.
+    """
+    known = ", ".join(ARCHITECTURES)
+    why = f"{path}: architecture {arch!r} is not built in; built in: {known}"
+    if importlib.util.find_spec("transformers") is None:
+        raise NotBuiltIn(f"{why}; for some others pip install 'ranvier[hf]'")
+    from transformers import AutoConfig
+
+    try:
+        made: dict[str, Any] = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
+    except Exception as error:  # the library raises errors of many classes
+        raise NotBuiltIn(f"{why}; and transformers cannot read it: {describe(error)[:200]}") from None
+    return made
 
 
 def _size(sizes: Any, name: str, default: int) -> int:

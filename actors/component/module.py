@@ -154,7 +154,7 @@ def read_state(module: nn.Module, file: Path, actor: str) -> None:
     Raises:
         CheckpointError: the file is damaged, or its tensors do not match the module's.
     """
-    from ..checkpoint.checkpoint import open_tensors
+    from ..checkpoint.tensors import open_tensors
 
     found = open_tensors(file)
     own = {name.removeprefix(f"{actor}."): name for name in found.tensors if name.startswith(f"{actor}.")}

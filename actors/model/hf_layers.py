@@ -11,6 +11,7 @@ Shape suffixes: T tokens of the batch, t tokens of one row, H hidden, V vocabula
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import logging
 from collections.abc import Callable
@@ -18,13 +19,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 from transformers.initialization import no_init_weights
 
 from ranvier.transport.format.aligned import aligned
 from ranvier.transport.format.header import Row
 
+from ..checkpoint import safetensors_file
 from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.config import LAYER_OF
+from ..checkpoint.tensors import WHOLE
 from ..component.actor import Actor, Context, Look
 from ..component.session import SessionInfo
 from ..errors import CheckpointError
@@ -109,8 +113,8 @@ class Skeleton:
         self.bypasses = self.tuples = False
         self.past: Any = None
         self.layers = layers
-        # the library's default is not to run code of a checkpoint
-        config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+        # by the class of its type, which never runs code of a checkpoint
+        config = CONFIG_MAPPING[str(checkpoint.hf["model_type"])].from_dict(dict(checkpoint.hf))
         if not checkpoint.config.tied:  # the file may have a head of its own where its config says otherwise
             config.tie_word_embeddings = False
         with torch.inference_mode(False), no_init_weights():
@@ -123,17 +127,17 @@ class Skeleton:
         named = inspect.signature(self.model.forward).parameters
         self._past_name = "cache" if "cache" in named else "past_key_values"
         self.whole = Whole(self.model, checkpoint.config, self._past_name) if checkpoint.config.uncut else None
-        parameters = [parameter for parameter, _ in self.model.named_parameters(remove_duplicate=False)]
+        tensors = self._own()
         if self.whole is not None:
-            self.held_bytes = self._read(checkpoint, set(parameters), dtype, progress)
+            self.held_bytes = self._read(checkpoint, set(tensors), dtype, progress)
             return
         stack, name = _layer_list(self.model, checkpoint.config.layers)
         self.tuples = self._returns_tuples(stack[0])
         own = range(layers[0], layers[1] + 1) if layers is not None else range(0)
         wanted = {
-            parameter
-            for parameter in parameters
-            if (layer_of(parameter, name) in own if parameter.startswith(name + ".") else outside)
+            tensor
+            for tensor in tensors
+            if (layer_of(tensor, name) in own if tensor.startswith(name + ".") else outside)
         }
         self.held_bytes = self._read(checkpoint, wanted, dtype, progress)
         for index in range(len(stack)):
@@ -160,58 +164,80 @@ class Skeleton:
         self, checkpoint: Checkpoint, wanted: set[str], dtype: torch.dtype, progress: Callable[[float], None]
     ) -> int:
         """Read the wanted parameters, by transformers if the checkpoint names them differently; return their bytes."""
-        own = dict(self.model.named_parameters(remove_duplicate=False))
+        own = self._own()
         prefix = self.model.base_model_prefix + "."
         tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
+        buffers = own.keys() - {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         names = {}
-        for parameter in sorted(wanted):
-            known = next(
-                (name for name in (parameter, parameter.removeprefix(prefix)) if name in checkpoint.tensors), None
-            )
+        for name in sorted(wanted):
+            known = next((each for each in (name, name.removeprefix(prefix)) if each in checkpoint.tensors), None)
             if known is not None:
-                names[parameter] = known
-            elif parameter not in tied:
-                self._read_all(checkpoint, own, wanted, dtype)
+                names[name] = known
+            elif name not in tied and name not in buffers:
+                self._read_converted(checkpoint, own, wanted, dtype)
                 break
         else:
-            for count, (parameter, known) in enumerate(names.items(), 1):
-                checkpoint.read_into(known, own[parameter])
+            for count, (name, known) in enumerate(names.items(), 1):
+                checkpoint.read_into(known, own[name])
                 progress(count / len(names))
         return sum(tensor.nbytes for tensor in {own[name].data_ptr(): own[name] for name in wanted}.values())
 
-    def _read_all(
-        self, checkpoint: Checkpoint, own: dict[str, nn.Parameter], wanted: set[str], dtype: torch.dtype
+    def _own(self) -> dict[str, torch.Tensor]:
+        """Return the tensors of the model that a checkpoint has: parameters, and buffers that are saved."""
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        saved = self.model.state_dict().keys() & buffers.keys()
+        return dict(self.model.named_parameters(remove_duplicate=False)) | {name: buffers[name] for name in saved}
+
+    def _read_converted(
+        self, checkpoint: Checkpoint, own: dict[str, torch.Tensor], wanted: set[str], dtype: torch.dtype
     ) -> None:
-        """Load the whole model for a moment, because transformers lays these tensors out differently from their file.
+        """Let transformers load this actor's part, because it lays these tensors out differently from their file.
 
         Raises:
             CheckpointError: a wanted tensor is missing, or a tensor has another shape.
         """
-        with torch.inference_mode(False):
-            read: Any = AutoModelForCausalLM.from_pretrained
-            whole, info = read(
-                checkpoint.path,
-                dtype=dtype,
-                local_files_only=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
+        read: Any = type(self.model).from_pretrained
+        given: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
+        with torch.inference_mode(False), no_init_weights():
+            if checkpoint.renamed:
+                state = self._state(checkpoint, dtype)
+                whole, info = read(None, config=copy.deepcopy(self.config), state_dict=state, **given)
+            else:
+                whole, info = read(checkpoint.path.parent, gguf_file=checkpoint.path.name, **given)
         for name, theirs, expected in sorted(info["mismatched_keys"]):  # transformers would leave them random
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor {name}: expected shape {tuple(expected)}, got {tuple(theirs)}"
-            )
-        missing = sorted(wanted & {str(name) for name in info["missing_keys"]})
+            if name in wanted:
+                raise CheckpointError(
+                    f"{checkpoint.path}: tensor {name}: expected shape {tuple(expected)}, got {tuple(theirs)}"
+                )
+        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        missing = sorted(wanted & parameters & {str(name) for name in info["missing_keys"]})
         if missing:  # transformers would fill them with random numbers
             raise CheckpointError(
                 f"{checkpoint.path}: tensor {missing[0]} is missing (missing tensors: {len(missing)})"
             )
-        for name, tensor in whole.named_parameters(remove_duplicate=False):
-            if name in wanted:
-                if own[name].shape != tensor.shape:
-                    raise CheckpointError(
-                        f"{checkpoint.path}: tensor {name}: expected shape {tuple(own[name].shape)}, got {tuple(tensor.shape)}"
-                    )
-                own[name].copy_(tensor)
+        theirs_by_name = dict(whole.named_parameters(remove_duplicate=False)) | dict(whole.named_buffers())
+        for name in wanted & theirs_by_name.keys():
+            tensor = theirs_by_name[name]
+            if own[name].shape != tensor.shape:
+                raise CheckpointError(
+                    f"{checkpoint.path}: tensor {name}: expected shape {tuple(own[name].shape)}, got {tuple(tensor.shape)}"
+                )
+            own[name].copy_(tensor)
+
+    def _state(self, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """Return the checkpoint's tensors of this actor's layers, and those that are in no layer."""
+        state = {}
+        for name, entry in checkpoint.tensors.items():
+            found = LAYER_OF.search(name)
+            own = found is None or self.whole is not None or self._holds(int(found[1]))
+            if own and not entry.stored.startswith(safetensors_file.UNKNOWN):
+                kept = getattr(torch, entry.stored) if entry.stored in WHOLE else dtype
+                state[name] = torch.empty(entry.shape, dtype=kept)
+                checkpoint.read_into(name, state[name])
+        return state
+
+    def _holds(self, layer: int) -> bool:
+        return self.layers is not None and self.layers[0] <= layer <= self.layers[1]
 
     def embed(self, position: int, token_t: torch.Tensor) -> torch.Tensor:
         """Return the hidden states that enter the first layer, [t, H]."""

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 
 from ranvier.transport.format.header import Row
 
-from ..checkpoint.checkpoint import Checkpoint, StoredRows
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
+from ..checkpoint.tensors import StoredRows, TensorEntry
 from ..component.actor import Batch, RowsFailed
 from ..errors import NotFinite
 from .kernels import packed
@@ -110,13 +111,16 @@ def read_matrix(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, precisio
 
 def _stored(slot: Slot, checkpoint: Checkpoint) -> list[StoredRows] | None:
     """Return the parts of a matrix as GGUF blocks; None if the kernels cannot read all of them."""
-    found = [checkpoint.tensors.get(name) for name, _ in slot.parts]
-    if (
-        packed.library() is None or slot.transposed or slot.columns is None
-        or any(entry is None or entry.stored not in packed.STORED for entry in found)
-    ):  # fmt: skip
+    if packed.library() is None or slot.columns is None:
         return None
-    return [checkpoint.stored_rows(name, (rows, slot.columns)) for name, rows in slot.parts]
+    for name, _ in slot.parts:
+        entry = checkpoint.tensors.get(name)
+        if (
+            not isinstance(entry, TensorEntry) or entry.stored not in packed.STORED or entry.added
+            or entry.transposed != slot.transposed
+        ):  # fmt: skip
+            return None
+    return [checkpoint.stored_rows(name, shape) for name, shape in slot.needs()]
 
 
 def product(tokens_TC: torch.Tensor, matrix: torch.Tensor | Packed, bias_R: torch.Tensor | None = None) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import LAYER_OF, ModelConfig
@@ -238,8 +239,11 @@ _HARMLESS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".k_scale
 scales for a KV cache of eight bits."""
 
 
-def check_whole(checkpoint: Checkpoint) -> None:
-    """Check that the file has the layers of its config and no other tensors in them, which would be ignored silently.
+def check_whole(checkpoint: Checkpoint) -> list[str]:
+    """Check that the file has the layers of its config and nothing that contradicts it, and return warnings.
+
+    A tensor that the family has with another config, such as a bias, contradicts this one. Any other tensor that is not
+    needed is only named in a warning, as in transformers.
 
     Raises:
         CheckpointError: the file has another number of layers, or tensors in a layer that the config excludes.
@@ -247,7 +251,7 @@ def check_whole(checkpoint: Checkpoint) -> None:
     config = checkpoint.config
     numbered = {name: int(found[1]) for name in checkpoint.tensors if (found := LAYER_OF.search(name)) is not None}
     if config.encoder is not None:
-        return  # encoder and decoder both number their layers from 0
+        return []  # encoder and decoder both number their layers from 0
     count = max(numbered.values(), default=-1) + 1
     # models that transformers runs may have more layers, which predict several tokens ahead; the library ignores them
     if numbered and (count < config.layers or (count > config.layers and config.native)):
@@ -255,14 +259,30 @@ def check_whole(checkpoint: Checkpoint) -> None:
         raise CheckpointError(
             f"{checkpoint.path}: expected {config.layers} layers, as the config says, got {count} (tensor {name})"
         )
-    if config.native:
-        needed = {name for name, _ in needs(BUILT_IN["model"], config, (0, config.layers - 1))}
-        for name in sorted(numbered.keys() - needed):
-            if not name.endswith(_HARMLESS):
-                raise CheckpointError(
-                    f"{checkpoint.path}: tensor {name} is in the file, but a {config.family} model with this config "
-                    "has no such tensor"
-                )
+    if not config.native:
+        return []
+    whole, layers = BUILT_IN["model"], (0, config.layers - 1)
+    needed = {name for name, _ in needs(whole, config, layers)}
+    left = sorted(name for name in checkpoint.tensors.keys() - needed if not name.endswith(_HARMLESS))
+    other = replace(config, qkv_bias=True, out_bias=True, mlp_bias=True, head_norms=True, post_norms=True)
+    wrong = next(
+        (name for name in left if name in numbered and name in {n for n, _ in needs(whole, other, layers)}), None
+    )
+    if wrong is not None:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor {wrong} is in the file, but a {config.family} model with this config "
+            "has no such tensor"
+        )
+    left = [name for name in left if name not in ("lm_head.weight", *_GGUF_TABLES)]  # of a tied model, or read already
+    more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+    return (
+        [f"tensors that a {config.family} model does not have are not read: {', '.join(left[:3])}{more}"]
+        if left
+        else []
+    )
+
+
+_GGUF_TABLES = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
 
 def _foreign_elements(checkpoint: Checkpoint, kind: Kind, layers: tuple[int, int] | None) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -104,9 +104,8 @@ def check(
         print_json({"ok": False, "file": str(graph), "problems": problems})
         raise typer.Exit(WRONG) from None
     if as_json:
-        print_json(
-            {"ok": True, "file": str(graph), "problems": [], **({"graph": checked.expanded()} if expand else {})}
-        )
+        told: dict[str, Any] = {"ok": True, "file": str(graph), "problems": [], "warnings": checked.warnings}
+        print_json(told | ({"graph": checked.expanded()} if expand else {}))
     elif expand:
         import yaml
 
@@ -115,6 +114,8 @@ def check(
         planned = plan(checked)
         size = f"{counted(planned.processes, 'process')}, {counted(len(planned.edges), 'edge')}"
         print(f"{graph}: good: {size}{_words(checked, codec)}")
+        for warning in checked.warnings:
+            print(f"{graph}: warning: {warning}")
 
 
 def _codec(path: Path, checked: Graph, settings: list[str] | None) -> TextCodec | None:

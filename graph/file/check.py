@@ -53,7 +53,9 @@ def load(path: str | Path, *, allow_code: bool = False, overrides: Mapping[str, 
     between.dims(edges)
     between.order(edges, checkpoint)
     between.stop_if_wrong()
-    graph = Graph(path, file, checkpoint, actors, tuple(edges), dict(overrides or {}), allow_code)
+    graph = Graph(
+        path, file, checkpoint, actors, tuple(edges), dict(overrides or {}), allow_code, tuple(check.warnings)
+    )
     check.journal(graph.generates)
     copies = ReplicaCheck(document, file, problems, actors)
     copies.policies(edges, graph.generates)

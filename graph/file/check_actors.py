@@ -38,6 +38,7 @@ class ActorCheck(Findings):
         self.folder = folder
         self.allow_code = allow_code
         self.modules: dict[str, Any] = {}
+        self.warnings: list[str] = []
 
     def names(self) -> None:
         if GATEWAY in self.file.actors:
@@ -68,7 +69,7 @@ class ActorCheck(Findings):
         trusted = ("model", "source") in self.document.overridden
         try:
             found_there = open_checkpoint(source.resolve(self.file.model.source, self.folder, trusted))
-            weights.check_whole(found_there)
+            self.warnings += weights.check_whole(found_there)
             self._precision(found_there.config)
             return found_there
         except (source.SourceError, CheckpointError) as error:

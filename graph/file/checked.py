@@ -84,7 +84,10 @@ class CheckedEdge:
 
 @dataclass(frozen=True, slots=True)
 class Graph:
-    """Hold a graph that can run. `overrides` and `allow_code` are the arguments of the `load` that read it."""
+    """Hold a graph that can run. `overrides` and `allow_code` are the arguments of the `load` that read it.
+
+    `warnings` say what is odd in its model, but does not keep it from running.
+    """
 
     path: Path
     file: GraphFile
@@ -93,6 +96,7 @@ class Graph:
     edges: tuple[CheckedEdge, ...]
     overrides: Mapping[str, str] = field(default_factory=dict)
     allow_code: bool = False
+    warnings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ranvier.actors.checkpoint.hf_config import to_hf
 from ranvier.actors.protocol.training_spec import folder_of
 from ranvier.transport.files import locked, read_text
 
@@ -139,7 +138,7 @@ def _out_of_gguf(folder: Path, plan: TrainingPlan) -> None:
     """Write the config and the tokenizer of a GGUF file in the format of transformers."""
     checkpoint, model = plan.graph.checkpoint, plan.graph.file.model
     assert checkpoint is not None and model is not None
-    config = to_hf(checkpoint.config, model.dtype)
+    config = {**checkpoint.hf, "dtype": model.dtype}
     _write(folder / "config.json", json.dumps(config, indent=1) + "\n")
     if tokenizer.brought_by(checkpoint):
         codec = tokenizer.of(checkpoint)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ranvier.actors.checkpoint.checkpoint import StoredRows
+from ranvier.actors.checkpoint.tensors import StoredRows
 
 from . import native
 
