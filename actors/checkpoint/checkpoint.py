@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from typing import Any
 from ranvier.transport.files import read_bounded
 
 from ..errors import CheckpointError
-from . import gguf_config, gguf_names, gguf_parts, safetensors_file
+from . import gguf_config, gguf_names, gguf_parts, quant_methods, safetensors_file
 from .config import ModelConfig
 from .gguf_config import Described
 from .hf_config import by_transformers, from_hf
 from .hf_seq2seq import eos_tokens
-from .tensors import TensorEntry, Tensors, read_exactly
+from .tensors import Entry, TensorEntry, Tensors, read_exactly
 
 COMPARED_BYTES = 1 << 20
 MAX_JSON_BYTES = 64 << 20
@@ -70,13 +70,7 @@ def _open_folder(folder: Path, single: Path | None) -> Checkpoint:
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file) if generation_file.exists() else {}
     read = _read_config(folder, generation)
-    quantised = read.get("quantization_config") or read.get("compression_config")
-    if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
-        raise CheckpointError(
-            f"{folder}: the weights are quantised by {method!r:.40}, which is not built in; use the original checkpoint, "
-            "or a GGUF file of the model"
-        )
+    settings = quant_methods.quantised(read, folder) or _quantised_beside(folder)
     config = from_hf(read, str(folder / "config.json"))
     if generation_file.exists():  # it has often more ends than config.json, and none if it names none
         config = replace(config, eos_tokens=eos_tokens(generation))
@@ -90,22 +84,23 @@ def _open_folder(folder: Path, single: Path | None) -> Checkpoint:
         files = {file: safetensors_file.read_header(file) for file in dict.fromkeys(names.values())}
     else:
         raise CheckpointError(f"{folder}: expected model.safetensors or {index.name}, found neither")
-    renamed = _prefixes(names)
-    tensors = {}
+    entries: dict[str, TensorEntry] = {}
     for name, file in names.items():
         found = files[file].get(name)
-        if found is None:
-            continue  # some indexes list a tied head that no file holds; whoever needs the tensor will miss it
-        tensors[renamed(name)] = TensorEntry(name, file, found.dtype, found.shape, found.offset, found.nbytes)
+        if found is not None:  # some indexes list a tied head that no file holds; whoever needs the tensor will miss it
+            entries[name] = TensorEntry(name, file, found.dtype, found.shape, found.offset, found.nbytes)
+    opened = quant_methods.entries(entries, settings, folder) if settings is not None else entries
+    renamed = _prefixes(opened)
+    tensors: dict[str, Entry] = {renamed(name): entry for name, entry in opened.items()}
     embedding = _embedding(tensors)
     if config.tied and embedding is None and "lm_head.weight" in tensors:  # only one of the two was stored
         tensors[_EMBEDDINGS.get(config.family, "model.embed_tokens.weight")] = tensors["lm_head.weight"]
-    config = _untied(folder, config, tensors)
+    config = _untied(config, tensors)
     if config.encoder is not None:
         own = "lm_head.weight" in tensors
         separate = config.family == "marian" and "model.shared.weight" not in tensors
         config = replace(config, tied=not own, encoder=replace(config.encoder, separate=separate))
-    return Checkpoint(folder, tensors, config, read, generation=generation)
+    return Checkpoint(folder, tensors, config, quant_methods.without(read), generation=generation)
 
 
 _ANCHORS = {"embed_tokens.weight": "model.", "wte.weight": "transformer.", "shared.weight": "model.", "embed_in.weight":
@@ -113,7 +108,7 @@ _ANCHORS = {"embed_tokens.weight": "model.", "wte.weight": "transformer.", "shar
 """How the name of an embedding ends, and what transformers' causal models have before it."""
 
 
-def _prefixes(names: Mapping[str, Path]) -> Callable[[str], str]:
+def _prefixes(names: Iterable[str]) -> Callable[[str], str]:
     """Return a function that gives names the prefix which transformers' models with a head have.
 
     Some checkpoints have none, because only the model below the head was saved; others have one more, because the model
@@ -133,7 +128,7 @@ def _prefixes(names: Mapping[str, Path]) -> Callable[[str], str]:
     return lambda name: name
 
 
-def _is_t5(names: Mapping[str, Path]) -> bool:
+def _is_t5(names: Iterable[str]) -> bool:
     return not any(".layers." in name for name in names)
 
 
@@ -141,12 +136,12 @@ _EMBEDDINGS = {"gpt2": "transformer.wte.weight", "gpt_neox": "gpt_neox.embed_in.
 """Names of embeddings, by family; in the others it is model.embed_tokens.weight or, with an encoder, model.shared.weight."""
 
 
-def _embedding(tensors: Mapping[str, TensorEntry]) -> TensorEntry | None:
+def _embedding(tensors: Mapping[str, Entry]) -> Entry | None:
     names = ("model.embed_tokens.weight", "model.shared.weight", "shared.weight", *_EMBEDDINGS.values())
     return next((tensors[name] for name in names if name in tensors), None)
 
 
-def _untied(folder: Path, config: ModelConfig, tensors: Mapping[str, TensorEntry]) -> ModelConfig:
+def _untied(config: ModelConfig, tensors: Mapping[str, Entry]) -> ModelConfig:
     """Return the config with its own head if the file holds one that differs from the embedding, whatever the config says.
 
     transformers does so, too: some fine-tuned models trained their head and kept the config.
@@ -155,8 +150,11 @@ def _untied(folder: Path, config: ModelConfig, tensors: Mapping[str, TensorEntry
     embedding = _embedding(tensors)
     if not config.tied or config.encoder is not None or head is None or embedding is None:
         return config
-    alike = (head.shape, head.stored) == (embedding.shape, embedding.stored)
-    return config if alike and _same_bytes(head, embedding) else replace(config, tied=False)
+    if isinstance(head, TensorEntry) and isinstance(embedding, TensorEntry):
+        alike = (head.shape, head.stored) == (embedding.shape, embedding.stored)
+        if alike and _same_bytes(head, embedding):
+            return config
+    return replace(config, tied=False)
 
 
 def _same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
@@ -168,6 +166,20 @@ def _same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
             if read_exactly(first, one, size) != read_exactly(second, other, size):
                 return False
     return True
+
+
+_BESIDE = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+
+
+def _quantised_beside(folder: Path) -> dict[str, Any] | None:
+    """Return the settings of a quantised checkpoint that has them in a file of their own; None if there is none."""
+    file = next((folder / name for name in _BESIDE if (folder / name).exists()), None)
+    if file is None:
+        return None
+    read = read_json(file)
+    if file.name == "hf_quant_config.json":
+        return {"quant_method": "modelopt", **(read.get("quantization") or {})}
+    return {"quant_method": "gptq" if file.name == "quantize_config.json" else "awq", **read}
 
 
 def _read_config(folder: Path, generation: Mapping[str, Any]) -> dict[str, Any]:

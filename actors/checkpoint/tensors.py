@@ -79,6 +79,16 @@ class TensorEntry:
             self.added,
         )  # fmt: skip
 
+    def read(self) -> bytes:
+        """Return the tensor's bytes.
+
+        Raises:
+            CheckpointError: the file ends early.
+        """
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.offset)
+            return bytes(read_exactly(file, self, self.nbytes))
+
     def read_into(self, target: torch.Tensor) -> None:
         if not target.numel():
             return

@@ -6,11 +6,14 @@ This module does not import torch, so that a graph is checked in a tenth of a se
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import LAYER_OF, ModelConfig
+from ..checkpoint.quantised import Quantised
+from ..checkpoint.tensors import TensorEntry
 from ..component.kinds import BUILT_IN, Kind
 from ..errors import CheckpointError
 from . import seq2seq_weights
@@ -173,16 +176,38 @@ AS_IT_IS = {"Q4_0": "int4", "Q4_1": "int4", "Q8_0": "int8"}
 def packed_as(slot: Slot, checkpoint: Checkpoint, precision: str) -> str:
     """Return the packed form of a matrix: bfloat16, int8 or int4.
 
-    With the precision `stored`, GGUF's plain types (`AS_IT_IS`) keep their form, its other types and mixed parts become
-    int8, and unquantised tensors become bfloat16.
+    With the precision `stored`, GGUF's plain types (`AS_IT_IS`) keep their form, and its other types and mixed parts become
+    int8. Matrices that other methods have quantised become int4 or int8 where these hold them without rounding. All others
+    become bfloat16.
     """
     if precision != "stored":
         return "bfloat16" if precision == "dtype" else precision
-    stored = {checkpoint.tensors[name].stored for name, _ in slot.parts}
+    entries = [checkpoint.tensors[name] for name, _ in slot.parts]
+    if any(isinstance(entry, Quantised) for entry in entries):
+        tiles = {entry.tile if isinstance(entry, Quantised) else None for entry in entries}
+        return "bfloat16" if None in tiles else "int8" if "int8" in tiles else "int4"
+    stored = {entry.stored for entry in entries}
     if not any(kind.isupper() for kind in stored):
         return "bfloat16"
     [kind] = {AS_IT_IS.get(kind, "int8") for kind in stored} if len(stored) == 1 else {"int8"}
     return kind
+
+
+def forms(checkpoint: Checkpoint, precision: str, dtype: str) -> list[tuple[str, str, int]]:
+    """Return how the matrices of a model are stored, how they are held in memory, and how many there are, each way once.
+
+    Only those of layers and head count that this package's own blocks run.
+    """
+    config = checkpoint.config
+    if not config.native or config.encoder is not None:
+        return []
+    counted: Counter[tuple[str, str]] = Counter()
+    for slot in slots(BUILT_IN["model"], replace(config, tied=False), (0, config.layers - 1)):
+        if slot.name in PACKABLE and all(name in checkpoint.tensors for name, _ in slot.parts):
+            stored = "/".join(sorted({checkpoint.tensors[name].stored for name, _ in slot.parts}))
+            held = packed_as(slot, checkpoint, precision) if precision != "dtype" and packs(slot) else dtype
+            counted[stored, held] += 1
+    return [(stored, held, count) for (stored, held), count in sorted(counted.items())]
 
 
 def packs(slot: Slot) -> bool:
@@ -259,30 +284,47 @@ def check_whole(checkpoint: Checkpoint) -> list[str]:
         raise CheckpointError(
             f"{checkpoint.path}: expected {config.layers} layers, as the config says, got {count} (tensor {name})"
         )
-    if not config.native:
-        return []
-    whole, layers = BUILT_IN["model"], (0, config.layers - 1)
+    for entry in checkpoint.tensors.values():
+        if isinstance(entry, Quantised):
+            entry.check()
+    return _not_read(checkpoint) if config.native else []
+
+
+def _not_read(checkpoint: Checkpoint) -> list[str]:
+    """Return a warning if the file has tensors that no actor reads.
+
+    Raises:
+        CheckpointError: the family has such a tensor with another config.
+    """
+    config, whole = checkpoint.config, BUILT_IN["model"]
+    layers = (0, config.layers - 1)
     needed = {name for name, _ in needs(whole, config, layers)}
-    left = sorted(name for name in checkpoint.tensors.keys() - needed if not name.endswith(_HARMLESS))
     other = replace(config, qkv_bias=True, out_bias=True, mlp_bias=True, head_norms=True, post_norms=True)
-    wrong = next(
-        (name for name in left if name in numbered and name in {n for n, _ in needs(whole, other, layers)}), None
-    )
+    known = {name for name, _ in needs(whole, other, layers)}
+    left = [
+        name
+        for name in sorted(checkpoint.tensors.keys() - needed)
+        if not name.endswith(_HARMLESS) and name not in _READ and not (name in known and _is_zero(checkpoint, name))
+    ]
+    wrong = next((name for name in left if name in known), None)
     if wrong is not None:
         raise CheckpointError(
             f"{checkpoint.path}: tensor {wrong} is in the file, but a {config.family} model with this config "
             "has no such tensor"
         )
-    left = [name for name in left if name not in ("lm_head.weight", *_GGUF_TABLES)]  # of a tied model, or read already
     more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-    return (
-        [f"tensors that a {config.family} model does not have are not read: {', '.join(left[:3])}{more}"]
-        if left
-        else []
-    )
+    named = ", ".join(left[:3])
+    return [f"tensors that a {config.family} model does not have are not read: {named}{more}"] if left else []
 
 
-_GGUF_TABLES = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+_READ = ("lm_head.weight", "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
+"""The head of a tied model, which is its embedding, and tables of GGUF, which the config has already."""
+
+
+def _is_zero(checkpoint: Checkpoint, name: str) -> bool:
+    """Return whether a tensor has only zeros; some packages that quantise write such biases."""
+    entry = checkpoint.tensors[name]
+    return isinstance(entry, TensorEntry) and not any(entry.read().strip(b"\0"))
 
 
 def _foreign_elements(checkpoint: Checkpoint, kind: Kind, layers: tuple[int, int] | None) -> int:

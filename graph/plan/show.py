@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from ranvier.actors.checkpoint import Checkpoint
+from ranvier.actors.checkpoint.quant_methods import FLOATS
+from ranvier.actors.model.weights import forms
 from ranvier.actors.protocol.host_spec import GATEWAY
 
+from ..file.schema import ModelSection
 from .plan import Plan, PlannedEdge, PlannedHost
 
 
@@ -27,6 +31,8 @@ def text(plan: Plan) -> str:
             f"vocabulary {config.vocab}, {plan.graph.file.model.dtype}"
             + ("" if native else "; run by transformers' own layers, slower")
         )
+        lines += _weights(plan.graph.checkpoint, plan.graph.file.model) if native else []
+        lines += [f"warning: {warning}" for warning in plan.graph.warnings]
     lines += ["", *_table(("actor", "kind", "replicas", "layers", "threads", "weights", "bytes", "KV per token", "KV tokens"), [
         (h.actor, h.kind, _replicas(h), _layers(h), str(h.threads), amount(h.weight_bytes), str(h.weight_bytes),
          amount(h.cache_bytes_per_token) if h.cache_tokens else "-", str(h.cache_tokens or "-"))
@@ -40,6 +46,14 @@ def text(plan: Plan) -> str:
         for e in plan.edges
     ])  # fmt: skip
     return "\n".join(lines)
+
+
+def _weights(checkpoint: Checkpoint, model: ModelSection) -> list[str]:
+    """Say how quantised matrices are stored, and how they are held in memory."""
+    found = forms(checkpoint, model.weights, model.dtype)
+    if all(stored in FLOATS for stored, _, _ in found):
+        return []
+    return [f"weights in memory: {', '.join(f'{count} x {stored} as {held}' for stored, held, count in found)}"]
 
 
 def mermaid(plan: Plan) -> str:
