@@ -14,8 +14,9 @@ from .bounds import MOST_COUNT, MOST_LAYERS, MOST_SIZE, number, whole
 class RopeScaling:
     """Describe how rotary frequencies are stretched.
 
-    `linear` divides all frequencies by `factor`. `llama3` is Llama 3.1's smooth change between two wavelengths, as in
-    transformers' `modeling_rope_utils`. `factors` has a divisor for each frequency, which is how GGUF stores `llama3`.
+    `linear` divides all frequencies by `factor`. `llama3` is Llama 3.1's smooth change between two wavelengths, and `yarn`
+    that of Peng et al. 2023, both as in transformers' `modeling_rope_utils`. `factors` has a divisor for each frequency, which
+    is how GGUF stores `llama3`. Cos and sin are multiplied by `attention_factor`.
     """
 
     kind: str
@@ -24,9 +25,14 @@ class RopeScaling:
     high_freq_factor: float = 4.0
     original_context: int = 8192
     factors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """True if yarn rounds the range of frequencies that it changes outwards, to whole numbers."""
 
     def __post_init__(self) -> None:
-        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow"):
             if not number(getattr(self, name), 0.0, 1e6):
                 raise CheckpointError(f"config: rope: expected {name} over 0, got {getattr(self, name)!r}")
         if self.kind == "llama3" and not self.low_freq_factor < self.high_freq_factor:
@@ -154,6 +160,11 @@ class ModelConfig:
     """
     both_ways: bool = False
     """True if the tokens of a prompt see each other in both directions. Such a model is `uncut`, too."""
+    recomputed_after: int = 0
+    """Number of tokens after which a session is computed again from its start, because all rotary frequencies change; 0: never.
+
+    transformers does so with `longrope` (phi3).
+    """
     uncut: str = ""
     """Reason why neither layers nor prompts can be cut; one actor (`kind: model`) then runs all layers. Empty: they can."""
 

@@ -7,6 +7,7 @@ model is refused. It never runs with wrong results.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,9 +80,11 @@ def _llama(config: Config, **more: Any) -> ModelConfig:
         "eos_tokens": eos_tokens(config),
         "activation": activation,
     }
+    if (rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise NotBuiltIn("partial_rotary_factor is not built in; built in: 1")
     if "rope_theta" not in more:
         fields["rope_theta"] = float(rope.get("rope_theta") or config["rope_theta"])
-        fields["rope_scaling"] = _rope_scaling(rope)
+        fields["rope_scaling"] = _rope_scaling(rope, config)
     return ModelConfig(**{**fields, **more})
 
 
@@ -152,7 +155,7 @@ def _gemma3(config: Config) -> ModelConfig:
     rope = config.get("rope_parameters") or {}
     far = rope.get("full_attention") or config.get("rope_scaling") or {}
     near = rope.get("sliding_attention") or {}
-    if _rope_scaling(near) is not None:
+    if _rope_scaling(near, config) is not None:
         raise NotBuiltIn(f"rope type {near.get('rope_type')!r} of sliding layers is not built in")
     return _llama(
         config,
@@ -164,7 +167,7 @@ def _gemma3(config: Config) -> ModelConfig:
         attention_scale=float(config["query_pre_attn_scalar"]) ** -0.5,
         windows=_windows(config["sliding_window"], types),
         rope_theta=float(far.get("rope_theta") or config["rope_theta"]),
-        rope_scaling=_rope_scaling(far),
+        rope_scaling=_rope_scaling(far, config),
         local_rope_theta=float(near.get("rope_theta") or config.get("rope_local_base_freq") or 1e4),
         logit_softcap=config.get("final_logit_softcapping"),
     )
@@ -260,7 +263,13 @@ def _foreign(config: Config, why: str) -> ModelConfig:
         uncut=uncut,
         uncached=uncut == WITHOUT_CACHE,
         both_ways=uncut == BOTH_WAYS,
+        recomputed_after=_recomputed_after(str(family), getattr(text, "rope_parameters", None) or {}),
     )
+
+
+def _recomputed_after(family: str, rope: Mapping[str, Any]) -> int:
+    before = rope.get("original_max_position_embeddings")
+    return before if family in RECOMPUTED and rope.get("rope_type") == "longrope" and isinstance(before, int) else 0
 
 
 def by_transformers(path: Path, arch: str) -> dict[str, Any]:
@@ -328,6 +337,8 @@ STATES_ELSEWHERE = ("recurrent_gemma", "rwkv", "xlstm", "blt")
 """Families whose states transformers keeps in the modules or in a list, not in a cache per session."""
 BOTH_WAYS = "the tokens of a prompt see each other in both directions"
 PROMPTS_BOTH_WAYS = ("cpmant", "xlnet")
+RECOMPUTED = ("phi3", "phimoe", "phi4_multimodal")
+"""Families whose cache transformers throws away where a text gets longer than the original context of `longrope`."""
 DRAFTERS = ("gemma4_assistant",)
 ATTENDING = {
     "full_attention",
@@ -387,18 +398,46 @@ def _windows(window: int, types: list[str]) -> tuple[int, ...]:
     return tuple(window if kind == "sliding_attention" else 0 for kind in types)
 
 
-def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+def _rope_scaling(rope: Mapping[str, Any], config: Config) -> RopeScaling | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
     if kind == "linear":
         return RopeScaling(kind, float(rope["factor"]))
+    outside = config.get("original_max_position_embeddings")  # it takes precedence, as in transformers
+    before = int(outside or rope.get("original_max_position_embeddings") or config["max_position_embeddings"])
     if kind == "llama3":
         return RopeScaling(
             kind,
             float(rope["factor"]),
             float(rope["low_freq_factor"]),
             float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
+            before,
         )
-    raise NotBuiltIn(f"rope type {kind!r} is not built in; built in: default, linear, llama3")
+    if kind == "yarn":
+        return _yarn(rope, before)
+    if kind == "longrope" and rope.get("short_factor") == rope.get("long_factor") and rope.get("attention_factor"):
+        factors = tuple(float(factor) for factor in rope["short_factor"])
+        return RopeScaling("factors", 1.0, factors=factors, attention_factor=float(rope["attention_factor"]))
+    raise NotBuiltIn(f"rope type {kind!r} is not built in; built in: default, linear, llama3, yarn")
+
+
+def _yarn(rope: Mapping[str, Any], before: int) -> RopeScaling:
+    """Convert yarn's fields; where they do not give the factor of attention, it follows from the factor of the context."""
+
+    def scale(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    factor, attention = float(rope["factor"]), rope.get("attention_factor")
+    one, all_dims = rope.get("mscale"), rope.get("mscale_all_dim")
+    if attention is None:
+        attention = scale(one) / scale(all_dims) if one and all_dims else scale(1.0)
+    return RopeScaling(
+        "yarn",
+        factor,
+        original_context=before,
+        attention_factor=float(attention),
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        truncate=bool(rope.get("truncate", True)),
+    )

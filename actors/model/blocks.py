@@ -17,6 +17,7 @@ from ranvier.transport.format.header import Row
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
 from ..component.actor import Look
+from ..component.session import SessionInfo
 from . import weights
 from .compiled import Compiled
 from .kv_cache import KVCache, SessionCache
@@ -85,12 +86,12 @@ class Blocks:
             progress((layer - first + 1) / (last - first + 1))
         self._compiled = Compiled.of(self.config, self.blocks, self._scale)
 
-    def open(self, session: int, capacity: int) -> None:
-        self.cache.open(session, capacity)
+    def open(self, session: SessionInfo) -> None:
+        self.cache.open(session.session, session.capacity)
         for table in self.rotary.values():
-            table.reserve(capacity)
+            table.reserve(session.capacity)
         if self._compiled is not None:
-            self._compiled.reserve(capacity)
+            self._compiled.reserve(session.capacity)
 
     def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
         """Run one step of every row through every layer; the caches advance only if all layers succeed."""

@@ -44,7 +44,7 @@ class AnyBlocks(Protocol):
     @property
     def cache(self) -> KVCache[Any]: ...
 
-    def open(self, session: int, capacity: int) -> None: ...
+    def open(self, session: SessionInfo) -> None: ...
 
     def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor: ...
 
@@ -113,7 +113,7 @@ class BlocksActor(Actor):
         )
 
     def open(self, session: SessionInfo) -> None:
-        self.blocks.open(session.session, session.capacity)
+        self.blocks.open(session)
 
     def rewind(self, session: SessionInfo) -> None:
         self.blocks.cache.rewind(session.session, session.kept)
@@ -332,7 +332,7 @@ class Stage(Actor):
             self.head.load_with(context, None)
 
     def open(self, session: SessionInfo) -> None:
-        self.blocks.open(session.session, session.capacity)
+        self.blocks.open(session)
         if self.head is not None:
             self.head.open(session)
 

@@ -33,17 +33,22 @@ from ..component.actor import Actor, Context, Look
 from ..component.session import SessionInfo
 from ..errors import CheckpointError
 from .causal import BlocksActor, Embedding, Head, Stage, needed
+from .hf_rope import Rotations
 from .hf_whole import Whole, WholeSession
 from .kv_cache import KVCache
 
 
 class ForeignSession:
-    """Hold one session's cache, with the layer classes that the model's config asks for."""
+    """Hold one session's cache, with the layer classes that the model's config asks for.
+
+    `prompt` is the number of tokens that came before the answer, and `known` that of the tokens at the session's start.
+    """
 
     def __init__(self, config: Any, capacity: int) -> None:
         self.past = DynamicCache(config=config)
         self.capacity = capacity
         self.length = 0
+        self.prompt = self.known = 0
 
 
 class _Left(Exception):
@@ -126,6 +131,7 @@ class Skeleton:
         # transformers 5.24 calls it `cache`, earlier versions `past_key_values`
         named = inspect.signature(self.model.forward).parameters
         self._past_name = "cache" if "cache" in named else "past_key_values"
+        self.rotations = Rotations(self.model)
         self.whole = Whole(self.model, checkpoint.config, self._past_name) if checkpoint.config.uncut else None
         tensors = self._own()
         if self.whole is not None:
@@ -247,6 +253,8 @@ class Skeleton:
     def run(self, session: ForeignSession, position: int, hidden_tH: torch.Tensor) -> torch.Tensor:
         """Run [t, H] through this actor's layers, and extend the session's cache."""
         assert self.layers is not None
+        end = position + len(hidden_tH)
+        self.rotations.set(max(end, session.prompt if self.rotations.grows else session.known))
         self._set(hidden_tH[None], enters_at=self.layers[0], leaves_after=self.layers[1], past=session.past)
         return self._run(position, inputs_embeds=torch.zeros_like(hidden_tH)[None])
 
@@ -315,8 +323,13 @@ class ForeignBlocks:
         whole = self.skeleton.whole
         return ForeignSession(self.skeleton.config, capacity) if whole is None else whole.open(capacity)
 
-    def open(self, session: int, capacity: int) -> None:
-        self.cache.open(session, capacity)
+    def open(self, session: SessionInfo) -> None:
+        self.cache.open(session.session, session.capacity)
+        opened = self.cache.sessions[session.session]
+        if isinstance(opened, ForeignSession):
+            opened.prompt, opened.known = session.prompt_tokens, len(session.log)
+        else:
+            opened.scored = session.score
 
     def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
         made = []
@@ -331,9 +344,24 @@ class ForeignBlocks:
                 with whole.watched(row, self.look) if self.look is not None else contextlib.nullcontext():
                     made.append(whole.logits(session, part))
             else:
-                made.append(self.skeleton.run(session, row.position, part))
+                made += self._run(session, row.position, part)
             session.length = row.position + row.tokens
         return torch.cat(made)
+
+    def _run(self, session: ForeignSession, position: int, part_tH: torch.Tensor) -> list[torch.Tensor]:
+        """Run a row: in one piece, or token by token after the prompt if the rotary frequencies follow the length.
+
+        The tokens of an answer come one by one, so that a recovery, which has several at once, must do the same.
+        """
+        at_once = len(part_tH)
+        if self.skeleton.rotations.grows:
+            at_once = max(0, min(at_once, session.prompt - position))
+        sizes = [at_once] * (at_once > 0) + [1] * (len(part_tH) - at_once)
+        made, start = [], position
+        for piece in torch.split(part_tH, sizes):
+            made.append(self.skeleton.run(session, start, aligned(piece)))
+            start += len(piece)
+        return made
 
     def held_bytes(self) -> int:
         return self.skeleton.held_bytes
@@ -400,12 +428,6 @@ class ForeignStage(Stage):
         if isinstance(self.head, ForeignHead):
             self.head.use(skeleton)
         self.blocks = ForeignBlocks(skeleton, context.cache_tokens)
-
-    def open(self, session: SessionInfo) -> None:
-        super().open(session)
-        opened = self.blocks.cache.sessions[session.session]
-        if isinstance(opened, WholeSession):
-            opened.scored = session.score
 
     def held_bytes(self) -> int:
         return self.blocks.held_bytes()

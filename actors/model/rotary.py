@@ -28,7 +28,27 @@ def inverse_frequencies(width: int, theta: float, scaling: RopeScaling | None) -
         if len(scaling.factors) != len(frequencies):
             raise ValueError(f"rotary factors: expected {len(frequencies)}, got {len(scaling.factors)}")
         return frequencies / torch.tensor(scaling.factors)
+    if scaling.kind == "yarn":
+        return _yarn(frequencies, width, theta, scaling)
     return _llama3(frequencies, scaling)
+
+
+def _yarn(frequencies: torch.Tensor, width: int, theta: float, scaling: RopeScaling) -> torch.Tensor:
+    def dimension(turns: float) -> float:
+        """Return the frequency, by its number, that makes so many turns over the original context."""
+        return width * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    if low == high:
+        high += 0.001
+    # 0: a fast frequency, unchanged; 1: a slow one, stretched by the factor
+    ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    unchanged = 1 - ramp
+    stretched = 1.0 / (scaling.factor * theta ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
+    return stretched * (1 - unchanged) + frequencies * unchanged
 
 
 def _llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
@@ -44,6 +64,7 @@ class RotaryTable:
 
     def __init__(self, width: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype) -> None:
         self._frequencies = inverse_frequencies(width, theta, scaling)
+        self._attention_factor = scaling.attention_factor if scaling is not None else 1.0
         self._dtype = dtype
         self.cos_PD = torch.empty(0, width, dtype=dtype)
         self.sin_PD = torch.empty(0, width, dtype=dtype)
@@ -59,7 +80,8 @@ class RotaryTable:
         angles = torch.arange(positions, dtype=torch.float32)[:, None] * self._frequencies
         angles = torch.cat((angles, angles), dim=-1)
         # computed in float32 and rounded once, as in transformers
-        self.cos_PD, self.sin_PD = angles.cos().to(self._dtype), angles.sin().to(self._dtype)
+        cos_PD, sin_PD = (each * self._attention_factor for each in (angles.cos(), angles.sin()))
+        self.cos_PD, self.sin_PD = cos_PD.to(self._dtype), sin_PD.to(self._dtype)
 
 
 def rotate(heads_TND: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:

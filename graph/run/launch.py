@@ -89,7 +89,8 @@ async def launch(
             closing.callback(text.close)
             text.start()
         placement = Placement({name: actor.policy for name, actor in graph.actors.items()})
-        gateway = Gateway(hosts.end.exchange, links, placement, graph.prefill_chunk, graph.generates)
+        border = graph.checkpoint.config.recomputed_after if graph.checkpoint is not None else 0
+        gateway = Gateway(hosts.end.exchange, links, placement, graph.prefill_chunk, graph.generates, border)
         run = Run(planned, folder, hosts, gateway, codec, text, kept)
         try:
             async with (

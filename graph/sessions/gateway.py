@@ -48,6 +48,7 @@ class Gateway:
         placement: the hosts, and the replicas of each session.
         prefill_chunk: maximum number of prompt tokens in one message.
         generates: whether tokens come back. If not, clients call the graph's ports with tensors.
+        recomputed_after: number of tokens after which a session is opened anew, with all its tokens as its prompt; 0: never.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Gateway:
         placement: Placement,
         prefill_chunk: int,
         generates: bool = True,
+        recomputed_after: int = 0,
     ) -> None:
         self.exchange = exchange
         self.placement = placement
@@ -64,6 +66,7 @@ class Gateway:
         self.streams: dict[int, Stream] = {}
         self._chunk = prefill_chunk
         self._generates = generates
+        self._border = recomputed_after
         self._next = 1
         self._epoch = 1
         self._timed: dict[int, int] = {}
@@ -189,6 +192,8 @@ class Gateway:
         del stream.scores[:]
         chosen = {actor: replicas for actor, replicas in stream.replicas.items() if replicas != (0,)}
         left = asked.max_tokens - (len(log) - len(asked.log))
+        if len(log) <= self._border:
+            left = min(left, self._border + 1 - len(log))
         kept = stream.taken if stream.held else 0
         stream.info = replace(
             asked,
@@ -398,7 +403,16 @@ class Gateway:
         stream.events.append(Delivered(position, token, logits, logprobs))
         self.on_delivered(stream, position, token)
         if stream.info.finished(stream.generated, token):
-            self._end(stream, "stop" if token in stream.info.stop_tokens else "length")
+            if token in stream.info.stop_tokens or len(stream.log) - len(stream.asked.log) >= stream.asked.max_tokens:
+                self._end(stream, "stop" if token in stream.info.stop_tokens else "length")
+            else:
+                self._open_anew(stream)
+
+    def _open_anew(self, stream: Stream) -> None:
+        """Open a session again in a new epoch, because it is over the border from which all its positions change."""
+        self._close(stream)
+        self._epoch += 1
+        self._open(stream)
 
     def _acquit(self, stream: Stream) -> None:
         """Clear a session of suspicion: it has made progress, or is over. The next suspected session may start."""
