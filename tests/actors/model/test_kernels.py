@@ -17,6 +17,7 @@ from gguf.quants import dequantize, quantize
 
 from ranvier.actors.checkpoint import open_checkpoint
 from ranvier.actors.checkpoint.checkpoint import Checkpoint
+from ranvier.actors.component.session import SessionInfo
 from ranvier.actors.errors import CheckpointError, NotFinite
 from ranvier.actors.model.blocks import Blocks
 from ranvier.actors.model.kernels import native, packed
@@ -200,7 +201,7 @@ def test_steps_are_those_of_transformers(
     given = {1: torch.randn(40, 128).bfloat16(), 2: torch.randn(31, 128).bfloat16()}
     expected = {session: hidden_after(oracle, hidden.float()) for session, hidden in given.items()}
     for session in given:
-        blocks.open(session, 60)
+        blocks.open(SessionInfo(session, 1, 60))
     steps = [(13, 0), (1, 4), (0, 1), *[(1, 1)] * 26]  # tokens of each session
     errors = []
     for counts in steps:
@@ -228,7 +229,7 @@ def test_a_long_prompt_in_parts_is_that_of_transformers(window: int | None, chun
     torch.manual_seed(6)
     given = torch.randn(150, 128).bfloat16()
     expected = hidden_after(oracle, given.float())
-    blocks.open(1, 151)
+    blocks.open(SessionInfo(1, 1, 151))
     made = torch.cat([
         blocks.forward((Row(1, 1, start, len(given[start : start + chunk])),), given[start : start + chunk])
         for start in range(0, 150, chunk)

@@ -271,6 +271,9 @@ FAMILIES = [
         "sliding_attention", "sliding_attention", "full_attention"] * 2}),
     ("gemma3_text", {"sliding_window": 9, "final_logit_softcapping": 2.0}),
     ("gpt2", GPT2),
+    ("qwen2", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}}),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e4, "factor": 8.0, "original_max_position_embeddings": 8,
+                                   "beta_fast": 4.0, "beta_slow": 0.5, "mscale": 1.2, "mscale_all_dim": 0.7, "truncate": False}}),
 ]  # fmt: skip
 
 
@@ -332,8 +335,7 @@ OTHERS = [
                    "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "max_position_embeddings": 128}),
     # A feature that the native llama lacks.
     ("llama", 4, {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 128,
-                  "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
-                                      "original_max_position_embeddings": 32}}),
+                  "hidden_act": "gelu"}),
 ]  # fmt: skip
 
 
