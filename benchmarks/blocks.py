@@ -2,7 +2,7 @@
 
 Run it with the Python of the peers' environment, after `make peers`:
 
-    .bench-venv/bin/python benchmarks/blocks.py .bench-venv/llama/build/bin/libggml-base.so tests/actors/checkpoint/data/blocks.npz
+    .bench-venv/bin/python benchmarks/blocks.py .bench-venv/llama/build/bin/libggml-base.so blocks.npz
 
 The file has, for each kind, `KIND.blocks` uint8 [rows, bytes] and `KIND.numbers` float32 [rows, 256].
 """

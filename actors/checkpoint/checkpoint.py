@@ -90,11 +90,13 @@ def _open_folder(folder: Path, single: Path | None) -> Checkpoint:
         if found is not None:  # some indexes list a tied head that no file holds; whoever needs the tensor will miss it
             entries[name] = TensorEntry(name, file, found.dtype, found.shape, found.offset, found.nbytes)
     opened = quant_methods.entries(entries, settings, folder) if settings is not None else entries
-    renamed = _prefixes(opened)
+    # transformers' own layers know the names of their files
+    renamed = _prefixes(opened) if config.native or config.experts or config.encoder is not None else _as_it_is
     tensors: dict[str, Entry] = {renamed(name): entry for name, entry in opened.items()}
     embedding = _embedding(tensors)
     if config.tied and embedding is None and "lm_head.weight" in tensors:  # only one of the two was stored
-        tensors[_EMBEDDINGS.get(config.family, "model.embed_tokens.weight")] = tensors["lm_head.weight"]
+        usual = "model.embed_tokens.weight" if config.encoder is None else "model.shared.weight"
+        tensors[_EMBEDDINGS.get(config.family, usual)] = tensors["lm_head.weight"]
     config = _untied(config, tensors)
     if config.encoder is not None:
         own = "lm_head.weight" in tensors
@@ -103,6 +105,8 @@ def _open_folder(folder: Path, single: Path | None) -> Checkpoint:
     return Checkpoint(folder, tensors, config, quant_methods.without(read), generation=generation)
 
 
+_OUTSIDE = ("lm_head.", "final_logits_bias")
+"""Begins of names that have no prefix."""
 _ANCHORS = {"embed_tokens.weight": "model.", "wte.weight": "transformer.", "shared.weight": "model.", "embed_in.weight":
             "gpt_neox."}  # fmt: skip
 """How the name of an embedding ends, and what transformers' causal models have before it."""
@@ -124,15 +128,20 @@ def _prefixes(names: Iterable[str]) -> Callable[[str], str]:
         outer = given.removesuffix(usual) if given.endswith("." + usual) else None
         if outer:
             return lambda name: name.removeprefix(outer)
-        return lambda name: name if name.startswith((usual, "lm_head.")) else usual + name.removeprefix(given)
-    return lambda name: name
+        return lambda name: name if name.startswith((usual, *_OUTSIDE)) else usual + name.removeprefix(given)
+    return _as_it_is
+
+
+def _as_it_is(name: str) -> str:
+    return name
 
 
 def _is_t5(names: Iterable[str]) -> bool:
     return not any(".layers." in name for name in names)
 
 
-_EMBEDDINGS = {"gpt2": "transformer.wte.weight", "gpt_neox": "gpt_neox.embed_in.weight"}
+_EMBEDDINGS = {"gpt2": "transformer.wte.weight", "gpt_neox": "gpt_neox.embed_in.weight", "t5": "shared.weight",
+               "mt5": "shared.weight"}  # fmt: skip
 """Names of embeddings, by family; in the others it is model.embed_tokens.weight or, with an encoder, model.shared.weight."""
 
 
@@ -150,11 +159,14 @@ def _untied(config: ModelConfig, tensors: Mapping[str, Entry]) -> ModelConfig:
     embedding = _embedding(tensors)
     if not config.tied or config.encoder is not None or head is None or embedding is None:
         return config
-    if isinstance(head, TensorEntry) and isinstance(embedding, TensorEntry):
-        alike = (head.shape, head.stored) == (embedding.shape, embedding.stored)
-        if alike and _same_bytes(head, embedding):
-            return config
-    return replace(config, tied=False)
+    return config if same(head, embedding) else replace(config, tied=False)
+
+
+def same(one: Entry, other: Entry) -> bool:
+    """Return whether two tensors have the same numbers, stored in the same form."""
+    if not isinstance(one, TensorEntry) or not isinstance(other, TensorEntry):
+        return False
+    return (one.shape, one.stored) == (other.shape, other.stored) and _same_bytes(one, other)
 
 
 def _same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
@@ -187,7 +199,7 @@ def _read_config(folder: Path, generation: Mapping[str, Any]) -> dict[str, Any]:
 
     Newer encoder–decoder checkpoints keep some fields in `generation_config.json`; these are added.
     """
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", special_floats=True)
     if config.get("is_encoder_decoder"):
         named = ("decoder_start_token_id", "bad_words_ids", "forced_bos_token_id")
         config |= {name: generation[name] for name in named if generation.get(name) is not None}
@@ -206,14 +218,21 @@ def _weight_map(folder: Path, index: Path) -> dict[str, Path]:
     return names
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _special_float(made: dict[str, Any]) -> Any:
+    value = made.get("__float__")
+    return float(value) if len(made) == 1 and isinstance(value, str) else made
+
+
+def read_json(path: Path, *, special_floats: bool = False) -> dict[str, Any]:
     """Read a JSON object from a file of at most 64 MiB.
+
+    With `special_floats`, `{"__float__": "Infinity"}` is a number: so transformers writes what JSON cannot say.
 
     Raises:
         CheckpointError: the file is missing, too large, or not a JSON object.
     """
     try:
-        made = json.loads(read_bounded(path, MAX_JSON_BYTES))
+        made = json.loads(read_bounded(path, MAX_JSON_BYTES), object_hook=_special_float if special_floats else None)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -224,6 +224,8 @@ def _foreign(config: Config, why: str) -> ModelConfig:
         raise NotBuiltIn(f"{why}, and transformers knows no causal model of that type")
     from transformers import CONFIG_MAPPING
 
+    if family in ROUNDED:
+        raise NotBuiltIn(f"{why}, and {family} attends to other tokens with a cache than without")
     if family in DRAFTERS:
         raise NotBuiltIn(
             f"{why}, and {family} is no model by itself: it drafts for another model and needs that model's states"
@@ -243,7 +245,7 @@ def _foreign(config: Config, why: str) -> ModelConfig:
         family=config["model_type"],
         vocab=text.vocab_size,
         hidden=hidden,
-        layers=sizes.num_hidden_layers,
+        layers=getattr(sizes, LAYERS_OF_FILE.get(str(family), "num_hidden_layers")),
         heads=heads,
         kv_heads=heads if uncut else _size(sizes, "num_key_value_heads", heads),
         head_dim=_size(sizes, "head_dim", max(1, hidden // heads)),
@@ -306,8 +308,8 @@ def _size(sizes: Any, name: str, default: int) -> int:
 def _uncut(made: Any, sizes: Any) -> str:
     """Return why a model's layers cannot be cut apart; empty if they can.
 
-    There are four reasons: text is only a part of the model's inputs; its layers keep a state other than a KV cache; its
-    layers differ in their sizes; its prompt tokens see each other in both directions.
+    There are five reasons: text is only a part of the model's inputs; its layers keep a state other than a KV cache; they
+    differ in their sizes, or take more than what the layer before gives; its prompt tokens see each other in both directions.
     """
     kinds = next((k for name in ("layer_types", "layers_block_type") if (k := getattr(sizes, name, None))), None)
     if made.model_type in PROMPTS_BOTH_WAYS:
@@ -317,6 +319,10 @@ def _uncut(made: Any, sizes: Any) -> str:
     odd = sorted({str(kind) for kind in kinds or ()} - ATTENDING)
     if odd:
         return f"layers of the type {', '.join(odd)} keep a state that is no KV cache"
+    if made.model_type in LOOPED:
+        return "its layers run several times, or keep several KV caches"
+    if getattr(sizes, "hidden_size_per_layer_input", 0) or getattr(sizes, "num_kv_shared_layers", 0):
+        return "its layers take more than the hidden states of the layer before"
     if sizes is not made:
         return "text is only a part of what it takes"
     return "its layers differ in their sizes" if any(_differs(sizes, name) for name in SIZES) else ""
@@ -329,16 +335,20 @@ def _differs(sizes: Any, name: str) -> bool:
         return True
 
 
+LAYERS_OF_FILE = {"longcat_flash": "num_layers", "hrm_text": "num_layers_per_stack"}
+"""Fields with the number of layers that a file holds, where it is not `num_hidden_layers`."""
+LOOPED = ("longcat_flash", "hrm_text", "dory")
 SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 
 
 WITHOUT_CACHE = "the library keeps no state per session for it"
-STATES_ELSEWHERE = ("recurrent_gemma", "rwkv", "xlstm", "blt")
+STATES_ELSEWHERE = ("recurrent_gemma", "rwkv", "xlstm", "blt", "openai-gpt")
 """Families whose states transformers keeps in the modules or in a list, not in a cache per session."""
 BOTH_WAYS = "the tokens of a prompt see each other in both directions"
 PROMPTS_BOTH_WAYS = ("cpmant", "xlnet")
 RECOMPUTED = ("phi3", "phimoe", "phi4_multimodal")
 """Families whose cache transformers throws away where a text gets longer than the original context of `longrope`."""
+ROUNDED = ("reformer",)
 DRAFTERS = ("gemma4_assistant",)
 ATTENDING = {
     "full_attention",

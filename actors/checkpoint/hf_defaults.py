@@ -83,6 +83,11 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "bart": _BART,
     "pegasus": _BART,
     "mbart": _BART,
+    "mvp": {**_BART, "vocab_size": 50267},
+    "plbart": {
+        **_BART, "vocab_size": 50005, "encoder_layers": 6, "encoder_ffn_dim": 3072, "encoder_attention_heads": 12,
+        "decoder_layers": 6, "decoder_ffn_dim": 3072, "decoder_attention_heads": 12, "d_model": 768, "scale_embedding": True,
+    },
 }  # fmt: skip
 """Defaults of the fields that are read here, by `model_type`. None: it follows from other fields, or there is none."""
 ROPE_THETA: Mapping[str, float] = {"mixtral": 1e6, "gemma3_text": 1e6}
@@ -105,6 +110,7 @@ NAMES: Mapping[str, Mapping[str, str]] = {
     "qwen3_moe": {"num_local_experts": "num_experts"},
     "t5": _T5_NAMES, "mt5": _T5_NAMES,
     "marian": _BART_NAMES, "bart": _BART_NAMES, "pegasus": _BART_NAMES, "mbart": _BART_NAMES,
+    "mvp": _BART_NAMES, "plbart": {**_BART_NAMES, "initializer_range": "init_std"},
 }  # fmt: skip
 """Other names of fields, as in the `attribute_map` of transformers' classes."""
 

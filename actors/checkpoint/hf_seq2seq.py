@@ -121,6 +121,7 @@ def _mbart(config: Config) -> ModelConfig:
 
 FAMILIES: Mapping[str, Callable[[Config], ModelConfig]] = {
     "t5": _t5, "mt5": _t5, "marian": _marian, "bart": _bart, "pegasus": _pegasus, "mbart": _mbart,
+    "mvp": _bart, "plbart": _bart,
 }  # fmt: skip
 
 

@@ -48,7 +48,7 @@ def _seen(layer: nn.Module, index: int, report: Report) -> Iterator[None]:
             report(None, "embedding", given[0] if given else named["hidden_states"])
 
     def after(_: nn.Module, __: Any, made: Any) -> None:
-        report(index, "hidden", made[0] if isinstance(made, tuple) else made)
+        report(index, "hidden", made[0] if isinstance(made, tuple | list) else made)
 
     def between(_: nn.Module, given: tuple[Any, ...]) -> None:
         report(index, "attended", given[0])

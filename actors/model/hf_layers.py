@@ -26,9 +26,9 @@ from ranvier.transport.format.aligned import aligned
 from ranvier.transport.format.header import Row
 
 from ..checkpoint import safetensors_file
-from ..checkpoint.checkpoint import Checkpoint
+from ..checkpoint.checkpoint import Checkpoint, same
 from ..checkpoint.config import LAYER_OF
-from ..checkpoint.tensors import WHOLE
+from ..checkpoint.tensors import WHOLE, Entry
 from ..component.actor import Actor, Context, Look
 from ..component.session import SessionInfo
 from ..errors import CheckpointError
@@ -83,7 +83,7 @@ class _Place(nn.Module):
             raise _Left(hidden_states)
         if self.own is not None and not skeleton.bypasses:
             made = self.own(hidden_states, *args, **kwargs)
-            hidden_states = made[0] if isinstance(made, tuple) else made
+            hidden_states = made[0] if isinstance(made, tuple | list) else made
         elif skeleton.past is not None:
             nothing = torch.zeros(1, 1, hidden_states.shape[1], 1)
             skeleton.past.update(nothing, nothing, self._index)
@@ -92,6 +92,26 @@ class _Place(nn.Module):
         if self._index == skeleton.leaves_after:
             raise _Left(hidden_states)
         return (hidden_states,) if skeleton.tuples else hidden_states
+
+
+def _empty(config: Any, dtype: torch.dtype) -> Any:
+    """Return a model whose parameters were never written to."""
+    with torch.inference_mode(False), no_init_weights():
+        make: Any = AutoModelForCausalLM.from_config
+        model = make(config, dtype=dtype).train(False)
+        model.tie_weights()  # no_init_weights skips this, too
+    return model
+
+
+def _has_own_head(model: Any, checkpoint: Checkpoint) -> bool:
+    """Return whether the file has two matrices that differ where the config says that they are one."""
+
+    def entry(name: str) -> Entry | None:
+        return checkpoint.tensors.get(name) or checkpoint.tensors.get(name.removeprefix(model.base_model_prefix + "."))
+
+    pairs = (getattr(model, "all_tied_weights_keys", None) or {}).items()
+    found = [(entry(one), entry(other)) for one, other in pairs]
+    return any(one is not None and other is not None and not same(one, other) for one, other in found)
 
 
 class Skeleton:
@@ -122,10 +142,10 @@ class Skeleton:
         config = CONFIG_MAPPING[str(checkpoint.hf["model_type"])].from_dict(dict(checkpoint.hf))
         if not checkpoint.config.tied:  # the file may have a head of its own where its config says otherwise
             config.tie_word_embeddings = False
-        with torch.inference_mode(False), no_init_weights():
-            make: Any = AutoModelForCausalLM.from_config
-            self.model = make(config, dtype=dtype).train(False)
-            self.model.tie_weights()  # no_init_weights skips this, too
+        self.model = _empty(config, dtype)
+        if _has_own_head(self.model, checkpoint):
+            config.tie_word_embeddings = False
+            self.model = _empty(config, dtype)
         self.model.requires_grad_(False)
         self.config = self.model.config
         # transformers 5.24 calls it `cache`, earlier versions `past_key_values`
@@ -154,7 +174,7 @@ class Skeleton:
         found = []
 
         def look(_: nn.Module, __: Any, output: Any) -> None:
-            found.append(isinstance(output, tuple))
+            found.append(isinstance(output, tuple | list))
             raise _Left(torch.empty(0))
 
         handle = layer.register_forward_hook(look)

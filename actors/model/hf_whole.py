@@ -9,6 +9,7 @@ Shape suffixes: t tokens of one step, H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -39,10 +40,12 @@ class Whole:
 
     def __init__(self, model: Any, config: ModelConfig, past_name: str) -> None:
         self._model, self._past_name = model, "mems" if config.family == "xlnet" else past_name
+        self._counts = "position_ids" in inspect.signature(model.forward).parameters
+        self._own_cache = self._past_name == "mems" or config.family == "minimax"
         self._uncached, self._both_ways = config.uncached, config.both_ways
 
     def open(self, capacity: int) -> WholeSession:
-        cached = not self._uncached and self._past_name != "mems"
+        cached = not self._uncached and not self._own_cache
         return WholeSession(DynamicCache(config=self._model.config) if cached else None, capacity)
 
     def watched(self, row: Row, look: Look) -> AbstractContextManager[None]:
@@ -71,7 +74,11 @@ class Whole:
             session.tokens += token_t.tolist()
             made = self._model(input_ids=torch.tensor([session.tokens]), use_cache=False)
         else:
-            made = self._model(input_ids=token_t[None], use_cache=True, **{self._past_name: session.past})
+            given: dict[str, Any] = {self._past_name: session.past}
+            if self._counts:  # some models count from 0 in each step if they are not told
+                given["position_ids"] = torch.arange(session.length, session.length + len(token_t))[None]
+            made = self._model(input_ids=token_t[None], use_cache=True, **given)
+            session.past = getattr(made, self._past_name, session.past)
         logits_tV: torch.Tensor = made.logits[0, -len(token_t) :]
         return logits_tV
 

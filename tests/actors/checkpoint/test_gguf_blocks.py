@@ -54,7 +54,9 @@ def model_of(path: Path, kind: str) -> Any:
             writer.add_tensor(known, tensor.numpy())
             continue
         shape = tuple(tensor.shape)
-        writer.add_tensor(known, of_blocks(shape, data[f"{kind}.blocks"], number), raw_dtype=gguf.GGMLQuantizationType[kind])
+        writer.add_tensor(
+            known, of_blocks(shape, data[f"{kind}.blocks"], number), raw_dtype=gguf.GGMLQuantizationType[kind]
+        )
         tensor.copy_(torch.from_numpy(of_blocks(shape, data[f"{kind}.numbers"], number)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
