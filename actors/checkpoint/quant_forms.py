@@ -392,9 +392,7 @@ def _scale(entry: TensorEntry) -> torch.Tensor:
     import torch
 
     found = array(entry)
-    if entry.stored == "uint8":
-        return torch.where(found == 255, torch.nan, torch.ldexp(torch.ones(()), found.int() - 127))
-    return found.float()
+    return (found.view(torch.float8_e8m0fnu) if entry.stored == "uint8" else found).float()
 
 
 @dataclass(frozen=True, slots=True)

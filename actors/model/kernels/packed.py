@@ -134,8 +134,9 @@ def pack_whole(
     """Pack whole numbers, uint8 [R, C], with their scales and least values. For int8, 0 stands for -128."""
     rows, columns = whole_RC.shape
     data = _pages.take(rows * columns * BITS[kind] // 8)
+    whole_RC = whole_RC.contiguous()  # a copy of it must live until C has read it
     library().ranvier_pack_whole(
-        ctypes.c_void_p(whole_RC.contiguous().data_ptr()), ctypes.c_int(rows), ctypes.c_int(columns), ctypes.c_int(kind),
+        ctypes.c_void_p(whole_RC.data_ptr()), ctypes.c_int(rows), ctypes.c_int(columns), ctypes.c_int(kind),
         ctypes.c_void_p(data.data_ptr()),
     )  # fmt: skip
     return Packed(kind, data, rows, columns, _tiled(scale_RB), _tiled(least_RB) if least_RB is not None else None)
