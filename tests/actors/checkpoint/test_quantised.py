@@ -57,33 +57,28 @@ def llama(columns: int) -> Any:
 
     torch.manual_seed(5)
     config = LlamaConfig(
-        vocab_size=96, hidden_size=columns, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        vocab_size=96, hidden_size=columns, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, head_dim=32, max_position_embeddings=64, initializer_range=0.1,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
 
 def quantised_llama(folder: Path, form: str) -> tuple[Path, Any]:
-    """Write a llama whose keys and values are quantised in this form; return it, and its model with the float numbers."""
+    """Write a llama whose queries, keys and values have the form's matrix; return it, and its model with the float numbers."""
     parts = tensors_of(form)
     [(name, expected)] = FORMS[form]["expected"].items()
     model = llama(expected["shape"][1])
     tensors = {key: value.clone() for key, value in model.state_dict().items()}
-    module = name.removesuffix(".weight")
-    for key, value in parts.items():
-        tensors[key] = value
-        tensors[key.replace("k_proj", "v_proj")] = value.clone()
-    for each in (module, module.replace("k_proj", "v_proj")):
-        if f"{each}.weight" not in parts and each == module:
-            del tensors[f"{module}.weight"], tensors[f"{module.replace('k_proj', 'v_proj')}.weight"]
+    for part in ("q_proj", "k_proj", "v_proj"):
+        del tensors[name.replace("k_proj", part)]
+        tensors |= {key.replace("k_proj", part): value.clone() for key, value in parts.items()}
     write(folder, model.config.to_dict(), tensors, form)
-    checkpoint = open_checkpoint(folder)
     numbers = torch.empty(expected["shape"])
-    checkpoint.read_into(name, numbers)
+    open_checkpoint(folder).read_into(name, numbers)
     attention = model.model.layers[0].self_attn
     with torch.no_grad():
-        attention.k_proj.weight.copy_(numbers)
-        attention.v_proj.weight.copy_(numbers)
+        for part in (attention.q_proj, attention.k_proj, attention.v_proj):
+            part.weight.copy_(numbers)
     return folder, model
 
 
@@ -134,28 +129,39 @@ def test_tiles_hold_what_they_can_without_rounding(form: str, tmp_path: Path) ->
         assert torch.equal(packed.pack_numbers(whole, kind).rows(torch.arange(entry.shape[0])), numbers)
 
 
+def scores(folder: Path, tokens: torch.Tensor, dtype: str, precision: str) -> torch.Tensor:
+    """Return the log-probabilities of the tokens after the first, by a whole model in this process."""
+    actor = load_class(str(BUILT_IN["model"].implementation), None)()
+    actor.load(Context("test", {}, lambda _: None, open_checkpoint(folder), dtype, (0, 0), 64, precision=precision))
+    info = ranvier.SessionInfo(session=1, epoch=1, capacity=64, log=tuple(tokens.tolist()), max_tokens=1, score=True)
+    actor.open(info)
+    return torch.as_tensor(actor.step(Batch((Row(1, 1, 0, len(tokens)),), {"token": tokens}))["scores"]["scores"])
+
+
 @pytest.mark.parametrize("form", IN_A_LLAMA)
 @torch.inference_mode()
 def test_a_quantised_model_gives_the_scores_of_the_dequantised_one(form: str, tmp_path: Path) -> None:
-    """Give transformers' log-probabilities with the float numbers, in float32."""
+    """Give transformers' log-probabilities with the float numbers: in float32, and held as stored within what tiles round.
+
+    Products with tiles of int8 and int4 round the tokens to 255 steps."""
     with torch.inference_mode(False):
         folder, model = quantised_llama(tmp_path, form)
+    assert weights.check_whole(open_checkpoint(folder)) == []
     tokens = torch.arange(5, 45)
     expected = model(tokens[None]).logits[0].log_softmax(-1)[range(39), tokens[1:]]
-    checkpoint = open_checkpoint(folder)
-    assert weights.check_whole(checkpoint) == []
-    actor = load_class(str(BUILT_IN["model"].implementation), None)()
-    actor.load(Context("test", {}, lambda _: None, checkpoint, "float32", (0, 0), 64))
-    info = ranvier.SessionInfo(session=1, epoch=1, capacity=64, log=tuple(tokens.tolist()), max_tokens=1, score=True)
-    actor.open(info)
-    made = actor.step(Batch((Row(1, 1, 0, 40),), {"token": tokens}))
-    assert (torch.as_tensor(made["scores"]["scores"]) - expected).abs().max() < 1e-4
+    assert (scores(folder, tokens, "float32", "dtype") - expected).abs().max() < 1e-4
+    if packed.library() is not None:
+        assert (scores(folder, tokens, "bfloat16", "stored") - expected).abs().mean() < 0.05
 
 
 @pytest.mark.skipif(packed.library() is None, reason="needs the compiled kernels")
-@pytest.mark.parametrize(("form", "words"), [
-    ("gptq_w4_g32_sym", "1 x bfloat16 as bfloat16"), ("ct_nvfp4", "float32/nvfp4 as bfloat16"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("form", "words"),
+    [
+        ("gptq_w4_g32_sym", "1 x gptq int4 as int4"), ("awq_gemm_g32", "1 x awq int4 as int8"),
+        ("ct_nvfp4", "1 x nvfp4 as bfloat16"), ("fp8_block", "1 x fp8 as bfloat16"),
+    ],
+)  # fmt: skip
 def test_show_says_how_the_matrices_are_held(
     form: str, words: str, tmp_path: Path, graph_file: Callable[..., Path]
 ) -> None:
@@ -164,15 +170,12 @@ def test_show_says_how_the_matrices_are_held(
     from ranvier.graph.plan.plan import plan
 
     folder, _ = quantised_llama(tmp_path, form)
-    path = graph_file(
-        model={"source": "unset", "dtype": "bfloat16", "weights": "stored"},
-        actors={"all": {"kind": "model"}},
-        pipeline=["all"],
-    )
+    model = {"source": "unset", "dtype": "bfloat16", "weights": "stored"}
+    path = graph_file(model=model, actors={"all": {"kind": "model"}}, pipeline=["all"])
     text = show.text(plan(ranvier.load(path, overrides={"model.source": str(folder)})))
-    assert "weights in memory: " in text
-    assert FORMS[form]["config"]["quant_method"] != "gptq" or "gptq int4" in text
-    assert words.split(" as ")[1] in text
+    [line] = [line for line in text.splitlines() if line.startswith("weights in memory: ")]
+    assert words in line
+    assert "x float32 as bfloat16" in line
 
 
 def test_quantised_weights_generate_in_processes(tmp_path: Path, graph_file: Callable[..., Path], runs: Path) -> None:
