@@ -82,6 +82,8 @@ def _open_folder(folder: Path, single: Path | None) -> Checkpoint:
     elif index.exists():
         names = _weight_map(folder, index)
         files = {file: safetensors_file.read_header(file) for file in dict.fromkeys(names.values())}
+        for file, held in files.items():  # an index may leave out what its files hold
+            names = dict.fromkeys(held, file) | names
     else:
         raise CheckpointError(f"{folder}: expected model.safetensors or {index.name}, found neither")
     entries: dict[str, TensorEntry] = {}
