@@ -44,6 +44,8 @@ class Described:
                     f"{self.path}: {self.arch}.{name}: expected the same value for all layers, got {value!r:.80}"
                 )
             value = value[0]
+        if isinstance(value, float):
+            value = _shortest(value)
         return default if value is None else value
 
     def need(self, name: str) -> Any:
@@ -103,6 +105,21 @@ class Described:
         if not all(0 < factor < math.inf for factor in factors):
             raise CheckpointError(f"{path}: tensor {name}.weight: expected numbers over 0, got {min(factors)}")
         return list(factors)
+
+
+def _shortest(value: float) -> float:
+    """Return the number with the fewest digits that float32 rounds to `value`: 0.1, where the file has 0.10000000149."""
+    if not math.isfinite(value) or abs(value) > MOST_FLOAT:
+        return value
+    same = (short for digits in range(6, 10) if _float32(short := float(f"{value:.{digits}g}")) == _float32(value))
+    return next(same, value)
+
+
+MOST_FLOAT = 3e38
+
+
+def _float32(value: float) -> bytes:
+    return struct.pack("<f", value)
 
 
 def to_hf(file: Described) -> tuple[Config, Layout] | None:
@@ -385,6 +402,8 @@ def _cohere(file: Described) -> Config:
 
 
 def _t5(file: Described) -> Config:
+    if "enc.blk.1.attn_rel_b.weight" in file:  # each layer has relative positions of its own
+        return {"model_type": "umt5", "is_encoder_decoder": True}
     gated = "enc.blk.0.ffn_gate.weight" in file
     start = file.get("decoder_start_token_id")
     return {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from ranvier.actors.checkpoint.gguf_tokens import ends_of_text, numbered
 from ranvier.actors.errors import CheckpointError, describe
@@ -20,6 +20,8 @@ NAMED = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "sep_to
          "cls_token": "cls", "mask_token": "mask"}  # fmt: skip
 """The names of special tokens in templates, and in GGUF's keys, which spell one of them wrong."""
 
+KINDS = ("gpt2", "gemma4", "llama", "t5")
+"""Kinds of tokenizers that are built in (`tokenizer.ggml.model`): two that merge pairs, SentencePiece's two."""
 SENTENCEPIECE = ((0, "unknown", "<unk>"), (1, "bos", "<s>"), (2, "eos", "</s>"))
 """Ids of special tokens in SentencePiece's vocabularies, unless a file says otherwise."""
 
@@ -55,8 +57,11 @@ def from_gguf(fields: Mapping[str, Any], where: str) -> TextCodec:
         tokenizer = _merging(fields, tokens, ids, name, where)
     elif kind == "llama":
         tokenizer = _sentencepiece(fields, tokens, ids, where)
+    elif kind == "t5":
+        fields = {"tokenizer.ggml.add_eos_token": True, **fields}
+        tokenizer = _unigram(fields, tokens, where)
     else:
-        raise CheckpointError(f"{where}: tokenizer {kind!r} is not built in; built in: gpt2, llama, gemma4")
+        raise CheckpointError(f"{where}: tokenizer {kind!r} is not built in; built in: {', '.join(KINDS)}")
     ends = set(ends_of_text(fields, where))
     special = {i for i, kind_ in enumerate(types) if kind_ in (UNKNOWN, CONTROL)} | ends
     whole = [tokens[i] for i, kind_ in enumerate(types) if kind_ == USER_DEFINED and i not in ends]
@@ -158,6 +163,28 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], ids: dict[str, 
     prefix = [normalizers.Prepend("▁")] if fields.get("tokenizer.ggml.add_space_prefix", True) else []
     tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
     tokenizer.decoder = spelled_out(strips=bool(prefix))
+    return tokenizer
+
+
+def _unigram(fields: Mapping[str, Any], tokens: list[str], where: str) -> Tokenizer:
+    """Return SentencePiece's tokenizer that chooses the likeliest pieces, as T5 has it (Kudo 2018)."""
+    scores = fields.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(tokens):
+        raise CheckpointError(f"{where}: tokenizer.ggml.scores is missing")
+    unknown = numbered(fields, "tokenizer.ggml.unknown_token_id", where)
+    pieces = list(zip(tokens, map(float, scores), strict=True))
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2 if unknown is None else unknown, byte_fallback=False))
+    charsmap = bytes(each & 0xFF for each in fields.get("tokenizer.ggml.precompiled_charsmap") or ())
+    prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
+    steps = [normalizers.Precompiled(charsmap)] if charsmap else []
+    if fields.get("tokenizer.ggml.remove_extra_whitespaces", True):
+        ends = Regex(r"\A +| +\z")
+        steps += [normalizers.Replace(ends, ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    if prefix:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    spaces = [decoders.Replace("▁", " "), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*spaces, decoders.Strip(" ", 1, 0)] if prefix else spaces)
     return tokenizer
 
 

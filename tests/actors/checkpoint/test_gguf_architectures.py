@@ -372,3 +372,44 @@ def test_q_k_and_v_in_one_tensor(tmp_path: Path) -> None:
     writer.close()
     tokens = torch.arange(5, 25)
     assert torch.equal(scores(tmp_path / "apart.gguf", tokens, False), scores(tmp_path / "joined.gguf", tokens, True))
+
+
+@pytest.mark.parametrize("form", ["relu", "gated-gelu"])
+def test_t5_is_the_model_that_it_was_written_from(form: str, tmp_path: Path) -> None:
+    """Read config and tensors of an encoder–decoder model as from its own folder."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=96, d_model=64, d_kv=16, d_ff=80, num_layers=3, num_decoder_layers=2, num_heads=4, feed_forward_proj=form,
+        decoder_start_token_id=0, relative_attention_num_buckets=8, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    oracle = T5ForConditionalGeneration(config)
+    oracle.save_pretrained(tmp_path / "folder")
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "t5")
+    writer.add_context_length(512)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(80)
+    writer.add_block_count(3)
+    writer.add_decoder_block_count(2)
+    writer.add_head_count(4)
+    writer.add_key_length(16)
+    writer.add_value_length(16)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    writer.add_relative_attn_buckets_count(8)
+    writer.add_decoder_start_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5, 3)
+    state = oracle.state_dict()
+    for name, tensor in state.items():
+        stem, _, end = name.rpartition(".")
+        if name == "shared.weight" or ("embed_tokens" not in name and name != "lm_head.weight"):
+            writer.add_tensor(f"{names.get_name(stem)}.{end}", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    made, original = open_checkpoint(tmp_path / "model.gguf"), open_checkpoint(tmp_path / "folder")
+    assert made.config == original.config
+    for name in original.tensors:
+        read = torch.empty_like(state[name])
+        made.read_into(name, read)
+        assert torch.equal(read, state[name]), name

@@ -187,7 +187,7 @@ def test_an_id_out_of_range_is_named(key: str) -> None:
     ({"merges": ["ab"]}, "tokenizer.ggml.merges: expected two parts and a space, got 'ab'"),
     ({"token_type": [1]}, "tokenizer.ggml.token_type: expected a type for each of"),
     ({"tokens": None}, "tokenizer.ggml.tokens is missing"),
-    ({"model": "plamo2"}, "tokenizer 'plamo2' is not built in; built in: gpt2, llama, gemma4"),
+    ({"model": "plamo2"}, "tokenizer 'plamo2' is not built in; built in: gpt2, gemma4, llama, t5"),
 ])  # fmt: skip
 def test_what_is_wrong_with_a_file_is_said(fields: dict[str, Any], words: str) -> None:
     """Name the field that is missing or damaged."""
@@ -225,3 +225,39 @@ def test_words_with_spaces_spelled_out() -> None:
     codec = from_gguf(fields, "test")
     assert codec.encode("hi hi\nhié", special=True) == [1, 261, 262, 263, 261, 2 + 0xC3, 2 + 0xA9]
     assert codec.decode(codec.encode("hi  hié", special=True)) == "hi  hié"
+
+
+def test_the_likeliest_pieces_are_those_of_sentencepiece(tmp_path: Path) -> None:
+    """Encode and decode T5's kind of vocabulary as SentencePiece does, with its own normalisation of characters."""
+    import sentencepiece
+    from sentencepiece import sentencepiece_model_pb2
+
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(pydoc_data.topics.topics[name] for name in ("assignment", "atom-literals", "booleans")))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(tmp_path / "spm"), vocab_size=300, model_type="unigram", pad_id=0, eos_id=1, unk_id=2,
+        bos_id=-1, character_coverage=0.99, minloglevel=2,
+    )  # fmt: skip
+    oracle = sentencepiece.SentencePieceProcessor(str(tmp_path / "spm.model"))
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString((tmp_path / "spm.model").read_bytes())
+    fields = {
+        "tokenizer.ggml.model": "t5", "tokenizer.ggml.tokens": [piece.piece for piece in proto.pieces],
+        "tokenizer.ggml.scores": [piece.score for piece in proto.pieces],
+        "tokenizer.ggml.token_type": [piece.type for piece in proto.pieces],
+        "tokenizer.ggml.precompiled_charsmap": list(proto.normalizer_spec.precompiled_charsmap),
+        "tokenizer.ggml.eos_token_id": 1, "tokenizer.ggml.unknown_token_id": 2, "tokenizer.ggml.padding_token_id": 0,
+    }  # fmt: skip
+    codec = from_gguf(fields, "test")
+    for text in (
+        "the assignment  of a name ",
+        "ﬁve e\u0301tudes",
+        "x = [1, 2]",
+        "",
+        "日本語 and more",
+        " begins with a space",
+    ):
+        ids = oracle.encode(text)
+        assert codec.encode(text, special=False) == ids
+        assert codec.encode(text, special=True) == [*ids, 1]
+        assert 2 in ids or codec.decode(ids) == oracle.decode(ids)
