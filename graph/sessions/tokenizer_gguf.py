@@ -176,7 +176,7 @@ def _unigram(fields: Mapping[str, Any], tokens: list[str], where: str) -> Tokeni
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2 if unknown is None else unknown, byte_fallback=False))
     charsmap = bytes(each & 0xFF for each in fields.get("tokenizer.ggml.precompiled_charsmap") or ())
     prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
-    steps = [normalizers.Precompiled(charsmap)] if charsmap else []
+    steps: list[normalizers.Normalizer] = [normalizers.Precompiled(charsmap)] if charsmap else []
     if fields.get("tokenizer.ggml.remove_extra_whitespaces", True):
         ends = Regex(r"\A +| +\z")
         steps += [normalizers.Replace(ends, ""), normalizers.Replace(Regex(" {2,}"), " ")]
