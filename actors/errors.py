@@ -63,6 +63,10 @@ class CheckpointError(RanvierError):
     """
 
 
+class NotBuiltIn(CheckpointError):
+    """Signal a family of models, or a feature of one, that is not built in."""
+
+
 class NotFinite(RanvierError):
     """Report that a model has computed NaN or infinity, from which no text can follow."""
 

@@ -15,7 +15,8 @@ import pytest
 
 from ranvier.actors.checkpoint.config import ModelConfig
 from ranvier.actors.checkpoint.gguf_config import ARCHITECTURES
-from ranvier.actors.checkpoint.hf_config import DRAFTERS, FAMILIES, ROUNDED, from_hf
+from ranvier.actors.checkpoint.hf_config import FAMILIES, from_hf
+from ranvier.actors.checkpoint.hf_foreign import DRAFTERS, ROUNDED
 from ranvier.actors.checkpoint.hf_seq2seq import FAMILIES as SEQ2SEQ
 from ranvier.actors.checkpoint.quant_methods import METHODS, entries
 from ranvier.actors.checkpoint.quantised import Quantised

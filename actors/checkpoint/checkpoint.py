@@ -1,29 +1,28 @@
 """Open a checkpoint: the architecture and the tensors of a model, under transformers' names, from any kind of file.
 
-Opening reads headers only.
+Opening reads headers, and the small tensors that give the shapes and groups of quantised matrices. If a tied model also
+stores a head, both are compared.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-from ranvier.transport.files import read_bounded
 
 from ..errors import CheckpointError
 from . import gguf_config, gguf_names, gguf_parts, quant_methods, safetensors_file
 from .config import ModelConfig
 from .gguf_config import Described
-from .hf_config import by_transformers, from_hf
+from .hf_config import from_hf
+from .hf_foreign import by_transformers
 from .hf_seq2seq import eos_tokens
+from .json_file import read_json
 from .tensors import Entry, TensorEntry, Tensors, read_exactly
 
 COMPARED_BYTES = 1 << 20
-MAX_JSON_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ class Checkpoint(Tensors):
     gguf: Mapping[str, Any] | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     renamed: bool = True
-    """False if the tensors of a GGUF file have its names, because only transformers' reader knows the architecture."""
+    """False if the tensors keep GGUF's names, because only transformers' reader knows the architecture."""
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -70,12 +69,39 @@ def _open_folder(folder: Path, single: Path | None) -> Checkpoint:
     generation_file = folder / "generation_config.json"
     generation = read_json(generation_file) if generation_file.exists() else {}
     read = _read_config(folder, generation)
-    settings = quant_methods.quantised(read, folder) or _quantised_beside(folder)
+    settings = quant_methods.settings_of(read, folder)
     config = from_hf(read, str(folder / "config.json"))
     if generation_file.exists():  # it has often more ends than config.json, and none if it names none
         config = replace(config, eos_tokens=eos_tokens(generation))
+    entries = _entries(folder, single)
+    opened = quant_methods.entries(entries, settings, folder)
+    embedding = _embedding(config)
+    if embedding is None:  # transformers' own layers know the names of their files
+        tensors = dict(opened)
+    else:
+        renamed = _prefixes(opened.keys(), embedding)
+        tensors = {renamed(name): entry for name, entry in opened.items()}
+        if config.tied and embedding not in tensors and "lm_head.weight" in tensors:  # only one of the two was stored
+            tensors[embedding] = tensors["lm_head.weight"]
+        config = _untied(config, tensors, embedding)
+    if config.encoder is not None:
+        own = "lm_head.weight" in tensors
+        separate = config.family == "marian" and "model.shared.weight" not in tensors
+        config = replace(config, tied=not own, encoder=replace(config.encoder, separate=separate))
+    return Checkpoint(folder, tensors, config, quant_methods.without(read), generation=generation)
+
+
+def _entries(folder: Path, single: Path | None) -> dict[str, TensorEntry]:
+    """Return the tensors of a folder's safetensors files, by the names that they have there.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
     index = folder / "model.safetensors.index.json"
     single = single or folder / "model.safetensors"
+    others = list(folder.glob("*.safetensors"))
+    if not single.exists() and not index.exists() and len(others) == 1:  # such as gptq_model-4bit-128g.safetensors
+        [single] = others
     if single.exists():
         files = {single: safetensors_file.read_header(single)}
         names = dict.fromkeys(files[single], single)
@@ -85,83 +111,59 @@ def _open_folder(folder: Path, single: Path | None) -> Checkpoint:
         for file, held in files.items():  # an index may leave out what its files hold
             names = dict.fromkeys(held, file) | names
     else:
-        raise CheckpointError(f"{folder}: expected model.safetensors or {index.name}, found neither")
-    entries: dict[str, TensorEntry] = {}
-    for name, file in names.items():
-        found = files[file].get(name)
-        if found is not None:  # some indexes list a tied head that no file holds; whoever needs the tensor will miss it
-            entries[name] = TensorEntry(name, file, found.dtype, found.shape, found.offset, found.nbytes)
-    opened = quant_methods.entries(entries, settings, folder) if settings is not None else entries
-    # transformers' own layers know the names of their files
-    renamed = _prefixes(opened) if config.native or config.experts or config.encoder is not None else _as_it_is
-    tensors: dict[str, Entry] = {renamed(name): entry for name, entry in opened.items()}
-    embedding = _embedding(tensors)
-    if config.tied and embedding is None and "lm_head.weight" in tensors:  # only one of the two was stored
-        usual = "model.embed_tokens.weight" if config.encoder is None else "model.shared.weight"
-        tensors[_EMBEDDINGS.get(config.family, usual)] = tensors["lm_head.weight"]
-    config = _untied(config, tensors)
-    if config.encoder is not None:
-        own = "lm_head.weight" in tensors
-        separate = config.family == "marian" and "model.shared.weight" not in tensors
-        config = replace(config, tied=not own, encoder=replace(config.encoder, separate=separate))
-    return Checkpoint(folder, tensors, config, quant_methods.without(read), generation=generation)
+        raise CheckpointError(
+            f"{folder}: expected model.safetensors, {index.name}, or one other safetensors file, got {len(others)}"
+        )
+    return {
+        name: TensorEntry(name, file, found.dtype, found.shape, found.offset, found.nbytes)
+        for name, file in names.items()
+        # some indexes list a tied head that no file holds; whoever needs the tensor will miss it
+        if (found := files[file].get(name)) is not None
+    }
 
 
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "shared.weight")
+"""Ends of the names of embeddings."""
 _OUTSIDE = ("lm_head.", "final_logits_bias")
-"""Begins of names that have no prefix."""
-_ANCHORS = {"embed_tokens.weight": "model.", "wte.weight": "transformer.", "shared.weight": "model.", "embed_in.weight":
-            "gpt_neox."}  # fmt: skip
-"""How the name of an embedding ends, and what transformers' causal models have before it."""
+"""Starts of names that never get a prefix."""
 
 
-def _prefixes(names: Iterable[str]) -> Callable[[str], str]:
+def _embedding(config: ModelConfig) -> str | None:
+    """Return the name of the embedding in a model that this package's own blocks can run; None for any other."""
+    if config.encoder is not None:
+        return "shared.weight" if config.family in ("t5", "mt5") else "model.shared.weight"
+    if config.family == "gpt2":
+        return "transformer.wte.weight"
+    return "model.embed_tokens.weight" if config.native or config.experts else None
+
+
+def _prefixes(names: Collection[str], embedding: str) -> Callable[[str], str]:
     """Return a function that gives names the prefix which transformers' models with a head have.
 
     Some checkpoints have none, because only the model below the head was saved; others have one more, because the model
-    was a part of a larger one. T5 has no prefix.
+    was a part of a larger one. The name of the embedding shows which.
     """
-    for anchor, usual in _ANCHORS.items():
-        found = [name for name in names if name == anchor or name.endswith("." + anchor)]
-        if len(found) != 1 or (anchor == "shared.weight" and _is_t5(names)):
-            continue
-        given = found[0].removesuffix(anchor)
-        if given == usual:
-            break
-        outer = given.removesuffix(usual) if given.endswith("." + usual) else None
-        if outer:
-            return lambda name: name.removeprefix(outer)
-        return lambda name: name if name.startswith((usual, *_OUTSIDE)) else usual + name.removeprefix(given)
-    return _as_it_is
+    usual = next(embedding.removesuffix(end) for end in _EMBEDDINGS if embedding.endswith(end))
+    anchor = embedding.removeprefix(usual)
+    found = [name for name in names if name == anchor or name.endswith("." + anchor)]
+    if not usual or embedding in names or len(found) != 1:
+        return lambda name: name
+    given = found[0].removesuffix(anchor)
+    if given.endswith("." + usual):
+        outer = given.removesuffix(usual)
+        return lambda name: name.removeprefix(outer)
+    return lambda name: name if name.startswith((usual, *_OUTSIDE)) else usual + name.removeprefix(given)
 
 
-def _as_it_is(name: str) -> str:
-    return name
-
-
-def _is_t5(names: Iterable[str]) -> bool:
-    return not any(".layers." in name for name in names)
-
-
-_EMBEDDINGS = {"gpt2": "transformer.wte.weight", "gpt_neox": "gpt_neox.embed_in.weight", "t5": "shared.weight",
-               "mt5": "shared.weight"}  # fmt: skip
-"""Names of embeddings, by family; in the others it is model.embed_tokens.weight or, with an encoder, model.shared.weight."""
-
-
-def _embedding(tensors: Mapping[str, Entry]) -> Entry | None:
-    names = ("model.embed_tokens.weight", "model.shared.weight", "shared.weight", *_EMBEDDINGS.values())
-    return next((tensors[name] for name in names if name in tensors), None)
-
-
-def _untied(config: ModelConfig, tensors: Mapping[str, Entry]) -> ModelConfig:
+def _untied(config: ModelConfig, tensors: Mapping[str, Entry], embedding: str) -> ModelConfig:
     """Return the config with its own head if the file holds one that differs from the embedding, whatever the config says.
 
     transformers does so, too: some fine-tuned models trained their head and kept the config.
     """
     head = tensors.get("lm_head.weight")
-    embedding = _embedding(tensors)
-    if not config.tied or config.encoder is not None or head is None or embedding is None:
+    if not config.tied or config.encoder is not None or head is None or embedding not in tensors:
         return config
-    return config if same(head, embedding) else replace(config, tied=False)
+    return config if same(head, tensors[embedding]) else replace(config, tied=False)
 
 
 def same(one: Entry, other: Entry) -> bool:
@@ -180,20 +182,6 @@ def _same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
             if read_exactly(first, one, size) != read_exactly(second, other, size):
                 return False
     return True
-
-
-_BESIDE = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-
-
-def _quantised_beside(folder: Path) -> dict[str, Any] | None:
-    """Return the settings of a quantised checkpoint that has them in a file of their own; None if there is none."""
-    file = next((folder / name for name in _BESIDE if (folder / name).exists()), None)
-    if file is None:
-        return None
-    read = read_json(file)
-    if file.name == "hf_quant_config.json":
-        return {"quant_method": "modelopt", **(read.get("quantization") or {})}
-    return {"quant_method": "gptq" if file.name == "quantize_config.json" else "awq", **read}
 
 
 def _read_config(folder: Path, generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,40 +208,19 @@ def _weight_map(folder: Path, index: Path) -> dict[str, Path]:
     return names
 
 
-def _special_float(made: dict[str, Any]) -> Any:
-    value = made.get("__float__")
-    return float(value) if len(made) == 1 and isinstance(value, str) else made
-
-
-def read_json(path: Path, *, special_floats: bool = False) -> dict[str, Any]:
-    """Read a JSON object from a file of at most 64 MiB.
-
-    With `special_floats`, `{"__float__": "Infinity"}` is a number: so transformers writes what JSON cannot say.
-
-    Raises:
-        CheckpointError: the file is missing, too large, or not a JSON object.
-    """
-    try:
-        made = json.loads(read_bounded(path, MAX_JSON_BYTES), object_hook=_special_float if special_floats else None)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON: {error}") from None
-    if not isinstance(made, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(made).__name__}")
-    return made
-
-
 def _open_gguf(path: Path) -> Checkpoint:
     header, found = gguf_parts.read(path)
-    file = Described(path, str(header.fields.get("general.architecture")), header.fields, found)
+    if "general.architecture" not in header.fields:
+        raise CheckpointError(f"{path}: expected the metadata 'general.architecture', which is missing")
+    file = Described(path, str(header.fields["general.architecture"]), header.fields, found)
     made = gguf_config.to_hf(file)
     hf, layout = made if made is not None else (by_transformers(path, file.arch), gguf_names.AS_IT_IS)
     config = from_hf(hf, str(path))
     if config.native and config.encoder is None:  # a config.json cannot say everything that a file can have
         config = replace(config, qkv_bias=file.has("attn_q.bias") or file.has("attn_qkv.bias"),
                          out_bias=file.has("attn_output.bias"))  # fmt: skip
-    tensors = gguf_names.named(found, layout, (config.heads, config.kv_heads, config.head_dim))
+    heads = (config.heads, hf.get("num_key_value_heads") or config.heads, hf.get("head_dim") or config.head_dim)
+    tensors = gguf_names.named(found, layout, heads)
     if config.encoder is not None:
         config = replace(config, tied="lm_head.weight" not in tensors)
     return Checkpoint(path, tensors, config, hf, header.fields, _generation(header.fields), made is not None)

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
-from .quant_forms import AWQ, GPTQ, AWQRows, Bytes, ExpertsFloat4, Float4, Float8, PackedRows
+from ..errors import CheckpointError, describe
+from .json_file import read_json
+from .quant_floats import ExpertsFloat4, Float4, Float8
+from .quant_forms import AWQ, GPTQ, AWQRows, Bytes, PackedRows
 from .quantised import Form, Quantised
 from .tensors import Entry, TensorEntry
 
@@ -32,16 +34,31 @@ _WEIGHTS = (
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 
 
-def quantised(config: Mapping[str, Any], folder: Path) -> Settings | None:
-    """Return the settings of a quantised checkpoint, from its `config.json`; None if it is not quantised."""
+_BESIDE = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
+"""Files with the settings, and the method that writes them."""
+
+
+def settings_of(config: Mapping[str, Any], folder: Path) -> Settings | None:
+    """Return the settings of a quantised checkpoint: of its `config.json`, or a file beside it; None if it is not quantised.
+
+    Raises:
+        CheckpointError: they are damaged.
+    """
     text = config.get("text_config")
     found = config.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config"))
     older = config.get("compression_config")
     if not found and isinstance(older, dict) and older:
-        return {"quant_method": "compressed-tensors", **older, **older.get("quantization_config", {})}
-    if found and not isinstance(found, dict):
+        found = {"quant_method": "compressed-tensors", **older}
+    if not found:
+        name = next((name for name in _BESIDE if (folder / name).exists()), None)
+        if name is None:
+            return None
+        read = read_json(folder / name)
+        found = {"quant_method": _BESIDE[name], **(read.get("quantization", {}) if name.startswith("hf_") else read)}
+    if not isinstance(found, dict):
         raise CheckpointError(f"{folder}: quantization_config: expected an object, got {found!r:.80}")
-    return {**found, **(found.get("quantization_config") or {})} if found else None
+    inner = found.get("quantization_config")
+    return {**found, **inner} if isinstance(inner, dict) else found
 
 
 def without(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,30 +69,44 @@ def without(config: Mapping[str, Any]) -> dict[str, Any]:
     return made
 
 
-def entries(found: Found, settings: Settings, folder: Path) -> dict[str, Entry]:
-    """Return the tensors of a quantised checkpoint under the names that the model has without quantisation.
+def entries(found: Found, settings: Settings | None, folder: Path) -> dict[str, Entry]:
+    """Return the tensors of a checkpoint under the names that the model has without quantisation.
 
     Raises:
         CheckpointError: the method is not built in, or its tensors do not fit together.
     """
+    if settings is None:
+        scale = next(
+            (name for name in found if name.endswith((".weight_scale", ".weight_scale_inv", ".qweight"))), None
+        )
+        if scale is not None:
+            raise CheckpointError(
+                f"{found[scale].file}: tensor {scale} belongs to quantised weights, but {folder / 'config.json'} has no "
+                "quantization_config; copy it from the original checkpoint"
+            )
+        return dict(found)
+    try:
+        return dict(_entries(found, settings, folder))
+    except (TypeError, ValueError, AttributeError, LookupError, re.error) as error:
+        raise CheckpointError(f"{folder}: quantization_config: {describe(error)}") from None
+
+
+def _entries(found: Found, settings: Settings, folder: Path) -> Iterator[tuple[str, Entry]]:
     form_of = _method(settings, folder)
     modules: dict[str, dict[str, TensorEntry]] = {}
-    made: dict[str, Entry] = {}
     for name, entry in found.items():
         module, _, end = name.rpartition(".")
         if end in _WEIGHTS:
             modules.setdefault(module, {})[end] = entry
         elif end not in _ACTIVATIONS and not name.endswith(("_blocks", "_scales")):
-            made[name] = entry
-    made |= _experts(found, settings)
+            yield name, entry
+    yield from _experts(found, settings)
     for module, parts in modules.items():
-        made |= {each.name: each for each in _of_module(module, parts, form_of, made)}
-    return made
+        for each in _of_module(module, parts, form_of):
+            yield each.name, each
 
 
-def _of_module(
-    module: str, parts: dict[str, TensorEntry], form_of: FormOf, others: Mapping[str, Entry]
-) -> Iterator[Entry]:
+def _of_module(module: str, parts: dict[str, TensorEntry], form_of: FormOf) -> Iterator[Entry]:
     """Yield the weight of a module, quantised or not.
 
     Raises:
@@ -96,11 +127,8 @@ def _of_module(
             yield plain
             return
         raise CheckpointError(
-            f"{first.file}: tensor {first.name}: {first.stored} without what quantization_config says about it"
+            f"{first.file}: tensor {first.name}: {first.stored}, but quantization_config does not say how {module} is quantised"
         )
-    bias = others.get(f"{module}.bias")
-    if bias is not None and isinstance(form, GPTQ) and bias.stored not in FLOATS:
-        raise CheckpointError(f"{bias.file}: tensor {bias.name}: expected floating-point numbers, got {bias.stored}")
     short = {end.removeprefix("weight_") if end == "weight_g_idx" else end: entry for end, entry in parts.items()}
     yield Quantised(name, form.shape(short), short, form)
 
@@ -224,7 +252,8 @@ def _fp8(settings: Settings, folder: Path) -> FormOf:
         weight = parts.get("weight")
         if weight is None or weight.stored != "float8_e4m3fn":
             return None
-        scale = next((name for name in ("weight_scale_inv", "weight_scale") if name in parts), "weight_scale")
+        usual = "weight_scale_inv" if block is not None else "weight_scale"
+        scale = next((name for name in ("weight_scale_inv", "weight_scale") if name in parts), usual)
         return Float8(block, scale)
 
     return form_of
@@ -246,7 +275,7 @@ def _modelopt(settings: Settings, folder: Path) -> FormOf:
     algorithm = str(settings.get("quant_algo", "FP8")).upper()
     if algorithm in ("NVFP4", "W4A16_NVFP4"):
         return lambda _, parts: (
-            Float4(16, "weight", "weight_scale", "weight_scale_2") if parts["weight"].stored == "uint8" else None
+            Float4(16, "weight", "weight_scale", "weight_scale_2") if "weight_scale_2" in parts else None
         )
     if algorithm in ("FP8", "FP8_PER_CHANNEL_PER_TOKEN"):
         return _fp8({}, folder)
@@ -272,7 +301,7 @@ def _compressed_tensors(settings: Settings, folder: Path) -> FormOf:
     def form_of(module: str, parts: Found) -> Form | None:
         if any(_meant(target, module) for target in settings.get("ignore") or ()):
             return None
-        group = next((own for own in groups.values() if _targets(own, module)), None)
+        group = _group_of(groups, module)
         if group is None:
             return None
         weights = group.get("weights")
@@ -283,9 +312,12 @@ def _compressed_tensors(settings: Settings, folder: Path) -> FormOf:
     return form_of
 
 
-def _targets(group: Any, module: str) -> bool:
-    targets = group.get("targets") if isinstance(group, dict) else None
-    return any(target == "Linear" or _meant(target, module) for target in targets or ())
+def _group_of(groups: Settings, module: str) -> Settings | None:
+    """Return the group that means a module: by its name, else by a regular expression, else because it is a linear layer."""
+    targets = [(target, group) for group in groups.values() for target in group.get("targets") or ()]
+    named = (group for target, group in targets if target == module)
+    matching = (group for target, group in targets if _meant(target, module))
+    return next(named, None) or next(matching, None) or next((g for target, g in targets if target == "Linear"), None)
 
 
 def _meant(target: str, module: str) -> bool:

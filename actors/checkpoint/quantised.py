@@ -27,16 +27,21 @@ BLOCK = 32
 Tile = Literal["int4", "int8"]
 
 
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """Hold a matrix as whole numbers.
+Parts = Mapping[str, TensorEntry]
+"""The tensors of a quantised matrix, by the last part of their names."""
 
-    A weight is `(number - zero) * scale`: `numbers` int16 [R, C], `zeros` int16 [R, B], `scales` float32 [R, B].
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """Hold a matrix as the kernels' tiles need it.
+
+    `codes` uint8 [R, C]: for int4 the numbers, for int8 the numbers less their zeros plus 128. `scales` float32 [R, B], and for
+    int4 `least` float32 [R, B], which is what the number 0 stands for.
     """
 
-    numbers: torch.Tensor
-    zeros: torch.Tensor
+    codes: torch.Tensor
     scales: torch.Tensor
+    least: torch.Tensor | None
 
 
 class Form:
@@ -44,10 +49,10 @@ class Form:
 
     @property
     def stored(self) -> str:
-        """Return what to call it."""
+        """Return the name of the form, as `show` prints it."""
         raise NotImplementedError
 
-    def shape(self, parts: Mapping[str, TensorEntry]) -> tuple[int, ...]:
+    def shape(self, parts: Parts) -> tuple[int, ...]:
         """Return the shape of the weights; check the shapes and dtypes of the parts against each other.
 
         Raises:
@@ -55,21 +60,30 @@ class Form:
         """
         raise NotImplementedError
 
-    def check(self, parts: Mapping[str, TensorEntry]) -> None:
-        """Check more than shapes and scales.
+    def check(self, parts: Parts) -> None:
+        """Check zeros against the settings. Reads them all.
 
         Raises:
-            CheckpointError: the parts are not what the settings say.
+            CheckpointError: they are not what the settings say.
         """
         return
 
-    def rows(self, parts: Mapping[str, TensorEntry], start: int, stop: int) -> torch.Tensor:
-        """Return some rows of the weights, float32 [stop - start, C]."""
+    def rows(self, parts: Parts, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
+        """Return some rows of the weights, float32 [stop - start, C]; `start` is a multiple of 32."""
         raise NotImplementedError
 
-    def whole(self, parts: Mapping[str, TensorEntry]) -> Whole | None:
-        """Return the matrix as whole numbers by blocks of 32 columns; None if it cannot be written so."""
+    def blocks(self, parts: Parts, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return zeros and scales, both float32 [R, B]; None if the numbers are not whole, or a block has two scales."""
         return None
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """Return the least and the largest whole number, without its zero subtracted."""
+        raise NotImplementedError
+
+    def numbers(self, parts: Parts, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
+        """Return some rows of the whole numbers, int16 [stop - start, C]; `start` is a multiple of 32."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +92,7 @@ class Quantised:
 
     name: str
     shape: tuple[int, ...]
-    parts: Mapping[str, TensorEntry]
+    parts: Parts
     form: Form
 
     @property
@@ -86,26 +100,35 @@ class Quantised:
         return next(iter(self.parts.values())).file
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple({entry.file: None for entry in self.parts.values()})
+
+    @property
     def stored(self) -> str:
         return self.form.stored
 
     def read_into(self, target: torch.Tensor) -> None:
-        """Read the tensor into `target` (same shape, any strides), converted to its dtype.
+        """Read the tensor into `target`, converted to its dtype; one of three dimensions must be contiguous.
 
         Raises:
             CheckpointError: the file ends early, or a weight is not finite.
         """
-        rows = target.flatten(0, -2) if target.dim() > 2 else target
+        rows = target.view(-1, target.shape[-1]) if target.dim() > 2 else target
         # a piece of a matrix, or all rows of an expert
-        step = max(1, PIECE_ELEMENTS // max(1, rows.shape[-1])) if target.dim() < 3 else target.shape[1]
+        step = self._step if target.dim() < 3 else target.shape[1]
         for start in range(0, rows.shape[0], step):
             stop = min(start + step, rows.shape[0])
-            made = self.form.rows(self.parts, start, stop)
+            made = self.form.rows(self.parts, self.shape, start, stop)
             if not bool(made.isfinite().all()):
                 raise CheckpointError(
-                    f"{self.file}: tensor {self.name}: a weight is NaN or infinite, because its scale is"
+                    f"{self.file}: tensor {self.name}: a weight is NaN or infinite: its scale is, or is too large"
                 )
             rows[start:stop].copy_(made)
+
+    @property
+    def _step(self) -> int:
+        """Return how many rows are read at a time: whole words of packed zeros have 32 of them."""
+        return max(32, PIECE_ELEMENTS // max(1, self.shape[-1]) // 32 * 32)
 
     def check(self) -> None:
         """Check the scales, and the zeros where the method says what they are.
@@ -115,7 +138,7 @@ class Quantised:
         """
         for name, entry in self.parts.items():
             if "scale" in name:
-                found = array(entry)
+                found = mapped(entry)
                 wrong = (found == 255) if entry.stored == "uint8" else ~found.float().isfinite()
                 if bool(wrong.any()) or (name == "weight_global_scale" and not bool(found.all())):
                     raise CheckpointError(
@@ -123,21 +146,41 @@ class Quantised:
                     )
         self.form.check(self.parts)
 
-    def whole(self) -> Whole | None:
-        """Return the matrix as whole numbers; None if the kernels' tiles cannot hold it without rounding."""
-        return self.form.whole(self.parts) if self.tile else None
+    @property
+    def scale_bytes(self) -> int:
+        """Return the bytes of the scales and zeros that `check` reads."""
+        return sum(entry.nbytes for name, entry in self.parts.items() if "scale" in name or "zero" in name)
 
     @functools.cached_property
     def tile(self) -> Tile | None:
-        """Return the packed form that holds the matrix without rounding; None: no form does."""
-        found = self.form.whole(self.parts) if len(self.shape) == 2 and self.shape[1] % BLOCK == 0 else None
-        if found is None or not _is_half(found.scales):
+        """Return the packed form that holds the matrix without rounding; None: no form does. Only its scales are read."""
+        found = (
+            self.form.blocks(self.parts, self.shape) if len(self.shape) == 2 and self.shape[1] % BLOCK == 0 else None
+        )
+        if found is None or not _is_half(found[1]):
             return None
-        least, most = int(found.numbers.min()), int(found.numbers.max())
-        if least >= 0 and most <= 15 and _is_half(found.zeros * found.scales):
+        zeros, scales = found
+        least, most = self.form.range
+        if least >= 0 and most <= 15 and _is_half(zeros * scales):
             return "int4"
-        zero = found.zeros
-        return "int8" if least - int(zero.max()) >= -128 and most - int(zero.min()) <= 127 else None
+        return "int8" if least - float(zeros.max()) >= -128 and most - float(zeros.min()) <= 127 else None
+
+    def codes(self, tile: Tile) -> Codes:
+        """Return the matrix for tiles of `tile`, which must hold it without rounding."""
+        import torch
+
+        self.check()
+        found = self.form.blocks(self.parts, self.shape)
+        assert found is not None, "the matrix has a tile"
+        zeros, scales = found
+        codes = torch.empty(self.shape, dtype=torch.uint8)
+        for start in range(0, self.shape[0], self._step):
+            stop = min(start + self._step, self.shape[0])
+            numbers = self.form.numbers(self.parts, self.shape, start, stop)
+            if tile == "int8":
+                numbers = numbers - zeros[start:stop].to(torch.int16).repeat_interleave(BLOCK, 1) + 128
+            codes[start:stop] = numbers.to(torch.uint8)
+        return Codes(codes, scales, -(zeros * scales) if tile == "int4" else None)
 
 
 def _worst(scales: torch.Tensor) -> float:
@@ -152,7 +195,51 @@ def _is_half(numbers: torch.Tensor) -> bool:
     return bool((numbers.half().float() == numbers).all())
 
 
-def array(entry: TensorEntry) -> torch.Tensor:
+SCALES = ("float16", "bfloat16", "float32")
+
+
+def expect(parts: Parts, name: str, shape: tuple[int, ...], *dtypes: str) -> None:
+    """Check one part of a matrix.
+
+    Raises:
+        CheckpointError: it is missing, or has another shape or dtype.
+    """
+    entry = part(parts, name)
+    if entry.shape != shape or entry.stored not in dtypes:
+        raise CheckpointError(
+            f"{entry.file}: tensor {entry.name}: expected {' or '.join(dtypes)}{list(shape)}, got {entry.stored}"
+            f"{list(entry.shape)}"
+        )
+
+
+def matrix(parts: Parts, name: str, dtype: str, shape: str) -> TensorEntry:
+    """Return one part of a matrix that must have two dimensions; `shape` names them.
+
+    Raises:
+        CheckpointError: it is missing, or has another number of dimensions or dtype.
+    """
+    entry = part(parts, name)
+    if entry.stored != dtype or len(entry.shape) != 2:
+        raise CheckpointError(
+            f"{entry.file}: tensor {entry.name}: expected {dtype}[{shape}], got {entry.stored}{list(entry.shape)}"
+        )
+    return entry
+
+
+def part(parts: Parts, name: str) -> TensorEntry:
+    """Return one part of a matrix.
+
+    Raises:
+        CheckpointError: it is missing.
+    """
+    entry = parts.get(name)
+    if entry is None:
+        first = next(iter(parts.values()))
+        raise CheckpointError(f"{first.file}: tensor {first.name} needs a tensor {name} beside it, which is missing")
+    return entry
+
+
+def mapped(entry: TensorEntry) -> torch.Tensor:
     """Return a tensor of the file as it lies there, mapped and not read.
 
     Raises:
@@ -179,18 +266,18 @@ def _dtype(stored: str) -> Any:
     return getattr(torch, stored)
 
 
-def bits(words: torch.Tensor, count: int, dim: int, number: int) -> torch.Tensor:
-    """Unpack unsigned numbers of `count` bits from int32 words along a dimension, low bits first, uint8.
+def unpacked(words: torch.Tensor, width: int, dim: int, count: int) -> torch.Tensor:
+    """Unpack `count` unsigned numbers of `width` bits from int32 words along a dimension, low bits first, uint8.
 
-    `number` is how many there are. Numbers may cross from one word into the next, as those of three bits do.
+    Numbers may cross from one word into the next, as those of three bits do.
     """
     import torch
 
     words = words.movedim(dim, -1).contiguous()
     octets = words.view(torch.uint8).to(torch.int32)  # little-endian, as the file
-    at = torch.arange(number) * count
+    at = torch.arange(count) * width
     byte, shift = at // 8, (at % 8).to(torch.int32)
     low = octets[..., byte]
     high = octets[..., (byte + 1).clamp(max=octets.shape[-1] - 1)]
-    made = ((low | high << 8) >> shift) & ((1 << count) - 1)
+    made = ((low | high << 8) >> shift) & ((1 << width) - 1)
     return made.to(torch.uint8).movedim(-1, dim)

@@ -1,14 +1,14 @@
 """Describe where the tensors of a checkpoint lie, and read one tensor at a time.
 
 Tensors have the names and shapes of transformers, in whatever order and form a file stores them. A tensor is read piece by
-piece into memory of the caller's dtype, so a host holds only its own tensors and a piece of a few MiB.
+piece into memory of the caller's dtype, so a host holds only its own tensors, and a piece of a few MiB or one expert.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -38,13 +38,18 @@ class Entry(Protocol):
     def file(self) -> Path: ...
 
     @property
+    def files(self) -> tuple[Path, ...]: ...
+
+    @property
     def stored(self) -> str: ...
 
     @property
     def shape(self) -> tuple[int, ...]: ...
 
     def read_into(self, target: torch.Tensor) -> None:
-        """Read the tensor into `target` (same shape, any strides), converted to its dtype.
+        """Read the tensor into `target`, converted to its dtype.
+
+        `target` has the same shape. It is contiguous; a matrix may have any strides.
 
         Raises:
             CheckpointError: the file ends early.
@@ -71,13 +76,17 @@ class TensorEntry:
     added: float = 0.0
 
     def part(self, name: str, start: int, stop: int, shape: tuple[int, ...] | None = None) -> TensorEntry:
-        """Return the rows `start` to `stop` (along the first dimension) of the file's tensor as a tensor of their own."""
+        """Return the entries `start` to `stop` of the first dimension as a tensor of their own, which may get another shape."""
+        assert not self.transposed and not self.permuted_heads, "the rows of the file are those of the tensor"
         row = self.nbytes // self.shape[0]
-        shape = shape or (stop - start, *self.shape[1:])
-        return TensorEntry(
-            name, self.file, self.stored, shape, self.offset + start * row, (stop - start) * row, 0, self.transposed,
-            self.added,
+        return replace(
+            self, name=name, shape=shape or (stop - start, *self.shape[1:]), offset=self.offset + start * row,
+            nbytes=(stop - start) * row,
         )  # fmt: skip
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return (self.file,)
 
     def read(self) -> bytes:
         """Return the tensor's bytes.
@@ -111,7 +120,10 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Stacked:
-    """Describe a tensor whose `parts` lie in different places, stacked by rows; the parts have as many columns."""
+    """Describe a tensor of two or three dimensions whose `parts` lie in different places, stacked by rows.
+
+    The parts have as many columns.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -120,6 +132,10 @@ class Stacked:
     @property
     def file(self) -> Path:
         return self.parts[0].file
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple({file: None for part in self.parts for file in part.files})
 
     @property
     def stored(self) -> str:
@@ -240,7 +256,7 @@ def read_exactly(file: Any, entry: Entry, count: int) -> bytearray:
 def _rows(target: torch.Tensor, reordered: bool) -> torch.Tensor:
     """Return `target` as a matrix of the rows to read; a vector is one row or, if `reordered`, one row per number."""
     if target.dim() > 1:
-        return target.flatten(0, -2) if target.dim() > 2 else target
+        return target.view(-1, target.shape[-1]) if target.dim() > 2 else target
     return target.view(-1, 1) if reordered else target.view(1, -1)
 
 

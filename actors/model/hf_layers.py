@@ -11,7 +11,6 @@ Shape suffixes: T tokens of the batch, t tokens of one row, H hidden, V vocabula
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import logging
 from collections.abc import Callable
@@ -19,21 +18,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
-from transformers.initialization import no_init_weights
+from transformers import DynamicCache
 
 from ranvier.transport.format.aligned import aligned
 from ranvier.transport.format.header import Row
 
-from ..checkpoint import safetensors_file
-from ..checkpoint.checkpoint import Checkpoint, same
-from ..checkpoint.config import LAYER_OF
-from ..checkpoint.tensors import WHOLE, Entry
+from ..checkpoint.bounds import MOST_LAYERS
+from ..checkpoint.checkpoint import Checkpoint
 from ..component.actor import Actor, Context, Look
 from ..component.session import SessionInfo
 from ..errors import CheckpointError
 from .causal import BlocksActor, Embedding, Head, Stage, needed
 from .hf_rope import Rotations
+from .hf_weights import model_of, read, tensors_of
 from .hf_whole import Whole, WholeSession
 from .kv_cache import KVCache
 
@@ -94,26 +91,6 @@ class _Place(nn.Module):
         return (hidden_states,) if skeleton.tuples else hidden_states
 
 
-def _empty(config: Any, dtype: torch.dtype) -> Any:
-    """Return a model whose parameters were never written to."""
-    with torch.inference_mode(False), no_init_weights():
-        make: Any = AutoModelForCausalLM.from_config
-        model = make(config, dtype=dtype).train(False)
-        model.tie_weights()  # no_init_weights skips this, too
-    return model
-
-
-def _has_own_head(model: Any, checkpoint: Checkpoint) -> bool:
-    """Return whether the file has two matrices that differ where the config says that they are one."""
-
-    def entry(name: str) -> Entry | None:
-        return checkpoint.tensors.get(name) or checkpoint.tensors.get(name.removeprefix(model.base_model_prefix + "."))
-
-    pairs = (getattr(model, "all_tied_weights_keys", None) or {}).items()
-    found = [(entry(one), entry(other)) for one, other in pairs]
-    return any(one is not None and other is not None and not same(one, other) for one, other in found)
-
-
 class Skeleton:
     """Hold a transformers model in which only this actor's part has weights.
 
@@ -138,24 +115,16 @@ class Skeleton:
         self.bypasses = self.tuples = False
         self.past: Any = None
         self.layers = layers
-        # by the class of its type, which never runs code of a checkpoint
-        config = CONFIG_MAPPING[str(checkpoint.hf["model_type"])].from_dict(dict(checkpoint.hf))
-        if not checkpoint.config.tied:  # the file may have a head of its own where its config says otherwise
-            config.tie_word_embeddings = False
-        self.model = _empty(config, dtype)
-        if _has_own_head(self.model, checkpoint):
-            config.tie_word_embeddings = False
-            self.model = _empty(config, dtype)
-        self.model.requires_grad_(False)
+        self.model = model_of(checkpoint, dtype)
         self.config = self.model.config
         # transformers 5.24 calls it `cache`, earlier versions `past_key_values`
         named = inspect.signature(self.model.forward).parameters
         self._past_name = "cache" if "cache" in named else "past_key_values"
-        self.rotations = Rotations(self.model)
+        self.rotations = Rotations(self.model, recomputed=checkpoint.config.recomputed_after > 0)
         self.whole = Whole(self.model, checkpoint.config, self._past_name) if checkpoint.config.uncut else None
-        tensors = self._own()
+        tensors = tensors_of(self.model)
         if self.whole is not None:
-            self.held_bytes = self._read(checkpoint, set(tensors), dtype, progress)
+            self.held_bytes = read(self.model, checkpoint, set(tensors), range(MOST_LAYERS), dtype, progress)
             return
         stack, name = _layer_list(self.model, checkpoint.config.layers)
         self.tuples = self._returns_tuples(stack[0])
@@ -165,7 +134,7 @@ class Skeleton:
             for tensor in tensors
             if (layer_of(tensor, name) in own if tensor.startswith(name + ".") else outside)
         }
-        self.held_bytes = self._read(checkpoint, wanted, dtype, progress)
+        self.held_bytes = read(self.model, checkpoint, wanted, own, dtype, progress)
         for index in range(len(stack)):
             stack[index] = _Place(self, index, stack[index], index in own)
 
@@ -185,85 +154,6 @@ class Skeleton:
         finally:
             handle.remove()
         return found[0]
-
-    def _read(
-        self, checkpoint: Checkpoint, wanted: set[str], dtype: torch.dtype, progress: Callable[[float], None]
-    ) -> int:
-        """Read the wanted parameters, by transformers if the checkpoint names them differently; return their bytes."""
-        own = self._own()
-        prefix = self.model.base_model_prefix + "."
-        tied = set(getattr(self.model, "all_tied_weights_keys", None) or {})
-        buffers = own.keys() - {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        names = {}
-        for name in sorted(wanted):
-            known = next((each for each in (name, name.removeprefix(prefix)) if each in checkpoint.tensors), None)
-            if known is not None:
-                names[name] = known
-            elif name not in tied and name not in buffers:
-                self._read_converted(checkpoint, own, wanted, dtype)
-                break
-        else:
-            for count, (name, known) in enumerate(names.items(), 1):
-                checkpoint.read_into(known, own[name])
-                progress(count / len(names))
-        return sum(tensor.nbytes for tensor in {own[name].data_ptr(): own[name] for name in wanted}.values())
-
-    def _own(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of the model that a checkpoint has: parameters, and buffers that are saved."""
-        buffers = dict(self.model.named_buffers(remove_duplicate=False))
-        saved = self.model.state_dict().keys() & buffers.keys()
-        return dict(self.model.named_parameters(remove_duplicate=False)) | {name: buffers[name] for name in saved}
-
-    def _read_converted(
-        self, checkpoint: Checkpoint, own: dict[str, torch.Tensor], wanted: set[str], dtype: torch.dtype
-    ) -> None:
-        """Let transformers load this actor's part, because it lays these tensors out differently from their file.
-
-        Raises:
-            CheckpointError: a wanted tensor is missing, or a tensor has another shape.
-        """
-        read: Any = type(self.model).from_pretrained
-        given: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-        with torch.inference_mode(False), no_init_weights():
-            if checkpoint.renamed:
-                state = self._state(checkpoint, dtype)
-                whole, info = read(None, config=copy.deepcopy(self.config), state_dict=state, **given)
-            else:
-                whole, info = read(checkpoint.path.parent, gguf_file=checkpoint.path.name, **given)
-        for name, theirs, expected in sorted(info["mismatched_keys"]):  # transformers would leave them random
-            if name in wanted:
-                raise CheckpointError(
-                    f"{checkpoint.path}: tensor {name}: expected shape {tuple(expected)}, got {tuple(theirs)}"
-                )
-        parameters = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
-        missing = sorted(wanted & parameters & {str(name) for name in info["missing_keys"]})
-        if missing:  # transformers would fill them with random numbers
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor {missing[0]} is missing (missing tensors: {len(missing)})"
-            )
-        theirs_by_name = dict(whole.named_parameters(remove_duplicate=False)) | dict(whole.named_buffers())
-        for name in wanted & theirs_by_name.keys():
-            tensor = theirs_by_name[name]
-            if own[name].shape != tensor.shape:
-                raise CheckpointError(
-                    f"{checkpoint.path}: tensor {name}: expected shape {tuple(own[name].shape)}, got {tuple(tensor.shape)}"
-                )
-            own[name].copy_(tensor)
-
-    def _state(self, checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """Return the checkpoint's tensors of this actor's layers, and those that are in no layer."""
-        state = {}
-        for name, entry in checkpoint.tensors.items():
-            found = LAYER_OF.search(name)
-            own = found is None or self.whole is not None or self._holds(int(found[1]))
-            if own and not entry.stored.startswith(safetensors_file.UNKNOWN):
-                kept = getattr(torch, entry.stored) if entry.stored in WHOLE else dtype
-                state[name] = torch.empty(entry.shape, dtype=kept)
-                checkpoint.read_into(name, state[name])
-        return state
-
-    def _holds(self, layer: int) -> bool:
-        return self.layers is not None and self.layers[0] <= layer <= self.layers[1]
 
     def embed(self, position: int, token_t: torch.Tensor) -> torch.Tensor:
         """Return the hidden states that enter the first layer, [t, H]."""
@@ -361,6 +251,7 @@ class ForeignBlocks:
             if isinstance(session, WholeSession):
                 whole = self.skeleton.whole
                 assert whole is not None
+                self.skeleton.rotations.set(row.position + row.tokens)
                 with whole.watched(row, self.look) if self.look is not None else contextlib.nullcontext():
                     made.append(whole.logits(session, part))
             else:

@@ -19,13 +19,16 @@ from torch import nn
 
 
 class Rotations:
-    """Hold the rotary embeddings of a model that depend on the length; set the length before each step."""
+    """Hold the rotary embeddings of a model that depend on the length; set the length before each step.
 
-    def __init__(self, model: nn.Module) -> None:
+    `recomputed`: the gateway opens a session again where all its frequencies change.
+    """
+
+    def __init__(self, model: nn.Module, *, recomputed: bool = False) -> None:
         self._length = 0
         self._modules = [module for module in model.modules() if _kinds(module) & {"dynamic", "longrope"}]
-        self.grows = any("dynamic" in _kinds(module) for module in self._modules)
-        """True if the frequencies change with each token of an answer."""
+        self.grows = bool(self._modules) and not recomputed
+        """True if an answer must be replayed token by token: the frequencies of each depend on the length until it."""
         for module in self._modules:
             module.forward = functools.partial(self._forward, module.forward)
 

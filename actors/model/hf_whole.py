@@ -75,7 +75,7 @@ class Whole:
             made = self._model(input_ids=torch.tensor([session.tokens]), use_cache=False)
         else:
             given: dict[str, Any] = {self._past_name: session.past}
-            if self._counts:  # some models count from 0 in each step if they are not told
+            if self._counts:  # without them, some models count from 0 in each step
                 given["position_ids"] = torch.arange(session.length, session.length + len(token_t))[None]
             made = self._model(input_ids=token_t[None], use_cache=True, **given)
             session.past = getattr(made, self._past_name, session.past)

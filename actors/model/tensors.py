@@ -15,7 +15,7 @@ from ranvier.transport.format.header import Row
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
-from ..checkpoint.quantised import Quantised, Whole
+from ..checkpoint.quantised import Quantised, Tile
 from ..checkpoint.tensors import StoredRows, TensorEntry
 from ..component.actor import Batch, RowsFailed
 from ..errors import NotFinite
@@ -97,8 +97,11 @@ def read_matrix(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, precisio
     if dtype is not torch.bfloat16 or not packs(slot) or packed.library() is None:
         return read_slot(slot, checkpoint, dtype)
     held = packed_as(slot, checkpoint, precision)
-    if precision == "stored" and held != "bfloat16" and (whole := _whole(slot, checkpoint)) is not None:
-        return packed.pack_numbers(whole, KINDS[held])
+    entries = [checkpoint.tensors[name] for name, _ in slot.parts]
+    quantised = [entry for entry in entries if isinstance(entry, Quantised)]
+    if precision == "stored" and held != "bfloat16" and len(quantised) == len(entries):
+        tile: Tile = "int4" if held == "int4" else "int8"
+        return packed.pack_codes([entry.codes(tile) for entry in quantised], KINDS[held])
     stored = _stored(slot, checkpoint) if precision in ("dtype", "stored") else None
     if (
         stored is not None
@@ -124,16 +127,6 @@ def _stored(slot: Slot, checkpoint: Checkpoint) -> list[StoredRows] | None:
         ):  # fmt: skip
             return None
     return [checkpoint.stored_rows(name, shape) for name, shape in slot.needs()]
-
-
-def _whole(slot: Slot, checkpoint: Checkpoint) -> Whole | None:
-    """Return a matrix that is stored as whole numbers with scales; None if it is not."""
-    entries = [checkpoint.tensors[name] for name, _ in slot.parts]
-    parts = [entry.whole() if isinstance(entry, Quantised) else None for entry in entries]
-    found = [part for part in parts if part is not None]
-    if slot.transposed or len(found) < len(parts):
-        return None
-    return Whole(*(torch.cat([getattr(part, name) for part in found]) for name in ("numbers", "zeros", "scales")))
 
 
 def product(tokens_TC: torch.Tensor, matrix: torch.Tensor | Packed, bias_R: torch.Tensor | None = None) -> torch.Tensor:

@@ -13,6 +13,7 @@ HUB_FILES = [
     "chat_template.jinja", "additional_chat_templates/*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm",
     "tekken.json", "tiktoken.model", "qwen.tiktoken",
+    "gptq_model*.safetensors", "hf_quant_config.json", "quantize_config.json", "quant_config.json",
 ]  # fmt: skip
 """Files that are fetched from the hub: weights, configs, and whatever holds a tokenizer or a chat template.
 

@@ -82,6 +82,8 @@ async def launch(
             planned, folder, specs, [each.link for each in links], zygote=zygote, bad_links=bad_links, shown=log
         )
         closing.callback(hosts.close)
+        for warning in graph.warnings:
+            hosts.log.warning("checkpoint", what=warning)
         hosts.launcher.begin()  # its import of torch takes longest; this process works in parallel
         kept, left = await _journals(planned, folder, resume, closing)
         text = TextProcess(codec) if codec is not None else None

@@ -66,7 +66,7 @@ class Gateway:
         self.streams: dict[int, Stream] = {}
         self._chunk = prefill_chunk
         self._generates = generates
-        self._border = recomputed_after
+        self._recomputed_after = recomputed_after
         self._next = 1
         self._epoch = 1
         self._timed: dict[int, int] = {}
@@ -192,8 +192,8 @@ class Gateway:
         del stream.scores[:]
         chosen = {actor: replicas for actor, replicas in stream.replicas.items() if replicas != (0,)}
         left = asked.max_tokens - (len(log) - len(asked.log))
-        if len(log) <= self._border:
-            left = min(left, self._border + 1 - len(log))
+        if len(log) <= self._recomputed_after:
+            left = min(left, self._recomputed_after + 1 - len(log))
         kept = stream.taken if stream.held else 0
         stream.info = replace(
             asked,
@@ -402,14 +402,15 @@ class Gateway:
         logits, logprobs = numbers.pop(("logits", position), None), numbers.pop(("logprobs", position), None)
         stream.events.append(Delivered(position, token, logits, logprobs))
         self.on_delivered(stream, position, token)
-        if stream.info.finished(stream.generated, token):
-            if token in stream.info.stop_tokens or len(stream.log) - len(stream.asked.log) >= stream.asked.max_tokens:
-                self._end(stream, "stop" if token in stream.info.stop_tokens else "length")
-            else:
-                self._open_anew(stream)
+        if not stream.info.finished(stream.generated, token):
+            return
+        if stream.asked.finished(len(stream.log) - len(stream.asked.log), token):
+            self._end(stream, "stop" if token in stream.info.stop_tokens else "length")
+        else:
+            self._open_anew(stream)
 
     def _open_anew(self, stream: Stream) -> None:
-        """Open a session again in a new epoch, because it is over the border from which all its positions change."""
+        """Open a session again in a new epoch, because all its positions change now; see `recomputed_after`."""
         self._close(stream)
         self._epoch += 1
         self._open(stream)

@@ -370,7 +370,7 @@ def began(plan: Plan) -> Began:
 def _files(graph: Graph) -> Iterable[Path]:
     found: set[Path] = set()
     if graph.checkpoint is not None:
-        found.update(entry.file for entry in graph.checkpoint.tensors.values())
+        found.update(file for entry in graph.checkpoint.tensors.values() for file in entry.files)
         if graph.checkpoint.path.is_dir():
             found.update(path for path in graph.checkpoint.path.glob("*.json") if path.is_file())
     for actor in graph.actors.values():

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models
 
-from ranvier.actors.checkpoint.checkpoint import read_json
+from ranvier.actors.checkpoint.json_file import read_json
 from ranvier.actors.errors import CheckpointError, describe
 from ranvier.transport.files import read_text
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ranvier.actors.checkpoint.json_file import read_json
+from ranvier.actors.checkpoint.quant_methods import settings_of
 from ranvier.actors.protocol.training_spec import folder_of
 from ranvier.transport.files import locked, read_text
 
@@ -27,6 +29,12 @@ from .plan import TrainingPlan
 MOST_BYTES = 1 << 30
 """Size limit of an index, which has the history of all steps."""
 INDEX, LATEST, LOCK = "index.json", "latest", "lock"
+CLASSES = {
+    "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel", "mixtral": "MixtralForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}  # fmt: skip
+"""Classes of transformers for models that come from GGUF, by family; other programs choose their code by them."""
 BROUGHT = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -132,13 +140,16 @@ def _as_model(folder: Path, plan: TrainingPlan) -> None:
     for name in BROUGHT:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if plan.graph.file.model is not None and settings_of(read_json(source / "config.json"), source) is not None:
+        config = {**checkpoint.hf, "dtype": plan.graph.file.model.dtype}  # what is trained is not quantised
+        _write(folder / "config.json", json.dumps(config, indent=1) + "\n")
 
 
 def _out_of_gguf(folder: Path, plan: TrainingPlan) -> None:
     """Write the config and the tokenizer of a GGUF file in the format of transformers."""
     checkpoint, model = plan.graph.checkpoint, plan.graph.file.model
     assert checkpoint is not None and model is not None
-    config = {**checkpoint.hf, "dtype": model.dtype}
+    config = {"architectures": [CLASSES[checkpoint.config.family]], **checkpoint.hf, "dtype": model.dtype}
     _write(folder / "config.json", json.dumps(config, indent=1) + "\n")
     if tokenizer.brought_by(checkpoint):
         codec = tokenizer.of(checkpoint)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ranvier.actors.checkpoint.checkpoint import read_json
 from ranvier.actors.checkpoint.hf_config import from_hf
+from ranvier.actors.checkpoint.json_file import read_json
 from ranvier.actors.component.kinds import BUILT_IN
 from ranvier.actors.model import weights
 

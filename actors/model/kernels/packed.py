@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ranvier.actors.checkpoint.quantised import Whole
+from ranvier.actors.checkpoint.quantised import Codes
 from ranvier.actors.checkpoint.tensors import StoredRows
 
 from . import native
@@ -142,12 +142,11 @@ def pack_whole(
     return Packed(kind, data, rows, columns, _tiled(scale_RB), _tiled(least_RB) if least_RB is not None else None)
 
 
-def pack_numbers(whole: Whole, kind: int) -> Packed:
-    """Pack a matrix of whole numbers that `kind`, int4 or int8, holds without rounding."""
-    if kind == INT4:
-        return pack_whole(INT4, whole.numbers.to(torch.uint8), whole.scales, -(whole.zeros * whole.scales))
-    numbers = whole.numbers - whole.zeros.repeat_interleave(BLOCK, 1) + 128
-    return pack_whole(INT8, numbers.to(torch.uint8), whole.scales)
+def pack_codes(parts: Sequence[Codes], kind: int) -> Packed:
+    """Pack matrices of whole numbers as one, stacked by rows. Nothing is rounded."""
+    codes_RC, scale_RB = (torch.cat([getattr(part, name) for part in parts]) for name in ("codes", "scales"))
+    least = [part.least for part in parts if part.least is not None]
+    return pack_whole(kind, codes_RC, scale_RB, torch.cat(least) if least else None)
 
 
 STORED = {"Q4_0": 0, "Q4_1": 1, "Q8_0": 2}

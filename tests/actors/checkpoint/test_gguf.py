@@ -15,7 +15,7 @@ from gguf.constants import GGML_QUANT_SIZES
 
 from ranvier.actors.checkpoint import open_checkpoint
 from ranvier.actors.checkpoint.config import RopeScaling
-from ranvier.actors.checkpoint.hf_config import context_of
+from ranvier.actors.checkpoint.hf_positions import context_of
 from ranvier.actors.errors import CheckpointError
 
 LAYERS = 3

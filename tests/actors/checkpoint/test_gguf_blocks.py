@@ -1,6 +1,6 @@
 """Test every kind of GGUF block with blocks that llama.cpp has made, and the numbers that llama.cpp reads from them.
 
-`data/blocks.npz` is made by `benchmarks/blocks.py`. The model is 256 wide, as wide as the largest block."""
+`data/blocks.npz` is made by `data/make_blocks.py`. The model is 256 wide, as wide as the largest block."""
 
 from __future__ import annotations
 

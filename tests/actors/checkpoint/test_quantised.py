@@ -13,14 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ranvier
-from ranvier.actors.checkpoint import open_checkpoint
+from ranvier.actors.checkpoint import open_checkpoint, quant_methods
 from ranvier.actors.checkpoint.quant_methods import METHODS
 from ranvier.actors.checkpoint.quantised import Quantised
+from ranvier.actors.checkpoint.tensors import open_tensors
 from ranvier.actors.component.actor import Batch, Context
 from ranvier.actors.component.kinds import BUILT_IN, load_class
 from ranvier.actors.errors import CheckpointError
 from ranvier.actors.model import weights
 from ranvier.actors.model.kernels import packed
+from ranvier.actors.model.tensors import KINDS
 from ranvier.transport.format.header import Row
 
 DATA = Path(__file__).parent / "data"
@@ -84,17 +86,10 @@ def quantised_llama(folder: Path, form: str) -> tuple[Path, Any]:
 
 def entries_of(folder: Path, form: str) -> dict[str, Any]:
     """Open the tensors of a form without a model around them."""
-    from ranvier.actors.checkpoint import quant_methods, safetensors_file
-    from ranvier.actors.checkpoint.checkpoint import _quantised_beside
-    from ranvier.actors.checkpoint.tensors import open_tensors
-
     write(folder, {}, tensors_of(form), form)
     config = json.loads((folder / "config.json").read_text())
-    settings = quant_methods.quantised(config, folder) or _quantised_beside(folder)
-    assert settings is not None
-    assert safetensors_file.read_header(folder / "model.safetensors")
     found: Any = open_tensors(folder / "model.safetensors").tensors
-    return quant_methods.entries(found, settings, folder)
+    return quant_methods.entries(found, quant_methods.settings_of(config, folder), folder)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -119,14 +114,13 @@ def test_tiles_hold_what_they_can_without_rounding(form: str, tmp_path: Path) ->
         if not isinstance(entry, Quantised) or len(entry.shape) != 2:
             continue
         assert form not in TILES or entry.tile == TILES[form]
-        whole = entry.whole()
-        assert (whole is None) == (entry.tile is None)
-        if whole is None or packed.library() is None:
+        if entry.tile is None or packed.library() is None:
             continue
-        kind = {"int4": packed.INT4, "int8": packed.INT8}[str(entry.tile)]
         numbers = torch.empty(entry.shape)
         entry.read_into(numbers)
-        assert torch.equal(packed.pack_numbers(whole, kind).rows(torch.arange(entry.shape[0])), numbers)
+        for tile in {"int4": ("int4", "int8"), "int8": ("int8",)}[entry.tile]:
+            made = packed.pack_codes([entry.codes(tile), entry.codes(tile)], KINDS[tile])
+            assert torch.equal(made.rows(torch.arange(2 * entry.shape[0])), torch.cat((numbers, numbers)))
 
 
 def scores(folder: Path, tokens: torch.Tensor, dtype: str, precision: str) -> torch.Tensor:
@@ -233,14 +227,14 @@ WRONG: list[tuple[str, Change, str]] = [
     ("awq_gemm_g32", dropped("qzeros"), "needs a tensor qzeros beside it, which is missing"),
     ("awq_gemm_g32", setting(version="gemv_fast"), "version 'gemv_fast' is not built in; built in: gemm, gemv"),
     ("awq_gemm_g32", setting(group_size=48), "expected groups that divide 128 columns, got groups of 48"),
-    ("fp8_block", dropped("weight_scale_inv"), "needs a tensor weight_scale beside it, which is missing"),
+    ("fp8_block", dropped("weight_scale_inv"), "needs a tensor weight_scale_inv beside it, which is missing"),
     ("fp8_block", changed("weight_scale_inv", lambda t: t.t().contiguous()), "k_proj.weight_scale_inv: expected float32"),
     ("fp8_block", setting(weight_block_size=[0, 128]), "the size of blocks: expected two positive integers, got [0, 128]"),
     ("fp8_block", setting(fmt="e5m2"), "fmt 'e5m2' is not built in; built in: e4m3"),
     ("fp8_block_ue8m0", changed("weight_scale_inv", lambda t: torch.full_like(t.view(torch.uint8), 255)), "expected finite scales, got nan"),
     ("ct_w4a16_g32_sym", changed("weight_shape", lambda t: t * 2), "k_proj.weight_packed: expected int32[128, 32]"),
     ("ct_w4a16_g32_asym", dropped("weight_zero_point"), "needs a tensor weight_zero_point beside it, which is missing"),
-    ("ct_w4a16_g32_sym", setting(ignore=["re:.*k_proj"]), "without what quantization_config says about it"),
+    ("ct_w4a16_g32_sym", setting(ignore=["re:.*k_proj"]), "but quantization_config does not say how model.layers.0.self_attn.k_proj is quantised"),
     ("ct_w4a16_g32_sym", setting(transform_config={"R1": {}}), "transform_config is not built in"),
     ("ct_w4a16_g32_sym", setting(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config of the format 'sparse-24-bitmask'"),
     ("ct_w4a16_g32_sym", setting(config_groups={}), "expected an object 'config_groups', got {}"),
@@ -298,4 +292,4 @@ def test_biases_of_zeros_are_not_missed(tmp_path: Path) -> None:
 def test_every_method_has_data() -> None:
     """Try every method that is built in; `sparseml` is an older name of compressed-tensors."""
     used = {str(told["config"].get("quant_method", "modelopt")) for told in FORMS.values()}
-    assert {*METHODS} - {"sparseml"} <= used | {"modelopt"}
+    assert {*METHODS} - {"sparseml"} <= used

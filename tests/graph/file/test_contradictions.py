@@ -95,7 +95,8 @@ def test_what_the_librarys_own_layers_are_not_given(
 )
 def test_families_that_cannot_be_run_are_refused_with_the_reason(config: dict[str, Any], words: str) -> None:
     """Refuse a family that cannot be run, and give the reason."""
-    from ranvier.actors.checkpoint.hf_config import NotBuiltIn, from_hf
+    from ranvier.actors.checkpoint.hf_config import from_hf
+    from ranvier.actors.errors import NotBuiltIn
 
     with pytest.raises(NotBuiltIn, match=words):
         from_hf(config, "config.json")

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 import ranvier
 from ranvier.actors.checkpoint import gguf_file, open_checkpoint, safetensors_file
-from ranvier.actors.checkpoint.checkpoint import read_json
+from ranvier.actors.checkpoint.json_file import read_json
 from ranvier.actors.errors import CheckpointError, RecordingError
 from ranvier.actors.trace.recording_reader import Recorded
 from ranvier.graph.commands import cli

@@ -54,7 +54,11 @@ def model_of(tiny: Any, name: str) -> Path:
     return Path(folder)
 
 
-@pytest.mark.parametrize("name", SCALED)
+SLOW = ("dynamic", "longrope without new computation")
+"""What the slow tests try: two more runs of transformers' layers each."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in SCALED])
 def test_a_prompt_over_the_original_context_is_the_same_in_any_chunks(
     name: str, tiny: Any, graph_file: Callable[..., Path], runs: Path, split: Any
 ) -> None:
@@ -72,7 +76,8 @@ def test_a_prompt_over_the_original_context_is_the_same_in_any_chunks(
                 assert made == expected[length], f"{length} tokens, chunks of {chunk}"
 
 
-@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dynamic", "longrope", "longrope without new computation"])
 def test_an_actor_that_is_lost_beyond_the_original_context_changes_nothing(
     name: str, tiny: Any, graph_file: Callable[..., Path], runs: Path, split: Any
 ) -> None:
@@ -101,6 +106,7 @@ def test_who_scales(name: str, native: bool, tiny: Any) -> None:
     assert config.recomputed_after == (ORIGINAL if name == "longrope" else 0)
 
 
+@pytest.mark.slow
 def test_scores_of_a_text_over_the_original_context_are_those_of_one_piece(
     tiny: Any, graph_file: Callable[..., Path], runs: Path, split: Any
 ) -> None:

@@ -1,8 +1,9 @@
-"""Make the data of a test: blocks of every kind that llama.cpp quantises to, and the numbers that it reads from them.
+r"""Make the data of a test: blocks of every kind that llama.cpp quantises to, and the numbers that it reads from them.
 
 Run it with the Python of the peers' environment, after `make peers`:
 
-    .bench-venv/bin/python benchmarks/blocks.py .bench-venv/llama/build/bin/libggml-base.so blocks.npz
+    .bench-venv/bin/python tests/actors/checkpoint/data/make_blocks.py \
+        .bench-venv/llama/build/bin/libggml-base.so tests/actors/checkpoint/data/blocks.npz
 
 The file has, for each kind, `KIND.blocks` uint8 [rows, bytes] and `KIND.numbers` float32 [rows, 256].
 """
