@@ -59,14 +59,14 @@ class Described:
             raise CheckpointError(f"{self.path}: expected the metadata '{self.arch}.{name}', which is missing")
         return value
 
-    def size(self, name: str, most: int = MOST_COUNT) -> int:
+    def size(self, name: str) -> int:
         """Return a positive whole number of the architecture's metadata.
 
         Raises:
             CheckpointError: it is missing, or is something else.
         """
         value = self.need(name)
-        if not whole(value, 1, most):
+        if not whole(value, 1, MOST_COUNT):
             raise CheckpointError(f"{self.path}: {self.arch}.{name}: expected a positive integer, got {value!r:.40}")
         return int(value)
 
@@ -116,6 +116,7 @@ def _shortest(value: float) -> float:
 
 
 MOST_FLOAT = 3e38
+"""About the largest number of float32."""
 
 
 def _float32(value: float) -> bytes:
@@ -131,19 +132,23 @@ def to_hf(file: Described) -> tuple[Config, Layout] | None:
     made = ARCHITECTURES.get(file.arch)
     if made is None:
         return None
-    tokens: Config = {
+    try:
+        config = {**_tokens(file), **made(file)}
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{file.path}: {error}") from None
+    layout = config.pop("layout", file.arch)
+    return config, LAYOUTS[layout]
+
+
+def _tokens(file: Described) -> Config:
+    """Return the vocabulary, and the special tokens that generation uses."""
+    return {
         "bos_token_id": numbered(file.fields, "tokenizer.ggml.bos_token_id", str(file.path)),
         "eos_token_id": list(ends_of_text(file.fields, str(file.path))),
         "pad_token_id": numbered(file.fields, "tokenizer.ggml.padding_token_id", str(file.path)),
         "vocab_size": file.vocabulary(),
         "tie_word_embeddings": "output.weight" not in file,
     }
-    try:
-        config = made(file)
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise CheckpointError(f"{file.path}: {error}") from None
-    layout = config.pop("layout", file.arch)
-    return {**tokens, **config}, LAYOUTS[layout]
 
 
 def _sizes(file: Described) -> Config:
@@ -160,7 +165,7 @@ def _sizes(file: Described) -> Config:
 
 
 def _llama(file: Described, model_type: str = "", **more: Any) -> Config:
-    """Convert the fields that the models like llama share."""
+    """Convert the fields that llama and similar models share."""
     made = {
         "model_type": model_type or file.arch,
         **_sizes(file),

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .bounds import MOST_LAYERS
 from .gguf_file import GGUFTensor
 from .tensors import Entry, Stacked, TensorEntry
 
@@ -164,17 +165,17 @@ def _renamed(entry: TensorEntry, layout: Layout, heads: tuple[int, int, int]) ->
         return
     begin, leaf, names = placed
     short, _, number = leaf.rpartition(".")
-    if layout.experts and leaf.removesuffix("_exps") in _EXPERT and leaf.endswith("_exps") and len(entry.shape) == 3:
+    if layout.experts and leaf.endswith("_exps") and leaf.removesuffix("_exps") in _EXPERT and _stacks(entry, 3):
         for expert in range(entry.shape[0]):
             name = begin + _of_expert(layout, leaf.removesuffix("_exps"), expert)
             yield entry.part(name, expert, expert + 1, entry.shape[1:])
     elif layout.experts and short in _EXPERT and number.isdigit():  # of older files: a tensor for each expert
         yield replace(entry, name=begin + _of_expert(layout, short, int(number)))
-    elif leaf in layout.by_head:
+    elif leaf in layout.by_head and _stacks(entry, 2):
         for head in range(entry.shape[0]):
             yield entry.part(f"{begin}{layout.by_head[leaf]}.{head}.{end}", head, head + 1, entry.shape[1:])
     elif leaf == "attn_qkv" and leaf not in names:
-        yield from _apart(entry, begin, end, layout, heads)
+        yield from _apart(entry, begin, end, names, layout, heads)
     elif leaf in names:
         yield _of_layer(entry, f"{begin}{names[leaf]}.{end}", leaf, layout, heads)
     else:
@@ -188,6 +189,11 @@ def _in_layer(stem: str, layout: Layout) -> tuple[str, str, Mapping[str, str]] |
         if stem.startswith(ours + ".") and number.isdigit():
             return f"{theirs}.{number}.", leaf, names
     return None
+
+
+def _stacks(entry: TensorEntry, dims: int) -> bool:
+    """Return whether a tensor has so many dimensions, and a number of entries in the first that a model can have."""
+    return len(entry.shape) == dims and 0 < entry.shape[0] <= MOST_LAYERS
 
 
 def _of_expert(layout: Layout, part: str, number: int) -> str:
@@ -205,12 +211,11 @@ def _of_layer(entry: TensorEntry, name: str, leaf: str, layout: Layout, heads: t
 
 
 def _apart(
-    entry: TensorEntry, begin: str, end: str, layout: Layout, heads: tuple[int, int, int]
+    entry: TensorEntry, begin: str, end: str, names: Mapping[str, str], layout: Layout, heads: tuple[int, int, int]
 ) -> Iterator[TensorEntry]:
     """Yield q, k and v of a tensor that has them one after the other."""
     queries, keys, width = heads
     rows = [queries * width, keys * width, keys * width]
-    names = layout.stacks["blk"][1]
     if sum(rows) != entry.shape[0] or not {"attn_q", "attn_k", "attn_v"} <= names.keys():
         yield entry  # whoever needs the parts will miss them
         return
@@ -226,7 +231,13 @@ def _joined(entries: Mapping[str, TensorEntry], layout: Layout) -> Iterator[tupl
         for name, first in entries.items():
             placed = _in_layer(name.removesuffix(".weight"), layout)
             second = entries.get(name.replace(one, other))
-            if placed is None or placed[1] != one or second is None or first.shape != second.shape:
+            if (
+                placed is None
+                or placed[1] != one
+                or second is None
+                or first.shape != second.shape
+                or not _stacks(first, 3)
+            ):
                 continue
             parts = [each.part(name, n, n + 1) for n in range(first.shape[0]) for each in (first, second)]
             count, rows, columns = first.shape

@@ -115,8 +115,8 @@ def _size(sizes: Any, name: str, default: int) -> int:
 def _uncut(made: Any, sizes: Any) -> str:
     """Return why a model's layers cannot be cut apart; empty if they can.
 
-    There are five reasons: text is only a part of the model's inputs; its layers keep a state other than a KV cache; they
-    differ in their sizes, or take more than what the layer before gives; its prompt tokens see each other in both directions.
+    Reasons: text is only a part of the model's inputs; its layers keep a state other than a KV cache; they differ in their
+    sizes, run several times, or take more than what the layer before gives; prompt tokens see each other in both directions.
     """
     kinds = next((k for name in ("layer_types", "layers_block_type") if (k := getattr(sizes, name, None))), None)
     if made.model_type in PROMPTS_BOTH_WAYS:
@@ -145,6 +145,7 @@ def _differs(sizes: Any, name: str) -> bool:
 LAYERS_OF_FILE = {"longcat_flash": "num_layers", "hrm_text": "num_layers_per_stack"}
 """Fields with the number of layers that a file holds, where it is not `num_hidden_layers`."""
 LOOPED = ("longcat_flash", "hrm_text", "dory")
+"""Families whose layers run several times, or keep several KV caches."""
 SIZES = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
 
 
@@ -156,6 +157,7 @@ PROMPTS_BOTH_WAYS = ("cpmant", "xlnet")
 RECOMPUTED = ("phi3", "phimoe", "phi4_multimodal")
 """Families whose cache transformers throws away where a text gets longer than the original context of `longrope`."""
 ROUNDED = ("reformer",)
+"""Families whose tokens attend to others with a cache than without: no chunking gives what one piece gives."""
 DRAFTERS = ("gemma4_assistant",)
 ATTENDING = {
     "full_attention",

@@ -25,6 +25,12 @@ def context_of(family: str, most: int, rope: Mapping[str, Any]) -> int:
 
 
 def rope_scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScaling | None:
+    """Return how the frequencies are scaled, by the `rope_parameters` (earlier `rope_scaling`) of a config; None: not.
+
+    Raises:
+        NotBuiltIn: transformers' layers must do it.
+        KeyError: a field is missing.
+    """
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None

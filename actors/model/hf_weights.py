@@ -93,7 +93,11 @@ def tensors_of(model: Any) -> dict[str, torch.Tensor]:
 
 
 def _read_converted(model: Any, checkpoint: Checkpoint, wanted: set[str], layers: range, dtype: torch.dtype) -> None:
-    """Let transformers load these layers, because it lays their tensors out differently from their file."""
+    """Let transformers load these layers, because it lays their tensors out differently from their file.
+
+    Raises:
+        CheckpointError: a wanted tensor is missing, or a tensor has another shape.
+    """
     own, load = tensors_of(model), type(model).from_pretrained
     given: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with torch.inference_mode(False), no_init_weights():

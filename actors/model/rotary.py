@@ -35,7 +35,7 @@ def inverse_frequencies(width: int, theta: float, scaling: RopeScaling | None) -
 
 def _yarn(frequencies: torch.Tensor, width: int, theta: float, scaling: RopeScaling) -> torch.Tensor:
     def dimension(turns: float) -> float:
-        """Return the frequency, by its number, that makes so many turns over the original context."""
+        """Return the index of the frequency that turns `turns` times over the original context."""
         return width * math.log(scaling.original_context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)

@@ -104,8 +104,8 @@ def check(
         print_json({"ok": False, "file": str(graph), "problems": problems})
         raise typer.Exit(WRONG) from None
     if as_json:
-        told: dict[str, Any] = {"ok": True, "file": str(graph), "problems": [], "warnings": checked.warnings}
-        print_json(told | ({"graph": checked.expanded()} if expand else {}))
+        answer: dict[str, Any] = {"ok": True, "file": str(graph), "problems": [], "warnings": checked.warnings}
+        print_json(answer | ({"graph": checked.expanded()} if expand else {}))
     elif expand:
         import yaml
 

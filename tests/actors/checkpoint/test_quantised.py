@@ -293,3 +293,60 @@ def test_every_method_has_data() -> None:
     """Try every method that is built in; `sparseml` is an older name of compressed-tensors."""
     used = {str(told["config"].get("quant_method", "modelopt")) for told in FORMS.values()}
     assert {*METHODS} - {"sparseml"} <= used
+
+
+@pytest.mark.parametrize("first", ["class", "name", "expression"])
+def test_a_group_that_names_a_module_comes_before_its_class(first: str, tmp_path: Path) -> None:
+    """Choose the group of a module by its name, else by an expression, else by its class, whatever comes first."""
+    form = "ct_w4a16_g32_asym"
+    told = json.loads(json.dumps(FORMS[form]))
+    [right] = told["config"]["config_groups"].values()
+    wrong = {**right, "weights": {**right["weights"], "symmetric": True}}
+    name = KEY.removesuffix(".")
+    groups = {
+        "class": {**wrong, "targets": ["Linear"]}, "expression": {**wrong, "targets": ["re:.*k_proj"]},
+        "name": {**right, "targets": [name]},
+    }  # fmt: skip
+    told["config"]["config_groups"] = {first: groups.pop(first), **groups}
+    save_file(tensors_of(form), tmp_path / "model.safetensors")
+    found: Any = open_tensors(tmp_path / "model.safetensors").tensors
+    numbers = torch.empty(FORMS[form]["expected"][f"{name}.weight"]["shape"])
+    quant_methods.entries(found, told["config"], tmp_path)[f"{name}.weight"].read_into(numbers)
+    assert hashlib.sha256(numbers.numpy().tobytes()).hexdigest() == FORMS[form]["expected"][f"{name}.weight"]["sha256"]
+
+
+@pytest.mark.parametrize("form", ["fp8_block", "gptq_w4_g32_sym"])
+def test_scales_without_settings_are_refused(form: str, tmp_path: Path) -> None:
+    """Refuse quantised weights whose config does not say so: without their scales, they would be wrong numbers."""
+    folder, _ = quantised_llama(tmp_path, form)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match="belongs to quantised weights, but .*config.json has no quantization_config"
+    ):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [
+        ("gptq_w4_g32_sym", "gptq"), ("gptq_w4_g32_sym", ["gptq"]), ("gptq_w4_g32_sym", 4), ("gptq_w4_g32_sym", {"bits": 4}),
+        ("gptq_w4_g32_sym", {"quant_method": "gptq", "bits": "four"}), ("gptq_w4_g32_sym", {"quant_method": "gptq", "bits": 4, "dynamic": ["x"]}),
+        ("gptq_w4_g32_sym", {"quant_method": "gptq", "bits": 4, "dynamic": {"+:(": {}}}),
+        ("ct_w4a16_g32_sym", {"quant_method": "compressed-tensors", "config_groups": [1]}),
+        ("ct_w4a16_g32_sym", {"quant_method": "compressed-tensors", "config_groups": {"g": 5}}),
+        ("ct_w4a16_g32_sym", {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": None, "weights": {}}}}),
+        ("ct_w4a16_g32_sym", {"quant_method": "compressed-tensors", "config_groups": {"g": {"targets": [3], "weights": {}}}}),
+        ("ct_w4a16_g32_sym", {"quant_method": "compressed-tensors", "ignore": ["re:("], "config_groups": {"g": {"targets": ["Linear"]}}}),
+        ("fp8_block", {"quant_method": "fp8", "weight_block_size": "wide"}), ("fp8_block", {"quant_method": {}}),
+    ],
+)  # fmt: skip
+def test_settings_of_other_types_are_refused(form: str, settings: Any, tmp_path: Path) -> None:
+    """Raise no other error than that of a checkpoint, and name the folder."""
+    folder, _ = quantised_llama(tmp_path, form)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(folder)
+    assert str(folder) in str(caught.value)
