@@ -8,6 +8,8 @@ from __future__ import annotations
 import copy
 import importlib.util
 import itertools
+import json
+import shutil
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -321,6 +323,50 @@ def test_models(
     assert made.folder is not None
     from transformers import AutoModelForCausalLM
 
+    again = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32)
+    same_weights(dict(again.named_parameters()), dict(learner.named_parameters()))
+
+
+def test_a_quantised_model_trains_to_a_plain_one(
+    graph: Make, trained: Train, tiny: Tiny, split: Any, tmp_path: Path
+) -> None:
+    """Train the numbers of an FP8 checkpoint as torch autograd does, and write a checkpoint that is not quantised."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    original, _ = tiny("learns-fp8", "llama", num_hidden_layers=2, tie_word_embeddings=False)
+    folder = tmp_path / "fp8"
+    shutil.copytree(original, folder)
+    plainly, quantised = load_file(original / "model.safetensors"), {}
+    for name, weight in list(plainly.items()):
+        if "_proj" in name:
+            scale = weight.abs().max() / 448
+            quantised |= {name: (weight / scale).to(torch.float8_e4m3fn), f"{name}_scale": scale.view(1)}
+            plainly[name] = quantised[name].float() * scale
+    save_file({**plainly, **quantised}, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
+    content = split(2, 2)
+    names = content["pipeline"]
+    edges: list[Any] = [
+        f"{names[0]}.hidden -> {names[1]}.hidden",
+        {"from": f"{names[1]}.token", "to": f"{names[0]}.token", "feedback": True},
+    ]
+    made = trained(
+        graph(content["actors"], edges, model_training(320), model={"source": str(folder), "dtype": "float32"})
+    )
+
+    learner = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32).train()
+    learner.load_state_dict(plainly)
+
+    def loss_of(step: int) -> torch.Tensor:
+        given = parts.Tokens(SEQUENCES, CONTEXT, 320)(step, False)
+        logits = learner(given["token"].view(SEQUENCES, CONTEXT), use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1), given["target"])
+
+    same_losses(losses(made), plain(learner.parameters(), loss_of))
+    assert made.folder is not None
+    assert "quantization_config" not in json.loads((made.folder / "config.json").read_text())
     again = AutoModelForCausalLM.from_pretrained(made.folder, dtype=torch.float32)
     same_weights(dict(again.named_parameters()), dict(learner.named_parameters()))
 
