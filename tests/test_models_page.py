@@ -91,7 +91,7 @@ def gguf() -> list[str]:
 
     families_of: dict[str, set[str]] = {arch: set() for arch in ARCHITECTURES}
     for arch, family, _, _ in loaded("actors/checkpoint/test_gguf_architectures.py").CASES.values():
-        families_of[arch].add(family)
+        families_of.get(arch, set()).add(family)
     families_of["t5"].add("t5")
     cut = "native if cut into experts, else through transformers"
     how = {

@@ -113,6 +113,7 @@ CASES: dict[str, Case] = {
     "command-r": ("command-r", "cohere", {"logit_scale": 0.3, "use_qk_norm": True}, None),
     "cohere2": ("cohere2", "cohere2", {"logit_scale": 0.3, "sliding_window": 12}, None),
     "smollm3": ("smollm3", "smollm3", {}, turned),
+    "nemotron": ("nemotron", "nemotron", {}, plus_one),  # by the reader of transformers
 }  # fmt: skip
 """By name: architecture, family of transformers, what its config has beside `SMALL`, what the converter does to tensors."""
 
@@ -165,8 +166,20 @@ def metadata(writer: gguf.GGUFWriter, arch: str, config: Any) -> None:
     ):  # fmt: skip
         if of(*names) is not None:
             add(of(*names))
-    if of("sliding_window") and (arch.startswith("gemma") or config.model_type in ("olmo3", "cohere2")):
+    own_keys(writer, arch, config)
+
+
+def own_keys(writer: gguf.GGUFWriter, arch: str, config: Any) -> None:
+    """Write what only one or two families have."""
+    if getattr(config, "sliding_window", None) and (
+        arch.startswith("gemma") or config.model_type in ("olmo3", "cohere2")
+    ):
         writer.add_sliding_window(config.sliding_window)
+    if config.model_type == "nemotron":
+        writer.add_layer_norm_rms_eps(config.norm_eps)  # its converter writes both
+        writer.add_layer_norm_eps(config.norm_eps)
+        writer.add_rope_dimension_count(int(0.5 * 16))
+        writer.add_vocab_size(config.vocab_size)
     if config.model_type == "olmo3":
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
 
