@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, describe
 from . import gguf_config, gguf_names, gguf_parts, quant_methods, safetensors_file
 from .config import ModelConfig
 from .gguf_config import Described
@@ -53,7 +53,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
     if path.suffix == ".gguf":
-        return _open_gguf(path)
+        try:
+            return _open_gguf(path)
+        except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
+            raise CheckpointError(f"{path}: metadata: {describe(error)}") from None
     if path.suffix == ".safetensors":
         return _open_folder(path.parent, path)
     raise CheckpointError(f"{path}: expected a .gguf file, a .safetensors file, or a folder with config.json")
@@ -152,7 +155,9 @@ def _prefixes(names: Collection[str], embedding: str) -> Callable[[str], str]:
     if given.endswith("." + usual):
         outer = given.removesuffix(usual)
         return lambda name: name.removeprefix(outer)
-    return lambda name: name if name.startswith((usual, *_OUTSIDE)) else usual + name.removeprefix(given)
+    if given:
+        return lambda name: usual + name.removeprefix(given) if name.startswith(given) else name
+    return lambda name: name if name.startswith((usual, *_OUTSIDE)) else usual + name
 
 
 def _untied(config: ModelConfig, tensors: Mapping[str, Entry], embedding: str) -> ModelConfig:

@@ -46,7 +46,7 @@ class RopeScaling:
             raise CheckpointError(f"config: rope: expected all factors over 0, got {self.factors!r:.80}")
 
 
-LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer|blk)\.(\d+)\.")
+LAYER_OF = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer|blk)\.(\d{1,6})\.")
 """Pattern of the layer number in a tensor's name."""
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu"]
 Positions = Literal["relative", "sinusoidal", "learned"]
@@ -179,6 +179,11 @@ class ModelConfig:
         if self.heads % self.kv_heads:
             raise CheckpointError(
                 f"config: expected heads as a multiple of {self.kv_heads} key-value heads, got {self.heads}"
+            )
+        factors = self.rope_scaling.factors if self.rope_scaling is not None else ()
+        if factors and len(factors) != self.head_dim // 2:
+            raise CheckpointError(
+                f"config: rope: expected {self.head_dim // 2} factors, half the width of a head, got {len(factors)}"
             )
         if self.windows and (len(self.windows) != self.layers or min(self.windows) < 0):
             raise CheckpointError(f"config: expected a window for each of {self.layers} layers, got {self.windows}")

@@ -18,6 +18,7 @@ from .bounds import MOST_COUNT, number, whole
 from .gguf_file import GGUFTensor
 from .gguf_names import LAYOUTS, Layout
 from .gguf_tokens import ends_of_text, numbered
+from .tensors import TensorEntry
 
 Config = dict[str, Any]
 
@@ -96,11 +97,8 @@ class Described:
             return []
         if found.type != "F32" or len(found.shape) != 1:
             raise CheckpointError(f"{path}: tensor {name}.weight: expected float32[n], got {found.type}{found.shape}")
-        with path.open("rb") as file:
-            file.seek(found.offset)
-            data = file.read(found.nbytes)
-        if len(data) < found.nbytes:
-            raise CheckpointError(f"{path}: tensor {name}.weight: truncated")
+        entry = TensorEntry(f"{name}.weight", path, "float32", found.shape, found.offset, found.nbytes)
+        data = entry.read()
         factors = struct.unpack(f"<{found.shape[0]}f", data)
         if not all(0 < factor < math.inf for factor in factors):
             raise CheckpointError(f"{path}: tensor {name}.weight: expected numbers over 0, got {min(factors)}")
@@ -351,6 +349,17 @@ def _granite(file: Described) -> Config:
     return made
 
 
+def _gpt_oss(file: Described) -> Config:
+    made = _llama(
+        file, "gpt_oss", num_local_experts=file.size("expert_count"), num_experts_per_tok=file.size("expert_used_count"),
+        sliding_window=file.size("attention.sliding_window"), layer_types=_types(file, 2), attention_bias=True,
+        intermediate_size=file.get("expert_feed_forward_length") or file.size("feed_forward_length"),
+    )  # fmt: skip
+    if made["rope_parameters"]["rope_type"] == "yarn":
+        made["rope_parameters"]["truncate"] = False  # as in all published models; no metadata says so
+    return made
+
+
 def _olmo(file: Described) -> Config:
     return {**_layer_normed(file), "clip_qkv": file.get("attention.clamp_kqv")}
 
@@ -428,7 +437,7 @@ def _t5(file: Described) -> Config:
 ARCHITECTURES: Mapping[str, Callable[[Described], Config]] = {
     "llama": _plain_llama, "qwen2": _qwen, "qwen3": _qwen, "qwen2moe": _qwen_moe, "qwen3moe": _qwen_moe,
     "gemma": _gemma, "gemma2": _gemma2, "gemma3": _gemma3, "phi3": _phi3, "gpt2": _gpt2,
-    "granite": _granite, "granitemoe": _granite, "olmo": _olmo, "olmo2": _olmo2, "olmoe": _olmoe,
+    "granite": _granite, "granitemoe": _granite, "gpt-oss": _gpt_oss, "olmo": _olmo, "olmo2": _olmo2, "olmoe": _olmoe,
     "starcoder2": _starcoder2, "stablelm": _stablelm, "command-r": _cohere, "cohere2": _cohere, "smollm3": _llama,
     "t5": _t5,
 }  # fmt: skip

@@ -127,7 +127,7 @@ class _Reader:
             elements = 1
             for size in shape:
                 elements *= size
-            if not shape or shape[-1] % block:
+            if not shape or not elements or shape[-1] % block:
                 raise CheckpointError(
                     f"{self.path}: tensor {name}: expected a row length that is a multiple of {block} ({kind}), "
                     f"got shape {shape}"

@@ -6,14 +6,17 @@ the names are those of its `gguf-py/gguf/tensor_mapping.py`.
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError
 from .bounds import MOST_LAYERS
 from .gguf_file import GGUFTensor
-from .tensors import Entry, Stacked, TensorEntry
+from .tensors import Entry, Interleaved, Stacked, TensorEntry
 
 Found = Mapping[str, tuple[Path, GGUFTensor]]
 """Tensors of a GGUF model by their names, each with its file."""
@@ -41,6 +44,10 @@ class Layout:
     """Matrices with a row for each head, where transformers has a vector for each."""
     joined: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     """Tensors of transformers that stack two of the file, expert by expert."""
+    interleaved: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Tensors of transformers whose columns are rows of one or several of the file in turn, expert by expert."""
+    bare: Mapping[str, str] = field(default_factory=dict)
+    """Names in a layer that do not end in `.weight` in transformers."""
     rows: tuple[str, ...] = ()
     """Vectors that are matrices of one row in transformers."""
 
@@ -117,6 +124,11 @@ LAYOUTS: Mapping[str, Layout] = {
         {**_ATTENTION, "ffn_gate_inp": "block_sparse_moe.router.layer", "ffn_down_exps": "block_sparse_moe.output_linear"},
         turned=True, joined={"block_sparse_moe.input_linear": ("ffn_gate_exps", "ffn_up_exps")},
     ),
+    "gpt-oss": _decoder(
+        {**_ATTENTION, "post_attention_norm": "post_attention_layernorm", "ffn_gate_inp": "mlp.router"},
+        interleaved={"mlp.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "mlp.experts.down_proj": ("ffn_down_exps",)},
+        bare={"attn_sinks": "self_attn.sinks"},
+    ),
     "olmo": _decoder(_LLAMA, turned=True),
     "olmo2": _decoder({**_LLAMA, **_AFTER}),
     "olmoe": _decoder({**_ATTENTION, "ffn_gate_inp": "mlp.gate"}, experts=_EACH),
@@ -145,13 +157,38 @@ def named(found: Found, layout: Layout, heads: tuple[int, int, int]) -> dict[str
     know keeps its name.
     """
     entries = {
-        name: TensorEntry(name, file, _PLAIN.get(each.type, each.type), each.shape, each.offset, each.nbytes)
+        name: TensorEntry(
+            name, file, _PLAIN.get(each.type, each.type), each.shape, each.offset, each.nbytes,
+            factors=_factors(found, name.removesuffix(".weight") + ".scale") if name.endswith(".weight") else (),
+        )
         for name, (file, each) in found.items()
-    }
+        if not name.endswith((".scale", ".input_scale"))  # of weights, and of activations, which are not quantised here
+    }  # fmt: skip
     made: dict[str, Entry] = {}
     for entry in entries.values():
         made |= {each.name: each for each in _renamed(entry, layout, heads)}
-    return made | dict(_joined(entries, layout))
+    return made | dict(_joined(entries, layout)) | dict(_interleaved(entries, layout))
+
+
+def _factors(found: Found, name: str) -> tuple[float, ...]:
+    """Return what multiplies the blocks of a tensor (NVFP4): nothing, one number, or one for each expert.
+
+    Raises:
+        CheckpointError: they are no vector of finite float32.
+    """
+    if name not in found:
+        return ()
+    path, scale = found[name]
+    if scale.type != "F32" or len(scale.shape) != 1 or scale.shape[0] > MOST_LAYERS:
+        raise CheckpointError(
+            f"{path}: tensor {name}: expected float32[1] or float32[experts], got {scale.type}{scale.shape}"
+        )
+    factors = struct.unpack(
+        f"<{scale.shape[0]}f", TensorEntry(name, path, "float32", scale.shape, scale.offset, scale.nbytes).read()
+    )
+    if not all(math.isfinite(factor) for factor in factors):
+        raise CheckpointError(f"{path}: tensor {name}: expected finite numbers, got {factors!r:.80}")
+    return factors
 
 
 def _renamed(entry: TensorEntry, layout: Layout, heads: tuple[int, int, int]) -> Iterator[TensorEntry]:
@@ -164,16 +201,40 @@ def _renamed(entry: TensorEntry, layout: Layout, heads: tuple[int, int, int]) ->
         yield entry
         return
     begin, leaf, names = placed
+    if layout.experts and len(entry.shape) != 1:
+        found = list(_of_experts(entry, begin, leaf, layout))
+        if found:
+            yield from found
+            return
+    yield from _of_block(entry, begin, leaf, end, names, layout, heads)
+
+
+def _of_experts(entry: TensorEntry, begin: str, leaf: str, layout: Layout) -> Iterator[TensorEntry]:
+    """Yield the experts of a tensor that has one or all of them; nothing if it has none."""
     short, _, number = leaf.rpartition(".")
-    if layout.experts and leaf.endswith("_exps") and leaf.removesuffix("_exps") in _EXPERT and _stacks(entry, 3):
+    if leaf.endswith("_exps") and leaf.removesuffix("_exps") in _EXPERT and _stacks(entry, 3):
         for expert in range(entry.shape[0]):
             name = begin + _of_expert(layout, leaf.removesuffix("_exps"), expert)
             yield entry.part(name, expert, expert + 1, entry.shape[1:])
-    elif layout.experts and short in _EXPERT and number.isdigit():  # of older files: a tensor for each expert
-        yield replace(entry, name=begin + _of_expert(layout, short, int(number)))
-    elif leaf in layout.by_head and _stacks(entry, 2):
+    elif short in _EXPERT and number.isdecimal():  # of older files: a tensor for each expert
+        yield replace(entry, name=begin + _of_expert(layout, short, int(number[:6])))
+
+
+def _of_block(
+    entry: TensorEntry,
+    begin: str,
+    leaf: str,
+    end: str,
+    names: Mapping[str, str],
+    layout: Layout,
+    heads: tuple[int, int, int],
+) -> Iterator[TensorEntry]:
+    """Yield what a tensor of a layer is in transformers."""
+    if leaf in layout.by_head and _stacks(entry, 2):
         for head in range(entry.shape[0]):
             yield entry.part(f"{begin}{layout.by_head[leaf]}.{head}.{end}", head, head + 1, entry.shape[1:])
+    elif leaf in layout.bare:
+        yield replace(entry, name=begin + layout.bare[leaf])
     elif leaf == "attn_qkv" and leaf not in names:
         yield from _apart(entry, begin, end, names, layout, heads)
     elif leaf in names:
@@ -186,7 +247,7 @@ def _in_layer(stem: str, layout: Layout) -> tuple[str, str, Mapping[str, str]] |
     """Return the begin of the layer's names, the name in the layer, and transformers' names; None if it is in no layer."""
     for ours, (theirs, names) in layout.stacks.items():
         number, _, leaf = stem.removeprefix(ours + ".").partition(".")
-        if stem.startswith(ours + ".") and number.isdigit():
+        if stem.startswith(ours + ".") and number.isdecimal():
             return f"{theirs}.{number}.", leaf, names
     return None
 
@@ -243,3 +304,20 @@ def _joined(entries: Mapping[str, TensorEntry], layout: Layout) -> Iterator[tupl
             count, rows, columns = first.shape
             made = f"{placed[0]}{theirs}.weight"
             yield made, Stacked(made, (count, 2 * rows, columns), tuple(parts))
+
+
+def _interleaved(entries: Mapping[str, TensorEntry], layout: Layout) -> Iterator[tuple[str, Entry]]:
+    for theirs, leaves in layout.interleaved.items():
+        for name, first in entries.items():
+            stem, _, end = name.rpartition(".")
+            placed = _in_layer(stem, layout)
+            if placed is None or placed[1] != leaves[0] or not _stacks(first, 3 if end == "weight" else 2):
+                continue
+            parts = [entries.get(name.replace(leaves[0], leaf)) for leaf in leaves]
+            found = [part for part in parts if part is not None and part.shape == first.shape]
+            if len(found) < len(leaves):
+                continue  # whoever needs the tensor will miss it
+            made = f"{placed[0]}{theirs}{'_bias' if end == 'bias' else ''}"
+            rows = first.shape[1] * len(leaves)
+            shape = (first.shape[0], first.shape[2], rows) if end == "weight" else (first.shape[0], rows)
+            yield made, Interleaved(made, shape, tuple(found))

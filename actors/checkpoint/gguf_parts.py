@@ -64,7 +64,7 @@ def _check_parts(path: Path, parts: Sequence[GGUFHeader]) -> None:
                 f"{path}: file {number + 1} of {len(parts)} does not belong to the others: expected split.no, split.count and "
                 f"split.tensors.count {expected}, got {told}"
             )
-    if len(parts) == 1 and (parts[0].fields.get("split.count") or 1) > 1:
+    if len(parts) == 1 and parts[0].fields.get("split.count") not in (None, 0, 1):
         raise CheckpointError(
             f"{path}: one of {parts[0].fields['split.count']} files of a split model; give it its name, "
             "which ends in -00001-of-0000N.gguf"

@@ -45,6 +45,8 @@ def from_hf(config: Config, where: str) -> ModelConfig:
         raise CheckpointError(f"{where}: expected the field {error.args[0]!r}, which is missing") from None
     except NotBuiltIn as error:
         raise NotBuiltIn(f"{where}: {error}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from None
     except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as error:
         raise CheckpointError(f"{where}: {error}") from None
 

@@ -47,20 +47,24 @@ def rope_scaling(rope: Mapping[str, Any], config: Mapping[str, Any]) -> RopeScal
             before,
         )
     if kind == "yarn":
-        return _yarn(rope, before)
+        return _yarn(rope, before, int(config["max_position_embeddings"]))
     if kind == "longrope" and rope.get("short_factor") == rope.get("long_factor") and rope.get("attention_factor"):
         factors = tuple(float(factor) for factor in rope["short_factor"])
         return RopeScaling("factors", 1.0, factors=factors, attention_factor=float(rope["attention_factor"]))
     raise NotBuiltIn(f"rope type {kind!r} is not built in; built in: default, linear, llama3, yarn")
 
 
-def _yarn(rope: Mapping[str, Any], before: int) -> RopeScaling:
-    """Convert yarn's fields; where they do not give the factor of attention, it follows from the factor of the context."""
+def _yarn(rope: Mapping[str, Any], before: int, most: int) -> RopeScaling:
+    """Convert yarn's fields; `before` is the original context, and `most` the one after scaling.
+
+    Where they do not give the factor of attention, it follows from the factor of the context, and that from the contexts.
+    """
 
     def scale(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    factor, attention = float(rope["factor"]), rope.get("attention_factor")
+    attention = rope.get("attention_factor")
+    factor = float(rope["factor"]) if rope.get("factor") is not None else most / before
     one, all_dims = rope.get("mscale"), rope.get("mscale_all_dim")
     if attention is None:
         attention = scale(one) / scale(all_dims) if one and all_dims else scale(1.0)

@@ -134,6 +134,47 @@ def _fp4(packed: torch.Tensor) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsFloat8(Form):
+    """Describe the experts of a layer in one tensor [E, R, C] of eight bits of floating point.
+
+    Scales are for each block, or [E, 1, 1], [E, R, 1] or [E, 1, C]. Source: transformers' `finegrained_fp8.py`.
+    """
+
+    block: tuple[int, int] | None
+
+    @property
+    def stored(self) -> str:
+        return "fp8"
+
+    def shape(self, parts: Parts) -> tuple[int, ...]:
+        experts, rows, columns = parts["weight"].shape
+        found = parts["scale"].shape
+        if self.block is not None:
+            expected: tuple[int, ...] = (experts, -(-rows // self.block[0]), -(-columns // self.block[1]))
+        else:
+            known = ((experts,), (experts, 1, 1), (experts, rows, 1), (experts, 1, columns))
+            expected = found if found in known else known[1]
+        expect(parts, "scale", expected, "float32", "bfloat16", "float16", "float8_e8m0fnu")
+        return experts, rows, columns
+
+    def rows(self, parts: Parts, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
+        """Return rows of [E * R, C], one expert after the other; all of an expert."""
+        import torch
+
+        _, rows, columns = shape
+        made, scales = [], _scale(parts["scale"]).view(shape[0], -1) if self.block is None else _scale(parts["scale"])
+        for expert in range(start // rows, -(-stop // rows)):
+            numbers = mapped(parts["weight"])[expert].float()
+            if self.block is None:
+                scale = scales[expert].view(parts["scale"].shape[1:] or (1, 1))
+            else:
+                of_row, of_column = torch.arange(rows) // self.block[0], torch.arange(columns) // self.block[1]
+                scale = scales[expert][of_row][:, of_column]
+            made.append(numbers * scale)
+        return torch.cat(made)[start % rows :][: stop - start]
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertsFloat4(Form):
     """Describe the experts of gpt-oss in MXFP4: `blocks` [E, rows, G, 16] and `scales` [E, rows, G], transposed.
 

@@ -41,9 +41,10 @@ class Grouped(Form):
         """Return the group of each column."""
         import torch
 
-        if "g_idx" in parts:
-            return mapped(parts["g_idx"]).long()
-        return torch.arange(columns) // (self.group or columns)
+        found = mapped(parts["g_idx"]) if "g_idx" in parts else None
+        if found is not None and (bool(found.any()) or self.groups(columns) == 1):
+            return found.long()
+        return torch.arange(columns) // (self.group or columns)  # some older files have an index of zeros
 
     def _numbers(self, parts: Parts, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
         """Return numbers of some rows, without their zeros subtracted, [R, C]."""
@@ -142,10 +143,14 @@ class GPTQ(Grouped):
         return zeros.t()
 
     def check(self, parts: Parts) -> None:
-        middle = 1 << (self.bits - 1)
+        middle, entry = 1 << (self.bits - 1), parts["qzeros"]
+        stored = middle - 1 if self.v1 else middle
+        word = sum(stored << (self.bits * n) for n in range(32 // self.bits))
+        word -= 1 << 32 if word >> 31 else 0  # as int32
+        if not self.symmetric or (32 % self.bits == 0 and bool((mapped(entry) == word).all())):
+            return
         zeros = self._zeros(parts, self.shape(parts), 0, parts["scales"].shape[1])
-        if self.symmetric and bool((zeros != middle).any()):
-            entry = parts["qzeros"]
+        if bool((zeros != middle).any()):
             raise CheckpointError(
                 f"{entry.file}: tensor {entry.name}: expected the zero {middle} of a symmetric model, got "
                 f"{int(zeros[zeros != middle][0])}: its checkpoint_format is not {'gptq' if self.v1 else 'gptq_v2'}"

@@ -6,6 +6,7 @@ method that is not read here, are refused by name.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from ..errors import CheckpointError, describe
 from .json_file import read_json
-from .quant_floats import ExpertsFloat4, Float4, Float8
+from .quant_floats import ExpertsFloat4, ExpertsFloat8, Float4, Float8
 from .quant_forms import AWQ, GPTQ, AWQRows, Bytes, PackedRows
 from .quantised import Form, Quantised
 from .tensors import Entry, TensorEntry
@@ -98,9 +99,9 @@ def _entries(found: Found, settings: Settings, folder: Path) -> Iterator[tuple[s
         module, _, end = name.rpartition(".")
         if end in _WEIGHTS:
             modules.setdefault(module, {})[end] = entry
-        elif end not in _ACTIVATIONS and not name.endswith(("_blocks", "_scales")):
+        elif end not in _ACTIVATIONS and not _of_experts(name, found):
             yield name, entry
-    yield from _experts(found, settings)
+    yield from _experts(found, settings)  # after the plain tensors, of which some are quantised
     for module, parts in modules.items():
         for each in _of_module(module, parts, form_of):
             yield each.name, each
@@ -133,9 +134,20 @@ def _of_module(module: str, parts: dict[str, TensorEntry], form_of: FormOf) -> I
     yield Quantised(name, form.shape(short), short, form)
 
 
+def _of_experts(name: str, found: Found) -> bool:
+    """Return whether a tensor has the numbers or the scales of quantised experts."""
+    stem = name.removesuffix("_inv").removesuffix("_scale")
+    return name.endswith(("_blocks", "_scales")) or (stem != name and stem in found)
+
+
 def _experts(found: Found, settings: Settings) -> Iterator[tuple[str, Entry]]:
-    """Yield the experts of gpt-oss, which are one tensor a layer."""
+    """Yield experts that are one tensor a layer: those of gpt-oss, and of other families in FP8."""
+    block = _block(settings.get("weight_block_size"), Path())
     for name, blocks in found.items():
+        scale = next((end for end in ("_scale_inv", "_scale") if name + end in found), None)
+        if scale is not None and blocks.stored == "float8_e4m3fn" and len(blocks.shape) == 3:
+            parts = {"weight": blocks, "scale": found[name + scale]}
+            yield name, Quantised(name, ExpertsFloat8(block).shape(parts), parts, ExpertsFloat8(block))
         stem = name.removesuffix("_blocks")
         if stem == name:
             continue
@@ -196,7 +208,7 @@ def _gptq(settings: Settings, folder: Path) -> FormOf:
 def _dynamic(settings: Settings, module: str) -> Settings:
     """Return what GPTQModel's `dynamic` says about a module: settings by regular expressions."""
     for pattern, own in (settings.get("dynamic") or {}).items():
-        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), module):
+        if not pattern.startswith("-:") and _pattern(pattern.removeprefix("+:")).match(module):
             return own if isinstance(own, dict) else {}
     return {}
 
@@ -204,7 +216,7 @@ def _dynamic(settings: Settings, module: str) -> Settings:
 def _extra(settings: Settings, module: str) -> Settings:
     """Return what auto-round's `extra_config` says about a module: settings by names or regular expressions."""
     for name, own in (settings.get("extra_config") or {}).items():
-        if name == module or re.fullmatch(name, module):
+        if name == module or _pattern(name).fullmatch(module):
             return own if isinstance(own, dict) else {}
     return {}
 
@@ -263,7 +275,7 @@ def _block(block: Any, folder: Path) -> tuple[int, int] | None:
     if block is None:
         return None
     if isinstance(block, str):
-        block = [int(size) if size.isdigit() else size for size in block.split("x")]
+        block = [int(size) if size.isdecimal() else size for size in block.split("x")]
     if not (isinstance(block, list) and len(block) == 2 and all(type(size) is int and size > 0 for size in block)):
         raise CheckpointError(
             f"{folder}: quantization_config: the size of blocks: expected two positive integers, got {block!r:.40}"
@@ -320,10 +332,28 @@ def _group_of(groups: Settings, module: str) -> Settings | None:
     return next(named, None) or next(matching, None) or next((g for target, g in targets if target == "Linear"), None)
 
 
+MOST_REPEATS = 6
+
+
+@functools.cache
+def _pattern(text: str) -> re.Pattern[str]:
+    """Compile a regular expression of a file.
+
+    Raises:
+        ValueError: it could take very long: a group is repeated, or there are too many repetitions.
+    """
+    if re.search(r"\)[*+{]", text) or len(re.findall(r"[*+{]", text)) > MOST_REPEATS:
+        raise ValueError(
+            f"expected a regular expression without repeated groups and with at most {MOST_REPEATS} repetitions, "
+            f"got {text!r:.80}"
+        )
+    return re.compile(text)
+
+
 def _meant(target: str, module: str) -> bool:
     """Return whether a target means a module: by its name, or by a regular expression that its name begins with."""
     if target.startswith("re:"):
-        return re.match(target[3:], module) is not None
+        return _pattern(target[3:]).match(module) is not None
     return target == module
 
 

@@ -62,7 +62,8 @@ class TensorEntry:
 
     For some architectures, GGUF stores the rows of q and k in another order than transformers: as pairs that the
     rotary embedding rotates together. `permuted_heads` is the number of heads to reorder, or 0. If `transposed`, the file
-    has the tensor with rows and columns exchanged. `added` is what the file adds to each number.
+    has the tensor with rows and columns exchanged. `added` is what the file adds to each number. `factors` multiply the
+    numbers: one all of them, or one for each entry of the first dimension.
     """
 
     name: str
@@ -74,6 +75,7 @@ class TensorEntry:
     permuted_heads: int = 0
     transposed: bool = False
     added: float = 0.0
+    factors: tuple[float, ...] = ()
 
     def part(self, name: str, start: int, stop: int, shape: tuple[int, ...] | None = None) -> TensorEntry:
         """Return the entries `start` to `stop` of the first dimension as a tensor of their own, which may get another shape."""
@@ -81,7 +83,7 @@ class TensorEntry:
         row = self.nbytes // self.shape[0]
         return replace(
             self, name=name, shape=shape or (stop - start, *self.shape[1:]), offset=self.offset + start * row,
-            nbytes=(stop - start) * row,
+            nbytes=(stop - start) * row, factors=self.factors[start:stop] if len(self.factors) > 1 else self.factors,
         )  # fmt: skip
 
     @property
@@ -101,6 +103,10 @@ class TensorEntry:
     def read_into(self, target: torch.Tensor) -> None:
         if not target.numel():
             return
+        if len(self.factors) > 1:
+            for number in range(self.shape[0]):
+                self.part(self.name, number, number + 1).read_into(target[number : number + 1])
+            return
         rows = _rows(target.t() if self.transposed else target, bool(self.permuted_heads))
         order = head_order(self) if self.permuted_heads else None
         row_bytes = self.nbytes // rows.shape[0]
@@ -112,6 +118,8 @@ class TensorEntry:
                 piece = _converted(self, read_exactly(file, self, (stop - start) * row_bytes), stop - start)
                 if self.added:
                     piece = piece.float() - self.added
+                if self.factors:
+                    piece = piece.float() * self.factors[0]
                 if order is None:
                     rows[start:stop].copy_(piece)
                 else:
@@ -147,6 +155,42 @@ class Stacked:
             count = math.prod(part.shape) // rows.shape[-1]
             part.read_into(rows[start : start + count].view(part.shape))
             start += count
+
+
+@dataclass(frozen=True, slots=True)
+class Interleaved:
+    """Describe experts [E, C, n R], whose columns come from `parts` [E, R, C] in turn, transposed.
+
+    Biases [E, n R] come from parts [E, R].
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[TensorEntry, ...]
+
+    @property
+    def file(self) -> Path:
+        return self.parts[0].file
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple({part.file: None for part in self.parts})
+
+    @property
+    def stored(self) -> str:
+        return self.parts[0].stored
+
+    def read_into(self, target: torch.Tensor) -> None:
+        """Read the tensor into `target`, an expert at a time.
+
+        Raises:
+            CheckpointError: the file ends early.
+        """
+        for number in range(self.shape[0]):
+            for place, each in enumerate(self.parts):
+                expert = each.part(self.name, number, number + 1, each.shape[1:])
+                columns = target[number, ..., place :: len(self.parts)]
+                expert.read_into(columns.t() if columns.dim() > 1 else columns)
 
 
 @dataclass(frozen=True, slots=True)

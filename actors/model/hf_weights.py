@@ -131,6 +131,10 @@ def _state(checkpoint: Checkpoint, layers: range, dtype: torch.dtype) -> dict[st
     for name, entry in checkpoint.tensors.items():
         found = LAYER_OF.search(name)
         if (found is None or int(found[1]) in layers) and not entry.stored.startswith(safetensors_file.UNKNOWN):
+            if entry.stored in ("int8", "uint8") and len(entry.shape) > 1:  # transformers would take them as they are
+                raise CheckpointError(
+                    f"{entry.file}: tensor {name}: expected floating-point weights, got {entry.stored}"
+                )
             kept = getattr(torch, entry.stored) if entry.stored in WHOLE else dtype
             state[name] = torch.empty(entry.shape, dtype=kept)
             checkpoint.read_into(name, state[name])

@@ -122,7 +122,7 @@ def _stored(slot: Slot, checkpoint: Checkpoint) -> list[StoredRows] | None:
     for name, _ in slot.parts:
         entry = checkpoint.tensors.get(name)
         if (
-            not isinstance(entry, TensorEntry) or entry.stored not in packed.STORED or entry.added
+            not isinstance(entry, TensorEntry) or entry.stored not in packed.STORED or entry.added or entry.factors
             or entry.transposed != slot.transposed
         ):  # fmt: skip
             return None

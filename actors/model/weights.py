@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 
+from ..checkpoint.bounds import MOST_SIZE
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import LAYER_OF, ModelConfig
 from ..checkpoint.quantised import Quantised
@@ -259,8 +260,8 @@ def check(
     return elements
 
 
-CHECKED_BYTES = 256 << 20
-"""Bytes of scales that `check_whole` reads, which takes some tenths of a second; hosts check their own matrices again."""
+CHECKED_BYTES = 64 << 20
+"""Bytes of scales and zeros that `check_whole` reads, which takes some tenths of a second; hosts check their own matrices."""
 _HARMLESS = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias", ".k_scale", ".v_scale")
 """Ends of names of tensors that some checkpoints contain but no actor reads: tables and masks, which are computed, and
 scales for a KV cache of eight bits."""
@@ -329,7 +330,8 @@ _READ = ("lm_head.weight", "rope_freqs.weight", "rope_factors_short.weight", "ro
 def _is_zero(checkpoint: Checkpoint, name: str) -> bool:
     """Return whether a tensor has only zeros; some packages that quantise write such biases."""
     entry = checkpoint.tensors[name]
-    return isinstance(entry, TensorEntry) and not entry.read().strip(b"\0")
+    small = isinstance(entry, TensorEntry) and len(entry.shape) == 1 and entry.nbytes <= 8 * MOST_SIZE
+    return small and isinstance(entry, TensorEntry) and not entry.read().strip(b"\0")
 
 
 def _foreign_elements(checkpoint: Checkpoint, kind: Kind, layers: tuple[int, int] | None) -> int:

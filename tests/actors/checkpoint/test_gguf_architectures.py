@@ -67,6 +67,23 @@ def experts(name: str, tensor: torch.Tensor, config: Any) -> Tensors:
         yield from turned(name, tensor, config) if config.model_type in ("mixtral", "granitemoe") else [(name, tensor)]
 
 
+def in_turn(name: str, tensor: torch.Tensor, _: Any) -> Tensors:
+    """Take gate and up apart, which gpt-oss has in turn, and transpose the experts."""
+    end = name.partition(".experts.")[2]
+    layer, kind = name.split(".")[2] if ".layers." in name else "", "bias" if name.endswith("_bias") else "weight"
+    if end.startswith("gate_up"):
+        yield f"blk.{layer}.ffn_gate_exps.{kind}", tensor[..., ::2].transpose(1, -1)
+        yield f"blk.{layer}.ffn_up_exps.{kind}", tensor[..., 1::2].transpose(1, -1)
+    elif end:
+        yield f"blk.{layer}.ffn_down_exps.{kind}", tensor.transpose(1, -1)
+    elif name.endswith("sinks"):
+        yield f"blk.{layer}.attn_sinks.weight", tensor
+    elif ".mlp.router." in name:
+        yield f"blk.{layer}.ffn_gate_inp.{kind if '.bias' not in name else 'bias'}", tensor
+    else:
+        yield name, tensor
+
+
 def by_head(name: str, tensor: torch.Tensor, config: Any) -> Tensors:
     """Stack the norms of heads; the first of them brings all."""
     if "layernorm.norms." not in name:
@@ -113,6 +130,8 @@ CASES: dict[str, Case] = {
     "command-r": ("command-r", "cohere", {"logit_scale": 0.3, "use_qk_norm": True}, None),
     "cohere2": ("cohere2", "cohere2", {"logit_scale": 0.3, "sliding_window": 12}, None),
     "smollm3": ("smollm3", "smollm3", {}, turned),
+    "gpt-oss": ("gpt-oss", "gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12,
+                                       "rope_parameters": {**YARN, "truncate": False}}, in_turn),
     "nemotron": ("nemotron", "nemotron", {}, plus_one),  # by the reader of transformers
 }  # fmt: skip
 """By name: architecture, family of transformers, what its config has beside `SMALL`, what the converter does to tensors."""
@@ -172,7 +191,7 @@ def metadata(writer: gguf.GGUFWriter, arch: str, config: Any) -> None:
 def own_keys(writer: gguf.GGUFWriter, arch: str, config: Any) -> None:
     """Write what only one or two families have."""
     if getattr(config, "sliding_window", None) and (
-        arch.startswith("gemma") or config.model_type in ("olmo3", "cohere2")
+        arch.startswith("gemma") or config.model_type in ("olmo3", "cohere2", "gpt_oss")
     ):
         writer.add_sliding_window(config.sliding_window)
     if config.model_type == "nemotron":
@@ -426,3 +445,72 @@ def test_t5_is_the_model_that_it_was_written_from(form: str, tmp_path: Path) -> 
         read = torch.empty_like(state[name])
         made.read_into(name, read)
         assert torch.equal(read, state[name]), name
+
+
+@torch.inference_mode()
+def test_scales_of_whole_tensors_multiply_them(tmp_path: Path) -> None:
+    """Multiply a matrix by the scale beside it, and each expert of a stack by its own, as llama.cpp does for NVFP4."""
+    oracle = oracle_of("mixtral", CASES["mixtral"][2])
+    reader = gguf.GGUFReader(write(tmp_path / "plain.gguf", "mixtral", oracle))
+    writer = gguf.GGUFWriter(tmp_path / "scaled.gguf", "llama")
+    metadata(writer, "llama", oracle.config)
+    scales = {"blk.1.attn_q": [0.5], "blk.0.ffn_down_exps": [1.0, 2.0, 0.25, 3.0], "blk.2.attn_output": [1.5]}
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    for name, factors in scales.items():
+        writer.add_tensor(f"{name}.scale", np.array(factors, np.float32))
+        writer.add_tensor(
+            f"{name}.input_scale", np.array([7.0], np.float32)
+        )  # of activations, which are not quantised here
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    layers = oracle.model.layers
+    layers[1].self_attn.q_proj.weight.mul_(0.5)
+    layers[2].self_attn.o_proj.weight.mul_(1.5)
+    layers[0].mlp.experts.down_proj.mul_(torch.tensor(scales["blk.0.ffn_down_exps"])[:, None, None])
+    tokens = torch.arange(5, 45)
+    expected = oracle(tokens[None]).logits[0].log_softmax(-1)[range(39), tokens[1:]]
+    assert (scores(tmp_path / "scaled.gguf", tokens, True) - expected).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"llama.embedding_length": "wide"}, "llama.embedding_length: expected a positive integer, got 'wide'"),
+        ({"llama.block_count": 1 << 30}, "num_hidden_layers: expected a whole number from 1 to 4096"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, "rms_norm_eps: expected a number over 0"), ({"llama.context_length": [1, 2]}, "the same value for all layers"),
+        ({"llama.rope.freq_base": "high"}, "model.gguf: "), ({"tokenizer.ggml.bos_token_id": "first"}, "model.gguf: "),
+        ({"llama.attention.head_count": 3}, "model.gguf: "), ({"llama.attention.key_length": 0}, None),
+    ],
+)  # fmt: skip
+def test_values_of_other_types(keys: dict[str, Any], words: str | None, tmp_path: Path) -> None:
+    """Raise no other error than that of a checkpoint, and name the file; a zero counts as missing."""
+    path = edited(tmp_path / "model.gguf", "llama", keys)
+    if words is None:
+        assert open_checkpoint(path).config.head_dim == 16
+        return
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    assert words in str(caught.value)
+    assert "model.gguf" in str(caught.value)
+
+
+def test_divisors_of_frequencies_that_do_not_fit_a_head(tmp_path: Path) -> None:
+    """Refuse another number of divisors than a head has frequencies."""
+    oracle = oracle_of("llama", {})
+    reader = gguf.GGUFReader(write(tmp_path / "good.gguf", "llama", oracle))
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    metadata(writer, "llama", oracle.config)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.add_tensor("rope_freqs.weight", np.ones(5, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(
+        CheckpointError, match="model.gguf: config: rope: expected 8 factors, half the width of a head, got 5"
+    ):
+        open_checkpoint(tmp_path / "model.gguf")

@@ -350,3 +350,52 @@ def test_settings_of_other_types_are_refused(form: str, settings: Any, tmp_path:
     with pytest.raises(CheckpointError) as caught:
         open_checkpoint(folder)
     assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", ["(.+)+!$", "(a|aa)*b", ".*.*.*.*.*.*.*x", "(", "[a-"])
+@pytest.mark.parametrize("place", ["ignore", "targets"])
+def test_expressions_that_take_too_long_are_refused(pattern: str, place: str, tmp_path: Path) -> None:
+    """Refuse a regular expression that repeats a group or has many repetitions, and one that is none."""
+    form = "ct_w4a16_g32_sym"
+    told = json.loads(json.dumps(FORMS[form]["config"]))
+    if place == "ignore":
+        told["ignore"] = [f"re:{pattern}"]
+    else:
+        told["config_groups"]["more"] = {"targets": [f"re:{pattern}"], "weights": {}}
+    save_file(tensors_of(form), tmp_path / "model.safetensors")
+    found: Any = open_tensors(tmp_path / "model.safetensors").tensors
+    with pytest.raises(CheckpointError, match="quantization_config: "):
+        quant_methods.entries(found, told, tmp_path)
+
+
+def test_an_index_of_zeros_means_groups_in_order(tmp_path: Path) -> None:
+    """Take the groups in order where an older GPTQ file has an index of zeros, as vLLM does."""
+    form = "gptq_w4_g32_sym"
+    tensors = tensors_of(form)
+    tensors[KEY + "g_idx"] = torch.zeros_like(tensors[KEY + "g_idx"])
+    save_file(tensors, tmp_path / "model.safetensors")
+    found: Any = open_tensors(tmp_path / "model.safetensors").tensors
+    [(name, expected)] = FORMS[form]["expected"].items()
+    numbers = torch.empty(expected["shape"])
+    quant_methods.entries(found, FORMS[form]["config"], tmp_path)[name].read_into(numbers)
+    assert hashlib.sha256(numbers.numpy().tobytes()).hexdigest() == expected["sha256"]
+
+
+@pytest.mark.parametrize("scale", ["tensor", "row", "block"])
+def test_experts_of_eight_bits_in_one_tensor(scale: str, tmp_path: Path) -> None:
+    """Multiply each expert by its scales: one, one for each row, or one for each block, of which the last are smaller."""
+    numbers = torch.randn(3, 40, 48).to(torch.float8_e4m3fn)
+    scales, wide = {
+        "tensor": (s := torch.rand(3, 1, 1), s), "row": (s := torch.rand(3, 40, 1), s),
+        "block": (s := torch.rand(3, 3, 3), s.repeat_interleave(16, 1)[:, :40].repeat_interleave(16, 2)),
+    }[scale]  # fmt: skip
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    end = "_scale_inv" if scale == "block" else "_scale"
+    save_file({name: numbers, name + end: scales}, tmp_path / "model.safetensors")
+    found: Any = open_tensors(tmp_path / "model.safetensors").tensors
+    settings = {"quant_method": "fp8", "weight_block_size": [16, 16] if scale == "block" else None}
+    made = quant_methods.entries(found, settings, tmp_path)
+    assert made.keys() == {name}
+    read = torch.empty(3, 40, 48)
+    made[name].read_into(read)
+    assert torch.equal(read, numbers.float() * wide)
