@@ -69,14 +69,22 @@ class Grouped(Form):
     def range(self) -> tuple[int, int]:
         return 0, (1 << self.bits) - 1
 
+    @property
+    def middle(self) -> int:
+        """Return the zero of symmetric numbers."""
+        return 1 << (self.bits - 1)
+
     def blocks(self, parts: Parts, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        import torch
+
         by_block = self._group_of(parts, shape[1]).view(-1, BLOCK)
         if not bool((by_block == by_block[:, :1]).all()):
             return None
         group = by_block[:, 0]
-        return self._zeros(parts, shape, 0, shape[0]).float()[:, group], self._scales(parts, 0, shape[0]).float()[
-            :, group
-        ]
+        scales = self._scales(parts, 0, shape[0]).float()[:, group]
+        if self.symmetric:  # `check` has compared the zeros of the file
+            return torch.full_like(scales, self.middle), scales
+        return self._zeros(parts, shape, 0, shape[0]).float()[:, group], scales
 
     def numbers(self, parts: Parts, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
         import torch
@@ -143,7 +151,7 @@ class GPTQ(Grouped):
         return zeros.t()
 
     def check(self, parts: Parts) -> None:
-        middle, entry = 1 << (self.bits - 1), parts["qzeros"]
+        middle, entry = self.middle, parts["qzeros"]
         stored = middle - 1 if self.v1 else middle
         word = sum(stored << (self.bits * n) for n in range(32 // self.bits))
         word -= 1 << 32 if word >> 31 else 0  # as int32
@@ -260,11 +268,10 @@ class PackedRows(Grouped):
     def _zeros(self, parts: Parts, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
         import torch
 
-        middle = 1 << (self.bits - 1)
         if self.symmetric:
-            return torch.full((stop - start, self.groups(shape[1])), middle)
+            return torch.full((stop - start, self.groups(shape[1])), self.middle)
         if parts["weight_zero_point"].stored == "int8":
-            return mapped(parts["weight_zero_point"])[start:stop].int() + middle
+            return mapped(parts["weight_zero_point"])[start:stop].int() + self.middle
         words = mapped(parts["weight_zero_point"])[start * self.bits // 32 : -(-stop * self.bits // 32)]
         return unpacked(words, self.bits, 0, stop - start)
 
@@ -287,6 +294,10 @@ class Bytes(Grouped):
     @property
     def range(self) -> tuple[int, int]:
         return -128, 127
+
+    @property
+    def middle(self) -> int:
+        return 0
 
     def shape(self, parts: Parts) -> tuple[int, ...]:
         rows, columns = matrix(parts, "weight", "int8", "rows, columns").shape
