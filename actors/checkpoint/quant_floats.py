@@ -98,7 +98,9 @@ class Float4(Form):
     def rows(self, parts: Parts, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
         numbers = _fp4(mapped(parts[self.weight])[start:stop])
         scale = self._scales(parts, start, stop)
-        return numbers * scale.repeat_interleave(self.group, 1)[:, : numbers.shape[1]]
+        if shape[1] % self.group:
+            return numbers * scale.repeat_interleave(self.group, 1)[:, : shape[1]]
+        return (numbers.view(stop - start, -1, self.group) * scale[..., None]).view(stop - start, -1)
 
     def _scales(self, parts: Parts, start: int, stop: int) -> torch.Tensor:
         scale = _scale(parts[self.scale])[start:stop]
@@ -129,8 +131,8 @@ def _fp4(packed: torch.Tensor) -> torch.Tensor:
     """Return the numbers of bytes along the last dimension, float32."""
     import torch
 
-    both = torch.stack((packed & 15, packed >> 4), -1).flatten(-2).int()
-    return torch.tensor(FP4)[both]
+    pairs = torch.tensor([(FP4[byte & 15], FP4[byte >> 4]) for byte in range(256)])
+    return pairs[packed.int()].flatten(-2)
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,11 +59,14 @@ class Grouped(Form):
         raise NotImplementedError
 
     def rows(self, parts: Parts, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
+        numbers = self._numbers(parts, shape, start, stop).float()
+        zeros, scales = self._zeros(parts, shape, start, stop).float(), self._scales(parts, start, stop).float()
         group = self._group_of(parts, shape[1])
-        numbers = (
-            self._numbers(parts, shape, start, stop).float() - self._zeros(parts, shape, start, stop).float()[:, group]
-        )
-        return numbers * self._scales(parts, start, stop).float()[:, group]
+        size = self.group or shape[1]
+        if shape[1] % size == 0 and bool((group.view(-1, size) == group[::size, None]).all()):
+            in_order, wide = group[::size], numbers.view(stop - start, -1, size)  # without indices for each column
+            return ((wide - zeros[:, in_order, None]) * scales[:, in_order, None]).view(stop - start, -1)
+        return (numbers - zeros[:, group]) * scales[:, group]
 
     @property
     def range(self) -> tuple[int, int]:
