@@ -28,7 +28,7 @@ from ranvier.graph.sessions.tokenizer_gguf import KINDS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGE = REPOSITORY / "docs" / "models.md"
-REFUSED = ("bitsandbytes", "hqq", "aqlm", "quip", "vptq", "eetq", "quanto", "torchao", "spqr", "higgs", "bitnet", "fp_quant",
+REFUSED = ("hqq", "aqlm", "quip", "vptq", "eetq", "quanto", "torchao", "spqr", "higgs", "bitnet", "fp_quant",
            "exl3", "quark", "marlin")  # fmt: skip
 """Methods that are not read yet."""
 

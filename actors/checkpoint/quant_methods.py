@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import CheckpointError, describe
 from .json_file import read_json
+from .quant_bitsandbytes import EightBits, FourBits
 from .quant_floats import ExpertsFloat4, ExpertsFloat8, Float4, Float8
 from .quant_forms import AWQ, GPTQ, AWQRows, Bytes, PackedRows
 from .quantised import Form, Quantised
@@ -31,6 +32,7 @@ _ACTIVATIONS = (
 _WEIGHTS = (
     "weight", "weight_packed", "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_zero_point", "weight_shape",
     "weight_g_idx", "weight_global_scale", "qweight", "qzeros", "scales", "g_idx",
+    "absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state", "SCB", "weight_format",
 )  # fmt: skip
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 
@@ -97,6 +99,9 @@ def _entries(found: Found, settings: Settings, folder: Path) -> Iterator[tuple[s
     modules: dict[str, dict[str, TensorEntry]] = {}
     for name, entry in found.items():
         module, _, end = name.rpartition(".")
+        if ".weight." in name:  # bitsandbytes names what belongs to a weight below it
+            module, _, end = name.partition(".weight.")
+            end = end.partition(".")[0]
         if end in _WEIGHTS:
             modules.setdefault(module, {})[end] = entry
         elif end not in _ACTIVATIONS and not _of_experts(name, found):
@@ -161,7 +166,8 @@ def _experts(found: Found, settings: Settings) -> Iterator[tuple[str, Entry]]:
 
 
 def _method(settings: Settings, folder: Path) -> FormOf:
-    method = str(settings.get("quant_method", "unknown")).lower()
+    old = any(settings.get(name) for name in ("load_in_4bit", "_load_in_4bit", "load_in_8bit", "_load_in_8bit"))
+    method = str(settings.get("quant_method", "bitsandbytes" if old else "unknown")).lower()
     if method in ("auto-round", "intel/auto-round"):
         method, settings = _auto_round(settings, folder)
     made = METHODS.get(method)
@@ -296,6 +302,13 @@ def _modelopt(settings: Settings, folder: Path) -> FormOf:
     raise _refused(folder, f"quant_algo {algorithm!r:.40}", "FP8, FP8_PB_WO, NVFP4")
 
 
+def _bitsandbytes(settings: Settings, folder: Path) -> FormOf:
+    def form_of(_: str, parts: Found) -> Form | None:
+        return FourBits() if "quant_state" in parts else EightBits() if "SCB" in parts else None
+
+    return form_of
+
+
 def _mxfp4(settings: Settings, folder: Path) -> FormOf:
     return lambda _, __: None
 
@@ -391,6 +404,6 @@ def _compressed(form: Any, weights: Settings, parts: Found, folder: Path) -> For
 
 METHODS: Mapping[str, Callable[[Settings, Path], FormOf]] = {
     "fp8": _fp8, "fbgemm_fp8": _fp8, "modelopt": _modelopt, "compressed-tensors": _compressed_tensors,
-    "sparseml": _compressed_tensors, "gptq": _gptq, "awq": _awq, "mxfp4": _mxfp4,
+    "sparseml": _compressed_tensors, "gptq": _gptq, "awq": _awq, "mxfp4": _mxfp4, "bitsandbytes": _bitsandbytes,
 }  # fmt: skip
 """Methods by the name that `quant_method` has; auto-round's files are those of GPTQ or AWQ."""

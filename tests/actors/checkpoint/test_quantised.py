@@ -239,6 +239,11 @@ WRONG: list[tuple[str, Change, str]] = [
     ("ct_w4a16_g32_sym", setting(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config of the format 'sparse-24-bitmask'"),
     ("ct_w4a16_g32_sym", setting(config_groups={}), "expected an object 'config_groups', got {}"),
     ("ct_nvfp4", changed("weight_global_scale", with_number(0.0)), "k_proj.weight_global_scale: expected finite scales, got 0.0"),
+    ("bnb_nf4_double", dropped("weight.quant_map"), "needs a tensor quant_map beside it, which is missing"),
+    ("bnb_nf4_double", changed("weight.nested_absmax", with_number(float("inf"))), "k_proj.weight.nested_absmax: expected finite"),
+    ("bnb_fp4", changed("weight.absmax", lambda t: t[:-1].clone()), "k_proj.weight.absmax: expected float32[128], got float32[127]"),
+    ("bnb_fp4", changed("weight.quant_state.bitsandbytes__fp4", lambda t: t[:-9].clone()), "expected JSON with shape and blocksize"),
+    ("bnb_int8", changed("weight_format", lambda t: t + 1), "k_proj.weight_format: expected 0"),
     ("modelopt_nvfp4", setting(quant_algo="NVFP4_AWQ"), "quant_algo 'NVFP4_AWQ' is not built in; built in: FP8"),
     ("modelopt_nvfp4", changed("weight_scale", lambda t: t[:, :-1].contiguous()), "k_proj.weight_scale: expected float8_e4m3fn[64, 8]"),
 ]  # fmt: skip
