@@ -100,6 +100,14 @@ def test_names_with_another_prefix(begin: str, tmp_path: Path) -> None:
     check(tmp_path, model)
 
 
+def test_names_of_the_text_part_of_a_model_that_sees(tmp_path: Path) -> None:
+    """Read names that begin like those of the model itself, and go on with the part that they are of."""
+    file, model, tensors = saved(tmp_path, "llama", tie_word_embeddings=False)
+    names = {name: name.replace("model.", "model.language_model.", 1) for name in tensors}
+    save_file({names[name]: tensor for name, tensor in tensors.items()}, file)
+    check(tmp_path, model)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_of_tied_weights_only_the_head_is_stored(family: str, tmp_path: Path) -> None:
     """Take the embedding from the head."""

@@ -93,8 +93,13 @@ def unigram(*normalizing: normalizers.Normalizer, prefix: str = "always", fallba
     made.train_from_iterator(
         CORPUS, trainers.UnigramTrainer(vocab_size=700, special_tokens=SPECIALS, unk_token="<unk>", show_progress=False)
     )
+    data = json.loads(made.to_str())
+    # "a" and "aa" are as likely as "aa" and "a", and how they are rounded decides between them
+    data["model"]["vocab"] = [
+        each for each in data["model"]["vocab"] if not (len(each[0]) > 1 and len(set(each[0])) == 1)
+    ]
+    made = Tokenizer.from_str(json.dumps(data))
     if fallback:
-        data = json.loads(made.to_str())
         data["model"]["byte_fallback"] = True
         data["model"]["vocab"] += [[f"<0x{byte:02X}>", -20.0] for byte in range(256)]
         data["decoder"] = json.loads(
