@@ -106,7 +106,7 @@ def _entries(found: Found, settings: Settings, folder: Path) -> Iterator[tuple[s
             modules.setdefault(module, {})[end] = entry
         elif end not in _ACTIVATIONS and not _of_experts(name, found):
             yield name, entry
-    yield from _experts(found, settings)  # after the plain tensors, of which some are quantised
+    yield from _experts(found, settings, folder)  # after the plain tensors, of which some are quantised
     for module, parts in modules.items():
         for each in _of_module(module, parts, form_of):
             yield each.name, each
@@ -145,9 +145,9 @@ def _of_experts(name: str, found: Found) -> bool:
     return name.endswith(("_blocks", "_scales")) or (stem != name and stem in found)
 
 
-def _experts(found: Found, settings: Settings) -> Iterator[tuple[str, Entry]]:
+def _experts(found: Found, settings: Settings, folder: Path) -> Iterator[tuple[str, Entry]]:
     """Yield experts that are one tensor a layer: those of gpt-oss, and of other families in FP8."""
-    block = _block(settings.get("weight_block_size"), Path())
+    block = _block(settings.get("weight_block_size"), folder)
     for name, blocks in found.items():
         scale = next((end for end in ("_scale_inv", "_scale") if name + end in found), None)
         if scale is not None and blocks.stored == "float8_e4m3fn" and len(blocks.shape) == 3:

@@ -1,7 +1,7 @@
 """Give transformers' tokens for every type of model, whole and cut in two: tiny random checkpoints, float32, greedy.
 
 The actors run in this process, one after the other, as a graph would send them their messages; `test_exact.py` runs models in
-real processes."""
+real processes. The slow tests try all types."""
 
 from __future__ import annotations
 
@@ -110,6 +110,12 @@ SEQ2SEQ: dict[str, dict[str, Any]] = {
     "plbart": {**BART, "scale_embedding": True},
 }  # fmt: skip
 TYPES = (*CAUSAL, *SEQ2SEQ)
+QUICK = (
+    "llama", "gemma3_text", "gpt2", "mixtral", "qwen2_moe", "gemma2", "gpt_neo", "gpt_neox", "bloom", "falcon", "phi3", "olmo2",
+    "cohere2", "granite", "deepseek_v3", "exaone4", "gpt_oss", "mamba2", "bamba", "lfm2", "rwkv", "minimax", "openai-gpt", "t5",
+    "plbart",
+)  # fmt: skip
+"""Types that the quick tests try, too: each kind of positions, of feed-forward part, and of state once."""
 
 
 def model_of(name: str, folder: Path) -> Any:
@@ -209,7 +215,7 @@ def plans(checkpoint: Checkpoint) -> list[list[tuple[str, str, tuple[int, int] |
     return [whole] if config.uncut else [whole, [("a", "first_stage", (0, 0)), ("b", "last_stage", (1, last))]]
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in TYPES])
 @torch.inference_mode()
 def test_a_type_of_model_gives_transformers_tokens(name: str, tmp_path: Path) -> None:
     """Give 24 tokens and their logits as `generate` does, after a prompt in chunks of seven tokens where prompts can be cut."""
