@@ -198,7 +198,9 @@ def test_files_called_like_modules_are_not_imported_case_62(runs: Path, tmp_path
     assert not (tmp_path / "canary").exists()
 
 
-@pytest.mark.parametrize("package", [False, True], ids=["a folder", "a package"])
+@pytest.mark.parametrize("package", [
+    pytest.param(False, marks=pytest.mark.slow, id="a folder"), pytest.param(True, id="a package"),
+])  # fmt: skip
 def test_a_graphs_own_files_import_each_other_case_62(package: bool, runs: Path, tmp_path: Path) -> None:
     """Let a graph's files import each other, by plain and by relative names.
 
@@ -245,7 +247,7 @@ def test_a_graphs_own_files_import_each_other_case_62(package: bool, runs: Path,
 # -- prompts ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["-", "file"])
+@pytest.mark.parametrize("way", ["-", pytest.param("file", marks=pytest.mark.slow)])
 def test_a_prompt_is_not_seen_by_others_case_80(way: str, runs: Path, tmp_path: Path) -> None:
     """Keep a prompt from standard input or a file out of all command lines and of the run's files."""
     secret = "Salamanders-of-1871"

@@ -328,7 +328,7 @@ def test_a_join_that_never_completes_names_what_is_missing(
     assert "expected a, got only b" in str(lost)
 
 
-@pytest.mark.parametrize("how", ["leaves all out", "leaves one of two out"])
+@pytest.mark.parametrize("how", ["leaves all out", pytest.param("leaves one of two out", marks=pytest.mark.slow)])
 def test_an_output_that_never_comes_ends_the_call(
     how: str, faulty: Make, graph_file: Callable[..., Path], runs: Path, tmp_path: Path
 ) -> None:

@@ -449,6 +449,7 @@ def test_a_zygote_that_is_killed_is_replaced_case_55(four: Four, exact: Exact, r
     trio.run(main)
 
 
+@pytest.mark.slow
 def test_a_zygote_that_is_stopped_with_a_host_case_55(
     four: Four, exact: Exact, runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -181,7 +181,10 @@ def test_a_receiver_that_leaks_credit(graphs: Graphs, runs: Path) -> None:
     assert answer.culprits[0].words == words
 
 
-@pytest.mark.parametrize(("fault", "numbers"), [("slow", {"latency_s": 0.4}), ("throttled", {"bytes_per_s": 40_000})])
+@pytest.mark.parametrize(
+    ("fault", "numbers"),
+    [pytest.param("slow", {"latency_s": 0.4}, marks=pytest.mark.slow), ("throttled", {"bytes_per_s": 40_000})],
+)
 def test_a_link_that_is_slow_or_throttled(fault: str, numbers: Mapping[str, Any], graphs: Graphs, runs: Path) -> None:
     """Blame the edge, and not the actors at its ends, which are idle."""
     import torch

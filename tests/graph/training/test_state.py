@@ -170,6 +170,7 @@ def test_a_folder_is_claimed_by_one_case_75(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_training_that_goes_on_tells_each_step_once_case_75(graph: Make, runs: Path, tmp_path: Path) -> None:
     """Record each step once in `history.jsonl`, if a training is killed after a checkpoint and run again."""
     made = graph(
@@ -195,6 +196,7 @@ def test_a_training_that_goes_on_tells_each_step_once_case_75(graph: Make, runs:
     assert steps == list(range(1, 401))
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_costs_a_training_checkpoints_alone_case_58(
     graph: Make, trained: Train, tmp_path: Path
 ) -> None:
