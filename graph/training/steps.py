@@ -26,7 +26,7 @@ class Step:
     validation: bool = False
 
     def to_plain(self) -> dict[str, Any]:
-        plain = {"step": self.step, "loss": self.loss, "losses": dict(self.losses), "seconds": round(self.seconds, 3)}
+        plain = {"step": self.step, "loss": self.loss, "losses": dict(self.losses), "seconds": round(self.seconds, 6)}
         plain |= {name: value for name, value in (("accuracy", self.accuracy), ("norm", self.norm)) if value == value}
         return {**plain, "validation": True} if self.validation else plain
 
