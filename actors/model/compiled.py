@@ -50,8 +50,8 @@ class _Row(ctypes.Structure):
 
 
 _Two = ctypes.c_void_p * 2
-MOST_QUERIES = 24
-"""Largest number of query heads per key-value head that the kernels support (QUERIES of step.c)."""
+MOST_QUERIES, MOST_WIDTH = 32, 512
+"""Largest number of query heads per key-value head, and largest head, that the kernels support (attend.c)."""
 
 
 class Compiled:
@@ -80,6 +80,7 @@ class Compiled:
             config.norm != "layer" and config.activation in ("silu", "gelu_tanh") and config.gated
             and not config.learned_positions and not config.out_bias and not config.mlp_bias
             and config.head_dim % 32 == 0 and config.hidden % 32 == 0 and config.heads // config.kv_heads <= MOST_QUERIES
+            and config.head_dim <= MOST_WIDTH
         )  # fmt: skip
         all_packed = all(
             isinstance(matrix, Packed) for block in blocks for matrix in (block.qkv, block.out, block.up, block.down)

@@ -20,8 +20,8 @@ class SessionCache:
     """Hold a session's keys and values, [layers, kv heads, capacity, head width]; the first `length` are valid."""
 
     def __init__(self, config: ModelConfig, layers: int, capacity: int, dtype: torch.dtype) -> None:
-        # whole tiles of positions, because the kernels store keys in tiles
-        shape = (layers, config.kv_heads, -(-capacity // TILE) * TILE, config.head_dim)
+        # whole pairs of tiles, because the kernels store keys in tiles and read two of them at once
+        shape = (layers, config.kv_heads, -(-capacity // (2 * TILE)) * 2 * TILE, config.head_dim)
         # the system allocates a page at the first write, so unused capacity costs nothing
         self.keys_LKPD = torch.empty(shape, dtype=dtype)
         self.values_LKPD = torch.empty(shape, dtype=dtype)

@@ -8,13 +8,13 @@
 #ifdef PAIRS
 static int summed_at_once(const Tokens *tokens) { return tokens->narrow ? PAIRS : TOKENS; }
 #else
-static int pairs(void) { return 0; }
+INLINE int pairs(void) { return 0; }
 static int summed_at_once(const Tokens *tokens) { return TOKENS; }
 #endif
 
-/* Multiply a tile with the tokens from `first` to `end`. If there are more tokens than are summed at once, take COLUMNS
+/* Multiply some tiles with the tokens from `first` to `end`. If there are more tokens than are summed at once, take COLUMNS
    columns at a time: those of the tokens and of the weights then stay in the nearest cache. */
-static void tile_bfloat16(const Product *p, int tile, int first, int end) {
+static void tiles_bfloat16(const Product *p, int tile, int tiles, int first, int end) {
     const Matrix *m = p->matrix;
     size_t columns = m->columns, together = end - first > summed_at_once(p->tokens) ? COLUMNS : columns;
     for (size_t column = 0; column < columns; column += together)
@@ -25,12 +25,16 @@ static void tile_bfloat16(const Product *p, int tile, int first, int end) {
 #ifdef PAIRS
             if (p->tokens->narrow) {
                 count = next_of(end - t, PAIRS);
-                pairs_any(own, some, p->tokens->narrow + t * columns + column, columns, out, m->rows, column > 0, count);
+                pairs_any(
+                    own, columns * TILE, tiles, some, p->tokens->narrow + t * columns + column, columns, out, m->rows, column > 0,
+                    count);
                 continue;
             }
 #endif
             count = next(end - t);
-            tile_any(own, some, p->tokens->wide + t * columns + column, columns, out, m->rows, column > 0, count);
+            tile_any(
+                own, columns * TILE, tiles, some, p->tokens->wide + t * columns + column, columns, out, m->rows, column > 0,
+                count);
         }
 }
 
@@ -41,19 +45,20 @@ INLINE void tile_rounded(const Product *p, int tile, int first, int end, const i
     }
 }
 
-static void tile_int8(const Product *p, int tile, int first, int end) { tile_rounded(p, tile, first, end, INT8); }
-static void tile_int4(const Product *p, int tile, int first, int end) { tile_rounded(p, tile, first, end, INT4); }
-
 static void product_chunk(void *context, int chunk) {
     const Product *p = context;
-    int tiles = p->matrix->rows / TILE, from = chunk * p->tiles_a_chunk, tokens = p->tokens->tokens;
+    int kind = p->matrix->kind, tiles = p->matrix->rows / TILE, from = chunk * p->tiles_a_chunk, tokens = p->tokens->tokens;
     int to = from + p->tiles_a_chunk < tiles ? from + p->tiles_a_chunk : tiles;
-    void (*one)(const Product *, int, int, int) =
-        p->matrix->kind == BFLOAT16 ? tile_bfloat16 : p->matrix->kind == INT8 ? tile_int8 : tile_int4;
+    int together = kind == BFLOAT16 && tokens <= 8 ? 4 : 1; /* of few tokens, several tiles are multiplied at once */
     for (int near = 0; near < tokens; near += TOGETHER) {
         int end = near + TOGETHER < tokens ? near + TOGETHER : tokens;
-        for (int tile = from; tile < to; tile++)
-            one(p, tile, near, end);
+        for (int tile = from; tile < to; tile += together)
+            if (kind == BFLOAT16)
+                tiles_bfloat16(p, tile, to - tile < together ? to - tile : together, near, end);
+            else if (kind == INT8)
+                tile_rounded(p, tile, near, end, INT8);
+            else
+                tile_rounded(p, tile, near, end, INT4);
     }
 }
 
@@ -61,63 +66,115 @@ static void multiply(const Matrix *matrix, const Tokens *tokens, float *out) {
     int tiles = matrix->rows / TILE, chunks = pool.helpers ? 4 * (pool.helpers + 1) : 1;
     int each = (tiles + chunks - 1) / chunks;
     Product product = {matrix, tokens, out, each};
+#ifdef AMX
+    if (tokens->high || tokens->in_tiles) {
+        product.tiles_a_chunk = each = amx_tiles(tiles, each);
+        share(amx_chunk, &product, (tiles + each - 1) / each);
+        return;
+    }
+#endif
     share(product_chunk, &product, (tiles + each - 1) / each);
 }
 
 typedef struct {
     const float *from;
-    int columns;
+    int columns, tokens;
     float *scales, *sums;
     int8_t *whole;
+    int in_tiles; /* of 16 tokens: [tokens / 16, columns / 32, 16, 32], scales and sums [tokens / 16, columns / 32, 16] */
 } Rounding;
 
 static void rounded(const void *context, int token) {
     const Rounding *r = context;
     size_t blocks = r->columns / BLOCK;
-    for (size_t block = token * blocks; block < (token + 1) * blocks; block++) {
-        F a = f_load(r->from + block * BLOCK), b = f_load(r->from + block * BLOCK + 16);
+    for (size_t block = 0; block < blocks; block++) {
+        size_t at = token * blocks + block;
+        if (r->in_tiles)
+            at = (size_t)(token / TILE) * TILE * blocks + block * TILE + token % TILE;
+        if (token >= r->tokens) { /* a tile has no end before its 16th token */
+            r->scales[at] = r->sums[at] = 0.0f;
+            memset(r->whole + at * BLOCK, 0, BLOCK);
+            continue;
+        }
+        const float *from = r->from + token * (size_t)r->columns + block * BLOCK;
+        F a = f_load(from), b = f_load(from + 16);
         float most = f_most(f_max(f_abs(a), f_abs(b)));
         F back = f_all(most > 0 ? 127.0f / most : 0.0f);
-        int32_t sum = f_to_int8(r->whole + block * BLOCK, f_mul(a, back)) +
-                      f_to_int8(r->whole + block * BLOCK + 16, f_mul(b, back));
-        r->scales[block] = most / 127.0f;
-        r->sums[block] = r->scales[block] * (float)sum;
+        int32_t sum = f_to_int8(r->whole + at * BLOCK, f_mul(a, back)) + f_to_int8(r->whole + at * BLOCK + 16, f_mul(b, back));
+        r->scales[at] = most / 127.0f;
+        r->sums[at] = r->scales[at] * (float)sum;
     }
 }
 
 typedef struct {
     const float *from;
-    int columns;
-    uint16_t *narrow;
+    int columns, tokens;
+    uint16_t *narrow, *low;
 } Narrowing;
 
+#ifdef AMX
+/* Write a token's high and low parts into tiles (amx.h). */
+static void narrowed(const void *context, int token) {
+    const Narrowing *n = context;
+    size_t steps = n->columns / 32, to = (size_t)(token / 16) * steps * 512 + (size_t)(token % 16) * 32;
+    const float *from = n->from + (size_t)token * n->columns;
+    for (size_t step = 0; step < steps; step++, to += 512, from += 32)
+        if (token >= n->tokens)
+            split(f_zero(), f_zero(), n->narrow + to, n->low ? n->low + to : NULL);
+        else
+            split(f_load(from), f_load(from + 16), n->narrow + to, n->low ? n->low + to : NULL);
+}
+#else
 static void narrowed(const void *context, int token) {
     const Narrowing *n = context;
     for (size_t i = (size_t)token * n->columns; i < (size_t)(token + 1) * n->columns; i += 16)
         f_to_bfloat16(n->narrow + i, f_load(n->from + i));
 }
+#endif
 
-/* Return float32 [tokens, columns] as a matrix of this kind needs it. `room` holds at least tokens x (3 x columns) bytes. */
-static Tokens prepared(int kind, const float *from, int tokens, int columns, uint8_t *room) {
-    if (kind == BFLOAT16 && !pairs())
+/* Return how many bytes `prepared` needs. */
+static size_t prepared_bytes(int tokens, int columns) { return (size_t)(tokens + 15) * columns * 4 + 64; }
+
+/* Return float32 [tokens, columns] as a matrix needs it. `room` has `prepared_bytes`, from a multiple of 64 on. */
+static Tokens prepared(const Matrix *matrix, const float *from, int tokens, uint8_t *room) {
+    int columns = matrix->columns, in_tiles = 0, padded = (tokens + 15) / 16 * 16;
+#ifdef AMX
+    if (matrix->kind == BFLOAT16 || (matrix->fast && tokens >= WIDEN_FROM)) {
+        Narrowing narrowing = {from, columns, tokens, (uint16_t *)room, NULL};
+        if (!matrix->fast)
+            narrowing.low = narrowing.narrow + (size_t)padded * columns;
+        each(padded, narrowed, &narrowing);
+        return (Tokens){.tokens = tokens, .high = narrowing.narrow, .low = narrowing.low};
+    }
+    in_tiles = tokens >= WHOLE_FROM;
+#else
+    if (matrix->kind == BFLOAT16 && !pairs())
         return (Tokens){.tokens = tokens, .wide = from};
-    if (kind == BFLOAT16) {
-        Narrowing narrowing = {from, columns, (uint16_t *)room};
+    if (matrix->kind == BFLOAT16) {
+        Narrowing narrowing = {from, columns, tokens, (uint16_t *)room, NULL};
         each(tokens, narrowed, &narrowing);
         return (Tokens){.tokens = tokens, .narrow = narrowing.narrow};
     }
-    size_t blocks = (size_t)tokens * (columns / BLOCK);
+#endif
+    int count = in_tiles ? padded : tokens;
+    size_t blocks = (size_t)count * (columns / BLOCK);
     float *scales = (float *)room, *sums = scales + blocks;
-    Rounding rounding = {from, columns, scales, sums, (int8_t *)(sums + blocks)};
-    each(tokens, rounded, &rounding);
-    return (Tokens){tokens, NULL, NULL, rounding.whole, scales, sums};
+    Rounding rounding = {from, columns, tokens, scales, sums, (int8_t *)(sums + blocks), in_tiles};
+    each(count, rounded, &rounding);
+    return (Tokens){.tokens = tokens, .whole = rounding.whole, .in_tiles = in_tiles, .scales = scales, .sums = sums};
 }
 
-/* Compute out [tokens, rows] = tokens [tokens, columns] times the matrix, all float32. `room`: see `prepared`. */
+static void product(const Matrix *matrix, const float *from, int tokens, float *out, uint8_t *room) {
+    Tokens ready = prepared(matrix, from, tokens, room);
+    multiply(matrix, &ready, out);
+}
+
+/* Return how many bytes of `room` a product of so many tokens and columns needs. */
+int64_t ranvier_product_room(int tokens, int columns) { return (int64_t)prepared_bytes(tokens, columns); }
+
+/* Compute out [tokens, rows] = tokens [tokens, columns] times the matrix, all float32. `room`: see `ranvier_product_room`. */
 void ranvier_multiply(const Matrix *matrix, const float *from, int tokens, float *out, uint8_t *room) {
     begin();
-    Tokens ready = prepared(matrix->kind, from, tokens, matrix->columns, room);
-    multiply(matrix, &ready, out);
+    product(matrix, from, tokens, out, room);
     end();
 }
-

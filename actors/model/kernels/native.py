@@ -24,7 +24,7 @@ def libraries() -> dict[str, Any]:
     """Return the functions of the kernels for each instruction set that this processor has, the best set first."""
     found = find(__package__, "product")
     for loaded in found.values():
-        loaded.ranvier_room.restype = ctypes.c_int64
+        loaded.ranvier_room.restype = loaded.ranvier_product_room.restype = ctypes.c_int64
     return found
 
 

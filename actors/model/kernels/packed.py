@@ -36,7 +36,7 @@ class Matrix(ctypes.Structure):
     """Describe a packed matrix to C (`Matrix` of product.h)."""
 
     _fields_ = (
-        ("kind", ctypes.c_int32), ("rows", ctypes.c_int32), ("columns", ctypes.c_int32),
+        ("kind", ctypes.c_int32), ("rows", ctypes.c_int32), ("columns", ctypes.c_int32), ("fast", ctypes.c_int32),
         ("data", ctypes.c_void_p), ("scales", ctypes.c_void_p), ("least", ctypes.c_void_p),
     )  # fmt: skip
 
@@ -65,7 +65,7 @@ class Packed:
         self.shape = (rows, columns)
         self._held = [tensor for tensor in (data, scales, least) if tensor is not None]
         pointers = [tensor.data_ptr() if tensor is not None else None for tensor in (data, scales, least)]
-        self.matrix = Matrix(kind, rows, columns, *pointers)
+        self.matrix = Matrix(kind, rows, columns, False, *pointers)
         self._at = ctypes.byref(self.matrix)
 
     @property
@@ -92,9 +92,10 @@ class Packed:
         rows, columns = self.shape
         wide = tokens_TC.float().contiguous()
         made = torch.empty(wide.shape[0], rows)
-        room = torch.empty(wide.shape[0] * 3 * columns + 64, dtype=torch.uint8)
+        count = ctypes.c_int(wide.shape[0])
+        room = torch.empty(library().ranvier_product_room(count, ctypes.c_int(columns)), dtype=torch.uint8)
         library().ranvier_multiply(
-            self._at, ctypes.c_void_p(wide.data_ptr()), ctypes.c_int(wide.shape[0]), ctypes.c_void_p(made.data_ptr()),
+            self._at, ctypes.c_void_p(wide.data_ptr()), count, ctypes.c_void_p(made.data_ptr()),
             ctypes.c_void_p(room.data_ptr()),
         )  # fmt: skip
         return made.to(tokens_TC.dtype)

@@ -13,18 +13,19 @@
    bfloat16, too: 16 positions are the rows, so that the scores of a query are a product like any other. No file here uses
    Python's API. The functions are called through ctypes, which releases the interpreter's lock during the call.
 
-   Each instruction set has one file, product_<set>.c. Its first line gives the compiler flags. It defines TOKENS and SPLIT
-   before it includes this header. It also defines the rest of this list:
+   Each instruction set has one file, product_<set>.c. Its first line gives the compiler flags. It defines TOKENS and
+   FOUR_TILES before it includes this header. It also defines the rest of this list:
 
-       TOKENS        how many tokens' sums are held in registers at once: one or two vectors for each
-       SPLIT         up to how many tokens have two vectors, so that an addition need not wait for the previous one
+       TOKENS        how many tokens' sums of one tile are held in registers at once
+       FOUR_TILES    up to how many tokens are multiplied with four tiles together; twice as many take two tiles
        tile_whole    the product of one tile of whole numbers with up to TOKENS tokens
        PAIRS, pairs, pairs_any
                      optional: products with up to PAIRS tokens that are rounded to bfloat16, used if `pairs()` is true
+       AMX           optional: products of bfloat16, and attention, by the tiles of the processor (amx.h)
        ranvier_supported
                      a number greater than 0 if this processor has the instructions: the greatest one is used
 
-   Then it includes multiply.c, pack.c, step.c and finite.c, which use these definitions. setup.py makes an extension of each such
+   Then it includes multiply.c, pack.c, attend.c, step.c and finite.c, which use these definitions. setup.py makes an extension of each such
    file, and native.py finds them. An instruction set with other vectors also needs its own vectors_<set>.h. */
 
 #ifndef RANVIER_PRODUCT_H
@@ -66,72 +67,67 @@ enum { BFLOAT16 = 0, INT8 = 1, INT4 = 2 };
    least values of int4 in the same shape. */
 typedef struct {
     int32_t kind, rows, columns;
+    int32_t fast; /* products may depend on the number of tokens, if that is faster */
     const void *data;
     const uint16_t *scales, *least;
 } Matrix;
 
-/* Multiply `count` rows of x with a tile of 16 rows of bfloat16; add to what `out` holds if `more`. Products in float32 round
-   nothing. They are twice as fast as the processor's own products of bfloat16 where those start every other cycle. */
+/* Multiply `count` rows of x with `tiles` tiles of 16 rows of bfloat16 each; add to what `out` holds if `more`. Each sum grows
+   column by column, whatever the number of tokens and tiles beside it: a token's bits do not depend on them. Products in float32
+   round nothing. They are twice as fast as the processor's own products of bfloat16 where those start every other cycle. */
 INLINE void tile_rows(
-    const uint16_t *tile, int columns, const float *x, size_t x_step, float *out, size_t out_step, int more, const int count) {
-    const int split = count <= SPLIT;
-    F even[TOKENS], odd[TOKENS];
-    for (int t = 0; t < count; t++) {
-        even[t] = more ? f_load(out + t * out_step) : f_zero();
-        odd[t] = f_zero();
-    }
-    for (int column = 0; column < columns; column += 2) {
-        _mm_prefetch((const char *)(tile + (size_t)column * TILE + 1024), _MM_HINT_T0);
-        F weights = f_first(tile + (size_t)column * TILE);
-#pragma GCC unroll 8
-        for (int t = 0; t < count; t++)
-            even[t] = f_fma(weights, f_all(x[t * x_step + column]), even[t]);
-        weights = f_second(tile + (size_t)column * TILE);
-#pragma GCC unroll 8
-        for (int t = 0; t < count; t++)
-            if (split)
-                odd[t] = f_fma(weights, f_all(x[t * x_step + column + 1]), odd[t]);
-            else
-                even[t] = f_fma(weights, f_all(x[t * x_step + column + 1]), even[t]);
-    }
+    const uint16_t *tile, size_t tile_step, int columns, const float *x, size_t x_step, float *out, size_t out_step, int more,
+    const int count, const int tiles) {
+    F sum[TOKENS][4];
     for (int t = 0; t < count; t++)
-        f_store(out + t * out_step, split ? f_add(even[t], odd[t]) : even[t]);
-}
-
-/* Multiply one row of x with a tile: four sums grow side by side, and memory is prefetched. */
-INLINE void tile_row(const uint16_t *tile, int columns, const float *x, float *out, int more) {
-    F sum[4];
-    for (int i = 0; i < 4; i++)
-        sum[i] = f_zero();
-    for (int column = 0; column < columns; column += 4) {
-#pragma GCC unroll 2
-        for (int i = 0; i < 4; i += 2) {
-            const uint16_t *own = tile + (size_t)(column + i) * TILE;
+        for (int i = 0; i < tiles; i++)
+            sum[t][i] = more ? f_load(out + t * out_step + i * TILE) : f_zero();
+    for (int column = 0; column < columns; column += 2)
+#pragma GCC unroll 4
+        for (int i = 0; i < tiles; i++) {
+            const uint16_t *own = tile + i * tile_step + (size_t)column * TILE;
             _mm_prefetch((const char *)(own + 1024), _MM_HINT_T0);
-            sum[i] = f_fma(f_first(own), f_all(x[column + i]), sum[i]);
-            sum[i + 1] = f_fma(f_second(own), f_all(x[column + i + 1]), sum[i + 1]);
+            F first = f_first(own), second = f_second(own);
+#pragma GCC unroll 8
+            for (int t = 0; t < count; t++) {
+                sum[t][i] = f_fma(first, f_all(x[t * x_step + column]), sum[t][i]);
+                sum[t][i] = f_fma(second, f_all(x[t * x_step + column + 1]), sum[t][i]);
+            }
         }
-    }
-    F all = f_add(f_add(sum[0], sum[1]), f_add(sum[2], sum[3]));
-    f_store(out, more ? f_add(f_load(out), all) : all);
+    for (int t = 0; t < count; t++)
+        for (int i = 0; i < tiles; i++)
+            f_store(out + t * out_step + i * TILE, sum[t][i]);
 }
 
-/* Multiply `count` rows of x, at most TOKENS, with a tile. */
+/* Multiply `count` rows of x, at most TOKENS, with some tiles. The next row of `out` is `out_step` numbers further, the sums of the
+   next tile 16 numbers. Few tokens take several tiles together, so that no addition waits for the previous one. */
 static void tile_any(
-    const uint16_t *tile, int columns, const float *x, size_t x_step, float *out, size_t out_step, int more, int count) {
-    if (count == 1)
-        tile_row(tile, columns, x, out, more);
-    else
-        BY_COUNT(count, tile_rows(tile, columns, x, x_step, out, out_step, more, N))
+    const uint16_t *tile, size_t tile_step, int tiles, int columns, const float *x, size_t x_step, float *out, size_t out_step,
+    int more, int count) {
+    int together = count <= FOUR_TILES ? 4 : count <= 2 * FOUR_TILES ? 2 : 1;
+#define ROWS(n, of) tile_rows(tile, tile_step, columns, x, x_step, out, out_step, more, n, of)
+    for (; tiles >= together; tiles -= together, tile += together * tile_step, out += together * TILE)
+        switch (together > 1 ? count : 0) {
+        case 1: ROWS(1, 4); break;
+        case 2: ROWS(2, 2 * FOUR_TILES > 2 ? 4 : 2); break;
+        case 3: ROWS(3, 2); break;
+        case 4: ROWS(4, 2); break;
+        default: BY_COUNT(count, ROWS(N, 1))
+        }
+    for (; tiles; tiles--, tile += tile_step, out += TILE)
+        BY_COUNT(count, ROWS(N, 1))
+#undef ROWS
 }
-
 
 /* Tokens as the products need them. */
 typedef struct {
     int tokens;
     const float *wide;      /* [tokens, columns], for weights in bfloat16; or, if the set has products of `pairs`, */
     const uint16_t *narrow; /* the same, rounded to bfloat16 */
+    const uint16_t *high;   /* or, with AMX, their high and low parts in tiles (amx.h); */
+    const uint16_t *low;    /* NULL: the tokens are only rounded */
     const int8_t *whole;    /* [tokens, columns], for weights in int8 or int4 */
+    int in_tiles;           /* `whole`, `scales` and `sums` lie in tiles of 16 tokens (`Rounding` of multiply.c) */
     const float *scales;    /* [tokens, columns / 32] */
     const float *sums;      /* [tokens, columns / 32]: the sum of the whole numbers, times their scale */
 } Tokens;

@@ -2,7 +2,7 @@
 /* Multiply with AVX2, whose vectors are half as wide as a tile. */
 
 #define TOKENS 5
-#define SPLIT 3
+#define FOUR_TILES 1
 
 #include "product.h"
 
@@ -91,5 +91,6 @@ INLINE void tile_whole(const Product *p, int tile, int first, const int count, c
 
 #include "multiply.c"
 #include "pack.c"
+#include "attend.c"
 #include "step.c"
 #include "finite.c"

@@ -2,7 +2,7 @@
 /* Multiply with AVX-512, its products of whole numbers (VNNI), and its products of bfloat16 (BF16). */
 
 #define TOKENS 8
-#define SPLIT 8
+#define FOUR_TILES 2
 #define PAIRS 16
 
 #include "product.h"
@@ -20,49 +20,60 @@ int ranvier_supported(void) {
 /* Multiply like `tile_rows`, but with tokens that are rounded to bfloat16: two columns at a time, by the processor's own
    instruction. Where it can start twice a cycle (see `pairs`), this is at most half the work, because nothing is widened. */
 INLINE void tile_pairs(
-    const uint16_t *tile, int columns, const uint16_t *x, size_t x_step, float *out, size_t out_step, int more,
-    const int count) {
-    const int split = count <= 4 ? 4 : count <= 8 ? 2 : 1; /* parallel sums, so that no addition waits for the previous one */
+    const uint16_t *tile, size_t tile_step, int columns, const uint16_t *x, size_t x_step, float *out, size_t out_step, int more,
+    const int count, const int tiles) {
     F sum[PAIRS][4];
-    for (int t = 0; t < count; t++) {
-        sum[t][0] = more ? f_load(out + t * out_step) : f_zero();
-        for (int i = 1; i < split; i++)
-            sum[t][i] = f_zero();
-    }
-    for (int column = 0; column < columns; column += 2 * split)
+    for (int t = 0; t < count; t++)
+        for (int i = 0; i < tiles; i++)
+            sum[t][i] = more ? f_load(out + t * out_step + i * TILE) : f_zero();
+    for (int column = 0; column < columns; column += 2)
 #pragma GCC unroll 4
-        for (int i = 0; i < split; i++) {
-            const uint16_t *own = tile + (size_t)(column + 2 * i) * TILE;
+        for (int i = 0; i < tiles; i++) {
+            const uint16_t *own = tile + i * tile_step + (size_t)column * TILE;
             _mm_prefetch((const char *)(own + 1024), _MM_HINT_T0);
             __m512bh weights = (__m512bh)_mm512_loadu_si512(own);
 #pragma GCC unroll 16
             for (int t = 0; t < count; t++) {
                 int32_t pair;
-                memcpy(&pair, x + t * x_step + column + 2 * i, 4);
+                memcpy(&pair, x + t * x_step + column, 4);
                 sum[t][i] = _mm512_dpbf16_ps(sum[t][i], weights, (__m512bh)_mm512_set1_epi32(pair));
             }
         }
-    for (int t = 0; t < count; t++) {
-        F all = split > 1 ? f_add(sum[t][0], sum[t][1]) : sum[t][0];
-        f_store(out + t * out_step, split == 4 ? f_add(all, f_add(sum[t][2], sum[t][3])) : all);
+    for (int t = 0; t < count; t++)
+        for (int i = 0; i < tiles; i++)
+            f_store(out + t * out_step + i * TILE, sum[t][i]);
+}
+
+static void pairs_many(
+    const uint16_t *tile, int columns, const uint16_t *x, size_t x_step, float *out, size_t out_step, int more, int count) {
+#define ROWS(n) ONE_COUNT(n, tile_pairs(tile, 0, columns, x, x_step, out, out_step, more, N, 1))
+    switch (count) {
+        ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8)
+        ROWS(9) ROWS(10) ROWS(11) ROWS(12) ROWS(13) ROWS(14) ROWS(15) ROWS(16)
     }
+#undef ROWS
 }
 
 static void pairs_any(
-    const uint16_t *tile, int columns, const uint16_t *x, size_t x_step, float *out, size_t out_step, int more, int count) {
-    if (count <= TOKENS)
-        BY_COUNT(count, tile_pairs(tile, columns, x, x_step, out, out_step, more, N))
-    else
-        switch (count) {
-            ONE_COUNT(9, tile_pairs(tile, columns, x, x_step, out, out_step, more, N))
-            ONE_COUNT(10, tile_pairs(tile, columns, x, x_step, out, out_step, more, N))
-            ONE_COUNT(11, tile_pairs(tile, columns, x, x_step, out, out_step, more, N))
-            ONE_COUNT(12, tile_pairs(tile, columns, x, x_step, out, out_step, more, N))
-            ONE_COUNT(13, tile_pairs(tile, columns, x, x_step, out, out_step, more, N))
-            ONE_COUNT(14, tile_pairs(tile, columns, x, x_step, out, out_step, more, N))
-            ONE_COUNT(15, tile_pairs(tile, columns, x, x_step, out, out_step, more, N))
-            ONE_COUNT(16, tile_pairs(tile, columns, x, x_step, out, out_step, more, N))
+    const uint16_t *tile, size_t tile_step, int tiles, int columns, const uint16_t *x, size_t x_step, float *out, size_t out_step,
+    int more, int count) {
+    int together = count <= 4 ? 4 : count <= 8 ? 2 : 1;
+#define ROWS(n, of) tile_pairs(tile, tile_step, columns, x, x_step, out, out_step, more, n, of)
+    for (; tiles >= together; tiles -= together, tile += together * tile_step, out += together * TILE)
+        switch (together > 1 ? count : 0) {
+        case 1: ROWS(1, 4); break;
+        case 2: ROWS(2, 4); break;
+        case 3: ROWS(3, 4); break;
+        case 4: ROWS(4, 4); break;
+        case 5: ROWS(5, 2); break;
+        case 6: ROWS(6, 2); break;
+        case 7: ROWS(7, 2); break;
+        case 8: ROWS(8, 2); break;
+        default: pairs_many(tile, columns, x, x_step, out, out_step, more, count);
         }
+    for (; tiles; tiles--, tile += tile_step, out += TILE)
+        pairs_many(tile, columns, x, x_step, out, out_step, more, count);
+#undef ROWS
 }
 
 /* Return whether the processor's bfloat16 instruction starts as often as that of float32. AMD's does from Zen 5 on. On
@@ -79,61 +90,10 @@ static int pairs(void) {
     return known;
 }
 
-
-/* Unpack a block of 32 columns: eight vectors of 16 rows x 4 numbers. */
-INLINE void unpack(int kind, const uint8_t *from, __m512i to[8]) {
-    if (kind == INT8) {
-        for (int i = 0; i < 8; i++)
-            to[i] = _mm512_loadu_si512(from + 64 * i);
-        return;
-    }
-    const __m512i low = _mm512_set1_epi8(15);
-    for (int i = 0; i < 4; i++) {
-        __m512i both = _mm512_loadu_si512(from + 64 * i);
-        to[2 * i] = _mm512_and_si512(both, low);
-        to[2 * i + 1] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-    }
-}
-
-INLINE void tile_whole(const Product *p, int tile, int first, const int count, const int kind) {
-    const Matrix *m = p->matrix;
-    const Tokens *tokens = p->tokens;
-    int blocks = m->columns / BLOCK;
-    size_t block_bytes = kind == INT4 ? 4 * 64 : 8 * 64;
-    const uint8_t *weights = (const uint8_t *)m->data + (size_t)tile * blocks * block_bytes;
-    const uint16_t *scales = m->scales + (size_t)tile * blocks * TILE;
-    const uint16_t *least = kind == INT4 ? m->least + (size_t)tile * blocks * TILE : NULL;
-    F sum[TOKENS];
-    for (int t = 0; t < count; t++)
-        sum[t] = f_zero();
-    for (int block = 0; block < blocks; block++) {
-        __m512i w[8];
-        const uint8_t *own = weights + block * block_bytes;
-        for (int line = 0; line < (int)block_bytes; line += 64)
-            _mm_prefetch((const char *)(own + 2048 + line), _MM_HINT_T0);
-        unpack(kind, own, w);
-        F scale = f_from_half(scales + block * TILE);
-        F under = kind == INT4 ? f_from_half(least + block * TILE) : f_mul(scale, f_all(-128.0f));
-        for (int t = 0; t < count; t++) {
-            const int32_t *x = (const int32_t *)(tokens->whole + (size_t)(first + t) * m->columns + block * BLOCK);
-            __m512i a = _mm512_setzero_si512(), b = _mm512_setzero_si512();
-#pragma GCC unroll 4
-            for (int i = 0; i < 8; i += 2) {
-                a = _mm512_dpbusd_epi32(a, w[i], _mm512_set1_epi32(x[i]));
-                b = _mm512_dpbusd_epi32(b, w[i + 1], _mm512_set1_epi32(x[i + 1]));
-            }
-            size_t at = (size_t)(first + t) * blocks + block;
-            F made = f_mul(_mm512_cvtepi32_ps(_mm512_add_epi32(a, b)), f_all(tokens->scales[at]));
-            sum[t] = f_fma(made, scale, sum[t]);
-            sum[t] = f_fma(under, f_all(tokens->sums[at]), sum[t]);
-        }
-    }
-    for (int t = 0; t < count; t++)
-        f_store(p->out + (size_t)(first + t) * m->rows + tile * TILE, sum[t]);
-}
-
+#include "whole_avx512.h"
 
 #include "multiply.c"
 #include "pack.c"
+#include "attend.c"
 #include "step.c"
 #include "finite.c"
