@@ -18,7 +18,8 @@
 #define AMX_TOKENS 256  /* tokens that a product takes at a time: they stay in the second cache */
 #define AMX_COLUMNS 192 /* columns at a time, of more than 16 tokens: four tiles of weights stay in the first cache */
 #define AMX_BLOCKS 64   /* blocks of whole numbers at a time */
-#define WHOLE_FROM 8    /* tokens from which whole numbers are multiplied by tiles; the bits are the same */
+#define FEW 4           /* tokens that are multiplied by vectors; the bits are the same */
+#define WHOLE_FROM 24   /* tokens from which whole numbers are multiplied by tiles; the bits are the same */
 #define WIDEN_FROM 24   /* tokens from which a fast matrix of whole numbers is widened to bfloat16 */
 
 /* Ask the system for the permission to use tiles; return 1 if it is given. The threads of the process inherit it. */
@@ -119,6 +120,82 @@ INLINE void amx_16_tokens(
         OF_ROW(0, 6) OF_ROW(1, 7) OF_ROW(2, 6) OF_ROW(3, 7)
 #undef OF_ROW
     }
+}
+
+/* Add to `out` the products of up to FEW tokens with up to four tiles of 16 rows, by vectors: the same bits as by tiles, since a
+   tile's instruction adds the even and the odd columns of 32 one by one, then both sums, then this to what was there (Intel's
+   manual, TDPBF16PS). Memory is read faster so, if there is little to compute. `high` and `low` are float32. */
+INLINE void few_rows(
+    Tiles w, int steps, const float *high, const float *low, size_t x_step, float *out, size_t out_step, int more, int further,
+    const int count, const int tiles) {
+    F sum[FEW][4];
+    for (int t = 0; t < count; t++)
+        for (int i = 0; i < tiles; i++)
+            sum[t][i] = more ? f_load(out + t * out_step + i * TILE) : f_zero();
+    for (int k = 0; k < steps; k++) {
+        F part[FEW][4][4];
+        for (int t = 0; t < count; t++)
+            for (int i = 0; i < tiles; i++)
+                part[t][i][0] = part[t][i][1] = part[t][i][2] = part[t][i][3] = f_zero();
+#pragma GCC unroll 4
+        for (int pair = 0; pair < 16; pair++)
+#pragma GCC unroll 4
+            for (int i = 0; i < tiles; i++) {
+                const uint16_t *own = w.at + i * w.row + k * w.column + pair * (w.line / 2);
+                _mm_prefetch((const char *)(own + further), _MM_HINT_T0);
+                F even = f_first(own), odd = f_second(own);
+#pragma GCC unroll 4
+                for (int t = 0; t < count; t++) {
+                    size_t at = t * x_step + k * 32 + 2 * pair;
+                    part[t][i][0] = f_fma(even, f_all(high[at]), part[t][i][0]);
+                    part[t][i][1] = f_fma(odd, f_all(high[at + 1]), part[t][i][1]);
+                    if (low) {
+                        part[t][i][2] = f_fma(even, f_all(low[at]), part[t][i][2]);
+                        part[t][i][3] = f_fma(odd, f_all(low[at + 1]), part[t][i][3]);
+                    }
+                }
+            }
+        for (int t = 0; t < count; t++)
+            for (int i = 0; i < tiles; i++) {
+                sum[t][i] = f_add(sum[t][i], f_add(part[t][i][0], part[t][i][1]));
+                if (low)
+                    sum[t][i] = f_add(sum[t][i], f_add(part[t][i][2], part[t][i][3]));
+            }
+    }
+    for (int t = 0; t < count; t++)
+        for (int i = 0; i < tiles; i++)
+            f_store(out + t * out_step + i * TILE, sum[t][i]);
+}
+
+static void few_any(
+    Tiles w, int tiles, int steps, const float *high, const float *low, size_t x_step, float *out, size_t out_step, int more,
+    int further, int count) {
+#define ROWS(n, of) few_rows(w, steps, high, low, x_step, out, out_step, more, further, n, of)
+    for (; tiles >= 4 && count == 1; tiles -= 4, w.at += 4 * w.row, out += 4 * TILE)
+        ROWS(1, 4);
+    for (; tiles; tiles--, w.at += w.row, out += TILE)
+        switch (count) {
+        case 1: ROWS(1, 1); break;
+        case 2: ROWS(2, 1); break;
+        case 3: ROWS(3, 1); break;
+        default: ROWS(4, 1);
+        }
+#undef ROWS
+}
+
+/* Split 16 numbers into high and low parts, as float32. */
+INLINE void split_wide(F x, float *high, float *low) {
+    F near = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
+    f_store(high, near);
+    f_store(low, _mm512_castsi512_ps(_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(f_sub(x, near))), 16)));
+}
+
+/* Let vectors treat the smallest numbers as tiles do, as zero. Return what to restore. */
+static unsigned without_denormals(void) {
+    unsigned before = _mm_getcsr();
+    _mm_setcsr(before | 0x8040); /* flush to zero, denormals are zero */
+    return before;
 }
 
 /* Set the sums to zero, or to what is at these places, or store them there: `step` bytes from line to line. */
@@ -319,7 +396,17 @@ INLINE void amx_whole(const Product *p, int tile, const int kind) {
 static void amx_chunk(void *context, int chunk) {
     const Product *p = context;
     int tiles = p->matrix->rows / TILE, from = chunk * p->tiles_a_chunk, tokens = p->tokens->tokens;
-    int to = from + p->tiles_a_chunk < tiles ? from + p->tiles_a_chunk : tiles;
+    int to = from + p->tiles_a_chunk < tiles ? from + p->tiles_a_chunk : tiles, columns = p->matrix->columns;
+    if (p->tokens->wide) {
+        unsigned before = without_denormals();
+        size_t step = (size_t)TILE * columns;
+        Tiles own = {(const uint16_t *)p->matrix->data + from * step, step, 512, 64};
+        few_any(
+            own, to - from, columns / 32, p->tokens->wide, p->tokens->wide_low, columns, p->out + from * TILE, p->matrix->rows,
+            0, 1024, tokens);
+        _mm_setcsr(before);
+        return;
+    }
     if (!p->tokens->high) {
         amx_begin(32);
         for (int tile = from; tile < to; tile++)

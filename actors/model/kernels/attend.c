@@ -2,7 +2,7 @@
 
    Included by the file of each instruction set: see product.h.
 
-   Each block gives each query its largest score, the sum of e^(score - largest), and the values times these shares. The blocks of
+   Each block gives each query its largest score, the sum of 2^(score - largest), and the values times these shares. The blocks of
    a query are merged in their order, as in FlashAttention (Dao, arXiv 2307.08691). Blocks begin at multiples of PART, so a query's
    bits depend neither on how its prompt was cut nor on what is computed beside it; and the blocks of a long cache can be
    computed by several threads (as in Flash-Decoding). */
@@ -71,7 +71,17 @@ INLINE size_t in_tiles(int row, int column, int columns) {
     return ((size_t)(row / 16) * (columns / 32) + column / 32) * 512 + (size_t)(row % 16) * 32;
 }
 
-static void put_query(Desk d, int q, const float *from, F scale, int width) {
+/* With few queries, vectors do what tiles do, to the bit (`few_any`): their parts are float32. */
+INLINE int is_few(int count) { return count <= FEW; }
+INLINE float *share_low(Desk d) { return d.share + QUERIES / 2 * PART; }
+
+static void put_query(Desk d, int q, const float *from, F scale, int width, int count) {
+    if (is_few(count)) {
+        for (int i = 0; i < width; i += 16)
+            split_wide(
+                f_mul(scale, f_load(from + i)), d.query + q * width + i, d.query + (QUERIES / 2 + q) * width + i);
+        return;
+    }
     uint16_t *high = (uint16_t *)d.query, *low = high + (size_t)QUERIES * width;
     for (int i = 0; i < width; i += 32) {
         size_t to = in_tiles(q, i, width);
@@ -79,12 +89,15 @@ static void put_query(Desk d, int q, const float *from, F scale, int width) {
     }
 }
 
-static void put_shares(Desk d, int q, int from, int to) {
+/* Write the shares of 32 positions, from p on. */
+INLINE void put_shares(Desk d, int q, int p, F a, F b, int count) {
+    if (is_few(count)) {
+        split_wide(a, d.share + q * PART + p, share_low(d) + q * PART + p);
+        split_wide(b, d.share + q * PART + p + 16, share_low(d) + q * PART + p + 16);
+        return;
+    }
     uint16_t *high = (uint16_t *)d.share, *low = high + (size_t)QUERIES * PART;
-    for (int p = from; p < to; p += 32)
-        split(
-            f_load(d.score + q * PART + p), f_load(d.score + q * PART + p + 16), high + in_tiles(q, p, PART),
-            low + in_tiles(q, p, PART));
+    split(a, b, high + in_tiles(q, p, PART), low + in_tiles(q, p, PART));
 }
 
 /* Multiply the queries with the keys of a block. */
@@ -92,6 +105,12 @@ static void block_scores(Desk d, const uint16_t *keys, int positions, int width,
     const uint16_t *high = (const uint16_t *)d.query, *low = high + (size_t)QUERIES * width;
     size_t row = (size_t)TILE * width;
     int padded = (positions + 31) / 32 * 32;
+    if (is_few(count)) {
+        Tiles all = {keys, row, 512, 64};
+        few_any(
+            all, padded / TILE, width / 32, d.query, d.query + QUERIES / 2 * width, width, d.score, PART, 0, 2048, count);
+        return;
+    }
     for (int p = 0, some; p < padded; p += some) {
         Tiles tiles = {keys + (size_t)p * width, row, 512, 64};
         float *a = d.score + p, *b = a + TILE;
@@ -115,6 +134,14 @@ static void block_scores(Desk d, const uint16_t *keys, int positions, int width,
 INLINE void mix_tiles(Desk d, const uint16_t *values, int first, int steps, int width, int count, int more) {
     const uint16_t *high = (const uint16_t *)d.share + (size_t)first * 512, *low = high + (size_t)QUERIES * PART;
     size_t row = (size_t)TILE * PART;
+    if (is_few(count)) { /* 32 positions at a time, as they lie in memory */
+        for (int k = 0; k < steps; k++) {
+            Tiles all = {values + k * (size_t)32 * width, 32, 0, (size_t)4 * width};
+            const float *own = d.share + (first + k) * 32, *own_low = share_low(d) + (first + k) * 32;
+            few_any(all, width / 16, 1, own, own_low, PART, d.made, width, more || k, 64 * width, count);
+        }
+        return;
+    }
     for (int i = 0; i < width; i += count > 16 ? 32 : 64) {
         Tiles tiles = {values + 2 * i, 32, (size_t)32 * width, (size_t)4 * width};
         float *a = d.made + i, *b = a + TILE;
@@ -162,12 +189,17 @@ static void block_mix(Desk d, const uint16_t *values, int positions, int width, 
     }
 }
 #else
-static void put_query(Desk d, int q, const float *from, F scale, int width) {
+static void put_query(Desk d, int q, const float *from, F scale, int width, int count) {
+    (void)count;
     for (int i = 0; i < width; i += 16)
         f_store(d.query + (size_t)q * width + i, f_mul(scale, f_load(from + i)));
 }
 
-static void put_shares(Desk d, int q, int from, int to) { (void)d, (void)q, (void)from, (void)to; }
+INLINE void put_shares(Desk d, int q, int p, F a, F b, int count) {
+    (void)count;
+    f_store(d.share + q * PART + p, a);
+    f_store(d.share + q * PART + p + 16, b);
+}
 
 static void block_scores(Desk d, const uint16_t *keys, int positions, int width, int count) {
     for (int q = 0, few; q < count; q += few)
@@ -232,39 +264,29 @@ static void block_mix(Desk d, const uint16_t *values, int positions, int width, 
 }
 #endif
 
-/* Turn the scores of the positions `from` to `to` of one query into shares: e^(score - most), and 0 outside, up to `positions`.
-   Return the sum of the shares, and set `most`. */
-static float shares_of(float *mine, int positions, int from, int to, float *most) {
-    int begin = from / 16 * 16, end = (to + 15) / 16 * 16;
-    for (int i = 0; i < begin; i += 16)
-        f_store(mine + i, f_zero());
-    for (int i = end; i < positions; i += 16)
-        f_store(mine + i, f_zero());
-    *most = -INFINITY;
-    if (from >= to) {
-        if (begin < end)
-            f_store(mine + begin, f_zero());
-        return 0.0f;
+/* Turn one query's scores of the positions `from` to `to` into shares: 2^(score - most), and 0 outside, up to `positions`. The scores
+   have the factor that makes 2 of e. Return the sum of the shares, and set `most`. */
+static float shares_of(Desk d, int q, int positions, int from, int to, int count, float *most) {
+    const float *mine = d.score + q * PART;
+    F none = f_all(-INFINITY), top = none, total = f_zero();
+    for (int p = from / 16 * 16; p < to; p += 16) {
+        F x = f_load(mine + p);
+        top = f_max(top, p < from || p + 16 > to ? f_only(x, from - p, to - p, none) : x);
     }
-    for (int i = begin; i < from; i++)
-        mine[i] = -INFINITY;
-    for (int i = to; i < end; i++)
-        mine[i] = -INFINITY;
-    F top = f_load(mine + begin), total = f_zero();
-    for (int i = begin + 16; i < end; i += 16)
-        top = f_max(top, f_load(mine + i));
     *most = f_most(top);
     top = f_all(*most);
-    for (int i = begin; i < end; i += 16) {
-        F share = f_exp(f_sub(f_load(mine + i), top));
-        f_store(mine + i, share);
-        if (i < from || i + 16 > to) { /* f_exp gives at least e^-87, which is not zero */
-            for (int p = i; p < i + 16; p++)
-                if (p < from || p >= to)
-                    mine[p] = 0.0f;
-            share = f_load(mine + i);
+    for (int p = 0; p < positions; p += 32) {
+        F a = f_zero(), b = a;
+        if (p < to && p + 32 > from) {
+            a = f_exp2(f_sub(f_load(mine + p), top));
+            b = f_exp2(f_sub(f_load(mine + p + 16), top));
+            if (p < from || p + 32 > to) { /* what lies outside is anything */
+                a = f_only(a, from - p, to - p, f_zero());
+                b = f_only(b, from - p - 16, to - p - 16, f_zero());
+            }
+            total = f_add(total, f_add(a, b));
         }
-        total = f_add(total, share);
+        put_shares(d, q, p, a, b, count);
     }
     return f_sum(total);
 }
@@ -272,7 +294,7 @@ static float shares_of(float *mine, int positions, int from, int to, float *most
 /* Merge what a block gave to one query into what the blocks before it gave. */
 static void merged(float *out, float *most, float *total, const float *made, float block_most, float block_total, int width) {
     float now = *most > block_most ? *most : block_most;
-    F before = f_exp(f_all(*most - now)), next = f_exp(f_all(block_most - now));
+    F before = f_exp2(f_all(*most - now)), next = f_exp2(f_all(block_most - now));
     float factor[2][16];
     if (*total == 0.0f && block_total == 0.0f) /* no position yet that this query sees */
         before = next = f_zero();
@@ -317,13 +339,15 @@ static void attend_chunk(void *context, int chunk) {
         place = place == pool.helpers ? 0 : place + 1;
     Desk d = workspace(a->work + place * work_bytes(width), width);
 #ifdef AMX
-    amx_begin(64); /* the tiles' lines behind the last query hold anything: they change no other line */
+    unsigned before = without_denormals();
+    if (!is_few(count))
+        amx_begin(64); /* the tiles' lines behind the last query hold anything: they change no other line */
 #endif
     for (int q = 0; q < count; q++)
         put_query(
             d, q,
             a->qkv + ((size_t)(span->at + q / queries) * (a->heads + 2 * a->kv_heads) + head * queries + q % queries) * width,
-            f_all(a->scale), width);
+            f_all(a->scale), width, count);
     float most[QUERIES], total[QUERIES];
     for (int q = 0; q < count; q++) {
         most[q] = -INFINITY;
@@ -339,9 +363,8 @@ static void attend_chunk(void *context, int chunk) {
         for (int q = 0; q < count; q++) {
             int64_t own = position + q / queries + 1 - begin, least = a->window && own > a->window ? own - a->window : 0;
             block_total[q] = shares_of(
-                d.score + q * PART, padded, least < positions ? (int)least : positions,
-                own < 0 ? 0 : own < positions ? (int)own : positions, &block_most[q]);
-            put_shares(d, q, 0, padded);
+                d, q, padded, least < positions ? (int)least : positions, own < 0 ? 0 : own < positions ? (int)own : positions,
+                count, &block_most[q]);
         }
         block_mix(d, row->values + cache + begin * width, positions, width, count);
         for (int q = 0; q < count; q++)
@@ -360,7 +383,9 @@ static void attend_chunk(void *context, int chunk) {
         for (int q = 0; q < count; q++)
             attended(a, span, head, q, d.merged + (size_t)q * width, total[q]);
 #ifdef AMX
-    amx_end();
+    if (!is_few(count))
+        amx_end();
+    _mm_setcsr(before);
 #endif
     atomic_store(&a->taken[place], 0);
 }

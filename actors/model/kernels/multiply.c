@@ -67,7 +67,7 @@ static void multiply(const Matrix *matrix, const Tokens *tokens, float *out) {
     int each = (tiles + chunks - 1) / chunks;
     Product product = {matrix, tokens, out, each};
 #ifdef AMX
-    if (tokens->high || tokens->in_tiles) {
+    if (tokens->wide || tokens->high || tokens->in_tiles) {
         product.tiles_a_chunk = each = amx_tiles(tiles, each);
         share(amx_chunk, &product, (tiles + each - 1) / each);
         return;
@@ -113,6 +113,15 @@ typedef struct {
 } Narrowing;
 
 #ifdef AMX
+/* Write a token's high and low parts as float32. */
+static void widened_parts(const void *context, int token) {
+    const Narrowing *n = context;
+    size_t all = (size_t)n->tokens * n->columns;
+    float *high = (float *)n->narrow;
+    for (size_t i = (size_t)token * n->columns; i < (size_t)(token + 1) * n->columns; i += 16)
+        split_wide(f_load(n->from + i), high + i, high + all + i);
+}
+
 /* Write a token's high and low parts into tiles (amx.h). */
 static void narrowed(const void *context, int token) {
     const Narrowing *n = context;
@@ -141,6 +150,10 @@ static Tokens prepared(const Matrix *matrix, const float *from, int tokens, uint
 #ifdef AMX
     if (matrix->kind == BFLOAT16 || (matrix->fast && tokens >= WIDEN_FROM)) {
         Narrowing narrowing = {from, columns, tokens, (uint16_t *)room, NULL};
+        if (tokens <= FEW) {
+            each(tokens, widened_parts, &narrowing);
+            return (Tokens){.tokens = tokens, .wide = (float *)room, .wide_low = (float *)room + (size_t)tokens * columns};
+        }
         if (!matrix->fast)
             narrowing.low = narrowing.narrow + (size_t)padded * columns;
         each(padded, narrowed, &narrowing);

@@ -36,5 +36,18 @@ INLINE F f_exp(F x) {
     return f_mul(y, f_power_of_two(n));
 }
 
+/* Return 2^x, with a relative error under 2e-7 for x <= 0 (Cephes' exp2f). It is at least 2^-125. */
+INLINE F f_exp2(F x) {
+    x = f_max(f_all(-125.0f), x);
+    F n = f_round(x), r = f_sub(x, n);
+    F y = f_all(1.535336188319500e-4f);
+    y = f_fma(y, r, f_all(1.339887440266574e-3f));
+    y = f_fma(y, r, f_all(9.618437357674640e-3f));
+    y = f_fma(y, r, f_all(5.550332471162809e-2f));
+    y = f_fma(y, r, f_all(2.402264791363012e-1f));
+    y = f_fma(y, r, f_all(6.931472028550421e-1f));
+    return f_mul(f_fma(y, r, f_all(1.0f)), f_power_of_two(n));
+}
+
 #endif
 

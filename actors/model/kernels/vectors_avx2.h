@@ -78,3 +78,14 @@ INLINE int32_t f_to_int8(int8_t *to, F x) {
     __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
     return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
 }
+
+/* Keep the numbers from `from` to `to` - 1, and put `other` in place of the rest. */
+INLINE __m256 only(__m256 x, int first, int from, int to, __m256 other) {
+    __m256i lane = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(first));
+    __m256i outside = _mm256_or_si256(
+        _mm256_cmpgt_epi32(_mm256_set1_epi32(from), lane), _mm256_cmpgt_epi32(lane, _mm256_set1_epi32(to - 1)));
+    return _mm256_blendv_ps(x, other, _mm256_castsi256_ps(outside));
+}
+INLINE F f_only(F x, int from, int to, F other) {
+    return (F){only(x.a, 0, from, to, other.a), only(x.b, 8, from, to, other.b)};
+}

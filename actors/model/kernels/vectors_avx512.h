@@ -37,3 +37,9 @@ INLINE int32_t f_to_int8(int8_t *to, F x) {
     _mm_storeu_si128((__m128i *)to, _mm512_cvtsepi32_epi8(whole));
     return _mm512_reduce_add_epi32(whole);
 }
+
+/* Keep the numbers from `from` to `to` - 1, and put `other` in place of the rest. */
+INLINE F f_only(F x, int from, int to, F other) {
+    uint32_t below = to >= 16 ? 0xFFFF : to > 0 ? (1u << to) - 1 : 0, above = from > 16 ? 0xFFFF : from > 0 ? (1u << from) - 1 : 0;
+    return _mm512_mask_blend_ps((__mmask16)(below & ~above), other, x);
+}
