@@ -7,7 +7,8 @@ per key-value head (N = K·G), D head width, P positions in the cache, E = N·D,
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from ..component.actor import Look
 from ..component.session import SessionInfo
 from . import weights
 from .compiled import Compiled
-from .kv_cache import KVCache, SessionCache
+from .kv_cache import BlockCache, Bounded, KVCache, SessionCache
 from .rotary import RotaryTable, rotate
 from .tensors import Norm, product, read_matrix, read_slot
 
@@ -77,14 +78,18 @@ class Blocks:
         self.config = checkpoint.config
         self._scale = self.config.attention_scale or self.config.head_dim**-0.5
         self.rotary = rotary_tables(self.config, dtype)
-        self.cache = KVCache(
-            cache_tokens, lambda capacity: SessionCache(self.config, last - first + 1, capacity, dtype)
-        )
         self.blocks: list[Block] = []
         for layer in range(first, last + 1):
             self.blocks.append(Block(self.config, checkpoint, layer, dtype, precision))
             progress((layer - first + 1) / (last - first + 1))
         self._compiled = Compiled.of(self.config, self.blocks, self._scale)
+        count = last - first + 1
+        self.cache: KVCache[Any] = KVCache(  # of the kind that computes
+            cache_tokens,
+            (lambda capacity: BlockCache(self.config, count, capacity))
+            if self._compiled is not None
+            else (lambda capacity: SessionCache(self.config, count, capacity, dtype)),
+        )
 
     def open(self, session: SessionInfo) -> None:
         self.cache.open(session.session, session.capacity)
@@ -130,7 +135,7 @@ class Blocks:
         positions_T = torch.cat([torch.arange(row.position, row.position + row.tokens) for row in rows])
         return caches, {local: table.at(positions_T) for local, table in self.rotary.items()}
 
-    def _done(self, rows: tuple[Row, ...], caches: list[SessionCache]) -> None:
+    def _done(self, rows: tuple[Row, ...], caches: Sequence[Bounded]) -> None:
         for row, cache in zip(rows, caches, strict=True):
             cache.length = row.position + row.tokens
 

@@ -16,7 +16,7 @@ from ranvier.transport.format.header import Row
 from ..checkpoint.config import ModelConfig
 from .kernels import packed
 from .kernels.packed import Matrix, Packed
-from .kv_cache import SessionCache
+from .kv_cache import BlockCache
 from .rotary import RotaryTable
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class _Layer(ctypes.Structure):
 class _Group(ctypes.Structure):
     _fields_ = (
         ("layers", ctypes.c_int32), ("hidden", ctypes.c_int32), ("heads", ctypes.c_int32), ("kv_heads", ctypes.c_int32),
-        ("width", ctypes.c_int32), ("inner", ctypes.c_int32), ("gelu", ctypes.c_int32), ("eps", ctypes.c_float),
+        ("width", ctypes.c_int32), ("inner", ctypes.c_int32), ("gelu", ctypes.c_int32),
+        ("first", ctypes.c_int32), ("cached", ctypes.c_int32), ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
         ("layer", ctypes.POINTER(_Layer)),
     )  # fmt: skip
@@ -44,8 +45,7 @@ class _Group(ctypes.Structure):
 
 class _Row(ctypes.Structure):
     _fields_ = (
-        ("keys", ctypes.c_void_p), ("values", ctypes.c_void_p), ("position", ctypes.c_int64), ("capacity", ctypes.c_int64),
-        ("cosine", ctypes.c_void_p * 2), ("sine", ctypes.c_void_p * 2), ("tokens", ctypes.c_int32),
+        ("cache", ctypes.c_void_p), ("position", ctypes.c_int64), ("cosine", ctypes.c_void_p * 2), ("sine", ctypes.c_void_p * 2), ("tokens", ctypes.c_int32),
     )  # fmt: skip
 
 
@@ -66,11 +66,11 @@ class Compiled:
         self._layers = (_Layer * len(blocks))(*(self._layer(block) for block in blocks))
         self._group = _Group(
             len(blocks), config.hidden, config.heads, config.kv_heads, config.head_dim, config.intermediate,
-            config.activation == "gelu_tanh", config.norm_eps, scale, self._layers,
+            config.activation == "gelu_tanh", 0, len(blocks), config.norm_eps, scale, self._layers,
         )  # fmt: skip
         self._at = ctypes.byref(self._group)
-        self._first = _Group.from_buffer_copy(self._group)  # the same group with one layer at a time, for `watched`
-        self._first.layers = 1
+        self._one = _Group.from_buffer_copy(self._group)  # the same group with one layer at a time, for `watched`
+        self._one.layers = 1
         self._room = torch.empty(0, dtype=torch.uint8)
 
     @classmethod
@@ -110,38 +110,32 @@ class Compiled:
             both.append(_Two(*(table.data_ptr() + 4 * self._width * position for table in tables)))
         return both[0], both[1]
 
-    def step(self, rows: Sequence[Row], caches: Sequence[SessionCache], hidden_TH: torch.Tensor) -> torch.Tensor:
+    def step(self, rows: Sequence[Row], caches: Sequence[BlockCache], hidden_TH: torch.Tensor) -> torch.Tensor:
         """Run [T, H] through all layers, and write keys and values where each cache ends.
 
-        The caller sets the new length of each cache. Only the kernels can read these caches afterwards: keys lie in
-        tiles of 16 positions.
+        The caller sets the new length of each cache.
         """
         wide_TH = hidden_TH.float()
-        self._through(self._at, rows, [(cache.keys_LKPD, cache.values_LKPD) for cache in caches], wide_TH)
+        self._through(self._at, rows, caches, wide_TH)
         return wide_TH.to(hidden_TH.dtype)
 
     def watched(
         self,
         rows: Sequence[Row],
-        caches: Sequence[SessionCache],
+        caches: Sequence[BlockCache],
         hidden_TH: torch.Tensor,
         report: Callable[[int, torch.Tensor], None],
     ) -> torch.Tensor:
         """Compute the same as `step`, one layer at a time, and pass each layer's output to `report`, in float32."""
         wide_TH = hidden_TH.float()
         for index, layer in enumerate(self._layers):
-            self._first.layer = ctypes.pointer(layer)
-            own = [(cache.keys_LKPD[index], cache.values_LKPD[index]) for cache in caches]
-            self._through(ctypes.byref(self._first), rows, own, wide_TH)
+            self._one.layer, self._one.first = ctypes.pointer(layer), index
+            self._through(ctypes.byref(self._one), rows, caches, wide_TH)
             report(index, wide_TH.clone())
         return wide_TH.to(hidden_TH.dtype)
 
     def _through(
-        self,
-        group: Any,
-        rows: Sequence[Row],
-        caches: Sequence[tuple[torch.Tensor, torch.Tensor]],
-        wide_TH: torch.Tensor,
+        self, group: Any, rows: Sequence[Row], caches: Sequence[BlockCache], wide_TH: torch.Tensor
     ) -> None:
         """Run `wide_TH` through the layers of a group, in place.
 
@@ -154,13 +148,10 @@ class Compiled:
             raise ValueError(f"hidden: expected {list(expected)}, got {list(wide_TH.shape)}")
         made = (_Row * count)(
             *(
-                _Row(
-                    keys.data_ptr(), values.data_ptr(), row.position, keys.shape[-2],
-                    *self._turns(row.position), row.tokens,
-                )
-                for row, (keys, values) in zip(rows, caches, strict=True)
+                _Row(cache.blocks.data_ptr(), row.position, *self._turns(row.position), row.tokens)
+                for row, cache in zip(rows, caches, strict=True)
             )
-        )  # fmt: skip
+        )
         longest = max(row.position + row.tokens for row in rows)
         room = packed.library().ranvier_room(group, ctypes.c_int(len(wide_TH)), ctypes.c_int64(longest))
         if self._room.numel() < room:

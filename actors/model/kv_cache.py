@@ -7,24 +7,38 @@ cannot take effect twice, and a step that fails half-way leaves nothing behind.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from ..checkpoint.config import ModelConfig
-from .kernels.packed import TILE
+from .kernels.packed import PART
+from .kernels.pages import fresh
 
 
 class SessionCache:
     """Hold a session's keys and values, [layers, kv heads, capacity, head width]; the first `length` are valid."""
 
     def __init__(self, config: ModelConfig, layers: int, capacity: int, dtype: torch.dtype) -> None:
-        # whole pairs of tiles, because the kernels store keys in tiles and read two of them at once
-        shape = (layers, config.kv_heads, -(-capacity // (2 * TILE)) * 2 * TILE, config.head_dim)
-        # the system allocates a page at the first write, so unused capacity costs nothing
-        self.keys_LKPD = torch.empty(shape, dtype=dtype)
-        self.values_LKPD = torch.empty(shape, dtype=dtype)
+        shape = (2, layers, config.kv_heads, capacity, config.head_dim)
+        both = fresh(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+        self.keys_LKPD, self.values_LKPD = both
+        self.capacity = capacity
+        self.length = 0
+
+
+class BlockCache:
+    """Hold a session's keys and values for the kernels, bfloat16 in blocks of PART positions (`Row` of attend.c).
+
+    Blocks after the first are in large pages: each token reads all of them. The first one is not, because of the many
+    sessions that stay short.
+    """
+
+    def __init__(self, config: ModelConfig, layers: int, capacity: int) -> None:
+        block_bytes = layers * config.kv_heads * 2 * PART * config.head_dim * 2
+        self.blocks = fresh(-(-capacity // PART) * block_bytes, large_from=block_bytes)
         self.capacity = capacity
         self.length = 0
 

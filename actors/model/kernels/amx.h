@@ -25,8 +25,9 @@
 /* Ask the system for the permission to use tiles; return 1 if it is given. The threads of the process inherit it. */
 static int amx_permitted(void) { return !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */); }
 
-/* Configure the tiles: all have 16 rows of 64 bytes, but the tiles 4 and 5 of whole numbers have 32. */
-static void amx_begin(int token_bytes) {
+/* Configure the tiles: those of sums (0 to 3) and of tokens (4, 5) have a line for each of `tokens` tokens, up to 16, and those of
+   tokens have lines of `token_bytes` bytes: 64, or 32 of whole numbers. */
+static void amx_begin(int token_bytes, int tokens) {
     struct {
         uint8_t palette, start, reserved[14];
         uint16_t bytes[16];
@@ -34,7 +35,7 @@ static void amx_begin(int token_bytes) {
     } config = {.palette = 1};
     for (int tile = 0; tile < 8; tile++) {
         config.bytes[tile] = 64;
-        config.rows[tile] = 16;
+        config.rows[tile] = tile < 6 && tokens < 16 ? (uint8_t)tokens : 16;
     }
     config.bytes[4] = config.bytes[5] = (uint16_t)token_bytes;
     if (token_bytes < 64)
@@ -122,7 +123,7 @@ INLINE void amx_16_tokens(
     }
 }
 
-/* Add to `out` the products of up to FEW tokens with up to four tiles of 16 rows, by vectors: the same bits as by tiles, since a
+/* Compute in `out` the products of up to FEW tokens with up to four tiles of 16 rows, by vectors: the same bits as by tiles, since a
    tile's instruction adds the even and the odd columns of 32 one by one, then both sums, then this to what was there (Intel's
    manual, TDPBF16PS). Memory is read faster so, if there is little to compute. `high` and `low` are float32. */
 INLINE void few_rows(
@@ -408,7 +409,7 @@ static void amx_chunk(void *context, int chunk) {
         return;
     }
     if (!p->tokens->high) {
-        amx_begin(32);
+        amx_begin(32, 16);
         for (int tile = from; tile < to; tile++)
             if (p->matrix->kind == INT4)
                 amx_whole(p, tile, INT4);
@@ -417,7 +418,7 @@ static void amx_chunk(void *context, int chunk) {
         amx_end();
         return;
     }
-    amx_begin(64);
+    amx_begin(64, tokens);
     for (int first = 0; first < tokens; first += AMX_TOKENS) {
         int end = first + AMX_TOKENS < tokens ? first + AMX_TOKENS : tokens;
         for (int tile = from; tile < to; tile += 4)

@@ -11,12 +11,12 @@
 #define PART 256   /* positions of a block */
 #define MOST_WIDTH 512
 
-/* The next tokens of one session, the first at `position`, and its caches in bfloat16: keys in tiles of 16 positions
-   [layers, kv heads, capacity / 16, width / 2, 16, 2], values in pairs of positions [layers, kv heads, capacity / 2, width, 2].
-   `capacity` is a multiple of 32. */
+/* The next tokens of one session, the first at `position`, and its cache in bfloat16: blocks of PART positions, each with, for each
+   layer and key-value head, the keys in tiles of 16 positions [PART / 16, width / 2, 16, 2] and then the values in pairs of
+   positions [PART / 2, width, 2]. */
 typedef struct {
-    uint16_t *keys, *values;
-    int64_t position, capacity;
+    uint16_t *cache;
+    int64_t position;
     const float *cosine[2], *sine[2]; /* [tokens, width], from `position` on; the second is for local layers */
     int32_t tokens;
 } Row;
@@ -30,7 +30,8 @@ typedef struct {
 /* What attention computes in one layer. */
 typedef struct {
     const Span *spans;
-    int span_count, heads, kv_heads, width, index, window;
+    int span_count, heads, kv_heads, width, window;
+    int layer, layers; /* the layer, and how many there are, in the caches */
     int parts;        /* chunks that share the blocks of one span and head */
     size_t own;       /* with parts: numbers of `partial` for one span and head */
     float scale;
@@ -49,6 +50,11 @@ typedef struct {
     float *made;   /* [QUERIES, width]: of one block */
     float *merged; /* [QUERIES, width] */
 } Desk;
+
+/* Return the keys of one block, layer and head. The values follow them, after PART x width numbers. */
+INLINE uint16_t *keys_of(const Row *row, int64_t block, int layers, int layer, int kv_heads, int head, int width) {
+    return row->cache + ((block * layers + layer) * kv_heads + head) * 2 * PART * width;
+}
 
 static size_t work_bytes(int width) { return (size_t)QUERIES * (3 * width + 2 * PART) * 4 + 64; }
 
@@ -71,17 +77,7 @@ INLINE size_t in_tiles(int row, int column, int columns) {
     return ((size_t)(row / 16) * (columns / 32) + column / 32) * 512 + (size_t)(row % 16) * 32;
 }
 
-/* With few queries, vectors do what tiles do, to the bit (`few_any`): their parts are float32. */
-INLINE int is_few(int count) { return count <= FEW; }
-INLINE float *share_low(Desk d) { return d.share + QUERIES / 2 * PART; }
-
-static void put_query(Desk d, int q, const float *from, F scale, int width, int count) {
-    if (is_few(count)) {
-        for (int i = 0; i < width; i += 16)
-            split_wide(
-                f_mul(scale, f_load(from + i)), d.query + q * width + i, d.query + (QUERIES / 2 + q) * width + i);
-        return;
-    }
+static void put_query(Desk d, int q, const float *from, F scale, int width) {
     uint16_t *high = (uint16_t *)d.query, *low = high + (size_t)QUERIES * width;
     for (int i = 0; i < width; i += 32) {
         size_t to = in_tiles(q, i, width);
@@ -90,12 +86,7 @@ static void put_query(Desk d, int q, const float *from, F scale, int width, int 
 }
 
 /* Write the shares of 32 positions, from p on. */
-INLINE void put_shares(Desk d, int q, int p, F a, F b, int count) {
-    if (is_few(count)) {
-        split_wide(a, d.share + q * PART + p, share_low(d) + q * PART + p);
-        split_wide(b, d.share + q * PART + p + 16, share_low(d) + q * PART + p + 16);
-        return;
-    }
+INLINE void put_shares(Desk d, int q, int p, F a, F b) {
     uint16_t *high = (uint16_t *)d.share, *low = high + (size_t)QUERIES * PART;
     split(a, b, high + in_tiles(q, p, PART), low + in_tiles(q, p, PART));
 }
@@ -105,12 +96,6 @@ static void block_scores(Desk d, const uint16_t *keys, int positions, int width,
     const uint16_t *high = (const uint16_t *)d.query, *low = high + (size_t)QUERIES * width;
     size_t row = (size_t)TILE * width;
     int padded = (positions + 31) / 32 * 32;
-    if (is_few(count)) {
-        Tiles all = {keys, row, 512, 64};
-        few_any(
-            all, padded / TILE, width / 32, d.query, d.query + QUERIES / 2 * width, width, d.score, PART, 0, 2048, count);
-        return;
-    }
     for (int p = 0, some; p < padded; p += some) {
         Tiles tiles = {keys + (size_t)p * width, row, 512, 64};
         float *a = d.score + p, *b = a + TILE;
@@ -134,14 +119,6 @@ static void block_scores(Desk d, const uint16_t *keys, int positions, int width,
 INLINE void mix_tiles(Desk d, const uint16_t *values, int first, int steps, int width, int count, int more) {
     const uint16_t *high = (const uint16_t *)d.share + (size_t)first * 512, *low = high + (size_t)QUERIES * PART;
     size_t row = (size_t)TILE * PART;
-    if (is_few(count)) { /* 32 positions at a time, as they lie in memory */
-        for (int k = 0; k < steps; k++) {
-            Tiles all = {values + k * (size_t)32 * width, 32, 0, (size_t)4 * width};
-            const float *own = d.share + (first + k) * 32, *own_low = share_low(d) + (first + k) * 32;
-            few_any(all, width / 16, 1, own, own_low, PART, d.made, width, more || k, 64 * width, count);
-        }
-        return;
-    }
     for (int i = 0; i < width; i += count > 16 ? 32 : 64) {
         Tiles tiles = {values + 2 * i, 32, (size_t)32 * width, (size_t)4 * width};
         float *a = d.made + i, *b = a + TILE;
@@ -189,14 +166,12 @@ static void block_mix(Desk d, const uint16_t *values, int positions, int width, 
     }
 }
 #else
-static void put_query(Desk d, int q, const float *from, F scale, int width, int count) {
-    (void)count;
+static void put_query(Desk d, int q, const float *from, F scale, int width) {
     for (int i = 0; i < width; i += 16)
         f_store(d.query + (size_t)q * width + i, f_mul(scale, f_load(from + i)));
 }
 
-INLINE void put_shares(Desk d, int q, int p, F a, F b, int count) {
-    (void)count;
+INLINE void put_shares(Desk d, int q, int p, F a, F b) {
     f_store(d.share + q * PART + p, a);
     f_store(d.share + q * PART + p + 16, b);
 }
@@ -266,7 +241,7 @@ static void block_mix(Desk d, const uint16_t *values, int positions, int width, 
 
 /* Turn one query's scores of the positions `from` to `to` into shares: 2^(score - most), and 0 outside, up to `positions`. The scores
    have the factor that makes 2 of e. Return the sum of the shares, and set `most`. */
-static float shares_of(Desk d, int q, int positions, int from, int to, int count, float *most) {
+static float shares_of(Desk d, int q, int positions, int from, int to, float *most) {
     const float *mine = d.score + q * PART;
     F none = f_all(-INFINITY), top = none, total = f_zero();
     for (int p = from / 16 * 16; p < to; p += 16) {
@@ -286,7 +261,7 @@ static float shares_of(Desk d, int q, int positions, int from, int to, int count
             }
             total = f_add(total, f_add(a, b));
         }
-        put_shares(d, q, p, a, b, count);
+        put_shares(d, q, p, a, b);
     }
     return f_sum(total);
 }
@@ -329,7 +304,6 @@ static void attend_chunk(void *context, int chunk) {
     const Span *span = &a->spans[pair % a->span_count];
     const Row *row = span->row;
     int width = a->width, queries = a->heads / a->kv_heads, count = span->tokens * queries, blocks;
-    size_t cache = ((size_t)a->index * a->kv_heads + head) * row->capacity * width;
     int64_t position = row->position + span->first, first = blocks_of(a, span, &blocks), end = position + span->tokens;
     int from = (int)((int64_t)blocks * part / a->parts), to = (int)((int64_t)blocks * (part + 1) / a->parts);
     if (from == to)
@@ -339,15 +313,13 @@ static void attend_chunk(void *context, int chunk) {
         place = place == pool.helpers ? 0 : place + 1;
     Desk d = workspace(a->work + place * work_bytes(width), width);
 #ifdef AMX
-    unsigned before = without_denormals();
-    if (!is_few(count))
-        amx_begin(64); /* the tiles' lines behind the last query hold anything: they change no other line */
+    amx_begin(64, count); /* of 17 to 31 queries, lines behind the last one hold anything: they change no other line */
 #endif
     for (int q = 0; q < count; q++)
         put_query(
             d, q,
             a->qkv + ((size_t)(span->at + q / queries) * (a->heads + 2 * a->kv_heads) + head * queries + q % queries) * width,
-            f_all(a->scale), width, count);
+            f_all(a->scale), width);
     float most[QUERIES], total[QUERIES];
     for (int q = 0; q < count; q++) {
         most[q] = -INFINITY;
@@ -358,15 +330,16 @@ static void attend_chunk(void *context, int chunk) {
     for (int block = from; block < to; block++) {
         int64_t begin = (first + block) * PART;
         int positions = (int)(end - begin < PART ? end - begin : PART), padded = (positions + 31) / 32 * 32;
-        block_scores(d, row->keys + cache + begin * width, positions, width, count);
+        const uint16_t *keys = keys_of(row, first + block, a->layers, a->layer, a->kv_heads, head, width);
+        block_scores(d, keys, positions, width, count);
         float block_most[QUERIES], block_total[QUERIES];
         for (int q = 0; q < count; q++) {
             int64_t own = position + q / queries + 1 - begin, least = a->window && own > a->window ? own - a->window : 0;
             block_total[q] = shares_of(
                 d, q, padded, least < positions ? (int)least : positions, own < 0 ? 0 : own < positions ? (int)own : positions,
-                count, &block_most[q]);
+                &block_most[q]);
         }
-        block_mix(d, row->values + cache + begin * width, positions, width, count);
+        block_mix(d, keys + PART * width, positions, width, count);
         for (int q = 0; q < count; q++)
             if (a->parts == 1)
                 merged(
@@ -383,9 +356,7 @@ static void attend_chunk(void *context, int chunk) {
         for (int q = 0; q < count; q++)
             attended(a, span, head, q, d.merged + (size_t)q * width, total[q]);
 #ifdef AMX
-    if (!is_few(count))
-        amx_end();
-    _mm_setcsr(before);
+    amx_end();
 #endif
     atomic_store(&a->taken[place], 0);
 }

@@ -10,11 +10,9 @@ Shape suffixes: T tokens, R rows, C columns, B blocks of 32 columns.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import math
-import mmap
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,8 +22,11 @@ from ranvier.actors.checkpoint.quantised import Codes
 from ranvier.actors.checkpoint.tensors import StoredRows
 
 from . import native
+from .pages import fresh
 
 TILE, BLOCK = 16, 32
+PART = 256
+"""Positions in a block of a cache (attend.c)."""
 BFLOAT16, INT8, INT4 = range(3)
 CHUNK_BYTES = 16 << 20
 """Memory that is requested from the system at once for weights."""
@@ -200,11 +201,7 @@ def _order(part: StoredRows) -> ctypes.c_void_p:
 
 
 class _LargePages:
-    """Give out memory for weights, in large pages if the system has them.
-
-    A step reads all weights. With small pages, this takes many address translations, each of which goes through two page
-    tables in a virtual machine.
-    """
+    """Give out memory for weights, in large pages: a step reads all weights."""
 
     def __init__(self) -> None:
         self._left = torch.empty(0, dtype=torch.uint8)
@@ -212,11 +209,7 @@ class _LargePages:
     def take(self, nbytes: int) -> torch.Tensor:
         """Return uint8 [nbytes] that begins at a multiple of 64 bytes."""
         if nbytes > self._left.numel():
-            size = max(nbytes, CHUNK_BYTES)
-            memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with contextlib.suppress(OSError):
-                memory.madvise(mmap.MADV_HUGEPAGE)
-            self._left = torch.frombuffer(memory, dtype=torch.uint8)
+            self._left = fresh(max(nbytes, CHUNK_BYTES), large_from=0)
         taken, self._left = self._left[:nbytes], self._left[-(-nbytes // 64) * 64 :]
         return taken
 

@@ -13,6 +13,7 @@ typedef struct {
 
 typedef struct {
     int32_t layers, hidden, heads, kv_heads, width, inner, gelu;
+    int32_t first, cached; /* the first of these layers in the caches, and how many layers these have */
     float eps, scale;
     const Layer *layer;
 } Group;
@@ -90,7 +91,6 @@ static void remember_chunk(void *context, int chunk) {
     const Span *span = &s->spans[chunk / g->kv_heads];
     const Row *row = span->row;
     int head = chunk % g->kv_heads, width = g->width, queries = g->heads / g->kv_heads;
-    size_t cache = ((size_t)s->index * g->kv_heads + head) * row->capacity * width;
     for (int t = 0; t < span->tokens; t++) {
         float *own = s->qkv + (size_t)(span->at + t) * (g->heads + 2 * g->kv_heads) * width;
         const float *cosine = row->cosine[s->layer->local] + (size_t)(span->first + t) * width;
@@ -106,8 +106,10 @@ static void remember_chunk(void *context, int chunk) {
             normalised(key, key, s->layer->norm_key, width, g->eps);
         turned(key, cosine, sine, width);
         int64_t position = row->position + span->first + t;
-        uint16_t narrow[16], *to = row->keys + cache + (size_t)(position / TILE) * TILE * width + 2 * (position % TILE);
-        uint16_t *pair = row->values + cache + (size_t)(position / 2) * 2 * width + position % 2;
+        uint16_t *keys = keys_of(row, position / PART, g->cached, g->first + s->index, g->kv_heads, head, width);
+        int at = position % PART;
+        uint16_t narrow[16], *to = keys + (size_t)(at / TILE) * TILE * width + 2 * (at % TILE);
+        uint16_t *pair = keys + (size_t)PART * width + (size_t)(at / 2) * 2 * width + at % 2;
         for (int i = 0; i < width; i += 16) {
             f_to_bfloat16(narrow, f_load(key + i));
             for (int two = 0; two < 8; two++)
@@ -151,7 +153,7 @@ void ranvier_step(const Group *g, const Row *rows, int count, float *hidden, int
     s.gated = s.inner + (size_t)tokens * 2 * g->inner;
     s.made = s.gated + (size_t)tokens * g->inner;
     Attention attention = {
-        .spans = span, .span_count = spans, .heads = g->heads, .kv_heads = g->kv_heads, .width = g->width,
+        .spans = span, .span_count = spans, .heads = g->heads, .kv_heads = g->kv_heads, .width = g->width, .layers = g->cached,
         .parts = parts_of(spans * g->kv_heads, longest), .own = partial_of(longest, g->width),
         .scale = g->scale * 1.44269504f /* 2^x is quicker than e^x */,
         .qkv = s.qkv, .attended = s.attended};
@@ -171,7 +173,7 @@ void ranvier_step(const Group *g, const Row *rows, int count, float *hidden, int
             for (int t = 0; t < tokens; t++)
                 added(s.qkv + t * KV, layer->qkv_bias, KV);
         share(remember_chunk, &s, spans * g->kv_heads);
-        attention.index = s.index;
+        attention.layer = g->first + s.index;
         attention.window = layer->window;
         attend(&attention);
         product(&layer->out, s.attended, tokens, s.made, rest);

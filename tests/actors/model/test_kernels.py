@@ -6,6 +6,7 @@ Each test runs with every instruction set that this processor has.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,24 @@ def test_rounding_costs_what_it_must() -> None:
         packed = pack(weight)
         assert float((packed.multiply(tokens) - exact).norm() / exact.norm()) < most
         assert packed.nbytes == weight.numel() * bits / 8
+
+
+@pytest.mark.parametrize("pack", [pack_bfloat16, pack_int8, pack_int4])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 32), (48, 96), (560, 576), (64, 1536)])
+def test_a_token_s_bits_do_not_depend_on_the_tokens_beside_it(
+    rows: int, columns: int, pack: Callable[[torch.Tensor], Packed]
+) -> None:
+    """Multiply the same tokens alone, a few together, and in hundreds; numbers near the smallest are among them."""
+    torch.manual_seed(rows)
+    weight = torch.randn(rows, columns) * torch.randn(rows, 1).exp()
+    tokens = torch.randn(260, columns) * torch.randn(260, 1).exp()
+    tokens[3] *= 1e-30
+    tokens[5] *= 1e-38
+    matrix = pack(weight)
+    all_together = matrix.multiply(tokens)
+    for count in (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 23, 24, 25, 31, 32, 33, 64, 100, 256, 257):
+        assert torch.equal(matrix.multiply(tokens[:count]), all_together[:count]), count
+    assert torch.equal(matrix.multiply(tokens[5:6]), all_together[5:6])
 
 
 def test_zeros_and_what_is_no_number() -> None:
@@ -239,27 +258,102 @@ def test_a_long_prompt_in_parts_is_that_of_transformers(window: int | None, chun
     assert float(errors.max()) < 0.02
 
 
-def test_three_threads_do_what_one_does(instruction_set: str) -> None:
+@pytest.mark.parametrize("precision", ["dtype", "int8"])
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {}),
+        ("llama", {"num_attention_heads": 16, "num_key_value_heads": 1}),
+        ("llama", {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 96}),
+        ("mistral", {"sliding_window": 77}),
+        ("mistral", {"sliding_window": 300}),
+    ],
+)
+def test_a_prompt_s_bits_do_not_depend_on_how_it_is_cut(
+    family: str, changes: dict[str, Any], precision: str, tiny: Any
+) -> None:
+    """Compute a prompt of three blocks of positions at once, in parts of any size, and beside other sessions."""
+    folder, _ = tiny(f"kernels cut {family} {changes}", family, **{**SIZES, "max_position_embeddings": 1024, **changes})
+    blocks = Blocks(open_checkpoint(folder), (0, 2), torch.bfloat16, 4000, lambda _: None, precision)
+    assert blocks._compiled is not None
+    torch.manual_seed(7)
+    given, other = torch.randn(601, 128).bfloat16(), torch.randn(40, 128).bfloat16()
+
+    def made(*parts: int, beside: int = 0) -> torch.Tensor:
+        for session in (1, 2):
+            blocks.open(SessionInfo(session, 1, 700))
+        start, results = 0, []
+        for part in parts:
+            rows, hidden = [Row(1, 1, start, part)], [given[start : start + part]]
+            if beside and start < len(other):
+                rows.insert(0, Row(2, 1, start, beside))
+                hidden.insert(0, other[start : start + beside])
+            results.append(blocks.forward(tuple(rows), torch.cat(hidden))[-part:])
+            start += part
+        return torch.cat(results)
+
+    whole = made(601)
+    for parts in ((256, 256, 89), (255, 2, 344), (1, 7, 33, 64, 200, 296), (300, *[1] * 20, 281), (599, 1, 1)):
+        assert torch.equal(made(*parts), whole), parts
+    assert torch.equal(made(10, 10, 10, 10, 561, beside=10), whole)
+
+
+def test_what_lies_behind_the_last_position_is_never_used(tiny: Any) -> None:
+    """Fill the memory of a cache with what is no number, and get the same."""
+    folder, _ = tiny("kernels behind", "llama", **SIZES)
+    blocks = Blocks(open_checkpoint(folder), (0, 2), torch.bfloat16, 500, lambda _: None)
+    torch.manual_seed(8)
+    given = torch.randn(39, 128).bfloat16()
+    made = []
+    for filled in (0, 255):  # all ones are NaN
+        blocks.open(SessionInfo(1, 1, 60))
+        blocks.cache.sessions[1].blocks.fill_(filled)
+        made.append(torch.cat([
+            blocks.forward((Row(1, 1, start, end - start),), given[start:end])
+            for start, end in ((0, 13), (13, 14), (14, 15), (15, 38), (38, 39))
+        ]))  # fmt: skip
+    assert torch.equal(*made)
+    assert made[0].isfinite().all()
+
+
+def test_three_threads_do_what_one_does(instruction_set: str, tiny: Any) -> None:
     """Give the same products to the last bit, a thousand times. Threads live as long as their process, so it is a new one."""
     import subprocess
     import sys
 
     code = """
-import sys
+import pathlib, sys
 import torch
 from ranvier.actors.model.kernels import native, packed
 torch.manual_seed(1)
 weight, tokens = torch.randn(1600, 64), torch.randn(3, 64)
 chosen = native.libraries()[sys.argv[1]]
 packed.library = lambda: chosen
-matrix = packed.pack_int8(weight)
-alone = matrix.multiply(tokens)
+matrices = [packed.pack_int8(weight), packed.pack_bfloat16(weight)]
+from ranvier.actors.checkpoint import open_checkpoint
+from ranvier.actors.component.session import SessionInfo
+from ranvier.actors.model.blocks import Blocks
+from ranvier.transport.format.header import Row
+blocks = Blocks(open_checkpoint(pathlib.Path(sys.argv[2])), (0, 2), torch.bfloat16, 3000, lambda _: None)
+given = torch.randn(900, 128).bfloat16()
+def attended():
+    blocks.open(SessionInfo(1, 1, 1000))  # a long cache, whose blocks the threads share
+    made = [blocks.forward((Row(1, 1, 0, 880),), given[:880])]
+    return torch.cat(made + [blocks.forward((Row(1, 1, i, 1),), given[i : i + 1]) for i in range(880, 900)])
+alone, attended_alone = [matrix.multiply(tokens) for matrix in matrices], attended()
 chosen.ranvier_threads(3)
-assert all(torch.equal(matrix.multiply(tokens), alone) for _ in range(1000))
+for matrix, expected in zip(matrices, alone):
+    assert all(torch.equal(matrix.multiply(tokens), expected) for _ in range(1000))
+assert all(torch.equal(attended(), attended_alone) for _ in range(5))
 print("same")
 """
+    folder, _ = tiny("kernels threads", "llama", **{**SIZES, "max_position_embeddings": 1024})
     done = subprocess.run(
-        [sys.executable, "-c", code, instruction_set], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", code, instruction_set, str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     assert done.stdout == "same\n", done.stderr
 
