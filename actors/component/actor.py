@@ -90,8 +90,8 @@ class RowsFailed(Exception):
 class Context:
     """Hold what an actor may use while it loads.
 
-    `name` is the name of the host, `actor.replica`. The actor calls `progress` with the share done (0 to 1). `layers` are the
-    first and the last layer, both included.
+    `name` is the name of the host, `actor.replica`. The actor calls `progress` with the share done (0 to 1). `layers` are
+    the first and the last layer, both included. With `fast`, products may depend on the number of tokens.
     """
 
     name: str
@@ -105,6 +105,7 @@ class Context:
     experts: tuple[int, int] | None = None
     replica: int = 0
     precision: str = "dtype"
+    fast: bool = False
 
 
 class Actor:

@@ -40,4 +40,5 @@ def context_of(spec: HostSpec, progress: Callable[[float], None]) -> Context:
         weights=Path(spec.weights) if spec.weights is not None else None,
         replica=spec.replica,
         precision=spec.precision,
+        fast=spec.fast,
     )

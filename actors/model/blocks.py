@@ -33,11 +33,11 @@ class Block:
     """Hold the weights of one layer; q, k and v share one matrix, gate and up share another."""
 
     def __init__(
-        self, config: ModelConfig, checkpoint: Checkpoint, layer: int, dtype: torch.dtype, precision: str = "dtype"
+        self, config: ModelConfig, checkpoint: Checkpoint, layer: int, dtype: torch.dtype, precision: str, fast: bool
     ) -> None:
         slots = list(weights.block(config, layer))
         matrices = {
-            slot.name: read_matrix(slot, checkpoint, dtype, precision)
+            slot.name: read_matrix(slot, checkpoint, dtype, precision, fast)
             for slot in slots
             if slot.name in weights.PACKABLE
         }
@@ -71,6 +71,7 @@ class Blocks:
         cache_tokens: int,
         progress: Callable[[float], None],
         precision: str = "dtype",
+        fast: bool = False,
     ) -> None:
         first, last = layers
         self.look: Look | None = None
@@ -80,7 +81,7 @@ class Blocks:
         self.rotary = rotary_tables(self.config, dtype)
         self.blocks: list[Block] = []
         for layer in range(first, last + 1):
-            self.blocks.append(Block(self.config, checkpoint, layer, dtype, precision))
+            self.blocks.append(Block(self.config, checkpoint, layer, dtype, precision, fast))
             progress((layer - first + 1) / (last - first + 1))
         self._compiled = Compiled.of(self.config, self.blocks, self._scale)
         count = last - first + 1

@@ -109,7 +109,7 @@ class BlocksActor(Actor):
         checkpoint, dtype = needed(context)
         assert context.layers is not None
         self.blocks: AnyBlocks = Blocks(
-            checkpoint, context.layers, dtype, context.cache_tokens, context.progress, context.precision
+            checkpoint, context.layers, dtype, context.cache_tokens, context.progress, context.precision, context.fast
         )
 
     def open(self, session: SessionInfo) -> None:
@@ -170,7 +170,9 @@ class Head(Actor):
         self.held = sum(tensor.nbytes for tensor in held.values())
         if weight_VH is None:
             slot = next(slot for slot in weights.head(config) if slot.name == "head")
-            self.weight_VH: torch.Tensor | Packed = read_matrix(slot, checkpoint, dtype, context.precision)
+            self.weight_VH: torch.Tensor | Packed = read_matrix(
+                slot, checkpoint, dtype, context.precision, context.fast
+            )
             self.held += self.weight_VH.nbytes
         else:
             self.weight_VH = weight_VH
@@ -326,7 +328,7 @@ class Stage(Actor):
             self.embedding.load(context)
         layers = context.layers or (0, config.layers - 1)
         self.blocks: AnyBlocks = Blocks(
-            checkpoint, layers, dtype, context.cache_tokens, context.progress, context.precision
+            checkpoint, layers, dtype, context.cache_tokens, context.progress, context.precision, context.fast
         )
         if self.head is not None and not (self.embedding is not None and config.tied):
             self.head.load_with(context, None)

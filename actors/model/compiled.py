@@ -18,6 +18,7 @@ from .kernels import packed
 from .kernels.packed import Matrix, Packed
 from .kv_cache import BlockCache
 from .rotary import RotaryTable
+from .weights import by_kernels
 
 if TYPE_CHECKING:
     from .blocks import Block
@@ -45,13 +46,12 @@ class _Group(ctypes.Structure):
 
 class _Row(ctypes.Structure):
     _fields_ = (
-        ("cache", ctypes.c_void_p), ("position", ctypes.c_int64), ("cosine", ctypes.c_void_p * 2), ("sine", ctypes.c_void_p * 2), ("tokens", ctypes.c_int32),
+        ("cache", ctypes.c_void_p), ("position", ctypes.c_int64),
+        ("cosine", ctypes.c_void_p * 2), ("sine", ctypes.c_void_p * 2), ("tokens", ctypes.c_int32),
     )  # fmt: skip
 
 
 _Two = ctypes.c_void_p * 2
-MOST_QUERIES, MOST_WIDTH = 32, 512
-"""Largest number of query heads per key-value head, and largest head, that the kernels support (attend.c)."""
 
 
 class Compiled:
@@ -76,16 +76,10 @@ class Compiled:
     @classmethod
     def of(cls, config: ModelConfig, blocks: Sequence[Block], scale: float) -> Compiled | None:
         """Return the compiled layers; None if a matrix is not packed or the family has parts that the kernels lack."""
-        plain = (
-            config.norm != "layer" and config.activation in ("silu", "gelu_tanh") and config.gated
-            and not config.learned_positions and not config.out_bias and not config.mlp_bias
-            and config.head_dim % 32 == 0 and config.hidden % 32 == 0 and config.heads // config.kv_heads <= MOST_QUERIES
-            and config.head_dim <= MOST_WIDTH
-        )  # fmt: skip
         all_packed = all(
             isinstance(matrix, Packed) for block in blocks for matrix in (block.qkv, block.out, block.up, block.down)
         )
-        return cls(config, blocks, scale) if plain and all_packed else None
+        return cls(config, blocks, scale) if by_kernels(config) and all_packed else None
 
     def _layer(self, block: Block) -> _Layer:
         matrices = [block.qkv, block.out, block.up, block.down]
@@ -134,9 +128,7 @@ class Compiled:
             report(index, wide_TH.clone())
         return wide_TH.to(hidden_TH.dtype)
 
-    def _through(
-        self, group: Any, rows: Sequence[Row], caches: Sequence[BlockCache], wide_TH: torch.Tensor
-    ) -> None:
+    def _through(self, group: Any, rows: Sequence[Row], caches: Sequence[BlockCache], wide_TH: torch.Tensor) -> None:
         """Run `wide_TH` through the layers of a group, in place.
 
         Raises:

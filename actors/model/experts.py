@@ -37,7 +37,7 @@ class Attention(BlocksActor):
         checkpoint, dtype = needed(context)
         assert context.layers is not None
         self.layer = Blocks(
-            checkpoint, context.layers, dtype, context.cache_tokens, context.progress, context.precision
+            checkpoint, context.layers, dtype, context.cache_tokens, context.progress, context.precision, context.fast
         )
         self.blocks = self.layer
         self.config: ModelConfig = checkpoint.config

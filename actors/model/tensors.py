@@ -92,10 +92,21 @@ def read_slot(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.T
     return tensor
 
 
-def read_matrix(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, precision: str) -> torch.Tensor | Packed:
-    """Read a matrix for products with tokens: packed if `dtype` is bfloat16 and the kernels run here and take its shape."""
+def read_matrix(
+    slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, precision: str, fast: bool
+) -> torch.Tensor | Packed:
+    """Read a matrix for products with tokens: packed if `dtype` is bfloat16 and the kernels run here and take its shape.
+
+    With `fast`, its products may depend on the number of tokens.
+    """
     if dtype is not torch.bfloat16 or not packs(slot) or packed.library() is None:
         return read_slot(slot, checkpoint, dtype)
+    matrix = _packed(slot, checkpoint, dtype, precision)
+    matrix.matrix.fast = fast
+    return matrix
+
+
+def _packed(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, precision: str) -> Packed:
     held = packed_as(slot, checkpoint, precision)
     entries = [checkpoint.tensors[name] for name, _ in slot.parts]
     quantised = [entry for entry in entries if isinstance(entry, Quantised)]

@@ -211,6 +211,21 @@ def forms(checkpoint: Checkpoint, precision: str, dtype: str) -> list[tuple[str,
     return [(stored, held, count) for (stored, held), count in sorted(counted.items())]
 
 
+MOST_QUERIES, MOST_WIDTH = 32, 512
+"""Largest number of query heads per key-value head, and largest head, that the kernels support (attend.c)."""
+
+
+def by_kernels(config: ModelConfig) -> bool:
+    """Return whether the kernels can run whole blocks of a model: not if its family has parts that they lack."""
+    return (
+        config.native and config.encoder is None
+        and config.norm != "layer" and config.activation in ("silu", "gelu_tanh") and config.gated
+        and not config.learned_positions and not config.out_bias and not config.mlp_bias
+        and config.head_dim % 32 == 0 and config.hidden % 32 == 0 and config.intermediate % 32 == 0
+        and config.heads // config.kv_heads <= MOST_QUERIES and config.head_dim <= MOST_WIDTH
+    )  # fmt: skip
+
+
 def packs(slot: Slot) -> bool:
     """Return whether the kernels can hold a matrix: its rows are a multiple of 16, its columns a multiple of 32."""
     return slot.name in PACKABLE and slot.shape[0] % 16 == 0 and (slot.columns or 1) % 32 == 0

@@ -167,6 +167,8 @@ class HostSpec:
     needed: int | None = None
     experts: tuple[int, int] | None = None
     precision: str = "dtype"
+    fast: bool = False
+    """Products may depend on the number of tokens (`products: fast`)."""
     batches: int = 1
     trace: bool = True
     tap_folder: str | None = None

@@ -84,6 +84,8 @@ class ActorCheck(Findings):
             self._wrong(
                 f"model: {config.family} exceeds the range of float16; use bfloat16 or float32", "model", "dtype"
             )
+        if self.file.model.products == "repeatable" and self.file.model.dtype != "float32":
+            self._repeatable(config)
         if wanted == "dtype":
             return
         if self.file.model.dtype != "bfloat16":
@@ -94,6 +96,20 @@ class ActorCheck(Findings):
             why = "needs a processor with AVX2, and a C compiler when the package is installed"
         if why is not None:
             self._wrong(f"model: weights {wanted} {why}; remove the key", "model", "weights")
+
+    def _repeatable(self, config: ModelConfig) -> None:
+        """Report that products cannot be repeated here, whatever the number of tokens: only the kernels can."""
+        assert self.file.model is not None
+        dtype = self.file.model.dtype
+        if dtype != "bfloat16":
+            why = f"need dtype bfloat16 or float32, got {dtype}"
+        elif not weights.by_kernels(config):
+            why = f"need a family that the kernels run, got {config.family}"
+        elif native.library() is None:
+            why = "need a processor with AVX2, and a C compiler when the package is installed"
+        else:
+            return
+        self._wrong(f"model: products repeatable {why}; remove the key", "model", "products")
 
     def actors(self, found: Mapping[str, Kind], checkpoint: Checkpoint | None) -> dict[str, CheckedActor]:
         actors = {}

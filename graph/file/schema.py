@@ -36,6 +36,11 @@ class ModelSection(Section):
         description="how the matrices of blocks and head are held in memory: in dtype, rounded to int8 or int4, or as stored "
         "in a GGUF file",
     )
+    products: Literal["repeatable", "fast"] | None = Field(
+        None,
+        description="repeatable: a token's numbers do not depend on the tokens that are computed beside it; fast: they may, "
+        "where that is faster; default: repeatable if it costs this processor at most 5 %",
+    )
 
 
 class Quorum(Section):

@@ -14,6 +14,7 @@ from typing import Any
 from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.component.kinds import Kind
 from ranvier.actors.model import weights
+from ranvier.actors.model.kernels import native
 from ranvier.actors.protocol.host_spec import (
     GATEWAY,
     Deadlines,
@@ -86,12 +87,15 @@ class Plan:
     hash: str
     hosts: tuple[PlannedHost, ...]
     edges: tuple[PlannedEdge, ...]
+    products: str | None
+    """`repeatable` or `fast`; None without a model, or if its dtype is float32."""
 
     def to_plain(self) -> dict[str, Any]:
         """Return the plan as plain data, for `--json` and the run folder."""
         return {
             "name": self.graph.name,
             "hash": self.hash,
+            "products": self.products,
             "hosts": [{name: getattr(host, name) for name in PlannedHost.__slots__} for host in self.hosts],
             "edges": [{name: getattr(edge, name) for name in PlannedEdge.__slots__} for edge in self.edges],
         }
@@ -209,6 +213,7 @@ class Plan:
             experts=actor.experts,
             batches=self._batches,
             precision=file.model.weights if file.model is not None else "dtype",
+            fast=self.products == "fast",
             weights=str(actor.weights) if actor.weights is not None else None,
             device=section.device,
             inputs=_ports(actor.inputs, actor.once),
@@ -244,7 +249,22 @@ class Plan:
 def plan(graph: Graph) -> Plan:
     """Resolve a checked graph into a plan. This starts and opens nothing."""
     edges = tuple(_edge(graph, index, edge) for index, edge in enumerate(graph.edges))
-    return Plan(graph, _hash(graph), tuple(_planned(graph, actor) for actor in graph.actors.values()), edges)
+    hosts = tuple(_planned(graph, actor) for actor in graph.actors.values())
+    return Plan(graph, _hash(graph), hosts, edges, products(graph))
+
+
+def products(graph: Graph) -> str | None:
+    """Return how the model's products are computed: as the graph says, or repeatable if that costs this processor little.
+
+    Only the kernels can repeat a product whatever the number of tokens; torch's libraries choose by it.
+    """
+    model, checkpoint = graph.file.model, graph.checkpoint
+    if model is None or checkpoint is None or model.dtype == "float32":
+        return None
+    if model.products is not None:
+        return model.products
+    there = native.library() is not None and model.dtype == "bfloat16" and weights.by_kernels(checkpoint.config)
+    return "repeatable" if there and native.repeatable_is_cheap() else "fast"
 
 
 def _implementation(kind: Kind, checkpoint: Checkpoint | None) -> str:

@@ -29,6 +29,7 @@ def text(plan: Plan) -> str:
         lines.append(
             f"model {plan.graph.file.model.source}: {config.family}, {config.layers} layers of {config.hidden}, "
             f"vocabulary {config.vocab}, {plan.graph.file.model.dtype}"
+            + (f", {plan.products} products" if plan.products is not None else "")
             + ("" if native else "; run by transformers' own layers, slower")
         )
         lines += _weights(plan.graph.checkpoint, plan.graph.file.model) if native else []

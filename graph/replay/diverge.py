@@ -122,16 +122,16 @@ def diverge(
 def _threshold(one: Side, other: Side) -> float:
     """Return the largest difference that rounding explains.
 
-    It is small between two runs that are cut alike and compute with the same dtype and precision of weights. The cut
+    It is small between two runs that are cut alike and compute with the same dtype, precision and products. The cut
     matters because each edge rounds to its dtype what an actor keeps in float32.
     """
     ways = {
-        (recorded.host.dtype, recorded.host.precision)
+        (recorded.host.dtype, recorded.host.precision, recorded.host.fast)
         for side in (one, other) if side.run is not None
         for hosts in side.run.hosts.values() for recorded in hosts
     }  # fmt: skip
     alike = len(ways) == 1 and one.run is not None and other.run is not None and one.run.cut == other.run.cut
-    return max((ALIKE if alike else THRESHOLDS)[dtype] for dtype, _ in ways)
+    return max((ALIKE if alike else THRESHOLDS)[dtype] for dtype, *_ in ways)
 
 
 def _found(one: Side, other: Side, threshold: float, progress: Callable[[str, float], None]) -> Divergence:

@@ -20,6 +20,7 @@
 #define AMX_BLOCKS 64   /* blocks of whole numbers at a time */
 #define FEW 4           /* tokens that are multiplied by vectors; the bits are the same */
 #define WHOLE_FROM 24   /* tokens from which whole numbers are multiplied by tiles; the bits are the same */
+#define FAST_FROM 17    /* tokens from which a fast matrix takes only the high parts: fewer wait for the weights anyway */
 #define WIDEN_FROM 24   /* tokens from which a fast matrix of whole numbers is widened to bfloat16 */
 
 /* Ask the system for the permission to use tiles; return 1 if it is given. The threads of the process inherit it. */

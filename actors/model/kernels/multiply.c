@@ -154,7 +154,7 @@ static Tokens prepared(const Matrix *matrix, const float *from, int tokens, uint
             each(tokens, widened_parts, &narrowing);
             return (Tokens){.tokens = tokens, .wide = (float *)room, .wide_low = (float *)room + (size_t)tokens * columns};
         }
-        if (!matrix->fast)
+        if (!matrix->fast || tokens < FAST_FROM)
             narrowing.low = narrowing.narrow + (size_t)padded * columns;
         each(padded, narrowed, &narrowing);
         return (Tokens){.tokens = tokens, .high = narrowing.narrow, .low = narrowing.low};

@@ -19,6 +19,14 @@ def library() -> Any:
     return next(iter(libraries().values()), None)
 
 
+def repeatable_is_cheap() -> bool:
+    """Return whether repeatable products cost this processor at most 5 % (benchmarks/repeatable.py).
+
+    With AMX, prompts take a fifth (bfloat16) or a third longer. Without it, there is only one way to multiply.
+    """
+    return next(iter(libraries()), None) != "amx"
+
+
 @functools.cache
 def libraries() -> dict[str, Any]:
     """Return the functions of the kernels for each instruction set that this processor has, the best set first."""
