@@ -168,7 +168,7 @@ class Host(Process):
             if core.discarded:
                 self._record_discarded()
             if work is not None:
-                self._step(work)
+                self.step(work)
 
     def _obey_all(self, wire: ProcessWire) -> bool:
         """Obey the commands that have arrived. Return False if one of them is `stop`."""
@@ -210,7 +210,8 @@ class Host(Process):
         elif due_ns is None and not self.crossing.commands:
             gc.collect()
 
-    def _step(self, work: Work) -> None:
+    def step(self, work: Work) -> None:
+        """Run one step, and send what it made."""
         crossing = self.crossing
         started_ns = crossing.stepping_since_ns = time.monotonic_ns()
         spans = self.spans.begin(work.batch.rows)

@@ -109,18 +109,23 @@ class Process(ABC):
         """Return the steps that have waited for some of their inputs since before `before_ns`."""
         return ()
 
-    # -- life cycle -------------------------------------------------------------------------------------------------
-
-    def run(self) -> None:
-        spec, crossing = self.spec, self.crossing
-        self._to(State.LOADING)
-        wire = self.wire = open_wire(
+    def open_wire(self) -> ProcessWire:
+        """Open the wire of this host."""
+        spec = self.spec
+        return open_wire(
             spec.identity,
             spec.endpoint,
             max_frame_bytes=spec.max_frame_bytes,
             shared_from_bytes=spec.shared_from_bytes,
             keys=Path(spec.keys) if spec.keys is not None else None,
         )
+
+    # -- life cycle -------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        spec, crossing = self.spec, self.crossing
+        self._to(State.LOADING)
+        wire = self.wire = self.open_wire()
         crossing.waker = wire.waker()
         self.exchange = Exchange(
             spec.identity,
@@ -318,22 +323,32 @@ def live(kind: type[Process], spec: HostSpec, lifeline: int) -> int:
 
     `lifeline` is a descriptor that becomes readable when the supervisor has ended.
     """
-    torch.set_num_threads(spec.threads)
-    if spec.cpus is not None:  # before any thread starts, so that ZeroMQ's thread runs on the same cores
-        os.sched_setaffinity(0, spec.cpus)
+    prepare_process(spec)
     crossing = Crossing()
     control = ControlThread(spec, crossing, lifeline)
     control.start()
     host = kind(spec, crossing)
     try:
-        host.run()
-        code = 0
-    except Stopped:
-        code = 0
-    except BaseException as error:  # the supervisor must hear of any failure
-        host.failed(error)
-        code = 1
+        return outcome(host)
     finally:
         control.finish()
         host.close()
-    return code
+
+
+def prepare_process(spec: HostSpec) -> None:
+    """Give this process its threads and cores."""
+    torch.set_num_threads(spec.threads)
+    if spec.cpus is not None:  # before any thread starts, so that ZeroMQ's thread runs on the same cores
+        os.sched_setaffinity(0, spec.cpus)
+
+
+def outcome(host: Process) -> int:
+    """Run a host until it ends. Return 0, or 1 if it failed; the supervisor hears of any failure."""
+    try:
+        host.run()
+    except Stopped:
+        pass
+    except BaseException as error:
+        host.failed(error)
+        return 1
+    return 0

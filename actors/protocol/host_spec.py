@@ -183,6 +183,8 @@ class HostSpec:
     supervision: Deadlines = field(default_factory=Deadlines)
     restart: Restart = field(default_factory=Restart)
     training: TrainingSpec | None = None
+    host: str | None = None
+    """Name of the process that this actor shares with others; None: it has a process of its own."""
 
     @property
     def all_links(self) -> Sequence[HostLink | TrainingLink]:
@@ -198,6 +200,16 @@ class HostSpec:
     def identity(self) -> str:
         """Return the host's name on a wire, `actor.replica.epoch`."""
         return str(self.id)
+
+    @property
+    def process(self) -> str:
+        """Return the name of the process, `host.replica.epoch` or the identity. Actors with the same one share it."""
+        return str(HostId(self.host or self.actor, self.replica, self.epoch))
+
+    @property
+    def log_name(self) -> str:
+        """Return the base name of the file that gets the standard error of the process."""
+        return HostId(self.host or self.actor, self.replica, self.epoch).label
 
     @property
     def label(self) -> str:

@@ -12,7 +12,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -37,9 +37,12 @@ KILLED = -int(signal.SIGKILL)
 
 
 class Exit(NamedTuple):
-    """Report that a host has ended, with its exit code (negative: the signal). `because` is a loss that caused it, if any."""
+    """Report that a process has ended, with its exit code (negative: the signal). `because` is a loss that caused it, if any.
 
-    key: str
+    `keys` are the identities of the hosts that it ran: one, or those that shared it.
+    """
+
+    keys: tuple[str, ...]
     code: int
     because: str = ""
 
@@ -51,8 +54,8 @@ class Launcher(Protocol):
     def pids(self) -> Mapping[str, int]:
         """Return the process ids of the hosts on this machine, by key."""
 
-    async def start(self, spec: HostSpec) -> None:
-        """Begin to start a host. The host itself reports `ready` later.
+    async def start(self, specs: Sequence[HostSpec]) -> None:
+        """Begin to start a process that runs these hosts: one, or those that share it. Each reports `ready` later.
 
         Raises:
             ActorFailed: hosts cannot be started at all.
@@ -95,6 +98,7 @@ class _Zygote:
 class _Host:
     """Hold one host's process. The descriptor becomes readable when it has ended, and never refers to another process."""
 
+    keys: tuple[str, ...]
     pid: int
     descriptor: int
     zygote: _Zygote
@@ -115,6 +119,7 @@ class LocalLauncher:
         self._given = zygote
         self._zygotes: list[_Zygote] = []
         self._hosts: dict[str, _Host] = {}
+        self._members: dict[str, tuple[str, ...]] = {}
         self._pids: dict[str, int] = {}
         self._restarts = Restarts(Restart())
         self._exits_in, self._exits = trio.open_memory_channel[Exit](1000)
@@ -224,13 +229,14 @@ class LocalLauncher:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             return
-        host = _Host(pid, descriptor, zygote)
+        host = _Host(self._members.get(key, (key,)), pid, descriptor, zygote)
         if zygote.retired:  # it continued after all, but another one has forked this host since
             _kill(host)
             _close(host)
             return
         zygote.answers[key] = ""
-        self._hosts[key], self._pids[key] = host, pid
+        for each in host.keys:
+            self._hosts[each], self._pids[each] = host, pid
         assert self._nursery is not None
         self._nursery.start_soon(self._until_exit, key, host)
 
@@ -249,8 +255,8 @@ class LocalLauncher:
     def pids(self) -> Mapping[str, int]:
         return self._pids
 
-    async def start(self, spec: HostSpec) -> None:
-        """Fork a host from the zygote.
+    async def start(self, specs: Sequence[HostSpec]) -> None:
+        """Fork a process from the zygote.
 
         Raises:
             ActorFailed: the host cannot be forked, or no zygote can be started.
@@ -260,22 +266,23 @@ class LocalLauncher:
                 try:
                     zygote = await self._living()
                 except ResourceError as error:
-                    raise ActorFailed(spec.label, str(error), Cause.REFUSED) from None
-                why = await self._started(zygote, spec)
+                    raise ActorFailed(specs[0].label, str(error), Cause.REFUSED) from None
+                why = await self._started(zygote, specs)
                 if why is None:
                     continue
                 if why:
-                    raise ActorFailed(spec.label, why, Cause.REFUSED)
+                    raise ActorFailed(specs[0].label, why, Cause.REFUSED)
                 return
 
-    async def _started(self, zygote: _Zygote, spec: HostSpec) -> str | None:
-        """Ask a zygote for a host. Return an empty text, or why it cannot be started, or None if the zygote did not answer."""
-        key = spec.identity
-        stderr = str(self._logs / f"{spec.label}.err")
+    async def _started(self, zygote: _Zygote, specs: Sequence[HostSpec]) -> str | None:
+        """Ask a zygote for a process. Return an empty text, why it cannot be started, or None if the zygote did not answer."""
+        key = specs[0].process
+        self._members[key] = tuple(spec.identity for spec in specs)
+        stderr = str(self._logs / f"{specs[0].log_name}.err")
         zygote.answers.pop(key, None)
         with trio.move_on_after(STARTED_DEADLINE_S if zygote.ready.is_set() else READY_DEADLINE_S):
             with contextlib.suppress(*_ENDED):
-                await self._command(zygote, Start(spec, stderr))
+                await self._command(zygote, Start(list(specs), stderr))
             while key not in zygote.answers and not zygote.gone:
                 await zygote.changed.wait()
         if key in zygote.answers:
@@ -294,16 +301,18 @@ class LocalLauncher:
                 await host.zygote.changed.wait()
         _kill_group(host)
         _close(host)
-        self._hosts.pop(key, None)  # its pid may belong to another process later
+        for each in host.keys:
+            self._hosts.pop(each, None)  # its pid may belong to another process later
+        self._members.pop(key, None)
         reported = key in host.zygote.codes
         because = "the process that hosts are forked from was lost, and its hosts with it" if host.zygote.gone else ""
-        self._exits_in.send_nowait(Exit(key, host.zygote.codes.pop(key, KILLED), "" if reported else because))
+        self._exits_in.send_nowait(Exit(host.keys, host.zygote.codes.pop(key, KILLED), "" if reported else because))
 
     async def wait(self) -> Exit:
         return await self._exits.receive()
 
     async def kill(self, key: str) -> None:
-        """Kill a host directly, because the zygote may hang."""
+        """Kill the process of a host directly, because the zygote may hang."""
         if key in self._hosts:
             _kill(self._hosts[key])
 
@@ -319,7 +328,7 @@ class LocalLauncher:
                 while zygote.process.process.poll() is None:
                     await trio.sleep(0.002)
             zygote.process.end()
-        for host in self._hosts.values():
+        for host in set(self._hosts.values()):
             _kill(host)
             _kill_group(host)
             _close(host)

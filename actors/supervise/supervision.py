@@ -56,6 +56,14 @@ class Watched:
     """The other loss that caused this one; empty if there is none."""
 
 
+def by_process(specs: Iterable[HostSpec]) -> list[list[HostSpec]]:
+    """Return the hosts of each process."""
+    found: dict[str, list[HostSpec]] = {}
+    for spec in specs:
+        found.setdefault(spec.process, []).append(spec)
+    return list(found.values())
+
+
 class Supervision:
     """Watch the hosts of one run."""
 
@@ -163,6 +171,16 @@ class Supervision:
         host.lost, host.lost_s = ActorFailed(host.spec.label, what, cause, remote_traceback=remote_traceback), now_s
         if not self.begun and not host.joining:
             self.failure = self.failure or host.lost
+        for other in self.sharing(host):
+            if other.lost is None and not other.leaving:
+                other.because = f"{host.spec.label} in the same process was lost"
+                self._fail(other, now_s, cause, f"{other.because}: {what}")
+
+    def sharing(self, host: Watched) -> list[Watched]:
+        """Return the other hosts that share the process of a host."""
+        if host.spec.host is None:
+            return []
+        return [each for each in self.hosts.values() if each is not host and each.spec.process == host.spec.process]
 
     # -- during the run -------------------------------------------------------------------------------------------
 

@@ -49,9 +49,10 @@ from ..protocol.control_protocol import (
 from ..protocol.host_spec import SUPERVISOR, HostLink, HostSpec
 from ..protocol.lifecycle import State
 from ..protocol.refusals import Refusals, with_left_out
+from ..protocol.step_board import inside
 from ..protocol.training_spec import TrainingLink
 from .launcher import Launcher
-from .supervision import Supervision, Watched
+from .supervision import Supervision, Watched, by_process
 
 if TYPE_CHECKING:
     import structlog
@@ -121,16 +122,18 @@ class Supervisor:
             nursery.start_soon(self._listen)
             nursery.start_soon(self._reap)
             nursery.start_soon(self._watch)
-            for host in list(self.supervision.hosts.values()):
-                await self._start(host.spec)
+            for specs in by_process(host.spec for host in self.supervision.hosts.values()):
+                await self._start(specs)
 
-    async def _start(self, spec: HostSpec) -> None:
+    async def _start(self, specs: Sequence[HostSpec]) -> None:
         try:
-            await self._launcher.start(spec)
+            await self._launcher.start(specs)
         except ActorFailed:
-            self.supervision.hosts[spec.identity].exited = NEVER_STARTED
+            for spec in specs:
+                self.supervision.hosts[spec.identity].exited = NEVER_STARTED
             raise
-        self._log.info("starting", actor=spec.label)
+        for spec in specs:
+            self._log.info("starting", actor=spec.label)
 
     async def until_loaded(self, progress: Callable[[float], None]) -> None:
         """Wait until every host has loaded its weights and opened its inbox.
@@ -169,18 +172,19 @@ class Supervisor:
 
     # -- during the run -----------------------------------------------------------------------------------------
 
-    async def join(self, spec: HostSpec, *, spare: bool = False) -> str:
-        """Start one more host, wait until it has loaded, and return the address of its inbox.
+    async def join(self, *specs: HostSpec, spare: bool = False) -> None:
+        """Start one more host, or several that share a process, and wait until they have loaded.
 
         Raises:
-            ActorFailed: the host, or the run, failed.
+            ActorFailed: a host, or the run, failed.
         """
-        self._wire.connect(spec.identity, spec.control)
-        host = self.supervision.add(spec, time.monotonic(), joining=True, spare=spare)
-        await self._start(spec)
-        await self._until_it(host, lambda: host.address is not None)
-        assert host.address is not None
-        return host.address
+        for spec in specs:
+            self._wire.connect(spec.identity, spec.control)
+            self.supervision.add(spec, time.monotonic(), joining=True, spare=spare)
+        await self._start(specs)
+        for spec in specs:
+            host = self.supervision.hosts[spec.identity]
+            await self._until_it(host, lambda host=host: host.address is not None)  # type: ignore[misc]
 
     async def until_linked(self, hosts: Sequence[str], peer: str) -> None:
         """Wait until each of these hosts has reported its link with `peer`, or is lost.
@@ -215,19 +219,20 @@ class Supervisor:
                     return host
             await self._changed.wait()
 
-    def take(self, spec: HostSpec) -> None:
-        """Give a spare its part in the run. Its start deadline begins now."""
-        host = self.supervision.hosts[spec.identity]
-        host.spare, host.started_s = False, time.monotonic()
+    def take(self, specs: Iterable[HostSpec]) -> None:
+        """Give the hosts of a spare process their part in the run. Their start deadline begins now."""
+        for spec in specs:
+            host = self.supervision.hosts[spec.identity]
+            host.spare, host.started_s = False, time.monotonic()
         self._notify()
 
-    async def until_taken(self, spec: HostSpec) -> None:
-        """Wait until a spare is given its part in the run (see `take`).
+    async def until_taken(self, specs: Sequence[HostSpec]) -> None:
+        """Wait until the hosts of a spare process are given their part in the run (see `take`).
 
         Raises:
-            ActorFailed: the spare, or the run, failed before.
+            ActorFailed: a spare, or the run, failed before.
         """
-        host = self.supervision.hosts[spec.identity]
+        host = self.supervision.hosts[specs[0].identity]
         await self._until_it(host, lambda: not host.spare)
 
     def restart(self, failed: ActorFailed, spec: HostSpec) -> float | None:
@@ -236,23 +241,29 @@ class Supervisor:
         self._notify()
         return delay_s
 
-    async def leave(self, spec: HostSpec) -> None:
-        """Stop one host, kill it if it exceeds its stop deadline, and forget it. A lost host is killed at once."""
-        host = self.supervision.hosts.get(spec.identity)
-        if host is None:
-            return
-        host.leaving = True
-        if host.exited is None and host.lost is None:
-            self.send([spec.identity], Stop())
-            with trio.move_on_after(spec.supervision.stop_deadline_s):
-                while host.exited is None:
-                    await self._changed.wait()
-        if host.exited is None:
-            await self._launcher.kill(spec.identity)
-            while host.exited is None:
-                await self._changed.wait()
-        self.supervision.remove(spec.identity)
-        self._wire.disconnect(spec.identity)
+    async def leave(self, *specs: HostSpec) -> None:
+        """Stop a host, or all that share a process, kill them if they exceed their stop deadline, and forget them.
+
+        A lost host is killed at once.
+        """
+        hosts = [self.supervision.hosts[spec.identity] for spec in specs if spec.identity in self.supervision.hosts]
+        for host in hosts:
+            host.leaving = True
+        if all(host.exited is None and host.lost is None for host in hosts):
+            self.send([host.spec.identity for host in hosts], Stop())
+            with trio.move_on_after(specs[0].supervision.stop_deadline_s):
+                await self._until_exited(hosts)
+        for host in hosts:
+            if host.exited is None:
+                await self._launcher.kill(host.spec.identity)
+        await self._until_exited(hosts)
+        for host in hosts:
+            self.supervision.remove(host.spec.identity)
+            self._wire.disconnect(host.spec.identity)
+
+    async def _until_exited(self, hosts: Sequence[Watched]) -> None:
+        while any(host.exited is None for host in hosts):
+            await self._changed.wait()
 
     async def _until_it(self, host: Watched, holds: Callable[[], bool]) -> None:
         while not holds():
@@ -310,8 +321,7 @@ class Supervisor:
         self.send([host.spec.identity for host in hosts], Stop())
         deadline_s = max((host.spec.supervision.stop_deadline_s for host in hosts), default=0.0)
         with trio.move_on_after(deadline_s):
-            while any(host.exited is None for host in hosts):
-                await self._changed.wait()
+            await self._until_exited(list(hosts))
         for key, host in list(self.supervision.hosts.items()):
             if host.exited is None:
                 self._log.warning("killed", actor=host.spec.label, state=host.life.state.value)
@@ -400,26 +410,29 @@ class Supervisor:
 
     async def _reap(self) -> None:
         while True:
-            key, code, because = await self._launcher.wait()
-            host = self.supervision.hosts.get(key)
-            if host is None:
+            keys, code, because = await self._launcher.wait()
+            hosts = [self.supervision.hosts[key] for key in keys if key in self.supervision.hosts]
+            if not hosts:
                 continue
-            label = host.spec.label
             if code >= 0:
-                await self._last_words(host)
-            self._log.info("exited", actor=label, code=code)
-            self.supervision.on_exit(key, code, self._stderr_tail(label), time.monotonic(), because)
+                await self._last_words(hosts)
+            # first the one to blame: the others are lost because of it
+            hosts.sort(key=lambda host: (not host.life.over, not inside(Path(host.spec.board))))
+            for host in hosts:
+                self._log.info("exited", actor=host.spec.label, code=code)
+                tail = self._stderr_tail(host.spec.log_name)
+                self.supervision.on_exit(host.spec.identity, code, tail, time.monotonic(), because)
             self._notify()
 
-    async def _last_words(self, host: Watched) -> None:
-        """Wait at most 0.2 s for the report that a failing host sends before it ends by itself."""
+    async def _last_words(self, hosts: Sequence[Watched]) -> None:
+        """Wait at most 0.2 s for the report that a failing host sends before its process ends."""
         with trio.move_on_after(0.2):
-            while not host.life.over and not self.supervision.stopping:
+            while not any(host.life.over for host in hosts) and not self.supervision.stopping:
                 await self._changed.wait()
 
-    def _stderr_tail(self, label: str) -> str:
+    def _stderr_tail(self, name: str) -> str:
         try:
-            return (self._logs / f"{label}.err").read_text(errors="replace")[-4000:]
+            return (self._logs / f"{name}.err").read_text(errors="replace")[-4000:]
         except OSError:
             return ""
 

@@ -25,6 +25,7 @@ from .zygote_protocol import Begin, Command, Event, Exited, Imported, NotStarted
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 FOR_TRAINING = ("ranvier.actors.training.host", "torch._dynamo")
 """Modules of a training host. torch imports the second one when the first optimiser is made, which takes 1 s."""
+SHARED = ("ranvier.actors.host.together",)
 OF_OUR_OWN = ("ranvier.actors.model.causal", "ranvier.actors.model.hf_layers")
 
 
@@ -88,20 +89,22 @@ class Zygote:
                 try:
                     self._start(command)
                 except Exception as error:  # no process or memory is left, or an import failed
-                    self.report(NotStarted(command.spec.identity, f"its process cannot be started: {error}"))
+                    self.report(NotStarted(command.specs[0].process, f"its process cannot be started: {error}"))
 
     def _start(self, command: Start) -> None:
-        spec = command.spec
-        module = spec.implementation.partition(":")[0]
-        wanted = [module] if module in OF_OUR_OWN else []
+        spec = command.specs[0]
+        modules = {each.implementation.partition(":")[0] for each in command.specs}
+        wanted = [module for module in OF_OUR_OWN if module in modules]
         if spec.training is not None:
             wanted += FOR_TRAINING
+        if len(command.specs) > 1:
+            wanted += SHARED
         if not sys.modules.keys() >= set(wanted):  # imported once here, not in every host: transformers takes 2 s
             for module in wanted:
                 importlib.import_module(module)
             gc.freeze()
-        if spec.model is not None:
-            self._know(Path(spec.model))
+        for model in {each.model for each in command.specs if each.model is not None}:
+            self._know(Path(model))
         pid = os.fork()
         if pid == 0:
             try:
@@ -111,8 +114,8 @@ class Zygote:
                 print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 code = 1
             os._exit(code)  # skips the exit handlers, which are the zygote's
-        self._children[pid] = spec.identity
-        self.report(Started(spec.identity, pid))
+        self._children[pid] = spec.process
+        self.report(Started(spec.process, pid))
 
     def _know(self, model: Path) -> None:
         """Read the headers of a model's files once for all hosts. Errors are ignored here: each host reports them itself."""
@@ -139,11 +142,15 @@ class Zygote:
         os.close(null)
         os.close(errors)
         faulthandler.enable()
-        spec = command.spec
+        specs = command.specs
         with contextlib.suppress(OSError):  # the name in `ps` and `top`, where there is a /proc
-            Path("/proc/self/comm").write_text(f"rv:{spec.label}"[:15])
-        module = "ranvier.actors.host.host" if spec.training is None else "ranvier.actors.training.host"
-        code: int = importlib.import_module(module).main(spec, self._lifeline)
+            Path("/proc/self/comm").write_text(f"rv:{specs[0].log_name}"[:15])
+        code: int
+        if len(specs) > 1:
+            code = importlib.import_module(*SHARED).main(specs, self._lifeline)
+        else:
+            module = "ranvier.actors.host.host" if specs[0].training is None else "ranvier.actors.training.host"
+            code = importlib.import_module(module).main(specs[0], self._lifeline)
         return code
 
     def _reap(self) -> None:

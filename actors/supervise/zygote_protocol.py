@@ -28,9 +28,9 @@ class Begin(msgspec.Struct, tag="begin"):
 
 
 class Start(msgspec.Struct, tag="start"):
-    """Ask for a host, whose output goes to the file `stderr`."""
+    """Ask for a process that runs these actors, and whose output goes to the file `stderr`."""
 
-    spec: HostSpec
+    specs: list[HostSpec]
     stderr: str
 
 
@@ -39,7 +39,7 @@ class Imported(msgspec.Struct, tag="imported"):
 
 
 class Started(msgspec.Struct, tag="started"):
-    """Report the process id of a host. `key` is the identity of the host."""
+    """Report the process id of a host. `key` is the name of the process (`HostSpec.process`)."""
 
     key: str
     pid: int

@@ -10,6 +10,7 @@ from ranvier.transport.wires.descriptors import make_sure_of_files
 from . import schema
 from .check_actors import ActorCheck
 from .check_edges import EdgeCheck
+from .check_hosts import HostCheck
 from .check_replicas import ReplicaCheck
 from .checked import Graph
 from .errors import Problem
@@ -40,6 +41,7 @@ def load(path: str | Path, *, allow_code: bool = False, overrides: Mapping[str, 
     actors = check.actors(found, checkpoint)
     check.endpoints()
     check.keys()
+    HostCheck(document, file, problems).hosts()
     check.stop_if_wrong()
     check.layers(actors, checkpoint)
     between = EdgeCheck(document, file, problems, actors, path.parent, allow_code)

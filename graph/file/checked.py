@@ -134,6 +134,13 @@ class Graph:
             return self.edges
         return tuple(edge for edge in self.edges if any(edge.is_meant_by(name) for name in section.edges))
 
+    def together(self, one: str, other: str) -> bool:
+        """Return whether two different actors share a process."""
+        if one == other or one not in self.actors or other not in self.actors:
+            return False
+        host = self.actors[one].section.host
+        return host is not None and host == self.actors[other].section.host
+
     def policy(self, actor: str) -> Policy:
         """Return the policy of an actor. The gateway's policy is sticky."""
         return self.actors[actor].policy if actor in self.actors else STICKY

@@ -86,7 +86,7 @@ class RestartSection(Section):
 
 
 class ActorSection(Section):
-    """Describe one actor: a component that runs in a separate process."""
+    """Describe one actor: a component that runs in a separate process, or in one that it shares."""
 
     kind: str = Field(
         min_length=1,
@@ -102,6 +102,10 @@ class ActorSection(Section):
         None, min_length=1, description="cores its process may run on, such as [0]; default: all"
     )
     device: Literal["cpu"] = Field("cpu", description="device that the actor computes on")
+    host: Name | None = Field(
+        None,
+        description="name of the process that it shares with the actors of the same host; default: a process of its own",
+    )
     replicas: int = Field(
         1, ge=1, le=64, description="number of copies of this actor, each a process; `ranvier scale` changes it"
     )

@@ -56,6 +56,8 @@ class PlannedHost:
     cache_tokens: int
     replicas: int
     policy: str
+    host: str | None
+    """Name of the process that it shares with other actors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class PlannedEdge:
     credits_bytes: int
     feedback: bool
     wire: str
-    """ipc, local or tcp."""
+    """ipc, local or tcp; or memory, between actors of one process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +103,19 @@ class Plan:
         }
 
     @property
-    def processes(self) -> int:
-        """Return the number of hosts that the run starts with."""
+    def replicas(self) -> int:
+        """Return the number of hosts that the run starts with. Some may share a process."""
         return sum(host.replicas for host in self.hosts)
+
+    @property
+    def processes(self) -> int:
+        """Return the number of processes that the run starts with."""
+        return _processes(self.graph)
+
+    @property
+    def shared(self) -> list[tuple[str, ...]]:
+        """Return the actors of each process, of one replica each."""
+        return shared(self.graph)
 
     @property
     def live(self) -> dict[str, dict[int, int]]:
@@ -177,11 +189,12 @@ class Plan:
     def _batches(self) -> int:
         """Return the number of batches that the sessions of a token loop are split into, at every actor.
 
-        There is one batch for each stage with layers, but at most one per core. It is not enough that the first actor
+        There is one batch for each process with layers, but at most one per core. It is not enough that the first actor
         splits the sessions: an actor with two batches in its queue would merge them, and its neighbours would wait.
         """
         comes_back = any(edge.feedback and edge.into == "token" for edge in self.graph.edges)
-        stages = sum(actor.kind.caches for actor in self.graph.actors.values())
+        caching = [any(self.graph.actors[name].kind.caches for name in actors) for actors in self.shared]
+        stages = sum(caching)  # actors of one process take turns
         return max(1, min(stages, len(os.sched_getaffinity(0)))) if comes_back and self.graph.generates else 1
 
     def host(self, name: str, replica: int, live: Live, run_dir: Path, sockets: Path) -> HostSpec:
@@ -234,6 +247,7 @@ class Plan:
             trace_bytes=file.sampling.megabytes << 20,
             supervision=Deadlines(**file.supervision.model_dump()),
             restart=_restart(section.restart or file.restart),
+            host=section.host,
         )
 
     def _record(self, name: str) -> RecordSpec | None:
@@ -280,8 +294,19 @@ def _threads(graph: Graph, section: ActorSection) -> int:
 
     Processes that compute at the same time must not wait for each other's threads.
     """
-    processes = sum(actor.section.replicas for actor in graph.actors.values())
-    return section.threads or max(1, len(section.cpus or os.sched_getaffinity(0)) // processes)
+    return section.threads or max(1, len(section.cpus or os.sched_getaffinity(0)) // _processes(graph))
+
+
+def shared(graph: Graph) -> list[tuple[str, ...]]:
+    """Return the actors of each process, of one replica each."""
+    found: dict[tuple[str, bool], list[str]] = {}
+    for name, actor in graph.actors.items():
+        found.setdefault((actor.section.host or name, actor.section.host is not None), []).append(name)
+    return [tuple(names) for names in found.values()]
+
+
+def _processes(graph: Graph) -> int:
+    return sum(graph.actors[actors[0]].section.replicas for actors in shared(graph))
 
 
 def _restart(given: RestartSection | str) -> Restart:
@@ -320,6 +345,7 @@ def _planned(graph: Graph, actor: CheckedActor) -> PlannedHost:
         cache_tokens=actor.section.cache_tokens if cached else 0,
         replicas=actor.section.replicas,
         policy=_policy(actor),
+        host=actor.section.host,
     )
 
 
@@ -339,7 +365,9 @@ def _edge(graph: Graph, index: int, edge: CheckedEdge) -> PlannedEdge:
 
 
 def _wire(graph: Graph, edge: CheckedEdge) -> str:
-    """Return the kind of wire of an edge. It is tcp if one end of the edge listens on tcp."""
+    """Return the kind of wire of an edge. It is tcp if one end of the edge listens on tcp, and memory within a process."""
+    if graph.together(edge.source, edge.target):
+        return "memory"
     sections = [graph.file.actors.get(end) for end in (edge.source, edge.target)]
     given = [section.endpoint if section is not None else None for section in sections]
     kinds = {(address or graph.file.transport).partition(":")[0] for address in given}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.checkpoint.quant_methods import FLOATS
+from ranvier.actors.errors import counted
 from ranvier.actors.model.weights import forms
 from ranvier.actors.protocol.host_spec import GATEWAY
 
@@ -34,13 +37,28 @@ def text(plan: Plan) -> str:
         )
         lines += _weights(plan.graph.checkpoint, plan.graph.file.model) if native else []
         lines += [f"warning: {warning}" for warning in plan.graph.warnings]
-    lines += ["", *_table(("actor", "kind", "replicas", "layers", "threads", "weights", "bytes", "KV per token", "KV tokens"), [
+    head: tuple[str, ...] = (
+        "actor",
+        "kind",
+        "replicas",
+        "layers",
+        "threads",
+        "weights",
+        "bytes",
+        "KV per token",
+        "KV tokens",
+    )
+    rows: list[tuple[str, ...]] = [
         (h.actor, h.kind, _replicas(h), _layers(h), str(h.threads), amount(h.weight_bytes), str(h.weight_bytes),
          amount(h.cache_bytes_per_token) if h.cache_tokens else "-", str(h.cache_tokens or "-"))
         for h in plan.hosts
-    ])]  # fmt: skip
+    ]  # fmt: skip
+    if any(host.host is not None for host in plan.hosts):
+        head = (head[0], "host", *head[1:])
+        rows = [(row[0], host.host or "-", *row[1:]) for row, host in zip(rows, plan.hosts, strict=True)]
+    lines += ["", *_table(head, rows)]
     total = sum(host.weight_bytes * host.replicas for host in plan.hosts)
-    lines += [f"{plan.processes} processes, {amount(total)} ({total} bytes) of weights", ""]
+    lines += [f"{counted(plan.processes, 'process')}, {amount(total)} ({total} bytes) of weights", ""]
     lines += _table(("edge", "carries", "per token", "wire", "codec", "credits", ""), [
         (e.name, e.tensor, _cost(e), e.wire, e.codec, f"{e.credits_messages} / {amount(e.credits_bytes)}",
          "feedback" if e.feedback else "")
@@ -60,17 +78,28 @@ def _weights(checkpoint: Checkpoint, model: ModelSection) -> list[str]:
 def mermaid(plan: Plan) -> str:
     """Return the graph as a mermaid flowchart, for documentation pages."""
     lines = ["flowchart LR", f"    {GATEWAY}([{GATEWAY}])"]
-    lines += [f'    {host.actor}["{host.actor}<br/>{_label(host)}"]' for host in plan.hosts]
+    for host in plan.hosts:
+        if host.host is None:
+            lines.append(_box(host))
+    for name in dict.fromkeys(host.host for host in plan.hosts if host.host is not None):
+        lines += [f"    subgraph {name}", *(f"    {_box(host)}" for host in plan.hosts if host.host == name), "    end"]
     for checked, edge in zip(plan.graph.edges, plan.edges, strict=True):
         arrow = "-.->" if edge.feedback else "-->"
         lines.append(f'    {checked.source} {arrow}|"{checked.out}, {_cost(edge)}"| {checked.target}')
     return "\n".join(lines)
 
 
+def _box(host: PlannedHost) -> str:
+    return f'    {host.actor}["{host.actor}<br/>{_label(host)}"]'
+
+
 def dot(plan: Plan) -> str:
     """Return the graph in the language of Graphviz."""
     lines = [f'digraph "{plan.graph.name}" {{', "  rankdir=LR;", "  node [shape=box];", f"  {GATEWAY} [shape=oval];"]
     lines += [f'  {host.actor} [label="{host.actor}\\n{_label(host)}"];' for host in plan.hosts]
+    for index, name in enumerate(dict.fromkeys(host.host for host in plan.hosts if host.host is not None)):
+        inside = "; ".join(host.actor for host in plan.hosts if host.host == name)
+        lines.append(f'  subgraph cluster_{index} {{ label="{name}"; {inside}; }}')
     for checked, edge in zip(plan.graph.edges, plan.edges, strict=True):
         style = ", style=dashed" if edge.feedback else ""
         lines.append(f'  {checked.source} -> {checked.target} [label="{checked.out}, {_cost(edge)}"{style}];')
@@ -102,7 +131,7 @@ def _cost(edge: PlannedEdge) -> str:
     return f"{edge.bytes_per_token} -> {edge.wire_bytes_per_token} B"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[index]) for row in [head, *rows]) for index in range(len(head))]
     return [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]

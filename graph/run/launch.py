@@ -68,7 +68,7 @@ async def launch(
     if resume is not None and not graph.file.journal:
         raise RequestError(f"graph {graph.name} has no journal; set journal: true to resume a run of it")
     bad_links = bad_links_of(planned, chaos)
-    make_sure_of_descriptors(f"graph {graph.name}", 2 * OF_A_WIRE + OF_A_PEER * (planned.processes + 1))
+    make_sure_of_descriptors(f"graph {graph.name}", 2 * OF_A_WIRE + OF_A_PEER * (planned.replicas + 1))
     began = False
 
     def blame(error: OSError) -> BaseException:

@@ -1,4 +1,4 @@
-"""Replace hosts that are lost while the run continues.
+"""Replace hosts that are lost while the run continues. Actors that share a process are lost and replaced together.
 
 A lost host is fenced at once: it is killed, whatever its state, and all peers forget it. Messages that it still sends
 are refused. The other hosts close or hold its sessions. If another replica has room for a session, the session starts
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -55,81 +56,104 @@ class Recovery:
         self._supervisor = supervisor
         self._gateway = gateway
         self._members = members
-        self._wanted = {name: actor.section.spares for name, actor in plan.graph.actors.items()}
-        self._spares: dict[str, deque[HostSpec]] = {name: deque() for name in self._wanted}
+        self._plan = plan
+        self._spares: dict[tuple[str, ...], deque[list[HostSpec]]] = {each: deque() for each in plan.shared}
+        """The spare processes, by the actors that each runs."""
         self._scope = trio.CancelScope()
 
     async def run(self) -> None:
         """Replace lost hosts until `stop`."""
         with self._scope:
             async with trio.open_nursery() as nursery:
-                for actor, wanted in self._wanted.items():
-                    for _ in range(wanted):
-                        nursery.start_soon(self._keep_spare, actor)
+                for actors in self._plan.shared:
+                    for _ in range(self._plan.graph.actors[actors[0]].section.spares):
+                        nursery.start_soon(self._keep_spare, actors)
                 known: set[str] = set()
                 while True:
                     host = await self._supervisor.next_lost(known)
-                    known.add(host.spec.identity)
-                    nursery.start_soon(self._replace, host, nursery)
+                    hosts = [host, *self._supervisor.supervision.sharing(host)]
+                    known.update(each.spec.identity for each in hosts)
+                    nursery.start_soon(self._replace, hosts, nursery)
 
     def stop(self) -> None:
         """Stop replacing hosts."""
         self._scope.cancel()
 
-    async def _keep_spare(self, actor: str) -> None:
-        """Keep one warm spare loaded, as long as the restart budget of its actor allows."""
+    async def _keep_spare(self, actors: tuple[str, ...]) -> None:
+        """Keep one warm spare loaded, as long as the restart budget of its actors allows."""
         while True:
-            spec = self._members.another(actor)
+            specs = [self._members.another(actor) for actor in actors]
             try:
-                await self._supervisor.join(spec, spare=True)
-                self._spares[actor].append(spec)
-                await self._supervisor.until_taken(spec)
+                await self._supervisor.join(*specs, spare=True)
+                self._spares[actors].append(specs)
+                await self._supervisor.until_taken(specs)
             except ActorFailed as error:
-                if spec in self._spares[actor]:
-                    self._spares[actor].remove(spec)
-                await self._supervisor.leave(spec)
-                delay_s = self._supervisor.restart(error, spec)
+                if specs in self._spares[actors]:
+                    self._spares[actors].remove(specs)
+                await self._supervisor.leave(*specs)
+                delay_s = self._supervisor.restart(error, specs[0])
                 if delay_s is None:
                     return
                 await trio.sleep(delay_s)
 
-    async def _replace(self, host: Watched, nursery: trio.Nursery) -> None:
-        """Replace a lost host. Try again as often as the restart budget of its actor allows."""
-        lost, failure, lost_s = host.spec, host.lost, host.lost_s
-        assert failure is not None
-        what = failure.what
-        delay_s = self._supervisor.restart(failure, lost)
+    async def _replace(self, hosts: list[Watched], nursery: trio.Nursery) -> None:
+        """Replace a lost host, or all of a lost process. Try again as often as the restart budget allows.
+
+        Only the host that is to blame counts against its budget.
+        """
+        first = min(hosts, key=lambda host: bool(host.because))
+        assert first.lost is not None
+        delay_s = self._supervisor.restart(first.lost, first.spec)
         if delay_s is None:
             return
-        # if the host was lost because of another loss, none of its sessions is to blame
-        blamed = frozenset[int]() if host.because else inside(Path(lost.board))
-        self._gateway.on_lost_replica(lost.actor, lost.replica, failure, blamed)
-        self._members.forget(lost)
-        self._members.flush()
-        nursery.start_soon(self._supervisor.leave, lost)
-        self._supervisor.note("lost", actor=lost.label, what=what)
-        fenced_s, newest = time.monotonic(), lost
+        lost, newest = [host.spec for host in hosts], [host.spec for host in hosts]
+        self._fence(hosts)
+        nursery.start_soon(self._supervisor.leave, *lost)
+        fenced_s = time.monotonic()
+        spares = next(kept for actors, kept in self._spares.items() if lost[0].actor in actors)
         while True:
             try:
-                if self._spares[lost.actor]:
-                    spec = self._spares[lost.actor].popleft()
-                    self._supervisor.take(spec)
+                if spares:
+                    of_actor = {spec.actor: spec for spec in spares.popleft()}
+                    specs = [of_actor[spec.actor] for spec in lost]
+                    self._supervisor.take(specs)
                 else:
                     await trio.sleep(delay_s)
-                    newest = spec = self._members.again(newest)
-                    await self._supervisor.join(spec)
+                    newest = specs = [self._members.again(spec) for spec in newest]
+                    await self._supervisor.join(*specs)
                 loaded_s = time.monotonic()
-                await self._members.enter(spec, lost.label)
+                for spec, old in zip(specs, lost, strict=True):
+                    await self._members.enter(spec, old.label)
                 break
             except ActorFailed as error:
-                self._members.forget(spec)
-                await self._supervisor.leave(spec)
-                delay_s = self._supervisor.restart(error, spec)
+                for spec in specs:
+                    self._members.forget(spec)
+                await self._supervisor.leave(*specs)
+                delay_s = self._supervisor.restart(error, specs[0])
                 if delay_s is None:
                     return
-        self._gateway.on_replaced(lost.actor, lost.replica, spec.replica)
+        for old, spec in zip(lost, specs, strict=True):
+            self._gateway.on_replaced(old.actor, old.replica, spec.replica)
         self._members.flush()
-        times = fenced_s - lost_s, loaded_s - fenced_s, time.monotonic() - loaded_s
-        recovered = Recovered(lost.label, what, spec.label, *times)
-        self.done.append(recovered)
-        self._supervisor.note("replaced", **asdict(recovered))
+        times = fenced_s - first.lost_s, loaded_s - fenced_s, time.monotonic() - loaded_s
+        for host, spec in zip(hosts, specs, strict=True):
+            recovered = Recovered(host.spec.label, _why(host), spec.label, *times)
+            self.done.append(recovered)
+            self._supervisor.note("replaced", **asdict(recovered))
+
+    def _fence(self, hosts: Sequence[Watched]) -> None:
+        """Have everybody forget lost hosts, and end or hold their sessions."""
+        for host in hosts:
+            assert host.lost is not None
+            # if the host was lost because of another loss, none of its sessions is to blame
+            blamed = frozenset[int]() if host.because else inside(Path(host.spec.board))
+            self._gateway.on_lost_replica(host.spec.actor, host.spec.replica, host.lost, blamed)
+            self._members.forget(host.spec)
+        self._members.flush()
+        for host in hosts:
+            self._supervisor.note("lost", actor=host.spec.label, what=_why(host))
+
+
+def _why(host: Watched) -> str:
+    assert host.lost is not None
+    return host.lost.what

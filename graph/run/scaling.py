@@ -131,6 +131,8 @@ class Scaling:
         actors = self._plan.graph.actors
         if actor not in actors:
             raise RequestError(f"scale: no actor {actor!r}; there are {', '.join(actors)}")
+        if (host := actors[actor].section.host) is not None:
+            raise RequestError(f"scale {actor}: it shares the process {host!r}, which cannot be copied; remove `host`")
         copies = actors[actor].policy.copies
         if not copies <= replicas <= MOST_REPLICAS:
             why = f" (policy hedge: {copies})" if copies > 1 else ""

@@ -152,5 +152,5 @@ class TrainingPlan:
                 lora=(section.lora.rank, section.lora.alpha / section.lora.rank) if section.lora is not None else None,
                 shared=self.shared.get(spec.actor, {}),
             )
-            made.append(replace(spec, links=(), training=training))
+            made.append(replace(spec, links=(), training=training, host=None))
         return made
