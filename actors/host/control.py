@@ -62,8 +62,12 @@ class ControlThread:
 
     def finish(self) -> None:
         """Write the remaining trace records and end the thread. The step thread calls this last."""
-        self._ending.set()
+        self.end()
         self._thread.join(FINISH_DEADLINE_S)
+
+    def end(self) -> None:
+        """Let the thread begin to end."""
+        self._ending.set()
 
     async def _main(self) -> None:
         spec = self._spec

@@ -21,6 +21,7 @@ from greenlet import greenlet  # type: ignore[import-untyped]
 
 from ranvier.transport.links.wire import ProcessWire
 
+from ..model.kernels import packed
 from ..protocol.host_spec import HostSpec
 from ..trace.crossing import Crossing
 from .batcher import Work
@@ -31,6 +32,8 @@ from .shared_wire import SharedWire
 
 AWAKE_NS = 500_000
 """If the last wait was shorter than this, the next one stays awake for this long: a sleeping core wakes up late and cold."""
+REST_US = 300
+"""Microseconds that the pool's threads stay awake after a step: the next actor's step begins within this time."""
 LOOK_NS = 300_000
 """Time after which the wires are looked at while actors work: acknowledgements and new sessions come over them."""
 LATE_NS = 20_000_000
@@ -47,12 +50,15 @@ def main(specs: Sequence[HostSpec], lifeline: int) -> int:
     controls = [ControlThread(spec, crossing, lifeline) for spec, crossing in zip(specs, crossings, strict=True)]
     for control in controls:
         control.start()
+    packed.rest(REST_US)
     turns = Together()
     hosts = [_Member(spec, crossing, turns) for spec, crossing in zip(specs, crossings, strict=True)]
     try:
         with torch.inference_mode():
             return turns.run(hosts)
     finally:
+        for control in controls:
+            control.end()
         for control in controls:
             control.finish()
         for host in hosts:

@@ -101,7 +101,8 @@ class Recovery:
 
         Only the host that is to blame counts against its budget.
         """
-        first = min(hosts, key=lambda host: bool(host.because))
+        hosts = sorted(hosts, key=lambda host: bool(host.because))
+        first = hosts[0]
         assert first.lost is not None
         delay_s = self._supervisor.restart(first.lost, first.spec)
         if delay_s is None:

@@ -51,6 +51,12 @@ def library() -> Any:
     return loaded
 
 
+def rest(microseconds: int) -> None:
+    """Let the threads beside the caller's wait so long for the next step before they sleep."""
+    if (loaded := library()) is not None:
+        loaded.ranvier_rest(microseconds)
+
+
 class Packed:
     """Hold a matrix [R, C] as the products need it.
 

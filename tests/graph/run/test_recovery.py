@@ -385,7 +385,7 @@ def test_a_spare_takes_over_and_another_one_is_made(
     async def main() -> None:
         async with launched(four(actors={"blocks0": {"spares": 1}}), runs) as run:
             for round_ in (1, 2):
-                while not run._recovery._spares["blocks0"]:
+                while not run._recovery._spares[("blocks0",)]:
                     await trio.sleep(0.01)
                 victim = run.pids[f"blocks0.{round_ - 1}.1"]
                 assert await tokens(
