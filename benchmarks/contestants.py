@@ -7,10 +7,12 @@ separate environment (made by peers.sh).
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -142,7 +144,11 @@ class Contestant:
             },
         )  # fmt: skip
         self._with_it = with_it
-        self.measure()  # ready, and warm
+        try:
+            self.measure()  # ready, and warm
+        except report.Ended:
+            self.close()
+            raise
 
     @property
     def folder(self) -> Path:
@@ -150,13 +156,18 @@ class Contestant:
         return Path(self._folder.name)
 
     def measure(self) -> float:
-        """Return its next figure."""
+        """Return its next figure.
+
+        Raises:
+            report.Ended: it has ended.
+        """
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"a contestant has ended: {' '.join(map(str, self.process.args))[:300]}")
+            raise report.Ended(_how(self.process.wait(30)))
         return float(line)
 
     def cpu_s(self) -> float:
@@ -165,8 +176,15 @@ class Contestant:
 
     def close(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(30)
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
         for process in self._with_it:
             process.kill()
             process.wait()
@@ -176,13 +194,17 @@ class Contestant:
 Makers = Mapping[str, Callable[[], Contestant]]
 
 
-def in_turn(makers: Makers, rounds: int) -> dict[str, list[float]]:
-    """Make all contestants, then let them take turns; all end with the last round."""
+def in_turn(makers: Makers, rounds: int) -> report.Figures:
+    """Make all contestants, then let them take turns; all end with the last round. One that ends is left out."""
     made: dict[str, Contestant] = {}
+    figures = report.Figures()
     try:
         for name, make in makers.items():
-            made[name] = make()
-        return report.in_turn({name: contestant.measure for name, contestant in made.items()}, rounds)
+            try:
+                made[name] = make()
+            except report.Ended as why:
+                figures.end(name, why)
+        return report.in_turn({name: contestant.measure for name, contestant in made.items()}, rounds, figures)
     finally:
         for contestant in made.values():
             contestant.close()
@@ -255,6 +277,10 @@ def _llama_cpp(arguments: Sequence[str], servers: Sequence[subprocess.Popen[byte
         PEERS / "bin" / "python", LLAMA_CPP, *arguments, with_it=servers,
         LLAMA_CPP_LIB_PATH=str(home / "build" / "bin"), PYTHONPATH=str(home),
     )  # fmt: skip
+
+
+def _how(code: int) -> str:
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def _with_children(pid: int) -> list[int]:

@@ -17,9 +17,28 @@ RESULTS = Path(__file__).parent / "results"
 Names = str | Sequence[str]
 
 
+class Ended(Exception):
+    """Tell that a contestant has ended, and how: by which signal, or with which exit code."""
+
+
+class Figures(dict[str, list[float]]):
+    """Hold the figures of each contestant, one per round. `ended` says why contestants are not among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended: dict[str, str] = {}
+
+    def end(self, name: str, why: object) -> None:
+        """Take a contestant out, since it has ended."""
+        self.pop(name, None)
+        self.ended[name] = str(why)
+
+
 @dataclass(frozen=True, slots=True)
 class Goal:
     """Compare `ours` with `peer` as a ratio, round by round. Of several names, the best of each round counts.
+
+    Names without figures are left out: those contestants have ended.
 
     `bound` is what the median ratio should be at least, or at most if `less` is better. None only reports the ratio.
     """
@@ -32,12 +51,14 @@ class Goal:
     def ratios(self, figures: Mapping[str, list[float]]) -> list[float]:
         return [
             mine / theirs
-            for mine, theirs in zip(self._best(figures, self.ours), self._best(figures, self.peer), strict=True)
+            for mine, theirs in zip(self._best(figures, self.ours), self._best(figures, self.peer), strict=False)
         ]
 
     def _best(self, figures: Mapping[str, list[float]], names: Names) -> list[float]:
         best = min if self.less else max
-        return [best(turn) for turn in zip(*(figures[name] for name in _several(names)), strict=True)]
+        return [
+            best(turn) for turn in zip(*(figures[name] for name in _several(names) if name in figures), strict=True)
+        ]
 
     def __str__(self) -> str:
         return f"{_any_of(self.ours)} / {_any_of(self.peer)}"
@@ -48,30 +69,49 @@ class Answer:
     """Hold the figures of each contestant, one per round, and the goals. `notes` are further lines to print."""
 
     unit: str
-    figures: Mapping[str, list[float]]
+    figures: Figures
     goals: Sequence[Goal]
     notes: Sequence[str] = field(default_factory=tuple)
 
 
-def in_turn(contestants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Measure each contestant once per round, in turn, so that a machine whose speed drifts treats all alike."""
-    figures: dict[str, list[float]] = {name: [] for name in contestants}
+def in_turn(contestants: Mapping[str, Callable[[], float]], rounds: int, figures: Figures | None = None) -> Figures:
+    """Measure each contestant once per round, in turn, so that a machine whose speed drifts treats all alike.
+
+    A contestant that ends is left out from then on.
+    """
+    figures = Figures() if figures is None else figures
+    figures.update({name: [] for name in contestants})
     for _ in range(rounds):
         for name, measure in contestants.items():
-            figures[name].append(measure())
+            if name not in figures:
+                continue
+            try:
+                figures[name].append(measure())
+            except Ended as why:
+                figures.end(name, why)
     return figures
 
 
 def tell(name: str, question: str, answer: Answer) -> None:
     """Print the table and write `results/<name>.json` with machine, versions and date."""
-    rounds = len(next(iter(answer.figures.values())))
-    print(f"{name}: {question.strip()}\n\n{rounds} rounds in turn, {answer.unit}: median (least to most)")
-    width = max(map(len, [*answer.figures, *map(str, answer.goals)]))
+    rounds = len(next(iter(answer.figures.values()), []))
+    where = machine()
+    print(f"{name}: {question.strip()}\n\n{where['processor']} ({', '.join(where['vectors'])})")
+    print(f"{rounds} rounds in turn, {answer.unit}: median (least to most)")
+    width = max(map(len, [*answer.figures, *answer.figures.ended, *map(str, answer.goals)]))
     for each, values in answer.figures.items():
         print(f"  {each:{width}} {statistics.median(values):10.2f}  ({min(values):.2f} to {max(values):.2f})")
+    for each, why in answer.figures.ended.items():
+        print(f"  {each:{width}} has ended: {why}")
     ratios = []
     for goal in answer.goals:
         found = goal.ratios(answer.figures)
+        if not found:
+            ratios.append(
+                {"of": str(goal), "median": None, "rounds": [], "bound": goal.bound, "less_is_better": goal.less}
+            )
+            print(f"  {goal!s:{width}}          -  not measured: a side has ended")
+            continue
         ratio = statistics.median(found)
         ratios.append({
             "of": str(goal), "median": round(ratio, 3), "rounds": [round(one, 3) for one in found], "bound": goal.bound,
@@ -83,7 +123,8 @@ def tell(name: str, question: str, answer: Answer) -> None:
     RESULTS.mkdir(exist_ok=True)
     told = {
         "question": question.strip(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "machine": machine(), "rounds": rounds, "unit": answer.unit, "figures": answer.figures, "ratios": ratios,
+        "machine": where, "rounds": rounds, "unit": answer.unit, "figures": answer.figures, "ended": answer.figures.ended,
+        "ratios": ratios,
         "notes": list(answer.notes),
     }  # fmt: skip
     (RESULTS / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
+import traceback
 
 import report
 
@@ -28,9 +30,16 @@ def main() -> None:
     options = parser.parse_args()
     if wrong := set(options.questions) - set(QUESTIONS):
         parser.error(f"no such question: {', '.join(sorted(wrong))}; there are {', '.join(QUESTIONS)}")
+    failed = []
     for name in options.questions or QUESTIONS:
         question = importlib.import_module(name)
-        report.tell(name, question.__doc__ or "", question.ask(options.rounds))
+        try:
+            report.tell(name, question.__doc__ or "", question.ask(options.rounds))
+        except Exception:  # the other questions can still be asked
+            failed.append(name)
+            traceback.print_exc()
+    if failed:
+        sys.exit(f"no answer: {', '.join(failed)}")
 
 
 if __name__ == "__main__":
