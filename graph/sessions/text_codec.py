@@ -50,6 +50,8 @@ class TextCodec:
     twins: Mapping[int, int] = field(default_factory=dict)
     cleans: bool = False
     """If true, the spaces that a vocabulary of words leaves before punctuation are removed (see `cleaned`)."""
+    _controls: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What `controls` found. It is asked for each request, and the library takes a millisecond."""
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Return token ids. With `special`, add the model's special tokens around the text.
@@ -132,8 +134,10 @@ class TextCodec:
 
     def controls(self) -> dict[str, int]:
         """Return the ids of the special tokens by their texts."""
-        added = self.tokenizer.get_added_tokens_decoder().items()
-        return {token.content: number for number, token in added if token.special and token.content}
+        if not self._controls:
+            added = self.tokenizer.get_added_tokens_decoder().items()
+            self._controls.update({each.content: number for number, each in added if each.special and each.content})
+        return self._controls
 
     def _ordinary(self, text: str, controls: Mapping[str, int]) -> list[int]:
         """Encode text in which nothing is a control token."""

@@ -6,6 +6,7 @@ Each test runs with every instruction set that this processor has.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -314,6 +315,36 @@ def test_what_lies_behind_the_last_position_is_never_used(tiny: Any) -> None:
         ]))  # fmt: skip
     assert torch.equal(*made)
     assert made[0].isfinite().all()
+
+
+def test_memory_of_closed_sessions_goes_back_to_the_system(tiny: Any) -> None:
+    """Take memory for a session only where positions are written, and give all of it back when the session closes."""
+    folder, _ = tiny("kernels memory", "llama", **{**SIZES, "max_position_embeddings": 4096})
+    blocks = Blocks(open_checkpoint(folder), (0, 2), torch.bfloat16, 1 << 20, lambda _: None)
+
+    def resident() -> int:
+        """Return the bytes of this process's own memory."""
+        rollup = Path("/proc/self/smaps_rollup").read_text()
+        return 1024 * int(re.findall(r"^Anonymous: *(\d+) kB", rollup, re.MULTILINE)[0])
+
+    given = torch.randn(600, 128).bfloat16()
+
+    def used_by(sessions: int) -> int:
+        """Return the memory of a process with so many sessions of 600 positions, before they close."""
+        for session in range(sessions):
+            blocks.open(SessionInfo(session, 1, 4000))
+            blocks.forward((Row(session, 1, 0, 600),), given)
+        used = resident()
+        for session in range(sessions):
+            blocks.cache.close(session)
+        return used
+
+    used_by(2)  # makes the workspaces
+    before = resident()
+    held = used_by(100) - before
+    position = 3 * 2 * 2 * 32 * 2  # bytes of one position: layers, heads, keys and values, width, bfloat16
+    assert 100 * 600 * position < held < 100 * 4000 * position  # large pages take a little more than is written
+    assert resident() - before < held / 4
 
 
 def test_three_threads_do_what_one_does(instruction_set: str, tiny: Any) -> None:
