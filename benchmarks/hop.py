@@ -2,9 +2,10 @@
 
 576 bfloat16 values go back and forth between two processes. The figure is half a round trip in microseconds, the median
 of a thousand. Ours has header, handshake, credits, acknowledgements and trace on, over `transport: ipc` (ZeroMQ) and over
-`transport: local`. pyzmq is a PAIR without header or tensor, and gloo is `torch.distributed`. A bare Unix socket carries
-packets without header or tensor. It has two forms: one waits asleep, as pyzmq does, and the other waits as our wires do,
-without sleeping for half a millisecond. Ray's compiled graphs have two forms. In one, the values go back and forth within
+`transport: local`. pyzmq is a PAIR without header or tensor, and gloo is `torch.distributed`. A blocking socket pair and
+`multiprocessing.Pipe` are what a bare system gives. A bare Unix socket with an address carries packets without header or
+tensor. It has two forms: one waits asleep, as pyzmq does, and the other waits as our wires do, without sleeping for half a
+millisecond. Ray's compiled graphs have two forms. In one, the values go back and forth within
 one graph, and the time to start and end a graph is subtracted. In the other, the caller sends to one actor, which sends to
 another, which sends back to the caller.
 
@@ -104,6 +105,58 @@ if __name__ == "__main__":
         print(statistics.median(b - a for a, b in zip(times, times[1:])) / 2e3, flush=True)
 """
 
+PAIR = """
+import multiprocessing, os, socket, statistics, sys, time
+size, bounces = int(sys.argv[1]) * 2, int(sys.argv[2])
+def take(core):
+    if sys.argv[3] == "a core each":
+        os.sched_setaffinity(0, {core})
+def wall(end):
+    take(1)
+    got = bytearray(size)
+    while end.recv_into(got):
+        end.send(got)
+if __name__ == "__main__":
+    end, other = socket.socketpair(socket.AF_UNIX, getattr(socket, sys.argv[4]))
+    multiprocessing.get_context("spawn").Process(target=wall, args=(other,), daemon=True).start()
+    other.close()
+    take(0)
+    got = bytearray(size)
+    for _ in sys.stdin:
+        times = []
+        for _ in range(bounces + 1):
+            end.send(got)
+            assert end.recv_into(got) == size
+            times.append(time.monotonic_ns())
+        print(statistics.median(b - a for a, b in zip(times, times[1:])) / 2e3, flush=True)
+"""
+
+PIPE = """
+import multiprocessing, os, statistics, sys, time
+size, bounces = int(sys.argv[1]) * 2, int(sys.argv[2])
+def take(core):
+    if sys.argv[3] == "a core each":
+        os.sched_setaffinity(0, {core})
+def wall(end):
+    take(1)
+    while True:
+        end.send_bytes(end.recv_bytes())
+if __name__ == "__main__":
+    spawn = multiprocessing.get_context("spawn")
+    end, other = spawn.Pipe()
+    spawn.Process(target=wall, args=(other,), daemon=True).start()
+    other.close()
+    take(0)
+    for _ in sys.stdin:
+        times, got = [], bytes(size)
+        for _ in range(bounces + 1):
+            end.send_bytes(got)
+            got = end.recv_bytes()
+            times.append(time.monotonic_ns())
+        assert len(got) == size
+        print(statistics.median(b - a for a, b in zip(times, times[1:])) / 2e3, flush=True)
+"""
+
 GLOO = """
 import multiprocessing, os, pathlib, statistics, sys, time, torch, torch.distributed as dist
 store, width, bounces = f"file://{pathlib.Path(__file__).parent}/store", int(sys.argv[1]), int(sys.argv[2])
@@ -192,13 +245,19 @@ def ask(rounds: int) -> Answer:
         **{f"bare pyzmq, {placed}": partial(_peer, PYZMQ, placed) for placed in (EACH, FREE)},
         **{f"bare Unix socket, {placed}": partial(_peer, UNIX, placed) for placed in (EACH, FREE)},
         **{f"bare Unix socket awake, {placed}": partial(_peer, UNIX, placed, "awake") for placed in (EACH, FREE)},
+        **{
+            f"blocking socket pair, {placed}": partial(_peer, PAIR, placed, "SOCK_SEQPACKET") for placed in (EACH, FREE)
+        },
+        **{f"multiprocessing.Pipe, {placed}": partial(_peer, PIPE, placed) for placed in (EACH, FREE)},
         **{f"gloo, {placed}": partial(_peer, GLOO, placed) for placed in (EACH, FREE)},
         "Ray, within a compiled graph": partial(_ray, "within"),
         "Ray, a compiled graph called": partial(_ray, "whole"),
     }
     goals = [
-        *(Goal(f"ipc, {placed}", f"bare pyzmq, {placed}", 1.6, less=True) for placed in (EACH, FREE)),
-        *(Goal(f"local, {placed}", f"bare Unix socket, {placed}", 1.1, less=True) for placed in (EACH, FREE)),
+        *(Goal(f"ipc, {placed}", f"bare pyzmq, {placed}", 1.4, less=True) for placed in (EACH, FREE)),
+        *(Goal(f"local, {placed}", f"blocking socket pair, {placed}", 1.05, less=True) for placed in (EACH, FREE)),
+        *(Goal(f"local, {placed}", f"multiprocessing.Pipe, {placed}", less=True) for placed in (EACH, FREE)),
+        *(Goal(f"local, {placed}", f"bare Unix socket, {placed}", less=True) for placed in (EACH, FREE)),
         *(Goal(f"local, {placed}", f"bare Unix socket awake, {placed}", less=True) for placed in (EACH, FREE)),
         *(Goal(f"{wire}, {placed}", f"gloo, {placed}", 1.0, less=True) for wire in WIRES for placed in (EACH, FREE)),
         *(Goal(f"{wire}, {EACH}", peer, 0.33, less=True) for wire in WIRES for peer in list(makers)[-2:]),

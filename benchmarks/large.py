@@ -33,13 +33,7 @@ for _ in sys.stdin:
 """
 
 
-class InMilliseconds(Contestant):
-    """Convert the figures of a contestant from microseconds to milliseconds."""
-
-    def measure(self) -> float:
-        return super().measure() / 1000
-
-
+MILLI = 1e-3
 OURS = {
     "shared memory": {"transport": "local", "shared_from_bytes": "1"},
     "local socket": {"transport": "local", "shared_from_bytes": "0"},
@@ -49,16 +43,15 @@ OURS = {
 
 def _ours(nbytes: int, how: str) -> Contestant:
     bounces = max(20, min(500, (1 << 26) // nbytes))
-    return InMilliseconds(
-        sys.executable, hop.OURS, str(nbytes // 2), str(bounces), str(hop.GRAPH), json.dumps(OURS[how])
-    )
+    arguments = str(nbytes // 2), str(bounces), str(hop.GRAPH), json.dumps(OURS[how])
+    return Contestant(sys.executable, hop.OURS, *arguments).times(MILLI)
 
 
 def ask(rounds: int) -> Answer:
     makers: Makers = {
         **{f"{name}, {how}": partial(_ours, nbytes, how) for how in OURS for name, nbytes in SIZES.items()},
-        "16 MiB, bare pyzmq": lambda: InMilliseconds(sys.executable, hop.PYZMQ, str(1 << 23), "20", hop.FREE),
-        "16 MiB, gloo": lambda: InMilliseconds(sys.executable, hop.GLOO, str(1 << 23), "20", hop.FREE),
+        "16 MiB, bare pyzmq": lambda: Contestant(sys.executable, hop.PYZMQ, str(1 << 23), "20", hop.FREE).times(MILLI),
+        "16 MiB, gloo": lambda: Contestant(sys.executable, hop.GLOO, str(1 << 23), "20", hop.FREE).times(MILLI),
         "16 MiB, one memcpy": lambda: Contestant(sys.executable, MEMCPY, str(1 << 24), "20", "2"),
         "16 MiB, one memcpy, not cached": lambda: Contestant(sys.executable, MEMCPY, str(1 << 24), "20", "8"),
     }

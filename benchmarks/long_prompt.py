@@ -1,12 +1,15 @@
-"""Measure how soon the first token comes after a prompt of 2,000: two stages against transformers with two threads.
+"""Measure how soon the first token comes after a prompt of 2,000: two stages against transformers and llama.cpp.
 
-The weights are bfloat16. Each stage has fifteen layers, so that both have the same work with a prompt: the head
-computes only on its last token.
+The weights are bfloat16. Each stage has fifteen layers, so that both have the same work with a prompt: the head computes only
+on its last token. The peers have two threads in one process. llama.cpp gets BF16, and F16, for which it has other kernels.
 """
 
 from __future__ import annotations
 
-from contestants import PROMPT, in_turn, ours, transformers
+from functools import partial
+
+from contestants import PROMPT, Makers, in_turn, ours
+from peers import llama_cpp, openvino, transformers
 from report import Answer, Goal
 
 LONG = [PROMPT[i % len(PROMPT)] for i in range(2000)]
@@ -14,8 +17,22 @@ HALVES = {"first": {"kind": "first_stage", "layers": "0-14"}, "last": {"kind": "
 
 
 def ask(rounds: int) -> Answer:
-    makers = {
-        "two stages": lambda: ours(HALVES, 1, prompt=LONG, new=1),
-        "transformers, 2 threads": lambda: transformers(2, 1, LONG, 1),
+    own: Makers = {
+        f"two stages, {products}": partial(ours, HALVES, 1, prompt=LONG, new=1, products=products)
+        for products in ("repeatable", "fast")
     }
-    return Answer("first tokens/s", in_turn(makers, rounds), [Goal("two stages", "transformers, 2 threads", 1.3)])
+    peers: Makers = {
+        "transformers": partial(transformers, 2, 1, prompt=LONG, new=1),
+        "transformers, compiled": partial(transformers, 2, 1, compiled=True, prompt=LONG, new=1),
+        **{f"llama.cpp, {form}": partial(llama_cpp, form, 2, 1, prompt=LONG, new=1) for form in ("BF16", "F16")},
+        "OpenVINO, bfloat16": partial(openvino, "bfloat16", 2, 1, prompt=LONG, new=1),
+    }
+    return Answer(
+        "first tokens/s",
+        in_turn({**own, **peers}, rounds),
+        [
+            Goal(list(own), [name for name in peers if not name.startswith("OpenVINO")], 1.2),
+            Goal("two stages, fast", "OpenVINO, bfloat16"),
+            Goal("two stages, repeatable", "two stages, fast"),
+        ],
+    )

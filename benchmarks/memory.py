@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from contestants import FOUR, MEASURED, Contestant, Makers, graph_of, in_turn, transformers_code
+from contestants import FOUR, MEASURED, Contestant, Makers, graph_of, in_turn
+from peers import transformers_code
 from report import Answer, Goal
 
 PSS = """

@@ -1,33 +1,49 @@
-"""Measure sixteen streams: four actors against transformers' batch of 16 and llama.cpp's 16 sequences, on two cores.
+"""Measure sixteen streams: our cuts against llama.cpp, transformers' batch of 16, OpenVINO and CTranslate2, on two cores.
 
-The requests are those of one_stream.py, 16 at once. llama.cpp decodes one token of all sequences per call. Ours has one
-thread per actor. Messages go over ZeroMQ, or with `local` over Unix sockets.
+The requests are those of one_stream.py, 16 at once. Ours are four actors, in one process with two threads or in four with one,
+and two stages. llama.cpp decodes one token of all sequences per call, in one process or cut over two of its servers. OpenVINO
+batches continuously, CTranslate2 as one batch. Each peer runs in its fastest form (peers.py).
 """
 
 from __future__ import annotations
 
 from functools import partial
 
-from contestants import FOUR, Makers, in_turn, llama_cpp, ours, transformers
+from contestants import FOUR, TWO, Makers, in_one_host, in_turn, ours
+from peers import ctranslate2, llama_cpp, llama_cpp_cut, openvino, transformers
 from report import Answer, Goal
+
+STREAMS = 16
+WEIGHTS = ("bfloat16", "int8", "stored")
+CUTS = {"one process": (in_one_host(FOUR), 2), "four processes": (FOUR, 1), "two stages": (TWO, 1)}
 
 
 def ask(rounds: int) -> Answer:
     makers: Makers = {
-        **{weights: partial(ours, FOUR, 16, weights=weights) for weights in ("bfloat16", "int8", "stored")},
-        **{
-            f"{weights}, local": partial(ours, FOUR, 16, weights=weights, transport="local")
-            for weights in ("bfloat16", "stored")
-        },
-        "transformers, 2 threads": partial(transformers, 2, 16),
-        "llama.cpp, 2 threads": partial(llama_cpp, 2, 16),
-    }
+        **{f"{name}, {w}": partial(ours, cut, STREAMS, weights=w, threads=t)
+           for w in WEIGHTS for name, (cut, t) in CUTS.items()},
+        **{f"llama.cpp, {form}": partial(llama_cpp, form, 2, STREAMS) for form in ("Q4_1", "Q4_0", "Q8_0")},
+        **{f"llama.cpp cut, {form}, {t} threads each": partial(llama_cpp_cut, form, STREAMS, t)
+           for form in ("Q4_1", "Q4_0") for t in (1, 2)},
+        "transformers": partial(transformers, 2, STREAMS),
+        "transformers, compiled": partial(transformers, 2, STREAMS, compiled=True),
+        **{f"OpenVINO, {form}": partial(openvino, form, 2, STREAMS) for form in ("bfloat16", "int8", "int4")},
+        "CTranslate2, int8": partial(ctranslate2, 2, STREAMS),
+    }  # fmt: skip
+
+    def best(weights: str) -> list[str]:
+        return [f"{name}, {weights}" for name in CUTS]
+
+    llama = [name for name in makers if name.startswith("llama.cpp") and "Q4" in name]
     return Answer(
         "tokens/s",
         in_turn(makers, rounds),
         [
-            Goal("bfloat16", "transformers, 2 threads", 1.7),
-            Goal(["int8", "stored"], "llama.cpp, 2 threads", 2.0),
-            *(Goal(f"{weights}, local", weights) for weights in ("bfloat16", "stored")),
+            Goal(best("stored"), llama, 1.6),
+            Goal(best("bfloat16"), ["transformers", "transformers, compiled"], 1.8),
+            Goal(best("bfloat16"), "OpenVINO, bfloat16", 1.5),
+            Goal(best("int8"), ["OpenVINO, int8", "CTranslate2, int8"], 1.5),
+            Goal(best("stored"), "OpenVINO, int4", 1.5),
+            Goal(best("int8"), "llama.cpp, Q8_0"),
         ],
     )

@@ -21,6 +21,7 @@ TESTED = {
     "smollm2-one.yaml",
     "smollm2-tcp.yaml",
     "smollm2-local.yaml",
+    "smollm2-shared.yaml",
     "three_sessions.py",
     "digits",
     "refine",
@@ -158,7 +159,7 @@ def test_smollm2_learns_facts_by_lora(runs: Path) -> None:
     assert f"after: {said!r}" in done, (said, done)
 
 
-@pytest.mark.parametrize("name", ["smollm2-one.yaml", "smollm2-tcp.yaml", "smollm2-local.yaml"])
+@pytest.mark.parametrize("name", ["smollm2-one.yaml", "smollm2-tcp.yaml", "smollm2-local.yaml", "smollm2-shared.yaml"])
 def test_a_graph_answers(name: str, runs: Path) -> None:
     """Answer from one process, and over TCP.
 
@@ -178,7 +179,7 @@ def test_a_graph_answers(name: str, runs: Path) -> None:
     told = json.loads(done)
     assert told["text"] == "The capital of France is Paris."
     wires = {edge["edge"]: edge["wire"] for edge in told["trace"]["edges"]}
-    between = {"smollm2-tcp.yaml": "tcp", "smollm2-local.yaml": "local"}.get(name)
+    between = {"smollm2-tcp.yaml": "tcp", "smollm2-local.yaml": "local", "smollm2-shared.yaml": "memory"}.get(name)
     assert wires.get("lower.hidden -> upper.hidden") == between
 
 
