@@ -503,6 +503,6 @@ def refusing(made: Any) -> Callable[..., Awaitable[None]]:
     """Return a command that reports that there is no memory for a host."""
 
     async def command(zygote: Any, start: Start) -> None:
-        made._on_event(zygote, NotStarted(start.spec.identity, "its process cannot be started: no memory"))
+        made._on_event(zygote, NotStarted(start.specs[0].process, "its process cannot be started: no memory"))
 
     return command

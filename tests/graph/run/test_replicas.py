@@ -268,7 +268,7 @@ def test_a_language_model_in_replicas_is_exact(tiny: Tiny, graph_file: Callable[
     for number, prompt in enumerate(PROMPTS):
         assert len(results[number]) == 20
         assert greedy(model, prompt, results[number])
-    took_part = {actor["actor"] for actor in told["actors"] if actor["steps"] > 20}
+    took_part = {actor["actor"] for actor in told["actors"] if actor["steps"] > 5}
     assert took_part >= {"lower.0", "lower.1", "upper.0", "upper.1", "upper.2", "head.0", "head.1"}
     assert all(edge["microseconds"]["serialise"]["p50"] is not None for edge in told["edges"])
 
