@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -143,7 +144,12 @@ def _several(names: Names) -> Sequence[str]:
 
 
 def _any_of(names: Names) -> str:
-    return names if isinstance(names, str) else f"best of {len(names)}"
+    """Return a name, or what the names have in common."""
+    if isinstance(names, str):
+        return names
+    parts = zip(*(name.split(", ") for name in names), strict=False)
+    common = [part[0] for part in itertools.takewhile(lambda part: len(set(part)) == 1, parts)]
+    return ", ".join(common) or f"best of {len(names)}"
 
 
 def machine() -> dict[str, Any]:

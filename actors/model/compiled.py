@@ -38,7 +38,8 @@ class _Group(ctypes.Structure):
     _fields_ = (
         ("layers", ctypes.c_int32), ("hidden", ctypes.c_int32), ("heads", ctypes.c_int32), ("kv_heads", ctypes.c_int32),
         ("width", ctypes.c_int32), ("inner", ctypes.c_int32), ("gelu", ctypes.c_int32),
-        ("first", ctypes.c_int32), ("cached", ctypes.c_int32), ("eps", ctypes.c_float),
+        ("first", ctypes.c_int32), ("cached", ctypes.c_int32), ("fast", ctypes.c_int32),
+        ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
         ("layer", ctypes.POINTER(_Layer)),
     )  # fmt: skip
@@ -64,9 +65,10 @@ class Compiled:
         if config.local_rope_theta is not None:
             self._tables.append(RotaryTable(config.head_dim, config.local_rope_theta, None, torch.float32))
         self._layers = (_Layer * len(blocks))(*(self._layer(block) for block in blocks))
+        fast = any(isinstance(block.qkv, Packed) and bool(block.qkv.matrix.fast) for block in blocks)
         self._group = _Group(
             len(blocks), config.hidden, config.heads, config.kv_heads, config.head_dim, config.intermediate,
-            config.activation == "gelu_tanh", 0, len(blocks), config.norm_eps, scale, self._layers,
+            config.activation == "gelu_tanh", 0, len(blocks), fast, config.norm_eps, scale, self._layers,
         )  # fmt: skip
         self._at = ctypes.byref(self._group)
         self._one = _Group.from_buffer_copy(self._group)  # the same group with one layer at a time, for `watched`

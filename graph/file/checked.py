@@ -9,6 +9,7 @@ from typing import Any
 
 from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.component.kinds import Kind
+from ranvier.actors.model.kernels import native
 from ranvier.actors.protocol.host_spec import GATEWAY, STICKY, Policy
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.wires.endpoint import parse
@@ -122,7 +123,10 @@ class Graph:
         """
         if self.checkpoint is not None and self.checkpoint.config.uncut:
             return self.checkpoint.config.context
-        return self.file.prefill_chunk
+        if self.file.prefill_chunk is not None:
+            return self.file.prefill_chunk
+        in_kernels = self.file.model is not None and self.file.model.dtype == "bfloat16"
+        return native.prefill_chunk() if in_kernels else native.PREFILL_CHUNK
 
     @property
     def recorded(self) -> tuple[CheckedEdge, ...]:

@@ -260,7 +260,13 @@ class GraphFile(Section):
         max_length=4096,
         description="folder beside the graph file with keys for tcp; `ranvier keys new` makes them",
     )
-    prefill_chunk: int = Field(128, ge=1, le=1 << 16, description="maximum number of prompt tokens in one message")
+    prefill_chunk: int | None = Field(
+        None,
+        ge=1,
+        le=1 << 16,
+        description="maximum number of prompt tokens in one message; default: what was measured to be fastest, 192 where the "
+        "kernels use AMX, else 128",
+    )
     max_frame_bytes: int = Field(
         1 << 30, ge=1 << 16, le=1 << 40, description="maximum size of a tensor; a larger one is refused"
     )

@@ -98,6 +98,7 @@ class Plan:
             "name": self.graph.name,
             "hash": self.hash,
             "products": self.products,
+            "prefill_chunk": self.graph.prefill_chunk,
             "hosts": [{name: getattr(host, name) for name in PlannedHost.__slots__} for host in self.hosts],
             "edges": [{name: getattr(edge, name) for name in PlannedEdge.__slots__} for edge in self.edges],
         }

@@ -32,6 +32,7 @@ typedef struct {
     const Span *spans;
     int span_count, heads, kv_heads, width, window;
     int layer, layers; /* the layer, and how many there are, in the caches */
+    int fast;          /* with AMX: of more than 16 queries, only the high parts of queries and shares count */
     int parts;        /* chunks that share the blocks of one span and head */
     size_t own;       /* with parts: numbers of `partial` for one span and head */
     float scale;
@@ -49,6 +50,7 @@ typedef struct {
     float *share;  /* [QUERIES, PART]; without AMX the same as `score` */
     float *made;   /* [QUERIES, width]: of one block */
     float *merged; /* [QUERIES, width] */
+    int fast;
 } Desk;
 
 /* Return the keys of one block, layer and head. The values follow them, after PART x width numbers. */
@@ -81,14 +83,14 @@ static void put_query(Desk d, int q, const float *from, F scale, int width) {
     uint16_t *high = (uint16_t *)d.query, *low = high + (size_t)QUERIES * width;
     for (int i = 0; i < width; i += 32) {
         size_t to = in_tiles(q, i, width);
-        split(f_mul(scale, f_load(from + i)), f_mul(scale, f_load(from + i + 16)), high + to, low + to);
+        split(f_mul(scale, f_load(from + i)), f_mul(scale, f_load(from + i + 16)), high + to, d.fast ? NULL : low + to);
     }
 }
 
 /* Write the shares of 32 positions, from p on. */
 INLINE void put_shares(Desk d, int q, int p, F a, F b) {
     uint16_t *high = (uint16_t *)d.share, *low = high + (size_t)QUERIES * PART;
-    split(a, b, high + in_tiles(q, p, PART), low + in_tiles(q, p, PART));
+    split(a, b, high + in_tiles(q, p, PART), d.fast ? NULL : low + in_tiles(q, p, PART));
 }
 
 /* Multiply the queries with the keys of a block. */
@@ -102,7 +104,7 @@ static void block_scores(Desk d, const uint16_t *keys, int positions, int width,
         amx_zero();
         if (count > 16) {
             some = 32;
-            amx_32_tokens(tiles, high, low, row, width / 32, 1, NULL, NULL, 0);
+            amx_32_tokens(tiles, high, d.fast ? NULL : low, row, width / 32, 1, NULL, NULL, 0);
             amx_store(a, a + 16 * PART, b, b + 16 * PART, PART * 4);
         } else if (padded - p >= 64) {
             some = 64;
@@ -127,7 +129,7 @@ INLINE void mix_tiles(Desk d, const uint16_t *values, int first, int steps, int 
                 amx_load(a, a + 16 * width, b, b + 16 * width, 4 * width);
             else
                 amx_zero();
-            amx_32_tokens(tiles, high, low, row, steps, 1, NULL, NULL, 0);
+            amx_32_tokens(tiles, high, d.fast ? NULL : low, row, steps, 1, NULL, NULL, 0);
             amx_store(a, a + 16 * width, b, b + 16 * width, 4 * width);
         } else if (width - i >= 64) {
             if (more)
@@ -312,6 +314,7 @@ static void attend_chunk(void *context, int chunk) {
     while (atomic_exchange(&a->taken[place], 1))
         place = place == pool.helpers ? 0 : place + 1;
     Desk d = workspace(a->work + place * work_bytes(width), width);
+    d.fast = a->fast && count > 16;
 #ifdef AMX
     amx_begin(64, count); /* of 17 to 31 queries, lines behind the last one hold anything: they change no other line */
 #endif

@@ -19,6 +19,19 @@ def library() -> Any:
     return next(iter(libraries().values()), None)
 
 
+PREFILL_CHUNK = 128
+"""Prompt tokens that are computed together, unless the kernels use AMX."""
+
+
+def prefill_chunk() -> int:
+    """Return how many prompt tokens are computed together fastest (benchmarks/long_prompt.py).
+
+    Of 64, 128, 192, 256 and 384 tokens, 192 were the fastest in two stages with AMX, by a tenth over 128. More tokens use the
+    tiles better, but the second stage begins later.
+    """
+    return 192 if next(iter(libraries()), None) == "amx" else PREFILL_CHUNK
+
+
 def repeatable_is_cheap() -> bool:
     """Return whether repeatable products cost this processor at most 5 % (benchmarks/repeatable.py).
 

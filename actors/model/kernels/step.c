@@ -14,6 +14,7 @@ typedef struct {
 typedef struct {
     int32_t layers, hidden, heads, kv_heads, width, inner, gelu;
     int32_t first, cached; /* the first of these layers in the caches, and how many layers these have */
+    int32_t fast;          /* attention may depend on the number of tokens, if that is faster */
     float eps, scale;
     const Layer *layer;
 } Group;
@@ -153,7 +154,7 @@ void ranvier_step(const Group *g, const Row *rows, int count, float *hidden, int
     s.gated = s.inner + (size_t)tokens * 2 * g->inner;
     s.made = s.gated + (size_t)tokens * g->inner;
     Attention attention = {
-        .spans = span, .span_count = spans, .heads = g->heads, .kv_heads = g->kv_heads, .width = g->width, .layers = g->cached,
+        .spans = span, .span_count = spans, .heads = g->heads, .kv_heads = g->kv_heads, .width = g->width, .layers = g->cached, .fast = g->fast,
         .parts = parts_of(spans * g->kv_heads, longest), .own = partial_of(longest, g->width),
         .scale = g->scale * 1.44269504f /* 2^x is quicker than e^x */,
         .qkv = s.qkv, .attended = s.attended};
