@@ -91,6 +91,12 @@ def test_the_choice_stands_in_the_plan(
         assert json.loads(json.dumps(plan.to_plain()))["products"] == plan.products
         chosen.append(plan.products)
     assert chosen == ["repeatable", "fast", "fast", "repeatable"]
+    monkeypatch.setattr(native, "libraries", lambda: {"amx": None})
+    for given, chunk in ((None, 192), (77, 77)):
+        plan = ranvier.plan(ranvier.load(graph_file(model={"source": SOURCE}, prefill_chunk=given, **split(2, 30))))
+        assert plan.to_plain()["prefill_chunk"] == plan.graph.prefill_chunk == chunk
+    monkeypatch.setattr(native, "libraries", lambda: {"avx2": None})
+    assert ranvier.load(graph_file(model={"source": SOURCE}, **split(2, 30))).prefill_chunk == 128
     folder, _ = tiny("llama")
     path = graph_file(model={"source": "./set", "dtype": "float32"}, **split(1, 6))
     assert ranvier.plan(ranvier.load(path, overrides={"model.source": str(folder)})).products is None
