@@ -259,7 +259,7 @@ def test_a_long_prompt_in_parts_is_that_of_transformers(window: int | None, chun
     assert float(errors.max()) < 0.02
 
 
-@pytest.mark.parametrize("precision", ["dtype", "int8"])
+@pytest.mark.parametrize("precision", ["dtype", pytest.param("int8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("family", "changes"),
     [

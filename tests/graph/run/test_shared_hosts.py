@@ -48,8 +48,15 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("transport", ["ipc", "local", pytest.param("tcp://127.0.0.1", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize(
+    ("cut", "transport"),
+    [
+        ("all in one", "ipc"), ("two and two", "local"), ("crossed", "ipc"),
+        *(pytest.param(cut, "tcp://127.0.0.1", marks=pytest.mark.slow) for cut in CUTS),
+        *(pytest.param(cut, "local", marks=pytest.mark.slow) for cut in CUTS if cut != "two and two"),
+        *(pytest.param(cut, "ipc", marks=pytest.mark.slow) for cut in ("two and two", "one alone", "single")),
+    ],
+)  # fmt: skip
 def test_streams_are_exact_however_processes_are_shared(
     cut: str, transport: str, four: Four, exact: Exact, runs: Path
 ) -> None:
