@@ -175,6 +175,7 @@ def test_an_error_ends_only_its_session(shared: Callable[..., ranvier.Graph], ru
     trio.run(main)
 
 
+@pytest.mark.slow
 def test_a_step_that_hangs_takes_its_process_with_it(shared: Callable[..., ranvier.Graph], runs: Path) -> None:
     """Replace all actors of a process when one of them hangs in a step."""
     graph = shared(
