@@ -120,8 +120,7 @@ import json, pathlib, sys, time, ctranslate2
 folder, threads, streams, prompt, new = sys.argv[1], *map(json.loads, sys.argv[2:6])
 replicas = min(threads, streams)  # a thread each: two threads on one batch are slower than one
 names = json.loads(pathlib.Path(folder, "vocabulary.json").read_text())
-each = threads // replicas
-model = ctranslate2.Generator(folder, device="cpu", compute_type="int8", inter_threads=replicas, intra_threads=each)
+model = ctranslate2.Generator(folder, device="cpu", compute_type="int8", inter_threads=replicas, intra_threads=1)
 share = -(-streams // replicas)
 prompts = [[names[token] for token in prompt]] * streams
 for _ in sys.stdin:
