@@ -226,6 +226,11 @@ def by_kernels(config: ModelConfig) -> bool:
     )  # fmt: skip
 
 
+def repeats(config: ModelConfig) -> bool:
+    """Return whether the kernels can run a whole model, its head, too. Only they repeat products whatever is beside them."""
+    return by_kernels(config) and config.vocab % 16 == 0
+
+
 def packs(slot: Slot) -> bool:
     """Return whether the kernels can hold a matrix: its rows are a multiple of 16, its columns a multiple of 32."""
     return slot.name in PACKABLE and slot.shape[0] % 16 == 0 and (slot.columns or 1) % 32 == 0

@@ -183,8 +183,10 @@ class Supervisor:
             self.supervision.add(spec, time.monotonic(), joining=True, spare=spare)
         await self._start(specs)
         for spec in specs:
-            host = self.supervision.hosts[spec.identity]
-            await self._until_it(host, lambda host=host: host.address is not None)  # type: ignore[misc]
+            await self._until_loaded(self.supervision.hosts[spec.identity])
+
+    async def _until_loaded(self, host: Watched) -> None:
+        await self._until_it(host, lambda: host.address is not None)
 
     async def until_linked(self, hosts: Sequence[str], peer: str) -> None:
         """Wait until each of these hosts has reported its link with `peer`, or is lost.

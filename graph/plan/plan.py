@@ -278,7 +278,7 @@ def products(graph: Graph) -> str | None:
         return None
     if model.products is not None:
         return model.products
-    there = native.library() is not None and model.dtype == "bfloat16" and weights.by_kernels(checkpoint.config)
+    there = native.library() is not None and model.dtype == "bfloat16" and weights.repeats(checkpoint.config)
     return "repeatable" if there and native.repeatable_is_cheap() else "fast"
 
 

@@ -51,7 +51,7 @@ class TextCodec:
     cleans: bool = False
     """If true, the spaces that a vocabulary of words leaves before punctuation are removed (see `cleaned`)."""
     _controls: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """What `controls` found. It is asked for each request, and the library takes a millisecond."""
+    """The result of `controls`, which each request asks for: the library takes a millisecond."""
 
     def encode(self, text: str, *, special: bool) -> list[int]:
         """Return token ids. With `special`, add the model's special tokens around the text.
