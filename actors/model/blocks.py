@@ -75,6 +75,7 @@ class Blocks:
     ) -> None:
         first, last = layers
         self.look: Look | None = None
+        self.finite: bool | None = None
         self._first = first
         self.config = checkpoint.config
         self._scale = self.config.attention_scale or self.config.head_dim**-0.5
@@ -102,20 +103,24 @@ class Blocks:
     def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
         """Run one step of every row through every layer; the caches advance only if all layers succeed."""
         if self._compiled is not None:
-            caches = [self.cache.at(row.session, row.position, row.tokens) for row in rows]
-            if self.look is None:
-                hidden_TH = self._compiled.step(rows, caches, hidden_TH)
-            else:
-                hidden_TH = self._compiled.watched(
-                    rows, caches, hidden_TH, functools.partial(self._report, rows, "hidden")
-                )
-            self._done(rows, caches)
-            return hidden_TH
+            return self._by_kernels(self._compiled, "hidden", rows, hidden_TH)
         caches, turns = self._begin(rows)
         for index, block in enumerate(self.blocks):
             hidden_TH = self._attended(index, block, rows, caches, hidden_TH, turns)
             hidden_TH = self._fed_forward(block, hidden_TH)
             self._report(rows, "hidden", index, hidden_TH)
+        self._done(rows, caches)
+        return hidden_TH
+
+    def _by_kernels(
+        self, compiled: Compiled, name: str, rows: tuple[Row, ...], hidden_TH: torch.Tensor
+    ) -> torch.Tensor:
+        caches = [self.cache.at(row.session, row.position, row.tokens) for row in rows]
+        if self.look is None:
+            hidden_TH, self.finite = compiled.step(rows, caches, hidden_TH)
+        else:
+            report = functools.partial(self._report, rows, name)
+            hidden_TH, self.finite = compiled.watched(rows, caches, hidden_TH, report)
         self._done(rows, caches)
         return hidden_TH
 
@@ -125,8 +130,11 @@ class Blocks:
 
     def attention_alone(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the residual after attention, and the normed input for the feed-forward part, which runs elsewhere."""
-        caches, turns = self._begin(rows)
         [block] = self.blocks
+        if self._compiled is not None:
+            hidden_TH = self._by_kernels(self._compiled, "attended", rows, hidden_TH)
+            return hidden_TH, block.norm_mid(hidden_TH)
+        caches, turns = self._begin(rows)
         hidden_TH = self._attended(0, block, rows, caches, hidden_TH, turns)
         self._done(rows, caches)
         return hidden_TH, block.norm_mid(hidden_TH)

@@ -40,6 +40,8 @@ class AnyBlocks(Protocol):
     """Describe layers with the caches of their sessions, native or run by transformers."""
 
     look: Look | None
+    finite: bool | None
+    """Whether all numbers of the last step are finite; None: not known."""
 
     @property
     def cache(self) -> KVCache[Any]: ...
@@ -119,7 +121,8 @@ class BlocksActor(Actor):
         self.blocks.cache.rewind(session.session, session.kept)
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
-        return sent("hidden", batch.rows, self.blocks.forward(batch.rows, batch["hidden"]))
+        hidden_TH = self.blocks.forward(batch.rows, batch["hidden"])
+        return sent("hidden", batch.rows, hidden_TH, self.blocks.finite)
 
     def close(self, session: int) -> None:
         self.blocks.cache.close(session)
@@ -351,9 +354,9 @@ class Stage(Actor):
             if self.look is not None and hidden_TH.is_floating_point():  # not for models that take token ids
                 self.look(None, "embedding", batch.rows, hidden_TH)
         hidden_TH = self.blocks.forward(batch.rows, hidden_TH)
-        return (
-            self.head.forward(batch.rows, hidden_TH) if self.head is not None else sent("hidden", batch.rows, hidden_TH)
-        )
+        if self.head is not None:
+            return self.head.forward(batch.rows, hidden_TH)
+        return sent("hidden", batch.rows, hidden_TH, self.blocks.finite)
 
     def close(self, session: int) -> None:
         self.blocks.cache.close(session)

@@ -7,23 +7,33 @@ Shape suffixes: T tokens, H hidden, E experts, k choices per token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 
+from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
 from ..component.actor import Actor, Batch, Context
 from ..component.routing import expert_ports, gather, scatter
 from . import weights
 from .blocks import Blocks, activate
 from .causal import BlocksActor, needed
-from .tensors import make_sure_of_finite, read_slot
+from .kernels.packed import Packed
+from .slots import Slot
+from .tensors import make_sure_of_finite, product, read_matrix, read_slot
 
 
-def _fed_forward(config: ModelConfig, held: Mapping[str, torch.Tensor], hidden_TH: torch.Tensor) -> torch.Tensor:
-    gate_TI, up_TI = F.linear(hidden_TH, held["up"]).chunk(2, dim=-1)
-    return F.linear(activate(config, gate_TI) * up_TI, held["down"])
+Held = dict[str, "torch.Tensor | Packed"]
+
+
+def _read(slots: Iterable[Slot], checkpoint: Checkpoint, dtype: torch.dtype, context: Context) -> Held:
+    return {slot.name: read_matrix(slot, checkpoint, dtype, context.precision, context.fast) for slot in slots}
+
+
+def _fed_forward(config: ModelConfig, held: Held, hidden_TH: torch.Tensor) -> torch.Tensor:
+    gate_TI, up_TI = product(hidden_TH, held["up"]).chunk(2, dim=-1)
+    return product(activate(config, gate_TI) * up_TI, held["down"])
 
 
 class Attention(BlocksActor):
@@ -43,12 +53,12 @@ class Attention(BlocksActor):
         self.config: ModelConfig = checkpoint.config
         self.gate_EH = read_slot(weights.gate(self.config, context.layers[0]), checkpoint, dtype)
         slots = weights.shared_expert(self.config, context.layers[0])
-        self.shared = {slot.name: read_slot(slot, checkpoint, dtype) for slot in slots}
+        self.shared = _read(slots, checkpoint, dtype, context)
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
         residual_TH, normed_TH = self.layer.attention_alone(batch.rows, batch["hidden"])
         if self.shared:
-            opened_T1 = F.linear(normed_TH, self.shared["gate"]).sigmoid()
+            opened_T1 = product(normed_TH, self.shared["gate"]).sigmoid()
             residual_TH = residual_TH + opened_T1 * _fed_forward(self.config, self.shared, normed_TH)
         scores_TE = F.linear(normed_TH, self.gate_EH).float().softmax(-1)
         weight_Tk, index_Tk = scores_TE.topk(self.config.experts_per_token, dim=-1)
@@ -73,10 +83,7 @@ class Experts(Actor):
         assert context.layers is not None and context.experts is not None
         self.config = checkpoint.config
         self.held = {
-            number: {
-                slot.name: read_slot(slot, checkpoint, dtype)
-                for slot in weights.expert(self.config, context.layers[0], number)
-            }
+            number: _read(weights.expert(self.config, context.layers[0], number), checkpoint, dtype, context)
             for number in range(context.experts[0], context.experts[1] + 1)
         }
         context.progress(1.0)

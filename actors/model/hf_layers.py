@@ -227,6 +227,7 @@ class ForeignBlocks:
     def __init__(self, skeleton: Skeleton, cache_tokens: int) -> None:
         self.skeleton = skeleton
         self.look: Look | None = None
+        self.finite: bool | None = None
         self.cache: KVCache[ForeignSession | WholeSession] = KVCache(cache_tokens, self._session)
 
     def _session(self, capacity: int) -> ForeignSession | WholeSession:

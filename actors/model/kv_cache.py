@@ -39,6 +39,7 @@ class BlockCache:
     def __init__(self, config: ModelConfig, layers: int, capacity: int) -> None:
         block_bytes = layers * config.kv_heads * 2 * PART * config.head_dim * 2
         self.blocks = fresh(-(-capacity // PART) * block_bytes, large_from=block_bytes)
+        self.address = self.blocks.data_ptr()
         self.capacity = capacity
         self.length = 0
 

@@ -5,7 +5,6 @@ Shape suffixes: T tokens, H width, R rows, C columns.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 
 import torch
@@ -27,13 +26,15 @@ from .weights import AS_IT_IS, packed_as, packs
 KINDS = {"bfloat16": packed.BFLOAT16, "int8": packed.INT8, "int4": packed.INT4}
 
 
-def sent(port: str, rows: tuple[Row, ...], made_TH: torch.Tensor) -> Mapping[str, torch.Tensor | Batch]:
-    """Return the output of a step, after a check that all numbers are finite.
+def sent(
+    port: str, rows: tuple[Row, ...], made_TH: torch.Tensor, finite: bool | None = None
+) -> Mapping[str, torch.Tensor | Batch]:
+    """Return the output of a step, after a check that all numbers are finite. `finite`: what is known already.
 
     Raises:
         RowsFailed: some rows have NaN or infinity. The others have taken their step.
     """
-    if _all_finite(made_TH):
+    if _all_finite(made_TH) if finite is None else finite:
         return {port: made_TH}
     failures: dict[Row, Exception] = {}
     good, parts, end = [], [], 0
@@ -68,15 +69,7 @@ def _all_finite(made_TH: torch.Tensor) -> bool:
     if library is None or found is None or not made_TH.is_contiguous():
         return bool(made_TH.isfinite().all())
     # one call of C, which takes 1 us
-    wide, exponent = found
-    return bool(
-        library.ranvier_finite(
-            ctypes.c_void_p(made_TH.data_ptr()),
-            ctypes.c_int64(made_TH.numel()),
-            ctypes.c_int(wide),
-            ctypes.c_uint32(exponent),
-        )
-    )
+    return bool(library.ranvier_finite(made_TH.data_ptr(), made_TH.numel(), *found))
 
 
 def read_slot(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
@@ -161,7 +154,7 @@ class Norm:
         self.bias_H = bias_H
 
     def factors(self) -> torch.Tensor:
-        """Return the factors of the normalised numbers, float32 [H]; for root-mean-square norms only."""
+        """Return the factors of the normalised numbers, float32 [H]."""
         wide_H = self.weight_H.float().contiguous()
         return 1.0 + wide_H if self._kind == "rms_plus_one" else wide_H
 

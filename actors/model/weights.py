@@ -216,19 +216,24 @@ MOST_QUERIES, MOST_WIDTH = 32, 512
 
 
 def by_kernels(config: ModelConfig) -> bool:
-    """Return whether the kernels can run whole blocks of a model: not if its family has parts that they lack."""
+    """Return whether the kernels can run the blocks of a model: not if its sizes or norms are such that they lack.
+
+    Of a mixture of experts they run attention, and products alone for the experts, which are other actors.
+    """
     return (
         config.native and config.encoder is None
-        and config.norm != "layer" and config.activation in ("silu", "gelu_tanh") and config.gated
-        and not config.learned_positions and not config.out_bias and not config.mlp_bias
+        and not (config.norm == "layer" and (config.head_norms or config.post_norms))
         and config.head_dim % 32 == 0 and config.hidden % 32 == 0 and config.intermediate % 32 == 0
         and config.heads // config.kv_heads <= MOST_QUERIES and config.head_dim <= MOST_WIDTH
     )  # fmt: skip
 
 
 def repeats(config: ModelConfig) -> bool:
-    """Return whether the kernels can run a whole model, its head, too. Only they repeat products whatever is beside them."""
-    return by_kernels(config) and config.vocab % 16 == 0
+    """Return whether the kernels can run a whole model, its head, too. Only they repeat products whatever is beside them.
+
+    Torch computes the router of a mixture of experts.
+    """
+    return by_kernels(config) and not config.experts and config.vocab % 16 == 0
 
 
 def packs(slot: Slot) -> bool:

@@ -105,6 +105,8 @@ class ActorCheck(Findings):
             why = f"need dtype bfloat16 or float32, got {dtype}"
         elif not weights.by_kernels(config):
             why = f"need a family that the kernels run, got {config.family}"
+        elif config.experts:
+            why = "need a model without a mixture of experts, whose router torch computes"
         elif not weights.repeats(config):
             why = f"need a vocabulary that is a multiple of 16, got {config.vocab}"
         elif native.library() is None:

@@ -17,7 +17,6 @@
 typedef struct {
     uint16_t *cache;
     int64_t position;
-    const float *cosine[2], *sine[2]; /* [tokens, width], from `position` on; the second is for local layers */
     int32_t tokens;
 } Row;
 

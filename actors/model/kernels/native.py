@@ -45,8 +45,21 @@ def libraries() -> dict[str, Any]:
     """Return the functions of the kernels for each instruction set that this processor has, the best set first."""
     found = find(__package__, "product")
     for loaded in found.values():
-        loaded.ranvier_room.restype = loaded.ranvier_product_room.restype = ctypes.c_int64
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(loaded, name)
+            function.restype, function.argtypes = result, arguments
     return found
+
+
+_int, _long, _at = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+_SIGNATURES = {
+    "ranvier_room": (_long, (_at, _int, _long)),
+    "ranvier_step": (_int, (_at, _at, _int, _at, _at, _int, _long, _at)),
+    "ranvier_product_room": (_long, (_int, _int)),
+    "ranvier_multiply": (None, (_at, _at, _int, _at, _at)),
+    "ranvier_finite": (_int, (_at, _long, _int, ctypes.c_uint32)),
+}
+"""Result and arguments of the functions that are called in every step: so ctypes takes plain numbers, and is faster."""
 
 
 def find(package: str, name: str) -> dict[str, Any]:

@@ -99,12 +99,9 @@ class Packed:
         rows, columns = self.shape
         wide = tokens_TC.float().contiguous()
         made = torch.empty(wide.shape[0], rows)
-        count = ctypes.c_int(wide.shape[0])
-        room = torch.empty(library().ranvier_product_room(count, ctypes.c_int(columns)), dtype=torch.uint8)
-        library().ranvier_multiply(
-            self._at, ctypes.c_void_p(wide.data_ptr()), count, ctypes.c_void_p(made.data_ptr()),
-            ctypes.c_void_p(room.data_ptr()),
-        )  # fmt: skip
+        count = wide.shape[0]
+        room = torch.empty(library().ranvier_product_room(count, columns), dtype=torch.uint8)
+        library().ranvier_multiply(self._at, wide.data_ptr(), count, made.data_ptr(), room.data_ptr())
         return made.to(tokens_TC.dtype)
 
 

@@ -25,5 +25,5 @@ int ranvier_supported(void) {
 #include "multiply.c"
 #include "pack.c"
 #include "attend.c"
-#include "step.c"
 #include "finite.c"
+#include "step.c"

@@ -92,5 +92,5 @@ INLINE void tile_whole(const Product *p, int tile, int first, const int count, c
 #include "multiply.c"
 #include "pack.c"
 #include "attend.c"
-#include "step.c"
 #include "finite.c"
+#include "step.c"

@@ -95,5 +95,5 @@ static int pairs(void) {
 #include "multiply.c"
 #include "pack.c"
 #include "attend.c"
-#include "step.c"
 #include "finite.c"
+#include "step.c"

@@ -1,22 +1,32 @@
-/* Compute whole steps through a group of llama-like blocks.
+/* Compute whole steps through a group of blocks.
 
    Included by the file of each instruction set: see product.h. */
 
+enum { SILU, GELU_TANH, GELU, RELU };
+
+/* One layer. Whatever is not one of the matrices, `norm_in` or `norm_mid` may be NULL: then the layer does without it. */
 typedef struct {
     Matrix qkv, out, up, down;
-    const float *norm_in, *norm_mid, *qkv_bias; /* the bias and all that follows may be NULL */
-    const float *norm_query, *norm_key;        /* of each head, before it is rotated */
-    const float *norm_attended, *norm_out;     /* of the outputs of attention and feed-forward part */
-    int32_t window;                            /* positions that a token sees; 0: all */
-    int32_t local;                             /* which of a row's two rotary tables */
+    const float *norm_in, *norm_mid;
+    const float *norm_query, *norm_key;    /* of each head, before it is rotated */
+    const float *norm_attended, *norm_out; /* of the outputs of attention and feed-forward part */
+    const float *norm_in_bias, *norm_mid_bias;
+    const float *qkv_bias, *out_bias, *up_bias, *down_bias;
+    int32_t window; /* positions that a token sees; 0: all */
+    int32_t local;  /* which of the two rotary tables */
 } Layer;
 
 typedef struct {
-    int32_t layers, hidden, heads, kv_heads, width, inner, gelu;
+    int32_t layers, hidden, heads, kv_heads, width, inner;
+    int32_t activation;
+    int32_t gated;     /* `up` has a gate, too: [2, inner] */
+    int32_t centred;   /* norms take off the mean first (layer norm); only `norm_in` and `norm_mid` can be such */
+    int32_t attention; /* only attention: the feed-forward part runs elsewhere */
     int32_t first, cached; /* the first of these layers in the caches, and how many layers these have */
     int32_t fast;          /* attention may depend on the number of tokens, if that is faster */
     float eps, scale;
     const Layer *layer;
+    const float *cosine[2], *sine[2]; /* rotary tables [positions, width]; NULL: positions are not rotated */
 } Group;
 
 typedef struct {
@@ -25,8 +35,11 @@ typedef struct {
     int index;
     const Span *spans;
     float *hidden, *norm, *qkv, *attended, *inner, *gated, *made;
-    const float *weight; /* of the norm that is being computed */
-    const float *after;  /* weight of the norm of `made`, before it is added; NULL: no norm */
+    const float *weight, *shift; /* of the norm that is being computed, and what it adds (NULL: nothing) */
+    const float *after;          /* weight of the norm of `made`, before it is added; NULL: no norm */
+    const float *bias;           /* of the matrix that has made `made`; NULL: no bias */
+    const uint16_t *from;        /* bfloat16: where the tokens come from, */
+    uint16_t *to;                /* and where they go to */
 } Step;
 
 /* Divide the numbers by their root mean square, and multiply each by its weight. */
@@ -41,10 +54,32 @@ INLINE void normalised(const float *from, float *to, const float *weight, int wi
         f_store(to + i, f_mul(f_mul(f_load(from + i), factor), f_load(weight + i)));
 }
 
+/* Take off the mean of the numbers, divide them by their standard deviation, multiply each by its weight and add its shift. */
+INLINE void centred(const float *from, float *to, const float *weight, const float *shift, int width, float eps) {
+    F sum = f_zero(), square = f_zero();
+    for (int i = 0; i < width; i += 16)
+        sum = f_add(sum, f_load(from + i));
+    F mean = f_all(f_sum(sum) / (float)width);
+    for (int i = 0; i < width; i += 16) {
+        F x = f_sub(f_load(from + i), mean);
+        square = f_fma(x, x, square);
+    }
+    F factor = f_all(1.0f / sqrtf(f_sum(square) / (float)width + eps));
+    for (int i = 0; i < width; i += 16) {
+        F x = f_mul(f_mul(f_sub(f_load(from + i), mean), factor), f_load(weight + i));
+        f_store(to + i, shift ? f_add(x, f_load(shift + i)) : x);
+    }
+}
+
 static void normed(const void *context, int token) {
     const Step *s = context;
     int width = s->group->hidden;
-    normalised(s->hidden + (size_t)token * width, s->norm + (size_t)token * width, s->weight, width, s->group->eps);
+    const float *from = s->hidden + (size_t)token * width;
+    float *to = s->norm + (size_t)token * width;
+    if (s->group->centred)
+        centred(from, to, s->weight, s->shift, width, s->group->eps);
+    else
+        normalised(from, to, s->weight, width, s->group->eps);
 }
 
 static void added(float *to, const float *more, size_t count) {
@@ -56,23 +91,43 @@ static void made_added(const void *context, int token) {
     const Step *s = context;
     size_t width = s->group->hidden;
     float *made = s->made + token * width;
+    if (s->bias)
+        added(made, s->bias, width);
     if (s->after)
         normalised(made, made, s->after, (int)width, s->group->eps);
     added(s->hidden + token * width, made, width);
 }
 
+/* Multiply the numbers by how far the activation lets them through. */
+INLINE F let_through(F x, int activation) {
+    if (activation == RELU)
+        return f_max(f_zero(), x); /* in this order NaN stays NaN */
+    F steep = x;
+    if (activation == GELU) { /* x times the normal distribution function: Abramowitz and Stegun 7.1.26, within 1.5e-7 */
+        F far = f_mul(f_abs(x), f_all(0.70710678118654752f));
+        F t = f_div(f_all(1.0f), f_fma(far, f_all(0.3275911f), f_all(1.0f)));
+        F y = f_fma(t, f_all(1.061405429f), f_all(-1.453152027f));
+        y = f_fma(t, y, f_all(1.421413741f));
+        y = f_fma(t, y, f_all(-0.284496736f));
+        y = f_mul(t, f_fma(t, y, f_all(0.254829592f)));
+        F tail = f_mul(f_mul(y, f_exp(f_sub(f_zero(), f_mul(far, far)))), f_all(0.5f)); /* beyond -|x| */
+        return f_less(f_abs(x), tail, f_max(f_zero(), x));
+    }
+    if (activation == GELU_TANH) /* x times the logistic function of this */
+        steep = f_mul(f_mul(x, f_all(1.5957691216057308f)), f_fma(f_mul(x, x), f_all(0.044715f), f_all(1.0f)));
+    F near = f_min(f_all(80.0f), f_max(f_all(-80.0f), steep));
+    return f_div(x, f_add(f_all(1.0f), f_exp(f_sub(f_zero(), near))));
+}
+
 static void activated(const void *context, int token) {
     const Step *s = context;
-    size_t inner = s->group->inner;
-    const float *gate = s->inner + token * 2 * inner, *up = gate + inner;
-    float *to = s->gated + token * inner;
+    size_t inner = s->group->inner, wide = s->group->gated ? 2 * inner : inner;
+    float *gate = s->inner + token * wide, *up = gate + inner, *to = s->gated + token * inner;
+    if (s->layer->up_bias)
+        added(gate, s->layer->up_bias, wide);
     for (size_t i = 0; i < inner; i += 16) {
-        F x = f_load(gate + i), steep = x;
-        if (s->group->gelu) /* gelu by tanh is x times the logistic function of this */
-            steep = f_mul(f_mul(x, f_all(1.5957691216057308f)), f_fma(f_mul(x, x), f_all(0.044715f), f_all(1.0f)));
-        F near = f_min(f_all(80.0f), f_max(f_all(-80.0f), steep));
-        F open = f_add(f_all(1.0f), f_exp(f_sub(f_zero(), near)));
-        f_store(to + i, f_mul(f_div(x, open), f_load(up + i)));
+        F x = let_through(f_load(gate + i), s->group->activation);
+        f_store(to + i, s->group->gated ? f_mul(x, f_load(up + i)) : x);
     }
 }
 
@@ -94,19 +149,20 @@ static void remember_chunk(void *context, int chunk) {
     int head = chunk % g->kv_heads, width = g->width, queries = g->heads / g->kv_heads;
     for (int t = 0; t < span->tokens; t++) {
         float *own = s->qkv + (size_t)(span->at + t) * (g->heads + 2 * g->kv_heads) * width;
-        const float *cosine = row->cosine[s->layer->local] + (size_t)(span->first + t) * width;
-        const float *sine = row->sine[s->layer->local] + (size_t)(span->first + t) * width;
+        int64_t position = row->position + span->first + t;
+        const float *cosine = g->cosine[s->layer->local], *sine = g->sine[s->layer->local];
         float *key = own + (size_t)(g->heads + head) * width, *value = key + (size_t)g->kv_heads * width;
         for (int q = 0; q < queries; q++) {
             float *query = own + (size_t)(head * queries + q) * width;
             if (s->layer->norm_query)
                 normalised(query, query, s->layer->norm_query, width, g->eps);
-            turned(query, cosine, sine, width);
+            if (cosine)
+                turned(query, cosine + position * width, sine + position * width, width);
         }
         if (s->layer->norm_key)
             normalised(key, key, s->layer->norm_key, width, g->eps);
-        turned(key, cosine, sine, width);
-        int64_t position = row->position + span->first + t;
+        if (cosine)
+            turned(key, cosine + position * width, sine + position * width, width);
         uint16_t *keys = keys_of(row, position / PART, g->cached, g->first + s->index, g->kv_heads, head, width);
         int at = position % PART;
         uint16_t narrow[16], *to = keys + (size_t)(at / TILE) * TILE * width + 2 * (at % TILE);
@@ -122,10 +178,24 @@ static void remember_chunk(void *context, int chunk) {
     }
 }
 
+static void tokens_in(const void *context, int token) {
+    const Step *s = context;
+    size_t width = s->group->hidden, at = token * width;
+    for (size_t i = at; i < at + width; i += 16)
+        f_store(s->hidden + i, f_from_bfloat16(s->from + i));
+}
+
+static void tokens_out(const void *context, int token) {
+    const Step *s = context;
+    size_t width = s->group->hidden, at = token * width;
+    for (size_t i = at; i < at + width; i += 16)
+        f_to_bfloat16(s->to + i, f_load(s->hidden + i));
+}
+
 /* Return how many bytes `ranvier_step` needs for `tokens` tokens. After it, the longest session has `longest` positions. */
 int64_t ranvier_room(const Group *g, int tokens, int64_t longest) {
     int64_t attended = (int64_t)g->heads * g->width, widest = attended > g->hidden ? attended : g->hidden;
-    int64_t floats = 2 * g->hidden + (g->heads + 2 * g->kv_heads) * g->width + attended + 3 * g->inner;
+    int64_t floats = 3 * g->hidden + (g->heads + 2 * g->kv_heads) * g->width + attended + 3 * g->inner;
     int columns = (int)(g->inner > widest ? g->inner : widest), threads = pool.helpers + 1;
     int64_t shared = 4 * threads * (int64_t)partial_of(longest, g->width) * 4; /* spans and heads that have parts */
     return tokens * (4 * floats + (int64_t)sizeof(Span)) + threads * (int64_t)(work_bytes(g->width) + sizeof(int)) + shared +
@@ -134,8 +204,38 @@ int64_t ranvier_room(const Group *g, int tokens, int64_t longest) {
 
 static uint8_t *next_line(void *at) { return (uint8_t *)(((uintptr_t)at + 63) / 64 * 64); }
 
-/* Compute all layers on hidden [tokens of all rows, hidden], float32, in place. The caches grow by the tokens of each row. */
-void ranvier_step(const Group *g, const Row *rows, int count, float *hidden, int64_t longest, uint8_t *room) {
+static void attention_part(Step *s, Attention *attention, int tokens, int spans, uint8_t *rest) {
+    const Layer *layer = s->layer;
+    s->weight = layer->norm_in, s->shift = layer->norm_in_bias;
+    each(tokens, normed, s);
+    product(&layer->qkv, s->norm, tokens, s->qkv, rest);
+    if (layer->qkv_bias)
+        for (int t = 0; t < tokens; t++)
+            added(s->qkv + (size_t)t * layer->qkv.rows, layer->qkv_bias, layer->qkv.rows);
+    share(remember_chunk, s, spans * s->group->kv_heads);
+    attention->layer = s->group->first + s->index;
+    attention->window = layer->window;
+    attend(attention);
+    product(&layer->out, s->attended, tokens, s->made, rest);
+    s->after = layer->norm_attended, s->bias = layer->out_bias;
+    each(tokens, made_added, s);
+}
+
+static void feed_forward_part(Step *s, int tokens, uint8_t *rest) {
+    const Layer *layer = s->layer;
+    s->weight = layer->norm_mid, s->shift = layer->norm_mid_bias;
+    each(tokens, normed, s);
+    product(&layer->up, s->norm, tokens, s->inner, rest);
+    each(tokens, activated, s);
+    product(&layer->down, s->gated, tokens, s->made, rest);
+    s->after = layer->norm_out, s->bias = layer->down_bias;
+    each(tokens, made_added, s);
+}
+
+/* Compute all layers from `from` to `to`, both [tokens of all rows, hidden] in float32 or, if `narrow`, bfloat16; they may be the
+   same. The caches grow by the tokens of each row. Return whether all numbers of the result are finite. */
+int ranvier_step(
+    const Group *g, const Row *rows, int count, const void *from, void *to, int narrow, int64_t longest, uint8_t *room) {
     int tokens = 0, spans = 0, queries = g->heads / g->kv_heads;
     int together = queries < QUERIES ? QUERIES / queries : 1;
     Span *span = (Span *)room;
@@ -146,47 +246,38 @@ void ranvier_step(const Group *g, const Row *rows, int count, float *hidden, int
             tokens += own;
         }
     size_t H = g->hidden, Q = (size_t)g->heads * g->width, KV = (size_t)(g->heads + 2 * g->kv_heads) * g->width;
-    Step s = {.group = g, .spans = span, .hidden = hidden};
+    Step s = {.group = g, .spans = span, .from = from, .to = to};
     s.norm = (float *)next_line(span + spans);
     s.qkv = s.norm + tokens * H;
     s.attended = s.qkv + tokens * KV;
     s.inner = s.attended + tokens * Q;
     s.gated = s.inner + (size_t)tokens * 2 * g->inner;
     s.made = s.gated + (size_t)tokens * g->inner;
+    s.hidden = narrow ? s.made + tokens * H : to;
     Attention attention = {
         .spans = span, .span_count = spans, .heads = g->heads, .kv_heads = g->kv_heads, .width = g->width, .layers = g->cached, .fast = g->fast,
         .parts = parts_of(spans * g->kv_heads, longest), .own = partial_of(longest, g->width),
         .scale = g->scale * 1.44269504f /* 2^x is quicker than e^x */,
         .qkv = s.qkv, .attended = s.attended};
-    attention.work = next_line(s.made + tokens * H);
+    attention.work = next_line(s.made + 2 * tokens * H);
     attention.partial = (float *)(attention.work + (pool.helpers + 1) * work_bytes(g->width));
     attention.taken = (_Atomic int *)(attention.partial +
         (attention.parts > 1 ? spans * g->kv_heads * attention.own : 0));
     memset((void *)attention.taken, 0, sizeof(int) * (pool.helpers + 1));
     uint8_t *rest = next_line(attention.taken + pool.helpers + 1);
     begin();
+    if (narrow)
+        each(tokens, tokens_in, &s);
+    else if (from != to)
+        memcpy(to, from, tokens * H * sizeof(float));
     for (s.index = 0; s.index < g->layers; s.index++) {
-        const Layer *layer = s.layer = &g->layer[s.index];
-        s.weight = layer->norm_in;
-        each(tokens, normed, &s);
-        product(&layer->qkv, s.norm, tokens, s.qkv, rest);
-        if (layer->qkv_bias)
-            for (int t = 0; t < tokens; t++)
-                added(s.qkv + t * KV, layer->qkv_bias, KV);
-        share(remember_chunk, &s, spans * g->kv_heads);
-        attention.layer = g->first + s.index;
-        attention.window = layer->window;
-        attend(&attention);
-        product(&layer->out, s.attended, tokens, s.made, rest);
-        s.after = layer->norm_attended;
-        each(tokens, made_added, &s);
-        s.weight = layer->norm_mid;
-        each(tokens, normed, &s);
-        product(&layer->up, s.norm, tokens, s.inner, rest);
-        each(tokens, activated, &s);
-        product(&layer->down, s.gated, tokens, s.made, rest);
-        s.after = layer->norm_out;
-        each(tokens, made_added, &s);
+        s.layer = &g->layer[s.index];
+        attention_part(&s, &attention, tokens, spans, rest);
+        if (!g->attention)
+            feed_forward_part(&s, tokens, rest);
     }
+    if (narrow)
+        each(tokens, tokens_out, &s);
     end();
+    return ranvier_finite(to, (int64_t)(tokens * H), !narrow, narrow ? 0x7F80 : 0x7F800000);
 }
