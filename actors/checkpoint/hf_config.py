@@ -200,7 +200,9 @@ FAMILIES: Mapping[str, Callable[[Config], ModelConfig]] = {
     "gemma3_text": _gemma3,
     "gpt2": _gpt2,
 }
-_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu": "gelu", "relu": "relu",
+}  # fmt: skip
 
 
 def _activation(config: Config, name: str, default: str) -> Activation:

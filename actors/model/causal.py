@@ -85,7 +85,7 @@ class Embedding(Actor):
 
     def forward(self, rows: tuple[Row, ...], token_T: torch.Tensor) -> torch.Tensor:
         if isinstance(self.weight_VH, Packed):
-            hidden_TH = self.weight_VH.rows(token_T).to(self.dtype)
+            hidden_TH = self.weight_VH.rows(token_T, self.dtype)
         else:
             hidden_TH = F.embedding(token_T, self.weight_VH)
         if self._scale is not None:
@@ -240,13 +240,12 @@ class Head(Actor):
 
     def logits(self, picked_TH: torch.Tensor) -> torch.Tensor:
         """Return the logits of some tokens, float32 [T, V]."""
-        normed_TH = self.norm(picked_TH)
-        if isinstance(self.weight_VH, Packed):  # the product is float32 already: do not round it
-            logits_TV = product(normed_TH.float(), self.weight_VH)
-        elif normed_TH.dtype is torch.float32:
-            logits_TV = _in_pieces(normed_TH, self.weight_VH)
+        if isinstance(self.weight_VH, Packed):  # in float32 throughout
+            logits_TV = self.norm.before(self.weight_VH, picked_TH)
+        elif picked_TH.dtype is torch.float32:
+            logits_TV = _in_pieces(self.norm(picked_TH), self.weight_VH)
         else:
-            logits_TV = product(normed_TH, self.weight_VH).float()
+            logits_TV = product(self.norm(picked_TH), self.weight_VH).float()
         return logits_TV if self._softcap is None else torch.tanh(logits_TV / self._softcap) * self._softcap
 
     def _sampled(

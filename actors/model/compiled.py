@@ -65,7 +65,7 @@ class _Row(ctypes.Structure):
 class Made(NamedTuple):
     """Hold the hidden states [T, H] that a step has made, and whether all of them are finite."""
 
-    hidden_TH: torch.Tensor
+    hidden: torch.Tensor
     finite: bool
 
 
@@ -110,7 +110,10 @@ class Compiled:
         pointers = [vector.data_ptr() if vector is not None else None for vector in wide]
         local = len(self._tables) > 1 and block.window > 0
         return _Layer(
-            *(each.matrix if isinstance(each, Packed) else Matrix() for each in matrices), *pointers, block.window, local
+            *(each.matrix if isinstance(each, Packed) else Matrix() for each in matrices),
+            *pointers,
+            block.window,
+            local,
         )
 
     def reserve(self, positions: int) -> None:

@@ -7,12 +7,11 @@ Shape suffixes: T tokens, H hidden, E experts, k choices per token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
 
-from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
 from ..component.actor import Actor, Batch, Context
 from ..component.routing import expert_ports, gather, scatter
@@ -20,15 +19,9 @@ from . import weights
 from .blocks import Blocks, activate
 from .causal import BlocksActor, needed
 from .kernels.packed import Packed
-from .slots import Slot
-from .tensors import make_sure_of_finite, product, read_matrix, read_slot
-
+from .tensors import make_sure_of_finite, product, read_matrices, read_slot
 
 Held = dict[str, "torch.Tensor | Packed"]
-
-
-def _read(slots: Iterable[Slot], checkpoint: Checkpoint, dtype: torch.dtype, context: Context) -> Held:
-    return {slot.name: read_matrix(slot, checkpoint, dtype, context.precision, context.fast) for slot in slots}
 
 
 def _fed_forward(config: ModelConfig, held: Held, hidden_TH: torch.Tensor) -> torch.Tensor:
@@ -53,7 +46,7 @@ class Attention(BlocksActor):
         self.config: ModelConfig = checkpoint.config
         self.gate_EH = read_slot(weights.gate(self.config, context.layers[0]), checkpoint, dtype)
         slots = weights.shared_expert(self.config, context.layers[0])
-        self.shared = _read(slots, checkpoint, dtype, context)
+        self.shared = read_matrices(slots, checkpoint, dtype, context)
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
         residual_TH, normed_TH = self.layer.attention_alone(batch.rows, batch["hidden"])
@@ -83,7 +76,7 @@ class Experts(Actor):
         assert context.layers is not None and context.experts is not None
         self.config = checkpoint.config
         self.held = {
-            number: _read(weights.expert(self.config, context.layers[0], number), checkpoint, dtype, context)
+            number: read_matrices(weights.expert(self.config, context.layers[0], number), checkpoint, dtype, context)
             for number in range(context.experts[0], context.experts[1] + 1)
         }
         context.progress(1.0)

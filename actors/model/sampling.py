@@ -10,6 +10,7 @@ import torch
 
 from ..component.session import MOST_LOGPROBS, Sampling
 from ..errors import NotFinite
+from .kernels import packed
 
 _MASK = (1 << 64) - 1
 
@@ -96,7 +97,9 @@ def choose(
         logits_V = logits_V.index_fill(0, torch.tensor(known, dtype=torch.long), float("-inf"))
     if sampling.greedy:
         best_V = adjusted(logits_V, sampling, seen, prompt_tokens).contiguous()
-        token = int(best_V.argmax())
+        kernels = packed.library()
+        count = best_V.numel()
+        token = int(best_V.argmax()) if kernels is None else kernels.ranvier_largest(best_V.data_ptr(), count)
         # NaN is the largest for `argmax`, too. It is read from memory, without further operations of torch.
         _make_sure_of(ctypes.c_float.from_address(best_V.data_ptr() + 4 * token).value)
         return token

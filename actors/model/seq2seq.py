@@ -23,13 +23,14 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
 from ..component.actor import Actor, Batch, Context, Look
 from ..component.session import SessionInfo
-from . import seq2seq_weights
+from . import seq2seq_weights, weights
 from .blocks import activate
 from .causal import Embedding, Head, needed
+from .kernels.packed import Packed
 from .kv_cache import KVCache, SessionCache
 from .seq2seq_weights import LEARNED_FROM, Side, seq2seq
 from .slots import Slot
-from .tensors import Norm, make_sure_of_finite, product, read_slot, sent
+from .tensors import Norm, make_sure_of_finite, product, read_matrices, read_slot, sent
 
 Held = dict[str, torch.Tensor]
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
@@ -81,7 +82,7 @@ class Encoder(Actor):
         checkpoint, dtype = needed(context)
         assert context.layers is not None
         config = checkpoint.config
-        self.stack = Stack(checkpoint, "encoder", context.layers, dtype, context.progress)
+        self.stack = Stack(checkpoint, "encoder", context)
         self._first, last = context.layers[0], context.layers[1] == seq2seq(config).layers - 1
         final = _read(checkpoint, seq2seq_weights.final_norm(config, "encoder"), dtype) if last else {}
         self._norm = _norm(config, final, "norm")
@@ -136,7 +137,7 @@ class Decoder(Actor):
         checkpoint, dtype = needed(context)
         assert context.layers is not None
         self._first, last = context.layers
-        self.stack = Stack(checkpoint, "decoder", context.layers, dtype, context.progress)
+        self.stack = Stack(checkpoint, "decoder", context)
         self.cache = KVCache(
             context.cache_tokens,
             lambda capacity: DecoderSession(checkpoint.config, last - self._first + 1, capacity, dtype),
@@ -210,10 +211,11 @@ class Seq2SeqHead(Head):
         checkpoint, dtype = needed(context)
         config = checkpoint.config
         model = seq2seq(config)
-        held = _read(checkpoint, seq2seq_weights.head(config), dtype)
-        self.held = sum(tensor.nbytes for tensor in held.values())
+        slots = list(seq2seq_weights.head(config))
+        held = _read(checkpoint, slots, dtype)
         self._norm = _norm(config, held, "norm")
-        self.weight_VH = held["head"]
+        self.weight_VH = read_matrices(_matrices(slots), checkpoint, dtype, context)["head"]
+        self.held = self.weight_VH.nbytes + sum(tensor.nbytes for tensor in held.values())
         self._scale = model.head_scale
         bias = seq2seq_weights.bias(config)
         there = bias is not None and "final_logits_bias" in checkpoint.tensors
@@ -238,7 +240,9 @@ class Seq2SeqHead(Head):
     def logits(self, picked_TH: torch.Tensor) -> torch.Tensor:
         if self._norm is not None:
             picked_TH = self._norm(picked_TH)
-        logits_TV = product(picked_TH * self._scale if self._scale != 1.0 else picked_TH, self.weight_VH)
+        scaled_TH = picked_TH * self._scale if self._scale != 1.0 else picked_TH
+        # what the kernels make is float32 already: do not round it
+        logits_TV = product(scaled_TH.float() if isinstance(self.weight_VH, Packed) else scaled_TH, self.weight_VH)
         return (logits_TV + self._bias_1V if self._bias_1V is not None else logits_TV).float()
 
 
@@ -248,14 +252,17 @@ class Seq2SeqHead(Head):
 class Layer:
     """Run one layer of either side; `attend` is the side's attention over queries, keys and values, each [T, N, D]."""
 
-    def __init__(self, config: ModelConfig, held: Held, heads: int) -> None:
+    def __init__(
+        self, config: ModelConfig, held: Held, matrices: Mapping[str, torch.Tensor | Packed], heads: int
+    ) -> None:
         self._config = config
         self._held = held
+        self._matrices = matrices
         self._heads = heads
         self._first = seq2seq(config).norms_first
         self._norm_in, self._norm_mid = _norm(config, held, "norm_in"), _norm(config, held, "norm_mid")
         self._norm_cross = _norm(config, held, "norm_cross")
-        self.held_bytes = sum(tensor.nbytes for tensor in held.values())
+        self.held_bytes = sum(tensor.nbytes for tensor in [*held.values(), *matrices.values()])
 
     def forward(
         self,
@@ -292,7 +299,7 @@ class Layer:
         return hidden_TH + part(norm(hidden_TH)) if self._first else norm(hidden_TH + part(hidden_TH))
 
     def _linear(self, name: str, hidden_TH: torch.Tensor) -> torch.Tensor:
-        return F.linear(hidden_TH, self._held[name], self._held.get(name + "_bias"))
+        return product(hidden_TH, self._matrices[name], self._held.get(name + "_bias"))
 
     def _fed_forward(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         inner = self._linear("up", hidden_TH)
@@ -305,14 +312,8 @@ class Layer:
 class Stack:
     """Hold the layers of one actor and what they share: the scale of scores, and the biases of relative positions."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        side: Side,
-        layers: tuple[int, int],
-        dtype: torch.dtype,
-        progress: Callable[[float], None],
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, side: Side, context: Context) -> None:
+        _, dtype = needed(context)
         config = checkpoint.config
         self._model = seq2seq(config)
         self._side = side
@@ -323,12 +324,13 @@ class Stack:
         self._relative_BN = shared.get("relative")
         self._dtype = dtype
         self.layers: list[Layer] = []
-        first, last = layers
+        assert context.layers is not None
+        first, last = context.layers
         for index in range(first, last + 1):
-            self.layers.append(
-                Layer(config, _read(checkpoint, seq2seq_weights.layer(config, side, index), dtype), heads)
-            )
-            progress((index - first + 1) / (last - first + 1))
+            slots = list(seq2seq_weights.layer(config, side, index))
+            matrices = read_matrices(_matrices(slots), checkpoint, dtype, context)
+            self.layers.append(Layer(config, _read(checkpoint, slots, dtype), matrices, heads))
+            context.progress((index - first + 1) / (last - first + 1))
         self.held_bytes = sum(layer.held_bytes for layer in self.layers)
         self.held_bytes += sum(tensor.nbytes for tensor in shared.values())
 
@@ -395,7 +397,12 @@ def sinusoids(positions: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _read(checkpoint: Checkpoint, wanted: Iterable[Slot], dtype: torch.dtype) -> Held:
-    return {slot.name: read_slot(slot, checkpoint, dtype) for slot in wanted}
+    """Read the slots that are no matrices for products."""
+    return {slot.name: read_slot(slot, checkpoint, dtype) for slot in wanted if slot.name not in weights.PACKABLE}
+
+
+def _matrices(wanted: Iterable[Slot]) -> list[Slot]:
+    return [slot for slot in wanted if slot.name in weights.PACKABLE]
 
 
 def _norm(config: ModelConfig, held: Held, name: str) -> Norm | None:

@@ -5,7 +5,7 @@ Shape suffixes: T tokens, H width, R rows, C columns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.quantised import Quantised, Tile
 from ..checkpoint.tensors import StoredRows, TensorEntry
-from ..component.actor import Batch, RowsFailed
+from ..component.actor import Batch, Context, RowsFailed
 from ..errors import NotFinite
 from .kernels import packed
 from .kernels.packed import Packed
@@ -99,6 +99,13 @@ def read_matrix(
     return matrix
 
 
+def read_matrices(
+    slots: Iterable[Slot], checkpoint: Checkpoint, dtype: torch.dtype, context: Context
+) -> dict[str, torch.Tensor | Packed]:
+    """Read matrices for products as an actor needs them, by the names of their slots (`read_matrix`)."""
+    return {slot.name: read_matrix(slot, checkpoint, dtype, context.precision, context.fast) for slot in slots}
+
+
 def _packed(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, precision: str) -> Packed:
     held = packed_as(slot, checkpoint, precision)
     entries = [checkpoint.tensors[name] for name, _ in slot.parts]
@@ -152,11 +159,18 @@ class Norm:
         self._eps = config.norm_eps
         self.weight_H = weight_H
         self.bias_H = bias_H
+        self._wide: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def factors(self) -> torch.Tensor:
         """Return the factors of the normalised numbers, float32 [H]."""
         wide_H = self.weight_H.float().contiguous()
         return 1.0 + wide_H if self._kind == "rms_plus_one" else wide_H
+
+    def before(self, matrix: Packed, hidden_TH: torch.Tensor) -> torch.Tensor:
+        """Return a matrix times the norm of bfloat16 or float32 [T, H], in float32 throughout: [T, R]."""
+        if self._wide is None:
+            self._wide = self.factors(), self.bias_H.float().contiguous() if self.bias_H is not None else None
+        return matrix.after_norm(hidden_TH, *self._wide, self._kind == "layer", self._eps)
 
     def __call__(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         if self._kind == "layer":

@@ -166,7 +166,7 @@ def needs(
         yield from slot.needs()
 
 
-PACKABLE = ("qkv", "out", "up", "down", "head")
+PACKABLE = ("qkv", "out", "up", "down", "head", "cross_query", "cross_kv", "cross_out")
 """Slots whose matrices the kernels can hold packed."""
 BITS = {"bfloat16": 16.0, "int8": 8.5, "int4": 5.0}
 """Bits per packed weight, with its share of the scales and least values."""
@@ -200,15 +200,25 @@ def forms(checkpoint: Checkpoint, precision: str, dtype: str) -> list[tuple[str,
     Only those of layers and head count that this package's own blocks run.
     """
     config = checkpoint.config
-    if not config.native or config.encoder is not None:
+    if not config.native:
         return []
     counted: Counter[tuple[str, str]] = Counter()
-    for slot in slots(BUILT_IN["model"], replace(config, tied=False), (0, config.layers - 1)):
+    for slot in _all_matrices(config):
         if slot.name in PACKABLE and all(name in checkpoint.tensors for name, _ in slot.parts):
             stored = "/".join(sorted({checkpoint.tensors[name].stored for name, _ in slot.parts}))
             held = packed_as(slot, checkpoint, precision) if precision != "dtype" and packs(slot) else dtype
             counted[stored, held] += 1
     return [(stored, held, count) for (stored, held), count in sorted(counted.items())]
+
+
+def _all_matrices(config: ModelConfig) -> Iterator[Slot]:
+    """Yield the slots of all layers and of the head, among others."""
+    if config.encoder is None:
+        yield from slots(BUILT_IN["model"], replace(config, tied=False), (0, config.layers - 1))
+        return
+    for kind, layers in (("encoder", config.encoder.layers), ("decoder", config.layers)):
+        yield from slots(BUILT_IN[kind], config, (0, layers - 1))
+    yield from seq2seq_weights.head(config)
 
 
 MOST_QUERIES, MOST_WIDTH = 32, 512
@@ -221,7 +231,7 @@ def by_kernels(config: ModelConfig) -> bool:
     Of a mixture of experts they run attention, and products alone for the experts, which are other actors.
     """
     return (
-        config.native and config.encoder is None
+        (config.native or config.experts > 0) and config.encoder is None
         and not (config.norm == "layer" and (config.head_norms or config.post_norms))
         and config.head_dim % 32 == 0 and config.hidden % 32 == 0 and config.intermediate % 32 == 0
         and config.heads // config.kv_heads <= MOST_QUERIES and config.head_dim <= MOST_WIDTH

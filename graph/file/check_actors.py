@@ -90,7 +90,7 @@ class ActorCheck(Findings):
             return
         if self.file.model.dtype != "bfloat16":
             why = f"needs dtype bfloat16, got {self.file.model.dtype}"
-        elif not config.native or config.encoder is not None:
+        elif not config.native:
             why = f"needs a family that Ranvier's built-in blocks run, got {config.family}"
         elif native.library() is None:
             why = "needs a processor with AVX2, and a C compiler when the package is installed"

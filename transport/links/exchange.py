@@ -35,7 +35,7 @@ from .link_state import Outbound, Received, ReceivingLink, SendingLink, Sent, Un
 from .window import Outgoing, ReceiveWindow, SendWindow
 from .wire import Arrival
 
-ACK_DELAY_S = 0.001
+ACK_DELAY_S = 0.02
 """Seconds without work after which the driver of an exchange calls `idle`, if it `owes` an acknowledgement."""
 TICK_S = 1.0
 """Seconds between two calls of `tick`."""

@@ -187,6 +187,8 @@ int64_t ranvier_product_room(int tokens, int columns) { return (int64_t)prepared
 
 /* Compute out [tokens, rows] = tokens [tokens, columns] times the matrix, all float32. `room`: see `ranvier_product_room`. */
 void ranvier_multiply(const Matrix *matrix, const float *from, int tokens, float *out, uint8_t *room) {
+    if (!tokens) /* as for an expert that no token goes to */
+        return;
     begin();
     product(matrix, from, tokens, out, room);
     end();

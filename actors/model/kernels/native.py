@@ -57,6 +57,10 @@ _SIGNATURES = {
     "ranvier_step": (_int, (_at, _at, _int, _at, _at, _int, _long, _at)),
     "ranvier_product_room": (_long, (_int, _int)),
     "ranvier_multiply": (None, (_at, _at, _int, _at, _at)),
+    "ranvier_rows": (None, (_at, _at, _int, _int, _at)),
+    "ranvier_head_room": (_long, (_int, _int)),
+    "ranvier_head": (None, (_at, _at, _at, _int, ctypes.c_float, _at, _int, _int, _at, _at)),
+    "ranvier_largest": (_long, (_at, _long)),
     "ranvier_finite": (_int, (_at, _long, _int, ctypes.c_uint32)),
 }
 """Result and arguments of the functions that are called in every step: so ctypes takes plain numbers, and is faster."""

@@ -2,6 +2,36 @@
 
    Included by the file of each instruction set. */
 
+/* Write some rows of a packed matrix, [count, columns] in float32 or, if `narrow`, rounded to bfloat16. */
+void ranvier_rows(const Matrix *matrix, const int64_t *rows, int count, int narrow, void *to) {
+    int columns = matrix->columns, blocks = columns / BLOCK, step = matrix->kind == INT4 ? 8 : 4;
+    for (int i = 0; i < count; i++)
+        for (int block = 0; block < blocks; block++) {
+            size_t tile = rows[i] / TILE, row = rows[i] % TILE, place = (tile * blocks + block) * TILE + row;
+            float wide[BLOCK];
+            if (matrix->kind == BFLOAT16) {
+                const uint16_t *own = (const uint16_t *)matrix->data + (tile * columns + block * BLOCK) * TILE + 2 * row;
+                for (int n = 0; n < BLOCK; n++) {
+                    uint32_t bits = (uint32_t)own[n / 2 * 2 * TILE + n % 2] << 16;
+                    memcpy(wide + n, &bits, 4);
+                }
+            } else {
+                float scale = _cvtsh_ss(matrix->scales[place]);
+                float under = matrix->kind == INT4 ? _cvtsh_ss(matrix->least[place]) : -128.0f * scale;
+                const uint8_t *own = (const uint8_t *)matrix->data + ((tile * columns + block * BLOCK) / step * TILE + row) * 4;
+                for (int at = 0; at < BLOCK; at += step, own += TILE * 4)
+                    for (int n = 0; n < step; n++) /* the product has at most 19 bits, so nothing is rounded twice */
+                        wide[at + n] = scale * (float)(step == 4 ? own[n] : n < 4 ? own[n] & 15 : own[n - 4] >> 4) + under;
+            }
+            size_t at = (size_t)i * columns + block * BLOCK;
+            if (narrow) {
+                f_to_bfloat16((uint16_t *)to + at, f_load(wide));
+                f_to_bfloat16((uint16_t *)to + at + 16, f_load(wide + 16));
+            } else
+                memcpy((float *)to + at, wide, sizeof wide);
+        }
+}
+
 /* Write bfloat16 [rows, columns] as tiles. */
 void ranvier_pack_bfloat16(const uint16_t *from, int rows, int columns, uint16_t *to) {
     for (int tile = 0; tile < rows / TILE; tile++)

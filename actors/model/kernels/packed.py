@@ -79,20 +79,20 @@ class Packed:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._held)
 
-    def rows(self, index_T: torch.Tensor) -> torch.Tensor:
-        """Return some rows [T, C]: as bfloat16 if the matrix holds that, else as float32."""
-        rows, columns = self.shape
-        tile, row = index_T // TILE, index_T % TILE
-        wide = {BFLOAT16: 2, INT8: 4, INT4: 4}[self.kind]
-        data = self._held[0].view(torch.bfloat16 if self.kind == BFLOAT16 else torch.uint8)
-        chosen = data.view(rows // TILE, -1, TILE, wide)[tile, :, row]
-        if self.kind == BFLOAT16:
-            return chosen.flatten(1)
-        if self.kind == INT4:
-            chosen = torch.cat((chosen & 15, chosen >> 4), -1)
-        scale, *least = (held[tile, :, row].float()[..., None] for held in self._held[1:])
-        whole = chosen.view(len(index_T), -1, BLOCK).float()
-        return ((whole - 128) * scale if self.kind == INT8 else whole * scale + least[0]).view(-1, columns)
+    def rows(self, index_T: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return some rows [T, C] in float32 or bfloat16.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        wanted_T = index_T.long().contiguous()
+        rows = self.shape[0]
+        if any(not 0 <= row < rows for row in wanted_T.tolist()):
+            raise IndexError(f"expected rows from 0 to {rows - 1}, got {wanted_T.tolist()}")
+        made_TC = torch.empty(len(wanted_T), self.shape[1], dtype=dtype)
+        narrow = dtype is torch.bfloat16
+        library().ranvier_rows(self._at, wanted_T.data_ptr(), len(wanted_T), narrow, made_TC.data_ptr())
+        return made_TC
 
     def multiply(self, tokens_TC: torch.Tensor) -> torch.Tensor:
         """Return the products [T, R] in the dtype of the tokens."""
@@ -103,6 +103,23 @@ class Packed:
         room = torch.empty(library().ranvier_product_room(count, columns), dtype=torch.uint8)
         library().ranvier_multiply(self._at, wide.data_ptr(), count, made.data_ptr(), room.data_ptr())
         return made.to(tokens_TC.dtype)
+
+    def after_norm(
+        self, tokens_TC: torch.Tensor, weight_C: torch.Tensor, shift_C: torch.Tensor | None, centred: bool, eps: float
+    ) -> torch.Tensor:
+        """Return the products [T, R] with the norm of the tokens, in float32 throughout.
+
+        The tokens are in bfloat16 or float32. `weight_C` and `shift_C` of the norm are in float32.
+        """
+        count, columns = tokens_TC.shape
+        tokens_TC = tokens_TC.contiguous()
+        made_TR = torch.empty(count, self.shape[0])
+        room = torch.empty(library().ranvier_head_room(count, columns), dtype=torch.uint8)
+        library().ranvier_head(
+            self._at, weight_C.data_ptr(), shift_C.data_ptr() if shift_C is not None else None, centred, eps,
+            tokens_TC.data_ptr(), tokens_TC.dtype is torch.bfloat16, count, made_TR.data_ptr(), room.data_ptr(),
+        )  # fmt: skip
+        return made_TR
 
 
 def pack_bfloat16(weight_RC: torch.Tensor) -> Packed:

@@ -281,3 +281,55 @@ int ranvier_step(
     end();
     return ranvier_finite(to, (int64_t)(tokens * H), !narrow, narrow ? 0x7F80 : 0x7F800000);
 }
+
+/* Return how many bytes `ranvier_head` needs. */
+int64_t ranvier_head_room(int tokens, int columns) {
+    return 2 * (int64_t)tokens * columns * 4 + (int64_t)prepared_bytes(tokens, columns) + 128;
+}
+
+/* Compute the logits `to` [tokens, rows] in float32: the norm of `from` [tokens, columns], in float32 or, if `narrow`, bfloat16,
+   times the matrix. `weight` and `shift` (or NULL) belong to the norm, which is `centred` or not. */
+void ranvier_head(
+    const Matrix *matrix, const float *weight, const float *shift, int is_centred, float eps, const void *from, int narrow, int tokens,
+    float *to, uint8_t *room) {
+    Group group = {.hidden = matrix->columns, .centred = is_centred, .eps = eps};
+    Step s = {.group = &group, .weight = weight, .shift = shift, .from = from};
+    float *wide = (float *)next_line(room);
+    s.norm = wide + (size_t)tokens * matrix->columns;
+    s.hidden = narrow ? wide : (float *)from;
+    begin();
+    if (narrow)
+        each(tokens, tokens_in, &s);
+    each(tokens, normed, &s);
+    product(matrix, s.norm, tokens, to, next_line(s.norm + (size_t)tokens * matrix->columns));
+    end();
+}
+
+/* Return the place of the largest of `count` numbers, the first one if there are several; NaN is the largest. */
+int64_t ranvier_largest(const float *numbers, int64_t count) {
+    enum { AT_ONCE = 64 };
+    int64_t whole = count / AT_ONCE * AT_ONCE;
+    float most = -INFINITY;
+    for (int64_t i = 0; i < whole; i += AT_ONCE) {
+        F two = f_max(f_load(numbers + i), f_load(numbers + i + 16));
+        F all = f_max(two, f_max(f_load(numbers + i + 32), f_load(numbers + i + 48)));
+        float here = f_most(all);
+        most = here > most ? here : most;
+    }
+    for (int64_t i = whole; i < count; i++)
+        most = numbers[i] > most ? numbers[i] : most;
+    int64_t first = -1, wrong = -1;
+    for (int64_t i = 0; i < count && wrong < 0; i += AT_ONCE) {
+        int64_t end = i + AT_ONCE < count ? i + AT_ONCE : count;
+        int found = 0;
+        for (int64_t n = i; n < end; n++)
+            found |= !(numbers[n] < most); /* also for NaN */
+        for (int64_t n = i; found && n < end && wrong < 0; n++) {
+            if (numbers[n] == most && first < 0)
+                first = n;
+            if (numbers[n] != numbers[n])
+                wrong = n;
+        }
+    }
+    return wrong >= 0 ? wrong : first >= 0 ? first : 0;
+}

@@ -198,7 +198,8 @@ def test_a_config_that_cannot_be(change: dict[str, Any], words: str, folder: Pat
 
 
 @pytest.mark.parametrize(
-    "change", [{"hidden_act": "gelu"}, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}]
+    "change",
+    [{"hidden_act": "gelu_fast"}, {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}],
 )
 def test_what_the_native_blocks_do_not_have_is_left_to_transformers(change: dict[str, Any], folder: Path) -> None:
     """Leave a known family with an unsupported feature to transformers, rather than compute it wrongly."""

@@ -120,7 +120,9 @@ def test_tiles_hold_what_they_can_without_rounding(form: str, tmp_path: Path) ->
         entry.read_into(numbers)
         for tile in {"int4": ("int4", "int8"), "int8": ("int8",)}[entry.tile]:
             made = packed.pack_codes([entry.codes(tile), entry.codes(tile)], KINDS[tile])
-            assert torch.equal(made.rows(torch.arange(2 * entry.shape[0])), torch.cat((numbers, numbers)))
+            assert torch.equal(
+                made.rows(torch.arange(2 * entry.shape[0]), torch.float32), torch.cat((numbers, numbers))
+            )
 
 
 def scores(folder: Path, tokens: torch.Tensor, dtype: str, precision: str) -> torch.Tensor:

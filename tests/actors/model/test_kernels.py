@@ -5,6 +5,7 @@ Each test runs with every instruction set that this processor has.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable
@@ -19,9 +20,11 @@ from gguf.quants import dequantize, quantize
 
 from ranvier.actors.checkpoint import open_checkpoint
 from ranvier.actors.checkpoint.checkpoint import Checkpoint
+from ranvier.actors.component.actor import Batch, Context
 from ranvier.actors.component.session import SessionInfo
 from ranvier.actors.errors import CheckpointError, NotFinite
 from ranvier.actors.model.blocks import Blocks
+from ranvier.actors.model.experts import Attention, Combine, Experts
 from ranvier.actors.model.kernels import native, packed
 from ranvier.actors.model.kernels.packed import (
     BFLOAT16,
@@ -35,6 +38,7 @@ from ranvier.actors.model.kernels.packed import (
     pack_whole,
     read_stored,
 )
+from ranvier.actors.model.seq2seq import Decoder, Encoder, EncoderEmbedding, Seq2SeqHead, SourceEmbedding
 from ranvier.actors.model.tensors import make_sure_of_finite
 from ranvier.transport.format.header import Row
 
@@ -154,8 +158,8 @@ def test_what_gguf_holds_is_kept_as_it_is(kind: str, name: str, tmp_path: Path) 
     tokens = whole_tokens(4, 64)
     assert torch.allclose(packed.multiply(tokens), tokens @ both.T, rtol=1e-4, atol=0.05)
     index = torch.tensor([0, 63, 64, 17, 100, 17])
-    assert torch.equal(packed.rows(index), both[index])
-    assert torch.equal(pack_stored([stored, stored], BFLOAT16).rows(index), both[index].bfloat16())
+    assert torch.equal(packed.rows(index, torch.float32), both[index])
+    assert torch.equal(pack_stored([stored, stored], BFLOAT16).rows(index, torch.bfloat16), both[index].bfloat16())
     assert torch.equal(read_stored(stored), expected.bfloat16())
 
 
@@ -183,6 +187,8 @@ CONFIGS = [
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    ("gpt2", {}),
+    ("llama", {"attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}),
 ]
 SIZES = {
     "vocab_size": 320, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -190,10 +196,19 @@ SIZES = {
 }  # fmt: skip
 
 
+GPT2 = {
+    "vocab_size": 320, "n_embd": 128, "n_inner": 192, "n_layer": 3, "n_head": 4, "n_positions": 256,
+    "initializer_range": 0.1,
+}  # fmt: skip
+
+
 def hidden_after(oracle: Any, hidden_PH: torch.Tensor) -> torch.Tensor:
     """Return what transformers' layers make of these hidden states, before the final norm."""
     kept = []
-    handle = oracle.model.layers[-1].register_forward_hook(lambda *call: kept.append(call[2]))
+    layers = oracle.transformer.h if hasattr(oracle, "transformer") else oracle.model.layers
+    if hasattr(oracle, "transformer"):  # it adds the positions to what it is given
+        hidden_PH = hidden_PH - oracle.transformer.wpe.weight[: len(hidden_PH)]
+    handle = layers[-1].register_forward_hook(lambda *call: kept.append(call[2]))
     with torch.inference_mode():
         oracle(inputs_embeds=hidden_PH[None])
     handle.remove()
@@ -213,7 +228,7 @@ def test_steps_are_those_of_transformers(
     every window.
     """
     name = f"kernels {family} {sorted(changes)}"
-    folder, oracle = tiny(name, family, **{**SIZES, **changes})
+    folder, oracle = tiny(name, family, **{**(GPT2 if family == "gpt2" else SIZES), **changes})
     blocks = Blocks(open_checkpoint(folder), (0, 2), torch.bfloat16, 500, lambda _: None, precision)
     assert isinstance(blocks.blocks[0].qkv, Packed)
     assert blocks._compiled is not None
@@ -237,6 +252,123 @@ def test_steps_are_those_of_transformers(
     assert sum(errors) / len(errors) < mean
     assert max(errors) < 2 * mean
     assert [cache.length for cache in blocks.cache.sessions.values()] == [40, 31]
+
+
+@pytest.mark.parametrize(("precision", "mean"), [("dtype", 0.01), ("int8", 0.03)])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_a_mixture_of_experts_is_that_of_transformers(family: str, precision: str, mean: float, tiny: Any) -> None:
+    """Let attention, experts and a shared expert go through the kernels, a prompt and then single tokens."""
+    choices = {"num_local_experts": 4} if family == "mixtral" else {"num_experts": 4, "decoder_sparse_step": 1}
+    more = {"moe_intermediate_size": 96, "shared_expert_intermediate_size": 160} if family == "qwen2_moe" else {}
+    sizes = {**SIZES, "num_hidden_layers": 1, "num_experts_per_tok": 2}
+    folder, oracle = tiny(f"kernels {family}", family, **sizes, **choices, **more)
+    checkpoint = open_checkpoint(folder)
+    attention, experts, combine = Attention(), Experts(), Combine()
+    for actor in (attention, experts, combine):
+        actor.load(
+            Context("a", {}, lambda _: None, checkpoint, "bfloat16", (0, 0), 500, experts=(0, 3), precision=precision)
+        )
+    assert attention.layer._compiled is not None
+    assert all(isinstance(matrix, Packed) for held in experts.held.values() for matrix in held.values())
+    torch.manual_seed(5)
+    given = torch.randn(40, 128).bfloat16()
+    wanted = hidden_after(oracle, given.float())
+    attention.open(SessionInfo(1, 1, 60))
+    made = []
+    for first, last in itertools.pairwise([0, 23, *range(24, 41)]):
+        rows = (Row(1, 1, first, last - first),)
+        parts = attention.step(Batch(rows, {"hidden": given[first:last]}))
+        own = {port: part.rows for port, part in parts.items() if isinstance(part, Batch)}
+        tensors = {port: part[port] if isinstance(part, Batch) else part for port, part in parts.items()}
+        answers = experts.step(Batch(rows, tensors, own))
+        tensors |= {port: part[port] for port, part in answers.items() if isinstance(part, Batch)}
+        made.append(combine.step(Batch(rows, tensors))["hidden"])
+    errors = (torch.cat(made).float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+    # a token whose router hardly prefers one expert may go to another one than in float32
+    assert float(errors.median()) < mean
+    assert float((errors > 2 * mean).float().mean()) < 0.1
+
+
+SIDES = {
+    "t5": {
+        "vocab_size": 320, "d_model": 64, "d_kv": 32, "num_heads": 2, "d_ff": 96, "num_layers": 2,
+        "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+    },
+    "bart": {
+        "vocab_size": 320, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_position_embeddings": 64,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("precision", "most"), [("dtype", 0.02), ("int8", 0.04)])
+@pytest.mark.parametrize("family", SIDES)
+def test_an_encoder_decoder_is_that_of_transformers(family: str, precision: str, most: float, tmp_path: Path) -> None:
+    """Multiply by packed matrices on both sides and in the head: a source, then the decoder's tokens one by one."""
+    from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+    torch.manual_seed(7)
+    oracle = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(family, **SIDES[family])).eval()
+    with torch.no_grad():
+        for parameter in oracle.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    oracle.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    source, target = torch.randint(3, 320, (17,)), torch.randint(3, 320, (9,))
+    with torch.inference_mode():
+        wanted = oracle(input_ids=source[None], decoder_input_ids=target[None]).logits[0]
+
+    def loaded(actor: Any, layers: tuple[int, int] | None) -> Any:
+        actor.load(Context("a", {}, lambda _: None, checkpoint, "bfloat16", layers, 500, precision=precision))
+        return actor
+
+    read, encoder = loaded(EncoderEmbedding(), None), loaded(Encoder(), (0, 1))
+    embed, decoder, head = loaded(SourceEmbedding(), None), loaded(Decoder(), (0, 1)), loaded(Seq2SeqHead(), None)
+    for layer in (*encoder.stack.layers, *decoder.stack.layers):
+        assert all(isinstance(matrix, Packed) for matrix in layer._matrices.values())
+    assert isinstance(head.weight_VH, Packed)
+    row = Row(1, 1, 0, 17)
+    given = Batch((row,), read.step(Batch((row,), {"prompt": source})))
+    decoder.open(SessionInfo(1, 1, 60))
+    decoder.step(Batch((row,), {"memory": encoder.step(given)["hidden"]}))
+    made = []
+    for position in range(9):
+        rows = (Row(1, 1, position, 1),)
+        made.append(head.logits(decoder.forward(rows, embed.forward(rows, target[position : position + 1]))))
+    assert float((torch.cat(made) - wanted).norm() / wanted.norm()) < most
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh", "gelu", "relu"])
+def test_activations_are_those_of_torch(activation: str, tiny: Any) -> None:
+    """Compare a layer whose attention does nothing, over small and very large numbers."""
+    folder, oracle = tiny(f"kernels {activation}", **{**SIZES, "num_hidden_layers": 1, "hidden_act": activation})
+    with torch.no_grad():
+        oracle.model.layers[0].self_attn.o_proj.weight.zero_()
+        oracle.model.layers[0].mlp.gate_proj.weight.mul_(torch.logspace(-3, 2, 192)[:, None])
+    oracle.save_pretrained(folder)
+    blocks = Blocks(open_checkpoint(folder), (0, 0), torch.bfloat16, 500, lambda _: None)
+    assert blocks._compiled is not None
+    blocks.open(SessionInfo(1, 1, 60))
+    given = torch.randn(40, 128).bfloat16()
+    made, wanted = blocks.forward((Row(1, 1, 0, 40),), given), hidden_after(oracle, given.float())
+    assert float((made.float() - wanted).norm() / wanted.norm()) < 0.01
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 63, 64, 65, 1000])
+def test_the_largest_number_is_the_first_one(count: int) -> None:
+    """Find the largest logit as torch does: the first of several, NaN before all others."""
+    kernels = packed.library()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        logits = torch.randn(count).round(decimals=seed % 3)
+        if seed % 4 == 0:
+            logits[torch.randint(count, (2,))] = float("-inf")
+        if seed % 5 == 0:
+            logits[torch.randint(count, (2,))] = float("nan")
+        if seed == 7:
+            logits[:] = float("-inf")
+        largest = logits.isnan() if bool(logits.isnan().any()) else logits == logits.max()
+        assert kernels.ranvier_largest(logits.data_ptr(), count) == int(largest.int().argmax())
 
 
 @pytest.mark.parametrize("window", [None, 37])
@@ -362,8 +494,10 @@ chosen = native.libraries()[sys.argv[1]]
 packed.library = lambda: chosen
 matrices = [packed.pack_int8(weight), packed.pack_bfloat16(weight)]
 from ranvier.actors.checkpoint import open_checkpoint
+from ranvier.actors.component.actor import Batch, Context
 from ranvier.actors.component.session import SessionInfo
 from ranvier.actors.model.blocks import Blocks
+from ranvier.actors.model.experts import Attention, Combine, Experts
 from ranvier.transport.format.header import Row
 blocks = Blocks(open_checkpoint(pathlib.Path(sys.argv[2])), (0, 2), torch.bfloat16, 3000, lambda _: None)
 given = torch.randn(900, 128).bfloat16()

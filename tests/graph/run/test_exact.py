@@ -335,7 +335,7 @@ OTHERS = [
                    "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0, "max_position_embeddings": 128}),
     # A feature that the native llama lacks.
     ("llama", 4, {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 128,
-                  "hidden_act": "gelu"}),
+                  "hidden_act": "gelu_fast"}),
 ]  # fmt: skip
 
 
