@@ -18,10 +18,10 @@
 #define AMX_TOKENS 256  /* tokens that a product takes at a time: they stay in the second cache */
 #define AMX_COLUMNS 192 /* columns at a time, of more than 16 tokens: four tiles of weights stay in the first cache */
 #define AMX_BLOCKS 64   /* blocks of whole numbers at a time */
-#define FEW 4           /* tokens that are multiplied by vectors; the bits are the same */
-#define WHOLE_FROM 24   /* tokens from which whole numbers are multiplied by tiles; the bits are the same */
+#define TWO_FROM 64     /* more tokens than these are multiplied 32 at a time */
+#define WHOLE_FROM 64   /* tokens from which whole numbers are multiplied by tiles; the bits are the same */
 #define FAST_FROM 17    /* tokens from which a fast matrix takes only the high parts: fewer wait for the weights anyway */
-#define WIDEN_FROM 24   /* tokens from which a fast matrix of whole numbers is widened to bfloat16 */
+#define WIDEN_FROM 28   /* tokens from which a fast matrix of whole numbers is widened to bfloat16 */
 
 /* Ask the system for the permission to use tiles; return 1 if it is given. The threads of the process inherit it. */
 static int amx_permitted(void) { return !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */); }
@@ -102,7 +102,7 @@ INLINE void amx_32_tokens(
 }
 
 /* Add to the sums 0 to `rows` - 1 the products of 16 tokens with up to 64 rows. The memory that follows in each tile of rows is
-   fetched, `further` numbers from where it is read. */
+   fetched, `further` numbers from where it is read (0: nothing is). */
 INLINE void amx_16_tokens(
     Tiles w, const int rows, const uint16_t *high, const uint16_t *low, int steps, size_t further) {
     for (int k = 0; k < steps; k++) {
@@ -112,7 +112,7 @@ INLINE void amx_16_tokens(
 #define OF_ROW(i, tile) \
     if (rows > i) { \
         const uint16_t *own = w.at + i * w.row + k * w.column; \
-        for (int line = 0; line < 16; line++) \
+        for (int line = 0; further && line < 16; line++) \
             _mm_prefetch((const char *)own + 2 * further + line * w.line, _MM_HINT_T0); \
         _tile_loadd(tile, own, w.line); \
         _tile_dpbf16ps(i, 4, tile); \
@@ -124,65 +124,37 @@ INLINE void amx_16_tokens(
     }
 }
 
-/* Compute in `out` the products of up to FEW tokens with up to four tiles of 16 rows, by vectors: the same bits as by tiles, since a
-   tile's instruction adds the even and the odd columns of 32 one by one, then both sums, then this to what was there (Intel's
-   manual, TDPBF16PS). Memory is read faster so, if there is little to compute. `high` and `low` are float32. */
-INLINE void few_rows(
-    Tiles w, int steps, const float *high, const float *low, size_t x_step, float *out, size_t out_step, int more, int further,
-    const int count, const int tiles) {
-    F sum[FEW][4];
-    for (int t = 0; t < count; t++)
-        for (int i = 0; i < tiles; i++)
-            sum[t][i] = more ? f_load(out + t * out_step + i * TILE) : f_zero();
+/* Compute in `out` the products of one token with up to four tiles of 16 rows, by vectors: the same bits as by tiles, since a tile's
+   instruction adds the even and the odd columns of 32 one by one, then both sums, then this to what was there (Intel's manual,
+   TDPBF16PS). There is so little to compute that memory is read a little faster so. `high` and `low` are float32. */
+INLINE void one_token(Tiles w, int steps, const float *high, const float *low, float *out, const int tiles) {
+    F sum[4];
+    for (int i = 0; i < tiles; i++)
+        sum[i] = f_zero();
     for (int k = 0; k < steps; k++) {
-        F part[FEW][4][4];
-        for (int t = 0; t < count; t++)
-            for (int i = 0; i < tiles; i++)
-                part[t][i][0] = part[t][i][1] = part[t][i][2] = part[t][i][3] = f_zero();
+        F part[4][4];
+        for (int i = 0; i < tiles; i++)
+            part[i][0] = part[i][1] = part[i][2] = part[i][3] = f_zero();
 #pragma GCC unroll 4
         for (int pair = 0; pair < 16; pair++)
 #pragma GCC unroll 4
             for (int i = 0; i < tiles; i++) {
                 const uint16_t *own = w.at + i * w.row + k * w.column + pair * (w.line / 2);
-                _mm_prefetch((const char *)(own + further), _MM_HINT_T0);
+                _mm_prefetch((const char *)(own + 1024), _MM_HINT_T0);
                 F even = f_first(own), odd = f_second(own);
-#pragma GCC unroll 4
-                for (int t = 0; t < count; t++) {
-                    size_t at = t * x_step + k * 32 + 2 * pair;
-                    part[t][i][0] = f_fma(even, f_all(high[at]), part[t][i][0]);
-                    part[t][i][1] = f_fma(odd, f_all(high[at + 1]), part[t][i][1]);
-                    if (low) {
-                        part[t][i][2] = f_fma(even, f_all(low[at]), part[t][i][2]);
-                        part[t][i][3] = f_fma(odd, f_all(low[at + 1]), part[t][i][3]);
-                    }
-                }
+                size_t at = k * 32 + 2 * pair;
+                part[i][0] = f_fma(even, f_all(high[at]), part[i][0]);
+                part[i][1] = f_fma(odd, f_all(high[at + 1]), part[i][1]);
+                part[i][2] = f_fma(even, f_all(low[at]), part[i][2]);
+                part[i][3] = f_fma(odd, f_all(low[at + 1]), part[i][3]);
             }
-        for (int t = 0; t < count; t++)
-            for (int i = 0; i < tiles; i++) {
-                sum[t][i] = f_add(sum[t][i], f_add(part[t][i][0], part[t][i][1]));
-                if (low)
-                    sum[t][i] = f_add(sum[t][i], f_add(part[t][i][2], part[t][i][3]));
-            }
-    }
-    for (int t = 0; t < count; t++)
-        for (int i = 0; i < tiles; i++)
-            f_store(out + t * out_step + i * TILE, sum[t][i]);
-}
-
-static void few_any(
-    Tiles w, int tiles, int steps, const float *high, const float *low, size_t x_step, float *out, size_t out_step, int more,
-    int further, int count) {
-#define ROWS(n, of) few_rows(w, steps, high, low, x_step, out, out_step, more, further, n, of)
-    for (; tiles >= 4 && count == 1; tiles -= 4, w.at += 4 * w.row, out += 4 * TILE)
-        ROWS(1, 4);
-    for (; tiles; tiles--, w.at += w.row, out += TILE)
-        switch (count) {
-        case 1: ROWS(1, 1); break;
-        case 2: ROWS(2, 1); break;
-        case 3: ROWS(3, 1); break;
-        default: ROWS(4, 1);
+        for (int i = 0; i < tiles; i++) {
+            sum[i] = f_add(sum[i], f_add(part[i][0], part[i][1]));
+            sum[i] = f_add(sum[i], f_add(part[i][2], part[i][3]));
         }
-#undef ROWS
+    }
+    for (int i = 0; i < tiles; i++)
+        f_store(out + i * TILE, sum[i]);
 }
 
 /* Split 16 numbers into high and low parts, as float32. */
@@ -284,7 +256,7 @@ static void amx_group(const Product *p, int tile, const int tiles, int first, in
                     widened(m, tile + i, c, some, amx_widened + i * some * TILE, INT8);
             w = (Tiles){amx_widened, (size_t)some * TILE, 512, 64};
         }
-        for (; t + 32 <= padded; t += 32)
+        for (; padded > TWO_FROM && t + 32 <= padded; t += 32)
             for (int r = 0; r < tiles; r += 2) {
                 const uint16_t *h = high + t / 16 * token_row + c * 16, *l = low ? low + t / 16 * token_row + c * 16 : NULL;
                 float *upper = amx_sums[t / 16 * 4 + r], *lower = amx_sums[t / 16 * 4 + 4 + r];
@@ -310,7 +282,7 @@ static void amx_group(const Product *p, int tile, const int tiles, int first, in
                     amx_store(upper, lower, NULL, NULL, 64);
                 }
             }
-        if (t < padded) {
+        for (; t < padded; t += 16) {
             const uint16_t *h = high + t / 16 * token_row + c * 16, *l = low ? low + t / 16 * token_row + c * 16 : NULL;
             float *a = amx_sums[t / 16 * 4], *b = tiles > 1 ? a + 256 : NULL;
             float *d = tiles > 2 ? a + 512 : NULL, *e = tiles > 3 ? a + 768 : NULL;
@@ -318,7 +290,10 @@ static void amx_group(const Product *p, int tile, const int tiles, int first, in
                 amx_load(a, b, d, e, 64);
             else
                 amx_zero();
-            amx_16_tokens(w, tiles, h, l, steps, 2048);
+            if (t)
+                amx_16_tokens(w, tiles, h, l, steps, 0);
+            else
+                amx_16_tokens(w, tiles, h, l, steps, 2048);
             amx_store(a, b, d, e, 64);
         }
     }
@@ -403,9 +378,11 @@ static void amx_chunk(void *context, int chunk) {
         unsigned before = without_denormals();
         size_t step = (size_t)TILE * columns;
         Tiles own = {(const uint16_t *)p->matrix->data + from * step, step, 512, 64};
-        few_any(
-            own, to - from, columns / 32, p->tokens->wide, p->tokens->wide_low, columns, p->out + from * TILE, p->matrix->rows,
-            0, 1024, tokens);
+        float *out = p->out + from * TILE;
+        for (; to - from >= 4; from += 4, own.at += 4 * step, out += 4 * TILE)
+            one_token(own, columns / 32, p->tokens->wide, p->tokens->wide_low, out, 4);
+        for (; from < to; from++, own.at += step, out += TILE)
+            one_token(own, columns / 32, p->tokens->wide, p->tokens->wide_low, out, 1);
         _mm_setcsr(before);
         return;
     }

@@ -68,7 +68,7 @@ static void multiply(const Matrix *matrix, const Tokens *tokens, float *out) {
     Product product = {matrix, tokens, out, each};
 #ifdef AMX
     if (tokens->wide || tokens->high || tokens->in_tiles) {
-        product.tiles_a_chunk = each = amx_tiles(tiles, each);
+        product.tiles_a_chunk = each = tokens->in_tiles ? each : amx_tiles(tiles, each);
         share(amx_chunk, &product, (tiles + each - 1) / each);
         return;
     }
@@ -113,7 +113,7 @@ typedef struct {
 } Narrowing;
 
 #ifdef AMX
-/* Write a token's high and low parts as float32. */
+/* Write the only token's high and low parts as float32. */
 static void widened_parts(const void *context, int token) {
     const Narrowing *n = context;
     size_t all = (size_t)n->tokens * n->columns;
@@ -150,7 +150,7 @@ static Tokens prepared(const Matrix *matrix, const float *from, int tokens, uint
 #ifdef AMX
     if (matrix->kind == BFLOAT16 || (matrix->fast && tokens >= WIDEN_FROM)) {
         Narrowing narrowing = {from, columns, tokens, (uint16_t *)room, NULL};
-        if (tokens <= FEW) {
+        if (tokens == 1) {
             each(tokens, widened_parts, &narrowing);
             return (Tokens){.tokens = tokens, .wide = (float *)room, .wide_low = (float *)room + (size_t)tokens * columns};
         }

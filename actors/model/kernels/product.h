@@ -122,7 +122,7 @@ static void tile_any(
 /* Tokens as the products need them. */
 typedef struct {
     int tokens;
-    const float *wide;      /* [tokens, columns], for weights in bfloat16 (with AMX, of few tokens, the high parts); */
+    const float *wide;      /* [tokens, columns], for weights in bfloat16 (with AMX, of one token, the high parts); */
     const float *wide_low;  /* with AMX, their low parts; or, if the set has products of `pairs`, */
     const uint16_t *narrow; /* the same, rounded to bfloat16 */
     const uint16_t *high;   /* or, with AMX, their high and low parts in tiles (amx.h); */
