@@ -11,7 +11,9 @@ from . import schema
 from .check_actors import ActorCheck
 from .check_edges import EdgeCheck
 from .check_hosts import HostCheck
+from .check_model import ModelCheck
 from .check_replicas import ReplicaCheck
+from .check_wires import WireCheck
 from .checked import Graph
 from .errors import Problem
 from .load import read
@@ -36,11 +38,13 @@ def load(path: str | Path, *, allow_code: bool = False, overrides: Mapping[str, 
     check = ActorCheck(document, file, problems, path.parent, allow_code)
     check.names()
     found = check.kinds()
-    checkpoint = check.checkpoint(found)
+    model = ModelCheck(document, file, problems, path.parent)
+    checkpoint = model.checkpoint(found)
     check.stop_if_wrong()
     actors = check.actors(found, checkpoint)
-    check.endpoints()
-    check.keys()
+    wires = WireCheck(document, file, problems, path.parent)
+    wires.endpoints()
+    wires.keys()
     HostCheck(document, file, problems).hosts()
     check.stop_if_wrong()
     check.layers(actors, checkpoint)
@@ -56,7 +60,7 @@ def load(path: str | Path, *, allow_code: bool = False, overrides: Mapping[str, 
     between.order(edges, checkpoint)
     between.stop_if_wrong()
     graph = Graph(
-        path, file, checkpoint, actors, tuple(edges), dict(overrides or {}), allow_code, tuple(check.warnings)
+        path, file, checkpoint, actors, tuple(edges), dict(overrides or {}), allow_code, tuple(model.warnings)
     )
     check.journal(graph.generates)
     copies = ReplicaCheck(document, file, problems, actors)

@@ -9,16 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ranvier.actors.checkpoint import Checkpoint, ModelConfig, open_checkpoint
+from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.component import kinds
 from ranvier.actors.component.kinds import BUILT_IN, Kind, KindError
 from ranvier.actors.errors import CheckpointError
 from ranvier.actors.model import weights
-from ranvier.actors.model.kernels import native
 from ranvier.actors.protocol.host_spec import GATEWAY
-from ranvier.transport.format.errors import AddressError, KeyFileError
 from ranvier.transport.format.tensor_spec import TensorSpec
-from ranvier.transport.wires import curve, endpoint
 
 from . import source
 from .checked import CheckedActor, Ports
@@ -38,7 +35,6 @@ class ActorCheck(Findings):
         self.folder = folder
         self.allow_code = allow_code
         self.modules: dict[str, Any] = {}
-        self.warnings: list[str] = []
 
     def names(self) -> None:
         if GATEWAY in self.file.actors:
@@ -57,63 +53,6 @@ class ActorCheck(Findings):
             except KindError as error:
                 self._wrong(f"actor {name}: {error}", "actors", name, "kind")
         return found
-
-    def checkpoint(self, found: Mapping[str, Kind]) -> Checkpoint | None:
-        using = [name for name, kind in found.items() if kind.uses_model]
-        if self.file.model is None:
-            for name in using:
-                self._wrong(
-                    f"actor {name}: kind {found[name].name!r} needs a model; add model: {{source: …}}", "actors", name
-                )
-            return None
-        trusted = ("model", "source") in self.document.overridden
-        try:
-            found_there = open_checkpoint(source.resolve(self.file.model.source, self.folder, trusted))
-            self.warnings += weights.check_whole(found_there)
-            self._precision(found_there.config)
-            return found_there
-        except (source.SourceError, CheckpointError) as error:
-            self._wrong(f"model: {error}", "model", "source")
-            return None
-
-    def _precision(self, config: ModelConfig) -> None:
-        """Report a dtype or a weight format that the model, or this machine, does not support."""
-        assert self.file.model is not None
-        wanted, why = self.file.model.weights, None
-        if config.family in ("t5", "mt5") and self.file.model.dtype == "float16":
-            self._wrong(
-                f"model: {config.family} exceeds the range of float16; use bfloat16 or float32", "model", "dtype"
-            )
-        if self.file.model.products == "repeatable" and self.file.model.dtype != "float32":
-            self._repeatable(config)
-        if wanted == "dtype":
-            return
-        if self.file.model.dtype != "bfloat16":
-            why = f"needs dtype bfloat16, got {self.file.model.dtype}"
-        elif not config.native:
-            why = f"needs a family that Ranvier's built-in blocks run, got {config.family}"
-        elif native.library() is None:
-            why = "needs a processor with AVX2, and a C compiler when the package is installed"
-        if why is not None:
-            self._wrong(f"model: weights {wanted} {why}; remove the key", "model", "weights")
-
-    def _repeatable(self, config: ModelConfig) -> None:
-        """Report that products cannot be repeated here, whatever the number of tokens: only the kernels can."""
-        assert self.file.model is not None
-        dtype = self.file.model.dtype
-        if dtype != "bfloat16":
-            why = f"need dtype bfloat16 or float32, got {dtype}"
-        elif not weights.by_kernels(config):
-            why = f"need a family that the kernels run, got {config.family}"
-        elif config.experts:
-            why = "need a model without a mixture of experts, whose router torch computes"
-        elif not weights.repeats(config):
-            why = f"need a vocabulary that is a multiple of 16, got {config.vocab}"
-        elif native.library() is None:
-            why = "need a processor with AVX2, and a C compiler when the package is installed"
-        else:
-            return
-        self._wrong(f"model: products repeatable {why}; remove the key", "model", "products")
 
     def actors(self, found: Mapping[str, Kind], checkpoint: Checkpoint | None) -> dict[str, CheckedActor]:
         actors = {}
@@ -372,102 +311,10 @@ class ActorCheck(Findings):
         if missing:
             self._wrong(f"{what} missing: {_ranges(missing)}; add them to an actor", "actors", key=True)
 
-    def keys(self) -> None:
-        """Check that the gateway and every actor have keys that nobody else can read."""
-        given = self.file.keys
-        if given is None:
-            return
-        inside = (self.folder / given).resolve().is_relative_to(self.folder.resolve())
-        if ("keys",) not in self.document.overridden and not inside:
-            self._wrong(f"keys {given!r} leaves the graph's folder; give it by --set keys=PATH if you mean it", "keys")
-            return
-        for name in (GATEWAY, *self.file.actors):
-            try:
-                curve.read(self.folder / given, name)
-            except KeyFileError as error:
-                self._wrong(str(error), "keys")
-                return
-
     def journal(self, generates: bool) -> None:
         """Check that a graph with a journal generates tokens, since a journal holds nothing else."""
         if self.file.journal and not generates:
             self._wrong("journal is for graphs that generate tokens; remove the key", "journal", key=True)
-
-    def endpoints(self) -> None:
-        self._transport()
-        taken: dict[str, str] = {}
-        for name, actor in self.file.actors.items():
-            if actor.endpoint is None:
-                continue
-            if self.file.transport == "local":
-                self._wrong(
-                    f"actor {name}: an endpoint belongs to transport ipc or tcp, and this graph has transport local; "
-                    "remove the endpoint, or change the transport",
-                    "actors", name, "endpoint", key=True,
-                )  # fmt: skip
-                continue
-            try:
-                where = endpoint.parse(
-                    endpoint.settled(actor.endpoint, self.folder), guarded=self.file.keys is not None
-                )
-                self._in_folder(name, where)
-            except AddressError as error:
-                self._wrong(f"actor {name}: {error}; change the endpoint", "actors", name, "endpoint")
-                continue
-            if where.scheme in ("inproc", "local"):
-                self._wrong(
-                    f"actor {name}: endpoint {where}: expected ipc or tcp, got {where.scheme}; use ipc or tcp",
-                    "actors", name, "endpoint",
-                )  # fmt: skip
-            elif not (where.scheme == "tcp" and where.port == 0):
-                if str(where) in taken:
-                    self._wrong(
-                        f"actor {name}: endpoint {where} is already used by {taken[str(where)]}; give each actor another "
-                        "endpoint",
-                        "actors", name, "endpoint",
-                    )  # fmt: skip
-                taken[str(where)] = name
-
-    def _transport(self) -> None:
-        """Check the form of `transport`, and that `shared_from_bytes` is set only for transport local."""
-        transport = self.file.transport
-        if transport != "local" and "shared_from_bytes" in self.file.model_fields_set:
-            self._wrong(
-                f"shared_from_bytes belongs to transport local, and this graph has transport {transport}; remove it, or set "
-                "transport: local",
-                "shared_from_bytes", key=True,
-            )  # fmt: skip
-        if transport in ("ipc", "local"):
-            return
-        try:
-            wrong = (
-                not transport.startswith("tcp://") or endpoint.parse(transport, guarded=self.file.keys is not None).port
-            )
-        except AddressError as error:
-            self._wrong(f"{error}; for example tcp://127.0.0.1", "transport")
-            return
-        if wrong:
-            self._wrong(
-                f"transport: expected ipc, local or tcp://address without a port, got {transport!r}; use ipc, local, or for "
-                "example tcp://127.0.0.1",
-                "transport",
-            )  # fmt: skip
-
-    def _in_folder(self, name: str, where: endpoint.Endpoint) -> None:
-        """Check that a socket lies in the graph's folder, at a path that is free. `--set` may put it elsewhere.
-
-        Raises:
-            AddressError: the socket lies elsewhere, or its path is taken.
-        """
-        if where.scheme != "ipc":
-            return
-        path = Path(where.location)
-        if ("actors", name, "endpoint") not in self.document.overridden and not path.parent.resolve().is_relative_to(
-            self.folder.resolve()
-        ):
-            raise AddressError(f"endpoint {str(where)!r} leaves the graph's folder; write {'ipc://./' + path.name!r}")
-        if path.is_symlink() or (path.exists() and not path.is_socket()):
-            raise AddressError(f"endpoint {str(where)!r}: there is a file that is not a socket")
 
 
 def _layers_of(kind: Kind, checkpoint: Checkpoint) -> int:
