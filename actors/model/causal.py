@@ -27,7 +27,7 @@ from .blocks import Blocks
 from .kernels import packed
 from .kernels.packed import Packed
 from .kv_cache import KVCache
-from .sampling import choose, log_probabilities
+from .sampling import as_they_are, choose, likeliest, log_probabilities
 from .tensors import Norm, product, read_matrix, read_slot, sent
 
 SCORED_AT_ONCE = 64
@@ -141,6 +141,7 @@ class _Stream:
         self.info = info
         self.tokens = list(info.log)
         self.known = len(info.log)
+        self.plain = as_they_are(info.sampling)
 
 
 class Head(Actor):
@@ -252,39 +253,44 @@ class Head(Actor):
         self, due: list[Row], logits_RV: torch.Tensor, failures: dict[Row, Exception]
     ) -> Mapping[str, torch.Tensor | Batch]:
         """Choose a token for each row, and add the errors of rows without finite logits to `failures`."""
-        allowed_RV = self.allowed(due, logits_RV)
+        allowed_RV = self.allowed(due, logits_RV).contiguous()
         drawn: list[_Drawn] = []
         for index, row in enumerate(due):
             try:
-                drawn.append(self._draw(row, allowed_RV[index], logits_RV[index]))
+                drawn.append(self._draw(row, allowed_RV, index))
             except NotFinite as error:
                 failures[row] = error
-        return _outputs(drawn) if drawn else {}
+        return _outputs(drawn, logits_RV) if drawn else {}
 
-    def _draw(self, row: Row, allowed_V: torch.Tensor, logits_V: torch.Tensor) -> _Drawn:
+    def _draw(self, row: Row, allowed_RV: torch.Tensor, index: int) -> _Drawn:
         stream = self.streams[row.session]
         info, position = stream.info, row.position + row.tokens
         del stream.tokens[position:]  # by position: repeating a step changes nothing
-        token = choose(allowed_V, info.sampling, position, stream.tokens, info.prompt_tokens, info.stop_tokens)
+        if stream.plain:
+            token = likeliest(allowed_RV, index)
+        else:
+            token = choose(
+                allowed_RV[index], info.sampling, position, stream.tokens, info.prompt_tokens, info.stop_tokens
+            )
         stream.tokens.append(token)
         goes_on = not info.finished(len(stream.tokens) - stream.known, token)
-        return _Drawn(Row(row.session, row.epoch, position, 1), token, goes_on, info, logits_V)
+        return _Drawn(Row(row.session, row.epoch, position, 1), token, goes_on, info, index)
 
     def held_bytes(self) -> int:
         return self.held
 
 
 class _Drawn(NamedTuple):
-    """Hold the token that was chosen for a row, and the logits that it was chosen from."""
+    """Hold the token that was chosen for a row, and which of the logits it was chosen from."""
 
     row: Row
     token: int
     goes_on: bool
     info: SessionInfo
-    logits: torch.Tensor
+    place: int
 
 
-def _outputs(drawn: list[_Drawn]) -> Mapping[str, torch.Tensor | Batch]:
+def _outputs(drawn: list[_Drawn], logits_RV: torch.Tensor) -> Mapping[str, torch.Tensor | Batch]:
     """Return the outputs of a head for the tokens that it has chosen."""
     outputs: dict[str, torch.Tensor | Batch] = {}
     going = [each for each in drawn if each.goes_on]
@@ -293,10 +299,10 @@ def _outputs(drawn: list[_Drawn]) -> Mapping[str, torch.Tensor | Batch]:
     outputs["sampled"] = _batch("sampled", drawn, torch.tensor([each.token for each in drawn]))
     asked = [each for each in drawn if each.info.logits]
     if asked:
-        outputs["logits"] = _batch("logits", asked, torch.stack([each.logits for each in asked]))
+        outputs["logits"] = _batch("logits", asked, logits_RV[[each.place for each in asked]])
     explained = [each for each in drawn if each.info.logprobs is not None]
     if explained:
-        rows = [log_probabilities(each.logits, each.token, each.info.logprobs or 0) for each in explained]
+        rows = [log_probabilities(logits_RV[each.place], each.token, each.info.logprobs or 0) for each in explained]
         outputs["logprobs"] = _batch("logprobs", explained, torch.stack(rows))
     return outputs
 

@@ -96,18 +96,31 @@ def choose(
         known = [token for token in stop_tokens if 0 <= token < logits_V.numel()]
         logits_V = logits_V.index_fill(0, torch.tensor(known, dtype=torch.long), float("-inf"))
     if sampling.greedy:
-        best_V = adjusted(logits_V, sampling, seen, prompt_tokens).contiguous()
-        kernels = packed.library()
-        count = best_V.numel()
-        token = int(best_V.argmax()) if kernels is None else kernels.ranvier_largest(best_V.data_ptr(), count)
-        # NaN is the largest for `argmax`, too. It is read from memory, without further operations of torch.
-        _make_sure_of(ctypes.c_float.from_address(best_V.data_ptr() + 4 * token).value)
-        return token
+        return likeliest(adjusted(logits_V, sampling, seen, prompt_tokens).contiguous()[None], 0)
     _make_sure_of(float(logits_V.max()))
     # float64: a draw must not fall into the rounding error at the end of the cumulative sum
     cumulative = filtered(logits_V, sampling, seen, prompt_tokens).double().softmax(-1).cumsum(-1)
     drawn = torch.searchsorted(cumulative, uniform(sampling.seed, position) * cumulative[-1], right=True)
     return min(int(drawn), int(cumulative.numel()) - 1)
+
+
+def as_they_are(sampling: Sampling) -> bool:
+    """Return whether each token is the likeliest one by the model's own logits, so that `likeliest` finds it."""
+    changed = sampling.presence_penalty or sampling.frequency_penalty or sampling.logit_bias or sampling.min_tokens
+    return sampling.greedy and not changed and sampling.repetition_penalty == 1
+
+
+def likeliest(logits_RV: torch.Tensor, row: int) -> int:
+    """Return the token with the largest logit of a row of contiguous float32 logits, with few operations of torch.
+
+    Raises:
+        NotFinite: the largest logit is not a finite number.
+    """
+    kernels, count = packed.library(), logits_RV.shape[1]
+    at = logits_RV.data_ptr() + 4 * count * row
+    token = int(logits_RV[row].argmax()) if kernels is None else kernels.ranvier_largest(at, count)
+    _make_sure_of(ctypes.c_float.from_address(at + 4 * token).value)  # NaN is the largest for both
+    return token
 
 
 def _make_sure_of(best: float) -> None:

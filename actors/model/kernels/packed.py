@@ -74,6 +74,7 @@ class Packed:
         pointers = [tensor.data_ptr() if tensor is not None else None for tensor in (data, scales, least)]
         self.matrix = Matrix(kind, rows, columns, False, *pointers)
         self._at = ctypes.byref(self.matrix)
+        self._room = torch.empty(0, dtype=torch.uint8)
 
     @property
     def nbytes(self) -> int:
@@ -114,10 +115,12 @@ class Packed:
         count, columns = tokens_TC.shape
         tokens_TC = tokens_TC.contiguous()
         made_TR = torch.empty(count, self.shape[0])
-        room = torch.empty(library().ranvier_head_room(count, columns), dtype=torch.uint8)
+        needed = library().ranvier_head_room(count, columns)
+        if self._room.numel() < needed:
+            self._room = torch.empty(needed, dtype=torch.uint8)
         library().ranvier_head(
             self._at, weight_C.data_ptr(), shift_C.data_ptr() if shift_C is not None else None, centred, eps,
-            tokens_TC.data_ptr(), tokens_TC.dtype is torch.bfloat16, count, made_TR.data_ptr(), room.data_ptr(),
+            tokens_TC.data_ptr(), tokens_TC.dtype is torch.bfloat16, count, made_TR.data_ptr(), self._room.data_ptr(),
         )  # fmt: skip
         return made_TR
 
