@@ -63,10 +63,10 @@ class _Row(ctypes.Structure):
 
 
 class Made(NamedTuple):
-    """Hold the hidden states [T, H] that a step has made, and whether all of them are finite."""
+    """Hold the hidden states [T, H] that a step has made, and whether all of them are finite (None: not known)."""
 
     hidden: torch.Tensor
-    finite: bool
+    finite: bool | None
 
 
 class Compiled:
@@ -139,14 +139,14 @@ class Compiled:
         report: Callable[[int, torch.Tensor], None],
     ) -> Made:
         """Compute the same as `step`, one layer at a time, and pass each layer's output to `report`, in float32."""
-        wide_TH, finite = hidden_TH.float(), True
+        wide_TH = hidden_TH.float()
         for index, layer in enumerate(self._layers):
             self._one.layer, self._one.first = ctypes.pointer(layer), index
             made_TH = torch.empty_like(wide_TH)
-            finite = self._through(ctypes.byref(self._one), rows, caches, wide_TH, made_TH)
+            self._through(ctypes.byref(self._one), rows, caches, wide_TH, made_TH)
             wide_TH = made_TH
             report(index, wide_TH)
-        return Made(wide_TH.to(hidden_TH.dtype), finite)
+        return Made(wide_TH.to(hidden_TH.dtype), None)
 
     def _through(
         self, group: Any, rows: Sequence[Row], caches: Sequence[BlockCache], from_TH: torch.Tensor, to_TH: torch.Tensor
