@@ -41,7 +41,7 @@ class AnyBlocks(Protocol):
 
     look: Look | None
     finite: bool | None
-    """Whether all numbers of the last step are finite; None: not known."""
+    """True if all numbers of the last step are finite, None if this is not known."""
 
     @property
     def cache(self) -> KVCache[Any]: ...

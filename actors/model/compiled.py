@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu")
-"""In the order of step.c."""
+"""The activations of feed-forward parts. Their order is that of step.c."""
 NORMS = ("norm_in", "norm_mid", "norm_query", "norm_key", "norm_attended", "norm_out")
 VECTORS = (*NORMS, "norm_in_bias", "norm_mid_bias", "qkv_bias", "out_bias", "up_bias", "down_bias")
-"""What a layer holds beside its matrices, in the order of step.c."""
+"""The vectors that a layer may have beside its matrices. Their order is that of step.c."""
 ROOM_STEP = 256
 """The workspace is asked for again only when the longest session has grown by so many positions."""
 

@@ -28,7 +28,6 @@ from ..protocol.control_protocol import (
     Command,
     Connect,
     Counters,
-    Explain,
     Failed,
     Heartbeat,
     HostMessage,
@@ -52,6 +51,7 @@ from ..protocol.refusals import Refusals, with_left_out
 from ..protocol.step_board import inside
 from ..protocol.training_spec import TrainingLink
 from .launcher import Launcher
+from .questions import Questions
 from .supervision import Supervision, Watched, by_process
 
 if TYPE_CHECKING:
@@ -105,9 +105,7 @@ class Supervisor:
         self._refusals = Refusals()
         self.refusals = 0
         """Number of messages and commands refused so far, logged or only counted."""
-        self._asked = 0
-        self._asking = trio.Lock()
-        self._situations: dict[str, Mapping[str, Any]] = {}
+        self._questions = Questions(self.send)
         self._wire = TrioWire(ZeroWire(SUPERVISOR, control, max_frame_bytes=MAX_BYTES))
         for spec in specs:
             self._wire.connect(spec.identity, spec.control)
@@ -297,20 +295,9 @@ class Supervisor:
         self.send([host.spec.identity for host in hosts if host is not None], command)
 
     async def situations(self, within_s: float) -> Mapping[str, Mapping[str, Any] | None]:
-        """Ask each host why it waits (situation.py). Return the answers by identity.
-
-        The answer is None for a host that does not answer within `within_s` seconds.
-        """
-        async with self._asking:
-            self._asked += 1
-            self._situations = {}
-            asked = [key for key, host in self.supervision.hosts.items() if host.exited is None]
-            for key in asked:
-                self.send([key], Explain(self._asked))
-            with trio.move_on_after(within_s):
-                while len(self._situations) < len(asked):
-                    await self._changed.wait()
-            return {key: self._situations.get(key) for key in asked}
+        """Ask each host why it waits (questions.py). Return the answers by identity."""
+        asked = [key for key, host in self.supervision.hosts.items() if host.exited is None]
+        return await self._questions.ask(asked, within_s)
 
     def answer(self, client: str, answer: Answer) -> None:
         """Answer a client's request. The answer to a client that has gone is dropped."""
@@ -383,8 +370,7 @@ class Supervisor:
                 self.alarms.append(alarm)
                 self.alarms.sort(key=lambda alarm: alarm["at_ns"])
             case Situation():
-                if message.asked == self._asked:
-                    self._situations[key] = message.situation
+                self._questions.on_answer(key, message)
             case Time():
                 self._on_time(key, label, message)
             case Saved():

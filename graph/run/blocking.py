@@ -19,11 +19,11 @@ from ranvier.actors.supervise.zygote_process import ZygoteProcess
 from ranvier.transport.format.errors import LinkClosed, RanvierError
 
 from ..file.checked import Graph
+from ..observe.blame import Answer
 from ..plan.plan import Plan
 from ..sessions.generation import Generation, Result, Token
 from ..sessions.text_codec import TextCodec
 from . import run_folder
-from .blame import Answer
 from .launch import Progress, launch
 from .recovery import Recovered
 from .run import Run

@@ -17,13 +17,13 @@ from ranvier.actors.supervise.supervisor import Supervisor
 from ranvier.actors.supervise.zygote_process import ZygoteProcess
 from ranvier.transport.links.link import LinkSpec
 
+from ..observe.status import Status
+from ..observe.why import Why
 from ..plan.plan import Plan
 from .chaos import ChaosLink, Detours
 from .log import LogFile, logger
 from .parent_end import ME, Driver, ParentEnd
 from .run_folder import RunFolder
-from .status import Status
-from .why import Why
 
 
 class Hosts:

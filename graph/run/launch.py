@@ -15,20 +15,21 @@ from ranvier.transport.wires.descriptors import OF_A_PEER, OF_A_WIRE, make_sure_
 
 from ..file.checked import Graph
 from ..file.errors import RequestError
+from ..observe import metrics
+from ..observe.telemetry import exporting
 from ..plan.plan import Plan, plan
 from ..sessions import journal
 from ..sessions.gateway import Gateway
 from ..sessions.journal import Journal, Resumed
 from ..sessions.placement import Placement
 from ..sessions.text_process import TextProcess
-from . import metrics, run_folder
+from . import run_folder
 from .before_start import codec_of
 from .chaos import ChaosLink
 from .chaos import read as read_chaos
 from .hosts import Hosts
 from .run import Run
 from .run_folder import RunFolder
-from .telemetry import exporting
 
 Progress = Callable[[str, float], None]
 """Callback that gets the current phase ("starting", "loading", "linking", "ready") and the share done, 0 to 1."""

@@ -22,13 +22,14 @@ from ranvier.transport.format.errors import RanvierError, ResourceError
 from ..file.checked import Graph
 from ..file.errors import RequestError
 from ..sessions import journal
-from ..sessions.gateway import Gateway, token_tensor
+from ..sessions.gateway import Gateway
 from ..sessions.generation import Client, Generation, Later, Over, Source, Wakes
 from ..sessions.journal import Asked, Ended, Journal, Request, Resumed
 from ..sessions.stream import Stream, Tensors
 from ..sessions.text_codec import ChatOptions, TextCodec
 from ..sessions.text_process import TextProcess
 from ..sessions.text_stream import TextStream
+from ..sessions.wire_rows import token_tensor
 from .request_checks import (
     as_chat,
     check_ids,

@@ -22,6 +22,7 @@ from ranvier.transport.links.exchange import RefusedMessage
 from ranvier.transport.links.link_state import Received
 
 from ..file.errors import RequestError
+from ..observe.blame import Answer
 from ..plan.plan import Plan
 from ..sessions.gateway import Gateway
 from ..sessions.generation import Client, Generation, Wakes
@@ -30,7 +31,6 @@ from ..sessions.stream import Stream
 from ..sessions.text_codec import ChatOptions, TextCodec
 from ..sessions.text_process import TextProcess
 from .before_start import check_inputs
-from .blame import Answer
 from .hosts import Hosts
 from .members import Members
 from .recovery import Recovered, Recovery

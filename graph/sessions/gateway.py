@@ -16,27 +16,14 @@ from ranvier.actors.host.route import Replicas, Route
 from ranvier.actors.protocol.control_protocol import Close, Command, Hold, Open, SessionFailed
 from ranvier.actors.protocol.host_spec import GATEWAY, HostLink
 from ranvier.actors.trace.spans import TraceContext
-from ranvier.transport.format.codec import RAW
-from ranvier.transport.format.dtypes import BY_NAME
 from ranvier.transport.format.header import Row, TensorMeta
 from ranvier.transport.format.message import Buffer
 from ranvier.transport.links.exchange import Exchange
 from ranvier.transport.links.link_state import Outbound, Received
 
 from .placement import Placement
-from .stream import Delivered, Stream, Tensors
-
-MOST_LOSSES = 4
-"""A session counts as the cause after this many losses in a row, and ends.
-
-A loss counts if the session was inside the step in which the actor was lost. Progress, or the loss of another actor,
-restarts the count.
-"""
-SUSPECTED = 2
-"""A session is suspected from this many losses in a row on.
-
-Only one suspected session is open at a time, which separates the cause from the sessions that shared its steps.
-"""
+from .stream import MOST_LOSSES, Delivered, Stream, Tensors
+from .wire_rows import rows_of, token_tensor
 
 
 class Gateway:
@@ -233,10 +220,7 @@ class Gateway:
         self.placement.down(actor, replica)
         for stream in list(self.streams.values()):
             if replica in stream.replicas.get(actor, ()):
-                if not stream.waits and (inside is None or stream.info.session in inside):
-                    stream.losses = stream.losses + 1 if stream.suspected_of == actor else 1
-                    stream.suspected_of = actor
-                stream.lost_actor = actor
+                stream.lost(actor, inside is None or stream.info.session in inside)
                 if stream.losses >= MOST_LOSSES:
                     self._end(stream, failure.of(stream.info.session, MOST_LOSSES))
                     continue
@@ -271,8 +255,8 @@ class Gateway:
         if self._failure is not None:
             return
         ready = [s for s in self.streams.values() if s.waits and self.placement.is_up(s.replicas)]
-        suspected = [stream for stream in ready if stream.losses >= SUSPECTED]
-        tried = any(s.losses >= SUSPECTED and not s.waits for s in self.streams.values())
+        suspected = [stream for stream in ready if stream.suspected]
+        tried = any(s.suspected and not s.waits for s in self.streams.values())
         for stream in suspected[0 if tried else 1 :]:
             ready.remove(stream)
         if ready:
@@ -453,26 +437,3 @@ class Gateway:
             self.exchange.give_up(self._is_open)
         command = (Hold if hold else Close)(stream.info.session)
         self.commands.append((command, self.placement.labels(stream.replicas)))
-
-
-def token_tensor(ids: Sequence[int], name: str = "token") -> tuple[TensorMeta, bytes]:
-    """Return token ids as an int64 tensor in wire format, without torch."""
-    data = array("q", ids).tobytes()
-    return TensorMeta(name, BY_NAME["int64"].number, (len(ids),), RAW, len(data)), data
-
-
-def rows_of(received: Received) -> Iterator[tuple[Row, tuple[TensorMeta, Buffer]]]:
-    """Yield each row of a message with its share of the tensor. This separates the sessions of a batch."""
-    header = received.header
-    [buffer], [meta] = received.buffers, header.tensors
-    first = received.link.spec.tensors[0][1].shape[:1]
-    if len(header.rows) == 1 or first not in (("tokens",), ("rows",)):
-        for row in header.rows:
-            yield row, (meta, buffer)
-        return
-    view, start = memoryview(buffer), 0
-    for row in header.rows:
-        count = row.tokens if first == ("tokens",) else 1
-        nbytes = meta.nbytes // max(1, meta.shape[0]) * count
-        yield row, (meta._replace(shape=(count, *meta.shape[1:]), nbytes=nbytes), view[start : start + nbytes])
-        start += nbytes

@@ -13,6 +13,17 @@ from ranvier.transport.format.header import TensorMeta
 from ranvier.transport.format.message import Buffer
 
 Tensors = Mapping[str, tuple[TensorMeta, Buffer]]
+MOST_LOSSES = 4
+"""A session counts as the cause after this many losses in a row, and ends.
+
+A loss counts if the session was inside the step in which the actor was lost. Progress, or the loss of another actor,
+restarts the count.
+"""
+SUSPECTED = 2
+"""A session is suspected from this many losses in a row on.
+
+Only one suspected session is open at a time, which separates the cause from the sessions that shared its steps.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +73,18 @@ class Stream:
     """Name of the request in the run's journal, if there is one."""
     why: str = ""
     """Description of what the session waited for shortly before its deadline."""
+
+    def lost(self, actor: str, inside: bool) -> None:
+        """Note that an actor of the session was lost, perhaps `inside` a step that the session was part of."""
+        if inside and not self.waits:
+            self.losses = self.losses + 1 if self.suspected_of == actor else 1
+            self.suspected_of = actor
+        self.lost_actor = actor
+
+    @property
+    def suspected(self) -> bool:
+        """Return whether the session may be the cause of the losses."""
+        return self.losses >= SUSPECTED
 
     def complete(self, position: int) -> bool:
         """Return whether everything that the client asked for at a position has come, beside the token."""

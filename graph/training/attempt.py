@@ -23,7 +23,8 @@ from ranvier.transport.format.header import Row
 from ranvier.transport.links.exchange import RefusedMessage
 from ranvier.transport.links.link_state import Outbound, Received
 
-from ..run import metrics, run_folder
+from ..observe import metrics
+from ..run import run_folder
 from ..run.chaos import ChaosLink
 from ..run.hosts import Hosts
 from . import checkpoints

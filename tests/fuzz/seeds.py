@@ -18,7 +18,7 @@ from ranvier.transport.format.codec import parse
 from ranvier.transport.format.header import Ack, Header, Row, TracedHeader, Verb, control
 from ranvier.transport.format.message import Buffer
 from ranvier.transport.format.tensors import encode, to_buffer
-from ranvier.transport.wires import lending, unix_sockets
+from ranvier.transport.wires import lending, packets
 from ranvier.transport.wires.shared_memory import Lender
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -26,7 +26,7 @@ CASES = Path(__file__).parent.parent / "graph" / "cases"
 
 
 def packet(header: bytes, *tensors: Buffer) -> bytes:
-    [parts] = unix_sockets._packets((header, *tensors), 1 << 20)
+    [parts] = packets.packets_of((header, *tensors), 1 << 20)
     assert parts is not None
     return b"".join(parts)
 

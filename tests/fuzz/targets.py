@@ -22,7 +22,7 @@ from ranvier.transport.format.header import Control, decode
 from ranvier.transport.format.message import check_frames
 from ranvier.transport.format.tensors import from_buffer
 from ranvier.transport.wires.lending import Sharing
-from ranvier.transport.wires.unix_sockets import _frames
+from ranvier.transport.wires.packets import frames_of
 
 CORPUS = Path(__file__).parent / "corpus"
 
@@ -36,7 +36,7 @@ def header(data: bytes) -> None:
 def packet(data: bytes) -> None:
     """Cut a packet of a Unix socket into its frames, decode their header, and take tensors from them, as a host does."""
     with suppress(ProtocolError):
-        frames = _frames(memoryview(bytearray(data)))
+        frames = frames_of(memoryview(bytearray(data)))
         made = decode(frames[0])
         if isinstance(made, Control):
             return

@@ -21,17 +21,16 @@ from ..format.header import (
     Header,
     MessageKind,
     Row,
-    TensorMeta,
     TracedHeader,
     Verb,
     control,
     decode,
 )
-from ..format.message import Buffer, check_frames, check_specs, checksum
+from ..format.message import Buffer, check_frames, checksum
 from . import codec_choice
 from .handshake import hello, objection
 from .link import LinkSpec
-from .link_state import Outbound, Received, ReceivingLink, SendingLink, Sent, Unsent
+from .link_state import Outbound, Received, ReceivingLink, SendingLink, Sent, Unsent, checked
 from .window import Outgoing, ReceiveWindow, SendWindow
 from .wire import Arrival
 
@@ -44,22 +43,6 @@ OnSent = Callable[[Sent], None]
 OnUnsent = Callable[[Unsent], None]
 OnControl = Callable[[int, Verb, str, bool, tuple[Any, ...]], None]
 """Called for a control message of a link: (edge, verb, peer, whether it was sent from here, arguments)."""
-
-
-def _checked(link: SendingLink | ReceivingLink, rows: tuple[Row, ...], tensors: tuple[TensorMeta, ...]) -> int:
-    """Check a message, and return its size in bytes. A message of the shape that `passed` last needs no new check.
-
-    Raises:
-        ProtocolError: the edge does not carry such a message.
-    """
-    shape = (tensors, len(rows), rows[0].tokens if len(rows) == 1 else sum([row.tokens for row in rows]))
-    if shape != link.passed:
-        if not rows:
-            raise ProtocolError(f"edge {link.spec.name}: expected at least one row, got none")
-        check_specs(link.spec.name, link.spec.tensors, rows, tensors)
-        link.passed = shape
-        link.nbytes = sum([meta.nbytes for meta in tensors])
-    return link.nbytes
 
 
 class Exchange:
@@ -171,7 +154,7 @@ class Exchange:
         Raises:
             ProtocolError: the tensors do not match the specs of the edge.
         """
-        nbytes = _checked(link, message.rows, message.tensors)
+        nbytes = checked(link, message.rows, message.tensors)
         if link.waiting or not link.window.may_send(nbytes):
             self.count("credit_waits")
             self.hold()
@@ -295,7 +278,7 @@ class Exchange:
         if link.measured and arrival.waiting_since_ns:
             self._queue_waited(link, header, arrival.waiting_since_ns)
         try:
-            nbytes = _checked(link, header.rows, header.tensors)
+            nbytes = checked(link, header.rows, header.tensors)
         except ProtocolError as error:
             self.consumed(link, sum(meta.nbytes for meta in header.tensors))
             raise RefusedMessage(str(error), header.rows) from None
@@ -309,20 +292,6 @@ class Exchange:
         if sum(meta.nbytes for meta in header.tensors) >= codec_choice.MEASURED_BYTES:
             waited_ns = max(0, self.clock() - since_ns)
             self._queue(link.peer, control(link.spec.edge, Verb.SPEED, header.sequence, waited_ns))
-
-    def _learn_speed(self, link: SendingLink, sequence: int, waited_ns: int, waiting_since_ns: int) -> None:
-        """Measure the link by a round trip during which nobody was busy.
-
-        The receiver had waited for longer than the round trip took, and this process waited for the answer.
-        """
-        while link.timed and link.timed[0][0] < sequence:
-            link.timed.popleft()
-        if link.chooser is None or not link.timed or link.timed[0][0] != sequence:
-            return
-        _, sent_ns, nbytes = link.timed.popleft()
-        took_ns = max(1, self.clock() - sent_ns)
-        if waiting_since_ns and waited_ns >= took_ns:
-            link.chooser.measured(nbytes, took_ns)
 
     def _misplaced(self, header: Header, peer: str, link: ReceivingLink | None) -> str:
         if link is None:
@@ -421,7 +390,7 @@ class Exchange:
             if link.on_used is not None:
                 self._report_used(link, link.on_used)
         elif verb is Verb.SPEED:
-            self._learn_speed(link, arguments[0], arguments[1], waiting_since_ns)
+            link.learn_speed(arguments[0], arguments[1], self.clock(), waiting_since_ns > 0)
         elif verb is Verb.AGAIN:
             for sent in link.window.since(arguments[0]):
                 self.count("sent_again")

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ..format.codec import Codec, Coding
+from ..format.errors import ProtocolError
 from ..format.header import Header, Row, TensorMeta
-from ..format.message import Buffer, stable
+from ..format.message import Buffer, check_specs, stable
 from . import codec_choice
 from .link import LinkSpec
 from .window import ReceiveWindow, SendWindow
@@ -121,6 +122,20 @@ class SendingLink:
         """Return whether a message of `nbytes` would be sent at once."""
         return not self.waiting and self.window.may_send(nbytes)
 
+    def learn_speed(self, sequence: int, waited_ns: int, now_ns: int, was_waiting: bool) -> None:
+        """Measure the link by a round trip during which nobody was busy.
+
+        The receiver had waited for longer than the round trip took, and this process waited for the answer (`was_waiting`).
+        """
+        while self.timed and self.timed[0][0] < sequence:
+            self.timed.popleft()
+        if self.chooser is None or not self.timed or self.timed[0][0] != sequence:
+            return
+        _, sent_ns, nbytes = self.timed.popleft()
+        took_ns = max(1, now_ns - sent_ns)
+        if was_waiting and waited_ns >= took_ns:
+            self.chooser.measured(nbytes, took_ns)
+
 
 @dataclass(slots=True, eq=False)
 class ReceivingLink:
@@ -134,3 +149,19 @@ class ReceivingLink:
     open: bool = False
     passed: Shape | None = None
     nbytes: int = 0
+
+
+def checked(link: SendingLink | ReceivingLink, rows: tuple[Row, ...], tensors: tuple[TensorMeta, ...]) -> int:
+    """Check a message, and return its size in bytes. A message of the shape that `passed` last needs no new check.
+
+    Raises:
+        ProtocolError: the edge does not carry such a message.
+    """
+    shape = (tensors, len(rows), rows[0].tokens if len(rows) == 1 else sum([row.tokens for row in rows]))
+    if shape != link.passed:
+        if not rows:
+            raise ProtocolError(f"edge {link.spec.name}: expected at least one row, got none")
+        check_specs(link.spec.name, link.spec.tensors, rows, tensors)
+        link.passed = shape
+        link.nbytes = sum([meta.nbytes for meta in tensors])
+    return link.nbytes

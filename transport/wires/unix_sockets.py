@@ -15,41 +15,26 @@ import errno
 import os
 import select
 import socket
-import struct
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from ..format.errors import LinkClosed, ProtocolError
-from ..format.header import MAX_TENSORS
 from ..format.message import Buffer
 from ..links.wire import Arrival
+from .packets import SEVERAL, Packet, announced, frames_of, packets_of, pair
 
 MAX_PACKET_BYTES = 256 << 10
 SEND_BUFFER_BYTES = 1 << 20
 """Requested size of a send buffer. If the system's limit is lower, the buffer and the packets are smaller."""
-MAX_FRAMES = MAX_TENSORS + 3
-"""Largest number of frames of a message: a header, tensors, and the two frames that announce loans (lending.py)."""
 MAX_OTHER_BYTES = 1 << 20
 """Bytes that a message in several packets may have in addition to its largest frame."""
 RETRY_S = 0.05
 """Seconds between two attempts to reach a peer that does not listen, or to accept while no descriptors are left."""
 BACKLOG = 128
 MAX_EVENTS = 64
-ALIGN = 16
-_PAD = bytes(ALIGN)
-_PADS = [_PAD[: -size % ALIGN] for size in range(ALIGN)]
-_SIZES = [struct.Struct(f"<H{count}I") for count in range(MAX_FRAMES + 1)]
-_COUNT = struct.Struct("<H")
-_TWO = struct.Struct("<HII6x")
-"""Prefix of a packet with a header and one tensor: count, both sizes, and padding up to the header."""
-_SEVERAL = struct.pack("<H", 0xFFFF)
-"""Start of a packet that holds only the sizes of the frames. The frames come in the packets that follow."""
 _FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
-
-Packet = Sequence[Buffer]
-"""The parts of one packet, sent in one system call."""
 
 
 class _Out:
@@ -167,7 +152,7 @@ class UnixSockets:
         out = self._out[peer]
         if out.socket is None and time.monotonic() >= out.retry_s:
             self._reach(out)
-        packets = _packets(frames, out.most_bytes)
+        packets = packets_of(frames, out.most_bytes)
         self.pieces += len(packets) > 1
         for packet in packets:
             if not self._put(out, packet):
@@ -181,8 +166,7 @@ class UnixSockets:
         out = self._out.get(peer)
         if out is None or out.backlog or out.socket is None:
             return False
-        size = len(header)
-        packet = b"".join((_TWO.pack(2, size, len(tensor)), header, _PADS[size % ALIGN], tensor))
+        packet = pair(header, tensor)
         if len(packet) > out.most_bytes:
             return False
         try:
@@ -313,13 +297,13 @@ class UnixSockets:
             came.peer, self._came = bytes(self._view[:size]).decode("latin-1"), True
             return
         try:
-            if came.whole is None and self._buffer[0] != _SEVERAL[0]:
+            if came.whole is None and self._buffer[0] != SEVERAL[0]:
                 packet = memoryview(bytearray(self._view[:size]))
             elif (whole := self._whole(came, size)) is not None:
                 packet = whole
             else:
                 return
-            frames = _frames(packet)
+            frames = frames_of(packet)
         except ProtocolError as error:
             self._forget(fd)
             raise ProtocolError(f"{self.me}: expected a message from {came.peer}, {error}") from None
@@ -334,9 +318,8 @@ class UnixSockets:
             packet, came.whole = came.whole, None
             return packet
         prefix = self._view[2:size]
-        count, sizes = _sizes(prefix)
-        _, total = _starts(len(prefix), sizes)
-        if count is None or len(prefix) != _SIZES[count].size or total > self._max_bytes + MAX_OTHER_BYTES:
+        total, well_formed = announced(prefix)
+        if not well_formed or total > self._max_bytes + MAX_OTHER_BYTES:
             raise ProtocolError(
                 f"with frames of at most {self._max_bytes} bytes, got a packet of {size} bytes that announces {total} bytes"
             )
@@ -387,81 +370,3 @@ class UnixWaker:
     def close(self) -> None:
         """Close the descriptor."""
         os.close(self._fd)
-
-
-def _starts(prefix_bytes: int, sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Return where each frame starts in a message, and where the message ends."""
-    starts, end = [], prefix_bytes
-    for size in sizes:
-        starts.append(end + -end % ALIGN)
-        end = starts[-1] + size
-    return starts, end
-
-
-def _packets(frames: Sequence[Buffer], most_bytes: int) -> list[Packet]:
-    """Lay out a message in packets of at most `most_bytes` bytes.
-
-    A message consists of the number of frames, their sizes, and the frames, each at a multiple of ALIGN.
-
-    Raises:
-        ProtocolError: there are more frames than a message may have.
-    """
-    sizes = [len(frame) for frame in frames]
-    if len(sizes) > MAX_FRAMES:
-        raise ProtocolError(f"expected at most {MAX_TENSORS} tensor frames, got {len(sizes) - 1}")
-    prefix = _SIZES[len(sizes)].pack(len(sizes), *sizes)
-    parts: list[Buffer] = []
-    at = len(prefix)
-    for frame, size in zip(frames, sizes, strict=True):
-        if gap := -at % ALIGN:
-            parts.append(_PAD[:gap])
-        parts.append(frame)
-        at += gap + size
-    if at <= most_bytes:
-        return [[prefix, *parts]]
-    return [[_SEVERAL, prefix], *_cut(parts, most_bytes)]
-
-
-def _cut(parts: Sequence[Buffer], most_bytes: int) -> Iterator[Packet]:
-    packet: list[Buffer] = []
-    room = most_bytes
-    for part in parts:
-        left = memoryview(part)
-        while len(left):
-            packet.append(left[:room])
-            room -= len(packet[-1])
-            left = left[len(packet[-1]) :]
-            if not room:
-                yield packet
-                packet, room = [], most_bytes
-    if packet:
-        yield packet
-
-
-def _sizes(packet: memoryview) -> tuple[int | None, Sequence[int]]:
-    """Read the number of frames in a packet, and their sizes. The number is None if the packet does not state them."""
-    count = _COUNT.unpack_from(packet)[0] if len(packet) >= _COUNT.size else 0
-    if not 0 < count <= MAX_FRAMES or len(packet) < _SIZES[count].size:
-        return None, ()
-    return count, _SIZES[count].unpack_from(packet)[1:]
-
-
-def _frames(packet: memoryview) -> list[memoryview]:
-    """Cut a message into its frames.
-
-    Raises:
-        ProtocolError: the packet does not state the sizes of its frames, or its length differs from them.
-    """
-    size = len(packet)
-    if size >= _TWO.size and packet[0] == 2:  # nearly every message: takes half the time
-        count, of_header, of_tensor = _TWO.unpack_from(packet)
-        at = _TWO.size + of_header + len(_PADS[of_header % ALIGN])
-        if count == 2 and at + of_tensor == size:
-            return [packet[_TWO.size : _TWO.size + of_header], packet[at:]]
-    count, sizes = _sizes(packet)
-    if count is None:
-        raise ProtocolError(f"got a packet of {size} bytes that does not state the sizes of its frames")
-    starts, end = _starts(_SIZES[count].size, sizes)
-    if end != size:
-        raise ProtocolError(f"got a packet of {size} bytes, but its {count} frames need {end} bytes")
-    return [packet[start : start + length] for start, length in zip(starts, sizes, strict=True)]

@@ -11,9 +11,10 @@ from ranvier.actors.component.session import SessionInfo
 from ranvier.actors.errors import ActorFailed, Cause, Overloaded
 from ranvier.actors.protocol.control_protocol import Open, SessionFailed
 from ranvier.actors.protocol.host_spec import HostLink
-from ranvier.graph.sessions.gateway import Gateway, token_tensor
+from ranvier.graph.sessions.gateway import Gateway
 from ranvier.graph.sessions.placement import Placement
 from ranvier.graph.sessions.stream import Delivered, Stream
+from ranvier.graph.sessions.wire_rows import token_tensor
 from ranvier.transport.format.header import Header, Row, TensorMeta
 from ranvier.transport.format.host_id import host_id
 from ranvier.transport.format.tensor_spec import TensorSpec

@@ -15,7 +15,7 @@ import pytest
 
 from ranvier.transport.format.errors import AddressError, LinkClosed, ProtocolError
 from ranvier.transport.links.wire import Arrival
-from ranvier.transport.wires import unix_sockets
+from ranvier.transport.wires import packets, unix_sockets
 from ranvier.transport.wires.endpoint import MAX_PATH_BYTES
 from ranvier.transport.wires.local import LocalWire
 from ranvier.transport.wires.zeromq import ZeroWire
@@ -105,7 +105,7 @@ def test_tensors_can_be_read_in_place(pair: tuple[LocalWire, LocalWire]) -> None
         [arrival] = taken(b, 1, sender=a)
         for buffer, expected in zip(arrival.buffers, (first, b"y" * 7, b"z" * 64), strict=True):
             assert bytes(buffer) == expected
-            assert np.frombuffer(buffer, np.uint8).ctypes.data % unix_sockets.ALIGN == 0
+            assert np.frombuffer(buffer, np.uint8).ctypes.data % packets.ALIGN == 0
             assert not memoryview(buffer).readonly
 
 

@@ -19,8 +19,8 @@ import pytest
 import trio
 
 import ranvier
-from ranvier.graph.run.blame import Answer, AtGateway, Fact, Seen, explain
-from ranvier.graph.run.why import main_thread
+from ranvier.graph.observe.blame import Answer, AtGateway, Fact, Seen, explain
+from ranvier.graph.observe.why import main_thread
 
 CUSTOM = Path(__file__).parents[1] / "custom"
 Graphs = Callable[..., ranvier.Graph]
