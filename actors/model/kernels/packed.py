@@ -88,8 +88,9 @@ class Packed:
         """
         wanted_T = index_T.long().contiguous()
         rows = self.shape[0]
-        if any(not 0 <= row < rows for row in wanted_T.tolist()):
-            raise IndexError(f"expected rows from 0 to {rows - 1}, got {wanted_T.tolist()}")
+        wrong = next((row for row in wanted_T.tolist() if not 0 <= row < rows), None)
+        if wrong is not None:  # C would read memory beside the matrix
+            raise IndexError(f"expected rows from 0 to {rows - 1}, got {wrong}")
         made_TC = torch.empty(len(wanted_T), self.shape[1], dtype=dtype)
         narrow = dtype is torch.bfloat16
         library().ranvier_rows(self._at, wanted_T.data_ptr(), len(wanted_T), narrow, made_TC.data_ptr())
