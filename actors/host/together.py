@@ -2,7 +2,8 @@
 
 Each actor has its own links, credits, records, counters and control thread, as in a process of its own. Each runs in a
 greenlet. It gives up its turn when it waits for messages, and after a step if it has another one to do, so that what it sent is
-worked on while it is still in the cache. What is ready first goes first. When no actor has anything to do, the thread waits for all of them.
+worked on while it is still in the cache. What is ready first goes first. When no actor has anything to do, the thread waits for
+all of them.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ class _Member(Host):
 
     def step(self, work: Work) -> None:
         super().step(work)
-        if self.core.queue:  # otherwise it waits next; with 16 streams its rows then come together: a quarter more tokens
+        if (
+            self.core.queue
+        ):  # otherwise it waits next; with 16 streams its rows then come together: a quarter more tokens
             self._turns.others_first()
 
 

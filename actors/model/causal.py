@@ -253,7 +253,7 @@ class Head(Actor):
         self, due: list[Row], logits_RV: torch.Tensor, failures: dict[Row, Exception]
     ) -> Mapping[str, torch.Tensor | Batch]:
         """Choose a token for each row, and add the errors of rows without finite logits to `failures`."""
-        allowed_RV = self.allowed(due, logits_RV).contiguous()
+        allowed_RV = self.allowed(due, logits_RV).float().contiguous()  # as `likeliest` reads them
         drawn: list[_Drawn] = []
         for index, row in enumerate(due):
             try:
