@@ -70,7 +70,7 @@ def test_products_that_cannot_be_repeated_are_refused(
 ) -> None:
     sizes = {
         "vocab_size": 320 if family == "mixtral" else 321, "hidden_size": 64, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "head_dim": 32,
+        "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 1, "intermediate_size": 64,
     }  # fmt: skip
     folder, _ = tiny(f"repeatable {family}", family, **sizes)
     path = graph_file(
