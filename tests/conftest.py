@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 import json
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +18,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from seed import Seed
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -32,16 +35,16 @@ for ignored in (signal.SIGHUP, signal.SIGQUIT):
 def processes_under(folder: Path) -> list[str]:
     """Return the command lines of processes that belong to a run in `folder`.
 
-    The zygote and its hosts have the folder's path in their command line."""
+    The zygote and its hosts write standard error to a log there. A command has the folder's path in its command line."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             try:
                 command = (entry / "cmdline").read_bytes()
-                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                errors = os.readlink(entry / "fd/2")  # a process that has ended and is not reaped has none
             except OSError:
                 continue
-            if os.fsencode(folder) in command and state != "Z":
+            if os.fsencode(folder) in command or errors.startswith(f"{folder}/"):
                 found.append(f"{entry.name}: {command!r:.200}")
     return found
 
@@ -60,6 +63,24 @@ def left_behind(folder: Path) -> list[str]:
     """Return the processes and sockets that a run has left in `folder` and should not."""
     sockets = [str(path) for path in folder.rglob("sockets/*")]
     return processes_under(folder) + sockets
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _zygotes_are_forked() -> Iterator[None]:
+    """Fork the zygotes of this process's runs from one that has imported torch (seed.py)."""
+    from ranvier.actors.supervise import zygote_process
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.closing(Seed()) as seed:
+        patch.setattr(zygote_process, "subprocess", seed)
+        yield
+
+
+@pytest.fixture
+def started_zygote(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start a test's zygotes as users' are, because the test is about their memory or their start."""
+    from ranvier.actors.supervise import zygote_process
+
+    monkeypatch.setattr(zygote_process, "subprocess", subprocess)
 
 
 @pytest.fixture

@@ -264,6 +264,7 @@ def test_ctrl_c_at_twenty_random_points_case_50(runs: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("started_zygote")
 def test_memory_of_the_hosts_is_what_show_says(runs: Path) -> None:
     """Hold in each host its own tensors, as `show` states, and little else.
 

