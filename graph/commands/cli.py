@@ -45,6 +45,7 @@ from .command_line import (
 )
 from .replay_commands import diverge_command, replay_command
 from .run_command import run_command
+from .serve_command import serve_command
 from .trace_command import trace_command
 from .training_command import show_schedule, train_command
 
@@ -221,6 +222,7 @@ def score(
 
 
 app.command("run")(run_command)
+app.command("serve")(serve_command)
 app.command("train")(train_command)
 
 

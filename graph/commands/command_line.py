@@ -46,8 +46,11 @@ Set = Annotated[
 ]
 
 
-def interruptible(main: Callable[[], Awaitable[Result_]]) -> Result_:
+def interruptible(main: Callable[[], Awaitable[Result_]], first: Callable[[], object] | None = None) -> Result_:
     """Run `main` under trio until it ends, or until Ctrl-C or a signal that asks the command to end.
+
+    With `first`, the first signal, Ctrl-C included, only calls it, so that `main` can end in order; the second one ends the
+    command.
 
     Ctrl-C takes effect only where `main` waits. Elsewhere it could come between a context's entry and its body, and
     what the context has started would never be ended.
@@ -57,12 +60,17 @@ def interruptible(main: Callable[[], Awaitable[Result_]]) -> Result_:
     ended_by: list[int] = []
 
     async def watched() -> list[Result_]:
-        with _receiver() as signals, trio.CancelScope() as scope:
+        with _receiver(signal.SIGINT if first is not None else None) as signals, trio.CancelScope() as scope:
             watching = trio.Event()
 
             async def watch() -> None:
                 watching.set()
+                asked = first
                 async for number in signals:
+                    if asked is not None:
+                        asked()
+                        asked = None
+                        continue
                     ended_by.append(number)
                     scope.cancel()
 
@@ -97,11 +105,12 @@ def interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _receiver() -> Any:
+def _receiver(also: int | None) -> Any:
     """Receive the signals that ask the command to end, except those that it was started to ignore (nohup)."""
     import trio
 
-    asking = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    wanted = ENDING if also is None else (*ENDING, also)
+    asking = [number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN]
     return trio.open_signal_receiver(*asking)
 
 

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-STARTING = ("run", "score", "train")
+STARTING = ("run", "score", "serve", "train")
 ASKING = ("--help", "-h")
 INTERRUPTED = 130
 

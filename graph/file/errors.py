@@ -28,6 +28,10 @@ class RequestError(RanvierError, ValueError):
     """Report a wrong request. Nothing was started for it, and the message says what to change."""
 
 
+class TooLong(RequestError):
+    """Report a prompt that does not fit into the model's context or a KV cache, together with the tokens asked for."""
+
+
 class GraphError(RanvierError):
     """Report a graph file that cannot run. `problems` holds every problem found, in the order of the file."""
 

@@ -183,7 +183,7 @@ class BlockingRun:
         stop_tokens: Sequence[int] | None = None, logits: bool = False, logprobs: int | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None, documents: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None, template_arguments: Mapping[str, Any] | None = None,
-        deadline_s: float | None = None, traceparent: str | None = None,
+        deadline_s: float | None = None, traceparent: str | None = None, answered: Sequence[int] = (),
     ) -> BlockingGeneration:  # fmt: skip
         """Generate tokens: `for token in run.generate(…)` gets each token as soon as it exists.
 
@@ -194,10 +194,14 @@ class BlockingRun:
             return self._run.generate(
                 prompt, max_tokens=max_tokens, raw=raw, sampling=sampling, stop=stop, stop_tokens=stop_tokens,
                 logits=logits, logprobs=logprobs, tools=tools, documents=documents, template=template,
-                template_arguments=template_arguments, deadline_s=deadline_s, traceparent=traceparent,
+                template_arguments=template_arguments, deadline_s=deadline_s, traceparent=traceparent, answered=answered,
             )  # fmt: skip
 
         return BlockingGeneration(self._thread, self._thread.read(begin))
+
+    def tokens(self, prompt: str | Sequence[dict[str, Any]], **options: Any) -> list[int]:
+        """Return the token ids of a prompt, as `Run.tokens` does, with its options."""
+        return self._thread.wait(lambda: self._run.tokens(prompt, **options))
 
     def resume(self, request_id: str, after: int | None = None) -> BlockingGeneration:
         """Resume a request, as `Run.resume` does."""

@@ -10,7 +10,7 @@ from typing import Any, cast
 from ranvier.actors.component.session import MOST_LOGPROBS, Sampling
 
 from ..file.checked import Graph
-from ..file.errors import RequestError
+from ..file.errors import RequestError, TooLong
 from ..sessions.model_defaults import sampling_of
 from ..sessions.text_codec import ChatOptions
 from ..sessions.text_process import TextProcess
@@ -42,12 +42,12 @@ def check_ids(graph: Graph, ids: Sequence[int], max_tokens: int, spare: int = 0)
         raise RequestError("the prompt is empty; give at least one token")
     if config.encoder is not None:  # the encoder and the decoder have a context each
         if max(len(ids), max_tokens) > context:
-            raise RequestError(
+            raise TooLong(
                 f"the prompt has {len(ids)} tokens and {max_tokens} are asked for, but encoder and decoder hold "
                 f"{context} each; shorten one of them"
             )
     elif len(ids) + max_tokens > context:
-        raise RequestError(
+        raise TooLong(
             f"the prompt has {len(ids)} tokens and {max_tokens} are asked for, but the model's context is {context}; "
             "shorten one of them"
         )

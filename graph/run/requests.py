@@ -20,7 +20,7 @@ from ranvier.actors.trace import spans
 from ranvier.transport.format.errors import RanvierError, ResourceError
 
 from ..file.checked import Graph
-from ..file.errors import RequestError
+from ..file.errors import RequestError, TooLong
 from ..sessions import journal
 from ..sessions.gateway import Gateway
 from ..sessions.generation import Client, Generation, Later, Over, Source, Wakes
@@ -58,6 +58,7 @@ class _Request(NamedTuple):
     key: str
     stop: tuple[str, ...]
     logprobs: int | None
+    answered: tuple[int, ...]
 
 
 class _Waiting(NamedTuple):
@@ -119,6 +120,16 @@ class Requests:
         """Return the token ids of a chat. See `Run.chat_tokens`."""
         return self._process.chat_ids(as_chat(messages), checked_chat(chat))
 
+    async def tokens(self, prompt: str | Sequence[dict[str, Any]], raw: bool, chat: ChatOptions) -> list[int]:
+        """Return the token ids of a prompt. See `Run.tokens`."""
+        asked = checked_prompt(prompt)
+        if isinstance(asked, list) and not all(isinstance(each, dict) for each in asked):
+            raise RequestError("prompt: expected text or a list of chat messages, got token ids")
+        if self._text is None:
+            raise no_tokenizer(self._graph)
+        given = cast(str | list[dict[str, Any]], asked)
+        return await trio.to_thread.run_sync(self._ids, given, raw, checked_chat(chat), abandon_on_cancel=True)
+
     def generate(
         self,
         prompt: str | Sequence[dict[str, str]] | Sequence[int],
@@ -133,6 +144,7 @@ class Requests:
         chat: ChatOptions,
         deadline_s: float | None,
         traceparent: str | None,
+        answered: Sequence[int],
     ) -> Generation:
         """Begin a generation. See `Run.generate`.
 
@@ -155,6 +167,7 @@ class Requests:
             secrets.token_hex(8) if self.journal is not None else "",
             self._stop_strings(stop),
             checked_logprobs(logprobs),
+            self._answered(answered, most),
         )
         generation = Generation(TextStream(self._codec, request.stop, request.sampling.min_tokens))
         generation.request_id = request.key
@@ -184,6 +197,19 @@ class Requests:
         if not 1 <= most <= context:
             raise RequestError(f"max_tokens: expected 1 to the model's context of {context}, got {most}")
         return most
+
+    def _answered(self, tokens: Sequence[int], most: int) -> tuple[int, ...]:
+        """Check the tokens that an answer has already.
+
+        Raises:
+            RequestError: they are not token ids, or leave none to generate.
+        """
+        made = tuple(whole("answered", token) for token in listed("answered", tokens))
+        if made:
+            check_ids(self._graph, made, 0)
+        if len(made) >= most:
+            raise RequestError(f"answered: expected fewer tokens than max_tokens of {most}, got {len(made)}")
+        return made
 
     def _stop_strings(self, stop: Sequence[str]) -> tuple[str, ...]:
         """Check stop strings.
@@ -232,8 +258,10 @@ class Requests:
         deadline_s = time.time() + (request.deadline_ns - time.monotonic_ns()) / 1e9 if request.deadline_ns else 0.0
         source = tuple(ids) if inputs else ()
         asked = journal.of_request(request.key, info, request.stop, deadline_s, source=source)
+        asked = msgspec.structs.replace(asked, tokens=request.answered)
         client = self._client(info, inputs, asked, request.deadline_ns, request.caller)
         generation.begin(client, client.stream.info, len(ids))
+        generation.recorded(len(log), request.answered, len(log) + len(request.answered))
 
     async def prepare(self) -> None:
         """Turn prompts that are text into token ids, in order of arrival, and begin their requests.
@@ -271,6 +299,15 @@ class Requests:
             while True:
                 self._waiting.receive_nowait().generation.refuse(why)
 
+    def most_after(self, prompt_tokens: int) -> int:
+        """Return how many tokens may follow a prompt. See `Run.most_after`."""
+        checkpoint, capacity = self._graph.checkpoint, self._capacity()
+        if not self._graph.generates or checkpoint is None:
+            raise RequestError(f"graph {self._graph.name} does not generate tokens; use call()")
+        inside = prompt_tokens if checkpoint.config.encoder is None else 0
+        most = checkpoint.config.context - inside
+        return max(0, most if capacity is None else min(most, capacity - prompt_tokens))
+
     def check(self, ids: list[int], max_tokens: int, spare: int = 0) -> None:
         """Check that a prompt and `max_tokens` fit into the model and into a KV cache.
 
@@ -282,7 +319,7 @@ class Requests:
         check_ids(self._graph, ids, max_tokens, spare)
         capacity = self._capacity()
         if capacity is not None and len(ids) + max_tokens > capacity:
-            raise RequestError(
+            raise TooLong(
                 f"the request needs {len(ids) + max_tokens} tokens of KV cache, an actor holds {capacity}; raise cache_tokens"
             )
 

@@ -140,6 +140,15 @@ class Run:
         self._check_open()
         return self.snapshot()
 
+    def lost_for(self, seconds: float) -> str:
+        """Return which actors have been lost for longer than this, in words; "" if there are none."""
+        now_s, down = time.monotonic(), self._gateway.placement.replicas
+        return "; ".join(
+            f"{host.spec.label} is lost for {now_s - host.lost_s:.0f} s: {host.lost.what}"
+            for host in self._supervisor.supervision.hosts.values()
+            if host.lost is not None and now_s - host.lost_s > seconds and down[host.spec.actor][host.spec.replica].down
+        )
+
     def snapshot(self) -> dict[str, Any]:
         """Return the same as `status`, but also while the run ends. The metrics server uses this."""
         return {
@@ -208,6 +217,7 @@ class Run:
         template_arguments: Mapping[str, Any] | None = None,
         deadline_s: float | None = None,
         traceparent: str | None = None,
+        answered: Sequence[int] = (),
     ) -> Generation:
         """Generate tokens: `async for token in run.generate(…)` yields each token as soon as it exists.
 
@@ -228,6 +238,8 @@ class Run:
             deadline_s: seconds from now after which the stream ends with `Expired`, whatever its state.
             traceparent: the W3C trace context of the caller, whose trace the request's spans join. Without one, the
                 spans form a separate trace if the graph has `telemetry.otlp`.
+            answered: tokens of the answer that another generation of this prompt has made. This one yields the tokens after
+                them: with the same arguments, those that would have followed.
 
         Raises:
             RequestError: an argument is wrong, or the graph does not generate tokens. While iterating: a prompt of text
@@ -240,8 +252,38 @@ class Run:
         return self._requests.generate(
             prompt, max_tokens=max_tokens, raw=raw, sampling=sampling, stop=stop, stop_tokens=stop_tokens, logits=logits,
             logprobs=logprobs, chat=ChatOptions(tools, documents, template, template_arguments or {}),
-            deadline_s=deadline_s, traceparent=traceparent,
+            deadline_s=deadline_s, traceparent=traceparent, answered=answered,
         )  # fmt: skip
+
+    async def tokens(
+        self,
+        prompt: str | Sequence[dict[str, Any]],
+        *,
+        raw: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        template: str | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Return the token ids that `generate` makes of a prompt of text or of chat messages, with the same arguments.
+
+        Raises:
+            RequestError: the graph does not generate text, or its model has no tokenizer.
+            CheckpointError: the template is missing or wrong, refuses the messages, or takes too long.
+        """
+        self._check_open()
+        return await self._requests.tokens(
+            prompt, raw, ChatOptions(tools, documents, template, template_arguments or {})
+        )
+
+    def most_after(self, prompt_tokens: int) -> int:
+        """Return how many tokens may follow a prompt of so many, in the model's context and in a KV cache; 0: none.
+
+        Raises:
+            RequestError: the graph does not generate tokens.
+        """
+        self._check_open()
+        return self._requests.most_after(prompt_tokens)
 
     @property
     def resumed(self) -> Sequence[str]:

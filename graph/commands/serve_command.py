@@ -1,0 +1,127 @@
+"""Define `ranvier serve`: run graphs, and answer the clients of OpenAI's interface."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..file.check import load as load_graph
+from ..file.checked import Graph
+from ..file.errors import RequestError
+from ..run import run_folder
+from ..run.paths import folder_of_runs
+from .command_line import AllowCode, Log, Set, interruptible, overrides, say
+
+
+def serve_command(
+    context: typer.Context,
+    graphs: Annotated[
+        list[Path],
+        typer.Argument(metavar="GRAPH...", help="The graph files (YAML), one for each model.", show_default=False),
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to listen at. Another one than loopback needs --api-key-file.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: any free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option("--api-key-file", metavar="FILE", help="Answer only clients with a key of this file, one a line."),
+    ] = None,
+    certfile: Annotated[
+        Path | None,
+        typer.Option("--certfile", metavar="FILE", help="Serve over TLS with this certificate chain (PEM)."),
+    ] = None,
+    keyfile: Annotated[
+        Path | None, typer.Option("--keyfile", metavar="FILE", help="The certificate's private key (PEM).")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", metavar="NAME", help="A further name that clients call this server by."),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-origin", metavar="ORIGIN", help="Let web pages of this origin ask, such as https://chat.example."
+        ),
+    ] = None,
+    queue: Annotated[
+        int, typer.Option(min=0, help="Most requests that may wait for room; more are refused with 429.")
+    ] = 256,
+    stop_after: Annotated[
+        float,
+        typer.Option("--stop-after", min=0, help="Seconds that running answers have to end when the server stops."),
+    ] = 20.0,
+    resume_window: Annotated[
+        float,
+        typer.Option(
+            "--resume-window", min=0, help="Seconds for which an answer is kept for a client that lost its connection."
+        ),
+    ] = 60.0,
+    allow_code: AllowCode = False,
+    settings: Set = None,
+    runs: Annotated[
+        Path, typer.Option("--runs", help="Create the run folders in this folder.")
+    ] = run_folder.DEFAULT_ROOT,
+    log: Log = None,
+) -> None:
+    """Serve graphs to the clients of OpenAI's interface. Each graph is a model, by its name. Ctrl-C ends it."""
+    try:
+        from ..serve.guard import is_loopback, read_keys
+        from ..serve.server import Options, serving
+    except ImportError as error:
+        raise RequestError(f"serve needs {error.name}; pip install 'ranvier[serve]'") from None
+    from ..run.launch import launch
+
+    checked = [load_graph(path, allow_code=allow_code, overrides=overrides(settings)) for path in graphs]
+    _check_names(checked)
+    options = Options(
+        host, port, queue, stop_after, resume_window, read_keys(api_key_file) if api_key_file is not None else (),
+        tuple(allow_host or ()), tuple(allow_origin or ()), certfile, keyfile,
+    )  # fmt: skip
+    if not is_loopback(host) and certfile is None:
+        say(f"warning: keys and texts cross the network as they are; serve {host} over TLS with --certfile")
+
+    async def main() -> None:
+        async with contextlib.AsyncExitStack() as running:
+            started = {}
+            zygotes = [context.obj]  # the first graph takes the one that was started before
+            for graph in checked:
+                say(f"starting {graph.name}")
+                zygote = zygotes.pop() if zygotes else None
+                run = await running.enter_async_context(
+                    launch(graph, runs=folder_of_runs(runs), log=log, zygote=zygote)
+                )
+                started[graph.name] = run
+            address = await running.enter_async_context(serving(started, options))
+            first = checked[0].name
+            print(f"{address}/v1", flush=True)
+            key = " -H 'Authorization: Bearer KEY'" if options.keys else ""
+            say(
+                f"try: curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' "
+                f"""-d '{{"model": "{first}", "messages": [{{"role": "user", "content": "Hello"}}]}}'"""
+            )
+            await stop.wait()
+            say(f"stopping: running answers have {stop_after:g} s")
+
+    import trio
+
+    stop = trio.Event()
+    interruptible(main, first=stop.set)
+
+
+def _check_names(graphs: list[Graph]) -> None:
+    """Check that the graphs generate text, and that no two have one name.
+
+    Raises:
+        RequestError: they do not.
+    """
+    for name, count in Counter(graph.name for graph in graphs).items():
+        if count > 1:
+            raise RequestError(f"{count} graphs are called {name}; clients choose by the name, so give each its own")
+    for graph in graphs:
+        if not graph.generates:
+            raise RequestError(f"graph {graph.name} does not generate text; serve answers with text only")

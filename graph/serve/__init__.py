@@ -1,0 +1,1 @@
+"""Serve running graphs over HTTP, by the interface of OpenAI."""

@@ -1,0 +1,96 @@
+"""Turn the fields of a request into the options of a generation."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+
+from ranvier.actors.component.session import Sampling
+
+from ..file.errors import TooLong
+from ..sessions.model_defaults import sampling_of
+from .bodies import MOST_STOPS, Sampled
+from .bridge import Asked, Bridge
+from .problems import Problem
+
+
+def asked_of(
+    bridge: Bridge, body: Sampled, prompt: Sequence[int], most: int | None, *, logprobs: int | None, key: str,
+    traceparent: str | None, count: int = 1,
+) -> list[Asked]:  # fmt: skip
+    """Return the generations that a body asks for from a prompt: `count`, each with a seed of its own.
+
+    A field that is left out is as the model's own files say. Without a maximum of tokens, an answer ends where the model's
+    context or a KV cache ends. A prompt is never cut.
+
+    Raises:
+        Problem: a field is wrong.
+    """
+    left = bridge.run.most_after(len(prompt))
+    if left < 1:
+        raise TooLong(
+            f"the prompt has {len(prompt)} tokens, but the context is {bridge.run.most_after(0)}, the answer included; "
+            "shorten it"
+        )
+    if most is not None and most > left:
+        raise TooLong(
+            f"the prompt has {len(prompt)} tokens and {most} are asked for, but the context is "
+            f"{bridge.run.most_after(0)}; shorten one of them"
+        )
+    seed = body.seed & ((1 << 62) - 1) if body.seed is not None else secrets.randbits(62)
+    return [
+        Asked(
+            prompt, most or left, sampling(bridge, body, (seed + index) & ((1 << 62) - 1)), stops(body), logprobs,
+            traceparent=traceparent, key=key,
+        )
+        for index in range(count)
+    ]  # fmt: skip
+
+
+def sampling(bridge: Bridge, body: Sampled, seed: int) -> Sampling:
+    """Return how tokens are chosen.
+
+    Raises:
+        Problem: a value is out of its range.
+    """
+    checkpoint = bridge.run.plan.graph.checkpoint
+    assert checkpoint is not None
+    own = sampling_of(checkpoint, seed)
+    given = {
+        "temperature": body.temperature, "top_p": body.top_p, "top_k": max(0, body.top_k) if body.top_k is not None else None,
+        "min_p": body.min_p, "presence_penalty": body.presence_penalty, "frequency_penalty": body.frequency_penalty,
+        "repetition_penalty": body.repetition_penalty, "min_tokens": body.min_tokens,
+    }  # fmt: skip
+    if body.temperature is None and own.greedy and "do_sample" not in checkpoint.generation:
+        given["temperature"] = 1.0  # OpenAI's default, where the model's files say nothing
+    values = {name: getattr(own, name) for name in given} | {name: v for name, v in given.items() if v is not None}
+    try:
+        return Sampling(**values, logit_bias=_biases(body), seed=seed)
+    except ValueError as error:
+        raise Problem(400, str(error), param=str(error).partition(":")[0], code="invalid_value") from None
+
+
+def _biases(body: Sampled) -> dict[int, float]:
+    try:
+        return {int(token): bias for token, bias in (body.logit_bias or {}).items()}
+    except ValueError:
+        raise Problem(
+            400,
+            'logit_bias: expected numbers by token id, such as {"50256": -100}',
+            param="logit_bias",
+            code="invalid_value",
+        ) from None
+
+
+def stops(body: Sampled) -> list[str]:
+    """Return the strings that end an answer.
+
+    Raises:
+        Problem: there are too many.
+    """
+    given = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    if len(given) > MOST_STOPS:
+        raise Problem(
+            400, f"stop: expected at most {MOST_STOPS} strings, got {len(given)}", param="stop", code="invalid_value"
+        )
+    return [each for each in given if each]

@@ -1,0 +1,141 @@
+"""Answer /v1/chat/completions: from its body to a prompt, and from tokens to chunks and choices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ..sessions.generation import Token
+from .answers import Answers
+from .bodies import ChatBody, Message, NamedTool, OtherPart, TextPart
+from .problems import Problem
+from .wording import Wording
+
+
+def messages_of(given: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return the messages as chat templates take them: texts as one string, arguments of calls as objects.
+
+    Raises:
+        Problem: a message holds an image, a sound or a file.
+    """
+    made = []
+    for number, message in enumerate(given):
+        role = "system" if message.role == "developer" else message.role
+        one: dict[str, Any] = {"role": role, "content": _text(message, f"messages[{number}].content")}
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            if getattr(message, name) is not None:
+                one[name] = getattr(message, name)
+        calls = list(message.tool_calls or ())
+        if calls:
+            one["tool_calls"] = [
+                {"id": call.id, "type": "function",
+                 "function": {"name": call.function.name, "arguments": _object(call.function.arguments)}}
+                for call in calls
+            ]  # fmt: skip
+        made.append(one)
+    return made
+
+
+def _text(message: Message, path: str) -> str:
+    if isinstance(message.content, str) or message.content is None:
+        return message.content or message.refusal or ""
+    other = next((part for part in message.content if isinstance(part, OtherPart)), None)
+    if other is not None:
+        raise Problem(
+            400, f"{path}: expected parts of text, got {other.type}; the model takes text only", param=path,
+            code="unsupported_content",
+        )  # fmt: skip
+    return "".join(
+        part.text if isinstance(part, TextPart) else part.refusal  # type: ignore[union-attr]
+        for part in message.content
+    )
+
+
+def _object(arguments: str) -> Any:
+    """Return the arguments of a call as an object if they are JSON, else as they are."""
+    try:
+        found = json.loads(arguments)
+    except ValueError:
+        return arguments
+    return found if isinstance(found, dict) else arguments
+
+
+def tools_of(body: ChatBody) -> list[dict[str, Any]] | None:
+    """Return the tools that the template is given, in the form that templates expect; None: none."""
+    if body.tool_choice == "none" or not (body.tools or body.functions):
+        return None
+    functions = [tool.function for tool in body.tools or ()] + list(body.functions or ())
+    return [
+        {"type": "function", "function": each.model_dump(exclude_none=True, exclude={"strict"})} for each in functions
+    ]
+
+
+def check(body: ChatBody) -> None:
+    """Refuse what cannot be done, instead of answering something else.
+
+    Raises:
+        Problem: the body asks for it.
+    """
+    refused = {
+        "modalities": body.modalities is not None and body.modalities != ["text"],
+        "audio": body.audio is not None,
+        "web_search_options": body.web_search_options is not None,
+        "response_format": body.response_format is not None and body.response_format.type != "text",
+        "tool_choice": isinstance(body.tool_choice, NamedTool) or body.tool_choice == "required",
+    }
+    for name, is_refused in refused.items():
+        if is_refused:
+            raise Problem(400, f"{name}: this value is not supported here", param=name, code="unsupported_value")
+    if body.top_logprobs is not None and not body.logprobs:
+        raise Problem(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
+    if body.stream_options is not None and not body.stream:
+        raise Problem(400, "stream_options needs stream: true", param="stream_options", code="invalid_value")
+
+
+class Chat(Answers):
+    """Make the choices of a chat, or its chunks."""
+
+    object = "chat.completion"
+    chunk = "chat.completion.chunk"
+    prefix = "chatcmpl-"
+
+    def begin(self) -> list[Any]:
+        return [self.chunk_of(index, {"role": "assistant", "content": ""}) for index in range(self.count)]
+
+    def piece(self, index: int, token: Token) -> Any | None:
+        """Return the chunk of a token; None if it completes no text and no log-probabilities are asked for."""
+        if not token.text and token.logprob is None:
+            return None
+        return self.chunk_of(index, {"content": token.text}, logprobs=self._logprobs([token]))
+
+    def last(self, index: int, reason: str) -> Any:
+        return self.chunk_of(index, {}, reason=reason)
+
+    def chunk_of(self, index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> Any:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        return self.chunk_with([choice])
+
+    def choice(self, index: int) -> dict[str, Any]:
+        """Return a whole choice."""
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": self.texts[index], "refusal": None},
+            "logprobs": self._logprobs(self.tokens[index]),
+            "finish_reason": self.reasons[index],
+        }
+
+    def _logprobs(self, tokens: Sequence[Token]) -> Any:
+        if self.logprobs is None:
+            return None
+        return {"content": [entry(self.wording, token) for token in tokens], "refusal": None}
+
+
+def entry(wording: Wording, token: Token) -> dict[str, Any]:
+    """Return a token with its log-probability, and the likeliest ones."""
+    own = _one(wording, token.id, token.logprob or 0.0)
+    return {**own, "top_logprobs": [_one(wording, each, value) for each, value in token.top_logprobs.items()]}
+
+
+def _one(wording: Wording, token: int, logprob: float) -> dict[str, Any]:
+    return {"token": wording.text(token), "logprob": max(logprob, -9999.0), "bytes": list(wording.to_bytes(token))}

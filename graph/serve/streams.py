@@ -1,0 +1,245 @@
+"""Send an answer as server-sent events, and keep it for a client that lost its connection.
+
+A stream has a number for each event and keeps what it has sent. A client that leaves frees its caches at once. If it comes
+back in time, with the request's id and the number of the last event that it has, it gets the events after that one, and then
+the tokens that follow: a new generation goes on after the tokens that were made.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import msgspec
+from starlette.types import Receive, Scope, Send
+
+from .bridge import Asked, Bridge, Ended, Reply
+from .problems import problem_of, unknown
+
+SILENCE_S = 0.9
+"""After this time without an event, a comment shows the client and its proxies that the connection lives."""
+MOST_KEPT = 512
+COMMENT = b": working\n\n"
+LAST = b"data: [DONE]\n\n"
+
+
+class Maker(Protocol):
+    """Make the events of an endpoint from what comes of a reply."""
+
+    def begin(self) -> list[Any]:
+        """Return the events before the first token."""
+
+    def add(self, index: int, event: Any) -> list[Any]:
+        """Return the events that a token, or the end, of an answer leads to."""
+
+    def end(self) -> list[Any]:
+        """Return the events after the end of all answers."""
+
+
+class Stream:
+    """Hold one answer that is sent as events. `owner` is the key that asked for it."""
+
+    def __init__(self, bridge: Bridge, asked: Mapping[int, Asked], maker: Maker, request_id: str, owner: str) -> None:
+        self.request_id, self.owner = request_id, owner
+        self.left_s = 0.0
+        """Time on the monotonic clock when its client left; 0: it is there."""
+        self._bridge = bridge
+        self._asked = dict(asked)
+        self._maker = maker
+        self._sent: list[bytes] = []
+        self._made: dict[int, list[int]] = {index: [] for index in asked}
+        self._done = False
+        self._reply: Reply | None = None
+        self._connection: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Ask for the answers, or for what is missing of them."""
+        missing = {index: replace(each, answered=tuple(self._made[index])) for index, each in self._asked.items()}
+        self._reply = Reply(self._bridge, missing)
+        if not self._sent:
+            self._keep(self._maker.begin())
+
+    async def accepted(self) -> None:
+        """Wait until the request has begun, or waits for its turn: a request that is refused gets a status of its own.
+
+        Raises:
+            Problem: it was refused.
+        """
+        assert self._reply is not None
+        try:
+            await self._reply.accepted()
+        except Exception as error:
+            self.leave()
+            raise problem_of(error) from error
+
+    def _take(self, index: int, event: Any) -> None:
+        if isinstance(event, Ended):
+            del self._asked[index]
+        else:
+            self._made[index].append(event.id)
+        self._keep(self._maker.add(index, event))
+
+    def _keep(self, events: list[Any]) -> None:
+        for event in events:
+            self._sent.append(b"id: %d\ndata: %b\n\n" % (len(self._sent), msgspec.json.encode(event)))
+
+    async def _grow(self) -> bool:
+        """Wait for more, and take all that is there. Return whether the answer is complete."""
+        assert self._reply is not None
+        try:
+            self._take(*await anext(self._reply))
+            while self._reply.pending:
+                self._take(*await anext(self._reply))
+        except StopAsyncIteration:
+            self._keep(self._maker.end())
+            self._done = True
+        except Exception as error:
+            self._keep([problem_of(error).body])
+            self._done = True
+        return self._done
+
+    async def send(self, receive: Receive, send: Send, after: int, headers: Mapping[str, str]) -> None:
+        """Send the events after number `after`, until the answer is complete or the client leaves."""
+        if self._connection is not None:  # the client came back before its old connection was known to be lost
+            self._connection.cancel()
+            await asyncio.wait([self._connection])
+        if not self._done and self._reply is None:
+            self.start()
+        self.left_s = 0.0
+        self._connection = asyncio.current_task()
+        writer = asyncio.ensure_future(self._write(send, after, headers))
+        watch = asyncio.ensure_future(_gone(receive))
+        try:
+            await asyncio.wait([writer, watch], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (writer, watch):
+                task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.gather(writer, watch, return_exceptions=True)
+            self._connection = None
+            self.leave()
+
+    def leave(self) -> None:
+        """Free the caches: no client reads the answer now."""
+        self.left_s = time.monotonic()
+        if self._reply is not None:
+            self._reply.close()
+            self._reply = None
+
+    async def _write(self, send: Send, after: int, headers: Mapping[str, str]) -> None:
+        shown = {
+            "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no",
+            **headers,
+        }  # fmt: skip
+        await send({
+            "type": "http.response.start", "status": 200,
+            "headers": [(name.encode(), value.encode()) for name, value in shown.items()],
+        })  # fmt: skip
+        at, loop = after + 1, asyncio.get_running_loop()
+        spoke_s = loop.time()
+
+        async def speak() -> None:
+            while True:
+                await asyncio.sleep(max(0.0, spoke_s + SILENCE_S - loop.time()))
+                if loop.time() >= spoke_s + SILENCE_S:
+                    await write(COMMENT)
+
+        async def write(data: bytes) -> None:
+            nonlocal spoke_s
+            spoke_s = loop.time()
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+        speaking = asyncio.ensure_future(speak())
+        try:
+            while True:
+                if at < len(self._sent):
+                    data, at = b"".join(self._sent[at:]), len(self._sent)
+                    await write(data)
+                elif self._done:
+                    break
+                else:
+                    await self._grow()
+        finally:
+            speaking.cancel()
+        await send({"type": "http.response.body", "body": LAST, "more_body": False})
+
+
+async def collected(reply: Reply, maker: Maker, receive: Receive) -> bool:
+    """Give all events of a reply to a maker. Return false, and free the caches, if the client leaves before the end.
+
+    Raises:
+        Problem: the request was refused, or an answer failed.
+    """
+
+    async def collect() -> None:
+        async for index, event in reply:
+            maker.add(index, event)
+
+    collecting, watch = asyncio.ensure_future(collect()), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait([collecting, watch], return_when=asyncio.FIRST_COMPLETED)
+        if not collecting.done():
+            return False
+        collecting.result()
+    except Exception as error:
+        raise problem_of(error) from error
+    finally:
+        reply.close()
+        for task in (collecting, watch):
+            task.cancel()
+    return True
+
+
+async def _gone(receive: Receive) -> None:
+    """Return once the client has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Kept:
+    """Hold the streams whose clients may come back, for `window_s` after they left."""
+
+    def __init__(self, window_s: float) -> None:
+        self._window_s = window_s
+        self._streams: OrderedDict[str, Stream] = OrderedDict()
+
+    def add(self, stream: Stream) -> None:
+        """Keep a stream. The oldest ones that nobody reads make room."""
+        self.forget()
+        if self._window_s > 0:
+            self._streams[stream.request_id] = stream
+
+    def forget(self) -> None:
+        """Drop the streams whose clients left too long ago, and the oldest ones if there are too many."""
+        now_s = time.monotonic()
+        for name, stream in list(self._streams.items()):
+            late = stream.left_s and now_s - stream.left_s > self._window_s
+            if late or (stream.left_s and len(self._streams) >= MOST_KEPT):
+                del self._streams[name]
+
+    def find(self, request_id: str, owner: str) -> Stream:
+        """Return a stream to the key that asked for it.
+
+        Raises:
+            Problem: there is none, or it is another key's, which is not told.
+        """
+        self.forget()
+        stream = self._streams.get(request_id)
+        if stream is None or stream.owner != owner:
+            raise unknown(f"no stream {request_id!r:.60} is kept; ask again")
+        return stream
+
+
+class Events:
+    """Be an answer of HTTP that sends a stream. Starlette calls it."""
+
+    def __init__(self, stream: Stream, headers: Mapping[str, str], after: int = -1) -> None:
+        self._stream, self._headers, self._after = stream, headers, after
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._stream.send(receive, send, self._after, self._headers)
