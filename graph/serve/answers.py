@@ -25,6 +25,8 @@ class Answers:
     object: str
     chunk: str
     prefix: str
+    named = False
+    """Whether its events carry their type as a name, and end with the last of them instead of `[DONE]`."""
 
     def __init__(
         self, model: str, wording: Wording, prompt_tokens: int, count: int, *, logprobs: int | None = None,

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from . import chat, completions, metrics
+from . import chat, completions, metrics, responses
 from .answers import Answers
 from .asking import asked_of
 from .bodies import ChatBody, CompletionBody, DetokenizeBody, Sampled, TokenizeBody, parsed
@@ -50,8 +50,8 @@ class Endpoints:
     def routes(self) -> list[BaseRoute]:
         """Return the routes, each with and without /v1."""
         posts = {
-            "/chat/completions": self.chat, "/completions": self.completions, "/tokenize": self.tokenize,
-            "/detokenize": self.detokenize,
+            "/chat/completions": self.chat, "/completions": self.completions, "/responses": self.responses,
+            "/tokenize": self.tokenize, "/detokenize": self.detokenize,
         }  # fmt: skip
         gets = {
             "/models": self.models, "/models/{name:path}": self.model, "/health": self.health, "/metrics": self.metrics,
@@ -109,6 +109,19 @@ class Endpoints:
             with_usage=_with_usage(body),
         )
         return await self._answer(request, model, body, asked, maker)
+
+    async def responses(self, request: Request) -> Any:
+        body = parsed(responses.ResponseBody, await request.body())
+        model = self._model(body.model)
+        messages = chat.messages_of(responses.messages_of(body))
+        prompt = await model.bridge.tokens(messages, tools=responses.tools_of(body))
+        general = responses.sampled(body)
+        asked = asked_of(
+            model.bridge, general, prompt, body.max_output_tokens, logprobs=body.top_logprobs, key=request.state.key,
+            traceparent=request.headers.get("traceparent"),
+        )  # fmt: skip
+        maker = responses.Response(body, model.name, model.wording, len(prompt))
+        return await self._answer(request, model, general, asked, maker)
 
     async def _answer(
         self, request: Request, model: Served, body: Sampled, asked: Sequence[Asked], maker: Answers

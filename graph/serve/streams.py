@@ -31,6 +31,8 @@ LAST = b"data: [DONE]\n\n"
 class Maker(Protocol):
     """Make the events of an endpoint from what comes of a reply."""
 
+    named: bool
+
     def begin(self) -> list[Any]:
         """Return the events before the first token."""
 
@@ -86,7 +88,8 @@ class Stream:
 
     def _keep(self, events: list[Any]) -> None:
         for event in events:
-            self._sent.append(b"id: %d\ndata: %b\n\n" % (len(self._sent), msgspec.json.encode(event)))
+            name = b"event: %b\n" % event.get("type", "error").encode() if self._maker.named else b""
+            self._sent.append(b"id: %d\n%bdata: %b\n\n" % (len(self._sent), name, msgspec.json.encode(event)))
 
     async def _grow(self) -> bool:
         """Wait for more, and take all that is there. Return whether the answer is complete."""
@@ -166,7 +169,7 @@ class Stream:
                     await self._grow()
         finally:
             speaking.cancel()
-        await send({"type": "http.response.body", "body": LAST, "more_body": False})
+        await send({"type": "http.response.body", "body": b"" if self._maker.named else LAST, "more_body": False})
 
 
 async def collected(reply: Reply, maker: Maker, receive: Receive) -> bool:
