@@ -127,7 +127,9 @@ class SessionInfo:
     prompt: int | None = None
     """Number of tokens of the log that were there before the answer. None: all."""
     score: bool = False
-    """If true, nothing is generated, and the head sends the log-probability of each token of the log except the first."""
+    """If true, nothing is generated, and the head sends the log-probability of each token of the log except the first.
+
+    With `logprobs`, it also sends those of so many likeliest tokens in each place."""
     traceparent: str = ""
     """W3C trace context of the request's root span (spans.py); empty if the request is not traced."""
     kept: int = 0

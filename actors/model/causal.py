@@ -193,33 +193,65 @@ class Head(Actor):
         return self.forward(batch.rows, batch["hidden"])
 
     def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> Mapping[str, torch.Tensor | Batch]:
-        due, last = [], []
+        due, last, scored = [], [], []
         outputs: dict[str, torch.Tensor | Batch] = {}
         end = 0
-        scored: list[tuple[Row, torch.Tensor]] = []
         failures: dict[Row, Exception] = {}
         for row in rows:
             end += row.tokens
             if self.streams[row.session].info.score:
-                try:
-                    scored += self._scored(row, hidden_TH[end - row.tokens : end])
-                except NotFinite as error:
-                    failures[row] = error
+                scored.append((row, hidden_TH[end - row.tokens : end]))
             elif row.position + row.tokens >= self.streams[row.session].known:  # otherwise the prompt continues
                 due.append(row)
                 last.append(end - 1)
-        if scored:
-            scores_T = torch.cat([scores for _, scores in scored])
-            outputs["scores"] = Batch(tuple(row for row, _ in scored), {"scores": scores_T})
         if due:
             picked = hidden_TH if len(last) == hidden_TH.shape[0] else hidden_TH[last]
             logits_RV = self.logits(picked)
             if self.look is not None:
                 self.look(None, "logits", tuple(last_of(row) for row in due), logits_RV)
             outputs |= self._sampled(due, logits_RV, failures)
+        if scored:
+            self._add_scores(scored, outputs, failures)
         if failures:
             raise RowsFailed(outputs, failures)
         return outputs
+
+    def _add_scores(
+        self, rows: list[tuple[Row, torch.Tensor]], outputs: dict[str, torch.Tensor | Batch], failures: dict[Row, Exception]
+    ) -> None:  # fmt: skip
+        """Add the scores of rows, given with their `hidden` [t, H], to the outputs, and errors to `failures`."""
+        made: dict[str, list[tuple[Row, torch.Tensor]]] = {"scores": [], "logprobs": []}
+        for row, hidden_tH in rows:
+            most = self.streams[row.session].info.logprobs
+            try:
+                if most is None:
+                    made["scores"] += self._scored(row, hidden_tH)
+                else:
+                    made["logprobs"] += self._ranked(row, hidden_tH, most)
+            except NotFinite as error:
+                failures[row] = error
+        for port, parts in made.items():
+            if parts:
+                own = Batch(tuple(row for row, _ in parts), {port: torch.cat([numbers for _, numbers in parts])})
+                beside = outputs.get(port)
+                if isinstance(beside, Batch):  # of tokens that were chosen in this step
+                    own = Batch(beside.rows + own.rows, {port: torch.cat([beside[port], own[port]])})
+                outputs[port] = own
+
+    def _ranked(self, row: Row, hidden_tH: torch.Tensor, most: int) -> list[tuple[Row, torch.Tensor]]:
+        """Return, for each token of the row except the log's last, the pairs of `log_probabilities` for the next one."""
+        log = self.streams[row.session].tokens
+        following = log[row.position + 1 : row.position + row.tokens + 1]
+        made = []
+        for start in range(0, len(following), SCORED_AT_ONCE):
+            some = following[start : start + SCORED_AT_ONCE]
+            logits_tV = self.logits(hidden_tH[start : start + len(some)])
+            if bool(logits_tV.isnan().any()):
+                raise NotFinite("scores", math.nan)
+            for index, token in enumerate(some):
+                at = Row(row.session, row.epoch, row.position + start + index, 1)
+                made.append((at, log_probabilities(logits_tV[index], token, most)[None]))
+        return made
 
     def _scored(self, row: Row, hidden_tH: torch.Tensor) -> list[tuple[Row, torch.Tensor]]:
         """Return, for each token of the row except the log's last, the log-probability of the next one, float32 [t]."""

@@ -23,7 +23,7 @@ from ..file.checked import Graph
 from ..file.errors import RequestError, TooLong
 from ..sessions import journal
 from ..sessions.gateway import Gateway
-from ..sessions.generation import Client, Generation, Later, Over, Source, Wakes
+from ..sessions.generation import Client, Generation, Later, Over, Source, Wakes, logprobs_of
 from ..sessions.journal import Asked, Ended, Journal, Request, Resumed
 from ..sessions.stream import Stream, Tensors
 from ..sessions.text_codec import ChatOptions, TextCodec
@@ -322,6 +322,36 @@ class Requests:
             raise TooLong(
                 f"the request needs {len(ids) + max_tokens} tokens of KV cache, an actor holds {capacity}; raise cache_tokens"
             )
+
+    async def scores(self, ids: Sequence[int], traceparent: str | None) -> list[float]:
+        """Return log-probabilities. See `Run.score`."""
+        return list((await self._scored(ids, None, traceparent)).scores)
+
+    async def ranks(
+        self, ids: Sequence[int], logprobs: int | None, traceparent: str | None
+    ) -> list[tuple[float, dict[int, float]]]:
+        """Return log-probabilities with those of the likeliest tokens. See `Run.ranked`."""
+        numbers = (await self._scored(ids, logprobs, traceparent)).numbers
+        return [logprobs_of(numbers["logprobs", position]) for position in range(len(ids) - 1)]
+
+    async def _scored(self, ids: Sequence[int], logprobs: int | None, traceparent: str | None) -> Stream:
+        graph = self._graph
+        if not graph.generates or graph.checkpoint is None:
+            raise RequestError(f"graph {graph.name} is not a language model; score needs one")
+        if graph.checkpoint.config.encoder is not None:
+            raise RequestError(f"graph {graph.name} is an encoder–decoder model; score is for causal ones")
+        self.check(list(ids), 1, spare=1)
+        if len(ids) < 2:
+            raise RequestError("score: expected at least two tokens, got 1")
+        root, caller = self.traced(traceparent)
+        info = SessionInfo(
+            session=0, epoch=0, capacity=len(ids), log=tuple(ids), score=True, logprobs=logprobs, traceparent=root
+        )
+        with contextlib.closing(
+            Client(self._gateway, self._gateway.submit(info, caller=caller), self._flush, self._wakes)
+        ) as client:
+            await client.event()
+        return client.stream
 
     def traced(self, traceparent: str | None) -> tuple[str, str]:
         """Return the trace context of a request's root span, and the caller's span; both are empty without tracing.

@@ -34,7 +34,7 @@ from .before_start import check_inputs
 from .hosts import Hosts
 from .members import Members
 from .recovery import Recovered, Recovery
-from .request_checks import no_tokenizer
+from .request_checks import checked_logprobs, no_tokenizer
 from .requests import Requests
 from .run_folder import RunFolder
 from .scaling import Scaling
@@ -316,22 +316,17 @@ class Run:
             ActorFailed: an actor was lost.
         """
         self._check_open()
-        graph = self.plan.graph
-        if not graph.generates or graph.checkpoint is None:
-            raise RequestError(f"graph {graph.name} is not a language model; score needs one")
-        config = graph.checkpoint.config
-        if config.encoder is not None:
-            raise RequestError(f"graph {graph.name} is an encoder–decoder model; score is for causal ones")
-        self._requests.check(list(ids), 1, spare=1)
-        if len(ids) < 2:
-            raise RequestError("score: expected at least two tokens, got 1")
-        root, caller = self._requests.traced(traceparent)
-        info = SessionInfo(session=0, epoch=0, capacity=len(ids), log=tuple(ids), score=True, traceparent=root)
-        with contextlib.closing(
-            Client(self._gateway, self._gateway.submit(info, caller=caller), self.flush, self._wakes)
-        ) as client:
-            await client.event()
-        return list(client.stream.scores)
+        return await self._requests.scores(ids, traceparent)
+
+    async def ranked(
+        self, ids: Sequence[int], logprobs: int, *, traceparent: str | None = None
+    ) -> list[tuple[float, dict[int, float]]]:
+        """Return the same as `score`, each with the log-probabilities of the `logprobs` likeliest tokens there, by id.
+
+        Errors are those of `score`.
+        """
+        self._check_open()
+        return await self._requests.ranks(ids, checked_logprobs(logprobs), traceparent)
 
     async def call(self, traceparent: str | None = None, /, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Send one tensor to each input port of the gateway, and wait for one from each output port.

@@ -19,7 +19,8 @@ from . import chat, completions, metrics, responses
 from .answers import Answers
 from .asking import asked_of
 from .bodies import ChatBody, CompletionBody, DetokenizeBody, Sampled, TokenizeBody, parsed
-from .bridge import Asked, Bridge, Reply
+from .bridge import Asked, Bridge, Ended, Reply
+from .completions import Echo
 from .guard import Door, Guard
 from .problems import FAILED, Problem, problem_of, unknown
 from .streams import Events, Kept, Stream, collected
@@ -92,23 +93,30 @@ class Endpoints:
         ids = [await model.bridge.tokens(each, raw=True) if isinstance(each, str) else each for each in prompts]
         most = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default
         asked: list[Asked] = []
-        prefixes: list[str] = []
+        echoes: list[Echo] = []
         for prompt, tokens in zip(prompts, ids, strict=True):
-            asked += asked_of(
-                model.bridge, body, tokens, most, logprobs=body.logprobs, key=request.state.key,
-                traceparent=request.headers.get("traceparent"), count=body.n or 1,
-            )  # fmt: skip
-            text = (prompt if isinstance(prompt, str) else model.bridge.text(tokens)) if body.echo else ""
-            prefixes += [text] * (body.n or 1)
+            if most:
+                asked += asked_of(
+                    model.bridge, body, tokens, most, logprobs=body.logprobs, key=request.state.key,
+                    traceparent=request.headers.get("traceparent"), count=body.n or 1,
+                )  # fmt: skip
+            echoes += [await self._echo(model, body, prompt, tokens)] * (body.n or 1)
         maker = completions.Completions(
-            model.name,
-            model.wording,
-            sum(map(len, ids)),
-            prefixes,
-            logprobs=body.logprobs,
-            with_usage=_with_usage(body),
+            model.name, model.wording, sum(map(len, ids)), echoes, logprobs=body.logprobs, with_usage=_with_usage(body)
         )
         return await self._answer(request, model, body, asked, maker)
+
+    async def _echo(
+        self, model: Served, body: CompletionBody, prompt: str | list[int], tokens: list[int]
+    ) -> Echo:  # fmt: skip
+        if not body.echo:
+            return Echo()
+        text = prompt if isinstance(prompt, str) else model.bridge.text(tokens)
+        most = body.logprobs
+        if most is None:
+            return Echo(text)
+        ranks = await model.bridge.call(lambda: model.bridge.run.ranked(tokens, most)) if len(tokens) > 1 else []
+        return Echo(text, tokens, ranks)
 
     async def responses(self, request: Request) -> Any:
         body = parsed(responses.ResponseBody, await request.body())
@@ -127,6 +135,8 @@ class Endpoints:
         self, request: Request, model: Served, body: Sampled, asked: Sequence[Asked], maker: Answers
     ) -> Any:  # fmt: skip
         numbered = dict(enumerate(asked))
+        for index in range(len(asked), maker.count):  # nothing to generate: only an echo
+            maker.add(index, Ended("length"))
         if body.stream:
             stream = Stream(model.bridge, numbered, maker, request.state.request_id, request.state.key)
             stream.start()

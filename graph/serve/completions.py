@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..sessions.generation import Token
@@ -52,34 +54,50 @@ def check(body: CompletionBody) -> None:
         raise Problem(400, "suffix: the model continues a text only", param="suffix", code="unsupported_value")
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise Problem(400, "best_of: expected the value of n", param="best_of", code="unsupported_value")
+    if body.max_tokens == 0 and (not body.echo or body.stream):
+        raise Problem(400, "max_tokens: 0 needs echo: true and no stream", param="max_tokens", code="invalid_value")
     if body.stream_options is not None and not body.stream:
         raise Problem(400, "stream_options needs stream: true", param="stream_options", code="invalid_value")
 
 
+@dataclass(frozen=True, slots=True)
+class Echo:
+    """Hold what is shown of a prompt before its answer: nothing, its text, and if asked for what its tokens scored."""
+
+    text: str = ""
+    tokens: Sequence[int] = ()
+    ranks: Sequence[tuple[float, dict[int, float]]] = ()
+    """For each token but the first: its log-probability, and those of the likeliest tokens there."""
+
+
 class Completions(Answers):
-    """Make the choices of completions, or their chunks. `prefixes` are the texts of the prompts, if they are echoed."""
+    """Make the choices of completions, or their chunks. There is an echo for each choice."""
 
     object = "text_completion"
     chunk = "text_completion"
     prefix = "cmpl-"
 
     def __init__(
-        self, model: str, wording: Wording, prompt_tokens: int, prefixes: Sequence[str], *, logprobs: int | None = None,
+        self, model: str, wording: Wording, prompt_tokens: int, echoes: Sequence[Echo], *, logprobs: int | None = None,
         with_usage: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(model, wording, prompt_tokens, len(prefixes), logprobs=logprobs, with_usage=with_usage)
-        self._prefixes = prefixes
-        self._offsets = [len(prefix) for prefix in prefixes]
+        super().__init__(model, wording, prompt_tokens, len(echoes), logprobs=logprobs, with_usage=with_usage)
+        self._echoes = echoes
+        self._offsets = [len(echo.text) for echo in echoes]
 
     def begin(self) -> list[Any]:
-        return [self._chunk_of(index, text) for index, text in enumerate(self._prefixes) if text]
+        return [
+            self._chunk_of(index, echo.text, logprobs=self._echoed(echo))
+            for index, echo in enumerate(self._echoes)
+            if echo.text
+        ]
 
     def piece(self, index: int, token: Token) -> Any | None:
         if not token.text and token.logprob is None:
             return None
         offset = self._offsets[index]
         self._offsets[index] += len(token.text)
-        return self._chunk_of(index, token.text, logprobs=self._logprobs([token], offset))
+        return self._chunk_of(index, token.text, logprobs=self._made([token], offset))
 
     def last(self, index: int, reason: str) -> Any:
         return self._chunk_of(index, "", reason=reason)
@@ -88,28 +106,40 @@ class Completions(Answers):
         return self.chunk_with([{"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}])
 
     def choice(self, index: int) -> dict[str, Any]:
-        prefix = self._prefixes[index]
+        echo = self._echoes[index]
+        before, made = self._echoed(echo), self._made(self.tokens[index], len(echo.text))
+        both = {name: before[name] + made[name] for name in made} if before is not None and made is not None else made
         return {
-            "index": index, "text": prefix + self.texts[index], "finish_reason": self.reasons[index],
-            "logprobs": self._logprobs(self.tokens[index], len(prefix)),
+            "index": index, "text": echo.text + self.texts[index], "finish_reason": self.reasons[index], "logprobs": both,
         }  # fmt: skip
 
-    def _logprobs(self, tokens: Sequence[Token], offset: int) -> Any:
+    def _made(self, tokens: Sequence[Token], offset: int) -> dict[str, list[Any]] | None:
+        """Return the log-probabilities of tokens of an answer, whose text begins at `offset`."""
         if self.logprobs is None:
             return None
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(token.text)
+        rows = [(token.id, token.logprob, {token.id: token.logprob, **token.top_logprobs}) for token in tokens]
+        return self._listed(rows, [len(token.text) for token in tokens], offset)
+
+    def _echoed(self, echo: Echo) -> dict[str, list[Any]] | None:
+        """Return the log-probabilities of a prompt. The first token has none."""
+        if self.logprobs is None or not echo.tokens:
+            return None
+        rows: list[tuple[int, float | None, dict[int, float | None] | None]] = [(echo.tokens[0], None, None)]
+        rows += [
+            (token, logprob, {token: logprob, **top})
+            for token, (logprob, top) in zip(echo.tokens[1:], echo.ranks, strict=True)
+        ]
+        return self._listed(rows, [len(self.wording.text(token)) for token in echo.tokens], 0)
+
+    def _listed(
+        self, rows: Sequence[tuple[int, float | None, Mapping[int, float | None] | None]], lengths: Sequence[int], offset: int
+    ) -> dict[str, list[Any]]:  # fmt: skip
+        text = self.wording.text
         return {
-            "tokens": [self.wording.text(token.id) for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
+            "tokens": [text(token) for token, _, _ in rows],
+            "token_logprobs": [logprob for _, logprob, _ in rows],
             "top_logprobs": [
-                {
-                    self.wording.text(each): value
-                    for each, value in {token.id: token.logprob, **token.top_logprobs}.items()
-                }
-                for token in tokens
+                None if top is None else {text(token): value for token, value in top.items()} for _, _, top in rows
             ],
-            "text_offset": offsets,
+            "text_offset": list(itertools.accumulate(lengths[:-1], initial=offset)) if rows else [],
         }

@@ -177,6 +177,8 @@ class Gateway:
         stream.rounds.clear()
         stream.numbers.clear()
         del stream.scores[:]
+        if stream.info.score:
+            stream.numbers.clear()
         chosen = {actor: replicas for actor, replicas in stream.replicas.items() if replicas != (0,)}
         left = asked.max_tokens - (len(log) - len(asked.log))
         if len(log) <= self._recomputed_after:
@@ -360,6 +362,11 @@ class Gateway:
         """Take logits or log-probabilities, and deliver the positions that were waiting for them."""
         for row, (_, buffer) in rows_of(received):
             stream = self._stream_of(row)
+            if stream is not None and stream.info.score:
+                stream.numbers[port, row.position] = bytes(buffer)
+                if len(stream.numbers) == len(stream.log) - 1:
+                    self._end(stream, "done")
+                continue
             if stream is None or row.position < stream.awaited:
                 continue
             stream.numbers[port, row.position] = bytes(buffer)

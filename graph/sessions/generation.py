@@ -13,6 +13,7 @@ import trio
 
 from ranvier.actors.component.session import SessionInfo
 from ranvier.actors.errors import Expired
+from ranvier.transport.format.message import Buffer
 
 from .gateway import Gateway
 from .stream import Delivered, Stream
@@ -255,7 +256,7 @@ class Generation:
             result.finish_reason = "stop"
             self.close()
         logits = memoryview(event.logits).cast("f") if event.logits is not None else None
-        logprob, top = _logprobs(event)
+        logprob, top = logprobs_of(event.logprobs) if event.logprobs is not None else (None, {})
         return Token(event.token, event.position, piece, logits, logprob, top, self.is_durable())
 
     def close(self) -> None:
@@ -271,9 +272,7 @@ class Generation:
         self.close()
 
 
-def _logprobs(event: Delivered) -> tuple[float | None, dict[int, float]]:
-    """Return the log-probability of a token, and those of the likeliest ones by id."""
-    if event.logprobs is None:
-        return None, {}
-    pairs = memoryview(event.logprobs).cast("B").cast("f")
+def logprobs_of(data: Buffer) -> tuple[float, dict[int, float]]:
+    """Return the log-probability of a token, and those of the likeliest ones by id, from what the head has sent."""
+    pairs = memoryview(data).cast("B").cast("f")
     return pairs[1], {int(pairs[i]): pairs[i + 1] for i in range(2, len(pairs), 2) if pairs[i] >= 0}

@@ -187,3 +187,52 @@ def test_what_is_wrong_is_said(server: Any, body: Any, status: int, param: str |
     assert headers["x-request-id"]
     if param is not None:
         assert (answer["error"]["param"], answer["error"]["code"]) == (param, code)
+
+
+def test_an_echo_with_log_probabilities_scores_the_prompt(server: Any, oracle: Any) -> None:
+    """Give the oracle's log-probabilities of a prompt's tokens, and whether each was the likeliest, as harnesses ask for."""
+    import torch
+
+    prompt = "The capital of France is Paris, and that of Italy is Rome."
+    ids = server.post("/tokenize", {"content": prompt})[1]["tokens"]
+    with torch.inference_mode():
+        logits = oracle(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = [float(logits[i, token]) for i, token in enumerate(ids[1:])]
+    for asked in (prompt, ids):
+        made = (
+            server.client().completions.create(prompt=asked, max_tokens=0, echo=True, logprobs=1, **GREEDY).choices[0]
+        )
+        assert made.text == prompt == "".join(made.logprobs.tokens)
+        assert made.logprobs.token_logprobs[0] is None
+        assert made.logprobs.token_logprobs[1:] == pytest.approx(expected, abs=2e-3)
+        best = [max(top.values()) for top in made.logprobs.top_logprobs[1:]]
+        assert best == pytest.approx(logits[:-1].max(-1).values.tolist(), abs=2e-3)
+        assert [
+            prompt[at:][: len(t)] for at, t in zip(made.logprobs.text_offset, made.logprobs.tokens, strict=True)
+        ] == made.logprobs.tokens
+    further = (
+        server.client().completions.create(prompt=prompt, max_tokens=2, echo=True, logprobs=1, **GREEDY).choices[0]
+    )
+    assert len(further.logprobs.tokens) == len(ids) + 2 and further.text.startswith(prompt)
+
+
+def test_responses_without_state(server: Any, continued: Any) -> None:
+    """Answer /v1/responses with transformers' text, whole and as events."""
+    _, text = continued(CHAT, 12)
+    asked: dict[str, Any] = {
+        "model": "smollm2", "temperature": 0, "max_output_tokens": 12, "instructions": CHAT[0]["content"],
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": CHAT[1]["content"]}]}],
+    }  # fmt: skip
+    whole = server.client().responses.create(**asked)
+    assert (whole.output_text, whole.status, whole.incomplete_details.reason) == (
+        text,
+        "incomplete",
+        "max_output_tokens",
+    )
+    made = list(server.client().responses.create(**asked, stream=True))
+    assert [event.sequence_number for event in made] == list(range(len(made)))
+    assert "".join(event.delta for event in made if event.type == "response.output_text.delta") == text
+    assert made[0].type == "response.created" and made[-1].type == "response.incomplete"
+    assert made[-1].response.output_text == text
+    status, answer, _ = server.post("/v1/responses", {**asked, "previous_response_id": "resp_1"})
+    assert status == 400 and answer["error"]["param"] == "previous_response_id"
