@@ -24,6 +24,7 @@ from .completions import Echo
 from .guard import Door, Guard
 from .problems import FAILED, Problem, problem_of, unknown
 from .streams import Events, Kept, Stream, collected
+from .tool_calls import family_of
 from .wording import Wording
 
 JSON = "application/json"
@@ -71,8 +72,9 @@ class Endpoints:
         body = parsed(ChatBody, await request.body())
         model = self._model(body.model)
         chat.check(body)
+        tools = chat.tools_of(body)
         prompt = await model.bridge.tokens(
-            chat.messages_of(body.messages), tools=chat.tools_of(body), template_arguments=body.chat_template_kwargs
+            chat.messages_of(body.messages), tools=tools, template_arguments=body.chat_template_kwargs
         )
         most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
@@ -80,9 +82,11 @@ class Endpoints:
             model.bridge, body, prompt, most, logprobs=logprobs, key=request.state.key,
             traceparent=request.headers.get("traceparent"), count=body.n or 1,
         )  # fmt: skip
+        family = family_of(model.bridge.template) if tools is not None else None
         maker = chat.Chat(
-            model.name, model.wording, len(prompt), len(asked), logprobs=logprobs, with_usage=_with_usage(body)
-        )
+            model.name, model.wording, len(prompt), len(asked), logprobs=logprobs, with_usage=_with_usage(body),
+            family=family,
+        )  # fmt: skip
         return await self._answer(request, model, body, asked, maker)
 
     async def completions(self, request: Request) -> Any:

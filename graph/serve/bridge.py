@@ -225,6 +225,12 @@ class Bridge:
         """Return the model's tokenizer, if it has one."""
         return self.run.codec if self.run.plan.graph.generates else None
 
+    @property
+    def template(self) -> str:
+        """Return the chat template that tools are given to; "" if there is none."""
+        codec = self.codec
+        return codec.templates.get("tool_use", codec.chat_template or "") if codec is not None else ""
+
     def text(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens, special ones left out.
 

@@ -9,7 +9,9 @@ from typing import Any
 from ..sessions.generation import Token
 from .answers import Answers
 from .bodies import ChatBody, Message, NamedTool, OtherPart, TextPart
+from .bridge import Ended
 from .problems import Problem
+from .tool_calls import Arguments, Begun, Calls, Family
 from .wording import Wording
 
 
@@ -100,30 +102,68 @@ class Chat(Answers):
     chunk = "chat.completion.chunk"
     prefix = "chatcmpl-"
 
+    def __init__(self, *given: Any, family: Family | None = None, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self._calls = [Calls(family) if family is not None else None for _ in range(self.count)]
+        self._made: list[list[dict[str, Any]]] = [[] for _ in range(self.count)]
+        self._contents = [""] * self.count
+
     def begin(self) -> list[Any]:
-        return [self.chunk_of(index, {"role": "assistant", "content": ""}) for index in range(self.count)]
+        return [self._chunk_of(index, {"role": "assistant", "content": ""}) for index in range(self.count)]
 
-    def piece(self, index: int, token: Token) -> Any | None:
-        """Return the chunk of a token; None if it completes no text and no log-probabilities are asked for."""
-        if not token.text and token.logprob is None:
-            return None
-        return self.chunk_of(index, {"content": token.text}, logprobs=self._logprobs([token]))
+    def add(self, index: int, event: Token | Ended) -> list[Any]:
+        """Take a token or the end of an answer. Return the chunks that follow: of text, of calls, of the end."""
+        calls = self._calls[index]
+        if isinstance(event, Ended):
+            found = calls.rest() if calls is not None else []
+            made = [self._chunk_of(index, delta) for delta in self._deltas(index, found)]
+            reason = "tool_calls" if calls is not None and calls.count and event.reason == "stop" else event.reason
+            self.reasons[index] = reason
+            return [*made, self._chunk_of(index, {}, reason=reason)]
+        self.texts[index] += event.text
+        self.tokens[index].append(event)
+        if calls is None:
+            found = [event.text] if event.text else []
+        else:
+            found = calls.add(event.text or self.wording.special(event.id))
+        deltas = self._deltas(index, found)
+        if not deltas and event.logprob is not None:
+            deltas = [{"content": ""}]
+        logprobs = [self._logprobs([event]), *[None] * (len(deltas) - 1)]
+        return [self._chunk_of(index, delta, logprobs=each) for delta, each in zip(deltas, logprobs, strict=False)]
 
-    def last(self, index: int, reason: str) -> Any:
-        return self.chunk_of(index, {}, reason=reason)
+    def _deltas(self, index: int, found: Sequence[str | Begun | Arguments]) -> list[dict[str, Any]]:
+        """Return the changes of a message, and make them in the whole one."""
+        deltas: list[dict[str, Any]] = []
+        made = self._made[index]
+        for each in found:
+            match each:
+                case str():
+                    self._contents[index] += each
+                    deltas.append({"content": each})
+                case Begun(number, name, name_of_call):
+                    function = {"name": name, "arguments": ""}
+                    made.append({"id": name_of_call, "type": "function", "function": function})
+                    deltas.append({"tool_calls": [{"index": number, **made[-1], "function": dict(function)}]})
+                case Arguments(number, piece):
+                    made[number]["function"]["arguments"] += piece
+                    deltas.append({"tool_calls": [{"index": number, "function": {"arguments": piece}}]})
+        return deltas
 
-    def chunk_of(self, index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> Any:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return self.chunk_with([choice])
+    def _chunk_of(self, index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> Any:
+        return self.chunk_with([{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}])
 
     def choice(self, index: int) -> dict[str, Any]:
         """Return a whole choice."""
+        calls = self._made[index]
+        content = self._contents[index] or (None if calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        if calls:
+            message["tool_calls"] = calls
         return {
-            "index": index,
-            "message": {"role": "assistant", "content": self.texts[index], "refusal": None},
-            "logprobs": self._logprobs(self.tokens[index]),
+            "index": index, "message": message, "logprobs": self._logprobs(self.tokens[index]),
             "finish_reason": self.reasons[index],
-        }
+        }  # fmt: skip
 
     def _logprobs(self, tokens: Sequence[Token]) -> Any:
         if self.logprobs is None:

@@ -33,6 +33,10 @@ class Wording:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\\\x{byte:02x}" for byte in data)
 
+    def special(self, token: int) -> str:
+        """Return the text of a special token, which an answer's text leaves out; "" for any other token."""
+        return self.text(token) if token in self._special else ""
+
     def _made(self, token: int) -> bytes:
         if self._codec is None:
             return b""
