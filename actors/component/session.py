@@ -106,6 +106,14 @@ def _biases(given: Any) -> tuple[tuple[int, float], ...]:
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """Describe which texts an answer may be: a grammar in llguidance's form, and the file of the model's tokenizer (JSON)."""
+
+    text: str
+    tokenizer: str
+
+
+@dataclass(frozen=True, slots=True)
 class SessionInfo:
     """Describe one session, as every actor receives it before the session's first row.
 
@@ -124,6 +132,8 @@ class SessionInfo:
     """If true, the head sends the logits of every generated position to the gateway."""
     logprobs: int | None = None
     """If set, the head sends the log-probability of each generated token to the gateway, with those of so many likeliest."""
+    grammar: Grammar | None = None
+    """If set, the head chooses only tokens that this grammar allows."""
     prompt: int | None = None
     """Number of tokens of the log that were there before the answer. None: all."""
     score: bool = False

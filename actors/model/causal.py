@@ -24,6 +24,7 @@ from ..component.session import SessionInfo
 from ..errors import NotFinite
 from . import weights
 from .blocks import Blocks
+from .guide import GrammarError, Guide, Guides
 from .kernels import packed
 from .kernels.packed import Packed
 from .kv_cache import KVCache
@@ -141,7 +142,8 @@ class _Stream:
         self.info = info
         self.tokens = list(info.log)
         self.known = len(info.log)
-        self.plain = as_they_are(info.sampling)
+        self.plain = as_they_are(info.sampling) and info.grammar is None
+        self.guide: Guide | None = None
 
 
 class Head(Actor):
@@ -156,6 +158,7 @@ class Head(Actor):
 
     stateless = True
     look: Look | None = None
+    _guides: Guides | None = None
 
     def allowed(self, due: list[Row], logits_RV: torch.Tensor) -> torch.Tensor:
         """Return the logits to choose tokens by, with -inf for tokens that may not be chosen."""
@@ -290,7 +293,7 @@ class Head(Actor):
         for index, row in enumerate(due):
             try:
                 drawn.append(self._draw(row, allowed_RV, index))
-            except NotFinite as error:
+            except (NotFinite, GrammarError) as error:
                 failures[row] = error
         return _outputs(drawn, logits_RV) if drawn else {}
 
@@ -301,9 +304,12 @@ class Head(Actor):
         if stream.plain:
             token = likeliest(allowed_RV, index)
         else:
-            token = choose(
-                allowed_RV[index], info.sampling, position, stream.tokens, info.prompt_tokens, info.stop_tokens
-            )
+            allowed_V = allowed_RV[index]
+            if info.grammar is not None:
+                self._guides = self._guides or Guides(allowed_RV.shape[1])
+                stream.guide = stream.guide or self._guides.of(info.grammar, info.stop_tokens)
+                allowed_V = stream.guide.masked(allowed_V, stream.tokens[info.prompt_tokens :])
+            token = choose(allowed_V, info.sampling, position, stream.tokens, info.prompt_tokens, info.stop_tokens)
         stream.tokens.append(token)
         goes_on = not info.finished(len(stream.tokens) - stream.known, token)
         return _Drawn(Row(row.session, row.epoch, position, 1), token, goes_on, info, index)

@@ -184,6 +184,7 @@ class BlockingRun:
         tools: Sequence[Mapping[str, Any]] | None = None, documents: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None, template_arguments: Mapping[str, Any] | None = None,
         deadline_s: float | None = None, traceparent: str | None = None, answered: Sequence[int] = (),
+        grammar: Mapping[str, Any] | None = None,
     ) -> BlockingGeneration:  # fmt: skip
         """Generate tokens: `for token in run.generate(…)` gets each token as soon as it exists.
 
@@ -195,6 +196,7 @@ class BlockingRun:
                 prompt, max_tokens=max_tokens, raw=raw, sampling=sampling, stop=stop, stop_tokens=stop_tokens,
                 logits=logits, logprobs=logprobs, tools=tools, documents=documents, template=template,
                 template_arguments=template_arguments, deadline_s=deadline_s, traceparent=traceparent, answered=answered,
+                grammar=grammar,
             )  # fmt: skip
 
         return BlockingGeneration(self._thread, self._thread.read(begin))

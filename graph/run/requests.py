@@ -6,14 +6,15 @@ import contextlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import msgspec
 import trio
 
-from ranvier.actors.component.session import Sampling, SessionInfo
+from ranvier.actors.component.session import Grammar, Sampling, SessionInfo
 from ranvier.actors.errors import ActorFailed, Cause, Overloaded
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.trace import spans
@@ -24,6 +25,7 @@ from ..file.errors import RequestError, TooLong
 from ..sessions import journal
 from ..sessions.gateway import Gateway
 from ..sessions.generation import Client, Generation, Later, Over, Source, Wakes, logprobs_of
+from ..sessions.grammars import Grammars
 from ..sessions.journal import Asked, Ended, Journal, Request, Resumed
 from ..sessions.stream import Stream, Tensors
 from ..sessions.text_codec import ChatOptions, TextCodec
@@ -59,6 +61,7 @@ class _Request(NamedTuple):
     stop: tuple[str, ...]
     logprobs: int | None
     answered: tuple[int, ...]
+    grammar: Grammar | None
 
 
 class _Waiting(NamedTuple):
@@ -100,6 +103,7 @@ class Requests:
         self._wakes = wakes
         self._capacity = capacity
         self._folder = folder
+        self._grammars = Grammars(codec, folder)
         self._waiting_in, self._waiting = trio.open_memory_channel[_Waiting](math.inf)
         self._left: dict[str, Request] = {}
         self._resumed: dict[str, Source] = {}
@@ -145,6 +149,7 @@ class Requests:
         deadline_s: float | None,
         traceparent: str | None,
         answered: Sequence[int],
+        grammar: Mapping[str, Any] | None,
     ) -> Generation:
         """Begin a generation. See `Run.generate`.
 
@@ -168,7 +173,10 @@ class Requests:
             self._stop_strings(stop),
             checked_logprobs(logprobs),
             self._answered(answered, most),
+            self._grammars.of(grammar) if grammar is not None else None,
         )
+        if request.grammar is not None and request.sampling.min_tokens:
+            raise RequestError("min_tokens: a grammar says where the answer ends; leave one of them out")
         generation = Generation(TextStream(self._codec, request.stop, request.sampling.min_tokens))
         generation.request_id = request.key
         generation.is_durable = self._is_durable
@@ -254,6 +262,7 @@ class Requests:
             sampling=request.sampling,
             logits=request.logits,
             logprobs=request.logprobs,
+            grammar=request.grammar,
         )
         deadline_s = time.time() + (request.deadline_ns - time.monotonic_ns()) / 1e9 if request.deadline_ns else 0.0
         source = tuple(ids) if inputs else ()
@@ -451,10 +460,10 @@ class Requests:
 
     def _gone_on(self, key: str) -> Source | None:
         """Submit a request of the lost run. Return None if there is no room for it now."""
-        request, asked = self._left[key], _so_far(self._left[key])
+        request, asked = self._left[key], self._here(_so_far(self._left[key]))
         inputs: Tensors = {"prompt": token_tensor(asked.source, "prompt")} if asked.source else {}
         try:
-            return self._client(request.info, inputs, asked, request.deadline_ns)
+            return self._client(asked.info, inputs, asked, request.deadline_ns)
         except Overloaded as error:
             if self._gateway.streams:
                 return None
@@ -464,6 +473,14 @@ class Requests:
         self._note(asked)
         self._note(Ended(key, "", str(why)))
         return Over(why)
+
+    def _here(self, asked: Asked) -> Asked:
+        """Return a request whose grammar finds its tokenizer in this run's folder."""
+        if asked.info.grammar is None:
+            return asked
+        return msgspec.structs.replace(
+            asked, info=replace(asked.info, grammar=self._grammars.again(asked.info.grammar))
+        )
 
     async def make_room(self) -> None:
         """Submit the lost run's requests that wait for room, in their order, whenever another request ends."""

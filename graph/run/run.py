@@ -218,6 +218,7 @@ class Run:
         deadline_s: float | None = None,
         traceparent: str | None = None,
         answered: Sequence[int] = (),
+        grammar: Mapping[str, Any] | None = None,
     ) -> Generation:
         """Generate tokens: `async for token in run.generate(…)` yields each token as soon as it exists.
 
@@ -240,6 +241,8 @@ class Run:
                 spans form a separate trace if the graph has `telemetry.otlp`.
             answered: tokens of the answer that another generation of this prompt has made. This one yields the tokens after
                 them: with the same arguments, those that would have followed.
+            grammar: which texts the answer may be: `{"json": schema}`, `{"regex": pattern}`, or `{"lark": grammar}` in
+                llguidance's notation. The answer ends where the text is complete.
 
         Raises:
             RequestError: an argument is wrong, or the graph does not generate tokens. While iterating: a prompt of text
@@ -252,7 +255,7 @@ class Run:
         return self._requests.generate(
             prompt, max_tokens=max_tokens, raw=raw, sampling=sampling, stop=stop, stop_tokens=stop_tokens, logits=logits,
             logprobs=logprobs, chat=ChatOptions(tools, documents, template, template_arguments or {}),
-            deadline_s=deadline_s, traceparent=traceparent, answered=answered,
+            deadline_s=deadline_s, traceparent=traceparent, answered=answered, grammar=grammar,
         )  # fmt: skip
 
     async def tokens(

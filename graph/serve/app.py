@@ -24,7 +24,7 @@ from .completions import Echo
 from .guard import Door, Guard
 from .problems import FAILED, Problem, problem_of, unknown
 from .streams import Events, Kept, Stream, collected
-from .tool_calls import family_of
+from .tool_calls import HERMES, family_of
 from .wording import Wording
 
 JSON = "application/json"
@@ -76,13 +76,15 @@ class Endpoints:
         prompt = await model.bridge.tokens(
             chat.messages_of(body.messages), tools=tools, template_arguments=body.chat_template_kwargs
         )
+        family = family_of(model.bridge.template) if tools is not None else None
+        if chat.forced_calls(body):
+            family = family or HERMES
         most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         asked = asked_of(
             model.bridge, body, prompt, most, logprobs=logprobs, key=request.state.key,
-            traceparent=request.headers.get("traceparent"), count=body.n or 1,
+            traceparent=request.headers.get("traceparent"), count=body.n or 1, grammar=chat.grammar_of(body, family),
         )  # fmt: skip
-        family = family_of(model.bridge.template) if tools is not None else None
         maker = chat.Chat(
             model.name, model.wording, len(prompt), len(asked), logprobs=logprobs, with_usage=_with_usage(body),
             family=family,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ranvier.actors.component.session import Sampling
 
@@ -16,7 +17,7 @@ from .problems import Problem
 
 def asked_of(
     bridge: Bridge, body: Sampled, prompt: Sequence[int], most: int | None, *, logprobs: int | None, key: str,
-    traceparent: str | None, count: int = 1,
+    traceparent: str | None, count: int = 1, grammar: Mapping[str, Any] | None = None,
 ) -> list[Asked]:  # fmt: skip
     """Return the generations that a body asks for from a prompt: `count`, each with a seed of its own.
 
@@ -41,7 +42,7 @@ def asked_of(
     return [
         Asked(
             prompt, most or left, sampling(bridge, body, (seed + index) & ((1 << 62) - 1)), stops(body), logprobs,
-            traceparent=traceparent, key=key,
+            grammar=grammar, traceparent=traceparent, key=key,
         )
         for index in range(count)
     ]  # fmt: skip

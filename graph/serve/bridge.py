@@ -46,6 +46,7 @@ class Asked:
     stop_tokens: Sequence[int] | None = None
     answered: Sequence[int] = ()
     """Tokens of the answer that an earlier generation has made; this one goes on after them."""
+    grammar: Mapping[str, Any] | None = None
     deadline_s: float | None = None
     traceparent: str | None = None
     key: str = ""
@@ -338,7 +339,7 @@ class Bridge:
         generation = self.run.generate(
             list(asked.prompt), max_tokens=asked.max_tokens, sampling=asked.sampling, stop=asked.stop,
             stop_tokens=asked.stop_tokens, logprobs=asked.logprobs, deadline_s=asked.deadline_s,
-            traceparent=asked.traceparent, answered=asked.answered,
+            traceparent=asked.traceparent, answered=asked.answered, grammar=asked.grammar,
         )  # fmt: skip
         self._running += 1
         return generation

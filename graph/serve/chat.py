@@ -8,10 +8,10 @@ from typing import Any
 
 from ..sessions.generation import Token
 from .answers import Answers
-from .bodies import ChatBody, Message, NamedTool, OtherPart, TextPart
+from .bodies import ChatBody, Message, NamedFunction, NamedTool, ObjectFormat, OtherPart, SchemaFormat, TextPart
 from .bridge import Ended
 from .problems import Problem
-from .tool_calls import Arguments, Begun, Calls, Family
+from .tool_calls import HERMES, Arguments, Begun, Calls, Family
 from .wording import Wording
 
 
@@ -73,6 +73,59 @@ def tools_of(body: ChatBody) -> list[dict[str, Any]] | None:
     ]
 
 
+def forced_calls(body: ChatBody) -> bool:
+    """Return whether the answer must be a call of a tool."""
+    return (
+        body.tool_choice == "required"
+        or isinstance(body.tool_choice, NamedTool)
+        or isinstance(body.function_call, NamedFunction)
+    )
+
+
+def grammar_of(body: ChatBody, family: Family | None) -> dict[str, Any] | None:
+    """Return the grammar that the body's `response_format` or `tool_choice` asks for; None: none.
+
+    Raises:
+        Problem: a schema is missing, or a tool is not there.
+    """
+    if forced_calls(body):
+        return {"lark": _calls_grammar(body, family or HERMES)}
+    wanted = body.response_format
+    if isinstance(wanted, ObjectFormat):
+        return {"json": {"type": "object"}}
+    if isinstance(wanted, SchemaFormat):
+        if wanted.json_schema.schema_ is None:
+            raise Problem(
+                400, "Missing required parameter: 'response_format.json_schema.schema'.",
+                param="response_format.json_schema.schema", code="missing_required_parameter",
+            )  # fmt: skip
+        return {"json": wanted.json_schema.schema_}
+    return None
+
+
+def _calls_grammar(body: ChatBody, family: Family) -> str:
+    """Return a grammar, in llguidance's notation, of one call of a tool that may be called, as the family writes it."""
+    functions = [tool.function for tool in body.tools or ()] + list(body.functions or ())
+    chosen = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
+    if isinstance(body.function_call, NamedFunction):
+        chosen = body.function_call.name
+    allowed = [each for each in functions if chosen in (None, each.name)]
+    if not allowed:
+        raise Problem(400, f"tool_choice: there is no tool {chosen!r:.80}", param="tool_choice", code="invalid_value")
+    word = "parameters" if family.bare else "arguments"
+    schemas = [
+        {"type": "object", "properties": {"name": {"const": each.name}, word: each.parameters or {"type": "object"}},
+         "required": ["name", word], "additionalProperties": False}
+        for each in allowed
+    ]  # fmt: skip
+    call = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
+    before, after = ("", "") if family.bare else (family.before, family.after)
+    parts = [json.dumps(before)] if before else []
+    parts += ["%json " + json.dumps({**call, "x-guidance": {"whitespace_pattern": r"[ \n\t]{0,16}"}})]
+    parts += [json.dumps(after)] if after else []
+    return "start: " + " ".join(parts) + "\n"
+
+
 def check(body: ChatBody) -> None:
     """Refuse what cannot be done, instead of answering something else.
 
@@ -83,12 +136,12 @@ def check(body: ChatBody) -> None:
         "modalities": body.modalities is not None and body.modalities != ["text"],
         "audio": body.audio is not None,
         "web_search_options": body.web_search_options is not None,
-        "response_format": body.response_format is not None and body.response_format.type != "text",
-        "tool_choice": isinstance(body.tool_choice, NamedTool) or body.tool_choice == "required",
     }
     for name, is_refused in refused.items():
         if is_refused:
             raise Problem(400, f"{name}: this value is not supported here", param=name, code="unsupported_value")
+    if forced_calls(body) and not (body.tools or body.functions):
+        raise Problem(400, "tool_choice: there are no tools", param="tool_choice", code="invalid_value")
     if body.top_logprobs is not None and not body.logprobs:
         raise Problem(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
     if body.stream_options is not None and not body.stream:

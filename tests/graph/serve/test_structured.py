@@ -1,0 +1,139 @@
+"""Give answers that follow a schema, an expression or a tool, whatever the model would rather say."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+import trio
+
+import ranvier
+
+SMOLLM2 = Path(__file__).parents[3] / "examples" / "smollm2.yaml"
+ASKED: dict[str, Any] = {
+    "model": "smollm2",
+    "temperature": 0,
+    "messages": [{"role": "user", "content": "Describe a person."}],
+}
+
+
+class Person(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+    name: str
+    age: int = pydantic.Field(ge=0, le=130)
+    likes: list[str] = pydantic.Field(max_length=2)
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Tell the weather.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string", "maxLength": 20}, "days": {"type": "integer", "minimum": 1, "maximum": 7}},
+            "required": ["city", "days"], "additionalProperties": False,
+        },
+    },
+}  # fmt: skip
+OTHER = {"type": "function", "function": {"name": "nothing"}}
+
+
+def of_schema(model: type[pydantic.BaseModel]) -> dict[str, Any]:
+    return {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "schema": model.model_json_schema(), "strict": True},
+    }
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_an_answer_follows_its_schema(server: Any, temperature: float) -> None:
+    """Answer with JSON of the schema, greedily and drawn, and end there."""
+    made = server.client().chat.completions.create(
+        **{**ASKED, "temperature": temperature}, seed=3, response_format=of_schema(Person), max_tokens=400
+    )
+    assert made.choices[0].finish_reason == "stop"
+    Person.model_validate_json(made.choices[0].message.content)
+
+
+def test_any_object(server: Any) -> None:
+    """Answer with some JSON object."""
+    made = server.client().chat.completions.create(**ASKED, response_format={"type": "json_object"}, max_tokens=300)
+    text = made.choices[0].message.content
+    assert text.lstrip().startswith("{")
+    if made.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(text), dict)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_forced_call(server: Any, choice: Any, stream: bool) -> None:
+    """Call a tool that must be called, with arguments of its schema; in pieces, too."""
+    tools = [WEATHER] if choice == "required" else [OTHER, WEATHER]
+    asked = {**ASKED, "tools": tools, "tool_choice": choice, "max_tokens": 200}
+    if stream:
+        deltas = [chunk.choices[0] for chunk in server.client().chat.completions.create(**asked, stream=True)]
+        pieces = [call for delta in deltas for call in delta.delta.tool_calls or ()]
+        name, arguments = pieces[0].function.name, "".join(piece.function.arguments for piece in pieces)
+        reason = deltas[-1].finish_reason
+        assert pieces[0].id and len(pieces) > 2
+    else:
+        whole = server.client().chat.completions.create(**asked).choices[0]
+        [call] = whole.message.tool_calls
+        name, arguments, reason = call.function.name, call.function.arguments, whole.finish_reason
+        assert whole.message.content is None
+    assert (name, reason) == ("weather", "tool_calls")
+    found = json.loads(arguments)
+    assert set(found) == {"city", "days"} and 1 <= found["days"] <= 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strin"}}}}, None),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {}}}}}, None),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"response_format": {"type": "other"}}, "response_format"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "missing"}}}, "tool_choice"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused(server: Any, changes: dict[str, Any], param: str | None) -> None:
+    """Refuse a schema that cannot be followed, and say why, before anything is computed."""
+    status, answer, _ = server.post("/v1/chat/completions", {**ASKED, **changes})
+    assert status == 400 and answer["error"]["message"]
+    if param is not None:
+        assert answer["error"]["param"] == param
+
+
+def test_a_grammar_holds_through_a_recovery(runs: Path) -> None:
+    """Follow an expression with the same text although the head is killed in the middle of it."""
+    graph = ranvier.load(SMOLLM2, overrides={"model.dtype": "float32"})
+    pattern = r"(red|green|blue)(, (red|green|blue)){9}\."
+
+    async def answer(run: ranvier.Run, kill: bool) -> str:
+        text, killed = "", not kill
+        async for token in run.generate("Name colours.", max_tokens=60, grammar={"regex": pattern}):
+            text += token.text
+            if len(text) > 12 and not killed:
+                killed = True
+                os.kill(next(pid for label, pid in run.pids.items() if label.startswith("head")), signal.SIGKILL)
+        return text
+
+    async def main() -> list[str]:
+        async with ranvier.launch(graph, runs=runs) as run:
+            made = [await answer(run, False), await answer(run, True)]
+            assert len(run.recoveries) == 1
+            return made
+
+    first, second = trio.run(main)
+    assert first == second and re.fullmatch(pattern, first)
