@@ -9,7 +9,7 @@ PEERS := .bench-venv/.installed
 SECONDS_EACH ?= 60
 SEEDS ?= 1000
 
-.PHONY: demo test test-all lint bench soak simulate fuzz clean
+.PHONY: demo serve test test-all lint bench soak simulate fuzz clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +31,10 @@ demo: $(STAMP) $(MODEL)
 	$(BIN)/ranvier show examples/smollm2.yaml
 	@echo
 	$(BIN)/ranvier run examples/smollm2.yaml --prompt "Why do nerve fibres have gaps in their sheath?" --max-tokens 64
+
+# answers OpenAI's clients until Ctrl-C; prints the address and a curl line
+serve: $(STAMP) $(MODEL)
+	$(BIN)/ranvier serve examples/smollm2.yaml
 
 # two at a time, a file each: most of a test's time is a run that starts
 test: $(STAMP) $(MODEL)

@@ -7,7 +7,6 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -15,23 +14,22 @@ import msgspec
 import trio
 
 from ranvier.actors.component.session import Grammar, Sampling, SessionInfo
-from ranvier.actors.errors import ActorFailed, Cause, Overloaded
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.trace import spans
-from ranvier.transport.format.errors import RanvierError, ResourceError
 
 from ..file.checked import Graph
 from ..file.errors import RequestError, TooLong
 from ..sessions import journal
 from ..sessions.gateway import Gateway
-from ..sessions.generation import Client, Generation, Later, Over, Source, Wakes, logprobs_of
+from ..sessions.generation import Client, Generation, Wakes, logprobs_of
 from ..sessions.grammars import Grammars
-from ..sessions.journal import Asked, Ended, Journal, Request, Resumed
+from ..sessions.journal import Asked, Ended, Journal
 from ..sessions.stream import Stream, Tensors
 from ..sessions.text_codec import ChatOptions, TextCodec
 from ..sessions.text_process import TextProcess
 from ..sessions.text_stream import TextStream
 from ..sessions.wire_rows import token_tensor
+from .lost_requests import LostRequests
 from .request_checks import (
     as_chat,
     check_ids,
@@ -96,20 +94,16 @@ class Requests:
     ) -> None:
         self.journal = journal
         self._graph = graph
-        self._gateway = gateway
-        self._codec = codec
+        self.gateway = gateway
+        self.codec = codec
         self._text = text
-        self._flush = flush
+        self.flush = flush
         self._wakes = wakes
         self._capacity = capacity
-        self._folder = folder
-        self._grammars = Grammars(codec, folder)
+        self.folder = folder
+        self.grammars = Grammars(codec, folder)
         self._waiting_in, self._waiting = trio.open_memory_channel[_Waiting](math.inf)
-        self._left: dict[str, Request] = {}
-        self._resumed: dict[str, Source] = {}
-        self._no_room: dict[str, Later] = {}
-        """Requests of the lost run that wait until another request ends."""
-        self._one_is_over = trio.Event()
+        self.lost = LostRequests(self)
         self._preparing: Generation | None = None
         self._over: Exception | None = None
         self._not_durable: set[str] = set()
@@ -173,13 +167,13 @@ class Requests:
             self._stop_strings(stop),
             checked_logprobs(logprobs),
             self._answered(answered, most),
-            self._grammars.of(grammar) if grammar is not None else None,
+            self.grammars.of(grammar) if grammar is not None else None,
         )
         if request.grammar is not None and request.sampling.min_tokens:
             raise RequestError("min_tokens: a grammar says where the answer ends; leave one of them out")
-        generation = Generation(TextStream(self._codec, request.stop, request.sampling.min_tokens))
+        generation = Generation(TextStream(self.codec, request.stop, request.sampling.min_tokens))
         generation.request_id = request.key
-        generation.is_durable = self._is_durable
+        generation.is_durable = self.is_durable
         asked = checked_prompt(prompt)
         if isinstance(asked, list) and not isinstance(next(iter(asked), 0), dict):
             self._begin(generation, cast(list[int], asked), request)
@@ -231,7 +225,7 @@ class Requests:
             raise RequestError(f"stop: expected strings, got {type(wrong).__name__}; give ids as stop_tokens")
         if any("\ud800" <= letter <= "\udfff" for each in strings for letter in each):
             raise RequestError("stop: expected text, got lone surrogates; decode the bytes first")
-        if strings and self._codec is None:
+        if strings and self.codec is None:
             raise RequestError("stop strings need a tokenizer, and the model has none; use stop_tokens")
         return strings
 
@@ -268,7 +262,7 @@ class Requests:
         source = tuple(ids) if inputs else ()
         asked = journal.of_request(request.key, info, request.stop, deadline_s, source=source)
         asked = msgspec.structs.replace(asked, tokens=request.answered)
-        client = self._client(info, inputs, asked, request.deadline_ns, request.caller)
+        client = self.submit(info, inputs, asked, request.deadline_ns, request.caller)
         generation.begin(client, client.stream.info, len(ids))
         generation.recorded(len(log), request.answered, len(log) + len(request.answered))
 
@@ -298,10 +292,7 @@ class Requests:
         These are requests whose prompts are still text, requests that wait for room, and all future requests.
         """
         self._over = why
-        for key, later in self._no_room.items():
-            self._note(Ended(key, "", str(why)))
-            later.begin(Over(why))
-        self._no_room.clear()
+        self.lost.refuse(why)
         if self._preparing is not None:
             self._preparing.refuse(why)
         with contextlib.suppress(trio.WouldBlock):
@@ -357,7 +348,7 @@ class Requests:
             session=0, epoch=0, capacity=len(ids), log=tuple(ids), score=True, logprobs=logprobs, traceparent=root
         )
         with contextlib.closing(
-            Client(self._gateway, self._gateway.submit(info, caller=caller), self._flush, self._wakes)
+            Client(self.gateway, self.gateway.submit(info, caller=caller), self.flush, self._wakes)
         ) as client:
             await client.event()
         return client.stream
@@ -378,7 +369,7 @@ class Requests:
 
     # -- the journal --------------------------------------------------------------------------------------------
 
-    def _client(
+    def submit(
         self, info: SessionInfo, inputs: Tensors, asked: Asked, deadline_ns: int = 0, caller: str = ""
     ) -> Client:
         """Submit a session, and add it to the journal before its client gets anything.
@@ -387,11 +378,11 @@ class Requests:
             Overloaded, ActorFailed: see `Gateway.submit`. Then nothing is written to the journal.
         """
         key = asked.id if self.journal is not None else ""
-        stream = self._gateway.submit(info, inputs, deadline_ns, caller, key, asked.tokens)
-        self._note(asked)
-        return Client(self._gateway, stream, self._flush, self._wakes)
+        stream = self.gateway.submit(info, inputs, deadline_ns, caller, key, asked.tokens)
+        self.note(asked)
+        return Client(self.gateway, stream, self.flush, self._wakes)
 
-    def _note(self, line: Asked | Ended) -> None:
+    def note(self, line: Asked | Ended) -> None:
         if self.journal is not None:
             self.journal.add(line)
 
@@ -404,13 +395,13 @@ class Requests:
         """Add the end of a session to the journal, and wake `make_room`."""
         if stream.key:
             failed = isinstance(outcome, Exception)
-            self._note(Ended(stream.key, "" if failed else str(outcome), str(outcome) if failed else ""))
-        self._one_is_over.set()
+            self.note(Ended(stream.key, "" if failed else str(outcome), str(outcome) if failed else ""))
+        self.lost.one_is_over()
 
     def write(self) -> None:
         """Write the new lines of the journal, before any client is woken."""
         if self.journal is not None and not self.journal.flush():
-            self._not_durable.update(stream.key for stream in self._gateway.streams.values() if stream.key)
+            self._not_durable.update(stream.key for stream in self.gateway.streams.values() if stream.key)
 
     def catch_up(self) -> None:
         """Write the journal lines that a full disk has delayed."""
@@ -422,107 +413,5 @@ class Requests:
         """Return the number of requests that were not durable for a while, if there is a journal."""
         return {"requests_not_durable": len(self._not_durable)} if self.journal is not None else {}
 
-    def _is_durable(self) -> bool:
+    def is_durable(self) -> bool:
         return self.journal is None or self.journal.durable
-
-    @property
-    def resumed(self) -> Sequence[str]:
-        """Return the ids of the resumed run's requests, as their clients know them (`Generation.request_id`).
-
-        This includes both requests that continue here and requests that had already ended.
-        """
-        return list(self._left)
-
-    def go_on(self, left: Resumed) -> None:
-        """Continue the open requests of a lost run, each after its tokens in the journal.
-
-        Requests that do not fit wait until another request ends (`make_room`).
-
-        Raises:
-            ResourceError: this run's journal cannot be written. The journal of the lost run is unchanged.
-        """
-        for key, request in left.requests.items():
-            self._left[key] = request
-            reason = request.reason
-            if reason is None:
-                self._resumed[key] = self._gone_on(key) or self._no_room.setdefault(key, Later())
-                continue
-            end = request.end or Ended(key, reason)
-            self._note(_so_far(request))
-            self._note(end)
-            self._resumed[key] = Over(ActorFailed(GATEWAY, end.error, Cause.RAISED) if end.error else reason)
-        for key in self._no_room:
-            self._note(_so_far(self._left[key]))
-        self._flush()
-        if not self._is_durable():
-            raise ResourceError("the journal of the new run cannot be written; make room on the disk, and resume again")
-        left.moved_to(self._folder)
-
-    def _gone_on(self, key: str) -> Source | None:
-        """Submit a request of the lost run. Return None if there is no room for it now."""
-        request, asked = self._left[key], self._here(_so_far(self._left[key]))
-        inputs: Tensors = {"prompt": token_tensor(asked.source, "prompt")} if asked.source else {}
-        try:
-            return self._client(asked.info, inputs, asked, request.deadline_ns)
-        except Overloaded as error:
-            if self._gateway.streams:
-                return None
-            why: RanvierError = error  # no open session could end and make room
-        except RanvierError as error:
-            why = error
-        self._note(asked)
-        self._note(Ended(key, "", str(why)))
-        return Over(why)
-
-    def _here(self, asked: Asked) -> Asked:
-        """Return a request whose grammar finds its tokenizer in this run's folder."""
-        if asked.info.grammar is None:
-            return asked
-        return msgspec.structs.replace(
-            asked, info=replace(asked.info, grammar=self._grammars.again(asked.info.grammar))
-        )
-
-    async def make_room(self) -> None:
-        """Submit the lost run's requests that wait for room, in their order, whenever another request ends."""
-        while True:
-            await self._one_is_over.wait()
-            self._one_is_over = trio.Event()
-            for key, later in list(self._no_room.items()):
-                source = self._gone_on(key)
-                if source is None:
-                    break
-                del self._no_room[key]
-                later.begin(source)
-            self._flush()
-
-    def resume(self, request_id: str, after: int | None = None) -> Generation:
-        """Return the tokens of a request of the resumed run, those from the journal first.
-
-        Args:
-            request_id: its id in the journal (`Generation.request_id`).
-            after: the `Token.position` of the last token that the client has seen. Only later tokens are returned.
-                None: return all tokens.
-
-        Raises:
-            RequestError: there is no such request, or another client has resumed it.
-        """
-        source = self._resumed.pop(request_id, None)
-        if source is None:
-            why = (
-                "another client has resumed it"
-                if request_id in self._left
-                else f"expected a request of the resumed run, such as one of {list(self._left)[:5]}"
-            )
-            raise RequestError(f"request {request_id!r:.80}: {why}")
-        request = self._left[request_id]
-        generation = Generation(TextStream(self._codec, request.asked.stop, request.info.sampling.min_tokens))
-        generation.request_id = request_id
-        generation.is_durable = self._is_durable
-        generation.begin(source, request.info, len(request.asked.source or request.info.log))
-        generation.recorded(len(request.info.log), request.tokens, after)
-        return generation
-
-
-def _so_far(request: Request) -> Asked:
-    """Return the request as it was asked, with the tokens that were made so far."""
-    return msgspec.structs.replace(request.asked, tokens=tuple(request.tokens))

@@ -109,8 +109,8 @@ class Run:
         await self._hosts.link(nursery, self)
         nursery.start_soon(self._recovery.run)
         if left is not None:
-            nursery.start_soon(self._requests.make_room)
-            self._requests.go_on(left)
+            nursery.start_soon(self._requests.lost.make_room)
+            self._requests.lost.go_on(left)
             left.close()
 
     @property
@@ -294,7 +294,7 @@ class Run:
 
         This includes both requests that continue here and requests that had already ended.
         """
-        return self._requests.resumed
+        return self._requests.lost.resumed
 
     def resume(self, request_id: str, after: int | None = None) -> Generation:
         """Return the tokens of a request of the resumed run, those from the journal first.
@@ -308,7 +308,7 @@ class Run:
             RequestError: there is no such request, or another client has resumed it.
         """
         self._check_open()
-        return self._requests.resume(request_id, after)
+        return self._requests.lost.resume(request_id, after)
 
     async def score(self, ids: Sequence[int], *, traceparent: str | None = None) -> list[float]:
         """Return the log-probability (natural logarithm) of each token of `ids` but the first, given all earlier ones.
