@@ -61,6 +61,7 @@ async def serving(runs: Mapping[str, Run], options: Options) -> AsyncIterator[st
         import uvicorn
 
         from .app import application
+        from .connections import BoundedProtocol
     except ImportError as error:
         raise RequestError(f"serve needs {error.name}; pip install 'ranvier[serve]'") from None
     if not is_loopback(options.host) and not options.keys:
@@ -78,8 +79,8 @@ async def serving(runs: Mapping[str, Run], options: Options) -> AsyncIterator[st
             )
             app, endpoints = application(bridges, door, options.resume_window_s)
             config = uvicorn.Config(
-                app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=CLOSED_S,
-                server_header=False, ssl_certfile=options.certfile, ssl_keyfile=options.keyfile, ws="none",
+                app, http=BoundedProtocol, log_config=None, access_log=False, lifespan="off",
+                timeout_graceful_shutdown=CLOSED_S, server_header=False, ssl_certfile=options.certfile, ssl_keyfile=options.keyfile, ws="none",
             )  # fmt: skip
             server = uvicorn.Server(config)
             thread = _Thread(server, listening, bridges)

@@ -113,6 +113,21 @@ def test_half_open_and_malformed_requests_case_81(server: Any) -> None:
     assert server.post("/v1/chat/completions", ASKED)[0] == 200
 
 
+def test_connections_without_a_request_are_closed_case_81(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Close a connection whose request does not come, from its start and after an answer, and keep one that works."""
+    monkeypatch.setattr("ranvier.graph.serve.connections.HEADERS_S", 0.2)
+    host, port = urlsplit(server.url).netloc.split(":")
+    for opener in (
+        b"",
+        b"GET /health HTTP/1.1\r\nHost: loc",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /hea",
+    ):
+        with socket.create_connection((host, int(port)), timeout=20) as slow:
+            slow.sendall(opener)
+            data = b"".join(iter(lambda: slow.recv(4096), b""))
+            assert data.startswith(b"HTTP/1.1 200") == opener.endswith(b"GET /hea")
+
+
 def test_an_address_that_others_reach_needs_keys_and_a_taken_port_is_named(runs: Path) -> None:
     """Refuse, before anything is served, another address than loopback without keys, and a port that is taken."""
 
