@@ -31,6 +31,7 @@ from ..sessions.text_codec import TextCodec
 from ..training.planner import training_plan
 from . import runs_command
 from .attached import scale_command, top_command, why_command
+from .chat_command import chat_command
 from .command_line import (
     FAILED,
     WRONG,
@@ -223,6 +224,7 @@ def score(
 
 app.command("run")(run_command)
 app.command("serve")(serve_command)
+app.command("chat")(chat_command)
 app.command("train")(train_command)
 
 

@@ -79,8 +79,9 @@ async def serving(runs: Mapping[str, Run], options: Options) -> AsyncIterator[st
             )
             app, endpoints = application(bridges, door, options.resume_window_s)
             config = uvicorn.Config(
-                app, http=BoundedProtocol, log_config=None, access_log=False, lifespan="off",
-                timeout_graceful_shutdown=CLOSED_S, server_header=False, ssl_certfile=options.certfile, ssl_keyfile=options.keyfile, ws="none",
+                app, http=BoundedProtocol, log_config=None, access_log=False, lifespan="off", ws="none",
+                timeout_graceful_shutdown=CLOSED_S, server_header=False, ssl_certfile=options.certfile,
+                ssl_keyfile=options.keyfile,
             )  # fmt: skip
             server = uvicorn.Server(config)
             thread = _Thread(server, listening, bridges)
