@@ -51,6 +51,9 @@ def serve_command(
     queue: Annotated[
         int, typer.Option(min=0, help="Most requests that may wait for room; more are refused with 429.")
     ] = 256,
+    deadline: Annotated[
+        float | None, typer.Option(min=0.001, help="End an answer with an error after this many seconds.")
+    ] = None,
     stop_after: Annotated[
         float,
         typer.Option("--stop-after", min=0, help="Seconds that running answers have to end when the server stops."),
@@ -79,8 +82,9 @@ def serve_command(
     checked = [load_graph(path, allow_code=allow_code, overrides=overrides(settings)) for path in graphs]
     _check_names(checked)
     options = Options(
-        host, port, queue, stop_after, resume_window, read_keys(api_key_file) if api_key_file is not None else (),
-        tuple(allow_host or ()), tuple(allow_origin or ()), certfile, keyfile,
+        host=host, port=port, queue=queue, deadline_s=deadline, stop_s=stop_after, resume_window_s=resume_window,
+        keys=read_keys(api_key_file) if api_key_file is not None else (), allow_hosts=tuple(allow_host or ()),
+        allow_origins=tuple(allow_origin or ()), certfile=certfile, keyfile=keyfile,
     )  # fmt: skip
     if not is_loopback(host) and certfile is None:
         say(f"warning: keys and texts cross the network as they are; serve {host} over TLS with --certfile")

@@ -24,7 +24,7 @@ from ranvier.transport.format.errors import LinkClosed, RanvierError
 from ..run.run import Run
 from ..sessions.generation import Generation, Token
 from ..sessions.text_codec import TextCodec
-from .problems import Problem, busy
+from .problems import Problem, busy, unavailable
 from .turns import Turns
 
 T = TypeVar("T")
@@ -47,7 +47,6 @@ class Asked:
     answered: Sequence[int] = ()
     """Tokens of the answer that an earlier generation has made; this one goes on after them."""
     grammar: Mapping[str, Any] | None = None
-    deadline_s: float | None = None
     traceparent: str | None = None
     key: str = ""
     """Whose request it is, for the turns of the keys."""
@@ -156,10 +155,11 @@ class Counts:
 class Bridge:
     """Connect the server's thread to one run. Create it on the run's thread, in a nursery that the run outlives."""
 
-    def __init__(self, run: Run, nursery: trio.Nursery, queue: int) -> None:
+    def __init__(self, run: Run, nursery: trio.Nursery, queue: int, deadline_s: float | None = None) -> None:
         self.run = run
         self.counts = Counts()
         self._nursery = nursery
+        self._deadline_s = deadline_s
         self._token = trio.lowlevel.current_trio_token()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._outbox: deque[tuple[Answer, Event]] = deque()
@@ -283,6 +283,8 @@ class Bridge:
             with answer.scope:
                 if self._stopped is not None:
                     raise self._stopped
+                if lost := self.run.lost_for(PATIENCE_S):
+                    raise unavailable(lost, PATIENCE_S)
                 generation = await self._begun(answer)
                 self._post(answer, Accepted())
                 began = time.monotonic()
@@ -338,7 +340,7 @@ class Bridge:
         asked = answer.asked
         generation = self.run.generate(
             list(asked.prompt), max_tokens=asked.max_tokens, sampling=asked.sampling, stop=asked.stop,
-            stop_tokens=asked.stop_tokens, logprobs=asked.logprobs, deadline_s=asked.deadline_s,
+            stop_tokens=asked.stop_tokens, logprobs=asked.logprobs, deadline_s=self._deadline_s,
             traceparent=asked.traceparent, answered=asked.answered, grammar=asked.grammar,
         )  # fmt: skip
         self._running += 1

@@ -41,6 +41,13 @@ def busy(message: str, retry_after_s: float) -> Problem:
     )
 
 
+def unavailable(message: str, retry_after_s: float) -> Problem:
+    """Return the answer to a request while something that it needs is not there."""
+    return Problem(
+        503, message, FAILED, code="unavailable", headers={"retry-after": str(max(1, math.ceil(retry_after_s)))}
+    )
+
+
 def unknown(message: str, *, param: str | None = None, code: str = "not_found") -> Problem:
     """Return the answer to a request for something that is not there."""
     return Problem(404, message, MISSING, param=param, code=code)

@@ -34,6 +34,8 @@ class Options:
     """0: any free one."""
     queue: int = 256
     """Most requests that may wait for room."""
+    deadline_s: float | None = None
+    """Time after which an answer ends with an error, its wait included; None: never."""
     stop_s: float = 20.0
     """Time that answers have to end once the server stops."""
     resume_window_s: float = 60.0
@@ -70,7 +72,7 @@ async def serving(runs: Mapping[str, Run], options: Options) -> AsyncIterator[st
     with listening:
         port = listening.getsockname()[1]
         async with trio.open_nursery() as nursery:
-            bridges = {name: Bridge(run, nursery, options.queue) for name, run in runs.items()}
+            bridges = {name: Bridge(run, nursery, options.queue, options.deadline_s) for name, run in runs.items()}
             door = Door(
                 names_of(options.host, options.allow_hosts),
                 frozenset(options.allow_origins),
