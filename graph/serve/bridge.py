@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from typing import Any, TypeVar, cast
 import trio
 
 from ranvier.actors.component.session import Sampling
-from ranvier.actors.errors import Overloaded
+from ranvier.actors.errors import Expired, Overloaded
 from ranvier.transport.format.errors import LinkClosed, RanvierError
 
 from ..run.run import Run
@@ -135,6 +136,7 @@ class Answer:
 
     def __init__(self, reply: Reply, index: int, asked: Asked) -> None:
         self.reply, self.index, self.asked = reply, index, asked
+        self.began_s = time.monotonic()
         self.closed = False
         self.scope = trio.CancelScope()
         self.turn = trio.Event()
@@ -285,7 +287,11 @@ class Bridge:
                     raise self._stopped
                 if lost := self.run.lost_for(PATIENCE_S):
                     raise unavailable(lost, PATIENCE_S)
-                generation = await self._begun(answer)
+                generation = None
+                with trio.move_on_after(self._left_s(answer)):
+                    generation = await self._begun(answer)
+                if generation is None:
+                    raise Expired("the deadline passed before there was room for the request")
                 self._post(answer, Accepted())
                 began = time.monotonic()
                 try:
@@ -337,14 +343,18 @@ class Bridge:
             return generation
 
     def _generation(self, answer: Answer) -> Generation:
-        asked = answer.asked
+        asked, left_s = answer.asked, self._left_s(answer)
         generation = self.run.generate(
             list(asked.prompt), max_tokens=asked.max_tokens, sampling=asked.sampling, stop=asked.stop,
-            stop_tokens=asked.stop_tokens, logprobs=asked.logprobs, deadline_s=self._deadline_s,
+            stop_tokens=asked.stop_tokens, logprobs=asked.logprobs, deadline_s=max(1e-3, left_s) if left_s < math.inf else None,
             traceparent=asked.traceparent, answered=asked.answered, grammar=asked.grammar,
         )  # fmt: skip
         self._running += 1
         return generation
+
+    def _left_s(self, answer: Answer) -> float:
+        """Return the time that an answer has until its deadline."""
+        return math.inf if self._deadline_s is None else answer.began_s + self._deadline_s - time.monotonic()
 
     def _next_turn(self) -> None:
         following = self._turns.next()
