@@ -130,7 +130,7 @@ class Server:
 
     def _again(self, name: str, last: int, until_s: float, lost: str) -> http.client.HTTPResponse:
         """Ask for the rest of a stream until the server is there again."""
-        say(f"{lost}; asking for the rest")
+        say(f"{lost}; asking for the rest", error=True)
         while True:
             try:
                 return _checked(self._ask("GET", f"/streams/{name}?after={last}"))

@@ -87,14 +87,14 @@ def serve_command(
         allow_origins=tuple(allow_origin or ()), certfile=certfile, keyfile=keyfile,
     )  # fmt: skip
     if not is_loopback(host) and certfile is None:
-        say(f"warning: keys and texts cross the network as they are; serve {host} over TLS with --certfile")
+        say(f"warning: keys and texts cross the network as they are; serve {host} over TLS with --certfile", error=True)
 
     async def main() -> None:
         async with contextlib.AsyncExitStack() as running:
             started = {}
             zygotes = [context.obj]  # the first graph takes the one that was started before
             for graph in checked:
-                say(f"starting {graph.name}")
+                say(f"starting {graph.name}", error=True)
                 zygote = zygotes.pop() if zygotes else None
                 run = await running.enter_async_context(
                     launch(graph, runs=folder_of_runs(runs), log=log, zygote=zygote)
@@ -106,10 +106,11 @@ def serve_command(
             key = " -H 'Authorization: Bearer KEY'" if options.keys else ""
             say(
                 f"try: curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' "
-                f"""-d '{{"model": "{first}", "messages": [{{"role": "user", "content": "Hello"}}]}}'"""
+                f"""-d '{{"model": "{first}", "messages": [{{"role": "user", "content": "Hello"}}]}}'""",
+                error=True,
             )
             await stop.wait()
-            say(f"stopping: running answers have {stop_after:g} s")
+            say(f"stopping: running answers have {stop_after:g} s", error=True)
 
     import trio
 

@@ -178,7 +178,8 @@ class Chat(Answers):
         if calls is None:
             found = [event.text] if event.text else []
         else:
-            found = calls.add(event.text or self.wording.special(event.id))
+            special = self.wording.special(event.id)
+            found = calls.add(special if special in calls.family.signs else event.text)
         deltas = self._deltas(index, found)
         if not deltas and event.logprob is not None:
             deltas = [{"content": ""}]

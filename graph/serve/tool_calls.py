@@ -49,6 +49,11 @@ class Family:
     bare: bool = False
     """Whether an answer that begins with an object may be a call, without anything before it."""
 
+    @property
+    def signs(self) -> tuple[str, ...]:
+        """Return the signs of calls, which are special tokens in many vocabularies."""
+        return self.before, self.after, "[ARGS]"
+
 
 HERMES, MISTRAL, LLAMA = (
     Family("<tool_call>", "</tool_call>"),
@@ -72,7 +77,7 @@ class Calls:
     """Split a text that grows into content and calls."""
 
     def __init__(self, family: Family) -> None:
-        self._family = family
+        self.family = family
         self._held = ""
         self._content = ""
         """What was passed on as content so far, as far as it matters: whether anything was."""
@@ -104,7 +109,7 @@ class Calls:
 
     def _plain(self, *, last: bool) -> list[str | Begun | Arguments]:
         """Pass text on, up to where calls may begin."""
-        family, held = self._family, self._held
+        family, held = self.family, self._held
         at = held.find(family.before)
         if at >= 0:
             self._held, self._inside = held[at + len(family.before) :], True
@@ -129,7 +134,7 @@ class Calls:
 
     def _call(self, *, last: bool) -> list[str | Begun | Arguments]:
         """Find the head of the next call, or the end of the calls."""
-        family = self._family
+        family = self.family
         held = self._separated(last=last)
         if held is None:
             return []
@@ -158,7 +163,7 @@ class Calls:
 
     def _separated(self, *, last: bool) -> str | None:
         """Return what was held without the signs between calls; None if it may still become such a sign."""
-        held, before = self._held, self._family.before
+        held, before = self._held, self.family.before
         while True:
             held = held.lstrip(" \n\r\t,;")
             if held.startswith(before):
@@ -174,7 +179,7 @@ class Calls:
         text, self._held, self._inside = self._held, "", False
         if self.count and not text.strip(" \n\r\t,;[]"):
             return []
-        begun = "" if self._family.bare and text.lstrip().startswith("{") else self._family.before
+        begun = "" if self.family.bare and text.lstrip().startswith("{") else self.family.before
         return self._said(begun + text if text.strip() else "")
 
     def _arguments(self) -> list[str | Begun | Arguments]:

@@ -29,6 +29,8 @@ class Server:
     def __init__(self, runs: Path, options: Options, changes: Mapping[str, str]) -> None:
         self._ready = threading.Event()
         self._error: BaseException | None = None
+        self._client: openai.OpenAI | None = None
+        self._connections: list[http.client.HTTPConnection] = []
         self._thread = threading.Thread(target=self._main, args=(runs, options, changes), daemon=True)
         self._thread.start()
         assert self._ready.wait(90)
@@ -57,6 +59,10 @@ class Server:
         return trio.from_thread.run_sync(function, self.run, trio_token=self._token)
 
     def close(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        if self._client is not None:
+            self._client.close()
         with contextlib.suppress(trio.RunFinishedError):
             self._token.run_sync_soon(self._stop.set)
         self._thread.join(60)
@@ -67,10 +73,14 @@ class Server:
     # -- clients ----------------------------------------------------------------------------------------------------
 
     def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+        if self._client is None:
+            self._client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+        return self._client
 
     def connection(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=60)
+        """Return a connection. It is closed with the server, if a test does not close it before."""
+        self._connections.append(http.client.HTTPConnection(urlsplit(self.url).netloc, timeout=60))
+        return self._connections[-1]
 
     def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any, Mapping[str, str]]:
         """Return status, body and headers of the answer to a POST. `body` is bytes, or becomes JSON."""

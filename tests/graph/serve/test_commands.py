@@ -79,7 +79,7 @@ def test_an_answer_that_does_not_end_in_time_ends_with_an_error(runs: Path) -> N
         (["--host", "0.0.0.0"], "--api-key-file"),
         (["--api-key-file", "/nowhere"], "--api-key-file /nowhere"),
         ([str(SMOLLM2)], "2 graphs are called smollm2-in-four"),
-        (["--port", "99999"], "99999"),
+        (["--port", "99999"], "65535"),
     ],
 )
 def test_what_cannot_be_served_is_said(runs: Path, options: list[str], words: str) -> None:

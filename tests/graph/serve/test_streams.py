@@ -16,11 +16,22 @@ from ranvier.graph.serve.server import Options
 ASKED = {"model": "smollm2", "messages": [{"role": "user", "content": "Tell me about the sea."}], "temperature": 0}
 
 
-def begun(server: Any, body: dict[str, Any], **headers: str) -> http.client.HTTPResponse:
+def begun(server: Any, body: dict[str, Any]) -> http.client.HTTPResponse:
     """Return the answer to a request for a stream. Only its status and headers are read."""
     connection = server.connection()
-    own = {"Content-Type": "application/json", **headers}
-    connection.request("POST", "/v1/chat/completions", json.dumps({**body, "stream": True}), own)
+    headers = {
+        "Content-Type": "application/json",
+        "Connection": "close",
+    }  # then the answer owns the socket, and closes it
+    connection.request("POST", "/v1/chat/completions", json.dumps({**body, "stream": True}), headers)
+    answer: http.client.HTTPResponse = connection.getresponse()
+    return answer
+
+
+def rest(server: Any, path: str, **headers: str) -> http.client.HTTPResponse:
+    """Return the answer to a request for the rest of a stream."""
+    connection = server.connection()
+    connection.request("GET", path, headers={"Connection": "close", **headers})
     answer: http.client.HTTPResponse = connection.getresponse()
     return answer
 
@@ -85,16 +96,12 @@ def test_a_client_that_comes_back_gets_the_rest(server: Any) -> None:
     answer.close()
     assert until(lambda: sessions(server) == 0)
     for _ in range(2):  # it comes back, is lost again, and comes back
-        connection = server.connection()
-        connection.request("GET", f"/v1/streams/{name}", headers={"Last-Event-ID": str(last)})
-        again = connection.getresponse()
+        again = rest(server, f"/v1/streams/{name}", **{"Last-Event-ID": str(last)})
         new_last, more, complete = events(again, last + 10)
         again.close()
         last, text = new_last, text + more
     assert not complete
-    connection = server.connection()
-    connection.request("GET", f"/v1/streams/{name}?after={last}")
-    _, more, complete = events(connection.getresponse())
+    _, more, complete = events(rest(server, f"/v1/streams/{name}?after={last}"))
     assert complete and text + more == whole[1]
     status, answer, _ = server.ask("GET", "/v1/streams/0123456789abcdef")
     assert status == 404 and answer["error"]["type"] == "not_found_error"

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pydantic
 import pytest
@@ -25,9 +25,9 @@ ASKED: dict[str, Any] = {
 
 class Person(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid")
-    name: str
+    name: str = pydantic.Field(max_length=20)
     age: int = pydantic.Field(ge=0, le=130)
-    likes: list[str] = pydantic.Field(max_length=2)
+    likes: list[Annotated[str, pydantic.Field(max_length=20)]] = pydantic.Field(max_length=2)
 
 
 WEATHER = {
