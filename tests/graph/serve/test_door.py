@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -141,3 +144,48 @@ def test_an_address_that_others_reach_needs_keys_and_a_taken_port_is_named(runs:
         port = taken.getsockname()[1]
         with pytest.raises(ranvier.RequestError, match=rf"{port}: Address already in use; give another --port"):
             trio.run(begin, Options(port=port))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_hundred_thousand_bad_requests_case_81(start: Any) -> None:
+    """Stream on, with flat memory and descriptors, through 100,000 malformed, oversized, slow and half-open requests."""
+    server = start(Options(port=0, most_bytes=10_000))
+    host, port = urlsplit(server.url).netloc.split(":")
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    requests = [
+        b"", b"\x00\xff" * 50, b"GET / HTTP/1.1\r\n", head, head + b"Content-Length: 999999999\r\n\r\n{", head + b"Content-Length: x\r\n\r\n",
+        head + b"Content-Length: 2\r\n\r\n{]", head + b"Content-Length: 60\r\n\r\n" + b"[" * 60, b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n",
+        head + b"X: " + b"y" * 70_000 + b"\r\n\r\n", b"POST /v1/chat/completions HTTP/1.1\r\nHost: evil.example\r\n\r\n",
+    ]  # fmt: skip
+    asked = {
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": "Count."}],
+        "temperature": 0,
+        "max_tokens": 24,
+    }
+    expected = server.post("/v1/chat/completions", asked)[1]["choices"][0]["message"]["content"]
+
+    def attack(count: int, seed: int) -> None:
+        chosen = random.Random(seed)
+        for _ in range(count):
+            with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=20) as made:
+                made.sendall(chosen.choice(requests))
+                if chosen.random() < 0.5:
+                    made.settimeout(0.05)
+                    made.recv(100)
+
+    def held() -> tuple[int, int]:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return len(list(Path("/proc/self/fd").iterdir())), pages * 4096
+
+    attack(2000, 0)  # what is made once is made
+    before = held()
+    threads = [threading.Thread(target=attack, args=(25_000, seed)) for seed in range(1, 5)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        assert server.post("/v1/chat/completions", asked)[1]["choices"][0]["message"]["content"] == expected
+    descriptors, memory = held()
+    assert descriptors <= before[0] + 20
+    assert memory <= before[1] + (64 << 20)
