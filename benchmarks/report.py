@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -94,7 +95,7 @@ def in_turn(contestants: Mapping[str, Callable[[], float]], rounds: int, figures
 
 
 def tell(name: str, question: str, answer: Answer) -> None:
-    """Print the table and write `results/<name>.json` with machine, versions and date."""
+    """Print the table and write `results/<kind of processor>/<name>.json` with machine, versions and date."""
     rounds = len(next(iter(answer.figures.values()), []))
     where = machine()
     print(f"{name}: {question.strip()}\n\n{where['processor']} ({', '.join(where['vectors'])})")
@@ -121,14 +122,15 @@ def tell(name: str, question: str, answer: Answer) -> None:
         print(f"  {goal!s:{width}} {ratio:10.2f}  ({min(found):.2f} to {max(found):.2f}){_verdict(goal, ratio)}")
     for note in answer.notes:
         print(f"  {note}")
-    RESULTS.mkdir(exist_ok=True)
+    folder = RESULTS / kind_of(where)
+    folder.mkdir(parents=True, exist_ok=True)
     told = {
         "question": question.strip(), "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": where, "rounds": rounds, "unit": answer.unit, "figures": answer.figures, "ended": answer.figures.ended,
         "ratios": ratios,
         "notes": list(answer.notes),
     }  # fmt: skip
-    (RESULTS / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
     print(flush=True)
 
 
@@ -150,6 +152,12 @@ def _any_of(names: Names) -> str:
     parts = zip(*(name.split(", ") for name in names), strict=False)
     common = [part[0] for part in itertools.takewhile(lambda part: len(set(part)) == 1, parts)]
     return ", ".join(common) or f"best of {len(names)}"
+
+
+def kind_of(where: Mapping[str, Any]) -> str:
+    """Return the folder of a processor's results: its maker and its widest instructions, such as `amd-avx2`."""
+    maker = re.sub(r"\(.*?\)", "", str(where["processor"])).split()[0].lower()
+    return f"{maker}-{where['vectors'][-1] if where['vectors'] else 'other'}"
 
 
 def machine() -> dict[str, Any]:

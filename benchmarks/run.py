@@ -1,7 +1,7 @@
 """Ask the questions of this folder, each of which is a file.
 
 `python benchmarks/run.py one_stream hop --rounds 5` prints a table for each question, with the bounds that should hold,
-and writes results/<question>.json. Without names it asks all questions.
+and writes results/<kind of processor>/<question>.json. Without names it asks all questions.
 """
 
 from __future__ import annotations
