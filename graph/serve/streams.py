@@ -24,7 +24,8 @@ from .problems import problem_of, unknown
 SILENCE_S = 0.9
 """After this time without an event, a comment shows the client and its proxies that the connection lives."""
 MOST_KEPT = 512
-COMMENT = b": working\n\n"
+COMMENT = b": working\n"
+"""No empty line ends it: with numbered events, clients such as OpenAI's own would take that for an event without data."""
 LAST = b"data: [DONE]\n\n"
 
 

@@ -20,6 +20,7 @@ import trio
 import ranvier
 from ranvier.graph.serve.server import Options, serving
 
+FAST = {"model.weights": "stored", "model.products": "repeatable"}
 SMOLLM2 = Path(__file__).parents[3] / "examples" / "smollm2.yaml"
 
 
@@ -40,7 +41,7 @@ class Server:
     def _main(self, runs: Path, options: Options, changes: Mapping[str, str]) -> None:
         async def main() -> None:
             self._stop, self._token = trio.Event(), trio.lowlevel.current_trio_token()
-            graph = ranvier.load(SMOLLM2, overrides={"model.dtype": "float32", **changes})
+            graph = ranvier.load(SMOLLM2, overrides=dict(changes))
             async with (
                 ranvier.launch(graph, runs=runs) as self.run,
                 serving({"smollm2": self.run}, options) as self.url,
@@ -109,8 +110,8 @@ def start(runs: Path) -> Iterator[Start]:
     started: list[Server] = []
 
     def begin(options: Options | None = None, **changes: str) -> Server:
-        given = options or Options(port=0)
-        started.append(Server(runs, given, {name.replace("__", "."): value for name, value in changes.items()}))
+        own = {name.replace("__", "."): value for name, value in changes.items()}
+        started.append(Server(runs, options or Options(port=0), {**FAST, **own}))
         return started[-1]
 
     yield begin
@@ -119,10 +120,10 @@ def start(runs: Path) -> Iterator[Start]:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """Provide a server that the tests of a file share."""
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """Provide a server that the tests of a file share. `CHANGES` of the file are those of its graph."""
     folder = Path(tempfile.mkdtemp(prefix="rv-", dir="/tmp"))
-    made = Server(folder, Options(port=0), {})
+    made = Server(folder, Options(port=0), getattr(request.module, "CHANGES", FAST))
     yield made
     made.close()
     shutil.rmtree(folder)

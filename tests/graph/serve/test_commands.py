@@ -30,7 +30,7 @@ ASKED = {
 def running(runs: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Run `ranvier serve` while in the context. Yield its process and address."""
     process = subprocess.Popen(
-        [RANVIER, "serve", SMOLLM2, "--port", "0", "--runs", runs, *options],
+        [RANVIER, "serve", SMOLLM2, "--port", "0", "--runs", runs, "--set", "model.weights=stored", *options],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
@@ -98,6 +98,7 @@ class Cutting:
         self._to, self._most = (at.hostname, at.port), most
         self._listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}/v1"
+        self._sockets: list[socket.socket] = []
         self.cut = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -106,6 +107,7 @@ class Cutting:
             while True:
                 theirs, _ = self._listening.accept()
                 ours = socket.create_connection(self._to)
+                self._sockets += [theirs, ours]
                 threading.Thread(target=self._pass, args=(theirs, ours, 1 << 40), daemon=True).start()
                 threading.Thread(target=self._pass, args=(ours, theirs, self._most), daemon=True).start()
 
@@ -119,7 +121,8 @@ class Cutting:
                 each.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        self._listening.close()
+        for each in (self._listening, *self._sockets):
+            each.close()
 
 
 def test_the_client_takes_up_a_stream_whose_connection_is_lost(server: Any) -> None:

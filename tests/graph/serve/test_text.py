@@ -10,6 +10,7 @@ from typing import Any
 import openai
 import pytest
 
+CHANGES = {"model.dtype": "float32"}
 CHAT = [{"role": "system", "content": "Answer in one sentence."}, {"role": "user", "content": "Why is the sky blue?"}]
 GREEDY: dict[str, Any] = {"model": "smollm2", "temperature": 0}
 
