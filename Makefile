@@ -9,7 +9,7 @@ PEERS := .bench-venv/.installed
 SECONDS_EACH ?= 60
 SEEDS ?= 1000
 
-.PHONY: demo serve test test-all lint bench soak simulate fuzz clean
+.PHONY: demo serve test test-all lint bench gpu-check soak simulate fuzz clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +55,10 @@ $(PEERS): benchmarks/peers.sh | $(MODEL)
 
 bench: $(STAMP) $(MODEL) $(PEERS)
 	$(BIN)/python benchmarks/run.py
+
+# the decode step for GPUs: right, and how fast; for a PYTHON whose torch has CUDA and triton
+gpu-check:
+	$(PYTHON) benchmarks/gpu/check.py
 
 # ten minutes of 32 sessions while actors are killed and stopped and links are cut
 soak: $(STAMP) $(MODEL)
