@@ -113,18 +113,17 @@ class Calls:
         at = held.find(family.before)
         if at >= 0:
             self._held, self._inside = held[at + len(family.before) :], True
-            return self._said(held[:at].rstrip() if self.count or not held[:at].strip() else held[:at])
-        if (
-            family.bare
-            and not self._content.strip()
-            and (held.lstrip().startswith("{") or not held.strip())
-            and not last
-        ):
-            self._inside = held.lstrip().startswith("{")
+            return self._said(held[:at]) if (self._content + held[:at]).strip() else []
+        begins = not self._content.strip()
+        if family.bare and begins and held.lstrip().startswith("{") and not last:
+            self._inside = True
             return []
         keep = 0 if last else _overlap(held, family.before)
+        text = held[: len(held) - keep]
+        if begins and not text.strip() and not last:  # white space before a call is not content
+            return []
         self._held = held[len(held) - keep :]
-        return self._said(held[: len(held) - keep])
+        return self._said(text)
 
     def _said(self, text: str) -> list[str | Begun | Arguments]:
         if self.count and not text.strip():  # between calls, and after the last one

@@ -36,6 +36,7 @@ def test_a_chat_is_transformers_text(server: Any, continued: Any) -> None:
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
+@pytest.mark.slow
 def test_an_answer_ends_where_the_model_ends_it(server: Any, continued: Any) -> None:
     """Leave out the token that ends an answer, and say "stop"."""
     asked = [{"role": "user", "content": "What is two plus two?"}]

@@ -24,6 +24,7 @@ CASES: list[tuple[Family, str, str, list[tuple[str, Any]]]] = [
     ),
     (HERMES, f"<tool_call>[{ONE}, {ONE}]</tool_call>", "", [("weather", WEATHER)] * 2),
     (HERMES, '<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>', "", [("f", {"a": 1})]),
+    (HERMES, f"\n \n<tool_call>{ONE}</tool_call>", "", [("weather", WEATHER)]),
     (HERMES, "No call, only a < b and <tool_ something.", "No call, only a < b and <tool_ something.", []),
     (HERMES, "<tool_call>nothing that can be read</tool_call>", "<tool_call>nothing that can be read</tool_call>", []),
     (MISTRAL, f"[TOOL_CALLS] [{ONE}]", "", [("weather", WEATHER)]),
