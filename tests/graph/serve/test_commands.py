@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -152,3 +153,12 @@ def test_the_client_says_what_is_wrong() -> None:
             [RANVIER, "chat", "--url", url, "-p", "x"], capture_output=True, text=True, timeout=60, check=False
         )
         assert done.returncode and words in done.stderr
+
+
+def test_the_snippet_of_the_page_runs(server: Any) -> None:
+    """Run the Python block of docs/serving.md as it stands, but for the server's address and the model's name."""
+    [block] = re.findall(r"```python\n(.*?)```", (SMOLLM2.parents[1] / "docs" / "serving.md").read_text(), re.S)
+    block = block.replace("http://127.0.0.1:8000", server.url).replace("smollm2-in-four", "smollm2")
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) >= 3
