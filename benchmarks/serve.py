@@ -50,12 +50,10 @@ file.write_text(sys.argv[1])
 streams, body, prompt, client = int(sys.argv[2]), json.loads(sys.argv[3]), json.loads(sys.argv[4]), sys.argv[5]
 body = {"model": "bench", "prompt": prompt, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}, **body}
 async def first(run):
-    began = time.perf_counter()
-    generation = run.generate(prompt, max_tokens=body["max_tokens"], stop_tokens=())
-    async for _ in generation:
-        break
-    generation.close()
-    return time.perf_counter() - began
+    began, came = time.perf_counter(), 0.0
+    async for _ in run.generate(prompt, max_tokens=body["max_tokens"], stop_tokens=()):
+        came = came or time.perf_counter()
+    return came - began
 async def main():
     async with ranvier.launch(ranvier.load(file), runs=file.parent) as run, serving({"bench": run}, Options(port=0)) as url:
         process = subprocess.Popen([sys.executable, "-c", client, url.removeprefix("http://")],
