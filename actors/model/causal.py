@@ -8,7 +8,6 @@ Shape suffixes: T tokens of the batch, t tokens of one row, R rows, H hidden, V 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -29,10 +28,9 @@ from .kernels import packed
 from .kernels.packed import Packed
 from .kv_cache import KVCache
 from .sampling import as_they_are, choose, likeliest, log_probabilities
+from .scores import ranked, scored
 from .tensors import Norm, product, read_matrix, read_slot, sent
 
-SCORED_AT_ONCE = 64
-"""Tokens whose logits are computed at a time for scoring."""
 PIECE = 192
 """Columns whose products are summed in float32; the pieces are then summed in float64 (see `_in_pieces`)."""
 
@@ -196,14 +194,14 @@ class Head(Actor):
         return self.forward(batch.rows, batch["hidden"])
 
     def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> Mapping[str, torch.Tensor | Batch]:
-        due, last, scored = [], [], []
+        due, last, asked = [], [], []
         outputs: dict[str, torch.Tensor | Batch] = {}
         end = 0
         failures: dict[Row, Exception] = {}
         for row in rows:
             end += row.tokens
             if self.streams[row.session].info.score:
-                scored.append((row, hidden_TH[end - row.tokens : end]))
+                asked.append((row, hidden_TH[end - row.tokens : end]))
             elif row.position + row.tokens >= self.streams[row.session].known:  # otherwise the prompt continues
                 due.append(row)
                 last.append(end - 1)
@@ -213,8 +211,8 @@ class Head(Actor):
             if self.look is not None:
                 self.look(None, "logits", tuple(last_of(row) for row in due), logits_RV)
             outputs |= self._sampled(due, logits_RV, failures)
-        if scored:
-            self._add_scores(scored, outputs, failures)
+        if asked:
+            self._add_scores(asked, outputs, failures)
         if failures:
             raise RowsFailed(outputs, failures)
         return outputs
@@ -225,12 +223,13 @@ class Head(Actor):
         """Add the scores of rows, given with their `hidden` [t, H], to the outputs, and errors to `failures`."""
         made: dict[str, list[tuple[Row, torch.Tensor]]] = {"scores": [], "logprobs": []}
         for row, hidden_tH in rows:
-            most = self.streams[row.session].info.logprobs
+            stream = self.streams[row.session]
+            most, following = stream.info.logprobs, stream.tokens[row.position + 1 : row.position + row.tokens + 1]
             try:
                 if most is None:
-                    made["scores"] += self._scored(row, hidden_tH)
+                    made["scores"] += scored(row, following, hidden_tH, self.logits)
                 else:
-                    made["logprobs"] += self._ranked(row, hidden_tH, most)
+                    made["logprobs"] += ranked(row, following, hidden_tH, self.logits, most)
             except NotFinite as error:
                 failures[row] = error
         for port, parts in made.items():
@@ -240,39 +239,6 @@ class Head(Actor):
                 if isinstance(beside, Batch):  # of tokens that were chosen in this step
                     own = Batch(beside.rows + own.rows, {port: torch.cat([beside[port], own[port]])})
                 outputs[port] = own
-
-    def _ranked(self, row: Row, hidden_tH: torch.Tensor, most: int) -> list[tuple[Row, torch.Tensor]]:
-        """Return, for each token of the row except the log's last, the pairs of `log_probabilities` for the next one."""
-        log = self.streams[row.session].tokens
-        following = log[row.position + 1 : row.position + row.tokens + 1]
-        made = []
-        for start in range(0, len(following), SCORED_AT_ONCE):
-            some = following[start : start + SCORED_AT_ONCE]
-            logits_tV = self.logits(hidden_tH[start : start + len(some)])
-            if bool(logits_tV.isnan().any()):
-                raise NotFinite("scores", math.nan)
-            for index, token in enumerate(some):
-                at = Row(row.session, row.epoch, row.position + start + index, 1)
-                made.append((at, log_probabilities(logits_tV[index], token, most)[None]))
-        return made
-
-    def _scored(self, row: Row, hidden_tH: torch.Tensor) -> list[tuple[Row, torch.Tensor]]:
-        """Return, for each token of the row except the log's last, the log-probability of the next one, float32 [t]."""
-        log = self.streams[row.session].tokens
-        following = torch.tensor(log[row.position + 1 : row.position + row.tokens + 1])
-        count = len(following)
-        if not count:
-            return []
-        scores = [
-            # a few tokens at a time: their logits are as wide as the vocabulary
-            -F.cross_entropy(self.logits(hidden_tH[start : start + SCORED_AT_ONCE][: count - start]),
-                             following[start : start + SCORED_AT_ONCE], reduction="none")
-            for start in range(0, count, SCORED_AT_ONCE)
-        ]  # fmt: skip
-        scores_T = torch.cat(scores)
-        if bool(scores_T.isnan().any()):
-            raise NotFinite("scores", math.nan)
-        return [(row._replace(tokens=count), scores_T)]
 
     def logits(self, picked_TH: torch.Tensor) -> torch.Tensor:
         """Return the logits of some tokens, float32 [T, V]."""

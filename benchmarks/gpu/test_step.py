@@ -92,14 +92,14 @@ def distance(a, b):
 
 
 def test_steps_equal_plain_torch():
-    """In float32 a step's logits are the plain model's to rounding: GQA, windows, ragged lengths, page boundaries."""
+    """Give the plain model's logits in float32, to rounding: GQA, windows, ragged lengths, page boundaries."""
     for name, (shape, kind, splits, lengths) in CASES.items():
         a, b = decoded(shape, kind, lengths, splits=splits)
         assert distance(a, b) < 3e-6, (name, distance(a, b))
 
 
 def test_bfloat16_is_no_worse_than_plain_bfloat16():
-    """In bfloat16 the error against float32 is at most 1.6 times the plain model's own.
+    """Keep the error of bfloat16 against float32 within 1.6 times the plain model's own.
 
     On a device it is 0.5 times. The interpreter rounds to bfloat16 by cutting bits off, which doubles a rounding error.
     """
@@ -116,7 +116,7 @@ def test_bfloat16_is_no_worse_than_plain_bfloat16():
 
 
 def test_a_rows_bits_do_not_depend_on_the_others():
-    """With the tensor-core kernel a row's bits are the same beside one other row and beside three others."""
+    """Give a row the same bits beside one other row and beside three others, with the tensor-core kernel."""
     shape = Shape(32, 4, 2, 16, 48, 1, 70)
     weights = reference.random_weights(shape, torch.float32, CPU, 64)
     found = []

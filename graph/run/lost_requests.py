@@ -48,10 +48,7 @@ class LostRequests:
 
     @property
     def resumed(self) -> Sequence[str]:
-        """Return the ids of the resumed run's requests, as their clients know them (`Generation.request_id`).
-
-        This includes both requests that continue here and requests that had already ended.
-        """
+        """Return the ids of the resumed run's requests. See `Run.resumed`."""
         return list(self._left)
 
     def go_on(self, left: Resumed) -> None:
@@ -117,16 +114,7 @@ class LostRequests:
             self._requests.flush()
 
     def resume(self, request_id: str, after: int | None = None) -> Generation:
-        """Return the tokens of a request of the resumed run, those from the journal first.
-
-        Args:
-            request_id: its id in the journal (`Generation.request_id`).
-            after: the `Token.position` of the last token that the client has seen. Only later tokens are returned.
-                None: return all tokens.
-
-        Raises:
-            RequestError: there is no such request, or another client has resumed it.
-        """
+        """Return the tokens of a request of the resumed run. See `Run.resume`."""
         source = self._resumed.pop(request_id, None)
         if source is None:
             why = (

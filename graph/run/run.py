@@ -33,6 +33,7 @@ from ..sessions.text_process import TextProcess
 from .before_start import check_inputs
 from .hosts import Hosts
 from .members import Members
+from .quiet import Quiet
 from .recovery import Recovered, Recovery
 from .request_checks import checked_logprobs, no_tokenizer
 from .requests import Requests
@@ -41,13 +42,6 @@ from .scaling import Scaling
 
 if TYPE_CHECKING:
     import torch
-
-LATE_NS = 3_000_000_000
-"""Longest time between two checks for idle actors, in nanoseconds (3 s).
-
-A check normally comes one tick after the last message. A later check restarts the count of idle time, because this
-process itself may have been suspended.
-"""
 
 
 class Run:
@@ -73,9 +67,7 @@ class Run:
         self._wakes: Wakes = {}
         self._over = False
         self._ended: LinkClosed | None = None
-        self._quiet_since_ns = 0
-        self._looked_ns = 0
-        self._steps = -1
+        self._quiet = Quiet(hosts.supervisor.supervision, plan.graph.file.supervision)
         self.metrics: str | None = None
         """The address at which Prometheus can read this run's /metrics, if any."""
         self._requests = Requests(
@@ -436,7 +428,9 @@ class Run:
 
     def on_tick(self) -> None:
         """End requests that will never be answered, and write journal lines that a full disk has delayed."""
-        self._give_up_unanswered()
+        since_ns = self._quiet.since_ns(time.monotonic_ns())
+        if since_ns is not None:
+            self._gateway.on_quiet(since_ns, self.plan.graph.file.supervision.join_deadline_s)
         self._requests.catch_up()
 
     def on_message(self, received: Received) -> None:
@@ -450,19 +444,6 @@ class Run:
                     f"edge {edge}: the gateway cannot process a message: {describe(error)}", received.header.rows
                 )
             )
-
-    def _give_up_unanswered(self) -> None:
-        """End sessions that will never be answered because an actor did not send an output."""
-        supervision, now_ns = self._supervisor.supervision, time.monotonic_ns()
-        limits = self.plan.graph.file.supervision
-        # if this check is late, this process may have been suspended: answers from that time are still unread
-        late, self._looked_ns = now_ns - self._looked_ns > LATE_NS, now_ns
-        if late or not supervision.quiet or supervision.steps != self._steps or not self._quiet_since_ns:
-            self._quiet_since_ns, self._steps = now_ns, supervision.steps
-        # a step that has just begun is reported with the next heartbeat
-        quiet_s = (now_ns - self._quiet_since_ns) / 1e9 - 2 * limits.heartbeat_interval_s
-        if quiet_s > limits.join_deadline_s:
-            self._gateway.on_quiet(self._quiet_since_ns, limits.join_deadline_s)
 
     def on_refused(self, error: ProtocolError) -> None:
         """Log a refused message, and end its sessions with the error."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import secrets
 import time
 from typing import Any
@@ -19,14 +20,13 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) ->
     }  # fmt: skip
 
 
-class Answers:
+class Answers(abc.ABC):
     """Collect the answers to one request, and make its chunks. An endpoint derives from it."""
 
     object: str
-    chunk: str
     prefix: str
     named = False
-    """Whether its events carry their type as a name, and end with the last of them instead of `[DONE]`."""
+    """Its events carry their type as a name, and end with the last of them instead of `[DONE]`."""
 
     def __init__(
         self, model: str, wording: Wording, prompt_tokens: int, count: int, *, logprobs: int | None = None,
@@ -41,43 +41,44 @@ class Answers:
         self.tokens: list[list[Token]] = [[] for _ in range(count)]
         self._with_usage = with_usage
 
-    # -- what an endpoint defines -----------------------------------------------------------------------------------
-
     def begin(self) -> list[Any]:
         """Return the events before the first token."""
         return []
 
-    def piece(self, index: int, token: Token) -> Any | None:
-        """Return the chunk of a token, or None if it has none."""
-        raise NotImplementedError
-
-    def last(self, index: int, reason: str) -> Any:
-        """Return the chunk that ends an answer."""
-        raise NotImplementedError
-
-    def choice(self, index: int) -> dict[str, Any]:
-        """Return a whole choice."""
-        raise NotImplementedError
-
-    # -- what they share --------------------------------------------------------------------------------------------
-
+    @abc.abstractmethod
     def add(self, index: int, event: Token | Ended) -> list[Any]:
         """Take a token or the end of an answer. Return the events that follow from it."""
-        if isinstance(event, Ended):
-            reason = self.reasons[index] = event.reason
-            return [self.last(index, reason)]
-        self.texts[index] += event.text
-        self.tokens[index].append(event)
-        made = self.piece(index, event)
-        return [] if made is None else [made]
 
     def end(self) -> list[Any]:
-        """Return the events after all answers: the usage, if it was asked for."""
-        return [{**self.chunk_with([]), "usage": self.usage}] if self._with_usage else []
+        """Return the events after all answers."""
+        return []
+
+    @abc.abstractmethod
+    def whole(self) -> dict[str, Any]:
+        """Return the answer that is not streamed."""
+
+    def note(self, index: int, token: Token) -> None:
+        """Add a token to an answer."""
+        self.texts[index] += token.text
+        self.tokens[index].append(token)
 
     @property
     def usage(self) -> dict[str, Any]:
         return usage(self.prompt_tokens, sum(map(len, self.tokens)))
+
+
+class Choices(Answers):
+    """Make answers as the choices of one object, and as chunks that hold pieces of them."""
+
+    chunk: str
+
+    @abc.abstractmethod
+    def choice(self, index: int) -> dict[str, Any]:
+        """Return a whole choice."""
+
+    def end(self) -> list[Any]:
+        """Return the events after all answers: the usage, if it was asked for."""
+        return [{**self.chunk_with([]), "usage": self.usage}] if self._with_usage else []
 
     def chunk_with(self, choices: list[Any]) -> dict[str, Any]:
         made = {

@@ -32,7 +32,7 @@ class StreamOptions(Body):
 
 
 class Sampled(Body):
-    """What every request for text has."""
+    """Hold what every request for text has."""
 
     model: str
     stream: bool | None = None

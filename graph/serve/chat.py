@@ -7,8 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..sessions.generation import Token
-from .answers import Answers
-from .bodies import ChatBody, Message, NamedFunction, NamedTool, ObjectFormat, OtherPart, SchemaFormat, TextPart
+from .answers import Choices
+from .bodies import (
+    ChatBody,
+    Message,
+    NamedFunction,
+    NamedTool,
+    ObjectFormat,
+    OtherPart,
+    RefusalPart,
+    SchemaFormat,
+    TextPart,
+)
 from .bridge import Ended
 from .problems import Problem
 from .tool_calls import HERMES, Arguments, Begun, Calls, Family
@@ -49,8 +59,9 @@ def _text(message: Message, path: str) -> str:
             code="unsupported_content",
         )  # fmt: skip
     return "".join(
-        part.text if isinstance(part, TextPart) else part.refusal  # type: ignore[union-attr]
+        part.text if isinstance(part, TextPart) else part.refusal
         for part in message.content
+        if isinstance(part, TextPart | RefusalPart)
     )
 
 
@@ -148,7 +159,7 @@ def check(body: ChatBody) -> None:
         raise Problem(400, "stream_options needs stream: true", param="stream_options", code="invalid_value")
 
 
-class Chat(Answers):
+class Chat(Choices):
     """Make the choices of a chat, or its chunks."""
 
     object = "chat.completion"
@@ -173,8 +184,7 @@ class Chat(Answers):
             reason = "tool_calls" if calls is not None and calls.count and event.reason == "stop" else event.reason
             self.reasons[index] = reason
             return [*made, self._chunk_of(index, {}, reason=reason)]
-        self.texts[index] += event.text
-        self.tokens[index].append(event)
+        self.note(index, event)
         if calls is None:
             found = [event.text] if event.text else []
         else:

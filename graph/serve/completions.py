@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..sessions.generation import Token
-from .answers import Answers
+from .answers import Choices
 from .bodies import CompletionBody
+from .bridge import Ended
 from .problems import Problem
 from .wording import Wording
 
@@ -22,26 +23,18 @@ def prompts_of(body: CompletionBody) -> list[str | list[int]]:
     Raises:
         Problem: there is none, or there are too many.
     """
-    match body.prompt:
-        case None:
-            raise Problem(
-                400, "Missing required parameter: 'prompt'.", param="prompt", code="missing_required_parameter"
-            )
-        case str():
-            return [body.prompt]
-        case []:
-            raise Problem(400, "prompt: expected at least one", param="prompt", code="invalid_value")
-        case [int(), *_]:
-            return [body.prompt]  # type: ignore[list-item]
-        case many:
-            if len(many) > MOST_PROMPTS:
-                raise Problem(
-                    400,
-                    f"prompt: expected at most {MOST_PROMPTS}, got {len(many)}",
-                    param="prompt",
-                    code="invalid_value",
-                )
-            return list(many)  # type: ignore[arg-type]
+    given = body.prompt
+    if given is None:
+        raise Problem(400, "Missing required parameter: 'prompt'.", param="prompt", code="missing_required_parameter")
+    if isinstance(given, str):
+        return [given]
+    ids = [each for each in given if isinstance(each, int)]
+    many = [each for each in given if not isinstance(each, int)]
+    if not given or len(many) > MOST_PROMPTS:
+        raise Problem(
+            400, f"prompt: expected 1 to {MOST_PROMPTS}, got {len(given)}", param="prompt", code="invalid_value"
+        )
+    return [*many] if many else [ids]
 
 
 def check(body: CompletionBody) -> None:
@@ -70,7 +63,7 @@ class Echo:
     """For each token but the first: its log-probability, and those of the likeliest tokens there."""
 
 
-class Completions(Answers):
+class Completions(Choices):
     """Make the choices of completions, or their chunks. There is an echo for each choice."""
 
     object = "text_completion"
@@ -92,15 +85,17 @@ class Completions(Answers):
             if echo.text
         ]
 
-    def piece(self, index: int, token: Token) -> Any | None:
-        if not token.text and token.logprob is None:
-            return None
+    def add(self, index: int, event: Token | Ended) -> list[Any]:
+        """Take a token or the end of an answer. Return its chunk, if it completes text or has log-probabilities."""
+        if isinstance(event, Ended):
+            self.reasons[index] = event.reason
+            return [self._chunk_of(index, "", reason=event.reason)]
+        self.note(index, event)
+        if not event.text and event.logprob is None:
+            return []
         offset = self._offsets[index]
-        self._offsets[index] += len(token.text)
-        return self._chunk_of(index, token.text, logprobs=self._made([token], offset))
-
-    def last(self, index: int, reason: str) -> Any:
-        return self._chunk_of(index, "", reason=reason)
+        self._offsets[index] += len(event.text)
+        return [self._chunk_of(index, event.text, logprobs=self._made([event], offset))]
 
     def _chunk_of(self, index: int, text: str, reason: str | None = None, logprobs: Any = None) -> Any:
         return self.chunk_with([{"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}])

@@ -168,18 +168,16 @@ class Response(Answers):
             self._event("response.content_part.added", **at, part=self._part("", [])),
         ]
 
-    def piece(self, index: int, token: Token) -> Any | None:
-        if not token.text and token.logprob is None:
-            return None
-        at = {"output_index": 0, "item_id": self._message, "content_index": 0}
-        return self._event("response.output_text.delta", **at, delta=token.text, logprobs=self._entries([token]))
-
     def add(self, index: int, event: Token | Ended) -> list[Any]:
+        """Take a token or the end of the answer. Return the events that follow from it."""
+        at = {"output_index": 0, "item_id": self._message, "content_index": 0}
         if not isinstance(event, Ended):
-            return super().add(index, event)
+            self.note(index, event)
+            if not event.text and event.logprob is None:
+                return []
+            return [self._event("response.output_text.delta", **at, delta=event.text, logprobs=self._entries([event]))]
         self.reasons[0] = event.reason
         text, logprobs = self.texts[0], self._entries(self.tokens[0])
-        at = {"output_index": 0, "item_id": self._message, "content_index": 0}
         last = "response.completed" if event.reason == "stop" else "response.incomplete"
         return [
             self._event("response.output_text.done", **at, text=text, logprobs=logprobs),
@@ -187,9 +185,6 @@ class Response(Answers):
             self._event("response.output_item.done", output_index=0, item=self._items()[0]),
             self._event(last, response=self.whole()),
         ]
-
-    def end(self) -> list[Any]:
-        return []
 
     def whole(self) -> dict[str, Any]:
         return self._whole("completed" if self.reasons[0] == "stop" else "incomplete", self._items())

@@ -47,7 +47,7 @@ class Family:
     before: str
     after: str = ""
     bare: bool = False
-    """Whether an answer that begins with an object may be a call, without anything before it."""
+    """An answer that begins with an object may be a call, without anything before it."""
 
     @property
     def signs(self) -> tuple[str, ...]:
