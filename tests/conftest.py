@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 from seed import Seed
+from waiting import wait_until
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -47,16 +47,6 @@ def processes_under(folder: Path) -> list[str]:
             if os.fsencode(folder) in command or errors.startswith(f"{folder}/"):
                 found.append(f"{entry.name}: {command!r:.200}")
     return found
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 10.0) -> bool:
-    """Return whether `holds` came true within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def left_behind(folder: Path) -> list[str]:

@@ -8,7 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import msgspec
 import trio
@@ -16,6 +16,7 @@ import trio
 from ranvier.actors.component.session import Grammar, Sampling, SessionInfo
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.trace import spans
+from ranvier.transport.format.message import stable
 
 from ..file.checked import Graph
 from ..file.errors import RequestError, TooLong
@@ -29,6 +30,7 @@ from ..sessions.text_codec import ChatOptions, TextCodec
 from ..sessions.text_process import TextProcess
 from ..sessions.text_stream import TextStream
 from ..sessions.wire_rows import token_tensor
+from .before_start import check_inputs
 from .lost_requests import LostRequests
 from .request_checks import (
     as_chat,
@@ -43,6 +45,9 @@ from .request_checks import (
     positive,
     whole,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 
 class _Request(NamedTuple):
@@ -352,6 +357,28 @@ class Requests:
         ) as client:
             await client.event()
         return client.stream
+
+    async def call(self, inputs: Mapping[str, torch.Tensor], traceparent: str | None) -> dict[str, torch.Tensor]:
+        """Send tensors by input port, and return those of the output ports. See `Run.call`."""
+        from ranvier.transport.format.tensors import from_buffer, to_buffer
+
+        check_inputs(self._graph, inputs)
+        root, caller = self.traced(traceparent)
+        info = SessionInfo(session=0, epoch=0, capacity=0, traceparent=root)
+        tensors = {}
+        for port, tensor in inputs.items():
+            try:
+                meta, buffer = to_buffer(port, tensor)
+            except ValueError as error:
+                raise RequestError(f"call: {error}") from None
+            tensors[port] = meta, stable(buffer)  # the caller may overwrite it, and it may have to be sent again
+        with contextlib.closing(
+            Client(self.gateway, self.gateway.submit(info, tensors, caller=caller), self.flush, self._wakes)
+        ) as client:
+            while not isinstance(await client.event(), str):
+                pass
+        outputs = client.stream.outputs
+        return {port: from_buffer(meta, buffer) for port, (meta, buffer) in outputs.items()}
 
     def traced(self, traceparent: str | None) -> tuple[str, str]:
         """Return the trace context of a request's root span, and the caller's span; both are empty without tracing.

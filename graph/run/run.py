@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,27 +9,24 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import trio
 
-from ranvier.actors.component.session import Sampling, SessionInfo
+from ranvier.actors.component.session import Sampling
 from ranvier.actors.errors import describe
 from ranvier.actors.protocol.control_protocol import SessionFailed
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.trace import spans
 from ranvier.transport.format.errors import LinkClosed, ProtocolError
 from ranvier.transport.format.header import Row
-from ranvier.transport.format.message import stable
 from ranvier.transport.links.exchange import RefusedMessage
 from ranvier.transport.links.link_state import Received
 
-from ..file.errors import RequestError
 from ..observe.blame import Answer
 from ..plan.plan import Plan
 from ..sessions.gateway import Gateway
-from ..sessions.generation import Client, Generation, Wakes
+from ..sessions.generation import Generation, Wakes
 from ..sessions.journal import Journal, Resumed
 from ..sessions.stream import Stream
 from ..sessions.text_codec import ChatOptions, TextCodec
 from ..sessions.text_process import TextProcess
-from .before_start import check_inputs
 from .hosts import Hosts
 from .members import Members
 from .quiet import Quiet
@@ -332,26 +328,8 @@ class Run:
             RequestError: the names are not the gateway's ports, or a tensor does not fit its edge.
             ActorFailed: an actor was lost.
         """
-        from ranvier.transport.format.tensors import from_buffer, to_buffer
-
         self._check_open()
-        check_inputs(self.plan.graph, inputs)
-        root, caller = self._requests.traced(traceparent)
-        info = SessionInfo(session=0, epoch=0, capacity=0, traceparent=root)
-        tensors = {}
-        for port, tensor in inputs.items():
-            try:
-                meta, buffer = to_buffer(port, tensor)
-            except ValueError as error:
-                raise RequestError(f"call: {error}") from None
-            tensors[port] = meta, stable(buffer)  # the caller may overwrite it, and it may have to be sent again
-        with contextlib.closing(
-            Client(self._gateway, self._gateway.submit(info, tensors, caller=caller), self.flush, self._wakes)
-        ) as client:
-            while not isinstance(await client.event(), str):
-                pass
-        outputs = client.stream.outputs
-        return {port: from_buffer(meta, buffer) for port, (meta, buffer) in outputs.items()}
+        return await self._requests.call(inputs, traceparent)
 
     async def scale(self, actor: str, replicas: int) -> str:
         """Change the number of an actor's replicas while the run continues. Return what was done, in words.

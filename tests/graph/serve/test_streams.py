@@ -7,9 +7,10 @@ import json
 import os
 import signal
 import socket
-import time
 from typing import Any
 from urllib.parse import urlsplit
+
+from waiting import wait_until
 
 from ranvier.graph.serve.server import Options
 
@@ -53,15 +54,6 @@ def events(answer: http.client.HTTPResponse, most: int = 1 << 30) -> tuple[int, 
     return last, text, False
 
 
-def until(holds: Any, seconds: float = 10.0) -> bool:
-    end = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
-
-
 def sessions(server: Any) -> int:
     return int(server.look(lambda run: run.snapshot()["sessions"]))
 
@@ -74,16 +66,16 @@ def test_a_client_that_leaves_frees_its_caches(server: Any) -> None:
         assert answer.status == 200
         if body is ASKED:
             events(answer, 3)
-        assert until(lambda: sessions(server) == 1)
+        assert wait_until(lambda: sessions(server) == 1)
         answer.close()
-        assert until(lambda: sessions(server) == 0)
+        assert wait_until(lambda: sessions(server) == 0)
     connection = server.connection()
     connection.request(
         "POST", "/v1/chat/completions", json.dumps({**ASKED, "max_tokens": 1500}), {"Content-Type": "application/json"}
     )
-    assert until(lambda: sessions(server) == 1)
+    assert wait_until(lambda: sessions(server) == 1)
     connection.close()
-    assert until(lambda: sessions(server) == 0)
+    assert wait_until(lambda: sessions(server) == 0)
 
 
 def test_a_client_that_comes_back_gets_the_rest(server: Any) -> None:
@@ -94,7 +86,7 @@ def test_a_client_that_comes_back_gets_the_rest(server: Any) -> None:
     name = answer.headers["x-request-id"]
     last, text, _ = events(answer, 10)
     answer.close()
-    assert until(lambda: sessions(server) == 0)
+    assert wait_until(lambda: sessions(server) == 0)
     for _ in range(2):  # it comes back, is lost again, and comes back
         again = rest(server, f"/v1/streams/{name}", **{"Last-Event-ID": str(last)})
         new_last, more, complete = events(again, last + 10)
@@ -165,4 +157,4 @@ def test_a_slow_reader_keeps_nobody_waiting(server: Any) -> None:
         )
         for _ in range(3):
             assert events(begun(server, {**ASKED, "max_tokens": 8}))[2]
-    assert until(lambda: sessions(server) == 0)
+    assert wait_until(lambda: sessions(server) == 0)
