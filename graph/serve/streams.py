@@ -8,7 +8,6 @@ the tokens that follow: a new generation goes on after the tokens that were made
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -123,10 +122,11 @@ class Stream:
         finally:
             for task in (writer, watch):
                 task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.gather(writer, watch, return_exceptions=True)
+            await asyncio.wait([writer, watch])
             self._connection = None
             self.leave()
+        if not writer.cancelled():
+            writer.result()  # an error of ours must not look like the end of a stream
 
     def leave(self) -> None:
         """Free the caches: no client reads the answer now."""
@@ -144,7 +144,7 @@ class Stream:
             "type": "http.response.start", "status": 200,
             "headers": [(name.encode(), value.encode()) for name, value in shown.items()],
         })  # fmt: skip
-        at, loop = after + 1, asyncio.get_running_loop()
+        at, loop = max(0, after + 1), asyncio.get_running_loop()
         spoke_s = loop.time()
 
         async def speak() -> None:

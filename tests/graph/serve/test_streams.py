@@ -95,6 +95,7 @@ def test_a_client_that_comes_back_gets_the_rest(server: Any) -> None:
     assert not complete
     _, more, complete = events(rest(server, f"/v1/streams/{name}?after={last}"))
     assert complete and text + more == whole[1]
+    assert events(rest(server, f"/v1/streams/{name}?after=-7"))[1:] == (whole[1], True), "from the beginning"
     status, answer, _ = server.ask("GET", "/v1/streams/0123456789abcdef")
     assert status == 404 and answer["error"]["type"] == "not_found_error"
 
