@@ -42,7 +42,7 @@ def asked_of(
     return [
         Asked(
             prompt, most or left, sampling(bridge, body, (seed + index) & ((1 << 62) - 1)), stops(body), logprobs,
-            grammar=grammar, traceparent=traceparent, key=key,
+            stop_tokens=() if body.ignore_eos else None, grammar=grammar, traceparent=traceparent, key=key,
         )
         for index in range(count)
     ]  # fmt: skip

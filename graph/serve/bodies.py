@@ -1,7 +1,7 @@
 """Define the bodies of requests, with the fields that OpenAI's endpoints have and clients send.
 
 Types are strict and unknown fields are refused, as OpenAI does. Every optional field may be null. A few fields of other servers
-(`top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `chat_template_kwargs`) are accepted, too.
+(`top_k`, `min_p`, `repetition_penalty`, `min_tokens`, `ignore_eos`, `chat_template_kwargs`) are accepted, too.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Sampled(Body):
     min_p: Probability | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
+    ignore_eos: bool | None = None
 
 
 class TextPart(Body):

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,7 @@ async def serving(runs: Mapping[str, Run], options: Options) -> AsyncIterator[st
     """
     try:
         import uvicorn
+        import uvloop
 
         from .app import application
         from .connections import BoundedProtocol
@@ -86,7 +87,7 @@ async def serving(runs: Mapping[str, Run], options: Options) -> AsyncIterator[st
                 ssl_keyfile=options.keyfile,
             )  # fmt: skip
             server = uvicorn.Server(config)
-            thread = _Thread(server, listening, bridges)
+            thread = _Thread(server, uvloop.new_event_loop, listening, bridges)
             try:
                 await thread.started()
                 scheme = "https" if options.certfile else "http"
@@ -131,8 +132,11 @@ def bound(host: str, port: int) -> socket.socket:
 class _Thread:
     """Run uvicorn's loop in a thread."""
 
-    def __init__(self, server: Any, listening: socket.socket, bridges: Mapping[str, Bridge]) -> None:
-        self._server, self._listening, self._bridges = server, listening, bridges
+    def __init__(
+        self, server: Any, new_loop: Callable[[], asyncio.AbstractEventLoop], listening: socket.socket,
+        bridges: Mapping[str, Bridge],
+    ) -> None:  # fmt: skip
+        self._server, self._new_loop, self._listening, self._bridges = server, new_loop, listening, bridges
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name="ranvier-serve", daemon=True)
         self._thread.start()
@@ -144,7 +148,8 @@ class _Thread:
             await self._server.serve(sockets=[self._listening])
 
         try:
-            asyncio.run(main())
+            with asyncio.Runner(loop_factory=self._new_loop) as runner:
+                runner.run(main())
         except BaseException as error:
             self._error = error
 

@@ -131,6 +131,15 @@ def test_connections_without_a_request_are_closed_case_81(server: Any, monkeypat
             assert data.startswith(b"HTTP/1.1 200") == opener.endswith(b"GET /hea")
 
 
+def test_headers_are_bounded_case_81(server: Any) -> None:
+    """Close a connection whose headers do not end."""
+    host, port = urlsplit(server.url).netloc.split(":")
+    lines = b"".join(b"X-%d: %b\r\n" % (index, b"y" * 1000) for index in range(10_000))
+    with socket.create_connection((host, int(port)), timeout=20) as endless, pytest.raises(ConnectionError):
+        endless.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + lines)
+    assert server.ask("GET", "/health")[0] == 200
+
+
 def test_an_address_that_others_reach_needs_keys_and_a_taken_port_is_named(runs: Path) -> None:
     """Refuse, before anything is served, another address than loopback without keys, and a port that is taken."""
 

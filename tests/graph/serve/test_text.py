@@ -46,6 +46,18 @@ def test_an_answer_ends_where_the_model_ends_it(server: Any, continued: Any) -> 
     assert made.choices[0].finish_reason == "stop"
 
 
+def test_ignore_eos_goes_on_after_the_end(server: Any) -> None:
+    """End an answer at the model's last token, and go on after it with `ignore_eos`."""
+    certain = {**GREEDY, "messages": CHAT, "max_tokens": 6, "logit_bias": {"2": 100}}
+    for ignored, tokens, reason in ((False, 1, "stop"), (True, 6, "length")):
+        status, made, _ = server.post("/v1/chat/completions", {**certain, "ignore_eos": ignored})
+        assert (status, made["usage"]["completion_tokens"], made["choices"][0]["finish_reason"]) == (
+            200,
+            tokens,
+            reason,
+        )
+
+
 def test_contents_as_parts_and_nulls_everywhere(server: Any) -> None:
     """Take parts of text as one text, and a null as a field that is left out."""
     plain = server.client().chat.completions.create(messages=CHAT, max_tokens=8, **GREEDY)
