@@ -203,7 +203,7 @@ class BlockingRun:
 
     def tokens(self, prompt: str | Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """Return the token ids of a prompt, as `Run.tokens` does, with its options."""
-        return self._thread.wait(lambda: self._run.tokens(prompt, **options))
+        return self._run.tokens(prompt, **options)
 
     def resume(self, request_id: str, after: int | None = None) -> BlockingGeneration:
         """Resume a request, as `Run.resume` does."""
@@ -228,10 +228,6 @@ class BlockingRun:
     def status(self) -> dict[str, Any]:
         """Return hosts, open sessions and counters, as `Run.status` does."""
         return self._thread.read(self._run.status)
-
-    def chat_tokens(self, messages: Sequence[dict[str, Any]] | str, **options: Any) -> list[int]:
-        """Return the token ids of a chat, as `Run.chat_tokens` does, with its options."""
-        return self._run.chat_tokens(messages, **options)
 
     # -- properties, which also work after the end ---------------------------------------------------------------
 

@@ -33,7 +33,6 @@ from ..sessions.wire_rows import token_tensor
 from .before_start import check_inputs
 from .lost_requests import LostRequests
 from .request_checks import (
-    as_chat,
     check_ids,
     checked_chat,
     checked_logprobs,
@@ -119,19 +118,14 @@ class Requests:
             raise no_tokenizer(self._graph)
         return self._text
 
-    def chat_ids(self, messages: Sequence[dict[str, Any]] | str, chat: ChatOptions) -> list[int]:
-        """Return the token ids of a chat. See `Run.chat_tokens`."""
-        return self._process.chat_ids(as_chat(messages), checked_chat(chat))
-
-    async def tokens(self, prompt: str | Sequence[dict[str, Any]], raw: bool, chat: ChatOptions) -> list[int]:
+    def tokens(self, prompt: str | Sequence[dict[str, Any]], raw: bool, chat: ChatOptions) -> list[int]:
         """Return the token ids of a prompt. See `Run.tokens`."""
         asked = checked_prompt(prompt)
         if isinstance(asked, list) and not all(isinstance(each, dict) for each in asked):
             raise RequestError("prompt: expected text or a list of chat messages, got token ids")
         if self._text is None:
             raise no_tokenizer(self._graph)
-        given = cast(str | list[dict[str, Any]], asked)
-        return await trio.to_thread.run_sync(self._ids, given, raw, checked_chat(chat), abandon_on_cancel=True)
+        return self._ids(cast(str | list[dict[str, Any]], asked), raw, checked_chat(chat))
 
     def generate(
         self,

@@ -164,28 +164,6 @@ class Run:
             raise no_tokenizer(self.plan.graph)
         return self._codec
 
-    def chat_tokens(
-        self,
-        messages: Sequence[dict[str, Any]] | str,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        template: str | None = None,
-        template_arguments: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """Return the token ids of a chat, made with the model's own template. A string is one user message.
-
-        The other arguments are those of `generate`.
-
-        The call blocks for at most a second, and for as long as earlier prompts take. `generate` does not block.
-
-        Raises:
-            RequestError: the graph does not generate text, or its model has no tokenizer.
-            CheckpointError: the template is missing or wrong, refuses the messages, or takes too long.
-        """
-        self._check_open()
-        return self._requests.chat_ids(messages, ChatOptions(tools, documents, template, template_arguments or {}))
-
     # -- requests -----------------------------------------------------------------------------------------------
 
     def generate(
@@ -246,7 +224,7 @@ class Run:
             deadline_s=deadline_s, traceparent=traceparent, answered=answered, grammar=grammar,
         )  # fmt: skip
 
-    async def tokens(
+    def tokens(
         self,
         prompt: str | Sequence[dict[str, Any]],
         *,
@@ -258,14 +236,14 @@ class Run:
     ) -> list[int]:
         """Return the token ids that `generate` makes of a prompt of text or of chat messages, with the same arguments.
 
+        The call blocks for at most a second, and for as long as earlier prompts take. Any thread may call it.
+
         Raises:
             RequestError: the graph does not generate text, or its model has no tokenizer.
             CheckpointError: the template is missing or wrong, refuses the messages, or takes too long.
         """
         self._check_open()
-        return await self._requests.tokens(
-            prompt, raw, ChatOptions(tools, documents, template, template_arguments or {})
-        )
+        return self._requests.tokens(prompt, raw, ChatOptions(tools, documents, template, template_arguments or {}))
 
     def most_after(self, prompt_tokens: int) -> int:
         """Return how many tokens may follow a prompt of so many, in the model's context and in a KV cache; 0: none.

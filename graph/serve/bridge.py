@@ -255,7 +255,7 @@ class Bridge:
 
     async def tokens(self, prompt: str | Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """Return the token ids of a prompt, with the options and the errors of `Run.tokens`."""
-        return await self.call(lambda: self.run.tokens(prompt, **options))
+        return await asyncio.to_thread(self.run.tokens, prompt, **options)
 
     # -- on the run's thread ----------------------------------------------------------------------------------------
 

@@ -137,7 +137,7 @@ def test_after_the_end_every_call_raises(graph: tuple[ranvier.Graph, Any], runs:
     calls: list[Callable[[], Any]] = [
         lambda: run.generate([1, 2]), lambda: run.generate("text"), lambda: next(open_one), lambda: run.score([1, 2]),
         lambda: run.call(x=torch.zeros(1)), lambda: run.scale("blocks_0", 1), lambda: run.resume("a"), run.why, run.status,
-        lambda: run.chat_tokens("hello"),
+        lambda: run.tokens("hello"),
     ]  # fmt: skip
     for call in calls:
         with pytest.raises(ranvier.RanvierError, match="the run is over"):
@@ -170,7 +170,7 @@ def test_after_the_end_every_awaited_call_raises(graph: tuple[ranvier.Graph, Any
             with pytest.raises(ranvier.RanvierError, match="the run is over"):
                 await call()
         for at_once in (run.status, lambda: run.generate([1]), lambda: run.generate("a"), lambda: run.resume("a"),
-                        lambda: run.chat_tokens("hello")):  # fmt: skip
+                        lambda: run.tokens("hello")):  # fmt: skip
             with pytest.raises(ranvier.RanvierError, match="the run is over"):
                 at_once()
         assert await first_error(open_one) == "the run is over"

@@ -151,7 +151,7 @@ def test_tiny_temperatures_are_greedy(sampling: ranvier.Sampling, run: ranvier.B
 
 def test_tools_and_arguments_reach_the_template(run: ranvier.BlockingRun) -> None:
     """Give the chat template its tools and further variables, and refuse what is no list of objects."""
-    plain, rich = run.chat_tokens("hi"), run.chat_tokens("hi", tools=[{"name": "f"}], template_arguments={"mood": "!"})
+    plain, rich = run.tokens("hi"), run.tokens("hi", tools=[{"name": "f"}], template_arguments={"mood": "!"})
     codec = run.codec
     assert (codec.decode(plain), codec.decode(rich)) == ("hi", "hi1!")
     made = run.generate("hi", max_tokens=1, tools=[{"name": "f"}], template_arguments={"mood": "!"})
