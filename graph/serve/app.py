@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from . import chat, completions, metrics, responses
+from . import chat, completions, metrics, responses, tool_prompts
 from .answers import Answers
 from .asking import asked_of
 from .bodies import ChatBody, CompletionBody, DetokenizeBody, Sampled, TokenizeBody, parsed
@@ -24,7 +24,7 @@ from .completions import Echo
 from .guard import Door, Guard
 from .problems import FAILED, Problem, problem_of, unknown
 from .streams import Events, Kept, Stream, collected
-from .tool_calls import HERMES, family_of
+from .tool_calls import Family, family_of
 from .wording import Wording
 
 JSON = "application/json"
@@ -37,6 +37,8 @@ class Served:
     name: str
     bridge: Bridge
     wording: Wording
+    family: Family
+    """How the model writes the calls of tools."""
     created: int
 
 
@@ -47,7 +49,10 @@ class Endpoints:
         now = int(time.time())
         self.stopping = False
         self._kept = kept
-        self._models = {name: Served(name, bridge, Wording(bridge.codec), now) for name, bridge in models.items()}
+        self._models = {
+            name: Served(name, bridge, Wording(bridge.codec), family_of(bridge.template), now)
+            for name, bridge in models.items()
+        }
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes, each with and without /v1."""
@@ -72,24 +77,29 @@ class Endpoints:
         body = parsed(ChatBody, await request.body())
         model = self._model(body.model)
         chat.check(body)
-        tools = chat.tools_of(body)
-        prompt = await model.bridge.tokens(
-            chat.messages_of(body.messages), tools=tools, template_arguments=body.chat_template_kwargs
-        )
-        family = family_of(model.bridge.template) if tools is not None else None
-        if chat.forced_calls(body):
-            family = family or HERMES
+        tools = chat.tools_of(chat.functions_of(body), body.tool_choice)
+        family = model.family if tools is not None else None
+        prompt = await self._prompt(model, chat.messages_of(body.messages), tools, body.chat_template_kwargs)
         most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         logprobs = (body.top_logprobs or 0) if body.logprobs else None
         asked = asked_of(
             model.bridge, body, prompt, most, logprobs=logprobs, key=request.state.key,
-            traceparent=request.headers.get("traceparent"), count=body.n or 1, grammar=chat.grammar_of(body, family),
+            traceparent=request.headers.get("traceparent"), count=body.n or 1, grammar=chat.grammar_of(body, model.family),
         )  # fmt: skip
         maker = chat.Chat(
             model.name, model.wording, len(prompt), len(asked), logprobs=logprobs, with_usage=_with_usage(body),
             family=family,
         )  # fmt: skip
         return await self._answer(request, model, body, asked, maker)
+
+    async def _prompt(
+        self, model: Served, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None,
+        arguments: dict[str, Any] | None = None,
+    ) -> list[int]:  # fmt: skip
+        """Return the token ids of a chat. The model is told of the tools by its template, or else in words."""
+        if not tool_prompts.knows_tools(model.bridge.template):
+            messages, tools = tool_prompts.in_words(messages, tools), None
+        return await model.bridge.tokens(messages, tools=tools, template_arguments=arguments)
 
     async def completions(self, request: Request) -> Any:
         body = parsed(CompletionBody, await request.body())
@@ -127,14 +137,16 @@ class Endpoints:
     async def responses(self, request: Request) -> Any:
         body = parsed(responses.ResponseBody, await request.body())
         model = self._model(body.model)
-        messages = chat.messages_of(responses.messages_of(body))
-        prompt = await model.bridge.tokens(messages, tools=responses.tools_of(body))
+        responses.check(body)
+        tools = chat.tools_of(body.tools or (), body.tool_choice)
+        family = model.family if tools is not None else None
+        prompt = await self._prompt(model, chat.messages_of(responses.messages_of(body)), tools)
         general = responses.sampled(body)
         asked = asked_of(
             model.bridge, general, prompt, body.max_output_tokens, logprobs=body.top_logprobs, key=request.state.key,
-            traceparent=request.headers.get("traceparent"),
+            traceparent=request.headers.get("traceparent"), grammar=responses.grammar_of(body, model.family),
         )  # fmt: skip
-        maker = responses.Response(body, model.name, model.wording, len(prompt))
+        maker = responses.Response(body, model.name, model.wording, len(prompt), family)
         return await self._answer(request, model, general, asked, maker)
 
     async def _answer(
@@ -178,7 +190,7 @@ class Endpoints:
         if (text is None) == (body.messages is None):
             raise Problem(400, "expected either content or messages", param="content", code="invalid_value")
         if text is None:
-            ids = await model.bridge.tokens(chat.messages_of(body.messages or ()))
+            ids = await self._prompt(model, chat.messages_of(body.messages or ()), None)
         else:
             ids = await model.bridge.tokens(text, raw=True)
         tokens = [{"id": each, "piece": model.wording.text(each)} for each in ids] if body.with_pieces else ids

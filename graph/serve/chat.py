@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..sessions.generation import Token
+from . import schemas
 from .answers import Choices
 from .bodies import (
     ChatBody,
+    FunctionTool,
     Message,
     NamedFunction,
     NamedTool,
@@ -21,7 +23,7 @@ from .bodies import (
 )
 from .bridge import Ended
 from .problems import Problem
-from .tool_calls import HERMES, Arguments, Begun, Calls, Family
+from .tool_calls import Arguments, Begun, Calls, Family, pieces
 from .wording import Wording
 
 
@@ -74,13 +76,18 @@ def _object(arguments: str) -> Any:
     return found if isinstance(found, dict) else arguments
 
 
-def tools_of(body: ChatBody) -> list[dict[str, Any]] | None:
-    """Return the tools that the template is given, in the form that templates expect; None: none."""
-    if body.tool_choice == "none" or not (body.tools or body.functions):
+def functions_of(body: ChatBody) -> list[FunctionTool]:
+    """Return the functions that the model may call, also those of the older field `functions`."""
+    return [tool.function for tool in body.tools or ()] + list(body.functions or ())
+
+
+def tools_of(functions: Sequence[FunctionTool], choice: object) -> list[dict[str, Any]] | None:
+    """Return functions in the form that templates expect; None if there are none, or the choice is "none"."""
+    if choice == "none" or not functions:
         return None
-    functions = [tool.function for tool in body.tools or ()] + list(body.functions or ())
     return [
-        {"type": "function", "function": each.model_dump(exclude_none=True, exclude={"strict"})} for each in functions
+        {"type": "function", "function": each.model_dump(exclude_none=True, exclude={"strict", "type"})}
+        for each in functions
     ]
 
 
@@ -93,14 +100,18 @@ def forced_calls(body: ChatBody) -> bool:
     )
 
 
-def grammar_of(body: ChatBody, family: Family | None) -> dict[str, Any] | None:
+def grammar_of(body: ChatBody, family: Family) -> dict[str, Any] | None:
     """Return the grammar that the body's `response_format` or `tool_choice` asks for; None: none.
 
     Raises:
         Problem: a schema is missing, or a tool is not there.
     """
     if forced_calls(body):
-        return {"lark": _calls_grammar(body, family or HERMES)}
+        chosen = next(
+            (each for each in (body.tool_choice, body.function_call) if each and not isinstance(each, str)), None
+        )
+        name = chosen.function.name if isinstance(chosen, NamedTool) else chosen.name if chosen is not None else None
+        return schemas.of_calls(functions_of(body), name, family)
     wanted = body.response_format
     if isinstance(wanted, ObjectFormat):
         return {"json": {"type": "object"}}
@@ -110,31 +121,8 @@ def grammar_of(body: ChatBody, family: Family | None) -> dict[str, Any] | None:
                 400, "Missing required parameter: 'response_format.json_schema.schema'.",
                 param="response_format.json_schema.schema", code="missing_required_parameter",
             )  # fmt: skip
-        return {"json": wanted.json_schema.schema_}
+        return schemas.of_schema(wanted.json_schema.schema_)
     return None
-
-
-def _calls_grammar(body: ChatBody, family: Family) -> str:
-    """Return a grammar, in llguidance's notation, of one call of a tool that may be called, as the family writes it."""
-    functions = [tool.function for tool in body.tools or ()] + list(body.functions or ())
-    chosen = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
-    if isinstance(body.function_call, NamedFunction):
-        chosen = body.function_call.name
-    allowed = [each for each in functions if chosen in (None, each.name)]
-    if not allowed:
-        raise Problem(400, f"tool_choice: there is no tool {chosen!r:.80}", param="tool_choice", code="invalid_value")
-    word = "parameters" if family.bare else "arguments"
-    schemas = [
-        {"type": "object", "properties": {"name": {"const": each.name}, word: each.parameters or {"type": "object"}},
-         "required": ["name", word], "additionalProperties": False}
-        for each in allowed
-    ]  # fmt: skip
-    call = schemas[0] if len(schemas) == 1 else {"anyOf": schemas}
-    before, after = ("", "") if family.bare else (family.before, family.after)
-    parts = [json.dumps(before)] if before else []
-    parts += ["%json " + json.dumps({**call, "x-guidance": {"whitespace_pattern": r"[ \n\t]{0,16}"}})]
-    parts += [json.dumps(after)] if after else []
-    return "start: " + " ".join(parts) + "\n"
 
 
 def check(body: ChatBody) -> None:
@@ -185,12 +173,7 @@ class Chat(Choices):
             self.reasons[index] = reason
             return [*made, self._chunk_of(index, {}, reason=reason)]
         self.note(index, event)
-        if calls is None:
-            found = [event.text] if event.text else []
-        else:
-            special = self.wording.special(event.id)
-            found = calls.add(special if special in calls.family.signs else event.text)
-        deltas = self._deltas(index, found)
+        deltas = self._deltas(index, pieces(calls, self.wording, event))
         if not deltas and event.logprob is not None:
             deltas = [{"content": ""}]
         logprobs = [self._logprobs([event]), *[None] * (len(deltas) - 1)]

@@ -9,11 +9,24 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..sessions.generation import Token
+from . import schemas
 from .answers import Answers
-from .bodies import Body, FunctionCall, FunctionTool, Message, OtherPart, Sampled, ToolCall
+from .bodies import (
+    Body,
+    FunctionCall,
+    FunctionTool,
+    JsonSchema,
+    Message,
+    ObjectFormat,
+    OtherPart,
+    Sampled,
+    TextFormat,
+    ToolCall,
+)
 from .bridge import Ended
 from .chat import entry
 from .problems import Problem
+from .tool_calls import Arguments, Begun, Calls, Family, pieces
 from .wording import Wording
 
 
@@ -54,12 +67,17 @@ class FlatTool(FunctionTool):
     type: Literal["function"]
 
 
-class PlainText(Body):
-    type: Literal["text"]
+class NamedFlatTool(Body):
+    type: Literal["function"]
+    name: str
+
+
+class FlatSchema(JsonSchema):
+    type: Literal["json_schema"]
 
 
 class TextSettings(Body):
-    format: PlainText | None = None
+    format: Annotated[TextFormat | ObjectFormat | FlatSchema, Field(discriminator="type")] | None = None
     verbosity: str | None = None
 
 
@@ -76,7 +94,7 @@ class ResponseBody(Body):
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
     tools: list[FlatTool] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFlatTool | None = None
     text: TextSettings | None = None
     store: bool | None = None
     previous_response_id: None = None
@@ -87,8 +105,10 @@ class ResponseBody(Body):
     include: list[str] | None = None
     max_tool_calls: int | None = None
     metadata: dict[str, str] | None = None
+    moderation: Any = None
     parallel_tool_calls: bool | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: Any = None
     prompt_cache_retention: str | None = None
     reasoning: dict[str, Any] | None = None
     safety_identifier: str | None = None
@@ -136,71 +156,149 @@ def _text(item: InputMessage, path: str) -> str:
     return "".join(part.text for part in item.content if isinstance(part, InputText))
 
 
-def tools_of(body: ResponseBody) -> list[dict[str, Any]] | None:
-    """Return the tools that the template is given, in the form that templates expect; None: none."""
-    if body.tool_choice == "none" or not body.tools:
-        return None
-    return [
-        {"type": "function", "function": each.model_dump(exclude_none=True, exclude={"strict", "type"})}
-        for each in body.tools
-    ]
+def check(body: ResponseBody) -> None:
+    """Refuse what cannot be done, instead of answering something else.
+
+    Raises:
+        Problem: the body asks for it.
+    """
+    if body.tool_choice not in (None, "none", "auto") and not body.tools:
+        raise Problem(400, "tool_choice: there are no tools", param="tool_choice", code="invalid_value")
+
+
+def grammar_of(body: ResponseBody, family: Family) -> dict[str, Any] | None:
+    """Return the grammar that the body's `text.format` or `tool_choice` asks for; None: none.
+
+    Raises:
+        Problem: a schema is missing, or a tool is not there.
+    """
+    choice = body.tool_choice
+    if choice not in (None, "none", "auto"):
+        return schemas.of_calls(body.tools or (), choice.name if isinstance(choice, NamedFlatTool) else None, family)
+    wanted = body.text.format if body.text is not None else None
+    if isinstance(wanted, ObjectFormat):
+        return {"json": {"type": "object"}}
+    if isinstance(wanted, FlatSchema):
+        if wanted.schema_ is None:
+            raise Problem(
+                400, "Missing required parameter: 'text.format.schema'.", param="text.format.schema",
+                code="missing_required_parameter",
+            )  # fmt: skip
+        return schemas.of_schema(wanted.schema_)
+    return None
 
 
 class Response(Answers):
-    """Make the object of a response, or its events."""
+    """Make the object of a response, or its events: its output is messages and calls of functions, in their order."""
 
     object = "response"
     prefix = "resp_"
     named = True
 
-    def __init__(self, body: ResponseBody, model: str, wording: Wording, prompt_tokens: int) -> None:
+    def __init__(
+        self, body: ResponseBody, model: str, wording: Wording, prompt_tokens: int, family: Family | None
+    ) -> None:  # fmt: skip
         super().__init__(model, wording, prompt_tokens, 1, logprobs=body.top_logprobs)
         self._body = body
-        self._message = f"msg_{secrets.token_hex(12)}"
+        self._calls = Calls(family) if family is not None else None
+        self._output: list[dict[str, Any]] = []
+        """The items; the last one is open until another begins, or the answer ends."""
         self._number = -1
 
     def begin(self) -> list[Any]:
-        at = {"output_index": 0, "item_id": self._message, "content_index": 0}
         return [
             self._event("response.created", response=self._whole("in_progress", [])),
             self._event("response.in_progress", response=self._whole("in_progress", [])),
-            self._event("response.output_item.added", output_index=0, item=self._item("in_progress", [])),
-            self._event("response.content_part.added", **at, part=self._part("", [])),
         ]
 
     def add(self, index: int, event: Token | Ended) -> list[Any]:
         """Take a token or the end of the answer. Return the events that follow from it."""
-        at = {"output_index": 0, "item_id": self._message, "content_index": 0}
-        if not isinstance(event, Ended):
-            self.note(index, event)
-            if not event.text and event.logprob is None:
-                return []
-            return [self._event("response.output_text.delta", **at, delta=event.text, logprobs=self._entries([event]))]
-        self.reasons[0] = event.reason
-        text, logprobs = self.texts[0], self._entries(self.tokens[0])
-        last = "response.completed" if event.reason == "stop" else "response.incomplete"
-        return [
-            self._event("response.output_text.done", **at, text=text, logprobs=logprobs),
-            self._event("response.content_part.done", **at, part=self._part(text, logprobs)),
-            self._event("response.output_item.done", output_index=0, item=self._items()[0]),
-            self._event(last, response=self.whole()),
-        ]
+        if isinstance(event, Ended):
+            self.reasons[0] = event.reason
+            made = self._found(self._calls.rest() if self._calls is not None else [], [])
+            if not self._output:
+                made += self._begun(self._message())
+            last = "response.completed" if event.reason == "stop" else "response.incomplete"
+            return [*made, *self._over(self._status), self._event(last, response=self.whole())]
+        self.note(index, event)
+        found = pieces(self._calls, self.wording, event)
+        if not found and event.logprob is not None:
+            found = [""]
+        return self._found(found, [] if self.logprobs is None else [entry(self.wording, event)])
+
+    def _found(self, found: Sequence[str | Begun | Arguments], logprobs: list[Any]) -> list[Any]:
+        """Return the events of what was found in the answer. `logprobs` are those of the token that brought it."""
+        made: list[Any] = []
+        for each in found:
+            match each:
+                case str():
+                    if not self._output or self._output[-1]["type"] != "message":
+                        made += [*self._over("completed"), *self._begun(self._message())]
+                    part = self._output[-1]["content"][0]
+                    part["text"] += each
+                    part["logprobs"] += logprobs
+                    made.append(self._event("response.output_text.delta", **self._at, delta=each, logprobs=logprobs))
+                    logprobs = []
+                case Begun(_, name, call_id):
+                    item = {"id": f"fc_{secrets.token_hex(12)}", "type": "function_call", "status": "in_progress",
+                            "name": name, "call_id": call_id, "arguments": ""}  # fmt: skip
+                    made += [*self._over("completed"), *self._begun(item)]
+                case Arguments(_, piece):
+                    self._output[-1]["arguments"] += piece
+                    made.append(self._event("response.function_call_arguments.delta", **self._at, delta=piece))
+        return made
+
+    def _message(self) -> dict[str, Any]:
+        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        return {
+            "id": f"msg_{secrets.token_hex(12)}", "type": "message", "status": "in_progress", "role": "assistant",
+            "content": [part],
+        }  # fmt: skip
+
+    @property
+    def _at(self) -> dict[str, Any]:
+        """Return the place of the last item, as the events about it name it."""
+        item = self._output[-1]
+        at = {"output_index": len(self._output) - 1, "item_id": item["id"]}
+        return {**at, "content_index": 0} if item["type"] == "message" else at
+
+    def _begun(self, item: dict[str, Any]) -> list[Any]:
+        """Begin an item."""
+        self._output.append(item)
+        if item["type"] != "message":
+            return [self._event("response.output_item.added", output_index=len(self._output) - 1, item=dict(item))]
+        added = self._event(
+            "response.output_item.added", output_index=len(self._output) - 1, item={**item, "content": []}
+        )
+        part = {**item["content"][0], "logprobs": []}
+        return [added, self._event("response.content_part.added", **self._at, part=part)]
+
+    def _over(self, status: str) -> list[Any]:
+        """End the last item, if there is one."""
+        if not self._output:
+            return []
+        item = self._output[-1]
+        item["status"] = status
+        if item["type"] == "message":
+            part = item["content"][0]
+            made = [
+                self._event("response.output_text.done", **self._at, text=part["text"], logprobs=part["logprobs"]),
+                self._event("response.content_part.done", **self._at, part=part),
+            ]
+        else:
+            made = [
+                self._event(
+                    "response.function_call_arguments.done", **self._at, name=item["name"], arguments=item["arguments"]
+                )
+            ]
+        return [*made, self._event("response.output_item.done", output_index=len(self._output) - 1, item=item)]
+
+    @property
+    def _status(self) -> str:
+        return "completed" if self.reasons[0] == "stop" else "incomplete"
 
     def whole(self) -> dict[str, Any]:
-        return self._whole("completed" if self.reasons[0] == "stop" else "incomplete", self._items())
-
-    def _items(self) -> list[Any]:
-        status = "completed" if self.reasons[0] == "stop" else "incomplete"
-        return [self._item(status, [self._part(self.texts[0], self._entries(self.tokens[0]))])]
-
-    def _item(self, status: str, content: list[Any]) -> dict[str, Any]:
-        return {"id": self._message, "type": "message", "status": status, "role": "assistant", "content": content}
-
-    def _part(self, text: str, logprobs: list[Any]) -> dict[str, Any]:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
-
-    def _entries(self, tokens: Sequence[Token]) -> list[Any]:
-        return [] if self.logprobs is None else [entry(self.wording, token) for token in tokens]
+        return self._whole(self._status, self._output)
 
     def _event(self, kind: str, **fields: Any) -> dict[str, Any]:
         self._number += 1
@@ -215,12 +313,26 @@ class Response(Answers):
             "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "model": self.model,
             "output": output, "parallel_tool_calls": bool(body.parallel_tool_calls), "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None}, "store": False, "temperature": body.temperature,
-            "text": {"format": {"type": "text"}}, "tool_choice": body.tool_choice or "auto",
-            "tools": [tool.model_dump() for tool in body.tools or ()], "top_p": body.top_p, "truncation": "disabled",
+            "text": {"format": self._format}, "tool_choice": self._choice, "tools": self._tools,
+            "top_p": body.top_p, "truncation": "disabled",
             "usage": {
-                "input_tokens": spent["prompt_tokens"], "input_tokens_details": {"cached_tokens": 0},
+                "input_tokens": spent["prompt_tokens"], "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
                 "output_tokens": spent["completion_tokens"], "output_tokens_details": {"reasoning_tokens": 0},
                 "total_tokens": spent["total_tokens"],
             } if over else None,
             "user": body.user, "metadata": body.metadata or {},
         }  # fmt: skip
+
+    @property
+    def _format(self) -> dict[str, Any]:
+        wanted = self._body.text.format if self._body.text is not None else None
+        return wanted.model_dump(by_alias=True, exclude_none=True) if wanted is not None else {"type": "text"}
+
+    @property
+    def _choice(self) -> Any:
+        choice = self._body.tool_choice
+        return choice.model_dump() if isinstance(choice, NamedFlatTool) else choice or "auto"
+
+    @property
+    def _tools(self) -> list[Any]:
+        return [{"strict": None, "parameters": None, **tool.model_dump()} for tool in self._body.tools or ()]

@@ -14,8 +14,12 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from ..sessions.generation import Token
+from .wording import Wording
 
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
 _HEAD_MAY_COME = 400
@@ -62,15 +66,21 @@ HERMES, MISTRAL, LLAMA = (
 )
 
 
-def family_of(template: str) -> Family | None:
-    """Return the family of a chat template; None if it writes no calls that are known."""
+def family_of(template: str) -> Family:
+    """Return the family of a chat template; Hermes, in whose words models are told of tools, if it names no other."""
     if "[TOOL_CALLS]" in template:
         return MISTRAL
-    if "<tool_call>" in template:
-        return HERMES
-    if "python_tag" in template or '"parameters"' in template:
+    if "<tool_call>" not in template and ("python_tag" in template or '"parameters"' in template):
         return LLAMA
-    return None
+    return HERMES
+
+
+def pieces(calls: Calls | None, wording: Wording, token: Token) -> Sequence[str | Begun | Arguments]:
+    """Return what a token adds to an answer: text, and if calls are looked for, their beginnings and arguments."""
+    if calls is None:
+        return [token.text] if token.text else []
+    special = wording.special(token.id)
+    return calls.add(special if special in calls.family.signs else token.text)
 
 
 class Calls:
