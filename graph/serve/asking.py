@@ -28,16 +28,8 @@ def asked_of(
         Problem: a field is wrong.
     """
     left = bridge.run.most_after(len(prompt))
-    if left < 1:
-        raise TooLong(
-            f"the prompt has {len(prompt)} tokens, but the context is {bridge.run.most_after(0)}, the answer included; "
-            "shorten it"
-        )
-    if most is not None and most > left:
-        raise TooLong(
-            f"the prompt has {len(prompt)} tokens and {most} are asked for, but the context is "
-            f"{bridge.run.most_after(0)}; shorten one of them"
-        )
+    if left < 1 or (most is not None and most > left):
+        raise _too_long(bridge.run.most_after(0), len(prompt), most)
     seed = body.seed & ((1 << 62) - 1) if body.seed is not None else secrets.randbits(62)
     return [
         Asked(
@@ -46,6 +38,19 @@ def asked_of(
         )
         for index in range(count)
     ]  # fmt: skip
+
+
+def _too_long(context: int, prompt: int, most: int | None) -> TooLong:
+    """Return an error in OpenAI's words: clients look for them, then cut the chat or take a model with a larger context."""
+    if most is None or prompt >= context:
+        return TooLong(
+            f"This model's maximum context length is {context} tokens. However, your messages resulted in {prompt} tokens. "
+            "Please reduce the length of the messages."
+        )
+    return TooLong(
+        f"This model's maximum context length is {context} tokens. However, you requested {prompt + most} tokens "
+        f"({prompt} in the messages, {most} in the completion). Please reduce the length of the messages or completion."
+    )
 
 
 def sampling(bridge: Bridge, body: Sampled, seed: int) -> Sampling:

@@ -14,6 +14,7 @@ import pytest
 import trio
 
 import ranvier
+from ranvier.graph.serve import schemas
 
 SMOLLM2 = Path(__file__).parents[3] / "examples" / "smollm2.yaml"
 ASKED: dict[str, Any] = {
@@ -91,6 +92,74 @@ def test_a_forced_call(server: Any, choice: Any, stream: bool) -> None:
     assert (name, reason) == ("weather", "tool_calls")
     found = json.loads(arguments)
     assert set(found) == {"city", "days"} and 1 <= found["days"] <= 7
+
+
+OPEN = {"type": "function", "function": {"name": "open_object", "parameters": {
+    "type": "object", "properties": {"place": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}},
+    "required": ["place"]}}}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tool", "keys"), [(OPEN, {"place"}), (OTHER, set())])
+def test_a_call_has_the_arguments_that_its_tool_lists(server: Any, tool: dict[str, Any], keys: set[str]) -> None:
+    """Invent no arguments, although JSON Schema would allow any; a tool that lists none gets none."""
+    made = server.client().chat.completions.create(**ASKED, tools=[tool], tool_choice="required", max_tokens=120)
+    assert made.choices[0].finish_reason == "tool_calls"
+    [call] = made.choices[0].message.tool_calls
+    arguments = json.loads(call.function.arguments)
+    assert arguments.keys() == keys and (not keys or arguments["place"].keys() == {"x"})
+
+
+@pytest.mark.parametrize(
+    ("schema", "found"),
+    [
+        ({"type": "object", "properties": {"a": {"type": "object", "properties": {}}}},
+         {"type": "object", "properties": {"a": {"type": "object", "properties": {}, "additionalProperties": False}},
+          "additionalProperties": False}),
+        ({"properties": {"properties": {"type": "string"}}},
+         {"properties": {"properties": {"type": "string"}}, "additionalProperties": False}),
+        ({"type": "object"}, {"type": "object"}),
+        ({"properties": {}, "additionalProperties": True}, {"properties": {}, "additionalProperties": True}),
+        ({"properties": {}, "additionalProperties": {"properties": {}}},
+         {"properties": {}, "additionalProperties": {"properties": {}, "additionalProperties": False}}),
+        ({"properties": {}, "anyOf": [{"properties": {}}]},
+         {"properties": {}, "anyOf": [{"properties": {}, "additionalProperties": False}]}),
+        ({"$defs": {"a": {"properties": {}}}, "allOf": [{"$ref": "#/$defs/a"}]},
+         {"$defs": {"a": {"properties": {}}}, "allOf": [{"$ref": "#/$defs/a"}]}),
+        ({"items": [{"properties": {}}, True]}, {"items": [{"properties": {}, "additionalProperties": False}, True]}),
+    ],
+)  # fmt: skip
+def test_objects_are_closed(schema: dict[str, Any], found: dict[str, Any]) -> None:
+    """Close objects that list their properties, at any depth, but none that is open by its own words or combined."""
+    before = json.dumps(schema)
+    assert schemas.closed(schema) == found
+    assert json.dumps(schema) == before
+
+
+def test_responses_follow_schemas_and_call_functions(server: Any) -> None:
+    """Answer /v1/responses with JSON of a schema, and with a call of a function, whole and as events."""
+    asked = {"model": "smollm2", "temperature": 0, "input": "Describe a person.", "max_output_tokens": 400}
+    made = server.client().responses.parse(**asked, text_format=Person)
+    assert made.status == "completed" and isinstance(made.output_parsed, Person)
+    tool = {"type": "function", "name": "weather", "parameters": WEATHER["function"]["parameters"], "strict": True}
+    whole = server.client().responses.create(**asked, tools=[tool], tool_choice="required")
+    [call] = whole.output
+    assert (call.type, call.name, call.status) == ("function_call", "weather", "completed")
+    assert json.loads(call.arguments).keys() == {"city", "days"} and whole.output_text == ""
+    events = list(
+        server.client().responses.create(
+            **asked, tools=[tool], tool_choice={"type": "function", "name": "weather"}, stream=True
+        )
+    )
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    pieces = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert "".join(pieces) == call.arguments and len(pieces) > 2
+    assert events[-1].response.output[0].arguments == call.arguments
+    answered = server.client().responses.create(
+        model="smollm2", max_output_tokens=4, tools=[tool],
+        input=[{"role": "user", "content": "How is the weather in Ulm?"}, call.model_dump(exclude_none=True),
+               {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}],
+    )  # fmt: skip
+    assert answered.usage.input_tokens > whole.usage.input_tokens
 
 
 @pytest.mark.parametrize(

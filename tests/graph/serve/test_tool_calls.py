@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ranvier.graph.serve.tool_calls import HERMES, LLAMA, MISTRAL, Arguments, Begun, Calls, Family, family_of
+from ranvier.graph.serve.tool_prompts import in_words
 
 WEATHER = {"city": 'Köln "Süd" {a}', "days": [1, 2], "deep": {"x": "}"}}
 ONE = json.dumps({"name": "weather", "arguments": WEATHER})
@@ -67,8 +68,26 @@ def test_arguments_come_as_they_are_written() -> None:
 
 @pytest.mark.parametrize(
     ("template", "family"),
-    [("{{ '<tool_call>' }}", HERMES), ("[TOOL_CALLS]", MISTRAL), ("<|python_tag|>", LLAMA), ("{{ messages }}", None)],
+    [("{{ '<tool_call>' }}", HERMES), ("[TOOL_CALLS]", MISTRAL), ("<|python_tag|>", LLAMA), ("{{ messages }}", HERMES)],
 )
-def test_the_template_says_which_family(template: str, family: Family | None) -> None:
-    """Know a family by the signs in its template."""
+def test_the_template_says_which_family(template: str, family: Family) -> None:
+    """Know a family by the signs in its template. A model that is told of tools in words is told in those of Hermes."""
     assert family_of(template) is family
+
+
+def test_tools_in_words() -> None:
+    """Tell a model whose template knows no tools of them, of earlier calls and of their results, in its texts."""
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    called = {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function",
+                                                                  "function": {"name": "weather", "arguments": {"city": "Ulm"}}}]}  # fmt: skip
+    told = in_words([{"role": "user", "content": "Hi"}, called, {"role": "tool", "content": "21 C"}], [tool])
+    assert [message["role"] for message in told] == ["system", "user", "assistant", "user"]
+    assert json.dumps(tool) in told[0]["content"]
+    parser = Calls(HERMES)
+    made = parser.add(told[2]["content"]) + parser.rest()
+    assert [type(each) for each in made] == [Begun, Arguments] and '"Ulm"' in made[1].piece
+    assert "21 C" in told[3]["content"] and "tool_calls" not in told[2]
+    system = in_words([{"role": "system", "content": "Be kind."}], [tool])
+    assert len(system) == 1 and system[0]["content"].startswith("Be kind.\n\n")
+    plain = [{"role": "user", "content": "Hi"}]
+    assert in_words(plain, None) == plain
