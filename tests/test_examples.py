@@ -33,6 +33,7 @@ TESTED = {
     "bytes",
     "lora",
     "slow",
+    "embed",
 }
 LONG = [pytest.mark.slow, pytest.mark.timeout(450)]
 TRAINED = r"397 pictures that were not trained on: [89]\d\.\d% right; off the single process by (0|0e\+00|\de-0[67])\n"

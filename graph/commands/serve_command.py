@@ -119,7 +119,7 @@ def serve_command(
 
 
 def _check_names(graphs: list[Graph]) -> None:
-    """Check that the graphs generate text, and that no two have one name.
+    """Check that the graphs generate text or embed it, and that no two have one name.
 
     Raises:
         RequestError: they do not.
@@ -128,5 +128,7 @@ def _check_names(graphs: list[Graph]) -> None:
         if count > 1:
             raise RequestError(f"{count} graphs are called {name}; clients choose by the name, so give each its own")
     for graph in graphs:
-        if not graph.generates:
-            raise RequestError(f"graph {graph.name} does not generate text; serve answers with text only")
+        if not (graph.generates or graph.embeds):
+            raise RequestError(
+                f"graph {graph.name} neither generates text nor turns `token` into `embedding`; serve offers nothing else"
+            )

@@ -116,6 +116,13 @@ class Graph:
         )
 
     @property
+    def embeds(self) -> bool:
+        """Return whether the graph turns the tokens of a text into one vector: `token` goes in, and `embedding` comes out."""
+        given = {e.out for e in self.edges if e.source == GATEWAY}
+        made = {e.into for e in self.edges if e.target == GATEWAY}
+        return self.checkpoint is not None and (given, made) == ({"token"}, {"embedding"})
+
+    @property
     def prefill_chunk(self) -> int:
         """Return the maximum number of prompt tokens in one message.
 

@@ -25,12 +25,12 @@ TEMPLATE_TOKENS = 4096
 
 
 def codec_of(graph: Graph) -> TextCodec | None:
-    """Return the tokenizer of a graph that generates text; None if it has none, and takes token ids.
+    """Return the tokenizer of a graph that takes text; None if it has none, and takes token ids.
 
     Raises:
         CheckpointError: the tokenizer cannot be opened, or a chat template is wrong.
     """
-    if not graph.generates or graph.checkpoint is None or not tokenizer.brought_by(graph.checkpoint):
+    if not (graph.generates or graph.embeds) or graph.checkpoint is None or not tokenizer.brought_by(graph.checkpoint):
         return None
     if _last and _last[0][0] is graph.checkpoint:
         return _last[0][1]

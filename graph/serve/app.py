@@ -15,10 +15,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from . import chat, completions, metrics, responses, tool_prompts
+from . import chat, completions, embeddings, metrics, responses, tool_prompts
 from .answers import Answers
 from .asking import asked_of
-from .bodies import ChatBody, CompletionBody, DetokenizeBody, Sampled, TokenizeBody, parsed
+from .bodies import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, Sampled, TokenizeBody, parsed
 from .bridge import Asked, Bridge, Ended, Reply
 from .completions import Echo
 from .guard import Door, Guard
@@ -58,7 +58,7 @@ class Endpoints:
         """Return the routes, each with and without /v1."""
         posts = {
             "/chat/completions": self.chat, "/completions": self.completions, "/responses": self.responses,
-            "/tokenize": self.tokenize, "/detokenize": self.detokenize,
+            "/embeddings": self.embeddings, "/tokenize": self.tokenize, "/detokenize": self.detokenize,
         }  # fmt: skip
         gets = {
             "/models": self.models, "/models/{name:path}": self.model, "/health": self.health, "/metrics": self.metrics,
@@ -75,7 +75,7 @@ class Endpoints:
 
     async def chat(self, request: Request) -> Any:
         body = parsed(ChatBody, await request.body())
-        model = self._model(body.model)
+        model = self._writer(body.model)
         chat.check(body)
         tools = chat.tools_of(chat.functions_of(body), body.tool_choice)
         family = model.family if tools is not None else None
@@ -103,7 +103,7 @@ class Endpoints:
 
     async def completions(self, request: Request) -> Any:
         body = parsed(CompletionBody, await request.body())
-        model = self._model(body.model)
+        model = self._writer(body.model)
         completions.check(body)
         prompts = completions.prompts_of(body)
         ids = [await model.bridge.tokens(each, raw=True) if isinstance(each, str) else each for each in prompts]
@@ -136,7 +136,7 @@ class Endpoints:
 
     async def responses(self, request: Request) -> Any:
         body = parsed(responses.ResponseBody, await request.body())
-        model = self._model(body.model)
+        model = self._writer(body.model)
         responses.check(body)
         tools = chat.tools_of(body.tools or (), body.tool_choice)
         family = model.family if tools is not None else None
@@ -148,6 +148,11 @@ class Endpoints:
         )  # fmt: skip
         maker = responses.Response(body, model.name, model.wording, len(prompt), family)
         return await self._answer(request, model, general, asked, maker)
+
+    async def embeddings(self, request: Request) -> Any:
+        body = parsed(EmbeddingBody, await request.body())
+        model = self._model(body.model)
+        return _json(await embeddings.answer(body, model.bridge, model.name))
 
     async def _answer(
         self, request: Request, model: Served, body: Sampled, asked: Sequence[Asked], maker: Answers
@@ -194,7 +199,7 @@ class Endpoints:
         else:
             ids = await model.bridge.tokens(text, raw=True)
         tokens = [{"id": each, "piece": model.wording.text(each)} for each in ids] if body.with_pieces else ids
-        return _json({"tokens": tokens, "count": len(ids), "max_model_len": model.bridge.run.most_after(0)})
+        return _json({"tokens": tokens, "count": len(ids), "max_model_len": model.bridge.context})
 
     async def detokenize(self, request: Request) -> Any:
         body = parsed(DetokenizeBody, await request.body())
@@ -214,6 +219,22 @@ class Endpoints:
     async def metrics(self, _request: Request) -> Any:
         bridges = {name: served.bridge for name, served in self._models.items()}
         return Response(await metrics.page(bridges), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def _writer(self, name: str) -> Served:
+        """Return a model that generates text.
+
+        Raises:
+            Problem: there is no such model, or it embeds only.
+        """
+        model = self._model(name)
+        if not model.bridge.run.plan.graph.generates:
+            raise Problem(
+                400,
+                f"the model {name!r} generates no text; ask /v1/embeddings",
+                param="model",
+                code="unsupported_model",
+            )
+        return model
 
     def _model(self, name: str | None) -> Served:
         """Return a model by its name; the only one if no name is given.
@@ -278,7 +299,7 @@ def _json(value: Any, status: int = 200) -> Response:
 def _described(model: Served) -> dict[str, Any]:
     return {
         "id": model.name, "object": "model", "created": model.created, "owned_by": "ranvier",
-        "max_model_len": model.bridge.run.most_after(0),
+        "max_model_len": model.bridge.context,
     }  # fmt: skip
 
 

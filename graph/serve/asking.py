@@ -29,7 +29,7 @@ def asked_of(
     """
     left = bridge.run.most_after(len(prompt))
     if left < 1 or (most is not None and most > left):
-        raise _too_long(bridge.run.most_after(0), len(prompt), most)
+        raise _too_long(bridge.context, len(prompt), most)
     seed = body.seed & ((1 << 62) - 1) if body.seed is not None else secrets.randbits(62)
     return [
         Asked(

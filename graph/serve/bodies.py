@@ -186,6 +186,16 @@ class CompletionBody(Sampled):
     suffix: str | None = None
 
 
+class EmbeddingBody(Body):
+    """The body of /v1/embeddings."""
+
+    model: str
+    input: str | list[str] | list[int] | list[list[int]]
+    dimensions: Annotated[int, Field(ge=1)] | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    user: str | None = None
+
+
 class TokenizeBody(Body):
     """The body of /tokenize: a text (`content`, or `prompt`), or the messages of a chat."""
 
@@ -235,6 +245,8 @@ def _path(location: tuple[int | str, ...]) -> str:
     for part in location:
         if isinstance(part, int):
             text += f"[{part}]"
-        elif part.isidentifier() and part.islower():  # the name of a type in a union is not a part of the path
+        elif (
+            part.isidentifier() and part.islower() and part not in ("str", "int", "bool")
+        ):  # a type of a union is no part
             text += f".{part}" if text else part
     return text

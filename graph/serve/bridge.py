@@ -22,6 +22,7 @@ from ranvier.actors.component.session import Sampling
 from ranvier.actors.errors import Expired, Overloaded
 from ranvier.transport.format.errors import LinkClosed, RanvierError
 
+from ..run.request_checks import check_ids
 from ..run.run import Run
 from ..sessions.generation import Generation, Token
 from ..sessions.text_codec import TextCodec
@@ -226,7 +227,16 @@ class Bridge:
     @property
     def codec(self) -> TextCodec | None:
         """Return the model's tokenizer, if it has one."""
-        return self.run.codec if self.run.plan.graph.generates else None
+        graph = self.run.plan.graph
+        return self.run.codec if graph.generates or graph.embeds else None
+
+    @property
+    def context(self) -> int:
+        """Return how many tokens a request may have, its answer included."""
+        graph = self.run.plan.graph
+        if graph.generates or graph.checkpoint is None:
+            return self.run.most_after(0)
+        return graph.checkpoint.config.context
 
     @property
     def template(self) -> str:
@@ -256,6 +266,19 @@ class Bridge:
     async def tokens(self, prompt: str | Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """Return the token ids of a prompt, with the options and the errors of `Run.tokens`."""
         return await asyncio.to_thread(self.run.tokens, prompt, **options)
+
+    async def embedded(self, tokens: Sequence[int]) -> Any:
+        """Return the vector of a text's tokens, from a graph that embeds (`Graph.embeds`).
+
+        Raises:
+            RequestError: a token is not in the vocabulary, or there are too many.
+        """
+        import torch
+
+        graph = self.run.plan.graph
+        check_ids(graph, tokens, 0)
+        made = await self.call(lambda: self.run.call(token=torch.tensor(tokens)))
+        return made["embedding"].float().numpy()
 
     # -- on the run's thread ----------------------------------------------------------------------------------------
 

@@ -27,24 +27,24 @@ SMOLLM2 = Path(__file__).parents[3] / "examples" / "smollm2.yaml"
 class Server:
     """Run a graph and its server in a thread of their own."""
 
-    def __init__(self, runs: Path, options: Options, changes: Mapping[str, str]) -> None:
+    def __init__(self, runs: Path, options: Options, changes: Mapping[str, str], file: Path = SMOLLM2) -> None:
         self._ready = threading.Event()
         self._error: BaseException | None = None
         self._client: openai.OpenAI | None = None
         self._connections: list[http.client.HTTPConnection] = []
-        self._thread = threading.Thread(target=self._main, args=(runs, options, changes), daemon=True)
+        self._thread = threading.Thread(target=self._main, args=(runs, options, changes, file), daemon=True)
         self._thread.start()
         assert self._ready.wait(90)
         if self._error is not None:
             raise self._error
 
-    def _main(self, runs: Path, options: Options, changes: Mapping[str, str]) -> None:
+    def _main(self, runs: Path, options: Options, changes: Mapping[str, str], file: Path) -> None:
         async def main() -> None:
             self._stop, self._token = trio.Event(), trio.lowlevel.current_trio_token()
-            graph = ranvier.load(SMOLLM2, overrides=dict(changes))
+            graph = ranvier.load(file, overrides=dict(changes), allow_code=True)
             async with (
                 ranvier.launch(graph, runs=runs) as self.run,
-                serving({"smollm2": self.run}, options) as self.url,
+                serving({graph.name: self.run}, options) as self.url,
             ):
                 self._ready.set()
                 await self._stop.wait()
@@ -121,9 +121,11 @@ def start(runs: Path) -> Iterator[Start]:
 
 @pytest.fixture(scope="module")
 def server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """Provide a server that the tests of a file share. `CHANGES` of the file are those of its graph."""
+    """Provide a server that the tests of a file share: of its `GRAPH`, or SmolLM2, with its `CHANGES`."""
     folder = Path(tempfile.mkdtemp(prefix="rv-", dir="/tmp"))
-    made = Server(folder, Options(port=0), getattr(request.module, "CHANGES", FAST))
+    module = request.module
+    changes, file = getattr(module, "CHANGES", FAST), getattr(module, "GRAPH", SMOLLM2)
+    made = Server(folder, Options(port=0), changes, file)
     yield made
     made.close()
     shutil.rmtree(folder)
