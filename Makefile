@@ -9,7 +9,7 @@ PEERS := .bench-venv/.installed
 SECONDS_EACH ?= 60
 SEEDS ?= 1000
 
-.PHONY: demo serve test test-all lint bench gpu-check soak simulate fuzz clean
+.PHONY: demo serve test test-all test-clients lint bench gpu-check soak simulate fuzz clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,6 +42,10 @@ test: $(STAMP) $(MODEL)
 
 test-all: $(STAMP) $(MODEL)
 	$(BIN)/python -m pytest -m "" -n 2 --dist loadfile
+
+# suites that others wrote, against `ranvier serve`, each in an environment of its own; SUITES="langchain lm_eval" runs some
+test-clients: $(STAMP) $(MODEL)
+	bash tests/clients/run.sh .clients-venv $(BIN) $(SUITES)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -79,4 +83,4 @@ fuzz: $(STAMP)
 	done
 
 clean:
-	rm -rf $(VENV) .bench-venv actors/model/kernels/*.so actors/training/*.so build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .bench-venv .clients-venv actors/model/kernels/*.so actors/training/*.so build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

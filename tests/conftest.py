@@ -24,6 +24,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 settings.register_profile("ranvier", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ranvier")
+collect_ignore = ["clients"]
+"""Suites that others wrote need packages of their own: `make test-clients` runs them."""
 REPOSITORY = Path(__file__).resolve().parent.parent
 # A shell that starts pytest in the background, or under nohup, makes it ignore these signals. Child processes inherit
 # that, and would ignore the signals that tests send them. So the defaults are restored.
