@@ -1,8 +1,8 @@
 """Measure what HTTP costs: `ranvier serve` against the same run in its own process, at 1, 16 and 64 streams.
 
 The clients of the server are in a process of their own. Each keeps its connection, and reads events from its socket as they
-come. The figure is tokens per second of whole requests; no answer ends before its last token. `later` is how much later the first
-text of a chat of 20 tokens arrives, in milliseconds: the median of the differences of pairs.
+come. The figure is tokens per second of whole requests, and all answers have the same length. `later` is how much later the
+first text of a chat of 20 tokens arrives, in milliseconds: the median of the differences of pairs.
 """
 
 from __future__ import annotations
