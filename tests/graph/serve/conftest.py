@@ -44,7 +44,7 @@ class Server:
             graph = ranvier.load(file, overrides=dict(changes), allow_code=True)
             async with (
                 ranvier.launch(graph, runs=runs) as self.run,
-                serving({graph.name: self.run}, options) as self.url,
+                serving({file.stem: self.run}, options) as self.url,
             ):
                 self._ready.set()
                 await self._stop.wait()
