@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -179,6 +180,31 @@ def llama_cpp_cut(form: str, streams: int, threads_per_server: int = 1, *, flash
     for port in ports:
         _until_listening(port)
     return _llama_cpp(_arguments(_gguf(form), 1, streams, PROMPT, NEW), flash, ports, servers)
+
+
+def server(form: str, streams: int) -> tuple[list[str], int]:
+    """Return the command of llama.cpp's server with two threads and a slot for each stream, and its port on loopback."""
+    port = _free_port()
+    command = [str(_there(_LIBRARIES / "llama-server")), "--model", str(_there(_gguf(form))), "--port", str(port)]
+    sized = ["--threads", "2", "--parallel", str(streams), "--ctx-size", str(512 * streams)]
+    return [*command, *sized, "--no-webui"], port
+
+
+def until_healthy(port: int) -> None:
+    """Wait until llama.cpp's server has loaded its model.
+
+    Raises:
+        Missing: it does not answer in time.
+    """
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise Missing(f"llama.cpp's server does not answer at port {port}") from None
+            time.sleep(0.2)
 
 
 def openvino(

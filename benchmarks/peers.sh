@@ -39,7 +39,7 @@ build() { # with these flags of the compiler
     "$cmake" -S "$llama/vendor/llama.cpp" -B "$llama/build" -DCMAKE_C_FLAGS="$1" -DCMAKE_CXX_FLAGS="$1" \
         -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DGGML_RPC=ON -DBUILD_SHARED_LIBS=ON -DLLAMA_CURL=OFF \
         -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF
-    "$cmake" --build "$llama/build" --parallel "$jobs" --target llama ggml-rpc-server llama-quantize
+    "$cmake" --build "$llama/build" --parallel "$jobs" --target llama ggml-rpc-server llama-quantize llama-server
 }
 
 works() { # the products with and without the special layouts (AMX, repacked) must be the same, but for what is rounded
