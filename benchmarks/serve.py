@@ -25,12 +25,13 @@ SCHEMA = {"type": "array", "items": {"type": "integer"}, "minItems": 200}
 def ask(rounds: int) -> Answer:
     text = {"prompt": PROMPT, "max_tokens": NEW}
     chat = {"messages": QUESTION, "max_tokens": NEW}
-    wanted = {"type": "json_schema", "json_schema": {"name": "numbers", "schema": SCHEMA}}
+    form = {"type": "json_schema", "json_schema": {"name": "numbers", "schema": SCHEMA}}
+    wanted = {"response_format": form, "ignore_eos": False}
     makers: Makers = {
         **{f"in process, {n} streams": partial(ours, TWO, n, weights="stored") for n in BOUNDS},
         **{f"over HTTP, {n} streams": partial(served, asking(n, "/v1/completions", text)) for n in BOUNDS},
         "16 chats": partial(served, asking(16, "/v1/chat/completions", chat)),
-        "16 chats, a schema": partial(served, asking(16, "/v1/chat/completions", {**chat, "response_format": wanted})),
+        "16 chats, a schema": partial(served, asking(16, "/v1/chat/completions", {**chat, **wanted})),
     }
     figures = in_turn(makers, rounds)
     short = asking(1, "/v1/chat/completions", {"messages": QUESTION, "max_tokens": 20})

@@ -170,6 +170,11 @@ class Requests:
         )
         if request.grammar is not None and request.sampling.min_tokens:
             raise RequestError("min_tokens: a grammar says where the answer ends; leave one of them out")
+        ends = graph.checkpoint.config.eos_tokens if request.stop_tokens is None else request.stop_tokens
+        if request.grammar is not None and not ends:
+            raise RequestError(
+                "stop_tokens: a grammar needs the tokens that end an answer (ignore_eos leaves them out)"
+            )
         generation = Generation(TextStream(self.codec, request.stop, request.sampling.min_tokens))
         generation.request_id = request.key
         generation.is_durable = self.is_durable

@@ -172,6 +172,7 @@ def test_responses_follow_schemas_and_call_functions(server: Any) -> None:
             "response_format.json_schema.schema",
         ),
         ({"response_format": {"type": "other"}}, "response_format"),
+        ({"response_format": {"type": "json_object"}, "ignore_eos": True}, None),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "missing"}}}, "tool_choice"),
     ],
