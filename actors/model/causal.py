@@ -267,18 +267,22 @@ class Head(Actor):
         stream = self.streams[row.session]
         info, position = stream.info, row.position + row.tokens
         del stream.tokens[position:]  # by position: repeating a step changes nothing
-        if stream.plain:
-            token = likeliest(allowed_RV, index)
-        else:
-            allowed_V = allowed_RV[index]
-            if info.grammar is not None:
-                self._guides = self._guides or Guides(allowed_RV.shape[1])
-                stream.guide = stream.guide or self._guides.of(info.grammar, info.stop_tokens)
-                allowed_V = stream.guide.masked(allowed_V, stream.tokens[info.prompt_tokens :])
-            token = choose(allowed_V, info.sampling, position, stream.tokens, info.prompt_tokens, info.stop_tokens)
+        token = likeliest(allowed_RV, index) if stream.plain else self._chosen(stream, position, allowed_RV, index)
         stream.tokens.append(token)
         goes_on = not info.finished(len(stream.tokens) - stream.known, token)
         return _Drawn(Row(row.session, row.epoch, position, 1), token, goes_on, info, index)
+
+    def _chosen(self, stream: _Stream, position: int, allowed_RV: torch.Tensor, index: int) -> int:
+        """Choose a token that a grammar allows, or that sampling, penalties or biases lead to."""
+        info, tokens, allowed_V = stream.info, stream.tokens, allowed_RV[index]
+        if info.grammar is not None:
+            self._guides = self._guides or Guides(allowed_RV.shape[1])
+            stream.guide = stream.guide or self._guides.of(info.grammar, info.stop_tokens)
+            answer = tokens[info.prompt_tokens :]
+            if packed.library() is not None and as_they_are(info.sampling):
+                return likeliest(allowed_RV, index, stream.guide.allowed(answer))
+            allowed_V = stream.guide.masked(allowed_V, answer)
+        return choose(allowed_V, info.sampling, position, tokens, info.prompt_tokens, info.stop_tokens)
 
     def held_bytes(self) -> int:
         return self.held

@@ -75,16 +75,21 @@ class Guide:
         self._matcher, self._vocab = matcher, vocab
         self._taken: list[int] = []
 
-    def masked(self, logits_V: torch.Tensor, answer: Sequence[int]) -> torch.Tensor:
-        """Return logits with -inf for the tokens that may not follow `answer`.
+    def allowed(self, answer: Sequence[int]) -> bytes:
+        """Return which tokens may follow `answer`: a bit each, the lowest of a byte first.
 
         Raises:
             GrammarError: the answer does not follow the grammar.
         """
         self._follow(list(answer))
-        bits_B = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        bits: bytes = self._matcher.compute_bitmask()
         if self._matcher.is_error():
             raise GrammarError(f"grammar: {_first_line(self._matcher.get_error())}")
+        return bits
+
+    def masked(self, logits_V: torch.Tensor, answer: Sequence[int]) -> torch.Tensor:
+        """Return logits with -inf for the tokens that may not follow `answer`. Errors are those of `allowed`."""
+        bits_B = torch.frombuffer(bytearray(self.allowed(answer)), dtype=torch.uint8)
         never_B8 = bits_B[:, None] & _BITS_8 == 0
         return logits_V.masked_fill(never_B8.view(-1)[: self._vocab], float("-inf"))
 

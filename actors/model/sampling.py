@@ -110,15 +110,25 @@ def as_they_are(sampling: Sampling) -> bool:
     return sampling.greedy and not changed and sampling.repetition_penalty == 1
 
 
-def likeliest(logits_RV: torch.Tensor, row: int) -> int:
+def likeliest(logits_RV: torch.Tensor, row: int, allowed: bytes | None = None) -> int:
     """Return the token with the largest logit of a row of contiguous float32 logits, with few operations of torch.
 
+    `allowed`, which needs compiled kernels, has a bit for each token: only tokens whose bit is set are looked at.
+
     Raises:
-        NotFinite: the largest logit is not a finite number.
+        NotFinite: the largest logit is not a finite number, or no token is allowed.
     """
     kernels, count = packed.library(), logits_RV.shape[1]
     at = logits_RV.data_ptr() + 4 * count * row
-    token = int(logits_RV[row].argmax()) if kernels is None else kernels.ranvier_largest(at, count)
+    if kernels is None:
+        token = int(logits_RV[row].argmax())
+    elif allowed is None:
+        token = kernels.ranvier_largest(at, count)
+    else:
+        assert 8 * len(allowed) >= count
+        token = kernels.ranvier_largest_allowed(at, count, allowed)
+        if token < 0:
+            raise NotFinite("logits", -math.inf)
     _make_sure_of(ctypes.c_float.from_address(at + 4 * token).value)  # NaN is the largest for both
     return token
 

@@ -61,6 +61,7 @@ _SIGNATURES = {
     "ranvier_head_room": (_long, (_int, _int)),
     "ranvier_head": (None, (_at, _at, _at, _int, ctypes.c_float, _at, _int, _int, _at, _at)),
     "ranvier_largest": (_long, (_at, _long)),
+    "ranvier_largest_allowed": (_long, (_at, _long, _at)),
     "ranvier_finite": (_int, (_at, _long, _int, ctypes.c_uint32)),
 }
 """Result and arguments of the functions that are called in every step: so ctypes takes plain numbers, and is faster."""

@@ -333,3 +333,24 @@ int64_t ranvier_largest(const float *numbers, int64_t count) {
     }
     return wrong >= 0 ? wrong : first >= 0 ? first : 0;
 }
+
+/* Return the place of the largest of those numbers whose bit is set, the first one if there are several; NaN is the largest. -1: no
+   bit is set. `bits` has 8 of them in each byte, the lowest first, and as many bytes as `count` needs. */
+int64_t ranvier_largest_allowed(const float *numbers, int64_t count, const uint8_t *bits) {
+    int64_t first = -1;
+    for (int64_t at = 0; at < count; at += 64) {
+        int64_t bytes = (count - at + 7) / 8;
+        uint64_t set = 0;
+        memcpy(&set, bits + at / 8, bytes < 8 ? (size_t)bytes : 8);
+        if (count - at < 64)
+            set &= ((uint64_t)1 << (count - at)) - 1;
+        for (; set; set &= set - 1) {
+            int64_t i = at + __builtin_ctzll(set);
+            if (numbers[i] != numbers[i])
+                return i;
+            if (first < 0 || numbers[i] > numbers[first])
+                first = i;
+        }
+    }
+    return first;
+}

@@ -372,6 +372,21 @@ def test_the_largest_number_is_the_first_one(count: int) -> None:
         assert kernels.ranvier_largest(logits.data_ptr(), count) == int(largest.int().argmax())
 
 
+@pytest.mark.parametrize("count", [1, 15, 63, 64, 65, 1000])
+def test_the_largest_of_the_allowed_numbers(count: int) -> None:
+    """Find the largest logit whose bit is set, as torch does with the others at -inf; -1 if no bit is set."""
+    kernels = packed.library()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        logits, allowed = torch.randn(count).round(decimals=seed % 3), torch.rand(count) < (seed % 8) / 7
+        if seed % 5 == 0:
+            logits[torch.randint(count, (2,))] = float("nan")
+        bits = np.packbits(allowed.numpy(), bitorder="little").tobytes()
+        found = kernels.ranvier_largest_allowed(logits.data_ptr(), count, bits)
+        expected = int(logits.masked_fill(~allowed, float("-inf")).argmax()) if bool(allowed.any()) else -1
+        assert found == expected
+
+
 @pytest.mark.parametrize("window", [None, 37])
 @pytest.mark.parametrize("chunk", [150, 64, 7])
 def test_a_long_prompt_in_parts_is_that_of_transformers(window: int | None, chunk: int, tiny: Any) -> None:
