@@ -62,7 +62,7 @@ class Endpoints:
         }  # fmt: skip
         gets = {
             "/models": self.models, "/models/{name:path}": self.model, "/health": self.health, "/metrics": self.metrics,
-            "/streams/{request_id}": self.resume,
+            "/streams/{request_id}": self.resume, "/tokenizer_info": self.tokenizer_info,
         }  # fmt: skip
         return [
             Route(before + path, _answering(endpoint), methods=[method])
@@ -206,6 +206,16 @@ class Endpoints:
         model = self._model(body.model)
         text = model.bridge.text(body.tokens)
         return _json({"content": text, "prompt": text})
+
+    async def tokenizer_info(self, request: Request) -> Any:
+        """Tell what clients need to count and cut a chat with /tokenize and /detokenize, as lm-eval does."""
+        codec = self._model(request.query_params.get("model")).bridge.codec
+        if codec is None:
+            raise unknown("the model has no tokenizer")
+        return _json({
+            "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": codec.bos_token, "eos_token": codec.eos_token,
+            "chat_template": codec.chat_template,
+        })  # fmt: skip
 
     async def health(self, _request: Request) -> Any:
         """Answer 200 while every model can serve, else 503 with what is wrong."""

@@ -44,11 +44,12 @@ def _too_long(context: int, prompt: int, most: int | None) -> TooLong:
     """Return an error in OpenAI's words: clients look for them, then cut the chat or take a model with a larger context."""
     if most is None or prompt >= context:
         return TooLong(
-            f"This model's maximum context length is {context} tokens. However, your messages resulted in {prompt} tokens. "
-            "Please reduce the length of the messages."
+            f"The prompt is too long: this model's maximum context length is {context} tokens. However, "
+            f"your messages resulted in {prompt} tokens. Please reduce the length of the messages."
         )
     return TooLong(
-        f"This model's maximum context length is {context} tokens. However, you requested {prompt + most} tokens "
+        f"The prompt is too long: this model's maximum context length is {context} tokens. However, you "
+        f"requested {prompt + most} tokens "
         f"({prompt} in the messages, {most} in the completion). Please reduce the length of the messages or completion."
     )
 

@@ -6,6 +6,7 @@ Types are strict and unknown fields are refused, as OpenAI does. Every optional 
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -57,6 +58,8 @@ class Sampled(Body):
 class TextPart(Body):
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: Any = None
+    """Accepted and without effect here."""
 
 
 class RefusalPart(Body):
@@ -223,10 +226,10 @@ def parsed(kind: type[Body_], data: bytes) -> Body_:
         return kind.model_validate_json(data)
     except ValidationError as error:
         wrong = error.errors(include_url=False, include_context=False, include_input=False)
-    first = wrong[0]
+    first = max(wrong, key=lambda each: len(each["loc"]))  # of a union, the branch that fits furthest
     if first["type"] == "json_invalid":
         raise Problem(400, f"the body is not valid JSON: {first['msg'].partition(': ')[2]}")
-    path = _path(first["loc"])
+    path = _path(first["loc"], json.loads(data), first["type"] == "missing")
     match first["type"]:
         case "extra_forbidden":
             raise Problem(
@@ -239,14 +242,15 @@ def parsed(kind: type[Body_], data: bytes) -> Body_:
             raise Problem(400, f"Invalid value for '{path}': {first['msg']}.", param=path, code=code)
 
 
-def _path(location: tuple[int | str, ...]) -> str:
-    """Return a field's place as OpenAI writes it: `messages[0].content`."""
-    text = ""
-    for part in location:
-        if isinstance(part, int):
+def _path(location: tuple[int | str, ...], body: Any, missing: bool) -> str:
+    """Return a field's place as OpenAI writes it: `messages[0].content`. The names of a union's types are no part of it."""
+    text, at = "", body
+    for number, part in enumerate(location):
+        last = number == len(location) - 1
+        if isinstance(part, int) and isinstance(at, list):
             text += f"[{part}]"
-        elif (
-            part.isidentifier() and part.islower() and part not in ("str", "int", "bool")
-        ):  # a type of a union is no part
+            at = at[part] if part < len(at) else None
+        elif isinstance(part, str) and isinstance(at, dict) and (part in at or (missing and last)):
             text += f".{part}" if text else part
+            at = at.get(part)
     return text

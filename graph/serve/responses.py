@@ -35,6 +35,7 @@ class InputText(Body):
     text: str
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
+    prompt_cache_breakpoint: Any = None
 
 
 class InputMessage(Body):

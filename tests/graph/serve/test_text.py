@@ -184,6 +184,8 @@ def test_the_models(server: Any) -> None:
         ({**GREEDY, "messages": CHAT, "n": 1000}, 400, "n", "invalid_value"),
         ({**GREEDY, "messages": CHAT, "top_logprobs": 2}, 400, "top_logprobs", "invalid_value"),
         ({**GREEDY, "messages": CHAT, "logit_bias": {"x": 1}}, 400, "logit_bias", "invalid_value"),
+        ({**GREEDY, "messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages[0].content[0].text", "missing_required_parameter"),
+        ({**GREEDY, "messages": CHAT, "stop": {}}, 400, "stop", "invalid_type"),
         ({**GREEDY, "messages": CHAT, "max_tokens": 100_000}, 400, "messages", "context_length_exceeded"),
         ({**GREEDY, "messages": [{"role": "user", "content": "word " * 9000}]}, 400, "messages", "context_length_exceeded"),
         ({**GREEDY, "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 400,
