@@ -11,4 +11,4 @@ trap 'rm -r "$place"' EXIT
 cd "$place"
 "$bin/st" run schema.json --url "$OPENAI_BASE_URL" --phases coverage,fuzzing --max-examples 60 --seed 1 --max-time 120 \
     --checks not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,unsupported_method \
-    --request-timeout 60 --continue-on-failure --no-color "$@"
+    --request-timeout 30 --continue-on-failure --no-color "$@"

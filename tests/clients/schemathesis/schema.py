@@ -74,7 +74,9 @@ def answers(good: dict[str, Any], *, may_stream: bool = False) -> dict[str, Any]
     if may_stream:
         content["text/event-stream"] = {"schema": EVENT}
     wrong = {"description": "refused", "content": {"application/json": {"schema": ERROR}}}
-    return {"200": {"description": "done", "content": content}} | dict.fromkeys(("400", "404", "413", "415"), wrong)
+    return {"200": {"description": "done", "content": content}} | dict.fromkeys(
+        ("400", "404", "408", "413", "415"), wrong
+    )
 
 
 def main() -> None:
