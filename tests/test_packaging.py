@@ -139,7 +139,7 @@ def test_the_wheel_offers_ranvier_and_nothing_bare(tmp_path: Path) -> None:
 def test_every_benchmark_is_a_question_that_is_asked() -> None:
     """Keep one question per file of benchmarks/. `run.py --help` lists each of them, and `make bench` calls run.py."""
     folder = REPOSITORY / "benchmarks"
-    shared = {"run", "report", "contestants", "peers"}
+    shared = {"run", "report", "contestants", "peers", "served", "http_client"}
     done = subprocess.run(
         [sys.executable, str(folder / "run.py"), "--help"], capture_output=True, text=True, check=False, timeout=100
     )
