@@ -268,11 +268,13 @@ class Endpoints:
 def application(models: Mapping[str, Bridge], door: Door, window_s: float) -> tuple[Any, Endpoints]:
     """Return the application, and its endpoints, which `stopping` closes."""
     endpoints = Endpoints(models, Kept(window_s))
+    routes = endpoints.routes()
     app = Starlette(
-        routes=endpoints.routes(),
+        routes=routes,
         exception_handlers={Problem: _on_problem, HTTPException: _on_http, Exception: _on_problem},
     )
-    return Guard(app, door), endpoints
+    posts = frozenset(route.path for route in routes if isinstance(route, Route) and "POST" in (route.methods or ()))
+    return Guard(app, door, posts), endpoints
 
 
 def _answering(endpoint: Any) -> Any:

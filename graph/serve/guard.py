@@ -69,10 +69,10 @@ def is_loopback(name: str) -> bool:
 
 
 class Guard:
-    """Let requests in that may come in, with an id and the name of their key."""
+    """Let requests in that may come in, with an id and the name of their key. `posts` are the paths that take bodies."""
 
-    def __init__(self, app: ASGIApp, door: Door) -> None:
-        self._app, self._door = app, door
+    def __init__(self, app: ASGIApp, door: Door, posts: frozenset[str]) -> None:
+        self._app, self._door, self._posts = app, door, posts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -149,12 +149,12 @@ class Guard:
         return digest.hex()[:16]
 
     async def _body(self, scope: Scope, headers: dict[str, str], receive: Receive) -> bytes | None:
-        """Return the body of a POST, or None for other methods.
+        """Return the body of a POST, or None for other methods and for paths that take none.
 
         Raises:
             Problem: it is not JSON, is too large, or does not come in time.
         """
-        if scope["method"] != "POST":
+        if scope["method"] != "POST" or scope["path"] not in self._posts:
             return None
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":

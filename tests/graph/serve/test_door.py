@@ -46,6 +46,12 @@ def test_who_may_ask_case_82(server: Any, headers: dict[str, str], status: int, 
         assert answer["error"]["code"] == code
 
 
+@pytest.mark.parametrize(("path", "status"), [("/v1/models", 405), ("/v1/nothing", 404)])
+def test_a_post_to_a_path_that_takes_none(server: Any, path: str, status: int) -> None:
+    """Say that a path takes no POST, or is not there, whatever the body is."""
+    assert server.ask("POST", path, b"x", {"Content-Type": "text/plain"})[0] == status
+
+
 def test_pages_of_loopback_may_read(server: Any) -> None:
     """Allow pages of loopback, and no others, to read answers; answer their preflights."""
     local = {"Origin": "http://127.0.0.1:5173"}
