@@ -33,7 +33,8 @@ def pytest_configure() -> None:
 
     def prepared(self: openai.OpenAI, options: Any) -> Any:
         if isinstance(options.json_data, dict):
-            options.json_data = {**options.json_data, "model": MODEL}
+            bound = {"max_tokens": 64} if options.url.endswith("completions") else {}
+            options.json_data = {**bound, **options.json_data, "model": MODEL}
         return prepare(self, options)
 
     openai.OpenAI._prepare_options = prepared
