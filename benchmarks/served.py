@@ -20,7 +20,7 @@ GREEDY = {
     "stream": True,
     "stream_options": {"include_usage": True},
 }
-"""What all bodies have. No answer ends before its last token, so that all have the same length."""
+"""All bodies have these fields. No answer ends before its last token, so that all have the same length."""
 _ASKING = """
 import json, subprocess, sys
 def client(address):

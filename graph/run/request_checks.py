@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ranvier.actors.component.session import MOST_LOGPROBS, Sampling
+from ranvier.actors.protocol.host_spec import GATEWAY
 
 from ..file.checked import Graph
 from ..file.errors import RequestError, TooLong
 from ..sessions.model_defaults import sampling_of
 from ..sessions.text_codec import ChatOptions
 from ..sessions.text_process import TextProcess
+
+if TYPE_CHECKING:
+    import torch
 
 
 def ids_of(
@@ -54,6 +58,24 @@ def check_ids(graph: Graph, ids: Sequence[int], max_tokens: int, spare: int = 0)
     wrong = next((token for token in ids if not 0 <= token < vocab), None)
     if wrong is not None:
         raise RequestError(f"token {wrong} is not in the vocabulary of {vocab}")
+
+
+def positions_of(graph: Graph, inputs: Mapping[str, torch.Tensor], capacity: int | None) -> int:
+    """Return how many positions of KV caches a call needs: as many as its inputs have tokens. `capacity` is an actor's.
+
+    Raises:
+        TooLong: they do not fit.
+    """
+    if graph.checkpoint is None:
+        return 0
+    ports = {edge.out for edge in graph.edges if edge.source == GATEWAY and edge.spec.shape[:1] == ("tokens",)}
+    tokens, context = max((len(inputs[port]) for port in ports), default=0), graph.checkpoint.config.context
+    most = context if capacity is None else min(context, capacity)
+    if tokens > most:
+        raise TooLong(
+            f"call: the inputs have {tokens} tokens, but the context and an actor's KV cache hold {most}; shorten them"
+        )
+    return tokens
 
 
 def checked_chat(chat: ChatOptions) -> ChatOptions:

@@ -41,6 +41,7 @@ from .request_checks import (
     ids_of,
     listed,
     no_tokenizer,
+    positions_of,
     positive,
     whole,
 )
@@ -363,7 +364,9 @@ class Requests:
 
         check_inputs(self._graph, inputs)
         root, caller = self.traced(traceparent)
-        info = SessionInfo(session=0, epoch=0, capacity=self._positions(inputs), traceparent=root)
+        info = SessionInfo(
+            session=0, epoch=0, capacity=positions_of(self._graph, inputs, self._capacity()), traceparent=root
+        )
         tensors = {}
         for port, tensor in inputs.items():
             try:
@@ -378,25 +381,6 @@ class Requests:
                 pass
         outputs = client.stream.outputs
         return {port: from_buffer(meta, buffer) for port, (meta, buffer) in outputs.items()}
-
-    def _positions(self, inputs: Mapping[str, torch.Tensor]) -> int:
-        """Return how many positions of KV caches a call needs: as many as its inputs have tokens.
-
-        Raises:
-            RequestError: they do not fit.
-        """
-        if self._graph.checkpoint is None:
-            return 0
-        ports = {
-            edge.out for edge in self._graph.edges if edge.source == GATEWAY and edge.spec.shape[:1] == ("tokens",)
-        }
-        tokens = max((len(inputs[port]) for port in ports), default=0)
-        most, capacity = self._graph.checkpoint.config.context, self._capacity()
-        if tokens > (most if capacity is None else min(most, capacity)):
-            raise TooLong(
-                f"call: the inputs have {tokens} tokens, but the context is {most}, and an actor's KV cache {capacity}"
-            )
-        return tokens
 
     def traced(self, traceparent: str | None) -> tuple[str, str]:
         """Return the trace context of a request's root span, and the caller's span; both are empty without tracing.

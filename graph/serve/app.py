@@ -38,7 +38,7 @@ class Served:
     bridge: Bridge
     wording: Wording
     family: Family
-    """How the model writes the calls of tools."""
+    """The model writes the calls of tools in this form."""
     created: int
 
 
