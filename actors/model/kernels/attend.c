@@ -219,7 +219,7 @@ INLINE void mix_rows(
 }
 
 static void block_mix(Desk d, const uint16_t *values, int positions, int width, int count) {
-    int wide = width % 64 == 0 && TOKENS > 5 ? 4 : 1; /* four vectors at once need 32 registers */
+    int wide = width % 64 == 0 && sizeof(F) == 64 ? 4 : 1; /* four vectors at once need 32 registers */
     for (int i = 0; i < width; i += 16 * wide)
         for (int q = 0, few; q < count; q += few) {
             const float *shares = d.share + q * PART;

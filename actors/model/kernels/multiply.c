@@ -3,7 +3,12 @@
    Included by the file of each instruction set: see product.h. */
 
 #define TOGETHER 96 /* tokens that a product takes at a time: they stay in a near cache while the weights are read */
-#define COLUMNS 256 /* columns at a time, if there are more tokens than are summed at once */
+#ifndef COLUMNS
+#define COLUMNS 256
+#endif
+#ifndef WHOLE_AT_ONCE
+#define WHOLE_AT_ONCE(kind) TOKENS
+#endif
 
 #ifdef PAIRS
 static int summed_at_once(const Tokens *tokens) { return tokens->narrow ? PAIRS : TOKENS; }
@@ -12,11 +17,17 @@ INLINE int pairs(void) { return 0; }
 static int summed_at_once(const Tokens *tokens) { return TOKENS; }
 #endif
 
-/* Multiply some tiles with the tokens from `first` to `end`. If there are more tokens than are summed at once, take COLUMNS
-   columns at a time: those of the tokens and of the weights then stay in the nearest cache. */
+/* Return how many columns are multiplied at a time: equal parts of at most about COLUMNS, in whole blocks. */
+static size_t columns_at_once(size_t columns) {
+    size_t parts = (columns + COLUMNS - 1) / COLUMNS;
+    return (columns / BLOCK + parts - 1) / parts * BLOCK;
+}
+
+/* Multiply some tiles with the tokens from `first` to `end`. If there are more tokens than are summed at once, take some of the
+   columns at a time: those of the tokens and of the weights then stay in a near cache. */
 static void tiles_bfloat16(const Product *p, int tile, int tiles, int first, int end) {
     const Matrix *m = p->matrix;
-    size_t columns = m->columns, together = end - first > summed_at_once(p->tokens) ? COLUMNS : columns;
+    size_t columns = m->columns, together = end - first > summed_at_once(p->tokens) ? columns_at_once(columns) : columns;
     for (size_t column = 0; column < columns; column += together)
         for (int t = first, count; t < end; t += count) {
             const uint16_t *own = (const uint16_t *)m->data + (tile * columns + column) * TILE;
@@ -40,7 +51,7 @@ static void tiles_bfloat16(const Product *p, int tile, int tiles, int first, int
 
 INLINE void tile_rounded(const Product *p, int tile, int first, int end, const int kind) {
     for (int t = first, count; t < end; t += count) {
-        count = next(end - t);
+        count = next_of(end - t, WHOLE_AT_ONCE(kind));
         BY_COUNT(count, tile_whole(p, tile, t, N, kind))
     }
 }
@@ -81,6 +92,7 @@ typedef struct {
     int columns, tokens;
     float *scales, *sums;
     int8_t *whole;
+    int16_t *wider; /* NULL: not needed */
     int in_tiles; /* of 16 tokens: [tokens / 16, columns / 32, 16, 32], scales and sums [tokens / 16, columns / 32, 16] */
 } Rounding;
 
@@ -101,6 +113,10 @@ static void rounded(const void *context, int token) {
         float most = f_most(f_max(f_abs(a), f_abs(b)));
         F back = f_all(most > 0 ? 127.0f / most : 0.0f);
         int32_t sum = f_to_int8(r->whole + at * BLOCK, f_mul(a, back)) + f_to_int8(r->whole + at * BLOCK + 16, f_mul(b, back));
+#ifdef WIDEN
+        if (r->wider)
+            widen(r->whole + at * BLOCK, r->wider + at * BLOCK);
+#endif
         r->scales[at] = most / 127.0f;
         r->sums[at] = r->scales[at] * (float)sum;
     }
@@ -172,9 +188,15 @@ static Tokens prepared(const Matrix *matrix, const float *from, int tokens, uint
     int count = in_tiles ? padded : tokens;
     size_t blocks = (size_t)count * (columns / BLOCK);
     float *scales = (float *)room, *sums = scales + blocks;
-    Rounding rounding = {from, columns, tokens, scales, sums, (int8_t *)(sums + blocks), in_tiles};
+    int8_t *whole = (int8_t *)(sums + blocks);
+    int16_t *wider = NULL;
+#ifdef WIDEN
+    if (matrix->kind == INT8)
+        wider = (int16_t *)(whole + (size_t)count * columns);
+#endif
+    Rounding rounding = {from, columns, tokens, scales, sums, whole, wider, in_tiles};
     each(count, rounded, &rounding);
-    return (Tokens){.tokens = tokens, .whole = rounding.whole, .in_tiles = in_tiles, .scales = scales, .sums = sums};
+    return (Tokens){.tokens = tokens, .whole = whole, .wider = wider, .in_tiles = in_tiles, .scales = scales, .sums = sums};
 }
 
 static void product(const Matrix *matrix, const float *from, int tokens, float *out, uint8_t *room) {

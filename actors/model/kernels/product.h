@@ -19,6 +19,10 @@
        TOKENS        how many tokens' sums of one tile are held in registers at once
        FOUR_TILES    up to how many tokens are multiplied with four tiles together; twice as many take two tiles
        tile_whole    the product of one tile of whole numbers with up to TOKENS tokens
+       WHOLE_AT_ONCE(kind)
+                     optional: with fewer tokens than TOKENS
+       WIDEN, widen  optional: weights in int8 are multiplied with tokens of 16 bits, which `widen` makes of 32 columns
+       COLUMNS       optional: how many columns of bfloat16 are multiplied at a time, if there are more than TOKENS tokens
        PAIRS, pairs, pairs_any
                      optional: products with up to PAIRS tokens that are rounded to bfloat16, used if `pairs()` is true
        AMX           optional: products of bfloat16, and attention, by the tiles of the processor (amx.h)
@@ -48,8 +52,8 @@
     }
 #if TOKENS == 8
 #define WIDE_COUNTS(call) ONE_COUNT(6, call) ONE_COUNT(7, call) ONE_COUNT(8, call)
-#else
-#define WIDE_COUNTS(call)
+#elif TOKENS == 6
+#define WIDE_COUNTS(call) ONE_COUNT(6, call)
 #endif
 #define BY_COUNT(count, call) \
     switch (count) { \
@@ -87,11 +91,17 @@ INLINE void tile_rows(
         for (int i = 0; i < tiles; i++) {
             const uint16_t *own = tile + i * tile_step + (size_t)column * TILE;
             _mm_prefetch((const char *)(own + 1024), _MM_HINT_T0);
-            F first = f_first(own), second = f_second(own);
+            F w = f_first(own);
 #pragma GCC unroll 8
             for (int t = 0; t < count; t++) {
-                sum[t][i] = f_fma(first, f_all(x[t * x_step + column]), sum[t][i]);
-                sum[t][i] = f_fma(second, f_all(x[t * x_step + column + 1]), sum[t][i]);
+                sum[t][i] = f_fma(w, f_all(x[t * x_step + column]), sum[t][i]);
+                F_KEEP(sum[t][i]);
+            }
+            w = f_second(own);
+#pragma GCC unroll 8
+            for (int t = 0; t < count; t++) {
+                sum[t][i] = f_fma(w, f_all(x[t * x_step + column + 1]), sum[t][i]);
+                F_KEEP(sum[t][i]);
             }
         }
     for (int t = 0; t < count; t++)
@@ -127,7 +137,8 @@ typedef struct {
     const uint16_t *narrow; /* the same, rounded to bfloat16 */
     const uint16_t *high;   /* or, with AMX, their high and low parts in tiles (amx.h); */
     const uint16_t *low;    /* NULL: the tokens are only rounded */
-    const int8_t *whole;    /* [tokens, columns], for weights in int8 or int4 */
+    const int8_t *whole;    /* [tokens, columns], for weights in int8 or int4; */
+    const int16_t *wider;   /* the same numbers in 16 bits, for weights in int8, if the set has `widen` */
     int in_tiles;           /* `whole`, `scales` and `sums` lie in tiles of 16 tokens (`Rounding` of multiply.c) */
     const float *scales;    /* [tokens, columns / 32] */
     const float *sums;      /* [tokens, columns / 32]: the sum of the whole numbers, times their scale */

@@ -7,6 +7,9 @@ typedef struct {
     __m256i a, b;
 } I;
 
+/* Have a value in registers here. Otherwise gcc mixes operations from far apart, and has to store what it added. */
+#define F_KEEP(x) __asm__ volatile("" : "+x"((x).a), "+x"((x).b))
+
 INLINE F f_load(const float *from) { return (F){_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
 INLINE void f_store(float *to, F x) {
     _mm256_storeu_ps(to, x.a);

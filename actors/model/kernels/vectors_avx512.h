@@ -3,6 +3,8 @@
 typedef __m512 F;  /* 16 float32 */
 typedef __m512i I; /* 64 bytes: 16 int32, or 64 int8 */
 
+#define F_KEEP(x) /* there are registers enough */
+
 INLINE F f_load(const float *from) { return _mm512_loadu_ps(from); }
 INLINE void f_store(float *to, F x) { _mm512_storeu_ps(to, x); }
 INLINE F f_all(float x) { return _mm512_set1_ps(x); }
