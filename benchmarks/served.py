@@ -44,6 +44,8 @@ async def first_ms(run, body):
     async for token in run.generate(body["messages"], max_tokens=body["max_tokens"], stop_tokens=()):
         came = came or (time.perf_counter() if token.text else 0.0)
     return 1000 * (came - began)
+def server_mib():
+    return int(pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
 async def main():
     async with ranvier.launch(ranvier.load(file), runs=file.parent) as run, serving({"bench": run}, Options(port=0)) as url:
         process = client(url.removeprefix("http://"))
@@ -56,7 +58,7 @@ async def main():
                     later.append(over - await first_ms(run, body))
                 show({"later_ms": statistics.median(later)})
             else:
-                show(await trio.to_thread.run_sync(asked, process))
+                show({**await trio.to_thread.run_sync(asked, process), "server_mib": server_mib()})
         process.kill()
 trio.run(main)
 """
@@ -78,7 +80,7 @@ def asking(count: int, path: str, body: Mapping[str, Any], slow: int = 0) -> str
 
 
 def served(asked: str, figure: str = "tokens_s") -> Contestant:
-    """Return `ranvier serve` on the stored model in two stages. `figure` is one of http_client.py's, or `later_ms`."""
+    """Return `ranvier serve` on the stored model in two stages. `figure` is one of http_client.py's, `later_ms`, or `server_mib`."""
     return Contestant(sys.executable, _OURS, CLIENT, asked, figure, graph_of(TWO, "stored"))
 
 

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 def ids_of(
-    graph: Graph, text: TextProcess, prompt: str | list[dict[str, Any]], raw: bool, chat: ChatOptions
-) -> list[int]:
+    graph: Graph, text: TextProcess, prompt: str | list[dict[str, Any]], raw: bool, chat: ChatOptions, special: bool = True
+) -> list[int]:  # fmt: skip
     """Return the token ids of a prompt: as it is if `raw` or for an encoder, else by the chat template.
 
     Raises:
         CheckpointError: see `TextProcess.chat_ids`.
     """
     raw = raw or (graph.checkpoint is not None and graph.checkpoint.config.encoder is not None)
-    return text.ids(prompt) if raw and isinstance(prompt, str) else text.chat_ids(as_chat(prompt), chat)
+    return text.ids(prompt, special=special) if raw and isinstance(prompt, str) else text.chat_ids(as_chat(prompt), chat)
 
 
 def check_ids(graph: Graph, ids: Sequence[int], max_tokens: int, spare: int = 0) -> None:

@@ -119,14 +119,16 @@ class Requests:
             raise no_tokenizer(self._graph)
         return self._text
 
-    def tokens(self, prompt: str | Sequence[dict[str, Any]], raw: bool, chat: ChatOptions) -> list[int]:
+    def tokens(
+        self, prompt: str | Sequence[dict[str, Any]], raw: bool, chat: ChatOptions, special: bool
+    ) -> list[int]:  # fmt: skip
         """Return the token ids of a prompt. See `Run.tokens`."""
         asked = checked_prompt(prompt)
         if isinstance(asked, list) and not all(isinstance(each, dict) for each in asked):
             raise RequestError("prompt: expected text or a list of chat messages, got token ids")
         if self._text is None:
             raise no_tokenizer(self._graph)
-        return self._ids(cast(str | list[dict[str, Any]], asked), raw, checked_chat(chat))
+        return self._ids(cast(str | list[dict[str, Any]], asked), raw, checked_chat(chat), special)
 
     def generate(
         self,
@@ -288,8 +290,10 @@ class Requests:
                 generation.refuse(error)
             self._preparing = None
 
-    def _ids(self, prompt: str | list[dict[str, Any]], raw: bool, chat: ChatOptions) -> list[int]:
-        return ids_of(self._graph, self._process, prompt, raw, chat)
+    def _ids(
+        self, prompt: str | list[dict[str, Any]], raw: bool, chat: ChatOptions, special: bool = True
+    ) -> list[int]:  # fmt: skip
+        return ids_of(self._graph, self._process, prompt, raw, chat, special)
 
     def refuse(self, why: Exception) -> None:
         """End, with this error, all requests that have not begun.

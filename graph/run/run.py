@@ -23,7 +23,7 @@ from ..observe.blame import Answer
 from ..plan.plan import Plan
 from ..sessions.gateway import Gateway
 from ..sessions.generation import Generation, Wakes
-from ..sessions.journal import Journal, Resumed
+from ..sessions.journal import Began, Journal, Resumed
 from ..sessions.stream import Stream
 from ..sessions.text_codec import ChatOptions, TextCodec
 from ..sessions.text_process import TextProcess
@@ -105,6 +105,11 @@ class Run:
     def dir(self) -> Path:
         """Return the run folder."""
         return self.folder.path
+
+    @property
+    def hashes(self) -> Began | None:
+        """Return the hashes of graph and model, if the run has a journal."""
+        return self._requests.journal.run if self._requests.journal is not None else None
 
     @property
     def pids(self) -> Mapping[str, int]:
@@ -229,12 +234,15 @@ class Run:
         prompt: str | Sequence[dict[str, Any]],
         *,
         raw: bool = False,
+        special: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None,
         template_arguments: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Return the token ids that `generate` makes of a prompt of text or of chat messages, with the same arguments.
+
+        Without `special`, a raw text gets none of the model's special tokens around it.
 
         The call blocks for at most a second, and for as long as earlier prompts take. Any thread may call it.
 
@@ -243,7 +251,8 @@ class Run:
             CheckpointError: the template is missing or wrong, refuses the messages, or takes too long.
         """
         self._check_open()
-        return self._requests.tokens(prompt, raw, ChatOptions(tools, documents, template, template_arguments or {}))
+        chat = ChatOptions(tools, documents, template, template_arguments or {})
+        return self._requests.tokens(prompt, raw, chat, special)
 
     def most_after(self, prompt_tokens: int) -> int:
         """Return how many tokens may follow a prompt of so many, in the model's context and in a KV cache; 0: none.

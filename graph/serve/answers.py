@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import abc
-import secrets
-import time
 from typing import Any
 
 from ..sessions.generation import Token
 from .bridge import Ended
+from .ids import Ids
+from .stream_log import Origin
 from .wording import Wording
 
 
@@ -29,11 +29,12 @@ class Answers(abc.ABC):
     """Its events carry their type as a name, and end with the last of them instead of `[DONE]`."""
 
     def __init__(
-        self, model: str, wording: Wording, prompt_tokens: int, count: int, *, logprobs: int | None = None,
+        self, origin: Origin, model: str, wording: Wording, prompt_tokens: int, count: int, *, logprobs: int | None = None,
         with_usage: bool = False,
     ) -> None:  # fmt: skip
-        self.id = f"{self.prefix}{secrets.token_hex(12)}"
-        self.created = int(time.time())
+        self.ids = Ids(origin.request_id)
+        self.id = self.ids.new(self.prefix)
+        self.created = origin.created
         self.model, self.wording, self.count, self.logprobs = model, wording, count, logprobs
         self.prompt_tokens = prompt_tokens
         self.texts = [""] * count

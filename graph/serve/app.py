@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -15,31 +15,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from . import chat, completions, embeddings, metrics, responses, tool_prompts
-from .answers import Answers
-from .asking import asked_of
-from .bodies import ChatBody, CompletionBody, DetokenizeBody, EmbeddingBody, Sampled, TokenizeBody, parsed
-from .bridge import Asked, Bridge, Ended, Reply
-from .completions import Echo
+from . import chat, embeddings, metrics
+from .bodies import DetokenizeBody, EmbeddingBody, TokenizeBody, parsed
+from .bridge import Bridge, Reply
 from .guard import Door, Guard
 from .problems import FAILED, Problem, problem_of, unknown
+from .stream_log import Origin, Record
 from .streams import Events, Kept, Stream, collected
-from .tool_calls import Family, family_of
+from .tool_calls import family_of
 from .wording import Wording
+from .writing import ENDPOINTS, Served, prompt_of
 
 JSON = "application/json"
-
-
-@dataclass(slots=True)
-class Served:
-    """Hold one model of the server."""
-
-    name: str
-    bridge: Bridge
-    wording: Wording
-    family: Family
-    """The model writes the calls of tools in this form."""
-    created: int
 
 
 class Endpoints:
@@ -49,6 +36,7 @@ class Endpoints:
         now = int(time.time())
         self.stopping = False
         self._kept = kept
+        self._taking_up = asyncio.Lock()
         self._models = {
             name: Served(name, bridge, Wording(bridge.codec), family_of(bridge.template), now)
             for name, bridge in models.items()
@@ -74,111 +62,59 @@ class Endpoints:
     # -- text -------------------------------------------------------------------------------------------------------
 
     async def chat(self, request: Request) -> Any:
-        body = parsed(ChatBody, await request.body())
-        model = self._writer(body.model)
-        chat.check(body)
-        tools = chat.tools_of(chat.functions_of(body), body.tool_choice)
-        family = model.family if tools is not None else None
-        prompt = await self._prompt(model, chat.messages_of(body.messages), tools, body.chat_template_kwargs)
-        most = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        asked = asked_of(
-            model.bridge, body, prompt, most, logprobs=logprobs, key=request.state.key,
-            traceparent=request.headers.get("traceparent"), count=body.n or 1, grammar=chat.grammar_of(body, model.family),
-        )  # fmt: skip
-        maker = chat.Chat(
-            model.name, model.wording, len(prompt), len(asked), logprobs=logprobs, with_usage=_with_usage(body),
-            family=family,
-        )  # fmt: skip
-        return await self._answer(request, model, body, asked, maker)
-
-    async def _prompt(
-        self, model: Served, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None,
-        arguments: dict[str, Any] | None = None,
-    ) -> list[int]:  # fmt: skip
-        """Return the token ids of a chat. The model is told of the tools by its template, or else in words."""
-        if not tool_prompts.knows_tools(model.bridge.template):
-            messages, tools = tool_prompts.in_words(messages, tools), None
-        return await model.bridge.tokens(messages, tools=tools, template_arguments=arguments)
+        return await self._answer(request, "chat")
 
     async def completions(self, request: Request) -> Any:
-        body = parsed(CompletionBody, await request.body())
-        model = self._writer(body.model)
-        completions.check(body)
-        prompts = completions.prompts_of(body)
-        ids = [await model.bridge.tokens(each, raw=True) if isinstance(each, str) else each for each in prompts]
-        most = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default
-        asked: list[Asked] = []
-        echoes: list[Echo] = []
-        for prompt, tokens in zip(prompts, ids, strict=True):
-            if most:
-                asked += asked_of(
-                    model.bridge, body, tokens, most, logprobs=body.logprobs, key=request.state.key,
-                    traceparent=request.headers.get("traceparent"), count=body.n or 1,
-                )  # fmt: skip
-            echoes += [await self._echo(model, body, prompt, tokens)] * (body.n or 1)
-        maker = completions.Completions(
-            model.name, model.wording, sum(map(len, ids)), echoes, logprobs=body.logprobs, with_usage=_with_usage(body)
-        )
-        return await self._answer(request, model, body, asked, maker)
-
-    async def _echo(
-        self, model: Served, body: CompletionBody, prompt: str | list[int], tokens: list[int]
-    ) -> Echo:  # fmt: skip
-        if not body.echo:
-            return Echo()
-        text = prompt if isinstance(prompt, str) else model.bridge.text(tokens)
-        most = body.logprobs
-        if most is None:
-            return Echo(text)
-        ranks = await model.bridge.call(lambda: model.bridge.run.ranked(tokens, most)) if len(tokens) > 1 else []
-        return Echo(text, tokens, ranks)
+        return await self._answer(request, "completions")
 
     async def responses(self, request: Request) -> Any:
-        body = parsed(responses.ResponseBody, await request.body())
-        model = self._writer(body.model)
-        responses.check(body)
-        tools = chat.tools_of(body.tools or (), body.tool_choice)
-        family = model.family if tools is not None else None
-        prompt = await self._prompt(model, chat.messages_of(responses.messages_of(body)), tools)
-        general = responses.sampled(body)
-        asked = asked_of(
-            model.bridge, general, prompt, body.max_output_tokens, logprobs=body.top_logprobs, key=request.state.key,
-            traceparent=request.headers.get("traceparent"), grammar=responses.grammar_of(body, model.family),
-        )  # fmt: skip
-        maker = responses.Response(body, model.name, model.wording, len(prompt), family)
-        return await self._answer(request, model, general, asked, maker)
+        return await self._answer(request, "responses")
 
     async def embeddings(self, request: Request) -> Any:
         body = parsed(EmbeddingBody, await request.body())
         model = self._model(body.model)
         return _json(await embeddings.answer(body, model.bridge, model.name))
 
-    async def _answer(
-        self, request: Request, model: Served, body: Sampled, asked: Sequence[Asked], maker: Answers
-    ) -> Any:  # fmt: skip
-        numbered = dict(enumerate(asked))
-        for index in range(len(asked), maker.count):  # nothing to generate: only an echo
-            maker.add(index, Ended("length"))
-        if body.stream:
-            stream = Stream(model.bridge, numbered, maker, request.state.request_id, request.state.key)
-            stream.start()
-            await stream.accepted()
-            self._kept.add(stream)
-            return Events(stream, {})
-        if not await collected(Reply(model.bridge, numbered), maker, request.receive):
-            return Response(status_code=499)  # nobody reads it
-        return _json(maker.whole())
+    async def _answer(self, request: Request, endpoint: str) -> Any:
+        data = await request.body()
+        origin = Origin(
+            request_id=request.state.request_id, owner=request.state.key, seed=secrets.randbits(62),
+            traceparent=request.headers.get("traceparent"),
+        )  # fmt: skip
+        made = await ENDPOINTS[endpoint](self._writer, origin, data)
+        bridge = made.model.bridge
+        if not made.streams:
+            if not await collected(Reply(bridge, made.asked), made.maker, request.receive):
+                return Response(status_code=499)  # nobody reads it
+            return _json(made.maker.whole())
+        stream = Stream(bridge, made.asked, made.maker, origin)
+        stream.start()
+        await stream.accepted()
+        stream.write_down(endpoint, data)
+        self._kept.add(stream)
+        return Events(stream, {})
 
     async def resume(self, request: Request) -> Any:
-        """Send the rest of a stream to a client that has lost its connection."""
-        stream = self._kept.find(request.path_params["request_id"], request.state.key)
+        """Send the rest of a stream to a client that has lost its connection, or whose server was killed."""
         last = request.headers.get("last-event-id", request.query_params.get("after", "-1"))
         try:
             after = int(last)
         except ValueError:
             raise Problem(400, f"Last-Event-ID: expected a number, got {last!r:.60}", code="invalid_value") from None
-        return Events(stream, {}, after)
+        name, owner = request.path_params["request_id"], request.state.key
+        async with self._taking_up:
+            record = self._kept.left(name, owner)
+            if record is not None:
+                await self._take_up(record)
+        return Events(self._kept.find(name, owner), {}, after)
+
+    async def _take_up(self, record: Record) -> None:
+        """Make the stream of a killed server again, up to what is known of it."""
+        opened = record.opened
+        made = await ENDPOINTS[opened.endpoint](self._writer, opened.origin, opened.body.encode())
+        stream = Stream(made.model.bridge, made.asked, made.maker, opened.origin)
+        stream.take_up(record)
+        self._kept.add(stream)
 
     # -- about the models -------------------------------------------------------------------------------------------
 
@@ -195,9 +131,10 @@ class Endpoints:
         if (text is None) == (body.messages is None):
             raise Problem(400, "expected either content or messages", param="content", code="invalid_value")
         if text is None:
-            ids = await self._prompt(model, chat.messages_of(body.messages or ()), None)
+            ids = await prompt_of(model, chat.messages_of(body.messages or ()), None)
         else:
-            ids = await model.bridge.tokens(text, raw=True)
+            asked = [each for each in (body.add_special, body.add_special_tokens) if each is not None]
+            ids = await model.bridge.tokens(text, raw=True, special=all(asked))
         tokens = [{"id": each, "piece": model.wording.text(each)} for each in ids] if body.with_pieces else ids
         return _json({"tokens": tokens, "count": len(ids), "max_model_len": model.bridge.context})
 
@@ -265,9 +202,9 @@ class Endpoints:
         return found
 
 
-def application(models: Mapping[str, Bridge], door: Door, window_s: float) -> tuple[Any, Endpoints]:
+def application(models: Mapping[str, Bridge], door: Door, kept: Kept) -> tuple[Any, Endpoints]:
     """Return the application, and its endpoints, which `stopping` closes."""
-    endpoints = Endpoints(models, Kept(window_s))
+    endpoints = Endpoints(models, kept)
     routes = endpoints.routes()
     app = Starlette(
         routes=routes,
@@ -313,7 +250,3 @@ def _described(model: Served) -> dict[str, Any]:
         "id": model.name, "object": "model", "created": model.created, "owned_by": "ranvier",
         "max_model_len": model.bridge.context,
     }  # fmt: skip
-
-
-def _with_usage(body: Sampled) -> bool:
-    return bool(body.stream and body.stream_options is not None and body.stream_options.include_usage)

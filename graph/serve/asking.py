@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,11 +12,12 @@ from ..sessions.model_defaults import sampling_of
 from .bodies import MOST_STOPS, Sampled
 from .bridge import Asked, Bridge
 from .problems import Problem
+from .stream_log import Origin
 
 
 def asked_of(
-    bridge: Bridge, body: Sampled, prompt: Sequence[int], most: int | None, *, logprobs: int | None, key: str,
-    traceparent: str | None, count: int = 1, grammar: Mapping[str, Any] | None = None,
+    bridge: Bridge, origin: Origin, body: Sampled, prompt: Sequence[int], most: int | None, *, logprobs: int | None,
+    count: int = 1, grammar: Mapping[str, Any] | None = None,
 ) -> list[Asked]:  # fmt: skip
     """Return the generations that a body asks for from a prompt: `count`, each with a seed of its own.
 
@@ -30,11 +30,11 @@ def asked_of(
     left = bridge.run.most_after(len(prompt))
     if left < 1 or (most is not None and most > left):
         raise _too_long(bridge.context, len(prompt), most)
-    seed = body.seed & ((1 << 62) - 1) if body.seed is not None else secrets.randbits(62)
+    seed = body.seed & ((1 << 62) - 1) if body.seed is not None else origin.seed
     return [
         Asked(
             prompt, most or left, sampling(bridge, body, (seed + index) & ((1 << 62) - 1)), stops(body), logprobs,
-            stop_tokens=() if body.ignore_eos else None, grammar=grammar, traceparent=traceparent, key=key,
+            stop_tokens=() if body.ignore_eos else None, grammar=grammar, traceparent=origin.traceparent, key=origin.owner,
         )
         for index in range(count)
     ]  # fmt: skip

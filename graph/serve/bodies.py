@@ -207,6 +207,7 @@ class TokenizeBody(Body):
     prompt: str | None = None
     messages: list[Message] | None = None
     add_special: bool | None = None
+    """llama.cpp's name for `add_special_tokens`, which is vLLM's. Both are true if left out."""
     add_special_tokens: bool | None = None
     with_pieces: bool | None = None
 

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import trio
 
@@ -28,6 +28,9 @@ from ..sessions.generation import Generation, Token
 from ..sessions.text_codec import TextCodec
 from .problems import Problem, busy, unavailable
 from .turns import Turns
+
+if TYPE_CHECKING:
+    from .stream_log import StreamLog
 
 T = TypeVar("T")
 PATIENCE_S = 5.0
@@ -161,6 +164,8 @@ class Bridge:
     def __init__(self, run: Run, nursery: trio.Nursery, queue: int, deadline_s: float | None = None) -> None:
         self.run = run
         self.counts = Counts()
+        self.log: StreamLog | None = None
+        """Where streams are written down, if they shall outlive the server."""
         self._nursery = nursery
         self._deadline_s = deadline_s
         self._token = trio.lowlevel.current_trio_token()
@@ -308,6 +313,9 @@ class Bridge:
             with answer.scope:
                 if self._stopped is not None:
                     raise self._stopped
+                if (reason := self._finished(answer.asked)) is not None:
+                    self._post(answer, Ended(reason))
+                    return
                 if lost := self.run.lost_for(PATIENCE_S):
                     raise unavailable(lost, PATIENCE_S)
                 generation = None
@@ -374,6 +382,16 @@ class Bridge:
         )  # fmt: skip
         self._running += 1
         return generation
+
+    def _finished(self, asked: Asked) -> str | None:
+        """Return why an answer is complete with the tokens that it has already, or None: its client left before its end."""
+        checkpoint = self.run.plan.graph.checkpoint
+        if not asked.answered or checkpoint is None:
+            return None
+        ends = checkpoint.config.eos_tokens if asked.stop_tokens is None else asked.stop_tokens
+        if asked.answered[-1] in ends:
+            return "stop"
+        return "length" if len(asked.answered) >= asked.max_tokens else None
 
     def _left_s(self, answer: Answer) -> float:
         """Return the time that an answer has until its deadline."""

@@ -156,7 +156,7 @@ class Chat(Choices):
 
     def __init__(self, *given: Any, family: Family | None = None, **options: Any) -> None:
         super().__init__(*given, **options)
-        self._calls = [Calls(family) if family is not None else None for _ in range(self.count)]
+        self._calls = [Calls(family, self.ids) if family is not None else None for _ in range(self.count)]
         self._made: list[list[dict[str, Any]]] = [[] for _ in range(self.count)]
         self._contents = [""] * self.count
 

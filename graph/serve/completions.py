@@ -12,6 +12,7 @@ from .answers import Choices
 from .bodies import CompletionBody
 from .bridge import Ended
 from .problems import Problem
+from .stream_log import Origin
 from .wording import Wording
 
 MOST_PROMPTS = 2048
@@ -71,10 +72,10 @@ class Completions(Choices):
     prefix = "cmpl-"
 
     def __init__(
-        self, model: str, wording: Wording, prompt_tokens: int, echoes: Sequence[Echo], *, logprobs: int | None = None,
-        with_usage: bool = False,
+        self, origin: Origin, model: str, wording: Wording, prompt_tokens: int, echoes: Sequence[Echo], *,
+        logprobs: int | None = None, with_usage: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(model, wording, prompt_tokens, len(echoes), logprobs=logprobs, with_usage=with_usage)
+        super().__init__(origin, model, wording, prompt_tokens, len(echoes), logprobs=logprobs, with_usage=with_usage)
         self._echoes = echoes
         self._offsets = [len(echo.text) for echo in echoes]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -26,6 +25,7 @@ from .bodies import (
 from .bridge import Ended
 from .chat import entry
 from .problems import Problem
+from .stream_log import Origin
 from .tool_calls import Arguments, Begun, Calls, Family, pieces
 from .wording import Wording
 
@@ -197,11 +197,11 @@ class Response(Answers):
     named = True
 
     def __init__(
-        self, body: ResponseBody, model: str, wording: Wording, prompt_tokens: int, family: Family | None
+        self, origin: Origin, body: ResponseBody, model: str, wording: Wording, prompt_tokens: int, family: Family | None
     ) -> None:  # fmt: skip
-        super().__init__(model, wording, prompt_tokens, 1, logprobs=body.top_logprobs)
+        super().__init__(origin, model, wording, prompt_tokens, 1, logprobs=body.top_logprobs)
         self._body = body
-        self._calls = Calls(family) if family is not None else None
+        self._calls = Calls(family, self.ids) if family is not None else None
         self._output: list[dict[str, Any]] = []
         """The items; the last one is open until another begins, or the answer ends."""
         self._number = -1
@@ -241,7 +241,7 @@ class Response(Answers):
                     made.append(self._event("response.output_text.delta", **self._at, delta=each, logprobs=logprobs))
                     logprobs = []
                 case Begun(_, name, call_id):
-                    item = {"id": f"fc_{secrets.token_hex(12)}", "type": "function_call", "status": "in_progress",
+                    item = {"id": self.ids.new("fc_"), "type": "function_call", "status": "in_progress",
                             "name": name, "call_id": call_id, "arguments": ""}  # fmt: skip
                     made += [*self._over("completed"), *self._begun(item)]
                 case Arguments(_, piece):
@@ -252,7 +252,7 @@ class Response(Answers):
     def _message(self) -> dict[str, Any]:
         part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
         return {
-            "id": f"msg_{secrets.token_hex(12)}", "type": "message", "status": "in_progress", "role": "assistant",
+            "id": self.ids.new("msg_"), "type": "message", "status": "in_progress", "role": "assistant",
             "content": [part],
         }  # fmt: skip
 

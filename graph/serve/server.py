@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from ranvier.transport.format.errors import LinkClosed, ResourceError
 
 from ..file.errors import RequestError
 from ..run.run import Run
+from . import stream_log
 from .bridge import Bridge
 from .guard import Door, is_loopback, names_of
+from .stream_log import Record
 
 STARTED_S = 10.0
 CLOSED_S = 2
@@ -65,6 +67,7 @@ async def serving(runs: Mapping[str, Run], options: Options) -> AsyncIterator[st
 
         from .app import application
         from .connections import BoundedProtocol
+        from .streams import Kept
     except ImportError as error:
         raise RequestError(f"serve needs {error.name}; pip install 'ranvier[serve]'") from None
     if not is_loopback(options.host) and not options.keys:
@@ -80,7 +83,11 @@ async def serving(runs: Mapping[str, Run], options: Options) -> AsyncIterator[st
                 options.keys,
                 options.most_bytes,
             )
-            app, endpoints = application(bridges, door, options.resume_window_s)
+            kept = Kept(options.resume_window_s, await _left(bridges.values(), port, options.port == 0))
+            for bridge in bridges.values():
+                if bridge.log is not None:
+                    bridge.log.keeps = kept.__contains__
+            app, endpoints = application(bridges, door, kept)
             config = uvicorn.Config(
                 app, http=BoundedProtocol, log_config=None, access_log=False, lifespan="off", ws="none",
                 timeout_graceful_shutdown=CLOSED_S, server_header=False, ssl_certfile=options.certfile,
@@ -102,7 +109,29 @@ async def serving(runs: Mapping[str, Run], options: Options) -> AsyncIterator[st
                         bridge.stop(LinkClosed("the server is stopping"))
                     server.should_exit = True
                     await trio.to_thread.run_sync(thread.join)
+                    for bridge in bridges.values():
+                        if bridge.log is not None:
+                            bridge.log.close()
             nursery.cancel_scope.cancel()
+
+
+async def _left(bridges: Iterable[Bridge], port: int, any_port: bool) -> dict[str, Record]:
+    """Open the logs of streams of the runs that have a journal. Return the streams of the last server that was killed.
+
+    Raises:
+        ResourceError: a log cannot be written.
+    """
+    left: dict[str, Record] = {}
+    for bridge in bridges:
+        began = bridge.run.hashes
+        if began is None:
+            continue
+        try:
+            bridge.log, found = await trio.to_thread.run_sync(stream_log.begun, bridge.run.dir, began, port, any_port)
+        except OSError as error:
+            raise ResourceError(f"{error}; make room on the disk, or set journal: false") from None
+        left |= found
+    return left
 
 
 def bound(host: str, port: int) -> socket.socket:

@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from .bridge import Asked, Bridge, Ended, Reply
 from .problems import problem_of, unknown
+from .stream_log import MOST_BODY_BYTES, Complete, Grew, Opened, Origin, Piece, Record, StreamLog, piece_of
 
 SILENCE_S = 0.9
 """After this time without an event, a comment shows the client and its proxies that the connection lives."""
@@ -44,10 +45,10 @@ class Maker(Protocol):
 
 
 class Stream:
-    """Hold one answer that is sent as events. `owner` is the key that asked for it."""
+    """Hold one answer that is sent as events."""
 
-    def __init__(self, bridge: Bridge, asked: Mapping[int, Asked], maker: Maker, request_id: str, owner: str) -> None:
-        self.request_id, self.owner = request_id, owner
+    def __init__(self, bridge: Bridge, asked: Mapping[int, Asked], maker: Maker, origin: Origin) -> None:
+        self.origin = origin
         self.left_s = 0.0
         """Time on the monotonic clock when its client left; 0: it is there."""
         self._bridge = bridge
@@ -58,6 +59,25 @@ class Stream:
         self._done = False
         self._reply: Reply | None = None
         self._connection: asyncio.Task[None] | None = None
+        self._log: StreamLog | None = None
+        self._fresh: list[Piece] = []
+        """What came and is not in the log yet."""
+
+    def write_down(self, endpoint: str, body: bytes) -> None:
+        """Write the request, and then the answer as it grows, into the run's log, if it has one."""
+        log = self._bridge.log
+        if log is not None and len(body) <= MOST_BODY_BYTES and log.add(Opened(self.origin, endpoint, body.decode())):
+            self._log = log
+
+    def take_up(self, record: Record) -> None:
+        """Take what a killed server has written down of the stream. The log of this run has it already."""
+        self._keep(self._maker.begin())
+        for piece in record.pieces:
+            self._take(piece.index, piece.event)
+        if record.complete is not None:
+            self._over(record.complete.error)
+        self._log, self._fresh = self._bridge.log, []
+        self.left_s = time.monotonic()
 
     def start(self) -> None:
         """Ask for the answers, or for what is missing of them."""
@@ -84,7 +104,13 @@ class Stream:
             del self._asked[index]
         else:
             self._made[index].append(event.id)
+        if self._log is not None:
+            self._fresh.append(piece_of(index, event))
         self._keep(self._maker.add(index, event))
+
+    def _over(self, error: dict[str, Any] | None) -> None:
+        self._keep(self._maker.end() if error is None else [error])
+        self._done = True
 
     def _keep(self, events: list[Any]) -> None:
         for event in events:
@@ -94,17 +120,27 @@ class Stream:
     async def _grow(self) -> bool:
         """Wait for more, and take all that is there. Return whether the answer is complete."""
         assert self._reply is not None
+        error = None
         try:
             self._take(*await anext(self._reply))
             while self._reply.pending:
                 self._take(*await anext(self._reply))
         except StopAsyncIteration:
-            self._keep(self._maker.end())
-            self._done = True
-        except Exception as error:
-            self._keep([problem_of(error).body])
-            self._done = True
+            self._over(None)
+        except Exception as failed:
+            error = problem_of(failed).body
+            self._over(error)
+        self._write_fresh(error)
         return self._done
+
+    def _write_fresh(self, error: dict[str, Any] | None) -> None:
+        """Write down what came, before it is sent. If that fails, nothing more of this stream is: its log has no gaps."""
+        fresh, self._fresh = self._fresh, []
+        name = self.origin.request_id
+        if self._log is not None and fresh and not self._log.add(Grew(name, fresh)):
+            self._log = None
+        if self._log is not None and self._done:
+            self._log.add(Complete(name, error))
 
     async def send(self, receive: Receive, send: Send, after: int, headers: Mapping[str, str]) -> None:
         """Send the events after number `after`, until the answer is complete or the client leaves."""
@@ -206,25 +242,42 @@ async def _gone(receive: Receive) -> None:
 
 
 class Kept:
-    """Hold the streams whose clients may come back, for `window_s` after they left."""
+    """Hold the streams whose clients may come back, for `window_s` after they left, or after the server was killed.
 
-    def __init__(self, window_s: float) -> None:
+    `left` are those of the killed server.
+    """
+
+    def __init__(self, window_s: float, left: Mapping[str, Record]) -> None:
         self._window_s = window_s
         self._streams: OrderedDict[str, Stream] = OrderedDict()
+        self._left = dict(left)
+        self._began_s = time.monotonic()
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._streams or request_id in self._left
 
     def add(self, stream: Stream) -> None:
         """Keep a stream. The oldest ones that nobody reads make room."""
         self.forget()
+        self._left.pop(stream.origin.request_id, None)
         if self._window_s > 0:
-            self._streams[stream.request_id] = stream
+            self._streams[stream.origin.request_id] = stream
 
     def forget(self) -> None:
         """Drop the streams whose clients left too long ago, and the oldest ones if there are too many."""
         now_s = time.monotonic()
+        if now_s - self._began_s > self._window_s:
+            self._left.clear()
         for name, stream in list(self._streams.items()):
             late = stream.left_s and now_s - stream.left_s > self._window_s
             if late or (stream.left_s and len(self._streams) >= MOST_KEPT):
                 del self._streams[name]
+
+    def left(self, request_id: str, owner: str) -> Record | None:
+        """Return what a killed server has left of a stream, to the key that asked for it."""
+        self.forget()
+        record = self._left.get(request_id)
+        return record if record is not None and record.opened.origin.owner == owner else None
 
     def find(self, request_id: str, owner: str) -> Stream:
         """Return a stream to the key that asked for it.
@@ -234,7 +287,7 @@ class Kept:
         """
         self.forget()
         stream = self._streams.get(request_id)
-        if stream is None or stream.owner != owner:
+        if stream is None or stream.origin.owner != owner:
             raise unknown(f"no stream {request_id!r:.60} is kept; ask again")
         return stream
 

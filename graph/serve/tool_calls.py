@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..sessions.generation import Token
+from .ids import Ids
 from .wording import Wording
 
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
@@ -86,7 +86,8 @@ def pieces(calls: Calls | None, wording: Wording, token: Token) -> Sequence[str 
 class Calls:
     """Split a text that grows into content and calls."""
 
-    def __init__(self, family: Family) -> None:
+    def __init__(self, family: Family, ids: Ids) -> None:
+        self._ids = ids
         self.family = family
         self._held = ""
         self._content = ""
@@ -156,7 +157,7 @@ class Calls:
             name = found[1] if named else json.loads(found[1])
             self._held, self._value = held[found.end() :], _Value(closing=0 if named else 1)
             self.count += 1
-            return [Begun(self.count - 1, name, f"call_{secrets.token_hex(12)}")]
+            return [Begun(self.count - 1, name, self._ids.new("call_"))]
         whole = _whole_object(held) if held.startswith("{") else None
         if whole is not None:  # its fields come in another order
             value, end = whole
@@ -164,7 +165,7 @@ class Calls:
             if isinstance(value.get("name"), str) and isinstance(arguments, dict):
                 self._held, self.count = held[end:], self.count + 1
                 number = self.count - 1
-                return [Begun(number, value["name"], f"call_{secrets.token_hex(12)}"),
+                return [Begun(number, value["name"], self._ids.new("call_")),
                         Arguments(number, json.dumps(arguments, ensure_ascii=False))]  # fmt: skip
         if last or whole is not None or (len(held) > _HEAD_MAY_COME and not held.startswith("{")):
             return self._not_a_call()

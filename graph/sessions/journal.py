@@ -4,15 +4,12 @@ With `journal: true` a request outlives the process that holds the gateway. `ran
 `launch(graph, resume=RUN)`, reads the journal of a killed run and continues each request in a new run. The tokens are
 the same, because the sampler is keyed by (seed, position).
 
-`journal.jsonl` holds one line for each request, token and end. Lines go to the operating system in one write before any
-client is woken, so they outlive the process however it dies. They are not forced to the disk: a power failure may lose
-the last of them. The file is locked while the run lives. When it has grown too large, it is rewritten with only what is
-still needed.
+`journal.jsonl` holds one line for each request, token and end, written before any client is woken. When it has grown too
+large, it is rewritten with only what is still needed.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import os
@@ -26,18 +23,16 @@ import msgspec
 
 from ranvier.actors.component.session import SessionInfo
 from ranvier.actors.errors import describe
-from ranvier.transport.files import locked, regular
+from ranvier.transport.files import regular
 
 from ..file.checked import Graph
 from ..file.errors import RequestError
 from ..plan.plan import Plan
+from .line_file import LineFile, taken, whole_lines
 
 FILE = "journal.jsonl"
-MOST_BYTES = 64 << 20
-"""Size at which the file is rewritten."""
 MOST_ENDED = 1000
 """Maximum number of ended requests whose tokens are kept for clients that come back for them."""
-MOST_LINE_BYTES = 1 << 24
 REST = 20
 """After a failed rewrite, the next one waits this many times as long as the failed one took."""
 
@@ -136,17 +131,14 @@ class Journal:
     """
 
     def __init__(self, folder: Path, run: Began, write: Callable[[int, bytes, int], int] = os.pwrite) -> None:
-        self._path = folder / FILE
-        self._write = write
-        self._run = run
+        self.run = run
         self._pending: list[Line] = []
-        self._bytes = self._compact_at = 0
         self._next_try_s = 0.0
+        self._closed = False
         self._over: deque[str] = deque()
         self.known: dict[str, Request] = {}
-        self._file = _locked(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-        self._compact_at = MOST_BYTES
-        self._behind = not self._append([run])
+        self._file = LineFile(folder / FILE, write)
+        self._behind = not self._file.append([_to_line(run)])
 
     @property
     def durable(self) -> bool:
@@ -173,8 +165,8 @@ class Journal:
         lines, self._pending = self._pending, []
         if self._behind:
             self.catch_up()
-        elif self._bytes <= self._compact_at or not self._write_anew():
-            self._behind = not self._append(lines)
+        elif self._file.nbytes <= self._file.rewrite_at or not self._write_anew():
+            self._behind = not self._file.append(map(_to_line, lines))
         return not self._behind
 
     def catch_up(self) -> None:
@@ -182,42 +174,17 @@ class Journal:
         if self._behind and time.monotonic() >= self._next_try_s:
             self._behind = not self._write_anew()
 
-    def _append(self, lines: Iterable[Line]) -> bool:
-        data = b"".join([_to_line(line) + b"\n" for line in lines])
-        with contextlib.suppress(OSError):
-            if self._write(self._file, data, self._bytes) == len(data):
-                self._bytes += len(data)
-                return True
-        with contextlib.suppress(OSError):
-            os.ftruncate(self._file, self._bytes)  # remove a partly written line
-        return False
-
     def _write_anew(self) -> bool:
         """Rewrite the file with the open requests and the last ended ones. Return whether that succeeded."""
         began_s = time.monotonic()
-        data = b"".join([_to_line(line) + b"\n" for line in self._lines()])
-        part = self._path.with_suffix(".part")
-        try:
-            part.unlink(missing_ok=True)
-            made = _locked(part, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            try:
-                if self._write(made, data, 0) != len(data):
-                    raise OSError("short write")
-                part.replace(self._path)
-            except OSError:
-                os.close(made)
-                part.unlink(missing_ok=True)
-                raise
-        except (OSError, RequestError):
+        done = self._file.rewrite(map(_to_line, self._lines()))
+        if not done:
             now_s = time.monotonic()
-            self._next_try_s, self._compact_at = now_s + REST * (now_s - began_s), self._bytes + MOST_BYTES
-            return False
-        os.close(self._file)
-        self._file, self._bytes, self._compact_at = made, len(data), max(MOST_BYTES, 4 * len(data))
-        return True
+            self._next_try_s = now_s + REST * (now_s - began_s)
+        return done
 
     def _lines(self) -> Iterable[Line]:
-        yield self._run
+        yield self.run
         for request in self.known.values():
             yield msgspec.structs.replace(request.asked, tokens=tuple(request.tokens))
             if request.end is not None:
@@ -225,23 +192,10 @@ class Journal:
 
     def close(self) -> None:
         """Flush and close the file. Idempotent."""
-        if self._file >= 0:
+        if not self._closed:
+            self._closed = True
             self.flush()
-            os.close(self._file)
-            self._file = -1
-
-
-def _locked(path: Path, flags: int) -> int:
-    """Open a journal and lock it for this process.
-
-    Raises:
-        OSError: it cannot be opened.
-        RequestError: another process has locked it.
-    """
-    try:
-        return locked(path, flags)
-    except BlockingIOError:
-        raise RequestError(f"{path}: the run is still active; send requests to that run") from None
+            self._file.close()
 
 
 class Resumed:
@@ -256,7 +210,7 @@ class Resumed:
         self._path = run_dir / FILE
         self.requests: dict[str, Request] = {}
         try:
-            self._file = _locked(self._path, os.O_RDWR)
+            self._file = taken(self._path, os.O_RDWR)
         except OSError as error:
             raise RequestError(f"{self._path}: {error.strerror}; was the run started with journal: true?") from None
         try:
@@ -266,22 +220,19 @@ class Resumed:
             raise
 
     def _read(self, began: Began) -> int:
-        """Read all whole lines and return their size in bytes. The last line may be cut off, if its process died."""
+        """Read all whole lines and return their size in bytes."""
         size = 0
-        with open(os.dup(self._file), "rb") as file:
-            for number, data in enumerate(iter(lambda: file.readline(MOST_LINE_BYTES), b""), 1):
-                if not data.endswith(b"\n"):
-                    break
-                try:
-                    line = _of_line(data)
-                    if not size and not isinstance(line, Began):
-                        raise ValueError("expected the run's hashes in the first line")
-                    size += len(data)
-                    self._take(line, began)
-                except RequestError:
-                    raise
-                except (msgspec.MsgspecError, ValueError, KeyError, TypeError, RecursionError) as error:
-                    raise RequestError(f"{self._path}:{number}: damaged: {describe(error)}") from None
+        for number, data in enumerate(whole_lines(os.dup(self._file)), 1):
+            try:
+                line = _of_line(data)
+                if not size and not isinstance(line, Began):
+                    raise ValueError("expected the run's hashes in the first line")
+                size += len(data)
+                self._take(line, began)
+            except RequestError:
+                raise
+            except (msgspec.MsgspecError, ValueError, KeyError, TypeError, RecursionError) as error:
+                raise RequestError(f"{self._path}:{number}: damaged: {describe(error)}") from None
         if not size:
             raise RequestError(f"{self._path}: empty; nothing can be resumed")
         return size
@@ -334,17 +285,14 @@ def is_open(run_dir: Path) -> bool:
         return False
     left: set[str] = set()
     try:
-        with regular(path).open("rb") as file:
-            for data in iter(lambda: file.readline(MOST_LINE_BYTES), b""):
-                if not data.endswith(b"\n"):
-                    break
-                match _of_line(data):
-                    case Asked(id=key):
-                        left.add(key)
-                    case Ended(id=key):
-                        left.discard(key)
-                    case Moved():
-                        return False
+        for data in whole_lines(regular(path)):
+            match _of_line(data):
+                case Asked(id=key):
+                    left.add(key)
+                case Ended(id=key):
+                    left.discard(key)
+                case Moved():
+                    return False
     except (OSError, msgspec.MsgspecError, RecursionError):
         return True
     return bool(left)

@@ -55,6 +55,8 @@ class Text(msgspec.Struct, tag="text", frozen=True):
 
     text: str
     seconds: int
+    special: bool = True
+    """Whether the model's special tokens are added around the text."""
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
@@ -149,7 +151,7 @@ class Worker:
         _limit(resource.RLIMIT_CPU, limit)
         try:
             if isinstance(request, Text):
-                return Ids(self._codec.encode(request.text, special=True))
+                return Ids(self._codec.encode(request.text, special=request.special))
             options = ChatOptions(request.tools, request.documents, request.template, request.arguments)
             if request.encode:
                 return Ids(self._codec.chat_ids(request.messages, options))

@@ -96,10 +96,10 @@ class TextProcess:
         reply = self._chat(messages, options, encode=False)
         return reply.text if isinstance(reply, Rendered) else ""
 
-    def ids(self, text: str) -> list[int]:
-        """Return the token ids of a raw prompt. Errors are those of `chat_ids`."""
+    def ids(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the token ids of a raw prompt, with the model's special tokens around it. Errors are those of `chat_ids`."""
         limit_s = LIMIT_S + len(text) / LETTERS_PER_S
-        reply = self._ask(Text(text, _whole(limit_s)), limit_s, "tokenizer")
+        reply = self._ask(Text(text, _whole(limit_s), special), limit_s, "tokenizer")
         return reply.ids if isinstance(reply, Ids) else []
 
     def _chat(self, messages: Sequence[Mapping[str, Any]], options: ChatOptions, *, encode: bool) -> Reply:

@@ -10,6 +10,7 @@
 #define QUERIES 32 /* queries of one key-value head that go through the cache together */
 #define PART 256   /* positions of a block */
 #define MOST_WIDTH 512
+#define FEW_QUERIES 5
 
 /* The next tokens of one session, the first at `position`, and its cache in bfloat16: blocks of PART positions, each with, for each
    layer and key-value head, the keys in tiles of 16 positions [PART / 16, width / 2, 16, 2] and then the values in pairs of
@@ -184,7 +185,7 @@ static void block_scores(Desk d, const uint16_t *keys, int positions, int width,
             d.score + q * PART, PART, 0, few = next(count - q));
 }
 
-/* Add up MIX_WIDE times 16 widths of the values of a block, each times its share. */
+/* Add up `wide` times 16 widths of the values of a block, each times its share. */
 INLINE void mix_rows(
     const uint16_t *values, size_t width, int positions, const float *shares, float *out, const int count, const int wide) {
     F sum[TOKENS][4];
@@ -194,19 +195,21 @@ INLINE void mix_rows(
     int p = 0;
     for (; p + 2 <= positions; p += 2) {
         const uint16_t *own = values + (size_t)p * width;
-        F even[4], odd[4];
 #pragma GCC unroll 4
         for (int i = 0; i < wide; i++) {
             _mm_prefetch((const char *)(own + 24 * width + 32 * i), _MM_HINT_T0);
-            even[i] = f_first(own + 32 * i);
-            odd[i] = f_second(own + 32 * i);
-        }
+            F v = f_first(own + 32 * i);
 #pragma GCC unroll 8
-        for (int t = 0; t < count; t++) {
-            F first = f_all(shares[t * PART + p]), second = f_all(shares[t * PART + p + 1]);
-#pragma GCC unroll 4
-            for (int i = 0; i < wide; i++)
-                sum[t][i] = f_fma(odd[i], second, f_fma(even[i], first, sum[t][i]));
+            for (int t = 0; t < count; t++) {
+                sum[t][i] = f_fma(v, f_all(shares[t * PART + p]), sum[t][i]);
+                F_KEEP(sum[t][i]);
+            }
+            v = f_second(own + 32 * i);
+#pragma GCC unroll 8
+            for (int t = 0; t < count; t++) {
+                sum[t][i] = f_fma(v, f_all(shares[t * PART + p + 1]), sum[t][i]);
+                F_KEEP(sum[t][i]);
+            }
         }
     }
     if (p < positions)
@@ -219,13 +222,14 @@ INLINE void mix_rows(
 }
 
 static void block_mix(Desk d, const uint16_t *values, int positions, int width, int count) {
-    int wide = width % 64 == 0 && sizeof(F) == 64 ? 4 : 1; /* four vectors at once need 32 registers */
+    /* Four vectors at once read the values in their order. But many queries then need 32 registers. */
+    int wide = width % 64 == 0 && (REGISTERS == 32 || count <= FEW_QUERIES) ? 4 : 1;
     for (int i = 0; i < width; i += 16 * wide)
         for (int q = 0, few; q < count; q += few) {
             const float *shares = d.share + q * PART;
             float *out = d.made + (size_t)q * width + i;
             if (wide == 1) {
-                few = next(count - q);
+                few = next_of(count - q, 5);
                 BY_COUNT(few, mix_rows(values + 2 * i, width, positions, shares, out, N, 1))
                 continue;
             }

@@ -17,10 +17,10 @@ INLINE int pairs(void) { return 0; }
 static int summed_at_once(const Tokens *tokens) { return TOKENS; }
 #endif
 
-/* Return how many columns are multiplied at a time: equal parts of at most about COLUMNS, in whole blocks. */
+/* Return how many columns are multiplied at a time: equal parts of at most COLUMNS, in whole blocks. */
 static size_t columns_at_once(size_t columns) {
-    size_t parts = (columns + COLUMNS - 1) / COLUMNS;
-    return (columns / BLOCK + parts - 1) / parts * BLOCK;
+    size_t blocks = (columns + BLOCK - 1) / BLOCK, parts = (columns + COLUMNS - 1) / COLUMNS;
+    return (blocks + parts - 1) / parts * BLOCK;
 }
 
 /* Multiply some tiles with the tokens from `first` to `end`. If there are more tokens than are summed at once, take some of the

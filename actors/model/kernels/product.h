@@ -20,7 +20,7 @@
        FOUR_TILES    up to how many tokens are multiplied with four tiles together; twice as many take two tiles
        tile_whole    the product of one tile of whole numbers with up to TOKENS tokens
        WHOLE_AT_ONCE(kind)
-                     optional: with fewer tokens than TOKENS
+                     optional: how many tokens `tile_whole` takes, if fewer than TOKENS
        WIDEN, widen  optional: weights in int8 are multiplied with tokens of 16 bits, which `widen` makes of 32 columns
        COLUMNS       optional: how many columns of bfloat16 are multiplied at a time, if there are more than TOKENS tokens
        PAIRS, pairs, pairs_any
@@ -54,6 +54,8 @@
 #define WIDE_COUNTS(call) ONE_COUNT(6, call) ONE_COUNT(7, call) ONE_COUNT(8, call)
 #elif TOKENS == 6
 #define WIDE_COUNTS(call) ONE_COUNT(6, call)
+#else
+#error "give WIDE_COUNTS for this number of TOKENS"
 #endif
 #define BY_COUNT(count, call) \
     switch (count) { \

@@ -1,7 +1,7 @@
 // flags: -mavx2 -mfma -mf16c
 /* Multiply with AVX2, whose vectors are half as wide as a tile. */
 
-#define TOKENS 6 /* twelve sums, two vectors of weights and one of tokens fill the sixteen registers */
+#define TOKENS 6 /* twelve sums, two vectors of weights, one of tokens and a mask fill the sixteen registers */
 #define FOUR_TILES 1
 #define WHOLE_AT_ONCE(kind) ((kind) == INT4 ? 6 : 5)
 #define WIDEN

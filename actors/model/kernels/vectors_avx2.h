@@ -7,6 +7,7 @@ typedef struct {
     __m256i a, b;
 } I;
 
+#define REGISTERS 16
 /* Have a value in registers here. Otherwise gcc mixes operations from far apart, and has to store what it added. */
 #define F_KEEP(x) __asm__ volatile("" : "+x"((x).a), "+x"((x).b))
 

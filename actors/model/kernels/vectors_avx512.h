@@ -3,6 +3,7 @@
 typedef __m512 F;  /* 16 float32 */
 typedef __m512i I; /* 64 bytes: 16 int32, or 64 int8 */
 
+#define REGISTERS 32
 #define F_KEEP(x) /* there are registers enough */
 
 INLINE F f_load(const float *from) { return _mm512_loadu_ps(from); }

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ranvier.graph.serve.ids import Ids
 from ranvier.graph.serve.tool_calls import HERMES, LLAMA, MISTRAL, Arguments, Begun, Calls, Family, family_of
 from ranvier.graph.serve.tool_prompts import in_words
 
@@ -47,7 +48,7 @@ CASES: list[tuple[Family, str, str, list[tuple[str, Any]]]] = [
 def test_calls_in_any_pieces(family: Family, text: str, content: str, calls: list[Any], cuts: list[int]) -> None:
     """Find the same content and calls in any pieces of a text."""
     ends = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
-    parser = Calls(family)
+    parser = Calls(family, Ids("x"))
     found = [each for a, b in itertools.pairwise(ends) for each in parser.add(text[a:b])] + parser.rest()
     assert "".join(each for each in found if isinstance(each, str)) == content
     begun = [each for each in found if isinstance(each, Begun)]
@@ -61,7 +62,7 @@ def test_calls_in_any_pieces(family: Family, text: str, content: str, calls: lis
 
 def test_arguments_come_as_they_are_written() -> None:
     """Pass the pieces of arguments on before the call is complete."""
-    parser = Calls(HERMES)
+    parser = Calls(HERMES, Ids("x"))
     assert [type(each) for each in parser.add('<tool_call>{"name": "f", "arguments": {"a"')] == [Begun, Arguments]
     assert parser.add(': "b') == [Arguments(0, ': "b')]
 
@@ -83,7 +84,7 @@ def test_tools_in_words() -> None:
     told = in_words([{"role": "user", "content": "Hi"}, called, {"role": "tool", "content": "21 C"}], [tool])
     assert [message["role"] for message in told] == ["system", "user", "assistant", "user"]
     assert json.dumps(tool) in told[0]["content"]
-    parser = Calls(HERMES)
+    parser = Calls(HERMES, Ids("x"))
     made = parser.add(told[2]["content"]) + parser.rest()
     assert [type(each) for each in made] == [Begun, Arguments] and '"Ulm"' in made[1].piece
     assert "21 C" in told[3]["content"] and "tool_calls" not in told[2]
