@@ -42,7 +42,7 @@ async def answer(
 ) -> tuple[float, list[float], int]:
     """Return the time to the first text, the gaps after it, and the number of tokens."""
     reader, writer = connection
-    began, came, times = time.perf_counter(), b"", list[float]()
+    began, came, begun, times = time.perf_counter(), b"", b"", list[float]()
     writer.write(
         b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
         % (path.encode(), len(data), data)
@@ -51,9 +51,13 @@ async def answer(
         new = await reader.read(LITTLE if slow else 1 << 16)
         assert new, came
         came += new
+        assert came.startswith(b"HTTP/1.1 200"[: len(came)]), came  # other answers end in other ways
         if slow:
             await asyncio.sleep(PAUSE_S)
-        elif times or any(map(is_text, events(came))):
+            continue
+        begun += new
+        whole, _, begun = begun.rpartition(b"\n\n")  # events: comments and the end are no text
+        if any(map(is_text, events(whole))):
             times.append(time.perf_counter())
     gaps = [b - a for a, b in itertools.pairwise(times)]
     return times[0] - began if times else 0.0, gaps, events(came)[-1]["usage"]["completion_tokens"]

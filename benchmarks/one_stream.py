@@ -11,7 +11,7 @@ from __future__ import annotations
 from functools import partial
 
 from contestants import FOUR, Makers, in_one_host, in_turn, ours
-from peers import ctranslate2, llama_cpp, openvino, transformers
+from peers import ctranslate2, llama_cpp, openvino, transformers, transformers_forms
 from report import Answer, Goal
 
 THREADS = (1, 2)
@@ -28,8 +28,7 @@ def ask(rounds: int) -> Answer:
         for t in THREADS
         for name, make in {
             **{f"llama.cpp, {form}": partial(llama_cpp, form, t, 1) for form in ("Q4_1", "Q4_0", "Q8_0")},
-            "transformers": partial(transformers, t, 1),
-            "transformers, compiled": partial(transformers, t, 1, compiled=True),
+            **{name: partial(transformers, t, 1, **form) for name, form in transformers_forms().items()},
             **{f"OpenVINO, {form}": partial(openvino, form, t, 1) for form in ("bfloat16", "int8", "int4")},
             "CTranslate2, int8": partial(ctranslate2, t, 1),
         }.items()
@@ -45,7 +44,7 @@ def ask(rounds: int) -> Answer:
         [
             Goal(either("one process, stored"), llama, 1.15),
             Goal(either("four processes, stored"), llama, 1.0),
-            Goal(either("one process, bfloat16"), either("transformers", "transformers, compiled"), 2.0),
+            Goal(either("one process, bfloat16"), either(*transformers_forms()), 2.0),
             Goal(either("one process, bfloat16"), either("OpenVINO, bfloat16"), 1.5),
             Goal(either("one process, int8"), either("OpenVINO, int8", "CTranslate2, int8"), 1.5),
             Goal(either("one process, stored"), either("OpenVINO, int4"), 1.5),

@@ -14,6 +14,7 @@ import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import report
 from contestants import NEW, PEERS, PROMPT, Contestant, model_file
@@ -25,7 +26,7 @@ import json, sys, time, torch
 from transformers import AutoModelForCausalLM
 folder, threads, streams, prompt, new = sys.argv[1], *map(json.loads, sys.argv[2:6])
 torch.set_num_threads(threads)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, sys.argv[7])).eval()
 options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 2}
 ids = torch.tensor([prompt] * streams)
 def request():
@@ -141,14 +142,29 @@ class Missing(report.Ended):
 
 
 def transformers(
-    threads: int, streams: int, *, compiled: bool = False, prompt: Sequence[int] = PROMPT, new: int = NEW
+    threads: int, streams: int, *, compiled: bool = False, dtype: str = "bfloat16", prompt: Sequence[int] = PROMPT,
+    new: int = NEW,
 ) -> Contestant:  # fmt: skip
-    """Return transformers in bfloat16, as it is or compiled, with a static cache and packed weights."""
+    """Return transformers, as it is or compiled, with a static cache and packed weights."""
     settings = {"TORCHINDUCTOR_FREEZING": "1", "TORCHINDUCTOR_CACHE_DIR": str(PEERS / "inductor")} if compiled else {}
     return Contestant(
         sys.executable, TRANSFORMERS, *_arguments(FORMS / "safetensors", threads, streams, prompt, new),
-        "compiled" if compiled else "", HF_HUB_OFFLINE="1", **settings,
+        "compiled" if compiled else "", dtype, HF_HUB_OFFLINE="1", **settings,
     )  # fmt: skip
+
+
+def transformers_forms() -> dict[str, dict[str, Any]]:
+    """Return the forms of transformers that may be its fastest, as arguments by their names.
+
+    Processors without products of bfloat16 compute in float32: there, it is tried too, and bfloat16 only compiled.
+    """
+    flags = Path("/proc/cpuinfo").read_text()
+    forms = [("bfloat16", True)]
+    forms += [("bfloat16", False)] if "avx512_bf16" in flags else [("float32", True), ("float32", False)]
+    return {
+        f"transformers, {dtype}{', compiled' if compiled else ''}": {"dtype": dtype, "compiled": compiled}
+        for dtype, compiled in forms
+    }
 
 
 def transformers_code(functions: str, figure: str) -> Contestant:
@@ -157,7 +173,7 @@ def transformers_code(functions: str, figure: str) -> Contestant:
         "print(streams * new / (time.perf_counter() - began), flush=True)", f"print({figure}, flush=True)"
     )
     arguments = _arguments(FORMS / "safetensors", 2, 1, PROMPT, NEW)
-    return Contestant(sys.executable, functions + code, *arguments, "", HF_HUB_OFFLINE="1")
+    return Contestant(sys.executable, functions + code, *arguments, "", "bfloat16", HF_HUB_OFFLINE="1")
 
 
 def llama_cpp(

@@ -44,11 +44,11 @@ async def first_ms(run, body):
     async for token in run.generate(body["messages"], max_tokens=body["max_tokens"], stop_tokens=()):
         came = came or (time.perf_counter() if token.text else 0.0)
     return 1000 * (came - began)
-def server_mib():
+def most_mib():
     return int(pathlib.Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
 async def main():
     async with ranvier.launch(ranvier.load(file), runs=file.parent) as run, serving({"bench": run}, Options(port=0)) as url:
-        process = client(url.removeprefix("http://"))
+        process, before = client(url.removeprefix("http://")), most_mib()
         while await trio.to_thread.run_sync(sys.stdin.readline):
             if sys.argv[3] == "later_ms":
                 body = json.loads(sys.argv[2])["body"]
@@ -58,7 +58,7 @@ async def main():
                     later.append(over - await first_ms(run, body))
                 show({"later_ms": statistics.median(later)})
             else:
-                show({**await trio.to_thread.run_sync(asked, process), "server_mib": server_mib()})
+                show({**await trio.to_thread.run_sync(asked, process), "server_mib": most_mib() - before})
         process.kill()
 trio.run(main)
 """
@@ -80,7 +80,10 @@ def asking(count: int, path: str, body: Mapping[str, Any], slow: int = 0) -> str
 
 
 def served(asked: str, figure: str = "tokens_s") -> Contestant:
-    """Return `ranvier serve` on the stored model in two stages. `figure` is one of http_client.py's, `later_ms`, or `server_mib`."""
+    """Return `ranvier serve` on the stored model in two stages.
+
+    `figure` is one of http_client.py's, `later_ms`, or `server_mib`.
+    """
     return Contestant(sys.executable, _OURS, CLIENT, asked, figure, graph_of(TWO, "stored"))
 
 
@@ -88,5 +91,12 @@ def llama_server(form: str, streams: int, asked: str, figure: str = "tokens_s") 
     """Return llama.cpp's server with two threads and a slot for each stream."""
     command, port = peers.server(form, streams)
     started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    peers.until_healthy(port)
+    try:
+        peers.until_healthy(port)
+    except peers.Missing:
+        started.kill()
+        raise
+    own = json.loads(asked)
+    own["body"]["cache_prompt"] = False  # the same prompt comes again in each turn
+    asked = json.dumps(own)
     return Contestant(sys.executable, _PEER, CLIENT, asked, figure, f"127.0.0.1:{port}", with_it=[started])

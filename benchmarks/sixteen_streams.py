@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import partial
 
 from contestants import FOUR, TWO, Makers, in_one_host, in_turn, ours
-from peers import ctranslate2, llama_cpp, llama_cpp_cut, openvino, transformers
+from peers import ctranslate2, llama_cpp, llama_cpp_cut, openvino, transformers, transformers_forms
 from report import Answer, Goal
 
 STREAMS = 16
@@ -25,8 +25,7 @@ def ask(rounds: int) -> Answer:
         **{f"llama.cpp, {form}": partial(llama_cpp, form, 2, STREAMS) for form in ("Q4_1", "Q4_0", "Q8_0")},
         **{f"llama.cpp cut, {form}, {t} threads each": partial(llama_cpp_cut, form, STREAMS, t)
            for form in ("Q4_1", "Q4_0") for t in (1, 2)},
-        "transformers": partial(transformers, 2, STREAMS),
-        "transformers, compiled": partial(transformers, 2, STREAMS, compiled=True),
+        **{name: partial(transformers, 2, STREAMS, **form) for name, form in transformers_forms().items()},
         **{f"OpenVINO, {form}": partial(openvino, form, 2, STREAMS) for form in ("bfloat16", "int8", "int4")},
         "CTranslate2, int8": partial(ctranslate2, 2, STREAMS),
     }  # fmt: skip
@@ -40,7 +39,7 @@ def ask(rounds: int) -> Answer:
         in_turn(makers, rounds),
         [
             Goal(best("stored"), llama, 1.6),
-            Goal(best("bfloat16"), ["transformers", "transformers, compiled"], 1.8),
+            Goal(best("bfloat16"), list(transformers_forms()), 1.8),
             Goal(best("bfloat16"), "OpenVINO, bfloat16", 1.5),
             Goal(best("int8"), ["OpenVINO, int8", "CTranslate2, int8"], 1.5),
             Goal(best("stored"), "OpenVINO, int4", 1.5),

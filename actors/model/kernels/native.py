@@ -33,7 +33,7 @@ def prefill_chunk() -> int:
 
 
 def repeatable_is_cheap() -> bool:
-    """Return whether repeatable products cost this processor at most 5 % (benchmarks/repeatable.py).
+    """Return whether repeatable products cost this processor at most 5 % (benchmarks/products.py).
 
     With AMX, prompts take a fifth (bfloat16) or a third longer. Without it, there is only one way to multiply.
     """
