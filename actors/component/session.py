@@ -157,3 +157,7 @@ class SessionInfo:
     def finished(self, generated: int, token: int) -> bool:
         """Return whether `token`, the `generated`-th of the stream, ends it. The gateway and the head use the same rule."""
         return generated >= self.max_tokens or token in self.stop_tokens
+
+    def reason(self, token: int) -> str:
+        """Return why a stream that `token` has ended is over: "stop" or "length"."""
+        return "stop" if token in self.stop_tokens else "length"

@@ -21,6 +21,7 @@ from .command_line import interrupts, say, show_text
 
 PAUSE_S = 0.5
 """Time between two tries to reach the server again."""
+BUSY = (429, 503)
 GONE = (OSError, http.client.HTTPException)
 
 
@@ -119,6 +120,8 @@ class Server:
                     if chunk is None:
                         return
                     last, until_s = number, 0.0
+                    if "error" in chunk and chunk["error"]["code"] == "stopping":
+                        break
                     if "error" in chunk:
                         raise RequestError(chunk["error"]["message"])
                     yield "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
@@ -133,12 +136,15 @@ class Server:
         say(f"{lost}; asking for the rest", error=True)
         while True:
             try:
-                return _checked(self._ask("GET", f"/streams/{name}?after={last}"))
+                answer = self._ask("GET", f"/streams/{name}?after={last}")
+                if answer.status not in BUSY:
+                    return _checked(answer)
+                why: object = f"it answers {answer.status}"
+                answer.read()
             except GONE as error:
-                if time.monotonic() > until_s:
-                    raise LinkBroken(
-                        f"{self._at.geturl()}: {error}; it was not there for {self._patience_s:g} s"
-                    ) from None
+                why = error
+            if time.monotonic() > until_s:
+                raise LinkBroken(f"{self._at.geturl()}: {why}; it was not there for {self._patience_s:g} s")
             time.sleep(PAUSE_S)
 
     def _ask(self, method: str, path: str, body: bytes | None = None) -> http.client.HTTPResponse:

@@ -85,6 +85,7 @@ def serve_command(
         host=host, port=port, queue=queue, deadline_s=deadline, stop_s=stop_after, resume_window_s=resume_window,
         keys=read_keys(api_key_file) if api_key_file is not None else (), allow_hosts=tuple(allow_host or ()),
         allow_origins=tuple(allow_origin or ()), certfile=certfile, keyfile=keyfile,
+        say=lambda what: say(what, error=True),
     )  # fmt: skip
     if not is_loopback(host) and certfile is None:
         say(f"warning: keys and texts cross the network as they are; serve {host} over TLS with --certfile", error=True)

@@ -29,7 +29,9 @@ def ids_of(
         CheckpointError: see `TextProcess.chat_ids`.
     """
     raw = raw or (graph.checkpoint is not None and graph.checkpoint.config.encoder is not None)
-    return text.ids(prompt, special=special) if raw and isinstance(prompt, str) else text.chat_ids(as_chat(prompt), chat)
+    return (
+        text.ids(prompt, special=special) if raw and isinstance(prompt, str) else text.chat_ids(as_chat(prompt), chat)
+    )
 
 
 def check_ids(graph: Graph, ids: Sequence[int], max_tokens: int, spare: int = 0) -> None:

@@ -22,7 +22,7 @@ from ..file.checked import Graph
 from ..file.errors import RequestError, TooLong
 from ..sessions import journal
 from ..sessions.gateway import Gateway
-from ..sessions.generation import Client, Generation, Wakes, logprobs_of
+from ..sessions.generation import Client, Generation, Over, Wakes, logprobs_of
 from ..sessions.grammars import Grammars
 from ..sessions.journal import Asked, Ended, Journal
 from ..sessions.stream import Stream, Tensors
@@ -211,13 +211,13 @@ class Requests:
         """Check the tokens that an answer has already.
 
         Raises:
-            RequestError: they are not token ids, or leave none to generate.
+            RequestError: they are not token ids, or too many.
         """
         made = tuple(whole("answered", token) for token in listed("answered", tokens))
         if made:
             check_ids(self._graph, made, 0)
-        if len(made) >= most:
-            raise RequestError(f"answered: expected fewer tokens than max_tokens of {most}, got {len(made)}")
+        if len(made) > most:
+            raise RequestError(f"answered: expected at most max_tokens of {most}, got {len(made)}")
         return made
 
     def _stop_strings(self, stop: Sequence[str]) -> tuple[str, ...]:
@@ -269,9 +269,13 @@ class Requests:
         source = tuple(ids) if inputs else ()
         asked = journal.of_request(request.key, info, request.stop, deadline_s, source=source)
         asked = msgspec.structs.replace(asked, tokens=request.answered)
-        client = self.submit(info, inputs, asked, request.deadline_ns, request.caller)
-        generation.begin(client, client.stream.info, len(ids))
-        generation.recorded(len(log), request.answered, len(log) + len(request.answered))
+        answered = request.answered
+        if answered and info.finished(len(answered), answered[-1]):
+            generation.begin(Over(info.reason(answered[-1])), info, len(ids))
+        else:
+            client = self.submit(info, inputs, asked, request.deadline_ns, request.caller)
+            generation.begin(client, client.stream.info, len(ids))
+        generation.recorded(len(log), answered, len(log) + len(answered))
 
     async def prepare(self) -> None:
         """Turn prompts that are text into token ids, in order of arrival, and begin their requests.

@@ -211,7 +211,7 @@ class Run:
             traceparent: the W3C trace context of the caller, whose trace the request's spans join. Without one, the
                 spans form a separate trace if the graph has `telemetry.otlp`.
             answered: tokens of the answer that another generation of this prompt has made. This one yields the tokens after
-                them: with the same arguments, those that would have followed.
+                them: with the same arguments, those that would have followed; none if the answer is complete.
             grammar: which texts the answer may be: `{"json": schema}`, `{"regex": pattern}`, or `{"lark": grammar}` in
                 llguidance's notation. The answer ends where the text is complete.
 

@@ -54,6 +54,10 @@ class Answers(abc.ABC):
         """Return the events after all answers."""
         return []
 
+    def error(self, body: dict[str, Any]) -> list[Any]:
+        """Return the events of an error that ends the answer. `body` is OpenAI's error object."""
+        return [body]
+
     @abc.abstractmethod
     def whole(self) -> dict[str, Any]:
         """Return the answer that is not streamed."""

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from starlette.applications import Starlette
@@ -19,7 +19,7 @@ from . import chat, embeddings, metrics
 from .bodies import DetokenizeBody, EmbeddingBody, TokenizeBody, parsed
 from .bridge import Bridge, Reply
 from .guard import Door, Guard
-from .problems import FAILED, Problem, problem_of, unknown
+from .problems import FAILED, STOPPING, Problem, problem_of, unknown
 from .stream_log import Origin, Record
 from .streams import Events, Kept, Stream, collected
 from .tool_calls import family_of
@@ -36,7 +36,7 @@ class Endpoints:
         now = int(time.time())
         self.stopping = False
         self._kept = kept
-        self._taking_up = asyncio.Lock()
+        self._taking_up: dict[str, asyncio.Lock] = {}
         self._models = {
             name: Served(name, bridge, Wording(bridge.codec), family_of(bridge.template), now)
             for name, bridge in models.items()
@@ -75,7 +75,7 @@ class Endpoints:
         model = self._model(body.model)
         return _json(await embeddings.answer(body, model.bridge, model.name))
 
-    async def _answer(self, request: Request, endpoint: str) -> Any:
+    async def _answer(self, request: Request, endpoint: Literal["chat", "completions", "responses"]) -> Any:
         data = await request.body()
         origin = Origin(
             request_id=request.state.request_id, owner=request.state.key, seed=secrets.randbits(62),
@@ -90,8 +90,8 @@ class Endpoints:
         stream = Stream(bridge, made.asked, made.maker, origin)
         stream.start()
         await stream.accepted()
-        stream.write_down(endpoint, data)
         self._kept.add(stream)
+        stream.write_down(endpoint, data)
         return Events(stream, {})
 
     async def resume(self, request: Request) -> Any:
@@ -102,14 +102,21 @@ class Endpoints:
         except ValueError:
             raise Problem(400, f"Last-Event-ID: expected a number, got {last!r:.60}", code="invalid_value") from None
         name, owner = request.path_params["request_id"], request.state.key
-        async with self._taking_up:
-            record = self._kept.left(name, owner)
-            if record is not None:
-                await self._take_up(record)
-        return Events(self._kept.find(name, owner), {}, after)
+        if self._kept.left(name, owner) is not None:
+            async with self._taking_up.setdefault(name, asyncio.Lock()):
+                record = self._kept.left(name, owner)
+                if record is not None:
+                    await self._take_up(record)
+            self._taking_up.pop(name, None)
+        stream = self._kept.find(name, owner)
+        request.state.request_id = name
+        if stream.waits:
+            stream.start()
+            await stream.accepted()
+        return Events(stream, {}, after)
 
     async def _take_up(self, record: Record) -> None:
-        """Make the stream of a killed server again, up to what is known of it."""
+        """Make the stream of an earlier server again, up to what is known of it."""
         opened = record.opened
         made = await ENDPOINTS[opened.endpoint](self._writer, opened.origin, opened.body.encode())
         stream = Stream(made.model.bridge, made.asked, made.maker, opened.origin)
@@ -190,7 +197,7 @@ class Endpoints:
             Problem: there is no such model.
         """
         if self.stopping:
-            raise Problem(503, "the server is stopping", FAILED, code="stopping", headers={"retry-after": "5"})
+            raise Problem(503, "the server is stopping", FAILED, code=STOPPING, headers={"retry-after": "5"})
         if name is None and len(self._models) == 1:
             return next(iter(self._models.values()))
         found = self._models.get(name or "")

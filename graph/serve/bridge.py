@@ -313,9 +313,6 @@ class Bridge:
             with answer.scope:
                 if self._stopped is not None:
                     raise self._stopped
-                if (reason := self._finished(answer.asked)) is not None:
-                    self._post(answer, Ended(reason))
-                    return
                 if lost := self.run.lost_for(PATIENCE_S):
                     raise unavailable(lost, PATIENCE_S)
                 generation = None
@@ -382,16 +379,6 @@ class Bridge:
         )  # fmt: skip
         self._running += 1
         return generation
-
-    def _finished(self, asked: Asked) -> str | None:
-        """Return why an answer is complete with the tokens that it has already, or None: its client left before its end."""
-        checkpoint = self.run.plan.graph.checkpoint
-        if not asked.answered or checkpoint is None:
-            return None
-        ends = checkpoint.config.eos_tokens if asked.stop_tokens is None else asked.stop_tokens
-        if asked.answered[-1] in ends:
-            return "stop"
-        return "length" if len(asked.answered) >= asked.max_tokens else None
 
     def _left_s(self, answer: Answer) -> float:
         """Return the time that an answer has until its deadline."""

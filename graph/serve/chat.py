@@ -37,15 +37,19 @@ def messages_of(given: Sequence[Message]) -> list[dict[str, Any]]:
     for number, message in enumerate(given):
         role = "system" if message.role == "developer" else message.role
         one: dict[str, Any] = {"role": role, "content": _text(message, f"messages[{number}].content")}
+        if message.role == "function":  # its older name
+            one["role"] = "tool"
         for name in ("name", "tool_call_id", "reasoning_content"):
             if getattr(message, name) is not None:
                 one[name] = getattr(message, name)
-        calls = list(message.tool_calls or ())
+        calls = [(call.id, call.function) for call in message.tool_calls or ()]
+        if message.function_call is not None:
+            calls.append(("", message.function_call))
         if calls:
             one["tool_calls"] = [
-                {"id": call.id, "type": "function",
-                 "function": {"name": call.function.name, "arguments": _object(call.function.arguments)}}
-                for call in calls
+                {"id": name, "type": "function",
+                 "function": {"name": function.name, "arguments": _object(function.arguments)}}
+                for name, function in calls
             ]  # fmt: skip
         made.append(one)
     return made
@@ -79,6 +83,11 @@ def _object(arguments: str) -> Any:
 def functions_of(body: ChatBody) -> list[FunctionTool]:
     """Return the functions that the model may call, also those of the older field `functions`."""
     return [tool.function for tool in body.tools or ()] + list(body.functions or ())
+
+
+def choice_of(body: ChatBody) -> object:
+    """Return the choice among the tools, also that of the older field `function_call`."""
+    return body.function_call if body.tool_choice is None and body.functions else body.tool_choice
 
 
 def tools_of(functions: Sequence[FunctionTool], choice: object) -> list[dict[str, Any]] | None:
@@ -154,9 +163,14 @@ class Chat(Choices):
     chunk = "chat.completion.chunk"
     prefix = "chatcmpl-"
 
-    def __init__(self, *given: Any, family: Family | None = None, **options: Any) -> None:
+    def __init__(self, *given: Any, body: ChatBody, family: Family | None = None, **options: Any) -> None:
         super().__init__(*given, **options)
-        self._calls = [Calls(family, self.ids) if family is not None else None for _ in range(self.count)]
+        self._older = not body.tools and bool(body.functions)
+        """Calls are shown in the older form, `function_call`."""
+        several = body.parallel_tool_calls is not False and not self._older
+        self._calls = [
+            Calls(family, self.ids, several=several) if family is not None else None for _ in range(self.count)
+        ]
         self._made: list[list[dict[str, Any]]] = [[] for _ in range(self.count)]
         self._contents = [""] * self.count
 
@@ -169,7 +183,8 @@ class Chat(Choices):
         if isinstance(event, Ended):
             found = calls.rest() if calls is not None else []
             made = [self._chunk_of(index, delta) for delta in self._deltas(index, found)]
-            reason = "tool_calls" if calls is not None and calls.count and event.reason == "stop" else event.reason
+            called = "function_call" if self._older else "tool_calls"
+            reason = called if calls is not None and calls.count and event.reason == "stop" else event.reason
             self.reasons[index] = reason
             return [*made, self._chunk_of(index, {}, reason=reason)]
         self.note(index, event)
@@ -191,10 +206,12 @@ class Chat(Choices):
                 case Begun(number, name, name_of_call):
                     function = {"name": name, "arguments": ""}
                     made.append({"id": name_of_call, "type": "function", "function": function})
-                    deltas.append({"tool_calls": [{"index": number, **made[-1], "function": dict(function)}]})
+                    shown = {"tool_calls": [{"index": number, **made[-1], "function": dict(function)}]}
+                    deltas.append({"function_call": dict(function)} if self._older else shown)
                 case Arguments(number, piece):
                     made[number]["function"]["arguments"] += piece
-                    deltas.append({"tool_calls": [{"index": number, "function": {"arguments": piece}}]})
+                    shown = {"tool_calls": [{"index": number, "function": {"arguments": piece}}]}
+                    deltas.append({"function_call": {"arguments": piece}} if self._older else shown)
         return deltas
 
     def _chunk_of(self, index: int, delta: dict[str, Any], reason: str | None = None, logprobs: Any = None) -> Any:
@@ -205,7 +222,9 @@ class Chat(Choices):
         calls = self._made[index]
         content = self._contents[index] or (None if calls else "")
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if calls:
+        if calls and self._older:
+            message["function_call"] = calls[0]["function"]
+        elif calls:
             message["tool_calls"] = calls
         return {
             "index": index, "message": message, "logprobs": self._logprobs(self.tokens[index]),

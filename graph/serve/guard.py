@@ -82,7 +82,7 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         origin = headers.get("origin")
         allowed = self._allows(origin)
-        extra = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
+        extra = [(b"x-content-type-options", b"nosniff")]
         if origin is not None and allowed:
             extra += [
                 (b"access-control-allow-origin", origin.encode("latin-1")), (b"vary", b"origin"),
@@ -91,7 +91,10 @@ class Guard:
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), *extra]}
+                name = scope.get("state", {}).get("request_id", request_id)  # of the rest of a stream, the stream's own
+                message = {
+                    **message, "headers": [*message.get("headers", ()), (b"x-request-id", name.encode()), *extra]
+                }  # fmt: skip
             await send(message)
 
         try:

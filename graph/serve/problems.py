@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,9 @@ from ranvier.transport.format.errors import LinkClosed, RanvierError
 
 from ..file.errors import RequestError, TooLong
 
+LOG = logging.getLogger("ranvier.serve")
+STOPPING = "stopping"
+"""Code of the error that ends answers when the server stops."""
 INVALID, DENIED, MISSING, BUSY, FAILED = (
     "invalid_request_error", "authentication_error", "not_found_error", "rate_limit_error", "server_error",
 )  # fmt: skip
@@ -54,7 +58,7 @@ def unknown(message: str, *, param: str | None = None, code: str = "not_found") 
 
 
 def problem_of(error: BaseException) -> Problem:
-    """Return what a client is told about an error. Tracebacks of actors stay in the run's log."""
+    """Return what a client is told about an error. Tracebacks of actors stay in the run's log, those of ours go to LOG."""
     match error:
         case Problem():
             return error
@@ -65,12 +69,14 @@ def problem_of(error: BaseException) -> Problem:
         case Overloaded():
             return busy(str(error), 1.0)
         case Expired():
-            return Problem(408, str(error), "timeout_error", code="deadline_exceeded")
+            again = {"x-should-retry": "false"}  # OpenAI's clients would ask twice more
+            return Problem(408, str(error), "timeout_error", code="deadline_exceeded", headers=again)
         case ActorFailed():
             return Problem(503, f"actor {error.actor}: {error.what}", FAILED, code="actor_failed")
         case LinkClosed():
-            return Problem(503, "the server is stopping", FAILED, code="stopping", headers={"retry-after": "5"})
+            return Problem(503, "the server is stopping", FAILED, code=STOPPING, headers={"retry-after": "5"})
         case RanvierError():
             return Problem(500, str(error), FAILED, code="internal_error")
         case _:
+            LOG.error("an answer failed", exc_info=error)
             return Problem(500, "the server failed; its log has more", FAILED, code="internal_error")

@@ -201,7 +201,9 @@ class Response(Answers):
     ) -> None:  # fmt: skip
         super().__init__(origin, model, wording, prompt_tokens, 1, logprobs=body.top_logprobs)
         self._body = body
-        self._calls = Calls(family, self.ids) if family is not None else None
+        self._calls = (
+            Calls(family, self.ids, several=body.parallel_tool_calls is not False) if family is not None else None
+        )
         self._output: list[dict[str, Any]] = []
         """The items; the last one is open until another begins, or the answer ends."""
         self._number = -1
@@ -298,6 +300,15 @@ class Response(Answers):
     def _status(self) -> str:
         return "completed" if self.reasons[0] == "stop" else "incomplete"
 
+    def error(self, body: dict[str, Any]) -> list[Any]:
+        """Return the events of an error that ends the answer."""
+        told = body["error"]
+        shown = {"code": told["code"], "message": told["message"]}
+        failed = {**self._whole("failed", self._output), "error": shown}
+        return [
+            self._event("error", **shown, param=told["param"]), self._event("response.failed", response=failed)
+        ]  # fmt: skip
+
     def whole(self) -> dict[str, Any]:
         return self._whole(self._status, self._output)
 
@@ -312,7 +323,7 @@ class Response(Answers):
             "id": self.id, "object": "response", "created_at": self.created, "status": status, "background": False,
             "error": None, "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "instructions": body.instructions, "max_output_tokens": body.max_output_tokens, "model": self.model,
-            "output": output, "parallel_tool_calls": bool(body.parallel_tool_calls), "previous_response_id": None,
+            "output": output, "parallel_tool_calls": body.parallel_tool_calls is not False, "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None}, "store": False, "temperature": body.temperature,
             "text": {"format": self._format}, "tool_choice": self._choice, "tools": self._tools,
             "top_p": body.top_p, "truncation": "disabled",

@@ -9,7 +9,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -20,7 +20,10 @@ from ..run.run import Run
 from . import stream_log
 from .bridge import Bridge
 from .guard import Door, is_loopback, names_of
-from .stream_log import Record
+from .stream_log import Address
+
+if TYPE_CHECKING:
+    from .streams import Left
 
 STARTED_S = 10.0
 CLOSED_S = 2
@@ -48,6 +51,8 @@ class Options:
     certfile: Path | None = None
     keyfile: Path | None = None
     most_bytes: int = 32 << 20
+    say: Callable[[str], None] = print
+    """Tells the user what was found at the start."""
 
 
 @contextlib.asynccontextmanager
@@ -83,10 +88,7 @@ async def serving(runs: Mapping[str, Run], options: Options) -> AsyncIterator[st
                 options.keys,
                 options.most_bytes,
             )
-            kept = Kept(options.resume_window_s, await _left(bridges.values(), port, options.port == 0))
-            for bridge in bridges.values():
-                if bridge.log is not None:
-                    bridge.log.keeps = kept.__contains__
+            kept = Kept(options.resume_window_s, await _left(bridges.values(), options))
             app, endpoints = application(bridges, door, kept)
             config = uvicorn.Config(
                 app, http=BoundedProtocol, log_config=None, access_log=False, lifespan="off", ws="none",
@@ -109,28 +111,33 @@ async def serving(runs: Mapping[str, Run], options: Options) -> AsyncIterator[st
                         bridge.stop(LinkClosed("the server is stopping"))
                     server.should_exit = True
                     await trio.to_thread.run_sync(thread.join)
+                    kept.forget()
                     for bridge in bridges.values():
                         if bridge.log is not None:
                             bridge.log.close()
             nursery.cancel_scope.cancel()
 
 
-async def _left(bridges: Iterable[Bridge], port: int, any_port: bool) -> dict[str, Record]:
-    """Open the logs of streams of the runs that have a journal. Return the streams of the last server that was killed.
+async def _left(bridges: Iterable[Bridge], options: Options) -> dict[str, Left]:
+    """Begin the logs of streams of the runs that have a journal. Return the streams of the last server at this address.
 
     Raises:
         ResourceError: a log cannot be written.
     """
-    left: dict[str, Record] = {}
+    left: dict[str, Left] = {}
+    address = Address(options.host, options.port)
     for bridge in bridges:
         began = bridge.run.hashes
-        if began is None:
+        if began is None or options.resume_window_s <= 0:
             continue
         try:
-            bridge.log, found = await trio.to_thread.run_sync(stream_log.begun, bridge.run.dir, began, port, any_port)
+            started = await trio.to_thread.run_sync(stream_log.begun, bridge.run.dir, began, address)
         except OSError as error:
             raise ResourceError(f"{error}; make room on the disk, or set journal: false") from None
-        left |= found
+        bridge.log = started.log
+        left |= {name: (record, started.log) for name, record in started.left.items()}
+        for each in started.said:
+            options.say(each)
     return left
 
 

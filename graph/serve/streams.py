@@ -9,45 +9,45 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import msgspec
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
+from .answers import Answers
 from .bridge import Asked, Bridge, Ended, Reply
-from .problems import problem_of, unknown
-from .stream_log import MOST_BODY_BYTES, Complete, Grew, Opened, Origin, Piece, Record, StreamLog, piece_of
+from .problems import STOPPING, problem_of, unknown
+from .stream_log import (
+    MOST_BODY_BYTES,
+    MOST_KEPT,
+    PIECES_PER_LINE,
+    Complete,
+    Grew,
+    Opened,
+    Origin,
+    Piece,
+    Record,
+    StreamLog,
+    piece_of,
+)
 
+Left = tuple[Record, StreamLog]
+"""A stream of an earlier server, and the log that has it now."""
 SILENCE_S = 0.9
 """After this time without an event, a comment shows the client and its proxies that the connection lives."""
-MOST_KEPT = 512
 COMMENT = b": working\n"
 """No empty line ends it: with numbered events, clients such as OpenAI's own would take that for an event without data."""
 LAST = b"data: [DONE]\n\n"
-
-
-class Maker(Protocol):
-    """Make the events of an endpoint from what comes of a reply."""
-
-    named: bool
-
-    def begin(self) -> list[Any]:
-        """Return the events before the first token."""
-
-    def add(self, index: int, event: Any) -> list[Any]:
-        """Return the events that a token, or the end, of an answer leads to."""
-
-    def end(self) -> list[Any]:
-        """Return the events after the end of all answers."""
+END = {"type": "http.response.body", "body": b"", "more_body": False}
 
 
 class Stream:
     """Hold one answer that is sent as events."""
 
-    def __init__(self, bridge: Bridge, asked: Mapping[int, Asked], maker: Maker, origin: Origin) -> None:
+    def __init__(self, bridge: Bridge, asked: Mapping[int, Asked], maker: Answers, origin: Origin) -> None:
         self.origin = origin
         self.left_s = 0.0
         """Time on the monotonic clock when its client left; 0: it is there."""
@@ -58,26 +58,42 @@ class Stream:
         self._made: dict[int, list[int]] = {index: [] for index in asked}
         self._done = False
         self._reply: Reply | None = None
-        self._connection: asyncio.Task[None] | None = None
+        self._farewell = b""
+        """The last event if the server stops. It has no number: the next server sends the rest instead."""
+        self._reading = asyncio.Lock()
+        self._newest: object = None
+        """The connection that has come last. It replaces those before it."""
+        self._writer: asyncio.Future[None] | None = None
         self._log: StreamLog | None = None
         self._fresh: list[Piece] = []
         """What came and is not in the log yet."""
 
-    def write_down(self, endpoint: str, body: bytes) -> None:
+    def write_down(self, endpoint: Literal["chat", "completions", "responses"], body: bytes) -> None:
         """Write the request, and then the answer as it grows, into the run's log, if it has one."""
         log = self._bridge.log
         if log is not None and len(body) <= MOST_BODY_BYTES and log.add(Opened(self.origin, endpoint, body.decode())):
             self._log = log
 
     def take_up(self, record: Record) -> None:
-        """Take what a killed server has written down of the stream. The log of this run has it already."""
+        """Take what an earlier server has written down of the stream. The log of this run has it already."""
         self._keep(self._maker.begin())
-        for piece in record.pieces:
+        for piece in record.pieces():
             self._take(piece.index, piece.event)
         if record.complete is not None:
             self._over(record.complete.error)
-        self._log, self._fresh = self._bridge.log, []
+        self._log = self._bridge.log
         self.left_s = time.monotonic()
+
+    def forget(self) -> None:
+        """Drop the stream from the log: nobody may ask for it any more."""
+        if self._log is not None:
+            self._log.forget(self.origin.request_id)
+            self._log = None
+
+    @property
+    def waits(self) -> bool:
+        """Return whether nothing is computed for the stream, although it is not complete."""
+        return not self._done and self._reply is None
 
     def start(self) -> None:
         """Ask for the answers, or for what is missing of them."""
@@ -109,13 +125,16 @@ class Stream:
         self._keep(self._maker.add(index, event))
 
     def _over(self, error: dict[str, Any] | None) -> None:
-        self._keep(self._maker.end() if error is None else [error])
+        self._keep(self._maker.end() if error is None else self._maker.error(error))
         self._done = True
 
     def _keep(self, events: list[Any]) -> None:
         for event in events:
-            name = b"event: %b\n" % event.get("type", "error").encode() if self._maker.named else b""
-            self._sent.append(b"id: %d\n%bdata: %b\n\n" % (len(self._sent), name, msgspec.json.encode(event)))
+            self._sent.append(b"id: %d\n%b" % (len(self._sent), self._event(event)))
+
+    def _event(self, event: Any) -> bytes:
+        name = b"event: %b\n" % event["type"].encode() if self._maker.named else b""
+        return b"%bdata: %b\n\n" % (name, msgspec.json.encode(event))
 
     async def _grow(self) -> bool:
         """Wait for more, and take all that is there. Return whether the answer is complete."""
@@ -129,40 +148,51 @@ class Stream:
             self._over(None)
         except Exception as failed:
             error = problem_of(failed).body
-            self._over(error)
+            if error["error"]["code"] == STOPPING and self._log is not None:
+                self._farewell = b"".join(map(self._event, self._maker.error(error)))
+            else:
+                self._over(error)
         self._write_fresh(error)
+        self._done = self._done or bool(self._farewell)
         return self._done
 
     def _write_fresh(self, error: dict[str, Any] | None) -> None:
         """Write down what came, before it is sent. If that fails, nothing more of this stream is: its log has no gaps."""
         fresh, self._fresh = self._fresh, []
         name = self.origin.request_id
-        if self._log is not None and fresh and not self._log.add(Grew(name, fresh)):
-            self._log = None
+        for at in range(0, len(fresh), PIECES_PER_LINE):
+            if self._log is not None and not self._log.add(Grew(name, fresh[at : at + PIECES_PER_LINE])):
+                self._log = None
         if self._log is not None and self._done:
             self._log.add(Complete(name, error))
 
     async def send(self, receive: Receive, send: Send, after: int, headers: Mapping[str, str]) -> None:
-        """Send the events after number `after`, until the answer is complete or the client leaves."""
-        if self._connection is not None:  # the client came back before its old connection was known to be lost
-            self._connection.cancel()
-            await asyncio.wait([self._connection])
-        if not self._done and self._reply is None:
-            self.start()
-        self.left_s = 0.0
-        self._connection = asyncio.current_task()
-        writer = asyncio.ensure_future(self._write(send, after, headers))
-        watch = asyncio.ensure_future(_gone(receive))
-        try:
-            await asyncio.wait([writer, watch], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (writer, watch):
-                task.cancel()
-            await asyncio.wait([writer, watch])
-            self._connection = None
-            self.leave()
-        if not writer.cancelled():
-            writer.result()  # an error of ours must not look like the end of a stream
+        """Send the events after number `after`, until the answer is complete, or the client leaves or comes back anew."""
+        me = self._newest = object()
+        if self._writer is not None:  # the client came back before its old connection was known to be lost
+            self._writer.cancel()
+        async with self._reading:
+            await send(_begin(headers))
+            if self._newest is not me:
+                await send(END)
+                return
+            if self.waits:
+                self.start()
+            self.left_s = 0.0
+            self._writer = writer = asyncio.ensure_future(self._write(send, after))
+            watch = asyncio.ensure_future(_gone(receive))
+            try:
+                await asyncio.wait([writer, watch], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (writer, watch):
+                    task.cancel()
+                await asyncio.wait([writer, watch])
+                self._writer = None
+                self.leave()
+            if not writer.cancelled():
+                writer.result()  # an error of ours must not look like the end of a stream
+            elif watch.cancelled():  # the client has another connection, and this one is open still
+                await send(END)
 
     def leave(self) -> None:
         """Free the caches: no client reads the answer now."""
@@ -171,15 +201,7 @@ class Stream:
             self._reply.close()
             self._reply = None
 
-    async def _write(self, send: Send, after: int, headers: Mapping[str, str]) -> None:
-        shown = {
-            "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no",
-            **headers,
-        }  # fmt: skip
-        await send({
-            "type": "http.response.start", "status": 200,
-            "headers": [(name.encode(), value.encode()) for name, value in shown.items()],
-        })  # fmt: skip
+    async def _write(self, send: Send, after: int) -> None:
         at, loop = max(0, after + 1), asyncio.get_running_loop()
         spoke_s = loop.time()
 
@@ -206,10 +228,19 @@ class Stream:
                     await self._grow()
         finally:
             speaking.cancel()
-        await send({"type": "http.response.body", "body": b"" if self._maker.named else LAST, "more_body": False})
+        last = b"" if self._maker.named or self._farewell else LAST
+        await send({**END, "body": self._farewell + last})
 
 
-async def collected(reply: Reply, maker: Maker, receive: Receive) -> bool:
+def _begin(headers: Mapping[str, str]) -> Message:
+    shown = {
+        "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no", **headers,
+    }  # fmt: skip
+    encoded = [(name.encode(), value.encode()) for name, value in shown.items()]
+    return {"type": "http.response.start", "status": 200, "headers": encoded}
+
+
+async def collected(reply: Reply, maker: Answers, receive: Receive) -> bool:
     """Give all events of a reply to a maker. Return false, and free the caches, if the client leaves before the end.
 
     Raises:
@@ -242,41 +273,49 @@ async def _gone(receive: Receive) -> None:
 
 
 class Kept:
-    """Hold the streams whose clients may come back, for `window_s` after they left, or after the server was killed.
+    """Hold the streams whose clients may come back, for `window_s` after they left, or after this server began.
 
-    `left` are those of the killed server.
+    `left` are those of an earlier server.
     """
 
-    def __init__(self, window_s: float, left: Mapping[str, Record]) -> None:
+    def __init__(self, window_s: float, left: Mapping[str, Left]) -> None:
         self._window_s = window_s
         self._streams: OrderedDict[str, Stream] = OrderedDict()
         self._left = dict(left)
         self._began_s = time.monotonic()
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._streams or request_id in self._left
-
     def add(self, stream: Stream) -> None:
-        """Keep a stream. The oldest ones that nobody reads make room."""
+        """Keep a stream."""
+        name = stream.origin.request_id
+        self._left.pop(name, None)
         self.forget()
-        self._left.pop(stream.origin.request_id, None)
-        if self._window_s > 0:
-            self._streams[stream.origin.request_id] = stream
+        if self._window_s <= 0:
+            return
+        away = [each for each in self._streams.values() if each.left_s]
+        if len(away) >= MOST_KEPT:  # the oldest of the key that has the most makes room
+            most, _ = Counter(each.origin.owner for each in away).most_common(1)[0]
+            self._drop(next(each for each in away if each.origin.owner == most))
+        self._streams[name] = stream
+
+    def _drop(self, stream: Stream) -> None:
+        del self._streams[stream.origin.request_id]
+        stream.forget()
 
     def forget(self) -> None:
-        """Drop the streams whose clients left too long ago, and the oldest ones if there are too many."""
+        """Drop the streams whose clients left too long ago."""
         now_s = time.monotonic()
         if now_s - self._began_s > self._window_s:
+            for name, (_, log) in self._left.items():
+                log.forget(name)
             self._left.clear()
-        for name, stream in list(self._streams.items()):
-            late = stream.left_s and now_s - stream.left_s > self._window_s
-            if late or (stream.left_s and len(self._streams) >= MOST_KEPT):
-                del self._streams[name]
+        for stream in list(self._streams.values()):
+            if stream.left_s and now_s - stream.left_s > self._window_s:
+                self._drop(stream)
 
     def left(self, request_id: str, owner: str) -> Record | None:
-        """Return what a killed server has left of a stream, to the key that asked for it."""
+        """Return what an earlier server has left of a stream, to the key that asked for it."""
         self.forget()
-        record = self._left.get(request_id)
+        record, _ = self._left.get(request_id, (None, None))
         return record if record is not None and record.opened.origin.owner == owner else None
 
     def find(self, request_id: str, owner: str) -> Stream:

@@ -84,10 +84,11 @@ def pieces(calls: Calls | None, wording: Wording, token: Token) -> Sequence[str 
 
 
 class Calls:
-    """Split a text that grows into content and calls."""
+    """Split a text that grows into content and calls; without `several`, calls after the first are left out."""
 
-    def __init__(self, family: Family, ids: Ids) -> None:
+    def __init__(self, family: Family, ids: Ids, *, several: bool = True) -> None:
         self._ids = ids
+        self._several = several
         self.family = family
         self._held = ""
         self._content = ""
@@ -99,11 +100,14 @@ class Calls:
     def add(self, text: str) -> list[str | Begun | Arguments]:
         """Take a further piece of text. Return what is known from it, content as strings."""
         self._held += text
-        return self._known(last=False)
+        return self._allowed(self._known(last=False))
 
     def rest(self) -> list[str | Begun | Arguments]:
         """Return what was held back, at the end of the answer."""
-        return self._known(last=True)
+        return self._allowed(self._known(last=True))
+
+    def _allowed(self, found: list[str | Begun | Arguments]) -> list[str | Begun | Arguments]:
+        return found if self._several else [each for each in found if isinstance(each, str) or not each.number]
 
     def _known(self, *, last: bool) -> list[str | Begun | Arguments]:
         made: list[str | Begun | Arguments] = []
@@ -153,8 +157,8 @@ class Calls:
             return []
         named = _NAMED.match(held)
         found = named or _HEAD.match(held)
-        if found is not None:
-            name = found[1] if named else json.loads(found[1])
+        name = found and (found[1] if named else _string(found[1]))
+        if found is not None and name is not None:
             self._held, self._value = held[found.end() :], _Value(closing=0 if named else 1)
             self.count += 1
             return [Begun(self.count - 1, name, self._ids.new("call_"))]
@@ -249,9 +253,17 @@ def _overlap(text: str, sign: str) -> int:
     return next((length for length in range(min(len(sign) - 1, len(text)), 0, -1) if text.endswith(sign[:length])), 0)
 
 
+def _string(literal: str) -> str | None:
+    """Return the value of a JSON string, or None if it is none."""
+    try:
+        return str(json.loads(literal))
+    except ValueError:
+        return None
+
+
 def _whole_object(text: str) -> tuple[dict[str, Any], int] | None:
     try:
         value, end = json.JSONDecoder().raw_decode(text)
-    except ValueError:
+    except (ValueError, RecursionError):  # not whole yet, or no JSON
         return None
     return (value, end) if isinstance(value, dict) else None

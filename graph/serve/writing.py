@@ -48,7 +48,7 @@ async def of_chat(find: Find, origin: Origin, data: bytes) -> Prepared:
     body = parsed(ChatBody, data)
     model = find(body.model)
     chat.check(body)
-    tools = chat.tools_of(chat.functions_of(body), body.tool_choice)
+    tools = chat.tools_of(chat.functions_of(body), chat.choice_of(body))
     family = model.family if tools is not None else None
     if origin.prompt is None:
         origin.prompt = await prompt_of(model, chat.messages_of(body.messages), tools, body.chat_template_kwargs)
@@ -59,7 +59,7 @@ async def of_chat(find: Find, origin: Origin, data: bytes) -> Prepared:
         grammar=chat.grammar_of(body, model.family),
     )  # fmt: skip
     maker = chat.Chat(
-        origin, model.name, model.wording, len(origin.prompt), len(asked), logprobs=logprobs,
+        origin, model.name, model.wording, len(origin.prompt), len(asked), body=body, logprobs=logprobs,
         with_usage=_with_usage(body), family=family,
     )  # fmt: skip
     return _prepared(model, asked, maker, body)

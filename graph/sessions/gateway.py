@@ -396,7 +396,7 @@ class Gateway:
         if not stream.info.finished(stream.generated, token):
             return
         if stream.asked.finished(len(stream.log) - len(stream.asked.log), token):
-            self._end(stream, "stop" if token in stream.info.stop_tokens else "length")
+            self._end(stream, stream.info.reason(token))
         else:
             self._open_anew(stream)
 

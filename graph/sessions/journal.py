@@ -113,7 +113,7 @@ class Request:
         if self.end is not None:
             return self.end.reason
         if self.tokens and self.info.finished(len(self.tokens), self.tokens[-1]):
-            return "stop" if self.tokens[-1] in self.info.stop_tokens else "length"
+            return self.info.reason(self.tokens[-1])
         return None
 
     @property
@@ -215,8 +215,10 @@ class Resumed:
             raise RequestError(f"{self._path}: {error.strerror}; was the run started with journal: true?") from None
         try:
             self._size = self._read(began)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, ValueError):
+                raise RequestError(f"{self._path}: damaged: {error}") from None
             raise
 
     def _read(self, began: Began) -> int:
@@ -258,7 +260,7 @@ class Resumed:
             case Ended():
                 self.requests[line.id].end = line
             case Moved():
-                raise RequestError(f"{self._path}: its requests continue in {line.run}; resume that run")
+                raise RequestError(f"{self._path}: its requests were taken over by {line.run}; resume that run")
 
     def moved_to(self, run_dir: Path) -> None:
         """Record that the requests are now in the journal of another run.
@@ -293,7 +295,7 @@ def is_open(run_dir: Path) -> bool:
                     left.discard(key)
                 case Moved():
                     return False
-    except (OSError, msgspec.MsgspecError, RecursionError):
+    except (OSError, ValueError, msgspec.MsgspecError, RecursionError):
         return True
     return bool(left)
 
@@ -320,7 +322,9 @@ def _files(graph: Graph) -> Iterable[Path]:
     if graph.checkpoint is not None:
         found.update(file for entry in graph.checkpoint.tensors.values() for file in entry.files)
         if graph.checkpoint.path.is_dir():
-            found.update(path for path in graph.checkpoint.path.glob("*.json") if path.is_file())
+            found.update(
+                path for kind in ("*.json", "*.jinja") for path in graph.checkpoint.path.glob(kind) if path.is_file()
+            )
     for actor in graph.actors.values():
         if actor.kind.folder is not None:
             code = Path(actor.kind.folder) / actor.kind.implementation.partition(":")[0]

@@ -92,9 +92,12 @@ def whole_lines(file: int | Path) -> Iterator[bytes]:
 
     Raises:
         OSError: the file cannot be read.
+        ValueError: a line is too long.
     """
     with open(file, "rb") as opened:
         for line in iter(lambda: opened.readline(MOST_LINE_BYTES), b""):
             if not line.endswith(b"\n"):
+                if len(line) == MOST_LINE_BYTES:
+                    raise ValueError(f"a line has more than {MOST_LINE_BYTES} bytes")
                 return
             yield line

@@ -233,7 +233,7 @@ def test_a_request_outlives_the_process_that_holds_the_gateway_case_57(
                 run.resume(request)
             with pytest.raises(RequestError, match="expected a request of the resumed run"):
                 run.resume("nobody's")
-        with pytest.raises(RequestError, match="its requests continue in .*; resume that run"):
+        with pytest.raises(RequestError, match="its requests were taken over by .*; resume that run"):
             async with ranvier.launch(graph, runs=runs, resume=Path(where)):
                 pass
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ import pytest
 from waiting import wait_until
 
 from ranvier.graph.serve import stream_log
-from ranvier.graph.serve.stream_log import Complete, Grew, Opened, Origin, Piece, begun
+from ranvier.graph.serve.stream_log import Address, Complete, Grew, Opened, Origin, Piece, Started, begun, piece_of
+from ranvier.graph.sessions.generation import Token
 from ranvier.graph.sessions.journal import Began
 
 SMOLLM2 = Path(__file__).parents[3] / "examples" / "smollm2.yaml"
@@ -143,9 +143,10 @@ def test_every_kind_of_stream_goes_on_after_its_server_was_killed(served: Served
             assert shape(undisturbed[1]) == shape(whole[1]), name
 
 
-def test_the_client_goes_on_though_the_server_is_killed(runs: Path) -> None:
-    """Print the whole answer with `ranvier chat`, once, though its server is killed and started again meanwhile."""
-    served = Served(runs)
+@pytest.mark.parametrize("end", [Served.kill, Served.end], ids=["killed", "stopped"])
+def test_the_client_goes_on_though_the_server_is_gone(end: Callable[[Served], None], runs: Path) -> None:
+    """Print the whole answer with `ranvier chat`, once, though its server is killed or stopped, and started again."""
+    served = Served(runs, "--stop-after", "0.2")
     command = [RANVIER, "chat", "--url", f"http://127.0.0.1:{served.port}/v1", "-p", "Tell me about the sea.",
                "--temperature", "0", "-n", "300"]  # fmt: skip
     with contextlib.closing(contextlib.ExitStack()) as closing:
@@ -154,91 +155,125 @@ def test_the_client_goes_on_though_the_server_is_killed(runs: Path) -> None:
         closing.callback(talk.kill)
         assert talk.stdout is not None
         said = talk.stdout.read(60)
-        served.kill()
+        end(served)
         assert talk.poll() is None
         served.begin()
-        rest, err = talk.communicate(timeout=60)
-        assert talk.returncode == 0, err
+        said += talk.stdout.read()
+        assert talk.wait(60) == 0
         again = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
-        assert said + rest == again.stdout and "asking for the rest" in err
+        assert said == again.stdout
+        assert talk.stderr is not None and "asking for the rest" in talk.stderr.read()
 
 
-def test_a_server_that_ended_by_itself_leaves_nothing_to_take_up(runs: Path) -> None:
-    """Forget streams after SIGTERM: their clients know how they ended. Leave no run that waits to be resumed."""
-    served = Served(runs)
+def test_what_is_over_leaves_nothing_behind(runs: Path) -> None:
+    """Forget a stream after the window, also over a restart, and leave no file and no run that waits to be resumed."""
+    served = Served(runs, "--resume-window", "3")
     answer = served.ask("POST", "/chat/completions", CHAT)
     request_id = answer.headers["x-request-id"]
     assert events(answer)[2]
     served.end()
     served.begin()
-    assert served.ask("GET", f"/streams/{request_id}").status == 404
+    assert events(served.ask("GET", f"/streams/{request_id}"))[2], "a complete one can be read again for a while"
+    assert wait_until(lambda: served.ask("GET", f"/streams/{request_id}").status == 404)
+    served.end()
+    assert not list(runs.glob(f"*/{stream_log.FILE}"))
+    done = subprocess.run([RANVIER, "runs", "--runs", runs, "--json"], capture_output=True, text=True, check=True)
+    listed = json.loads(done.stdout)
+    assert len(listed) == 2 and not any(run["resumable"] for run in listed)
+
+
+def test_a_client_that_comes_back_waits_for_room_like_others(runs: Path) -> None:
+    """Refuse a stream that comes back while there is no room, with a time to try again, and send the rest later."""
+    room = [setting for actor in ("lower", "upper") for setting in ("--set", f"actors.{actor}.cache_tokens=400")]
+    served = Served(runs, "--queue", "0", *room)
+    body = {**CHAT, "max_tokens": 250, "temperature": 0}
+    first = served.ask("POST", "/chat/completions", body)
+    number, found, _ = events(first, 5)
     served.kill()
     served.begin()
+    other = served.ask("POST", "/chat/completions", body)
+    assert len(events(other, 3)[1]) == 3
+    refused = served.ask("GET", f"/streams/{first.headers['x-request-id']}?after={number}")
+    assert refused.status == 429 and int(refused.headers["retry-after"]) >= 1
+    whole = events(other)
+    again = served.ask("GET", f"/streams/{first.headers['x-request-id']}?after={number}")
+    assert again.headers["x-request-id"] == first.headers["x-request-id"]
+    assert shape(events(again)[1]) == shape(whole[1][len(found) - 3 :])
     served.end()
-    listed = json.loads(
-        subprocess.run([RANVIER, "runs", "--runs", runs, "--json"], capture_output=True, text=True, check=True).stdout
-    )
-    assert len(listed) == 3 and not any(run["resumable"] for run in listed)
 
 
 # -- the log of streams alone ------------------------------------------------------------------------------------------
 
-HASHES = Began("g", "m")
+HASHES, HERE = Began("g", "m"), Address("127.0.0.1", 8000)
 
 
 def opened(name: str, owner: str = "") -> Opened:
     return Opened(Origin(request_id=name, owner=owner, seed=1, created=2, prompt=[3, 4]), "chat", '{"n": 1}')
 
 
-def test_a_damaged_or_foreign_log_is_left_alone(tmp_path: Path) -> None:
-    """Take up the newest log of the same graph, model and port; never one that is active, moved, closed or damaged."""
+def begin(folder: Path, hashes: Began = HASHES, address: Address = HERE) -> Started:
+    folder.mkdir()
+    return begun(folder, hashes, address)
 
-    def left(name: str, port: int = 8000, hashes: Began = HASHES) -> Path:
-        folder = tmp_path / name
-        folder.mkdir()
-        log, _ = begun(folder, hashes, port, False)
+
+def test_a_damaged_or_foreign_log_is_left_alone(tmp_path: Path) -> None:
+    """Take up the newest log of the same graph, model, address and version; never one that is active or damaged."""
+
+    def left(name: str, hashes: Began = HASHES, address: Address = HERE) -> Path:
+        log = begin(tmp_path / name, hashes, address).log
         assert log.add(opened(name)) and log.add(Grew(name, [Piece(0, 7, "x", "", -0.5, {7: -0.5})]))
         log._file.close()  # as if its process had died
         time.sleep(0.01)
-        return folder
+        return tmp_path / name / stream_log.FILE
 
+    left("damaged").write_bytes(b"\xff\n")
+    left("other-model", Began("g", "n"))
+    left("other-port", address=Address("127.0.0.1", 8001))
+    left("other-version", address=Address("127.0.0.1", 8000, "0.0.1"))
+    assert begin(tmp_path / "any", address=Address("127.0.0.1", 0)).left == {}, "nobody comes back to a port of chance"
     left("same")
-    left("other-model", hashes=Began("g", "n"))
-    left("other-port", port=8001)
-    with (left("cut") / stream_log.FILE).open("ab") as file:
+    with left("cut").open("ab") as file:
         file.write(b'{"kind":"grew","id":"cut","pie')
-    (left("damaged") / stream_log.FILE).write_bytes(b"\xff\n")
-    (tmp_path / "mine").mkdir()
-    log, records = begun(tmp_path / "mine", HASHES, 8000, False)
-    assert list(records) == ["cut"], "the last line, which is cut off, does not count"
-    assert [(piece.token, piece.text, dict(piece.top_logprobs)) for piece in records["cut"].pieces] == [
-        (7, "x", {7: -0.5})
-    ]
-    (tmp_path / "next").mkdir()
-    assert list(begun(tmp_path / "next", HASHES, 8000, False)[1]) == ["same"], "mine is active, cut has moved to it"
-    assert log.add(Complete("cut"))
-    log.close()
-    shutil.rmtree(tmp_path / "next")
-    (tmp_path / "last").mkdir()
-    assert begun(tmp_path / "last", HASHES, 8000, False)[1] == {}, "mine was closed"
+    mine = begin(tmp_path / "mine")
+    assert set(mine.left) == {"same", "cut"}, "cut had taken up same"
+    [piece] = mine.left["cut"].pieces()
+    assert (piece.token, piece.text, piece.top_logprobs) == (7, "x", {7: -0.5}), (
+        "the line that is cut off does not count"
+    )
+    assert any("damaged" in each for each in mine.said)
+    assert begin(tmp_path / "next").left == {}, "mine is active, and has the others' streams"
+    assert mine.log.add(Complete("cut", {"error": {"message": "m"}}))
+    mine.log._file.close()
+    again = begin(tmp_path / "again").left["cut"]
+    assert again.complete is not None and again.complete.error == {"error": {"message": "m"}}
+    assert again.pieces() == [piece]
 
 
-def test_a_log_is_rewritten_with_the_streams_that_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_json_cannot_hold_is_written_all_the_same(tmp_path: Path) -> None:
+    """Write log-probabilities that are no numbers as OpenAI's least one, so that the line can be read."""
+    log = begin(tmp_path / "a").log
+    token = Token(5, 9, "w", logprob=float("nan"), top_logprobs={5: float("-inf"), 6: -1.0})
+    assert log.add(opened("one")) and log.add(Grew("one", [piece_of(0, token)]))
+    log._file.close()
+    [piece] = begin(tmp_path / "b").left["one"].pieces()
+    assert (piece.logprob, piece.top_logprobs) == (-9999.0, {5: -9999.0, 6: -1.0})
+
+
+def test_a_log_is_rewritten_with_the_streams_that_are_kept(tmp_path: Path) -> None:
     """Bound the file: when it is too large, only streams that may still be asked for stay in it."""
-    (tmp_path / "a").mkdir()
-    log, _ = begun(tmp_path / "a", HASHES, 8000, False)
-    log.keeps = {"new"}.__contains__
-    log._file.rewrite_at = 2000
+    log = begin(tmp_path / "a").log
     for name in ("old", "new"):
         assert log.add(opened(name))
     for at in range(100):
         assert log.add(Grew("old", [Piece(0, at, "word ")])) and log.add(Grew("new", [Piece(0, at, "word ")]))
+    log.forget("old")
+    log._file.rewrite_at = 2000
+    assert log.add(Grew("new", [Piece(0, 100, "word ")]))
     text = (tmp_path / "a" / stream_log.FILE).read_text()
-    assert '"id":"new"' in text and text.count('"id":"old"') < 5
+    assert '"id":"new"' in text and "old" not in text
     log._file.close()
-    (tmp_path / "b").mkdir()
-    records = begun(tmp_path / "b", HASHES, 8000, False)[1]
-    assert [piece.token for piece in records["new"].pieces] == list(range(100))
+    left = begin(tmp_path / "b").left
+    assert list(left) == ["new"] and [piece.token for piece in left["new"].pieces()] == list(range(101))
 
 
 def test_a_full_disk_leaves_no_gap_in_a_stream(served: Served, runs: Path) -> None:
