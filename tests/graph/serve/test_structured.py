@@ -94,6 +94,36 @@ def test_a_forced_call(server: Any, choice: Any, stream: bool) -> None:
     assert set(found) == {"city", "days"} and 1 <= found["days"] <= 7
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_in_the_older_form(server: Any, stream: bool) -> None:
+    """Answer a body with `functions` as its clients read it: in `function_call`. Take their history, and their "none"."""
+    asked = {**ASKED, "functions": [WEATHER["function"]], "max_tokens": 200}
+    forced = {**asked, "function_call": {"name": "weather"}}
+    if stream:
+        deltas = [chunk.choices[0] for chunk in server.client().chat.completions.create(**forced, stream=True)]
+        pieces = [delta.delta.function_call for delta in deltas if delta.delta.function_call]
+        name, arguments = pieces[0].name, "".join(piece.arguments for piece in pieces)
+        reason = deltas[-1].finish_reason
+    else:
+        [whole] = server.client().chat.completions.create(**forced).choices
+        name, arguments, reason = *_pair(whole.message.function_call), whole.finish_reason
+        assert whole.message.tool_calls is None
+    assert (name, reason) == ("weather", "function_call") and "city" in json.loads(arguments)
+    history = [*ASKED["messages"], {"role": "assistant", "content": None, "function_call": {"name": "weather", "arguments": arguments}},
+               {"role": "function", "name": "weather", "content": "21 C"}]  # fmt: skip
+    told = [server.post("/tokenize", {"messages": each})[1]["count"] for each in (ASKED["messages"], history)]
+    assert told[1] > told[0] + 15, "the model sees the call"
+    with_them, without = (
+        server.post("/v1/chat/completions", {**asked, "function_call": choice, "max_tokens": 1})[1]["usage"]
+        for choice in ("auto", "none")
+    )
+    assert with_them["prompt_tokens"] > without["prompt_tokens"]
+
+
+def _pair(call: Any) -> tuple[str, str]:
+    return call.name, call.arguments
+
+
 OPEN = {"type": "function", "function": {"name": "open_object", "parameters": {
     "type": "object", "properties": {"place": {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]}},
     "required": ["place"]}}}  # fmt: skip

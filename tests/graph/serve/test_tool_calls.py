@@ -60,6 +60,26 @@ def test_calls_in_any_pieces(family: Family, text: str, content: str, calls: lis
     assert made == calls
 
 
+@pytest.mark.parametrize(
+    "head",
+    ['{"name": "a\\q", "arguments": {"b": 1}}', '{"name": "a\nb", "arguments": {"b": 1}}', '{"a": ' + "[" * 200_000],
+)
+def test_what_is_no_json_is_text(head: str) -> None:
+    """Take what looks like a call and is no JSON for text: a model may write anything."""
+    parser = Calls(HERMES, Ids("x"))
+    found = parser.add("<tool_call>" + head) + parser.rest()
+    assert "".join(each for each in found if isinstance(each, str)) == "<tool_call>" + head
+
+
+def test_calls_after_the_first_are_left_out() -> None:
+    """Keep one call where the client wants no parallel ones."""
+    parser = Calls(HERMES, Ids("x"), several=False)
+    text = "".join(f'<tool_call>{{"name": "{name}", "arguments": {{"b": 1}}}}</tool_call>' for name in "fg")
+    found = parser.add(text) + parser.rest()
+    assert [each.name for each in found if isinstance(each, Begun)] == ["f"]
+    assert "".join(each.piece for each in found if isinstance(each, Arguments)) == '{"b": 1}'
+
+
 def test_arguments_come_as_they_are_written() -> None:
     """Pass the pieces of arguments on before the call is complete."""
     parser = Calls(HERMES, Ids("x"))

@@ -326,6 +326,9 @@ def test_the_process_for_prompts_gives_the_same_tokens(kind: str, tmp_path: Path
     with contextlib.closing(TextProcess(codec)) as process:
         for text in (*PAGE[:5], "<s>a<|im_start|>b<think>c</think></s>"):
             assert process.ids(text) == codec.encode(text, special=True)
+            bare = process.ids(text, special=False)
+            assert bare == codec.encode(text, special=False)
+            assert kind != "llama 2" or process.ids(text) == [1, *bare]
 
 
 def test_vocab_and_merges_alone(tmp_path: Path) -> None:
