@@ -92,7 +92,7 @@ class Endpoints:
         await stream.accepted()
         self._kept.add(stream)
         stream.write_down(endpoint, data)
-        return Events(stream, {})
+        return Events(stream)
 
     async def resume(self, request: Request) -> Any:
         """Send the rest of a stream to a client that has lost its connection, or whose server was killed."""
@@ -110,10 +110,7 @@ class Endpoints:
             self._taking_up.pop(name, None)
         stream = self._kept.find(name, owner)
         request.state.request_id = name
-        if stream.waits:
-            stream.start()
-            await stream.accepted()
-        return Events(stream, {}, after)
+        return Events(stream, after)
 
     async def _take_up(self, record: Record) -> None:
         """Make the stream of an earlier server again, up to what is known of it."""

@@ -58,17 +58,26 @@ def messages_of(given: Sequence[Message]) -> list[dict[str, Any]]:
 def _text(message: Message, path: str) -> str:
     if isinstance(message.content, str) or message.content is None:
         return message.content or message.refusal or ""
-    other = next((part for part in message.content if isinstance(part, OtherPart)), None)
-    if other is not None:
-        raise Problem(
-            400, f"{path}: expected parts of text, got {other.type}; the model takes text only", param=path,
-            code="unsupported_content",
-        )  # fmt: skip
+    check_parts(message.content, path)
     return "".join(
         part.text if isinstance(part, TextPart) else part.refusal
         for part in message.content
         if isinstance(part, TextPart | RefusalPart)
     )
+
+
+def check_parts(parts: Sequence[object], path: str) -> None:
+    """Check that the parts of a content are text.
+
+    Raises:
+        Problem: one is an image, a sound or a file.
+    """
+    other = next((part for part in parts if isinstance(part, OtherPart)), None)
+    if other is not None:
+        raise Problem(
+            400, f"{path}: expected parts of text, got {other.type}; the model takes text only", param=path,
+            code="unsupported_content",
+        )  # fmt: skip
 
 
 def _object(arguments: str) -> Any:
@@ -125,12 +134,7 @@ def grammar_of(body: ChatBody, family: Family) -> dict[str, Any] | None:
     if isinstance(wanted, ObjectFormat):
         return {"json": {"type": "object"}}
     if isinstance(wanted, SchemaFormat):
-        if wanted.json_schema.schema_ is None:
-            raise Problem(
-                400, "Missing required parameter: 'response_format.json_schema.schema'.",
-                param="response_format.json_schema.schema", code="missing_required_parameter",
-            )  # fmt: skip
-        return schemas.of_schema(wanted.json_schema.schema_)
+        return schemas.of_schema(wanted.json_schema.schema_, "response_format.json_schema.schema")
     return None
 
 

@@ -23,7 +23,7 @@ from .bodies import (
     ToolCall,
 )
 from .bridge import Ended
-from .chat import entry
+from .chat import check_parts, entry
 from .problems import Problem
 from .stream_log import Origin
 from .tool_calls import Arguments, Begun, Calls, Family, pieces
@@ -148,12 +148,7 @@ def messages_of(body: ResponseBody) -> list[Message]:
 def _text(item: InputMessage, path: str) -> str:
     if isinstance(item.content, str):
         return item.content
-    other = next((part for part in item.content if isinstance(part, OtherPart)), None)
-    if other is not None:
-        raise Problem(
-            400, f"{path}: expected parts of text, got {other.type}; the model takes text only", param=path,
-            code="unsupported_content",
-        )  # fmt: skip
+    check_parts(item.content, path)
     return "".join(part.text for part in item.content if isinstance(part, InputText))
 
 
@@ -180,12 +175,7 @@ def grammar_of(body: ResponseBody, family: Family) -> dict[str, Any] | None:
     if isinstance(wanted, ObjectFormat):
         return {"json": {"type": "object"}}
     if isinstance(wanted, FlatSchema):
-        if wanted.schema_ is None:
-            raise Problem(
-                400, "Missing required parameter: 'text.format.schema'.", param="text.format.schema",
-                code="missing_required_parameter",
-            )  # fmt: skip
-        return schemas.of_schema(wanted.schema_)
+        return schemas.of_schema(wanted.schema_, "text.format.schema")
     return None
 
 

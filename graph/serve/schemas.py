@@ -24,8 +24,14 @@ _COMBINED = (
 """Next to one of these, the properties that are listed are not all that there may be."""
 
 
-def of_schema(schema: dict[str, Any]) -> dict[str, Any]:
-    """Return a grammar of the JSON that a schema allows (see `closed`)."""
+def of_schema(schema: dict[str, Any] | None, param: str) -> dict[str, Any]:
+    """Return a grammar of the JSON that a schema allows (see `closed`). `param` is the field that holds it.
+
+    Raises:
+        Problem: it is missing.
+    """
+    if schema is None:
+        raise Problem(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
     return {"json": closed(schema)}
 
 

@@ -41,7 +41,12 @@ SILENCE_S = 0.9
 COMMENT = b": working\n"
 """No empty line ends it: with numbered events, clients such as OpenAI's own would take that for an event without data."""
 LAST = b"data: [DONE]\n\n"
-END = {"type": "http.response.body", "body": b"", "more_body": False}
+BEGIN: Message = {
+    "type": "http.response.start", "status": 200, "headers": [
+        (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no"),
+    ],
+}  # fmt: skip
+END: Message = {"type": "http.response.body", "body": b"", "more_body": False}
 
 
 class Stream:
@@ -77,9 +82,12 @@ class Stream:
     def take_up(self, record: Record) -> None:
         """Take what an earlier server has written down of the stream. The log of this run has it already."""
         self._keep(self._maker.begin())
-        for piece in record.pieces():
-            self._take(piece.index, piece.event)
-        if record.complete is not None:
+        try:
+            for piece in record.pieces():
+                self._take(piece.index, piece.event)
+        except Exception as error:  # the answer ended with this error before, too
+            self._over(problem_of(error).body)
+        if record.complete is not None and not self._done:
             self._over(record.complete.error)
         self._log = self._bridge.log
         self.left_s = time.monotonic()
@@ -89,11 +97,6 @@ class Stream:
         if self._log is not None:
             self._log.forget(self.origin.request_id)
             self._log = None
-
-    @property
-    def waits(self) -> bool:
-        """Return whether nothing is computed for the stream, although it is not complete."""
-        return not self._done and self._reply is None
 
     def start(self) -> None:
         """Ask for the answers, or for what is missing of them."""
@@ -166,19 +169,25 @@ class Stream:
         if self._log is not None and self._done:
             self._log.add(Complete(name, error))
 
-    async def send(self, receive: Receive, send: Send, after: int, headers: Mapping[str, str]) -> None:
-        """Send the events after number `after`, until the answer is complete, or the client leaves or comes back anew."""
+    async def send(self, receive: Receive, send: Send, after: int) -> None:
+        """Send the events after number `after`, until the answer is complete, or the client leaves or comes back anew.
+
+        Raises:
+            Problem: there is no room to go on now. Nothing was sent.
+        """
         me = self._newest = object()
         if self._writer is not None:  # the client came back before its old connection was known to be lost
             self._writer.cancel()
         async with self._reading:
-            await send(_begin(headers))
             if self._newest is not me:
+                await send(BEGIN)
                 await send(END)
                 return
-            if self.waits:
+            if not self._done and self._reply is None:
                 self.start()
+                await self.accepted()
             self.left_s = 0.0
+            await send(BEGIN)
             self._writer = writer = asyncio.ensure_future(self._write(send, after))
             watch = asyncio.ensure_future(_gone(receive))
             try:
@@ -230,14 +239,6 @@ class Stream:
             speaking.cancel()
         last = b"" if self._maker.named or self._farewell else LAST
         await send({**END, "body": self._farewell + last})
-
-
-def _begin(headers: Mapping[str, str]) -> Message:
-    shown = {
-        "content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no", **headers,
-    }  # fmt: skip
-    encoded = [(name.encode(), value.encode()) for name, value in shown.items()]
-    return {"type": "http.response.start", "status": 200, "headers": encoded}
 
 
 async def collected(reply: Reply, maker: Answers, receive: Receive) -> bool:
@@ -334,8 +335,8 @@ class Kept:
 class Events:
     """Be an answer of HTTP that sends a stream. Starlette calls it."""
 
-    def __init__(self, stream: Stream, headers: Mapping[str, str], after: int = -1) -> None:
-        self._stream, self._headers, self._after = stream, headers, after
+    def __init__(self, stream: Stream, after: int = -1) -> None:
+        self._stream, self._after = stream, after
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._stream.send(receive, send, self._after, self._headers)
+        await self._stream.send(receive, send, self._after)
