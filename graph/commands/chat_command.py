@@ -119,11 +119,11 @@ class Server:
                 for number, chunk in _events(answer):
                     if chunk is None:
                         return
-                    last, until_s = number, 0.0
                     if "error" in chunk and chunk["error"]["code"] == "stopping":
                         break
                     if "error" in chunk:
                         raise RequestError(chunk["error"]["message"])
+                    last, until_s = number, 0.0
                     yield "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
                 lost = "the connection ended"
             except GONE as error:

@@ -101,6 +101,7 @@ class Endpoints:
             after = int(last)
         except ValueError:
             raise Problem(400, f"Last-Event-ID: expected a number, got {last!r:.60}", code="invalid_value") from None
+        self._check_open()
         name, owner = request.path_params["request_id"], request.state.key
         if self._kept.left(name, owner) is not None:
             async with self._taking_up.setdefault(name, asyncio.Lock()):
@@ -187,14 +188,17 @@ class Endpoints:
             )
         return model
 
+    def _check_open(self) -> None:
+        if self.stopping:
+            raise Problem(503, "the server is stopping", FAILED, code=STOPPING, headers={"retry-after": "5"})
+
     def _model(self, name: str | None) -> Served:
         """Return a model by its name; the only one if no name is given.
 
         Raises:
             Problem: there is no such model.
         """
-        if self.stopping:
-            raise Problem(503, "the server is stopping", FAILED, code=STOPPING, headers={"retry-after": "5"})
+        self._check_open()
         if name is None and len(self._models) == 1:
             return next(iter(self._models.values()))
         found = self._models.get(name or "")

@@ -149,9 +149,11 @@ def test_the_client_goes_on_though_the_server_is_gone(end: Callable[[Served], No
     served = Served(runs, "--stop-after", "0.2")
     command = [RANVIER, "chat", "--url", f"http://127.0.0.1:{served.port}/v1", "-p", "Tell me about the sea.",
                "--temperature", "0", "-n", "300"]  # fmt: skip
-    with contextlib.closing(contextlib.ExitStack()) as closing:
+    with contextlib.ExitStack() as closing:
         closing.callback(served.end)
-        talk = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        talk = closing.enter_context(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
         closing.callback(talk.kill)
         assert talk.stdout is not None
         said = talk.stdout.read(60)
@@ -174,7 +176,9 @@ def test_what_is_over_leaves_nothing_behind(runs: Path) -> None:
     served.end()
     served.begin()
     assert events(served.ask("GET", f"/streams/{request_id}"))[2], "a complete one can be read again for a while"
-    assert wait_until(lambda: served.ask("GET", f"/streams/{request_id}").status == 404)
+    left_s = time.monotonic()
+    assert wait_until(lambda: time.monotonic() > left_s + 3.2)
+    assert served.ask("GET", f"/streams/{request_id}").status == 404
     served.end()
     assert not list(runs.glob(f"*/{stream_log.FILE}"))
     done = subprocess.run([RANVIER, "runs", "--runs", runs, "--json"], capture_output=True, text=True, check=True)
