@@ -387,7 +387,7 @@ def test_on_a_full_disk_a_request_goes_on_and_says_that_it_is_not_durable_case_5
     async def main() -> Path:
         async with ranvier.launch(four(journal=True), runs=runs) as run:
             assert run._requests.journal is not None
-            monkeypatch.setattr(run._requests.journal, "_write", write)
+            monkeypatch.setattr(run._requests.journal._file, "_write", write)
             durable = {}
             ids = []
             generation = run.generate(PROMPT, max_tokens=400, stop_tokens=())
