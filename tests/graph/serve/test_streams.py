@@ -159,3 +159,16 @@ def test_a_slow_reader_keeps_nobody_waiting(server: Any) -> None:
         for _ in range(3):
             assert events(begun(server, {**ASKED, "max_tokens": 8}))[2]
     assert wait_until(lambda: sessions(server) == 0)
+
+
+def test_an_error_ends_a_response_in_its_own_form(start: Any) -> None:
+    """Tell a client of /v1/responses of an error with the events that OpenAI's types have for it."""
+    server = start(Options(port=0, deadline_s=1.0))
+    made = server.client().responses.create(
+        model="smollm2", input="Tell me about the sea.", max_output_tokens=4000, stream=True
+    )
+    events = list(made)
+    assert [event.type for event in events[-2:]] == ["error", "response.failed"]
+    error, failed = events[-2:]
+    assert error.code == "deadline_exceeded" and error.sequence_number == len(events) - 2
+    assert failed.response.status == "failed" and failed.response.error.code == "deadline_exceeded"
