@@ -9,6 +9,7 @@ beginning of its hash.
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import itertools
 import math
 import os
@@ -20,7 +21,6 @@ from typing import Any, Literal
 
 import msgspec
 
-from ranvier import __version__
 from ranvier.transport.files import regular
 
 from ..file.errors import RequestError
@@ -60,7 +60,7 @@ class Address(_Line, frozen=True, tag="address"):
 
     host: str
     port: int
-    version: str = __version__
+    version: str = importlib.metadata.version("ranvier")
 
 
 class Opened(_Line, frozen=True, tag="stream"):
