@@ -167,6 +167,7 @@ def test_the_client_goes_on_though_the_server_is_gone(end: Callable[[Served], No
         assert talk.stderr is not None and "asking for the rest" in talk.stderr.read()
 
 
+@pytest.mark.slow
 def test_what_is_over_leaves_nothing_behind(runs: Path) -> None:
     """Forget a stream after the window, also over a restart, and leave no file and no run that waits to be resumed."""
     served = Served(runs, "--resume-window", "3")
@@ -280,6 +281,7 @@ def test_a_log_is_rewritten_with_the_streams_that_are_kept(tmp_path: Path) -> No
     assert list(left) == ["new"] and [piece.token for piece in left["new"].pieces()] == list(range(101))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_gap_in_a_stream(served: Served, runs: Path) -> None:
     """Serve on while nothing can be written; what is taken up later is a beginning of the stream."""
     import resource
