@@ -62,6 +62,20 @@ def check_ids(graph: Graph, ids: Sequence[int], max_tokens: int, spare: int = 0)
         raise RequestError(f"token {wrong} is not in the vocabulary of {vocab}")
 
 
+def checked_answered(graph: Graph, tokens: Sequence[int], most: int) -> tuple[int, ...]:
+    """Check the tokens that an answer has already.
+
+    Raises:
+        RequestError: they are not token ids, or too many.
+    """
+    made = tuple(whole("answered", token) for token in listed("answered", tokens))
+    if made:
+        check_ids(graph, made, 0)
+    if len(made) > most:
+        raise RequestError(f"answered: expected at most max_tokens of {most}, got {len(made)}")
+    return made
+
+
 def positions_of(graph: Graph, inputs: Mapping[str, torch.Tensor], capacity: int | None) -> int:
     """Return how many positions of KV caches a call needs: as many as its inputs have tokens. `capacity` is an actor's.
 

@@ -34,6 +34,7 @@ from .before_start import check_inputs
 from .lost_requests import LostRequests
 from .request_checks import (
     check_ids,
+    checked_answered,
     checked_chat,
     checked_logprobs,
     checked_prompt,
@@ -168,7 +169,7 @@ class Requests:
             secrets.token_hex(8) if self.journal is not None else "",
             self._stop_strings(stop),
             checked_logprobs(logprobs),
-            self._answered(answered, most),
+            checked_answered(graph, answered, most),
             self.grammars.of(grammar) if grammar is not None else None,
         )
         if request.grammar is not None and request.sampling.min_tokens:
@@ -206,19 +207,6 @@ class Requests:
         if not 1 <= most <= context:
             raise RequestError(f"max_tokens: expected 1 to the model's context of {context}, got {most}")
         return most
-
-    def _answered(self, tokens: Sequence[int], most: int) -> tuple[int, ...]:
-        """Check the tokens that an answer has already.
-
-        Raises:
-            RequestError: they are not token ids, or too many.
-        """
-        made = tuple(whole("answered", token) for token in listed("answered", tokens))
-        if made:
-            check_ids(self._graph, made, 0)
-        if len(made) > most:
-            raise RequestError(f"answered: expected at most max_tokens of {most}, got {len(made)}")
-        return made
 
     def _stop_strings(self, stop: Sequence[str]) -> tuple[str, ...]:
         """Check stop strings.

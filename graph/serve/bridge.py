@@ -165,7 +165,7 @@ class Bridge:
         self.run = run
         self.counts = Counts()
         self.log: StreamLog | None = None
-        """Where streams are written down, if they shall outlive the server."""
+        """Streams are written down here, if they shall outlive the server."""
         self._nursery = nursery
         self._deadline_s = deadline_s
         self._token = trio.lowlevel.current_trio_token()

@@ -71,7 +71,7 @@ class Stream:
         self._writer: asyncio.Future[None] | None = None
         self._log: StreamLog | None = None
         self._fresh: list[Piece] = []
-        """What came and is not in the log yet."""
+        """These pieces came and are not in the log yet."""
 
     def write_down(self, endpoint: Literal["chat", "completions", "responses"], body: bytes) -> None:
         """Write the request, and then the answer as it grows, into the run's log, if it has one."""

@@ -56,7 +56,7 @@ class Text(msgspec.Struct, tag="text", frozen=True):
     text: str
     seconds: int
     special: bool = True
-    """Whether the model's special tokens are added around the text."""
+    """The model's special tokens are added around the text, unless this is false."""
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):

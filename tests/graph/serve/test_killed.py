@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -224,12 +226,15 @@ def begin(folder: Path, hashes: Began = HASHES, address: Address = HERE) -> Star
 def test_a_damaged_or_foreign_log_is_left_alone(tmp_path: Path) -> None:
     """Take up the newest log of the same graph, model, address and version; never one that is active or damaged."""
 
+    ages = itertools.count(1)
+
     def left(name: str, hashes: Began = HASHES, address: Address = HERE) -> Path:
         log = begin(tmp_path / name, hashes, address).log
         assert log.add(opened(name)) and log.add(Grew(name, [Piece(0, 7, "x", "", -0.5, {7: -0.5})]))
         log._file.close()  # as if its process had died
-        time.sleep(0.01)
-        return tmp_path / name / stream_log.FILE
+        path = tmp_path / name / stream_log.FILE
+        os.utime(path, (next(ages), next(ages)))
+        return path
 
     left("damaged").write_bytes(b"\xff\n")
     left("other-model", Began("g", "n"))
