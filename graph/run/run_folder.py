@@ -9,7 +9,7 @@
     clocks.json  how far the hosts' clocks are ahead of the run's own, and how accurately that is known
     record/      recorded messages of edges, one folder per actor (actors/trace/recording_format.py)
     state/       state that actors have saved for their replacements, if any do
-    streams.jsonl  what a server has sent, with `journal: true` (graph/serve/stream_log.py)
+    streams.jsonl  what a server has sent, with `journal: true` (graph/bridge/stream_log.py)
 """
 
 from __future__ import annotations

@@ -15,16 +15,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from . import chat, embeddings, metrics
-from .bodies import DetokenizeBody, EmbeddingBody, TokenizeBody, parsed
-from .bridge import Bridge, Reply
+from ..bridge.bridge import Bridge, Reply
+from ..bridge.problems import FAILED, STOPPING, Problem, problem_of, unknown
+from ..bridge.stream_log import Origin, Record
+from ..endpoints import chat, embeddings
+from ..endpoints.bodies import DetokenizeBody, EmbeddingBody, TokenizeBody, parsed
+from ..endpoints.tool_calls import family_of
+from ..endpoints.wording import Wording
+from ..endpoints.writing import ENDPOINTS, Served, prompt_of
+from . import metrics
 from .guard import Door, Guard
-from .problems import FAILED, STOPPING, Problem, problem_of, unknown
-from .stream_log import Origin, Record
 from .streams import Events, Kept, Stream, collected
-from .tool_calls import family_of
-from .wording import Wording
-from .writing import ENDPOINTS, Served, prompt_of
 
 JSON = "application/json"
 

@@ -21,8 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ranvier.transport.files import read_bounded
 
+from ..bridge.problems import DENIED, Problem
 from ..file.errors import RequestError
-from .problems import DENIED, Problem
 
 MOST_KEYS_BYTES = 1 << 20
 BODY_S = 30.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from .bridge import Bridge
+from ..bridge.bridge import Bridge
 
 _FIGURES: tuple[tuple[str, str, str, Callable[[Bridge], int]], ...] = (
     ("ranvier_server_answers_total", "counter", "answers that were completed", lambda b: b.counts.answered),

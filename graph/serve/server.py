@@ -15,12 +15,12 @@ import trio
 
 from ranvier.transport.format.errors import LinkClosed, ResourceError
 
+from ..bridge import stream_log
+from ..bridge.bridge import Bridge
+from ..bridge.stream_log import Address
 from ..file.errors import RequestError
 from ..run.run import Run
-from . import stream_log
-from .bridge import Bridge
 from .guard import Door, is_loopback, names_of
-from .stream_log import Address
 
 if TYPE_CHECKING:
     from .streams import Left

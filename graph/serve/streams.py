@@ -17,10 +17,9 @@ from typing import Any, Literal
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
-from .answers import Answers
-from .bridge import Asked, Bridge, Ended, Reply
-from .problems import STOPPING, problem_of, unknown
-from .stream_log import (
+from ..bridge.bridge import Asked, Bridge, Ended, Reply
+from ..bridge.problems import STOPPING, problem_of, unknown
+from ..bridge.stream_log import (
     MOST_BODY_BYTES,
     MOST_KEPT,
     PIECES_PER_LINE,
@@ -33,6 +32,7 @@ from .stream_log import (
     StreamLog,
     piece_of,
 )
+from ..endpoints.answers import Answers
 
 Left = tuple[Record, StreamLog]
 """A stream of an earlier server, and the log that has it now."""

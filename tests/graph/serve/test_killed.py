@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from waiting import wait_until
 
-from ranvier.graph.serve import stream_log
-from ranvier.graph.serve.stream_log import Address, Complete, Grew, Opened, Origin, Piece, Started, begun, piece_of
+from ranvier.graph.bridge import stream_log
+from ranvier.graph.bridge.stream_log import Address, Complete, Grew, Opened, Origin, Piece, Started, begun, piece_of
 from ranvier.graph.sessions.generation import Token
 from ranvier.graph.sessions.journal import Began
 

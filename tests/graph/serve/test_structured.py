@@ -14,7 +14,7 @@ import pytest
 import trio
 
 import ranvier
-from ranvier.graph.serve import schemas
+from ranvier.graph.endpoints import schemas
 
 SMOLLM2 = Path(__file__).parents[3] / "examples" / "smollm2.yaml"
 ASKED: dict[str, Any] = {

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ranvier.graph.serve.ids import Ids
-from ranvier.graph.serve.tool_calls import HERMES, LLAMA, MISTRAL, Arguments, Begun, Calls, Family, family_of
-from ranvier.graph.serve.tool_prompts import in_words
+from ranvier.graph.endpoints.ids import Ids
+from ranvier.graph.endpoints.tool_calls import HERMES, LLAMA, MISTRAL, Arguments, Begun, Calls, Family, family_of
+from ranvier.graph.endpoints.tool_prompts import in_words
 
 WEATHER = {"city": 'Köln "Süd" {a}', "days": [1, 2], "deep": {"x": "}"}}
 ONE = json.dumps({"name": "weather", "arguments": WEATHER})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ranvier.graph.serve.turns import Turns
+from ranvier.graph.bridge.turns import Turns
 
 
 def test_keys_take_turns() -> None:

@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from ..bridge.problems import Problem
 from .bodies import FunctionTool
-from .problems import Problem
 from .tool_calls import Family
 
 _COMBINED = (

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .problems import INVALID, Problem
+from ..bridge.problems import INVALID, Problem
 
 MOST_CHOICES = 128
 MOST_STOPS = 16

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from ..bridge.bridge import Bridge
+from ..bridge.problems import FAILED, Problem
 from .answers import usage
 from .bodies import EmbeddingBody
-from .bridge import Bridge
-from .problems import FAILED, Problem
 
 MOST_INPUTS = 2048
 AT_ONCE = 4

@@ -5,10 +5,10 @@ from __future__ import annotations
 import abc
 from typing import Any
 
+from ..bridge.bridge import Ended
+from ..bridge.stream_log import Origin
 from ..sessions.generation import Token
-from .bridge import Ended
 from .ids import Ids
-from .stream_log import Origin
 from .wording import Wording
 
 

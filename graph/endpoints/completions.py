@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..bridge.bridge import Ended
+from ..bridge.problems import Problem
+from ..bridge.stream_log import Origin
 from ..sessions.generation import Token
 from .answers import Choices
 from .bodies import CompletionBody
-from .bridge import Ended
-from .problems import Problem
-from .stream_log import Origin
 from .wording import Wording
 
 MOST_PROMPTS = 2048

@@ -7,12 +7,12 @@ from typing import Any
 
 from ranvier.actors.component.session import Sampling
 
+from ..bridge.bridge import Asked, Bridge
+from ..bridge.problems import Problem
+from ..bridge.stream_log import Origin
 from ..file.errors import TooLong
 from ..sessions.model_defaults import sampling_of
 from .bodies import MOST_STOPS, Sampled
-from .bridge import Asked, Bridge
-from .problems import Problem
-from .stream_log import Origin
 
 
 def asked_of(

@@ -7,6 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ..bridge.bridge import Ended
+from ..bridge.problems import Problem
+from ..bridge.stream_log import Origin
 from ..sessions.generation import Token
 from . import schemas
 from .answers import Answers
@@ -22,10 +25,7 @@ from .bodies import (
     TextFormat,
     ToolCall,
 )
-from .bridge import Ended
 from .chat import check_parts, entry
-from .problems import Problem
-from .stream_log import Origin
 from .tool_calls import Arguments, Begun, Calls, Family, pieces
 from .wording import Wording
 

@@ -6,13 +6,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..bridge.bridge import Asked, Bridge, Ended
+from ..bridge.stream_log import Origin
 from . import chat, completions, responses, tool_prompts
 from .answers import Answers
 from .asking import asked_of
 from .bodies import ChatBody, CompletionBody, Sampled, parsed
-from .bridge import Asked, Bridge, Ended
 from .completions import Echo
-from .stream_log import Origin
 from .tool_calls import Family
 from .wording import Wording
 

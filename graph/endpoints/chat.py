@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from ..bridge.bridge import Ended
+from ..bridge.problems import Problem
 from ..sessions.generation import Token
 from . import schemas
 from .answers import Choices
@@ -21,8 +23,6 @@ from .bodies import (
     SchemaFormat,
     TextPart,
 )
-from .bridge import Ended
-from .problems import Problem
 from .tool_calls import Arguments, Begun, Calls, Family, pieces
 from .wording import Wording
 
