@@ -30,6 +30,8 @@ from ..sessions.line_file import LineFile, taken, whole_lines
 from .bridge import Ended
 
 FILE = "streams.jsonl"
+Endpoint = Literal["chat", "completions", "responses"]
+"""Names the endpoints that answer with text."""
 MOST_BODY_BYTES = 4 << 20
 """The stream of a longer request does not outlive the server."""
 MOST_KEPT = 512
@@ -67,7 +69,7 @@ class Opened(_Line, frozen=True, tag="stream"):
     """Tell that a stream began. `endpoint` answers `body`."""
 
     origin: Origin
-    endpoint: Literal["chat", "completions", "responses"]
+    endpoint: Endpoint
     body: str
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..bridge.bridge import Asked, Bridge, Ended
-from ..bridge.stream_log import Origin
+from ..bridge.stream_log import Endpoint, Origin
 from . import chat, completions, responses, tool_prompts
 from .answers import Answers
 from .asking import asked_of
@@ -104,10 +104,10 @@ async def of_response(find: Find, origin: Origin, data: bytes) -> Prepared:
     return _prepared(model, asked, maker, general)
 
 
-ENDPOINTS: Mapping[str, Callable[[Find, Origin, bytes], Awaitable[Prepared]]] = {
+ENDPOINTS: Mapping[Endpoint, Callable[[Find, Origin, bytes], Awaitable[Prepared]]] = {
     "chat": of_chat, "completions": of_completions, "responses": of_response,
 }  # fmt: skip
-"""The endpoints that answer with text, by their names in the log of streams."""
+"""They prepare the answers of the endpoints for text."""
 
 
 async def prompt_of(

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from starlette.applications import Starlette
@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Route
 
 from ..bridge.bridge import Bridge, Reply
 from ..bridge.problems import FAILED, STOPPING, Problem, problem_of, unknown
-from ..bridge.stream_log import Origin, Record
+from ..bridge.stream_log import Endpoint, Origin, Record
 from ..endpoints import chat, embeddings
 from ..endpoints.bodies import DetokenizeBody, EmbeddingBody, TokenizeBody, parsed
 from ..endpoints.tool_calls import family_of
@@ -76,7 +76,7 @@ class Endpoints:
         model = self._model(body.model)
         return _json(await embeddings.answer(body, model.bridge, model.name))
 
-    async def _answer(self, request: Request, endpoint: Literal["chat", "completions", "responses"]) -> Any:
+    async def _answer(self, request: Request, endpoint: Endpoint) -> Any:
         data = await request.body()
         origin = Origin(
             request_id=request.state.request_id, owner=request.state.key, seed=secrets.randbits(62),
@@ -105,11 +105,13 @@ class Endpoints:
         self._check_open()
         name, owner = request.path_params["request_id"], request.state.key
         if self._kept.left(name, owner) is not None:
-            async with self._taking_up.setdefault(name, asyncio.Lock()):
-                record = self._kept.left(name, owner)
-                if record is not None:
-                    await self._take_up(record)
-            self._taking_up.pop(name, None)
+            try:
+                async with self._taking_up.setdefault(name, asyncio.Lock()):
+                    record = self._kept.left(name, owner)
+                    if record is not None:
+                        await self._take_up(record)
+            finally:
+                self._taking_up.pop(name, None)
         stream = self._kept.find(name, owner)
         request.state.request_id = name
         return Events(stream, after)

@@ -12,7 +12,7 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
@@ -24,6 +24,7 @@ from ..bridge.stream_log import (
     MOST_KEPT,
     PIECES_PER_LINE,
     Complete,
+    Endpoint,
     Grew,
     Opened,
     Origin,
@@ -73,7 +74,7 @@ class Stream:
         self._fresh: list[Piece] = []
         """These pieces came and are not in the log yet."""
 
-    def write_down(self, endpoint: Literal["chat", "completions", "responses"], body: bytes) -> None:
+    def write_down(self, endpoint: Endpoint, body: bytes) -> None:
         """Write the request, and then the answer as it grows, into the run's log, if it has one."""
         log = self._bridge.log
         if log is not None and len(body) <= MOST_BODY_BYTES and log.add(Opened(self.origin, endpoint, body.decode())):
@@ -94,9 +95,9 @@ class Stream:
 
     def forget(self) -> None:
         """Drop the stream from the log: nobody may ask for it any more."""
-        if self._log is not None:
-            self._log.forget(self.origin.request_id)
-            self._log = None
+        if self._bridge.log is not None:
+            self._bridge.log.forget(self.origin.request_id)
+        self._log = None
 
     def start(self) -> None:
         """Ask for the answers, or for what is missing of them."""
