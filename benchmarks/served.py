@@ -21,7 +21,7 @@ GREEDY = {
     "stream_options": {"include_usage": True},
 }
 """All bodies have these fields. No answer ends before its last token, so that all have the same length."""
-_ASKING = """
+ASKING = """
 import json, subprocess, sys
 def client(address):
     return subprocess.Popen([sys.executable, sys.argv[1], address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -33,7 +33,7 @@ def show(figures):
     print(figures[sys.argv[3]], flush=True)
 """
 _OURS = (
-    _ASKING
+    ASKING
     + """
 import pathlib, statistics, time, trio, ranvier
 from ranvier.graph.serve.server import Options, serving
@@ -64,7 +64,7 @@ trio.run(main)
 """
 )
 _PEER = (
-    _ASKING
+    ASKING
     + """
 process = client(sys.argv[4])
 for _ in sys.stdin:

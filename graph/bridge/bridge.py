@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 PATIENCE_S = 5.0
 """Time after which an actor that is lost makes the server unhealthy."""
+MOST_KNOWN = 2048
+"""Requests that the trace can be asked for."""
 PACE_KEPT = 32
 """Requests whose durations say how long one that waits will have to wait."""
 
@@ -55,6 +57,17 @@ class Asked:
     traceparent: str | None = None
     key: str = ""
     """Whose request it is, for the turns of the keys."""
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Tell where a request is in the trace: the sessions that have worked on it, more than one if its client came back."""
+
+    key: str
+    first: int
+    """Position of the answer's first token."""
+    sessions: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +188,7 @@ class Bridge:
         self._turns: Turns[Answer] = Turns(queue)
         self._open: set[Answer] = set()
         self._running = 0
+        self._known: OrderedDict[str, Known] = OrderedDict()
         self._stopped: BaseException | None = None
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -257,6 +271,11 @@ class Bridge:
         """
         return self.run.codec.decode(tokens)
 
+    def asked_by(self, request_id: str, key: str) -> Known | None:
+        """Return where a request of this key is in the trace; None if it is not known any more, or another key's."""
+        known = self._known.get(request_id)
+        return known if known is not None and known.key == key else None
+
     async def lost(self) -> str:
         """Return what keeps the run from serving, in words; empty: nothing."""
 
@@ -321,6 +340,7 @@ class Bridge:
                 if generation is None:
                     raise Expired("the deadline passed before there was room for the request")
                 self._post(answer, Accepted())
+                self._note(answer.asked, generation)
                 began = time.monotonic()
                 try:
                     async for token in generation:
@@ -379,6 +399,16 @@ class Bridge:
         )  # fmt: skip
         self._running += 1
         return generation
+
+    def _note(self, asked: Asked, generation: Generation) -> None:
+        """Note which session works on a request."""
+        if asked.request_id and generation.session:
+            if len(self._known) >= MOST_KNOWN:
+                self._known.popitem(last=False)
+            checkpoint = self.run.plan.graph.checkpoint
+            decodes = checkpoint is not None and checkpoint.config.encoder is not None  # the prompt is the encoder's
+            known = self._known.setdefault(asked.request_id, Known(asked.key, 1 if decodes else len(asked.prompt)))
+            known.sessions.append(generation.session)
 
     def _left_s(self, answer: Answer) -> float:
         """Return the time that an answer has until its deadline."""

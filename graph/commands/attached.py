@@ -26,7 +26,7 @@ def why_command(run_dir: RunFolder, as_json: Json = False) -> None:
     """
     from ranvier.actors.protocol.control_protocol import AskWhy
 
-    from . import client
+    from ..run import client
 
     with reading(run_dir):
         found = json.loads(client.ask(run_dir, AskWhy(), WHY_S))
@@ -76,7 +76,7 @@ def scale_command(
     """
     from ranvier.actors.protocol.control_protocol import Scale
 
-    from . import client
+    from ..run import client
 
     actor, _, count = change.partition("=")
     if not actor or not count.isdecimal():

@@ -44,6 +44,7 @@ from .command_line import (
     print_json,
     say,
 )
+from .page_command import page_command
 from .replay_commands import diverge_command, replay_command
 from .run_command import run_command
 from .serve_command import serve_command
@@ -305,6 +306,7 @@ app.command("trace")(trace_command)
 app.command("scale")(scale_command)
 app.command("why")(why_command)
 app.command("top")(top_command)
+app.command("page")(page_command)
 app.command("replay")(replay_command)
 app.command("diverge")(diverge_command)
 

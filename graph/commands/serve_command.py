@@ -64,6 +64,12 @@ def serve_command(
             "--resume-window", min=0, help="Seconds for which an answer is kept for a client that lost its connection."
         ),
     ] = 60.0,
+    allow_faults: Annotated[
+        bool,
+        typer.Option(
+            "--allow-faults", help="Let the page kill, stop and slow actors and cut tcp edges; loopback only."
+        ),
+    ] = False,
     allow_code: AllowCode = False,
     settings: Set = None,
     runs: Annotated[
@@ -79,12 +85,15 @@ def serve_command(
         raise RequestError(f"serve needs {error.name}; pip install 'ranvier[serve]'") from None
     from ..run.launch import launch
 
+    if allow_faults and not is_loopback(host):
+        raise RequestError(f"--allow-faults: others can reach {host}; faults are only for loopback")
     checked = [load_graph(path, allow_code=allow_code, overrides=overrides(settings)) for path in graphs]
     _check_names(checked)
     options = Options(
         host=host, port=port, queue=queue, deadline_s=deadline, stop_s=stop_after, resume_window_s=resume_window,
         keys=read_keys(api_key_file) if api_key_file is not None else (), allow_hosts=tuple(allow_host or ()),
         allow_origins=tuple(allow_origin or ()), certfile=certfile, keyfile=keyfile,
+        faults=allow_faults,
         say=lambda what: say(what, error=True),
     )  # fmt: skip
     if not is_loopback(host) and certfile is None:
@@ -98,12 +107,13 @@ def serve_command(
                 say(f"starting {graph.name}", error=True)
                 zygote = zygotes.pop() if zygotes else None
                 run = await running.enter_async_context(
-                    launch(graph, runs=folder_of_runs(runs), log=log, zygote=zygote)
+                    launch(graph, runs=folder_of_runs(runs), log=log, zygote=zygote, cuttable=allow_faults)
                 )
                 started[graph.name] = run
             address = await running.enter_async_context(serving(started, options))
             first = checked[0].name
             print(f"{address}/v1", flush=True)
+            say(f"page: {address}/", error=True)
             key = " -H 'Authorization: Bearer KEY'" if options.keys else ""
             say(
                 f"try: curl {address}/v1/chat/completions{key} -H 'Content-Type: application/json' "

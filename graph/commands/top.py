@@ -5,9 +5,7 @@ The run's process reports what it already knows. The rest is read from the trace
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,12 +19,13 @@ from rich.text import Text
 from ranvier.actors.protocol.control_protocol import AskStatus
 
 from ..file.errors import RequestError
+from ..observe.priority import run_last
+from ..observe.status import resident_bytes
+from ..run import client
 from ..sessions.printable import printable
 from ..trace.tail import Tail
-from . import client
 
 ANSWER_S = 5.0
-PAGE = 4096
 MIB = 1 << 20
 
 
@@ -62,7 +61,7 @@ def show(run_dir: Path, interval_s: float, console: Console) -> None:
         RequestError: there is no such run in progress.
         NoAnswer: the run's process does not answer.
     """
-    _go_last()
+    run_last()
     top = Top(run_dir)
     status = top.look()
     with Live(console=console, transient=True, auto_refresh=False, screen=console.is_terminal) as live:
@@ -75,15 +74,6 @@ def show(run_dir: Path, interval_s: float, console: Console) -> None:
                 if not (run_dir / "sockets" / "supervisor").exists():
                     return  # the run has ended
                 raise
-
-
-def _go_last() -> None:
-    """Run this process only on idle cores.
-
-    `ranvier top` needs 20 ms of a core per second. On a machine with two busy cores, it would take them from the run.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # the system has no such scheduling policy, or forbids it
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def view(status: Mapping[str, Any]) -> Group:
@@ -129,11 +119,3 @@ def _number(value: float | None) -> str:
 
 def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.0%}"
-
-
-def resident_bytes(pid: int) -> int:
-    """Return the resident memory of a process of this machine in bytes, or 0 if there is no such process."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
-    except (OSError, IndexError, ValueError):
-        return 0

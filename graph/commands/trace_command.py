@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..file.errors import RequestError
 from ..run.paths import writable, writing
 from ..trace import compare, critical_path, perfetto, summary, table, trace_plot
 from ..trace.timeline import timeline
@@ -37,6 +38,14 @@ def trace_command(
             "--why", metavar="SESSION", help="Explain why a request took so long: each microsecond has one cause."
         ),
     ] = None,
+    position: Annotated[
+        int | None,
+        typer.Option(
+            "--position",
+            metavar="N",
+            help="With --why: explain only the token at this position, the prompt's tokens included.",
+        ),
+    ] = None,
     diff: Annotated[
         Path | None,
         typer.Option(
@@ -49,8 +58,10 @@ def trace_command(
     for path in (to_perfetto, to_plot):
         if path is not None:
             writable(path)
+    if position is not None and why is None:
+        raise RequestError(f"--position {position}: name the session, too: --why SESSION")
     with reading(run_dir, diff):
-        _trace(run_dir, as_json, to_perfetto, to_plot, why, diff, idle)
+        _trace(run_dir, as_json, to_perfetto, to_plot, why, position, diff, idle)
 
 
 def _trace(
@@ -59,12 +70,13 @@ def _trace(
     to_perfetto: Path | None,
     to_plot: Path | None,
     why: int | None,
+    position: int | None,
     diff: Path | None,
     idle: bool,
 ) -> None:
     read = summary.read(run_dir)
     if why is not None or idle:
-        found = critical_path.why(read, why) if why is not None else critical_path.idle(read)
+        found = critical_path.why(read, why, position) if why is not None else critical_path.idle(read)
         if as_json:
             print_json(found)
         else:

@@ -35,6 +35,7 @@ def asked_of(
         Asked(
             prompt, most or left, sampling(bridge, body, (seed + index) & ((1 << 62) - 1)), stops(body), logprobs,
             stop_tokens=() if body.ignore_eos else None, grammar=grammar, traceparent=origin.traceparent, key=origin.owner,
+            request_id=origin.request_id,
         )
         for index in range(count)
     ]  # fmt: skip

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ranvier.actors.protocol.control_protocol import AskStatus, Done
 from ranvier.actors.supervise.supervisor import Supervisor
 
 from ..sessions.gateway import Gateway
+
+PAGE = 4096
 
 
 class Status:
@@ -18,6 +22,8 @@ class Status:
     def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
         self._gateway: Gateway | None = None
+        self.more: Callable[[], Mapping[str, Any]] = dict
+        """Returns what the run, or the training, has to add."""
         supervisor.on_request[AskStatus] = self._on_command
 
     def watch(self, gateway: Gateway) -> None:
@@ -25,7 +31,7 @@ class Status:
         self._gateway = gateway
 
     def _on_command(self, client: str, _request: AskStatus) -> None:
-        self._supervisor.answer(client, Done(json.dumps(self.snapshot())))
+        self._supervisor.answer(client, Done(json.dumps({**self.snapshot(), **self.more()})))
 
     def snapshot(self) -> dict[str, Any]:
         """Return the hosts with state, process and last heartbeat, and the open sessions with the tokens they hold."""
@@ -35,7 +41,8 @@ class Status:
                 "label": host.spec.label, "state": "lost" if host.lost is not None else host.life.state.value,
                 "pid": self._supervisor.pids.get(key), "loaded": host.loaded, "heard_s": now_s - host.heard_s,
                 "stepping_s": host.stepping_s, "queued": host.queued, "steps": host.steps, "spare": host.spare,
-                "capacity_tokens": host.capacity_tokens, "held_bytes": host.held_bytes,
+                "capacity_tokens": host.capacity_tokens, "held_bytes": host.held_bytes, "epoch": host.spec.epoch,
+                "lost": str(host.lost.what) if host.lost is not None else None,
             }
             for key, host in self._supervisor.supervision.hosts.items()
         ]  # fmt: skip
@@ -47,3 +54,11 @@ class Status:
                     label = f"{actor}.{replica}"
                     held[label] = held.get(label, 0) + len(stream.log)
         return {"hosts": hosts, "sessions": len(streams), "held_tokens": held}
+
+
+def resident_bytes(pid: int) -> int:
+    """Return the resident memory of a process of this machine in bytes, or 0 if there is no such process."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
+    except (OSError, IndexError, ValueError):
+        return 0

@@ -141,6 +141,18 @@ class Detours:
                 self._behind.pop(key).stop()
             self._before += proxy.counters
 
+    def cut(self, source: str, target: str, seconds: float) -> int:
+        """Cut the links between two actors for some time, in both directions of the edge. Return how many there are.
+
+        Only links that have a proxy can be cut.
+        """
+        found = [
+            proxy for ends, proxy in self._proxies.items() if {host_id(end).actor for end in ends} == {source, target}
+        ]
+        for proxy in found:
+            proxy.cut_for(seconds)
+        return len(found)
+
     @property
     def proxies(self) -> Sequence[ChaosProxy]:
         return tuple(self._proxies.values())

@@ -43,6 +43,7 @@ async def launch(
     progress: Progress = lambda _what, _share: None,
     zygote: ZygoteProcess | None = None,
     chaos: Path | None = None,
+    cuttable: bool = False,
     log: str | None = None,
     resume: Path | None = None,
 ) -> AsyncIterator[Run]:
@@ -54,6 +55,7 @@ async def launch(
         progress: called with the phase and the share done, until the run is ready.
         zygote: the process that hosts are forked from, if it is already started. `launch` always ends it.
         chaos: a file that lists faults to inject on tcp links (chaos.py).
+        cuttable: pass tcp links through proxies, so that `Run.cut` can cut them.
         log: `json` or `console`: also write the run's log to standard error, in that form.
         resume: the folder of a killed run that has a journal. Its requests continue here (`Run.resume`).
 
@@ -68,7 +70,7 @@ async def launch(
     codec = codec_of(graph)
     if resume is not None and not graph.file.journal:
         raise RequestError(f"graph {graph.name} has no journal; set journal: true to resume a run of it")
-    bad_links = bad_links_of(planned, chaos)
+    bad_links = [*bad_links_of(planned, chaos), *([ChaosLink()] if cuttable else ())]  # the last one has no faults
     make_sure_of_descriptors(f"graph {graph.name}", 2 * OF_A_WIRE + OF_A_PEER * (planned.replicas + 1))
     began = False
 

@@ -75,6 +75,7 @@ class Run:
         hosts.supervisor.on_session_failed = self._on_session_failed
         hosts.why.watch(gateway, self._wakes)
         hosts.status.watch(gateway)
+        hosts.status.more = self._counts
         members = Members(plan, folder, hosts.supervisor, gateway, hosts.end.wire, self.flush)
         self._scaling = Scaling(plan, hosts.supervisor, gateway, members)
         self._recovery = Recovery(plan, hosts.supervisor, gateway, members)
@@ -144,9 +145,11 @@ class Run:
 
     def snapshot(self) -> dict[str, Any]:
         """Return the same as `status`, but also while the run ends. The metrics server uses this."""
+        return {**self._hosts.status.snapshot(), "counters": self.counters, **self._counts()}
+
+    def _counts(self) -> dict[str, int]:
         return {
-            **self._hosts.status.snapshot(), "counters": self.counters, "recoveries": len(self.recoveries),
-            "requests": self._gateway.accepted, "tokens": self._gateway.delivered,
+            "recoveries": len(self.recoveries), "requests": self._gateway.accepted, "tokens": self._gateway.delivered
         }  # fmt: skip
 
     def _check_open(self) -> None:
@@ -330,6 +333,14 @@ class Run:
         """
         self._check_open()
         return await self._scaling.scale(actor, replicas)
+
+    def cut(self, source: str, target: str, seconds: float) -> int:
+        """Cut the tcp links between two actors for some time, on purpose. Return how many were cut.
+
+        The run must have been launched with `cuttable`.
+        """
+        self._check_open()
+        return self._hosts.detours.cut(source, target, seconds)
 
     async def why(self) -> Answer:
         """Return who waits for whom at this moment, and who is to blame, as `ranvier why` prints it."""

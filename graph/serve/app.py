@@ -23,6 +23,7 @@ from ..endpoints.bodies import DetokenizeBody, EmbeddingBody, TokenizeBody, pars
 from ..endpoints.tool_calls import family_of
 from ..endpoints.wording import Wording
 from ..endpoints.writing import ENDPOINTS, Served, prompt_of
+from ..page.pages import Pages
 from . import metrics
 from .guard import Door, Guard
 from .streams import Events, Kept, Stream, collected
@@ -54,7 +55,7 @@ class Endpoints:
             "/streams/{request_id}": self.resume, "/tokenizer_info": self.tokenizer_info,
         }  # fmt: skip
         return [
-            Route(before + path, _answering(endpoint), methods=[method])
+            Route(before + path, answering(endpoint), methods=[method])
             for method, those in (("POST", posts), ("GET", gets))
             for path, endpoint in those.items()
             for before in ("", "/v1")
@@ -213,19 +214,24 @@ class Endpoints:
         return found
 
 
-def application(models: Mapping[str, Bridge], door: Door, kept: Kept) -> tuple[Any, Endpoints]:
+def application(models: Mapping[str, Bridge], door: Door, kept: Kept, pages: Pages) -> tuple[Any, Endpoints]:
     """Return the application, and its endpoints, which `stopping` closes."""
     endpoints = Endpoints(models, kept)
-    routes = endpoints.routes()
+    gets, posts_of_page = pages.routes()
+    routes = [
+        *endpoints.routes(),
+        *(Route(path, answering(endpoint)) for path, endpoint in gets.items()),
+        *(Route(path, answering(endpoint), methods=["POST"]) for path, endpoint in posts_of_page.items()),
+    ]
     app = Starlette(
         routes=routes,
-        exception_handlers={Problem: _on_problem, HTTPException: _on_http, Exception: _on_problem},
+        exception_handlers={Problem: on_problem, HTTPException: _on_http, Exception: on_problem},
     )
     posts = frozenset(route.path for route in routes if isinstance(route, Route) and "POST" in (route.methods or ()))
     return Guard(app, door, posts), endpoints
 
 
-def _answering(endpoint: Any) -> Any:
+def answering(endpoint: Any) -> Any:
     """Return an endpoint whose errors of all kinds become problems."""
 
     async def answer(request: Request) -> Any:
@@ -239,7 +245,8 @@ def _answering(endpoint: Any) -> Any:
     return answer
 
 
-async def _on_problem(_request: Request, error: Exception) -> Response:
+async def on_problem(_request: Request, error: Exception) -> Response:
+    """Answer with an error in OpenAI's form."""
     problem = problem_of(error)
     return Response(problem.to_bytes(), problem.status, problem.headers, JSON)
 

@@ -27,8 +27,9 @@ from ..file.errors import RequestError
 MOST_KEYS_BYTES = 1 << 20
 BODY_S = 30.0
 """Time in which a request's body must be there."""
-OPEN = ("/health",)
-"""Paths that need no key: load balancers ask them."""
+OPEN = ("/health", "/")
+"""Paths that need no key: load balancers and browsers ask them. The page asks the user for the key."""
+OPEN_FILES = "/page/files/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +139,7 @@ class Guard:
         Raises:
             Problem: it has no key, or one that is not known.
         """
-        if not self._door.keys or scope["path"] in OPEN:
+        if not self._door.keys or scope["path"] in OPEN or scope["path"].startswith(OPEN_FILES):
             return ""
         scheme, _, given = headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(given.strip().encode("latin-1")).digest()

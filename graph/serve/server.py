@@ -23,6 +23,7 @@ from ..run.run import Run
 from .guard import Door, is_loopback, names_of
 
 if TYPE_CHECKING:
+    from ..page.pages import Pages
     from .streams import Left
 
 STARTED_S = 10.0
@@ -51,6 +52,8 @@ class Options:
     certfile: Path | None = None
     keyfile: Path | None = None
     most_bytes: int = 32 << 20
+    faults: bool = False
+    """Let the page kill, stop and slow actors. The runs must be `cuttable` for it to cut links."""
     say: Callable[[str], None] = print
     """Tells the user what was found at the start."""
 
@@ -70,6 +73,8 @@ async def serving(runs: Mapping[str, Run], options: Options) -> AsyncIterator[st
         import uvicorn
         import uvloop
 
+        from ..page.pages import Pages
+        from ..page.sources import Served
         from .app import application
         from .connections import BoundedProtocol
         from .streams import Kept
@@ -89,14 +94,16 @@ async def serving(runs: Mapping[str, Run], options: Options) -> AsyncIterator[st
                 options.most_bytes,
             )
             kept = Kept(options.resume_window_s, await _left(bridges.values(), options))
-            app, endpoints = application(bridges, door, kept)
+            sources = {name: Served(name, bridge) for name, bridge in bridges.items()}
+            pages = Pages(sources, faults=options.faults, logs=not options.keys)
+            app, endpoints = application(bridges, door, kept, pages)
             config = uvicorn.Config(
                 app, http=BoundedProtocol, log_config=None, access_log=False, lifespan="off", ws="none",
                 timeout_graceful_shutdown=CLOSED_S, server_header=False, ssl_certfile=options.certfile,
                 ssl_keyfile=options.keyfile,
             )  # fmt: skip
             server = uvicorn.Server(config)
-            thread = _Thread(server, uvloop.new_event_loop, listening, bridges)
+            thread = _Thread(server, uvloop.new_event_loop, listening, bridges, pages)
             try:
                 await thread.started()
                 scheme = "https" if options.certfile else "http"
@@ -109,8 +116,7 @@ async def serving(runs: Mapping[str, Run], options: Options) -> AsyncIterator[st
                             await trio.sleep(0.02)
                     for bridge in bridges.values():
                         bridge.stop(LinkClosed("the server is stopping"))
-                    server.should_exit = True
-                    await trio.to_thread.run_sync(thread.join)
+                    await trio.to_thread.run_sync(thread.end)
                     kept.forget()
                     for bridge in bridges.values():
                         if bridge.log is not None:
@@ -170,18 +176,24 @@ class _Thread:
 
     def __init__(
         self, server: Any, new_loop: Callable[[], asyncio.AbstractEventLoop], listening: socket.socket,
-        bridges: Mapping[str, Bridge],
+        bridges: Mapping[str, Bridge], pages: Pages,
     ) -> None:  # fmt: skip
         self._server, self._new_loop, self._listening, self._bridges = server, new_loop, listening, bridges
+        self._pages = pages
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name="ranvier-serve", daemon=True)
         self._thread.start()
 
     def _main(self) -> None:
         async def main() -> None:
+            self._loop = asyncio.get_running_loop()
             for bridge in self._bridges.values():
-                bridge.attach(asyncio.get_running_loop())
-            await self._server.serve(sockets=[self._listening])
+                bridge.attach(self._loop)
+            try:
+                await self._server.serve(sockets=[self._listening])
+            finally:
+                self._pages.close()
 
         try:
             with asyncio.Runner(loop_factory=self._new_loop) as runner:
@@ -204,5 +216,10 @@ class _Thread:
             self._server.should_exit = True
             raise ResourceError(f"the HTTP server did not start: {self._error or 'it is too slow'}")
 
-    def join(self) -> None:
+    def end(self) -> None:
+        """End the server, and wait for it. Pages are closed first: they would hold their connections open."""
+        self._server.should_exit = True
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._pages.close)
         self._thread.join()

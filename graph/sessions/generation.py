@@ -194,6 +194,11 @@ class Generation:
         self.result.prompt_tokens = prompt_tokens
         self._wake()
 
+    @property
+    def session(self) -> int:
+        """Return the number of the request's session, as traces have it; 0 if it has not begun."""
+        return self._info.session if self._client is not None else 0
+
     def recorded(self, first: int, tokens: Sequence[int], after: int | None) -> None:
         """Take the tokens of a journal; the first of them is at position `first`.
 

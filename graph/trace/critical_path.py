@@ -103,23 +103,40 @@ class Causes:
         """Return the sessions for which the gateway has sent messages."""
         return sorted({row[0] for record in self._trace.sent.get(ME, ()) for row in record.rows})
 
-    def critical_path(self, session: int) -> list[Stretch]:
+    def critical_path(self, session: int, position: int | None = None) -> list[Stretch]:
         """Return the stretches from the session's first message to its last, in order of time.
 
+        With a position, return those of the token at that position (`Token.position`): from the moment when the gateway
+        had the token before it, or from the session's first message. The paths of all tokens add up to the whole.
+
         Raises:
-            TraceError: there is no such session, or it got no answer.
+            TraceError: there is no such session, or it got no answer at this position.
         """
         asked = [record for record in self._trace.sent.get(ME, ()) if any(row[0] == session for row in record.rows)]
         answered = [record for record in self._trace.done.get(ME, ()) if any(row[0] == session for row in record.rows)]
-        if not asked or not answered:
+        if not answered or not (asked or position is not None):
             known = ", ".join(map(str, self.sessions)) or "none"
             what = "got no answer" if asked else f"is not in this trace; there are {known}"
             raise TraceError(f"{self._trace.run_dir}: session {session} {what}")
-        began_ns = min(record.ready_ns for record in asked)
         last = max(answered, key=lambda record: record.finished_ns)
+        began_ns = min((record.ready_ns for record in asked), default=0)
+        if position is not None:
+            last = self._answer_at(session, position, answered)
+            began_ns = max(
+                (each.finished_ns for each in answered if each.finished_ns < last.started_ns), default=began_ns
+            )
         path = [Stretch("compute", ME, last.started_ns, last.finished_ns)]
         path += self._back(ME, last, began_ns, session)
         return [stretch for stretch in reversed(path) if stretch.ns]
+
+    def _answer_at(self, session: int, position: int, answered: Sequence[DoneLine]) -> DoneLine:
+        positions = {row[2]: record for record in answered for row in record.rows if row[0] == session}
+        if position not in positions:
+            raise TraceError(
+                f"{self._trace.run_dir}: session {session} has no token at position {position}; "
+                f"its tokens are at {min(positions)} to {max(positions)}"
+            )
+        return positions[position]
 
     def idle(self, actor: str) -> list[Stretch]:
         """Return what an actor waited for between its steps, in order of time."""
@@ -241,13 +258,14 @@ def totals(stretches: Sequence[Stretch]) -> list[dict[str, Any]]:
     return sorted(made, key=lambda each: -each["ms"])
 
 
-def why(trace: Trace, session: int) -> dict[str, Any]:
-    """Return the critical path of one request as plain data."""
-    path = Causes(trace).critical_path(session)
+def why(trace: Trace, session: int, position: int | None = None) -> dict[str, Any]:
+    """Return the critical path of one request as plain data, or that of its token at a position."""
+    path = Causes(trace).critical_path(session, position)
     began_ns = path[0].began_ns if path else 0
     return {
         "run_dir": str(trace.run_dir),
         "session": session,
+        **({"position": position} if position is not None else {}),
         "ms": sum(stretch.ns for stretch in path) / 1e6,
         "causes": totals(path),
         "path": [

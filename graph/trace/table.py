@@ -153,6 +153,9 @@ def of_path(figures: Mapping[str, Any]) -> str:
     """Format a critical path for people."""
     session, ms = figures["session"], figures["ms"]
     head = f"session {session}: {ms:.1f} ms from its first message to its last answer, by what it waited for"
+    if "position" in figures:
+        at = figures["position"]
+        head = f"session {session}, position {at}: {ms:.1f} ms after the token before it, by what it waited for"
     return "\n".join([head, "", *_causes(figures["causes"])])
 
 

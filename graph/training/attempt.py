@@ -30,6 +30,7 @@ from ..run.hosts import Hosts
 from . import checkpoints
 from .checkpoints import TrainingCheckpoint
 from .data import Data
+from .glance import Glance
 from .plan import TrainingPlan
 
 if TYPE_CHECKING:
@@ -100,6 +101,11 @@ class Attempt:
             )  # fmt: skip
             closing.callback(hosts.close)
             hosts.supervisor.on_saved = self._on_saved
+            glance = Glance(plan)
+            hosts.status.more = lambda: {
+                "recoveries": len(self.trained.losses),
+                "training": self._progress() | glance.look(self.trained.history, hosts.supervisor.supervision.counters),
+            }
             self._exchange = hosts.end.exchange
             self._by_link = {self._exchange.receiver(link.link): link for link in self._links if not link.outgoing}
             try:
@@ -119,13 +125,17 @@ class Attempt:
 
     def _at_a_glance(self) -> dict[str, Any]:
         """Return what is known at this moment, as `Run.status` does, without asking a host."""
-        last, validated = self._latest(validation=False), self._latest(validation=True)
         return {
             **self._hosts.status.snapshot(), "counters": self._hosts.supervisor.supervision.counters,
-            "recoveries": len(self.trained.losses),
-            "training": {name: last[name] for name in ("step", "loss", "accuracy", "norm", "seconds") if name in last}
-            | {f"validation_{name}": validated[name] for name in ("loss", "accuracy") if name in validated},
+            "recoveries": len(self.trained.losses), "training": self._progress(),
         }  # fmt: skip
+
+    def _progress(self) -> dict[str, Any]:
+        """Return the figures of the last step and of the last validation."""
+        last, validated = self._latest(validation=False), self._latest(validation=True)
+        return {name: last[name] for name in ("step", "loss", "accuracy", "norm", "seconds") if name in last} | {
+            f"validation_{name}": validated[name] for name in ("loss", "accuracy") if name in validated
+        }
 
     def _latest(self, *, validation: bool) -> Mapping[str, Any]:
         entry = (step for step in reversed(self.trained.history) if step.get("validation", False) is validation)

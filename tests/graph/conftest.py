@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
+from served import FAST, SMOLLM2, Server
 
 import ranvier
+from ranvier.graph.serve.server import Options
 
 CUSTOM = Path(__file__).parent / "custom"
 MANY = {"max": 100, "window_s": 60, "backoff_s": 0}
@@ -83,3 +86,57 @@ def streamed(tiny: Any) -> Callable[..., Path]:
         return trio.run(main)
 
     return run_once
+
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture
+def start(runs: Path) -> Iterator[Start]:
+    """Provide `start(options, **changes)`, which starts a server; `changes` are those of the graph, as for `--set`."""
+    started: list[Server] = []
+
+    def begin(options: Options | None = None, **changes: str) -> Server:
+        own = {name.replace("__", "."): value for name, value in changes.items()}
+        started.append(Server(runs, options or Options(port=0), {**FAST, **own}))
+        return started[-1]
+
+    yield begin
+    for server in started:
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """Provide a server that the tests of a file share: of its `GRAPH`, or SmolLM2, with its `CHANGES` and `OPTIONS`."""
+    folder = Path(tempfile.mkdtemp(prefix="rv-", dir="/tmp"))
+    module = request.module
+    changes, file = getattr(module, "CHANGES", FAST), getattr(module, "GRAPH", SMOLLM2)
+    made = Server(folder, getattr(module, "OPTIONS", Options(port=0)), changes, file)
+    yield made
+    made.close()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def continued(oracle: Any, smollm2: Path) -> Callable[[str | list[dict[str, str]], int], tuple[list[int], str]]:
+    """Provide `continued(prompt, count)`: what transformers generates greedily after a text or a chat, as ids and as text."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
+
+    def generate(prompt: str | list[dict[str, str]], count: int) -> tuple[list[int], str]:
+        import torch
+
+        if isinstance(prompt, str):
+            ids = torch.tensor([tokenizer(prompt).input_ids])
+        else:
+            ids = tokenizer.apply_chat_template(
+                prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            ).input_ids
+        with torch.inference_mode():
+            made = oracle.generate(ids, max_new_tokens=count, do_sample=False, repetition_penalty=1.0)
+        new = made[0, ids.shape[1] :].tolist()
+        return new, tokenizer.decode(new, skip_special_tokens=True)
+
+    return generate

@@ -79,6 +79,7 @@ class ChaosProxy:
         self._faults = faults
         self._chance = random.Random(faults.seed)
         self._began_s = time.monotonic()
+        self._cut_until_s = 0.0
         self._connections: set[_Connection] = set()
         self._scope = trio.CancelScope()
 
@@ -116,6 +117,11 @@ class ChaosProxy:
             self.counters["cut"] += 1
             connection.end()
 
+    def cut_for(self, seconds: float) -> None:
+        """End all connections now, and refuse new ones for some time."""
+        self._cut_until_s = time.monotonic() + seconds
+        self.cut()
+
     async def _swallow(self) -> None:
         await trio.sleep(self._faults.hole_after_s)
         for connection in list(self._connections):
@@ -126,7 +132,8 @@ class ChaosProxy:
         faults = self._faults
         with contextlib.ExitStack() as stack:
             stack.callback(near.socket.close)
-            if faults.cut_for_s and self._within(faults.cut_after_s, faults.cut_for_s):
+            cut = faults.cut_for_s and self._within(faults.cut_after_s, faults.cut_for_s)
+            if cut or time.monotonic() < self._cut_until_s:
                 self.counters["refused"] += 1
                 return
             try:

@@ -1,27 +1,23 @@
-"""Provide servers over real runs of SmolLM2 in four processes, and clients that speak to them."""
+"""Run a graph and its server in a thread, with clients that speak to it."""
 
 from __future__ import annotations
 
 import contextlib
 import http.client
 import json
-import shutil
-import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import openai
-import pytest
 import trio
 
 import ranvier
 from ranvier.graph.serve.server import Options, serving
 
 FAST = {"model.weights": "stored", "model.products": "repeatable"}
-SMOLLM2 = Path(__file__).parents[3] / "examples" / "smollm2.yaml"
+SMOLLM2 = Path(__file__).parents[2] / "examples" / "smollm2.yaml"
 
 
 class Server:
@@ -30,7 +26,7 @@ class Server:
     def __init__(self, runs: Path, options: Options, changes: Mapping[str, str], file: Path = SMOLLM2) -> None:
         self._ready = threading.Event()
         self._error: BaseException | None = None
-        self._client: openai.OpenAI | None = None
+        self._client: Any = None
         self._connections: list[http.client.HTTPConnection] = []
         self._thread = threading.Thread(target=self._main, args=(runs, options, changes, file), daemon=True)
         self._thread.start()
@@ -43,7 +39,7 @@ class Server:
             self._stop, self._token = trio.Event(), trio.lowlevel.current_trio_token()
             graph = ranvier.load(file, overrides=dict(changes), allow_code=True)
             async with (
-                ranvier.launch(graph, runs=runs) as self.run,
+                ranvier.launch(graph, runs=runs, cuttable=options.faults) as self.run,
                 serving({file.stem: self.run}, options) as self.url,
             ):
                 self._ready.set()
@@ -73,7 +69,10 @@ class Server:
 
     # -- clients ----------------------------------------------------------------------------------------------------
 
-    def client(self, key: str = "none") -> openai.OpenAI:
+    def client(self, key: str = "none") -> Any:
+        """Return a client of the `openai` package."""
+        import openai
+
         if self._client is None:
             self._client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
         return self._client
@@ -99,57 +98,3 @@ class Server:
             data = answer.read()
             is_json = answer.headers.get_content_type() == "application/json"
             return answer.status, json.loads(data) if is_json else data.decode(), dict(answer.headers)
-
-
-Start = Callable[..., Server]
-
-
-@pytest.fixture
-def start(runs: Path) -> Iterator[Start]:
-    """Provide `start(options, **changes)`, which starts a server; `changes` are those of the graph, as for `--set`."""
-    started: list[Server] = []
-
-    def begin(options: Options | None = None, **changes: str) -> Server:
-        own = {name.replace("__", "."): value for name, value in changes.items()}
-        started.append(Server(runs, options or Options(port=0), {**FAST, **own}))
-        return started[-1]
-
-    yield begin
-    for server in started:
-        server.close()
-
-
-@pytest.fixture(scope="module")
-def server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """Provide a server that the tests of a file share: of its `GRAPH`, or SmolLM2, with its `CHANGES`."""
-    folder = Path(tempfile.mkdtemp(prefix="rv-", dir="/tmp"))
-    module = request.module
-    changes, file = getattr(module, "CHANGES", FAST), getattr(module, "GRAPH", SMOLLM2)
-    made = Server(folder, Options(port=0), changes, file)
-    yield made
-    made.close()
-    shutil.rmtree(folder)
-
-
-@pytest.fixture(scope="session")
-def continued(oracle: Any, smollm2: Path) -> Callable[[str | list[dict[str, str]], int], tuple[list[int], str]]:
-    """Provide `continued(prompt, count)`: what transformers generates greedily after a text or a chat, as ids and as text."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(smollm2.parent, gguf_file=smollm2.name)
-
-    def generate(prompt: str | list[dict[str, str]], count: int) -> tuple[list[int], str]:
-        import torch
-
-        if isinstance(prompt, str):
-            ids = torch.tensor([tokenizer(prompt).input_ids])
-        else:
-            ids = tokenizer.apply_chat_template(
-                prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            ).input_ids
-        with torch.inference_mode():
-            made = oracle.generate(ids, max_new_tokens=count, do_sample=False, repetition_penalty=1.0)
-        new = made[0, ids.shape[1] :].tolist()
-        return new, tokenizer.decode(new, skip_special_tokens=True)
-
-    return generate

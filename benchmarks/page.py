@@ -1,0 +1,172 @@
+"""Measure what the page costs a run: tokens per second at 16 streams over HTTP, with the page open against closed.
+
+`a page elsewhere` reads the feed and draws nothing, as if the browser were another machine's. `Chromium here` shows the page on the
+same two cores, so its drawing counts, too. Each figure is a ratio from one process, in the order closed, open, open, closed. The
+interval of the median comes from the ranks of the rounds (95 %). `script` is how long the page's script takes for one frame of 40
+actors and 80 edges in which every label changes.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import statistics
+import sys
+from functools import partial
+
+import report
+from contestants import NEW, PROMPT, TWO, Contestant, graph_of
+from report import Answer, Goal
+from served import ASKING, CLIENT, asking
+
+LEAST_ROUNDS = 20
+MOST_SCRIPT_MS = 4.0
+_OPEN = """
+import sys, urllib.request
+answer = urllib.request.urlopen(sys.argv[1] + "/page/feed")
+print(answer.readline(), flush=True)
+while answer.read1(1 << 16): pass
+"""
+_CHROMIUM = """
+import sys, shutil
+from playwright.sync_api import sync_playwright
+with sync_playwright() as playwright:
+    browser = playwright.chromium.launch(executable_path=sys.argv[2], args=["--no-sandbox"])
+    page = browser.new_page(viewport={"width": 1440, "height": 900})
+    page.goto(sys.argv[1])
+    page.wait_for_selector("#link[data-state=live]")
+    print("ready", flush=True)
+    sys.stdin.readline()
+    browser.close()
+"""
+_OURS = (
+    ASKING
+    + """
+import pathlib, time, trio, ranvier
+from ranvier.graph.serve.server import Options, serving
+file = pathlib.Path(__file__).with_name("graph.yaml")
+file.write_text(sys.argv[4])
+def opened(url):
+    page = subprocess.Popen([sys.executable, "-c", sys.argv[5], url, sys.argv[6]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert page.stdout.readline()
+    time.sleep(2)
+    return page
+def ratio(url, process):
+    found = []
+    for shown in (False, True):
+        page = opened(url) if shown else None
+        found += [asked(process)["tokens_s"] for _ in range(1 + shown)]
+        if page:
+            page.kill() if sys.argv[5].startswith("\\nimport sys, urllib") else page.communicate(b"\\n")
+            page.wait()
+            time.sleep(1)
+    return (found[1] + found[2]) / (found[0] + asked(process)["tokens_s"])
+async def main():
+    async with ranvier.launch(ranvier.load(file), runs=file.parent) as run, serving({"bench": run}, Options(port=0)) as url:
+        process = client(url.removeprefix("http://"))
+        while await trio.to_thread.run_sync(sys.stdin.readline):
+            print(await trio.to_thread.run_sync(ratio, url, process), flush=True)
+        process.kill()
+trio.run(main)
+"""
+)
+_SCRIPT = """
+import http.server, pathlib, sys, threading
+from playwright.sync_api import sync_playwright
+from ranvier.graph.page.pages import FILES
+class Files(http.server.SimpleHTTPRequestHandler):
+    def translate_path(self, path): return str(FILES / pathlib.PurePosixPath(path).name)
+    def log_message(self, *_): pass
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+FRAMES = '''async () => {
+    const {GraphView} = await import("/page/files/graph.js");
+    document.body.innerHTML = '<div id="graph" style="height: 900px"></div>';
+    const names = Array.from({length: 40}, (_, at) => `actor${at}`);
+    const edges = Array.from({length: 80}, (_, at) => ({edge: at, name: `e${at}`, source: at < 40 ? (at ? names[at - 1] : "gateway") : names[at - 40],
+        target: at < 40 ? names[at] : names[(at * 7) % 40], back: at >= 40, wire: "ipc", tensor: "bfloat16[tokens, 576]", codec: "raw", credits: 8}));
+    const view = new GraphView(document.querySelector("#graph"), () => {});
+    view.show({name: "forty", layers: [["gateway"], ...names.map((name) => [name])], edges,
+        actors: Object.fromEntries(names.map((name) => [name, {kind: "blocks", device: "cpu", layers: [0, 1], replicas: 1}]))});
+    const spent = [];
+    for (let frame = 0; frame < 300; frame++) {
+        await new Promise(requestAnimationFrame);
+        const hosts = names.map((name, at) => ({label: `${name}.0`, state: "running", queued: frame + at, epoch: frame, stepping_s: 0, capacity_tokens: 1000, spare: false}));
+        const shown = {hosts, sessions: frame, waiting: frame, held_tokens: Object.fromEntries(names.map((name, at) => [`${name}.0`, (frame * 7 + at) % 1000])), trace: {
+            actors: Object.fromEntries(names.map((name, at) => [`${name}.0`, {busy: ((frame * 13 + at) % 100) / 100, tokens_s: frame + at, steps_s: 1, batch: 1}])),
+            edges: edges.map((edge) => ({edge: edge.edge, p50_us: frame + edge.edge, p99_us: 2 * frame, messages_s: frame, bytes_s: 99 * frame, waited: frame % 2})),
+            token: {session: 1, position: frame, ms: 20, path: names.map((name, at) => ({cause: "compute", where: `${name}.0`, at_ms: at / 2, ms: 0.4}))}}};
+        const began = performance.now();
+        view.update(shown);
+        spent.push(performance.now() - began);
+    }
+    spent.sort((a, b) => a - b);
+    return spent[Math.floor(0.95 * spent.length)];
+}'''
+with sync_playwright() as playwright:
+    browser = playwright.chromium.launch(executable_path=sys.argv[1], args=["--no-sandbox"])
+    for _ in sys.stdin:
+        page = browser.new_page(viewport={"width": 1440, "height": 900})
+        page.route("**/main.js", lambda route: route.fulfill(body="", content_type="text/javascript"))
+        page.goto(f"http://127.0.0.1:{server.server_port}/index.html")
+        print(page.evaluate(FRAMES), flush=True)
+        page.close()
+"""
+
+
+def chromium() -> str:
+    """Return the command of a Chromium.
+
+    Raises:
+        report.Ended: there is none.
+    """
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if found := shutil.which(name):
+            return found
+    raise report.Ended("there is no Chromium; tests/graph/page/browser.sh installs it")
+
+
+def page(how: str) -> Contestant:
+    """Return a contestant whose figure is the ratio of open to closed."""
+    asked = asking(16, "/v1/completions", {"prompt": PROMPT, "max_tokens": 2 * NEW})
+    return Contestant(sys.executable, _OURS, CLIENT, asked, "tokens_s", graph_of(TWO, "stored"), how, chromium())
+
+
+def interval(ratios: list[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the median, from ranks: binomial, by its normal approximation."""
+    ordered, off = sorted(ratios), 0.98 * math.sqrt(len(ratios))
+    return ordered[max(0, math.floor(len(ratios) / 2 - off))], ordered[
+        min(len(ratios) - 1, math.ceil(len(ratios) / 2 + off) - 1)
+    ]
+
+
+def ask(rounds: int) -> Answer:
+    figures = report.Figures()
+    notes = []
+    for name, make in (
+        ("a page elsewhere", partial(page, _OPEN)),
+        ("Chromium here", partial(page, _CHROMIUM)),
+        ("script, ms a frame", lambda: Contestant(sys.executable, _SCRIPT, chromium())),
+    ):
+        try:
+            contestant = make()
+        except report.Ended as why:
+            figures.end(name, why)
+            continue
+        try:
+            report.in_turn(
+                {name: contestant.measure}, rounds if "script" in name else max(rounds, LEAST_ROUNDS), figures
+            )
+        finally:
+            contestant.close()
+    for name, bound in (("a page elsewhere", 0.99), ("Chromium here", None)):
+        if name in figures:
+            low, high = interval(figures[name])
+            median = statistics.median(figures[name])
+            said = "" if bound is None else f", at least {bound}: {'holds' if median >= bound else 'MISSED'}"
+            notes.append(f"open / closed, {name}: {median:.3f} ({low:.3f} to {high:.3f}){said}")
+    if script := figures.get("script, ms a frame"):
+        spent = statistics.median(script)
+        notes.append(f"script: {spent:.2f} ms a frame at the 95th percentile, at most {MOST_SCRIPT_MS:g}: "
+                     f"{'holds' if spent <= MOST_SCRIPT_MS else 'MISSED'}")  # fmt: skip
+    return Answer("open / closed, or milliseconds", figures, list[Goal](), notes)

@@ -1,0 +1,323 @@
+"""Watch the trace of a run while it is written: figures of the last seconds, histograms, and the path of a token.
+
+Each record is looked at once. Figures of the window are sums over slots of time, and percentiles come from histograms, so a
+look at a busy run costs little (benchmarks/page.py). The newest records are kept as they are, for the paths of tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ranvier.actors.trace.trace_file import DONE, PART, SENT
+
+from ..trace.critical_path import CAUSES, ME, Causes, totals
+from ..trace.summary import PARTS, Trace, read
+from ..trace.trace_lines import DoneLine, Lines, SentLine, TraceError, read_plan
+from .histogram import bucket, percentile
+
+WINDOW_NS = 4_000_000_000
+"""Rates and percentiles cover this time before the newest record."""
+SLOT_NS = 250_000_000
+AT_FIRST = 1 << 20
+"""Bytes at the end of each file that the first look covers."""
+MOST_RECORDS = 40_000
+"""Records that are kept for the paths of tokens: those of some minutes, 25 MB."""
+MOST_BYTES = 128 << 20
+"""A trace up to this size is read again as a whole for the path of an older token."""
+LATE_NS = 3_000_000_000
+"""A record is read at most this long after another one of its time: each process writes its records when it likes."""
+STEPS_SHOWN = 60
+
+Kept = tuple[str, str, Any]
+"""Actor, kind and record."""
+
+
+@dataclass(slots=True)
+class _Slot:
+    """Hold what happened in one slot of time."""
+
+    number: int
+    messages: Counter[int] = field(default_factory=Counter)
+    nbytes: Counter[int] = field(default_factory=Counter)
+    waited: Counter[int] = field(default_factory=Counter)
+    """Messages that waited for credit, by edge."""
+    wires: dict[int, Counter[int]] = field(default_factory=dict)
+    busy_ns: Counter[str] = field(default_factory=Counter)
+    steps: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[str] = field(default_factory=Counter)
+
+
+class Watch:
+    """Hold what the trace of a run in a folder says. Call `look` now and then.
+
+    Raises:
+        TraceError: the folder is no run's.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = run_dir
+        self._edges = [edge["name"] for edge in read_plan(run_dir)["edges"]]
+        self._lines = Lines(run_dir, AT_FIRST)
+        self._slots: deque[_Slot] = deque()
+        self._histograms: dict[int, dict[str, Counter[int]]] = {}
+        self._kept: deque[Kept] = deque(maxlen=MOST_RECORDS)
+        self._steps: dict[str, deque[tuple[int, int, int, int]]] = {}
+        self._open_step: dict[str, list[DoneLine]] = {}
+        self._token: dict[str, Any] | None = None
+        self._latest: tuple[int, int, int] | None = None
+        self._newest_ns = 0
+
+    def look(self) -> None:
+        """Read what was written since the last call.
+
+        Raises:
+            TraceError: the trace is damaged.
+        """
+        # each file has the records of one process in order; together they are put in order of time
+        for actor, kind, record in sorted(self._lines.read((DONE, PART, SENT)), key=_ended_ns):
+            self._kept.append((actor, kind, record))
+            if kind == SENT:
+                self._take_sent(record)
+            else:
+                self._take_done(actor, kind, record)
+        oldest = self._newest_ns // SLOT_NS - WINDOW_NS // SLOT_NS
+        while self._slots and self._slots[0].number < oldest:
+            self._slots.popleft()
+
+    def _slot(self, at_ns: int) -> _Slot | None:
+        """Return the slot of a time, or None if it is before the window."""
+        number = at_ns // SLOT_NS
+        if not self._slots or number > self._slots[-1].number:
+            self._slots.append(_Slot(number))
+            return self._slots[-1]
+        return next((slot for slot in reversed(self._slots) if slot.number == number), None)
+
+    def _take_sent(self, record: SentLine) -> None:
+        parts = self._histogram(record.edge)
+        parts["serialise"][bucket(record.sent_ns - record.credit_ns)] += 1
+        parts["credit"][bucket(record.credit_ns - record.ready_ns)] += 1
+        if record.credit_ns > record.ready_ns:
+            slot = self._slot(record.sent_ns)
+            if slot is not None:
+                slot.waited[record.edge] += 1
+
+    def _take_done(self, actor: str, kind: str, record: DoneLine) -> None:
+        self._newest_ns = max(self._newest_ns, record.finished_ns)
+        slot = self._slot(record.finished_ns)
+        if kind == DONE:
+            wire = bucket(record.received_ns - record.sent_ns)
+            self._histogram(record.edge)["wire"][wire] += 1
+            if slot is not None:
+                slot.messages[record.edge] += 1
+                slot.nbytes[record.edge] += record.nbytes
+                slot.wires.setdefault(record.edge, Counter())[wire] += 1
+        if actor == ME:
+            self._note_answer(record)
+        if not record.batch:
+            return
+        step = self._open_step.setdefault(actor, [])
+        if step and step[0].started_ns != record.started_ns:
+            self._end_step(actor, step)
+            self._open_step[actor] = step = []
+        step.append(record)
+        if len(step) == record.batch:
+            self._end_step(actor, step)
+            self._open_step[actor] = []
+
+    def _note_answer(self, record: DoneLine) -> None:
+        session, _, position, _ = record.rows[-1]
+        if self._latest is None or session >= self._latest[0]:
+            self._latest = session, position, record.finished_ns
+
+    def _end_step(self, actor: str, step: Sequence[DoneLine]) -> None:
+        """Count a step, and the parts of the messages that went into it."""
+        complete_ns: dict[tuple[int, ...], int] = {}
+        for record in step:
+            for row in record.rows:
+                complete_ns[row[:3]] = max(complete_ns.get(row[:3], 0), record.received_ns)
+        for record in step:
+            joined_ns = max(record.received_ns, *(complete_ns[row[:3]] for row in record.rows))
+            parts = self._histogram(record.edge)
+            parts["join"][bucket(joined_ns - record.received_ns)] += 1
+            parts["queue"][bucket(record.started_ns - joined_ns)] += 1
+            parts["compute"][bucket(record.finished_ns - record.started_ns)] += 1
+        first = step[0]
+        tokens = sum(row[3] for record in step for row in record.rows)
+        spent_ns = first.finished_ns - first.started_ns
+        own = self._steps.setdefault(actor, deque(maxlen=STEPS_SHOWN))
+        own.append((first.started_ns, spent_ns, tokens, len(complete_ns)))
+        slot = self._slot(first.finished_ns)
+        if slot is not None:
+            slot.busy_ns[actor] += spent_ns
+            slot.steps[actor] += 1
+            slot.tokens[actor] += tokens
+
+    def _histogram(self, edge: int) -> dict[str, Counter[int]]:
+        if edge not in self._histograms:
+            self._histograms[edge] = {part: Counter() for part in PARTS}
+        return self._histograms[edge]
+
+    # -- what is shown ----------------------------------------------------------------------------------------------
+
+    def frame(self) -> dict[str, Any]:
+        """Return the rates of the window for actors and edges, and the way of the newest token.
+
+        Durations are in microseconds. The newest token is one of the session that began last.
+        """
+        if not self._slots:
+            return {"actors": {}, "edges": [], "token": None}
+        span_s = min(WINDOW_NS, (self._slots[-1].number - self._slots[0].number + 1) * SLOT_NS) / 1e9
+        actors = {name for slot in self._slots for name in slot.steps}
+        edges = sorted({edge for slot in self._slots for edge in slot.messages})
+        return {
+            "actors": {name: self._actor(name, span_s) for name in sorted(actors)},
+            "edges": [self._edge(edge, span_s) for edge in edges],
+            "token": self._newest_token(),
+        }
+
+    def _actor(self, name: str, span_s: float) -> dict[str, Any]:
+        steps = sum(slot.steps[name] for slot in self._slots)
+        tokens = sum(slot.tokens[name] for slot in self._slots)
+        busy_s = sum(slot.busy_ns[name] for slot in self._slots) / 1e9
+        return {
+            "steps_s": steps / span_s, "tokens_s": tokens / span_s, "batch": tokens / steps if steps else 0.0,
+            "busy": min(1.0, busy_s / span_s),
+        }  # fmt: skip
+
+    def _edge(self, edge: int, span_s: float) -> dict[str, Any]:
+        wires: Counter[int] = Counter()
+        for slot in self._slots:
+            wires.update(slot.wires.get(edge, {}))
+        messages = sum(slot.messages[edge] for slot in self._slots)
+        return {
+            "edge": edge, "name": self._name(edge), "messages_s": messages / span_s,
+            "bytes_s": sum(slot.nbytes[edge] for slot in self._slots) / span_s,
+            "p50_us": percentile(wires, 0.5), "p99_us": percentile(wires, 0.99),
+            "waited": min(1.0, sum(slot.waited[edge] for slot in self._slots) / max(1, messages)),
+        }  # fmt: skip
+
+    def _name(self, edge: int) -> str:
+        return self._edges[edge] if edge < len(self._edges) else f"link {edge}"
+
+    def _newest_token(self) -> dict[str, Any] | None:
+        if self._latest is None or self._latest[2] < self._newest_ns - WINDOW_NS // 4:
+            return None
+        session, position, _ = self._latest
+        if self._token is None or (self._token["session"], self._token["position"]) != (session, position):
+            try:
+                self._token = self.path([session], position, again=False)
+            except TraceError:  # its records are not all written yet
+                return None
+        return self._token
+
+    def edge(self, edge: int) -> dict[str, Any]:
+        """Return the histograms of an edge's parts since the first look: [bucket's microseconds, messages]."""
+        parts = self._histograms.get(edge, {})
+        return {
+            "edge": edge, "name": self._name(edge),
+            "parts": {
+                part: {
+                    "messages": counts.total(), "p50_us": percentile(counts, 0.5), "p95_us": percentile(counts, 0.95),
+                    "p99_us": percentile(counts, 0.99), "buckets": sorted(counts.items()),
+                }
+                for part, counts in parts.items()
+            },
+        }  # fmt: skip
+
+    def steps(self, actor: str) -> list[dict[str, Any]]:
+        """Return the last steps of an actor (`name.replica`), the newest last."""
+        return [
+            {"ms_ago": (self._newest_ns - started_ns) / 1e6, "ms": spent_ns / 1e6, "tokens": tokens, "rows": rows}
+            for started_ns, spent_ns, tokens, rows in self._steps.get(actor, ())
+        ]
+
+    def path(self, sessions: Sequence[int], position: int, *, again: bool = True) -> dict[str, Any]:
+        """Return the critical path of a token of one of the sessions, as `ranvier trace --why SESSION --position N` does.
+
+        Args:
+            sessions: the sessions that have worked on the request, which are more than one if its client came back.
+            position: the position of the token.
+            again: read the trace again if the token's records are not kept any more.
+
+        Raises:
+            TraceError: no record of this token is there.
+        """
+        trace, session = self._around(sessions, position)
+        if session is None and again:
+            size = sum(file.stat().st_size for file in (self._run_dir / "trace").glob("*.jsonl"))
+            if size > MOST_BYTES:
+                raise TraceError(
+                    f"the token is too old, and the trace has {size >> 20} MiB; "
+                    f"try `ranvier trace RUN --why {sessions[-1]} --position {position}`"
+                )
+            trace = read(self._run_dir)
+            session = next((each for each in reversed(sessions) if _has(trace.done.get(ME, ()), each, position)), None)
+        if session is None:
+            raise TraceError("the trace has no record of this token yet")
+        stretches = Causes(trace).critical_path(session, position)
+        began_ns = stretches[0].began_ns if stretches else 0
+        return {
+            "session": session, "position": position, "ms": sum(each.ns for each in stretches) / 1e6,
+            "causes": [{**each, "words": CAUSES[each["cause"]]} for each in totals(stretches)],
+            "path": [
+                {"cause": each.cause, "where": each.where, "at_ms": (each.began_ns - began_ns) / 1e6, "ms": each.ns / 1e6}
+                for each in stretches
+            ],
+        }  # fmt: skip
+
+    def _around(self, sessions: Sequence[int], position: int) -> tuple[Trace, int | None]:
+        """Return the kept records around a token, and its session; None if they are not kept."""
+        trace = Trace(self._run_dir, self._edges)
+        found = self._found(sessions, position)
+        if found is None:
+            return trace, None
+        session, began_ns, ended_ns = found
+        near = list(self._since(began_ns))
+        sent_ns = min((record.sent_ns for _, kind, record in near if kind != SENT), default=began_ns)
+        for actor, kind, record in near if sent_ns >= began_ns else self._since(sent_ns):
+            if kind == SENT:
+                if record.sent_ns <= ended_ns:
+                    trace.sent.setdefault(actor, []).append(record)
+            elif record.started_ns <= ended_ns:
+                (trace.done if kind == DONE else trace.parts).setdefault(actor, []).append(record)
+        for actor in trace.sent.keys() | trace.parts.keys():
+            trace.done.setdefault(actor, [])
+        return trace, session
+
+    def _found(self, sessions: Sequence[int], position: int) -> tuple[int, int, int] | None:
+        """Return a token's session, and when its path began and ended."""
+        ended = None
+        for actor, kind, record in reversed(self._kept):
+            if actor != ME:
+                continue
+            for session, _, at, _ in record.rows:
+                if session not in sessions:
+                    continue
+                if ended is None and kind != SENT and at == position:
+                    ended = session, record.finished_ns
+                elif ended is not None and session == ended[0]:
+                    return session, record.finished_ns if kind != SENT else record.ready_ns, ended[1]
+        return None
+
+    def _since(self, from_ns: int) -> Iterator[Kept]:
+        """Yield the kept records that ended at this time or later, the newest first."""
+        for kept in reversed(self._kept):
+            at_ns = _ended_ns(kept)
+            if at_ns >= from_ns:
+                yield kept
+            elif at_ns < from_ns - LATE_NS:
+                return
+
+
+def _ended_ns(kept: Kept) -> int:
+    _, kind, record = kept
+    ended_ns: int = record.sent_ns if kind == SENT else record.finished_ns
+    return ended_ns
+
+
+def _has(records: Sequence[DoneLine], session: int, position: int) -> bool:
+    return any(row[0] == session and row[2] == position for record in records for row in record.rows)

@@ -1,0 +1,75 @@
+"""Watch one run's trace in a process of its own: `python -m ranvier.graph.page.watcher RUN`.
+
+It answers questions, a line of JSON each, with a line each, until its input ends. It is a process, because reading a trace in a
+thread would take the interpreter from the run's gateway, and it runs only on idle cores.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+from ..observe.priority import run_last
+from ..observe.status import resident_bytes
+from ..trace.trace_lines import TraceError
+from .events import Events
+from .watch import Watch
+
+
+class Question(msgspec.Struct, frozen=True):
+    """Ask the watcher. `what` names what is asked, and the other fields are its arguments."""
+
+    what: str
+    pids: tuple[int, ...] = ()
+    edge: int = 0
+    actor: str = ""
+    sessions: tuple[int, ...] = ()
+    position: int = 0
+
+
+class Watcher:
+    """Answer questions about a run."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._watch, self._events = Watch(run_dir), Events(run_dir)
+
+    def answer(self, line: bytes) -> dict[str, Any]:
+        """Return `{"answer": …}`, or `{"error": words}` if the trace does not say."""
+        asked = msgspec.json.decode(line, type=Question)
+        try:
+            self._watch.look()
+            if asked.what != "frame":
+                return {"answer": _ANSWERS[asked.what](self._watch, asked)}
+            self._events.look()
+            resident = [resident_bytes(pid) for pid in asked.pids]
+            return {"answer": {**self._watch.frame(), "resident_bytes": resident, "events": list(self._events.last)}}
+        except TraceError as error:
+            return {"error": str(error)}
+
+
+_ANSWERS: Mapping[str, Callable[[Watch, Question], Any]] = {
+    "edge": lambda watch, asked: watch.edge(asked.edge),
+    "steps": lambda watch, asked: watch.steps(asked.actor),
+    "token": lambda watch, asked: watch.path(asked.sessions, asked.position),
+}
+
+
+def serve(run_dir: Path, asked: BinaryIO, answered: BinaryIO) -> None:
+    """Answer questions until there are no more.
+
+    Raises:
+        TraceError: the folder is no run's.
+    """
+    watcher = Watcher(run_dir)
+    for line in asked:
+        answered.write(msgspec.json.encode(watcher.answer(line)) + b"\n")
+        answered.flush()
+
+
+if __name__ == "__main__":
+    run_last()
+    serve(Path(sys.argv[1]), sys.stdin.buffer, sys.stdout.buffer)
