@@ -6,6 +6,8 @@ look at a busy run costs little (benchmarks/page.py). The newest records are kep
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +33,10 @@ MOST_BYTES = 128 << 20
 LATE_NS = 3_000_000_000
 """A record is read at most this long after another one of its time: each process writes its records when it likes."""
 STEPS_SHOWN = 60
+SETTLED_NS = 700_000_000
+"""After this time all processes have written their records of a token."""
+MOST_ANSWERS = 4096
+"""Tokens among which the newest settled one is looked for: those of SETTLED_NS."""
 
 Kept = tuple[str, str, Any]
 """Actor, kind and record."""
@@ -68,7 +74,7 @@ class Watch:
         self._steps: dict[str, deque[tuple[int, int, int, int]]] = {}
         self._open_step: dict[str, list[DoneLine]] = {}
         self._token: dict[str, Any] | None = None
-        self._latest: tuple[int, int, int] | None = None
+        self._answers: deque[tuple[int, int, int]] = deque(maxlen=MOST_ANSWERS)
         self._newest_ns = 0
 
     def look(self) -> None:
@@ -130,8 +136,7 @@ class Watch:
 
     def _note_answer(self, record: DoneLine) -> None:
         session, _, position, _ = record.rows[-1]
-        if self._latest is None or session >= self._latest[0]:
-            self._latest = session, position, record.finished_ns
+        self._answers.append((session, position, record.finished_ns))
 
     def _end_step(self, actor: str, step: Sequence[DoneLine]) -> None:
         """Count a step, and the parts of the messages that went into it."""
@@ -164,9 +169,9 @@ class Watch:
     # -- what is shown ----------------------------------------------------------------------------------------------
 
     def frame(self) -> dict[str, Any]:
-        """Return the rates of the window for actors and edges, and the way of the newest token.
+        """Return the rates of the window for actors and edges, and the way of the newest token that is written down whole.
 
-        Durations are in microseconds. The newest token is one of the session that began last.
+        Durations are in microseconds.
         """
         if not self._slots:
             return {"actors": {}, "edges": [], "token": None}
@@ -204,14 +209,15 @@ class Watch:
         return self._edges[edge] if edge < len(self._edges) else f"link {edge}"
 
     def _newest_token(self) -> dict[str, Any] | None:
-        if self._latest is None or self._latest[2] < self._newest_ns - WINDOW_NS // 4:
-            return None
-        session, position, _ = self._latest
+        settled_ns = time.monotonic_ns() - SETTLED_NS
+        while len(self._answers) > 1 and self._answers[1][2] <= settled_ns:
+            self._answers.popleft()
+        if not self._answers or self._answers[0][2] > settled_ns:
+            return self._token
+        session, position, _ = self._answers[0]
         if self._token is None or (self._token["session"], self._token["position"]) != (session, position):
-            try:
+            with contextlib.suppress(TraceError):  # the gateway's record alone is there
                 self._token = self.path([session], position, again=False)
-            except TraceError:  # its records are not all written yet
-                return None
         return self._token
 
     def edge(self, edge: int) -> dict[str, Any]:
@@ -259,6 +265,9 @@ class Watch:
         if session is None:
             raise TraceError("the trace has no record of this token yet")
         stretches = Causes(trace).critical_path(session, position)
+        fresh = bool(stretches) and stretches[-1].ended_ns > time.monotonic_ns() - SETTLED_NS
+        if fresh and any(each.cause == "unknown" for each in stretches):
+            raise TraceError("the records of this token are not all written yet")
         began_ns = stretches[0].began_ns if stretches else 0
         return {
             "session": session, "position": position, "ms": sum(each.ns for each in stretches) / 1e6,
@@ -299,7 +308,7 @@ class Watch:
                     continue
                 if ended is None and kind != SENT and at == position:
                     ended = session, record.finished_ns
-                elif ended is not None and session == ended[0]:
+                elif ended is not None and session == ended[0] and at < position:
                     return session, record.finished_ns if kind != SENT else record.ready_ns, ended[1]
         return None
 

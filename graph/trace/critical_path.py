@@ -122,21 +122,23 @@ class Causes:
         began_ns = min((record.ready_ns for record in asked), default=0)
         if position is not None:
             last = self._answer_at(session, position, answered)
-            began_ns = max(
-                (each.finished_ns for each in answered if each.finished_ns < last.started_ns), default=began_ns
-            )
+            before = (r.finished_ns for r in answered for row in r.rows if row[0] == session and row[2] < position)
+            began_ns = max(before, default=began_ns)
         path = [Stretch("compute", ME, last.started_ns, last.finished_ns)]
         path += self._back(ME, last, began_ns, session)
         return [stretch for stretch in reversed(path) if stretch.ns]
 
     def _answer_at(self, session: int, position: int, answered: Sequence[DoneLine]) -> DoneLine:
-        positions = {row[2]: record for record in answered for row in record.rows if row[0] == session}
-        if position not in positions:
+        """Return the last answer for a position. There are several if logits or log-probabilities come, too."""
+        own = [(row[2], record) for record in answered for row in record.rows if row[0] == session]
+        there = [record for at, record in own if at == position]
+        if not there:
+            known = sorted(at for at, _ in own)
             raise TraceError(
                 f"{self._trace.run_dir}: session {session} has no token at position {position}; "
-                f"its tokens are at {min(positions)} to {max(positions)}"
+                f"its tokens are at {known[0]} to {known[-1]}"
             )
-        return positions[position]
+        return max(there, key=lambda record: record.finished_ns)
 
     def idle(self, actor: str) -> list[Stretch]:
         """Return what an actor waited for between its steps, in order of time."""

@@ -59,16 +59,16 @@ export class GraphView {
     const group = draw("g", { class: "node", role: "button", tabindex: 0, "data-actor": name, "data-state": actor ? "starting" : "running" },
       draw("rect", { class: "card", x, y, width: WIDTH, height: HEIGHT, rx: 10 }), halo,
       draw("circle", { cx: x + 16, cy: y + 17, r: 4.5 }),
-      draw("text", { class: "name", x: x + 27, y: y + 21.5 }, name),
-      draw("text", { class: "end", x: x + WIDTH - 12, y: y + 21 }, texts.state),
-      draw("text", { x: x + 12, y: y + 38 }, what),
-      draw("text", { class: "end", x: x + WIDTH - 12, y: y + 38 }, texts.rate),
-      draw("text", { x: x + 12, y: y + 54 }, texts.queue),
+      draw("text", { class: "name", x: x + 27, y: y + 21.5 }, name), " ",
+      draw("text", { class: "end", x: x + WIDTH - 12, y: y + 21 }, texts.state), " ",
+      draw("text", { x: x + 12, y: y + 38 }, what), " ",
+      draw("text", { class: "end", x: x + WIDTH - 12, y: y + 38 }, texts.rate), " ",
+      draw("text", { x: x + 12, y: y + 54 }, texts.queue), " ",
       draw("text", { class: "end", x: x + WIDTH - 12, y: y + 54 }, texts.cache),
       actor ? [draw("rect", { class: "track", x: x + 12, y: y + 61, width: half, height: 4, rx: 2 }), busy,
         draw("rect", { class: "track", x: x + 22 + half, y: y + 61, width: half, height: 4, rx: 2 }), cache] : []);
     pressable(group, () => this.pick({ kind: "actor", name, actor }));
-    this.nodes.set(name, { group, texts, busy, cache, halo, half, actor });
+    this.nodes.set(name, { group, texts, busy, cache, halo, half, actor, what });
     return group;
   }
 
@@ -105,14 +105,14 @@ export class GraphView {
     say(node.texts.cache, cache === null ? "" : `KV ${share(cache)}`);
     mark(node.busy, "width", Math.round(node.half * busy));
     mark(node.cache, "width", Math.round(node.half * (cache ?? 0)));
-    mark(node.group, "aria-label", `Actor ${name}, ${state}, ${share(busy)} busy, ${queued}, restarts ${restarts}`);
+    nameOf(node, name);
   }
 
   updateGateway(node, frame, rates) {
     say(node.texts.state, `${frame.sessions} sessions`);
     say(node.texts.rate, rates["gateway.0"] ? `${rate(rates["gateway.0"].tokens_s)} tok/s` : "");
     say(node.texts.queue, frame.waiting === undefined ? "" : `waiting ${frame.waiting}`);
-    mark(node.group, "aria-label", `Gateway, ${frame.sessions} sessions`);
+    nameOf(node, "gateway");
   }
 
   updateEdge(figures) {
@@ -121,7 +121,7 @@ export class GraphView {
     say(own.words, `${time(figures.p50_us)} · p99 ${time(figures.p99_us)} · ${rate(figures.messages_s)}/s · ${bytes(figures.bytes_s)}/s`);
     mark(own.group, "data-idle", null);
     mark(own.group, "data-waits", figures.waited > 0.1);
-    mark(own.group, "aria-label", `Edge ${own.edge.name}: half of the messages take at most ${time(figures.p50_us)}, ${rate(figures.messages_s)} per second${figures.waited > 0.1 ? `, ${share(figures.waited)} waited for credit` : ""}`);
+    mark(own.group, "aria-label", `Edge ${own.edge.name}: ${own.words.data}${figures.waited > 0.1 ? `, ${share(figures.waited)} waited for credit` : ""}`);
   }
 
   // Show the way of a token once, slowed down, in the proportions of its times.
@@ -156,6 +156,11 @@ export class GraphView {
     for (const [name, node] of this.nodes) mark(node.group, "data-picked", picked?.kind === "actor" && picked.name === name);
     for (const [number, edge] of this.edges) mark(edge.group, "data-picked", picked?.kind === "edge" && picked.edge.edge === number);
   }
+}
+
+// What can be read is in what a screen reader says, in the same order.
+function nameOf({ group, texts, what }, name) {
+  mark(group, "aria-label", `${name} ${texts.state.data} ${what} ${texts.rate.data} ${texts.queue.data} ${texts.cache.data}`);
 }
 
 function describe(actor) {

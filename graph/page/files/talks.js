@@ -30,7 +30,7 @@ export class Talks {
     const message = { id: newId(), parent, role, text, at: Date.now() };
     this.current.messages[message.id] = message;
     this.current.leaf = message.id;
-    if (role === "user" && parent === null) this.current.title = text.slice(0, 60);
+    if (Object.keys(this.current.messages).length === 1) this.current.title = text.slice(0, 60);
     return message;
   }
 

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
+from waiting import wait_until
 
 AXE = Path(__file__).parents[3] / ".venv" / "browser" / "node_modules" / "axe-core" / "axe.min.js"
 SERIOUS = ("serious", "critical")
@@ -119,6 +120,11 @@ class Seen:
     def answered(self) -> None:
         self.page.wait_for_selector("#send:has-text('Send')", timeout=90_000)
         self.page.wait_for_selector(".message:last-child .under")
+
+    def begun(self, letters: int = 20) -> None:
+        """Wait until the answer has so many letters."""
+        long = f"document.querySelector('.message:last-child .body').textContent.length > {letters}"
+        assert wait_until(lambda: self.page.evaluate(long), 30)
 
     @property
     def answer(self) -> str:

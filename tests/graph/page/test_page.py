@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import FAST
 from waiting import wait_until
 
 from ranvier.graph.serve.server import Options
 
 OPTIONS = Options(port=0, faults=True)
-CHANGES = {**FAST, "transport": "tcp://127.0.0.1", "restart.backoff_s": "0"}
+CHANGES = {"model.dtype": "float32", "transport": "tcp://127.0.0.1", "restart.backoff_s": "0"}
 SEA = "Tell me about the sea."
 QUIET = {"temperature": 0}
 
@@ -89,17 +88,17 @@ def test_an_actor_is_killed_by_its_button(see: Any, server: Any, continued: Any)
     """Kill an actor in the middle of an answer: see it lost and back, and the text as without the kill."""
     seen = see(server.url)
     page = seen.open()
-    seen.set(temperature=0, max_tokens=150)
+    seen.set(temperature=0, max_tokens=64)
     page.click('.node[data-actor="upper"]')
     page.wait_for_selector("#panel button:has-text('Kill')")
     seen.say(SEA, wait=False)
-    page.wait_for_function("document.querySelector('.message:last-child .body').textContent.length > 40")
+    seen.begun(40)
     page.click("#panel button:has-text('Kill')")
     page.wait_for_selector("#panel :text('was killed')")
     page.wait_for_selector('.node[data-actor="upper"]:not([data-state="running"])')
     page.wait_for_selector('.node[data-actor="upper"][data-state="running"]')
     seen.answered()
-    _, text = continued([{"role": "user", "content": SEA}], 150)
+    _, text = continued([{"role": "user", "content": SEA}], 64)
     assert "".join(seen.answer.split()) == "".join(re.sub("[*#]", "", text).split())
     page.wait_for_selector("#events-title:has-text('replaced')")
     assert "restarts 1" in page.get_attribute('.node[data-actor="upper"]', "aria-label")
@@ -111,13 +110,13 @@ def test_a_connection_is_cut(see: Any, server: Any, continued: Any) -> None:
     seen = see(server.url)
     seen.expected = ("net::ERR_",)
     page = seen.open()
-    seen.set(temperature=0, max_tokens=150)
+    seen.set(temperature=0, max_tokens=64)
     seen.say(SEA, wait=False)
-    page.wait_for_function("document.querySelector('.message:last-child .body').textContent.length > 40")
+    seen.begun(40)
     seen.relay.cut()
     page.wait_for_selector("#progress:has-text('lost, resuming')")
     seen.answered()
-    _, text = continued([{"role": "user", "content": SEA}], 150)
+    _, text = continued([{"role": "user", "content": SEA}], 64)
     assert "".join(seen.answer.split()) == "".join(re.sub("[*#]", "", text).split())
     page.wait_for_selector("#link[data-state=live]")
 
@@ -128,7 +127,7 @@ def test_an_edge_is_cut_and_an_actor_slowed(see: Any, server: Any) -> None:
     page = seen.open()
     seen.set(temperature=0, max_tokens=60)
     seen.say(SEA, wait=False)
-    page.wait_for_function("document.querySelector('.message:last-child .body').textContent.length > 20")
+    seen.begun(20)
     page.click('.edge[data-edge="embed.hidden -> lower.hidden"] .hit', force=True)
     page.click("#panel button:has-text('Cut')")
     page.wait_for_selector("#panel :text('cut for 3 s')")
@@ -178,7 +177,7 @@ def test_stop(see: Any, server: Any) -> None:
     page = seen.open()
     seen.set(max_tokens=1000, temperature=0)
     seen.say("Count to a thousand.", wait=False)
-    page.wait_for_function("document.querySelector('.message:last-child .body').textContent.length > 20")
+    seen.begun(20)
     page.click("#send")
     seen.answered()
     assert wait_until(lambda: server.look(lambda run: run.snapshot()["sessions"]) == 0)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import wait_until
 
 from ranvier.graph.page.events import Events
 from ranvier.graph.page.histogram import bucket, microseconds, percentile
@@ -89,7 +90,9 @@ def test_the_window(finished: Path) -> None:
     assert set(frame["actors"]) == {"embed.0", "lower.0", "upper.0", "head.0", "gateway.0"}
     assert all(0 <= actor["busy"] <= 1 and actor["tokens_s"] > 0 for actor in frame["actors"].values())
     assert [edge["name"] for edge in frame["edges"]][:1] == ["embed.hidden -> lower.hidden"]
-    assert frame["token"]["session"] == max(critical_path.Causes(summary.read(finished)).sessions)
+    assert wait_until(lambda: watch.frame()["token"] is not None)
+    token = watch.frame()["token"]
+    assert token["path"] == critical_path.why(summary.read(finished), token["session"], token["position"])["path"]
 
 
 @given(st.lists(st.integers(1001, 10**11), min_size=1), st.sampled_from([0.5, 0.95, 0.99]))
