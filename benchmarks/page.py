@@ -13,12 +13,14 @@ import shutil
 import statistics
 import sys
 from functools import partial
+from pathlib import Path
 
 import report
 from contestants import NEW, PROMPT, TWO, Contestant, graph_of
 from report import Answer, Goal
 from served import ASKING, CLIENT, asking
 
+FRAMES = Path(__file__).with_name("page_frames.js")
 LEAST_ROUNDS = 20
 MOST_SCRIPT_MS = 4.0
 _OPEN = """
@@ -79,37 +81,13 @@ class Files(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_): pass
 server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Files)
 threading.Thread(target=server.serve_forever, daemon=True).start()
-FRAMES = '''async () => {
-    const {GraphView} = await import("/page/files/graph.js");
-    document.body.innerHTML = '<div id="graph" style="height: 900px"></div>';
-    const names = Array.from({length: 40}, (_, at) => `actor${at}`);
-    const edges = Array.from({length: 80}, (_, at) => ({edge: at, name: `e${at}`, source: at < 40 ? (at ? names[at - 1] : "gateway") : names[at - 40],
-        target: at < 40 ? names[at] : names[(at * 7) % 40], back: at >= 40, wire: "ipc", tensor: "bfloat16[tokens, 576]", codec: "raw", credits: 8}));
-    const view = new GraphView(document.querySelector("#graph"), () => {});
-    view.show({name: "forty", layers: [["gateway"], ...names.map((name) => [name])], edges,
-        actors: Object.fromEntries(names.map((name) => [name, {kind: "blocks", device: "cpu", layers: [0, 1], replicas: 1}]))});
-    const spent = [];
-    for (let frame = 0; frame < 300; frame++) {
-        await new Promise(requestAnimationFrame);
-        const hosts = names.map((name, at) => ({label: `${name}.0`, state: "running", queued: frame + at, epoch: frame, stepping_s: 0, capacity_tokens: 1000, spare: false}));
-        const shown = {hosts, sessions: frame, waiting: frame, held_tokens: Object.fromEntries(names.map((name, at) => [`${name}.0`, (frame * 7 + at) % 1000])), trace: {
-            actors: Object.fromEntries(names.map((name, at) => [`${name}.0`, {busy: ((frame * 13 + at) % 100) / 100, tokens_s: frame + at, steps_s: 1, batch: 1}])),
-            edges: edges.map((edge) => ({edge: edge.edge, p50_us: frame + edge.edge, p99_us: 2 * frame, messages_s: frame, bytes_s: 99 * frame, waited: frame % 2})),
-            token: {session: 1, position: frame, ms: 20, path: names.map((name, at) => ({cause: "compute", where: `${name}.0`, at_ms: at / 2, ms: 0.4}))}}};
-        const began = performance.now();
-        view.update(shown);
-        spent.push(performance.now() - began);
-    }
-    spent.sort((a, b) => a - b);
-    return spent[Math.floor(0.95 * spent.length)];
-}'''
 with sync_playwright() as playwright:
     browser = playwright.chromium.launch(executable_path=sys.argv[1], args=["--no-sandbox"])
     for _ in sys.stdin:
         page = browser.new_page(viewport={"width": 1440, "height": 900})
         page.route("**/main.js", lambda route: route.fulfill(body="", content_type="text/javascript"))
         page.goto(f"http://127.0.0.1:{server.server_port}/index.html")
-        print(page.evaluate(FRAMES), flush=True)
+        print(page.evaluate(pathlib.Path(sys.argv[2]).read_text()), flush=True)
         page.close()
 """
 
@@ -146,7 +124,7 @@ def ask(rounds: int) -> Answer:
     for name, make in (
         ("a page elsewhere", partial(page, _OPEN)),
         ("Chromium here", partial(page, _CHROMIUM)),
-        ("script, ms a frame", lambda: Contestant(sys.executable, _SCRIPT, chromium())),
+        ("script, ms a frame", lambda: Contestant(sys.executable, _SCRIPT, chromium(), str(FRAMES))),
     ):
         try:
             contestant = make()

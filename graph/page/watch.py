@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,14 @@ class _Slot:
 
 
 class Watch:
-    """Hold what the trace of a run in a folder says. Call `look` now and then.
+    """Hold what the trace of a run in a folder says. Call `look` now and then. `now_ns` is the clock of the run.
 
     Raises:
         TraceError: the folder is no run's.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
+    def __init__(self, run_dir: Path, now_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._run_dir, self._now_ns = run_dir, now_ns
         self._edges = [edge["name"] for edge in read_plan(run_dir)["edges"]]
         self._lines = Lines(run_dir, AT_FIRST)
         self._slots: deque[_Slot] = deque()
@@ -76,6 +76,8 @@ class Watch:
         self._token: dict[str, Any] | None = None
         self._answers: deque[tuple[int, int, int]] = deque(maxlen=MOST_ANSWERS)
         self._newest_ns = 0
+        self._first_ns = 0
+        """When the first step began: a run that is younger than the window has its figures over its own time."""
 
     def look(self) -> None:
         """Read what was written since the last call.
@@ -90,7 +92,8 @@ class Watch:
                 self._take_sent(record)
             else:
                 self._take_done(actor, kind, record)
-        oldest = self._newest_ns // SLOT_NS - WINDOW_NS // SLOT_NS
+        # records are some 0.5 s late; once a run rests, its figures sink to zero
+        oldest = max(self._newest_ns, self._now_ns() - SETTLED_NS) // SLOT_NS - WINDOW_NS // SLOT_NS
         while self._slots and self._slots[0].number < oldest:
             self._slots.popleft()
 
@@ -113,6 +116,7 @@ class Watch:
 
     def _take_done(self, actor: str, kind: str, record: DoneLine) -> None:
         self._newest_ns = max(self._newest_ns, record.finished_ns)
+        self._first_ns = min(self._first_ns or record.started_ns, record.started_ns)
         slot = self._slot(record.finished_ns)
         if kind == DONE:
             wire = bucket(record.received_ns - record.sent_ns)
@@ -173,13 +177,10 @@ class Watch:
 
         Durations are in microseconds.
         """
-        if not self._slots:
-            return {"actors": {}, "edges": [], "token": None}
-        span_s = min(WINDOW_NS, (self._slots[-1].number - self._slots[0].number + 1) * SLOT_NS) / 1e9
-        actors = {name for slot in self._slots for name in slot.steps}
-        edges = sorted({edge for slot in self._slots for edge in slot.messages})
+        span_s = min(WINDOW_NS, max(self._newest_ns, self._now_ns() - SETTLED_NS) - self._first_ns) / 1e9 or 1.0
+        actors, edges = self._steps.keys(), sorted(self._histograms)
         return {
-            "actors": {name: self._actor(name, span_s) for name in sorted(actors)},
+            "actors": {name: self._actor(name, span_s) for name in actors},
             "edges": [self._edge(edge, span_s) for edge in edges],
             "token": self._newest_token(),
         }
@@ -209,7 +210,7 @@ class Watch:
         return self._edges[edge] if edge < len(self._edges) else f"link {edge}"
 
     def _newest_token(self) -> dict[str, Any] | None:
-        settled_ns = time.monotonic_ns() - SETTLED_NS
+        settled_ns = self._now_ns() - SETTLED_NS
         while len(self._answers) > 1 and self._answers[1][2] <= settled_ns:
             self._answers.popleft()
         if not self._answers or self._answers[0][2] > settled_ns:
@@ -265,7 +266,7 @@ class Watch:
         if session is None:
             raise TraceError("the trace has no record of this token yet")
         stretches = Causes(trace).critical_path(session, position)
-        fresh = bool(stretches) and stretches[-1].ended_ns > time.monotonic_ns() - SETTLED_NS
+        fresh = bool(stretches) and stretches[-1].ended_ns > self._now_ns() - SETTLED_NS
         if fresh and any(each.cause == "unknown" for each in stretches):
             raise TraceError("the records of this token are not all written yet")
         began_ns = stretches[0].began_ns if stretches else 0

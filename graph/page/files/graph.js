@@ -54,7 +54,7 @@ export class GraphView {
     const half = WIDTH / 2 - 17;
     const busy = draw("rect", { class: "busy", x: x + 12, y: y + 61, width: 0, height: 4, rx: 2 });
     const cache = draw("rect", { class: "cache", x: x + 22 + half, y: y + 61, width: 0, height: 4, rx: 2 });
-    const what = actor ? describe(actor) : "where requests come in";
+    const what = actor ? describe(actor) : "requests enter here";
     const halo = draw("rect", { class: "halo", x: x - 3, y: y - 3, width: WIDTH + 6, height: HEIGHT + 6, rx: 13 });
     const group = draw("g", { class: "node", role: "button", tabindex: 0, "data-actor": name, "data-state": actor ? "starting" : "running" },
       draw("rect", { class: "card", x, y, width: WIDTH, height: HEIGHT, rx: 10 }), halo,

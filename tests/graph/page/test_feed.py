@@ -20,7 +20,13 @@ from ranvier.graph.page.pages import FILES
 from ranvier.graph.serve.guard import read_keys
 from ranvier.graph.serve.server import Options
 
-ASKED = {"model": "smollm2", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+ASKED = {
+    "model": "smollm2",
+    "messages": [{"role": "user", "content": "Hi"}],
+    "temperature": 0,
+    "max_tokens": 12,
+    "ignore_eos": True,
+}
 MOST_BYTES = 150_000
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from waiting import wait_until
 
 from ranvier.graph.page.events import Events
 from ranvier.graph.page.histogram import bucket, microseconds, percentile
@@ -83,16 +82,26 @@ def test_a_trace_that_grows(finished: Path, tmp_path: Path) -> None:
 
 
 def test_the_window(finished: Path) -> None:
-    """Count the rates of the last seconds: tokens of actors, messages and bytes of edges."""
-    watch = Watch(finished)
+    """Count the rates of the last seconds: tokens of actors, messages and bytes of edges. They sink to zero at rest."""
+    trace = summary.read(finished)
+    ended_ns = max(record.finished_ns for records in trace.done.values() for record in records)
+    now_ns = ended_ns
+    watch = Watch(finished, lambda: now_ns)
     watch.look()
     frame = watch.frame()
     assert set(frame["actors"]) == {"embed.0", "lower.0", "upper.0", "head.0", "gateway.0"}
     assert all(0 <= actor["busy"] <= 1 and actor["tokens_s"] > 0 for actor in frame["actors"].values())
-    assert [edge["name"] for edge in frame["edges"]][:1] == ["embed.hidden -> lower.hidden"]
-    assert wait_until(lambda: watch.frame()["token"] is not None)
-    token = watch.frame()["token"]
-    assert token["path"] == critical_path.why(summary.read(finished), token["session"], token["position"])["path"]
+    began_ns = min(record.started_ns for records in trace.done.values() for record in records)
+    tokens = sum(row[3] for record in trace.in_steps("lower.0") for row in record.rows)
+    assert frame["actors"]["lower.0"]["tokens_s"] == pytest.approx(tokens / ((ended_ns - began_ns) / 1e9))
+    assert frame["edges"][0]["name"] == "embed.hidden -> lower.hidden" and frame["token"] is None  # not settled yet
+    now_ns += 5_500_000_000
+    watch.look()
+    frame = watch.frame()
+    assert not any(actor["tokens_s"] for actor in frame["actors"].values())
+    assert not any(edge["messages_s"] for edge in frame["edges"])
+    token = frame["token"]
+    assert token["path"] == critical_path.why(trace, token["session"], token["position"])["path"]
 
 
 @given(st.lists(st.integers(1001, 10**11), min_size=1), st.sampled_from([0.5, 0.95, 0.99]))
