@@ -10,7 +10,7 @@ PEERS := .bench-venv/.installed
 SECONDS_EACH ?= 60
 SEEDS ?= 1000
 
-.PHONY: demo serve test test-all test-clients lint bench gpu-check soak simulate fuzz clean
+.PHONY: demo serve test test-all pictures test-clients lint bench gpu-check soak simulate fuzz clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,10 @@ test: $(STAMP) $(MODEL) $(BROWSER)
 
 test-all: $(STAMP) $(MODEL) $(BROWSER)
 	$(BIN)/python -m pytest -m "" -n 2 --dist loadfile
+
+# the pictures of README and docs, from the test that looks at the page
+pictures: $(STAMP) $(MODEL) $(BROWSER)
+	$(BIN)/python -m pytest tests/graph/page/test_page.py -k message --pictures docs/pictures
 
 # suites that others wrote, against `ranvier serve`, each in an environment of its own; SUITES="langchain lm_eval" runs some
 test-clients: $(STAMP) $(MODEL)

@@ -1,8 +1,10 @@
-// Draw 300 frames of 40 actors and 80 edges in which every label changes. Return the 95th percentile of the script's time, in ms.
+// Draw 300 frames of 40 actors and 80 edges in which every label changes. Return the 95th percentile of the
+// script's time for one, parsing included, in milliseconds. `hidden`: lay out and draw nothing, so that nothing competes with the script.
 
-async () => {
+async (hidden) => {
   const { GraphView } = await import("/page/files/graph.js");
-  document.body.innerHTML = '<div id="graph" style="height: 900px"></div>';
+  document.body.innerHTML = '<div id="graph"></div>';
+  document.querySelector("#graph").style.cssText = `height: 900px; visibility: ${hidden ? "hidden" : "visible"}`;
   const names = Array.from({ length: 40 }, (_, at) => `actor${at}`);
   const from = (make) => Object.fromEntries(names.map((name, at) => [`${name}.0`, make(at)]));
   const edges = Array.from({ length: 80 }, (_, at) => ({
@@ -15,9 +17,7 @@ async () => {
     name: "forty", layers: [["gateway"], ...names.map((name) => [name])], edges,
     actors: Object.fromEntries(names.map((name) => [name, actor])),
   });
-  const spent = [];
-  for (let frame = 0; frame < 300; frame++) {
-    await new Promise(requestAnimationFrame);
+  const frames = Array.from({ length: 300 }, (_, frame) => {
     const hosts = names.map((name, at) => ({
       label: `${name}.0`, state: "running", queued: frame + at, epoch: frame, stepping_s: 0, capacity_tokens: 1000, spare: false,
     }));
@@ -26,14 +26,19 @@ async () => {
       edges: edges.map(({ edge }) => ({
         edge, p50_us: frame + edge, p99_us: 2 * frame, messages_s: frame, bytes_s: 99 * frame, waited: frame % 2,
       })),
+      sample: 1,
       token: {
         session: 1, position: frame, ms: 20,
         path: names.map((name, at) => ({ cause: "compute", where: `${name}.0`, at_ms: at / 2, ms: 0.4 })),
       },
     };
-    const shown = { hosts, sessions: frame, waiting: frame, held_tokens: from((at) => (frame * 7 + at) % 1000), trace };
+    return JSON.stringify({ hosts, sessions: frame, waiting: frame, held_tokens: from((at) => (frame * 7 + at) % 1000), trace });
+  });
+  const spent = [];
+  for (const frame of frames) {
+    await new Promise(requestAnimationFrame);
     const began = performance.now();
-    view.update(shown);
+    view.update(JSON.parse(frame));
     spent.push(performance.now() - began);
   }
   spent.sort((a, b) => a - b);

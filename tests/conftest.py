@@ -34,6 +34,10 @@ for ignored in (signal.SIGHUP, signal.SIGQUIT):
     signal.signal(ignored, signal.SIG_DFL)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--pictures", type=Path, help="write the pictures of the docs into this folder (make pictures)")
+
+
 def processes_under(folder: Path) -> list[str]:
     """Return the command lines of processes that belong to a run in `folder`.
 

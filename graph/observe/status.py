@@ -41,7 +41,7 @@ class Status:
                 "label": host.spec.label, "state": "lost" if host.lost is not None else host.life.state.value,
                 "pid": self._supervisor.pids.get(key), "loaded": host.loaded, "heard_s": now_s - host.heard_s,
                 "stepping_s": host.stepping_s, "queued": host.queued, "steps": host.steps, "spare": host.spare,
-                "capacity_tokens": host.capacity_tokens, "held_bytes": host.held_bytes, "epoch": host.spec.epoch,
+                "capacity_tokens": host.capacity_tokens, "held_bytes": host.held_bytes, "log": host.spec.log_name,
                 "lost": str(host.lost.what) if host.lost is not None else None,
             }
             for key, host in self._supervisor.supervision.hosts.items()

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-SHOWN = 40
+SHOWN = 16
 WORDS = ("what", "error", "why")
 """Fields of an entry that say what happened, in this order of preference."""
 MOST_WORDS = 500

@@ -15,6 +15,9 @@ from msgspec import Meta
 from ..bridge.problems import Problem, unknown
 from .sources import Served
 
+_SIGNALS: Mapping[str, tuple[signal.Signals, str]] = {
+    "kill": (signal.SIGKILL, "was killed"), "stop": (signal.SIGSTOP, "is stopped"), "continue": (signal.SIGCONT, "continues"),
+}  # fmt: skip
 SLOW_S = 8.0
 SLOW_BY_S = 0.02
 """A slowed process runs for this long, and then stands still for as long."""
@@ -46,31 +49,28 @@ class Faults:
         """
         if fault.what == "cut":
             return await self._cut(fault, source)
-        pid = await _pid(fault.actor, source)
-        number: Mapping[str, signal.Signals] = {
-            "kill": signal.SIGKILL, "stop": signal.SIGSTOP, "continue": signal.SIGCONT
-        }  # fmt: skip
-        if fault.what == "slow":
-            if pid not in self._slow:
-                self._slow[pid] = asyncio.create_task(self._slowed(pid))
-            return f"{fault.actor} runs at half its speed for {SLOW_S:g} s"
-        with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
-            os.kill(pid, number[fault.what])
-        done = {"kill": "was killed", "stop": "is stopped", "continue": "continues"}[fault.what]
-        return f"{fault.actor} (process {pid}) {done}"
+        pid, process = await _opened(fault.actor, source)
+        with contextlib.ExitStack() as stack:
+            stack.callback(os.close, process)
+            if fault.what == "slow":
+                if pid not in self._slow:
+                    self._slow[pid] = asyncio.create_task(self._slowed(pid, os.dup(process)))
+                return f"{fault.actor} runs at half its speed for {SLOW_S:g} s"
+            number, done = _SIGNALS[fault.what]
+            _signal(process, number)
+            return f"{fault.actor} (process {pid}) {done}"
 
-    async def _slowed(self, pid: int) -> None:
-        until_s = asyncio.get_running_loop().time() + SLOW_S
+    async def _slowed(self, pid: int, process: int) -> None:
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + SLOW_S
         try:
-            with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
-                while asyncio.get_running_loop().time() < until_s:
-                    os.kill(pid, signal.SIGSTOP)
-                    await asyncio.sleep(SLOW_BY_S)
-                    os.kill(pid, signal.SIGCONT)
-                    await asyncio.sleep(SLOW_BY_S)
+            while loop.time() < until_s and _signal(process, signal.SIGSTOP):
+                await asyncio.sleep(SLOW_BY_S)
+                _signal(process, signal.SIGCONT)
+                await asyncio.sleep(SLOW_BY_S)
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGCONT)
+            _signal(process, signal.SIGCONT)
+            os.close(process)
             del self._slow[pid]
 
     async def _cut(self, fault: Fault, source: Served) -> str:
@@ -88,9 +88,23 @@ class Faults:
         return f"{fault.source} to {fault.target}: cut for {fault.seconds:g} s"
 
 
-async def _pid(actor: str, source: Served) -> int:
-    hosts = (await source.state())["hosts"]
-    for host in hosts:
-        if host["label"] == actor and host["pid"] and not host["spare"]:
-            return int(host["pid"])
+async def _opened(actor: str, source: Served) -> tuple[int, int]:
+    """Return the process id of an actor that is not lost, and a descriptor that stands for this process alone.
+
+    Raises:
+        Problem: there is none now.
+    """
+    for host in (await source.state())["hosts"]:
+        if host["label"] == actor and host["pid"] and host["lost"] is None:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                return host["pid"], os.pidfd_open(host["pid"])
     raise unknown(f"no process runs {actor!r:.60} now; wait until it is back")
+
+
+def _signal(process: int, number: signal.Signals) -> bool:
+    """Send a signal. Return whether the process is still there."""
+    try:
+        signal.pidfd_send_signal(process, number)
+    except ProcessLookupError:
+        return False
+    return True

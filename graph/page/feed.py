@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
 
+from ranvier.actors.errors import describe
 from ranvier.transport.format.errors import RanvierError
 
 from .sources import Source, described
@@ -20,16 +22,17 @@ LINGER_S = 5.0
 """The process that reads the trace ends so long after the last page was closed."""
 
 
-class Silent(RanvierError):
-    """Report that the trace does not say what was asked."""
-
-
 class _Page:
     """Hold the newest frame for one page. A page that reads slowly misses frames."""
 
     def __init__(self) -> None:
         self.frame = b""
         self.there = asyncio.Event()
+        self.over = False
+
+    def show(self, frame: bytes, *, over: bool) -> None:
+        self.frame, self.over = frame, over
+        self.there.set()
 
 
 class Feed:
@@ -40,6 +43,7 @@ class Feed:
         self._watching = Watching(source.run_dir)
         self._pages: set[_Page] = set()
         self._making: asyncio.Task[None] | None = None
+        self._resting: asyncio.Task[None] | None = None
         self._wanted_s = 0.0
         """When somebody last wanted something, on the loop's clock."""
 
@@ -49,13 +53,12 @@ class Feed:
         page = _Page()
         self._pages.add(page)
         try:
-            making = self._want()
-            while True:
+            if self._making is None or self._making.done():
+                self._making = asyncio.create_task(self._make())
+            while not page.over:
                 await page.there.wait()
                 page.there.clear()
                 yield page.frame
-                if making.done():
-                    return
         finally:
             self._pages.discard(page)
 
@@ -66,24 +69,26 @@ class Feed:
             Silent: it does not say; the words tell why.
             ResourceError: the process that reads the trace has ended.
         """
-        self._want()
-        answer, error = await self._watching.ask(what, **arguments)
-        if error:
-            raise Silent(error)
-        return msgspec.json.decode(answer)
+        return msgspec.json.decode(await self._ask(what, **arguments))
+
+    async def _ask(self, what: str, **arguments: Any) -> msgspec.Raw:
+        self._wanted_s = asyncio.get_running_loop().time()
+        if self._resting is None or self._resting.done():
+            self._resting = asyncio.create_task(self._rest())
+        return await self._watching.ask(what, **arguments)
 
     def close(self) -> None:
         """End the feed, and the process that reads the trace."""
-        if self._making is not None:
-            self._making.cancel()
-        self._watching.over = True
-        self._watching.close()
+        for task in (self._making, self._resting):
+            if task is not None:
+                task.cancel()
+        self._watching.close(forever=True)
 
-    def _want(self) -> asyncio.Task[None]:
-        self._wanted_s = asyncio.get_running_loop().time()
-        if self._making is None or self._making.done():
-            self._making = asyncio.create_task(self._make())
-        return self._making
+    async def _rest(self) -> None:
+        """End the watcher once nobody has asked it for a time."""
+        while (left_s := self._wanted_s + LINGER_S - asyncio.get_running_loop().time()) > 0:
+            await asyncio.sleep(left_s)
+        self._watching.close()
 
     async def _make(self) -> None:
         why = "the server is stopping"
@@ -91,48 +96,42 @@ class Feed:
             await self._frames()
         except RanvierError as error:
             why = str(error)
+        except Exception as error:  # an error of ours: pages are told, and standard error has the traceback
+            why = describe(error)
+            traceback.print_exc()
         finally:
-            self._show(event("over", {"why": why}))
-            self._watching.close()
+            for page in self._pages:
+                page.show(event("over", {"why": why}), over=True)
 
     async def _frames(self) -> None:
         loop = asyncio.get_running_loop()
-        trace: asyncio.Task[tuple[msgspec.Raw, str]] | None = None
+        trace: asyncio.Task[msgspec.Raw] | None = None
         known, due_s = _known(None), loop.time()
         try:
-            while self._pages or loop.time() < self._wanted_s + LINGER_S:
-                if not self._pages:
-                    await asyncio.sleep(INTERVAL_S)
-                    continue
-                self._wanted_s = loop.time()
+            while self._pages:
                 state = await self.source.state()
                 if trace is None:
-                    pids = tuple(host["pid"] or 0 for host in state["hosts"])
-                    trace = asyncio.create_task(self._watching.ask("frame", pids=pids))
+                    pids = tuple(host["pid"] for host in state["hosts"] if host["pid"])
+                    trace = asyncio.create_task(self._ask("frame", pids=pids))
                 await asyncio.wait([trace], timeout=TRACE_S)
                 if trace.done():
                     known, trace = _known(trace), None
-                self._show(event("frame", {**state, **known}))
+                frame = event("frame", {**state, **known})
+                for page in self._pages:
+                    page.show(frame, over=False)
                 due_s = max(due_s + INTERVAL_S, loop.time())
                 await asyncio.sleep(due_s - loop.time())
         finally:
             if trace is not None:
                 trace.cancel()
 
-    def _show(self, frame: bytes) -> None:
-        for page in self._pages:
-            page.frame = frame
-            page.there.set()
 
-
-def _known(asked: asyncio.Task[tuple[msgspec.Raw, str]] | None) -> dict[str, Any]:
-    answer, error = msgspec.Raw(), ""
-    if asked is not None:
-        try:
-            answer, error = asked.result()
-        except RanvierError as failed:
-            error = str(failed)
-    return {"trace": answer if answer else msgspec.Raw(b"null"), "trace_error": error}
+def _known(asked: asyncio.Task[msgspec.Raw] | None) -> dict[str, Any]:
+    """Return what a frame has of the trace: the answer, or why there is none."""
+    try:
+        return {"trace": asked.result() if asked is not None else None, "trace_error": ""}
+    except RanvierError as error:
+        return {"trace": None, "trace_error": str(error)}
 
 
 def event(name: str, data: Any) -> bytes:

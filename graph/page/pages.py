@@ -17,8 +17,9 @@ from ranvier.transport.files import read_bounded
 from ..bridge.problems import DENIED, Problem, unknown
 from ..sessions.printable import printable
 from .faults import Fault, Faults
-from .feed import Feed, Silent
+from .feed import Feed
 from .sources import Served, Source
+from .watching import Silent
 
 FILES = Path(__file__).parent / "files"
 TYPES = {
@@ -33,7 +34,10 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cache-control": "no-cache",
     "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
 }
+OWN = (None, "same-origin", "none")
+"""What browsers say in Sec-Fetch-Site of requests of the page itself, and of its user; other clients say nothing."""
 LOG_BYTES = 16 << 10
 """The end of an actor's log that the page shows."""
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -49,23 +53,24 @@ class Pages:
         self._feeds = {name: Feed(source) for name, source in sources.items()}
         self._faults = Faults() if faults else None
         self._logs = logs
+        self._names = {file.name for file in FILES.iterdir() if file.suffix in TYPES}
         self._files: dict[str, tuple[bytes, str]] = {}
 
     def routes(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
         """Return the paths of GET and of POST, each with its endpoint."""
         gets = {
-            "/": self.file, "/page/files/{name}": self.file, "/page/models": self.models, "/page/feed": self.feed,
-            "/page/edge": self.edge, "/page/actor": self.actor, "/page/token": self.token, "/page/why": self.why,
+            "/page/models": self.models, "/page/feed": self.feed, "/page/edge": self.edge, "/page/actor": self.actor,
+            "/page/token": self.token, "/page/why": self.why,
         }  # fmt: skip
-        return gets, {"/page/faults": self.fault}
+        files = {"/": self.file, "/page/files/{name}": self.file}
+        return files | {path: _own(endpoint) for path, endpoint in gets.items()}, {"/page/faults": _own(self.fault)}
 
     async def file(self, request: Request) -> Response:
         name = request.path_params.get("name", "index.html")
         if name not in self._files:
-            path = FILES / name
-            if path.suffix not in TYPES or path.parent != FILES or not path.is_file():
+            if name not in self._names:
                 raise unknown(f"no file {name!r:.60} belongs to the page")
-            data = await asyncio.to_thread(read_bounded, path, 1 << 20)
+            data = await asyncio.to_thread(read_bounded, FILES / name, 1 << 20)
             self._files[name] = data, f'"{hashlib.sha256(data).hexdigest()[:16]}"'
         data, tag = self._files[name]
         headers = {**HEADERS, "etag": tag}
@@ -97,10 +102,15 @@ class Pages:
     async def actor(self, request: Request) -> Response:
         """Return the last steps of an actor (`name.replica`), and the end of its log."""
         feed, actor = self._feed(request), request.query_params.get("actor", "")
-        if actor not in {host["label"] for host in (await feed.source.state())["hosts"]}:
+        hosts = {host["label"]: host for host in (await feed.source.state())["hosts"]}
+        if actor not in hosts:
             raise unknown(f"no actor {actor!r:.60} runs here")
-        log = await asyncio.to_thread(_log_of, feed.source.run_dir, actor) if self._logs else None
-        return _json({"steps": await _asked(feed, "steps", actor=actor), "log": log})
+        log = await asyncio.to_thread(_log_of, feed.source.run_dir, hosts[actor]["log"]) if self._logs else None
+        try:
+            steps = await feed.ask("steps", actor=actor)
+        except Silent:  # the run has no trace; the rest of the page says so
+            steps = []
+        return _json({"steps": steps, "log": log})
 
     async def token(self, request: Request) -> Response:
         """Return the critical path of token number `token` of the answer to a request of this key."""
@@ -147,11 +157,25 @@ class Pages:
         return feed
 
 
+def _own(endpoint: Any) -> Any:
+    """Return an endpoint that a page of another origin cannot even set in motion, as with the address of an image."""
+
+    async def answer(request: Request) -> Any:
+        site = request.headers.get("sec-fetch-site")
+        if site not in OWN:
+            raise Problem(
+                403, f"Sec-Fetch-Site {site!r:.40}: only the server's own page may ask", DENIED, code="wrong_origin"
+            )
+        return await endpoint(request)
+
+    return answer
+
+
 async def _asked(feed: Feed, what: str, **arguments: Any) -> Any:
     try:
         return await feed.ask(what, **arguments)
     except Silent as error:
-        raise unknown(str(error)) from None
+        raise unknown(str(error), code="not_written_yet" if error.later else "not_found") from None
 
 
 def _number(request: Request, name: str) -> int:
@@ -161,10 +185,10 @@ def _number(request: Request, name: str) -> int:
     return int(given)
 
 
-def _log_of(run_dir: Path, actor: str) -> str:
-    """Return the end of what an actor has written to standard error."""
+def _log_of(run_dir: Path, name: str) -> str:
+    """Return the end of what a process has written to standard error."""
     try:
-        with (run_dir / "logs" / f"{actor}.err").open("rb") as file:
+        with (run_dir / "logs" / f"{name}.err").open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - LOG_BYTES))
             return "\n".join(map(printable, file.read().decode(errors="replace").splitlines()))
     except OSError:

@@ -42,9 +42,10 @@ class Served:
         bridge = self.bridge
 
         async def look() -> dict[str, Any]:
-            counts = bridge.counts
+            counts, status = bridge.counts, bridge.run.snapshot()
+            del status["counters"]
             return {
-                **bridge.run.snapshot(), "open": bridge.open, "waiting": bridge.waiting, "answered": counts.answered,
+                **status, "open": bridge.open, "waiting": bridge.waiting, "answered": counts.answered,
                 "failed": counts.failed, "left": counts.left, "refused": counts.refused,
             }  # fmt: skip
 

@@ -17,7 +17,7 @@ from typing import Any
 from ranvier.actors.trace.trace_file import DONE, PART, SENT
 
 from ..trace.critical_path import CAUSES, ME, Causes, totals
-from ..trace.summary import PARTS, Trace, read
+from ..trace.summary import PARTS, Trace, done_key, read
 from ..trace.trace_lines import DoneLine, Lines, SentLine, TraceError, read_plan
 from .histogram import bucket, percentile
 
@@ -28,7 +28,7 @@ AT_FIRST = 1 << 20
 """Bytes at the end of each file that the first look covers."""
 MOST_RECORDS = 40_000
 """Records that are kept for the paths of tokens: those of some minutes, 25 MB."""
-MOST_BYTES = 128 << 20
+MOST_BYTES = 32 << 20
 """A trace up to this size is read again as a whole for the path of an older token."""
 LATE_NS = 3_000_000_000
 """A record is read at most this long after another one of its time: each process writes its records when it likes."""
@@ -38,6 +38,11 @@ SETTLED_NS = 700_000_000
 MOST_ANSWERS = 4096
 """Tokens among which the newest settled one is looked for: those of SETTLED_NS."""
 
+
+class NotYet(TraceError):
+    """Report that the records of a token are not all written."""
+
+
 Kept = tuple[str, str, Any]
 """Actor, kind and record."""
 
@@ -46,7 +51,6 @@ Kept = tuple[str, str, Any]
 class _Slot:
     """Hold what happened in one slot of time."""
 
-    number: int
     messages: Counter[int] = field(default_factory=Counter)
     nbytes: Counter[int] = field(default_factory=Counter)
     waited: Counter[int] = field(default_factory=Counter)
@@ -68,7 +72,11 @@ class Watch:
         self._run_dir, self._now_ns = run_dir, now_ns
         self._edges = [edge["name"] for edge in read_plan(run_dir)["edges"]]
         self._lines = Lines(run_dir, AT_FIRST)
-        self._slots: deque[_Slot] = deque()
+        self._slots: dict[int, _Slot] = {}
+        self._oldest = 0
+        """Number of the window's first slot."""
+        self._parts: dict[Any, set[tuple[int, ...]]] = {}
+        """Rows of messages that went into earlier steps."""
         self._histograms: dict[int, dict[str, Counter[int]]] = {}
         self._kept: deque[Kept] = deque(maxlen=MOST_RECORDS)
         self._steps: dict[str, deque[tuple[int, int, int, int]]] = {}
@@ -93,17 +101,17 @@ class Watch:
             else:
                 self._take_done(actor, kind, record)
         # records are some 0.5 s late; once a run rests, its figures sink to zero
-        oldest = max(self._newest_ns, self._now_ns() - SETTLED_NS) // SLOT_NS - WINDOW_NS // SLOT_NS
-        while self._slots and self._slots[0].number < oldest:
-            self._slots.popleft()
+        self._oldest = max(self._newest_ns, self._now_ns() - SETTLED_NS) // SLOT_NS - WINDOW_NS // SLOT_NS
+        for number in [number for number in self._slots if number < self._oldest]:
+            del self._slots[number]
 
     def _slot(self, at_ns: int) -> _Slot | None:
         """Return the slot of a time, or None if it is before the window."""
         number = at_ns // SLOT_NS
-        if not self._slots or number > self._slots[-1].number:
-            self._slots.append(_Slot(number))
-            return self._slots[-1]
-        return next((slot for slot in reversed(self._slots) if slot.number == number), None)
+        slot = self._slots.get(number)
+        if slot is None and number >= self._oldest:
+            slot = self._slots[number] = _Slot()
+        return slot
 
     def _take_sent(self, record: SentLine) -> None:
         parts = self._histogram(record.edge)
@@ -129,6 +137,7 @@ class Watch:
             self._note_answer(record)
         if not record.batch:
             return
+        record = self._own_rows(actor, kind, record)
         step = self._open_step.setdefault(actor, [])
         if step and step[0].started_ns != record.started_ns:
             self._end_step(actor, step)
@@ -138,6 +147,17 @@ class Watch:
             self._end_step(actor, step)
             self._open_step[actor] = []
 
+    def _own_rows(self, actor: str, kind: str, record: DoneLine) -> DoneLine:
+        """Return a record with the rows that went into its own step, without those that earlier steps took."""
+        key = done_key(actor, record)
+        if kind == PART:
+            if len(self._parts) >= MOST_RECORDS:  # their last steps were lost
+                self._parts.clear()
+            self._parts.setdefault(key, set()).update(record.rows)
+            return record
+        gone = self._parts.pop(key, None)
+        return record if gone is None else record._replace(rows=tuple(row for row in record.rows if row not in gone))
+
     def _note_answer(self, record: DoneLine) -> None:
         session, _, position, _ = record.rows[-1]
         self._answers.append((session, position, record.finished_ns))
@@ -145,11 +165,16 @@ class Watch:
     def _end_step(self, actor: str, step: Sequence[DoneLine]) -> None:
         """Count a step, and the parts of the messages that went into it."""
         complete_ns: dict[tuple[int, ...], int] = {}
+        if len(step) > 1:
+            for record in step:
+                for row in record.rows:
+                    complete_ns[row[:3]] = max(complete_ns.get(row[:3], 0), record.received_ns)
         for record in step:
-            for row in record.rows:
-                complete_ns[row[:3]] = max(complete_ns.get(row[:3], 0), record.received_ns)
-        for record in step:
-            joined_ns = max(record.received_ns, *(complete_ns[row[:3]] for row in record.rows))
+            joined_ns = (
+                max(record.received_ns, *(complete_ns.get(row[:3], 0) for row in record.rows))
+                if complete_ns
+                else record.received_ns
+            )
             parts = self._histogram(record.edge)
             parts["join"][bucket(joined_ns - record.received_ns)] += 1
             parts["queue"][bucket(record.started_ns - joined_ns)] += 1
@@ -158,7 +183,7 @@ class Watch:
         tokens = sum(row[3] for record in step for row in record.rows)
         spent_ns = first.finished_ns - first.started_ns
         own = self._steps.setdefault(actor, deque(maxlen=STEPS_SHOWN))
-        own.append((first.started_ns, spent_ns, tokens, len(complete_ns)))
+        own.append((first.started_ns, spent_ns, tokens, len(complete_ns) or len(first.rows)))
         slot = self._slot(first.finished_ns)
         if slot is not None:
             slot.busy_ns[actor] += spent_ns
@@ -183,12 +208,13 @@ class Watch:
             "actors": {name: self._actor(name, span_s) for name in actors},
             "edges": [self._edge(edge, span_s) for edge in edges],
             "token": self._newest_token(),
+            "sample": min((h["sample"] for h in self._lines.heads.values()), default=1.0),
         }
 
     def _actor(self, name: str, span_s: float) -> dict[str, Any]:
-        steps = sum(slot.steps[name] for slot in self._slots)
-        tokens = sum(slot.tokens[name] for slot in self._slots)
-        busy_s = sum(slot.busy_ns[name] for slot in self._slots) / 1e9
+        steps = sum(slot.steps[name] for slot in self._slots.values())
+        tokens = sum(slot.tokens[name] for slot in self._slots.values())
+        busy_s = sum(slot.busy_ns[name] for slot in self._slots.values()) / 1e9
         return {
             "steps_s": steps / span_s, "tokens_s": tokens / span_s, "batch": tokens / steps if steps else 0.0,
             "busy": min(1.0, busy_s / span_s),
@@ -196,14 +222,14 @@ class Watch:
 
     def _edge(self, edge: int, span_s: float) -> dict[str, Any]:
         wires: Counter[int] = Counter()
-        for slot in self._slots:
+        for slot in self._slots.values():
             wires.update(slot.wires.get(edge, {}))
-        messages = sum(slot.messages[edge] for slot in self._slots)
+        messages = sum(slot.messages[edge] for slot in self._slots.values())
         return {
             "edge": edge, "name": self._name(edge), "messages_s": messages / span_s,
-            "bytes_s": sum(slot.nbytes[edge] for slot in self._slots) / span_s,
+            "bytes_s": sum(slot.nbytes[edge] for slot in self._slots.values()) / span_s,
             "p50_us": percentile(wires, 0.5), "p99_us": percentile(wires, 0.99),
-            "waited": min(1.0, sum(slot.waited[edge] for slot in self._slots) / max(1, messages)),
+            "waited": min(1.0, sum(slot.waited[edge] for slot in self._slots.values()) / max(1, messages)),
         }  # fmt: skip
 
     def _name(self, edge: int) -> str:
@@ -254,6 +280,8 @@ class Watch:
             TraceError: no record of this token is there.
         """
         trace, session = self._around(sessions, position)
+        if session is None and again and self._answers and self._answers[-1][:2] < (max(sessions), position):
+            raise NotYet("the trace has no record of this token yet")
         if session is None and again:
             size = sum(file.stat().st_size for file in (self._run_dir / "trace").glob("*.jsonl"))
             if size > MOST_BYTES:
@@ -264,11 +292,11 @@ class Watch:
             trace = read(self._run_dir)
             session = next((each for each in reversed(sessions) if _has(trace.done.get(ME, ()), each, position)), None)
         if session is None:
-            raise TraceError("the trace has no record of this token yet")
+            raise NotYet("the trace has no record of this token yet")
         stretches = Causes(trace).critical_path(session, position)
         fresh = bool(stretches) and stretches[-1].ended_ns > self._now_ns() - SETTLED_NS
         if fresh and any(each.cause == "unknown" for each in stretches):
-            raise TraceError("the records of this token are not all written yet")
+            raise NotYet("the records of this token are not all written yet")
         began_ns = stretches[0].began_ns if stretches else 0
         return {
             "session": session, "position": position, "ms": sum(each.ns for each in stretches) / 1e6,

@@ -13,11 +13,13 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from ranvier.actors.errors import describe
+
 from ..observe.priority import run_last
 from ..observe.status import resident_bytes
 from ..trace.trace_lines import TraceError
 from .events import Events
-from .watch import Watch
+from .watch import NotYet, Watch
 
 
 class Question(msgspec.Struct, frozen=True):
@@ -38,17 +40,19 @@ class Watcher:
         self._watch, self._events = Watch(run_dir), Events(run_dir)
 
     def answer(self, line: bytes) -> dict[str, Any]:
-        """Return `{"answer": …}`, or `{"error": words}` if the trace does not say."""
+        """Return `{"answer": …}`, or `{"error": words, "later": …}` if the trace does not say, or not yet."""
         asked = msgspec.json.decode(line, type=Question)
         try:
             self._watch.look()
             if asked.what != "frame":
                 return {"answer": _ANSWERS[asked.what](self._watch, asked)}
             self._events.look()
-            resident = [resident_bytes(pid) for pid in asked.pids]
+            resident = {pid: resident_bytes(pid) for pid in asked.pids}
             return {"answer": {**self._watch.frame(), "resident_bytes": resident, "events": list(self._events.last)}}
         except TraceError as error:
-            return {"error": str(error)}
+            return {"error": str(error), "later": isinstance(error, NotYet)}
+        except Exception as error:  # a damaged trace; the next question may be about another part of it
+            return {"error": f"the trace cannot be read: {describe(error)}"}
 
 
 _ANSWERS: Mapping[str, Callable[[Watch, Question], Any]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +17,7 @@ from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.trace import spans
 from ranvier.transport.format.errors import LinkClosed, ProtocolError
 from ranvier.transport.format.header import Row
+from ranvier.transport.format.host_id import replica_id
 from ranvier.transport.links.exchange import RefusedMessage
 from ranvier.transport.links.link_state import Received
 
@@ -147,9 +149,10 @@ class Run:
         """Return the same as `status`, but also while the run ends. The metrics server uses this."""
         return {**self._hosts.status.snapshot(), "counters": self.counters, **self._counts()}
 
-    def _counts(self) -> dict[str, int]:
+    def _counts(self) -> dict[str, Any]:
         return {
-            "recoveries": len(self.recoveries), "requests": self._gateway.accepted, "tokens": self._gateway.delivered
+            "recoveries": len(self.recoveries), "requests": self._gateway.accepted, "tokens": self._gateway.delivered,
+            "restarts": Counter(replica_id(each.actor).actor for each in self.recoveries),
         }  # fmt: skip
 
     def _check_open(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,6 +104,7 @@ class Attempt:
             glance = Glance(plan)
             hosts.status.more = lambda: {
                 "recoveries": len(self.trained.losses),
+                "restarts": Counter(lost.partition(".")[0] for lost in self.trained.losses),
                 "training": self._progress() | glance.look(self.trained.history, hosts.supervisor.supervision.counters),
             }
             self._exchange = hosts.end.exchange

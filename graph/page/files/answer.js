@@ -25,6 +25,7 @@ export async function* answer(body, live, signal) {
       if (error instanceof Refused || signal.aborted) throw error;
     }
     if (!lostAt) { lostAt = performance.now(); yield { lost: true }; }
+    else if (performance.now() - lostAt > PATIENCE_MS) throw new Refused(0, "the server did not come back in time");
     reply = await again(live.request, last, lostAt, signal);
   }
 }

@@ -13,7 +13,7 @@ const SURE = [0.9, 0.5, 0.1];
 
 export class Chat {
   constructor(choose) {
-    this.talks = new Talks();
+    this.talks = new Talks(() => this.list());
     this.choose = choose;
     this.model = null;
     this.running = null;
@@ -23,7 +23,13 @@ export class Chat {
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); if (!this.running) this.send(); }
     });
     byId("new-talk").addEventListener("click", () => { this.stop(); this.talks.begin(); this.all(); byId("text").focus(); });
-    byId("drop-talk").addEventListener("click", () => { this.stop(); this.talks.drop(); this.all(); });
+    addEventListener("pagehide", () => this.talks.save());
+    byId("drop-talk").addEventListener("click", () => {
+      if (this.talks.path().length && !confirm(`Delete “${this.talks.current.title}”?`)) return;
+      this.stop();
+      this.talks.drop();
+      this.all();
+    });
     byId("talks").addEventListener("change", (event) => { this.stop(); this.talks.choose(event.target.value); this.all(); });
     byId("settings-button").addEventListener("click", (event) => {
       const open = byId("settings").hidden;
@@ -44,16 +50,31 @@ export class Chat {
     this.talks.save();
   }
 
+  list() {
+    const { all, current } = this.talks;
+    byId("talks").replaceChildren(...all.map((talk) => make("option", { value: talk.id, selected: talk === current }, talk.title)));
+  }
+
   // Show the conversation that is chosen.
   all() {
     const { current } = this.talks;
     for (const name of ["system", ...SETTINGS]) byId(`s-${name}`).value = current.settings[name] ?? "";
-    byId("talks").replaceChildren(...this.talks.all.map((talk) => make("option", { value: talk.id, selected: talk === current }, talk.title)));
+    this.list();
     const shown = this.talks.path().map((message) => this.element(message));
     this.box.replaceChildren(...(shown.length ? shown : [make("div", { class: "empty" }, make("strong", {}, "Ask, and watch it think"),
       "Each token travels through the actors on the right. Click one in the answer to see where its time went.")]));
     this.box.scrollTop = this.box.scrollHeight;
-    this.talks.save();
+    this.save();
+  }
+
+  save(talk) {
+    this.talks.save(talk);
+    if (!this.running) byId("progress").textContent = this.talks.full ? "not kept: full" : "";
+  }
+
+  // The element that shows a message now, if one does.
+  shown(message) {
+    return this.box.querySelector(`[data-id="${message.id}"]`);
   }
 
   element(message) {
@@ -69,11 +90,14 @@ export class Chat {
           make("span", {}, `${at + 1}/${branches.length}`),
           make("button", { type: "button", disabled: at === branches.length - 1, "aria-label": "Branch after", onclick: go(at + 1) }, "›"),
         ] : null,
-        user ? make("button", { type: "button", onclick: () => this.edit(message, made) }, "Edit")
-          : make("button", { type: "button", onclick: () => this.regenerate(message) }, "Regenerate")),
+        user ? [
+          this.running || this.talks.current.leaf !== message.id ? null : make("button", { type: "button", onclick: () => this.run() }, "Answer it"),
+          make("button", { type: "button", onclick: () => this.edit(message, made) }, "Edit"),
+        ] : make("button", { type: "button", onclick: () => this.regenerate(message) }, "Regenerate")),
       body);
     if (user) body.append(make("p", {}, ...message.text.split("\n").flatMap((line, n) => (n ? [make("br"), line] : [line]))));
-    else show(body, message.text);
+    else write(body, message.text);
+    if (!user && this.running?.message === message) made.setAttribute("aria-busy", "true");
     if (message.error) made.append(make("p", { class: "error" }, message.error));
     if (message.stats) made.append(this.under(message, made, body));
     return made;
@@ -119,7 +143,13 @@ export class Chat {
   edit(message, made) {
     const text = make("textarea", { rows: Math.min(12, message.text.split("\n").length + 1), "aria-label": "The message" });
     text.value = message.text;
-    const send = () => { this.stop(); this.talks.add(message.parent, "user", text.value); this.all(); this.run(); };
+    const send = () => {
+      if (!text.value.trim()) return;
+      this.stop();
+      this.talks.add(message.parent, "user", text.value);
+      this.all();
+      this.run();
+    };
     text.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
       if (event.key === "Escape") this.all();
@@ -147,29 +177,31 @@ export class Chat {
 
   stop() {
     this.running?.abort();
+    this.running = null;
+    byId("send").textContent = "Send";
   }
 
   async run() {
     const talk = this.talks.current, { system, ...sampling } = talk.settings;
-    const asked = this.talks.path().filter((each) => each.text).map(({ role, text }) => ({ role, content: text }));
+    const asked = answered(this.talks.path()).map(({ role, text }) => ({ role, content: text }));
     const message = this.talks.add(talk.leaf, "assistant", "");
     message.model = this.model;
-    const live = Object.defineProperty(message, "live", { value: { tokens: [], request: null }, writable: true }).live;
-    const element = this.element(message);
-    this.box.append(element);
-    this.box.scrollTop = this.box.scrollHeight;
-    const body = element.querySelector(".body");
-    const running = this.running = new AbortController();
+    const live = Object.defineProperty(message, "live", { value: { tokens: [], request: null } }).live; // not kept with the text
+    const running = this.running = Object.assign(new AbortController(), { message });
+    this.all();
     byId("send").textContent = "Stop";
     const began = performance.now();
     let first = 0, last = began, drawn = false, usage = null, finish = "stopped";
-    const progress = (words) => { byId("progress").textContent = words; };
+    const progress = (words) => { if (this.running === running) byId("progress").textContent = words; };
+    const following = (change) => {
+      const follows = this.box.scrollHeight - this.box.scrollTop - this.box.clientHeight < NEAR_END;
+      change();
+      if (follows) this.box.scrollTop = this.box.scrollHeight;
+    };
     const redraw = () => {
       drawn = false;
-      if (!element.isConnected) return;
-      const follows = this.box.scrollHeight - this.box.scrollTop - this.box.clientHeight < NEAR_END;
-      show(body, message.text);
-      if (follows) this.box.scrollTop = this.box.scrollHeight;
+      const body = this.shown(message)?.querySelector(".body");
+      if (body) following(() => write(body, message.text));
     };
     progress("reading");
     try {
@@ -191,19 +223,27 @@ export class Chat {
     } catch (error) {
       if (!running.signal.aborted) message.error = error.message;
     }
-    if (this.running === running) {
-      this.running = null;
-      byId("send").textContent = "Send";
-      progress("");
-    }
     const tokens = usage?.completion_tokens ?? live.tokens.length;
-    if (first) message.stats = { first: first - began, speed: tokens > 1 ? 1e3 * (tokens - 1) / (last - first) : null, tokens, finish };
-    this.talks.save();
-    if (!element.isConnected) return;
-    const follows = this.box.scrollHeight - this.box.scrollTop - this.box.clientHeight < NEAR_END;
-    element.replaceWith(this.element(message));
-    if (follows) this.box.scrollTop = this.box.scrollHeight;
+    if (first) message.stats = { first: first - began, speed: last > first ? 1e3 * (tokens - 1) / (last - first) : null, tokens, finish };
+    if (this.running === running) this.stop();
+    this.save(talk);
+    const shown = this.shown(message);
+    if (shown) following(() => shown.replaceWith(this.element(message)));
   }
 }
 
-const speed = (tokens, first, now) => (tokens > 1 ? `${rate(1e3 * (tokens - 1) / (now - first))} tok/s` : "");
+// The messages that a model is given: without questions that got no answer, except the last.
+function answered(path) {
+  return path.filter((message, at) => (message.role === "user" ? at === path.length - 1 || path[at + 1].text : message.text));
+}
+
+// Show Markdown. Whatever it is, it is shown: what cannot be laid out is shown as it stands.
+function write(body, text) {
+  try { show(body, text); } catch (error) {
+    console.warn(error);
+    body.blocks = null;
+    body.replaceChildren(make("pre", {}, text));
+  }
+}
+
+const speed = (tokens, first, now) => (tokens > 1 && now > first ? `${rate(1e3 * (tokens - 1) / (now - first))} tok/s` : "");

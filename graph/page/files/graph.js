@@ -4,7 +4,7 @@ import { draw, mark, pressable, say } from "./dom.js";
 import { HEIGHT, WIDTH, layout } from "./layout.js";
 import { bytes, rate, share, time } from "./numbers.js";
 
-const LIT_MS = 190;
+const LIT_MS = 190, LEAST_MS = 50;
 const calm = matchMedia("(prefers-reduced-motion: reduce)");
 
 export class GraphView {
@@ -13,14 +13,14 @@ export class GraphView {
     this.pick = pick;
     this.nodes = new Map();
     this.edges = new Map();
-    this.lit = [];
-    this.playing = [];
+    this.journey = null;
   }
 
   show(graph) {
     this.graph = graph;
     this.nodes.clear();
     this.edges.clear();
+    this.named = new Map();
     const placed = layout(graph);
     const svg = draw("svg", { viewBox: `0 0 ${placed.width} ${placed.height}`, role: "group", "aria-label": `Graph ${graph.name}` });
     svg.append(draw("defs", {}, draw("marker", {
@@ -35,15 +35,16 @@ export class GraphView {
   }
 
   edge(edge) {
-    const words = document.createTextNode("");
-    const spark = draw("path", { class: "spark", d: edge.path, pathLength: 100, "stroke-dasharray": "14 200", "stroke-dashoffset": 14 });
-    const group = draw("g", { class: "edge", role: "button", tabindex: 0, "aria-label": `Edge ${edge.name}`, "data-edge": edge.name, "data-idle": true },
-      draw("title", {}, `${edge.name}: ${edge.tensor}, ${edge.wire}`),
+    const words = document.createTextNode(""), id = `edge-${edge.edge}`;
+    // its name is what can be read, without a script that keeps a copy
+    const group = draw("g", { class: "edge", role: "button", tabindex: 0, "aria-labelledby": `${id} ${id}-words`, "data-edge": edge.name, "data-idle": true },
+      draw("title", { id }, `Edge ${edge.name}: ${edge.tensor}, ${edge.wire}`),
       draw("path", { class: "line", d: edge.path, "marker-end": "url(#arrow)", "stroke-dasharray": edge.back ? "5 4" : false }),
-      spark, draw("path", { class: "hit", d: edge.path }),
-      draw("text", { x: edge.label.x, y: edge.label.y, "text-anchor": edge.label.anchor }, words));
-    pressable(group, () => this.pick({ kind: "edge", edge }));
-    this.edges.set(edge.edge, { group, words, spark, edge });
+      draw("path", { class: "hit", d: edge.path }),
+      draw("text", { id: `${id}-words`, x: edge.label.x, y: edge.label.y, "text-anchor": edge.label.anchor }, words));
+    pressable(group, (event) => this.pick({ kind: "edge", edge, byKeyboard: event.type === "keydown" }));
+    this.edges.set(edge.edge, { group, words, edge });
+    this.named.set(edge.name, group);
     return group;
   }
 
@@ -55,20 +56,21 @@ export class GraphView {
     const busy = draw("rect", { class: "busy", x: x + 12, y: y + 61, width: 0, height: 4, rx: 2 });
     const cache = draw("rect", { class: "cache", x: x + 22 + half, y: y + 61, width: 0, height: 4, rx: 2 });
     const what = actor ? describe(actor) : "requests enter here";
-    const halo = draw("rect", { class: "halo", x: x - 3, y: y - 3, width: WIDTH + 6, height: HEIGHT + 6, rx: 13 });
-    const group = draw("g", { class: "node", role: "button", tabindex: 0, "data-actor": name, "data-state": actor ? "starting" : "running" },
-      draw("rect", { class: "card", x, y, width: WIDTH, height: HEIGHT, rx: 10 }), halo,
+    const ids = ["name", "state", "what", "rate", "queue", "cache"].map((part) => `${name}-${part}`);
+    const group = draw("g", { class: "node", role: "button", tabindex: 0, "aria-labelledby": ids.join(" "), "data-actor": name, "data-state": actor ? "starting" : "running" },
+      draw("rect", { class: "card", x, y, width: WIDTH, height: HEIGHT, rx: 10 }),
+      draw("rect", { class: "halo", x: x - 3, y: y - 3, width: WIDTH + 6, height: HEIGHT + 6, rx: 13 }),
       draw("circle", { cx: x + 16, cy: y + 17, r: 4.5 }),
-      draw("text", { class: "name", x: x + 27, y: y + 21.5 }, name), " ",
-      draw("text", { class: "end", x: x + WIDTH - 12, y: y + 21 }, texts.state), " ",
-      draw("text", { x: x + 12, y: y + 38 }, what), " ",
-      draw("text", { class: "end", x: x + WIDTH - 12, y: y + 38 }, texts.rate), " ",
-      draw("text", { x: x + 12, y: y + 54 }, texts.queue), " ",
-      draw("text", { class: "end", x: x + WIDTH - 12, y: y + 54 }, texts.cache),
+      draw("text", { id: ids[0], class: "name", x: x + 27, y: y + 21.5 }, name), " ",
+      draw("text", { id: ids[1], class: "end", x: x + WIDTH - 12, y: y + 21 }, texts.state), " ",
+      draw("text", { id: ids[2], x: x + 12, y: y + 38 }, what), " ",
+      draw("text", { id: ids[3], class: "end", x: x + WIDTH - 12, y: y + 38 }, texts.rate), " ",
+      draw("text", { id: ids[4], x: x + 12, y: y + 54 }, texts.queue), " ",
+      draw("text", { id: ids[5], class: "end", x: x + WIDTH - 12, y: y + 54 }, texts.cache),
       actor ? [draw("rect", { class: "track", x: x + 12, y: y + 61, width: half, height: 4, rx: 2 }), busy,
         draw("rect", { class: "track", x: x + 22 + half, y: y + 61, width: half, height: 4, rx: 2 }), cache] : []);
-    pressable(group, () => this.pick({ kind: "actor", name, actor }));
-    this.nodes.set(name, { group, texts, busy, cache, halo, half, actor, what });
+    pressable(group, (event) => this.pick({ kind: "actor", name, actor, byKeyboard: event.type === "keydown" }));
+    this.nodes.set(name, { group, texts, busy, cache, half, actor });
     return group;
   }
 
@@ -82,9 +84,9 @@ export class GraphView {
     }
     for (const [name, node] of this.nodes) {
       if (node.actor) this.updateActor(name, node, byActor.get(name) ?? [], rates, frame);
-      else this.updateGateway(node, frame, rates);
+      else this.updateGateway(node, frame);
     }
-    for (const edge of frame.trace?.edges ?? []) this.updateEdge(edge);
+    for (const edge of frame.trace?.edges ?? []) this.updateEdge(edge, frame.trace.sample);
     this.light(frame.trace?.token);
   }
 
@@ -95,7 +97,7 @@ export class GraphView {
     const capacity = sum((host) => host.capacity_tokens ?? 0, hosts);
     const cache = capacity ? sum((host) => frame.held_tokens[host.label] ?? 0, hosts) / capacity : null;
     const state = hosts.find((host) => host.state !== "running")?.state ?? (hosts.length ? "running" : "starting");
-    const restarts = sum((host) => host.epoch - 1, hosts);
+    const restarts = frame.restarts?.[name] ?? 0;
     const stepping = Math.max(0, ...hosts.map((host) => host.stepping_s));
     mark(node.group, "data-state", state);
     say(node.texts.state, state === "running" ? `${share(busy)} busy` : state);
@@ -105,51 +107,41 @@ export class GraphView {
     say(node.texts.cache, cache === null ? "" : `KV ${share(cache)}`);
     mark(node.busy, "width", Math.round(node.half * busy));
     mark(node.cache, "width", Math.round(node.half * (cache ?? 0)));
-    nameOf(node, name);
   }
 
-  updateGateway(node, frame, rates) {
+  updateGateway(node, frame) {
     say(node.texts.state, `${frame.sessions} sessions`);
-    say(node.texts.rate, rates["gateway.0"] ? `${rate(rates["gateway.0"].tokens_s)} tok/s` : "");
+    say(node.texts.rate, frame.tokens_s === undefined ? "" : `${rate(frame.tokens_s)} tok/s`);
     say(node.texts.queue, frame.waiting === undefined ? "" : `waiting ${frame.waiting}`);
-    nameOf(node, "gateway");
   }
 
-  updateEdge(figures) {
+  updateEdge(figures, sample) {
     const own = this.edges.get(figures.edge);
     if (!own) return;
-    say(own.words, `${time(figures.p50_us)} · p99 ${time(figures.p99_us)} · ${rate(figures.messages_s)}/s · ${bytes(figures.bytes_s)}/s`);
-    mark(own.group, "data-idle", null);
+    mark(own.group, "data-idle", !figures.messages_s);
     mark(own.group, "data-waits", figures.waited > 0.1);
-    mark(own.group, "aria-label", `Edge ${own.edge.name}: ${own.words.data}${figures.waited > 0.1 ? `, ${share(figures.waited)} waited for credit` : ""}`);
+    if (!figures.messages_s) {
+      say(own.words, "");
+      return;
+    }
+    say(own.words, `${time(figures.p50_us)} · p99 ${time(figures.p99_us)} · ${rate(figures.messages_s / sample)}/s · ${bytes(figures.bytes_s / sample)}/s`);
   }
 
-  // Show the way of a token once, slowed down, in the proportions of its times.
+  // Show the way of a token once, slowed down, in the proportions of its times: what works at a moment is lit.
   light(token) {
-    if (!token || (this.shown && this.shown.session === token.session && this.shown.position === token.position)) return;
+    if (!token || (this.shown?.session === token.session && this.shown.position === token.position)) return;
     this.shown = token;
-    for (const each of this.lit) each.classList.remove("lit");
-    for (const each of this.playing) each.cancel();
-    this.lit = [];
-    this.playing = [];
+    this.journey?.end();
     const slow = LIT_MS / Math.max(token.ms, 1e-3);
-    const names = new Map([...this.edges.values()].map((each) => [each.edge.name, each]));
+    const marks = [];
     for (const part of token.path) {
-      const edge = names.get(part.where);
-      const node = edge ? null : this.nodes.get(part.where.replace(/\.\d+$/, ""));
-      if (edge && part.cause !== "wire") continue;
-      if (!edge && !(node && part.cause === "compute")) continue;
-      if (calm.matches) {
-        this.lit.push(edge ? edge.group : node.group);
-        continue;
-      }
-      const timing = { delay: part.at_ms * slow, duration: Math.max(part.ms * slow, 45) };
-      this.playing.push(edge
-        ? edge.spark.animate([{ strokeDashoffset: 14, opacity: 1 }, { strokeDashoffset: -100, opacity: 1 }], timing)
-        : node.halo.animate([{ opacity: 1 }, { opacity: 0.9, offset: 0.8 }, { opacity: 0 }], { ...timing, duration: timing.duration + 60 }));
+      const edge = this.named.get(part.where);
+      const group = edge ?? this.nodes.get(part.where.slice(0, part.where.lastIndexOf(".")))?.group;
+      if (!group || part.cause !== (edge ? "wire" : "compute")) continue;
+      const began = part.at_ms * slow;
+      marks.push([began, group, true], [Math.max(began + part.ms * slow, began + LEAST_MS), group, false]);
     }
-    for (const each of this.lit) each.classList.add("lit");
-    return slow;
+    this.journey = new Journey(marks.sort((a, b) => a[0] - b[0]));
   }
 
   mark(picked) {
@@ -158,9 +150,31 @@ export class GraphView {
   }
 }
 
-// What can be read is in what a screen reader says, in the same order.
-function nameOf({ group, texts, what }, name) {
-  mark(group, "aria-label", `${name} ${texts.state.data} ${what} ${texts.rate.data} ${texts.queue.data} ${texts.cache.data}`);
+class Journey {
+  constructor(marks) {
+    this.marks = marks;
+    this.at = 0;
+    this.began = performance.now();
+    this.step = this.step.bind(this);
+    if (calm.matches) this.go(LIT_MS / 2); else requestAnimationFrame(this.step);
+  }
+
+  step(now) {
+    this.go(now - this.began);
+    if (this.at < this.marks.length) this.next = requestAnimationFrame(this.step);
+  }
+
+  go(spent) {
+    for (; this.at < this.marks.length && this.marks[this.at][0] <= spent; this.at++) {
+      const [, group, lit] = this.marks[this.at];
+      group.classList.toggle("lit", lit);
+    }
+  }
+
+  end() {
+    cancelAnimationFrame(this.next);
+    for (const [, group] of this.marks) group.classList.remove("lit");
+  }
 }
 
 function describe(actor) {

@@ -1,14 +1,14 @@
 // The page: connect the chat, the graph and the panel with the server's feed.
 
 import { Chat } from "./chat.js";
-import { byId, make } from "./dom.js";
+import { byId, make, mark } from "./dom.js";
 import { GraphView } from "./graph.js";
-import { Refused, ask, events, json, pause, useKey } from "./net.js";
-import { rate } from "./numbers.js";
+import { Refused, ask, events, json, pause, store, useKey } from "./net.js";
+import { rate, share } from "./numbers.js";
 import { Panel } from "./panel.js";
 import { Training } from "./training.js";
 
-const AGAIN_MS = 1000, SLOWER = 1;
+const AGAIN_MS = 1000, OVER_MS = 5000, WINDOW_MS = 4000;
 
 class Page {
   constructor() {
@@ -20,6 +20,11 @@ class Page {
     this.training = new Training(byId("training"));
     this.chat = new Chat((what) => this.open(what));
     this.feed = null;
+    this.counted = [];
+    document.addEventListener("visibilitychange", () => { // a page that nobody sees costs nothing
+      this.feed?.abort();
+      if (!document.hidden && this.model !== null) this.watch(this.feed = new AbortController());
+    });
     byId("model").addEventListener("change", (event) => this.use(event.target.value));
     byId("why").addEventListener("click", () => this.open({ kind: "why" }));
     byId("theme").addEventListener("click", () => theme(true));
@@ -50,15 +55,16 @@ class Page {
   async models() {
     for (;;) {
       try { return await json("/page/models"); } catch (error) {
-        if (error instanceof Refused && error.status === 401) await this.askKey();
+        if (error instanceof Refused && error.status === 401) await this.askKey(error.message);
         else { this.link("wait", "no server"); await pause(AGAIN_MS); }
       }
     }
   }
 
-  askKey() {
+  askKey(why) {
     const dialog = byId("key-dialog");
-    dialog.showModal();
+    byId("key-why").textContent = why;
+    if (!dialog.open) dialog.showModal();
     return new Promise((done) => dialog.addEventListener("close", () => { useKey(byId("key").value); done(); }, { once: true }));
   }
 
@@ -66,7 +72,12 @@ class Page {
     this.model = model;
     this.chat.model = this.chats.get(model) ? model : null;
     document.querySelector(".chat").hidden = !this.chat.model;
-    byId("training").hidden = Boolean(this.chat.model);
+    byId("training").hidden = true;
+    document.querySelector("main").toggleAttribute("data-alone", !this.chat.model);
+    if (!this.chat.model) this.pane("graph");
+    byId("model").closest(".pick").toggleAttribute("data-one", this.chats.size === 1);
+    this.counted = [];
+    this.graph = null;
     byId("send").disabled = byId("text").disabled = !this.chat.model;
     this.panel.clear();
     this.feed?.abort();
@@ -74,8 +85,8 @@ class Page {
   }
 
   link(state, words) {
-    byId("link").dataset.state = state;
-    byId("link").textContent = words;
+    mark(byId("link"), "data-state", state);
+    set("link", words);
   }
 
   async watch(feed) {
@@ -83,33 +94,56 @@ class Page {
       try {
         const answer = await ask(`/page/feed?model=${encodeURIComponent(this.model)}`, { signal: feed.signal });
         for await (const event of events(answer)) {
-          if (event.event === "graph") this.view.show(this.graph = JSON.parse(event.data));
+          if (event.event === "graph") this.show(JSON.parse(event.data));
           else if (event.event === "frame") this.update(JSON.parse(event.data));
-          else if (event.event === "over") this.link("over", JSON.parse(event.data).why);
+          else if (event.event === "over") {
+            this.link("over", JSON.parse(event.data).why);
+            await pause(OVER_MS);
+          }
         }
       } catch (error) {
         if (feed.signal.aborted) return;
+        if (error instanceof Refused && error.status === 401) await this.askKey(error.message);
         this.link("wait", error instanceof Refused ? error.message : "reconnecting");
+        document.body.removeAttribute("data-loading");
       }
       await pause(AGAIN_MS);
     }
   }
 
+  show(graph) {
+    const same = this.graph && this.graph.run === graph.run && this.graph.name === graph.name;
+    this.graph = graph;
+    if (!same) this.view.show(graph);
+  }
+
   update(frame) {
     this.frame = frame;
-    if (document.hidden) return;
-    const began = performance.now();
+    document.body.removeAttribute("data-loading");
+    this.count(frame);
     this.view.update(frame);
     this.figures(frame);
-    this.happened(frame.trace?.events ?? []);
-    if (frame.training) this.training.update(frame.training);
-    performance.measure("frame", { start: began });
+    if (frame.trace) this.happened(frame.trace.events);
+    if (frame.training) {
+      byId("training").hidden = false;
+      document.querySelector("main").removeAttribute("data-alone");
+      this.training.update(frame.training);
+    }
+  }
+
+  // Tokens per second of the last seconds, from what the run has delivered: a token with log-probabilities is two messages.
+  count(frame) {
+    if (frame.tokens === undefined) return;
+    const now = performance.now();
+    this.counted.push([now, frame.tokens]);
+    while (this.counted.length > 2 && this.counted[0][0] < now - WINDOW_MS) this.counted.shift();
+    const [began, before] = this.counted[0];
+    frame.tokens_s = now > began ? 1e3 * (frame.tokens - before) / (now - began) : 0;
   }
 
   figures(frame) {
     this.link("live", "live");
-    const gateway = frame.trace?.actors?.["gateway.0"];
-    set("f-rate", gateway ? rate(gateway.tokens_s) : "0");
+    set("f-rate", frame.tokens_s === undefined ? "–" : rate(frame.tokens_s));
     set("f-open", frame.open ?? frame.sessions);
     set("f-waiting", frame.waiting ?? 0);
     set("f-recoveries", frame.recoveries ?? 0);
@@ -117,16 +151,16 @@ class Page {
     if (frame.trace_error) set("journey", frame.trace_error);
     else if (token) {
       const slower = 190 / Math.max(token.ms, 1e-3);
-      const speed = slower > SLOWER ? `${rate(slower)} times slower` : `${rate(1 / slower)} times faster`;
-      set("journey", `Session ${token.session}, position ${token.position}: ${token.ms.toFixed(1)} ms, shown ${speed}`);
+      const speed = slower > 1 ? `${rate(slower)} times slower` : `${rate(1 / slower)} times faster`;
+      set("journey", `Session ${token.session}, position ${token.position}: ${token.ms.toFixed(1)} ms, shown ${speed}${frame.trace.sample < 1 ? `; figures of ${share(frame.trace.sample)} of the sessions` : ""}`);
     }
   }
 
   happened(events) {
     const newest = events.at(-1);
-    const mark = newest ? `${newest.at} ${events.length}` : "";
-    if (mark === this.newest) return;
-    this.newest = mark;
+    const known = newest ? `${newest.at} ${events.length}` : "";
+    if (known === this.newest) return;
+    this.newest = known;
     byId("events-title").textContent = newest ? sentence(newest) : "Nothing has happened to the run";
     byId("events-list").replaceChildren(...events.toReversed().map((event) =>
       make("li", {}, make("time", {}, new Date(event.at).toLocaleTimeString()), sentence(event))));
@@ -145,10 +179,11 @@ function set(id, value) {
 
 function theme(toggle) {
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
-  let chosen = localStorage.getItem("ranvier-theme");
+  let chosen = store("localStorage")?.getItem("ranvier-theme") ?? null;
   if (toggle) {
     const now = chosen ?? (dark ? "dark" : "light");
-    localStorage.setItem("ranvier-theme", chosen = now === "dark" ? "light" : "dark");
+    chosen = now === "dark" ? "light" : "dark";
+    store("localStorage")?.setItem("ranvier-theme", chosen);
   }
   if (chosen) document.documentElement.dataset.theme = chosen;
 }

@@ -2,6 +2,8 @@
 
 import { make } from "./dom.js";
 
+const HEADING = /^(#{1,6})\s+(.*?)\s*#*$/, DEEPEST = 24;
+
 // Return the blocks of a text: each a string of lines that belong together. A fence that is open goes to the end.
 export function blocks(text) {
   const found = [];
@@ -16,6 +18,9 @@ export function blocks(text) {
       end();
       fence = mark;
       lines.push(line);
+    } else if (HEADING.test(line)) {
+      end();
+      found.push(line);
     } else if (!line.trim()) end();
     else lines.push(line);
   }
@@ -27,15 +32,16 @@ export function blocks(text) {
 export function show(element, text) {
   const wanted = blocks(text);
   const had = element.blocks ?? [];
+  if (!had.length) element.replaceChildren();
   for (let at = 0; at < Math.max(wanted.length, had.length); at++) {
     if (at >= wanted.length) element.lastElementChild.remove();
-    else if (at >= had.length) element.append(block(wanted[at]));
-    else if (wanted[at] !== had[at]) element.children[at].replaceWith(block(wanted[at]));
+    else if (at >= had.length) element.append(block(wanted[at], 0));
+    else if (wanted[at] !== had[at]) element.children[at].replaceWith(block(wanted[at], 0));
   }
   element.blocks = wanted;
 }
 
-function block(source) {
+function block(source, depth) {
   const lines = source.split("\n");
   const fence = /^\s{0,3}(```+|~~~+)\s*([^`]*)$/.exec(lines[0]);
   if (fence) {
@@ -43,26 +49,24 @@ function block(source) {
     const code = lines.slice(1, closed ? -1 : undefined).join("\n");
     return make("pre", { "data-language": fence[2].trim() || false, tabindex: 0 }, make("code", {}, code));
   }
-  const heading = /^(#{1,6})\s+(.*?)\s*#*$/.exec(lines[0]);
-  if (heading) {
-    const made = make(`h${Math.min(6, heading[1].length + 2)}`, {}, inline(heading[2]));
-    return lines.length > 1 ? make("div", {}, made, block(lines.slice(1).join("\n"))) : made;
-  }
+  const heading = HEADING.exec(source);
+  if (heading) return make(`h${Math.min(6, heading[1].length + 2)}`, {}, inline(heading[2]));
+  if (depth > DEEPEST) return make("p", {}, source);
   if (/^\s*([-*_])(\s*\1){2,}\s*$/.test(source)) return make("hr");
   if (lines.every((line) => /^\s*>/.test(line))) {
-    return make("blockquote", {}, blocks(lines.map((line) => line.replace(/^\s*> ?/, "")).join("\n")).map(block));
+    return make("blockquote", {}, blocks(lines.map((line) => line.replace(/^\s*> ?/, "")).join("\n")).map((inner) => block(inner, depth + 1)));
   }
   if (lines.length > 1 && lines[0].includes("|") && /^\s*\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/.test(lines[1])) return table(lines);
   const first = ITEM.exec(lines[0]);
-  if (first) return list(lines);
+  if (first) return list(lines, depth);
   const starts = lines.findIndex((line) => ITEM.test(line));
-  if (starts > 0) return make("div", {}, make("p", {}, text(lines.slice(0, starts))), list(lines.slice(starts)));
+  if (starts > 0) return make("div", {}, make("p", {}, text(lines.slice(0, starts))), list(lines.slice(starts), depth));
   return make("p", {}, text(lines));
 }
 
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
 
-function list(lines) {
+function list(lines, depth) {
   const [, indent, mark] = ITEM.exec(lines[0]);
   const items = [];
   for (const line of lines) {
@@ -73,7 +77,8 @@ function list(lines) {
   const made = items.map(([head, ...rest]) => {
     const starts = rest.findIndex((line) => ITEM.test(line));
     const own = starts < 0 ? rest : rest.slice(0, starts);
-    return make("li", {}, text([head, ...own]), starts < 0 ? null : list(rest.slice(starts)));
+    const inner = starts < 0 ? null : depth > DEEPEST ? rest.slice(starts).join("\n") : list(rest.slice(starts), depth + 1);
+    return make("li", {}, text([head, ...own]), inner);
   });
   const number = parseInt(mark, 10);
   return Number.isNaN(number) ? make("ul", {}, made) : make("ol", { start: number === 1 ? false : number }, made);
@@ -99,7 +104,7 @@ const INLINE = [
   [/^\*(?=[^\s*])([^*]*[^\s*])\*/, (found) => make("em", {}, inline(found[1]))],
   [/^_(?=[^\s_])([^_]*[^\s_])_(?!\w)/, (found) => make("em", {}, inline(found[1]))],
   [/^~~(?=\S)([^]*?\S)~~/, (found) => make("s", {}, inline(found[1]))],
-  [/^!?\[([^\[\]]*)\]\(\s*<?([^\s()<>]*)>?[^()]*\)/, (found) => link(found[1], found[2])],
+  [/^!?\[([^\[\]]{0,999})\]\(\s{0,9}<?([^\s()<>]{1,1999})>?(?:\s[^()]{0,999})?\)/, (found) => link(found[1], found[2])],
   [/^<(https?:\/\/[^\s<>]+)>/, (found) => link(found[1], found[1])],
 ];
 

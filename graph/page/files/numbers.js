@@ -16,6 +16,8 @@ export function bytes(count) {
   }
 }
 
+// NaN and infinity arrive as null.
+export const fixed = (value, digits) => (value === undefined ? "–" : value === null ? "NaN" : value.toFixed(digits));
 export const rate = (value) => (value == null ? "–" : value >= 100 ? value.toFixed(0) : value.toFixed(1));
 export const share = (value) => (value == null ? "–" : `${(100 * value).toFixed(0)} %`);
 export const ms = (milliseconds) => time(1e3 * milliseconds);

@@ -1,7 +1,7 @@
 // The panel of details: an edge's histograms, a token's critical path, an actor's steps and log.
 
-import { byId, draw, make } from "./dom.js";
-import { json } from "./net.js";
+import { byId, draw, make, say } from "./dom.js";
+import { json, pause } from "./net.js";
 import { bytes, ms, rate, share, time } from "./numbers.js";
 
 const AGAIN_MS = 1000, PER_OCTAVE = 8, OCTAVES = 26; // of histogram.py; 2^26 µs are over a minute
@@ -20,24 +20,25 @@ export class Panel {
   }
 
   clear() {
-    this.show(null, "Details", make("p", { class: "note" }, "Choose an actor, an edge, or a token of an answer."));
+    this.show({ what: null }, "Details", make("p", { class: "note" }, "Choose an actor, an edge, or a token of an answer."));
   }
 
   show(shown, title, ...content) {
     this.shown = shown;
-    this.page.picked?.(shown?.what ?? null);
-    const close = shown ? make("button", { type: "button", "aria-label": "Close the details", onclick: () => this.clear() }, "Close") : null;
-    this.element.replaceChildren(make("h2", {}, title, close), ...content.filter(Boolean));
+    this.page.picked?.(shown.what);
+    const close = shown.what ? make("button", { type: "button", "aria-label": "Close the details", onclick: () => this.clear() }, "Close") : null;
+    const head = make("h2", { tabindex: -1 }, title, close);
+    this.element.replaceChildren(head, ...content.filter(Boolean));
     this.element.scrollTop = 0;
+    if (shown.what?.byKeyboard) head.focus();
   }
 
   path(name, query) {
-    const asked = new URLSearchParams({ model: this.page.model, ...query });
-    return `/page/${name}?${asked}`;
+    return `/page/${name}?${new URLSearchParams({ model: this.page.model, ...query })}`;
   }
 
-  // Fill a box now, and again each second while it is shown. What cannot be had is said.
-  filled(what, title, fill, again = true) {
+  // Show what stays, and below it a box that is filled now, and again each second. What cannot be had is said.
+  filled(what, title, stays, fill, again = true) {
     const box = make("div");
     let busy = false;
     const update = async () => {
@@ -46,82 +47,81 @@ export class Panel {
       try { await fill(box); } catch (error) { box.replaceChildren(make("p", { class: "note" }, error.message)); }
       busy = false;
     };
-    this.show({ what, again: again ? update : null }, title, box);
+    this.show({ what, again: again ? update : null }, title, ...stays, box);
     return update();
   }
 
-  async button(words, fault, danger = true) {
-    const said = make("p", { class: "note", role: "status" });
-    try { said.textContent = (await json("/page/faults", { model: this.page.model, ...fault })).done; } catch (error) { said.textContent = error.message; }
-    this.element.querySelector(".buttons")?.after(said);
-    setTimeout(() => said.remove(), 6000);
-  }
-
-  faults(buttons) {
+  // Buttons that do harm, with a line for what was done.
+  faults(label, buttons) {
     if (!this.page.faults) return null;
-    return make("div", { class: "buttons" }, buttons.map(([words, fault]) =>
-      make("button", { type: "button", class: "danger", onclick: () => this.button(words, fault) }, words)));
+    const said = make("p", { class: "note", role: "status" });
+    const press = async (fault) => {
+      try { said.textContent = (await json("/page/faults", { model: this.page.model, ...fault })).done; } catch (error) { said.textContent = error.message; }
+    };
+    return make("div", {}, make("div", { class: "buttons" }, label, buttons.map(([words, fault]) =>
+      make("button", { type: "button", class: "danger", onclick: () => press(fault) }, words))), said);
   }
 
   edge(what) {
     const { edge } = what;
-    const cut = edge.wire === "tcp" ? this.faults([["Cut for 3 s", { what: "cut", source: edge.source, target: edge.target }]]) : null;
+    const cut = edge.wire === "tcp" ? this.faults(null, [["Cut for 3 s", { what: "cut", source: edge.source, target: edge.target }]]) : null;
     const rows = make("tbody");
     const note = make("p", { class: "note" });
     const table = make("table", { "aria-label": "Latency by part" }, make("thead", {}, make("tr", {},
       make("th", {}, "part"), make("th", {}, "1 µs to a minute"), ["p50", "p95", "p99"].map((name) => make("th", { class: "number" }, name)))), rows);
-    return this.filled(what, edge.name, async (box) => {
+    return this.filled(what, edge.name, [note, cut], async (box) => {
       const found = await json(this.path("edge", { edge: edge.edge }));
-      note.textContent = `${edge.tensor} over ${edge.wire}, ${edge.codec}, ${edge.credits} messages of credit; ` +
-        `${found.parts.wire?.messages ?? 0} messages since the page opened`;
+      note.textContent = `${edge.tensor} over ${edge.wire}, ${edge.codec}, ${edge.credits} messages of credit; `
+        + `${found.parts.wire?.messages ?? 0} messages watched so far`;
       rows.replaceChildren(...Object.entries(PARTS).map(([part, words]) => {
         const figures = found.parts[part];
         return make("tr", { "data-part": part, "data-messages": figures?.messages ?? 0 },
           make("th", { scope: "row", title: words }, part), make("td", {}, figures ? histogram(figures.buckets, `${part}: ${words}`) : ""),
           ["p50_us", "p95_us", "p99_us"].map((name) => make("td", { class: "number" }, time(figures?.[name]))));
       }));
-      if (!table.isConnected) box.replaceChildren(note, ...(cut ? [cut] : []), table);
+      if (table.parentNode !== box) box.replaceChildren(table);
     });
   }
 
   actor(what) {
     const { name, actor } = what;
     if (!actor) return this.why(what);
-    return this.filled(what, name, async (box) => {
-      const hosts = (this.page.frame?.hosts ?? []).filter((host) => host.label.replace(/\.\d+$/, "") === name);
+    const of = (frame) => (frame?.hosts ?? []).filter((host) => host.label.slice(0, host.label.lastIndexOf(".")) === name);
+    const note = make("p", { class: "note" }, `${actor.kind} on ${actor.device}, ${actor.threads ?? "–"} threads, `
+      + `${bytes(actor.weight_bytes)} of weights${actor.host ? `, in the process ${actor.host}` : ""}`);
+    const buttons = of(this.page.frame).map(({ label }) => this.faults(`${label}:`, [["Kill", { what: "kill", actor: label }],
+      ["Stop", { what: "stop", actor: label }], ["Continue", { what: "continue", actor: label }], ["Slow", { what: "slow", actor: label }]]));
+    const log = document.createTextNode("");
+    const logs = make("details", { hidden: true }, make("summary", {}, "Log"), make("pre", { tabindex: 0 }, log));
+    return this.filled(what, name, [note, ...buttons, logs], async (box) => {
+      const { frame } = this.page, hosts = of(frame);
       const details = await Promise.all(hosts.map((host) => json(this.path("actor", { actor: host.label }))));
-      const open = box.querySelector("details")?.open;
-      box.replaceChildren(make("p", { class: "note" }, `${actor.kind} on ${actor.device}, ${actor.threads ?? "?"} threads, `
-        + `${bytes(actor.weight_bytes)} of weights${actor.host ? `, in the process ${actor.host}` : ""}`),
-      ...hosts.map((host, at) => this.host(host, details[at])),
-      ...(details.some((each) => each.log) ? [make("details", { open }, make("summary", {}, "Log"),
-        ...details.filter((each) => each.log).map((each) => make("pre", { tabindex: 0 }, each.log)))] : []));
+      const written = details.map((each) => each.log).filter(Boolean).join("\n");
+      say(log, written);
+      logs.hidden = !written;
+      box.replaceChildren(...hosts.map((host, at) => this.host(host, details[at].steps, frame)));
     });
   }
 
-  host(host, details) {
-    const rates = this.page.frame.trace?.actors?.[host.label];
-    const resident = this.page.frame.trace?.resident_bytes?.[this.page.frame.hosts.indexOf(host)];
-    const buttons = host.pid ? this.faults([["Kill", { what: "kill", actor: host.label }], ["Stop", { what: "stop", actor: host.label }],
-      ["Continue", { what: "continue", actor: host.label }], ["Slow", { what: "slow", actor: host.label }]]) : null;
+  host(host, last, frame) {
+    const rates = frame.trace?.actors?.[host.label];
+    const resident = frame.trace?.resident_bytes?.[host.pid];
     return make("div", {}, make("p", {}, `${host.label}: ${host.spare ? "spare" : host.state}, process ${host.pid ?? "–"}, ${bytes(resident)} resident, `
-      + `restarts ${host.epoch - 1}, queue ${host.queued}${rates ? `, ${rate(rates.steps_s)} steps/s of ${rate(rates.batch)} tokens` : ""}`
-      + `${host.lost ? `. Lost: ${host.lost}` : ""}`), buttons,
-    details.steps.length ? [make("p", { class: "note" }, `Its last ${details.steps.length} steps, up to ${ms(Math.max(...details.steps.map((step) => step.ms)))} long`),
-      steps(details.steps)] : null);
+      + `queue ${host.queued}${rates ? `, ${rate(rates.steps_s)} steps/s of ${rate(rates.batch)} tokens` : ""}${host.lost ? `. Lost: ${host.lost}` : ""}`),
+    last.length ? [make("p", { class: "note" }, `Its last ${last.length} steps, up to ${ms(Math.max(...last.map((step) => step.ms)))} long`),
+      steps(last)] : null);
   }
 
   token(what) {
     const { token, at, count } = what;
-    const sure = Math.exp(token.logprob);
-    const others = [...(token.top_logprobs ?? [])];
-    const head = make("div", {}, make("p", {}, `Chosen with ${share(sure)}. `,
-      others.length ? `Likeliest: ${others.map((other) => `${JSON.stringify(other.token)} ${share(Math.exp(other.logprob))}`).join(", ")}` : ""),
-    make("div", { class: "buttons" }, make("button", { type: "button", disabled: at === 0, onclick: () => what.go(at - 1) }, "Token before"),
-      make("button", { type: "button", disabled: at === count - 1, onclick: () => what.go(at + 1) }, "Token after")));
-    return this.filled(what, `Token ${at + 1}: ${JSON.stringify(token.token)}`, async (box) => {
-      const found = await this.written(() => json(this.path("token", { request: what.request, token: at })));
-      box.replaceChildren(head, make("p", { class: "note" }, `${ms(found.ms)} after the token before it, by what it waited for. In a terminal: `,
+    const others = token.top_logprobs ?? [];
+    const head = make("p", {}, `Chosen with ${share(Math.exp(token.logprob))}. `,
+      others.length ? `Likeliest: ${others.map((other) => `${JSON.stringify(other.token)} ${share(Math.exp(other.logprob))}`).join(", ")}` : "");
+    const moves = make("div", { class: "buttons" }, make("button", { type: "button", disabled: at === 0, onclick: () => what.go(at - 1) }, "Token before"),
+      make("button", { type: "button", disabled: at === count - 1, onclick: () => what.go(at + 1) }, "Token after"));
+    return this.filled(what, `Token ${at + 1}: ${JSON.stringify(token.token)}`, [head, moves], async (box) => {
+      const found = await this.written(() => json(this.path("token", { model: what.model, request: what.request, token: at })));
+      box.replaceChildren(make("p", { class: "note" }, `${ms(found.ms)} after the token before it, by what it waited for. In a terminal: `,
         make("code", {}, `ranvier trace RUN --why ${found.session} --position ${found.position}`)),
       sharesOf(found), causes(found.causes));
     }, false);
@@ -130,13 +130,13 @@ export class Panel {
   // A token's records are written up to half a second after it came.
   async written(question) {
     for (let tries = 0; ; tries++) {
-      try { return await question(); } catch (error) { if (tries === 4 || error.status !== 404) throw error; }
-      await new Promise((done) => setTimeout(done, 300));
+      try { return await question(); } catch (error) { if (tries === 5 || error.code !== "not_written_yet") throw error; }
+      await pause(300);
     }
   }
 
   why(what = { kind: "why" }) {
-    return this.filled(what, "Who waits for whom", async (box) => {
+    return this.filled(what, "Who waits for whom", [], async (box) => {
       box.replaceChildren(make("pre", { tabindex: 0 }, (await json(this.path("why", {}))).text));
     }, false);
   }

@@ -1,18 +1,38 @@
-// Keep conversations in the browser. Each is a tree: an edit or another answer is a further branch.
+// Keep conversations in the browser, each under a key of its own. A conversation is a tree: an edit or another answer is a branch.
 
-const STORE = "ranvier-talks", MOST = 50;
+import { store } from "./net.js";
+
+const PREFIX = "ranvier-talk-";
 
 const newId = () => crypto.getRandomValues(new Uint32Array(2)).join("");
 
 export class Talks {
-  constructor() {
-    try { this.all = JSON.parse(localStorage.getItem(STORE)) ?? []; } catch { this.all = []; }
-    if (!Array.isArray(this.all) || !this.all.every((talk) => talk?.id && talk.messages)) this.all = [];
+  constructor(changed) {
+    this.kept = store("localStorage");
+    this.all = this.read();
     this.current = this.all[0] ?? this.begin();
+    this.full = false;
+    addEventListener("storage", (event) => { // another tab
+      if (event.key && !event.key.startsWith(PREFIX)) return;
+      const others = this.read().filter((talk) => talk.id !== this.current.id);
+      this.all = [this.current, ...others].sort((a, b) => b.at - a.at);
+      changed();
+    });
+  }
+
+  read() {
+    const found = [];
+    for (const key of Object.keys(this.kept ?? {})) {
+      if (!key.startsWith(PREFIX)) continue;
+      let talk = null;
+      try { talk = JSON.parse(this.kept.getItem(key)); } catch { /* not ours */ }
+      if (talk?.id && talk.messages && talk.settings) found.push(talk);
+    }
+    return found.sort((a, b) => b.at - a.at);
   }
 
   begin() {
-    this.current = { id: newId(), title: "New conversation", messages: {}, leaf: null, settings: this.current?.settings ?? {} };
+    this.current = { id: newId(), at: Date.now(), title: "New conversation", messages: {}, leaf: null, settings: this.current?.settings ?? {} };
     this.all.unshift(this.current);
     return this.current;
   }
@@ -22,6 +42,7 @@ export class Talks {
   }
 
   drop() {
+    this.kept?.removeItem(PREFIX + this.current.id);
     this.all = this.all.filter((talk) => talk !== this.current);
     this.current = this.all[0] ?? this.begin();
   }
@@ -56,14 +77,12 @@ export class Talks {
     this.current.leaf = leaf.id;
   }
 
-  save() {
-    this.all.length = Math.min(this.all.length, MOST);
-    const kept = (name, value) => (name === "live" ? undefined : value);
-    while (this.all.length) {
-      try { return localStorage.setItem(STORE, JSON.stringify(this.all, kept)); } catch {
-        if (this.all.length === 1) return; // one conversation that is larger than the browser's store lives until the page is closed
-        this.all.splice(this.all.lastIndexOf(this.all.findLast((talk) => talk !== this.current)), 1);
-      }
-    }
+  // Keep the conversation. `full` says whether the browser's store has no room for it: then it lives until the page is closed.
+  save(talk = this.current) {
+    if (!Object.keys(talk.messages).length && !Object.keys(talk.settings).length) return;
+    try {
+      this.kept?.setItem(PREFIX + talk.id, JSON.stringify(talk));
+      this.full = false;
+    } catch { this.full = true; }
   }
 }

@@ -1,7 +1,7 @@
 // A training: its losses so far, and its schedule with the costs that were measured.
 
 import { draw, make } from "./dom.js";
-import { share, time } from "./numbers.js";
+import { fixed, share, time } from "./numbers.js";
 
 const WIDTH = 600, HIGH = 150, ROW = 26, LABEL = 84;
 const KINDS = { F: ["forward", "forward"], B: ["backward", "backward"], I: ["backward", "gradients of inputs"], W: ["backward", "gradients of weights"], U: ["update", "update"] };
@@ -17,9 +17,9 @@ export class Training {
     this.known = known;
     this.box.replaceChildren(
       make("h2", {}, "Losses"),
-      make("p", {}, training.step === undefined ? "No step has ended yet." : `Step ${training.step} of ${training.steps}: loss ${training.loss.toFixed(4)}, `
-        + `gradients' norm ${training.norm?.toFixed(3) ?? "–"}, ${training.seconds.toFixed(2)} s`
-        + `${training.validation_loss === undefined ? "" : `; validation ${training.validation_loss.toFixed(4)}`}`),
+      make("p", {}, training.step === undefined ? "No step has ended yet." : `Step ${training.step} of ${training.steps}: loss ${fixed(training.loss, 4)}, `
+        + `gradients’ norm ${fixed(training.norm, 3)}, ${fixed(training.seconds, 2)} s`
+        + `${training.validation_loss === undefined ? "" : `; validation ${fixed(training.validation_loss, 4)}`}`),
       losses(training),
       ...(training.schedule ? [make("h2", {}, `Schedule: ${training.schedule.name}`),
         make("p", {}, `Waiting is ${share(training.schedule.bubble)} of the time with these costs; ${share(training.schedule.measured)} was measured.`),

@@ -85,7 +85,8 @@ def browser() -> Iterator[Browser]:
 class Seen:
     """Hold one page, and what went wrong in it."""
 
-    def __init__(self, browser: Browser, url: str, **options: Any) -> None:
+    def __init__(self, browser: Browser, url: str, pictures: Path | None, **options: Any) -> None:
+        self._pictures = pictures
         self.relay = Relay(url)
         self.context = browser.new_context(viewport={"width": 1440, "height": 900}, **options)
         self.page: Page = self.context.new_page()
@@ -137,6 +138,11 @@ class Seen:
         for name, value in values.items():
             self.page.fill(f"#s-{name}", str(value))
 
+    def picture(self, name: str) -> None:
+        """Write a picture for the docs, if they are wanted."""
+        if self._pictures is not None:
+            self.page.screenshot(path=self._pictures / f"{name}.png")
+
     def check_accessibility(self) -> None:
         """Fail if axe-core finds anything serious."""
         self.page.evaluate(AXE.read_text())  # by the debugger: the page's own policy allows no foreign script
@@ -157,12 +163,12 @@ See = Callable[..., Seen]
 
 
 @pytest.fixture
-def see(browser: Browser) -> Iterator[See]:
+def see(browser: Browser, pytestconfig: pytest.Config) -> Iterator[See]:
     """Provide `see(url, **options)`, a page of a server. Errors, foreign requests and layout shifts fail the test."""
     opened: list[Seen] = []
 
     def begin(url: str, **options: Any) -> Seen:
-        opened.append(Seen(browser, url, **options))
+        opened.append(Seen(browser, url, pytestconfig.getoption("pictures"), **options))
         return opened[-1]
 
     yield begin

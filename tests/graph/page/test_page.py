@@ -14,10 +14,10 @@ from waiting import wait_until
 
 from ranvier.graph.serve.server import Options
 
+QUESTION = "Why do nerve fibres have gaps in their sheath?"
 OPTIONS = Options(port=0, faults=True)
 CHANGES = {"model.dtype": "float32", "transport": "tcp://127.0.0.1", "restart.backoff_s": "0"}
 SEA = "Tell me about the sea."
-QUIET = {"temperature": 0}
 
 
 def trace(run_dir: Path, *options: str) -> Any:
@@ -33,17 +33,14 @@ def test_a_message_its_edges_and_its_tokens(see: Any, server: Any, continued: An
     seen.set(temperature=0, max_tokens=48)
     page.evaluate("""() => {
         window.lit = new Set();
-        const animate = Element.prototype.animate;
-        Element.prototype.animate = function (...given) {
-            window.lit.add(this.closest("[data-edge],[data-actor]").dataset.edge ?? this.closest("[data-actor]").dataset.actor);
-            return animate.apply(this, given);
-        };
+        new MutationObserver((changes) => changes.forEach(({target}) => target.matches(".lit") && window.lit.add(target.dataset.edge ?? target.dataset.actor)))
+            .observe(document.querySelector("#graph"), {subtree: true, attributeFilter: ["class"]});
         window.lengths = new Set();
         new MutationObserver(() => window.lengths.add(document.querySelector(".message:last-child .body").textContent.length))
             .observe(document.querySelector("#messages"), {subtree: true, childList: true, characterData: true});
     }""")
-    seen.say(SEA)
-    _, text = continued([{"role": "user", "content": SEA}], 48)
+    seen.say(QUESTION)
+    _, text = continued([{"role": "user", "content": QUESTION}], 48)
     assert "".join(seen.answer.split()) == "".join(re.sub("[*#]", "", text).split())
     assert len(page.evaluate("[...window.lengths]")) > 5  # it came in pieces
     assert {"embed", "lower", "upper", "head", "lower.hidden -> upper.hidden"} <= set(page.evaluate("[...window.lit]"))
@@ -63,6 +60,8 @@ def test_a_message_its_edges_and_its_tokens(see: Any, server: Any, continued: An
         shown = microseconds(row.locator("td.number").first.inner_text())
         assert shown == pytest.approx(figures["microseconds"][part]["p50"], rel=0.06, abs=1)
 
+    seen.picture("page")
+
     page.focus(".strip")
     for _ in range(10):
         page.keyboard.press("ArrowRight")
@@ -75,6 +74,7 @@ def test_a_message_its_edges_and_its_tokens(see: Any, server: Any, continued: An
     ]
     assert [float(row["ms"]) for row in rows] == pytest.approx([each["ms"] for each in wanted["causes"]])
     page.click(".under button:has-text('Tokens')")
+    seen.picture("page-token")
     assert "".join(page.locator(".tokens button").all_inner_texts()).split() == text.split()
     seen.check_accessibility()
 
@@ -101,7 +101,7 @@ def test_an_actor_is_killed_by_its_button(see: Any, server: Any, continued: Any)
     _, text = continued([{"role": "user", "content": SEA}], 64)
     assert "".join(seen.answer.split()) == "".join(re.sub("[*#]", "", text).split())
     page.wait_for_selector("#events-title:has-text('replaced')")
-    assert "restarts 1" in page.get_attribute('.node[data-actor="upper"]', "aria-label")
+    assert "restarts 1" in page.text_content('.node[data-actor="upper"]')
     assert page.inner_text("#f-recoveries") == "1"
 
 
@@ -167,6 +167,7 @@ def test_conversations_branches_and_a_reload(see: Any, server: Any) -> None:
     page.select_option("#talks", label="One.")
     assert "Two." in page.inner_text(".message[data-role=user]")
     assert page.input_value("#s-system") == "Be brief."
+    page.on("dialog", lambda dialog: dialog.accept())
     page.click("#drop-talk")
     assert page.locator("#talks option").all_inner_texts() == ["Three."]
 
@@ -218,6 +219,11 @@ HOSTILE = [
     "*" * 4000,
     "> " * 2000 + "x",
     "- " * 500 + "x",
+    "\n".join("  " * depth + "- x" for depth in range(400)),
+    "> " * 20_000 + "x",
+    "# a\n" * 5000,
+    "![a](data:image/png;base64," + "A" * 20_000,
+    "[a](" * 5000,
 ]
 
 
