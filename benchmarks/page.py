@@ -1,9 +1,9 @@
 """Measure what the page costs a run: tokens per second at 16 streams over HTTP, with the page open against closed.
 
-`a page elsewhere` reads the feed and draws nothing, as if the browser were another machine's. `Chromium here` shows the page on
-the same two cores, so its drawing counts, too. Each figure is a ratio from one process, in the order closed, open, open, closed;
-the interval of its median comes from the ranks of the rounds (95 %). `script` is how long the page's script takes for a frame of
-40 actors and 80 edges in which every label changes: while it is hidden, and while it is drawn by the same two cores.
+`a page elsewhere` reads the feed and draws nothing, as if the browser were another machine's. `Chromium here` shows the page
+on the same two cores, so its drawing counts, too. Each figure is a ratio from one process, in the order closed, open, open,
+closed; the interval of its median comes from the ranks of the rounds (95 %). `script` is how long the page's script takes for a
+frame of 40 actors and 80 edges in which every label changes: while it is hidden, and while the same two cores draw it.
 """
 
 from __future__ import annotations

@@ -221,6 +221,10 @@ class BlockingRun:
         """Scale an actor, as `Run.scale` does."""
         return self._thread.wait(lambda: self._run.scale(actor, replicas))
 
+    def cut(self, source: str, target: str, seconds: float) -> int:
+        """Cut the tcp links between two actors for some time, as `Run.cut` does."""
+        return self._thread.read(lambda: self._run.cut(source, target, seconds))
+
     def why(self) -> Answer:
         """Return who waits for whom, and who is to blame, as `Run.why` does."""
         return self._thread.wait(self._run.why)
@@ -312,6 +316,7 @@ def start(
     progress: Progress = lambda _what, _share: None,
     zygote: ZygoteProcess | None = None,
     chaos: Path | None = None,
+    cuttable: bool = False,
     log: str | None = None,
     resume: Path | None = None,
 ) -> BlockingRun:
@@ -319,4 +324,6 @@ def start(
 
     `launch` describes the arguments and the errors. `progress` is called in the run's own thread.
     """
-    return BlockingRun(graph, runs=runs, progress=progress, zygote=zygote, chaos=chaos, log=log, resume=resume)
+    return BlockingRun(
+        graph, runs=runs, progress=progress, zygote=zygote, chaos=chaos, cuttable=cuttable, log=log, resume=resume
+    )

@@ -39,7 +39,13 @@ def test_a_message_its_edges_and_its_tokens(see: Any, server: Any, continued: An
         new MutationObserver(() => window.lengths.add(document.querySelector(".message:last-child .body").textContent.length))
             .observe(document.querySelector("#messages"), {subtree: true, childList: true, characterData: true});
     }""")
-    seen.say(QUESTION)
+    page.click("#settings-button")
+    seen.say(QUESTION, wait=False)
+    seen.begun(120)
+    page.click('.edge[data-edge="lower.hidden -> upper.hidden"] .hit', force=True)
+    page.wait_for_selector('#panel tr[data-part="compute"]:not([data-messages="0"])')
+    seen.picture("page")
+    seen.answered()
     _, text = continued([{"role": "user", "content": QUESTION}], 48)
     assert "".join(seen.answer.split()) == "".join(re.sub("[*#]", "", text).split())
     assert len(page.evaluate("[...window.lengths]")) > 5  # it came in pieces
@@ -49,8 +55,6 @@ def test_a_message_its_edges_and_its_tokens(see: Any, server: Any, continued: An
         page.inner_text(".message:last-child .under").replace("\n", " "),
     )
 
-    page.click('.edge[data-edge="lower.hidden -> upper.hidden"] .hit', force=True)
-    page.wait_for_selector('#panel tr[data-part="compute"]:not([data-messages="0"])')
     run_dir = server.look(lambda run: run.dir)
     edges = {edge["edge"]: edge for edge in trace(run_dir)["edges"]}
     figures = edges["lower.hidden -> upper.hidden"]
@@ -59,8 +63,6 @@ def test_a_message_its_edges_and_its_tokens(see: Any, server: Any, continued: An
         assert wait_until(lambda row=row: int(row.get_attribute("data-messages")) == figures["messages"])
         shown = microseconds(row.locator("td.number").first.inner_text())
         assert shown == pytest.approx(figures["microseconds"][part]["p50"], rel=0.06, abs=1)
-
-    seen.picture("page")
 
     page.focus(".strip")
     for _ in range(10):
