@@ -36,7 +36,7 @@ $(BROWSER): tests/graph/page/browser.sh | $(STAMP)
 demo: $(STAMP) $(MODEL)
 	$(BIN)/ranvier show examples/smollm2.yaml
 	@echo
-	$(BIN)/ranvier run examples/smollm2.yaml --prompt "Why do nerve fibres have gaps in their sheath?" --max-tokens 64
+	$(BIN)/ranvier run examples/smollm2.yaml --prompt "Why do nerve fibres have gaps in their sheath?" --max-tokens 64 --cost
 
 # answers OpenAI's clients until Ctrl-C; prints the address and a curl line
 serve: $(STAMP) $(MODEL)

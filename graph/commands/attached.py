@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..file.errors import RequestError
-from .command_line import INTERRUPTED, Json, print_json, reading, say
+from .command_line import INTERRUPTED, Json, RunFolder, print_json, reading, say
 
 WHY_S = 10.0
 """Seconds to wait for an answer. A run in progress answers within two."""
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run in progress.", show_default=False)]
 
 
 def why_command(run_dir: RunFolder, as_json: Json = False) -> None:

@@ -1,10 +1,12 @@
 """Define the command `ranvier`. Results go to standard output, progress and errors to standard error.
 
-Exit codes: 0 done, 1 the run failed, 2 the request or the graph is wrong, 130 interrupted.
+Exit codes: 0 done, 1 the run failed, 2 the request or the graph is wrong, 3 there is no room now, 4 the deadline passed,
+130 interrupted.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from ranvier import __version__
-from ranvier.actors.errors import CheckpointError, RecordingError, counted
+from ranvier.actors.errors import CheckpointError, Expired, Overloaded, RecordingError, counted
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.supervise.zygote_process import ZygoteProcess
 from ranvier.transport.files import read_beginning, read_bounded
@@ -33,7 +35,9 @@ from . import runs_command
 from .attached import scale_command, top_command, why_command
 from .chat_command import chat_command
 from .command_line import (
+    EXPIRED,
     FAILED,
+    OVERLOADED,
     WRONG,
     AllowCode,
     GraphFile,
@@ -57,6 +61,7 @@ app = typer.Typer(
     "Start with: ranvier check GRAPH, then ranvier show GRAPH, then ranvier run GRAPH --prompt TEXT, or ranvier train GRAPH.",
     no_args_is_help=True,
     add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -258,12 +263,16 @@ def new(
 ) -> None:
     """Write a small working example: an actor with a graph around it, or a graph of a language model."""
     from ..file import starts
+    from ..file.json_schema import json_schema
 
     try:
         files = starts.actor(name) if what is Thing.actor else starts.graph(name)
         for file, content in files.items():
             with Path(file).open("x", encoding="utf-8") as opened:
                 opened.write(content)
+        if not Path(starts.SCHEMA).exists():
+            files[starts.SCHEMA] = json.dumps(json_schema(), indent=1) + "\n"
+            Path(starts.SCHEMA).write_text(files[starts.SCHEMA], encoding="utf-8")
     except FileExistsError as error:
         raise RequestError(f"{error.filename} exists; choose another name") from None
     except ValueError as error:
@@ -314,9 +323,9 @@ app.command("diverge")(diverge_command)
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of the graph file, for editors."""
-    from ..file.schema import GraphFile as Schema
+    from ..file.json_schema import json_schema
 
-    print_json(Schema.model_json_schema(by_alias=True))
+    print_json(json_schema())
 
 
 def main(zygote: ZygoteProcess | None = None) -> None:
@@ -347,4 +356,8 @@ def _code(error: RanvierError) -> int:
         KeyFileError,
         ValueError,
     )
+    if isinstance(error, Overloaded):
+        return OVERLOADED
+    if isinstance(error, Expired):
+        return EXPIRED
     return WRONG if isinstance(error, wrong) else FAILED

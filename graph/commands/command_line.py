@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
+import stat
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from enum import StrEnum
@@ -18,13 +20,31 @@ from ranvier.transport.files import read_bounded
 from ranvier.transport.format.errors import RanvierError
 
 from ..file.errors import RequestError
+from ..run import run_folder, runs
 from ..sessions.printable import printable
 
-FAILED, WRONG, INTERRUPTED = 1, 2, 130
+FAILED, WRONG, OVERLOADED, EXPIRED, INTERRUPTED = 1, 2, 3, 4, 130
+"""Exit codes: the run failed; the command, file or request is wrong; there is no room now; the deadline passed; Ctrl-C."""
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 Result_ = TypeVar("Result_")
 
 GraphFile = Annotated[Path, typer.Argument(metavar="GRAPH", help="The graph file (YAML).", show_default=False)]
+RUN = "its folder; latest, latest~1; its number in `ranvier runs`; or the beginning of its name"
+
+
+def run_named(text: str) -> Path:
+    """Return the folder of a run that the command line names.
+
+    Raises:
+        BadParameter: there is none.
+    """
+    try:
+        return runs.named(text, run_folder.DEFAULT_ROOT)
+    except RequestError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", parser=run_named, help=f"A run: {RUN}.", show_default=False)]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Allow Python code from the graph's folder to be imported.")
 ]
@@ -144,15 +164,17 @@ def yaml_value(text: str) -> Any:
 
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         raise RequestError(f"{text!r:.80}: {error}") from None
 
 
 MOST_PROMPT_BYTES = 64 << 20
 
 
-def prompt_of(text: str | None, file: Path | None) -> str | None:
+def prompt_of(text: str | None, file: Path | None, *, piped: bool = False) -> str | None:
     """Return the prompt: as it is given, from standard input (`-`), or from a file.
+
+    With `piped`, it is also what standard input has if nothing is given and standard input is a pipe or a file.
 
     All users of the machine can see a command line, so the other two ways keep a prompt private.
 
@@ -161,6 +183,11 @@ def prompt_of(text: str | None, file: Path | None) -> str | None:
     """
     if file is not None and text is not None:
         raise RequestError("--prompt and --prompt-file are both given; give one")
+    if file is None and text is None and piped and _is_piped():
+        if sys.stderr.isatty():
+            say("reading the prompt from standard input", error=True)
+        given = prompt_of("-", None) or ""
+        return given.removesuffix("\n") or None
     if file is None and text != "-":
         return text
     where = f"--prompt-file {file}" if file is not None else "--prompt -"
@@ -173,6 +200,15 @@ def prompt_of(text: str | None, file: Path | None) -> str | None:
         return data.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"{where}: {error}") from None
+
+
+def _is_piped() -> bool:
+    """Return whether standard input is a pipe or a file, and not a terminal, /dev/null or a socket."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):  # it has no descriptor, as in a notebook
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def say(text: str, *, end: str = "\n", error: bool = False) -> None:

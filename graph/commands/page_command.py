@@ -7,8 +7,7 @@ from typing import Annotated
 import typer
 
 from ..file.errors import RequestError
-from .attached import RunFolder
-from .command_line import reading, say
+from .command_line import RunFolder, reading, say
 
 
 def page_command(

@@ -1,4 +1,4 @@
-"""Show progress: one line that updates itself on a terminal, else one line for each phase."""
+"""Show progress: one line that updates itself on a terminal, and nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 
 class Bar:
-    """Show progress. Use it in a `with`, and call `done` before anything else is printed."""
+    """Show progress, unless `quiet`. Use it in a `with`, and call `done` before anything else is printed."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, *, quiet: bool = False) -> None:
         self._stream = stream
-        self._terminal = stream.isatty()
-        self._stage = ""
+        self._terminal = stream.isatty() and not quiet
         self._task: TaskID | None = None
         self._progress: Progress | None = None
 
@@ -23,9 +22,6 @@ class Bar:
         """Show the name of a phase, and the share of it that is done (0 to 1)."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, description=stage, completed=share)
-        elif not self._terminal and stage != self._stage:
-            print(f"ranvier: {stage}", file=self._stream, flush=True)
-        self._stage = stage
 
     def done(self) -> None:
         """Clear the progress line."""

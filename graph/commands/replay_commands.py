@@ -15,7 +15,7 @@ from ..file.errors import RequestError
 from ..run import run_folder
 from ..run import runs as runs_of
 from ..run.paths import folder_of_runs
-from .command_line import FAILED, AllowCode, Json, interruptible, print_json, reading, say
+from .command_line import FAILED, AllowCode, Json, RunFolder, interruptible, print_json, reading, run_named, say
 
 if TYPE_CHECKING:
     from ranvier.actors.trace.recording_reader import Recorded
@@ -37,7 +37,7 @@ def record_setting(edges: str | None) -> dict[str, str]:
 
 
 def replay_command(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a recorded run.", show_default=False)],
+    run_dir: RunFolder,
     actor: Annotated[str, typer.Argument(metavar="ACTOR", help="An actor, or one of its replicas (upper.1).")],
     tolerance: Annotated[
         float,
@@ -133,10 +133,17 @@ def _allowed(chosen: Sequence[Recorded], allow_code: bool) -> None:
             )
 
 
+def _compared(text: str) -> Path:
+    return Path(text) if text == REFERENCE else run_named(text)
+
+
 def diverge_command(
     context: typer.Context,
     first: Annotated[
-        Path, typer.Argument(metavar="A", help="A recorded run, or a graph file to run.", show_default=False)
+        Path,
+        typer.Argument(
+            metavar="A", parser=_compared, help="A recorded run, or a graph file to run.", show_default=False
+        ),
     ],
     second: Annotated[
         str, typer.Argument(metavar="B", help="Another one, or `reference`: compare with transformers.")
@@ -171,20 +178,21 @@ def diverge_command(
     from ..replay import diverge
     from .progress import Bar
 
-    with runs_of.using(first, Path(second)):
-        folders = [
-            None if given == REFERENCE else _folder(Path(given), prompt, max_tokens, runs, allow_code, context.obj)
-            for given in (str(first), second)
-        ]
-    if folders[0] is None:
+    if str(first) == REFERENCE:
         raise RequestError(f"A: expected a run folder or a graph file, got {REFERENCE}; give it as B")
+    other = run_named(second) if second != REFERENCE else None
+    with runs_of.using(first, other):
+        begun = _folder(first, prompt, max_tokens, runs, allow_code, context.obj)
+        folders = [
+            begun, _folder(other, prompt, max_tokens, runs, allow_code, context.obj) if other is not None else None
+        ]  # fmt: skip
     bar = Bar(sys.stderr)
     with reading(*folders):
         for folder in folders:
             if folder is not None:
                 _allowed(recordings(folder), allow_code)
         with bar:
-            found = diverge.diverge(folders[0], folders[1], threshold, model, bar.show)
+            found = diverge.diverge(begun, folders[1], threshold, model, bar.show)
     if as_json:
         print_json(found.to_plain())
     else:

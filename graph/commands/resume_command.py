@@ -85,7 +85,8 @@ def run(run_dir: Path, after: int | None, as_json: bool, allow_code: bool, launc
 
 
 def _print_outcome(resumed: Path, path: Path, results: list[tuple[str, Result, str]]) -> None:
-    print(f"\n\ncontinued {counted(len(results), 'request')} of {resumed}\nrun folder: {path}")
+    print(flush=True)
+    say(f"continued {counted(len(results), 'request')} of {resumed}\nrun folder: {path}", error=True)
     for key, _, failed in results:
         if failed:
             say(f"{key}: {failed}", error=True)

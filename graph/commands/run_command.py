@@ -1,4 +1,4 @@
-"""Define `ranvier run`: start a graph, generate text or compute outputs, and print what every message cost."""
+"""Define `ranvier run`: start a graph, and generate text or compute outputs."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from ..run.paths import folder_of_runs, writable
 from ..run.request_checks import checked_logprobs, checked_sampling
 from ..sessions.model_defaults import sampling_of
 from ..sessions.text_codec import ChatOptions
-from ..trace import summary, table
+from ..trace import summary
 from . import resume_command
+from .about import About
 from .command_line import (
     AllowCode,
     Json,
@@ -35,13 +36,17 @@ from .command_line import (
     pairs,
     print_json,
     prompt_of,
-    say,
+    run_named,
     show_text,
     yaml_value,
 )
 from .replay_commands import RECORD_HELP, record_setting
+from .talk import talk
 
 MOST_JSON_BYTES = 16 << 20
+
+
+Prompt = str | list[dict[str, str]]
 
 
 class ByWhom(StrEnum):
@@ -131,6 +136,15 @@ def run_command(
             help="Set a variable of the chat template, such as enable_thinking=false. May be given several times.",
         ),
     ] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="A system message before the prompt.")
+    ] = None,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Print what every message cost to standard error, as `ranvier trace` does.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print nothing beside the answer, also on a terminal.")
+    ] = False,
     as_json: Json = False,
     runs: Annotated[
         Path, typer.Option("--runs", help="Create the run folder in this folder.")
@@ -142,7 +156,12 @@ def run_command(
     record: Annotated[str | None, typer.Option("--record", metavar="EDGES", help=RECORD_HELP)] = None,
     resume: Annotated[
         Path | None,
-        typer.Option("--resume", metavar="RUN", help="Continue the requests of a killed run that had a journal."),
+        typer.Option(
+            "--resume",
+            metavar="RUN",
+            parser=run_named,
+            help="Continue the requests of a killed run that had a journal.",
+        ),
     ] = None,
     after: Annotated[
         int | None,
@@ -151,7 +170,7 @@ def run_command(
     allow_code: AllowCode = False,
     settings: Set = None,
 ) -> None:
-    """Start the graph, stream the text, print what every message cost, and write the run folder."""
+    """Start the graph, and stream the answer to standard output. Without a prompt on a terminal: talk with the model."""
     if resume is not None:
         resume_command.check(context)
         resume_command.run(
@@ -166,15 +185,16 @@ def run_command(
         raise RequestError("--logprobs needs --json, which prints them")
     checked = load_graph(graph, allow_code=allow_code, overrides={**overrides(settings), **record_setting(record)})
     launching = {"runs": folder_of_runs(runs), "zygote": context.obj, "chaos": chaos, "log": log}
-    prompt = prompt_of(prompt, prompt_file)
+    prompt = prompt_of(prompt, prompt_file, piped=checked.generates and input_file is None)
+    about = About(cost, quiet)
     if not checked.generates:
         if prompt is not None or input_file is None:
             raise RequestError(
                 f"graph {checked.name} is not a language model; give --input FILE.safetensors, not --prompt"
             )
-        _call(checked, input_file, output_file, as_json, launching)
+        _call(checked, input_file, output_file, as_json, launching, about)
         return
-    if prompt is None or input_file is not None or output_file is not None:
+    if input_file is not None or output_file is not None or (prompt is None and (as_json or not _is_terminal())):
         raise RequestError(f"graph {checked.name} is a language model; give --prompt TEXT, not --input or --output")
     chat = ChatOptions(
         _json_list("--tools", tools),
@@ -194,13 +214,48 @@ def run_command(
         given = {name: value for name, value in given.items() if _was_given(context, name)}
     chosen = checked_sampling(checked, _sampling(checked, sampling, given), max_tokens)
     checked_logprobs(logprobs)
-    before_start.check_prompt(checked, before_start.codec_of(checked), prompt, max_tokens, raw, chat)
     options: dict[str, Any] = {
         "max_tokens": max_tokens, "sampling": chosen, "stop": tuple(stop or ()), "raw": raw,
         "deadline_s": deadline, "logprobs": logprobs, "tools": chat.tools, "documents": chat.documents,
         "template": chat.template, "template_arguments": chat.arguments,
     }  # fmt: skip
-    _generate(checked, prompt, options, as_json, launching)
+    if prompt is None:
+        _check_talk(checked, system, options, chat)
+        talk(checked, options, system, launching, about)
+    else:
+        _generate(checked, _asked(checked, prompt, system, options, chat), options, as_json, launching, about)
+
+
+def _asked(checked: Graph, prompt: str, system: str | None, options: Mapping[str, Any], chat: ChatOptions) -> Prompt:
+    """Return the prompt with its system message, if there is one.
+
+    Raises:
+        RequestError, CheckpointError: it is no text, does not fit, or the template refuses it.
+    """
+    if system and options["raw"]:
+        raise RequestError("--system needs the chat template; leave out --raw")
+    asked: Prompt = [{"role": "system", "content": system}, {"role": "user", "content": prompt}] if system else prompt
+    codec = before_start.codec_of(checked)
+    before_start.check_prompt(checked, codec, asked, options["max_tokens"], options["raw"], chat)
+    return asked
+
+
+def _check_talk(checked: Graph, system: str | None, options: Mapping[str, Any], chat: ChatOptions) -> None:
+    """Check that a graph can hold a conversation.
+
+    Raises:
+        RequestError, CheckpointError: it has no tokenizer or no chat template, or its model is no causal one.
+    """
+    encodes = checked.checkpoint is not None and checked.checkpoint.config.encoder is not None
+    if options["raw"] or encodes:
+        raise RequestError(
+            f"graph {checked.name}: a talk needs a causal model and its chat template; give --prompt TEXT"
+        )
+    _asked(checked, "Hello", system, options, chat)
+
+
+def _is_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
 
 
 def _was_given(context: typer.Context, name: str) -> bool:
@@ -249,7 +304,9 @@ def _json_list(option: str, file: Path | None) -> list[Any] | None:
     return made
 
 
-def _call(checked: Graph, input_file: Path, output_file: Path | None, as_json: bool, launching: dict[str, Any]) -> None:
+def _call(
+    checked: Graph, input_file: Path, output_file: Path | None, as_json: bool, launching: dict[str, Any], about: About
+) -> None:  # fmt: skip
     """Call a graph that is not a language model once: read its inputs from a file, and write its outputs to a file."""
     import time
 
@@ -266,11 +323,12 @@ def _call(checked: Graph, input_file: Path, output_file: Path | None, as_json: b
     before_start.check_inputs(checked, inputs)
     if output_file is not None:
         writable(output_file)
-    bar = Bar(sys.stderr)
+    bar = Bar(sys.stderr, quiet=about.quiet)
 
     async def main() -> tuple[Path, dict[str, Any], float]:
         with bar:
             async with launch(checked, progress=bar.show, **launching) as started:
+                about.begins(started.dir)
                 bar.show("computing", 1.0)
                 began = time.monotonic()
                 outputs = await started.call(**inputs)
@@ -286,28 +344,29 @@ def _call(checked: Graph, input_file: Path, output_file: Path | None, as_json: b
     shapes = {
         name: f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}" for name, tensor in outputs.items()
     }
-    traced = summary.summary(summary.read(run_dir)) if checked.file.trace else None
     if as_json:
+        traced = summary.summary(summary.read(run_dir)) if checked.file.trace else None
         print_json({"outputs": shapes, "seconds": took_s, "run_dir": str(run_dir), "trace": traced})
         return
     for name, shape in shapes.items():
         print(f"{name}: {shape}{f' in {output_file}' if output_file is not None else ''}")
-    if traced is not None:
-        say(f"\n{table.of_summary(traced)}")
-    print(f"\n{took_s:.3f} s\nrun folder: {run_dir}")
+    about.ends([f"{took_s:.3f} s"], run_dir, traced=bool(checked.file.trace))
 
 
-def _generate(checked: Graph, prompt: str, options: dict[str, Any], as_json: bool, launching: dict[str, Any]) -> None:
+def _generate(
+    checked: Graph, prompt: Prompt, options: dict[str, Any], as_json: bool, launching: dict[str, Any], about: About
+) -> None:  # fmt: skip
     from ..run.launch import launch
     from ..sessions.generation import Result
     from .progress import Bar
 
-    bar = Bar(sys.stderr)
+    bar = Bar(sys.stderr, quiet=about.quiet)
     explained: list[dict[str, Any]] = []
 
     async def main() -> tuple[Path, Result]:
         with bar:
             async with launch(checked, progress=bar.show, **launching) as started:
+                about.begins(started.dir)
                 bar.show("thinking", 1.0)
                 generation = started.generate(prompt, **options)
                 async for token in generation:
@@ -321,8 +380,8 @@ def _generate(checked: Graph, prompt: str, options: dict[str, Any], as_json: boo
                 return started.dir, generation.result
 
     run_dir, result = interruptible(main)
-    traced = summary.summary(summary.read(run_dir)) if checked.file.trace else None
     if as_json:
+        traced = summary.summary(summary.read(run_dir)) if checked.file.trace else None
         print_json({
             "text": result.text, "token_ids": result.token_ids, "prompt_tokens": result.prompt_tokens,
             "finish_reason": result.finish_reason, "time_to_first_token_s": result.first_token_s,
@@ -330,10 +389,13 @@ def _generate(checked: Graph, prompt: str, options: dict[str, Any], as_json: boo
             **({"logprobs": explained} if explained else {}), "trace": traced,
         })  # fmt: skip
         return
-    print("\n")
-    if traced is not None:
-        say(table.of_summary(traced))
-    print(
-        f"\n{result.prompt_tokens} tokens in, {len(result.token_ids)} out ({result.finish_reason}); first token after "
-        f"{result.first_token_s:.2f} s, then {result.tokens_per_second:.1f} tokens/s\nrun folder: {run_dir}"
-    )
+    if not result.text.endswith("\n"):
+        print(flush=True)
+    cut = ", cut at --max-tokens" if result.finish_reason == "length" else ""
+    about.ends(
+        [
+            f"{result.tokens_per_second:.1f} tok/s", f"first after {result.first_token_s:.2f} s",
+            f"{result.prompt_tokens} tokens in, {len(result.token_ids)} out{cut}",
+        ],
+        run_dir, traced=bool(checked.file.trace),
+    )  # fmt: skip

@@ -21,7 +21,7 @@ _BOUND = RunsSection()
 
 @app.callback()
 def list_runs(context: typer.Context, folder: Folder = run_folder.DEFAULT_ROOT, as_json: Json = False) -> None:
-    """List the runs of a folder, the newest first: name, start, outcome, size."""
+    """List the runs of a folder, the newest first: number, name, start, outcome, size."""
     if context.invoked_subcommand is not None:
         context.obj = (folder, as_json)  # these options may also stand before the subcommand
         return
@@ -38,9 +38,10 @@ def list_runs(context: typer.Context, folder: Folder = run_folder.DEFAULT_ROOT, 
         ])  # fmt: skip
         return
     width = max((len(run.path.name) for run in found), default=0)
-    for run in found:
+    for number, run in enumerate(found, 1):
+        place = f"{number:3}  " if folder == run_folder.DEFAULT_ROOT else ""  # numbers name runs of this folder
         more = "  can be resumed" if run.resumable else ""
-        say(f"{run.path.name:{width}}  {run.began[:19]:19}  {run.outcome:11}  {run.nbytes / 1e6:9.1f} MB{more}")
+        say(f"{place}{run.path.name:{width}}  {run.began[:19]:19}  {run.outcome:11}  {run.nbytes / 1e6:9.1f} MB{more}")
     say(f"{counted(len(found), 'run')}, {sum(run.nbytes for run in found) / 1e6:.1f} MB")
 
 

@@ -12,11 +12,11 @@ from ..file.errors import RequestError
 from ..run.paths import writable, writing
 from ..trace import compare, critical_path, perfetto, summary, table, trace_plot
 from ..trace.timeline import timeline
-from .command_line import Json, print_json, reading, say
+from .command_line import Json, RunFolder, print_json, reading, run_named, say
 
 
 def trace_command(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    run_dir: RunFolder,
     as_json: Json = False,
     to_perfetto: Annotated[
         Path | None,
@@ -49,7 +49,10 @@ def trace_command(
     diff: Annotated[
         Path | None,
         typer.Option(
-            "--diff", metavar="RUN2", help="Show what changed from this run to another, the largest change first."
+            "--diff",
+            metavar="RUN2",
+            parser=run_named,
+            help="Show what changed from this run to another, the largest change first.",
         ),
     ] = None,
     idle: Annotated[bool, typer.Option("--idle", help="Show what every actor waited for while it was idle.")] = False,

@@ -46,7 +46,7 @@ class ModelSection(Section):
 class Quorum(Section):
     """Start a step as soon as `quorum` of the actor's inputs have arrived."""
 
-    quorum: int = Field(ge=1, le=1024)
+    quorum: int = Field(ge=1, le=1024, description="number of inputs that a step needs")
 
 
 class Hedge(Section):
@@ -188,12 +188,38 @@ class EdgeSection(Section):
 class SupervisionSection(Section):
     """Set the deadlines, in seconds, after which a host counts as failed."""
 
-    start_deadline_s: float = Field(_DEADLINES.start_deadline_s, gt=0, strict=False)
-    heartbeat_interval_s: float = Field(_DEADLINES.heartbeat_interval_s, gt=0, le=60, strict=False)
-    heartbeat_deadline_s: float = Field(_DEADLINES.heartbeat_deadline_s, gt=0, strict=False)
-    progress_deadline_s: float = Field(_DEADLINES.progress_deadline_s, gt=0, strict=False)
-    join_deadline_s: float = Field(_DEADLINES.join_deadline_s, gt=0, strict=False)
-    stop_deadline_s: float = Field(_DEADLINES.stop_deadline_s, gt=0, le=60, strict=False)
+    start_deadline_s: float = Field(
+        _DEADLINES.start_deadline_s,
+        gt=0,
+        strict=False,
+        description="seconds from the start of a host until it must run",
+    )
+    heartbeat_interval_s: float = Field(
+        _DEADLINES.heartbeat_interval_s,
+        gt=0,
+        le=60,
+        strict=False,
+        description="seconds between two heartbeats of a host",
+    )
+    heartbeat_deadline_s: float = Field(
+        _DEADLINES.heartbeat_deadline_s, gt=0, strict=False,
+        description="seconds without a heartbeat after which a host counts as lost",
+    )  # fmt: skip
+    progress_deadline_s: float = Field(
+        _DEADLINES.progress_deadline_s, gt=0, strict=False,
+        description="seconds that one step may take before its host counts as hung",
+    )  # fmt: skip
+    join_deadline_s: float = Field(
+        _DEADLINES.join_deadline_s, gt=0, strict=False,
+        description="seconds after which a request that no actor works on ends with an error: one of its inputs never comes",
+    )  # fmt: skip
+    stop_deadline_s: float = Field(
+        _DEADLINES.stop_deadline_s,
+        gt=0,
+        le=60,
+        strict=False,
+        description="seconds that a host has to stop before it is killed",
+    )
 
 
 class TraceSection(Section):
@@ -246,8 +272,8 @@ class GraphFile(Section):
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$",
         description="name of the graph, and start of the run folder's name",
     )
-    model: ModelSection | None = None
-    actors: dict[Name, ActorSection] = Field(min_length=1, max_length=1024)
+    model: ModelSection | None = Field(None, description="the model that the built-in kinds read")
+    actors: dict[Name, ActorSection] = Field(min_length=1, max_length=1024, description="the actors by name")
     pipeline: list[Name] | None = Field(None, min_length=1, description="actors in a row; short for their edges")
     edges: list[EdgeSection] = Field(default_factory=list, max_length=65536, description='"a.x -> b.y" or a mapping')
     transport: Literal["ipc", "local"] | str = Field(
@@ -296,7 +322,9 @@ class GraphFile(Section):
         default_factory=lambda: RestartSection(),
         description="restarts of a lost actor: never, or {max: 5, window_s: 60, backoff_s: 0.2}",
     )
-    supervision: SupervisionSection = Field(default_factory=lambda: SupervisionSection())
+    supervision: SupervisionSection = Field(
+        default_factory=lambda: SupervisionSection(), description="deadlines after which a host counts as failed"
+    )
     training: TrainingSection | None = Field(None, description="how `ranvier train` trains the graph")
 
     @property

@@ -21,6 +21,9 @@ class {cls}(Actor):
     def step(self, batch):
         return {{"y": batch["x"] * self.factor}}
 '''
+SCHEMA = "ranvier.schema.json"
+"""The file that the first line of a graph names for editors."""
+_LINE = f"# yaml-language-server: $schema={SCHEMA}\n"
 _AROUND = """# One custom actor, which receives tensors from the client and sends its results back.
 ranvier: 1
 name: {name}
@@ -52,7 +55,7 @@ def actor(name: str) -> dict[str, str]:
         ValueError: an actor cannot have this name.
     """
     cls = "".join(part.capitalize() for part in _checked(name).split("_"))
-    return {f"{name}.py": _ACTOR.format(cls=cls), f"{name}.yaml": _AROUND.format(name=name, cls=cls)}
+    return {f"{name}.py": _ACTOR.format(cls=cls), f"{name}.yaml": _LINE + _AROUND.format(name=name, cls=cls)}
 
 
 def graph(name: str) -> dict[str, str]:
@@ -61,7 +64,7 @@ def graph(name: str) -> dict[str, str]:
     Raises:
         ValueError: an actor cannot have this name.
     """
-    return {f"{_checked(name)}.yaml": _GRAPH.format(name=name)}
+    return {f"{_checked(name)}.yaml": _LINE + _GRAPH.format(name=name)}
 
 
 def hint(what: str, name: str) -> str:

@@ -55,12 +55,17 @@ class LossSection(Section):
 class OptimizerSection(Section):
     """Set how weights are updated."""
 
-    kind: Literal["sgd", "adamw"] = "adamw"
+    kind: Literal["sgd", "adamw"] = Field("adamw", description="method of the updates")
     lr: float = Field(_OPTIMIZER.lr, gt=0, strict=False, description="highest learning rate")
     momentum: float = Field(_OPTIMIZER.momentum, ge=0, lt=1, strict=False, description="momentum of sgd")
     betas: tuple[float, float] = Field(_OPTIMIZER.betas, strict=False, description="betas of adamw")
     eps: float = Field(_OPTIMIZER.eps, gt=0, strict=False, description="epsilon of adamw")
-    weight_decay: float = Field(_OPTIMIZER.weight_decay, ge=0, strict=False)
+    weight_decay: float = Field(
+        _OPTIMIZER.weight_decay,
+        ge=0,
+        strict=False,
+        description="share of a weight, times lr, that each update takes off",
+    )
     warmup: int = Field(0, ge=0, description="number of updates over which the learning rate rises")
     decay: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="how the learning rate falls after warmup"
@@ -91,7 +96,7 @@ class LoraSection(Section):
 class TrainingSection(Section):
     """Describe how the graph is trained."""
 
-    data: DataSection
+    data: DataSection = Field(description="the training data")
     loss: list[LossSection] = Field(
         default_factory=list,
         max_length=64,
@@ -101,7 +106,7 @@ class TrainingSection(Section):
     micro_batches: int = Field(
         1, ge=1, le=1 << 16, description="number of parts of a batch; stages work on different parts at the same time"
     )
-    steps: int = Field(ge=1, le=1 << 40)
+    steps: int = Field(ge=1, le=1 << 40, description="number of steps of the whole training")
     schedule: str = Field(
         "1f1b",
         max_length=4096,
@@ -109,7 +114,9 @@ class TrainingSection(Section):
         "`ranvier show --schedule`",
     )
     accumulate: int = Field(1, ge=1, description="async: micro-batches per update")
-    optimizer: OptimizerSection = Field(default_factory=lambda: OptimizerSection())
+    optimizer: OptimizerSection = Field(
+        default_factory=lambda: OptimizerSection(), description="how weights are updated"
+    )
     validate_: EverySection | None = Field(None, alias="validate", description="measure the loss on held-out data")
     save: EverySection | None = Field(None, description="write a training checkpoint; the last step always writes one")
     lora: LoraSection | None = Field(None, description="train only low-rank matrices beside those of blocks")
@@ -120,7 +127,7 @@ class TrainingSection(Section):
         description="N: each replica updates by itself, and weights are averaged every N updates; 0: gradients are summed",
     )
     recompute: bool = Field(False, description="compute activations again in the backward pass instead of keeping them")
-    seed: int = Field(0, ge=0, lt=1 << 31)
+    seed: int = Field(0, ge=0, lt=1 << 31, description="seed of new weights and of dropout")
 
 
 PARTS: dict[str, type[Section]] = {

@@ -149,6 +149,8 @@ class Watch:
 
     def _own_rows(self, actor: str, kind: str, record: DoneLine) -> DoneLine:
         """Return a record with the rows that went into its own step, without those that earlier steps took."""
+        if kind != PART and not self._parts:
+            return record
         key = done_key(actor, record)
         if kind == PART:
             if len(self._parts) >= MOST_RECORDS:  # their last steps were lost

@@ -135,6 +135,11 @@ class BlockingGeneration:
         return self._generation.result
 
     @property
+    def session(self) -> int:
+        """Return the number of the request's session, as traces have it; 0 if it has not begun."""
+        return self._generation.session
+
+    @property
     def request_id(self) -> str:
         """Return the request's name in the run's journal; empty if there is no journal."""
         return self._generation.request_id

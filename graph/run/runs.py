@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ranvier.actors.errors import counted
 from ranvier.transport.files import locked, read_text
 
+from ..file.errors import RequestError
 from ..sessions import journal
 
 LOCK = "lock"
@@ -88,20 +90,74 @@ def found(root: Path) -> list[RunOfFolder]:
     return sorted(runs, key=lambda run: (run.began, run.path.name), reverse=True)
 
 
+def named(text: str, root: Path) -> Path:
+    """Return the folder of a run that a user names.
+
+    A name is a path; `latest`, `latest~1` for the one before it, and so on; the number that `ranvier runs` prints, so 1 is
+    the newest; or the beginning of one run's name. All but paths are looked for in `root`.
+
+    Raises:
+        RequestError: there is no such run, or several.
+    """
+    path = Path(text)
+    if "/" in text or _is_given(path):
+        return path
+    latest = re.fullmatch(r"latest(?:~(\d{1,9}))?", text)
+    newest = [each for each, _ in sorted(_began(root), key=lambda run: (run[1], run[0].name), reverse=True)]
+    there = f"{root} has {counted(len(newest), 'run')}; `ranvier runs` lists them"
+    if latest is not None or text.isdecimal():
+        number = int(latest.group(1) or 0) if latest is not None else int(text) - 1
+        if not 0 <= number < len(newest):
+            raise RequestError(f"{text}: there is no such run: {there}")
+        return newest[number]
+    fitting = [each for each in newest if each.name.startswith(text)]
+    if len(fitting) > 1:
+        raise RequestError(
+            f"{text}: {len(fitting)} runs begin so, such as {fitting[0].name} and {fitting[1].name}; write more of the name"
+        )
+    if not fitting and os.path.exists(path):
+        return path  # a folder of another kind; whoever reads it says what is missing
+    if not fitting:
+        raise RequestError(f"{text}: there is no such folder, and no run's name begins so: {there}")
+    return fitting[0]
+
+
+def _is_given(path: Path) -> bool:
+    """Return whether a name without a folder is meant as a path: it is a run's folder, or a file."""
+    try:
+        return path.is_file() or _is_run(path)
+    except OSError:  # it is too long for a path
+        return False
+
+
+def _began(root: Path) -> Iterator[tuple[Path, str]]:
+    """Yield the runs of a folder, each with when it began."""
+    with contextlib.suppress(OSError):  # there is no such folder: there are no runs
+        for path in root.iterdir():
+            with contextlib.suppress(OSError):  # another user's, or removed meanwhile
+                if _is_run(path):
+                    yield path, _known(path)[0]
+
+
 def _is_run(path: Path) -> bool:
     """Return whether a folder is a run folder. Nothing else is ever removed."""
     named = _NAME.fullmatch(path.name) is not None and not path.is_symlink() and path.is_dir()
     return named and (path / "plan.json").is_file() and (path / "logs").is_dir()
 
 
-def _of(path: Path) -> RunOfFolder:
+def _known(path: Path) -> tuple[str, str]:
+    """Return when a run began and how it ended, as its `run.json` says; "" for what it does not say."""
     known = {}
     with contextlib.suppress(OSError, ValueError, RecursionError):
         known = json.loads(read_text(path / "run.json", MOST_BYTES))
     if not isinstance(known, dict):
         known = {}
-    began = str(known.get("started") or "")
-    outcome = RUNNING if _goes_on(path) else str(known.get("outcome") or (KILLED if began else UNKNOWN))
+    return str(known.get("started") or ""), str(known.get("outcome") or "")
+
+
+def _of(path: Path) -> RunOfFolder:
+    began, ended = _known(path)
+    outcome = RUNNING if _goes_on(path) else ended or (KILLED if began else UNKNOWN)
     nbytes = 0
     for folder, _, names in os.walk(path):
         for name in names:

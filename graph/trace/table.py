@@ -11,6 +11,9 @@ from .compare import LEAST_SHARE, LEAST_US
 from .critical_path import CAUSES
 from .summary import PARTS
 
+_WIDE = 170
+"""Columns of the table of edges, beside the names."""
+_MEDIAN = 7
 MOST_CHANGES = 20
 MOST_CAUSES = 6
 """Maximum number of causes per actor in the table of idle times."""
@@ -22,10 +25,15 @@ _COUNTED = {
 }  # fmt: skip
 
 
-def of_summary(figures: Mapping[str, Any]) -> str:
-    """Format a summary: p50 / p95 / p99 in microseconds, of edges and of actors, and what was unusual."""
-    width = max(len(edge["edge"]) for edge in figures["edges"])
+def of_summary(figures: Mapping[str, Any], columns: int = 0) -> str:
+    """Format a summary: p50 / p95 / p99 in microseconds, of edges and of actors, and what was unusual.
+
+    In a terminal that is too narrow for that, with so many `columns`, only the medians of the edges' parts. 0: any width.
+    """
+    width = max((len(edge["edge"]) for edge in figures["edges"]), default=0)
     of = "every message" if figures["sample"] == 1 else f"the messages of {figures['sample']:.2%} of all sessions"
+    if 0 < columns < width + _WIDE:
+        return "\n".join([f"what {of} cost, in microseconds (p50)", "", *_narrow(figures, columns), *_notes(figures)])
     return "\n".join([
         f"what {of} cost, in microseconds (p50 / p95 / p99)",
         "",
@@ -33,6 +41,13 @@ def of_summary(figures: Mapping[str, Any]) -> str:
         *_codecs(figures["edges"], width),
         "",
         *_actors(figures["actors"], width),
+        *_notes(figures),
+    ])  # fmt: skip
+
+
+def _notes(figures: Mapping[str, Any]) -> list[str]:
+    """Return lines about what was unusual."""
+    return [
         *_unused(figures["edges"]),
         *_taps(figures["taps"]),
         *_clocks(figures["clocks"]),
@@ -42,7 +57,7 @@ def of_summary(figures: Mapping[str, Any]) -> str:
             f"records of {actor} that are missing: {count}; the ring buffer or the disk was full"
             for actor, count in figures["records_dropped"].items()
         ),
-    ])  # fmt: skip
+    ]
 
 
 def _edges(edges: Sequence[Mapping[str, Any]], width: int) -> Iterator[str]:
@@ -52,6 +67,33 @@ def _edges(edges: Sequence[Mapping[str, Any]], width: int) -> Iterator[str]:
         cells = [edge["wire"].ljust(5), str(edge["messages"]).rjust(8), str(each).rjust(10)]
         cells += [_cell(edge["microseconds"][part]).rjust(22) for part in PARTS]
         yield "  ".join([edge["edge"].ljust(width), *cells])
+
+
+def _narrow(figures: Mapping[str, Any], columns: int) -> Iterator[str]:
+    """Yield a line for each edge and actor, with medians only, cut to the width of the terminal."""
+    names = max(12, columns - (_MEDIAN + 1) * len(PARTS))
+    yield "edge".ljust(names) + "".join(f" {part[:_MEDIAN]:>{_MEDIAN}}" for part in PARTS)
+    for edge in figures["edges"]:
+        medians = (edge["microseconds"][part]["p50"] for part in PARTS)
+        yield _cut(_ends(edge["edge"]), names) + "".join(f" {_median(median):>{_MEDIAN}}" for median in medians)
+    yield ""
+    yield "actor".ljust(names) + "".join(f" {word:>{_MEDIAN}}" for word in ("steps", "busy", "compute"))
+    for actor in figures["actors"]:
+        cells = (str(actor["steps"]), f"{actor['busy']:.0%}", _median(actor["compute_microseconds"]["p50"]))
+        yield _cut(actor["actor"], names) + "".join(f" {cell:>{_MEDIAN}}" for cell in cells)
+
+
+def _ends(edge: str) -> str:
+    """Return the actors of an edge, without their ports."""
+    return ">".join(end.strip().partition(".")[0] for end in edge.split("->"))
+
+
+def _cut(name: str, width: int) -> str:
+    return name.ljust(width) if len(name) <= width else f"{name[: width - 1]}…"
+
+
+def _median(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}" if value < 1e6 else f"{value / 1e6:.1f}s"
 
 
 def _codecs(edges: Sequence[Mapping[str, Any]], width: int) -> Iterator[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, NamedTuple
+from typing import Annotated, Any, BinaryIO, NamedTuple, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -199,6 +199,16 @@ _FORMS: Mapping[str, type[Any]] = {
 
 Estimated = tuple[Count, Annotated[int, Meta(gt=-(1 << 62), lt=1 << 62)], Count]
 _of_line = msgspec.json.Decoder(list[Any]).decode
+
+
+def _typed(form: Any) -> Callable[[bytes], tuple[Any, ...]]:
+    """Return a decoder of a whole line of this form: in one pass, in half the time of a decoder of any line."""
+    hints = get_type_hints(form, include_extras=True)
+    return msgspec.json.Decoder(tuple[(str, *(hints[name] for name in form._fields))]).decode  # type: ignore[misc]
+
+
+_DECODERS = {kind: _typed(form) for kind, form in _FORMS.items()}
+_KINDS = {f'["{kind}",'.encode(): kind for kind in _FORMS}
 _head_of = msgspec.json.Decoder(_Head).decode
 
 
@@ -302,6 +312,12 @@ def _head(path: Path, line: bytes) -> Mapping[str, Any]:
 
 
 def _record(path: Path, line: bytes) -> tuple[str, Any]:
+    known = _KINDS.get(line[: line.find(b",") + 1])
+    if known is not None:
+        try:
+            return known, _FORMS[known]._make(_DECODERS[known](line)[1:])
+        except (ValueError, RecursionError):  # it may lack its last columns; what follows says what else is wrong
+            pass
     try:
         kind, *values = _of_line(line)
         return kind, msgspec.convert(values, _FORMS[kind])

@@ -24,7 +24,7 @@ export class GraphView {
     const placed = layout(graph);
     const svg = draw("svg", { viewBox: `0 0 ${placed.width} ${placed.height}`, role: "group", "aria-label": `Graph ${graph.name}` });
     svg.append(draw("defs", {}, draw("marker", {
-      id: "arrow", viewBox: "0 0 8 8", refX: 4, refY: 4, markerWidth: 7, markerHeight: 7, orient: "auto-start-reverse",
+      id: "arrow", viewBox: "0 0 8 8", refX: 4, refY: 4, markerUnits: "userSpaceOnUse", markerWidth: 9, markerHeight: 9, orient: "auto-start-reverse",
     }, draw("path", { d: "M0 0L8 4L0 8z", class: "arrow" }))));
     for (const edge of placed.edges) svg.append(this.edge(edge));
     for (const node of placed.nodes.values()) svg.append(this.node(node, graph.actors[node.name]));
@@ -110,7 +110,7 @@ export class GraphView {
   }
 
   updateGateway(node, frame) {
-    say(node.texts.state, `${frame.sessions} sessions`);
+    say(node.texts.state, frame.sessions === 1 ? "1 session" : `${frame.sessions} sessions`);
     say(node.texts.rate, frame.tokens_s === undefined ? "" : `${rate(frame.tokens_s)} tok/s`);
     say(node.texts.queue, frame.waiting === undefined ? "" : `waiting ${frame.waiting}`);
   }

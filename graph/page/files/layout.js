@@ -1,7 +1,7 @@
 // Place the layers of a graph: downwards, and in further columns, up and down in turn, if there are many.
 
 export const WIDTH = 232, HEIGHT = 72;
-const GAP_X = 36, GAP_Y = 44, ROWS = 7, BETWEEN = 230, MARGIN = 350, AROUND = 176, BESIDE = 12, LINE = 16;
+const GAP_X = 36, GAP_Y = 44, ROWS = 7, BETWEEN = 230, MARGIN = 392, AROUND = 176, BESIDE = 12, LINE = 16;
 
 export function layout(graph) {
   const nodes = new Map();
