@@ -123,13 +123,15 @@ def test_the_wheel_offers_ranvier_and_nothing_bare(tmp_path: Path) -> None:
         "import ranvier.actors.host.host, ranvier.transport.wires.zeromq, ranvier.graph.commands.cli; "
         "print(ranvier.__file__); print([u.find_spec(n) for n in ('actors', 'graph', 'transport')]); "
         "import pathlib; print((pathlib.Path(ranvier.__file__).parent / 'py.typed').exists()); "
-        "print(u.find_spec('ranvier.actors.model.kernels._product_avx2') is not None)"
+        "print(u.find_spec('ranvier.actors.model.kernels._product_avx2') is not None); "
+        "print(*sorted(p.name for p in (pathlib.Path(ranvier.__file__).parent / 'graph/page/files').iterdir()))"
     )
     done = subprocess.run(
         [str(home / "bin" / "python"), "-S", "-c", f"import sys; sys.path.insert(0, {str(target)!r}); {script}"],
         capture_output=True, text=True, check=True, cwd=tmp_path,
     )  # fmt: skip
-    place, bare, typed, kernels = done.stdout.splitlines()
+    place, bare, typed, kernels, page = done.stdout.splitlines()
+    assert page.split() == sorted(path.name for path in (REPOSITORY / "graph" / "page" / "files").iterdir())
     assert kernels == str(shutil.which("gcc") is not None)
     assert place.startswith(str(target))
     assert bare == "[None, None, None]"
