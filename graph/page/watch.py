@@ -27,7 +27,8 @@ SLOT_NS = 250_000_000
 AT_FIRST = 1 << 20
 """Bytes at the end of each file that the first look covers."""
 MOST_RECORDS = 40_000
-"""Records that are kept for the paths of tokens: those of some minutes, 25 MB."""
+MOST_ROWS = 100_000
+"""Records, and rows in them, that are kept for the paths of tokens: those of some minutes, up to 50 MB."""
 MOST_BYTES = 32 << 20
 """A trace up to this size is read again as a whole for the path of an older token."""
 LATE_NS = 3_000_000_000
@@ -78,7 +79,8 @@ class Watch:
         self._parts: dict[Any, set[tuple[int, ...]]] = {}
         """Rows of messages that went into earlier steps."""
         self._histograms: dict[int, dict[str, Counter[int]]] = {}
-        self._kept: deque[Kept] = deque(maxlen=MOST_RECORDS)
+        self._kept: deque[Kept] = deque()
+        self._kept_rows = 0
         self._steps: dict[str, deque[tuple[int, int, int, int]]] = {}
         self._open_step: dict[str, list[DoneLine]] = {}
         self._token: dict[str, Any] | None = None
@@ -95,7 +97,7 @@ class Watch:
         """
         # each file has the records of one process in order; together they are put in order of time
         for actor, kind, record in sorted(self._lines.read((DONE, PART, SENT)), key=_ended_ns):
-            self._kept.append((actor, kind, record))
+            self._keep(actor, kind, record)
             if kind == SENT:
                 self._take_sent(record)
             else:
@@ -104,6 +106,12 @@ class Watch:
         self._oldest = max(self._newest_ns, self._now_ns() - SETTLED_NS) // SLOT_NS - WINDOW_NS // SLOT_NS
         for number in [number for number in self._slots if number < self._oldest]:
             del self._slots[number]
+
+    def _keep(self, actor: str, kind: str, record: Any) -> None:
+        self._kept.append((actor, kind, record))
+        self._kept_rows += len(record.rows)
+        while len(self._kept) > MOST_RECORDS or self._kept_rows > MOST_ROWS:
+            self._kept_rows -= len(self._kept.popleft()[2].rows)
 
     def _slot(self, at_ns: int) -> _Slot | None:
         """Return the slot of a time, or None if it is before the window."""

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ranvier.graph.page import watch as watch_module
 from ranvier.graph.page.events import Events
 from ranvier.graph.page.histogram import bucket, microseconds, percentile
 from ranvier.graph.page.watch import Watch
@@ -102,6 +103,19 @@ def test_the_window(finished: Path) -> None:
     assert not any(edge["messages_s"] for edge in frame["edges"])
     token = frame["token"]
     assert token["path"] == critical_path.why(trace, token["session"], token["position"])["path"]
+
+
+def test_records_that_are_not_kept_any_more(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep few records, and read the trace again for the path of an older token; but not if it is too large."""
+    monkeypatch.setattr(watch_module, "MOST_ROWS", 10)
+    watch, trace = Watch(finished), summary.read(finished)
+    watch.look()
+    session = critical_path.Causes(trace).sessions[0]
+    position = _begins_at(trace, session) + 1
+    assert watch.path([session], position)["path"] == critical_path.why(trace, session, position)["path"]
+    monkeypatch.setattr(watch_module, "MOST_BYTES", 10)
+    with pytest.raises(TraceError, match="too old"):
+        watch.path([session], position)
 
 
 @given(st.lists(st.integers(1001, 10**11), min_size=1), st.sampled_from([0.5, 0.95, 0.99]))
