@@ -17,6 +17,8 @@ from waiting import wait_until
 
 AXE = Path(__file__).parents[3] / ".venv" / "browser" / "node_modules" / "axe-core" / "axe.min.js"
 SERIOUS = ("serious", "critical")
+MOST_SHIFT = 0.001
+"""Most that one entry may shift, a hundredth of what web.dev calls good: one in twenty pages reports 0.00001 of its heading."""
 # each entry that was not the user's doing
 SHIFTS = """
 window.shifts = [];
@@ -156,7 +158,7 @@ class Seen:
         self.relay.close()
         assert self._foreign == []
         assert [error for error in self._errors if not any(words in error for words in self.expected)] == []
-        assert shifts == []
+        assert [shift for shift in shifts if shift[0] > MOST_SHIFT] == []
 
 
 See = Callable[..., Seen]
