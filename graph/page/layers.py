@@ -69,4 +69,4 @@ def _sort(found: list[list[str]], arrows: Sequence[Arrow]) -> None:
                 ]
                 if near:
                     own[name] = sum(near) / len(near)
-            layer.sort(key=lambda name, own=own: own[name])  # type: ignore[misc]
+            layer.sort(key=own.__getitem__)

@@ -37,7 +37,7 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
 }
 OWN = (None, "same-origin", "none")
-"""What browsers say in Sec-Fetch-Site of requests of the page itself, and of its user; other clients say nothing."""
+"""Browsers send these values of Sec-Fetch-Site for requests of the page itself and of its user. Other clients send none."""
 LOG_BYTES = 16 << 10
 """The end of an actor's log that the page shows."""
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}

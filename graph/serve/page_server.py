@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 import uvloop
@@ -43,9 +44,9 @@ def serve_page(run_dir: Path, host: str, port: int, on_ready: Callable[[str], No
     )  # fmt: skip
 
     class Server(uvicorn.Server):
-        def handle_exit(self, number: int, frame: object) -> None:
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             pages.close()
-            super().handle_exit(number, frame)  # type: ignore[arg-type]
+            super().handle_exit(sig, frame)
 
     with bound(host, port) as listening:
         name = f"[{host}]" if ":" in host else host

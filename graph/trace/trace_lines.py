@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import GenericAlias
 from typing import Annotated, Any, BinaryIO, NamedTuple, get_type_hints
 
 import msgspec
@@ -204,7 +205,7 @@ _of_line = msgspec.json.Decoder(list[Any]).decode
 def _typed(form: Any) -> Callable[[bytes], tuple[Any, ...]]:
     """Return a decoder of a whole line of this form: in one pass, in half the time of a decoder of any line."""
     hints = get_type_hints(form, include_extras=True)
-    return msgspec.json.Decoder(tuple[(str, *(hints[name] for name in form._fields))]).decode  # type: ignore[misc]
+    return msgspec.json.Decoder(GenericAlias(tuple, (str, *(hints[name] for name in form._fields)))).decode
 
 
 _DECODERS = {kind: _typed(form) for kind, form in _FORMS.items()}

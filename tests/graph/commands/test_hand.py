@@ -149,8 +149,8 @@ class Asked:
 
 def test_what_a_talk_asks() -> None:
     """Send what was said before, and forget it with /new and /system, whose message stays with /new."""
-    run = Asked()
-    talking = Talk(run, {"sampling": Sampling()}, None)  # type: ignore[arg-type]
+    run: Any = Asked()
+    talking = Talk(run, {"sampling": Sampling()}, None)
     for line in ("one", "two", "/system be brief", "three", "four", "/new", "five", "/system", "six"):
         talking.take(line)
     one, brief = "user: one", "system: be brief"
