@@ -16,7 +16,7 @@ from typing import Any
 
 from ranvier.actors.trace.trace_file import DONE, PART, SENT
 
-from ..trace.critical_path import CAUSES, ME, Causes, totals
+from ..trace.critical_path import CAUSES, ME, Causes, described
 from ..trace.summary import PARTS, Trace, done_key, read
 from ..trace.trace_lines import DoneLine, Lines, SentLine, TraceError, read_plan
 from .histogram import bucket, percentile
@@ -307,15 +307,9 @@ class Watch:
         fresh = bool(stretches) and stretches[-1].ended_ns > self._now_ns() - SETTLED_NS
         if fresh and any(each.cause == "unknown" for each in stretches):
             raise NotYet("the records of this token are not all written yet")
-        began_ns = stretches[0].began_ns if stretches else 0
-        return {
-            "session": session, "position": position, "ms": sum(each.ns for each in stretches) / 1e6,
-            "causes": [{**each, "words": CAUSES[each["cause"]]} for each in totals(stretches)],
-            "path": [
-                {"cause": each.cause, "where": each.where, "at_ms": (each.began_ns - began_ns) / 1e6, "ms": each.ns / 1e6}
-                for each in stretches
-            ],
-        }  # fmt: skip
+        found = described(stretches)
+        causes = [{**each, "words": CAUSES[each["cause"]]} for each in found["causes"]]
+        return {"session": session, "position": position, **found, "causes": causes}
 
     def _around(self, sessions: Sequence[int], position: int) -> tuple[Trace, int | None]:
         """Return the kept records around a token, and its session; None if they are not kept."""

@@ -262,12 +262,18 @@ def totals(stretches: Sequence[Stretch]) -> list[dict[str, Any]]:
 
 def why(trace: Trace, session: int, position: int | None = None) -> dict[str, Any]:
     """Return the critical path of one request as plain data, or that of its token at a position."""
-    path = Causes(trace).critical_path(session, position)
-    began_ns = path[0].began_ns if path else 0
     return {
         "run_dir": str(trace.run_dir),
         "session": session,
         **({"position": position} if position is not None else {}),
+        **described(Causes(trace).critical_path(session, position)),
+    }
+
+
+def described(path: Sequence[Stretch]) -> dict[str, Any]:
+    """Return the stretches of a path as plain data: its length, the sums by cause, and each stretch."""
+    began_ns = path[0].began_ns if path else 0
+    return {
         "ms": sum(stretch.ns for stretch in path) / 1e6,
         "causes": totals(path),
         "path": [
