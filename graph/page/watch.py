@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from ranvier.actors.trace.trace_file import DONE, PART, SENT
 
 from ..trace.critical_path import CAUSES, ME, Causes, described
-from ..trace.summary import PARTS, Trace, done_key, read
+from ..trace.summary import PARTS, Trace, done_key, percentiles, read
 from ..trace.trace_lines import DoneLine, Lines, SentLine, TraceError, read_plan
 from .histogram import bucket, percentile
 
@@ -31,6 +33,8 @@ MOST_ROWS = 100_000
 """Records, and rows in them, that are kept for the paths of tokens: those of some minutes, up to 50 MB."""
 MOST_BYTES = 32 << 20
 """A trace up to this size is read again as a whole for the path of an older token."""
+BLOCK = 512
+"""Most records that are kept and dropped together."""
 LATE_NS = 3_000_000_000
 """A record is read at most this long after another one of its time: each process writes its records when it likes."""
 STEPS_SHOWN = 60
@@ -44,19 +48,19 @@ class NotYet(TraceError):
     """Report that the records of a token are not all written."""
 
 
-Kept = tuple[str, str, Any]
-"""Actor, kind and record."""
+Kept = tuple[int, str, str, Any]
+"""When it ended, actor, kind and record."""
 
 
 @dataclass(slots=True)
 class _Slot:
     """Hold what happened in one slot of time."""
 
-    messages: Counter[int] = field(default_factory=Counter)
     nbytes: Counter[int] = field(default_factory=Counter)
     waited: Counter[int] = field(default_factory=Counter)
     """Messages that waited for credit, by edge."""
-    wires: dict[int, Counter[int]] = field(default_factory=dict)
+    wires: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    """Nanoseconds on the wire of each message, by edge."""
     busy_ns: Counter[str] = field(default_factory=Counter)
     steps: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
@@ -78,11 +82,14 @@ class Watch:
         """Number of the window's first slot."""
         self._parts: dict[Any, set[tuple[int, ...]]] = {}
         """Rows of messages that went into earlier steps."""
+        self._durations: defaultdict[tuple[int, str], list[int]] = defaultdict(list)
+        """Nanoseconds of the messages of this look, by edge and part."""
         self._histograms: dict[int, dict[str, Counter[int]]] = {}
-        self._kept: deque[Kept] = deque()
-        self._kept_rows = 0
+        self._kept: deque[list[Kept]] = deque()
+        """The records of each look, in order of time, in blocks."""
+        self._records = self._rows = 0
         self._steps: dict[str, deque[tuple[int, int, int, int]]] = {}
-        self._open_step: dict[str, list[DoneLine]] = {}
+        self._open_step: dict[str, list[tuple[str, DoneLine]]] = {}
         self._token: dict[str, Any] | None = None
         self._answers: deque[tuple[int, int, int]] = deque(maxlen=MOST_ANSWERS)
         self._newest_ns = 0
@@ -96,22 +103,31 @@ class Watch:
             TraceError: the trace is damaged.
         """
         # each file has the records of one process in order; together they are put in order of time
-        for actor, kind, record in sorted(self._lines.read((DONE, PART, SENT)), key=_ended_ns):
-            self._keep(actor, kind, record)
+        read = self._lines.read((DONE, PART, SENT))
+        new = [(_ended_ns(kind, record), actor, kind, record) for actor, kind, record in read]
+        new.sort(key=itemgetter(0))
+        self._keep(new)
+        for _, actor, kind, record in new:
             if kind == SENT:
                 self._take_sent(record)
             else:
                 self._take_done(actor, kind, record)
+        self._count()
         # records are some 0.5 s late; once a run rests, its figures sink to zero
         self._oldest = max(self._newest_ns, self._now_ns() - SETTLED_NS) // SLOT_NS - WINDOW_NS // SLOT_NS
         for number in [number for number in self._slots if number < self._oldest]:
             del self._slots[number]
 
-    def _keep(self, actor: str, kind: str, record: Any) -> None:
-        self._kept.append((actor, kind, record))
-        self._kept_rows += len(record.rows)
-        while len(self._kept) > MOST_RECORDS or self._kept_rows > MOST_ROWS:
-            self._kept_rows -= len(self._kept.popleft()[2].rows)
+    def _keep(self, new: list[Kept]) -> None:
+        for at in range(0, len(new), BLOCK):
+            block = new[at : at + BLOCK]
+            self._kept.append(block)
+            self._records += len(block)
+            self._rows += _rows(block)
+        while self._records > MOST_RECORDS or self._rows > MOST_ROWS:
+            gone = self._kept.popleft()
+            self._records -= len(gone)
+            self._rows -= _rows(gone)
 
     def _slot(self, at_ns: int) -> _Slot | None:
         """Return the slot of a time, or None if it is before the window."""
@@ -122,35 +138,34 @@ class Watch:
         return slot
 
     def _take_sent(self, record: SentLine) -> None:
-        parts = self._histogram(record.edge)
-        parts["serialise"][bucket(record.sent_ns - record.credit_ns)] += 1
-        parts["credit"][bucket(record.credit_ns - record.ready_ns)] += 1
+        edge = record.edge
+        self._durations[edge, "serialise"].append(record.sent_ns - record.credit_ns)
+        self._durations[edge, "credit"].append(record.credit_ns - record.ready_ns)
         if record.credit_ns > record.ready_ns:
             slot = self._slot(record.sent_ns)
             if slot is not None:
-                slot.waited[record.edge] += 1
+                slot.waited[edge] += 1
 
     def _take_done(self, actor: str, kind: str, record: DoneLine) -> None:
         self._newest_ns = max(self._newest_ns, record.finished_ns)
         self._first_ns = min(self._first_ns or record.started_ns, record.started_ns)
         slot = self._slot(record.finished_ns)
         if kind == DONE:
-            wire = bucket(record.received_ns - record.sent_ns)
-            self._histogram(record.edge)["wire"][wire] += 1
+            wire_ns = record.received_ns - record.sent_ns
+            self._durations[record.edge, "wire"].append(wire_ns)
             if slot is not None:
-                slot.messages[record.edge] += 1
                 slot.nbytes[record.edge] += record.nbytes
-                slot.wires.setdefault(record.edge, Counter())[wire] += 1
+                slot.wires[record.edge].append(wire_ns)
         if actor == ME:
             self._note_answer(record)
         if not record.batch:
             return
         record = self._own_rows(actor, kind, record)
         step = self._open_step.setdefault(actor, [])
-        if step and step[0].started_ns != record.started_ns:
+        if step and step[0][1].started_ns != record.started_ns:
             self._end_step(actor, step)
             self._open_step[actor] = step = []
-        step.append(record)
+        step.append((kind, record))
         if len(step) == record.batch:
             self._end_step(actor, step)
             self._open_step[actor] = []
@@ -172,25 +187,26 @@ class Watch:
         session, _, position, _ = record.rows[-1]
         self._answers.append((session, position, record.finished_ns))
 
-    def _end_step(self, actor: str, step: Sequence[DoneLine]) -> None:
-        """Count a step, and the parts of the messages that went into it."""
+    def _end_step(self, actor: str, step: Sequence[tuple[str, DoneLine]]) -> None:
+        """Count a step, and the parts of the messages whose last rows went into it."""
         complete_ns: dict[tuple[int, ...], int] = {}
         if len(step) > 1:
-            for record in step:
+            for _, record in step:
                 for row in record.rows:
                     complete_ns[row[:3]] = max(complete_ns.get(row[:3], 0), record.received_ns)
-        for record in step:
-            joined_ns = (
-                max(record.received_ns, *(complete_ns.get(row[:3], 0) for row in record.rows))
-                if complete_ns
-                else record.received_ns
-            )
-            parts = self._histogram(record.edge)
-            parts["join"][bucket(joined_ns - record.received_ns)] += 1
-            parts["queue"][bucket(record.started_ns - joined_ns)] += 1
-            parts["compute"][bucket(record.finished_ns - record.started_ns)] += 1
-        first = step[0]
-        tokens = sum(row[3] for record in step for row in record.rows)
+        durations, tokens = self._durations, 0
+        for kind, record in step:
+            received_ns = joined_ns = record.received_ns
+            for row in record.rows:
+                tokens += row[3]
+                if complete_ns and complete_ns[row[:3]] > joined_ns:
+                    joined_ns = complete_ns[row[:3]]
+            if kind == PART:
+                continue
+            durations[record.edge, "join"].append(joined_ns - received_ns)
+            durations[record.edge, "queue"].append(record.started_ns - joined_ns)
+            durations[record.edge, "compute"].append(record.finished_ns - record.started_ns)
+        _, first = step[0]
         spent_ns = first.finished_ns - first.started_ns
         own = self._steps.setdefault(actor, deque(maxlen=STEPS_SHOWN))
         own.append((first.started_ns, spent_ns, tokens, len(complete_ns) or len(first.rows)))
@@ -200,10 +216,13 @@ class Watch:
             slot.steps[actor] += 1
             slot.tokens[actor] += tokens
 
-    def _histogram(self, edge: int) -> dict[str, Counter[int]]:
-        if edge not in self._histograms:
-            self._histograms[edge] = {part: Counter() for part in PARTS}
-        return self._histograms[edge]
+    def _count(self) -> None:
+        """Put the durations of a look into the histograms."""
+        for (edge, part), durations in self._durations.items():
+            if edge not in self._histograms:
+                self._histograms[edge] = {part: Counter() for part in PARTS}
+            self._histograms[edge][part].update(map(bucket, durations))
+        self._durations.clear()
 
     # -- what is shown ----------------------------------------------------------------------------------------------
 
@@ -231,15 +250,14 @@ class Watch:
         }  # fmt: skip
 
     def _edge(self, edge: int, span_s: float) -> dict[str, Any]:
-        wires: Counter[int] = Counter()
-        for slot in self._slots.values():
-            wires.update(slot.wires.get(edge, {}))
-        messages = sum(slot.messages[edge] for slot in self._slots.values())
+        slots = self._slots.values()
+        wires_ns = list(chain.from_iterable(slot.wires.get(edge, ()) for slot in slots))
+        shares_ns = percentiles(wires_ns)
         return {
-            "edge": edge, "name": self._name(edge), "messages_s": messages / span_s,
-            "bytes_s": sum(slot.nbytes[edge] for slot in self._slots.values()) / span_s,
-            "p50_us": percentile(wires, 0.5), "p99_us": percentile(wires, 0.99),
-            "waited": min(1.0, sum(slot.waited[edge] for slot in self._slots.values()) / max(1, messages)),
+            "edge": edge, "name": self._name(edge), "messages_s": len(wires_ns) / span_s,
+            "bytes_s": sum(slot.nbytes.get(edge, 0) for slot in slots) / span_s,
+            "p50_us": _microseconds(shares_ns["p50"]), "p99_us": _microseconds(shares_ns["p99"]),
+            "waited": min(1.0, sum(slot.waited.get(edge, 0) for slot in slots) / max(1, len(wires_ns))),
         }  # fmt: skip
 
     def _name(self, edge: int) -> str:
@@ -319,10 +337,10 @@ class Watch:
             return trace, None
         session, began_ns, ended_ns = found
         near = list(self._since(began_ns))
-        sent_ns = min((record.sent_ns for _, kind, record in near if kind != SENT), default=began_ns)
-        for actor, kind, record in near if sent_ns >= began_ns else self._since(sent_ns):
+        sent_ns = min((record.sent_ns for _, _, kind, record in near if kind != SENT), default=began_ns)
+        for at_ns, actor, kind, record in near if sent_ns >= began_ns else self._since(sent_ns):
             if kind == SENT:
-                if record.sent_ns <= ended_ns:
+                if at_ns <= ended_ns:
                     trace.sent.setdefault(actor, []).append(record)
             elif record.started_ns <= ended_ns:
                 (trace.done if kind == DONE else trace.parts).setdefault(actor, []).append(record)
@@ -333,33 +351,42 @@ class Watch:
     def _found(self, sessions: Sequence[int], position: int) -> tuple[int, int, int] | None:
         """Return a token's session, and when its path began and ended."""
         ended = None
-        for actor, kind, record in reversed(self._kept):
-            if actor != ME:
-                continue
-            for session, _, at, _ in record.rows:
-                if session not in sessions:
+        for block in reversed(self._kept):
+            for at_ns, actor, kind, record in reversed(block):
+                if actor != ME:
                     continue
-                if ended is None and kind != SENT and at == position:
-                    ended = session, record.finished_ns
-                elif ended is not None and session == ended[0] and at < position:
-                    return session, record.finished_ns if kind != SENT else record.ready_ns, ended[1]
+                for session, _, at, _ in record.rows:
+                    if session not in sessions:
+                        continue
+                    if ended is None and kind != SENT and at == position:
+                        ended = session, at_ns
+                    elif ended is not None and session == ended[0] and at < position:
+                        return session, at_ns if kind != SENT else record.ready_ns, ended[1]
         return None
 
     def _since(self, from_ns: int) -> Iterator[Kept]:
-        """Yield the kept records that ended at this time or later, the newest first."""
-        for kept in reversed(self._kept):
-            at_ns = _ended_ns(kept)
-            if at_ns >= from_ns:
-                yield kept
-            elif at_ns < from_ns - LATE_NS:
+        """Yield the kept records that ended at this time or later, the newest of each block first."""
+        for block in reversed(self._kept):
+            if block[-1][0] < from_ns - LATE_NS:
                 return
+            for kept in reversed(block):
+                if kept[0] < from_ns:
+                    break
+                yield kept
 
 
-def _ended_ns(kept: Kept) -> int:
-    _, kind, record = kept
+def _ended_ns(kind: str, record: Any) -> int:
     ended_ns: int = record.sent_ns if kind == SENT else record.finished_ns
     return ended_ns
 
 
+def _rows(block: Sequence[Kept]) -> int:
+    return sum([len(record.rows) for _, _, _, record in block])
+
+
 def _has(records: Sequence[DoneLine], session: int, position: int) -> bool:
     return any(row[0] == session and row[2] == position for record in records for row in record.rows)
+
+
+def _microseconds(ns: float | None) -> float | None:
+    return ns / 1e3 if ns is not None else None

@@ -225,6 +225,8 @@ class Lines:
         self._folder = run_dir / "trace"
         self._offsets: dict[Path, int] = {}
         self._clocks = run_dir / "clocks.json"
+        self._clocks_of_ns = 0
+        """When the estimates that are known were written."""
         self._corrections: Mapping[str, Correction] = {}
         self.clocks: Mapping[str, Sequence[Estimate]] = {}
         """Estimates of the clocks that are not the run's, by the host's identity (clocks.py)."""
@@ -271,8 +273,13 @@ class Lines:
         return whole.splitlines()
 
     def _read_clocks(self) -> None:
-        if not self._clocks.exists():
+        try:
+            written_ns = self._clocks.stat().st_mtime_ns
+        except OSError:
             return  # the run is on one machine
+        if written_ns == self._clocks_of_ns:
+            return
+        self._clocks_of_ns = written_ns
         content = read_json(self._clocks, dict[Name, tuple[Estimated, ...]])
         known = {host: [Estimate(*each) for each in estimates] for host, estimates in content.items()}
         self.clocks = {host: estimates for host, estimates in known.items() if is_another(estimates)}
