@@ -91,7 +91,8 @@ class Context:
     """Hold what an actor may use while it loads.
 
     `name` is the name of the host, `actor.replica`. The actor calls `progress` with the share done (0 to 1). `layers` are
-    the first and the last layer, both included. With `fast`, products may depend on the number of tokens.
+    the first and the last layer, both included. With `fast`, products may depend on the number of tokens. `own_autograd`: the
+    `forward` of a plain torch module takes gradients itself.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Context:
     replica: int = 0
     precision: str = "dtype"
     fast: bool = False
+    own_autograd: bool = False
 
 
 class Actor:

@@ -7,6 +7,7 @@ not import torch.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.metadata
 import sys
@@ -287,7 +288,9 @@ def find(name: str, folder: Path, allow_code: bool) -> Kind:
         if entry.name == name:
             return Kind(name, entry.value)
     if not name.startswith("./"):
-        raise KindError(f"kind {name!r} does not exist; use one of {', '.join(known())}, or ./file.py:Class")
+        near = difflib.get_close_matches(name, known(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(known())}, or ./file.py:Class"
+        raise KindError(f"kind {name!r} does not exist; {hint}")
     file, separator, attribute = name.partition(":")
     if not separator or not attribute.isidentifier() or not file.endswith(".py"):
         raise KindError(f"kind {name!r}: expected ./file.py:Class")

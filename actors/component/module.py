@@ -2,15 +2,16 @@
 
 The parameters of `forward` are the inputs. If it returns a dict, the keys name the outputs. A single tensor is called
 `output`; the tensors of a tuple are called `output0`, `output1`, … Their shapes are found without weights, on torch's meta
-device.
+device. A module that needs values there, such as one that calls `.item()`, is tried with zeros on the processor.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -37,41 +38,68 @@ def inputs_of(module: type[nn.Module]) -> list[str]:
     return names
 
 
-def outputs_of(
-    module: type[nn.Module], args: Mapping[str, Any], inputs: Mapping[str, TensorSpec]
-) -> dict[str, TensorSpec]:
-    """Return the specs of the tensors that `forward` returns for such inputs.
+class Probed(NamedTuple):
+    """Hold what a trial of a module has found: its outputs, the bytes of its state, and whether `forward` takes gradients."""
 
-    `forward` runs twice without data, with a different size for each named dimension each time.
+    outputs: dict[str, TensorSpec]
+    nbytes: int
+    own_autograd: bool
+
+
+def probe(module: type[nn.Module], args: Mapping[str, Any], inputs: Mapping[str, TensorSpec]) -> Probed:
+    """Create a module and run its `forward` twice, with a different size for each named dimension each time.
 
     Raises:
         ValueError: the module cannot be created, `forward` fails, or it returns something other than tensors.
     """
+    for device in ("meta", "cpu"):
+        for own_autograd in (False, True):
+            try:
+                with torch.random.fork_rng(), _mode(own_autograd), torch.device(device):
+                    return Probed(*_tried(module, args, inputs), own_autograd)
+            except ValueError as error:
+                why = error
+        if "meta" not in str(why):  # the module is wrong on every device
+            break
+    raise why
+
+
+@contextlib.contextmanager
+def _mode(own_autograd: bool) -> Iterator[None]:
+    """Run torch in inference mode, or as it is by default, for a module that takes gradients itself."""
+    with torch.inference_mode(not own_autograd), torch.set_grad_enabled(own_autograd):
+        yield
+
+
+def _tried(
+    module: type[nn.Module], args: Mapping[str, Any], inputs: Mapping[str, TensorSpec]
+) -> tuple[dict[str, TensorSpec], int]:
+    """Return the outputs of a module, and the bytes of its state, by a trial on torch's current device."""
     names = sorted({dim for spec in inputs.values() for dim in spec.shape if isinstance(dim, str)})
     trials = []
-    with torch.device("meta"), torch.inference_mode():
+    try:
+        made = module(**args).train(False)
+    except Exception as error:
+        raise ValueError(f"cannot be created with args {dict(args)}: {type(error).__name__}: {error}") from None
+    for sizes in _trials(names):
+        given = {
+            name: torch.zeros(
+                [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape], dtype=torch_dtype(spec.dtype)
+            )
+            for name, spec in inputs.items()
+        }
         try:
-            made = module(**args).train(False)
+            trials.append((sizes, _named(made(**given))))
         except Exception as error:
-            raise ValueError(f"cannot be created with args {dict(args)}: {type(error).__name__}: {error}") from None
-        for sizes in _trials(names):
-            given = {
-                name: torch.empty(
-                    [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape], dtype=torch_dtype(spec.dtype)
-                )
-                for name, spec in inputs.items()
-            }
-            try:
-                trials.append((sizes, _named(made(**given))))
-            except Exception as error:
-                shapes = ", ".join(f"{name}: {spec}" for name, spec in inputs.items())
-                raise ValueError(f"forward fails for {shapes}: {type(error).__name__}: {error}") from None
+            shapes = ", ".join(f"{name}: {spec}" for name, spec in inputs.items())
+            raise ValueError(f"forward fails for {shapes}: {type(error).__name__}: {error}") from None
     (first_sizes, first), (second_sizes, second) = trials
     if [(port, made.dim()) for port, made in first.items()] != [(port, made.dim()) for port, made in second.items()]:
         raise ValueError(
             "forward returns different outputs for different input sizes; return the same outputs for all sizes"
         )
-    return {port: _spec(port, first[port], second[port], first_sizes, second_sizes) for port in first}
+    outputs = {port: _spec(port, first[port], second[port], first_sizes, second_sizes) for port in first}
+    return outputs, sum(tensor.nbytes for tensor in tensors_of(made).values())
 
 
 def _trials(names: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
@@ -82,12 +110,6 @@ def _trials(names: Sequence[str]) -> tuple[dict[str, int], dict[str, int]]:
     """
     first = {name: 11 + 4 * index for index, name in enumerate(names)}
     return first, {name: size + 2 + index * (index + 1) for index, (name, size) in enumerate(first.items())}
-
-
-def state_bytes(module: type[nn.Module], args: Mapping[str, Any]) -> int:
-    """Return the bytes of the module's parameters and buffers."""
-    with torch.device("meta"):
-        return sum(tensor.nbytes for tensor in module(**args).state_dict().values())
 
 
 def _named(made: Any) -> dict[str, torch.Tensor]:
@@ -129,11 +151,18 @@ class ModuleActor(Actor):
         self._inputs = inputs_of(module)
 
     def load(self, context: Context) -> None:
-        self.module = self._class(**context.args).train(False)
+        self._own_autograd = context.own_autograd
+        with _mode(self._own_autograd):
+            self.module = self._class(**context.args).train(False)
         context.progress(1.0)
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
-        return dict(_named(self.module(**{name: batch[name] for name in self._inputs})))
+        given = {name: batch[name] for name in self._inputs}
+        if not self._own_autograd:
+            return dict(_named(self.module(**given)))
+        with _mode(own_autograd=True):  # tensors of inference mode take no gradients, so the module gets copies
+            made = _named(self.module(**{name: tensor.clone() for name, tensor in given.items()}))
+            return {name: tensor.detach() for name, tensor in made.items()}
 
     def held_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.module.state_dict().values())

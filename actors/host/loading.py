@@ -41,4 +41,5 @@ def context_of(spec: HostSpec, progress: Callable[[float], None]) -> Context:
         replica=spec.replica,
         precision=spec.precision,
         fast=spec.fast,
+        own_autograd=spec.own_autograd,
     )

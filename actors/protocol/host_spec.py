@@ -169,6 +169,8 @@ class HostSpec:
     precision: str = "dtype"
     fast: bool = False
     """Products may depend on the number of tokens (`products: fast`)."""
+    own_autograd: bool = False
+    """The `forward` of the actor's torch module takes gradients itself."""
     batches: int = 1
     trace: bool = True
     tap_folder: str | None = None

@@ -16,6 +16,7 @@ from ranvier.transport.format.errors import RanvierError
 from ..file.check import load as load_graph
 from ..file.checked import Graph
 from ..file.errors import RequestError
+from ..file.load import read as read_document
 from ..sessions.generation import Result
 from .command_line import FAILED, interruptible, print_json, say, show_text
 
@@ -99,13 +100,15 @@ def graph_of(run_dir: Path, allow_code: bool) -> Graph:
     """
     try:
         outcome = json.loads(read_text(run_dir / "run.json", MOST_BYTES))
-        file, settings = (
-            Path(str(outcome["file"])),
-            {str(key): str(value) for key, value in outcome["settings"].items()},
-        )
+        file, folder = outcome["file"], Path(str(outcome["folder"]))
+        settings = {str(key): str(value) for key, value in outcome["settings"].items()}
         wanted_code = bool(outcome["allow_code"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RequestError(f"{run_dir}: no run folder, or a damaged one: {type(error).__name__}: {error}") from None
     if wanted_code and not allow_code:
         raise RequestError(f"{run_dir}: that run used code of its graph's folder; pass --allow-code if you trust it")
-    return load_graph(file, allow_code=allow_code, overrides=settings)
+    if file is None:  # the graph was written in Python
+        return load_graph(
+            read_document(run_dir / "graph.yaml").data, allow_code=allow_code, overrides=settings, folder=folder
+        )
+    return load_graph(Path(str(file)), allow_code=allow_code, overrides=settings, folder=folder)

@@ -171,13 +171,18 @@ class ActorCheck(Findings):
                     specs = {port: spec for port, spec in inputs.items() if spec is not None}
                     if len(specs) < len(inputs):
                         continue
-                    outputs = module.outputs_of(made, section.args, specs)
-                    held = module.state_bytes(made, section.args)
+                    found = module.probe(made, section.args, specs)
                 except ValueError as error:
-                    self._wrong(f"actor {name}: {error}; fix the class or its inputs", "actors", name)
-                    specs, outputs, held = {}, {}, 0
+                    self._wrong(
+                        f"actor {name}: {error}; fix the class or its inputs, or write it as an Actor, which names its ports",
+                        "actors", name,
+                    )  # fmt: skip
+                    specs, found = {}, module.Probed({}, 0, own_autograd=False)
                 del left[name]
-                actors[name] = replace(actors[name], inputs=specs, outputs=outputs, module_bytes=held)
+                actors[name] = replace(
+                    actors[name], inputs=specs, outputs=found.outputs, module_bytes=found.nbytes,
+                    own_autograd=found.own_autograd,
+                )  # fmt: skip
             if len(left) == known:
                 break
         for name, made in left.items():
@@ -208,7 +213,7 @@ class ActorCheck(Findings):
             )  # fmt: skip
             return None
         try:
-            return source.resolve(section.weights, self.folder, ("actors", name, "weights") in self.document.overridden)
+            return source.resolve(section.weights, self.folder, ("actors", name, "weights") in self.document.trusted)
         except source.SourceError as error:
             self._wrong(f"actor {name}: weights: {error}", "actors", name, "weights")
             return None

@@ -51,7 +51,9 @@ class EdgeCheck(Findings):
             edge = self._edge(section, index)
             if edge is not None:
                 edges.append(edge)
-        edges += self._pipeline()
+        edges += [
+            edge for edge in self._pipeline() if (f"{edge.source}.{edge.out}", f"{edge.target}.{edge.into}") not in seen
+        ]
         if not self.problems:
             edges += self._gateway_edges(edges)
         return edges
@@ -180,7 +182,7 @@ class EdgeCheck(Findings):
         """Return the edges that `pipeline:` is short for.
 
         They connect each actor's outputs to the next actor's inputs of the same name, and `token` of the last actor
-        back to the first.
+        back to the first. An edge of these that stands under `edges:`, too, has the settings that it has there.
         """
         names = self.file.pipeline or []
         for index, name in enumerate(names):

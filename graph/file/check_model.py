@@ -34,7 +34,7 @@ class ModelCheck(Findings):
                     f"actor {name}: kind {found[name].name!r} needs a model; add model: {{source: …}}", "actors", name
                 )
             return None
-        trusted = ("model", "source") in self.document.overridden
+        trusted = ("model", "source") in self.document.trusted
         try:
             found_there = open_checkpoint(source.resolve(self.file.model.source, self.folder, trusted))
             self.warnings += weights.check_whole(found_there)

@@ -27,7 +27,7 @@ class WireCheck(Findings):
         if given is None:
             return
         inside = (self.folder / given).resolve().is_relative_to(self.folder.resolve())
-        if ("keys",) not in self.document.overridden and not inside:
+        if ("keys",) not in self.document.trusted and not inside:
             self._wrong(f"keys {given!r} leaves the graph's folder; give it by --set keys=PATH if you mean it", "keys")
             return
         for name in (GATEWAY, *self.file.actors):
@@ -106,7 +106,7 @@ class WireCheck(Findings):
         if where.scheme != "ipc":
             return
         path = Path(where.location)
-        if ("actors", name, "endpoint") not in self.document.overridden and not path.parent.resolve().is_relative_to(
+        if ("actors", name, "endpoint") not in self.document.trusted and not path.parent.resolve().is_relative_to(
             self.folder.resolve()
         ):
             raise AddressError(f"endpoint {str(where)!r} leaves the graph's folder; write {'ipc://./' + path.name!r}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.component.kinds import Kind
@@ -14,6 +16,7 @@ from ranvier.actors.protocol.host_spec import GATEWAY, STICKY, Policy
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.wires.endpoint import parse
 
+from .load import Document
 from .schema import ActorSection, GraphFile, Hedge
 
 Ports = Mapping[str, TensorSpec]
@@ -24,7 +27,8 @@ class CheckedActor:
     """Hold one actor whose kind, ports, layers and weights are known.
 
     `elements` is the number of elements in the weights of a built-in kind. `weights` is the file with a torch module's
-    state, and `module_bytes` that state's size in memory. `once` names the inputs that come once per session.
+    state, `module_bytes` that state's size in memory, and `own_autograd` says that its `forward` takes gradients itself. `once`
+    names the inputs that come once per session.
     """
 
     name: str
@@ -36,6 +40,7 @@ class CheckedActor:
     elements: int
     weights: Path | None = None
     module_bytes: int = 0
+    own_autograd: bool = False
     experts: tuple[int, int] | None = None
     once: tuple[str, ...] = ()
 
@@ -83,21 +88,82 @@ class CheckedEdge:
         return name in ends or name.replace(" ", "") == self.name.replace(" ", "")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class Graph:
-    """Hold a graph that can run. `overrides` and `allow_code` are the arguments of the `load` that read it.
+    """Hold a graph that can run: one that `load` has read, or one that is written in Python.
 
-    `warnings` say what is odd in its model, but does not keep it from running.
+    graph = ranvier.Graph(
+        model={"source": "./model"},
+        actors={"embed": {"kind": "embedding"}, "all": {"kind": "blocks", "layers": "0-29"}, "head": {"kind": "head"}},
+        pipeline=["embed", "all", "head"],
+    )
+
+    The keys are those of a graph file, and so are the checks.
     """
 
-    path: Path
+    path: Path | None
+    """The graph file; None for a graph that is written in Python."""
+    folder: Path
+    """Where the graph's relative paths begin."""
+    document: Document
+    """What was read, with the position of each value."""
     file: GraphFile
     checkpoint: Checkpoint | None
     actors: Mapping[str, CheckedActor]
     edges: tuple[CheckedEdge, ...]
-    overrides: Mapping[str, str] = field(default_factory=dict)
-    allow_code: bool = False
-    warnings: tuple[str, ...] = ()
+    overrides: Mapping[str, str]
+    """Values by dotted key, as YAML text, that replaced those of the text."""
+    allow_code: bool
+    warnings: tuple[str, ...]
+    """What is odd in the graph's model, but does not keep it from running."""
+
+    def __init__(
+        self,
+        *,
+        actors: Mapping[str, Mapping[str, Any]],
+        edges: Sequence[str | Mapping[str, Any]] = (),
+        folder: str | Path = ".",
+        allow_code: bool = False,
+        **keys: Any,
+    ) -> None:
+        """Check a graph that is written in Python.
+
+        Args:
+            actors: the actors by name, each with the keys of a graph file's actor.
+            edges: `"actor.port -> actor.port"`, or mappings with `from`, `to` and further keys.
+            folder: where relative paths begin.
+            allow_code: whether classes in the folder may be imported (`kind: ./file.py:Class`).
+            keys: the other keys of a graph file, such as `model`, `pipeline`, `name`, `transport`, `training`.
+
+        Raises:
+            GraphError: the graph cannot run. The error lists every problem found, each with its key.
+        """
+        from .check import load  # it makes graphs
+
+        made = load({"actors": actors, "edges": list(edges), **keys}, folder=folder, allow_code=allow_code)
+        for each in fields(Graph):
+            object.__setattr__(self, each.name, getattr(made, each.name))
+
+    @classmethod
+    def checked(cls, **values: Any) -> Graph:
+        """Make a graph of what the check has found. `values` has each field."""
+        graph = cls.__new__(cls)
+        for each in fields(cls):
+            object.__setattr__(graph, each.name, values[each.name])
+        return graph
+
+    def variant(self, overrides: Mapping[str, Any]) -> Graph:
+        """Return this graph with other values, by dotted key: `{"model.dtype": "float32", "actors.lower.threads": 2}`.
+
+        Raises:
+            GraphError: the variant cannot run.
+        """
+        from .check import load  # it makes graphs
+
+        return load(
+            self.path if self.path is not None else yaml.safe_load(self.document.text),
+            folder=self.folder, allow_code=self.allow_code, overrides={**self.overrides, **overrides},
+        )  # fmt: skip
 
     @property
     def name(self) -> str:
@@ -106,7 +172,7 @@ class Graph:
     @property
     def keys(self) -> Path | None:
         """Return the folder of keys for tcp, or None if the file names none."""
-        return (self.path.parent / self.file.keys).resolve() if self.file.keys is not None else None
+        return (self.folder / self.file.keys).resolve() if self.file.keys is not None else None
 
     @property
     def generates(self) -> bool:

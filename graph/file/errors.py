@@ -10,10 +10,17 @@ from ranvier.transport.format.errors import RanvierError
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Represent a position in a graph file. Line and column count from 1; line 0 stands for the command line."""
+    """Represent a position in a graph: its line and column, which count from 1, or `where` it is if it is not in a file.
+
+    Line 0 stands for the command line.
+    """
 
     line: int
     column: int
+    where: str = ""
+
+    def __str__(self) -> str:
+        return f" {self.where}" if self.where else f"{self.line}:{self.column}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,4 +45,4 @@ class GraphError(RanvierError):
     def __init__(self, file: str, problems: Sequence[Problem]) -> None:
         self.file = file
         self.problems = sorted(problems, key=lambda problem: (problem.at.line, problem.at.column))
-        super().__init__("\n".join(f"{file}:{p.at.line}:{p.at.column}: {p.what}" for p in self.problems))
+        super().__init__("\n".join(f"{file}:{p.at}: {p.what}" for p in self.problems))

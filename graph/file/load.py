@@ -1,4 +1,4 @@
-"""Convert the bytes of a graph file to plain data, with a position for every key and value.
+"""Convert the bytes of a graph file, or data of Python, to plain data with a position for every key and value.
 
 The YAML is composed into nodes, so line and column are known. Size and depth are bounded. Tags, aliases and duplicate
 keys make YAML dangerous or surprising, so they are refused.
@@ -6,9 +6,10 @@ keys make YAML dangerous or surprising, so they are refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -18,6 +19,8 @@ from ranvier.transport.files import regular
 from .errors import GraphError, Position, Problem
 
 MAX_FILE_BYTES = 1 << 20
+IN_PYTHON = "graph"
+"""What stands for the file's name in errors of a graph that is written in Python."""
 MAX_DEPTH = 20
 TOO_DEEP = f"is nested over {MAX_DEPTH} levels deep; a graph file needs 5"
 Path_ = tuple[str | int, ...]
@@ -36,14 +39,16 @@ class Document:
     """Hold plain data (dicts, lists, scalars) and the position of each part.
 
     `keys` holds the positions of a mapping's keys, and `values` those of the values, both by path from the root.
-    `overridden` holds the paths that were set on the command line.
+    `trusted` holds the paths of values that the user of this process gave, on the command line or in Python. `text` is what was
+    read.
     """
 
     file: str
+    text: bytes = b""
     data: Any = None
     keys: dict[Path_, Position] = field(default_factory=dict)
     values: dict[Path_, Position] = field(default_factory=dict)
-    overridden: set[Path_] = field(default_factory=set)
+    trusted: set[Path_] = field(default_factory=set)
 
     def at(self, *path: str | int) -> Position:
         """Return the position of the value at `path`, or of the nearest value around it."""
@@ -69,13 +74,56 @@ def read(path: Path, overrides: Mapping[str, str] | None = None) -> Document:
     document = Document(str(path))
     try:
         with regular(path).open("rb") as file:
-            text = file.read(MAX_FILE_BYTES + 1)
+            document.text = file.read(MAX_FILE_BYTES + 1)
     except OSError as error:
         raise _fail(document, START, f"cannot be read: {error.strerror}; check the path") from None
-    if len(text) > MAX_FILE_BYTES:
+    if len(document.text) > MAX_FILE_BYTES:
         raise _fail(document, START, f"is over {MAX_FILE_BYTES} bytes; a graph file is small, weights belong elsewhere")
-    document.data = _parse(document, text)
-    for key, value in (overrides or {}).items():
+    document.data = _parse(document, document.text)
+    return _with(document, overrides or {})
+
+
+def of_data(data: Mapping[str, Any], overrides: Mapping[str, str] | None = None) -> Document:
+    """Convert plain data of Python, as `read` converts a file. Positions say the key instead of line and column.
+
+    Raises:
+        GraphError: the data holds something that a graph file cannot hold.
+    """
+    document = Document(IN_PYTHON)
+    try:
+        document.text = as_yaml(dict(data)).encode()
+    except yaml.representer.RepresenterError as error:
+        what = f"holds {_kind(error.args[1])}; give text, numbers, lists and dicts"
+        raise _fail(document, Position(1, 1, "data"), what) from None
+    except RecursionError:
+        raise _fail(document, Position(1, 1, "data"), TOO_DEEP) from None
+    document.data = _parse(document, document.text)
+    for positions in (document.keys, document.values):
+        for path, at in positions.items():
+            positions[path] = Position(at.line, at.column, ".".join(map(str, path)))
+    document.trusted.update(document.values)
+    return _with(document, overrides or {})
+
+
+def as_yaml(value: Any) -> str:
+    """Return plain data as YAML text. A path becomes text, and a tuple a list."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text.removesuffix("...\n").rstrip("\n")  # a scalar alone ends with dots
+
+
+class _Dumper(yaml.SafeDumper):
+    """Write every value out where it stands."""
+
+    def ignore_aliases(self, _: Any) -> bool:
+        return True
+
+
+_Dumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
+
+
+def _with(document: Document, overrides: Mapping[str, str]) -> Document:
+    """Set the values of `overrides`."""
+    for key, value in overrides.items():
         _override(document, key, value)
     if not isinstance(document.data, dict):
         what = "is empty" if document.data is None else f"holds {_kind(document.data)}"
@@ -156,19 +204,69 @@ _CONSTRUCTOR = yaml.constructor.SafeConstructor()
 
 
 def _override(document: Document, key: str, value: str) -> None:
-    path = tuple(key.split("."))
-    at = Position(0, 0)
-    target = document.data
-    for part in path[:-1]:
-        if not isinstance(target, dict) or not isinstance(target.setdefault(part, {}), dict):
-            raise _fail(document, at, f"--set {key}={value}: {part!r} holds no keys; give a dotted key of the file")
-        target = target[part]
+    at = Position(0, 0, f"setting {key}={value}")
+    path: Path_ = ()
+    target: Any = document.data
     if not isinstance(target, dict):
-        raise _fail(document, at, f"--set {key}={value}: the file holds no keys")
+        raise _fail(document, at, "the file holds no keys")
+    *through, last = _keys(key)
+    for part in through:
+        step = _step(document, at, target, part, create=True)
+        path, target = (*path, step), target[step]
+        document.values.setdefault(path, at)
+    if isinstance(target, str) and path[:-1] == ("edges",):
+        target = document.data["edges"][path[-1]] = spelled_out(target)
+    holds_keys = isinstance(target, dict | list)
+    if not holds_keys:
+        raise _fail(document, at, f"{through[-1]!r} holds no keys; give a dotted key of the file")
+    last_step = _step(document, at, target, last, create=False)
     part_document = Document(document.file)
-    target[path[-1]] = _parse(part_document, value.encode())
+    target[last_step] = _parse(part_document, value.encode())
+    path = (*path, last_step)
     document.values[path] = document.keys[path] = at
-    document.overridden.add(path)
+    document.trusted.add(path)
+
+
+def _keys(key: str) -> list[str]:
+    """Split `edges[lower.hidden->upper.hidden].codec` at the dots outside the brackets."""
+    return [part for part in re.split(r"\.(?![^\[]*\])|(?=\[)", key) if part] or [key]
+
+
+def _step(document: Document, at: Position, target: Any, part: str, *, create: bool) -> str | int:
+    """Return the key or the index of a part of a dotted key. `create` makes what is missing on the way."""
+    if isinstance(target, dict) and not part.startswith("["):
+        if part == "edges" and create:
+            target.setdefault(part, [])
+        elif create and not isinstance(target.setdefault(part, {}), dict | list):
+            raise _fail(document, at, f"{part!r} holds no keys; give a dotted key of the file")
+        return part
+    if not isinstance(target, list):
+        raise _fail(document, at, f"{part!r} is no key here; give a dotted key of the file")
+    if part.startswith("["):
+        if "->" not in part:
+            raise _fail(document, at, f"{part!r} is no edge; write edges[actor.port->actor.port]")
+        return _edge(target, part)
+    if not part.isdecimal() or int(part) >= len(target):
+        what = f"{len(target)} entries, numbered from 0" if target else "no entries"
+        raise _fail(document, at, f"{part!r} is no entry: the list has {what}")
+    return int(part)
+
+
+def _edge(edges: list[Any], name: str) -> int:
+    """Return the index of the edge `[from->to]`. An edge that a `pipeline` makes is listed from then on."""
+    wanted = spelled_out(name.strip("[]"))
+    for index, edge in enumerate(edges):
+        listed = spelled_out(edge) if isinstance(edge, str) else edge
+        if isinstance(listed, dict) and all(listed.get(end) == wanted[end] for end in wanted):
+            return index
+    edges.append(wanted)
+    return len(edges) - 1
+
+
+def spelled_out(edge: str) -> dict[str, Any]:
+    """Return the long form of an edge that is written as `from -> to`."""
+    source, _, target = edge.partition("->")
+    return {"from": source.strip(), "to": target.strip()}
 
 
 def _position(node: yaml.Node) -> Position:

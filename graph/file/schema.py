@@ -12,7 +12,7 @@ from ranvier.actors.protocol.host_spec import Deadlines, Restart
 
 from .edge_end import End, end
 from .errors import GraphError, Problem
-from .load import Document
+from .load import Document, spelled_out
 from .sections import Name, Port, Section
 from .training_section import PARTS, TrainingSection
 
@@ -357,11 +357,10 @@ def validate(document: Document) -> GraphFile:
 def _spelled_out(document: Document, index: int, edge: Any, problems: list[Problem]) -> Any:
     if not isinstance(edge, str):
         return edge
-    source, arrow, target = (part.strip() for part in edge.partition("->"))
-    if not arrow:
+    if "->" not in edge:
         at = document.at("edges", index)
         problems.append(Problem(f"edge {edge!r} has no arrow; write actor.port -> actor.port", at))
-    return {"from": source, "to": target}
+    return spelled_out(edge)
 
 
 def _is_form(part: Any) -> bool:

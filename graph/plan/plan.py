@@ -170,7 +170,7 @@ class Plan:
         if given is None:
             transport = self.graph.file.transport
             given = transport if transport.startswith("tcp") else f"{transport}://{sockets / name}"
-        return str(parse(settled(given, self.graph.path.parent), guarded=self.graph.keys is not None))
+        return str(parse(settled(given, self.graph.folder), guarded=self.graph.keys is not None))
 
     def _link(self, index: int, edge: CheckedEdge, source: int, target: int, live: Live) -> LinkSpec:
         return LinkSpec(
@@ -229,6 +229,7 @@ class Plan:
             precision=file.model.weights if file.model is not None else "dtype",
             fast=self.products == "fast",
             weights=str(actor.weights) if actor.weights is not None else None,
+            own_autograd=actor.own_autograd,
             device=section.device,
             inputs=_ports(actor.inputs, actor.once),
             outputs=_ports(actor.outputs),
@@ -242,7 +243,7 @@ class Plan:
             shared_from_bytes=file.shared_from_bytes,
             keys=str(keys) if (keys := self.keys(run_dir)) is not None else None,
             batch_tokens=section.batch_tokens,
-            tap_folder=str(self.graph.path.parent.resolve()),
+            tap_folder=str(self.graph.folder.resolve()),
             trace=bool(file.trace),
             trace_sample=file.sampling.sample,
             trace_bytes=file.sampling.megabytes << 20,

@@ -184,12 +184,13 @@ def _fill(folder: RunFolder, plan: Plan, removed: Sequence[str]) -> None:
         part.mkdir(mode=0o700)
     if plan.keys(path) == folder.keys:
         curve.write(folder.keys, (GATEWAY, *graph.actors))
-    shutil.copyfile(graph.path, path / "graph.yaml")
+    (path / "graph.yaml").write_bytes(graph.document.text)
     (path / "plan.json").write_text(json.dumps({**plan.to_plain(), "expanded": graph.expanded()}, indent=1) + "\n")
     folder.outcome(
         graph=graph.name,
         hash=plan.hash,
-        file=str(graph.path.absolute()),
+        file=str(graph.path.absolute()) if graph.path is not None else None,
+        folder=str(graph.folder.absolute()),
         settings=dict(graph.overrides),
         allow_code=graph.allow_code,
         pid=os.getpid(),

@@ -333,7 +333,7 @@ def _files(graph: Graph) -> Iterable[Path]:
             found.add(actor.weights)
     for edge in graph.edges:
         if edge.tap is not None and edge.tap.startswith("./"):
-            found.update(_code_below((graph.path.parent / edge.tap.partition(":")[0]).parent))
+            found.update(_code_below((graph.folder / edge.tap.partition(":")[0]).parent))
     return found
 
 

@@ -66,7 +66,7 @@ def of(plan: TrainingPlan, allow_code: bool) -> Data:
 
 
 def _inside(graph: Graph, given: str) -> Path:
-    folder = graph.path.parent.resolve()
+    folder = graph.folder.resolve()
     path = (folder / given).resolve()
     if not path.is_relative_to(folder):
         raise RequestError(f"training: data: {given!r} leaves the graph's folder")
@@ -248,7 +248,7 @@ class _Own:
 
     def __init__(self, plan: TrainingPlan, source: str, allow_code: bool) -> None:
         try:
-            kind = kinds.find(source, plan.graph.path.parent, allow_code)
+            kind = kinds.find(source, plan.graph.folder, allow_code)
             made = kinds.import_name(kind.implementation, kind.folder)
         except KindError as error:
             raise RequestError(f"training: data: {error}") from None

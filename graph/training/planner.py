@@ -37,7 +37,6 @@ from ranvier.transport.links.link import LinkSpec
 from ..file.checked import CheckedActor, CheckedEdge, Graph
 from ..file.edge_end import End
 from ..file.errors import Problem
-from ..file.load import read
 from ..plan.plan import EPOCH, plan
 from .plan import NEXT, TrainingError, TrainingPlan
 
@@ -74,8 +73,8 @@ class _Planning:
         }
 
     def _wrong(self, what: str, *at: str | int) -> TrainingError:
-        position = read(self.graph.path).at("training", *at)
-        return TrainingError(str(self.graph.path), [Problem(f"training: {what}", position)])
+        document = self.graph.document
+        return TrainingError(document.file, [Problem(f"training: {what}", document.at("training", *at))])
 
     def _carries(self, edge: CheckedEdge) -> bool:
         """Return whether an edge takes part in training. Edges to the client and the feedback of tokens do not.
@@ -251,8 +250,8 @@ class _Planning:
             if section.schedule in schedules.NAMES:
                 made = schedules.make(section.schedule, stages, count, section.accumulate)
             else:
-                file = (self.graph.path.parent / section.schedule).resolve()
-                if not file.is_relative_to(self.graph.path.parent.resolve()):
+                file = (self.graph.folder / section.schedule).resolve()
+                if not file.is_relative_to(self.graph.folder.resolve()):
                     raise self._wrong(f"schedule {section.schedule!r} leaves the graph's folder", "schedule")
                 made = schedules.parse(read_text(file, MOST_BYTES), stages)
                 if made.micro_batches != section.micro_batches:

@@ -69,7 +69,7 @@ def test_tags_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     ("key", "value", "words"),
     [
         ("model.dtyp", "float32", "unknown key 'dtyp'; did you mean 'dtype'?"),
-        ("model.dtype", "float31", "0:0: model.dtype"),
+        ("model.dtype", "float31", "setting model.dtype=float31: model.dtype: Input should be"),
         ("name.x", "1", "'name' holds no keys"),
         ("model.source", "../nowhere", "no such file or folder"),
     ],
