@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..file.errors import RequestError
+from . import completion
 from .command_line import INTERRUPTED, Json, RunFolder, print_json, reading, say
 
 WHY_S = 10.0
@@ -62,7 +63,13 @@ def top_command(
 def scale_command(
     run_dir: RunFolder,
     change: Annotated[
-        str, typer.Argument(metavar="ACTOR=N", help="The actor, and its new number of replicas.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="ACTOR=N",
+            help="The actor, and its new number of replicas.",
+            show_default=False,
+            autocompletion=completion.scaled,
+        ),
     ],
     timeout: Annotated[float, typer.Option(help="Seconds to wait until the change is done.")] = 120.0,
     as_json: Json = False,

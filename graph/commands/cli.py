@@ -6,20 +6,25 @@ Exit codes: 0 done, 1 the run failed, 2 the request or the graph is wrong, 3 the
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
 import sys
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from ranvier import __version__
 from ranvier.actors.errors import CheckpointError, Expired, Overloaded, RecordingError, counted
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.supervise.zygote_process import ZygoteProcess
 from ranvier.transport.files import read_beginning, read_bounded
-from ranvier.transport.format.errors import KeyFileError, RanvierError
+from ranvier.transport.format.errors import KeyFileError, RanvierError, ResourceError
 
 from ..file.check import load as load_graph
 from ..file.checked import Graph
@@ -31,7 +36,7 @@ from ..run import run_folder
 from ..run.paths import folder_of_runs
 from ..sessions.text_codec import TextCodec
 from ..training.planner import training_plan
-from . import runs_command
+from . import config, models_command, runs_command
 from .attached import scale_command, top_command, why_command
 from .chat_command import chat_command
 from .command_line import (
@@ -55,12 +60,50 @@ from .serve_command import serve_command
 from .trace_command import trace_command
 from .training_command import show_schedule, train_command
 
+
+class Commands(typer.core.TyperGroup):
+    """Run a command, and end in order where its output cannot be written."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Parse the command line, which may print a help text. Raises what `_writing` raises."""
+        with _writing():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command. Raises what `_writing` raises."""
+        with _writing():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Print in this context.
+
+    Raises:
+        Exit: whoever read the output has closed the pipe, having seen enough.
+        ResourceError: the disk that the output goes to is full.
+    """
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter's last flush would complain
+        raise typer.Exit from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise ResourceError(f"the output cannot be written: {error.strerror}; free some space") from None
+
+
 app = typer.Typer(
     name="ranvier",
+    cls=Commands,
     help="Run the parts of a model as actors that exchange tensors over ZeroMQ.\n\n"
     "Start with: ranvier check GRAPH, then ranvier show GRAPH, then ranvier run GRAPH --prompt TEXT, or ranvier train GRAPH.",
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -311,6 +354,7 @@ def keys_new(
 
 
 app.add_typer(runs_command.app, name="runs")
+app.add_typer(models_command.app, name="models")
 app.command("trace")(trace_command)
 app.command("scale")(scale_command)
 app.command("why")(why_command)
@@ -335,10 +379,7 @@ def main(zygote: ZygoteProcess | None = None) -> None:
         zygote: the process from which hosts are forked, if it was started before.
     """
     try:
-        app(obj=zygote)
-    except BrokenPipeError:
-        sys.stderr.close()  # whoever read the output has closed the pipe
-        sys.exit(FAILED)
+        app(prog_name="ranvier", obj=zygote, default_map=config.defaults(typer.main.get_command(app)))
     except RanvierError as error:
         say(f"{error}" if isinstance(error, GraphError) else f"ranvier: {error}", error=True)
         sys.exit(_code(error))

@@ -20,15 +20,27 @@ from ranvier.transport.files import read_bounded
 from ranvier.transport.format.errors import RanvierError
 
 from ..file.errors import RequestError
+from ..file.named_graphs import file_of
 from ..run import run_folder, runs
 from ..sessions.printable import printable
+from . import completion
 
 FAILED, WRONG, OVERLOADED, EXPIRED, INTERRUPTED = 1, 2, 3, 4, 130
 """Exit codes: the run failed; the command, file or request is wrong; there is no room now; the deadline passed; Ctrl-C."""
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 Result_ = TypeVar("Result_")
 
-GraphFile = Annotated[Path, typer.Argument(metavar="GRAPH", help="The graph file (YAML).", show_default=False)]
+GRAPH = "a graph file (YAML), or smollm2, which comes with Ranvier"
+GraphFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="GRAPH",
+        help=f"The graph: {GRAPH}.",
+        show_default=False,
+        parser=file_of,
+        autocompletion=completion.graphs,
+    ),
+]
 RUN = "its folder; latest, latest~1; its number in `ranvier runs`; or the beginning of its name"
 
 
@@ -44,7 +56,12 @@ def run_named(text: str) -> Path:
         raise typer.BadParameter(str(error)) from None
 
 
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", parser=run_named, help=f"A run: {RUN}.", show_default=False)]
+RunFolder = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN", parser=run_named, help=f"A run: {RUN}.", show_default=False, autocompletion=completion.run_names
+    ),
+]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Allow Python code from the graph's folder to be imported.")
 ]
@@ -60,9 +77,22 @@ Log = Annotated[
     LogForm | None,
     typer.Option("--log", help="Show the run's log on standard error, as JSON lines or as readable text."),
 ]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the run's log as readable text: --log console.")]
+
+
+def log_form(log: LogForm | None, verbose: bool) -> LogForm | None:
+    """Return how the log is shown: as `--log` says, or as `-v` does."""
+    return log or (LogForm.console if verbose else None)
+
+
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the file, e.g. --set model.dtype=float32."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Replace a value of the file, e.g. --set model.dtype=float32, or 'edges[lower.hidden->upper.hidden].codec=int8'.",
+        autocompletion=completion.settings,
+    ),
 ]
 
 

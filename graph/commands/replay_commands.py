@@ -15,6 +15,7 @@ from ..file.errors import RequestError
 from ..run import run_folder
 from ..run import runs as runs_of
 from ..run.paths import folder_of_runs
+from . import completion
 from .command_line import FAILED, AllowCode, Json, RunFolder, interruptible, print_json, reading, run_named, say
 
 if TYPE_CHECKING:
@@ -38,7 +39,12 @@ def record_setting(edges: str | None) -> dict[str, str]:
 
 def replay_command(
     run_dir: RunFolder,
-    actor: Annotated[str, typer.Argument(metavar="ACTOR", help="An actor, or one of its replicas (upper.1).")],
+    actor: Annotated[
+        str,
+        typer.Argument(
+            metavar="ACTOR", help="An actor, or one of its replicas (upper.1).", autocompletion=completion.actors
+        ),
+    ],
     tolerance: Annotated[
         float,
         typer.Option(

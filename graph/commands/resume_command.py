@@ -21,7 +21,7 @@ from ..sessions.generation import Result
 from .command_line import FAILED, interruptible, print_json, say, show_text
 
 MOST_BYTES = 16 << 20
-WITH_RESUME = ("resume", "after", "runs", "log", "as_json", "allow_code")
+WITH_RESUME = ("resume", "after", "runs", "log", "verbose", "as_json", "allow_code")
 """Options of `ranvier run` that may be given with `--resume`. All other options come from the killed run."""
 
 

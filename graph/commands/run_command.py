@@ -18,20 +18,24 @@ from ranvier.transport.files import read_bounded, regular
 from ..file.check import load as load_graph
 from ..file.checked import Graph
 from ..file.errors import RequestError
+from ..file.named_graphs import file_of
 from ..run import before_start, run_folder
 from ..run.paths import folder_of_runs, writable
 from ..run.request_checks import checked_logprobs, checked_sampling
 from ..sessions.model_defaults import sampling_of
 from ..sessions.text_codec import ChatOptions
 from ..trace import summary
-from . import resume_command
+from . import completion, resume_command
 from .about import About
 from .command_line import (
+    GRAPH,
     AllowCode,
     Json,
     Log,
     Set,
+    Verbose,
     interruptible,
+    log_form,
     overrides,
     pairs,
     print_json,
@@ -57,7 +61,13 @@ def run_command(
     context: typer.Context,
     graph: Annotated[
         Path | None,
-        typer.Argument(metavar="GRAPH", help="The graph file (YAML); not with --resume.", show_default=False),
+        typer.Argument(
+            metavar="GRAPH",
+            help=f"The graph: {GRAPH}. Not with --resume.",
+            show_default=False,
+            parser=file_of,
+            autocompletion=completion.graphs,
+        ),
     ] = None,
     prompt: Annotated[
         str | None,
@@ -153,13 +163,18 @@ def run_command(
         Path | None, typer.Option("--chaos", help="A file that lists faults to inject on tcp links.")
     ] = None,
     log: Log = None,
-    record: Annotated[str | None, typer.Option("--record", metavar="EDGES", help=RECORD_HELP)] = None,
+    verbose: Verbose = False,
+    record: Annotated[
+        str | None,
+        typer.Option("--record", metavar="EDGES", help=RECORD_HELP, autocompletion=completion.recorded),
+    ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(
             "--resume",
             metavar="RUN",
             parser=run_named,
+            autocompletion=completion.run_names,
             help="Continue the requests of a killed run that had a journal.",
         ),
     ] = None,
@@ -171,6 +186,7 @@ def run_command(
     settings: Set = None,
 ) -> None:
     """Start the graph, and stream the answer to standard output. Without a prompt on a terminal: talk with the model."""
+    log = log_form(log, verbose)
     if resume is not None:
         resume_command.check(context)
         resume_command.run(
@@ -363,7 +379,7 @@ def _generate(
     bar = Bar(sys.stderr, quiet=about.quiet)
     explained: list[dict[str, Any]] = []
 
-    async def main() -> tuple[Path, Result]:
+    async def main() -> tuple[Path, Result | None]:
         with bar:
             async with launch(checked, progress=bar.show, **launching) as started:
                 about.begins(started.dir)
@@ -375,11 +391,17 @@ def _generate(
                         explained.append(
                             {"logprob": token.logprob, "top": {str(t): p for t, p in token.top_logprobs.items()}}
                         )
-                    if not as_json:
+                    if as_json:
+                        continue
+                    try:
                         show_text(token.text)
+                    except BrokenPipeError:  # the run ends in order, and its trace is whole
+                        return started.dir, None
                 return started.dir, generation.result
 
     run_dir, result = interruptible(main)
+    if result is None:
+        raise BrokenPipeError
     if as_json:
         traced = summary.summary(summary.read(run_dir)) if checked.file.trace else None
         print_json({

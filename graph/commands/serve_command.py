@@ -12,16 +12,24 @@ import typer
 from ..file.check import load as load_graph
 from ..file.checked import Graph
 from ..file.errors import RequestError
+from ..file.named_graphs import file_of
 from ..run import run_folder
 from ..run.paths import folder_of_runs
-from .command_line import AllowCode, Log, Set, interruptible, overrides, say
+from . import completion
+from .command_line import GRAPH, AllowCode, Log, Set, Verbose, interruptible, log_form, overrides, say
 
 
 def serve_command(
     context: typer.Context,
     graphs: Annotated[
         list[Path],
-        typer.Argument(metavar="GRAPH...", help="The graph files (YAML), one for each model.", show_default=False),
+        typer.Argument(
+            metavar="GRAPH...",
+            help=f"One for each model: {GRAPH}.",
+            show_default=False,
+            parser=file_of,
+            autocompletion=completion.graphs,
+        ),
     ],
     host: Annotated[
         str, typer.Option(help="Address to listen at. Another one than loopback needs --api-key-file.")
@@ -76,6 +84,7 @@ def serve_command(
         Path, typer.Option("--runs", help="Create the run folders in this folder.")
     ] = run_folder.DEFAULT_ROOT,
     log: Log = None,
+    verbose: Verbose = False,
 ) -> None:
     """Serve graphs to the clients of OpenAI's interface. Each graph is a model, by its name. Ctrl-C ends it."""
     try:
@@ -107,7 +116,13 @@ def serve_command(
                 say(f"starting {graph.name}", error=True)
                 zygote = zygotes.pop() if zygotes else None
                 run = await running.enter_async_context(
-                    launch(graph, runs=folder_of_runs(runs), log=log, zygote=zygote, cuttable=allow_faults)
+                    launch(
+                        graph,
+                        runs=folder_of_runs(runs),
+                        log=log_form(log, verbose),
+                        zygote=zygote,
+                        cuttable=allow_faults,
+                    )
                 )
                 started[graph.name] = run
             address = await running.enter_async_context(serving(started, options))

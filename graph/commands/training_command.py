@@ -21,7 +21,7 @@ from ..training.planner import training_plan
 from ..training.plots import draw
 from ..training.progress import TrainingProgress
 from ..training.trainer import Step, Trained, train
-from .command_line import AllowCode, GraphFile, Json, Log, Set, interruptible, overrides, print_json
+from .command_line import AllowCode, GraphFile, Json, Log, Set, Verbose, interruptible, log_form, overrides, print_json
 
 HISTORY = "history.jsonl"
 
@@ -59,6 +59,7 @@ def train_command(
         Path | None, typer.Option("--chaos", help="A file that lists faults to inject on tcp links.")
     ] = None,
     log: Log = None,
+    verbose: Verbose = False,
     as_json: Json = False,
     allow_code: AllowCode = False,
     settings: Set = None,
@@ -80,7 +81,7 @@ def train_command(
         async def main() -> Trained:
             return await train(
                 checked, out, allow_code=allow_code, runs=folder_of_runs(runs), on_step=on_step, on_event=progress.say,
-                on_begin=history.begin, keep=keep, chaos=chaos, log=log, zygote=context.obj,
+                on_begin=history.begin, keep=keep, chaos=chaos, log=log_form(log, verbose), zygote=context.obj,
             )  # fmt: skip
 
         trained = interruptible(main)

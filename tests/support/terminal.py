@@ -36,8 +36,13 @@ class Terminal:
         os.close(far)
 
     @property
+    def raw(self) -> str:
+        """All that the command has written, with its escape sequences."""
+        return self._raw.decode(errors="replace")
+
+    @property
     def seen(self) -> str:
-        return ESCAPES.sub("", self._raw.decode(errors="replace")).replace("\r\n", "\n").replace("\r", "\n")
+        return ESCAPES.sub("", self.raw).replace("\r\n", "\n").replace("\r", "\n")
 
     def type(self, text: str) -> None:
         os.write(self._near, text.encode())

@@ -406,7 +406,7 @@ def test_what_a_module_gives_is_found_out(tmp_path: Path) -> None:
         def forward(self, a: Any, b: Any) -> Any:
             return {"c": nn.functional.pad(a, (1, 1)), "d": nn.functional.pad(a, (0, 4)), "e": b.clone()}
 
-    made = module.outputs_of(Wider, {}, {name: TensorSpec("float32", ("tokens", f"{name}w")) for name in ("a", "b")})
+    made = module.probe(Wider, {}, {name: TensorSpec("float32", ("tokens", f"{name}w")) for name in ("a", "b")}).outputs
     assert {port: str(spec) for port, spec in made.items()} == {
         "c": "float32[tokens, c_1]", "d": "float32[tokens, d_1]", "e": "float32[tokens, bw]"
     }  # fmt: skip

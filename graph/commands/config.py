@@ -1,0 +1,75 @@
+"""Read a user's defaults for options: `ranvier/config.toml` in the folder of the XDG base directories.
+
+A table for each command holds its long options: `[run]`, `max-tokens = 256`. The command line goes before it.
+Source of the place: XDG Base Directory Specification 0.8 (`XDG_CONFIG_HOME`, by default ~/.config).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ranvier.transport.files import read_bounded
+
+from ..file.errors import RequestError
+
+MOST_BYTES = 1 << 20
+
+
+def place() -> Path:
+    """Return where the file is, whether it exists or not."""
+    given = os.environ.get("XDG_CONFIG_HOME", "")
+    folder = (
+        Path(given) if Path(given).is_absolute() else Path.home() / ".config"
+    )  # the specification ignores relative ones
+    return folder / "ranvier" / "config.toml"
+
+
+def defaults(app: Any) -> dict[str, Any]:
+    """Return the default values for `main` of the commands from the user's file; empty if there is none.
+
+    Raises:
+        RequestError: the file cannot be read, or names a command or an option that does not exist.
+    """
+    file = place()
+    try:
+        content = tomllib.loads(read_bounded(file, MOST_BYTES).decode())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise RequestError(f"{file}: {error}") from None
+    return _of_group(app, content, str(file))
+
+
+def _of_group(group: Any, content: Mapping[str, Any], where: str) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for name, options in content.items():
+        command = group.commands.get(name)
+        if command is None:
+            raise RequestError(f"{where}: there is no command {name!r}; {_near(name, group.commands)}")
+        if not isinstance(options, dict):
+            raise RequestError(f"{where}: {name}: expected a table with options, got {options!r}")
+        own = {} if not hasattr(command, "commands") else {k: v for k, v in options.items() if k in command.commands}
+        made[name] = _of_group(command, own, where) if hasattr(command, "commands") and own else {}
+        known = {
+            option.removeprefix("--"): str(parameter.name)
+            for parameter in command.params
+            for option in parameter.opts
+            if option.startswith("--")
+        }
+        for key, value in options.items():
+            if key in own:
+                continue
+            if key not in known:
+                raise RequestError(f"{where}: ranvier {name} has no option --{key}; {_near(key, known)}")
+            made[name][known[key]] = value
+    return made
+
+
+def _near(name: str, names: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(names))}"
