@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 MODEL := $(VENV)/.model
 BROWSER := $(VENV)/browser/.installed
+SITE := $(VENV)/site/.installed
 PEERS := .bench-venv/.installed
 
 SECONDS_EACH ?= 60
 SEEDS ?= 1000
 
-.PHONY: demo serve test test-all pictures test-clients lint bench gpu-check soak simulate fuzz clean
+.PHONY: demo serve test test-all pictures docs test-clients lint bench gpu-check soak simulate fuzz clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -43,15 +44,28 @@ serve: $(STAMP) $(MODEL)
 	$(BIN)/ranvier serve examples/smollm2.yaml
 
 # two at a time, a file each: most of a test's time is a run that starts
-test: $(STAMP) $(MODEL) $(BROWSER)
+test: $(STAMP) $(MODEL) $(BROWSER) $(SITE)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-all: $(STAMP) $(MODEL) $(BROWSER)
+test-all: $(STAMP) $(MODEL) $(BROWSER) $(SITE)
 	$(BIN)/python -m pytest -m "" -n 2 --dist loadfile
 
-# the pictures of README and docs, from the test that looks at the page
-pictures: $(STAMP) $(MODEL) $(BROWSER)
+# the pictures of README and docs: from the test that looks at the page, and from commands typed into a terminal
+pictures: $(STAMP) $(MODEL) $(BROWSER) $(SITE)
 	$(BIN)/python -m pytest tests/graph/page/test_page.py -k message --pictures docs/pictures
+	$(BIN)/python tools/record.py docs/pictures/demo.cast
+	bash tools/draw.sh $(VENV)/site docs/pictures/demo.cast docs/pictures/demo.svg
+
+# what draws diagrams and recordings, from npm; nothing of it is part of the repository
+$(SITE): tools/site.sh | $(STAMP)
+	bash tools/site.sh $(VENV)/site
+	@touch $@
+
+# the docs as a site, in site/; it needs no foreign host to be built or read
+docs: $(STAMP) $(SITE)
+	$(BIN)/python tools/reference.py
+	cp $(VENV)/site/node_modules/mermaid/dist/mermaid.min.js docs/assets/
+	$(BIN)/zensical build --clean --strict
 
 # suites that others wrote, against `ranvier serve`, each in an environment of its own; SUITES="langchain lm_eval" runs some
 test-clients: $(STAMP) $(MODEL)

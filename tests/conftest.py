@@ -211,3 +211,16 @@ def split_graph(actors: int, layers: int) -> dict[str, Any]:
 def split() -> Callable[[int, int], dict[str, Any]]:
     """Provide `split_graph` as a fixture."""
     return split_graph
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Provide a real Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    command = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    assert command is not None, "there is no Chromium; run tests/graph/page/browser.sh .venv/browser"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=command, args=["--no-sandbox"])
+        yield browser
+        browser.close()

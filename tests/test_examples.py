@@ -23,6 +23,7 @@ TESTED = {
     "smollm2-local.yaml",
     "smollm2-shared.yaml",
     "three_sessions.py",
+    "lose_an_actor.py",
     "digits",
     "refine",
     "classify",
@@ -191,6 +192,15 @@ def test_three_sessions_at_once(runs: Path) -> None:
         assert prompt in done
     assert "Bonjour" in done
     assert len(list((runs / "ranvier-runs").iterdir())) == 1
+
+
+def test_an_actor_is_lost(runs: Path) -> None:
+    """Kill an actor in the middle of an answer, and print the same text as without it."""
+    done = ran(runs, str(EXAMPLES / "lose_an_actor.py"))
+    assert (
+        "\n[killed lower]\n" in done
+        and "the same text as undisturbed: True\nlower.0 was lost, and replaced within" in done
+    )
 
 
 @pytest.mark.slow

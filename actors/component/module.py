@@ -152,7 +152,7 @@ class ModuleActor(Actor):
 
     def load(self, context: Context) -> None:
         self._own_autograd = context.own_autograd
-        with _mode(self._own_autograd):
+        with _mode(own_autograd=True) if self._own_autograd else contextlib.nullcontext():
             self.module = self._class(**context.args).train(False)
         context.progress(1.0)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from ..run import run_folder
 from ..trace import critical_path, summary, table
 from ..trace.summary import Trace
 from ..trace.trace_lines import TraceError
-from .command_line import say
+from .command_line import columns, say
 
 
 class About:
@@ -45,15 +44,7 @@ class About:
             look = [f"`ranvier trace {name}`"] if trace is not None else []
             say(" · ".join([*parts, *_slowest(trace), *look]), error=True)
         if self._cost and trace is not None:
-            say(f"\n{table.of_summary(summary.summary(trace), _columns())}", error=True)
-
-
-def _columns() -> int:
-    """Return the width of the terminal that standard error is; 0 if it is none."""
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns
-    except (OSError, ValueError):
-        return 0
+            say(f"\n{table.of_summary(summary.summary(trace), columns(sys.stderr))}", error=True)
 
 
 def _slowest(trace: Trace | None) -> list[str]:

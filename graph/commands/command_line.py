@@ -11,7 +11,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TextIO, TypeVar
 
 import typer
 
@@ -239,6 +239,14 @@ def _is_piped() -> bool:
     except (OSError, ValueError):  # it has no descriptor, as in a notebook
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
+
+
+def columns(stream: TextIO) -> int:
+    """Return the width of the terminal that a stream goes to; 0 if it goes to none."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 0
 
 
 def say(text: str, *, end: str = "\n", error: bool = False) -> None:

@@ -12,7 +12,7 @@ from ..file.errors import RequestError
 from ..run.paths import writable, writing
 from ..trace import compare, critical_path, perfetto, summary, table, trace_plot
 from ..trace.timeline import timeline
-from .command_line import Json, RunFolder, print_json, reading, run_named, say
+from .command_line import Json, RunFolder, columns, print_json, reading, run_named, say
 
 
 def trace_command(
@@ -83,7 +83,8 @@ def _trace(
         if as_json:
             print_json(found)
         else:
-            say(table.of_path(found) if why is not None else table.of_idle(found))
+            shown = table.of_path(found) if why is not None else table.of_idle(found)
+            say(table.fitted(shown, columns(sys.stdout)))
         return
     if to_perfetto is not None:
         drawn = timeline(read)
@@ -100,8 +101,8 @@ def _trace(
         if as_json:
             print_json(changed)
         else:
-            say(table.of_changes(changed))
+            say(table.fitted(table.of_changes(changed), columns(sys.stdout)))
     elif as_json:
         print_json(figures)
     else:
-        say(table.of_summary(figures))
+        say(table.of_summary(figures, columns(sys.stdout)))

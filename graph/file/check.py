@@ -18,6 +18,7 @@ from .check_wires import WireCheck
 from .checked import Graph
 from .errors import Problem
 from .load import Document, as_yaml, of_data, read
+from .named_graphs import file_of
 
 
 def load(
@@ -30,7 +31,8 @@ def load(
     """Read and check a graph file, or the same as data: `{"model": {"source": …}, "actors": {…}, "pipeline": […]}`.
 
     Args:
-        source: the path of a graph file, or its keys and values as plain data. There, `ranvier` and `name` may be left out.
+        source: the path of a graph file, or the name of a graph that comes with Ranvier (`smollm2`), or the keys and values
+            of a graph as plain data. There, `ranvier` and `name` may be left out.
         allow_code: whether classes in the graph's folder may be imported (`kind: ./file.py:Class`).
         overrides: values by dotted key, as data or as YAML text: `{"model.dtype": "float32", "edges.0.credits": 3}`.
             They replace the values of `source`. An edge is named by its number or by its ends:
@@ -46,7 +48,7 @@ def load(
         document = of_data({"ranvier": 1, "name": "graph", **source}, settings)
         path, folder = None, Path(folder or ".")
     else:
-        path = Path(source)
+        path = file_of(source)
         folder = path.parent if folder is None else Path(folder)
         document = read(path, settings)
     make_sure_of_files(document.file)

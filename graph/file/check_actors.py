@@ -18,11 +18,12 @@ from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.transport.format.tensor_spec import TensorSpec
 
 from . import source
+from .actor_section import ActorSection
 from .checked import CheckedActor, Ports
 from .errors import Problem
 from .findings import Findings, near
 from .load import Document
-from .schema import ActorSection, GraphFile
+from .schema import GraphFile
 
 
 class ActorCheck(Findings):

@@ -18,11 +18,12 @@ from ranvier.transport.links import codec_choice
 from ranvier.transport.wires.endpoint import parse
 
 from . import check_dims
+from .actor_section import Quorum
 from .checked import CheckedActor, CheckedEdge, Ports
 from .errors import Problem
 from .findings import Findings, near
 from .load import Document
-from .schema import EdgeSection, GraphFile, Quorum
+from .schema import EdgeSection, GraphFile
 
 PROMPTS = 256
 """Credit in messages for edges from the gateway. Prompt messages are small, and those that wait can share one step."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .actor_section import ActorSection
 from .findings import Findings
-from .schema import ActorSection
 
 OF_A_PROCESS = ("threads", "cpus", "device", "restart", "spares")
 """Keys of an actor that belong to its process."""

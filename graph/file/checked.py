@@ -16,8 +16,9 @@ from ranvier.actors.protocol.host_spec import GATEWAY, STICKY, Policy
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.wires.endpoint import parse
 
+from .actor_section import ActorSection, Hedge
 from .load import Document
-from .schema import ActorSection, GraphFile, Hedge
+from .schema import GraphFile
 
 Ports = Mapping[str, TensorSpec]
 

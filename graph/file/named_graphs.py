@@ -12,10 +12,10 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def file_of(text: str) -> Path:
+def file_of(text: str | Path) -> Path:
     """Return the graph file that a user names: a path, or the name of a graph that comes with Ranvier.
 
     A file of that name in the working directory goes first.
     """
     path = Path(text)
-    return FOLDER / f"{text}.yaml" if text in names() and not path.exists() else path
+    return FOLDER / f"{text}.yaml" if str(text) in names() and not path.exists() else path

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import pydantic
 from pydantic import ConfigDict, Field
 
-from ranvier.actors.protocol.host_spec import Deadlines, Restart
+from ranvier.actors.protocol.host_spec import Deadlines
 
+from .actor_section import ActorSection, Hedge, Quorum, RestartSection
 from .edge_end import End, end
 from .errors import GraphError, Problem
 from .load import Document, spelled_out
 from .sections import Name, Port, Section
 from .training_section import PARTS, TrainingSection
 
-_DEADLINES, _RESTART = Deadlines(), Restart()
+_DEADLINES = Deadlines()
 
 
 class ModelSection(Section):
@@ -25,119 +26,29 @@ class ModelSection(Section):
     source: str = Field(
         min_length=1,
         max_length=4096,
-        description="package://NAME/FILE of an installed package, hf://ORG/NAME, or ./folder, ./file.gguf, ./file.safetensors "
-        "beside the graph file",
+        description="package://NAME/FILE of an installed package; ./folder, ./file.gguf or ./file.safetensors beside the graph "
+        "file; or hf://ORG/NAME (optionally @REVISION, /FILE.gguf) of the Hugging Face hub, from its cache or fetched "
+        "once; other "
+        "paths need --set model.source=PATH",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "bfloat16", description="dtype of weights, activations and KV cache"
     )
     weights: Literal["dtype", "int8", "int4", "stored"] = Field(
         "dtype",
-        description="how the matrices of blocks and head are held in memory: in dtype, rounded to int8 or int4, or as stored "
-        "in a GGUF file",
+        description="how the matrices of blocks and head are held in memory: in dtype; int8 or int4 (rounded, with a scale for "
+        "each row and 32 columns); stored (GGUF's Q4_0, Q4_1 and Q8_0 as they are, its other types as int8; other quantised "
+        "matrices as int4 or int8 where these hold them without rounding, else in dtype); all but dtype need dtype: bfloat16, "
+        "a family that the built-in blocks run, a processor with AVX2, and a C compiler at install",
     )
     products: Literal["repeatable", "fast"] | None = Field(
         None,
-        description="repeatable: a token's numbers do not depend on the tokens that are computed beside it; fast: they may, "
-        "where that is faster; default: repeatable if it costs this processor at most 5 %",
+        description="repeatable: a token's numbers do not depend on the tokens that are computed beside it, so that batches, "
+        "recoveries and the cut of a prompt change no bit (bfloat16, families that the kernels run, AVX2); fast: they "
+        "may, where "
+        "that is faster; default: repeatable if it costs this processor at most 5 %, which is so without AMX; `ranvier show` "
+        "prints the choice",
     )
-
-
-class Quorum(Section):
-    """Start a step as soon as `quorum` of the actor's inputs have arrived."""
-
-    quorum: int = Field(ge=1, le=1024, description="number of inputs that a step needs")
-
-
-class Hedge(Section):
-    """Send each message to several replicas; the first answer counts."""
-
-    hedge: int = Field(ge=2, le=64, description="copies of each message")
-    after: str | None = Field(
-        None,
-        pattern=r"^p[1-9][0-9]$",
-        description="send the second copy only when the first took longer than this percentile, such as p95",
-    )
-
-
-class RestartSection(Section):
-    """Limit how often a lost actor is restarted."""
-
-    max: int = Field(
-        _RESTART.max,
-        ge=1,
-        le=1 << 20,
-        description="maximum number of restarts within the window; one loss more ends the run",
-    )
-    window_s: float = Field(_RESTART.window_s, gt=0, strict=False, description="length of the window in seconds")
-    backoff_s: float = Field(
-        _RESTART.backoff_s,
-        ge=0,
-        le=3600,
-        strict=False,
-        description="seconds before the first restart; each further restart within the window waits twice as long",
-    )
-    snapshot_s: float = Field(
-        _RESTART.snapshot_s,
-        ge=0,
-        strict=False,
-        description="seconds between snapshots of an actor that offers them; 0: after every step",
-    )
-
-
-class ActorSection(Section):
-    """Describe one actor: a component that runs in a separate process, or in one that it shares."""
-
-    kind: str = Field(
-        min_length=1,
-        max_length=4096,
-        description="a kind that `ranvier actors` lists, or ./file.py:Class",
-    )
-    layers: str | int | None = Field(None, description="for blocks and stages: first-last, both included, such as 0-14")
-    experts: str | int | None = Field(None, description="for experts: first-last of a layer's experts, such as 0-3")
-    threads: int | None = Field(
-        None, ge=1, le=1024, description="threads it may compute with; default: its share of the cores"
-    )
-    cpus: list[Annotated[int, Field(ge=0, le=4095)]] | None = Field(
-        None, min_length=1, description="cores its process may run on, such as [0]; default: all"
-    )
-    device: Literal["cpu"] = Field("cpu", description="device that the actor computes on")
-    host: Name | None = Field(
-        None,
-        description="name of the process that it shares with the actors of the same host; default: a process of its own",
-    )
-    replicas: int = Field(
-        1, ge=1, le=64, description="number of copies of this actor, each a process; `ranvier scale` changes it"
-    )
-    policy: Literal["sticky", "round_robin", "least_queued", "lowest_latency"] | Hedge = Field(
-        "sticky",
-        description="how a row's replica is chosen: sticky (always that of its session), round_robin, least_queued (the "
-        "shortest queue), lowest_latency, or {hedge: 2} (a copy to each of two; the first answer counts)",
-    )
-    restart: Literal["never"] | RestartSection | None = Field(
-        None, description="what happens when this actor is lost; replaces the graph's `restart`"
-    )
-    spares: int = Field(0, ge=0, le=8, description="copies kept ready, with their weights, to replace a lost one")
-    cache_tokens: int = Field(
-        65536, ge=1, le=1 << 31, description="positions that its KV cache holds, over all sessions"
-    )
-    batch_tokens: int = Field(256, ge=1, le=1 << 20, description="maximum number of tokens batched into one step")
-    endpoint: str | None = Field(
-        None,
-        description="address of its inbox, such as tcp://127.0.0.1:5555 or, in the graph's folder, ipc://./name",
-    )
-    weights: str | None = Field(
-        None, max_length=4096, description="for a torch module: ./file.safetensors with its state"
-    )
-    inputs: dict[str, str] = Field(
-        default_factory=dict,
-        description='for a torch module: inputs that no edge describes, such as x: "float32[rows, 64]"',
-    )
-    join: Literal["all", "first"] | Quorum = Field(
-        "all",
-        description="when a step starts: all inputs hold it, the first input holds it, or {quorum: k} inputs hold it",
-    )
-    args: dict[str, Any] = Field(default_factory=dict, description="arguments of a custom actor")
 
 
 class EdgeSection(Section):

@@ -69,6 +69,11 @@ def _edges(edges: Sequence[Mapping[str, Any]], width: int) -> Iterator[str]:
         yield "  ".join([edge["edge"].ljust(width), *cells])
 
 
+def fitted(text: str, columns: int) -> str:
+    """Return a text whose lines fit into a terminal; 0 columns: any."""
+    return "\n".join(f"{line[: columns - 1]}…" if 0 < columns < len(line) else line for line in text.split("\n"))
+
+
 def _narrow(figures: Mapping[str, Any], columns: int) -> Iterator[str]:
     """Yield a line for each edge and actor, with medians only, cut to the width of the terminal."""
     names = max(12, columns - (_MEDIAN + 1) * len(PARTS))

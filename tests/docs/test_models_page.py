@@ -26,7 +26,7 @@ from ranvier.graph.sessions.tokenizer_classes import CLASSES
 from ranvier.graph.sessions.tokenizer_folder import OTHER_FILES
 from ranvier.graph.sessions.tokenizer_gguf import KINDS
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "models.md"
 REFUSED = ("hqq", "aqlm", "quip", "vptq", "eetq", "quanto", "torchao", "spqr", "higgs", "bitnet", "fp_quant",
            "exl3", "quark", "marlin")  # fmt: skip
