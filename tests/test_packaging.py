@@ -45,6 +45,27 @@ def test_imports_go_one_way(path: Path) -> None:
     assert imported(path) <= allowed[path.relative_to(REPOSITORY).parts[0]]
 
 
+ONLY_LINUX = re.compile(
+    r"\b(eventfd|memfd_create|pidfd_\w+|sched_\w+|pipe2|prctl|SCHED_IDLE|MADV_HUGEPAGE|F_ADD_SEALS|F_SEAL_\w+|MAP_POPULATE"
+    r"|select\.epoll|EPOLL\w+|SOCK_SEQPACKET|MSG_NOSIGNAL|sys\.platform)\b|\"/proc/|f\"/proc/"
+)
+KNOWS_LINUX = {
+    "transport/system.py", "transport/wires/unix_sockets.py", "transport/wires/shared_memory.py", "actors/model/kernels/pages.py",
+}  # fmt: skip
+"""The one place, the wire `local` with what it is made of, and large pages; the last three ask the first one before."""
+
+
+def test_one_place_knows_linux() -> None:
+    """Use what only Linux has in one place, and in the parts that are switched off with it."""
+    found = {
+        str(path.relative_to(REPOSITORY))
+        for path in SOURCES
+        for line in path.read_text().splitlines()
+        if ONLY_LINUX.search(line.partition("#")[0])
+    }
+    assert found == KNOWS_LINUX
+
+
 def test_the_rooms_are_links() -> None:
     """Keep src/ranvier/NAME a relative link to the package's folder."""
     for room in ROOMS:

@@ -8,7 +8,6 @@ per hop.
 from __future__ import annotations
 
 import gc
-import os
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, deque
@@ -19,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ranvier.transport import system
 from ranvier.transport.format.errors import ProtocolError
 from ranvier.transport.format.header import Row
 from ranvier.transport.links.exchange import TICK_S, Exchange, RefusedMessage
@@ -339,7 +339,7 @@ def prepare_process(spec: HostSpec) -> None:
     """Give this process its threads and cores."""
     torch.set_num_threads(spec.threads)
     if spec.cpus is not None:  # before any thread starts, so that ZeroMQ's thread runs on the same cores
-        os.sched_setaffinity(0, spec.cpus)
+        system.run_on(spec.cpus)
 
 
 def outcome(host: Process) -> int:

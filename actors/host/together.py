@@ -8,9 +8,6 @@ all of them.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import select
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -20,6 +17,7 @@ from typing import Any
 import torch
 from greenlet import greenlet  # type: ignore[import-untyped]
 
+from ranvier.transport import system
 from ranvier.transport.links.wire import ProcessWire
 
 from ..model.kernels import packed
@@ -99,7 +97,7 @@ class Together:
         self._woken: deque[SharedWire] = deque()
         self._ready: deque[greenlet] = deque()
         self._asleep = False
-        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._bell = system.Bell()
         self._quick = False
         self._looked_ns = 0
         self._code = 0
@@ -134,8 +132,7 @@ class Together:
     def wake(self, wire: SharedWire) -> None:
         self._woken.append(wire)
         if self._asleep:
-            with contextlib.suppress(OSError):  # the process is ending
-                os.eventfd_write(self._bell, 1)
+            self._bell.ring()
 
     def others_first(self) -> None:
         """Let the actors that have something to do go before the one that runs."""
@@ -145,7 +142,7 @@ class Together:
             self._hub.switch()
 
     def close(self) -> None:
-        os.close(self._bell)
+        self._bell.close()
 
     # -- the hub ------------------------------------------------------------------------------------------------
 
@@ -183,18 +180,12 @@ class Together:
         while self._quick and time.monotonic_ns() < min(until_ns, began_ns + AWAKE_NS):
             if self._look():
                 return
-            os.sched_yield()
+            system.yield_core()
         self._asleep = True  # from here on, whoever wakes a wire rings
         if not self._look():
-            poll = select.poll()
-            poll.register(self._bell, select.POLLIN)
-            for wire in self._waiting:
-                if wire.outside:
-                    poll.register(wire.outer.fd, select.POLLIN)
-            left_ms = max(0.0, (until_ns - time.monotonic_ns()) / 1e6)
-            poll.poll(left_ms)
+            outside = [wire.outer.fd for wire in self._waiting if wire.outside]
+            system.wait_readable((self._bell.fd, *outside), max(0.0, (until_ns - time.monotonic_ns()) / 1e6))
             self._look()
         self._asleep = False
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._bell)
+        self._bell.hush()
         self._quick = time.monotonic_ns() - began_ns < AWAKE_NS

@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol
 import trio
 
 from ranvier.transport.format.errors import ProtocolError, ResourceError
+from ranvier.transport.system import ProcessHandle
 
 from ..errors import ActorFailed, Cause
 from ..protocol.host_spec import HostSpec, Restart
@@ -31,6 +32,8 @@ READY_DEADLINE_S = 120.0
 """Limit for the import of torch, on a slow disk and a busy machine."""
 STARTED_DEADLINE_S = 20.0
 """Limit for a fork, which takes 20 ms, and for the imports of hosts of that kind, which may include transformers."""
+LOOK_S = 0.02
+"""Seconds between two looks whether a host still lives, where the system does not say when it ends."""
 CODE_DEADLINE_S = 1.0
 """Limit for the arrival of the exit code of a host that is known to have ended."""
 KILLED = -int(signal.SIGKILL)
@@ -96,11 +99,11 @@ class _Zygote:
 
 @dataclass(eq=False)
 class _Host:
-    """Hold one host's process. The descriptor becomes readable when it has ended, and never refers to another process."""
+    """Hold one host's process; `process` is None if it had ended before it could be watched."""
 
     keys: tuple[str, ...]
     pid: int
-    descriptor: int
+    process: ProcessHandle | None
     zygote: _Zygote
 
 
@@ -221,15 +224,15 @@ class LocalLauncher:
 
     def _on_started(self, zygote: _Zygote, key: str, pid: int) -> None:
         try:
-            descriptor = os.pidfd_open(pid)
+            process = ProcessHandle(pid)
         except ProcessLookupError:  # it has ended; the next event brings its exit code
-            descriptor = -1
+            process = None
         except OSError as error:
             zygote.answers[key] = f"its process cannot be watched: {error}"
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
             return
-        host = _Host(self._members.get(key, (key,)), pid, descriptor, zygote)
+        host = _Host(self._members.get(key, (key,)), pid, process, zygote)
         if zygote.retired:  # it continued after all, but another one has forked this host since
             _kill(host)
             _close(host)
@@ -294,8 +297,12 @@ class LocalLauncher:
 
     async def _until_exit(self, key: str, host: _Host) -> None:
         """Wait for the end of one host. The zygote reports its exit code, unless the zygote hangs or is gone."""
-        if host.descriptor >= 0:
-            await trio.lowlevel.wait_readable(host.descriptor)
+        if host.process is not None and host.process.fd >= 0:
+            await trio.lowlevel.wait_readable(host.process.fd)
+        while (
+            host.process is not None and host.process.fd < 0 and host.process.send(0) and key not in host.zygote.codes
+        ):
+            await trio.sleep(LOOK_S)
         with trio.move_on_after(CODE_DEADLINE_S):
             while key not in host.zygote.codes and not host.zygote.gone:
                 await host.zygote.changed.wait()
@@ -335,9 +342,8 @@ class LocalLauncher:
 
 
 def _kill(host: _Host) -> None:
-    if host.descriptor >= 0:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(host.descriptor, signal.SIGKILL)
+    if host.process is not None:
+        host.process.send(signal.SIGKILL)
 
 
 def _kill_group(host: _Host) -> None:
@@ -347,6 +353,5 @@ def _kill_group(host: _Host) -> None:
 
 
 def _close(host: _Host) -> None:
-    if host.descriptor >= 0:
-        os.close(host.descriptor)
-        host.descriptor = -1
+    if host.process is not None:
+        host.process.close()

@@ -10,7 +10,6 @@ kills every host and every process that their actors have started, removes the h
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import gc
 import importlib
@@ -20,9 +19,10 @@ import signal
 import sys
 from pathlib import Path
 
+from ranvier.transport import system
+
 from .zygote_protocol import Begin, Command, Event, Exited, Imported, NotStarted, Reader, Start, Started, pack
 
-PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 FOR_TRAINING = ("ranvier.actors.training.host", "torch._dynamo")
 """Modules of a training host. torch imports the second one when the first optimiser is made, which takes 1 s."""
 SHARED = ("ranvier.actors.host.together",)
@@ -38,7 +38,7 @@ def main() -> int:
     import ranvier.actors.model.causal  # noqa: F401
 
     # orphans of processes that the actors' code starts become children of this process, which ends them
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    system.adopt_orphans()
     gc.collect()
     gc.freeze()  # objects alive now stay, and a collection in a host must not copy their pages
     zygote = Zygote(lifeline)
@@ -54,7 +54,9 @@ class Zygote:
         self._sockets: Path | None = None
         self._children: dict[int, str] = {}
         self._commands: Reader[Command] = Reader(Command)
-        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._wake_read, self._wake_write = os.pipe()
+        for end in (self._wake_read, self._wake_write):
+            os.set_blocking(end, False)
         signal.set_wakeup_fd(self._wake_write)
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
@@ -128,7 +130,7 @@ class Zygote:
     def _become_host(self, command: Start) -> int:
         # The signal comes when the parent's thread ends; the zygote has only one. If the zygote is gone already, the
         # lifeline ends this host.
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        system.end_with_parent()
         os.setpgid(0, 0)  # so that processes of the actor's code can be killed with the host
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -143,8 +145,7 @@ class Zygote:
         os.close(errors)
         faulthandler.enable()
         specs = command.specs
-        with contextlib.suppress(OSError):  # the name in `ps` and `top`, where there is a /proc
-            Path("/proc/self/comm").write_text(f"rv:{specs[0].log_name}"[:15])
+        system.name_process(f"rv:{specs[0].log_name}")
         code: int
         if len(specs) > 1:
             code = importlib.import_module(*SHARED).main(specs, self._lifeline)
@@ -173,7 +174,7 @@ class Zygote:
         for pid in self._children:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, 0)
-        while left := _left_behind():  # each may leave children of its own
+        while left := system.orphans():  # each may leave children of its own
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -190,11 +191,6 @@ class Zygote:
 def _kill_group(leader: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, signal.SIGKILL)
-
-
-def _left_behind() -> list[int]:
-    """Return the children of this process, which has one thread. Its hosts are reaped, so these are their orphans."""
-    return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
 
 
 def _opened_log(path: str) -> int:

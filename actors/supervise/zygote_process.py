@@ -11,6 +11,8 @@ import os
 import subprocess
 import sys
 
+from ranvier.transport import system
+
 STANDARD = (0, 1, 2)
 
 
@@ -38,13 +40,13 @@ class ZygoteProcess:
 
     def __init__(self) -> None:
         open_standard_streams()
-        lifeline, self.lifeline = os.pipe2(os.O_CLOEXEC)
+        lifeline, self.lifeline = os.pipe()
         self._errors = -1
         self._said = ""
         # numpy's threads would not survive the fork
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
         try:
-            self._errors = os.memfd_create("zygote.err", os.MFD_CLOEXEC)
+            self._errors = system.unnamed_file("zygote.err")
             self.process = subprocess.Popen(
                 # -P: do not import a file of the current folder that is named like a module, such as glob.py
                 [sys.executable, "-P", "-m", "ranvier.actors.supervise.zygote", str(lifeline)],

@@ -17,10 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ranvier.actors.protocol.control_protocol import AskStatus
+from ranvier.transport.system import resident_bytes, run_on_idle_cores
 
 from ..file.errors import RequestError
-from ..observe.priority import run_last
-from ..observe.status import resident_bytes
 from ..run import client
 from ..sessions.printable import printable
 from ..trace.tail import Tail
@@ -61,7 +60,7 @@ def show(run_dir: Path, interval_s: float, console: Console) -> None:
         RequestError: there is no such run in progress.
         NoAnswer: the run's process does not answer.
     """
-    run_last()
+    run_on_idle_cores()
     top = Top(run_dir)
     status = top.look()
     with Live(console=console, transient=True, auto_refresh=False, screen=console.is_terminal) as live:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,6 +15,7 @@ from ranvier.actors.errors import CheckpointError
 from ranvier.actors.model import weights
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.transport.format.tensor_spec import TensorSpec
+from ranvier.transport.system import usable_cores
 
 from . import source
 from .actor_section import ActorSection
@@ -85,7 +85,7 @@ class ActorCheck(Findings):
         return actors
 
     def _cpus(self, name: str, section: ActorSection) -> None:
-        there = os.sched_getaffinity(0)
+        there = usable_cores()
         missing = sorted(set(section.cpus or ()) - there)
         if missing:
             self._wrong(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.transport.format.errors import AddressError, KeyFileError
+from ranvier.transport.system import LINUX
 from ranvier.transport.wires import curve, endpoint
 
 from .errors import Problem
@@ -81,6 +82,8 @@ class WireCheck(Findings):
                 "transport: local",
                 "shared_from_bytes", key=True,
             )  # fmt: skip
+        if transport == "local" and not LINUX:
+            self._wrong("transport local needs Linux's sockets and shared memory; use ipc", "transport")
         if transport in ("ipc", "local"):
             return
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ranvier.actors.protocol.control_protocol import AskStatus, Done
@@ -54,11 +53,3 @@ class Status:
                     label = f"{actor}.{replica}"
                     held[label] = held.get(label, 0) + len(stream.log)
         return {"hosts": hosts, "sessions": len(streams), "held_tokens": held}
-
-
-def resident_bytes(pid: int) -> int:
-    """Return the resident memory of a process of this machine in bytes, or 0 if there is no such process."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
-    except (OSError, IndexError, ValueError):
-        return 0

@@ -20,6 +20,7 @@ from ranvier.actors.protocol.control_protocol import AskWhy, Done, Wrong
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.supervise.supervision import Watched
 from ranvier.actors.supervise.supervisor import Supervisor
+from ranvier.transport.system import process_state
 
 from ..plan.plan import Plan
 from ..sessions.gateway import Gateway
@@ -164,14 +165,6 @@ def main_thread(dump: str, pid: int) -> list[str]:
         elif taken and line.strip():
             lines.append(line.strip())
     return lines[:STACK_LINES][::-1]
-
-
-def process_state(pid: int) -> str:
-    """Return the state of a process in /proc (proc(5)): R, S, D, T or Z; empty if there is no such process."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return ""
 
 
 def _is_full(folder: Path) -> bool:

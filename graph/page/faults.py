@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
+
+from ranvier.transport.system import ProcessHandle
 
 from ..bridge.problems import Problem, unknown
 from .sources import Served
@@ -51,26 +52,26 @@ class Faults:
             return await self._cut(fault, source)
         pid, process = await _opened(fault.actor, source)
         with contextlib.ExitStack() as stack:
-            stack.callback(os.close, process)
+            stack.callback(process.close)
             if fault.what == "slow":
                 if pid not in self._slow:
-                    self._slow[pid] = asyncio.create_task(self._slowed(pid, os.dup(process)))
+                    self._slow[pid] = asyncio.create_task(self._slowed(pid, ProcessHandle(pid)))
                 return f"{fault.actor} runs at half its speed for {SLOW_S:g} s"
             number, done = _SIGNALS[fault.what]
-            _signal(process, number)
+            process.send(number)
             return f"{fault.actor} (process {pid}) {done}"
 
-    async def _slowed(self, pid: int, process: int) -> None:
+    async def _slowed(self, pid: int, process: ProcessHandle) -> None:
         loop = asyncio.get_running_loop()
         until_s = loop.time() + SLOW_S
         try:
-            while loop.time() < until_s and _signal(process, signal.SIGSTOP):
+            while loop.time() < until_s and process.send(signal.SIGSTOP):
                 await asyncio.sleep(SLOW_BY_S)
-                _signal(process, signal.SIGCONT)
+                process.send(signal.SIGCONT)
                 await asyncio.sleep(SLOW_BY_S)
         finally:
-            _signal(process, signal.SIGCONT)
-            os.close(process)
+            process.send(signal.SIGCONT)
+            process.close()
             del self._slow[pid]
 
     async def _cut(self, fault: Fault, source: Served) -> str:
@@ -88,8 +89,8 @@ class Faults:
         return f"{fault.source} to {fault.target}: cut for {fault.seconds:g} s"
 
 
-async def _opened(actor: str, source: Served) -> tuple[int, int]:
-    """Return the process id of an actor that is not lost, and a descriptor that stands for this process alone.
+async def _opened(actor: str, source: Served) -> tuple[int, ProcessHandle]:
+    """Return the process id of an actor that is not lost, and a handle that stands for this process alone.
 
     Raises:
         Problem: there is none now.
@@ -97,14 +98,5 @@ async def _opened(actor: str, source: Served) -> tuple[int, int]:
     for host in (await source.state())["hosts"]:
         if host["label"] == actor and host["pid"] and host["lost"] is None:
             with contextlib.suppress(ProcessLookupError):  # it has just ended
-                return host["pid"], os.pidfd_open(host["pid"])
+                return host["pid"], ProcessHandle(host["pid"])
     raise unknown(f"no process runs {actor!r:.60} now; wait until it is back")
-
-
-def _signal(process: int, number: signal.Signals) -> bool:
-    """Send a signal. Return whether the process is still there."""
-    try:
-        signal.pidfd_send_signal(process, number)
-    except ProcessLookupError:
-        return False
-    return True

@@ -15,9 +15,8 @@ from typing import Any, BinaryIO
 import msgspec
 
 from ranvier.actors.errors import describe
+from ranvier.transport.system import resident_bytes, run_on_idle_cores
 
-from ..observe.priority import run_last
-from ..observe.status import resident_bytes
 from ..trace.trace_lines import TraceError
 from .events import Events
 from .watch import NotYet, Watch
@@ -76,6 +75,6 @@ def serve(run_dir: Path, asked: BinaryIO, answered: BinaryIO) -> None:
 
 
 if __name__ == "__main__":
-    run_last()
+    run_on_idle_cores()
     gc.disable()  # records hold no cycles, and walking through those that are kept took a fifth of the time
     serve(Path(sys.argv[1]), sys.stdin.buffer, sys.stdout.buffer)

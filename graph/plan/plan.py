@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from ranvier.transport.format.host_id import HostId
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.links import codec_choice
 from ranvier.transport.links.link import LinkSpec
+from ranvier.transport.system import usable_cores
 from ranvier.transport.wires.endpoint import parse, settled
 
 from ..file.actor_section import ActorSection, Quorum, RestartSection
@@ -196,7 +196,7 @@ class Plan:
         comes_back = any(edge.feedback and edge.into == "token" for edge in self.graph.edges)
         caching = [any(self.graph.actors[name].kind.caches for name in actors) for actors in self.shared]
         stages = sum(caching)  # actors of one process take turns
-        return max(1, min(stages, len(os.sched_getaffinity(0)))) if comes_back and self.graph.generates else 1
+        return max(1, min(stages, len(usable_cores()))) if comes_back and self.graph.generates else 1
 
     def host(self, name: str, replica: int, live: Live, run_dir: Path, sockets: Path) -> HostSpec:
         """Return the spec of one replica of an actor. `live` holds all replicas, this one included.
@@ -296,7 +296,7 @@ def _threads(graph: Graph, section: ActorSection) -> int:
 
     Processes that compute at the same time must not wait for each other's threads.
     """
-    return section.threads or max(1, len(section.cpus or os.sched_getaffinity(0)) // _processes(graph))
+    return section.threads or max(1, len(section.cpus or usable_cores()) // _processes(graph))
 
 
 def shared(graph: Graph) -> list[tuple[str, ...]]:

@@ -237,7 +237,7 @@ def _sockets(graph: Graph, path: Path) -> Path:
     if len(os.fsencode(own / f"{longest}.9999.c")) <= MAX_PATH_BYTES:
         own.mkdir(mode=0o700)
         return own
-    for parent in (None, "/dev/shm", "/tmp"):
+    for parent in (None, *filter(os.path.isdir, ("/dev/shm", "/tmp"))):
         made = Path(tempfile.mkdtemp(prefix="rv-", dir=parent))  # mode 0700
         if len(os.fsencode(made / f"{longest}.9999.c")) <= MAX_PATH_BYTES:
             own.symlink_to(made)  # so that commands find it

@@ -12,10 +12,11 @@ import signal
 import struct
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
+
+from ranvier.transport import system
 
 LENGTH = struct.Struct("<I")
 MEMORY_LIMIT_BYTES = 256 << 20
@@ -103,16 +104,9 @@ def main() -> int:
 
 
 def _limit_memory() -> None:
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    _limit(resource.RLIMIT_AS, now + MEMORY_LIMIT_BYTES)
-    _limit(resource.RLIMIT_FSIZE, 0)
-    _limit(resource.RLIMIT_CORE, 0)
-
-
-def _limit(resource_: int, value: int) -> None:
-    """Set a soft limit, at most as high as the hard limit."""
-    most = resource.getrlimit(resource_)[1]
-    resource.setrlimit(resource_, (value if most == resource.RLIM_INFINITY else min(value, most), most))
+    system.limit_own_memory(MEMORY_LIMIT_BYTES)
+    system.limit(resource.RLIMIT_FSIZE, 0)
+    system.limit(resource.RLIMIT_CORE, 0)
 
 
 def _loaded(request: Load) -> tuple[Worker | None, Reply]:
@@ -148,7 +142,7 @@ class Worker:
 
         spent = resource.getrusage(resource.RUSAGE_SELF)
         limit = int(spent.ru_utime + spent.ru_stime) + 1 + request.seconds
-        _limit(resource.RLIMIT_CPU, limit)
+        system.limit(resource.RLIMIT_CPU, limit)
         try:
             if isinstance(request, Text):
                 return Ids(self._codec.encode(request.text, special=request.special))

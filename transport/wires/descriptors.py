@@ -6,6 +6,7 @@ import os
 import resource
 import stat
 
+from .. import system
 from ..files import locked
 from ..format.errors import AddressError, ResourceError
 
@@ -22,7 +23,7 @@ def make_sure_of_descriptors(me: str, count: int) -> None:
     Raises:
         ResourceError: fewer descriptors are left.
     """
-    limit, taken = resource.getrlimit(resource.RLIMIT_NOFILE)[0], len(os.listdir("/proc/self/fd"))
+    limit, taken = resource.getrlimit(resource.RLIMIT_NOFILE)[0], system.open_descriptors()
     if limit - taken < count:
         raise ResourceError(
             f"{me}: needs {count} more descriptors for its sockets, {max(0, limit - taken)} of {limit} are left; "

@@ -12,9 +12,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import system
 from ..format.errors import AddressError
 
-MAX_PATH_BYTES = 107
+MAX_PATH_BYTES = system.MOST_SOCKET_PATH_BYTES
 _BESIDE = "ipc://./"
 
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from ..format.errors import ProtocolError
 from ..format.message import Buffer
+from ..system import LINUX
 
 ROUND_BYTES = 1 << 16
 """The size of a segment is a multiple of this, so that messages of similar sizes reuse the same segments."""
@@ -35,7 +36,7 @@ MOST_BYTES = 256 << 20
 MOST_IDLE_BYTES = 64 << 20
 """Largest size of the segments that one process keeps ready without lending them."""
 NONCE_BYTES = 32
-SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW if LINUX else 0
 
 
 class Loan(NamedTuple):

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from ..format.errors import LinkClosed, ProtocolError
 from ..format.message import Buffer
 from ..links.wire import Arrival
+from ..system import LINUX
 from .packets import SEVERAL, Packet, announced, frames_of, packets_of, pair
 
 MAX_PACKET_BYTES = 256 << 10
@@ -33,7 +34,7 @@ RETRY_S = 0.05
 """Seconds between two attempts to reach a peer that does not listen, or to accept while no descriptors are left."""
 BACKLOG = 128
 MAX_EVENTS = 64
-_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_FLAGS = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL if LINUX else 0
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import zmq
 
+from .. import system
 from ..format.errors import AddressError, LinkBroken, LinkClosed, ProtocolError
 from ..format.header import MAX_TENSORS
 from ..format.host_id import claims_to_be
@@ -213,7 +214,7 @@ class ZeroWire:
         if self._quick:
             until_ns = began_ns + AWAKE_NS
             while not int(inbox.getsockopt(_EVENTS)) & _READABLE and time.monotonic_ns() < until_ns:
-                os.sched_yield()
+                system.yield_core()
         identity = inbox.recv()
         self._quick = time.monotonic_ns() - began_ns < AWAKE_NS
         return began_ns, identity

@@ -12,6 +12,8 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
+from ranvier.transport.system import LINUX
+
 
 @functools.cache
 def library() -> Any:
@@ -70,10 +72,10 @@ _SIGNATURES = {
 def find(package: str, name: str) -> dict[str, Any]:
     """Return the compiled `<name>_<set>.c` of a package, for each instruction set that this processor has.
 
-    The best set comes first. The result is empty if nothing was compiled.
+    The best set comes first. The result is empty if nothing was compiled, and where there is no Linux.
     """
     ranked: list[tuple[int, str, Any]] = []
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(package) if LINUX else None
     for folder in (spec and spec.submodule_search_locations) or ():
         for path in Path(folder).glob(f"_{name}_*{EXTENSION_SUFFIXES[0]}"):
             loaded = ctypes.CDLL(str(path))

@@ -11,6 +11,8 @@ import mmap
 
 import torch
 
+from ranvier.transport.system import LINUX
+
 LARGE = 2 << 20
 """Bytes of a large page, on x86 and on most ARM systems."""
 
@@ -21,7 +23,7 @@ def fresh(nbytes: int, large_from: int | None = None) -> torch.Tensor:
     What reads much memory with small pages takes many address translations, each of which goes through two page tables in a
     virtual machine. But a large page takes 2 MiB as soon as one of its bytes is written.
     """
-    large = large_from is not None and nbytes - large_from >= LARGE
+    large = LINUX and large_from is not None and nbytes - large_from >= LARGE
     memory = mmap.mmap(-1, max(1, nbytes) + (LARGE if large else 0), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % LARGE if large else 0
