@@ -53,8 +53,9 @@ test-all: $(STAMP) $(MODEL) $(BROWSER) $(SITE)
 # the pictures of README and docs: from the test that looks at the page, and from commands typed into a terminal
 pictures: $(STAMP) $(MODEL) $(BROWSER) $(SITE)
 	$(BIN)/python -m pytest tests/graph/page/test_page.py -k message --pictures docs/pictures
-	$(BIN)/python tools/record.py docs/pictures/demo.cast
-	bash tools/draw.sh $(VENV)/site docs/pictures/demo.cast docs/pictures/demo.svg
+	$(BIN)/python -m pytest tests/docs/test_site.py -k browser --pictures docs/pictures
+	$(BIN)/python tools/record.py docs/pictures
+	for name in demo talk narrow; do bash tools/draw.sh $(VENV)/site docs/pictures/$$name.cast docs/pictures/$$name.svg || exit 1; done
 
 # what draws diagrams and recordings, from npm; nothing of it is part of the repository
 $(SITE): tools/site.sh | $(STAMP)

@@ -1,6 +1,6 @@
-"""Record the moving picture of the README: `make pictures`, or `python tools/record.py pictures/demo.cast`.
+"""Record the moving pictures of README and docs: `python tools/record.py FOLDER` writes FOLDER/NAME.cast (`make pictures`).
 
-The commands are typed into a real terminal (pty), one key after another. What it shows is written as an asciicast (version 2),
+Commands are typed into a real terminal (pty), one key after another. What it shows is written as an asciicast (version 2),
 which svg-term-cli draws. Source of the format: asciinema's documentation of asciicast v2.
 """
 
@@ -14,75 +14,96 @@ import select
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-COLUMNS, ROWS = 100, 24
-PROMPT = "\x1b[1;32m$\x1b[0m "
+SHELL = "\x1b[1;32m$\x1b[0m "
 KEY_S, READ_S, LONGEST_PAUSE_S = 0.03, 1.6, 1.2
 """Seconds between two keys; before the next command is typed; and the longest pause that is kept."""
-COMMANDS = (
-    'ranvier run smollm2 --prompt "Why is the sky blue?" --max-tokens 48',
-    "ranvier trace latest --why 1",
-    "python examples/lose_an_actor.py",
-)
+END_OF_INPUT = "\x04"
 
 
+@dataclass(frozen=True)
+class Typed:
+    """Hold a command, and the lines that are typed into it, each when it shows `> `."""
+
+    command: str
+    lines: Sequence[str] = ()
+
+
+RECORDINGS: Mapping[str, tuple[int, int, Sequence[Typed]]] = {
+    "demo": (100, 24, [
+        Typed('ranvier run smollm2 --prompt "Why is the sky blue?" --max-tokens 48'),
+        Typed("ranvier trace latest --why 1"),
+        Typed("python examples/lose_an_actor.py"),
+    ]),
+    "talk": (80, 22, [
+        Typed("ranvier run smollm2 -n 40", [
+            "My name is Ada. Say hello.", "What is my name?", "/trace", END_OF_INPUT,
+        ]),
+    ]),
+    "narrow": (60, 30, [Typed('ranvier run smollm2 -p "Name three colours." -n 24 --cost')]),
+}  # fmt: skip
+"""Columns, rows and commands of each recording."""
+
+
+@dataclass
 class Cast:
     """Hold the events of a recording: seconds since its beginning, and what the terminal has written."""
 
-    def __init__(self) -> None:
-        self.events: list[tuple[float, str]] = []
-        self._now_s = 0.0
+    columns: int
+    rows: int
+    events: list[tuple[float, str]] = field(default_factory=list)
+    now_s: float = 0.0
 
     def wrote(self, text: str, after_s: float) -> None:
-        self._now_s += min(after_s, LONGEST_PAUSE_S)
-        self.events.append((self._now_s, text))
-
-    def pause(self, seconds: float) -> None:
-        self._now_s += seconds
+        self.now_s += min(after_s, LONGEST_PAUSE_S)
+        self.events.append((self.now_s, text))
 
     def text(self) -> str:
-        head = {"version": 2, "width": COLUMNS, "height": ROWS}
+        head = {"version": 2, "width": self.columns, "height": self.rows}
         lines = [json.dumps([round(at_s, 3), "o", text]) for at_s, text in self.events]
         return "\n".join([json.dumps(head), *lines]) + "\n"
 
 
-def record(commands: tuple[str, ...], folder: Path) -> Cast:
+def record(columns: int, rows: int, commands: Sequence[Typed], folder: Path) -> Cast:
     """Type commands into a shell on a terminal in a folder, and return what it shows.
 
     Raises:
         RuntimeError: a command failed.
     """
-    cast = Cast()
-    for command in commands:
-        cast.wrote(PROMPT, 0.0)
-        cast.pause(0.6)
-        for key in command:
+    cast = Cast(columns, rows)
+    for typed in commands:
+        cast.wrote(SHELL, 0.0)
+        cast.now_s += 0.6
+        for key in typed.command:
             cast.wrote(key, KEY_S)
         cast.wrote("\r\n", 0.3)
-        _run(command, folder, cast)
-        cast.pause(READ_S)
-    cast.wrote(PROMPT, 0.0)
-    cast.pause(READ_S)
+        _run(typed, folder, cast)
+        cast.now_s += READ_S
+    cast.wrote(SHELL, 0.0)
+    cast.now_s += READ_S
     cast.wrote(" ", 0.0)  # the picture stays for a moment before it begins again
     return cast
 
 
-def _run(command: str, folder: Path, cast: Cast) -> None:
+def _run(typed: Typed, folder: Path, cast: Cast) -> None:
     near, far = pty.openpty()
-    fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", ROWS, COLUMNS, 0, 0))
+    fcntl.ioctl(far, termios.TIOCSWINSZ, struct.pack("HHHH", cast.rows, cast.columns, 0, 0))
     environment = {
-        **os.environ,
-        "TERM": "xterm-256color",
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-    }
+        **os.environ, "TERM": "xterm-256color", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "XDG_STATE_HOME": str(folder), "XDG_CONFIG_HOME": str(folder),
+    }  # fmt: skip
     process = subprocess.Popen(
-        ["bash", "-c", command], stdin=far, stdout=far, stderr=far, cwd=folder, env=environment, start_new_session=True
-    )
+        ["bash", "-c", typed.command], stdin=far, stdout=far, stderr=far, cwd=folder, env=environment,
+        preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),
+    )  # fmt: skip
     os.close(far)
-    before_s = time.monotonic()
+    left, shown, before_s = list(typed.lines), "", time.monotonic()
     while True:
         select.select([near], [], [])
         try:
@@ -92,16 +113,27 @@ def _run(command: str, folder: Path, cast: Cast) -> None:
         if not data:
             break
         now_s = time.monotonic()
-        cast.wrote(data.decode(errors="replace"), now_s - before_s)
-        before_s = now_s
+        text = data.decode(errors="replace")
+        cast.wrote(text, now_s - before_s)
+        shown, before_s = (shown + text)[-200:], now_s
+        if left and shown.endswith("> "):
+            line, shown = left.pop(0), ""
+            cast.now_s += READ_S
+            for key in line if line == END_OF_INPUT else f"{line}\n":
+                os.write(near, key.encode())
+                time.sleep(KEY_S)
+            before_s = time.monotonic() - KEY_S
     os.close(near)
     if process.wait() != 0:
-        raise RuntimeError(f"`{command}` ended with {process.returncode}")
+        raise RuntimeError(f"`{typed.command}` ended with {process.returncode}")
+
+
+def main(folder: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="rv-", dir="/tmp") as place:
+        (Path(place) / "examples").symlink_to(Path(__file__).resolve().parents[1] / "examples")
+        for name, (columns, rows, commands) in RECORDINGS.items():
+            (folder / f"{name}.cast").write_text(record(columns, rows, commands, Path(place)).text())
 
 
 if __name__ == "__main__":
-    import tempfile
-
-    with tempfile.TemporaryDirectory(prefix="rv-", dir="/tmp") as place:
-        (Path(place) / "examples").symlink_to(Path(__file__).resolve().parents[1] / "examples")
-        Path(sys.argv[1]).write_text(record(COMMANDS, Path(place)).text())
+    main(Path(sys.argv[1]))

@@ -28,7 +28,7 @@ class About:
     def begins(self, run_dir: Path) -> None:
         """Name the run's folder."""
         if self._speaks:
-            say(f"run folder: {run_dir}", error=True)
+            say(f"run folder: {_shown(run_dir)}", error=True)
 
     def ends(self, parts: Sequence[str], run_dir: Path, *, traced: bool) -> None:
         """Say these parts in a line, which actor computed longest, and where to look. A damaged trace is only said."""
@@ -40,11 +40,16 @@ class About:
             say(f"ranvier: {error}", error=True)
             trace = None
         if self._speaks:
-            name = "latest" if run_dir.parent == run_folder.DEFAULT_ROOT else str(run_dir)
+            name = "latest" if _shown(run_dir).parent == run_folder.DEFAULT_ROOT else _shown(run_dir)
             look = [f"`ranvier trace {name}`"] if trace is not None else []
             say(" · ".join([*parts, *_slowest(trace), *look]), error=True)
         if self._cost and trace is not None:
             say(f"\n{table.of_summary(summary.summary(trace), columns(sys.stderr))}", error=True)
+
+
+def _shown(run_dir: Path) -> Path:
+    """Return a run's folder as a user of this working directory would type it."""
+    return run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
 
 
 def _slowest(trace: Trace | None) -> list[str]:

@@ -22,7 +22,7 @@ from ..run.blocking import BlockingRun, start
 from ..trace import critical_path, summary, table
 from ..trace.trace_lines import TraceError
 from .about import About
-from .command_line import ENDING, interrupts, say, show_text, yaml_value
+from .command_line import ENDING, columns, interrupts, say, show_text, yaml_value
 from .progress import Bar
 
 HELP = """/system TEXT     begin again with a system message; without a text: without one
@@ -105,7 +105,8 @@ class Talk:
         until_s = time.monotonic() + WRITTEN_S
         while True:
             try:
-                say(table.of_path(critical_path.why(summary.read(self._run.dir), self._session)))
+                found = critical_path.why(summary.read(self._run.dir), self._session)
+                say(table.fitted(table.of_path(found), columns(sys.stdout)))
                 return
             except TraceError as error:
                 if time.monotonic() > until_s:

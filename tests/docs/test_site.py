@@ -70,6 +70,19 @@ def test_the_reference_is_what_the_code_says(tmp_path: Path, monkeypatch: pytest
     assert sorted(named) == sorted(ranvier.__all__)
 
 
+@pytest.mark.parametrize("name", ["demo", "talk", "narrow"])
+def test_a_recording_is_drawn_the_same(name: str, tmp_path: Path) -> None:
+    """Draw each recording twice: both pictures, and the one in the docs, have the same bytes."""
+    pictures = REPOSITORY / "docs" / "pictures"
+    for again in ("one", "two"):
+        drawn = tmp_path / f"{again}.svg"
+        subprocess.run(
+            ["bash", REPOSITORY / "tools" / "draw.sh", REPOSITORY / ".venv" / "site", pictures / f"{name}.cast", drawn],
+            check=True, timeout=60,
+        )  # fmt: skip
+        assert drawn.read_bytes() == (pictures / f"{name}.svg").read_bytes()
+
+
 def test_each_page_is_in_the_site(site: Path) -> None:
     """Make a page of every file, and put docstrings into the page about Python."""
     for page in (REPOSITORY / "docs").rglob("*.md"):

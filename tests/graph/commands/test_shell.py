@@ -67,6 +67,19 @@ def test_colours(runs: Path, colours: bool) -> None:
     shown.close()
 
 
+def test_a_narrow_terminal(runs: Path) -> None:
+    """Name the run by its short name, and let no line of a table be wider than the terminal."""
+    shown = Terminal([*RUN, "--prompt", "Hi", "-n", "3"], cwd=runs, columns=60)
+    assert shown.end() == 0
+    assert "run folder: ranvier-runs/smollm2-" in shown.seen and "`ranvier trace latest`" in shown.seen
+    for how in (["--why", "1"], ["--idle"], []):
+        explained = Terminal([*COMMAND, "trace", "latest", *how], cwd=runs, columns=60)
+        assert explained.end() == 0
+        assert max(map(len, explained.seen.splitlines())) <= 60 and "lower" in explained.seen
+        explained.close()
+    shown.close()
+
+
 def test_the_log_as_text(runs: Path) -> None:
     """Show the run's log with -v, also in a pipe."""
     done = subprocess.run(
