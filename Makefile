@@ -108,4 +108,4 @@ fuzz: $(STAMP)
 	done
 
 clean:
-	rm -rf $(VENV) .bench-venv .clients-venv actors/model/kernels/*.so actors/training/*.so build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .bench-venv .clients-venv site docs/assets/*.js actors/model/kernels/*.so actors/training/*.so build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

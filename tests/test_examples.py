@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from linux import only_linux
 
 import ranvier
 from ranvier.graph.plan import show
@@ -161,7 +162,15 @@ def test_smollm2_learns_facts_by_lora(runs: Path) -> None:
     assert f"after: {said!r}" in done, (said, done)
 
 
-@pytest.mark.parametrize("name", ["smollm2-one.yaml", "smollm2-tcp.yaml", "smollm2-local.yaml", "smollm2-shared.yaml"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "smollm2-one.yaml",
+        "smollm2-tcp.yaml",
+        pytest.param("smollm2-local.yaml", marks=only_linux),
+        "smollm2-shared.yaml",
+    ],
+)
 def test_a_graph_answers(name: str, runs: Path) -> None:
     """Answer from one process, and over TCP.
 

@@ -6,11 +6,11 @@ which svg-term-cli draws. Source of the format: asciinema's documentation of asc
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import json
 import os
 import pty
-import select
 import struct
 import subprocess
 import sys
@@ -104,8 +104,8 @@ def _run(typed: Typed, folder: Path, cast: Cast) -> None:
     )  # fmt: skip
     os.close(far)
     left, shown, before_s = list(typed.lines), "", time.monotonic()
+    letters = codecs.getincrementaldecoder("utf-8")("replace")
     while True:
-        select.select([near], [], [])
         try:
             data = os.read(near, 1 << 16)
         except OSError:  # the other side is closed
@@ -113,7 +113,7 @@ def _run(typed: Typed, folder: Path, cast: Cast) -> None:
         if not data:
             break
         now_s = time.monotonic()
-        text = data.decode(errors="replace")
+        text = letters.decode(data)
         cast.wrote(text, now_s - before_s)
         shown, before_s = (shown + text)[-200:], now_s
         if left and shown.endswith("> "):

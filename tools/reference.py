@@ -7,7 +7,6 @@ names of the Python interface from the package. mkdocstrings puts the docstrings
 from __future__ import annotations
 
 import ast
-import importlib
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -32,7 +31,7 @@ GROUPS = {
     "Graphs": ("load", "Graph", "plan", "Plan"),
     "Runs": ("start", "launch", "BlockingRun", "BlockingGeneration", "Run", "Generation", "Token", "Result", "Sampling"),
     "Training": ("train", "Trained", "initialise"),
-    "Actors of your own": ("Actor", "Batch", "Context", "SessionInfo", "Row", "TensorSpec", "RowsFailed", "gather", "scatter",
+    "Custom actors": ("Actor", "Batch", "Context", "SessionInfo", "Row", "TensorSpec", "RowsFailed", "gather", "scatter",
                            "balancing_loss"),
     "Errors": ("RanvierError", "GraphError", "RequestError", "CheckpointError", "ActorFailed", "Overloaded", "Expired",
                "ResourceError", "KeyFileError", "LinkBroken", "LinkClosed", "ProtocolError"),
@@ -78,9 +77,10 @@ def _values(value: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
         return ", ".join(f"`{each}`" for each in value["enum"])
     kind = str(value.get("type", ""))
     if kind in ("integer", "number"):
-        low, high = value.get("minimum", value.get("exclusiveMinimum")), value.get("maximum")
-        named = "a whole number" if kind == "integer" else "a number"
-        return named + (f" from {low:,}" if low is not None else "") + (f" to {high:,}" if high is not None else "")
+        words = ["a whole number" if kind == "integer" else "a number"]
+        for word, bound in (("above", "exclusiveMinimum"), ("from", "minimum"), ("to", "maximum")):
+            words += [f"{word} {value[bound]:,}"] if bound in value else []
+        return " ".join(words)
     return {"boolean": "`true`, `false`", "string": "text", "array": "a list", "object": "a mapping"}.get(kind, kind)
 
 
@@ -108,15 +108,15 @@ def commands() -> Iterator[str]:
     yield "\n## Exit codes\n\n| code | meaning |\n|---|---|"
     for code, meaning in EXIT_CODES:
         yield f"| {code} | {meaning} |"
-    yield "\n## Defaults of your own\n"
+    yield "\n## Your defaults\n"
     yield (
         "`~/.config/ranvier/config.toml` (or `ranvier/config.toml` in `$XDG_CONFIG_HOME`) has a table for each command, with\n"
         "its long options:\n"
     )
     yield '```toml\n[run]\nmax-tokens = 256\nlog = "console"\n\n[serve]\nport = 9000\n```\n'
     yield (
-        "The command line goes before it. `ranvier --install-completion` teaches your shell to complete graphs, runs, actors\n"
-        "and edges."
+        "Options on the command line override this file. `ranvier --install-completion` installs completion of graphs, runs,\n"
+        "actors and edges for your shell."
     )
     for words, command in flat:
         yield f"\n## {' '.join(words)}\n\n{inspect.cleandoc(command.help)}\n"
@@ -137,7 +137,7 @@ def _flat(group: Any, before: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
 
 def _usage(words: tuple[str, ...], command: Any) -> str:
     context = command.context_class(command, info_name=" ".join(["ranvier", *words]))
-    return re.sub(r"[{}]", "", " ".join(command.get_usage(context).removeprefix("Usage: ").split()))
+    return re.sub(r"[{}]|(?<=\.\.\.)\.\.\.", "", " ".join(command.get_usage(context).removeprefix("Usage: ").split()))
 
 
 def _parameters(command: Any) -> Iterator[str]:
@@ -173,13 +173,18 @@ def trace_columns() -> Iterator[str]:
 
 def python() -> Iterator[str]:
     yield "# The Python interface\n"
-    yield "All names are attributes of the package: `import ranvier`."
+    yield (
+        "All names are attributes of the package: `import ranvier`. The site (`make docs`) shows their docstrings below; in\n"
+        "Python, `help` does."
+    )
     for title, names in GROUPS.items():
-        yield f"\n## {title}"
+        yield f"\n## {title}\n\n| name | |\n|---|---|"
+        for name in names:
+            about = inspect.cleandoc(getattr(ranvier, name).__doc__ or "").partition("\n\n")[0]
+            yield f"| `{name}` | {_cell(about)} |"
         for name in names:
             made = getattr(ranvier, name)
-            module = importlib.import_module(made.__module__).__name__
-            yield f"\n::: {module}.{name}"
+            yield f"\n::: {made.__module__}.{name}"
 
 
 PAGES = {"graph-keys.md": graph_keys, "commands.md": commands, "trace-columns.md": trace_columns, "python.md": python}

@@ -92,7 +92,14 @@ class ProcessHandle:
         """Forget the process. Idempotent."""
         if self._open and LINUX:
             os.close(self.fd)
-        self._open = False
+        self._open, self.fd = False, -1
+
+    def copy(self) -> ProcessHandle:
+        """Return another handle of the same process, to be closed by itself."""
+        made = object.__new__(ProcessHandle)
+        made._pid, made._open = self._pid, self._open
+        made.fd = os.dup(self.fd) if self.fd >= 0 else -1
+        return made
 
 
 def adopt_orphans() -> None:
@@ -183,7 +190,7 @@ class Bell:
 
     def ring(self) -> None:
         """Wake the thread. Do nothing if the bell is closed, or rings already."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a closed one has the descriptor -1
             os.write(self._ringing, b"\0\0\0\0\0\0\0\1" if sys.byteorder == "big" else b"\1\0\0\0\0\0\0\0")
 
     def hush(self) -> None:
@@ -192,7 +199,9 @@ class Bell:
             os.read(self.fd, 1 << 12)
 
     def close(self) -> None:
-        for descriptor in {self.fd, self._ringing}:
+        descriptors = {self.fd, self._ringing}
+        self.fd = self._ringing = -1
+        for descriptor in descriptors:
             os.close(descriptor)
 
 

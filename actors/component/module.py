@@ -47,7 +47,7 @@ class Probed(NamedTuple):
 
 
 def probe(module: type[nn.Module], args: Mapping[str, Any], inputs: Mapping[str, TensorSpec]) -> Probed:
-    """Create a module and run its `forward` twice, with a different size for each named dimension each time.
+    """Create a module and run its `forward`, with two different sizes for each named dimension, and with other values.
 
     Raises:
         ValueError: the module cannot be created, `forward` fails, or it returns something other than tensors.
@@ -59,7 +59,7 @@ def probe(module: type[nn.Module], args: Mapping[str, Any], inputs: Mapping[str,
                     return Probed(*_tried(module, args, inputs), own_autograd)
             except ValueError as error:
                 why = error
-        if "meta" not in str(why):  # the module is wrong on every device
+        if "meta" not in str(why).lower():  # the module is wrong on every device
             break
     raise why
 
@@ -81,10 +81,13 @@ def _tried(
         made = module(**args).train(False)
     except Exception as error:
         raise ValueError(f"cannot be created with args {dict(args)}: {type(error).__name__}: {error}") from None
-    for sizes in _trials(names):
+    first_sizes, second_sizes = _trials(names)
+    for sizes, value in ((first_sizes, 0), (second_sizes, 0), (first_sizes, 1)):
         given = {
-            name: torch.zeros(
-                [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape], dtype=torch_dtype(spec.dtype)
+            name: torch.full(
+                [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape],
+                value,
+                dtype=torch_dtype(spec.dtype),
             )
             for name, spec in inputs.items()
         }
@@ -93,12 +96,13 @@ def _tried(
         except Exception as error:
             shapes = ", ".join(f"{name}: {spec}" for name, spec in inputs.items())
             raise ValueError(f"forward fails for {shapes}: {type(error).__name__}: {error}") from None
-    (first_sizes, first), (second_sizes, second) = trials
-    if [(port, made.dim()) for port, made in first.items()] != [(port, made.dim()) for port, made in second.items()]:
-        raise ValueError(
-            "forward returns different outputs for different input sizes; return the same outputs for all sizes"
-        )
-    outputs = {port: _spec(port, first[port], second[port], first_sizes, second_sizes) for port in first}
+    (first_sizes, first), (second_sizes, second), (_, other) = trials
+    for each in (second, other):
+        if [(port, made.dim()) for port, made in first.items()] != [(port, made.dim()) for port, made in each.items()]:
+            raise ValueError(
+                "forward returns different outputs for different inputs; return the same outputs for all sizes and values"
+            )
+    outputs = {port: _spec(port, first[port], second[port], other[port], first_sizes, second_sizes) for port in first}
     return outputs, sum(tensor.nbytes for tensor in tensors_of(made).values())
 
 
@@ -131,13 +135,15 @@ def _spec(
     port: str,
     first: torch.Tensor,
     second: torch.Tensor,
+    other: torch.Tensor,
     first_sizes: Mapping[str, int],
     second_sizes: Mapping[str, int],
 ) -> TensorSpec:
+    """Return the spec of an output that had these shapes. A size that depends on values gets a name of its own."""
     shape: list[int | str] = []
-    for index, (one, two) in enumerate(zip(first.shape, second.shape, strict=True)):
+    for index, (one, two, three) in enumerate(zip(first.shape, second.shape, other.shape, strict=True)):
         named = next((n for n in first_sizes if (first_sizes[n], second_sizes[n]) == (one, two)), f"{port}_{index}")
-        shape.append(one if one == two else named)
+        shape.append(f"{port}_{index}" if one != three else one if one == two else named)
     return TensorSpec(dtype_name(first.dtype), tuple(shape))
 
 

@@ -36,7 +36,7 @@ def chat_command(
     model: Annotated[str | None, typer.Option(help="The model's name. Default: the server's first.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", "-n", min=1, help="At most so many tokens per answer.")
+        int | None, typer.Option("--max-tokens", "-n", min=1, help="At most this many tokens per answer.")
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="0 takes the likeliest token. Default: the model's own.")
@@ -48,7 +48,7 @@ def chat_command(
         float, typer.Option(min=0, help="Seconds to wait for a server that is not there, before an answer is given up.")
     ] = 60.0,
 ) -> None:
-    """Talk to a server. An answer whose connection is lost goes on where it stopped."""
+    """Talk to a server. An answer whose connection is lost continues where it stopped."""
     key = read_bounded(api_key_file, 4096).decode().split("\n")[0].strip() if api_key_file is not None else ""
     server = Server(url, key, patience)
     asked: dict[str, Any] = {"model": model or server.first_model(), "stream": True}

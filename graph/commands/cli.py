@@ -29,7 +29,7 @@ from ranvier.transport.format.errors import KeyFileError, RanvierError, Resource
 from ..file.check import load as load_graph
 from ..file.checked import Graph
 from ..file.errors import GraphError, Problem, RequestError
-from ..file.load import read as read_document
+from ..file.named_graphs import folder_of
 from ..plan import show
 from ..plan.plan import plan
 from ..run import run_folder
@@ -92,7 +92,9 @@ def _writing() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter's last flush would complain
         raise typer.Exit from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if (
+            error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None
+        ):  # another file than the output
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise ResourceError(f"the output cannot be written: {error.strerror}; free some space") from None
@@ -102,7 +104,7 @@ app = typer.Typer(
     name="ranvier",
     cls=Commands,
     help="Run the parts of a model as actors that exchange tensors over ZeroMQ.\n\n"
-    "Start with: ranvier check GRAPH, then ranvier show GRAPH, then ranvier run GRAPH --prompt TEXT, or ranvier train GRAPH.",
+    "Start with: ranvier run smollm2 --prompt TEXT. Write a graph with: ranvier new graph NAME; then check, show and run it.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
@@ -142,16 +144,18 @@ def check(
     allow_code: AllowCode = False,
     settings: Set = None,
 ) -> None:
-    """Find everything that is wrong with a graph file without starting a process."""
+    """Check a graph file without starting a process."""
     try:
         checked = load_graph(graph, allow_code=allow_code, overrides=overrides(settings))
         if checked.file.training is not None:
             training_plan(checked)
-        codec = _codec(graph, checked, settings)
+        codec = _codec(checked)
     except GraphError as error:
         if not as_json:
             raise
-        problems = [{"line": p.at.line, "column": p.at.column, "what": p.what} for p in error.problems]
+        problems = [
+            {"line": p.at.line, "column": p.at.column, "where": p.at.where, "what": p.what} for p in error.problems
+        ]
         print_json({"ok": False, "file": str(graph), "problems": problems})
         raise typer.Exit(WRONG) from None
     if as_json:
@@ -169,7 +173,7 @@ def check(
             print(f"{graph}: warning: {warning}")
 
 
-def _codec(path: Path, checked: Graph, settings: list[str] | None) -> TextCodec | None:
+def _codec(checked: Graph) -> TextCodec | None:
     """Return the tokenizer of a graph that generates text.
 
     Raises:
@@ -180,8 +184,7 @@ def _codec(path: Path, checked: Graph, settings: list[str] | None) -> TextCodec 
     try:
         return codec_of(checked)
     except CheckpointError as error:
-        at = read_document(path, overrides(settings)).at("model", "source")
-        raise GraphError(str(path), [Problem(str(error), at)]) from None
+        raise GraphError(checked.document.file, [Problem(str(error), checked.document.at("model", "source"))]) from None
 
 
 def _words(checked: Graph, codec: TextCodec | None) -> str:
@@ -348,7 +351,7 @@ def keys_new(
     if not isinstance(actors, dict):
         raise RequestError(f"{graph}: no actors; expected a mapping")
     given = data.get("keys")
-    where = folder or graph.parent / (given if isinstance(given, str) else "keys")
+    where = folder or folder_of(graph) / (given if isinstance(given, str) else "keys")
     for path in curve.write(where, (GATEWAY, *map(str, actors))):
         print(path)
 
@@ -379,10 +382,19 @@ def main(zygote: ZygoteProcess | None = None) -> None:
         zygote: the process from which hosts are forked, if it was started before.
     """
     try:
-        app(prog_name="ranvier", obj=zygote, default_map=config.defaults(typer.main.get_command(app)))
+        app(
+            prog_name="ranvier",
+            obj=zygote,
+            default_map={} if _only_asks() else config.defaults(typer.main.get_command(app)),
+        )
     except RanvierError as error:
         say(f"{error}" if isinstance(error, GraphError) else f"ranvier: {error}", error=True)
         sys.exit(_code(error))
+
+
+def _only_asks() -> bool:
+    """Return whether the command line asks for help, the version or completions, which a wrong default must not keep back."""
+    return bool({"-h", "--help", "--version"} & set(sys.argv)) or "_RANVIER_COMPLETE" in os.environ
 
 
 def _code(error: RanvierError) -> int:

@@ -259,6 +259,16 @@ def show_text(text: str) -> None:
     print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
 
 
+def shown(text: str) -> bool:
+    """Print a piece of a model's text, as `show_text` does. Return false once nobody reads it any more."""
+    try:
+        show_text(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter's last flush would complain
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def reading(*folders: Path | None) -> Iterator[None]:
     """Read untrusted folders in this context, and translate unexpected errors.

@@ -57,14 +57,14 @@ def scaled(context: typer.Context, incomplete: str) -> Words:
 
 
 def recorded(context: typer.Context, incomplete: str) -> Words:
-    """Complete the edges and actors of `--record`: the last of several, between commas."""
+    """Complete the actors and listed edges of `--record`: the last of several, between commas."""
     before, comma, begun = incomplete.rpartition(",")
     words = ["all", *(name for name, _ in _actors(context)), *_edges(context)]
     return [(f"{before}{comma}{word}", "") for word in words if word.startswith(begun)]
 
 
 def settings(context: typer.Context, incomplete: str) -> Words:
-    """Complete the keys of `--set`: what the graph has, and its edges by their ends."""
+    """Complete the keys of `--set`: what the graph has, and the edges that it lists by their ends."""
     keys = [f"actors.{name}." for name, _ in _actors(context)] + [f"edges[{edge}]." for edge in _edges(context)]
     keys += ["model.dtype=", "model.weights=", "model.source=", "model.products=", "transport="]
     return [(key, "") for key in keys if key.startswith(incomplete)]

@@ -6,7 +6,6 @@ Source of the place: XDG Base Directory Specification 0.8 (`XDG_CONFIG_HOME`, by
 
 from __future__ import annotations
 
-import difflib
 import os
 import tomllib
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any
 from ranvier.transport.files import read_bounded
 
 from ..file.errors import RequestError
+from ..file.findings import near
 
 MOST_BYTES = 1 << 20
 
@@ -40,6 +40,10 @@ def defaults(app: Any) -> dict[str, Any]:
         content = tomllib.loads(read_bounded(file, MOST_BYTES).decode())
     except (FileNotFoundError, NotADirectoryError):
         return {}
+    except PermissionError:
+        if not os.access(file.parent, os.X_OK):  # the home of another user, as in a container
+            return {}
+        raise RequestError(f"{file}: may not be read; change its mode, or remove it") from None
     except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"{file}: {error}") from None
     return _of_group(app, content, str(file))
@@ -50,13 +54,13 @@ def _of_group(group: Any, content: Mapping[str, Any], where: str) -> dict[str, A
     for name, options in content.items():
         command = group.commands.get(name)
         if command is None:
-            raise RequestError(f"{where}: there is no command {name!r}; {_near(name, group.commands)}")
+            raise RequestError(f"{where}: there is no command {name!r}; {near(name, group.commands)}")
         if not isinstance(options, dict):
             raise RequestError(f"{where}: {name}: expected a table with options, got {options!r}")
         own = {} if not hasattr(command, "commands") else {k: v for k, v in options.items() if k in command.commands}
         made[name] = _of_group(command, own, where) if hasattr(command, "commands") and own else {}
         known = {
-            option.removeprefix("--"): str(parameter.name)
+            option.removeprefix("--"): parameter
             for parameter in command.params
             for option in parameter.opts
             if option.startswith("--")
@@ -65,11 +69,18 @@ def _of_group(group: Any, content: Mapping[str, Any], where: str) -> dict[str, A
             if key in own:
                 continue
             if key not in known:
-                raise RequestError(f"{where}: ranvier {name} has no option --{key}; {_near(key, known)}")
-            made[name][known[key]] = value
+                raise RequestError(f"{where}: ranvier {name} has no option --{key}; {near(key, known)}")
+            made[name][str(known[key].name)] = _checked(f"{where}: {name}: {key}", value, known[key])
     return made
 
 
-def _near(name: str, names: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"there are {', '.join(sorted(names))}"
+def _checked(where: str, value: Any, parameter: Any) -> Any:
+    """Return a value of the file if an option can have one of this form. Its type is checked with the command line.
+
+    Raises:
+        RequestError: the option takes a list, or the value is something other than one value.
+    """
+    many = bool(getattr(parameter, "multiple", False))
+    if many != isinstance(value, list) or isinstance(value, dict):
+        raise RequestError(f"{where}: expected {'a list' if many else 'one value'}, got {value!r}")
+    return value

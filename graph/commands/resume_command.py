@@ -18,7 +18,7 @@ from ..file.checked import Graph
 from ..file.errors import RequestError
 from ..file.load import read as read_document
 from ..sessions.generation import Result
-from .command_line import FAILED, interruptible, print_json, say, show_text
+from .command_line import FAILED, interruptible, print_json, say, shown
 
 MOST_BYTES = 16 << 20
 WITH_RESUME = ("resume", "after", "runs", "log", "verbose", "as_json", "allow_code")
@@ -54,32 +54,32 @@ def run(run_dir: Path, after: int | None, as_json: bool, allow_code: bool, launc
     graph = graph_of(run_dir, allow_code)
     bar = Bar(sys.stderr)
 
-    async def main() -> tuple[Path, list[tuple[str, Result, str]]]:
+    async def main() -> tuple[Path, list[tuple[str, Result, str]], bool]:
         with bar:
             async with launch(graph, progress=bar.show, resume=run_dir, **launching) as started:
-                results = []
+                results, seen = [], True
                 for key in started.resumed:
                     generation, failed = started.resume(key, after), ""
-                    if not as_json and len(started.resumed) > 1:
-                        say(f"\n[{key}]")
+                    if not as_json and seen and len(started.resumed) > 1:
+                        seen = shown(f"\n[{key}]\n")
                     try:
                         async for token in generation:
                             bar.done()
                             if not as_json:
-                                show_text(token.text)
+                                seen = seen and shown(token.text)
                     except RanvierError as error:
                         failed = str(error)
                     results.append((key, generation.result, failed))
-                return started.dir, results
+                return started.dir, results, seen
 
-    path, results = interruptible(main)
+    path, results, seen_all = interruptible(main)
     if as_json:
         print_json({"run_dir": str(path), "requests": [
             {"id": key, "text": result.text, "token_ids": result.token_ids, "finish_reason": result.finish_reason,
              "error": failed or None}
             for key, result, failed in results
         ]})  # fmt: skip
-    else:
+    elif seen_all:
         _print_outcome(run_dir, path, results)
     if any(failed for _, _, failed in results):
         raise typer.Exit(FAILED)
@@ -106,7 +106,7 @@ def graph_of(run_dir: Path, allow_code: bool) -> Graph:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RequestError(f"{run_dir}: no run folder, or a damaged one: {type(error).__name__}: {error}") from None
     if wanted_code and not allow_code:
-        raise RequestError(f"{run_dir}: that run used code of its graph's folder; pass --allow-code if you trust it")
+        raise RequestError(f"{run_dir}: that run used code of {folder}; pass --allow-code if you trust it")
     if file is None:  # the graph was written in Python
         return load_graph(
             read_document(run_dir / "graph.yaml").data, allow_code=allow_code, overrides=settings, folder=folder

@@ -41,7 +41,7 @@ from .command_line import (
     print_json,
     prompt_of,
     run_named,
-    show_text,
+    shown,
     yaml_value,
 )
 from .replay_commands import RECORD_HELP, record_setting
@@ -118,7 +118,7 @@ def run_command(
     ] = None,
     logprobs: Annotated[
         int | None,
-        typer.Option(help="With --json: print each token's log-probability, and those of so many likeliest ones."),
+        typer.Option(help="With --json: print each token's log-probability, and those of the N likeliest tokens."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random choice; the same seed gives the same text.")] = 0,
     stop: Annotated[
@@ -275,9 +275,9 @@ def _is_terminal() -> bool:
 
 
 def _was_given(context: typer.Context, name: str) -> bool:
-    """Return whether an option stands on the command line."""
+    """Return whether an option stands on the command line, or among the user's defaults."""
     source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+    return source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP")
 
 
 def _sampling(checked: Graph, by: ByWhom | None, given: Mapping[str, Any]) -> Sampling:
@@ -393,15 +393,13 @@ def _generate(
                         )
                     if as_json:
                         continue
-                    try:
-                        show_text(token.text)
-                    except BrokenPipeError:  # the run ends in order, and its trace is whole
+                    if not shown(token.text):  # the run ends in order, and its trace is whole
                         return started.dir, None
                 return started.dir, generation.result
 
     run_dir, result = interruptible(main)
     if result is None:
-        raise BrokenPipeError
+        return
     if as_json:
         traced = summary.summary(summary.read(run_dir)) if checked.file.trace else None
         print_json({

@@ -16,7 +16,7 @@ from ..file.named_graphs import file_of
 from ..run import run_folder
 from ..run.paths import folder_of_runs
 from . import completion
-from .command_line import GRAPH, AllowCode, Log, Set, Verbose, interruptible, log_form, overrides, say
+from .command_line import GRAPH, AllowCode, Log, Set, Verbose, interruptible, log_form, overrides, say, shown
 
 
 def serve_command(
@@ -86,7 +86,7 @@ def serve_command(
     log: Log = None,
     verbose: Verbose = False,
 ) -> None:
-    """Serve graphs to the clients of OpenAI's interface. Each graph is a model, by its name. Ctrl-C ends it."""
+    """Serve graphs over an OpenAI-compatible API, with a page. A graph's name is its model name. Ctrl-C ends it."""
     try:
         from ..serve.guard import is_loopback, read_keys
         from ..serve.server import Options, serving
@@ -127,7 +127,7 @@ def serve_command(
                 started[graph.name] = run
             address = await running.enter_async_context(serving(started, options))
             first = checked[0].name
-            print(f"{address}/v1", flush=True)
+            shown(f"{address}/v1\n")  # a server goes on when nobody reads what it prints
             say(f"page: {address}/", error=True)
             key = " -H 'Authorization: Bearer KEY'" if options.keys else ""
             say(

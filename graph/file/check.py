@@ -17,8 +17,8 @@ from .check_replicas import ReplicaCheck
 from .check_wires import WireCheck
 from .checked import Graph
 from .errors import Problem
-from .load import Document, as_yaml, of_data, read
-from .named_graphs import file_of
+from .load import Document, as_setting, of_data, read
+from .named_graphs import file_of, folder_of
 
 
 def load(
@@ -43,13 +43,13 @@ def load(
         GraphError: the graph cannot run. The error lists every problem found, each with line and column or with its key.
         ResourceError: this process may not write files of the needed size.
     """
-    settings = {key: value if isinstance(value, str) else as_yaml(value) for key, value in (overrides or {}).items()}
+    settings = {key: as_setting(key, value) for key, value in (overrides or {}).items()}
     if isinstance(source, Mapping):
         document = of_data({"ranvier": 1, "name": "graph", **source}, settings)
         path, folder = None, Path(folder or ".")
     else:
         path = file_of(source)
-        folder = path.parent if folder is None else Path(folder)
+        folder = folder_of(path) if folder is None else Path(folder)
         document = read(path, settings)
     make_sure_of_files(document.file)
     return _checked(document, path, folder, settings, allow_code)

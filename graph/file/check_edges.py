@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ranvier.actors.checkpoint import Checkpoint
@@ -52,12 +53,28 @@ class EdgeCheck(Findings):
             edge = self._edge(section, index)
             if edge is not None:
                 edges.append(edge)
-        edges += [
-            edge for edge in self._pipeline() if (f"{edge.source}.{edge.out}", f"{edge.target}.{edge.into}") not in seen
-        ]
+        self._add_pipeline(edges)
         if not self.problems:
             edges += self._gateway_edges(edges)
         return edges
+
+    def _add_pipeline(self, edges: list[CheckedEdge]) -> None:
+        """Add the edges of the pipeline. One that is listed, too, has the settings that it has there."""
+        listed = {(edge.source, edge.out, edge.target, edge.into): at for at, edge in enumerate(edges)}
+        for edge in self._pipeline():
+            at = listed.get((edge.source, edge.out, edge.target, edge.into))
+            if at is None:
+                edges.append(edge)
+            elif edge.feedback:
+                edges[at] = replace(edges[at], feedback=True)
+
+    def _credits(self, section: EdgeSection) -> int:
+        """Return the messages in flight of a listed edge. The gateway's prompts have more, also where their edge is listed."""
+        target = self.actors.get(section.finish.actor)
+        prompts = (
+            section.start.actor == GATEWAY and target is not None and section.finish.port in target.kind.from_gateway
+        )
+        return PROMPTS if prompts and "credits" not in section.model_fields_set else section.credits
 
     def _edge(self, section: EdgeSection, index: int) -> CheckedEdge | None:
         name = f"{section.source} -> {section.target}"
@@ -88,7 +105,7 @@ class EdgeCheck(Findings):
         self._tap(section, name, index)
         return CheckedEdge(
             source_actor, out, target_actor, into, spec,
-            section.feedback, section.codec, section.credits, section.credit_bytes, section.until, section.at_most or 0,
+            section.feedback, section.codec, self._credits(section), section.credit_bytes, section.until, section.at_most or 0,
             section.gradient_codec, section.tap,
         )  # fmt: skip
 
@@ -183,7 +200,7 @@ class EdgeCheck(Findings):
         """Return the edges that `pipeline:` is short for.
 
         They connect each actor's outputs to the next actor's inputs of the same name, and `token` of the last actor
-        back to the first. An edge of these that stands under `edges:`, too, has the settings that it has there.
+        back to the first.
         """
         names = self.file.pipeline or []
         for index, name in enumerate(names):

@@ -141,7 +141,7 @@ class Graph:
         """
         from .check import load  # it makes graphs
 
-        made = load({"actors": actors, "edges": list(edges), **keys}, folder=folder, allow_code=allow_code)
+        made = load({"actors": actors, "edges": list(edges or ()), **keys}, folder=folder, allow_code=allow_code)
         for each in fields(Graph):
             object.__setattr__(self, each.name, getattr(made, each.name))
 

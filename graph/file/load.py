@@ -6,7 +6,6 @@ keys make YAML dangerous or surprising, so they are refused.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -21,7 +20,7 @@ from .errors import GraphError, Position, Problem
 MAX_FILE_BYTES = 1 << 20
 IN_PYTHON = "graph"
 """What stands for the file's name in errors of a graph that is written in Python."""
-MAX_DEPTH = 20
+MAX_DEPTH, MAX_KEY = 20, 1000
 TOO_DEEP = f"is nested over {MAX_DEPTH} levels deep; a graph file needs 5"
 Path_ = tuple[str | int, ...]
 START = Position(1, 1)
@@ -75,8 +74,9 @@ def read(path: Path, overrides: Mapping[str, str] | None = None) -> Document:
     try:
         with regular(path).open("rb") as file:
             document.text = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise _fail(document, START, f"cannot be read: {error.strerror}; check the path") from None
+    except (OSError, ValueError) as error:  # ValueError: the path has a NUL
+        what = error.strerror if isinstance(error, OSError) else error
+        raise _fail(document, START, f"cannot be read: {what}; check the path") from None
     if len(document.text) > MAX_FILE_BYTES:
         raise _fail(document, START, f"is over {MAX_FILE_BYTES} bytes; a graph file is small, weights belong elsewhere")
     document.data = _parse(document, document.text)
@@ -90,13 +90,7 @@ def of_data(data: Mapping[str, Any], overrides: Mapping[str, str] | None = None)
         GraphError: the data holds something that a graph file cannot hold.
     """
     document = Document(IN_PYTHON)
-    try:
-        document.text = as_yaml(dict(data)).encode()
-    except yaml.representer.RepresenterError as error:
-        what = f"holds {_kind(error.args[1])}; give text, numbers, lists and dicts"
-        raise _fail(document, Position(1, 1, "data"), what) from None
-    except RecursionError:
-        raise _fail(document, Position(1, 1, "data"), TOO_DEEP) from None
+    document.text = _dumped(dict(data), Position(1, 1, "data")).encode()
     document.data = _parse(document, document.text)
     for positions in (document.keys, document.values):
         for path, at in positions.items():
@@ -105,10 +99,41 @@ def of_data(data: Mapping[str, Any], overrides: Mapping[str, str] | None = None)
     return _with(document, overrides or {})
 
 
-def as_yaml(value: Any) -> str:
-    """Return plain data as YAML text. A path becomes text, and a tuple a list."""
-    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+def as_setting(key: str, value: Any) -> str:
+    """Return a value of `overrides` as YAML text; a text is YAML already.
+
+    Raises:
+        GraphError: the value cannot stand in a graph file.
+    """
+    at = Position(0, 0, f"setting {key:.200}")
+    if not isinstance(value, str):
+        return _dumped(value, at)
+    _encoded(value, at)
+    return value
+
+
+def _dumped(value: Any, at: Position) -> str:
+    """Return plain data as YAML text. A path becomes text, and a tuple a list.
+
+    Raises:
+        GraphError: the data holds something else, or itself.
+    """
+    try:
+        text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    except yaml.representer.RepresenterError as error:
+        what = f"holds {_kind(error.args[1])}; give text, numbers, lists and dicts"
+        raise _fail(Document(IN_PYTHON), at, what) from None
+    except RecursionError:
+        raise _fail(Document(IN_PYTHON), at, TOO_DEEP) from None
+    _encoded(text, at)
     return text.removesuffix("...\n").rstrip("\n")  # a scalar alone ends with dots
+
+
+def _encoded(text: str, at: Position) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise _fail(Document(IN_PYTHON), at, f"holds text that is not Unicode: {error.reason}") from None
 
 
 class _Dumper(yaml.SafeDumper):
@@ -119,6 +144,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Dumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
+for _refused in (bytes, set):  # they would become tags
+    _Dumper.add_representer(_refused, yaml.SafeDumper.represent_undefined)
 
 
 def _with(document: Document, overrides: Mapping[str, str]) -> Document:
@@ -204,12 +231,14 @@ _CONSTRUCTOR = yaml.constructor.SafeConstructor()
 
 
 def _override(document: Document, key: str, value: str) -> None:
-    at = Position(0, 0, f"setting {key}={value}")
+    at = Position(0, 0, f"setting {key:.200}={value:.200}")
     path: Path_ = ()
     target: Any = document.data
     if not isinstance(target, dict):
         raise _fail(document, at, "the file holds no keys")
-    *through, last = _keys(key)
+    *through, last = parts = _keys(key)
+    if len(parts) > MAX_DEPTH or len(key) > MAX_KEY or not all(parts):
+        raise _fail(document, at, "is no key of a graph file; give keys with dots between them, such as model.dtype")
     for part in through:
         step = _step(document, at, target, part, create=True)
         path, target = (*path, step), target[step]
@@ -220,8 +249,10 @@ def _override(document: Document, key: str, value: str) -> None:
     if not holds_keys:
         raise _fail(document, at, f"{through[-1]!r} holds no keys; give a dotted key of the file")
     last_step = _step(document, at, target, last, create=False)
-    part_document = Document(document.file)
-    target[last_step] = _parse(part_document, value.encode())
+    try:
+        target[last_step] = _parse(Document(document.file), value.encode())
+    except GraphError as error:
+        raise GraphError(document.file, [Problem(problem.what, at) for problem in error.problems]) from None
     path = (*path, last_step)
     document.values[path] = document.keys[path] = at
     document.trusted.add(path)
@@ -229,13 +260,22 @@ def _override(document: Document, key: str, value: str) -> None:
 
 def _keys(key: str) -> list[str]:
     """Split `edges[lower.hidden->upper.hidden].codec` at the dots outside the brackets."""
-    return [part for part in re.split(r"\.(?![^\[]*\])|(?=\[)", key) if part] or [key]
+    parts, bracket = [""], False
+    for letter in key[: MAX_KEY + 1]:
+        if letter == "[" and not bracket:
+            parts.append("")
+        bracket = letter == "[" or (bracket and letter != "]")
+        if letter == "." and not bracket:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def _step(document: Document, at: Position, target: Any, part: str, *, create: bool) -> str | int:
     """Return the key or the index of a part of a dotted key. `create` makes what is missing on the way."""
     if isinstance(target, dict) and not part.startswith("["):
-        if part == "edges" and create:
+        if target is document.data and part == "edges" and create:
             target.setdefault(part, [])
         elif create and not isinstance(target.setdefault(part, {}), dict | list):
             raise _fail(document, at, f"{part!r} holds no keys; give a dotted key of the file")
@@ -246,7 +286,7 @@ def _step(document: Document, at: Position, target: Any, part: str, *, create: b
         if "->" not in part:
             raise _fail(document, at, f"{part!r} is no edge; write edges[actor.port->actor.port]")
         return _edge(target, part)
-    if not part.isdecimal() or int(part) >= len(target):
+    if not part.isdecimal() or len(part) > 9 or int(part) >= len(target):
         what = f"{len(target)} entries, numbered from 0" if target else "no entries"
         raise _fail(document, at, f"{part!r} is no entry: the list has {what}")
     return int(part)

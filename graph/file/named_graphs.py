@@ -18,4 +18,9 @@ def file_of(text: str | Path) -> Path:
     A file of that name in the working directory goes first.
     """
     path = Path(text)
-    return FOLDER / f"{text}.yaml" if str(text) in names() and not path.exists() else path
+    return FOLDER / f"{text}.yaml" if str(text) in names() and not path.is_file() else path
+
+
+def folder_of(path: Path) -> Path:
+    """Return where the relative paths of a graph file begin: its folder; the working directory for one of Ranvier's own."""
+    return Path() if path.parent == FOLDER else path.parent

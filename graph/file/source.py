@@ -81,35 +81,47 @@ def _hub(source: str) -> Path:
 
     A cached model is used as it is. Any other model is downloaded once.
     """
+    try:
+        return fetched(source, offline=True)
+    except _NotCached:
+        return fetched(source)
+
+
+class _NotCached(SourceError):
+    """Report a model that is not in the cache."""
+
+
+def fetched(source: str, *, offline: bool = False) -> Path:
+    """Return the path of a model from the Hugging Face hub, after fetching what its cache lacks.
+
+    Args:
+        offline: fetch nothing, and take what the cache has.
+
+    Raises:
+        SourceError: the text names no model of the hub, or the hub cannot be reached or does not have it.
+    """
     name, revision, file = hub_parts(source)
     if importlib.util.find_spec("huggingface_hub") is None:
         raise SourceError(f"source {source!r} needs huggingface_hub; pip install 'ranvier[hf]'")
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
 
-    def found(offline: bool) -> Path:
-        if file is not None and _PART.search(file):
-            parts = [_PART.sub(r"-?????-of-\1", file)]
-            return (
-                Path(snapshot_download(name, revision=revision, allow_patterns=parts, local_files_only=offline)) / file
-            )
-        if file is not None:
-            return Path(hf_hub_download(name, file, revision=revision, local_files_only=offline))
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, local_files_only=offline))
-
     try:
-        try:
-            return found(True)
-        except LocalEntryNotFoundError:
-            return found(False)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise SourceError(
-            f"source {source!r}: not in the cache, and cannot be fetched: {str(error).splitlines()[0]}"
-        ) from None
+        if file is None:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, local_files_only=offline))
+        if not _PART.search(file):
+            return Path(hf_hub_download(name, file, revision=revision, local_files_only=offline))
+        parts = [_PART.sub(r"-?????-of-\1", file)]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=parts, local_files_only=offline)) / file
+    except Exception as error:  # of the hub's library, and of those that it fetches with
+        words = (str(error).splitlines() or [type(error).__name__])[0]
+        if offline and isinstance(error, LocalEntryNotFoundError):
+            raise _NotCached(f"source {source!r}: not in the cache") from None
+        raise SourceError(f"source {source!r}: not in the cache, and cannot be fetched: {words}") from None
 
 
 def _package(source: str, location: str) -> Path:
@@ -118,9 +130,8 @@ def _package(source: str, location: str) -> Path:
         raise SourceError(f"source {source!r}: expected package://NAME/FILE")
     spec = importlib.util.find_spec(name)  # finds the package, does not import it
     if spec is None or spec.origin is None:
-        raise SourceError(
-            f"source {source!r}: no package {name!r} is installed; run: {PACKAGES.get(name, 'pip install ' + name)}"
-        )
+        hint = f"run: {PACKAGES[name]}" if name in PACKAGES else "install the package that has it, if you trust it"
+        raise SourceError(f"source {source!r}: no package {name!r} is installed; {hint}")
     root = Path(spec.origin).parent.resolve()
     path = (root / file).resolve()
     if not path.is_relative_to(root):

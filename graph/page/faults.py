@@ -55,7 +55,7 @@ class Faults:
             stack.callback(process.close)
             if fault.what == "slow":
                 if pid not in self._slow:
-                    self._slow[pid] = asyncio.create_task(self._slowed(pid, ProcessHandle(pid)))
+                    self._slow[pid] = asyncio.create_task(self._slowed(pid, process.copy()))
                 return f"{fault.actor} runs at half its speed for {SLOW_S:g} s"
             number, done = _SIGNALS[fault.what]
             process.send(number)

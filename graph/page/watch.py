@@ -1,7 +1,7 @@
 """Watch the trace of a run while it is written: figures of the last seconds, histograms, and the path of a token.
 
-Each record is looked at once. Figures of the window are sums over slots of time, and percentiles come from histograms, so a
-look at a busy run costs little (benchmarks/page.py). The newest records are kept as they are, for the paths of tokens.
+Each record is looked at once. Figures of the window are sums over slots of time, and an edge's parts are counted in histograms,
+so a look at a busy run costs little (benchmarks/page.py). The newest records are kept as they are, for the paths of tokens.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Write the tables of docs/models.md from the code, and check that the page has them.
 
-`RANVIER_WRITE_DOCS=1 pytest tests/test_models_page.py` writes the page."""
+`RANVIER_WRITE_DOCS=1 pytest tests/docs/test_models_page.py` writes the page."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 import trio
-from served import FAST, SMOLLM2, Server
+from linux import FAST
+from served import SMOLLM2, Server
 
 import ranvier
 from ranvier.graph.serve.server import Options

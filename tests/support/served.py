@@ -16,7 +16,6 @@ import trio
 import ranvier
 from ranvier.graph.serve.server import Options, serving
 
-FAST = {"model.weights": "stored", "model.products": "repeatable"}
 SMOLLM2 = Path(__file__).parents[2] / "examples" / "smollm2.yaml"
 
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from linux import STORED
 from terminal import Terminal
 from waiting import wait_until
 
@@ -23,7 +24,7 @@ from ranvier.graph.run.runs import named
 
 COMMAND = [sys.executable, "-m", "ranvier"]
 SMOLLM2 = str(Path(__file__).parents[3] / "examples" / "smollm2.yaml")
-FAST = ("--set", "model.weights=stored")
+FAST = STORED
 
 
 @pytest.fixture

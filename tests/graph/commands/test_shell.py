@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from linux import STORED
 from terminal import Terminal
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 COMMAND = [sys.executable, "-m", "ranvier"]
-RUN = [*COMMAND, "run", "smollm2", "--set", "model.weights=stored"]
+RUN = [*COMMAND, "run", "smollm2", *STORED]
 
 
 def ran(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

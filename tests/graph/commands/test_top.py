@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import trio
+from linux import only_linux
 from rich.console import Console
 
 import ranvier
@@ -43,6 +44,7 @@ async def stream(run: ranvier.Run, prompt: list[int]) -> None:
         pass
 
 
+@only_linux
 def test_what_it_shows_of_a_run(tiny: Any, graph_file: Callable[..., Path], split: Any, runs: Path) -> None:
     """Show states, processes, rates, KV use and edges of a run with two streams, and leave no file in its folder."""
     graph = graph_of(tiny, graph_file, split)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import trio
+from linux import only_linux
 
 import ranvier
 from ranvier.graph.observe.blame import Answer, AtGateway, Fact, Seen, explain
@@ -91,6 +92,7 @@ def thirteen() -> dict[str, Any]:
     return {"x": torch.tensor([12.0])}
 
 
+@only_linux
 @pytest.mark.parametrize(
     ("fault", "reason", "words"),
     [
@@ -115,6 +117,7 @@ def test_an_actor_that_is_stuck(fault: str, reason: str, words: str, graphs: Gra
     assert str(answer).startswith("because of bad.0: ")
 
 
+@only_linux
 def test_a_stopped_actor_and_those_who_wait_for_it(graphs: Graphs, runs: Path) -> None:
     """Blame a stopped actor, and not its neighbour, which waits for credit."""
     graph = graphs(
@@ -132,6 +135,7 @@ def test_a_stopped_actor_and_those_who_wait_for_it(graphs: Graphs, runs: Path) -
     assert "credit of bad.0 (good.y -> bad.x: " in waits.words
 
 
+@only_linux
 def test_a_deadline_that_passes_says_who_was_to_blame(
     tiny: Any, graph_file: Callable[..., Path], split: Any, runs: Path
 ) -> None:

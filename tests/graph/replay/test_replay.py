@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import trio
+from linux import only_linux
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -69,6 +70,7 @@ def _by_row(batch: Any, port: str) -> list[tuple[Any, torch.Tensor]]:
     return list(zip(batch.rows, parts, strict=True))
 
 
+@only_linux
 def test_compiled_layers_one_by_one_are_the_same_bits(tiny: Any, tmp_path: Path, runs: Path) -> None:
     """Give the same bits layer by layer as in one call.
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from linux import only_linux
 
 COMMAND = [sys.executable, "-m", "ranvier"]
 EXAMPLES = Path(__file__).resolve().parents[3] / "examples"
@@ -94,6 +95,7 @@ def asleep(mark: str) -> list[int]:
     return [pid for pid in processes(mark) if name(pid) == "sleep"]
 
 
+@only_linux
 @pytest.mark.parametrize(
     ("number", "code"),
     [
@@ -125,6 +127,7 @@ def test_a_signal_ends_the_run_and_what_its_actors_started_case_56(
     assert outcome == (None if number is signal.SIGKILL else "interrupted")
 
 
+@only_linux
 def test_an_actor_that_is_lost_takes_along_what_it_started_case_56(starter: Path, runs: Path) -> None:
     """End the children of a killed host, while the run continues."""
     mark = f"MARK={secrets.token_hex(8)}"

@@ -19,6 +19,7 @@ import pytest
 import torch
 import trio
 import zmq
+from linux import only_linux
 
 import ranvier
 from ranvier.graph.trace import summary, table
@@ -450,6 +451,7 @@ async def collect(run: ranvier.Run, value: float, answers: list[float]) -> None:
     answers.append(await call(run, value))
 
 
+@only_linux
 def test_every_thread_stays_on_its_cores(graph_file: Callable[..., Path], runs: Path, tmp_path: Path) -> None:
     """Bind the step thread, the control thread and ZeroMQ's threads to `cpus`, for this actor only."""
     shutil.copy(CUSTOM / "faulty.py", tmp_path / "faulty.py")

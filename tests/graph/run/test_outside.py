@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
+from linux import only_linux
 
 import ranvier
 from ranvier.actors.component.session import SessionInfo
@@ -422,6 +423,7 @@ def zygote_of(run: ranvier.Run) -> int:
     return int(made._zygotes[-1].process.process.pid)
 
 
+@only_linux
 def test_a_zygote_that_is_killed_is_replaced_case_55(four: Four, exact: Exact, runs: Path) -> None:
     """Replace a killed zygote without using up any actor's restarts.
 

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from linux import STORED
 
 SMOLLM2 = Path(__file__).parents[3] / "examples" / "smollm2.yaml"
 RANVIER = Path(sys.executable).with_name("ranvier")
@@ -31,7 +32,7 @@ ASKED = {
 def running(runs: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Run `ranvier serve` while in the context. Yield its process and address."""
     process = subprocess.Popen(
-        [RANVIER, "serve", SMOLLM2, "--port", "0", "--runs", runs, "--set", "model.weights=stored", *options],
+        [RANVIER, "serve", SMOLLM2, "--port", "0", "--runs", runs, *STORED, *options],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

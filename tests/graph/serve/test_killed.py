@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from linux import FAST
 from waiting import wait_until
 
 from ranvier.graph.bridge import stream_log
@@ -25,7 +26,7 @@ from ranvier.graph.sessions.journal import Began
 
 SMOLLM2 = Path(__file__).parents[3] / "examples" / "smollm2.yaml"
 RANVIER = Path(sys.executable).with_name("ranvier")
-SETTINGS = ["--set", "model.weights=stored", "--set", "model.products=repeatable", "--set", "journal=true"]
+SETTINGS = [word for key, value in {**FAST, "journal": "true"}.items() for word in ("--set", f"{key}={value}")]
 SEA = [{"role": "user", "content": "Tell me about the sea."}]
 TEXT = {"model": "smollm2-in-four", "max_tokens": 60, "stream": True}
 CHAT = {**TEXT, "messages": SEA}

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import pydantic
 import pytest
 import trio
+from linux import FAST
 
 import ranvier
 from ranvier.graph.endpoints import schemas
@@ -217,7 +218,7 @@ def test_what_cannot_be_followed_is_refused(server: Any, changes: dict[str, Any]
 
 def test_a_grammar_holds_through_a_recovery(runs: Path) -> None:
     """Follow an expression with the same text although the head is killed in the middle of it."""
-    graph = ranvier.load(SMOLLM2, overrides={"model.weights": "stored", "model.products": "repeatable"})
+    graph = ranvier.load(SMOLLM2, overrides=FAST)
     pattern = r"(red|green|blue)(, (red|green|blue)){9}\."
 
     async def answer(run: ranvier.Run, kill: bool) -> str:

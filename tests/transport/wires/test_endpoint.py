@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ranvier.transport.format.errors import AddressError
-from ranvier.transport.wires.endpoint import parse
+from ranvier.transport.wires.endpoint import MAX_PATH_BYTES, parse
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from ranvier.transport.wires.endpoint import parse
         ("tcp://localhost:80", "tcp://127.0.0.1:80"),
         ("tcp://[::1]:80", "tcp://[::1]:80"),
         ("inproc://x", "inproc://x"),
-        ("ipc:///" + "x" * 106, "ipc:///" + "x" * 106),
+        ("ipc:///" + "x" * (MAX_PATH_BYTES - 1), "ipc:///" + "x" * (MAX_PATH_BYTES - 1)),
     ],
 )
 def test_good(text: str, made: str) -> None:
@@ -37,7 +37,7 @@ def test_good(text: str, made: str) -> None:
         ("tcp://127.0.0.1:x", "expected a port"),
         ("ipc://@abstract", "no permissions"),
         ("ipc://relative", "absolute path"),
-        ("ipc:///" + "x" * 107, "108 bytes long, at most 107"),
+        ("ipc:///" + "x" * MAX_PATH_BYTES, f"{MAX_PATH_BYTES + 1} bytes long, at most {MAX_PATH_BYTES}"),
         ("ipc://", "expected ipc"),
         ("pgm://x", "unknown scheme"),
         ("/run/x", "expected ipc"),

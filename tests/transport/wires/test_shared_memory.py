@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 import torch
+from linux import only_linux
 
 from ranvier.transport.format.errors import ProtocolError
 from ranvier.transport.links.wire import Arrival
@@ -193,6 +194,7 @@ def test_a_peer_that_is_gone_takes_its_loans_along() -> None:
     lender.close()
 
 
+@only_linux
 @pytest.mark.parametrize("what", ["another size", "not sealed", "no such descriptor", "more than it holds"])
 def test_a_loan_that_is_not_what_it_says(what: str) -> None:
     """Nothing is mapped that could be pulled away, and nothing past its end."""
