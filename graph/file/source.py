@@ -103,10 +103,12 @@ def fetched(source: str, *, offline: bool = False) -> Path:
     name, revision, file = hub_parts(source)
     if importlib.util.find_spec("huggingface_hub") is None:
         raise SourceError(f"source {source!r} needs huggingface_hub; pip install 'ranvier[hf]'")
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
+    try:
+        from huggingface_hub import hf_hub_download, snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub.utils.tqdm import disable_progress_bars
+    except ValueError as error:  # it reads its settings from the environment
+        raise SourceError(f"source {source!r}: huggingface_hub cannot be used: {error}; check HF_ENDPOINT") from None
     if not sys.stderr.isatty():
         disable_progress_bars()
 

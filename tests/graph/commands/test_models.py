@@ -34,6 +34,12 @@ def test_a_model_is_fetched_listed_run_and_removed(tiny: Any, tmp_path: Path) ->
         place = Path(pulled.stdout.strip())
         assert (place / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
         assert place.name == COMMIT
+        (place / "model.safetensors").unlink()  # as after a pull that was interrupted
+        assert ran("models", "pull", "hf://someone/tiny-llama", **own).returncode == 0
+        assert (place / "model.safetensors").exists()
+        for wrong in ("nonsense", "http://[", "http://127.0.0.1:9"):
+            failed = ran("models", "pull", "hf://someone/other", **{**own, "HF_ENDPOINT": wrong})
+            assert failed.returncode == 2 and "Traceback" not in failed.stderr, failed.stderr
         missing = ran("models", "pull", "hf://someone/other", **own)
         assert missing.returncode == 2 and "not in the cache, and cannot be fetched" in missing.stderr
         shown = Terminal(
@@ -50,6 +56,12 @@ def test_a_model_is_fetched_listed_run_and_removed(tiny: Any, tmp_path: Path) ->
     listed = {row["source"]: row for row in json.loads(ran("models", "list", "--json", **offline).stdout)}
     assert listed["hf://someone/tiny-llama"]["revisions"] == ["main"]
     assert listed["hf://someone/tiny-llama"]["bytes"] > 1000
+    for name, words in (
+        ("hf://someone/tiny-llama/a.gguf", "a model is removed as a whole"), ("hf://someone/tiny-llama@0", "is not in the cache"),
+        ("someone/tiny-llama", "expected hf://ORG/NAME"),
+    ):  # fmt: skip
+        kept = ran("models", "remove", name, **offline)
+        assert kept.returncode == 2 and words in kept.stderr, kept.stderr
     removed = ran("models", "remove", "hf://someone/tiny-llama@main", **offline)
     assert removed.stdout.startswith("removed 1 revision of hf://someone/tiny-llama, "), removed.stderr
     again = ran("models", "remove", "hf://someone/tiny-llama", **offline)

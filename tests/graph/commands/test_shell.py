@@ -157,10 +157,13 @@ def test_defaults_of_the_user(place: Path) -> None:
         ("[rn]\n", "there is no command 'rn'; did you mean 'run'?"),
         ("[run]\nmax-tokns = 1\n", "ranvier run has no option --max-tokns; did you mean 'max-tokens'?"),
         ("run = 1\n", "run: expected a table with options, got 1"), ("[run\n", "config.toml: "),
+        ("[check]\nset = 'a=1'\n", "check: set: expected a list, got 'a=1'"),
+        ("[run]\nmax-tokens = {a = 1}\n", "run: max-tokens: expected one value"),
     ):  # fmt: skip
         config.write_text(text)
         wrong = ran("runs", cwd=place, **own)
         assert wrong.returncode == 2 and words in wrong.stderr, wrong.stderr
+    assert ran("--version", cwd=place, **own).returncode == 0 and ran("run", "--help", cwd=place, **own).returncode == 0
     config.write_text("[run]\nmax-tokens = 'x'\n")
     assert "Invalid value for '--max-tokens'" in ran("run", "smollm2", **own).stderr
     assert ran("runs", cwd=place, XDG_CONFIG_HOME="relative", HOME=str(place)).returncode == 0

@@ -29,6 +29,20 @@ class Force(nn.Module):
         return {"force": -torch.autograd.grad(energy, x)[0]}
 
 
+class Chosen(nn.Module):
+    """Return as many rows as the values of the input say."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[x[:, 0] > 0]
+
+
+class Distinct(nn.Module):
+    """Use an operator that torch's meta device does not have."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.unique(x[:, 0]).numel() * 0
+
+
 class Misshapen(nn.Module):
     """Take other sizes than it is given."""
 

@@ -96,6 +96,64 @@ def test_edges_by_number_and_by_their_ends() -> None:
     assert varied.actors["lower"].section.threads == 1 and row.actors["lower"].section.threads is None
 
 
+def test_a_listed_edge_keeps_what_it_does_not_say() -> None:
+    """Keep the credits of prompts, and that the last edge of a pipeline is feedback, when another setting is changed."""
+    graph = ranvier.load(
+        "smollm2",
+        overrides={
+            "edges[gateway.token->embed.token].credit_bytes": 1 << 20,
+            "edges[head.token->embed.token].credits": 3,
+        },
+    )
+    edges = {edge.name: edge for edge in graph.edges}
+    assert edges["gateway.token -> embed.token"].credits_messages == 256
+    assert edges["gateway.token -> embed.token"].credits_bytes == 1 << 20
+    assert edges["head.token -> embed.token"].feedback and edges["head.token -> embed.token"].credits_messages == 3
+
+
+def test_paths_of_a_named_graph_begin_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
+    """Find ./folder in the working directory, not in Ranvier's own folder."""
+    folder, _ = tiny("llama")
+    (tmp_path / "mine").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    graph = ranvier.load(
+        "smollm2", overrides={"model.source": "./mine", "actors.lower.layers": "0-2", "actors.upper.layers": "3-5"}
+    )
+    assert graph.folder == Path() and graph.checkpoint is not None and graph.checkpoint.config.layers == 6
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"model.dtype": object()}, "setting model.dtype: holds a value of type object"),
+        ({"name": "\ud800"}, "setting name: holds text that is not Unicode"),
+        ({"model.dtype": "[a"}, "setting model.dtype=[a: is not YAML"),
+        ({"name": "x: y: z"}, "setting name=x: y: z: is not YAML"),
+        ({"actors.lower.args" + ".a" * 3000: "1"}, "is no key of a graph file"),
+        ({"model..dtype": "float32"}, "is no key of a graph file"),
+        ({"edges." + "9" * 900 + ".credits": "1"}, "is no entry: the list has"),
+        ({"actors.lower.args": {"b": b"x"}}, "holds a value of type bytes"),
+    ],
+)
+def test_odd_settings(overrides: dict[str, Any], words: str) -> None:
+    """Report settings that no graph file can have, whatever they are."""
+    with pytest.raises(ranvier.GraphError, match=re.escape(words)):
+        ranvier.load(EXAMPLES / "smollm2.yaml", overrides=overrides)
+
+
+def test_odd_data() -> None:
+    """Report data and paths that are none."""
+    endless: list[Any] = []
+    endless.append(endless)
+    for source, words in (
+        ({"actors": endless}, "nested over"),
+        ("a\0b", "cannot be read"),
+        ({"actors": {"a": b"x"}}, "type bytes"),
+    ):
+        with pytest.raises(ranvier.GraphError, match=words):
+            ranvier.load(source)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [

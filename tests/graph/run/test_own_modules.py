@@ -52,6 +52,19 @@ def test_modules_that_read_values_and_take_gradients(host: str | None, runs: Pat
         torch.testing.assert_close(each, wanted)
 
 
+@pytest.mark.parametrize(("kind", "shape"), [("Chosen", ("output_0", 4)), ("Distinct", ("tokens", 4))])
+def test_sizes_that_depend_on_values(kind: str, shape: tuple[str | int, ...], runs: Path) -> None:
+    """Leave such a size open, and try what the meta device does not have with real values."""
+    graph = ranvier.Graph(
+        actors={"a": {"kind": f"./{CODE.name}:{kind}", **X}}, edges=["gateway.x -> a.x", "a.output -> gateway.y"],
+        folder=CODE.parent, allow_code=True,
+    )  # fmt: skip
+    assert graph.actors["a"].outputs["output"].shape == shape
+    x = torch.tensor([[1.0, 2, 3, 4], [-1, 2, 3, 4], [5, 6, 7, 8]])
+    with ranvier.start(graph, runs=runs) as run:
+        torch.testing.assert_close(run.call(x=x)["y"], getattr(own(), kind)()(x))
+
+
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
