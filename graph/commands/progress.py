@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+LOOK_S = 0.25
 
 
 class Bar:
@@ -22,6 +25,20 @@ class Bar:
         """Show the name of a phase, and the share of it that is done (0 to 1)."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, description=stage, completed=share)
+
+    def follow(self, stage: str, look: Callable[[], float | None]) -> None:
+        """Show a phase under trio until `done`. `look` returns its share a few times per second, or None: do not show it."""
+        import trio
+
+        async def following() -> None:
+            while self._progress is not None:
+                share = look()
+                if share is not None:
+                    self.show(stage, share)
+                await trio.sleep(LOOK_S)
+
+        if self._progress is not None:
+            trio.lowlevel.spawn_system_task(following)
 
     def done(self) -> None:
         """Clear the progress line."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -46,6 +46,10 @@ from .command_line import (
 )
 from .replay_commands import RECORD_HELP, record_setting
 from .talk import talk
+
+if TYPE_CHECKING:
+    from ..run.run import Run
+    from ..sessions.generation import Generation
 
 MOST_JSON_BYTES = 16 << 20
 
@@ -242,6 +246,22 @@ def run_command(
         _generate(checked, _asked(checked, prompt, system, options, chat), options, as_json, launching, about)
 
 
+def _taken_of_prompt(run: Run, generation: Generation) -> Callable[[], float | None]:
+    """Return a function that returns which share of its prompt the last actor has taken, or None if the prompt is short."""
+    chunk = run.plan.graph.prefill_chunk
+
+    def steps() -> int:
+        return min((host["steps"] for host in run.snapshot()["hosts"] if not host["spare"]), default=0)
+
+    before = steps()
+
+    def taken() -> float | None:
+        chunks = -(-generation.result.prompt_tokens // chunk)
+        return min(1.0, (steps() - before) / chunks) if chunks > 1 else None
+
+    return taken
+
+
 def _asked(checked: Graph, prompt: str, system: str | None, options: Mapping[str, Any], chat: ChatOptions) -> Prompt:
     """Return the prompt with its system message, if there is one.
 
@@ -385,6 +405,7 @@ def _generate(
                 about.begins(started.dir)
                 bar.show("thinking", 1.0)
                 generation = started.generate(prompt, **options)
+                bar.follow("prompt", _taken_of_prompt(started, generation))
                 async for token in generation:
                     bar.done()
                     if token.logprob is not None:

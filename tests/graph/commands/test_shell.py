@@ -81,6 +81,26 @@ def test_a_narrow_terminal(runs: Path) -> None:
     shown.close()
 
 
+def test_a_long_prompt(runs: Path, tmp_path: Path) -> None:
+    """Show how much of a long prompt is computed."""
+    (tmp_path / "prompt.txt").write_text("The sea is wide and deep. " * 500)
+    told = [
+        *RUN,
+        "--runs",
+        str(runs),
+        "--prompt-file",
+        str(tmp_path / "prompt.txt"),
+        "-n",
+        "2",
+        "--set",
+        "prefill_chunk=64",
+    ]
+    shown = Terminal(told, columns=80)
+    assert shown.end(90) == 0
+    assert "    prompt " in shown.seen
+    shown.close()
+
+
 def test_the_log_as_text(runs: Path) -> None:
     """Show the run's log with -v, also in a pipe."""
     done = subprocess.run(
