@@ -42,7 +42,7 @@ def test_help_teaches() -> None:
     """Name the commands in the help, and say where to start."""
     done = ranvier("--help")
     assert done.returncode == 0
-    for word in ("check", "show", "run", "trace", "schema", "Start with: ranvier check GRAPH"):
+    for word in ("check", "show", "run", "trace", "schema", "Start with: ranvier run smollm2"):
         assert word in done.stdout
     assert ranvier("run", "--help").stdout.count("--") > 15
 
