@@ -83,7 +83,7 @@ def test_a_narrow_terminal(runs: Path) -> None:
 
 def test_a_long_prompt(runs: Path, tmp_path: Path) -> None:
     """Show how much of a long prompt is computed."""
-    (tmp_path / "prompt.txt").write_text("The sea is wide and deep. " * 500)
+    (tmp_path / "prompt.txt").write_text("The sea is wide and deep. " * 200)
     told = [
         *RUN,
         "--runs",
