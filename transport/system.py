@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 LINUX = sys.platform == "linux" and "RANVIER_PLAIN_POSIX" not in os.environ
-"""Whether Linux's own calls are used. Tests set the variable to run as another system would."""
+"""True if Linux's own calls are used. Tests set the variable to run as another system would."""
 MOST_SOCKET_PATH_BYTES = 107 if LINUX else 103
 """Longest path of a Unix socket: `sun_path` without its end, in unix(7) of Linux and of BSD."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")

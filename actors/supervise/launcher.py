@@ -297,12 +297,12 @@ class LocalLauncher:
 
     async def _until_exit(self, key: str, host: _Host) -> None:
         """Wait for the end of one host. The zygote reports its exit code, unless the zygote hangs or is gone."""
-        if host.process is not None and host.process.fd >= 0:
-            await trio.lowlevel.wait_readable(host.process.fd)
-        while (
-            host.process is not None and host.process.fd < 0 and host.process.send(0) and key not in host.zygote.codes
-        ):
-            await trio.sleep(LOOK_S)
+        process = host.process
+        if process is not None and process.fd >= 0:
+            await trio.lowlevel.wait_readable(process.fd)
+        elif process is not None:
+            while process.send(0) and key not in host.zygote.codes:
+                await trio.sleep(LOOK_S)
         with trio.move_on_after(CODE_DEADLINE_S):
             while key not in host.zygote.codes and not host.zygote.gone:
                 await host.zygote.changed.wait()

@@ -48,6 +48,7 @@ from .command_line import (
     GraphFile,
     Json,
     Set,
+    discard_output,
     interruptible,
     overrides,
     print_json,
@@ -89,14 +90,14 @@ def _writing() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter's last flush would complain
+        discard_output()
         raise typer.Exit from None
     except OSError as error:
         if (
             error.errno not in (errno.ENOSPC, errno.EDQUOT) or error.filename is not None
         ):  # another file than the output
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        discard_output()
         raise ResourceError(f"the output cannot be written: {error.strerror}; free some space") from None
 
 

@@ -31,16 +31,16 @@ ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 Result_ = TypeVar("Result_")
 
 GRAPH = "a graph file (YAML), or smollm2, which comes with Ranvier"
-GraphFile = Annotated[
-    Path,
-    typer.Argument(
-        metavar="GRAPH",
-        help=f"The graph: {GRAPH}.",
-        show_default=False,
-        parser=file_of,
-        autocompletion=completion.graphs,
-    ),
-]
+
+
+def graph_argument(words: str, metavar: str = "GRAPH") -> Any:
+    """Return the argument that names a graph, or several."""
+    return typer.Argument(
+        metavar=metavar, help=words, show_default=False, parser=file_of, autocompletion=completion.graphs
+    )
+
+
+GraphFile = Annotated[Path, graph_argument(f"The graph: {GRAPH}.")]
 RUN = "its folder; latest, latest~1; its number in `ranvier runs`; or the beginning of its name"
 
 
@@ -264,9 +264,16 @@ def shown(text: str) -> bool:
     try:
         show_text(text)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else the interpreter's last flush would complain
+        discard_output()
         return False
     return True
+
+
+def discard_output() -> None:
+    """Send standard output to nowhere from now on, so that the interpreter's last flush does not complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
 
 
 @contextlib.contextmanager

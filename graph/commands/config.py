@@ -1,6 +1,6 @@
 """Read a user's defaults for options: `ranvier/config.toml` in the folder of the XDG base directories.
 
-A table for each command holds its long options: `[run]`, `max-tokens = 256`. The command line goes before it.
+A table for each command holds its long options: `[run]`, `max-tokens = 256`. Options on the command line override it.
 Source of the place: XDG Base Directory Specification 0.8 (`XDG_CONFIG_HOME`, by default ~/.config).
 """
 
@@ -23,9 +23,8 @@ MOST_BYTES = 1 << 20
 def place() -> Path:
     """Return where the file is, whether it exists or not."""
     given = os.environ.get("XDG_CONFIG_HOME", "")
-    folder = (
-        Path(given) if Path(given).is_absolute() else Path.home() / ".config"
-    )  # the specification ignores relative ones
+    # the specification ignores relative ones; without a home, `~` stays, and there is no such file
+    folder = Path(given) if Path(given).is_absolute() else Path(os.path.expanduser("~/.config"))
     return folder / "ranvier" / "config.toml"
 
 

@@ -18,7 +18,6 @@ from ranvier.transport.files import read_bounded, regular
 from ..file.check import load as load_graph
 from ..file.checked import Graph
 from ..file.errors import RequestError
-from ..file.named_graphs import file_of
 from ..run import before_start, run_folder
 from ..run.paths import folder_of_runs, writable
 from ..run.request_checks import checked_logprobs, checked_sampling
@@ -34,6 +33,7 @@ from .command_line import (
     Log,
     Set,
     Verbose,
+    graph_argument,
     interruptible,
     log_form,
     overrides,
@@ -65,13 +65,7 @@ def run_command(
     context: typer.Context,
     graph: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="GRAPH",
-            help=f"The graph: {GRAPH}. Not with --resume.",
-            show_default=False,
-            parser=file_of,
-            autocompletion=completion.graphs,
-        ),
+        graph_argument(f"The graph: {GRAPH}. Not with --resume."),
     ] = None,
     prompt: Annotated[
         str | None,

@@ -12,24 +12,28 @@ import typer
 from ..file.check import load as load_graph
 from ..file.checked import Graph
 from ..file.errors import RequestError
-from ..file.named_graphs import file_of
 from ..run import run_folder
 from ..run.paths import folder_of_runs
-from . import completion
-from .command_line import GRAPH, AllowCode, Log, Set, Verbose, interruptible, log_form, overrides, say, shown
+from .command_line import (
+    GRAPH,
+    AllowCode,
+    Log,
+    Set,
+    Verbose,
+    graph_argument,
+    interruptible,
+    log_form,
+    overrides,
+    say,
+    shown,
+)
 
 
 def serve_command(
     context: typer.Context,
     graphs: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="GRAPH...",
-            help=f"One for each model: {GRAPH}.",
-            show_default=False,
-            parser=file_of,
-            autocompletion=completion.graphs,
-        ),
+        graph_argument(f"One for each model: {GRAPH}.", "GRAPH..."),
     ],
     host: Annotated[
         str, typer.Option(help="Address to listen at. Another one than loopback needs --api-key-file.")

@@ -105,9 +105,9 @@ class Graph:
     path: Path | None
     """The graph file; None for a graph that is written in Python."""
     folder: Path
-    """Where the graph's relative paths begin."""
+    """The graph's relative paths begin here."""
     document: Document
-    """What was read, with the position of each value."""
+    """It holds what was read, with the position of each value."""
     file: GraphFile
     checkpoint: Checkpoint | None
     actors: Mapping[str, CheckedActor]
@@ -116,7 +116,7 @@ class Graph:
     """Values by dotted key, as YAML text, that replaced those of the text."""
     allow_code: bool
     warnings: tuple[str, ...]
-    """What is odd in the graph's model, but does not keep it from running."""
+    """They say what is odd in the graph's model, but does not keep it from running."""
 
     def __init__(
         self,

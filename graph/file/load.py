@@ -19,7 +19,7 @@ from .errors import GraphError, Position, Problem
 
 MAX_FILE_BYTES = 1 << 20
 IN_PYTHON = "graph"
-"""What stands for the file's name in errors of a graph that is written in Python."""
+"""It stands for the file's name in errors of a graph that is written in Python."""
 MAX_DEPTH, MAX_KEY = 20, 1000
 TOO_DEEP = f"is nested over {MAX_DEPTH} levels deep; a graph file needs 5"
 Path_ = tuple[str | int, ...]

@@ -187,3 +187,4 @@ def test_defaults_of_the_user(place: Path) -> None:
     config.write_text("[run]\nmax-tokens = 'x'\n")
     assert "Invalid value for '--max-tokens'" in ran("run", "smollm2", **own).stderr
     assert ran("runs", cwd=place, XDG_CONFIG_HOME="relative", HOME=str(place)).returncode == 0
+    assert ran("runs", cwd=place, XDG_CONFIG_HOME="relative", HOME="").returncode == 0
