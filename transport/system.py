@@ -141,14 +141,14 @@ def process_state(pid: int) -> str:
 # -- memory and descriptors --------------------------------------------------------------------------------------------
 
 
-def resident_bytes(pid: int) -> int:
-    """Return the resident memory of a process of this machine, or 0 if it is unknown or there is no such process."""
+def resident_bytes(pid: int) -> int | None:
+    """Return the resident memory of a process of this machine, or None if it is unknown or there is no such process."""
     if not LINUX:
-        return 0
+        return None
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
     except (OSError, IndexError, ValueError):
-        return 0
+        return None
 
 
 def limit_own_memory(more_bytes: int) -> None:

@@ -47,7 +47,7 @@ class Top:
         rates = self._tail.actors()
         for host in status["hosts"]:
             capacity = host["capacity_tokens"]
-            host["resident_bytes"] = resident_bytes(host["pid"]) if host["pid"] else 0
+            host["resident_bytes"] = resident_bytes(host["pid"]) if host["pid"] else None
             host["kv_use"] = status["held_tokens"].get(host["label"], 0) / capacity if capacity else None
             host.update(rates.get(host["label"], {}))
         return {**status, "edges": self._tail.edges(), "run_dir": str(self._run_dir)}
@@ -88,12 +88,12 @@ def view(status: Mapping[str, Any]) -> Group:
     for name in ("pid", "tok/s", "steps/s", "batch", "busy", "queue", "step s", "KV", "MiB"):
         actors.add_column(name, justify="right")
     for host in status["hosts"]:
-        batch = host.get("tokens_a_step", {}).get("p50")
+        batch, resident = host.get("tokens_a_step", {}).get("p50"), host["resident_bytes"]
         actors.add_row(
             _text(host["label"]), _text("spare" if host["spare"] else host["state"]), _text(host["pid"] or "-"),
             _number(host.get("tokens_per_second")), _number(host.get("steps_per_second")), _number(batch),
             _share(host.get("busy")), _text(host["queued"]), f"{host['stepping_s']:.1f}" if host["stepping_s"] > 0.5 else "-",
-            _share(host["kv_use"]), _number(host["resident_bytes"] / MIB),
+            _share(host["kv_use"]), _number(resident and resident / MIB),
         )  # fmt: skip
     edges = Table(box=None, pad_edge=False)
     edges.add_column("edge")

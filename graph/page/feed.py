@@ -19,7 +19,7 @@ INTERVAL_S = 0.2
 TRACE_S = 0.1
 """A frame waits so long for the trace. Then it goes without, and the next one has it."""
 LINGER_S = 5.0
-"""The process that reads the trace ends so long after the last page was closed."""
+"""The process that reads the trace ends once nobody has asked it for so long, or for twice as long."""
 
 
 class _Page:
@@ -45,7 +45,7 @@ class Feed:
         self._making: asyncio.Task[None] | None = None
         self._resting: asyncio.Task[None] | None = None
         self._wanted_s = 0.0
-        """When somebody last wanted something, on the loop's clock."""
+        """When the last question was answered, on the loop's clock."""
 
     async def events(self) -> AsyncIterator[bytes]:
         """Yield events: `graph` once, then a `frame` five times a second, until the run is over (`over`)."""
@@ -72,10 +72,12 @@ class Feed:
         return msgspec.json.decode(await self._ask(what, **arguments))
 
     async def _ask(self, what: str, **arguments: Any) -> msgspec.Raw:
-        self._wanted_s = asyncio.get_running_loop().time()
         if self._resting is None or self._resting.done():
             self._resting = asyncio.create_task(self._rest())
-        return await self._watching.ask(what, **arguments)
+        try:
+            return await self._watching.ask(what, **arguments)
+        finally:
+            self._wanted_s = asyncio.get_running_loop().time()
 
     def close(self) -> None:
         """End the feed, and the process that reads the trace."""
@@ -86,8 +88,9 @@ class Feed:
 
     async def _rest(self) -> None:
         """End the watcher once nobody has asked it for a time."""
-        while (left_s := self._wanted_s + LINGER_S - asyncio.get_running_loop().time()) > 0:
-            await asyncio.sleep(left_s)
+        loop = asyncio.get_running_loop()
+        while self._watching.waiting or self._wanted_s + LINGER_S > loop.time():
+            await asyncio.sleep(LINGER_S)
         self._watching.close()
 
     async def _make(self) -> None:

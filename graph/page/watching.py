@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 
@@ -36,17 +37,69 @@ class _Answered(msgspec.Struct):
     later: bool = False
 
 
-class Watching:
-    """Ask the watcher of one run. It starts with the first question. All methods belong to the server's thread.
+class _Talk(asyncio.Protocol):
+    """Hold the connection to one watcher. It answers in the order of the questions, a line each."""
 
-    One thread of its own starts the watcher, asks it, and ends it, so that nothing else of the server waits for a trace.
-    """
+    def __init__(self, run_dir: Path, process: subprocess.Popen[bytes]) -> None:
+        self._run_dir, self._process = run_dir, process
+        self._asked: deque[asyncio.Future[bytes]] = deque()
+        self._read = bytearray()
+        self._transport: asyncio.Transport | None = None
+        self.over = False
+
+    def ask(self, question: bytes) -> asyncio.Future[bytes]:
+        assert self._transport is not None
+        answer = asyncio.get_running_loop().create_future()
+        self._asked.append(answer)
+        self._transport.write(question)
+        return answer
+
+    def end(self) -> None:
+        """End the process without waiting for it. A question that is on its way gets no answer."""
+        if not self.over:
+            self.over = True
+            self._process.kill()
+            threading.Thread(target=self._process.wait, name="ranvier-watching").start()
+        if self._transport is not None:
+            self._transport.abort()
+
+    # -- called by the loop -----------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is of another class
+
+    def data_received(self, data: bytes) -> None:
+        searched = len(self._read)
+        self._read += data
+        if len(self._read) > MOST_LINE_BYTES:
+            self.end()
+            return
+        while (end := self._read.find(b"\n", searched)) >= 0:
+            answer = self._asked.popleft()
+            if not answer.done():
+                answer.set_result(bytes(self._read[:end]))
+            del self._read[: end + 1]
+            searched = 0
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        self.end()
+        for answer in self._asked:
+            if not answer.done():
+                answer.set_exception(
+                    ResourceError(f"{self._run_dir}: the process that reads the trace has ended; ask again")
+                )
+
+
+class Watching:
+    """Ask the watcher of one run. It starts with the first question. All methods belong to the server's thread."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
-        self._thread = ThreadPoolExecutor(1, "ranvier-watching")
-        self._process: subprocess.Popen[bytes] | None = None
-        self._waiting = 0
+        self._talk: _Talk | None = None
+        self._starting = asyncio.Lock()
+        self.waiting = 0
+        """Questions without an answer."""
+        self._closed = False
 
     async def ask(self, what: str, **arguments: Any) -> msgspec.Raw:
         """Return the answer as JSON.
@@ -55,20 +108,18 @@ class Watching:
             Silent: the trace does not say; the words tell why.
             ResourceError: the watcher cannot be started, ended, or has too many questions.
         """
-        if self._waiting >= MOST_WAITING:
+        if self.waiting >= MOST_WAITING:
             raise ResourceError(f"{self._run_dir}: too many questions about the trace at once; ask again")
         question = msgspec.json.encode(Question(what, **arguments)) + b"\n"
-        self._waiting += 1
+        self.waiting += 1
         try:
             async with asyncio.timeout(ANSWER_S):
-                line = await asyncio.get_running_loop().run_in_executor(self._thread, self._ask, question)
+                line = await (await self._begun()).ask(question)
         except TimeoutError:
             self.close()  # ends the question, too
             raise ResourceError(f"{self._run_dir}: the trace was not read within {ANSWER_S:g} s") from None
-        except RuntimeError:  # the thread takes no questions any more
-            raise ResourceError(f"{self._run_dir}: the server is stopping") from None
         finally:
-            self._waiting -= 1
+            self.waiting -= 1
         said = msgspec.json.decode(line, type=_Answered)
         if said.error:
             raise Silent(said.error, later=said.later)
@@ -76,41 +127,30 @@ class Watching:
 
     def close(self, *, forever: bool = False) -> None:
         """End the watcher without waiting for it. A question that is on its way gets no answer."""
-        process = self._process
-        if process is not None:
-            process.kill()
-        with contextlib.suppress(RuntimeError):  # it was closed forever before
-            self._thread.submit(self._end)
-        if forever:
-            self._thread.shutdown(wait=False)
+        self._closed |= forever
+        talk, self._talk = self._talk, None
+        if talk is not None:
+            talk.end()
 
-    # -- in the thread ----------------------------------------------------------------------------------------------
+    async def _begun(self) -> _Talk:
+        async with self._starting:
+            if self._closed:
+                raise ResourceError(f"{self._run_dir}: the server is stopping")
+            if self._talk is None or self._talk.over:
+                self._talk = await self._begin()
+            return self._talk
 
-    def _ask(self, question: bytes) -> bytes:
+    async def _begin(self) -> _Talk:
+        ours, its = socket.socketpair()
         try:
-            if self._process is None or self._process.poll() is not None:
-                self._end()
-                self._process = subprocess.Popen(
-                    [sys.executable, "-m", "ranvier.graph.page.watcher", str(self._run_dir)],
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                )  # fmt: skip
-            asked, answered = self._process.stdin, self._process.stdout
-            assert asked is not None and answered is not None
-            asked.write(question)
-            asked.flush()
-            line = answered.readline(MOST_LINE_BYTES)
+            with its:
+                command = [sys.executable, "-m", "ranvier.graph.page.watcher", str(self._run_dir)]
+                process = subprocess.Popen(command, stdin=its, stdout=its)
         except OSError as error:
+            ours.close()
             raise ResourceError(f"{self._run_dir}: the process that reads the trace failed: {error}") from None
-        if not line.endswith(b"\n"):
-            raise ResourceError(f"{self._run_dir}: the process that reads the trace has ended")
-        return line
-
-    def _end(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            for pipe in (process.stdin, process.stdout):
-                assert pipe is not None
-                with contextlib.suppress(BrokenPipeError):  # a question that it has not read
-                    pipe.close()
-            process.wait()
+        talk = _Talk(self._run_dir, process)
+        await asyncio.get_running_loop().create_unix_connection(lambda: talk, sock=ours)
+        if self._closed:  # meanwhile
+            talk.end()
+        return talk

@@ -89,10 +89,13 @@ def events(answer: http.client.HTTPResponse, most: int = 1 << 30) -> tuple[int, 
 
 def shape(value: Any) -> Any:
     """Return events without the times and ids, which a second request does not share."""
+    own = (
+        ("id", "created") if FAST else ("id", "created", "logprobs")
+    )  # torch's last bits depend on what runs beside it
     if isinstance(value, list):
         return [shape(each) for each in value]
     if isinstance(value, dict):
-        return {name: shape(each) for name, each in value.items() if name not in ("id", "created")}
+        return {name: shape(each) for name, each in value.items() if name not in own}
     return value
 
 
