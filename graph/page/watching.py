@@ -145,7 +145,7 @@ class Watching:
         try:
             with its:
                 command = [sys.executable, "-m", "ranvier.graph.page.watcher", str(self._run_dir)]
-                process = subprocess.Popen(command, stdin=its, stdout=its)
+                process = subprocess.Popen(command, stdin=its.fileno(), stdout=its.fileno())
         except OSError as error:
             ours.close()
             raise ResourceError(f"{self._run_dir}: the process that reads the trace failed: {error}") from None
