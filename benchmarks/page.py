@@ -24,10 +24,14 @@ FRAMES = Path(__file__).with_name("page_frames.js")
 LEAST_ROUNDS = 20
 MOST_SCRIPT_MS = 4.0
 _OPEN = """
-import sys, urllib.request
-answer = urllib.request.urlopen(sys.argv[1] + "/page/feed")
-print(answer.readline(), flush=True)
-while answer.read1(1 << 16): pass
+import socket, sys, urllib.parse
+place = urllib.parse.urlsplit(sys.argv[1])
+feed = socket.create_connection((place.hostname, place.port))
+feed.sendall(f"GET /page/feed HTTP/1.1\r\nHost: {place.netloc}\r\n\r\n".encode())
+data = feed.recv(1 << 16)
+assert data.startswith(b"HTTP/1.1 200"), data
+print("open", flush=True)
+while feed.recv(1 << 16): pass
 """
 _CHROMIUM = """
 import sys, shutil
@@ -60,7 +64,7 @@ def ratio(url, process):
         page = opened(url) if shown else None
         found += [asked(process)["tokens_s"] for _ in range(1 + shown)]
         if page:
-            page.kill() if sys.argv[5].startswith("\\nimport sys, urllib") else page.communicate(b"\\n")
+            page.kill() if sys.argv[5].startswith("\\nimport socket") else page.communicate(b"\\n")
             page.wait()
             time.sleep(1)
     return (found[1] + found[2]) / (found[0] + asked(process)["tokens_s"])
