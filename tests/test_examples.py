@@ -102,6 +102,7 @@ def test_layers_learn(runs: Path) -> None:
     assert re.search(r"359 pictures that were not trained on: 9[5-9]\.\d% right after 300 steps", done), done
 
 
+@pytest.mark.slow
 def test_bytes_learn_and_run(runs: Path) -> None:
     """Train for 6 steps, and generate from the checkpoint that training saved."""
     folder = copied("bytes", runs)
@@ -165,8 +166,8 @@ def test_smollm2_learns_facts_by_lora(runs: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "smollm2-one.yaml",
-        "smollm2-tcp.yaml",
+        pytest.param("smollm2-one.yaml", marks=pytest.mark.slow),
+        pytest.param("smollm2-tcp.yaml", marks=pytest.mark.slow),
         pytest.param("smollm2-local.yaml", marks=only_linux),
         "smollm2-shared.yaml",
     ],
@@ -203,6 +204,7 @@ def test_three_sessions_at_once(runs: Path) -> None:
     assert len(list((runs / "ranvier-runs").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_an_actor_is_lost(runs: Path) -> None:
     """Kill an actor in the middle of an answer, and print the same text as without it."""
     done = ran(runs, str(EXAMPLES / "lose_an_actor.py"))

@@ -92,7 +92,8 @@ class Context:
 
     `name` is the name of the host, `actor.replica`. The actor calls `progress` with the share done (0 to 1). `layers` are
     the first and the last layer, both included. With `fast`, products may depend on the number of tokens. `own_autograd`: the
-    `forward` of a plain torch module takes gradients itself.
+    `forward` of a plain torch module takes gradients itself. `device` is where it computes: `cpu` or `cuda:0`, the only
+    GPU that its process sees.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Context:
     precision: str = "dtype"
     fast: bool = False
     own_autograd: bool = False
+    device: str = "cpu"
 
 
 class Actor:
@@ -137,6 +139,11 @@ class Actor:
 
     writes: ClassVar[bool] = True
     """True if `step` may write into its inputs. It then receives copies when a retry or a recording needs the originals."""
+
+    places: ClassVar[bool] = False
+    """True if the actor makes its tensors on `Context.device` itself. For any other, torch makes them there by default.
+
+    In both cases, `step` receives its inputs on the device, and the host brings its outputs back."""
 
     def load(self, context: Context) -> None:
         """Read weights and create state. If this raises an exception, the run does not start."""

@@ -52,7 +52,7 @@ def gather(
     """
     _check_range(index_Tk, ports)
     first = parts[ports[0]]
-    mixed_TH = torch.zeros(index_Tk.shape[0], first.shape[1], dtype=first.dtype)
+    mixed_TH = torch.zeros(index_Tk.shape[0], first.shape[1], dtype=first.dtype, device=first.device)
     for number, port in enumerate(ports):
         chosen_Tk = index_Tk == number
         token_t = torch.where(chosen_Tk.any(1))[0]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..checkpoint import known_checkpoint
 from ..component.actor import Actor, Context
+from ..component.devices import own_name, place
 from ..component.kinds import make
 from ..component.module import held, read_state
 from ..protocol.host_spec import HostSpec
@@ -20,6 +21,7 @@ def load(spec: HostSpec, progress: Callable[[float], None]) -> Actor:
     """
     actor = make(spec.implementation, spec.folder)
     context = context_of(spec, progress)
+    place(actor, context.device)
     actor.load(context)
     if context.weights is not None:
         read_state(held(actor), context.weights, spec.actor)
@@ -42,4 +44,5 @@ def context_of(spec: HostSpec, progress: Callable[[float], None]) -> Context:
         precision=spec.precision,
         fast=spec.fast,
         own_autograd=spec.own_autograd,
+        device=own_name(spec.device),
     )

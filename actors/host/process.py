@@ -26,6 +26,7 @@ from ranvier.transport.links.link_state import Received
 from ranvier.transport.links.wire import Arrival, ProcessWire
 from ranvier.transport.wires.opening import open_wire
 
+from ..component import devices
 from ..errors import Cause, describe, traceback_of, words
 from ..protocol.control_protocol import (
     Connect,
@@ -336,7 +337,8 @@ def live(kind: type[Process], spec: HostSpec, lifeline: int) -> int:
 
 
 def prepare_process(spec: HostSpec) -> None:
-    """Give this process its threads and cores."""
+    """Give this process its device, threads and cores."""
+    devices.enter(spec.device)
     torch.set_num_threads(spec.threads)
     if spec.cpus is not None:  # before any thread starts, so that ZeroMQ's thread runs on the same cores
         system.run_on(spec.cpus)

@@ -15,6 +15,7 @@ import torch
 from ranvier.transport.format.header import Row
 
 from ..component.actor import Actor, Batch, Look
+from ..component.devices import CPU
 from ..component.module import held
 from ..model.causal import AnyBlocks, BlocksActor, Head, Stage
 from ..model.seq2seq import Decoder, Encoder
@@ -22,11 +23,15 @@ from ..model.seq2seq import Decoder, Encoder
 
 def step(actor: Actor, batch: Batch, look: Look) -> Mapping[str, torch.Tensor | Batch]:
     """Run one step like `Actor.step`, and call `look` with the tensors inside, in the order of their creation."""
+
+    def report(layer: int | None, name: str, rows: tuple[Row, ...], tensor_T: torch.Tensor) -> None:
+        look(layer, name, rows, tensor_T.to(CPU))
+
     with contextlib.ExitStack() as stack:
         reporting = _that_report(actor)
         for one in reporting:
             stack.callback(setattr, one, "look", one.look)
-            one.look = look
+            one.look = report
         if reporting:
             return actor.step(batch)
         seen: list[tuple[str, torch.Tensor]] = []
@@ -35,7 +40,7 @@ def step(actor: Actor, batch: Batch, look: Look) -> Mapping[str, torch.Tensor | 
                 stack.enter_context(_hook(name, module, seen))
         made = actor.step(batch)
     for name, rows, tensor in _whole(seen, batch):
-        look(None, name, rows, tensor)
+        report(None, name, rows, tensor)
     return made
 
 

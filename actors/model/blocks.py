@@ -18,6 +18,7 @@ from ranvier.transport.format.header import Row
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
 from ..component.actor import Look
+from ..component.devices import CPU
 from ..component.session import SessionInfo
 from . import weights
 from .compiled import Compiled
@@ -33,15 +34,18 @@ class Block:
     """Hold the weights of one layer; q, k and v share one matrix, gate and up share another."""
 
     def __init__(
-        self, config: ModelConfig, checkpoint: Checkpoint, layer: int, dtype: torch.dtype, precision: str, fast: bool
-    ) -> None:
+        self, config: ModelConfig, checkpoint: Checkpoint, layer: int, dtype: torch.dtype, precision: str, fast: bool,
+        device: str,
+    ) -> None:  # fmt: skip
         slots = list(weights.block(config, layer))
         matrices = {
-            slot.name: read_matrix(slot, checkpoint, dtype, precision, fast)
+            slot.name: read_matrix(slot, checkpoint, dtype, precision, fast, device)
             for slot in slots
             if slot.name in weights.PACKABLE
         }
-        held = {slot.name: read_slot(slot, checkpoint, dtype) for slot in slots if slot.name not in weights.PACKABLE}
+        held = {
+            slot.name: read_slot(slot, checkpoint, dtype, device) for slot in slots if slot.name not in weights.PACKABLE
+        }
         self.held_bytes = sum(tensor.nbytes for tensor in [*held.values(), *matrices.values()])
 
         def norm(name: str) -> Norm | None:
@@ -72,6 +76,7 @@ class Blocks:
         progress: Callable[[float], None],
         precision: str = "dtype",
         fast: bool = False,
+        device: str = CPU,
     ) -> None:
         first, last = layers
         self.look: Look | None = None
@@ -79,10 +84,11 @@ class Blocks:
         self._first = first
         self.config = checkpoint.config
         self._scale = self.config.attention_scale or self.config.head_dim**-0.5
-        self.rotary = rotary_tables(self.config, dtype)
+        self._device = device
+        self.rotary = rotary_tables(self.config, dtype, device)
         self.blocks: list[Block] = []
         for layer in range(first, last + 1):
-            self.blocks.append(Block(self.config, checkpoint, layer, dtype, precision, fast))
+            self.blocks.append(Block(self.config, checkpoint, layer, dtype, precision, fast, device))
             progress((layer - first + 1) / (last - first + 1))
         self._compiled = Compiled.of(self.config, self.blocks, self._scale)
         count = last - first + 1
@@ -90,7 +96,7 @@ class Blocks:
             cache_tokens,
             (lambda capacity: BlockCache(self.config, count, capacity))
             if self._compiled is not None
-            else (lambda capacity: SessionCache(self.config, count, capacity, dtype)),
+            else (lambda capacity: SessionCache(self.config, count, capacity, dtype, device)),
         )
 
     def open(self, session: SessionInfo) -> None:
@@ -141,7 +147,8 @@ class Blocks:
 
     def _begin(self, rows: tuple[Row, ...]) -> tuple[list[SessionCache], Turns]:
         caches = [self.cache.at(row.session, row.position, row.tokens) for row in rows]
-        positions_T = torch.cat([torch.arange(row.position, row.position + row.tokens) for row in rows])
+        positions = [position for row in rows for position in range(row.position, row.position + row.tokens)]
+        positions_T = torch.tensor(positions).to(self._device)
         return caches, {local: table.at(positions_T) for local, table in self.rotary.items()}
 
     def _done(self, rows: tuple[Row, ...], caches: Sequence[Bounded]) -> None:
@@ -206,13 +213,13 @@ class Blocks:
         return sum(block.held_bytes for block in self.blocks)
 
 
-def rotary_tables(config: ModelConfig, dtype: torch.dtype) -> dict[bool, RotaryTable]:
+def rotary_tables(config: ModelConfig, dtype: torch.dtype, device: str = CPU) -> dict[bool, RotaryTable]:
     """Return the rotary table of layers without a window (False) and, if it differs, that of layers with one (True)."""
     if config.learned_positions:
         return {}
-    tables = {False: RotaryTable(config.head_dim, config.rope_theta, config.rope_scaling, dtype)}
+    tables = {False: RotaryTable(config.head_dim, config.rope_theta, config.rope_scaling, dtype, device)}
     if config.local_rope_theta is not None:
-        tables[True] = RotaryTable(config.head_dim, config.local_rope_theta, None, dtype)
+        tables[True] = RotaryTable(config.head_dim, config.local_rope_theta, None, dtype, device)
     return tables
 
 
@@ -254,7 +261,7 @@ def attend(
             query_NtD[None], keys_NPD[None], values_NPD[None], is_causal=True, scale=scale
         )
         return _flat(mixed, exact)
-    allowed_tP = torch.ones(tokens, positions, dtype=torch.bool).tril(positions - tokens)
+    allowed_tP = torch.ones(tokens, positions, dtype=torch.bool, device=query_tND.device).tril(positions - tokens)
     if window:
         allowed_tP = allowed_tP.triu(positions - tokens - window + 1)
     mixed = F.scaled_dot_product_attention(query_NtD[None], keys_NPD[None], values_NPD[None], allowed_tP, scale=scale)

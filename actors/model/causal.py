@@ -19,6 +19,7 @@ from ranvier.transport.format.tensors import torch_dtype
 
 from ..checkpoint import Checkpoint, ModelConfig
 from ..component.actor import Actor, Batch, Context, Look, RowsFailed
+from ..component.devices import CPU
 from ..component.session import SessionInfo
 from ..errors import NotFinite
 from . import weights
@@ -29,7 +30,7 @@ from .kernels.packed import Packed
 from .kv_cache import KVCache
 from .sampling import as_they_are, choose, likeliest, log_probabilities
 from .scores import ranked, scored
-from .tensors import Norm, product, read_matrix, read_slot, sent
+from .tensors import Norm, by_torch, product, read_matrix, read_slot, sent
 
 PIECE = 192
 """Columns whose products are summed in float32; the pieces are then summed in float64 (see `_in_pieces`)."""
@@ -56,7 +57,7 @@ class Embedding(Actor):
     """Embed tokens: `token` int64 [tokens] -> `hidden` [tokens, H]."""
 
     writes = False
-
+    places = True
     stateless = True
 
     def load(self, context: Context) -> None:
@@ -66,7 +67,7 @@ class Embedding(Actor):
         """Load the weights; if `weight_VH` is given (a tied head's matrix), use it instead of reading one."""
         checkpoint, dtype = needed(context)
         held = {
-            slot.name: read_slot(slot, checkpoint, dtype)
+            slot.name: read_slot(slot, checkpoint, dtype, context.device)
             for slot in weights.embedding(checkpoint.config)
             if weight_VH is None or slot.name != "embedding"
         }
@@ -105,13 +106,15 @@ class BlocksActor(Actor):
     """Run a range of layers with their KV cache: `hidden` [tokens, H] -> `hidden` [tokens, H]."""
 
     writes = False
+    places = True
 
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
         assert context.layers is not None
         self.blocks: AnyBlocks = Blocks(
-            checkpoint, context.layers, dtype, context.cache_tokens, context.progress, context.precision, context.fast
-        )
+            checkpoint, context.layers, dtype, context.cache_tokens, context.progress, context.precision, context.fast,
+            context.device,
+        )  # fmt: skip
 
     def open(self, session: SessionInfo) -> None:
         self.blocks.open(session)
@@ -153,7 +156,7 @@ class Head(Actor):
     """
 
     writes = False
-
+    places = True
     stateless = True
     look: Look | None = None
     _guides: Guides | None = None
@@ -170,13 +173,13 @@ class Head(Actor):
         """Load the weights; if `weight_VH` is given (a tied embedding's matrix), use it instead of reading one."""
         checkpoint, dtype = needed(context)
         config = checkpoint.config
-        held = {slot.name: read_slot(slot, checkpoint, dtype) for slot in weights.final_norm(config)}
+        held = {slot.name: read_slot(slot, checkpoint, dtype, context.device) for slot in weights.final_norm(config)}
         self.norm = Norm(config, held["norm"], held.get("norm_bias"))
         self.held = sum(tensor.nbytes for tensor in held.values())
         if weight_VH is None:
             slot = next(slot for slot in weights.head(config) if slot.name == "head")
             self.weight_VH: torch.Tensor | Packed = read_matrix(
-                slot, checkpoint, dtype, context.precision, context.fast
+                slot, checkpoint, dtype, context.precision, context.fast, context.device
             )
             self.held += self.weight_VH.nbytes
         else:
@@ -241,14 +244,16 @@ class Head(Actor):
                 outputs[port] = own
 
     def logits(self, picked_TH: torch.Tensor) -> torch.Tensor:
-        """Return the logits of some tokens, float32 [T, V]."""
+        """Return the logits of some tokens in this machine's memory, float32 [T, V]."""
         if isinstance(self.weight_VH, Packed):  # in float32 throughout
             logits_TV = self.norm.before(self.weight_VH, picked_TH)
         elif picked_TH.dtype is torch.float32:
             logits_TV = _in_pieces(self.norm(picked_TH), self.weight_VH)
         else:
             logits_TV = product(self.norm(picked_TH), self.weight_VH).float()
-        return logits_TV if self._softcap is None else torch.tanh(logits_TV / self._softcap) * self._softcap
+        if self._softcap is not None:
+            logits_TV = torch.tanh(logits_TV / self._softcap) * self._softcap
+        return logits_TV.to(CPU)
 
     def _sampled(
         self, due: list[Row], logits_RV: torch.Tensor, failures: dict[Row, Exception]
@@ -328,6 +333,7 @@ class Stage(Actor):
     """Run blocks together with the embedding before them (`begins`), the head after them (`ends`), or both."""
 
     writes = False
+    places = True
 
     begins: ClassVar[bool] = False
     ends: ClassVar[bool] = False
@@ -344,8 +350,9 @@ class Stage(Actor):
             self.embedding.load(context)
         layers = context.layers or (0, config.layers - 1)
         self.blocks: AnyBlocks = Blocks(
-            checkpoint, layers, dtype, context.cache_tokens, context.progress, context.precision, context.fast
-        )
+            checkpoint, layers, dtype, context.cache_tokens, context.progress, context.precision, context.fast,
+            context.device,
+        )  # fmt: skip
         if self.head is not None and not (self.embedding is not None and config.tied):
             self.head.load_with(context, None)
 
@@ -413,7 +420,7 @@ def _in_pieces(tokens_TH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor
     A single float32 product would add a third of the rounding error of all layers before it. On SmolLM2 the logits
     differ from those in float64 by 7.6e-5 with a single product and by 6.8e-5 with partial sums.
     """
-    made_TV = torch.zeros(len(tokens_TH), len(weight_VH), dtype=torch.float64)
+    made_TV = torch.zeros(len(tokens_TH), len(weight_VH), dtype=torch.float64, device=weight_VH.device)
     for start in range(0, tokens_TH.shape[1], PIECE):
         made_TV += F.linear(tokens_TH[:, start : start + PIECE], weight_VH[:, start : start + PIECE])
     return made_TV.float()
@@ -423,7 +430,7 @@ def _load_tied(embedding: Embedding, head: Head, context: Context) -> None:
     """Load both ends of a tied model; they share one matrix, packed or plain, if both read the same values from it."""
     checkpoint, dtype = needed(context)
     [slot] = [slot for slot in weights.head(checkpoint.config) if slot.name == "head"]
-    if dtype is not torch.bfloat16 or not weights.packs(slot) or packed.library() is None:
+    if by_torch(slot, dtype, context.device):
         embedding.load(context)
         head.load_with(context, embedding.weight_VH)
         return

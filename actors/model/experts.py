@@ -40,11 +40,12 @@ class Attention(BlocksActor):
         checkpoint, dtype = needed(context)
         assert context.layers is not None
         self.layer = Blocks(
-            checkpoint, context.layers, dtype, context.cache_tokens, context.progress, context.precision, context.fast
-        )
+            checkpoint, context.layers, dtype, context.cache_tokens, context.progress, context.precision, context.fast,
+            context.device,
+        )  # fmt: skip
         self.blocks = self.layer
         self.config: ModelConfig = checkpoint.config
-        self.gate_EH = read_slot(weights.gate(self.config, context.layers[0]), checkpoint, dtype)
+        self.gate_EH = read_slot(weights.gate(self.config, context.layers[0]), checkpoint, dtype, context.device)
         slots = weights.shared_expert(self.config, context.layers[0])
         self.shared = read_matrices(slots, checkpoint, dtype, context)
 
@@ -68,7 +69,7 @@ class Experts(Actor):
     """Run some experts of one layer: for each, `expertN` [tokens, H] -> `expertN` [tokens, H]."""
 
     writes = False
-
+    places = True
     stateless = True
 
     def load(self, context: Context) -> None:
@@ -99,7 +100,7 @@ class Combine(Actor):
     """
 
     writes = False
-
+    places = True
     stateless = True
 
     def load(self, context: Context) -> None:

@@ -10,10 +10,10 @@ Shape suffixes: T tokens of the batch, t tokens of one row, H hidden, V vocabula
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,11 +26,12 @@ from ranvier.transport.format.header import Row
 from ..checkpoint.bounds import MOST_LAYERS
 from ..checkpoint.checkpoint import Checkpoint
 from ..component.actor import Actor, Context, Look
+from ..component.devices import CPU
 from ..component.session import SessionInfo
 from ..errors import CheckpointError
 from .causal import BlocksActor, Embedding, Head, Stage, needed
 from .hf_rope import Rotations
-from .hf_weights import model_of, read, tensors_of
+from .hf_weights import model_of, move, read, tensors_of
 from .hf_whole import Whole, WholeSession
 from .kv_cache import KVCache
 
@@ -105,6 +106,7 @@ class Skeleton:
         outside: bool,
         dtype: torch.dtype,
         progress: Callable[[float], None],
+        device: str = CPU,
     ) -> None:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         self.look: Look | None = None
@@ -115,6 +117,7 @@ class Skeleton:
         self.bypasses = self.tuples = False
         self.past: Any = None
         self.layers = layers
+        self._device = device
         self.model = model_of(checkpoint, dtype)
         self.config = self.model.config
         # transformers 5.24 calls it `cache`, earlier versions `past_key_values`
@@ -125,6 +128,7 @@ class Skeleton:
         tensors = tensors_of(self.model)
         if self.whole is not None:
             self.held_bytes = read(self.model, checkpoint, set(tensors), range(MOST_LAYERS), dtype, progress)
+            move(self.model, set(tensors), device)
             return
         stack, name = _layer_list(self.model, checkpoint.config.layers)
         self.tuples = self._returns_tuples(stack[0])
@@ -135,6 +139,7 @@ class Skeleton:
             if (layer_of(tensor, name) in own if tensor.startswith(name + ".") else outside)
         }
         self.held_bytes = read(self.model, checkpoint, wanted, own, dtype, progress)
+        move(self.model, wanted, device)
         for index in range(len(stack)):
             stack[index] = _Place(self, index, stack[index], index in own)
 
@@ -155,6 +160,10 @@ class Skeleton:
             handle.remove()
         return found[0]
 
+    def mode(self) -> AbstractContextManager[Any]:
+        """Return the mode for running the library: its device is torch's default there, because it makes tensors of its own."""
+        return nullcontext() if self._device == CPU else torch.device(self._device)
+
     def embed(self, position: int, token_t: torch.Tensor) -> torch.Tensor:
         """Return the hidden states that enter the first layer, [t, H]."""
         self._set(leaves_before=0)
@@ -171,7 +180,8 @@ class Skeleton:
     def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         """Return the logits [T, V] by final norm and head; the tokens may be of different sessions."""
         self._set(hidden_TH[None], enters_at=0, bypasses=True)
-        made = self.model(inputs_embeds=torch.zeros_like(hidden_TH)[None], use_cache=False)
+        with self.mode():
+            made = self.model(inputs_embeds=torch.zeros_like(hidden_TH)[None], use_cache=False)
         logits_TV: torch.Tensor = made.logits[0]
         return logits_TV
 
@@ -190,7 +200,10 @@ class Skeleton:
 
     def _run(self, position: int, **inputs: torch.Tensor) -> torch.Tensor:
         [given] = inputs.values()
-        count = given.shape[1]
+        with self.mode():
+            return self._until_left(position, given.shape[1], inputs)
+
+    def _until_left(self, position: int, count: int, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
         if self.past is None and position:  # a cache of `position` empty entries makes the tokens begin there
             self.past = DynamicCache(config=self.config)
             for index in range(len(_layer_list(self.model, None)[0])):
@@ -253,7 +266,8 @@ class ForeignBlocks:
                 whole = self.skeleton.whole
                 assert whole is not None
                 self.skeleton.rotations.set(row.position + row.tokens)
-                with whole.watched(row, self.look) if self.look is not None else contextlib.nullcontext():
+                watched = whole.watched(row, self.look) if self.look is not None else nullcontext()
+                with watched, self.skeleton.mode():
                     made.append(whole.logits(session, part))
             else:
                 made += self._run(session, row.position, part)
@@ -282,7 +296,7 @@ class ForeignBlocks:
 class ForeignEmbedding(Embedding):
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
-        self.use(Skeleton(checkpoint, None, True, dtype, context.progress))
+        self.use(Skeleton(checkpoint, None, True, dtype, context.progress, context.device))
 
     def use(self, skeleton: Skeleton) -> None:
         self.skeleton = skeleton
@@ -304,14 +318,14 @@ class ForeignBlocksActor(BlocksActor):
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
         self.blocks = ForeignBlocks(
-            Skeleton(checkpoint, context.layers, False, dtype, context.progress), context.cache_tokens
+            Skeleton(checkpoint, context.layers, False, dtype, context.progress, context.device), context.cache_tokens
         )
 
 
 class ForeignHead(Head):
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
-        self.use(Skeleton(checkpoint, None, True, dtype, context.progress))
+        self.use(Skeleton(checkpoint, None, True, dtype, context.progress, context.device))
 
     def use(self, skeleton: Skeleton) -> None:
         self.skeleton = skeleton
@@ -319,8 +333,8 @@ class ForeignHead(Head):
 
     def logits(self, picked_TH: torch.Tensor) -> torch.Tensor:
         if self.skeleton.whole is not None:
-            return picked_TH.float()  # the blocks returned logits already
-        return self.skeleton.logits(picked_TH).float()
+            return picked_TH.float().to(CPU)  # the blocks returned logits already
+        return self.skeleton.logits(picked_TH).float().to(CPU)
 
     def held_bytes(self) -> int:
         return self.skeleton.held_bytes
@@ -332,7 +346,7 @@ class ForeignStage(Stage):
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
         layers = context.layers or (0, checkpoint.config.layers - 1)
-        skeleton = Skeleton(checkpoint, layers, True, dtype, context.progress)
+        skeleton = Skeleton(checkpoint, layers, True, dtype, context.progress, context.device)
         self.embedding = ForeignEmbedding() if self.begins else None
         self.head = ForeignHead() if self.ends else None
         if isinstance(self.embedding, ForeignEmbedding):

@@ -14,6 +14,7 @@ from ..checkpoint import safetensors_file
 from ..checkpoint.checkpoint import Checkpoint, same
 from ..checkpoint.config import LAYER_OF
 from ..checkpoint.tensors import WHOLE, Entry
+from ..component.devices import CPU
 from ..errors import CheckpointError
 
 
@@ -83,6 +84,16 @@ def read(
             checkpoint.read_into(known, own[name])
             progress(count / len(names))
     return sum(tensor.nbytes for tensor in {own[name].data_ptr(): own[name] for name in wanted}.values())
+
+
+def move(model: Any, wanted: set[str], device: str) -> None:
+    """Move these tensors of a model, and all its buffers, to a device. Parameters that nobody has read stay where they are."""
+    if device == CPU:
+        return
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    left = {id(tensor) for name, tensor in parameters.items() if name not in wanted}
+    left -= {id(parameters[name]) for name in wanted & parameters.keys()}  # a tied tensor has two names
+    model._apply(lambda tensor: tensor if id(tensor) in left else tensor.to(device))
 
 
 def tensors_of(model: Any) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from ..checkpoint.config import ModelConfig
+from ..component.devices import CPU
 from .kernels.packed import PART
 from .kernels.pages import fresh
 
@@ -21,9 +22,11 @@ from .kernels.pages import fresh
 class SessionCache:
     """Hold a session's keys and values, [layers, kv heads, capacity, head width]; the first `length` are valid."""
 
-    def __init__(self, config: ModelConfig, layers: int, capacity: int, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, layers: int, capacity: int, dtype: torch.dtype, device: str = CPU) -> None:
         shape = (2, layers, config.kv_heads, capacity, config.head_dim)
-        both = fresh(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+        size = math.prod(shape) * dtype.itemsize
+        both = fresh(size) if device == CPU else torch.empty(size, dtype=torch.uint8, device=device)
+        both = both.view(dtype).view(shape)
         self.keys_LKPD, self.values_LKPD = both
         self.capacity = capacity
         self.length = 0

@@ -10,6 +10,7 @@ import math
 import torch
 
 from ..checkpoint.config import RopeScaling
+from ..component.devices import CPU
 
 
 def inverse_frequencies(width: int, theta: float, scaling: RopeScaling | None) -> torch.Tensor:
@@ -62,12 +63,14 @@ def _llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
 class RotaryTable:
     """Hold cos and sin by position, computed once and extended when a session needs more."""
 
-    def __init__(self, width: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, width: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype, device: str = CPU
+    ) -> None:
         self._frequencies = inverse_frequencies(width, theta, scaling)
         self._attention_factor = scaling.attention_factor if scaling is not None else 1.0
         self._dtype = dtype
-        self.cos_PD = torch.empty(0, width, dtype=dtype)
-        self.sin_PD = torch.empty(0, width, dtype=dtype)
+        self._device = device
+        self.cos_PD = self.sin_PD = torch.empty(0, width, dtype=dtype, device=device)
 
     def at(self, positions_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cos and sin of each position, [T, D]."""
@@ -81,7 +84,7 @@ class RotaryTable:
         angles = torch.cat((angles, angles), dim=-1)
         # computed in float32 and rounded once, as in transformers
         cos_PD, sin_PD = (each * self._attention_factor for each in (angles.cos(), angles.sin()))
-        self.cos_PD, self.sin_PD = cos_PD.to(self._dtype), sin_PD.to(self._dtype)
+        self.cos_PD, self.sin_PD = (each.to(self._dtype).to(self._device) for each in (cos_PD, sin_PD))
 
 
 def rotate(heads_TND: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from ranvier.transport.format.header import Row
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
 from ..component.actor import Actor, Batch, Context, Look
+from ..component.devices import CPU
 from ..component.session import SessionInfo
 from . import seq2seq_weights, weights
 from .blocks import activate
@@ -44,11 +45,11 @@ class SourceEmbedding(Embedding):
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
         config = checkpoint.config
-        held = _read(checkpoint, seq2seq_weights.embedding(config, self.side), dtype)
+        held = _read(seq2seq_weights.embedding(config, self.side), context)
         self.weight_VH = held["embedding"]
         self.positions_PH = held["positions"][LEARNED_FROM:] if "positions" in held else None
         if seq2seq(config).positions == "sinusoidal":
-            self.positions_PH = sinusoids(config.context, config.hidden, dtype)
+            self.positions_PH = sinusoids(config.context, config.hidden, dtype).to(context.device)
         self._norm = _norm(config, held, "norm")
         self._held = sum(tensor.nbytes for tensor in held.values())
         self.use_scale(config, dtype)
@@ -75,16 +76,16 @@ class Encoder(Actor):
     """Run encoder layers, `hidden` [tokens, H] -> `hidden` [tokens, H]; each token sees its whole source."""
 
     writes = False
-
+    places = True
     look: Look | None = None
 
     def load(self, context: Context) -> None:
-        checkpoint, dtype = needed(context)
+        checkpoint, _ = needed(context)
         assert context.layers is not None
         config = checkpoint.config
         self.stack = Stack(checkpoint, "encoder", context)
         self._first, last = context.layers[0], context.layers[1] == seq2seq(config).layers - 1
-        final = _read(checkpoint, seq2seq_weights.final_norm(config, "encoder"), dtype) if last else {}
+        final = _read(seq2seq_weights.final_norm(config, "encoder"), context) if last else {}
         self._norm = _norm(config, final, "norm")
         self._held = self.stack.held_bytes + sum(tensor.nbytes for tensor in final.values())
 
@@ -118,8 +119,8 @@ class Encoder(Actor):
 class DecoderSession(SessionCache):
     """Hold a session's KV cache and, once they are received, keys and values of its source, [N, M, D] per layer."""
 
-    def __init__(self, config: ModelConfig, layers: int, capacity: int, dtype: torch.dtype) -> None:
-        super().__init__(config, layers, capacity, dtype)
+    def __init__(self, config: ModelConfig, layers: int, capacity: int, dtype: torch.dtype, device: str) -> None:
+        super().__init__(config, layers, capacity, dtype, device)
         self.memory: list[tuple[torch.Tensor, torch.Tensor]] = []
 
 
@@ -130,7 +131,7 @@ class Decoder(Actor):
     """
 
     writes = False
-
+    places = True
     look: Look | None = None
 
     def load(self, context: Context) -> None:
@@ -140,7 +141,7 @@ class Decoder(Actor):
         self.stack = Stack(checkpoint, "decoder", context)
         self.cache = KVCache(
             context.cache_tokens,
-            lambda capacity: DecoderSession(checkpoint.config, last - self._first + 1, capacity, dtype),
+            lambda capacity: DecoderSession(checkpoint.config, last - self._first + 1, capacity, dtype, context.device),
         )
 
     def open(self, session: SessionInfo) -> None:
@@ -212,14 +213,14 @@ class Seq2SeqHead(Head):
         config = checkpoint.config
         model = seq2seq(config)
         slots = list(seq2seq_weights.head(config))
-        held = _read(checkpoint, slots, dtype)
+        held = _read(slots, context)
         self._norm = _norm(config, held, "norm")
         self.weight_VH = read_matrices(_matrices(slots), checkpoint, dtype, context)["head"]
         self.held = self.weight_VH.nbytes + sum(tensor.nbytes for tensor in held.values())
         self._scale = model.head_scale
         bias = seq2seq_weights.bias(config)
         there = bias is not None and "final_logits_bias" in checkpoint.tensors
-        self._bias_1V = read_slot(bias, checkpoint, dtype) if bias is not None and there else None
+        self._bias_1V = read_slot(bias, checkpoint, dtype, context.device) if bias is not None and there else None
         self.never = torch.tensor(model.suppressed) if model.suppressed else None
         self._first = model.first_token
         self.streams = {}
@@ -243,7 +244,7 @@ class Seq2SeqHead(Head):
         scaled_TH = picked_TH * self._scale if self._scale != 1.0 else picked_TH
         # what the kernels make is float32 already: do not round it
         logits_TV = product(scaled_TH.float() if isinstance(self.weight_VH, Packed) else scaled_TH, self.weight_VH)
-        return (logits_TV + self._bias_1V if self._bias_1V is not None else logits_TV).float()
+        return (logits_TV + self._bias_1V if self._bias_1V is not None else logits_TV).float().to(CPU)
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
@@ -320,16 +321,16 @@ class Stack:
         heads = self._model.heads if side == "encoder" else config.heads
         width = config.head_dim if self._model.positions == "relative" else config.hidden // heads
         self._scale = config.attention_scale or width**-0.5
-        shared = _read(checkpoint, seq2seq_weights.relative(config, side), dtype)
+        shared = _read(seq2seq_weights.relative(config, side), context)
         self._relative_BN = shared.get("relative")
-        self._dtype = dtype
+        self._dtype, self._device = dtype, context.device
         self.layers: list[Layer] = []
         assert context.layers is not None
         first, last = context.layers
         for index in range(first, last + 1):
             slots = list(seq2seq_weights.layer(config, side, index))
             matrices = read_matrices(_matrices(slots), checkpoint, dtype, context)
-            self.layers.append(Layer(config, _read(checkpoint, slots, dtype), matrices, heads))
+            self.layers.append(Layer(config, _read(slots, context), matrices, heads))
             context.progress((index - first + 1) / (last - first + 1))
         self.held_bytes = sum(layer.held_bytes for layer in self.layers)
         self.held_bytes += sum(tensor.nbytes for tensor in shared.values())
@@ -340,14 +341,15 @@ class Stack:
         The scores are those of `tokens` tokens from `position` on over `positions` keys. Keys that a decoder may not
         see get -inf.
         """
-        behind_tP = torch.arange(positions)[None] - torch.arange(position, position + tokens)[:, None]
+        place_P = torch.arange(positions, device=self._device)
+        behind_tP = place_P[None] - place_P[position : position + tokens, None]
         if self._relative_BN is not None:
             bucket_tP = bucket(behind_tP, self._side == "encoder", self._model.buckets, self._model.distance)
             added_NtP = F.embedding(bucket_tP, self._relative_BN).permute(2, 0, 1)
         elif self._side == "encoder" or tokens == 1:
             return None
         else:
-            added_NtP = torch.zeros(1, tokens, positions, dtype=self._dtype)
+            added_NtP = torch.zeros(1, tokens, positions, dtype=self._dtype, device=self._device)
         if self._side == "decoder" and tokens > 1:
             added_NtP = added_NtP.masked_fill(behind_tP > 0, float("-inf"))
         return added_NtP.contiguous()
@@ -396,9 +398,14 @@ def sinusoids(positions: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.cat((angle[:, 0::2].sin(), angle[:, 1::2].cos()), 1).float().to(dtype)
 
 
-def _read(checkpoint: Checkpoint, wanted: Iterable[Slot], dtype: torch.dtype) -> Held:
+def _read(wanted: Iterable[Slot], context: Context) -> Held:
     """Read the slots that are no matrices for products."""
-    return {slot.name: read_slot(slot, checkpoint, dtype) for slot in wanted if slot.name not in weights.PACKABLE}
+    checkpoint, dtype = needed(context)
+    return {
+        slot.name: read_slot(slot, checkpoint, dtype, context.device)
+        for slot in wanted
+        if slot.name not in weights.PACKABLE
+    }
 
 
 def _matrices(wanted: Iterable[Slot]) -> list[Slot]:

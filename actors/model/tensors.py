@@ -17,6 +17,7 @@ from ..checkpoint.config import ModelConfig
 from ..checkpoint.quantised import Quantised, Tile
 from ..checkpoint.tensors import StoredRows, TensorEntry
 from ..component.actor import Batch, Context, RowsFailed
+from ..component.devices import CPU
 from ..errors import NotFinite
 from .kernels import packed
 from .kernels.packed import Packed
@@ -29,11 +30,14 @@ KINDS = {"bfloat16": packed.BFLOAT16, "int8": packed.INT8, "int4": packed.INT4}
 def sent(
     port: str, rows: tuple[Row, ...], made_TH: torch.Tensor, finite: bool | None = None
 ) -> Mapping[str, torch.Tensor | Batch]:
-    """Return the output of a step, after a check that all numbers are finite. `finite`: what is known already.
+    """Return the output of a step in this machine's memory, after a check that all numbers are finite.
+
+    `finite`: what is known already.
 
     Raises:
         RowsFailed: some rows have NaN or infinity. The others have taken their step.
     """
+    made_TH = made_TH.to(CPU)
     if _all_finite(made_TH) if finite is None else finite:
         return {port: made_TH}
     failures: dict[Row, Exception] = {}
@@ -56,6 +60,7 @@ def make_sure_of_finite(what: str, made_TH: torch.Tensor) -> None:
     Raises:
         NotFinite: a number of `made_TH` is NaN or infinite.
     """
+    made_TH = made_TH.to(CPU)
     if not _all_finite(made_TH):
         raise NotFinite(what, float(made_TH[~made_TH.isfinite()][0]))
 
@@ -72,28 +77,33 @@ def _all_finite(made_TH: torch.Tensor) -> bool:
     return bool(library.ranvier_finite(made_TH.data_ptr(), made_TH.numel(), *found))
 
 
-def read_slot(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype) -> torch.Tensor:
-    """Read the tensor of a slot, with its parts stacked by rows."""
+def read_slot(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, device: str = CPU) -> torch.Tensor:
+    """Read the tensor of a slot, with its parts stacked by rows, onto a device."""
     if dtype is torch.bfloat16 and len(slot.parts) == 1 and (parts := _stored(slot, checkpoint)) is not None:
-        return packed.read_stored(parts[0])
-    tensor = torch.empty(slot.shape, dtype=dtype)
+        return packed.read_stored(parts[0]).to(device)
+    tensor = torch.empty(slot.shape, dtype=dtype, device=CPU)
     start = 0
     for name, rows in slot.parts:
         part = tensor[start : start + rows]
         checkpoint.read_into(name, part.t() if slot.transposed else part)
         start += rows
-    return tensor
+    return tensor.to(device)
+
+
+def by_torch(slot: Slot, dtype: torch.dtype, device: str) -> bool:
+    """Return whether torch computes the products with a matrix: the kernels lack its dtype, shape, processor or device."""
+    return device != CPU or dtype is not torch.bfloat16 or not packs(slot) or packed.library() is None
 
 
 def read_matrix(
-    slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, precision: str, fast: bool
+    slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, precision: str, fast: bool, device: str = CPU
 ) -> torch.Tensor | Packed:
-    """Read a matrix for products with tokens: packed if `dtype` is bfloat16 and the kernels run here and take its shape.
+    """Read a matrix for products with tokens, packed if the kernels compute them.
 
     With `fast`, its products may depend on the number of tokens.
     """
-    if dtype is not torch.bfloat16 or not packs(slot) or packed.library() is None:
-        return read_slot(slot, checkpoint, dtype)
+    if by_torch(slot, dtype, device):
+        return read_slot(slot, checkpoint, dtype, device)
     matrix = _packed(slot, checkpoint, dtype, precision)
     matrix.matrix.fast = fast
     return matrix
@@ -103,7 +113,10 @@ def read_matrices(
     slots: Iterable[Slot], checkpoint: Checkpoint, dtype: torch.dtype, context: Context
 ) -> dict[str, torch.Tensor | Packed]:
     """Read matrices for products as an actor needs them, by the names of their slots (`read_matrix`)."""
-    return {slot.name: read_matrix(slot, checkpoint, dtype, context.precision, context.fast) for slot in slots}
+    return {
+        slot.name: read_matrix(slot, checkpoint, dtype, context.precision, context.fast, context.device)
+        for slot in slots
+    }
 
 
 def _packed(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, precision: str) -> Packed:

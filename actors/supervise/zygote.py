@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ranvier.transport import system
 
+from ..component import devices
 from .zygote_protocol import Begin, Command, Event, Exited, Imported, NotStarted, Reader, Start, Started, pack
 
 FOR_TRAINING = ("ranvier.actors.training.host", "torch._dynamo")
@@ -107,6 +108,8 @@ class Zygote:
             gc.freeze()
         for model in {each.model for each in command.specs if each.model is not None}:
             self._know(Path(model))
+        if spec.device != devices.CPU:
+            devices.make_sure_of_fork(", ".join(("torch", *wanted)))
         pid = os.fork()
         if pid == 0:
             try:

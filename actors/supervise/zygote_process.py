@@ -43,8 +43,8 @@ class ZygoteProcess:
         lifeline, self.lifeline = os.pipe()
         self._errors = -1
         self._said = ""
-        # numpy's threads would not survive the fork
-        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+        # numpy's threads would not survive the fork, nor would CUDA, which torch asks for its devices without this
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         try:
             self._errors = system.unnamed_file("zygote.err")
             self.process = subprocess.Popen(

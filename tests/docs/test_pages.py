@@ -22,6 +22,8 @@ from ranvier.graph.run import chaos
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
 TUTORIAL = sorted((DOCS / "tutorial").glob("*.md"))
+QUICK = "4567"
+"""The pages of the tutorial that take some ten seconds; the others take half a minute each."""
 OTHERS = [REPOSITORY / "README.md", *sorted(DOCS.glob("*.md"))]
 PAGES = [page for page in OTHERS if any(block.language in ("console", "python") for block in blocks(page))]
 LEFT_OUT = shutil.ignore_patterns("ranvier-runs", "trained", "__pycache__", "*.safetensors", "corpus.txt")
@@ -37,7 +39,11 @@ def place() -> Iterator[Path]:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("page", TUTORIAL, ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] * (page.stem[0] not in QUICK)) for page in TUTORIAL],
+    ids=lambda page: page.stem,
+)
 def test_a_page_of_the_tutorial(page: Path, place: Path) -> None:
     """Do what the page says, in a folder of its own, and see what it says that one sees."""
     assert run(page, place) >= 1

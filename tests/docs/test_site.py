@@ -70,6 +70,7 @@ def test_the_reference_is_what_the_code_says(tmp_path: Path, monkeypatch: pytest
     assert sorted(named) == sorted(ranvier.__all__)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["demo", "talk", "narrow"])
 def test_a_recording_is_drawn_the_same(name: str, tmp_path: Path) -> None:
     """Draw each recording twice: both pictures, and the one in the docs, have the same bytes."""

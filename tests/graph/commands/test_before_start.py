@@ -140,6 +140,7 @@ def test_options_that_cannot_be(arguments: tuple[str, ...], words: str, folder: 
     assert words in refused(folder, "--prompt", "hi", *arguments)
 
 
+@pytest.mark.slow
 def test_options_of_a_chat_and_of_sampling(folder: Path) -> None:
     """Pass tools, arguments, penalties and the model's own sampling on to the request."""
     config = {"chat_template": "{{ messages[0].content }}{{ tools | length if tools }}{{ mood }}"}

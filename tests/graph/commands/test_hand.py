@@ -188,6 +188,7 @@ def test_names_of_runs(tmp_path: Path) -> None:
             named(text, tmp_path / "empty" if words == "has 0 runs" else tmp_path)
 
 
+@pytest.mark.slow
 def test_commands_take_short_names(runs: Path, tmp_path: Path) -> None:
     """Read a trace of `latest`, and list runs with the numbers that name them."""
     os.symlink(runs, tmp_path / "ranvier-runs")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hub import COMMIT, Hub
 from terminal import Terminal
 
@@ -23,6 +24,7 @@ def ran(*arguments: str, cwd: Path | None = None, **environment: str) -> subproc
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_model_is_fetched_listed_run_and_removed(tiny: Any, tmp_path: Path) -> None:
     """Fetch each file once from the hub, run from the cache, and remove it again."""
     folder, _ = tiny("plain")

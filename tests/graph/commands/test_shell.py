@@ -68,6 +68,7 @@ def test_colours(runs: Path, colours: bool) -> None:
     shown.close()
 
 
+@pytest.mark.slow
 def test_a_narrow_terminal(runs: Path) -> None:
     """Name the run by its short name, and let no line of a table be wider than the terminal."""
     shown = Terminal([*RUN, "--prompt", "Hi", "-n", "3"], cwd=runs, columns=60)
@@ -81,6 +82,7 @@ def test_a_narrow_terminal(runs: Path) -> None:
     shown.close()
 
 
+@pytest.mark.slow
 def test_a_long_prompt(runs: Path, tmp_path: Path) -> None:
     """Show how much of a long prompt is computed."""
     (tmp_path / "prompt.txt").write_text("The sea is wide and deep. " * 200)
@@ -138,6 +140,7 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_completion(place: Path) -> None:
     """Complete commands, graphs, runs, actors, edges and settings; offer nothing where a file is wrong."""
     for words, offered in (
@@ -161,6 +164,7 @@ def test_completion_for_shells(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_defaults_of_the_user(place: Path) -> None:
     """Take defaults from the user's file. The command line goes before them."""
     config = place / "config" / "ranvier" / "config.toml"

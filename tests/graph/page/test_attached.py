@@ -75,6 +75,7 @@ def test_a_run_of_another_process(server: Any, see: Any) -> None:
     page.wait_for_selector("#link:not([data-state=live])")
 
 
+@pytest.mark.slow
 def test_a_training(see: Any, runs: Path, tmp_path: Path) -> None:
     """Show losses and schedule of a training while it goes on, and say when it is over."""
     shutil.copy(PARTS, tmp_path / "parts.py")

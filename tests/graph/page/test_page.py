@@ -107,6 +107,7 @@ def test_an_actor_is_killed_by_its_button(see: Any, server: Any, continued: Any)
     assert page.inner_text("#f-recoveries") == "1"
 
 
+@pytest.mark.slow
 def test_a_connection_is_cut(see: Any, server: Any, continued: Any) -> None:
     """Cut all connections in the middle of an answer. It goes on where it stopped, and so does the feed."""
     seen = see(server.url)
@@ -123,6 +124,7 @@ def test_a_connection_is_cut(see: Any, server: Any, continued: Any) -> None:
     page.wait_for_selector("#link[data-state=live]")
 
 
+@pytest.mark.slow
 def test_an_edge_is_cut_and_an_actor_slowed(see: Any, server: Any) -> None:
     """Cut an edge that crosses the network and slow an actor, by their buttons. Answers still come."""
     seen = see(server.url)

@@ -183,6 +183,7 @@ def test_closed_standard_streams_case_67(closed: str, runs: Path) -> None:
 # -- code beside the graph ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_files_called_like_modules_are_not_imported_case_62(runs: Path, tmp_path: Path) -> None:
     """Run no file beside the graph without --allow-code, even if it is named like a module.
 

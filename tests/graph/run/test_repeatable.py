@@ -32,7 +32,7 @@ async def stream(run: ranvier.Run, prompt: list[int], max_tokens: int) -> Stream
     return tokens, logits
 
 
-@pytest.mark.parametrize("weights", ["dtype", "stored"])
+@pytest.mark.parametrize("weights", [pytest.param("dtype", marks=pytest.mark.slow), "stored"])
 def test_a_stream_s_bits_are_its_own(weights: str, graph_file: Callable[..., Path], runs: Path, split: Any) -> None:
     """Generate alone, beside four other streams, and again from a prompt that holds half of the answer, as a recovery does."""
     graph = ranvier.load(graph_file(

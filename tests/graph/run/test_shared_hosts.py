@@ -116,6 +116,7 @@ def test_a_whole_process_is_lost_and_replaced(four: Four, exact: Exact, runs: Pa
     trio.run(main)
 
 
+@pytest.mark.slow
 def test_a_spare_process_takes_over(four: Four, exact: Exact, runs: Path) -> None:
     """Keep a copy of a whole process ready, with all its actors."""
     shared = {actor: {"host": "main", "spares": 1} for actor in ("blocks0", "blocks1")}

@@ -149,6 +149,7 @@ def test_every_kind_of_stream_goes_on_after_its_server_was_killed(served: Served
             assert shape(undisturbed[1]) == shape(whole[1]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [Served.kill, Served.end], ids=["killed", "stopped"])
 def test_the_client_goes_on_though_the_server_is_gone(end: Callable[[Served], None], runs: Path) -> None:
     """Print the whole answer with `ranvier chat`, once, though its server is killed or stopped, and started again."""
@@ -193,6 +194,7 @@ def test_what_is_over_leaves_nothing_behind(runs: Path) -> None:
     assert len(listed) == 2 and not any(run["resumable"] for run in listed)
 
 
+@pytest.mark.slow
 def test_a_client_that_comes_back_waits_for_room_like_others(runs: Path) -> None:
     """Refuse a stream that comes back while there is no room, with a time to try again, and send the rest later."""
     room = [setting for actor in ("lower", "upper") for setting in ("--set", f"actors.{actor}.cache_tokens=400")]

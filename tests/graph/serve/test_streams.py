@@ -10,6 +10,7 @@ import socket
 from typing import Any
 from urllib.parse import urlsplit
 
+import pytest
 from waiting import wait_until
 
 from ranvier.graph.serve.server import Options
@@ -132,6 +133,7 @@ def test_a_silent_stream_says_that_it_lives(start: Any) -> None:
     answer.close()
 
 
+@pytest.mark.slow
 def test_requests_wait_for_their_turn_and_too_many_are_refused(start: Any) -> None:
     """Let requests wait while the caches are full, and refuse those beyond the queue with a time to come back."""
     server = start(Options(port=0, queue=1), actors__lower__cache_tokens="600", actors__upper__cache_tokens="600")

@@ -116,6 +116,7 @@ def test_log_probabilities(server: Any, continued: Any, oracle: Any) -> None:
         assert len(entry.top_logprobs) == 3 and entry.top_logprobs[0].token == entry.token
 
 
+@pytest.mark.slow
 def test_a_seed_gives_the_same_text(server: Any) -> None:
     """Draw the same text from the same seed, another from another, and n different ones."""
     client = server.client()

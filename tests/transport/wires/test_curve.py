@@ -125,6 +125,7 @@ def until_refused(sender: zmq.Socket[bytes], inbox: ZeroWire) -> None:
         assert inbox.receive(0.1) is None
 
 
+@pytest.mark.slow
 def test_a_key_speaks_as_its_own_actor_alone_case_39(pair: tuple[ZeroWire, ZeroWire], folder: Path) -> None:
     """Refuse a message that has another actor's name than its key."""
     b = pair[1]
