@@ -85,8 +85,9 @@ $(PEERS): benchmarks/peers.sh | $(MODEL)
 bench: $(STAMP) $(MODEL) $(BROWSER) $(PEERS)
 	$(BIN)/python benchmarks/run.py
 
-# the decode step for GPUs: right, and how fast; for a PYTHON whose torch has CUDA and triton
+# on a GPU: graphs, then the decode step and how fast it is; for a PYTHON with Ranvier's packages, and a torch with CUDA and triton
 gpu-check:
+	$(PYTHON) -m pytest -m gpu tests/gpu -rs
 	$(PYTHON) benchmarks/gpu/check.py
 
 # ten minutes of 32 sessions while actors are killed and stopped and links are cut

@@ -10,9 +10,11 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -238,3 +240,31 @@ def browser() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=command, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Provide `driver(*names)`: a library of NVIDIA's for management, with GPUs of these names, and a torch that can use them."""
+    from ranvier.actors.component import devices
+
+    class NVMLError(Exception):
+        pass
+
+    def install(*names: str, total_bytes: int = 80 << 30, broken: bool = False) -> None:
+        library: Any = ModuleType("pynvml")
+
+        def begin() -> None:
+            if broken:
+                raise NVMLError("Driver/library version mismatch")
+
+        library.NVMLError = NVMLError
+        library.nvmlInit, library.nvmlShutdown = begin, lambda: None
+        library.nvmlDeviceGetCount = lambda: len(names)
+        library.nvmlDeviceGetHandleByIndex = lambda number: number
+        library.nvmlDeviceGetMemoryInfo = lambda _: SimpleNamespace(total=total_bytes, free=total_bytes // 2)
+        library.nvmlDeviceGetName = lambda number: names[number]
+        monkeypatch.setitem(sys.modules, "pynvml", library)
+        monkeypatch.setattr(devices, "_torch_has_cuda", lambda: True)
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return install

@@ -10,6 +10,8 @@ import functools
 import importlib.util
 import os
 import re
+import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -26,6 +28,8 @@ Outputs = Mapping[str, "torch.Tensor | Batch"]
 
 CPU = "cpu"
 PATTERN = r"cpu|cuda(:\d{1,2})?"
+GPU_FAILED = 76
+"""Exit code of a process whose GPU answers with errors."""
 CONTEXT_BYTES = 640 << 20
 """Memory that a process takes on its GPU before any tensor (measured on an H100: 618 MiB)."""
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -170,15 +174,29 @@ def place(actor: Actor, device: str) -> None:
     step, snapshot = within(actor.step), within(actor.snapshot)
 
     def stepped(batch: Batch) -> Outputs:
-        try:
-            return brought_back(step(_moved(batch, device)))
-        except RowsFailed as some:
-            raise RowsFailed(brought_back(some.outputs), some.failures) from None
+        with _ends_with_its_gpu():
+            try:
+                return brought_back(step(_moved(batch, device)))
+            except RowsFailed as some:
+                raise RowsFailed(brought_back(some.outputs), some.failures) from None
 
     vars(actor).update(
         load=within(actor.load), open=within(actor.open), rewind=within(actor.rewind), restore=within(actor.restore),
         step=stepped, snapshot=lambda: {name: tensor.cpu() for name, tensor in snapshot().items()},
     )  # fmt: skip
+
+
+@contextmanager
+def _ends_with_its_gpu() -> Iterator[None]:
+    """End this process after an error that leaves its GPU unusable for it. It is replaced, and its sessions go on."""
+    import torch
+
+    try:
+        yield
+    except torch.AcceleratorError:  # OutOfMemoryError is another class; it ends the sessions of its step
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(GPU_FAILED)
 
 
 def brought_back(outputs: Outputs) -> Outputs:

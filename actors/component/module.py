@@ -55,7 +55,7 @@ def probe(module: type[nn.Module], args: Mapping[str, Any], inputs: Mapping[str,
     for device in ("meta", "cpu"):
         for own_autograd in (False, True):
             try:
-                with torch.random.fork_rng(), _mode(own_autograd), torch.device(device):
+                with torch.random.fork_rng(devices=()), _mode(own_autograd), torch.device(device):
                     return Probed(*_tried(module, args, inputs), own_autograd)
             except ValueError as error:
                 why = error

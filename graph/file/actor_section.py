@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ranvier.actors.component.devices import CPU, PATTERN
 from ranvier.actors.protocol.host_spec import Restart
 
 from .sections import Name, Section
@@ -83,10 +84,14 @@ class ActorSection(Section):
         min_length=1,
         description="cores its process may run on, such as [0], including ZeroMQ's thread; default: all",
     )
-    device: Literal["cpu"] = Field("cpu", description="device that the actor computes on")
+    device: str = Field(
+        CPU,
+        pattern=rf"^({PATTERN})$",
+        description="device that the actor computes on: cpu, or a GPU of NVIDIA's, such as cuda:0 (docs/gpu.md)",
+    )
     host: Name | None = Field(
         None,
-        description="name of the process that it shares with the actors of the same host; threads, cpus, restart and "
+        description="name of the process that it shares with the actors of the same host; threads, cpus, device, restart and "
         "spares belong "
         "to the process, so they must be the same for its actors, and none of them has replicas; default: a process of its own",
     )

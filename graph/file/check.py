@@ -10,6 +10,7 @@ from ranvier.transport.wires.descriptors import make_sure_of_files
 
 from . import schema
 from .check_actors import ActorCheck
+from .check_devices import DeviceCheck
 from .check_edges import EdgeCheck
 from .check_hosts import HostCheck
 from .check_model import ModelCheck
@@ -72,6 +73,9 @@ def _checked(
     wires.keys()
     HostCheck(document, file, problems).hosts()
     check.stop_if_wrong()
+    placed = DeviceCheck(document, file, problems, actors)
+    placed.devices()
+    check.stop_if_wrong()
     check.layers(actors, checkpoint)
     between = EdgeCheck(document, file, problems, actors, folder, allow_code)
     edges = between.edges()
@@ -86,7 +90,7 @@ def _checked(
     between.stop_if_wrong()
     graph = Graph.checked(
         path=path, folder=folder, document=document, file=file, checkpoint=checkpoint, actors=actors, edges=tuple(edges),
-        overrides=settings, allow_code=allow_code, warnings=tuple(model.warnings),
+        overrides=settings, allow_code=allow_code, warnings=(*model.warnings, *placed.warnings),
     )  # fmt: skip
     check.journal(graph.generates)
     copies = ReplicaCheck(document, file, problems, actors)

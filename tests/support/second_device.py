@@ -5,6 +5,7 @@ An operation that mixes them with tensors of the processor fails, as it would on
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-_setup_privateuseone_for_python_backend("second")
-GPU = torch.device("second:0")
+GPU = torch.device("privateuseone:0")
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 """Operations that take tensors of both devices."""
 
@@ -100,8 +100,12 @@ class _Functions(TorchFunctionMode):
         return OnGpu(function(*own[0], **own[1]))
 
 
+_register = functools.cache(_setup_privateuseone_for_python_backend)
+
+
 @contextmanager
 def pretended() -> Iterator[None]:
     """Pretend while the block runs."""
+    _register()
     with _Operations(), _Functions():
         yield

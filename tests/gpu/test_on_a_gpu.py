@@ -1,0 +1,117 @@
+"""Run graphs on a real GPU: transformers' tokens, several actors on one GPU, a killed actor, and memory that comes back."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import trio
+from waiting import wait_until
+
+import ranvier
+from ranvier.actors.component import devices
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+PROMPT = [1, 17, 40, 9, 300, 12, 77]
+TOKENS = 100
+LEAST = 98
+"""Greedy choices in a hundred that must be transformers', given the same tokens before."""
+MOST_ERROR = 1.2
+"""Most error against the float32 model, as a multiple of transformers' own."""
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {}, "qwen2": {}, "qwen3": {}, "gemma2": {"sliding_window": 16}, "mistral": {"sliding_window": 16},
+    "gpt2": {"vocab_size": 320, "n_embd": 48, "n_layer": 6, "n_head": 6, "n_positions": 512},
+}  # fmt: skip
+ACTORS = {
+    "embed": {"kind": "embedding"}, "lower": {"kind": "blocks", "layers": "0-2"},
+    "upper": {"kind": "blocks", "layers": "3-5"}, "head": {"kind": "head"},
+}  # fmt: skip
+
+
+def graph_of(
+    file: Callable[..., Path], model: Path, dtype: str, *, host: str | None, on_gpu: set[str]
+) -> ranvier.Graph:
+    """Return four actors, some of them on the GPU, and those in one process if `host` names it."""
+    actors: dict[str, Any] = {name: dict(actor) for name, actor in ACTORS.items()}
+    for name in on_gpu:
+        actors[name] |= {"device": "cuda:0", **({"host": host} if host else {})}
+    path = file(model={"source": "unset", "dtype": dtype}, actors=actors, pipeline=list(actors))
+    return ranvier.load(path, overrides={"model.source": str(model)})
+
+
+def answered(graph: ranvier.Graph, runs: Path, at: Callable[[ranvier.Run, int], None] = lambda *_: None) -> Any:
+    """Return the tokens of a stream and its logits [tokens, V]."""
+
+    async def main() -> Any:
+        tokens: list[int] = []
+        logits: list[torch.Tensor] = []
+        with trio.fail_after(100):
+            async with ranvier.launch(graph, runs=runs) as run:
+                async for token in run.generate(PROMPT, max_tokens=TOKENS, stop_tokens=(), logits=True):
+                    tokens.append(token.id)
+                    logits.append(torch.frombuffer(bytearray(token.logits), dtype=torch.float32))
+                    at(run, len(tokens))
+        return tokens, torch.stack(logits)
+
+    return trio.run(main)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_are_transformers(family: str, tiny: Any, graph_file: Callable[..., Path], runs: Path) -> None:
+    """Choose transformers' tokens on the same GPU in bfloat16, with about its error against the float32 model."""
+    folder, model = tiny(f"gpu-{family}", family, **FAMILIES[family])
+    tokens, logits = answered(graph_of(graph_file, folder, "bfloat16", host="gpu", on_gpu=set(ACTORS)), runs)
+    ids = torch.tensor([PROMPT + tokens])
+    with torch.inference_mode():
+        exact = model.double()(ids).logits[0, len(PROMPT) - 1 : -1]
+        theirs = model.to("cuda:0", torch.bfloat16)(ids.to("cuda:0")).logits[0, len(PROMPT) - 1 : -1].cpu()
+    model.to("cpu", torch.float32)
+    same = sum(int(best) == token for best, token in zip(theirs.argmax(-1), tokens, strict=True))
+    assert same >= LEAST
+    ours, peer = ((each.double() - exact).pow(2).mean().sqrt() for each in (logits, theirs))
+    assert ours <= MOST_ERROR * peer
+
+
+@pytest.mark.parametrize(
+    ("host", "on_gpu"), [(None, {"lower", "upper"}), ("gpu", {"lower", "head"}), (None, {"upper"})]
+)
+def test_float32_is_the_processors(
+    host: str | None, on_gpu: set[str], tiny: Any, graph_file: Callable[..., Path], runs: Path
+) -> None:
+    """Give the tokens of the processor however actors are placed, and nearly its logits."""
+    folder, _ = tiny("llama")
+    tokens, logits = answered(graph_of(graph_file, folder, "float32", host=host, on_gpu=on_gpu), runs)
+    expected, exact = answered(graph_of(graph_file, folder, "float32", host=None, on_gpu=set()), runs)
+    assert tokens == expected and math.isclose(float((logits - exact).abs().max()), 0, abs_tol=1e-3)
+
+
+def test_a_killed_actor_and_its_memory(tiny: Any, graph_file: Callable[..., Path], runs: Path) -> None:
+    """Go on with the same text after kill -9, and leave no memory on the GPU behind."""
+    folder, _ = tiny("llama")
+    graph = graph_of(graph_file, folder, "float32", host="gpu", on_gpu={"lower", "upper"})
+    before = devices.gpu("cuda:0").free_bytes
+    expected, _ = answered(graph, runs)
+
+    def kill(run: ranvier.Run, count: int) -> None:
+        if count == 10:
+            os.kill(next(pid for name, pid in run.pids.items() if name.startswith("lower.")), signal.SIGKILL)
+
+    tokens, _ = answered(graph, runs, kill)
+    assert tokens == expected
+    assert wait_until(lambda: devices.gpu("cuda:0").free_bytes > before - (64 << 20), 20)
+
+
+def test_a_gpu_that_is_not_there(tiny: Any, graph_file: Callable[..., Path]) -> None:
+    """Name the GPUs that are there."""
+    folder, _ = tiny("llama")
+    path = graph_file(
+        model={"source": "unset"}, actors={"all": {"kind": "model", "device": "cuda:98"}}, pipeline=["all"]
+    )
+    with pytest.raises(ranvier.GraphError, match=r"device cuda:98: there is no such GPU; this machine has cuda:0 \("):
+        ranvier.load(path, overrides={"model.source": str(folder)})
