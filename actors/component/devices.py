@@ -199,9 +199,14 @@ def _ends_with_its_gpu() -> Iterator[None]:
         os._exit(GPU_FAILED)
 
 
+def here(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in the memory of this machine: itself, if it is there."""
+    return tensor if tensor.is_cpu else tensor.cpu()
+
+
 def brought_back(outputs: Outputs) -> Outputs:
     """Return outputs whose tensors are in the memory of this machine."""
-    return {port: _moved(made, CPU) if isinstance(made, Batch) else made.to(CPU) for port, made in outputs.items()}
+    return {port: _moved(made, CPU) if isinstance(made, Batch) else here(made) for port, made in outputs.items()}
 
 
 def _moved(batch: Batch, device: str) -> Batch:

@@ -15,7 +15,7 @@ import torch
 from ranvier.transport.format.header import Row
 
 from ..component.actor import Actor, Batch, Look
-from ..component.devices import CPU
+from ..component.devices import here
 from ..component.module import held
 from ..model.causal import AnyBlocks, BlocksActor, Head, Stage
 from ..model.seq2seq import Decoder, Encoder
@@ -25,7 +25,7 @@ def step(actor: Actor, batch: Batch, look: Look) -> Mapping[str, torch.Tensor | 
     """Run one step like `Actor.step`, and call `look` with the tensors inside, in the order of their creation."""
 
     def report(layer: int | None, name: str, rows: tuple[Row, ...], tensor_T: torch.Tensor) -> None:
-        look(layer, name, rows, tensor_T.to(CPU))
+        look(layer, name, rows, here(tensor_T))
 
     with contextlib.ExitStack() as stack:
         reporting = _that_report(actor)

@@ -19,7 +19,7 @@ from ranvier.transport.format.tensors import torch_dtype
 
 from ..checkpoint import Checkpoint, ModelConfig
 from ..component.actor import Actor, Batch, Context, Look, RowsFailed
-from ..component.devices import CPU
+from ..component.devices import here
 from ..component.session import SessionInfo
 from ..errors import NotFinite
 from . import weights
@@ -253,7 +253,7 @@ class Head(Actor):
             logits_TV = product(self.norm(picked_TH), self.weight_VH).float()
         if self._softcap is not None:
             logits_TV = torch.tanh(logits_TV / self._softcap) * self._softcap
-        return logits_TV.to(CPU)
+        return here(logits_TV)
 
     def _sampled(
         self, due: list[Row], logits_RV: torch.Tensor, failures: dict[Row, Exception]

@@ -26,7 +26,7 @@ from ranvier.transport.format.header import Row
 from ..checkpoint.bounds import MOST_LAYERS
 from ..checkpoint.checkpoint import Checkpoint
 from ..component.actor import Actor, Context, Look
-from ..component.devices import CPU
+from ..component.devices import CPU, here
 from ..component.session import SessionInfo
 from ..errors import CheckpointError
 from .causal import BlocksActor, Embedding, Head, Stage, needed
@@ -333,8 +333,8 @@ class ForeignHead(Head):
 
     def logits(self, picked_TH: torch.Tensor) -> torch.Tensor:
         if self.skeleton.whole is not None:
-            return picked_TH.float().to(CPU)  # the blocks returned logits already
-        return self.skeleton.logits(picked_TH).float().to(CPU)
+            return here(picked_TH.float())  # the blocks returned logits already
+        return here(self.skeleton.logits(picked_TH).float())
 
     def held_bytes(self) -> int:
         return self.skeleton.held_bytes

@@ -22,7 +22,7 @@ from ranvier.transport.format.header import Row
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
 from ..component.actor import Actor, Batch, Context, Look
-from ..component.devices import CPU
+from ..component.devices import here
 from ..component.session import SessionInfo
 from . import seq2seq_weights, weights
 from .blocks import activate
@@ -244,7 +244,7 @@ class Seq2SeqHead(Head):
         scaled_TH = picked_TH * self._scale if self._scale != 1.0 else picked_TH
         # what the kernels make is float32 already: do not round it
         logits_TV = product(scaled_TH.float() if isinstance(self.weight_VH, Packed) else scaled_TH, self.weight_VH)
-        return (logits_TV + self._bias_1V if self._bias_1V is not None else logits_TV).float().to(CPU)
+        return here((logits_TV + self._bias_1V if self._bias_1V is not None else logits_TV).float())
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from ..checkpoint.config import ModelConfig
 from ..checkpoint.quantised import Quantised, Tile
 from ..checkpoint.tensors import StoredRows, TensorEntry
 from ..component.actor import Batch, Context, RowsFailed
-from ..component.devices import CPU
+from ..component.devices import CPU, here
 from ..errors import NotFinite
 from .kernels import packed
 from .kernels.packed import Packed
@@ -37,7 +37,7 @@ def sent(
     Raises:
         RowsFailed: some rows have NaN or infinity. The others have taken their step.
     """
-    made_TH = made_TH.to(CPU)
+    made_TH = here(made_TH)
     if _all_finite(made_TH) if finite is None else finite:
         return {port: made_TH}
     failures: dict[Row, Exception] = {}
@@ -60,7 +60,7 @@ def make_sure_of_finite(what: str, made_TH: torch.Tensor) -> None:
     Raises:
         NotFinite: a number of `made_TH` is NaN or infinite.
     """
-    made_TH = made_TH.to(CPU)
+    made_TH = here(made_TH)
     if not _all_finite(made_TH):
         raise NotFinite(what, float(made_TH[~made_TH.isfinite()][0]))
 

@@ -14,6 +14,8 @@ import sys
 from ranvier.transport import system
 
 STANDARD = (0, 1, 2)
+ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+"""What would not survive the fork: numpy's threads, and CUDA, which torch would use to count devices."""
 
 
 def open_standard_streams() -> None:
@@ -43,8 +45,6 @@ class ZygoteProcess:
         lifeline, self.lifeline = os.pipe()
         self._errors = -1
         self._said = ""
-        # numpy's threads would not survive the fork, nor would CUDA, which torch asks for its devices without this
-        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
         try:
             self._errors = system.unnamed_file("zygote.err")
             self.process = subprocess.Popen(
@@ -55,7 +55,7 @@ class ZygoteProcess:
                 stderr=self._errors,
                 pass_fds=(lifeline,),
                 start_new_session=True,  # only the supervisor gets the terminal's Ctrl-C
-                env=environment,
+                env={**os.environ, **ENVIRONMENT},
             )
         except BaseException:
             self.cut_lifeline()

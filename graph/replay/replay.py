@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ranvier.actors.component import devices
 from ranvier.actors.component.actor import REWINDS, Actor, Batch, Look, RowsFailed, keeps
 from ranvier.actors.errors import RecordingError, describe
 from ranvier.actors.host import watch
@@ -74,6 +75,7 @@ def steps(
     """
     recorded.needs_inputs()
     spec = recorded.host
+    devices.enter(spec.device)
     torch.set_num_threads(spec.threads)
     with torch.inference_mode():
         actor = load(spec, progress)

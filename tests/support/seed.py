@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ranvier.actors.supervise.zygote_process import ENVIRONMENT
+
 NOT_COMPARED = ("PYTEST_CURRENT_TEST", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCHINDUCTOR_CACHE_DIR")
 """What pytest sets for each test, and torch when it is imported."""
 LIMITS = (
@@ -39,14 +41,15 @@ class Seed:
 
     def __init__(self) -> None:
         self._python = sys.executable
-        self._environment = _compared({**os.environ, "OPENBLAS_NUM_THREADS": "1"})
+        environment = {**os.environ, **ENVIRONMENT}
+        self._environment = _compared(environment)
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(Path(__file__)), str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, start_new_session=True,
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+                env=environment,
             )  # fmt: skip
 
     def Popen(  # noqa: N802, because it takes the place of subprocess.Popen
