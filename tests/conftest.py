@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from seed import Seed
+from seed import Seed, compared
 from waiting import wait_until
 
 import ranvier
@@ -30,6 +30,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 settings.register_profile("ranvier", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ranvier")
 collect_ignore = ["clients"]
+ENVIRONMENT = pytest.StashKey[dict[str, str]]()
 """Suites that others wrote need packages of their own: `make test-clients` runs them."""
 REPOSITORY = Path(__file__).resolve().parent.parent
 # A shell that starts pytest in the background, or under nohup, makes it ignore these signals. Child processes inherit
@@ -48,6 +49,21 @@ def pytest_runtest_call(item: pytest.Item) -> Any:
         if LINUX or "transport local needs Linux" not in str(error):
             raise
         pytest.skip("needs the wire `local`")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Any:
+    """Fail a test that changes the environment for all after it: each of their zygotes would import torch again."""
+    before = item.stash[ENVIRONMENT]
+    try:
+        return (yield)
+    finally:
+        assert compared(os.environ) == before, "the test has changed the environment"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    item.stash[ENVIRONMENT] = compared(os.environ)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -42,7 +42,7 @@ class Seed:
     def __init__(self) -> None:
         self._python = sys.executable
         environment = {**os.environ, **ENVIRONMENT}
-        self._environment = _compared(environment)
+        self._environment = compared(environment)
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -56,7 +56,7 @@ class Seed:
         self, command: Sequence[str], *, stderr: int, pass_fds: tuple[int], env: Mapping[str, str], **options: Any
     ) -> subprocess.Popen[bytes] | Forked:
         """Fork a zygote. Start one instead if the interpreter or the environment is not the seed's."""
-        if command[0] != self._python or _compared(env) != self._environment:
+        if command[0] != self._python or compared(env) != self._environment:
             return subprocess.Popen(command, stderr=stderr, pass_fds=pass_fds, env=env, **options)
         stdin, to_it = os.pipe2(os.O_CLOEXEC)
         from_it, stdout = os.pipe2(os.O_CLOEXEC)
@@ -109,7 +109,7 @@ class Forked:
         return code
 
 
-def _compared(environment: Mapping[str, str]) -> dict[str, str]:
+def compared(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name not in NOT_COMPARED}
 
 

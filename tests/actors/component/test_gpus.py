@@ -68,9 +68,10 @@ def test_a_process_sees_its_own_gpu(
     visible: str | None, device: str, seen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hide the other GPUs from a process, so that its own is cuda:0."""
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
     before = dict(os.environ)
     devices.enter(CPU)
     assert os.environ == before
