@@ -109,6 +109,7 @@ def test_links_lead_somewhere(site: Path) -> None:
                 assert (page.parent / link).exists(), (page, link)
 
 
+@pytest.mark.slow
 def test_in_a_browser(address: str, browser: Any, pytestconfig: pytest.Config) -> None:
     """Show the first page and a diagram without an error, and without asking another host."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})

@@ -145,6 +145,7 @@ def test_an_edge_is_cut_and_an_actor_slowed(see: Any, server: Any) -> None:
     assert page.locator(".message:last-child .error").count() == 0
 
 
+@pytest.mark.slow
 def test_conversations_branches_and_a_reload(see: Any, server: Any) -> None:
     """Keep conversations over a reload, with their branches: an edited message, and another answer."""
     seen = see(server.url)

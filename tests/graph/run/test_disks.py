@@ -51,6 +51,7 @@ trio.run(main)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{}, {"journal": "true", "record": "{edges: all}"}], ids=["plain", "journal, record"]
 )

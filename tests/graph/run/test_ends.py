@@ -164,6 +164,7 @@ def test_ctrl_c_while_it_imports_ends_without_a_traceback_case_78(runs: Path) ->
         assert errors.endswith(b"interrupted\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "closed",
     [
@@ -202,6 +203,7 @@ def test_files_called_like_modules_are_not_imported_case_62(runs: Path, tmp_path
     assert not (tmp_path / "canary").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", [
     pytest.param(False, marks=pytest.mark.slow, id="a folder"), pytest.param(True, id="a package"),
 ])  # fmt: skip
@@ -251,6 +253,7 @@ def test_a_graphs_own_files_import_each_other_case_62(package: bool, runs: Path,
 # -- prompts ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["-", pytest.param("file", marks=pytest.mark.slow)])
 def test_a_prompt_is_not_seen_by_others_case_80(way: str, runs: Path, tmp_path: Path) -> None:
     """Keep a prompt from standard input or a file out of all command lines and of the run's files."""

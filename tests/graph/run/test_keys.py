@@ -24,6 +24,7 @@ from ranvier.transport.wires.zeromq import ZeroWire
 PROMPT = [1, 17, 40, 9, 300, 12, 77]
 
 
+@pytest.mark.slow
 def test_a_graph_with_keys(
     tiny: Callable[..., tuple[Path, Any]], split: Callable[[int, int], dict[str, Any]], graph_file: Callable[..., Path],
     exact: Callable[..., list[int]], runs: Path,

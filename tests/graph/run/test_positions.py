@@ -58,6 +58,7 @@ QUICK = ("yarn", "longrope")
 """What the quick tests try: the scaling that runs natively and changes most, and the one that opens sessions again."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in SCALED])
 def test_a_prompt_over_the_original_context_is_the_same_in_any_chunks(
     name: str, tiny: Any, graph_file: Callable[..., Path], runs: Path, split: Any

@@ -108,6 +108,7 @@ def served(runs: Path, tmp_path: Path) -> Iterator[Served]:
     made.end()
 
 
+@pytest.mark.slow
 def test_every_kind_of_stream_goes_on_after_its_server_was_killed(served: Served) -> None:
     """Send the events that a killed server had not sent, with its ids and numbers, as if nothing had happened. Twice."""
     kinds: dict[str, tuple[str, dict[str, Any]]] = {

@@ -57,6 +57,7 @@ The gateway sends two steps ahead, and a step's loss arrives before its norm."""
 LONG = 18
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 @pytest.mark.parametrize("schedule", ["1f1b", pytest.param("async", marks=pytest.mark.slow)])
 def test_a_stage_is_killed_and_the_losses_are_the_same(seed: int, schedule: str, graph: Make, trained: Train) -> None:
