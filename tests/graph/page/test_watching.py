@@ -7,12 +7,12 @@ import os
 import signal
 import subprocess
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
+from loops import by_asyncio
 from waiting import wait_until
 
 from ranvier.graph.page import watching as watching_module
@@ -53,8 +53,7 @@ def talk(run_dir: Path, ask: Callable[[Watching], Awaitable[None]]) -> None:
         with pytest.raises(ResourceError, match="stopping"):
             await watching.ask("frame")
 
-    with ThreadPoolExecutor(1) as pool:  # a browser's driver may have a loop in this thread
-        pool.submit(lambda: asyncio.run(main())).result()
+    by_asyncio(main)
     assert wait_until(lambda: subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "page.watcher"]).returncode != 0)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import trio
+from loops import by_asyncio
 
 import ranvier
 
@@ -239,9 +240,9 @@ def test_asyncio_is_told_what_to_do(graph: tuple[ranvier.Graph, Any], runs: Path
     with pytest.raises(
         ranvier.RequestError, match=r"launch: expected .*trio.*await asyncio.to_thread\(ranvier.start, graph\)"
     ):
-        asyncio.run(wrong())
+        by_asyncio(wrong)
     with pytest.raises(ranvier.RequestError, match=r"train: expected .*asyncio.to_thread\(trio.run, functools.partial"):
-        asyncio.run(ranvier.train(graph[0], tmp_path / "out"))
+        by_asyncio(lambda: ranvier.train(graph[0], tmp_path / "out"))
 
     async def right() -> list[int]:
         run = await asyncio.to_thread(ranvier.start, graph[0], runs=runs)
@@ -252,5 +253,5 @@ def test_asyncio_is_told_what_to_do(graph: tuple[ranvier.Graph, Any], runs: Path
         finally:
             await asyncio.to_thread(run.close)
 
-    assert asyncio.run(right()) == greedy(graph[1], [5, 6], 3)
+    assert by_asyncio(right) == greedy(graph[1], [5, 6], 3)
     assert list(runs.iterdir())
