@@ -27,7 +27,7 @@ _OPEN = """
 import socket, sys, urllib.parse
 place = urllib.parse.urlsplit(sys.argv[1])
 feed = socket.create_connection((place.hostname, place.port))
-feed.sendall(f"GET /page/feed HTTP/1.1\r\nHost: {place.netloc}\r\n\r\n".encode())
+feed.sendall(f"GET /page/feed HTTP/1.1\\r\\nHost: {place.netloc}\\r\\n\\r\\n".encode())
 data = feed.recv(1 << 16)
 assert data.startswith(b"HTTP/1.1 200"), data
 print("open", flush=True)
