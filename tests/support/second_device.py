@@ -59,6 +59,8 @@ def compute(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if operation is torch.ops.aten.copy_.default:
         gpu = isinstance(args[0], OnGpu)
     own_args, own_kwargs = tree_unflatten([_own(each) for each in flat], spec)
+    if operation is torch.ops.aten.histc.default:  # a GPU counts integers, too
+        own_args = (own_args[0].float(), *own_args[1:])
     made = operation(*own_args, **own_kwargs)
     if not gpu:  # memory is not shared between devices
         return made.clone() if here and any(made is each.own for each in here) else made
@@ -90,6 +92,8 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is torch.tensor and torch.device(kwargs.get("device") or "cpu") == GPU:
             return function(*args, **{**kwargs, "device": "cpu"}).to(GPU)
+        if function is torch.Tensor.tolist and isinstance(args[0], OnGpu):
+            return args[0].own.tolist()
         if function is torch.Tensor.__getitem__ and isinstance(args[0], OnGpu) and isinstance(args[1], list):
             return args[0][torch.tensor(args[1]).to(GPU)]
         if function is not F.scaled_dot_product_attention or not isinstance(args[0], OnGpu):
