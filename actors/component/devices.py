@@ -33,8 +33,7 @@ GPU_FAILED = 76
 CONTEXT_BYTES = 640 << 20
 """Memory that a process takes on its GPU before any tensor (measured on an H100: 618 MiB)."""
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
-_NOT_INITIALISED = 3
-"""What libcuda answers before anything has used it (CUDA_ERROR_NOT_INITIALIZED)."""
+_NOT_INITIALISED = 3  # CUDA_ERROR_NOT_INITIALIZED, libcuda's answer before anything has used it
 
 
 class NoDevice(Exception):

@@ -147,8 +147,8 @@ class Blocks:
 
     def _begin(self, rows: tuple[Row, ...]) -> tuple[list[SessionCache], Turns]:
         caches = [self.cache.at(row.session, row.position, row.tokens) for row in rows]
-        positions = [position for row in rows for position in range(row.position, row.position + row.tokens)]
-        positions_T = torch.tensor(positions).to(self._device)
+        parts = [torch.arange(row.position, row.position + row.tokens) for row in rows]
+        positions_T = torch.cat(parts).to(self._device)
         return caches, {local: table.at(positions_T) for local, table in self.rotary.items()}
 
     def _done(self, rows: tuple[Row, ...], caches: Sequence[Bounded]) -> None:

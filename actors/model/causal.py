@@ -109,12 +109,8 @@ class BlocksActor(Actor):
     places = True
 
     def load(self, context: Context) -> None:
-        checkpoint, dtype = needed(context)
         assert context.layers is not None
-        self.blocks: AnyBlocks = Blocks(
-            checkpoint, context.layers, dtype, context.cache_tokens, context.progress, context.precision, context.fast,
-            context.device,
-        )  # fmt: skip
+        self.blocks: AnyBlocks = blocks_of(context, context.layers)
 
     def open(self, session: SessionInfo) -> None:
         self.blocks.open(session)
@@ -340,7 +336,7 @@ class Stage(Actor):
     look: Look | None = None
 
     def load(self, context: Context) -> None:
-        checkpoint, dtype = needed(context)
+        checkpoint, _ = needed(context)
         config = checkpoint.config
         self.embedding = Embedding() if self.begins else None
         self.head = Head() if self.ends else None
@@ -349,10 +345,7 @@ class Stage(Actor):
         elif self.embedding is not None:
             self.embedding.load(context)
         layers = context.layers or (0, config.layers - 1)
-        self.blocks: AnyBlocks = Blocks(
-            checkpoint, layers, dtype, context.cache_tokens, context.progress, context.precision, context.fast,
-            context.device,
-        )  # fmt: skip
+        self.blocks: AnyBlocks = blocks_of(context, layers)
         if self.head is not None and not (self.embedding is not None and config.tied):
             self.head.load_with(context, None)
 
@@ -436,6 +429,21 @@ def _load_tied(embedding: Embedding, head: Head, context: Context) -> None:
         return
     head.load_with(context, None)
     embedding.load_with(context, head.weight_VH if weights.shares_packed(slot, checkpoint, context.precision) else None)
+
+
+def blocks_of(context: Context, layers: tuple[int, int]) -> Blocks:
+    """Read native layers as an actor needs them; `layers` are the first and the last."""
+    checkpoint, dtype = needed(context)
+    return Blocks(
+        checkpoint,
+        layers,
+        dtype,
+        context.cache_tokens,
+        context.progress,
+        context.precision,
+        context.fast,
+        context.device,
+    )
 
 
 def needed(context: Context) -> tuple[Checkpoint, torch.dtype]:

@@ -16,10 +16,10 @@ from ..checkpoint.config import ModelConfig
 from ..component.actor import Actor, Batch, Context
 from ..component.routing import expert_ports, gather, scatter
 from . import weights
-from .blocks import Blocks, activate
-from .causal import BlocksActor, needed
+from .blocks import activate
+from .causal import BlocksActor, blocks_of, needed
 from .kernels.packed import Packed
-from .tensors import make_sure_of_finite, product, read_matrices, read_slot
+from .tensors import finite, product, read_matrices, read_slot
 
 Held = dict[str, "torch.Tensor | Packed"]
 
@@ -39,10 +39,7 @@ class Attention(BlocksActor):
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
         assert context.layers is not None
-        self.layer = Blocks(
-            checkpoint, context.layers, dtype, context.cache_tokens, context.progress, context.precision, context.fast,
-            context.device,
-        )  # fmt: skip
+        self.layer = blocks_of(context, context.layers)
         self.blocks = self.layer
         self.config: ModelConfig = checkpoint.config
         self.gate_EH = read_slot(weights.gate(self.config, context.layers[0]), checkpoint, dtype, context.device)
@@ -110,5 +107,4 @@ class Combine(Actor):
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
         mixed_TH = gather(batch["index"], batch["weight"], batch.tensors, self.ports)
         hidden_TH = batch["residual"] + mixed_TH
-        make_sure_of_finite("hidden", hidden_TH)
-        return {"hidden": hidden_TH}
+        return {"hidden": finite("hidden", hidden_TH)}

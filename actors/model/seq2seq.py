@@ -31,7 +31,7 @@ from .kernels.packed import Packed
 from .kv_cache import KVCache, SessionCache
 from .seq2seq_weights import LEARNED_FROM, Side, seq2seq
 from .slots import Slot
-from .tensors import Norm, make_sure_of_finite, product, read_matrices, read_slot, sent
+from .tensors import Norm, finite, product, read_matrices, read_slot, sent
 
 Held = dict[str, torch.Tensor]
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
@@ -109,8 +109,7 @@ class Encoder(Actor):
                 hidden_TH = self._norm(hidden_TH)
             if self.look is not None:
                 self.look(self._first + index, "hidden", batch.rows, hidden_TH)
-        make_sure_of_finite("hidden", hidden_TH)
-        return {"hidden": hidden_TH}
+        return {"hidden": finite("hidden", hidden_TH)}
 
     def held_bytes(self) -> int:
         return self._held

@@ -54,8 +54,8 @@ def sent(
     raise RowsFailed({port: Batch(tuple(good), {port: torch.cat(parts)})} if good else {}, failures)
 
 
-def make_sure_of_finite(what: str, made_TH: torch.Tensor) -> None:
-    """Check what an actor that keeps nothing sends: its step is repeated row by row.
+def finite(what: str, made_TH: torch.Tensor) -> torch.Tensor:
+    """Return in this machine's memory what an actor that keeps nothing sends. Its step is repeated row by row on an error.
 
     Raises:
         NotFinite: a number of `made_TH` is NaN or infinite.
@@ -63,6 +63,7 @@ def make_sure_of_finite(what: str, made_TH: torch.Tensor) -> None:
     made_TH = here(made_TH)
     if not _all_finite(made_TH):
         raise NotFinite(what, float(made_TH[~made_TH.isfinite()][0]))
+    return made_TH
 
 
 EXPONENTS = {torch.float32: (1, 0x7F80_0000), torch.bfloat16: (0, 0x7F80), torch.float16: (0, 0x7C00)}
@@ -81,7 +82,7 @@ def read_slot(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, device: st
     """Read the tensor of a slot, with its parts stacked by rows, onto a device."""
     if dtype is torch.bfloat16 and len(slot.parts) == 1 and (parts := _stored(slot, checkpoint)) is not None:
         return packed.read_stored(parts[0]).to(device)
-    tensor = torch.empty(slot.shape, dtype=dtype, device=CPU)
+    tensor = torch.empty(slot.shape, dtype=dtype)
     start = 0
     for name, rows in slot.parts:
         part = tensor[start : start + rows]

@@ -14,8 +14,8 @@ import sys
 from ranvier.transport import system
 
 STANDARD = (0, 1, 2)
+# neither numpy's threads nor CUDA, which torch would use to count devices, survive a fork
 ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
-"""What would not survive the fork: numpy's threads, and CUDA, which torch would use to count devices."""
 
 
 def open_standard_streams() -> None:

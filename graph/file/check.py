@@ -73,8 +73,7 @@ def _checked(
     wires.keys()
     HostCheck(document, file, problems).hosts()
     check.stop_if_wrong()
-    placed = DeviceCheck(document, file, problems, actors)
-    placed.devices()
+    advice = DeviceCheck(document, file, problems).devices(actors)
     check.stop_if_wrong()
     check.layers(actors, checkpoint)
     between = EdgeCheck(document, file, problems, actors, folder, allow_code)
@@ -90,7 +89,7 @@ def _checked(
     between.stop_if_wrong()
     graph = Graph.checked(
         path=path, folder=folder, document=document, file=file, checkpoint=checkpoint, actors=actors, edges=tuple(edges),
-        overrides=settings, allow_code=allow_code, warnings=(*model.warnings, *placed.warnings),
+        overrides=settings, allow_code=allow_code, warnings=(*model.warnings, *advice),
     )  # fmt: skip
     check.journal(graph.generates)
     copies = ReplicaCheck(document, file, problems, actors)

@@ -2,43 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from ranvier.actors.component import devices
 from ranvier.actors.component.devices import Gpu, NoDevice
 from ranvier.transport.format.dtypes import BY_NAME
 
 from .checked import CheckedActor
-from .errors import Problem
 from .findings import Findings
-from .load import Document
-from .schema import GraphFile
 
 GIB = 1 << 30
 
 
 class DeviceCheck(Findings):
-    """Check the keys `device`. `warnings` hold what the user may want otherwise."""
+    """Check the keys `device`."""
 
-    def __init__(
-        self, document: Document, file: GraphFile, problems: list[Problem], actors: Mapping[str, CheckedActor]
-    ) -> None:
-        super().__init__(document, file, problems)
-        self._actors = actors
-        self.warnings: list[str] = []
-
-    def devices(self) -> None:
+    def devices(self, actors: Mapping[str, CheckedActor]) -> list[str]:
+        """Report what cannot be, and return warnings about what the user may want otherwise."""
         placed: dict[int, list[CheckedActor]] = {}
-        for actor in self._actors.values():
+        for actor in actors.values():
             number = devices.number_of(actor.section.device)
             if number is not None:
                 placed.setdefault(number, []).append(actor)
-        for actors in placed.values():
-            gpu = self._there(actors)
+        warnings: list[str] = []
+        for together in placed.values():
+            gpu = self._there(together)
             if gpu is not None:
-                self._keys(actors)
-                self._fits(actors, gpu)
-                self._shares(actors)
+                self._fits(together, gpu)
+                warnings += [*self._keys(together), *self._shares(together)]
+        return warnings
 
     def _there(self, actors: list[CheckedActor]) -> Gpu | None:
         try:
@@ -48,7 +40,7 @@ class DeviceCheck(Findings):
                 self._no(actor, f"{error}, or remove the key")
             return None
 
-    def _keys(self, actors: list[CheckedActor]) -> None:
+    def _keys(self, actors: list[CheckedActor]) -> Iterator[str]:
         """Report what is not computed on a GPU."""
         model = self.file.model
         uses_model = [actor for actor in actors if actor.kind.uses_model]
@@ -58,7 +50,7 @@ class DeviceCheck(Findings):
             )
         if uses_model and model is not None and model.weights != "dtype":
             names = ", ".join(actor.name for actor in uses_model)
-            self.warnings.append(f"on a GPU, weights are held as {model.dtype} and not as {model.weights}: {names}")
+            yield f"on a GPU, weights are held as {model.dtype} and not as {model.weights}: {names}"
         if self.file.training is not None:
             self._no(actors[0], "training computes on the processor only; remove the key")
 
@@ -78,11 +70,11 @@ class DeviceCheck(Findings):
                 "move layers to another device",
             )
 
-    def _shares(self, actors: list[CheckedActor]) -> None:
+    def _shares(self, actors: list[CheckedActor]) -> Iterator[str]:
         """Advise to put the actors of one GPU into one process."""
         processes = _processes(actors)
         if len(processes) > 1 and self.file.training is None:
-            self.warnings.append(
+            yield (
                 f"{len(processes)} processes share {actors[0].section.device} and take turns on it, each with "
                 f"{devices.CONTEXT_BYTES >> 20} MiB of its own; give {', '.join(actor.name for actor in actors)} the same host"
             )

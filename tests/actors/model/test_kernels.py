@@ -40,7 +40,7 @@ from ranvier.actors.model.kernels.packed import (
     read_stored,
 )
 from ranvier.actors.model.seq2seq import Decoder, Encoder, EncoderEmbedding, Seq2SeqHead, SourceEmbedding
-from ranvier.actors.model.tensors import make_sure_of_finite
+from ranvier.actors.model.tensors import finite
 from ranvier.transport.format.header import Row
 
 pytestmark = pytest.mark.skipif(not native.libraries(), reason="no compiler, or no AVX2")
@@ -561,10 +561,10 @@ def test_one_number_that_is_not_finite_is_found(count: int, dtype: torch.dtype) 
     """Find NaN and both infinities wherever they are, and take the largest and the smallest numbers as finite."""
     tokens = torch.randn(count).to(dtype)
     tokens[0], tokens[-1] = torch.finfo(dtype).max, torch.finfo(dtype).tiny
-    make_sure_of_finite("hidden", tokens)
+    finite("hidden", tokens)
     for wrong in (float("nan"), float("inf"), float("-inf")):
         for place in {0, count // 2, count - 1}:
             other = tokens.clone()
             other[place] = wrong
             with pytest.raises(NotFinite, match=f"hidden: expected finite numbers, got {wrong}"):
-                make_sure_of_finite("hidden", other)
+                finite("hidden", other)
