@@ -26,8 +26,8 @@ from ranvier.actors.supervise.zygote_process import ZygoteProcess
 from ranvier.transport.files import read_beginning, read_bounded
 from ranvier.transport.format.errors import KeyFileError, RanvierError, ResourceError
 
-from ..file.check import load as load_graph
-from ..file.checked import Graph
+from ..check.check import load as load_graph
+from ..check.checked import Graph
 from ..file.errors import GraphError, Problem, RequestError
 from ..file.named_graphs import folder_of
 from ..plan import show

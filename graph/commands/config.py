@@ -14,8 +14,8 @@ from typing import Any
 
 from ranvier.transport.files import read_bounded
 
+from ..check.findings import near
 from ..file.errors import RequestError
-from ..file.findings import near
 
 MOST_BYTES = 1 << 20
 

@@ -211,7 +211,7 @@ def _folder(given: Path, prompt: str | None, max_tokens: int, runs: Path, allow_
     """Return the run folder: the given one, or that of a new run of the given graph."""
     if given.is_dir():
         return given
-    from ..file.check import load
+    from ..check.check import load
     from ..run.launch import launch
     from .progress import Bar
 

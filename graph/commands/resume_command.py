@@ -13,8 +13,8 @@ from ranvier.actors.errors import counted
 from ranvier.transport.files import read_text
 from ranvier.transport.format.errors import RanvierError
 
-from ..file.check import load as load_graph
-from ..file.checked import Graph
+from ..check.check import load as load_graph
+from ..check.checked import Graph
 from ..file.errors import RequestError
 from ..file.load import read as read_document
 from ..sessions.generation import Result

@@ -15,8 +15,8 @@ import typer
 from ranvier.actors.component.session import Sampling
 from ranvier.transport.files import read_bounded, regular
 
-from ..file.check import load as load_graph
-from ..file.checked import Graph
+from ..check.check import load as load_graph
+from ..check.checked import Graph
 from ..file.errors import RequestError
 from ..run import before_start, run_folder
 from ..run.paths import folder_of_runs, writable

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from ..file.check import load as load_graph
-from ..file.checked import Graph
+from ..check.check import load as load_graph
+from ..check.checked import Graph
 from ..file.errors import RequestError
 from ..run import run_folder
 from ..run.paths import folder_of_runs

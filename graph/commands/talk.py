@@ -16,7 +16,7 @@ import typer
 
 from ranvier.transport.format.errors import RanvierError
 
-from ..file.checked import Graph
+from ..check.checked import Graph
 from ..file.errors import RequestError
 from ..run.blocking import BlockingRun, start
 from ..trace import critical_path, summary, table

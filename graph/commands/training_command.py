@@ -11,8 +11,8 @@ import typer
 
 from ranvier.actors.protocol.schedule import bubble, play
 
-from ..file.check import load as load_graph
-from ..file.checked import Graph
+from ..check.check import load as load_graph
+from ..check.checked import Graph
 from ..run import run_folder
 from ..run.paths import folder_of_runs
 from ..training.bubbles import Bubbles

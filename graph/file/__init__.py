@@ -1,1 +1,1 @@
-"""Read a graph file and check it."""
+"""Read a graph file."""

@@ -32,8 +32,8 @@ from ranvier.transport.links.link import LinkSpec
 from ranvier.transport.system import usable_cores
 from ranvier.transport.wires.endpoint import parse, settled
 
+from ..check.checked import CheckedActor, CheckedEdge, Graph
 from ..file.actor_section import ActorSection, Quorum, RestartSection
-from ..file.checked import CheckedActor, CheckedEdge, Graph
 
 EPOCH = 1
 """The epoch of the hosts that a run starts with. A restarted host has the next one."""

@@ -10,7 +10,7 @@ from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.transport.format.errors import ProtocolError
 
-from ..file.checked import Graph
+from ..check.checked import Graph
 from ..file.errors import RequestError
 from ..sessions import chat_template, tokenizer
 from ..sessions.text_codec import ChatOptions, TextCodec

@@ -18,7 +18,7 @@ from ranvier.actors.component.session import Sampling
 from ranvier.actors.supervise.zygote_process import ZygoteProcess
 from ranvier.transport.format.errors import LinkClosed, RanvierError
 
-from ..file.checked import Graph
+from ..check.checked import Graph
 from ..observe.blame import Answer
 from ..plan.plan import Plan
 from ..sessions.generation import Generation, Result, Token

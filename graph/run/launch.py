@@ -13,7 +13,7 @@ from ranvier.actors.supervise.zygote_process import ZygoteProcess
 from ranvier.transport.format.errors import ResourceError
 from ranvier.transport.wires.descriptors import OF_A_PEER, OF_A_WIRE, make_sure_of_descriptors
 
-from ..file.checked import Graph
+from ..check.checked import Graph
 from ..file.errors import RequestError
 from ..observe import metrics
 from ..observe.telemetry import exporting

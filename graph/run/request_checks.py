@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from ranvier.actors.component.session import MOST_LOGPROBS, Sampling
 from ranvier.actors.protocol.host_spec import GATEWAY
 
-from ..file.checked import Graph
+from ..check.checked import Graph
 from ..file.errors import RequestError, TooLong
 from ..sessions.model_defaults import sampling_of
 from ..sessions.text_codec import ChatOptions

@@ -18,7 +18,7 @@ from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.actors.trace import spans
 from ranvier.transport.format.message import stable
 
-from ..file.checked import Graph
+from ..check.checked import Graph
 from ..file.errors import RequestError, TooLong
 from ..sessions import journal
 from ..sessions.gateway import Gateway

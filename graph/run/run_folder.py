@@ -41,7 +41,7 @@ from ranvier.transport.format.errors import RanvierError, ResourceError
 from ranvier.transport.wires import curve
 from ranvier.transport.wires.endpoint import MAX_PATH_BYTES
 
-from ..file.checked import Graph
+from ..check.checked import Graph
 from ..plan.plan import Plan
 from . import runs
 

@@ -25,7 +25,7 @@ from ranvier.actors.component.session import SessionInfo
 from ranvier.actors.errors import describe
 from ranvier.transport.files import regular
 
-from ..file.checked import Graph
+from ..check.checked import Graph
 from ..file.errors import RequestError
 from ..plan.plan import Plan
 from .line_file import LineFile, taken, whole_lines

@@ -14,7 +14,7 @@ from ranvier.actors.component import kinds
 from ranvier.actors.component.kinds import KindError
 from ranvier.transport.files import read_text
 
-from ..file.checked import Graph
+from ..check.checked import Graph
 from ..file.errors import RequestError
 from ..sessions import tokenizer
 from .plan import NEXT, TrainingPlan

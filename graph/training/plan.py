@@ -18,7 +18,7 @@ from ranvier.actors.protocol.schedule import Schedule, Stages
 from ranvier.actors.protocol.training_spec import OUTPUT, Loss, Optimizer, TrainingLink, TrainingSpec
 from ranvier.transport.format.tensor_spec import TensorSpec
 
-from ..file.checked import Graph
+from ..check.checked import Graph
 from ..file.errors import GraphError
 from ..file.training_section import TrainingSection
 from ..plan.plan import Plan

@@ -34,7 +34,7 @@ from ranvier.transport.format.host_id import HostId
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.links.link import LinkSpec
 
-from ..file.checked import CheckedActor, CheckedEdge, Graph
+from ..check.checked import CheckedActor, CheckedEdge, Graph
 from ..file.edge_end import End
 from ..file.errors import Problem
 from ..plan.plan import EPOCH, plan

@@ -18,7 +18,7 @@ from ranvier.actors.protocol.host_spec import Restart
 from ranvier.actors.supervise.restarts import Restarts
 from ranvier.actors.supervise.zygote_process import ZygoteProcess
 
-from ..file.checked import Graph
+from ..check.checked import Graph
 from ..run import run_folder
 from ..run.launch import bad_links_of, make_sure_of_trio
 from . import checkpoints

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from ranvier.actors.component.routing import balancing_loss, gather, scatter
     from ranvier.actors.component.session import Sampling, SessionInfo
     from ranvier.actors.errors import ActorFailed, CheckpointError, Expired, Overloaded
-    from ranvier.graph.file.check import load
-    from ranvier.graph.file.checked import Graph
+    from ranvier.graph.check.check import load
+    from ranvier.graph.check.checked import Graph
     from ranvier.graph.file.errors import GraphError, RequestError
     from ranvier.graph.plan.plan import Plan, plan
     from ranvier.graph.run.blocking import BlockingGeneration, BlockingRun, start
@@ -54,7 +54,7 @@ _MODULES = {
     "balancing_loss": "actors.component.routing", "gather": "actors.component.routing", "scatter": "actors.component.routing",
     "Sampling": "actors.component.session", "SessionInfo": "actors.component.session",
     "BlockingGeneration": "graph.run.blocking", "BlockingRun": "graph.run.blocking", "start": "graph.run.blocking",
-    "Graph": "graph.file.checked", "load": "graph.file.check",
+    "Graph": "graph.check.checked", "load": "graph.check.check",
     "GraphError": "graph.file.errors", "RequestError": "graph.file.errors",
     "Plan": "graph.plan.plan", "plan": "graph.plan.plan",
     "Generation": "graph.sessions.generation", "Result": "graph.sessions.generation", "Token": "graph.sessions.generation",

@@ -8,18 +8,18 @@ from typing import Any
 
 from ranvier.transport.wires.descriptors import make_sure_of_files
 
-from . import schema
-from .check_actors import ActorCheck
-from .check_devices import DeviceCheck
-from .check_edges import EdgeCheck
-from .check_hosts import HostCheck
-from .check_model import ModelCheck
-from .check_replicas import ReplicaCheck
-from .check_wires import WireCheck
+from ..file import schema
+from ..file.errors import Problem
+from ..file.load import Document, as_setting, of_data, read
+from ..file.named_graphs import file_of, folder_of
+from .actors import ActorCheck
 from .checked import Graph
-from .errors import Problem
-from .load import Document, as_setting, of_data, read
-from .named_graphs import file_of, folder_of
+from .devices import DeviceCheck
+from .edges import EdgeCheck
+from .hosts import HostCheck
+from .model import ModelCheck
+from .replicas import ReplicaCheck
+from .wires import WireCheck
 
 
 def load(

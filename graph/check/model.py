@@ -11,11 +11,11 @@ from ranvier.actors.errors import CheckpointError
 from ranvier.actors.model import weights
 from ranvier.actors.model.kernels import native
 
-from . import source
-from .errors import Problem
+from ..file import source
+from ..file.errors import Problem
+from ..file.load import Document
+from ..file.schema import GraphFile
 from .findings import Findings
-from .load import Document
-from .schema import GraphFile
 
 
 class ModelCheck(Findings):

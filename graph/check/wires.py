@@ -9,10 +9,10 @@ from ranvier.transport.format.errors import AddressError, KeyFileError
 from ranvier.transport.system import LINUX
 from ranvier.transport.wires import curve, endpoint
 
-from .errors import Problem
+from ..file.errors import Problem
+from ..file.load import Document
+from ..file.schema import GraphFile
 from .findings import Findings
-from .load import Document
-from .schema import GraphFile
 
 
 class WireCheck(Findings):

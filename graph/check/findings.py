@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from .errors import GraphError, Problem
-from .load import Document
-from .schema import GraphFile
+from ..file.errors import GraphError, Problem
+from ..file.load import Document
+from ..file.schema import GraphFile
 
 
 class Findings:

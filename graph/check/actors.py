@@ -17,13 +17,13 @@ from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.system import usable_cores
 
-from . import source
-from .actor_section import ActorSection
+from ..file import source
+from ..file.actor_section import ActorSection
+from ..file.errors import Problem
+from ..file.load import Document
+from ..file.schema import GraphFile
 from .checked import CheckedActor, Ports
-from .errors import Problem
 from .findings import Findings, near
-from .load import Document
-from .schema import GraphFile
 
 
 class ActorCheck(Findings):

@@ -18,13 +18,13 @@ from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.links import codec_choice
 from ranvier.transport.wires.endpoint import parse
 
-from . import check_dims
-from .actor_section import Quorum
+from ..file.actor_section import Quorum
+from ..file.errors import Problem
+from ..file.load import Document
+from ..file.schema import EdgeSection, GraphFile
+from . import dims
 from .checked import CheckedActor, CheckedEdge, Ports
-from .errors import Problem
 from .findings import Findings, near
-from .load import Document
-from .schema import EdgeSection, GraphFile
 
 PROMPTS = 256
 """Credit in messages for edges from the gateway. Prompt messages are small, and those that wait can share one step."""
@@ -364,7 +364,7 @@ class EdgeCheck(Findings):
                         f"edge {other.name} takes {other.spec}, edge {edge.name} takes {edge.spec}, and the client gives one "
                         f"tensor to both; make them the same, or name two ports of the {GATEWAY}", *self._edge_path(edge),
                     )  # fmt: skip
-        for conflict in check_dims.conflicts(self.actors, edges):
+        for conflict in dims.conflicts(self.actors, edges):
             last = next((e for e in edges if e.name == conflict.second.edge), None)
             self._wrong(str(conflict), *(self._edge_path(last) if last is not None else ("edges",)))
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 
 from ranvier.actors.protocol.host_spec import GATEWAY
 
+from ..file.errors import Problem
+from ..file.load import Document
+from ..file.schema import GraphFile
 from .checked import CheckedActor, CheckedEdge
-from .errors import Problem
 from .findings import Findings
-from .load import Document
-from .schema import GraphFile
 
 
 class ReplicaCheck(Findings):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .actor_section import ActorSection
+from ..file.actor_section import ActorSection
 from .findings import Findings
 
 OF_A_PROCESS = ("threads", "cpus", "device", "restart", "spares")

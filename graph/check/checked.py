@@ -16,9 +16,9 @@ from ranvier.actors.protocol.host_spec import GATEWAY, STICKY, Policy
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.wires.endpoint import parse
 
-from .actor_section import ActorSection, Hedge
-from .load import Document
-from .schema import GraphFile
+from ..file.actor_section import ActorSection, Hedge
+from ..file.load import Document
+from ..file.schema import GraphFile
 
 Ports = Mapping[str, TensorSpec]
 

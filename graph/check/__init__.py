@@ -1,0 +1,1 @@
+"""Check that a graph file is right, before anything starts."""
