@@ -167,7 +167,11 @@ def test_an_error_ends_a_response_in_its_own_form(start: Any) -> None:
     """Tell a client of /v1/responses of an error with the events that OpenAI's types have for it."""
     server = start(Options(port=0, deadline_s=1.0))
     made = server.client().responses.create(
-        model="smollm2", input="Tell me about the sea.", max_output_tokens=4000, stream=True
+        model="smollm2",
+        input="Tell me about the sea.",
+        max_output_tokens=4000,
+        stream=True,
+        temperature=0,
     )
     events = list(made)
     assert [event.type for event in events[-2:]] == ["error", "response.failed"]
