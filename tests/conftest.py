@@ -27,6 +27,8 @@ from ranvier.transport.system import LINUX
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+if not Path("/dev/nvidia0").exists():  # Triton's kernels run in its interpreter, on the processor
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 settings.register_profile("ranvier", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ranvier")
 collect_ignore = ["clients"]

@@ -188,7 +188,7 @@ BUILT_IN: dict[str, Kind] = {
         ),
         Kind(
             "head",
-            f"{_PARTS}:Head",
+            "ranvier.actors.model.head:Head",
             foreign=f"{_FOREIGN}:ForeignHead",
             seq2seq=f"{_SEQ2SEQ}:Seq2SeqHead",
             uses_model=True,

@@ -17,7 +17,8 @@ from ranvier.transport.format.header import Row
 from ..component.actor import Actor, Batch, Look
 from ..component.devices import here
 from ..component.module import held
-from ..model.causal import AnyBlocks, BlocksActor, Head, Stage
+from ..model.causal import AnyBlocks, BlocksActor, Stage
+from ..model.head import Head
 from ..model.seq2seq import Decoder, Encoder
 
 

@@ -7,8 +7,9 @@ per key-value head (N = K·G), D head width, P positions in the cache, E = N·D,
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,13 @@ from ..component.devices import CPU
 from ..component.session import SessionInfo
 from . import weights
 from .compiled import Compiled
-from .kv_cache import BlockCache, Bounded, KVCache, SessionCache
+from .kv_cache import BlockCache, KVCache, Reserved, SessionCache
 from .rotary import RotaryTable, rotate
 from .tensors import Norm, product, read_matrix, read_slot
+
+if TYPE_CHECKING:
+    from .gpu.fused import Fused
+    from .gpu.paged_cache import PagedCache
 
 Turns = dict[bool, tuple[torch.Tensor, torch.Tensor]]
 """cos and sin of a batch's tokens, by the key of their table (see `rotary_tables`)."""
@@ -91,13 +96,16 @@ class Blocks:
             self.blocks.append(Block(self.config, checkpoint, layer, dtype, precision, fast, device))
             progress((layer - first + 1) / (last - first + 1))
         self._compiled = Compiled.of(self.config, self.blocks, self._scale)
-        count = last - first + 1
-        self.cache: KVCache[Any] = KVCache(  # of the kind that computes
-            cache_tokens,
-            (lambda capacity: BlockCache(self.config, count, capacity))
-            if self._compiled is not None
-            else (lambda capacity: SessionCache(self.config, count, capacity, dtype, device)),
-        )
+        self.fused = _fused(self.config, self.blocks, self._scale, cache_tokens, dtype, device)
+        self.cache: KVCache[Any] = KVCache(cache_tokens, functools.partial(self._new_cache, dtype))
+
+    def _new_cache(self, dtype: torch.dtype, capacity: int) -> BlockCache | SessionCache | PagedCache:
+        """Make a session's cache, of the kind that computes."""
+        if self._compiled is not None:
+            return BlockCache(self.config, len(self.blocks), capacity)
+        if self.fused is not None:
+            return self.fused.cache(capacity)
+        return SessionCache(self.config, len(self.blocks), capacity, dtype, self._device)
 
     def open(self, session: SessionInfo) -> None:
         self.cache.open(session.session, session.capacity)
@@ -110,6 +118,11 @@ class Blocks:
         """Run one step of every row through every layer; the caches advance only if all layers succeed."""
         if self._compiled is not None:
             return self._by_kernels(self._compiled, "hidden", rows, hidden_TH)
+        if self.fused is not None and self.look is None:
+            return self._by_both(self.fused, rows, hidden_TH)
+        return self._by_torch(rows, hidden_TH)
+
+    def _by_torch(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
         caches, turns = self._begin(rows)
         for index, block in enumerate(self.blocks):
             hidden_TH = self._attended(index, block, rows, caches, hidden_TH, turns)
@@ -117,6 +130,21 @@ class Blocks:
             self._report(rows, "hidden", index, hidden_TH)
         self._done(rows, caches)
         return hidden_TH
+
+    def _by_both(self, fused: Fused, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
+        """Run rows of one token in one step of the kernels, and the others through torch."""
+        if all(row.tokens > 1 for row in rows):
+            return self._by_torch(rows, hidden_TH)
+        if all(row.tokens == 1 for row in rows):
+            made_TH = fused.step(rows, self.cache, hidden_TH, hidden=True, ends=False).hidden_TH
+            assert made_TH is not None
+            return made_TH
+        given = dict(zip(rows, torch.split(hidden_TH, [row.tokens for row in rows]), strict=True))
+        made: dict[Row, torch.Tensor] = {}
+        for some in ([row for row in rows if row.tokens == 1], [row for row in rows if row.tokens > 1]):
+            together_TH = self._by_both(fused, tuple(some), torch.cat([given[row] for row in some]))
+            made |= zip(some, torch.split(together_TH, [row.tokens for row in some]), strict=True)
+        return torch.cat([made[row] for row in rows])
 
     def _by_kernels(
         self, compiled: Compiled, name: str, rows: tuple[Row, ...], hidden_TH: torch.Tensor
@@ -145,13 +173,13 @@ class Blocks:
         self._done(rows, caches)
         return hidden_TH, block.norm_mid(hidden_TH)
 
-    def _begin(self, rows: tuple[Row, ...]) -> tuple[list[SessionCache], Turns]:
+    def _begin(self, rows: tuple[Row, ...]) -> tuple[list[SessionCache | PagedCache], Turns]:
         caches = [self.cache.at(row.session, row.position, row.tokens) for row in rows]
         parts = [torch.arange(row.position, row.position + row.tokens) for row in rows]
         positions_T = torch.cat(parts).to(self._device)
         return caches, {local: table.at(positions_T) for local, table in self.rotary.items()}
 
-    def _done(self, rows: tuple[Row, ...], caches: Sequence[Bounded]) -> None:
+    def _done(self, rows: tuple[Row, ...], caches: Sequence[Reserved]) -> None:
         for row, cache in zip(rows, caches, strict=True):
             cache.length = row.position + row.tokens
 
@@ -160,7 +188,7 @@ class Blocks:
         index: int,
         block: Block,
         rows: tuple[Row, ...],
-        caches: list[SessionCache],
+        caches: Sequence[SessionCache | PagedCache],
         hidden_TH: torch.Tensor,
         turns: Turns,
     ) -> torch.Tensor:
@@ -181,17 +209,11 @@ class Blocks:
         start = 0
         for row, cache in zip(rows, caches, strict=True):
             stop, end = start + row.tokens, row.position + row.tokens
-            keys_KPD, values_KPD = cache.keys_LKPD[index], cache.values_LKPD[index]
-            keys_KPD[:, row.position : end] = turned_TND[start:stop, heads:].transpose(0, 1)
-            values_KPD[:, row.position : end] = qkv_TND[start:stop, heads + kv_heads :].transpose(0, 1)
+            cache.put(index, row.position, turned_TND[start:stop, heads:], qkv_TND[start:stop, heads + kv_heads :])
             # positions before the window of the row's first token are not needed
             seen = max(0, row.position + 1 - block.window) if block.window else 0
-            attended.append(
-                attend(
-                    turned_TND[start:stop, :heads], keys_KPD[:, seen:end], values_KPD[:, seen:end],
-                    self._scale, block.window,
-                )
-            )  # fmt: skip
+            keys_KPD, values_KPD = cache.seen(index, seen, end)
+            attended.append(attend(turned_TND[start:stop, :heads], keys_KPD, values_KPD, self._scale, block.window))
             start = stop
         mixed_TH = product(attended[0] if len(attended) == 1 else torch.cat(attended), block.out, block.out_bias)
         hidden_TH = hidden_TH + (mixed_TH if block.norm_attended is None else block.norm_attended(mixed_TH))
@@ -211,6 +233,17 @@ class Blocks:
 
     def held_bytes(self) -> int:
         return sum(block.held_bytes for block in self.blocks)
+
+
+def _fused(
+    config: ModelConfig, blocks: Sequence[Block], scale: float, tokens: int, dtype: torch.dtype, device: str
+) -> Fused | None:
+    """Return the layers as the kernels of a GPU take them; None on the processor, without Triton, or if they lack a part."""
+    if device == CPU or importlib.util.find_spec("triton") is None:
+        return None
+    from .gpu.fused import Fused
+
+    return Fused.of(config, blocks, scale, tokens, dtype, device)
 
 
 def rotary_tables(config: ModelConfig, dtype: torch.dtype, device: str = CPU) -> dict[bool, RotaryTable]:

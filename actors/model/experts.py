@@ -17,9 +17,9 @@ from ..component.actor import Actor, Batch, Context
 from ..component.routing import expert_ports, gather, scatter
 from . import weights
 from .blocks import activate
-from .causal import BlocksActor, blocks_of, needed
+from .causal import BlocksActor, blocks_of
 from .kernels.packed import Packed
-from .tensors import finite, product, read_matrices, read_slot
+from .tensors import finite, needed, product, read_matrices, read_slot
 
 Held = dict[str, "torch.Tensor | Packed"]
 

@@ -14,7 +14,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,23 +29,27 @@ from ..component.actor import Actor, Context, Look
 from ..component.devices import CPU, here
 from ..component.session import SessionInfo
 from ..errors import CheckpointError
-from .causal import BlocksActor, Embedding, Head, Stage, needed
+from .causal import BlocksActor, Embedding, Stage
+from .head import Head
 from .hf_rope import Rotations
 from .hf_weights import model_of, move, read, tensors_of
 from .hf_whole import Whole, WholeSession
-from .kv_cache import KVCache
+from .kv_cache import KVCache, Reserved
+from .tensors import needed
+
+if TYPE_CHECKING:
+    from .gpu.fused import Fused
 
 
-class ForeignSession:
+class ForeignSession(Reserved):
     """Hold one session's cache, with the layer classes that the model's config asks for.
 
     `prompt` is the number of tokens that came before the answer, and `known` that of the tokens at the session's start.
     """
 
     def __init__(self, config: Any, capacity: int) -> None:
+        super().__init__(capacity)
         self.past = DynamicCache(config=config)
-        self.capacity = capacity
-        self.length = 0
         self.prompt = self.known = 0
 
 
@@ -241,6 +245,7 @@ class ForeignBlocks:
         self.skeleton = skeleton
         self.look: Look | None = None
         self.finite: bool | None = None
+        self.fused: Fused | None = None
         self.cache: KVCache[ForeignSession | WholeSession] = KVCache(cache_tokens, self._session)
 
     def _session(self, capacity: int) -> ForeignSession | WholeSession:

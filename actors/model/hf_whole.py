@@ -20,18 +20,18 @@ from ranvier.transport.format.header import Row
 
 from ..checkpoint.config import ModelConfig
 from ..component.actor import Look
-from .causal import last_of
+from .head import last_of
 from .hf_hooks import layer_count, watched
+from .kv_cache import Reserved
 
 
-class WholeSession:
+class WholeSession(Reserved):
     """Hold one session: the tokens that later steps read again, and the state that the model keeps for it."""
 
     def __init__(self, cache: DynamicCache | None, capacity: int) -> None:
+        super().__init__(capacity)
         self.past: Any = cache
         self.tokens: list[int] = []
-        self.capacity = capacity
-        self.length = 0
         self.scored = False
 
 

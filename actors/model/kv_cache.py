@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -19,20 +19,40 @@ from .kernels.packed import PART
 from .kernels.pages import fresh
 
 
-class SessionCache:
-    """Hold a session's keys and values, [layers, kv heads, capacity, head width]; the first `length` are valid."""
+class Reserved:
+    """Hold what an actor keeps for a session of up to `capacity` positions; the first `length` are valid."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+
+    def free(self) -> None:
+        """Give back what was taken from other sessions' reach; memory of its own goes with the object."""
+
+
+class SessionCache(Reserved):
+    """Hold keys and values in one piece, [layers, kv heads, capacity, head width]."""
 
     def __init__(self, config: ModelConfig, layers: int, capacity: int, dtype: torch.dtype, device: str = CPU) -> None:
+        super().__init__(capacity)
         shape = (2, layers, config.kv_heads, capacity, config.head_dim)
         size = math.prod(shape) * dtype.itemsize
         both = fresh(size) if device == CPU else torch.empty(size, dtype=torch.uint8, device=device)
         both = both.view(dtype).view(shape)
         self.keys_LKPD, self.values_LKPD = both
-        self.capacity = capacity
-        self.length = 0
+
+    def put(self, index: int, position: int, keys_tKD: torch.Tensor, values_tKD: torch.Tensor) -> None:
+        """Write the keys and values of one layer, from `position` on."""
+        end = position + keys_tKD.shape[0]
+        self.keys_LKPD[index, :, position:end] = keys_tKD.transpose(0, 1)
+        self.values_LKPD[index, :, position:end] = values_tKD.transpose(0, 1)
+
+    def seen(self, index: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the keys and values of one layer for the positions from `start` to before `end`, each [K, P, D]."""
+        return self.keys_LKPD[index, :, start:end], self.values_LKPD[index, :, start:end]
 
 
-class BlockCache:
+class BlockCache(Reserved):
     """Hold a session's keys and values for the kernels, bfloat16 in blocks of PART positions (`Row` of attend.c).
 
     Blocks after the first are in large pages: each token reads all of them. The first one is not, because of the many
@@ -40,21 +60,13 @@ class BlockCache:
     """
 
     def __init__(self, config: ModelConfig, layers: int, capacity: int) -> None:
+        super().__init__(capacity)
         block_bytes = layers * config.kv_heads * 2 * PART * config.head_dim * 2
         self.blocks = fresh(-(-capacity // PART) * block_bytes, large_from=block_bytes)
         self.address = self.blocks.data_ptr()
-        self.capacity = capacity
-        self.length = 0
 
 
-class Bounded(Protocol):
-    """Describe the attributes that every class of session caches has."""
-
-    capacity: int
-    length: int
-
-
-C = TypeVar("C", bound=Bounded)
+C = TypeVar("C", bound=Reserved)
 
 
 class KVCache(Generic[C]):
@@ -84,6 +96,7 @@ class KVCache(Generic[C]):
         cache = self.sessions.pop(session, None)
         if cache is not None:
             self.reserved -= cache.capacity
+            cache.free()
 
     def rewind(self, session: int, length: int) -> None:
         """Keep only the first `length` positions of a session.

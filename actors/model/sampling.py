@@ -12,6 +12,8 @@ from ..component.session import MOST_LOGPROBS, Sampling
 from ..errors import NotFinite
 from .kernels import packed
 
+NOWHERE = 2**31 - 1
+"""Stands for the token of a row whose largest logit is not finite (also in gpu/products.py)."""
 _MASK = (1 << 64) - 1
 
 
@@ -97,7 +99,7 @@ def choose(
         logits_V = logits_V.index_fill(0, torch.tensor(known, dtype=torch.long), float("-inf"))
     if sampling.greedy:
         return likeliest(adjusted(logits_V, sampling, seen, prompt_tokens).contiguous()[None], 0)
-    _make_sure_of(float(logits_V.max()))
+    _make_sure_of_logit(float(logits_V.max()))
     # float64: a draw must not fall into the rounding error at the end of the cumulative sum
     cumulative = filtered(logits_V, sampling, seen, prompt_tokens).double().softmax(-1).cumsum(-1)
     drawn = torch.searchsorted(cumulative, uniform(sampling.seed, position) * cumulative[-1], right=True)
@@ -129,11 +131,29 @@ def likeliest(logits_RV: torch.Tensor, row: int, allowed: bytes | None = None) -
         token = kernels.ranvier_largest_allowed(at, count, allowed)
         if token < 0:
             raise NotFinite("logits", -math.inf)
-    _make_sure_of(ctypes.c_float.from_address(at + 4 * token).value)  # NaN is the largest for both
+    _make_sure_of_logit(ctypes.c_float.from_address(at + 4 * token).value)  # NaN is the largest for both
     return token
 
 
-def _make_sure_of(best: float) -> None:
+def likeliest_there(logits_RV: torch.Tensor) -> list[int]:
+    """Return the token with the largest logit of each row, found on the device; NOWHERE where that logit is not finite."""
+    best_R, token_R = logits_RV.max(-1)  # NaN is the largest
+    found: list[int] = token_R.masked_fill(~best_R.isfinite(), NOWHERE).tolist()
+    return found
+
+
+def make_sure_of(token: int) -> int:
+    """Return a token that was found on a device.
+
+    Raises:
+        NotFinite: it is NOWHERE.
+    """
+    if token == NOWHERE:
+        raise NotFinite("logits", math.nan)
+    return token
+
+
+def _make_sure_of_logit(best: float) -> None:
     if not math.isfinite(best):
         raise NotFinite("logits", best)
 

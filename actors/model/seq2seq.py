@@ -26,12 +26,13 @@ from ..component.devices import here
 from ..component.session import SessionInfo
 from . import seq2seq_weights, weights
 from .blocks import activate
-from .causal import Embedding, Head, needed
+from .causal import Embedding
+from .head import Head
 from .kernels.packed import Packed
 from .kv_cache import KVCache, SessionCache
 from .seq2seq_weights import LEARNED_FROM, Side, seq2seq
 from .slots import Slot
-from .tensors import Norm, finite, product, read_matrices, read_slot, sent
+from .tensors import Norm, finite, needed, product, read_matrices, read_slot, sent
 
 Held = dict[str, torch.Tensor]
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ranvier.transport.format.header import Row
+from ranvier.transport.format.tensors import torch_dtype
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
@@ -25,6 +26,12 @@ from .slots import Slot
 from .weights import AS_IT_IS, packed_as, packs
 
 KINDS = {"bfloat16": packed.BFLOAT16, "int8": packed.INT8, "int4": packed.INT4}
+
+
+def needed(context: Context) -> tuple[Checkpoint, torch.dtype]:
+    """Return the checkpoint and the dtype that a built-in kind is loaded with."""
+    assert context.checkpoint is not None, "the check of the graph gives every built-in kind its checkpoint"
+    return context.checkpoint, torch_dtype(context.dtype)
 
 
 def sent(

@@ -22,10 +22,9 @@ from ..component.kinds import Kind
 from ..component.routing import balancing_loss, expert_ports, gather, scatter
 from ..model import weights
 from ..model.blocks import activate, rotary_tables
-from ..model.causal import needed
 from ..model.rotary import rotate
 from ..model.slots import Slot
-from ..model.tensors import Norm, read_slot
+from ..model.tensors import Norm, needed, read_slot
 from ..protocol.training_spec import BALANCE, LOGITS
 from . import fused
 from .fused import TILE

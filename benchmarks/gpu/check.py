@@ -13,19 +13,24 @@ import time
 import traceback
 from dataclasses import replace
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+BENCHMARKS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [BENCHMARKS, os.path.join(os.path.dirname(BENCHMARKS), "tests", "support")]
 if __name__ == "__main__" and "--cpu" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"
 
+import plain_layers
 import torch
 
-from gpu import kernels, reference
-from gpu.launches import Buffers, Wiring
-from gpu.shapes import PRODUCTS, Pages, Shape, attention_candidates, candidates, default_attention, default_tiles
-from gpu.step import Group, Step, compilations, prefill, seconds
+from gpu.candidates import attention_candidates, candidates
+from gpu.measure import Measured, compilations, seconds
+from ranvier.actors.model.gpu import products
+from ranvier.actors.model.gpu.launches import Buffers, Wiring
+from ranvier.actors.model.gpu.paged_cache import PAGE
+from ranvier.actors.model.gpu.shapes import Pages, Shape
+from ranvier.actors.model.gpu.steps import Place, Step
+from ranvier.actors.model.gpu.tiles import PRODUCTS, default_attention, default_tiles
 
 START = time.monotonic()
-PAGE = 64
 SHORT, DEEP = 16, 128
 """Pages per row of the short and the deep steps."""
 MODELS = {
@@ -35,11 +40,13 @@ MODELS = {
 SMALL = {
     "llama D64": Shape(512, 8, 2, 64, 1536, 4, 8192),
     "smollm2": Shape(576, 9, 3, 64, 1536, 4, 8192),
-    "qwen2 bias": Shape(896, 14, 2, 64, 4864, 3, 8192, qkv_bias=True),
-    "qwen3 D128 norms": Shape(1024, 16, 8, 128, 3072, 3, 8192, qk_norm=True),
-    "window 100": Shape(512, 8, 4, 64, 1536, 3, 8192, window=100),
+    "qwen2 bias": Shape(896, 14, 2, 64, 4864, 3, 8192),
+    "qwen3 D128 norms": Shape(1024, 16, 8, 128, 3072, 3, 8192),
+    "window 100": Shape(512, 8, 4, 64, 1536, 3, 8192),
     "1B, 4 layers": Shape(2048, 32, 8, 64, 8192, 4, 32000),
 }
+PARTS = {"qwen2 bias": {"qkv_bias": True}, "qwen3 D128 norms": {"qk_norm": True}, "window 100": {"window": 100}}
+"""What the layers of some shapes have beside llama's."""
 PDL = [True]
 """False after a failure with it."""
 
@@ -49,11 +56,11 @@ def say(*words: object) -> None:
     print(line, flush=True)
 
 
-def steps_of(shape: Shape, tokens: int, width: int, pdl: bool, tried: bool, first=None):
+def steps_of(name: str, tokens: int, width: int, pdl: bool, tried: bool, first=None):
     """Return all launches of a step of one layer on the meta device, of the default tiles and of those to be tried."""
     meta = torch.device("meta")
-    shape = Shape(**{**vars(shape), "layers": 1})
-    weights = reference.random_weights(shape, torch.bfloat16, meta, 1024)
+    shape = replace({**MODELS, **SMALL}[name], layers=1)
+    weights = plain_layers.random_weights(shape, torch.bfloat16, meta, 1024, **PARTS.get(name, {}))
     pages = Pages.empty(shape, 8, PAGE, torch.bfloat16, meta)
     first = first or default_tiles(shape, tokens, width, PAGE, pdl)
     all_tiles = [first]
@@ -77,11 +84,11 @@ def everything(names, tokens, tried, small=()):
     made = []
     for name in names:
         for count in tokens:
-            made += steps_of(MODELS[name], count, SHORT, True, tried)
+            made += steps_of(name, count, SHORT, True, tried)
     for name in small:
         for count in (1, 8, 32):
-            made += steps_of(SMALL[name], count, SHORT, True, False)
-            made += steps_of(SMALL[name], count, SHORT, False, False) if count in (1, 8) else []
+            made += steps_of(name, count, SHORT, True, False)
+            made += steps_of(name, count, SHORT, False, False) if count in (1, 8) else []
     return compilations(made)
 
 
@@ -90,11 +97,10 @@ def jobs():
     made = everything(MODELS, (1, 32), True)
     made += everything(MODELS, (8,), False)
     for name in MODELS:
-        made += steps_of(MODELS[name], 1, SHORT, False, False)
+        made += steps_of(name, 1, SHORT, False, False)
     for small in list(SMALL)[: 1 if "--speed" in sys.argv else None]:
         made += everything((), (), False, (small,))
-    shape = SMALL["llama D64"]
-    made += steps_of(shape, 1, SHORT, True, False, default_tiles(shape, 32, SHORT, PAGE, True))
+    made += steps_of("llama D64", 1, SHORT, True, False, default_tiles(SMALL["llama D64"], 32, SHORT, PAGE, True))
     return compilations(made)
 
 
@@ -133,82 +139,77 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def right(
-    name: str, shape: Shape, tokens: int, device: torch.device, pdl: bool, reading: int = 300, more: int = 3
+    name: str, shape: Shape, rows: int, device: torch.device, pdl: bool, reading: int = 300, more: int = 3
 ) -> None:
-    """Prefill sessions of ragged lengths, decode under teacher forcing, compare with the float32 model; replay bits."""
+    """Decode texts of ragged lengths, compare with the float32 model, and replay for the same bits."""
     cuda = device.type == "cuda"
-    weights = reference.random_weights(shape, torch.bfloat16, device, 1024, seed=len(name))
-    width = SHORT
-    pages = Pages.empty(shape, tokens * width + 1, PAGE, torch.bfloat16, device)
+    weights = plain_layers.random_weights(shape, torch.bfloat16, device, 1024, seed=len(name), **PARTS.get(name, {}))
+    pages = Pages.empty(shape, rows * SHORT + 1, PAGE, torch.bfloat16, device)
     for held in (*pages.keys, *pages.values):
         held.fill_(float("nan"))
-    order = torch.randperm(tokens * width + 1)[: tokens * width].view(tokens, width).int().to(device)
-    lengths = [max(more + 1, reading - 37 * i % reading) for i in range(tokens)]
+    tables = torch.randperm(pages.count)[: rows * SHORT].view(rows, SHORT).tolist()
+    lengths = [max(more + 1, reading - 37 * i % reading) for i in range(rows)]
     texts = [torch.randint(0, shape.vocabulary, (n,), device=device) for n in lengths]
-    for text, table in zip(texts, order):
-        cut = (len(text) - more) // 2
-        if cut:
-            prefill(shape, weights, pages, table, text[:cut], 0)
-        prefill(shape, weights, pages, table, text[cut:-more], cut)
-    group = Group(shape, weights, pages, pdl)
-    step = group.step(tokens, width)
+    plain = []
+    for text, table in zip(texts, tables):
+        kept = []
+        plain.append(plain_layers.forward(shape, weights, text, kept)[-more:])
+        plain_layers.fill(pages, table, kept, len(text) - more)
+    cores = torch.cuda.get_device_properties(0).multi_processor_count if cuda else 132
+    step = Step(shape, weights, pages, rows, SHORT, default_tiles(shape, rows, SHORT, PAGE, pdl, cores))
+    if cuda:
+        step.capture()
     made, same = [], True
-    tables = order.tolist()
-    for i in range(more):
+    for left in range(more, 0, -1):
         step.put(
-            [(int(text[len(text) - more + i]), len(text) - more + i + 1, table) for text, table in zip(texts, tables)]
+            [Place(len(text) - left + 1, table) for text, table in zip(texts, tables)],
+            [int(text[len(text) - left]) for text in texts],
         )
         kept = None
         for _ in range(3 if cuda else 1):
+            b = step.buffers
             for tensor in (
-                step.buffers.hidden_TH,
-                step.buffers.normed_TH,
-                step.buffers.qkv,
-                step.buffers.attended,
-                step.buffers.inner_TI,
-                step.buffers.logits_TV,
-                step.buffers.sums,
-                step.buffers.parts,
-                step.buffers.part_sum,
-            ):
+                b.hidden_TH, b.normed_TH, b.qkv, b.attended, b.inner_TI, b.logits_TV, b.sums, b.parts, b.part_sum
+            ):  # fmt: skip
                 tensor.fill_(float("nan"))
             step()
             if cuda:
                 torch.cuda.synchronize()
-            logits = step.buffers.logits_TV.clone()
-            same = same and (kept is None or torch.equal(kept[:tokens], logits[:tokens]))
+            logits = b.logits_TV.clone()
+            same = same and (kept is None or torch.equal(kept, logits))
             kept = logits
         assert kept is not None
-        same = same and torch.equal(kept[:tokens].argmax(-1).cpu().int(), step.chosen_T[:tokens])
-        made.append(kept[:tokens])
+        same = same and kept.argmax(-1).tolist() == step.chosen.tolist()
+        made.append(kept)
     ours = torch.stack(made, 1)
-    exact = reference.cast(weights, torch.float32)
-    want = torch.stack([reference.forward(shape, exact, text)[-more:] for text in texts])
-    plain = torch.stack([reference.forward(shape, weights, text)[-more:] for text in texts])
-    mine, theirs = distance(ours, want), distance(plain, want)
+    exact = plain_layers.cast(weights, torch.float32)
+    want = torch.stack([plain_layers.forward(shape, exact, text)[-more:] for text in texts])
+    theirs = torch.stack(plain)
+    mine, peer = distance(ours, want), distance(theirs, want)
     agree = float((ours.argmax(-1) == want.argmax(-1)).float().mean())
-    agree_plain = float((plain.argmax(-1) == want.argmax(-1)).float().mean())
-    ok = mine <= 1.2 * theirs and same
+    agree_plain = float((theirs.argmax(-1) == want.argmax(-1)).float().mean())
+    most = 1.2 if cuda else 1.6  # the interpreter cuts bits off instead of rounding to bfloat16
+    ok = mine <= most * peer and same
     say(
         "right" if ok else "WRONG",
-        f"{name} T{tokens} pdl {pdl}: error {mine:.2e}, plain bfloat16 {theirs:.2e}, ratio {mine / theirs:.2f}; choices as float32 {agree:.3f}, plain {agree_plain:.3f}; bits of replays the same: {same}",
+        f"{name} T{rows} pdl {pdl}: error {mine:.2e}, plain bfloat16 {peer:.2e}, ratio {mine / peer:.2f}; choices as float32 {agree:.3f}, plain {agree_plain:.3f}; bits of replays the same: {same}",
     )
 
 
 def alone(device: torch.device) -> None:
     """Say whether a row's bits depend on the rows beside it: within one bucket, and between buckets of one tiling."""
     shape = SMALL["llama D64"]
-    weights = reference.random_weights(shape, torch.bfloat16, device, 1024)
+    weights = plain_layers.random_weights(shape, torch.bfloat16, device, 1024)
     pages = Pages.empty(shape, 33 * SHORT, PAGE, torch.bfloat16, device)
     for held in (*pages.keys, *pages.values):
         held.normal_()
     tiles = default_tiles(shape, 32, SHORT, PAGE, True)
-    rows = [(7 + i, 200 + i, range(i * SHORT, (i + 1) * SHORT)) for i in range(32)]
+    places = [Place(200 + i, range(i * SHORT, (i + 1) * SHORT)) for i in range(32)]
     found = {}
     for tokens, used in ((32, 32), (32, 1), (16, 16), (4, 4), (1, 1)):
         step = Step(shape, weights, pages, tokens, SHORT, tiles)
         step.capture()
-        step.put(rows[:used])
+        step.put(places[:used], range(7, 7 + used))
         step()
         torch.cuda.synchronize()
         found[f"{used} of {tokens}"] = step.buffers.logits_TV[0].clone()
@@ -222,7 +223,7 @@ def alone(device: torch.device) -> None:
 
 def timed(
     name: str,
-    group: Group,
+    group: Measured,
     tokens: int,
     width: int,
     length: int,
@@ -232,11 +233,9 @@ def timed(
 ) -> float:
     """Time a step: events around replays, and the loop of a host that waits for each token."""
     shape = group.shape
-    step = Step(group.shape, group.weights, group.pages, tokens, width, tiles or group.tiles_for(tokens, width))
     begin = time.perf_counter()
-    step.capture()
+    step = group.step(tokens, width, length, tiles)
     captured = time.perf_counter() - begin
-    step.put([(1 + index, length, range(index * width, (index + 1) * width)) for index in range(tokens)])
     took = seconds(step, 40)
     begin = time.perf_counter()
     for _ in range(40):
@@ -251,7 +250,7 @@ def timed(
     return took
 
 
-def parts(name: str, group: Group, tokens: int, length: int) -> None:
+def parts(name: str, group: Measured, tokens: int, length: int) -> None:
     """Say what each kernel adds to a step: the time without it, in microseconds per launch."""
     made = {}
     for left_out in (None, "qkv", "attend", "out", "up", "down", "head", "pick"):
@@ -259,7 +258,7 @@ def parts(name: str, group: Group, tokens: int, length: int) -> None:
         removed = sum(launch.name == left_out for launch in step.launches)
         step.launches = [launch for launch in step.launches if launch.name != left_out]
         step.capture()
-        step.put([(1 + index, length, range(index * SHORT, (index + 1) * SHORT)) for index in range(tokens)])
+        step.put([Place(length, range(at * SHORT, (at + 1) * SHORT)) for at in range(tokens)], range(1, tokens + 1))
         took = seconds(step, 20) * 1e6
         made[left_out or "whole"] = took if left_out is None else (made["whole"] - took) / removed
     say(f"{name} T{tokens} depth {length}, us per launch:", {key: round(value, 2) for key, value in made.items()})
@@ -268,7 +267,7 @@ def parts(name: str, group: Group, tokens: int, length: int) -> None:
 def speed(name: str, device: torch.device, rates: tuple[float, float], limit: float) -> None:
     shape = MODELS[name]
     begin = time.monotonic()
-    weights = reference.random_weights(shape, torch.bfloat16, device, 16384)
+    weights = plain_layers.random_weights(shape, torch.bfloat16, device, 16384)
     pages = Pages.empty(shape, 32 * DEEP, PAGE, torch.bfloat16, device)
     for held in (*pages.keys, *pages.values):
         held.normal_()
@@ -276,15 +275,15 @@ def speed(name: str, device: torch.device, rates: tuple[float, float], limit: fl
     say(
         f"{name}: {weights.bytes_per_token() / 1e9:.3f} GB per token, at the copy bandwidth {rates[0] / weights.bytes_per_token():.0f} tok/s; made in {time.monotonic() - begin:.1f} s"
     )
-    group = Group(shape, weights, pages, PDL[0])
+    group = Measured(shape, weights, pages, PDL[0])
     for tokens in (1, 32):
         timed(name, group, tokens, SHORT, 512, rates, "default tiles")
         if tokens == 1:
             off = default_tiles(shape, tokens, SHORT, PAGE, False, group.cores)
             timed(name, group, tokens, SHORT, 512, rates, "default tiles, no PDL", off)
         begin = time.monotonic()
-        group.measure_products(tokens, SHORT, 512, say=say)
-        group.measure_attention(tokens, SHORT, 512, say=say)
+        group.choose_products(tokens, SHORT, 512, say)
+        group.choose_attention(tokens, SHORT, 512, say)
         tiles = group.tiles_for(tokens, SHORT)
         say(
             f"{name} T{tokens}: measured in {time.monotonic() - begin:.1f} s: { {key: (t.rows, t.columns, t.splits, t.warps, t.stages) for key, t in tiles.products.items()} }, {tiles.attention}"
@@ -300,7 +299,7 @@ def speed(name: str, device: torch.device, rates: tuple[float, float], limit: fl
         parts(name, group, tokens, 512)
     for tokens in (1, 32):
         timed(name, group, tokens, DEEP, 8000, rates, "deep, default attention")
-        group.measure_attention(tokens, DEEP, 8000, say=say)
+        group.choose_attention(tokens, DEEP, 8000, say)
         timed(name, group, tokens, DEEP, 8000, rates, f"deep, measured {group.attentions[tokens, DEEP]}")
     shared = group.products[32]
     for tokens in (1, 2, 4, 8, 16):
@@ -309,7 +308,7 @@ def speed(name: str, device: torch.device, rates: tuple[float, float], limit: fl
             timed(name, group, tokens, SHORT, 512, rates, "the tiles of 32 (same bits in every bucket)", made)
 
 
-def edges(group: Group) -> None:
+def edges(group: Measured) -> None:
     """Say how many edges of a captured step are programmatic, and how long an empty chain takes with and without PDL."""
     from cuda.bindings import runtime
 
@@ -337,7 +336,7 @@ def chain(device: torch.device) -> None:
 
         def run(pdl: bool = pdl) -> None:
             for _ in range(200):
-                kernels.pick[(8,)](
+                products.pick[(8,)](
                     best, at, token, TILES=64, BLOCK=64, PDL=pdl, num_warps=4, **({"launch_pdl": True} if pdl else {})
                 )
 
@@ -348,13 +347,11 @@ def chain(device: torch.device) -> None:
         say(f"chain of 200 trivial kernels, PDL {pdl}: {seconds(graph.replay, 10) / 200 * 1e6:.2f} us each")
 
 
-def timeline(name: str, group: Group) -> None:
+def timeline(name: str, group: Measured) -> None:
     """Say when the kernels of one layer begin and how long they take, by the profiler."""
     from torch.profiler import ProfilerActivity, profile
 
-    step = Step(group.shape, group.weights, group.pages, 1, SHORT, group.tiles_for(1, SHORT))
-    step.capture()
-    step.put([(1, 512, range(SHORT))])
+    step = group.step(1, SHORT, 512)
     step()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
@@ -383,17 +380,7 @@ def main() -> None:
         compile_share(*map(int, options.compile.split("/")))
     if options.cpu:
         for name in ("llama D64", "window 100"):
-            shape = Shape(
-                **{
-                    **vars(SMALL[name]),
-                    "hidden": 128,
-                    "heads": 4,
-                    "kv_heads": 2,
-                    "inner": 192,
-                    "layers": 1,
-                    "vocabulary": 256,
-                }
-            )
+            shape = replace(SMALL[name], hidden=128, heads=4, kv_heads=2, inner=192, layers=1, vocabulary=256)
             for tokens in (1, 3):
                 right(name, shape, tokens, torch.device("cpu"), False, 90, 2)
         return

@@ -364,7 +364,8 @@ def test_hosts_open_only_their_own_tensors(folder: Path, monkeypatch: pytest.Mon
     """Read exactly the tensors that each kind of actor needs."""
     from ranvier.actors.checkpoint import Checkpoint
     from ranvier.actors.component.actor import Context
-    from ranvier.actors.model.causal import BlocksActor, Embedding, Head
+    from ranvier.actors.model.causal import BlocksActor, Embedding
+    from ranvier.actors.model.head import Head
 
     read: list[str] = []
     original = Checkpoint.read_into

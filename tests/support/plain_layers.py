@@ -1,11 +1,16 @@
-"""Compute the same layers plainly, without pages or kernels: what the tests and the check compare with."""
+"""Compute llama-family layers plainly, without pages or kernels: what the kernels of a GPU are compared with.
+
+Shape suffixes as in ranvier.actors.model.gpu.shapes; t tokens of one text.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
-from .shapes import Layer, Shape, Weights
+from ranvier.actors.model.gpu.shapes import Layer, Pages, Shape, Weights
 
 
 def turns(shape: Shape, positions: int, device: torch.device, theta: float = 1e4) -> torch.Tensor:
@@ -15,7 +20,10 @@ def turns(shape: Shape, positions: int, device: torch.device, theta: float = 1e4
     return torch.stack((angle.cos(), angle.sin()), 1).float().to(device)
 
 
-def random_weights(shape: Shape, dtype: torch.dtype, device: torch.device, positions: int, seed: int = 0) -> Weights:
+def random_weights(
+    shape: Shape, dtype: torch.dtype, device: torch.device, positions: int, *, seed: int = 0, window: int = 0,
+    qkv_bias: bool = False, qk_norm: bool = False,
+) -> Weights:  # fmt: skip
     """Return random weights whose products keep their size."""
     generator = torch.Generator(device=device).manual_seed(seed) if device.type != "meta" else None
 
@@ -32,8 +40,8 @@ def random_weights(shape: Shape, dtype: torch.dtype, device: torch.device, posit
         Layer(
             norm(s.hidden), matrix(s.qkv_rows, s.hidden), matrix(s.hidden, wide), norm(s.hidden),
             matrix(2 * s.inner, s.hidden), matrix(s.hidden, s.inner),
-            matrix(1, s.qkv_rows, s.qkv_rows**0.5 * 0.1)[0] if s.qkv_bias else None,
-            norm(s.head_width) if s.qk_norm else None, norm(s.head_width) if s.qk_norm else None,
+            matrix(1, s.qkv_rows, s.qkv_rows**0.5 * 0.1)[0] if qkv_bias else None,
+            norm(s.head_width) if qk_norm else None, norm(s.head_width) if qk_norm else None,
         )
         for _ in range(s.layers)
     ]  # fmt: skip
@@ -49,21 +57,32 @@ def random_weights(shape: Shape, dtype: torch.dtype, device: torch.device, posit
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
     """Return the same weights in another dtype."""
 
-    def to(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.to(dtype)
+    def to(value: object) -> object:
+        return value.to(dtype) if isinstance(value, torch.Tensor) else value
 
     layers = [Layer(**{name: to(value) for name, value in vars(layer).items()}) for layer in weights.layers]
     return Weights(layers, weights.turns_PD, to(weights.embedding_VH), to(weights.norm_out_H), to(weights.head_VH))
 
 
-def forward(shape: Shape, weights: Weights, tokens_t: torch.Tensor) -> torch.Tensor:
-    """Return the logits [t, V] of a whole sequence, as a plain model in the weights' dtype computes them."""
+def fill(pages: Pages, table: Sequence[int], kept: Sequence[tuple[torch.Tensor, torch.Tensor]], count: int) -> None:
+    """Write the keys and values of a text's first `count` tokens, as `forward` has kept them, into its pages."""
+    at_t = torch.arange(count, device=pages.keys[0].device)
+    where = torch.tensor(table, device=at_t.device)[at_t // pages.page], at_t % pages.page
+    for index, (key_KtD, value_KtD) in enumerate(kept):
+        pages.keys[index][where[0], :, where[1]] = key_KtD[:, :count].transpose(0, 1)
+        pages.values[index][where[0], :, where[1]] = value_KtD[:, :count].transpose(0, 1)
+
+
+def forward(
+    shape: Shape, weights: Weights, tokens_t: torch.Tensor, kept: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+) -> torch.Tensor:
+    """Return the logits [t, V] of a whole text, as a plain model in the weights' dtype computes them.
+
+    Each layer's keys and values, [K, t, D], are appended to `kept`.
+    """
     dtype = weights.layers[0].qkv.dtype
     count, width = tokens_t.shape[0], shape.head_width
     at = torch.arange(count, device=tokens_t.device)
-    sees = at <= at[:, None]
-    if shape.window:
-        sees &= at > at[:, None] - shape.window
 
     def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         wide = x.float()
@@ -83,6 +102,11 @@ def forward(shape: Shape, weights: Weights, tokens_t: torch.Tensor) -> torch.Ten
             query, key = normed(query, layer.norm_query_D), normed(key, layer.norm_key_D)
         query, key = turned(query).transpose(0, 1), turned(key).transpose(0, 1)
         group = shape.heads // shape.kv_heads
+        if kept is not None:
+            kept.append((key, value.transpose(0, 1)))
+        sees = at <= at[:, None]
+        if layer.window:
+            sees &= at > at[:, None] - layer.window
         key, value = key.repeat_interleave(group, 0), value.transpose(0, 1).repeat_interleave(group, 0)
         score = (query @ key.transpose(1, 2)).float() * shape.attention_scale
         share = score.masked_fill(~sees, float("-inf")).softmax(-1).to(dtype)

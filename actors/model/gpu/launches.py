@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from . import kernels
-from .shapes import Layer, Pages, Shape, Tile, Tiles, Weights, above, size
+from . import products
+from .attention import attend
+from .shapes import Layer, Pages, Shape, Weights
+from .tiles import Tile, Tiles, above, size
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Buffers:
     best: torch.Tensor
     best_at: torch.Tensor
     token_T: torch.Tensor
+    """The likeliest token of each row."""
     message_TH: torch.Tensor
     """What a message brought, for a group without an embedding."""
     parts: torch.Tensor
@@ -93,8 +96,8 @@ class Buffers:
             attended=zeros(tokens, shape.heads * shape.head_width, kind=dtype),
             inner_TI=zeros(tokens, shape.inner, kind=dtype),
             logits_TV=zeros(tokens, shape.vocabulary),
-            best=zeros(tokens, cuts["head"]),
-            best_at=zeros(tokens, cuts["head"], kind=torch.int32),
+            best=zeros(tokens, cuts.get("head", 0)),
+            best_at=zeros(tokens, cuts.get("head", 0), kind=torch.int32),
             token_T=zeros(tokens, kind=torch.int32),
             message_TH=zeros(tokens, shape.hidden, kind=dtype),
             parts=zeros(parts if any(tile.splits > 1 for tile in tiles.products.values()) else 1),
@@ -131,25 +134,25 @@ class Wiring:
 
     def launches(self) -> list[Launch]:
         """Return the launches of the whole step, in order."""
-        layers = self.weights.layers
-        made = [self._enter(layers[0].norm_in_H)]
+        layers, end = self.weights.layers, self.weights.norm_out_H
+        norms = [*(layer.norm_in_H for layer in layers), layers[-1].norm_in_H if end is None else end]
+        made = [self._enter(norms[0])]
         for index, layer in enumerate(layers):
-            after = layers[index + 1].norm_in_H if index + 1 < len(layers) else self.weights.norm_out_H
-            made += self._layer(index, layer, layer.norm_in_H if after is None else after)
+            made += self._layer(index, layer, norms[index + 1])
         if self.weights.head_VH is not None:
             b = self.buffers
-            made.append(self._product("head", kernels.LOGITS, self.weights.head_VH, b.normed_TH, b.logits_TV, "down"))
+            made.append(self._product("head", products.LOGITS, self.weights.head_VH, b.normed_TH, b.logits_TV, "down"))
             made.append(self._pick())
         return made
 
     def _layer(self, index: int, layer: Layer, norm_next: torch.Tensor) -> list[Launch]:
         b = self.buffers
         return [
-            self._product("qkv", kernels.QKV, layer.qkv, b.normed_TH, b.qkv, "down", bias=layer.qkv_bias),
+            self._product("qkv", products.QKV, layer.qkv, b.normed_TH, b.qkv, "down", bias=layer.qkv_bias),
             self._attend(index, layer),
-            self._product("out", kernels.ADDED, layer.out, b.attended, b.hidden_TH, "out", norm=layer.norm_mid_H),
-            self._product("up", kernels.GATED, layer.up, b.normed_TH, b.inner_TI, "out"),
-            self._product("down", kernels.ADDED, layer.down, b.inner_TI, b.hidden_TH, "down", norm=norm_next),
+            self._product("out", products.ADDED, layer.out, b.attended, b.hidden_TH, "out", norm=layer.norm_mid_H),
+            self._product("up", products.GATED, layer.up, b.normed_TH, b.inner_TI, "out"),
+            self._product("down", products.ADDED, layer.down, b.inner_TI, b.hidden_TH, "down", norm=norm_next),
         ]
 
     def _options(self, warps: int, stages: int = 1, pdl: bool = True) -> dict[str, Any]:
@@ -173,7 +176,7 @@ class Wiring:
         source = b.message_TH if weights.embedding_VH is None else weights.embedding_VH
         return Launch(
             "enter",
-            kernels.enter,
+            products.enter,
             (b.tokens,),
             (source, input_parts(b.inputs, b.tokens)[0], norm_H, b.hidden_TH, b.normed_TH, b.sums, self._parts("down")),
             {
@@ -222,7 +225,7 @@ class Wiring:
             matrix, source, b.sums, none if bias is None else bias, out, b.hidden_TH, none if norm is None else norm,
             b.normed_TH, b.sums, b.best, b.best_at, b.parts, b.count, b.tokens, self._parts(sums),
         )  # fmt: skip
-        kernel = kernels.many if tile.dots else kernels.one
+        kernel = products.many if tile.dots else products.one
         return Launch(name, kernel, grid, arguments, constants, self._options(tile.warps, tile.stages))
 
     def _attend(self, index: int, layer: Layer) -> Launch:
@@ -235,7 +238,7 @@ class Wiring:
         _, lengths, table = input_parts(b.inputs, b.tokens)
         return Launch(
             "attend",
-            kernels.attend,
+            attend,
             (b.tokens, shape.kv_heads, chunks),
             (
                 b.qkv, self.pages.keys[index], self.pages.values[index], table, lengths, self.weights.turns_PD,
@@ -246,7 +249,7 @@ class Wiring:
             {
                 "K": shape.kv_heads, "G": group, "GP": above(group, 16), "GM": above(group), "D": shape.head_width,
                 "PAGE": page, "BLOCK": cut.block, "SINGLE": cut.chunk == cut.block, "JOIN": 16,
-                "WINDOW": shape.window, "scale": shape.attention_scale, "eps": shape.eps, "NORMED": normed,
+                "WINDOW": layer.window, "scale": shape.attention_scale, "eps": shape.eps, "NORMED": normed,
                 "PDL": self.tiles.pdl,
             },
             self._options(cut.warps, cut.stages),
@@ -256,4 +259,4 @@ class Wiring:
         b = self.buffers
         count = tile_count(self.shape, "head", self.tiles.products["head"])
         constants = {"TILES": count, "BLOCK": min(8192, above(count)), "PDL": self.tiles.pdl}
-        return Launch("pick", kernels.pick, (b.tokens,), (b.best, b.best_at, b.token_T), constants, self._options(16))
+        return Launch("pick", products.pick, (b.tokens,), (b.best, b.best_at, b.token_T), constants, self._options(16))

@@ -1,0 +1,233 @@
+"""Run actors' decode steps by the kernels of a GPU, in Triton's interpreter, and compare with transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from second_device import GPU, OnGpu, pretended
+
+from ranvier.actors.checkpoint import open_checkpoint
+from ranvier.actors.component import kinds
+from ranvier.actors.component.actor import Actor, Batch, Context, RowsFailed
+from ranvier.actors.component.devices import place
+from ranvier.actors.component.session import Sampling, SessionInfo
+from ranvier.actors.errors import NotFinite
+from ranvier.actors.model.gpu import fused, launches, paged_cache
+from ranvier.transport.format.header import Row
+
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "num_hidden_layers": 2, "max_position_embeddings": 512, "initializer_range": 0.2,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True}, "qwen2": {}, "qwen3": {"head_dim": 32},
+    "mistral": {"sliding_window": 8},
+    "llama-yarn": {"rope_parameters": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0,
+    }},
+}  # fmt: skip
+PROMPTS = {1: tuple(range(3, 30)), 2: (7, 5, 9)}
+LATE = {4: (8, 8, 90, 31)}
+"""A session that begins while the others decode."""
+STEPS = 4
+CUTS: tuple[dict[str, tuple[int, int] | None], ...] = (
+    {"model": None},
+    {"embedding": None, "blocks": (0, 0), "last_stage": (1, 1)},
+    {"first_stage": (0, 0), "blocks": (1, 1), "head": None},
+)
+
+
+@pytest.fixture(autouse=True)
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Let the kernels take the stand-in's tensors, and float32, in small pages. Provide the names of those that were run."""
+    run, names = launches.Launch.run, []
+
+    def own(launch: launches.Launch) -> None:
+        names.append(launch.name)
+        taken = tuple(each.own if isinstance(each, OnGpu) else each for each in launch.arguments)
+        run(launches.Launch(launch.name, launch.kernel, launch.grid, taken, launch.constants, launch.options))
+
+    monkeypatch.setattr(launches.Launch, "run", own)
+    monkeypatch.setattr(fused, "DTYPES", (torch.float32, torch.bfloat16))
+    monkeypatch.setattr(fused, "PAGE", 16)
+    monkeypatch.setattr(paged_cache, "PAGE", 16)
+    with torch.inference_mode():
+        yield names
+
+
+def pipeline(folder: Path, cut: Mapping[str, tuple[int, int] | None], tokens: int = 500) -> list[Actor]:
+    """Return the actors of a whole model, loaded on the second device."""
+    checkpoint = open_checkpoint(folder)
+    actors = []
+    for name, layers in cut.items():
+        actor = kinds.make(kinds.BUILT_IN[name].implementation, None)
+        place(actor, str(GPU))
+        actor.load(Context(
+            "a.0", {}, lambda _: None, checkpoint, "float32", layers=layers, cache_tokens=tokens, device=str(GPU),
+        ))  # fmt: skip
+        actors.append(actor)
+    return actors
+
+
+def plain(tensors: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {port: value[port] if isinstance(value, Batch) else value for port, value in tensors.items()}
+
+
+def begun(actors: Sequence[Actor], session: int, prompt: Sequence[int], **given: Any) -> None:
+    for actor in actors:
+        actor.open(SessionInfo(session, 0, len(prompt) + STEPS + 1, tuple(prompt), STEPS + 1, **given))
+
+
+def stepped(actors: Sequence[Actor], rows: tuple[Row, ...], tokens: Sequence[int]) -> Mapping[str, Any]:
+    tensors: Mapping[str, Any] = {"token": torch.tensor(tokens)}
+    for actor in actors:
+        tensors = actor.step(Batch(rows, tensors if actor is actors[0] else plain(tensors)))
+    return tensors
+
+
+def answers(actors: Sequence[Actor], **given: Any) -> dict[int, list[int]]:
+    """Answer the prompts in shared steps. The late session's prompt shares a step with single tokens of the others."""
+    texts: dict[int, list[int]] = {}
+    for session, prompt in PROMPTS.items():
+        begun(actors, session, prompt, **given)
+        texts[session] = list(prompt)
+    done = dict.fromkeys(PROMPTS, 0)
+    for step in range(STEPS):
+        if step == 2:
+            for session, prompt in LATE.items():
+                begun(actors, session, prompt, **given)
+                texts[session], done[session] = list(prompt), 0
+        rows = tuple(Row(session, 0, done[session], len(text) - done[session]) for session, text in texts.items())
+        fresh = [token for session, text in texts.items() for token in text[done[session] :]]
+        made = stepped(actors, rows, fresh)["sampled"]
+        done = {session: len(text) for session, text in texts.items()}
+        for row, token in zip(made.rows, made["sampled"].tolist(), strict=True):
+            texts[row.session].append(token)
+    return {session: text[len({**PROMPTS, **LATE}[session]) :] for session, text in texts.items()}
+
+
+def made(family: str, tiny: Callable[..., tuple[Path, Any]]) -> tuple[Path, Any]:
+    return tiny(f"fused-{family}", family.partition("-")[0], **{**SIZES, **FAMILIES[family]})
+
+
+def check(model: Any, found: Mapping[int, list[int]]) -> None:
+    """Compare answers with the tokens that transformers finds likeliest."""
+    for session, prompt in {**PROMPTS, **LATE}.items():
+        best = model(torch.tensor([[*prompt, *found[session]]])).logits[0].argmax(-1).tolist()
+        assert found[session] == best[len(prompt) - 1 : -1]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids="-".join)
+def test_every_cut_gives_transformers_tokens(
+    cut: Mapping[str, Any], launched: list[str], tiny: Callable[..., tuple[Path, Any]]
+) -> None:
+    """Compute single tokens by the kernels, prompts beside them by torch, and choose transformers' tokens."""
+    folder, model = made("llama", tiny)
+    with pretended():
+        check(model, answers(pipeline(folder, cut)))
+    layers, steps = SIZES["num_hidden_layers"], launched.count("attend") // SIZES["num_hidden_layers"]
+    assert steps == STEPS - 1 and launched.count("down") == layers * steps
+    assert launched.count("pick") == ("head" not in cut) * (steps - 1)  # one step also had a prompt
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
+def test_families_give_transformers_tokens(
+    family: str, launched: list[str], tiny: Callable[..., tuple[Path, Any]]
+) -> None:
+    """Compute biases, norms of heads, windows and stretched positions."""
+    folder, model = made(family, tiny)
+    with pretended():
+        check(model, answers(pipeline(folder, CUTS[0])))
+    assert launched
+
+
+def test_many_rows_take_several_steps(
+    monkeypatch: pytest.MonkeyPatch, launched: list[str], tiny: Callable[..., tuple[Path, Any]]
+) -> None:
+    """Split rows over steps when the kernels' tiles hold fewer."""
+    monkeypatch.setattr(fused, "MOST_ROWS", 2)
+    folder, model = made("llama", tiny)
+    with pretended():
+        check(model, answers(pipeline(folder, CUTS[0])))
+    assert launched.count("pick") == 1 + 2
+
+
+@pytest.mark.parametrize("wanted", [
+    {"sampling": Sampling(temperature=1.3, top_p=0.9, seed=5, repetition_penalty=1.2)}, {"logprobs": 3}, {"logits": True},
+], ids=("sampling", "logprobs", "logits"))  # fmt: skip
+def test_sessions_that_need_logits_get_them(wanted: dict[str, Any], tiny: Callable[..., tuple[Path, Any]]) -> None:
+    """Give the tokens of actors on the processor, whatever is asked beside them."""
+    folder, _ = made("llama", tiny)
+    with pretended():
+        found = answers(pipeline(folder, CUTS[0]), **wanted)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "DTYPES", ())
+        with pretended():
+            assert found == answers(pipeline(folder, CUTS[0]), **wanted)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, with which the interpreter computes
+def test_a_row_without_finite_logits_fails_alone(tiny: Callable[..., tuple[Path, Any]]) -> None:
+    """End one session whose keys are not finite, and go on with the session beside it."""
+    folder, _ = made("llama", tiny)
+    with pretended():
+        actors: Any = pipeline(folder, CUTS[0])
+        for session in (1, 2):
+            begun(actors, session, PROMPTS[2])
+        rows = tuple(Row(session, 0, 0, 3) for session in (1, 2))
+        first = stepped(actors, rows, [*PROMPTS[2], *PROMPTS[2]])["sampled"]["sampled"].tolist()
+        cache, pool = actors[0].blocks.cache.sessions[1], actors[0].blocks.fused._pool
+        pool.pages.values[1].own[cache.pages[0]] = float("nan")
+        rows = tuple(Row(session, 0, 3, 1) for session in (1, 2))
+        with pytest.raises(RowsFailed) as failed:
+            stepped(actors, rows, first)
+    assert [type(error) for error in failed.value.failures.values()] == [NotFinite]
+    assert list(failed.value.failures) == [rows[0]]
+    assert [row.session for row in failed.value.outputs["sampled"].rows] == [2]  # type: ignore[union-attr]
+
+
+def test_a_watched_step_reports_tensors(tiny: Callable[..., tuple[Path, Any]]) -> None:
+    """Compute a watched step through torch, with the pages that the kernels have written."""
+    folder, model = made("llama", tiny)
+    text = [*PROMPTS[1]]
+    seen: list[torch.Tensor] = []
+    with pretended():
+        actors: Any = pipeline(folder, CUTS[0])
+        begun(actors, 1, text)
+        rows = (Row(1, 0, 0, len(text)),)
+        for _ in range(2):
+            text.append(int(stepped(actors, rows, text[rows[0].position :])["sampled"]["sampled"][0]))
+            rows = (Row(1, 0, len(text) - 1, 1),)
+        actors[0].blocks.look = lambda layer, name, rows, tensor: (
+            seen.append(tensor.cpu()) if name == "hidden" else None
+        )
+        actors[0].look = actors[0].blocks.look
+        stepped(actors, rows, text[-1:])
+    exact = model(torch.tensor([text]), output_hidden_states=True).hidden_states
+    assert len(seen) == 2
+    torch.testing.assert_close(seen[0][0], exact[1][0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_pages_go_back_and_grow(tiny: Callable[..., tuple[Path, Any]]) -> None:
+    """Take all positions that were promised, also in many short sessions, and give each page to one session only."""
+    folder, model = made("llama", tiny)
+    with pretended():
+        actors: Any = pipeline(folder, CUTS[0], tokens=96)
+        pool = actors[0].blocks.fused._pool
+        for _ in range(3):
+            for session in range(9):
+                begun(actors, session, PROMPTS[2])
+            held = [page for cache in actors[0].blocks.cache.sessions.values() for page in cache.pages]
+            assert len(set(held)) == len(held) == 9 <= pool.pages.count < 12
+            rows = tuple(Row(session, 0, 0, 3) for session in range(9))
+            first = stepped(actors, rows, PROMPTS[2] * 9)["sampled"]["sampled"].tolist()
+            rows = tuple(Row(session, 0, 3, 1) for session in range(9))
+            second = stepped(actors, rows, first)["sampled"]["sampled"].tolist()
+            for session in range(9):
+                actors[0].close(session)
+    best = model(torch.tensor([[*PROMPTS[2], first[0]]])).logits[0].argmax(-1).tolist()
+    assert (first[0], second[0]) == (best[2], best[3]) and len(set(first)) == len(set(second)) == 1
