@@ -145,6 +145,11 @@ class Actor:
 
     In both cases, `step` receives its inputs on the device, and the host brings its outputs back."""
 
+    stays: bool = False
+    """True if outputs may stay on the device, for actors of the same process. The host sets it."""
+    ahead: bool = False
+    """True if outputs that stay there need not be finished when `step` returns. Their numbers are then not checked."""
+
     def load(self, context: Context) -> None:
         """Read weights and create state. If this raises an exception, the run does not start."""
 

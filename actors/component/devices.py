@@ -156,11 +156,12 @@ def own_name(device: str) -> str:
 def place(actor: Actor, device: str) -> None:
     """Let an actor run on a GPU, before it is loaded.
 
-    Its inputs are brought there, and its outputs back. While its code runs, the GPU is torch's default device, unless the
-    actor itself makes its tensors there (`Actor.places`).
+    Its inputs are brought there, and its outputs back, unless they may stay (`Actor.stays`). While its code runs, the GPU is
+    torch's default device, unless the actor itself makes its tensors there (`Actor.places`).
     """
     if device == CPU:
         return
+    after = functools.partial(_left_there, actor) if actor.stays else brought_back
 
     def within(call: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(call)
@@ -175,9 +176,9 @@ def place(actor: Actor, device: str) -> None:
     def stepped(batch: Batch) -> Outputs:
         with _ends_with_its_gpu():
             try:
-                return brought_back(step(_moved(batch, device)))
+                return after(step(_moved(batch, device)))
             except RowsFailed as some:
-                raise RowsFailed(brought_back(some.outputs), some.failures) from None
+                raise RowsFailed(after(some.outputs), some.failures) from None
 
     vars(actor).update(
         load=within(actor.load), open=within(actor.open), rewind=within(actor.rewind), restore=within(actor.restore),
@@ -200,16 +201,58 @@ def _ends_with_its_gpu() -> Iterator[None]:
 
 def here(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor in the memory of this machine: itself, if it is there."""
-    return tensor if tensor.is_cpu else tensor.cpu()
+    if tensor.is_cpu:
+        return tensor
+    if not tensor.is_cuda:
+        return tensor.cpu()
+    import torch
+
+    # torch keeps pinned memory for the next tensor; a copy to other memory would go through a buffer of the driver
+    made = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    made.copy_(tensor, non_blocking=True)
+    _wait()
+    return made
+
+
+def _wait() -> None:
+    """Wait until the GPU has done all that this thread has asked for."""
+    import torch
+
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream().synchronize()
 
 
 def brought_back(outputs: Outputs) -> Outputs:
     """Return outputs whose tensors are in the memory of this machine."""
-    return {port: _moved(made, CPU) if isinstance(made, Batch) else here(made) for port, made in outputs.items()}
+    return _each(outputs, here)
+
+
+def _left_there(actor: Actor, outputs: Outputs) -> Outputs:
+    """Return outputs that stay on the GPU, in memory that the actor will not write into again."""
+    if not actor.places:
+        outputs = _each(outputs, lambda tensor: tensor.clone())
+    if not actor.ahead:
+        _wait()
+    return outputs
+
+
+def _each(outputs: Outputs, change: Callable[[torch.Tensor], torch.Tensor]) -> Outputs:
+    """Change each tensor of outputs. Whatever else an actor returned is refused where outputs are sent."""
+    import torch
+
+    return {
+        port: (
+            Batch(made.rows, {name: change(tensor) for name, tensor in made.tensors.items()}, made.own_rows)
+            if isinstance(made, Batch)
+            else change(made) if isinstance(made, torch.Tensor) else made
+        )
+        for port, made in outputs.items()
+    }  # fmt: skip
 
 
 def _moved(batch: Batch, device: str) -> Batch:
-    return Batch(batch.rows, {port: tensor.to(device) for port, tensor in batch.tensors.items()}, batch.own_rows)
+    tensors = {port: tensor.to(device, non_blocking=True) for port, tensor in batch.tensors.items()}
+    return Batch(batch.rows, tensors, batch.own_rows)
 
 
 @contextmanager

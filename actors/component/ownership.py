@@ -40,7 +40,7 @@ def soles(outputs: Mapping[str, torch.Tensor | Batch], inputs: Batch) -> frozens
 
 def _is_large(port: str, value: object) -> bool:
     tensor = value.tensors.get(port) if isinstance(value, Batch) else value
-    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or not tensor.is_cpu:
         return False
     return tensor.nbytes >= COPY_BELOW_BYTES
 

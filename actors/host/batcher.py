@@ -14,6 +14,7 @@ from ranvier.transport.format.header import Row
 from ranvier.transport.links.link_state import Received
 
 from ..component.actor import Batch
+from ..component.devices import here
 from ..protocol.host_spec import PortSpec
 
 
@@ -221,12 +222,20 @@ def _laid_together(pieces: Sequence[Work]) -> Work:
     return Work(
         Batch(
             tuple(row for piece in pieces for row in piece.batch.rows),
-            {port: torch.cat([piece.batch[port] for piece in pieces]) for port in pieces[0].batch.tensors},
+            {port: _joined([piece.batch[port] for piece in pieces]) for port in pieces[0].batch.tensors},
             _own_rows(pieces),
         ),
         tuple(source for piece in pieces for source in piece.sources),
         tuple(pieces),
     )
+
+
+def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Join tensors by rows. If some are on a GPU and some are not, the result is in this machine's memory."""
+    first = parts[0].is_cpu
+    if any(part.is_cpu != first for part in parts):
+        parts = [here(part) for part in parts]
+    return torch.cat(parts)
 
 
 def _own_rows(pieces: Iterable[Work]) -> dict[str, tuple[Row, ...]]:

@@ -91,12 +91,14 @@ class Host(Process):
     """Drive the step thread of a serving host: load, link up, run steps until `stop`."""
 
     recording: Recording | None = None
+    shares = False
+    """True if other actors run in the same process."""
 
     def prepare(self, address: str) -> Ready:
         spec = self.spec
         self.core = HostCore(spec.inputs, spec.outputs, (), self.exchange, spec.batch_tokens, spec.needed, spec.batches)
         self.counted = self.core.counters
-        actor = self.actor = load(spec, self.progress)
+        actor = self.actor = load(spec, self.progress, stays=self.shares)
         self.spans = Spans(self.exchange, self.records)
         self.board = step_board.board(Path(spec.board))
         self._alignment_matters = any(BY_NAME[port.tensor.dtype].itemsize > NARROW_BYTES for port in spec.inputs)

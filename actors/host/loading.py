@@ -7,20 +7,25 @@ from pathlib import Path
 
 from ..checkpoint import known_checkpoint
 from ..component.actor import Actor, Context
-from ..component.devices import own_name, place
+from ..component.devices import CPU, own_name, place
 from ..component.kinds import make
 from ..component.module import held, read_state
 from ..protocol.host_spec import HostSpec
 
 
-def load(spec: HostSpec, progress: Callable[[float], None]) -> Actor:
+def load(spec: HostSpec, progress: Callable[[float], None], *, stays: bool = False) -> Actor:
     """Make the actor of a host, and load its weights.
+
+    `stays`: its outputs may stay on its device, because other actors share the process. If nothing is traced, its steps then
+    need not wait for the device.
 
     Raises:
         Exception: whatever the actor or its files raised. The actor cannot be used then.
     """
     actor = make(spec.implementation, spec.folder)
     context = context_of(spec, progress)
+    actor.stays = stays and context.device != CPU
+    actor.ahead = actor.stays and not spec.trace
     place(actor, context.device)
     actor.load(context)
     if context.weights is not None:

@@ -11,11 +11,12 @@ import torch
 from ranvier.transport.format.codec import RAW, Coding
 from ranvier.transport.format.header import Row, TensorMeta
 from ranvier.transport.format.message import Buffer, stable
-from ranvier.transport.format.tensors import LOOK_EVERY, encode, to_buffer
+from ranvier.transport.format.tensors import LOOK_EVERY, encode, to_buffer, to_device_buffer
 from ranvier.transport.links.exchange import Exchange
 from ranvier.transport.links.link_state import Outbound, SendingLink
 
 from ..component.actor import Batch
+from ..component.devices import here
 from ..protocol.host_spec import GATEWAY, HostLink, PortSpec
 from .route import Replicas, Route
 
@@ -166,8 +167,14 @@ class Outputs:
         plain = None
         for route in routes:
             tap = self.taps.get(route.edge) if self.taps else None
-            given = tensor if tap is None else tap(tensor, rows)
             link = route.only
+            if not tensor.is_cpu:
+                if tap is None and link is not None and link.raw and not link.checksums:
+                    meta, held = to_device_buffer(port, tensor)
+                    self._exchange.send(link, Outbound(rows, (meta,), (held,), ready_ns))
+                    continue
+                tensor, sole = here(tensor), True
+            given = tensor if tap is None else tap(tensor, rows)
             if link is None:
                 self._send_by_choice(port, route, rows, given, ready_ns)
             elif link.raw and given is tensor:

@@ -11,8 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ranvier.transport.format.errors import ProtocolError
-from ranvier.transport.format.message import Buffer, stable
+from ranvier.transport.format.message import Buffer, DeviceBuffer, stable
+from ranvier.transport.format.tensors import to_buffer, to_device_buffer
 from ranvier.transport.links.wire import Arrival, ProcessWire
+
+from ..component.devices import here
 
 
 class Turns(Protocol):
@@ -35,9 +38,10 @@ class SharedWire:
         turns: the process that the actor shares.
         outer: the wire to all actors that are elsewhere.
         copies: whether this actor gets copies of tensors, because it may write into them.
+        on_device: whether this actor takes tensors that are on a device.
     """
 
-    def __init__(self, turns: Turns, outer: ProcessWire, copies: Callable[[], bool]) -> None:
+    def __init__(self, turns: Turns, outer: ProcessWire, copies: Callable[[], bool], on_device: bool = False) -> None:
         self.me = outer.me
         self.outer = outer
         self.inbox: deque[Arrival] = deque()
@@ -47,6 +51,7 @@ class SharedWire:
         self._refused: deque[ProtocolError] = deque()
         self._turns = turns
         self._copies = copies
+        self._on_device = on_device
         self._inside: set[str] = set()
         turns.wires[self.me] = self
 
@@ -79,10 +84,12 @@ class SharedWire:
 
     def send(self, peer: str, header: bytes, buffers: Sequence[Buffer]) -> Sequence[Buffer]:
         if peer not in self._inside:
-            return self.outer.send(peer, header, buffers)
+            return self.outer.send(peer, header, tuple(map(_on_host, buffers)))
         buffers = tuple(map(stable, buffers))
         other = self._turns.wires[peer]
-        given = tuple(memoryview(bytearray(buffer)) for buffer in buffers) if other._copies() else buffers
+        given = buffers if other._on_device else tuple(map(_on_host, buffers))
+        if other._copies():
+            given = tuple(map(_copied, given))
         self.handed_over += 1
         other.inbox.append(Arrival(self.me, header, given))
         self._turns.wake(other)
@@ -123,6 +130,17 @@ class SharedWire:
         self._turns.wires.pop(self.me, None)
         self.inbox.clear()
         self.outer.close()
+
+
+def _copied(buffer: Buffer) -> Buffer:
+    if isinstance(buffer, DeviceBuffer):
+        return to_device_buffer("", buffer.tensor.clone())[1]
+    return memoryview(bytearray(buffer))
+
+
+def _on_host(buffer: Buffer) -> Buffer:
+    """Return the bytes of a buffer in this machine's memory."""
+    return to_buffer("", here(buffer.tensor), sole=True)[1] if isinstance(buffer, DeviceBuffer) else buffer
 
 
 class SharedWaker:

@@ -20,6 +20,7 @@ from greenlet import greenlet  # type: ignore[import-untyped]
 from ranvier.transport import system
 from ranvier.transport.links.wire import ProcessWire
 
+from ..component.devices import CPU
 from ..model.kernels import packed
 from ..protocol.host_spec import HostSpec
 from ..trace.crossing import Crossing
@@ -68,6 +69,8 @@ def main(specs: Sequence[HostSpec], lifeline: int) -> int:
 class _Member(Host):
     """Run an actor that shares its process."""
 
+    shares = True
+
     def __init__(self, spec: HostSpec, crossing: Crossing, turns: Together) -> None:
         super().__init__(spec, crossing)
         self._turns = turns
@@ -76,7 +79,7 @@ class _Member(Host):
         return nullcontext()  # the mode belongs to the thread
 
     def open_wire(self) -> ProcessWire:
-        return SharedWire(self._turns, super().open_wire(), lambda: self.actor.writes)
+        return SharedWire(self._turns, super().open_wire(), lambda: self.actor.writes, self.spec.device != CPU)
 
     def step(self, work: Work) -> None:
         super().step(work)

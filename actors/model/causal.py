@@ -92,7 +92,7 @@ class Embedding(Actor):
         return hidden_TH
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
-        return sent("hidden", batch.rows, self.forward(batch.rows, batch["token"]))
+        return sent(self, "hidden", batch.rows, self.forward(batch.rows, batch["token"]))
 
     def held_bytes(self) -> int:
         return self.held
@@ -118,7 +118,7 @@ class BlocksActor(Actor):
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
         hidden_TH = self.blocks.forward(batch.rows, batch["hidden"])
-        return sent("hidden", batch.rows, hidden_TH, self.blocks.finite)
+        return sent(self, "hidden", batch.rows, hidden_TH, self.blocks.finite)
 
     def close(self, session: int) -> None:
         self.blocks.cache.close(session)
@@ -189,7 +189,7 @@ class Stage(Actor):
         hidden_TH = self.blocks.forward(batch.rows, hidden_TH)
         if self.head is not None:
             return self.head.forward(batch.rows, hidden_TH)
-        return sent("hidden", batch.rows, hidden_TH, self.blocks.finite)
+        return sent(self, "hidden", batch.rows, hidden_TH, self.blocks.finite)
 
     def _by_fused(self, fused: Fused, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
         """Run one token of each row by the kernels, with embedding and head where `_fuse` has given them."""
@@ -202,7 +202,7 @@ class Stage(Actor):
         hidden_TH = source if made.hidden_TH is None else made.hidden_TH
         if self.head is not None:
             return self.head.forward(rows, hidden_TH, made)
-        return sent("hidden", rows, hidden_TH)
+        return sent(self, "hidden", rows, hidden_TH)
 
     def close(self, session: int) -> None:
         self.blocks.cache.close(session)

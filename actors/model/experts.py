@@ -107,4 +107,4 @@ class Combine(Actor):
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
         mixed_TH = gather(batch["index"], batch["weight"], batch.tensors, self.ports)
         hidden_TH = batch["residual"] + mixed_TH
-        return {"hidden": finite("hidden", hidden_TH)}
+        return {"hidden": finite(self, "hidden", hidden_TH)}

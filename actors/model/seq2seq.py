@@ -110,7 +110,7 @@ class Encoder(Actor):
                 hidden_TH = self._norm(hidden_TH)
             if self.look is not None:
                 self.look(self._first + index, "hidden", batch.rows, hidden_TH)
-        return {"hidden": finite("hidden", hidden_TH)}
+        return {"hidden": finite(self, "hidden", hidden_TH)}
 
     def held_bytes(self) -> int:
         return self._held
@@ -156,7 +156,7 @@ class Decoder(Actor):
             for row, memory_MH in zip(batch.rows, parts, strict=True):
                 self.cache.sessions[row.session].memory = [layer.remembered(memory_MH) for layer in self.stack.layers]
             return {}
-        return sent("hidden", batch.rows, self.forward(batch.rows, batch["hidden"]))
+        return sent(self, "hidden", batch.rows, self.forward(batch.rows, batch["hidden"]))
 
     def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
         """Run one step of every row through every layer; the caches advance only if all layers succeed."""

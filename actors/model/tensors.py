@@ -17,7 +17,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
 from ..checkpoint.quantised import Quantised, Tile
 from ..checkpoint.tensors import StoredRows, TensorEntry
-from ..component.actor import Batch, Context, RowsFailed
+from ..component.actor import Actor, Batch, Context, RowsFailed
 from ..component.devices import CPU, here
 from ..errors import NotFinite
 from .kernels import packed
@@ -35,17 +35,17 @@ def needed(context: Context) -> tuple[Checkpoint, torch.dtype]:
 
 
 def sent(
-    port: str, rows: tuple[Row, ...], made_TH: torch.Tensor, finite: bool | None = None
+    actor: Actor, port: str, rows: tuple[Row, ...], made_TH: torch.Tensor, finite: bool | None = None
 ) -> Mapping[str, torch.Tensor | Batch]:
-    """Return the output of a step in this machine's memory, after a check that all numbers are finite.
+    """Return the output of a step, after a check that all numbers are finite. It is in this machine's memory, or stays there.
 
-    `finite`: what is known already.
+    `finite`: what is known already. A step that runs ahead of its GPU is not checked.
 
     Raises:
         RowsFailed: some rows have NaN or infinity. The others have taken their step.
     """
-    made_TH = here(made_TH)
-    if _all_finite(made_TH) if finite is None else finite:
+    made_TH = made_TH if actor.stays else here(made_TH)
+    if actor.ahead or (_all_finite(made_TH) if finite is None else finite):
         return {port: made_TH}
     failures: dict[Row, Exception] = {}
     good, parts, end = [], [], 0
@@ -61,14 +61,14 @@ def sent(
     raise RowsFailed({port: Batch(tuple(good), {port: torch.cat(parts)})} if good else {}, failures)
 
 
-def finite(what: str, made_TH: torch.Tensor) -> torch.Tensor:
-    """Return in this machine's memory what an actor that keeps nothing sends. Its step is repeated row by row on an error.
+def finite(actor: Actor, what: str, made_TH: torch.Tensor) -> torch.Tensor:
+    """Return what an actor that keeps nothing sends, as `sent` does. Its step is repeated row by row on an error.
 
     Raises:
         NotFinite: a number of `made_TH` is NaN or infinite.
     """
-    made_TH = here(made_TH)
-    if not _all_finite(made_TH):
+    made_TH = made_TH if actor.stays else here(made_TH)
+    if not actor.ahead and not _all_finite(made_TH):
         raise NotFinite(what, float(made_TH[~made_TH.isfinite()][0]))
     return made_TH
 
@@ -79,7 +79,7 @@ EXPONENTS = {torch.float32: (1, 0x7F80_0000), torch.bfloat16: (0, 0x7F80), torch
 
 def _all_finite(made_TH: torch.Tensor) -> bool:
     library, found = packed.library(), EXPONENTS.get(made_TH.dtype)
-    if library is None or found is None or not made_TH.is_contiguous():
+    if library is None or found is None or not made_TH.is_cpu or not made_TH.is_contiguous():
         return bool(made_TH.isfinite().all())
     # one call of C, which takes 1 us
     return bool(library.ranvier_finite(made_TH.data_ptr(), made_TH.numel(), *found))

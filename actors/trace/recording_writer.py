@@ -18,6 +18,7 @@ from ranvier.transport.format.header import Row
 from ranvier.transport.format.tensors import dtype_name
 
 from ..component.actor import Batch
+from ..component.devices import here
 from ..component.session import SessionInfo
 from ..errors import describe
 from ..protocol.host_spec import HostSpec, RecordSpec
@@ -109,7 +110,7 @@ class Recording:
                 kept[f"out.{port}"] = tensor
         number, self._steps = self._steps, self._steps + 1
         for name, tensor in kept.items():
-            self._tensors[f"{number}.{name}"] = tensor.detach().clone(memory_format=torch.contiguous_format)
+            self._tensors[f"{number}.{name}"] = here(tensor.detach()).clone(memory_format=torch.contiguous_format)
         error = describe(made) if isinstance(made, BaseException) else None
         in_rows = {port: batch.rows_of(port) for port in batch.tensors}
         line = StepLine(number, self._file, batch.rows, in_rows, out_rows, tuple(sorted(kept)), error)

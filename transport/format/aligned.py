@@ -25,7 +25,7 @@ NARROW_BYTES = 2
 
 def misaligned(tensor: torch.Tensor) -> bool:
     """Return whether products of the tensor may differ from those of an aligned copy."""
-    return tensor.data_ptr() % ALIGNED_BYTES > 0 and tensor.itemsize > NARROW_BYTES
+    return tensor.itemsize > NARROW_BYTES and tensor.is_cpu and tensor.data_ptr() % ALIGNED_BYTES > 0
 
 
 def aligned(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,16 +9,38 @@ from __future__ import annotations
 import sys
 import zlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from .dtypes import TABLE
 from .errors import ProtocolError
 from .header import MAX_TENSORS, Header, Row, TensorMeta
 from .tensor_spec import TensorSpec
 
+if TYPE_CHECKING:
+    import torch
+
 if sys.byteorder != "little":  # the bytes of a tensor are sent as they are in memory
     raise ImportError("ranvier's wire format is little-endian; this machine is not")
 
+
 Buffer = bytes | memoryview
+
+
+class DeviceBuffer:
+    """Stand as the buffer of a tensor that stays on a device: code between the two ends only passes it on, and asks its length.
+
+    Nobody may write into the tensor any more.
+    """
+
+    readonly = True
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __len__(self) -> int:
+        return self.tensor.nbytes
+
+
 COPY_BELOW_BYTES = 64 * 1024
 """Buffers of fewer bytes are copied when they are sent: tracking their release costs more (pyzmq's own threshold)."""
 

@@ -11,6 +11,7 @@ import functools
 import math
 import time
 from collections.abc import Callable
+from typing import cast
 
 import lz4.block
 import torch
@@ -21,7 +22,7 @@ from .codec import BFLOAT16, BLOCK, FLOAT16, INDEX_BYTES, INT8, RAW, SCALE_BYTES
 from .dtypes import BY_NAME, TABLE
 from .errors import ProtocolError
 from .header import TensorMeta
-from .message import COPY_BELOW_BYTES, Buffer
+from .message import COPY_BELOW_BYTES, Buffer, DeviceBuffer
 
 _TORCH: tuple[torch.dtype, ...] = tuple(getattr(torch, row.name) for row in TABLE)
 _NUMBER: dict[torch.dtype, int] = {dtype: number for number, dtype in enumerate(_TORCH)}
@@ -79,6 +80,15 @@ def to_buffer(name: str, tensor: torch.Tensor, *, sole: bool = False) -> tuple[T
     return meta, view.toreadonly() if sole else view
 
 
+def to_device_buffer(name: str, tensor: torch.Tensor) -> tuple[TensorMeta, Buffer]:
+    """Return the meta of `tensor`, which is on a device, and a `DeviceBuffer` that keeps it there.
+
+    Raises:
+        ValueError: the dtype is not in the table.
+    """
+    return _meta(name, tensor.dtype, tensor.shape), cast(Buffer, DeviceBuffer(tensor.detach().contiguous()))
+
+
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     if tensor.requires_grad:
         tensor = tensor.detach()
@@ -104,6 +114,8 @@ def from_buffer(meta: TensorMeta, buffer: Buffer) -> torch.Tensor:
     Raises:
         ProtocolError: the bytes that a codec wrote do not match the header.
     """
+    if isinstance(buffer, DeviceBuffer):
+        return buffer.tensor
     if meta.codec != RAW:
         return _decoded(meta, buffer)
     if meta.nbytes == 0:

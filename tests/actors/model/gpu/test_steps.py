@@ -137,7 +137,6 @@ def test_logits_that_are_not_finite_choose_nothing(wrong: float) -> None:
     assert step.chosen[1] == int(step.buffers.logits_TV[1].argmax())
 
 
-@pytest.mark.slow
 def test_kernels_compile_for_a_gpu_without_spills() -> None:
     """Compile the steps of a 1B llama for sm_90: no kernel keeps registers in memory."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
