@@ -11,6 +11,7 @@ import importlib.util
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -32,6 +33,7 @@ GPU_FAILED = 76
 """Exit code of a process whose GPU answers with errors."""
 CONTEXT_BYTES = 640 << 20
 """Memory that a process takes on its GPU before any tensor (measured on an H100: 618 MiB)."""
+MEMORY_WAIT_S = 10.0
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _NOT_INITIALISED = 3  # CUDA_ERROR_NOT_INITIALIZED, libcuda's answer before anything has used it
 
@@ -138,6 +140,22 @@ def make_sure_of_fork(imported: str) -> None:
         raise NoDevice(
             f"CUDA was used in the process that actors are forked from; one of {imported} does so when it is imported"
         )
+
+
+def wait_for_memory(device: str, needed_bytes: int) -> bool:
+    """Wait until so much of a GPU is free: the memory of a process that was killed comes back only after its end.
+
+    Returns False if the memory has not come back in time. Whatever needs it then fails in its own words.
+
+    Raises:
+        NoDevice: the GPU does not answer.
+    """
+    until_s = time.monotonic() + MEMORY_WAIT_S
+    while gpu(device).free_bytes < needed_bytes:
+        if time.monotonic() > until_s:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def enter(device: str) -> None:

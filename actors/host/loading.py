@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..checkpoint import known_checkpoint
 from ..component.actor import Actor, Context
-from ..component.devices import CPU, own_name, place
+from ..component.devices import CPU, own_name, place, wait_for_memory
 from ..component.kinds import make
 from ..component.module import held, read_state
 from ..protocol.host_spec import HostSpec
@@ -20,12 +20,15 @@ def load(spec: HostSpec, progress: Callable[[float], None], *, stays: bool = Fal
     need not wait for the device.
 
     Raises:
+        NoDevice: its GPU does not answer.
         Exception: whatever the actor or its files raised. The actor cannot be used then.
     """
     actor = make(spec.implementation, spec.folder)
     context = context_of(spec, progress)
     actor.stays = stays and context.device != CPU
     actor.ahead = actor.stays and not spec.trace
+    if context.device != CPU:
+        wait_for_memory(context.device, spec.device_bytes)
     place(actor, context.device)
     actor.load(context)
     if context.weights is not None:

@@ -1,7 +1,8 @@
 """Carry messages between the actors of one process in memory, and their other messages over the wire of each.
 
-A message is handed over, not sent: its header and the memory of its tensors go into the inbox of the other actor. The actors of
-a process take turns (together.py), so a wire that has nothing to give lets the others work.
+A message is handed over, not sent: its header and the memory of its tensors go into the inbox of the other actor. They have one
+device, so a tensor on a GPU stays there. The actors of a process take turns (together.py), so a wire that has nothing to give
+lets the others work.
 """
 
 from __future__ import annotations
@@ -38,10 +39,9 @@ class SharedWire:
         turns: the process that the actor shares.
         outer: the wire to all actors that are elsewhere.
         copies: whether this actor gets copies of tensors, because it may write into them.
-        on_device: whether this actor takes tensors that are on a device.
     """
 
-    def __init__(self, turns: Turns, outer: ProcessWire, copies: Callable[[], bool], on_device: bool = False) -> None:
+    def __init__(self, turns: Turns, outer: ProcessWire, copies: Callable[[], bool]) -> None:
         self.me = outer.me
         self.outer = outer
         self.inbox: deque[Arrival] = deque()
@@ -51,7 +51,6 @@ class SharedWire:
         self._refused: deque[ProtocolError] = deque()
         self._turns = turns
         self._copies = copies
-        self._on_device = on_device
         self._inside: set[str] = set()
         turns.wires[self.me] = self
 
@@ -87,9 +86,7 @@ class SharedWire:
             return self.outer.send(peer, header, tuple(map(_on_host, buffers)))
         buffers = tuple(map(stable, buffers))
         other = self._turns.wires[peer]
-        given = buffers if other._on_device else tuple(map(_on_host, buffers))
-        if other._copies():
-            given = tuple(map(_copied, given))
+        given = tuple(map(_copied, buffers)) if other._copies() else buffers
         self.handed_over += 1
         other.inbox.append(Arrival(self.me, header, given))
         self._turns.wake(other)

@@ -20,7 +20,6 @@ from greenlet import greenlet  # type: ignore[import-untyped]
 from ranvier.transport import system
 from ranvier.transport.links.wire import ProcessWire
 
-from ..component.devices import CPU
 from ..model.kernels import packed
 from ..protocol.host_spec import HostSpec
 from ..trace.crossing import Crossing
@@ -79,7 +78,7 @@ class _Member(Host):
         return nullcontext()  # the mode belongs to the thread
 
     def open_wire(self) -> ProcessWire:
-        return SharedWire(self._turns, super().open_wire(), lambda: self.actor.writes, self.spec.device != CPU)
+        return SharedWire(self._turns, super().open_wire(), lambda: self.actor.writes)
 
     def step(self, work: Work) -> None:
         super().step(work)

@@ -153,6 +153,8 @@ class HostSpec:
     cache_tokens: int
     threads: int
     device: str
+    device_bytes: int
+    """What the weights take on the device, if it is not the processor."""
     inputs: tuple[PortSpec, ...]
     outputs: tuple[PortSpec, ...]
     links: tuple[HostLink, ...]

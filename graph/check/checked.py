@@ -13,12 +13,13 @@ from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.component.kinds import Kind
 from ranvier.actors.model.kernels import native
 from ranvier.actors.protocol.host_spec import GATEWAY, STICKY, Policy
+from ranvier.transport.format.dtypes import BY_NAME
 from ranvier.transport.format.tensor_spec import TensorSpec
 from ranvier.transport.wires.endpoint import parse
 
 from ..file.actor_section import ActorSection, Hedge
 from ..file.load import Document
-from ..file.schema import GraphFile
+from ..file.schema import GraphFile, ModelSection
 
 Ports = Mapping[str, TensorSpec]
 
@@ -44,6 +45,11 @@ class CheckedActor:
     own_autograd: bool = False
     experts: tuple[int, int] | None = None
     once: tuple[str, ...] = ()
+
+    def device_bytes(self, model: ModelSection | None) -> int:
+        """Return what the weights take on a GPU, where they are held in the model's dtype."""
+        itemsize = BY_NAME[model.dtype].itemsize if model is not None else 0
+        return self.elements * itemsize + self.module_bytes
 
     @property
     def may_repeat(self) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 
 from ranvier.actors.component import devices
 from ranvier.actors.component.devices import Gpu, NoDevice
-from ranvier.transport.format.dtypes import BY_NAME
 
 from .checked import CheckedActor
 from .findings import Findings
@@ -56,10 +55,8 @@ class DeviceCheck(Findings):
 
     def _fits(self, actors: list[CheckedActor], gpu: Gpu) -> None:
         """Report weights that need more memory than the GPU has in all. What others use now is not counted."""
-        itemsize = BY_NAME[self.file.model.dtype].itemsize if self.file.model is not None else 0
         weights = sum(
-            (actor.elements * itemsize + actor.module_bytes) * (actor.section.replicas + actor.section.spares)
-            for actor in actors
+            actor.device_bytes(self.file.model) * (actor.section.replicas + actor.section.spares) for actor in actors
         )
         needed = weights + len(_processes(actors)) * devices.CONTEXT_BYTES
         if needed > gpu.total_bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ranvier.actors.checkpoint import Checkpoint
+from ranvier.actors.component.devices import CPU
 from ranvier.actors.component.kinds import Kind
 from ranvier.actors.model import weights
 from ranvier.actors.model.kernels import native
@@ -231,6 +232,7 @@ class Plan:
             weights=str(actor.weights) if actor.weights is not None else None,
             own_autograd=actor.own_autograd,
             device=section.device,
+            device_bytes=0 if section.device == CPU else actor.device_bytes(file.model),
             inputs=_ports(actor.inputs, actor.once),
             outputs=_ports(actor.outputs),
             links=self.links(name, replica, live),

@@ -12,6 +12,8 @@ from .shapes import Pages, Shape
 
 PAGE = 64
 """Positions per page."""
+FIRST_POSITIONS = 8192
+"""Positions for which memory is taken at once; more is taken when sessions need it."""
 
 
 class PagePool:
@@ -26,18 +28,21 @@ class PagePool:
 
     def __init__(self, shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         self._shape, self._dtype, self._device = shape, dtype, device
-        self.pages = Pages.empty(shape, -(-tokens // PAGE), PAGE, dtype, device)
+        self._most = -(-tokens // PAGE)
+        self.pages = Pages.empty(shape, -(-min(tokens, FIRST_POSITIONS) // PAGE), PAGE, dtype, device)
         self._free = list(range(self.pages.count))
 
     def take(self, positions: int) -> list[int]:
         """Return free pages for so many positions.
 
-        Each session's last page may be partly empty, so the pages of many short sessions can need more than `tokens`
-        positions. Then there are a quarter more pages, and steps that were captured with the old ones must be made anew.
+        If too few are free, there are twice as many pages afterwards, up to `tokens` positions, and steps that were captured
+        with the old ones must be made anew. Each session's last page may be partly empty, so many short sessions can need
+        more pages than that, and get them.
         """
         count = -(-positions // PAGE)
         if count > len(self._free):
-            before, more = self.pages, max(count, self.pages.count // 4)
+            before = self.pages
+            more = max(count, min(before.count, self._most - before.count))
             added = Pages.empty(self._shape, more, PAGE, self._dtype, self._device)
             self.pages = Pages(
                 [torch.cat(pair) for pair in zip(before.keys, added.keys, strict=True)],

@@ -79,6 +79,20 @@ def test_a_process_sees_its_own_gpu(
     assert os.environ["CUDA_VISIBLE_DEVICES"] == seen and devices.own_name(device) == "cuda:0"
 
 
+def test_a_restart_waits_for_memory(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait while the memory of a lost process is not back, and not for ever."""
+    driver("A")
+    library: Any = sys.modules["pynvml"]
+    free = iter([1 << 30, 2 << 30, 30 << 30])
+    monkeypatch.setattr(
+        library, "nvmlDeviceGetMemoryInfo", lambda _: SimpleNamespace(total=80 << 30, free=next(free, 3 << 30))
+    )
+    assert devices.wait_for_memory("cuda:0", 20 << 30)
+    assert next(free, None) is None, "all three were asked for"
+    monkeypatch.setattr(devices, "MEMORY_WAIT_S", 0.0)
+    assert not devices.wait_for_memory("cuda:0", 20 << 30)
+
+
 def test_a_fork_after_cuda_was_used_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask the driver whether anything has used it, and name what was imported."""
     answers = {"libcuda.so.1": 3}

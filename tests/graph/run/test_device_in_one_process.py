@@ -25,6 +25,7 @@ from ranvier import Actor, TensorSpec
 from ranvier.actors.host import loading, outputs, shared_wire
 
 loading.own_name = lambda device: str(GPU) if device != "cpu" else device
+loading.wait_for_memory = lambda *_: True
 modes = pretended()
 modes.__enter__()
 

@@ -222,7 +222,7 @@ def test_pages_go_back_and_grow(tiny: Callable[..., tuple[Path, Any]]) -> None:
             for session in range(9):
                 begun(actors, session, PROMPTS[2])
             held = [page for cache in actors[0].blocks.cache.sessions.values() for page in cache.pages]
-            assert len(set(held)) == len(held) == 9 <= pool.pages.count < 12
+            assert len(set(held)) == len(held) == 9 <= pool.pages.count <= 12
             rows = tuple(Row(session, 0, 0, 3) for session in range(9))
             first = stepped(actors, rows, PROMPTS[2] * 9)["sampled"]["sampled"].tolist()
             rows = tuple(Row(session, 0, 3, 1) for session in range(9))
