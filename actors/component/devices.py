@@ -228,12 +228,12 @@ def here(tensor: torch.Tensor) -> torch.Tensor:
     # torch keeps pinned memory for the next tensor; a copy to other memory would go through a buffer of the driver
     made = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     made.copy_(tensor, non_blocking=True)
-    _wait()
+    wait()
     return made
 
 
-def _wait() -> None:
-    """Wait until the GPU has done all that this thread has asked for."""
+def wait() -> None:
+    """Wait until the GPU, if there is one, has done all that this thread has asked for."""
     import torch
 
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
@@ -245,12 +245,21 @@ def brought_back(outputs: Outputs) -> Outputs:
     return _each(outputs, here)
 
 
+def seed(number: int) -> None:
+    """Seed the random numbers of the processor and of the GPU, if it was used. `torch.manual_seed` takes 0.7 ms."""
+    import torch
+
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.default_generators[0].manual_seed(number)
+
+
 def _left_there(actor: Actor, outputs: Outputs) -> Outputs:
     """Return outputs that stay on the GPU, in memory that the actor will not write into again."""
     if not actor.places:
         outputs = _each(outputs, lambda tensor: tensor.clone())
     if not actor.ahead:
-        _wait()
+        wait()
     return outputs
 
 

@@ -35,7 +35,11 @@ def libraries() -> dict[str, Any]:
 
 def able(width: int, *tensors: torch.Tensor) -> bool:
     """Return whether the functions here can compute with rows of `width` numbers of these tensors."""
-    return width % TILE == 0 and library() is not None and all(tensor.dtype is torch.float32 for tensor in tensors)
+    return (
+        width % TILE == 0
+        and library() is not None
+        and all(tensor.dtype is torch.float32 and tensor.is_cpu for tensor in tensors)
+    )
 
 
 def _at(tensor: torch.Tensor) -> ctypes.c_void_p:

@@ -24,6 +24,7 @@ from ranvier.transport.links.link_state import Received
 from ranvier.transport.links.wire import ProcessWire
 
 from ..component.actor import REPLAYED
+from ..component.devices import seed
 from ..component.kinds import BUILT_IN
 from ..errors import describe
 from ..host.loading import context_of, load
@@ -101,13 +102,14 @@ class TrainingHost(Mail):
     def _module(self) -> Learner:
         """Return the module to train: the training form of a built-in kind, or any other actor's wrapped modules."""
         kind = self.training.kind
+        context = context_of(self.spec, self.progress)
+        self.core.device = context.device
         if kind in BUILT_IN:
-            context = context_of(self.spec, self.progress)
             made_of = mixture.STAGES.get(kind, NativeStage)
             made: Learner = made_of(BUILT_IN[kind], context, self.training.context, self.training.lora)
             self.progress(1.0)
         else:
-            made = Wrapped(load(self.spec, self.progress))
+            made = Wrapped(load(self.spec, self.progress, stays=True))
         made.train(True)
         return made
 
@@ -187,8 +189,7 @@ class TrainingHost(Mail):
 
     def _forward(self, wire: ProcessWire, key: Key) -> None:
         inputs, targets, messages = self._inputs(wire, key)
-        # random draws depend only on the micro-batch; torch.manual_seed, which seeds all devices, takes 0.7 ms
-        torch.default_generator.manual_seed(self._seed * 1_000_003 + key.number + 1)
+        seed(self._seed * 1_000_003 + key.number + 1)  # random draws depend only on the micro-batch
         share = self.training.share
         outputs, values = self.timed(
             Action(FORWARD, key.number), lambda: self.stage.forward(key.number, inputs, targets, share), messages

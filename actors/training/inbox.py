@@ -14,6 +14,7 @@ from ranvier.transport.format.tensors import from_buffer
 from ranvier.transport.links.exchange import Exchange, RefusedMessage
 from ranvier.transport.links.link_state import Received, ReceivingLink
 
+from ..component.devices import CPU
 from ..protocol.training_spec import TrainingLink
 
 
@@ -25,9 +26,10 @@ class Key(NamedTuple):
 
 
 class TrainingCore:
-    """Hold the links of one stage and the tensors that have arrived on them."""
+    """Hold the links of one stage and the tensors that have arrived on them. They are taken on the stage's `device`."""
 
     def __init__(self, exchange: Exchange) -> None:
+        self.device = CPU
         self.exchange = exchange
         self.counters: Counter[str] = Counter()
         self._links: dict[ReceivingLink, TrainingLink] = {}
@@ -65,6 +67,6 @@ class TrainingCore:
         for link in links:
             tensor, received = self._came.pop((link, key))
             self.exchange.consumed(received.link, received.nbytes)
-            tensors.append(aligned(tensor))
+            tensors.append(aligned(tensor) if self.device == CPU else tensor.to(self.device))
             messages.append(received)
         return tensors, messages

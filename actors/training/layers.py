@@ -64,14 +64,15 @@ class NativeStage(Learner):
         self._ends = kind.ends
         last = self.config.layers - 1
         self.layers = context.layers or ((0, last) if kind.whole else None)
+        self._device = context.device
         self._slots: dict[str, Slot] = {}
         for name, slot in self._slots_of(context):
             self._slots[name] = slot
-            self.register_parameter(name, nn.Parameter(read_slot(slot, checkpoint, dtype)))
+            self.register_parameter(name, nn.Parameter(read_slot(slot, checkpoint, dtype, self._device)))
         self._adapted = lora
         if lora is not None:
             self._adapt(lora[0], dtype)
-        self._rotary = rotary_tables(self.config, dtype)
+        self._rotary = rotary_tables(self.config, dtype, self._device)
         for table in self._rotary.values():
             table.reserve(sequence)
         self._scale = self.config.attention_scale or self.config.head_dim**-0.5
@@ -99,8 +100,9 @@ class NativeStage(Learner):
             if name.startswith("layer") and slot.columns is not None and not name.endswith("gate"):
                 generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
                 down = torch.empty(rank, slot.columns).normal_(0, slot.columns**-0.5, generator=generator)
-                self.register_parameter(f"{name}{DOWN}", nn.Parameter(down.to(dtype)))
-                self.register_parameter(f"{name}{UP}", nn.Parameter(torch.zeros(slot.shape[0], rank, dtype=dtype)))
+                self.register_parameter(f"{name}{DOWN}", nn.Parameter(down.to(self._device, dtype)))
+                up = torch.zeros(slot.shape[0], rank, dtype=dtype, device=self._device)
+                self.register_parameter(f"{name}{UP}", nn.Parameter(up))
 
     def stays(self, name: str) -> bool:
         return self._adapted is not None and not name.endswith((DOWN, UP))
@@ -225,7 +227,7 @@ class NativeStage(Learner):
             normed = self._norm(at + "norm_query", query_TND), self._norm(at + "norm_key", keys_TKD)
             turned_TND = torch.cat(normed, 1)
         if table is not None:
-            positions_T = torch.arange(sequence).repeat(len(normed_TH) // sequence)
+            positions_T = torch.arange(sequence, device=self._device).repeat(len(normed_TH) // sequence)
             turned_TND = rotate(turned_TND, *table.at(positions_T))
         query_TND, keys_TKD = torch.split(turned_TND, [heads, kv_heads], 1)
         query, keys, values = (
@@ -239,7 +241,7 @@ class NativeStage(Learner):
         if group > 1:
             keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
         if 0 < window < sequence:
-            seen_SS = torch.ones(sequence, sequence, dtype=torch.bool).tril().triu(1 - window)
+            seen_SS = torch.ones(sequence, sequence, dtype=torch.bool, device=self._device).tril().triu(1 - window)
             mixed = F.scaled_dot_product_attention(query, keys, values, seen_SS, scale=self._scale)
         else:
             mixed = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=self._scale)

@@ -27,5 +27,5 @@ KINDS: dict[str, Function] = {
 def correct(kind: str, made: torch.Tensor, target: torch.Tensor | None) -> torch.Tensor:
     """Return the share of correct answers, 0-dimensional float32; NaN if the loss has no correct answers."""
     if kind != "cross_entropy":
-        return torch.tensor(float("nan"))
+        return torch.tensor(float("nan"), device=made.device)
     return (made.argmax(-1) == _needed(target)).float().mean()

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from ranvier.transport.files import regular
 from ranvier.transport.format.aligned import aligned
 
+from ..component.devices import here
 from ..component.module import fill
 from ..protocol.training_spec import folder_of
 from .stage import TrainedStage
@@ -46,6 +47,7 @@ def write(
 def _replace(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     part, seen = file.with_suffix(".part"), set()
     for name, tensor in tensors.items():  # safetensors refuses tensors that share memory
+        tensor = tensors[name] = here(tensor)
         address = tensor.untyped_storage().data_ptr()
         if address in seen:
             tensors[name] = tensor.clone()
@@ -83,7 +85,9 @@ def read(folder: Path, actor: str, stage: TrainedStage, optimizer: torch.optim.O
         for index, weight in enumerate(stage.weights.values()):
             prefix = f"optimizer/{index}/"
             kept = {
-                name.removeprefix(prefix): aligned(value) for name, value in state.items() if name.startswith(prefix)
+                name.removeprefix(prefix): aligned(value).to(weight.device)
+                for name, value in state.items()
+                if name.startswith(prefix)
             }
             if kept:
                 optimizer.state[weight] = kept

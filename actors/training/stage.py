@@ -7,6 +7,7 @@ Narayanan et al. 2019). The gradients are applied to the newest version.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -137,14 +138,10 @@ class TrainedStage:
         given = {port: tensor.detach().requires_grad_(port in self._given_back) for port, tensor in inputs.items()}
         with torch.enable_grad():
             outputs = self._computed(given)
-            values, terms = [], []
-            for term in self._terms:
-                target = targets.get(term.target) if term.target is not None else None
-                loss = losses.KINDS[term.kind](outputs[term.port], target)
-                terms.append(loss * (term.weight * share))
-                right = losses.correct(term.kind, outputs[term.port].detach(), target)
-                values.append(TermValue(float(loss.detach()), float(right)))
-        self._look(f"of micro-batch {number}", outputs, values)
+            made = self._losses(outputs, targets)
+            terms = [loss * (term.weight * share) for term, loss in zip(self._terms, made, strict=True)]
+        values = self._looked(f"of micro-batch {number}", outputs, targets, made)
+        self._look_for_gradients(outputs)
         self._under_way[number] = _Kept(given, outputs, terms, self.version)
         return {port: tensor.detach() for port, tensor in outputs.items()}, values
 
@@ -170,17 +167,33 @@ class TrainedStage:
             }
         return self._versions[self.version]
 
-    def _look(
-        self, which: str, outputs: Mapping[str, torch.Tensor], values: Sequence[TermValue], differentiable: bool = True
-    ) -> None:
-        for port, tensor in outputs.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.detach()).all()):
+    def _losses(self, outputs: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        return [losses.KINDS[term.kind](outputs[term.port], _target(term, targets)) for term in self._terms]
+
+    def _looked(
+        self, which: str, outputs: Mapping[str, torch.Tensor], targets: Mapping[str, torch.Tensor],
+        made: Sequence[torch.Tensor],
+    ) -> list[TermValue]:  # fmt: skip
+        """Return the values of the losses `made`, after a check that they and all outputs are finite.
+
+        All numbers come from the device at once: each look at one would wait for it.
+
+        Raises:
+            ArithmeticError: an output or a loss is not finite.
+        """
+        floats = {port: tensor.detach() for port, tensor in outputs.items() if tensor.is_floating_point()}
+        numbers = [tensor.isfinite().all() for tensor in floats.values()]
+        for term, loss in zip(self._terms, made, strict=True):
+            numbers += [loss.detach(), losses.correct(term.kind, outputs[term.port].detach(), _target(term, targets))]
+        found = torch.stack([number.double() for number in numbers]).tolist() if numbers else []
+        for port, finite in zip(floats, found, strict=False):
+            if not finite:
                 raise ArithmeticError(f"{self.name}: output {port!r} {which} is not finite")
-        if differentiable:
-            self._look_for_gradients(outputs)
-        for term, (loss, _) in zip(self._terms, values, strict=True):
-            if loss != loss or loss in (float("inf"), float("-inf")):
-                raise ArithmeticError(f"{self.name}: the {term.kind} loss of {term.port!r}, {which}, is {loss}")
+        values = [TermValue(*pair) for pair in zip(found[len(floats) :: 2], found[len(floats) + 1 :: 2], strict=True)]
+        for term, value in zip(self._terms, values, strict=True):
+            if not math.isfinite(value.loss):
+                raise ArithmeticError(f"{self.name}: the {term.kind} loss of {term.port!r}, {which}, is {value.loss}")
+        return values
 
     def _look_for_gradients(self, outputs: Mapping[str, torch.Tensor]) -> None:
         """Check that the outputs for which gradients arrive can be differentiated.
@@ -202,12 +215,7 @@ class TrainedStage:
         """Return outputs and losses, and keep nothing for a backward."""
         with torch.no_grad():
             outputs = self.module(_batch(inputs))
-            values = []
-            for term in self._terms:
-                target = targets.get(term.target) if term.target is not None else None
-                loss = losses.KINDS[term.kind](outputs[term.port], target)
-                values.append(TermValue(float(loss), float(losses.correct(term.kind, outputs[term.port], target))))
-        self._look("of validation", outputs, values, differentiable=False)
+            values = self._looked("of validation", outputs, targets, self._losses(outputs, targets))
         return outputs, values
 
     def backward(self, number: int, gradients: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -325,3 +333,7 @@ def _batch(inputs: Mapping[str, torch.Tensor]) -> Batch:
     row = Row(1, 1, 0, max(lengths.values(), default=1))
     own = {port: (row._replace(tokens=length),) for port, length in lengths.items() if length != row.tokens}
     return Batch((row,), inputs, own)
+
+
+def _target(term: Loss, targets: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    return targets.get(term.target) if term.target is not None else None

@@ -15,6 +15,7 @@ from ranvier.transport.links.exchange import ACK_DELAY_S, TICK_S
 from ranvier.transport.links.link_state import Outbound, Received
 from ranvier.transport.links.wire import ProcessWire
 
+from ..component.devices import here, wait
 from ..host.outputs import coded
 from ..host.process import Process, Stopped
 from ..protocol.control_protocol import Counters, StepCommand, Stop
@@ -89,7 +90,8 @@ class Mail(Process):
                 raise Stopped
 
     def send(self, link: TrainingLink, key: Key, tensor: torch.Tensor) -> None:
-        """Send the tensor for `key`. The caller must not change it afterwards."""
+        """Send the tensor for `key`, from any device. The caller must not change it afterwards."""
+        tensor = here(tensor)
         sending = self.exchange.sender(link.link)
         name = link.link.tensors[0][0]
         row = Row(key.session, 1, key.number, len(tensor) if tensor.dim() else 1)
@@ -119,7 +121,9 @@ class Mail(Process):
         crossing = self.crossing
         began_ns = crossing.stepping_since_ns = time.monotonic_ns()
         try:
-            return what()
+            made = what()
+            wait()  # the GPU may still be at it
+            return made
         finally:
             ended_ns = time.monotonic_ns()
             crossing.stepped_ns, crossing.stepping_since_ns = ended_ns, 0

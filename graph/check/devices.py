@@ -50,8 +50,6 @@ class DeviceCheck(Findings):
         if uses_model and model is not None and model.weights != "dtype":
             names = ", ".join(actor.name for actor in uses_model)
             yield f"on a GPU, weights are held as {model.dtype} and not as {model.weights}: {names}"
-        if self.file.training is not None:
-            self._no(actors[0], "training computes on the processor only; remove the key")
 
     def _fits(self, actors: list[CheckedActor], gpu: Gpu) -> None:
         """Report weights that need more memory than the GPU has in all. What others use now is not counted."""
