@@ -102,15 +102,15 @@ class TrainingHost(Mail):
     def _module(self) -> Learner:
         """Return the module to train: the training form of a built-in kind, or any other actor's wrapped modules."""
         kind = self.training.kind
-        context = context_of(self.spec, self.progress)
-        self.core.device = context.device
         if kind in BUILT_IN:
+            context = context_of(self.spec, self.progress)
             made_of = mixture.STAGES.get(kind, NativeStage)
             made: Learner = made_of(BUILT_IN[kind], context, self.training.context, self.training.lora)
             self.progress(1.0)
         else:
             made = Wrapped(load(self.spec, self.progress, stays=True))
         made.train(True)
+        self.core.device = context_of(self.spec, self.progress).device
         return made
 
     def _mine(self, number: int) -> bool:

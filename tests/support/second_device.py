@@ -100,11 +100,26 @@ class _Functions(TorchFunctionMode):
             return function(*args, **kwargs)
         given = [each for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor)]
         assert all(isinstance(each, OnGpu) for each in given), "attention: expected all tensors on one device"
+        if torch.is_grad_enabled() and any(each.requires_grad for each in given):
+            return attention(*args, **kwargs)
         own = tree_map(_own, (args, kwargs))
         return OnGpu(function(*own[0], **own[1]))
 
 
-_register = functools.cache(_setup_privateuseone_for_python_backend)
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor | None = None, *,
+    is_causal: bool = False, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """Compute attention by operations that can be differentiated one by one."""
+    score = query @ key.transpose(-2, -1) * scale
+    if is_causal:
+        seen = torch.ones(score.shape[-2:], dtype=torch.bool, device=GPU).tril()
+    return (score if seen is None else score.masked_fill(~seen, float("-inf"))).softmax(-1) @ value
+
+
+@functools.cache
+def _register() -> None:
+    _setup_privateuseone_for_python_backend(rename="second")  # autograd takes only a device with a name of its own
 
 
 @contextmanager

@@ -7,27 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stand_in
 import trio
 
 import ranvier
 from ranvier.graph.check.devices import DeviceCheck
 
-SUPPORT = Path(__file__).parents[2] / "support"
-STAND_IN = f'''
-"""Make the stand-in the GPU of this process, and let no tensor between its actors go through this machine's memory."""
-import sys
-
-sys.path.insert(0, {str(SUPPORT)!r})
+STAND_IN = (
+    stand_in.SOURCE
+    + '''
 import torch
-from second_device import GPU, OnGpu, pretended
+from second_device import OnGpu
 
 from ranvier import Actor, TensorSpec
-from ranvier.actors.host import loading, outputs, shared_wire
-
-loading.own_name = lambda device: str(GPU) if device != "cpu" else device
-loading.wait_for_memory = lambda *_: True
-modes = pretended()
-modes.__enter__()
+from ranvier.actors.host import outputs, shared_wire
 
 
 def refused(tensor):
@@ -37,9 +30,9 @@ def refused(tensor):
 class Same(Actor):
     """Pass on what came, from a buffer that is filled again at each step."""
 
-    inputs = {{"hidden": TensorSpec("float32", ("tokens", 48))}}
-    outputs = {{"hidden": TensorSpec("float32", ("tokens", 48))}}
-    args = {{"strict": "refuse tensors that leave the device"}}
+    inputs = {"hidden": TensorSpec("float32", ("tokens", 48))}
+    outputs = {"hidden": TensorSpec("float32", ("tokens", 48))}
+    args = {"strict": "refuse tensors that leave the device"}
 
     def load(self, context):
         self.held = torch.zeros(600, 48)
@@ -49,8 +42,9 @@ class Same(Actor):
     def step(self, batch):
         assert isinstance(self.held, OnGpu) and isinstance(batch["hidden"], OnGpu)
         self.held[: batch["hidden"].shape[0]] = batch["hidden"]
-        return {{"hidden": self.held[: batch["hidden"].shape[0]]}}
+        return {"hidden": self.held[: batch["hidden"].shape[0]]}
 '''
+)
 PROMPTS = ([1, 17, 40, 9, 300, 12, 77], [5, 6, 7], [100, 200, 30, 40])
 TOKENS = 8
 

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import stand_in
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -25,6 +26,7 @@ from torch import nn
 from torch.func import functional_call
 
 import ranvier
+from ranvier.graph.check.devices import DeviceCheck
 from ranvier.graph.trace import summary
 from ranvier.graph.training.trainer import Trained
 from ranvier.transport.format.codec import parse
@@ -159,6 +161,25 @@ def test_dense_layers(count: int, schedule: str, graph: Make, trained: Train, tm
         )
     norms = [told["norm"] for told in made.history]
     assert min(norms) > 0.1, "clipped each time"
+
+
+def test_dense_layers_on_a_device(graph: Make, trained: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train dense layers on a second device, in real processes, as torch does on the processor."""
+    parts_file = tmp_path / "parts.py"
+    there = "for layer in self.layers:\n            assert stand_in.there(x)"
+    code = parts_file.read_text().replace("for layer in self.layers:", there, 1)
+    parts_file.write_text(code.replace("import time\n", f"import time\n{stand_in.SOURCE}", 1))
+    monkeypatch.setattr(DeviceCheck, "devices", lambda *_: [])
+    actors, edges, layers = dense(2, tmp_path)
+    placed = {name: {**actor, "device": "cuda:0"} for name, actor in actors.items()}
+    loss = [{"of": "actor1.output", "target": "label"}]
+    section = training(schedule="1f1b", loss=loss)
+    made = trained(graph(placed, edges, section))
+    whole = nn.Sequential(*layers)
+    expected = plain(
+        whole.parameters(), lambda step: F.cross_entropy(whole(numbers(step)["x"]), numbers(step)["label"])
+    )
+    same_losses(losses(made), expected)
 
 
 @pytest.mark.slow
