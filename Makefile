@@ -88,7 +88,8 @@ bench: $(STAMP) $(MODEL) $(BROWSER) $(PEERS)
 # on a GPU: graphs, then the decode step and how fast it is; for a PYTHON with Ranvier's packages, and a torch with CUDA and triton
 gpu-check:
 	$(PYTHON) -m pytest -m gpu tests/gpu -rs
-	$(PYTHON) benchmarks/gpu/check.py
+	$(PYTHON) benchmarks/gpu/graphs.py --limit 120
+	$(PYTHON) benchmarks/gpu/check.py --speed --limit 120
 
 # ten minutes of 32 sessions while actors are killed and stopped and links are cut
 soak: $(STAMP) $(MODEL)

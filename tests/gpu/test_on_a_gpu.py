@@ -16,6 +16,7 @@ from waiting import wait_until
 
 import ranvier
 from ranvier.actors.component import devices
+from ranvier.graph.training.trainer import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 PROMPT = [1, 17, 40, 9, 300, 12, 77]
@@ -24,6 +25,10 @@ LEAST = 98
 """Greedy choices in a hundred that must be transformers', given the same tokens before."""
 MOST_ERROR = 1.2
 """Most error against the float32 model, as a multiple of transformers' own."""
+SIZES = {
+    "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+"""Sizes that the kernels of a GPU can compute with, for families that they know."""
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {}, "qwen2": {}, "qwen3": {}, "gemma2": {"sliding_window": 16}, "mistral": {"sliding_window": 16},
     "gpt2": {"vocab_size": 320, "n_embd": 48, "n_layer": 6, "n_head": 6, "n_positions": 512},
@@ -65,7 +70,8 @@ def answered(graph: ranvier.Graph, runs: Path, at: Callable[[ranvier.Run, int], 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_are_transformers(family: str, tiny: Any, graph_file: Callable[..., Path], runs: Path) -> None:
     """Choose transformers' tokens on the same GPU in bfloat16, with about its error against the float32 model."""
-    folder, model = tiny(f"gpu-{family}", family, **FAMILIES[family])
+    sizes = {} if family == "gpt2" else SIZES
+    folder, model = tiny(f"gpu-{family}", family, **{**sizes, **FAMILIES[family]})
     tokens, logits = answered(graph_of(graph_file, folder, "bfloat16", host="gpu", on_gpu=set(ACTORS)), runs)
     ids = torch.tensor([PROMPT + tokens])
     with torch.inference_mode():
@@ -89,6 +95,57 @@ def test_float32_is_the_processors(
     tokens, logits = answered(graph_of(graph_file, folder, "float32", host=host, on_gpu=on_gpu), runs)
     expected, exact = answered(graph_of(graph_file, folder, "float32", host=None, on_gpu=set()), runs)
     assert tokens == expected and math.isclose(float((logits - exact).abs().max()), 0, abs_tol=1e-3)
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_streams_beside_each_other(traced: bool, tiny: Any, graph_file: Callable[..., Path], runs: Path) -> None:
+    """Give each of forty streams transformers' tokens, also where steps run ahead of the GPU."""
+    folder, model = tiny("gpu-llama", "llama", **SIZES)
+    actors = {
+        "first": {"kind": "first_stage", "layers": "0-2", "device": "cuda:0", "host": "gpu"},
+        "last": {"kind": "last_stage", "layers": "3-5", "device": "cuda:0", "host": "gpu"},
+    }
+    path = graph_file(
+        model={"source": "unset", "dtype": "bfloat16"}, actors=actors, pipeline=list(actors), trace=traced
+    )
+    graph = ranvier.load(path, overrides={"model.source": str(folder)})
+    found: dict[int, list[int]] = {}
+
+    async def main() -> None:
+        async def one(number: int) -> None:
+            stream = run.generate([*PROMPT, 3 + number], max_tokens=30, stop_tokens=())
+            found[number] = [token.id async for token in stream]
+
+        with trio.fail_after(100):
+            async with ranvier.launch(graph, runs=runs) as run, trio.open_nursery() as nursery:
+                for number in range(40):
+                    nursery.start_soon(one, number)
+
+    trio.run(main)
+    held, same = model.to("cuda:0", torch.bfloat16), 0
+    with torch.inference_mode():
+        for number, tokens in found.items():
+            ids = torch.tensor([[*PROMPT, 3 + number, *tokens]], device="cuda:0")
+            best = held(ids).logits[0, len(PROMPT) : -1].argmax(-1).tolist()
+            same += sum(one == other for one, other in zip(best, tokens, strict=True))
+    model.to("cpu", torch.float32)
+    assert same >= LEAST / 100 * 40 * 30
+
+
+def test_training(tmp_path: Path, runs: Path) -> None:
+    """Train the digits of the examples with all actors on the GPU, to the processor's losses."""
+    example = Path(__file__).parents[2] / "examples" / "digits" / "digits.yaml"
+
+    async def losses(out: str, device: str) -> list[float]:
+        plain = ranvier.load(example, allow_code=True)
+        changes = {f"actors.{name}.device": device for name in plain.actors} | {"training.steps": 40}
+        graph = ranvier.load(example, allow_code=True, overrides=changes)
+        with trio.fail_after(100):
+            made = await train(graph, tmp_path / out, allow_code=True, runs=runs)
+        return [told["loss"] for told in made.history if "validation" not in told]
+
+    found, expected = (trio.run(losses, device.replace(":", ""), device) for device in ("cuda:0", "cpu"))
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_killed_actor_and_its_memory(tiny: Any, graph_file: Callable[..., Path], runs: Path) -> None:
