@@ -25,7 +25,7 @@ from . import weights
 from .compiled import Compiled
 from .kv_cache import BlockCache, KVCache, Reserved, SessionCache
 from .rotary import RotaryTable, rotate
-from .tensors import Norm, product, read_matrix, read_slot
+from .tensors import Matrix, Norm, product, read_matrix, read_slot
 
 if TYPE_CHECKING:
     from .gpu.fused import Fused
@@ -63,7 +63,7 @@ class Block:
         self.norm_attended, self.norm_out = norm("norm_attended"), norm("norm_out")
         self.qkv, self.qkv_bias = matrices["qkv"], held.get("qkv_bias")
         self.out, self.out_bias = matrices["out"], held.get("out_bias")
-        nothing = torch.empty(0, 0)  # for a layer whose experts run in other actors
+        nothing: Matrix = torch.empty(0, 0)  # for a layer whose experts run in other actors
         self.up, self.up_bias = matrices.get("up", nothing), held.get("up_bias")
         self.down, self.down_bias = matrices.get("down", nothing), held.get("down_bias")
         self.window = config.window(layer)

@@ -18,13 +18,15 @@ from ranvier.transport.format.header import Row
 
 from ..checkpoint import ModelConfig
 from ..component.actor import Actor, Batch, Context, Look
+from ..component.devices import CPU
 from ..component.session import SessionInfo
 from . import weights
 from .blocks import Blocks
+from .coded import Coded
 from .head import Head
 from .kernels.packed import Packed
 from .kv_cache import KVCache
-from .tensors import by_torch, needed, read_slot, sent
+from .tensors import by_torch, needed, read_slot, sent, unpacked
 
 if TYPE_CHECKING:
     from .gpu.fused import Fused
@@ -162,8 +164,7 @@ class Stage(Actor):
             assert isinstance(self.embedding.weight_VH, torch.Tensor)
             fused.begin_with(self.embedding.weight_VH)
         if self.head is not None and config.logit_softcap is None:
-            assert isinstance(self.head.weight_VH, torch.Tensor)
-            fused.end_with(self.head.norm, self.head.weight_VH)
+            fused.end_with(self.head.norm, unpacked(self.head.weight_VH))
         fused.warm()
 
     def open(self, session: SessionInfo) -> None:
@@ -246,9 +247,11 @@ def _load_tied(embedding: Embedding, head: Head, context: Context) -> None:
     [slot] = [slot for slot in weights.head(checkpoint.config) if slot.name == "head"]
     if by_torch(slot, dtype, context.device):
         embedding.load(context)
-        head.load_with(context, embedding.weight_VH)
+        coded = context.device != CPU and weights.packed_as(slot, checkpoint, context.precision) != "bfloat16"
+        head.load_with(context, None if coded else unpacked(embedding.weight_VH))
         return
     head.load_with(context, None)
+    assert not isinstance(head.weight_VH, Coded)  # this is not a GPU
     embedding.load_with(context, head.weight_VH if weights.shares_packed(slot, checkpoint, context.precision) else None)
 
 

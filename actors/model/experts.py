@@ -18,10 +18,9 @@ from ..component.routing import expert_ports, gather, scatter
 from . import weights
 from .blocks import activate
 from .causal import BlocksActor, blocks_of
-from .kernels.packed import Packed
-from .tensors import finite, needed, product, read_matrices, read_slot
+from .tensors import Matrix, finite, needed, product, read_matrices, read_slot
 
-Held = dict[str, "torch.Tensor | Packed"]
+Held = dict[str, Matrix]
 
 
 def _fed_forward(config: ModelConfig, held: Held, hidden_TH: torch.Tensor) -> torch.Tensor:

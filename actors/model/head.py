@@ -23,7 +23,7 @@ from .kernels import packed
 from .kernels.packed import Packed
 from .sampling import as_they_are, choose, likeliest, likeliest_there, log_probabilities, make_sure_of
 from .scores import ranked, scored
-from .tensors import Norm, needed, product, read_matrix, read_slot
+from .tensors import Matrix, Norm, needed, product, read_matrix, read_slot
 
 if TYPE_CHECKING:
     from .gpu.fused import Made
@@ -66,7 +66,7 @@ class Head(Actor):
         self.load_with(context, None)
         context.progress(1.0)
 
-    def load_with(self, context: Context, weight_VH: torch.Tensor | Packed | None) -> None:
+    def load_with(self, context: Context, weight_VH: Matrix | None) -> None:
         """Load the weights; if `weight_VH` is given (a tied embedding's matrix), use it instead of reading one."""
         checkpoint, dtype = needed(context)
         config = checkpoint.config
@@ -75,7 +75,7 @@ class Head(Actor):
         self.held = sum(tensor.nbytes for tensor in held.values())
         if weight_VH is None:
             slot = next(slot for slot in weights.head(config) if slot.name == "head")
-            self.weight_VH: torch.Tensor | Packed = read_matrix(
+            self.weight_VH: Matrix = read_matrix(
                 slot, checkpoint, dtype, context.precision, context.fast, context.device
             )
             self.held += self.weight_VH.nbytes
@@ -157,7 +157,7 @@ class Head(Actor):
         """Return the logits of some tokens, float32 [T, V]."""
         if isinstance(self.weight_VH, Packed):  # in float32 throughout
             logits_TV = self.norm.before(self.weight_VH, picked_TH)
-        elif picked_TH.dtype is torch.float32:
+        elif picked_TH.dtype is torch.float32 and isinstance(self.weight_VH, torch.Tensor):
             logits_TV = _in_pieces(self.norm(picked_TH), self.weight_VH)
         else:
             logits_TV = product(self.norm(picked_TH), self.weight_VH).float()

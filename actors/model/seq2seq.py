@@ -32,7 +32,7 @@ from .kernels.packed import Packed
 from .kv_cache import KVCache, SessionCache
 from .seq2seq_weights import LEARNED_FROM, Side, seq2seq
 from .slots import Slot
-from .tensors import Norm, finite, needed, product, read_matrices, read_slot, sent
+from .tensors import Matrix, Norm, finite, needed, product, read_matrices, read_slot, sent
 
 Held = dict[str, torch.Tensor]
 KeysAndValues = tuple[torch.Tensor, torch.Tensor]
@@ -253,9 +253,7 @@ class Seq2SeqHead(Head):
 class Layer:
     """Run one layer of either side; `attend` is the side's attention over queries, keys and values, each [T, N, D]."""
 
-    def __init__(
-        self, config: ModelConfig, held: Held, matrices: Mapping[str, torch.Tensor | Packed], heads: int
-    ) -> None:
+    def __init__(self, config: ModelConfig, held: Held, matrices: Mapping[str, Matrix], heads: int) -> None:
         self._config = config
         self._held = held
         self._matrices = matrices

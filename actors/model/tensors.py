@@ -15,16 +15,19 @@ from ranvier.transport.format.tensors import torch_dtype
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
-from ..checkpoint.quantised import Quantised, Tile
+from ..checkpoint.quantised import Codes, Quantised, Tile
 from ..checkpoint.tensors import StoredRows, TensorEntry
 from ..component.actor import Actor, Batch, Context, RowsFailed
 from ..component.devices import CPU, here
 from ..errors import NotFinite
+from .coded import Coded, in_4_bits, in_8_bits, of_blocks
 from .kernels import packed
 from .kernels.packed import Packed
 from .slots import Slot
 from .weights import AS_IT_IS, packed_as, packs
 
+Matrix = torch.Tensor | Packed | Coded
+"""A matrix for products: plain, packed for the processor's kernels, or coded on a GPU."""
 KINDS = {"bfloat16": packed.BFLOAT16, "int8": packed.INT8, "int4": packed.INT4}
 
 
@@ -87,7 +90,8 @@ def _all_finite(made_TH: torch.Tensor) -> bool:
 
 def read_slot(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, device: str = CPU) -> torch.Tensor:
     """Read the tensor of a slot, with its parts stacked by rows, onto a device."""
-    if dtype is torch.bfloat16 and len(slot.parts) == 1 and (parts := _stored(slot, checkpoint)) is not None:
+    readable = dtype is torch.bfloat16 and len(slot.parts) == 1 and packed.library() is not None
+    if readable and (parts := _stored(slot, checkpoint)) is not None:
         return packed.read_stored(parts[0]).to(device)
     tensor = torch.empty(slot.shape, dtype=dtype)
     start = 0
@@ -105,11 +109,13 @@ def by_torch(slot: Slot, dtype: torch.dtype, device: str) -> bool:
 
 def read_matrix(
     slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, precision: str, fast: bool, device: str = CPU
-) -> torch.Tensor | Packed:
-    """Read a matrix for products with tokens, packed if the kernels compute them.
+) -> Matrix:
+    """Read a matrix for products with tokens: packed if the processor's kernels compute them, coded on a GPU if it is to be.
 
     With `fast`, its products may depend on the number of tokens.
     """
+    if device != CPU and packs(slot) and packed_as(slot, checkpoint, precision) != "bfloat16":
+        return Coded(_codes(slot, checkpoint, precision), dtype, device)
     if by_torch(slot, dtype, device):
         return read_slot(slot, checkpoint, dtype, device)
     matrix = _packed(slot, checkpoint, dtype, precision)
@@ -119,12 +125,27 @@ def read_matrix(
 
 def read_matrices(
     slots: Iterable[Slot], checkpoint: Checkpoint, dtype: torch.dtype, context: Context
-) -> dict[str, torch.Tensor | Packed]:
+) -> dict[str, Matrix]:
     """Read matrices for products as an actor needs them, by the names of their slots (`read_matrix`)."""
     return {
         slot.name: read_matrix(slot, checkpoint, dtype, context.precision, context.fast, context.device)
         for slot in slots
     }
+
+
+def _codes(slot: Slot, checkpoint: Checkpoint, precision: str) -> list[Codes]:
+    """Return the parts of a matrix as whole numbers of 8 or 4 bits, as the file has them if it can be."""
+    held = packed_as(slot, checkpoint, precision)
+    entries = [checkpoint.tensors[name] for name, _ in slot.parts]
+    quantised = [entry for entry in entries if isinstance(entry, Quantised)]
+    if precision == "stored" and len(quantised) == len(entries):
+        tile: Tile = "int4" if held == "int4" else "int8"
+        return [entry.codes(tile) for entry in quantised]
+    stored = _stored(slot, checkpoint) if precision == "stored" else None
+    if stored is not None and {AS_IT_IS[part.stored] for part in stored} == {held}:
+        return [of_blocks(part) for part in stored]
+    wide = read_slot(slot, checkpoint, torch.float32)
+    return [in_8_bits(wide) if held == "int8" else in_4_bits(wide)]
 
 
 def _packed(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, precision: str) -> Packed:
@@ -148,8 +169,8 @@ def _packed(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, precision: s
 
 
 def _stored(slot: Slot, checkpoint: Checkpoint) -> list[StoredRows] | None:
-    """Return the parts of a matrix as GGUF blocks; None if the kernels cannot read all of them."""
-    if packed.library() is None or slot.columns is None:
+    """Return the parts of a matrix as GGUF blocks; None if they are none, or need more than to be read."""
+    if slot.columns is None:
         return None
     for name, _ in slot.parts:
         entry = checkpoint.tensors.get(name)
@@ -161,12 +182,18 @@ def _stored(slot: Slot, checkpoint: Checkpoint) -> list[StoredRows] | None:
     return [checkpoint.stored_rows(name, shape) for name, shape in slot.needs()]
 
 
-def product(tokens_TC: torch.Tensor, matrix: torch.Tensor | Packed, bias_R: torch.Tensor | None = None) -> torch.Tensor:
-    """Multiply tokens by a matrix [R, C], packed or not: [T, R]."""
-    if not isinstance(matrix, Packed):
+def product(tokens_TC: torch.Tensor, matrix: Matrix, bias_R: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiply tokens by a matrix [R, C]: [T, R]."""
+    if isinstance(matrix, torch.Tensor):
         return F.linear(tokens_TC, matrix, bias_R)
     made_TR = matrix.multiply(tokens_TC)
     return made_TR if bias_R is None else made_TR + bias_R
+
+
+def unpacked(matrix: Matrix) -> torch.Tensor | Coded:
+    """Return a matrix of an actor on a GPU, where none is packed."""
+    assert not isinstance(matrix, Packed)
+    return matrix
 
 
 class Norm:

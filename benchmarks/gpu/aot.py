@@ -15,7 +15,14 @@ BENCHMARKS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [BENCHMARKS, os.path.join(os.path.dirname(BENCHMARKS), "tests", "support")]
 from gpu.check import MODELS, everything
 
-KINDS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+KINDS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 TOOL = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
 
 
@@ -58,7 +65,7 @@ if __name__ == "__main__":
     names = sys.argv[2].split(",") if len(sys.argv) > 2 else list(MODELS)
     tokens = [int(t) for t in sys.argv[1].split(",")] if len(sys.argv) > 1 else [1, 32]
     spilled = 0
-    for launch in everything(names, tokens, tried="all" in sys.argv):
+    for launch in everything(names, tokens, tried="all" in sys.argv, coded=True):
         line, sass, bad = report(launch)
         spilled += bool(bad)
         print(line, flush=True)

@@ -23,6 +23,7 @@ import torch
 
 from gpu.candidates import attention_candidates, candidates
 from gpu.measure import Measured, compilations, seconds
+from ranvier.actors.model.coded import in_4_bits, in_8_bits
 from ranvier.actors.model.gpu import products
 from ranvier.actors.model.gpu.launches import Buffers, Wiring
 from ranvier.actors.model.gpu.paged_cache import PAGE
@@ -56,13 +57,18 @@ def say(*words: object) -> None:
     print(line, flush=True)
 
 
-def steps_of(name: str, tokens: int, width: int, pdl: bool, tried: bool, first=None):
-    """Return all launches of a step of one layer on the meta device, of the default tiles and of those to be tried."""
+def steps_of(name: str, tokens: int, width: int, pdl: bool, tried: bool, first=None, rounded=None):
+    """Return all launches of a step of one layer on the meta device, of the default tiles and of those to be tried.
+
+    `rounded` makes codes of its matrices.
+    """
     meta = torch.device("meta")
     shape = replace({**MODELS, **SMALL}[name], layers=1)
     weights = plain_layers.random_weights(shape, torch.bfloat16, meta, 1024, **PARTS.get(name, {}))
+    if rounded is not None:
+        weights, _ = plain_layers.coded(weights, rounded, "meta")
     pages = Pages.empty(shape, 8, PAGE, torch.bfloat16, meta)
-    first = first or default_tiles(shape, tokens, width, PAGE, pdl)
+    first = first or default_tiles(shape, tokens, width, PAGE, pdl, coded=rounded is not None)
     all_tiles = [first]
     if tried:
         all_tiles += [first.with_product(name, tile) for name in PRODUCTS for tile in candidates(shape, name, tokens)]
@@ -79,12 +85,14 @@ def steps_of(name: str, tokens: int, width: int, pdl: bool, tried: bool, first=N
     return made
 
 
-def everything(names, tokens, tried, small=()):
+def everything(names, tokens, tried, small=(), coded=False):
     """Return one launch per compilation."""
     made = []
     for name in names:
         for count in tokens:
             made += steps_of(name, count, SHORT, True, tried)
+            for rounded in (in_8_bits, in_4_bits) if coded else ():
+                made += steps_of(name, count, SHORT, True, False, rounded=rounded)
     for name in small:
         for count in (1, 8, 32):
             made += steps_of(name, count, SHORT, True, False)

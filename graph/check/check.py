@@ -73,7 +73,7 @@ def _checked(
     wires.keys()
     HostCheck(document, file, problems).hosts()
     check.stop_if_wrong()
-    advice = DeviceCheck(document, file, problems).devices(actors)
+    advice = DeviceCheck(document, file, problems).devices(actors, checkpoint)
     check.stop_if_wrong()
     check.layers(actors, checkpoint)
     between = EdgeCheck(document, file, problems, actors, folder, allow_code)

@@ -11,6 +11,7 @@ import yaml
 
 from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.component.kinds import Kind
+from ranvier.actors.model import weights
 from ranvier.actors.model.kernels import native
 from ranvier.actors.protocol.host_spec import GATEWAY, STICKY, Policy
 from ranvier.transport.format.dtypes import BY_NAME
@@ -46,10 +47,15 @@ class CheckedActor:
     experts: tuple[int, int] | None = None
     once: tuple[str, ...] = ()
 
-    def device_bytes(self, model: ModelSection | None) -> int:
-        """Return what the weights take on a GPU, where they are held in the model's dtype."""
-        itemsize = BY_NAME[model.dtype].itemsize if model is not None else 0
-        return self.elements * itemsize + self.module_bytes
+    def weight_bytes(self, model: ModelSection | None, checkpoint: Checkpoint | None) -> int:
+        """Return what the weights take in memory."""
+        if model is None or checkpoint is None:
+            return self.module_bytes
+        itemsize = BY_NAME[model.dtype].itemsize
+        if model.weights == "dtype" or not self.kind.uses_model:
+            return self.elements * itemsize + self.module_bytes
+        layers = (0, checkpoint.config.layers - 1) if self.kind.whole else self.layers
+        return weights.held_bytes(checkpoint, self.kind, layers, self.experts, itemsize, model.weights)
 
     @property
     def may_repeat(self) -> bool:

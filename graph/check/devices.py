@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from ranvier.actors.checkpoint import Checkpoint
 from ranvier.actors.component import devices
 from ranvier.actors.component.devices import Gpu, NoDevice
 
@@ -16,7 +17,7 @@ GIB = 1 << 30
 class DeviceCheck(Findings):
     """Check the keys `device`."""
 
-    def devices(self, actors: Mapping[str, CheckedActor]) -> list[str]:
+    def devices(self, actors: Mapping[str, CheckedActor], checkpoint: Checkpoint | None) -> list[str]:
         """Report what cannot be, and return warnings about what the user may want otherwise."""
         placed: dict[int, list[CheckedActor]] = {}
         for actor in actors.values():
@@ -27,8 +28,9 @@ class DeviceCheck(Findings):
         for together in placed.values():
             gpu = self._there(together)
             if gpu is not None:
-                self._fits(together, gpu)
-                warnings += [*self._keys(together), *self._shares(together)]
+                self._fits(together, gpu, checkpoint)
+                self._keys(together)
+                warnings += self._shares(together)
         return warnings
 
     def _there(self, actors: list[CheckedActor]) -> Gpu | None:
@@ -39,7 +41,7 @@ class DeviceCheck(Findings):
                 self._no(actor, f"{error}, or remove the key")
             return None
 
-    def _keys(self, actors: list[CheckedActor]) -> Iterator[str]:
+    def _keys(self, actors: list[CheckedActor]) -> None:
         """Report what is not computed on a GPU."""
         model = self.file.model
         uses_model = [actor for actor in actors if actor.kind.uses_model]
@@ -47,14 +49,12 @@ class DeviceCheck(Findings):
             self._no(
                 uses_model[0], "products repeatable needs the processor's kernels; remove model.products, or this key"
             )
-        if uses_model and model is not None and model.weights != "dtype":
-            names = ", ".join(actor.name for actor in uses_model)
-            yield f"on a GPU, weights are held as {model.dtype} and not as {model.weights}: {names}"
 
-    def _fits(self, actors: list[CheckedActor], gpu: Gpu) -> None:
+    def _fits(self, actors: list[CheckedActor], gpu: Gpu, checkpoint: Checkpoint | None) -> None:
         """Report weights that need more memory than the GPU has in all. What others use now is not counted."""
         weights = sum(
-            actor.device_bytes(self.file.model) * (actor.section.replicas + actor.section.spares) for actor in actors
+            actor.weight_bytes(self.file.model, checkpoint) * (actor.section.replicas + actor.section.spares)
+            for actor in actors
         )
         needed = weights + len(_processes(actors)) * devices.CONTEXT_BYTES
         if needed > gpu.total_bytes:

@@ -232,7 +232,7 @@ class Plan:
             weights=str(actor.weights) if actor.weights is not None else None,
             own_autograd=actor.own_autograd,
             device=section.device,
-            device_bytes=0 if section.device == CPU else actor.device_bytes(file.model),
+            device_bytes=0 if section.device == CPU else actor.weight_bytes(file.model, checkpoint),
             inputs=_ports(actor.inputs, actor.once),
             outputs=_ports(actor.outputs),
             links=self.links(name, replica, live),
@@ -344,21 +344,13 @@ def _planned(graph: Graph, actor: CheckedActor) -> PlannedHost:
         layers=layers,
         threads=_threads(graph, actor.section),
         cpus=actor.section.cpus,
-        weight_bytes=_weight_bytes(graph, actor, itemsize) + actor.module_bytes,
+        weight_bytes=actor.weight_bytes(graph.file.model, graph.checkpoint),
         cache_bytes_per_token=cached,
         cache_tokens=actor.section.cache_tokens if cached else 0,
         replicas=actor.section.replicas,
         policy=_policy(actor),
         host=actor.section.host,
     )
-
-
-def _weight_bytes(graph: Graph, actor: CheckedActor, itemsize: int) -> int:
-    checkpoint, model = graph.checkpoint, graph.file.model
-    if checkpoint is None or model is None or model.weights == "dtype" or not actor.kind.uses_model:
-        return actor.elements * itemsize
-    layers = (0, checkpoint.config.layers - 1) if actor.kind.whole else actor.layers
-    return weights.held_bytes(checkpoint, actor.kind, layers, actor.experts, itemsize, model.weights)
 
 
 def _edge(graph: Graph, index: int, edge: CheckedEdge) -> PlannedEdge:

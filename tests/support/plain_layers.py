@@ -5,11 +5,14 @@ Shape suffixes as in ranvier.actors.model.gpu.shapes; t tokens of one text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
+from ranvier.actors.checkpoint.quantised import Codes
+from ranvier.actors.model.coded import Coded
 from ranvier.actors.model.gpu.shapes import Layer, Pages, Shape, Weights
 
 
@@ -62,6 +65,24 @@ def cast(weights: Weights, dtype: torch.dtype) -> Weights:
 
     layers = [Layer(**{name: to(value) for name, value in vars(layer).items()}) for layer in weights.layers]
     return Weights(layers, weights.turns_PD, to(weights.embedding_VH), to(weights.norm_out_H), to(weights.head_VH))
+
+
+def coded(weights: Weights, rounded: Callable[[torch.Tensor], Codes], device: str = "cpu") -> tuple[Weights, Weights]:
+    """Return the weights with coded matrices, and with the numbers that those stand for."""
+    made: tuple[list[Layer], list[Layer]] = [], []
+    matrices = ("qkv", "out", "up", "down")
+
+    def both(matrix: torch.Tensor) -> tuple[Coded, torch.Tensor]:
+        one = Coded([rounded(matrix)], matrix.dtype, device)
+        return one, one.wide()
+
+    for layer in weights.layers:
+        pairs = {name: both(getattr(layer, name)) for name in matrices}
+        for at, layers in enumerate(made):
+            layers.append(replace(layer, **{name: pair[at] for name, pair in pairs.items()}))
+    heads = both(weights.head_VH)
+    one, other = (replace(weights, layers=layers, head_VH=heads[at]) for at, layers in enumerate(made))
+    return one, other
 
 
 def fill(pages: Pages, table: Sequence[int], kept: Sequence[tuple[torch.Tensor, torch.Tensor]], count: int) -> None:

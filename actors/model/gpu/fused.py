@@ -18,9 +18,9 @@ from ranvier.transport.format.header import Row
 from ...checkpoint.config import ModelConfig
 from ..kv_cache import KVCache
 from ..rotary import RotaryTable
-from ..tensors import Norm
+from ..tensors import Norm, unpacked
 from .paged_cache import PAGE, PagedCache, PagePool
-from .shapes import Layer, Shape, Weights
+from .shapes import Layer, Matrix, Shape, Weights
 from .steps import MOST_ROWS, Place, Steps
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Fused:
         self._pool = PagePool(self.shape, tokens, dtype, self._device)
         self._embedding_VH: torch.Tensor | None = None
         self._norm: Norm | None = None
-        self._head_VH: torch.Tensor | None = None
+        self._head_VH: Matrix | None = None
         self._steps: dict[tuple[bool, bool], Steps] = {}
 
     @classmethod
@@ -73,7 +73,7 @@ class Fused:
         """Let steps begin with token ids."""
         self._embedding_VH = embedding_VH
 
-    def end_with(self, norm: Norm, head_VH: torch.Tensor) -> None:
+    def end_with(self, norm: Norm, head_VH: Matrix) -> None:
         """Let steps end with logits and the likeliest tokens."""
         self._norm, self._head_VH = norm, head_VH
 
@@ -176,18 +176,14 @@ def _runs(config: ModelConfig) -> bool:
 
 
 def _layer(block: Block) -> Layer:
-    def plain(matrix: object) -> torch.Tensor:
-        assert isinstance(matrix, torch.Tensor), "on a GPU, no matrix is packed"
-        return matrix
-
     query, key = block.norm_query, block.norm_key
     return Layer(
         block.norm_in.factors(),
-        plain(block.qkv),
-        plain(block.out),
+        unpacked(block.qkv),
+        unpacked(block.out),
         block.norm_mid.factors(),
-        plain(block.up),
-        plain(block.down),
+        unpacked(block.up),
+        unpacked(block.down),
         block.qkv_bias,
         None if query is None else query.factors(),
         None if key is None else key.factors(),

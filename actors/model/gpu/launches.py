@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from . import products
+from ..coded import Coded
+from . import coded_products, products
 from .attention import attend
 from .shapes import Layer, Pages, Shape, Weights
 from .tiles import Tile, Tiles, above, size
@@ -193,7 +194,7 @@ class Wiring:
         self,
         name: str,
         epilogue: Any,
-        matrix: torch.Tensor,
+        matrix: torch.Tensor | Coded,
         source: torch.Tensor,
         out: torch.Tensor,
         sums: str,
@@ -215,18 +216,27 @@ class Wiring:
             "PDL": self.tiles.pdl,
         }
         grid: tuple[int, ...] = (tile_count(shape, name, tile),)
-        if tile.dots:
+        if isinstance(matrix, Coded):
+            constants |= {"NARROW": matrix.narrow, **({"TP": above(b.tokens, 16)} if tile.dots else {})}
+            least = matrix.scales_RB if matrix.least_RB is None else matrix.least_RB  # stands where there is none
+            codes = (matrix.codes, matrix.scales_RB, least)
+        elif tile.dots:
             ahead = min(tile.ahead, columns // tile.splits)
             fetched = 1 << (ahead.bit_length() - 1) if ahead >= 64 and matrix.element_size() == 2 else 0
             constants |= {"TP": above(b.tokens, 16), "SPLITS": tile.splits, "AHEAD": fetched}
             grid = (*grid, tile.splits)
         none = b.parts  # stands where a kernel of this kind reads and writes nothing
-        arguments = (
-            matrix, source, b.sums, none if bias is None else bias, out, b.hidden_TH, none if norm is None else norm,
-            b.normed_TH, b.sums, b.best, b.best_at, b.parts, b.count, b.tokens, self._parts(sums),
+        common = (
+            source, b.sums, none if bias is None else bias, out, b.hidden_TH, none if norm is None else norm,
+            b.normed_TH, b.sums, b.best, b.best_at,
         )  # fmt: skip
+        ends = b.tokens, self._parts(sums)
+        options = self._options(tile.warps, tile.stages)
+        if isinstance(matrix, Coded):
+            kernel = coded_products.many_coded if tile.dots else coded_products.one_coded
+            return Launch(name, kernel, grid, (*codes, *common, *ends), constants, options)
         kernel = products.many if tile.dots else products.one
-        return Launch(name, kernel, grid, arguments, constants, self._options(tile.warps, tile.stages))
+        return Launch(name, kernel, grid, (matrix, *common, b.parts, b.count, *ends), constants, options)
 
     def _attend(self, index: int, layer: Layer) -> Launch:
         b, shape = self.buffers, self.shape

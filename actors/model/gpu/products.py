@@ -82,7 +82,7 @@ def _weights(base, r, c, left_r, left_c, C: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _squares(sums, t, T, PARTS, PARTS_P: tl.constexpr):
+def squares_of(sums, t, T, PARTS, PARTS_P: tl.constexpr):
     """Load the partial sums of squares [T, PARTS]: early, so that they travel beside the weights."""
     part = tl.arange(0, PARTS_P)
     at = sums + t[:, None] * PARTS + part[None, :]
@@ -90,12 +90,12 @@ def _squares(sums, t, T, PARTS, PARTS_P: tl.constexpr):
 
 
 @triton.jit
-def _inverse_rms(squares, eps: tl.constexpr, H: tl.constexpr):
+def inverse_rms(squares, eps: tl.constexpr, H: tl.constexpr):
     return 1.0 / tl.sqrt(tl.sum(squares, 1) / H + eps)
 
 
 @triton.jit
-def _finish(
+def finish(
     product, up, tile, r, t, T, inverse, before, weight, bias, out, hidden, normed, sums_out, best, best_at,
     R: tl.constexpr, TILES: tl.constexpr, EPILOGUE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -171,7 +171,7 @@ def one(
     if EPILOGUE == ADDED:
         before = tl.load(hidden + rows[:, None] + t[None, :], mask=(rows < R)[:, None], other=0.0)
     else:
-        squares = _squares(sums, t, T, PARTS, PARTS_P)
+        squares = squares_of(sums, t, T, PARTS, PARTS_P)
     for k in range(0, LAST, BC):
         after = _weights(base + k + BC, r, c, left, C - k - BC, C, WHOLE)
         if EPILOGUE == GATED:
@@ -192,15 +192,15 @@ def one(
         up = tl.sum(total_up + now_up.to(tl.float32) * xs, 1)[:, None]
     inverse = tl.full((1,), 1.0, tl.float32)
     if EPILOGUE != ADDED:
-        inverse = _inverse_rms(squares, eps, H)
-    _finish(
+        inverse = inverse_rms(squares, eps, H)
+    finish(
         product, up, tile, rows, t, T, inverse, before, weight,
         bias, out, hidden, normed, sums_out, best, best_at, R, (R + BR - 1) // BR, EPILOGUE, BIAS,
     )  # fmt: skip
 
 
 @triton.jit
-def _end(
+def end(
     product, up, tile, r, t, T, squares, bias, out, hidden, norm, normed, sums_out, best, best_at,
     H: tl.constexpr, eps: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, EPILOGUE: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
@@ -213,8 +213,8 @@ def _end(
         before = tl.load(hidden + t[None, :] * R + r[:, None], mask=inside, other=0.0)
         weight = tl.load(norm + r, mask=r < R, other=0.0).to(tl.float32)
     else:
-        inverse = _inverse_rms(squares, eps, H)
-    _finish(
+        inverse = inverse_rms(squares, eps, H)
+    finish(
         product, up, tile, r, t, T, inverse, before, weight,
         bias, out, hidden, normed, sums_out, best, best_at, R, TILES, EPILOGUE, BIAS,
     )  # fmt: skip
@@ -255,7 +255,7 @@ def many(
         gdc_wait()
     squares = tl.zeros((TP, 1), tl.float32)
     if EPILOGUE != ADDED:
-        squares = _squares(sums, t, T, PARTS, PARTS_P)
+        squares = squares_of(sums, t, T, PARTS, PARTS_P)
     product = tl.zeros((BR, TP), tl.float32)
     up = product
     at = x + t[None, :] * C + (begin + c)[:, None]
@@ -270,7 +270,7 @@ def many(
             tile_up = _weights(base_up + k, r, c, left, C - begin - k, C, WHOLE)
             up = dot(tile_up, xs, up)
     if SPLITS == 1:
-        _end(
+        end(
             product, up, tile, tile * BR + r, t, T, squares, bias, out, hidden, norm, normed, sums_out, best, best_at,
             H, eps, R, (R + BR - 1) // BR, EPILOGUE, BIAS,
         )  # fmt: skip
@@ -292,7 +292,7 @@ def many(
                 product += tl.load(first + s * (BOTH * BR * TP), mask=kept, other=0.0, cache_modifier=".cg")
                 if EPILOGUE == GATED:
                     up += tl.load(first + s * (BOTH * BR * TP) + BR * TP, mask=kept, other=0.0, cache_modifier=".cg")
-            _end(
+            end(
                 product, up, tile, tile * BR + r, t, T, squares, bias, out, hidden, norm, normed, sums_out, best, best_at,
                 H, eps, R, (R + BR - 1) // BR, EPILOGUE, BIAS,
             )  # fmt: skip
@@ -303,7 +303,7 @@ def many(
 def pick(best, best_at, token, TILES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Write each row's most likely token, the lowest index among equals; NOWHERE if the largest logit is not finite.
 
-    NaN counts as the largest (`_finish` writes infinity in its place).
+    NaN counts as the largest (`finish` writes infinity in its place).
     """
     if PDL:
         gdc_launch_dependents()

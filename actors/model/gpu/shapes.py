@@ -11,6 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..coded import Coded
+
+Matrix = torch.Tensor | Coded
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -42,14 +46,14 @@ class Layer:
     """Hold the weights of one layer, each matrix [rows, columns] contiguous."""
 
     norm_in_H: torch.Tensor
-    qkv: torch.Tensor
+    qkv: Matrix
     """[(N + 2·K)·D, H]: queries, keys, values."""
-    out: torch.Tensor
+    out: Matrix
     """[H, N·D]"""
     norm_mid_H: torch.Tensor
-    up: torch.Tensor
+    up: Matrix
     """[2·I, H]: gate, then up."""
-    down: torch.Tensor
+    down: Matrix
     """[H, I]"""
     qkv_bias: torch.Tensor | None = None
     norm_query_D: torch.Tensor | None = None
@@ -67,7 +71,7 @@ class Weights:
     """cos and sin of every position, float32 [positions, 2, D / 2]; rope scaling is already in them."""
     embedding_VH: torch.Tensor | None = None
     norm_out_H: torch.Tensor | None = None
-    head_VH: torch.Tensor | None = None
+    head_VH: Matrix | None = None
 
     def bytes_per_token(self) -> int:
         """Return how many bytes of weights one decode step has to read."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..coded import Coded
 from .launches import Buffers, Launch, Wiring, input_count, input_parts
 from .shapes import Pages, Shape, Weights
 from .tiles import Tiles, above, default_tiles
@@ -113,6 +114,7 @@ class Steps:
         # a kernel may begin before the one before it has ended
         self._early = self._cuda and torch.cuda.get_device_capability(device) >= (9, 0)
         self._cores = torch.cuda.get_device_properties(device).multi_processor_count if self._cuda else 132
+        self._coded = any(isinstance(layer.qkv, Coded) for layer in weights.layers)
         self._held: dict[tuple[int, int], Step] = {}
 
     def at_least(self, rows: int, width: int, pages: Pages) -> Step:
@@ -121,7 +123,7 @@ class Steps:
         step = self._held.get(bucket)
         if step is None or step.pages is not pages:
             self._held.pop(bucket, None)
-            tiles = default_tiles(self._shape, *bucket, pages.page, self._early, self._cores)
+            tiles = default_tiles(self._shape, *bucket, pages.page, self._early, self._cores, self._coded)
             step = self._held[bucket] = Step(self._shape, self._weights, pages, *bucket, tiles)
             if self._cuda:
                 step.capture()

@@ -78,8 +78,13 @@ def splits(columns: int, tile: int, wanted: int) -> int:
     return max(count for count in range(1, min(wanted, steps) + 1) if steps % count == 0)
 
 
-def default_tiles(shape: Shape, tokens: int, width: int, page: int, pdl: bool, cores: int = 132) -> Tiles:
-    """Return tiles that are good without a measurement, for a device of `cores` multiprocessors."""
+def default_tiles(
+    shape: Shape, tokens: int, width: int, page: int, pdl: bool, cores: int = 132, coded: bool = False
+) -> Tiles:
+    """Return tiles that are good without a measurement, for a device of `cores` multiprocessors.
+
+    Those for coded matrices were not measured.
+    """
     products = {}
     for name in PRODUCTS if shape.vocabulary else PRODUCTS[:-1]:
         _, columns = size(shape, name)
@@ -87,6 +92,8 @@ def default_tiles(shape: Shape, tokens: int, width: int, page: int, pdl: bool, c
             tall, wide, warps = {"up": (2, 4096, 8), "head": (8, 512, 4), "down": (4, 2048, 8)}.get(name, (4, 1024, 4))
             wide = min(above(columns), wide)
             products[name] = Tile(False, tall, wide, 1, max(1, min(warps, wide // 128)))
+        elif coded:  # their columns are not split
+            products[name] = Tile(True, 16, 128, 1, 4, 4)
         else:
             tall, wide, warps, stages = (64, 128, 4, 4) if name in ("up", "head") else (64, 256, 8, 3)
             products[name] = many(shape, name, tall, wide, 1, warps, stages, cores)

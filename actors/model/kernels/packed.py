@@ -21,10 +21,11 @@ import torch
 from ranvier.actors.checkpoint.quantised import Codes
 from ranvier.actors.checkpoint.tensors import StoredRows
 
+from ..coded import BLOCK, in_4_bits, in_8_bits
 from . import native
 from .pages import fresh
 
-TILE, BLOCK = 16, 32
+TILE = 16
 PART = 256
 """Positions in a block of a cache (attend.c)."""
 BFLOAT16, INT8, INT4 = range(3)
@@ -138,20 +139,13 @@ def pack_bfloat16(weight_RC: torch.Tensor) -> Packed:
 
 
 def pack_int8(weight_RC: torch.Tensor) -> Packed:
-    """Pack a matrix, rounded to 255 steps with a scale for each row and 32 columns, as GGUF's Q8_0."""
-    wide = _in_blocks(weight_RC)
-    scale_RB = (wide.abs().amax(-1) / 127).half().float()
-    whole = torch.where(scale_RB[..., None] > 0, wide / scale_RB[..., None], 0.0).round().clamp(-128, 127)
-    return pack_whole(INT8, (whole + 128).to(torch.uint8).flatten(1), scale_RB)
+    """Pack a matrix, rounded as `in_8_bits` does."""
+    return pack_codes([in_8_bits(weight_RC)], INT8)
 
 
 def pack_int4(weight_RC: torch.Tensor) -> Packed:
-    """Pack a matrix, rounded to 16 steps between the least and the largest of each row's 32 columns, as GGUF's Q4_1."""
-    wide = _in_blocks(weight_RC)
-    least_RB, most_RB = wide.amin(-1), wide.amax(-1)
-    scale_RB, least_RB = ((most_RB - least_RB) / 15).half().float(), least_RB.half().float()
-    steps = torch.where(scale_RB[..., None] > 0, (wide - least_RB[..., None]) / scale_RB[..., None], 0.0).round()
-    return pack_whole(INT4, steps.clamp(0, 15).to(torch.uint8).flatten(1), scale_RB, least_RB)
+    """Pack a matrix, rounded as `in_4_bits` does."""
+    return pack_codes([in_4_bits(weight_RC)], INT4)
 
 
 def pack_whole(
@@ -245,7 +239,3 @@ def _tiled(by_block_RB: torch.Tensor) -> torch.Tensor:
     """Return scales or least values in tiles: float16 [R / 16, B, 16]."""
     tiled = by_block_RB.half().view(-1, TILE, by_block_RB.shape[1]).transpose(1, 2)
     return _pages.take(2 * tiled.numel()).view(torch.float16).view(tiled.shape).copy_(tiled)
-
-
-def _in_blocks(weight_RC: torch.Tensor) -> torch.Tensor:
-    return weight_RC.float().reshape(weight_RC.shape[0], -1, BLOCK)

@@ -13,6 +13,7 @@ import torch
 import trio
 
 import ranvier
+from ranvier.actors.component import devices
 from ranvier.actors.model.kernels import native
 from ranvier.graph.file.json_schema import json_schema
 
@@ -89,11 +90,14 @@ def test_what_is_advised(graph: Graphs, driver: Callable[..., None]) -> None:
 
 
 @KERNELS
-def test_how_weights_are_held(graph: Graphs, driver: Callable[..., None]) -> None:
-    """Say that weights are not held in fewer bits on a GPU."""
-    driver("H100")
-    (held,) = graph({"mid": "cuda:0"}, model={"weights": "int8"}).warnings
-    assert held == "on a GPU, weights are held as bfloat16 and not as int8: mid"
+def test_weights_of_fewer_bits_need_less(driver: Callable[..., None]) -> None:
+    """Count the bytes of a GPU's weights as they are held there."""
+    driver("H100", total_bytes=devices.CONTEXT_BYTES + (180 << 20))
+    graph: dict[str, Any] = {"actors": {"all": {"kind": "model", "device": "cuda:0"}}, "pipeline": ["all"]}
+    model = {"source": SMOLLM2, "dtype": "bfloat16"}
+    assert ranvier.load({**graph, "model": {**model, "weights": "stored"}}).warnings == ()
+    with pytest.raises(ranvier.GraphError, match=r"all need at least 0\.9 GiB on H100, which has 0\.8 GiB"):
+        ranvier.load({**graph, "model": model})
 
 
 def test_what_is_not_computed_there(graph: Graphs, driver: Callable[..., None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 from second_device import GPU, OnGpu, pretended
 
 from ranvier.actors.checkpoint import open_checkpoint
+from ranvier.actors.checkpoint.quantised import Codes
 from ranvier.actors.component import kinds
 from ranvier.actors.component.actor import Actor, Batch, Context, RowsFailed
 from ranvier.actors.component.devices import place
 from ranvier.actors.component.session import Sampling, SessionInfo
 from ranvier.actors.errors import NotFinite
+from ranvier.actors.model.coded import Coded, in_4_bits, in_8_bits
 from ranvier.actors.model.gpu import fused, launches, paged_cache
 from ranvier.transport.format.header import Row
 
@@ -59,7 +62,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         yield names
 
 
-def pipeline(folder: Path, cut: Mapping[str, tuple[int, int] | None], tokens: int = 500) -> list[Actor]:
+def pipeline(
+    folder: Path, cut: Mapping[str, tuple[int, int] | None], tokens: int = 500, precision: str = "dtype"
+) -> list[Actor]:
     """Return the actors of a whole model, loaded on the second device."""
     checkpoint = open_checkpoint(folder)
     actors = []
@@ -67,7 +72,7 @@ def pipeline(folder: Path, cut: Mapping[str, tuple[int, int] | None], tokens: in
         actor = kinds.make(kinds.BUILT_IN[name].implementation, None)
         place(actor, str(GPU))
         actor.load(Context(
-            "a.0", {}, lambda _: None, checkpoint, "float32", layers=layers, cache_tokens=tokens, device=str(GPU),
+            "a.0", {}, lambda _: None, checkpoint, "float32", layers=layers, cache_tokens=tokens, device=str(GPU), precision=precision,
         ))  # fmt: skip
         actors.append(actor)
     return actors
@@ -143,6 +148,25 @@ def test_families_give_transformers_tokens(
     with pretended():
         check(model, answers(pipeline(folder, CUTS[0])))
     assert launched
+
+
+@pytest.mark.parametrize(("precision", "rounded"), [("int8", in_8_bits), ("int4", in_4_bits)])
+@pytest.mark.parametrize("cut", [CUTS[0], CUTS[2]], ids="-".join)
+def test_matrices_of_fewer_bits(
+    cut: Mapping[str, Any], precision: str, rounded: Callable[[torch.Tensor], Codes], launched: list[str],
+    tiny: Callable[..., tuple[Path, Any]],
+) -> None:  # fmt: skip
+    """Hold matrices as codes, where their columns fill blocks, and choose the tokens of transformers with the numbers that these stand for."""
+    folder, plain_model = made("mistral", tiny)
+    model = copy.deepcopy(plain_model)
+    for name, weight in model.named_parameters():
+        if weight.dim() == 2 and "embed" not in name and weight.shape[1] % 32 == 0:
+            weight.data = Coded([rounded(weight.data)], torch.float32, "cpu").wide()
+    with pretended():
+        actors: Any = pipeline(folder, cut, precision=precision)
+        held = sum(actor.held_bytes() for actor in actors)
+        check(model, answers(actors))
+    assert launched and held < sum(weight.nbytes for weight in model.parameters()) / 2
 
 
 def test_many_rows_take_several_steps(

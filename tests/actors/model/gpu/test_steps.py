@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import plain_layers
 import pytest
 import torch
 
+from ranvier.actors.checkpoint.quantised import Codes
+from ranvier.actors.model.coded import in_4_bits, in_8_bits
 from ranvier.actors.model.gpu.products import NOWHERE
 from ranvier.actors.model.gpu.shapes import Pages, Shape
 from ranvier.actors.model.gpu.steps import Place, Step
@@ -29,9 +32,12 @@ CASES: dict[str, tuple[Shape, dict[str, Any], int, tuple[int, ...]]] = {  # spli
 }  # fmt: skip
 
 
-def small_tiles(splits: int) -> Tiles:
+Rounded = Callable[[torch.Tensor], Codes]
+
+
+def small_tiles(splits: int, wide: int = 0) -> Tiles:
     """Return small tiles with ragged ends: those of one token for 0 splits, else those of the tensor cores."""
-    tile = Tile(True, 16, 16, splits) if splits else Tile(False, 4, 32)
+    tile = Tile(True, 16, wide or 16, splits) if splits else Tile(False, 4, wide or 32)
     cut = Attention(2 * PAGE if splits > 1 else PAGE, 2 * PAGE, 4, 1)
     return Tiles(dict.fromkeys(("qkv", "out", "up", "down", "head"), tile), cut, pdl=False)
 
@@ -56,11 +62,19 @@ def poison(step: Step) -> None:
 
 
 def decoded(
-    shape: Shape, made: dict[str, Any], splits: int, lengths: tuple[int, ...], dtype: torch.dtype, more: int = 2
+    shape: Shape,
+    made: dict[str, Any],
+    splits: int,
+    lengths: tuple[int, ...],
+    dtype: torch.dtype,
+    more: int = 2,
+    rounded: Rounded | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Decode the last `more` tokens of random texts; return the step's logits, plain torch's, and those of float32."""
     torch.manual_seed(1)
-    weights = plain_layers.random_weights(shape, dtype, CPU, 64, **made)
+    weights = given = plain_layers.random_weights(shape, dtype, CPU, 64, **made)
+    if rounded is not None:
+        given, weights = plain_layers.coded(weights, rounded)
     pages = Pages.empty(shape, len(lengths) * WIDTH + 3, PAGE, dtype, CPU)
     for held in (*pages.keys, *pages.values):
         held.fill_(float("nan"))
@@ -71,7 +85,14 @@ def decoded(
         kept: list[tuple[torch.Tensor, torch.Tensor]] = []
         plain.append(plain_layers.forward(shape, weights, text, kept)[-more:])
         plain_layers.fill(pages, table, kept, len(text) - more)
-    step = Step(shape, weights, pages, max(1, 1 << (len(lengths) - 1).bit_length()), WIDTH, small_tiles(splits))
+    step = Step(
+        shape,
+        given,
+        pages,
+        max(1, 1 << (len(lengths) - 1).bit_length()),
+        WIDTH,
+        small_tiles(splits, 64 if rounded else 0),
+    )
     found = []
     for left in range(more, 0, -1):
         places = [Place(len(text) - left + 1, table) for text, table in zip(texts, tables, strict=True)]
@@ -93,6 +114,15 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_steps_equal_plain_torch(case: str) -> None:
     """Give the plain model's logits in float32, to rounding: GQA, windows, ragged lengths, borders of pages."""
     found, plain, _ = decoded(*CASES[case], torch.float32)
+    assert distance(found, plain) < 3e-6
+
+
+@pytest.mark.parametrize("rounded", [in_8_bits, in_4_bits])
+@pytest.mark.parametrize(("splits", "lengths"), [(0, (13,)), (1, (8, 17))])
+def test_coded_matrices_equal_their_numbers(rounded: Rounded, splits: int, lengths: tuple[int, ...]) -> None:
+    """Give the logits of the numbers that codes of 8 and of 4 bits stand for, also where tiles have ragged ends."""
+    shape = Shape(hidden=64, heads=4, kv_heads=2, head_width=16, inner=96, layers=1, vocabulary=70)
+    found, plain, _ = decoded(shape, {"qkv_bias": True}, splits, lengths, torch.float32, rounded=rounded)
     assert distance(found, plain) < 3e-6
 
 
@@ -137,11 +167,12 @@ def test_logits_that_are_not_finite_choose_nothing(wrong: float) -> None:
     assert step.chosen[1] == int(step.buffers.logits_TV[1].argmax())
 
 
-def test_kernels_compile_for_a_gpu_without_spills() -> None:
-    """Compile the steps of a 1B llama for sm_90: no kernel keeps registers in memory."""
+@pytest.mark.parametrize("rows", [1, 32])
+def test_kernels_compile_for_a_gpu_without_spills(rows: int) -> None:
+    """Compile the steps of a 1B llama for sm_90, plain and coded: no kernel keeps registers in memory."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "benchmarks/gpu/aot.py", "1,32", "1B"],
+        [sys.executable, "benchmarks/gpu/aot.py", str(rows), "1B"],
         env=environment,
         capture_output=True,
         text=True,
