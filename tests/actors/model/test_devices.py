@@ -112,3 +112,38 @@ def test_sampling_is_the_processors(tiny: Callable[..., tuple[Path, Any]]) -> No
         with pretended():
             found, _ = answers(pipeline(folder, SECOND), sampling)
         assert found == answers(pipeline(folder, CPU), sampling)[0]
+
+
+def test_a_mixture_that_is_cut(tiny: Callable[..., tuple[Path, Any]]) -> None:
+    """Route tokens to experts in actors of their own on the device, and choose transformers' tokens."""
+    folder, model = tiny("device-mixture", "mixtral", num_local_experts=4, num_experts_per_tok=2, num_hidden_layers=2)
+    text = list(PROMPTS[1])
+    with torch.inference_mode():
+        with pretended():
+            layers = [
+                [made("attention", folder, SECOND, layers=(layer, layer))]
+                + [made("experts", folder, SECOND, layers=(layer, layer), experts=own) for own in ((0, 1), (2, 3))]
+                + [made("combine", folder, SECOND, layers=(layer, layer))]
+                for layer in range(2)
+            ]
+            embedding, head = made("embedding", folder, SECOND), made("head", folder, SECOND)
+            for actor in (embedding, head, *(actor for layer in layers for actor in layer)):
+                actor.open(SessionInfo(1, 0, len(text) + STEPS, tuple(text), STEPS))
+            done = 0
+            for _ in range(STEPS):
+                rows = (Row(1, 0, done, len(text) - done),)
+                hidden = embedding.step(Batch(rows, {"token": torch.tensor(text[done:])}))["hidden"]
+                for attention, *experts, combine in layers:
+                    routed: Any = attention.step(Batch(rows, {"hidden": hidden}))
+                    parts: dict[str, torch.Tensor] = {}
+                    for first, actor in zip((0, 2), experts, strict=True):
+                        ports = [f"expert{first}", f"expert{first + 1}"]
+                        given = {port: routed[port][port] for port in ports}
+                        own_rows = {port: routed[port].rows for port in ports}
+                        parts |= plain(actor.step(Batch(rows, given, own_rows)))
+                    kept = {port: routed[port] for port in ("residual", "index", "weight")}
+                    hidden = combine.step(Batch(rows, {**kept, **parts}))["hidden"]
+                done = len(text)
+                text.append(int(plain(head.step(Batch(rows, {"hidden": hidden})))["sampled"][0]))
+        best = model(torch.tensor([text])).logits[0].argmax(-1).tolist()
+    assert text[len(PROMPTS[1]) :] == best[len(PROMPTS[1]) - 1 : -1]
