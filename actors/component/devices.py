@@ -218,8 +218,8 @@ def _ends_with_its_gpu() -> Iterator[None]:
 
 
 def here(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor in the memory of this machine: itself, if it is there."""
-    if tensor.is_cpu:
+    """Return a tensor in the memory of this machine: itself, if it is there or has no memory (meta)."""
+    if tensor.is_cpu or tensor.is_meta:
         return tensor
     if not tensor.is_cuda:
         return tensor.cpu()

@@ -168,7 +168,7 @@ class Outputs:
         for route in routes:
             tap = self.taps.get(route.edge) if self.taps else None
             link = route.only
-            if not tensor.is_cpu:
+            if not tensor.is_cpu and not tensor.is_meta:
                 if tap is None and link is not None and link.raw and not link.checksums:
                     meta, held = to_device_buffer(port, tensor)
                     self._exchange.send(link, Outbound(rows, (meta,), (held,), ready_ns))

@@ -153,8 +153,6 @@ class HostSpec:
     cache_tokens: int
     threads: int
     device: str
-    device_bytes: int
-    """What the weights take on the device, if it is not the processor."""
     inputs: tuple[PortSpec, ...]
     outputs: tuple[PortSpec, ...]
     links: tuple[HostLink, ...]
@@ -165,6 +163,8 @@ class HostSpec:
     max_frame_bytes: int
     batch_tokens: int
     cpus: list[int] | None = None
+    device_bytes: int = 0
+    """What the weights take on the device, if it is not the processor."""
     weights: str | None = None
     needed: int | None = None
     experts: tuple[int, int] | None = None

@@ -21,7 +21,7 @@ from gguf.quants import dequantize, quantize
 
 from ranvier.actors.checkpoint import open_checkpoint
 from ranvier.actors.checkpoint.checkpoint import Checkpoint
-from ranvier.actors.component.actor import Batch, Context
+from ranvier.actors.component.actor import Actor, Batch, Context
 from ranvier.actors.component.session import SessionInfo
 from ranvier.actors.errors import CheckpointError, NotFinite
 from ranvier.actors.model.blocks import Blocks
@@ -561,10 +561,10 @@ def test_one_number_that_is_not_finite_is_found(count: int, dtype: torch.dtype) 
     """Find NaN and both infinities wherever they are, and take the largest and the smallest numbers as finite."""
     tokens = torch.randn(count).to(dtype)
     tokens[0], tokens[-1] = torch.finfo(dtype).max, torch.finfo(dtype).tiny
-    finite("hidden", tokens)
+    finite(Actor(), "hidden", tokens)
     for wrong in (float("nan"), float("inf"), float("-inf")):
         for place in {0, count // 2, count - 1}:
             other = tokens.clone()
             other[place] = wrong
             with pytest.raises(NotFinite, match=f"hidden: expected finite numbers, got {wrong}"):
-                finite("hidden", other)
+                finite(Actor(), "hidden", other)
