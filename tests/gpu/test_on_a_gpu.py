@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import trio
+from safetensors.torch import save_file
 from waiting import wait_until
 
 import ranvier
@@ -99,7 +101,7 @@ def test_float32_is_the_processors(
 
 @pytest.mark.parametrize("traced", [True, False])
 def test_streams_beside_each_other(traced: bool, tiny: Any, graph_file: Callable[..., Path], runs: Path) -> None:
-    """Give each of forty streams transformers' tokens, also where steps run ahead of the GPU."""
+    """Give each of forty streams the float32 model's tokens, or nearly as likely ones, also where steps run ahead of the GPU."""
     folder, model = tiny("gpu-llama", "llama", **SIZES)
     actors = {
         "first": {"kind": "first_stage", "layers": "0-2", "device": "cuda:0", "host": "gpu"},
@@ -122,30 +124,33 @@ def test_streams_beside_each_other(traced: bool, tiny: Any, graph_file: Callable
                     nursery.start_soon(one, number)
 
     trio.run(main)
-    held, same = model.to("cuda:0", torch.bfloat16), 0
     with torch.inference_mode():
         for number, tokens in found.items():
-            ids = torch.tensor([[*PROMPT, 3 + number, *tokens]], device="cuda:0")
-            best = held(ids).logits[0, len(PROMPT) : -1].argmax(-1).tolist()
-            same += sum(one == other for one, other in zip(best, tokens, strict=True))
-    model.to("cpu", torch.float32)
-    assert same >= LEAST / 100 * 40 * 30
+            exact = model(torch.tensor([[*PROMPT, 3 + number, *tokens]])).logits[0, len(PROMPT) : -1]
+            chosen = exact.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            behind = (exact.amax(1) - chosen) / (exact.amax(1) - exact.amin(1))
+            assert float(behind.max()) < 0.08, "bfloat16 on the processor: 0.037"
 
 
 def test_training(tmp_path: Path, runs: Path) -> None:
-    """Train the digits of the examples with all actors on the GPU, to the processor's losses."""
-    example = Path(__file__).parents[2] / "examples" / "digits" / "digits.yaml"
+    """Train the two halves of the digits example on the GPU, to the processor's losses."""
+    shutil.copytree(Path(__file__).parents[2] / "examples" / "digits", tmp_path / "digits")
+    pixels = torch.rand(500, 64, generator=torch.Generator().manual_seed(1))
+    save_file(
+        {"pixels": pixels, "label": (pixels[:, :32].sum(1) > 16).long()}, tmp_path / "digits" / "digits.safetensors"
+    )
+    example = tmp_path / "digits" / "digits.yaml"
 
     async def losses(out: str, device: str) -> list[float]:
-        plain = ranvier.load(example, allow_code=True)
-        changes = {f"actors.{name}.device": device for name in plain.actors} | {"training.steps": 40}
+        names = ranvier.load(example, allow_code=True).actors
+        changes = {f"actors.{name}.device": device for name in names} | {"training.steps": "40"}
         graph = ranvier.load(example, allow_code=True, overrides=changes)
         with trio.fail_after(100):
             made = await train(graph, tmp_path / out, allow_code=True, runs=runs)
         return [told["loss"] for told in made.history if "validation" not in told]
 
     found, expected = (trio.run(losses, device.replace(":", ""), device) for device in ("cuda:0", "cpu"))
-    assert found == pytest.approx(expected, rel=1e-3)
+    assert len(found) == 40 and found == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_killed_actor_and_its_memory(tiny: Any, graph_file: Callable[..., Path], runs: Path) -> None:
