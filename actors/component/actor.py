@@ -143,7 +143,10 @@ class Actor:
     places: ClassVar[bool] = False
     """True if the actor makes its tensors on `Context.device` itself. For any other, torch makes them there by default.
 
-    In both cases, `step` receives its inputs on the device, and the host brings its outputs back."""
+    In both cases, `step` receives its inputs on the device, and the host brings its outputs back, unless they may stay."""
+
+    makes_new: ClassVar[bool] = False
+    """True if each output is a new tensor that nobody else holds. Outputs that stay on a device are otherwise copied."""
 
     stays: bool = False
     """True if outputs may stay on the device, for actors of the same process. The host sets it."""

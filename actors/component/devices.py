@@ -179,7 +179,7 @@ def place(actor: Actor, device: str) -> None:
     """
     if device == CPU:
         return
-    after = functools.partial(_left_there, actor) if actor.stays else brought_back
+    after = functools.partial(_left_there, actor, device) if actor.stays else brought_back
 
     def within(call: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(call)
@@ -192,7 +192,7 @@ def place(actor: Actor, device: str) -> None:
     step, snapshot = within(actor.step), within(actor.snapshot)
 
     def stepped(batch: Batch) -> Outputs:
-        with _ends_with_its_gpu():
+        with ends_with_its_gpu():
             try:
                 return after(step(_moved(batch, device)))
             except RowsFailed as some:
@@ -205,7 +205,7 @@ def place(actor: Actor, device: str) -> None:
 
 
 @contextmanager
-def _ends_with_its_gpu() -> Iterator[None]:
+def ends_with_its_gpu() -> Iterator[None]:
     """End this process after an error that leaves its GPU unusable for it. It is replaced, and its sessions go on."""
     import torch
 
@@ -254,10 +254,10 @@ def seed(number: int) -> None:
         torch.cuda.default_generators[0].manual_seed(number)
 
 
-def _left_there(actor: Actor, outputs: Outputs) -> Outputs:
+def _left_there(actor: Actor, device: str, outputs: Outputs) -> Outputs:
     """Return outputs that stay on the GPU, in memory that the actor will not write into again."""
-    if not actor.places:
-        outputs = _each(outputs, lambda tensor: tensor.clone())
+    if not actor.makes_new:
+        outputs = _each(outputs, lambda tensor: tensor.to(device, copy=True))
     if not actor.ahead:
         wait()
     return outputs

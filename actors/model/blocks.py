@@ -238,7 +238,7 @@ class Blocks:
 def _fused(
     config: ModelConfig, blocks: Sequence[Block], scale: float, tokens: int, dtype: torch.dtype, device: str
 ) -> Fused | None:
-    """Return the layers as the kernels of a GPU take them; None on the processor, without Triton, or if they lack a part."""
+    """Return the layers as the kernels of a GPU take them; None if the kernels cannot run them, or there are none."""
     if device == CPU or importlib.util.find_spec("triton") is None:
         return None
     from .gpu.fused import Fused

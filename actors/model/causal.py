@@ -56,6 +56,7 @@ class Embedding(Actor):
 
     writes = False
     places = True
+    makes_new = True
     stateless = True
 
     def load(self, context: Context) -> None:
@@ -105,6 +106,7 @@ class BlocksActor(Actor):
 
     writes = False
     places = True
+    makes_new = True
 
     def load(self, context: Context) -> None:
         assert context.layers is not None
@@ -137,6 +139,7 @@ class Stage(Actor):
 
     writes = False
     places = True
+    makes_new = True
 
     begins: ClassVar[bool] = False
     ends: ClassVar[bool] = False

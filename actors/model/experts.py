@@ -66,6 +66,7 @@ class Experts(Actor):
 
     writes = False
     places = True
+    makes_new = True
     stateless = True
 
     def load(self, context: Context) -> None:
@@ -97,6 +98,7 @@ class Combine(Actor):
 
     writes = False
     places = True
+    makes_new = True
     stateless = True
 
     def load(self, context: Context) -> None:

@@ -54,6 +54,7 @@ class Head(Actor):
 
     writes = False
     places = True
+    makes_new = True
     stateless = True
     look: Look | None = None
     _guides: Guides | None = None

@@ -27,7 +27,7 @@ class Reserved:
         self.length = 0
 
     def free(self) -> None:
-        """Give back what was taken from other sessions' reach; memory of its own goes with the object."""
+        """Give back what the sessions of the actor share. Memory of this session alone is freed with the object."""
 
 
 class SessionCache(Reserved):

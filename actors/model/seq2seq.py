@@ -78,6 +78,7 @@ class Encoder(Actor):
 
     writes = False
     places = True
+    makes_new = True
     look: Look | None = None
 
     def load(self, context: Context) -> None:
@@ -132,6 +133,7 @@ class Decoder(Actor):
 
     writes = False
     places = True
+    makes_new = True
     look: Look | None = None
 
     def load(self, context: Context) -> None:

@@ -40,9 +40,10 @@ def needed(context: Context) -> tuple[Checkpoint, torch.dtype]:
 def sent(
     actor: Actor, port: str, rows: tuple[Row, ...], made_TH: torch.Tensor, finite: bool | None = None
 ) -> Mapping[str, torch.Tensor | Batch]:
-    """Return the output of a step, after a check that all numbers are finite. It is in this machine's memory, or stays there.
+    """Return the output of a step, after a check that all numbers are finite.
 
-    `finite`: what is known already. A step that runs ahead of its GPU is not checked.
+    It stays on the device if `actor.stays`, otherwise it comes to this machine's memory. `finite`: what is known already. The
+    output of an actor that runs ahead of its GPU is not checked.
 
     Raises:
         RowsFailed: some rows have NaN or infinity. The others have taken their step.
@@ -169,7 +170,7 @@ def _packed(slot: Slot, checkpoint: Checkpoint, dtype: torch.dtype, precision: s
 
 
 def _stored(slot: Slot, checkpoint: Checkpoint) -> list[StoredRows] | None:
-    """Return the parts of a matrix as GGUF blocks; None if they are none, or need more than to be read."""
+    """Return the parts of a matrix as GGUF blocks; None if a part is stored in another way, or must be changed when read."""
     if slot.columns is None:
         return None
     for name, _ in slot.parts:

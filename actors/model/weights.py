@@ -261,14 +261,19 @@ def shares_packed(matrix: Slot, checkpoint: Checkpoint, precision: str) -> bool:
 
 def held_bytes(
     checkpoint: Checkpoint, kind: Kind, layers: tuple[int, int] | None, experts: tuple[int, int] | None,
-    itemsize: int, precision: str,
+    itemsize: int, precision: str, *, on_gpu: bool = False,
 ) -> int:  # fmt: skip
-    """Return the bytes of the weights that an actor holds."""
+    """Return the bytes of the weights that an actor holds.
+
+    On a GPU, the embedding of a tied model is plain, and shares its matrix with the head only if that is plain, too.
+    """
     total = 0.0
     needed = list(slots(kind, checkpoint.config, layers, experts))
     if kind.whole and checkpoint.config.tied:
         [matrix] = [slot for slot in head(checkpoint.config) if slot.name == "head"]
-        if shares_packed(matrix, checkpoint, precision):
+        if on_gpu:
+            needed += [matrix] if packed_as(matrix, checkpoint, precision) != "bfloat16" else []
+        elif shares_packed(matrix, checkpoint, precision):
             needed = [matrix if slot.name == "embedding" else slot for slot in needed]
         elif precision != "dtype":
             needed.append(matrix)

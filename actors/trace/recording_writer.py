@@ -174,4 +174,4 @@ class Recording:
 def _is_sent(tensor: object) -> TypeGuard[torch.Tensor]:
     if not isinstance(tensor, torch.Tensor) or dtype_name(tensor.dtype) not in BY_NAME:
         return False
-    return tensor.is_cpu and tensor.layout is torch.strided
+    return not tensor.is_meta and tensor.layout is torch.strided

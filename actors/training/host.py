@@ -24,7 +24,7 @@ from ranvier.transport.links.link_state import Received
 from ranvier.transport.links.wire import ProcessWire
 
 from ..component.actor import REPLAYED
-from ..component.devices import seed
+from ..component.devices import CPU, seed, wait_for_memory
 from ..component.kinds import BUILT_IN
 from ..errors import describe
 from ..host.loading import context_of, load
@@ -104,6 +104,8 @@ class TrainingHost(Mail):
         kind = self.training.kind
         if kind in BUILT_IN:
             context = context_of(self.spec, self.progress)
+            if context.device != CPU:
+                wait_for_memory(context.device, self.spec.device_bytes)
             made_of = mixture.STAGES.get(kind, NativeStage)
             made: Learner = made_of(BUILT_IN[kind], context, self.training.context, self.training.lora)
             self.progress(1.0)

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from ranvier.transport.files import regular
 from ranvier.transport.format.aligned import aligned
 
-from ..component.devices import here
 from ..component.module import fill
 from ..protocol.training_spec import folder_of
 from .stage import TrainedStage
@@ -47,7 +46,7 @@ def write(
 def _replace(file: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     part, seen = file.with_suffix(".part"), set()
     for name, tensor in tensors.items():  # safetensors refuses tensors that share memory
-        tensor = tensors[name] = here(tensor)
+        tensor = tensors[name] = tensor.cpu()
         address = tensor.untyped_storage().data_ptr()
         if address in seen:
             tensors[name] = tensor.clone()

@@ -157,7 +157,8 @@ class TrainedStage:
 
         if not self._recompute:
             return run()
-        made: Mapping[str, torch.Tensor] = recomputed(run, use_reentrant=False)
+        # the inputs only tell torch which devices' random numbers to repeat
+        made: Mapping[str, torch.Tensor] = recomputed(lambda *_: run(), *given.values(), use_reentrant=False)
         return made
 
     def _stash(self) -> Weights:

@@ -15,7 +15,7 @@ from ranvier.transport.links.exchange import ACK_DELAY_S, TICK_S
 from ranvier.transport.links.link_state import Outbound, Received
 from ranvier.transport.links.wire import ProcessWire
 
-from ..component.devices import here, wait
+from ..component.devices import ends_with_its_gpu, here, wait
 from ..host.outputs import coded
 from ..host.process import Process, Stopped
 from ..protocol.control_protocol import Counters, StepCommand, Stop
@@ -121,8 +121,9 @@ class Mail(Process):
         crossing = self.crossing
         began_ns = crossing.stepping_since_ns = time.monotonic_ns()
         try:
-            made = what()
-            wait()  # the GPU may still be at it
+            with ends_with_its_gpu():
+                made = what()
+                wait()  # the GPU may still be at it
             return made
         finally:
             ended_ns = time.monotonic_ns()

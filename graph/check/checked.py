@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ranvier.actors.checkpoint import Checkpoint
+from ranvier.actors.component.devices import CPU
 from ranvier.actors.component.kinds import Kind
 from ranvier.actors.model import weights
 from ranvier.actors.model.kernels import native
@@ -54,8 +55,9 @@ class CheckedActor:
         itemsize = BY_NAME[model.dtype].itemsize
         if model.weights == "dtype" or not self.kind.uses_model:
             return self.elements * itemsize + self.module_bytes
+        on_gpu = self.section.device != CPU
         layers = (0, checkpoint.config.layers - 1) if self.kind.whole else self.layers
-        return weights.held_bytes(checkpoint, self.kind, layers, self.experts, itemsize, model.weights)
+        return weights.held_bytes(checkpoint, self.kind, layers, self.experts, itemsize, model.weights, on_gpu=on_gpu)
 
     @property
     def may_repeat(self) -> bool:

@@ -44,7 +44,7 @@ def random_weights(
             norm(s.hidden), matrix(s.qkv_rows, s.hidden), matrix(s.hidden, wide), norm(s.hidden),
             matrix(2 * s.inner, s.hidden), matrix(s.hidden, s.inner),
             matrix(1, s.qkv_rows, s.qkv_rows**0.5 * 0.1)[0] if qkv_bias else None,
-            norm(s.head_width) if qk_norm else None, norm(s.head_width) if qk_norm else None,
+            norm(s.head_width) if qk_norm else None, norm(s.head_width) if qk_norm else None, window,
         )
         for _ in range(s.layers)
     ]  # fmt: skip

@@ -120,9 +120,10 @@ class Steps:
     def at_least(self, rows: int, width: int, pages: Pages) -> Step:
         """Return a step for so many rows and pages per row, which reads and writes `pages`."""
         bucket = above(rows), above(width, LEAST_PAGES)
+        if any(step.pages is not pages for step in self._held.values()):  # there are more pages now, elsewhere
+            self._held.clear()
         step = self._held.get(bucket)
-        if step is None or step.pages is not pages:
-            self._held.pop(bucket, None)
+        if step is None:
             tiles = default_tiles(self._shape, *bucket, pages.page, self._early, self._cores, self._coded)
             step = self._held[bucket] = Step(self._shape, self._weights, pages, *bucket, tiles)
             if self._cuda:

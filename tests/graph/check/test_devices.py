@@ -98,6 +98,9 @@ def test_weights_of_fewer_bits_need_less(driver: Callable[..., None]) -> None:
     assert ranvier.load({**graph, "model": {**model, "weights": "stored"}}).warnings == ()
     with pytest.raises(ranvier.GraphError, match=r"all need at least 0\.9 GiB on H100, which has 0\.8 GiB"):
         ranvier.load({**graph, "model": model})
+    driver("H100", total_bytes=devices.CONTEXT_BYTES + (130 << 20))  # 92 MiB, and a plain embedding of 54
+    with pytest.raises(ranvier.GraphError, match="all need at least"):
+        ranvier.load({**graph, "model": {**model, "weights": "stored"}})
 
 
 def test_what_is_not_computed_there(graph: Graphs, driver: Callable[..., None]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import stand_in
 import trio
+from safetensors.torch import load_file
 
 import ranvier
 from ranvier.graph.check.devices import DeviceCheck
@@ -30,12 +31,14 @@ def refused(tensor):
 class Same(Actor):
     """Pass on what came, from a buffer that is filled again at each step."""
 
+    places = PLACES
+
     inputs = {"hidden": TensorSpec("float32", ("tokens", 48))}
     outputs = {"hidden": TensorSpec("float32", ("tokens", 48))}
     args = {"strict": "refuse tensors that leave the device"}
 
     def load(self, context):
-        self.held = torch.zeros(600, 48)
+        self.held = torch.zeros(600, 48, device=context.device)
         if context.args["strict"]:
             shared_wire.here = outputs.here = refused
 
@@ -54,6 +57,7 @@ TOKENS = 8
     [
         pytest.param((), {}, id="all stay"),
         pytest.param((), {"trace": False}, id="run ahead"),
+        pytest.param((), {"places": True}, id="a buffer of an actor that places its tensors"),
         pytest.param(("embed", "upper"), {}, id="some on the processor"),
         pytest.param(("upper",), {"record": {"edges": "all"}}, id="recorded"),
     ],
@@ -65,10 +69,11 @@ def test_tensors_stay_on_the_device(
     """Answer several streams with transformers' tokens. Actors elsewhere get copies in this machine's memory."""
     folder, _ = tiny("llama")
     monkeypatch.setattr(DeviceCheck, "devices", lambda *_: [])
-    (tmp_path / "stand_in.py").write_text(STAND_IN)
+    own = {key: value for key, value in more.items() if key != "places"}
+    (tmp_path / "stand_in_actor.py").write_text(STAND_IN.replace("PLACES", str("places" in more)))
     strict = not elsewhere and "record" not in more
     actors: dict[str, dict[str, Any]] = {
-        "same": {"kind": "./stand_in.py:Same", "args": {"strict": strict}},  # first: it is loaded first
+        "same": {"kind": "./stand_in_actor.py:Same", "args": {"strict": strict}},  # first: it is loaded first
         "embed": {"kind": "embedding"}, "lower": {"kind": "blocks", "layers": "0-2"},
         "upper": {"kind": "blocks", "layers": "3-5"}, "head": {"kind": "head"},
     }  # fmt: skip
@@ -78,7 +83,7 @@ def test_tensors_stay_on_the_device(
     path = graph_file(
         model={"source": "unset", "dtype": "float32"}, actors=actors,
         pipeline=["embed", "lower", "same", "upper", "head"],
-        **more,
+        **own,
     )  # fmt: skip
     graph = ranvier.load(path, overrides={"model.source": str(folder)}, allow_code=True)
 
@@ -97,3 +102,6 @@ def test_tensors_stay_on_the_device(
 
     found = trio.run(main)
     assert [found[index] for index in range(len(PROMPTS))] == [exact(prompt, TOKENS) for prompt in PROMPTS]
+    if "record" in more:
+        kept = [name for file in runs.rglob("record/same*/*.safetensors") for name in load_file(file)]
+        assert any(name.endswith("in.hidden") for name in kept) and any(name.endswith("out.hidden") for name in kept)

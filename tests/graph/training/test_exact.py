@@ -168,6 +168,7 @@ def test_dense_layers_on_a_device(graph: Make, trained: Train, tmp_path: Path, m
     parts_file = tmp_path / "parts.py"
     there = "for layer in self.layers:\n            assert stand_in.there(x)"
     code = parts_file.read_text().replace("for layer in self.layers:", there, 1)
+    assert "stand_in.there" in code
     parts_file.write_text(code.replace("import time\n", f"import time\n{stand_in.SOURCE}", 1))
     monkeypatch.setattr(DeviceCheck, "devices", lambda *_: [])
     actors, edges, layers = dense(2, tmp_path)

@@ -180,18 +180,41 @@ def test_many_rows_take_several_steps(
     assert launched.count("pick") == 1 + 2
 
 
-@pytest.mark.parametrize("wanted", [
-    {"sampling": Sampling(temperature=1.3, top_p=0.9, seed=5, repetition_penalty=1.2)}, {"logprobs": 3}, {"logits": True},
-], ids=("sampling", "logprobs", "logits"))  # fmt: skip
-def test_sessions_that_need_logits_get_them(wanted: dict[str, Any], tiny: Callable[..., tuple[Path, Any]]) -> None:
-    """Give the tokens of actors on the processor, whatever is asked beside them."""
+def test_sampling_is_the_processors(tiny: Callable[..., tuple[Path, Any]]) -> None:
+    """Draw the tokens that the same model draws through torch."""
     folder, _ = made("llama", tiny)
+    sampling = Sampling(temperature=1.3, top_p=0.9, seed=5, repetition_penalty=1.2)
     with pretended():
-        found = answers(pipeline(folder, CUTS[0]), **wanted)
+        found = answers(pipeline(folder, CUTS[0]), sampling=sampling)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "DTYPES", ())
         with pretended():
-            assert found == answers(pipeline(folder, CUTS[0]), **wanted)
+            assert found == answers(pipeline(folder, CUTS[0]), sampling=sampling)
+
+
+@pytest.mark.parametrize("cut", [CUTS[0], CUTS[1]], ids="-".join)
+def test_logits_and_their_logarithms_are_transformers(
+    cut: Mapping[str, Any], tiny: Callable[..., tuple[Path, Any]]
+) -> None:
+    """Return the logits of single tokens, and the likeliest tokens with their log-probabilities, to who asks for them."""
+    folder, model = made("llama", tiny)
+    text, seen = list(PROMPTS[1]), []
+    with pretended():
+        actors = pipeline(folder, cut)
+        begun(actors, 1, text, logits=True, logprobs=2)
+        rows = (Row(1, 0, 0, len(text)),)
+        for _ in range(STEPS):
+            outputs = stepped(actors, rows, text[rows[0].position :])
+            text.append(int(outputs["sampled"]["sampled"][0]))
+            rows = (Row(1, 0, len(text) - 1, 1),)
+            seen.append((outputs["logits"]["logits"][0], outputs["logprobs"]["logprobs"][0]))
+    exact = model(torch.tensor([text])).logits[0, len(PROMPTS[1]) - 1 : -1]
+    for expected, token, (logits, logprobs) in zip(exact, text[len(PROMPTS[1]) :], seen, strict=True):
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        chosen, first, second = logprobs.view(-1, 2)[:3].tolist()
+        best = expected.log_softmax(-1).topk(2)
+        assert (chosen[0], first[0], second[0]) == (token, *best.indices.tolist())
+        assert (chosen[1], first[1], second[1]) == pytest.approx((best.values[0].item(), *best.values.tolist()), abs=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, with which the interpreter computes
