@@ -12,12 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import trio
 from safetensors.torch import save_file
 from waiting import wait_until
 
 import ranvier
+from ranvier.actors.checkpoint import open_checkpoint
 from ranvier.actors.component import devices
+from ranvier.actors.component.actor import Context
+from ranvier.actors.component.kinds import BUILT_IN
+from ranvier.actors.protocol.training_spec import LOGITS, Loss
+from ranvier.actors.training.layers import NativeStage
+from ranvier.actors.training.stage import TrainedStage
 from ranvier.graph.training.trainer import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -99,17 +106,29 @@ def test_float32_is_the_processors(
     assert tokens == expected and math.isclose(float((logits - exact).abs().max()), 0, abs_tol=1e-3)
 
 
-@pytest.mark.parametrize("traced", [True, False])
-def test_streams_beside_each_other(traced: bool, tiny: Any, graph_file: Callable[..., Path], runs: Path) -> None:
+TWO = {
+    "first": {"kind": "first_stage", "layers": "0-2"}, "last": {"kind": "last_stage", "layers": "3-5"},
+}  # fmt: skip
+ONE = {"all": {"kind": "model"}}
+
+
+@pytest.mark.parametrize(
+    ("actors", "more", "most"),
+    [
+        (TWO, {}, 0.01), (TWO, {"trace": False}, 0.01), (ONE, {"trace": False}, 0.01), (ONE, {"weights": "int8"}, 0.02),
+        (ONE, {"weights": "int4"}, 0.25),
+    ],
+)  # fmt: skip
+def test_streams_beside_each_other(
+    actors: dict[str, Any], more: dict[str, Any], most: float, tiny: Any, graph_file: Callable[..., Path], runs: Path
+) -> None:
     """Give each of forty streams the float32 model's tokens, or nearly as likely ones, also where steps run ahead of the GPU."""
-    folder, model = tiny("gpu-llama", "llama", **SIZES)
-    actors = {
-        "first": {"kind": "first_stage", "layers": "0-2", "device": "cuda:0", "host": "gpu"},
-        "last": {"kind": "last_stage", "layers": "3-5", "device": "cuda:0", "host": "gpu"},
-    }
+    folder, model = tiny("gpu-streams", "llama", **SIZES)
+    placed = {name: {**keys, "device": "cuda:0", "host": "gpu"} for name, keys in actors.items()}
     path = graph_file(
-        model={"source": "unset", "dtype": "bfloat16"}, actors=actors, pipeline=list(actors), trace=traced
-    )
+        model={"source": "unset", "dtype": "bfloat16", "weights": more.get("weights", "dtype")}, actors=placed,
+        pipeline=list(placed), trace=more.get("trace", True),
+    )  # fmt: skip
     graph = ranvier.load(path, overrides={"model.source": str(folder)})
     found: dict[int, list[int]] = {}
 
@@ -124,12 +143,32 @@ def test_streams_beside_each_other(traced: bool, tiny: Any, graph_file: Callable
                     nursery.start_soon(one, number)
 
     trio.run(main)
+    behind = []
     with torch.inference_mode():
         for number, tokens in found.items():
             exact = model(torch.tensor([[*PROMPT, 3 + number, *tokens]])).logits[0, len(PROMPT) : -1]
             chosen = exact.gather(1, torch.tensor(tokens)[:, None])[:, 0]
-            behind = (exact.amax(1) - chosen) / (exact.amax(1) - exact.amin(1))
-            assert float(behind.max()) < 0.08, "bfloat16 on the processor: 0.037"
+            behind.append((exact.amax(1) - chosen) / (exact.amax(1) - exact.amin(1)))
+    assert float(torch.cat(behind).mean()) < most, "0.5 for tokens by chance"
+
+
+def test_gradients_are_transformers(tiny: Any) -> None:
+    """Compute the loss and the gradients of a whole model on the GPU, in float32."""
+    folder, model = tiny("gpu-gradients", "llama", num_hidden_layers=3)
+    context = Context("all.0", {}, lambda _: None, open_checkpoint(folder), "float32", device="cuda:0")
+    ids = torch.randint(3, 320, (2, 13), generator=torch.Generator().manual_seed(2))
+    term = Loss(LOGITS, "cross_entropy", "targets")
+    stage = TrainedStage("all.0", NativeStage(BUILT_IN["model"], context, 12), [term], [], [])
+    token, targets = (part.flatten().cuda() for part in (ids[:, :-1], ids[:, 1:]))
+    _, [value] = stage.forward(0, {"token": token}, {"targets": targets}, 1.0)
+    stage.backward(0, {})
+    gradients = stage.exported(stage.gradients())
+    model.zero_grad()
+    loss = F.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    assert value.loss == pytest.approx(loss.item(), rel=1e-4)
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(gradients[name].cpu(), weight.grad, rtol=5e-3, atol=1e-4)
 
 
 def test_training(tmp_path: Path, runs: Path) -> None:

@@ -214,7 +214,9 @@ def test_logits_and_their_logarithms_are_transformers(
         chosen, first, second = logprobs.view(-1, 2)[:3].tolist()
         best = expected.log_softmax(-1).topk(2)
         assert (chosen[0], first[0], second[0]) == (token, *best.indices.tolist())
-        assert (chosen[1], first[1], second[1]) == pytest.approx((best.values[0].item(), *best.values.tolist()), abs=1e-4)
+        assert (chosen[1], first[1], second[1]) == pytest.approx(
+            (best.values[0].item(), *best.values.tolist()), abs=1e-4
+        )
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, with which the interpreter computes
