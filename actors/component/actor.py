@@ -145,6 +145,9 @@ class Actor:
 
     In both cases, `step` receives its inputs on the device, and the host brings its outputs back, unless they may stay."""
 
+    on_host: ClassVar[tuple[str, ...]] = ()
+    """Inputs that `step` receives in this machine's memory, whatever its device."""
+
     makes_new: ClassVar[bool] = False
     """True if each output is a new tensor that nobody else holds. Outputs that stay on a device are otherwise copied."""
 

@@ -13,7 +13,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
@@ -163,6 +163,7 @@ def enter(device: str) -> None:
     number = number_of(device)
     if number is not None:
         given = os.environ.get(_VISIBLE)
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # in which NVML counts
         os.environ[_VISIBLE] = str(number) if given is None else given.split(",")[number].strip()
 
 
@@ -184,22 +185,25 @@ def place(actor: Actor, device: str) -> None:
     def within(call: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(call)
         def called(*args: P.args, **kwargs: P.kwargs) -> R:
-            with nullcontext() if actor.places else _default(device):
+            with ends_with_its_gpu(), nullcontext() if actor.places else _default(device):
                 return call(*args, **kwargs)
 
         return called
 
-    step, snapshot = within(actor.step), within(actor.snapshot)
+    step, snapshot, restore = within(actor.step), within(actor.snapshot), within(actor.restore)
 
     def stepped(batch: Batch) -> Outputs:
         with ends_with_its_gpu():
             try:
-                return after(step(_moved(batch, device)))
+                return after(step(_moved(batch, device, actor.on_host)))
             except RowsFailed as some:
                 raise RowsFailed(after(some.outputs), some.failures) from None
 
+    def restored(state: Mapping[str, torch.Tensor]) -> None:
+        restore({name: tensor.to(device) for name, tensor in state.items()})
+
     vars(actor).update(
-        load=within(actor.load), open=within(actor.open), rewind=within(actor.rewind), restore=within(actor.restore),
+        load=within(actor.load), open=within(actor.open), rewind=within(actor.rewind), restore=restored,
         step=stepped, snapshot=lambda: {name: tensor.cpu() for name, tensor in snapshot().items()},
     )  # fmt: skip
 
@@ -227,8 +231,9 @@ def here(tensor: torch.Tensor) -> torch.Tensor:
 
     # torch keeps pinned memory for the next tensor; a copy to other memory would go through a buffer of the driver
     made = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    made.copy_(tensor, non_blocking=True)
-    wait()
+    with ends_with_its_gpu():
+        made.copy_(tensor, non_blocking=True)
+        wait()
     return made
 
 
@@ -277,8 +282,11 @@ def _each(outputs: Outputs, change: Callable[[torch.Tensor], torch.Tensor]) -> O
     }  # fmt: skip
 
 
-def _moved(batch: Batch, device: str) -> Batch:
-    tensors = {port: tensor.to(device, non_blocking=True) for port, tensor in batch.tensors.items()}
+def _moved(batch: Batch, device: str, on_host: Sequence[str]) -> Batch:
+    tensors = {
+        port: tensor if port in on_host else tensor.to(device, non_blocking=True)
+        for port, tensor in batch.tensors.items()
+    }
     return Batch(batch.rows, tensors, batch.own_rows)
 
 

@@ -6,6 +6,7 @@ rows meanwhile. In the next epoch they continue each session from position `Sess
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -52,6 +53,9 @@ class OpenSessions:
         except BaseException:
             self._core.open(session, info.epoch)
             self._core.close(session)
+            if not rewound:
+                with contextlib.suppress(Exception):  # the error of `open` is the one to report
+                    self._actor.close(session)
             raise
         self._core.open(session, info.epoch, info.replicas)
         for onlooker in self._onlookers:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from ranvier.transport.format.header import Row
 
 from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
-from ..component.actor import Look
+from ..component.actor import Look, RowsFailed
 from ..component.devices import CPU
 from ..component.session import SessionInfo
 from . import weights
@@ -119,7 +120,8 @@ class Blocks:
         if self._compiled is not None:
             return self._by_kernels(self._compiled, "hidden", rows, hidden_TH)
         if self.fused is not None and self.look is None:
-            return self._by_both(self.fused, rows, hidden_TH)
+            with taken_back(self.cache, rows):
+                return self._by_both(self.fused, rows, hidden_TH)
         return self._by_torch(rows, hidden_TH)
 
     def _by_torch(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
@@ -233,6 +235,20 @@ class Blocks:
 
     def held_bytes(self) -> int:
         return sum(block.held_bytes for block in self.blocks)
+
+
+@contextmanager
+def taken_back(cache: KVCache[Any], rows: Sequence[Row]) -> Iterator[None]:
+    """Let each cache end where its row began if a step fails half-way, so that the step can be repeated."""
+    before = [(cache.sessions[row.session], cache.sessions[row.session].length) for row in rows]
+    try:
+        yield
+    except RowsFailed:  # the other rows have taken their step
+        raise
+    except BaseException:
+        for held, length in before:
+            held.length = length
+        raise
 
 
 def _fused(

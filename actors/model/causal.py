@@ -8,6 +8,7 @@ Shape suffixes: T tokens of the batch, H hidden, P positions, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -21,12 +22,12 @@ from ..component.actor import Actor, Batch, Context, Look
 from ..component.devices import CPU
 from ..component.session import SessionInfo
 from . import weights
-from .blocks import Blocks
+from .blocks import Blocks, taken_back
 from .coded import Coded
 from .head import Head
 from .kernels.packed import Packed
 from .kv_cache import KVCache
-from .tensors import by_torch, needed, read_slot, sent, unpacked
+from .tensors import by_torch, ids_beside, needed, read_slot, sent, unpacked
 
 if TYPE_CHECKING:
     from .gpu.fused import Fused
@@ -58,6 +59,7 @@ class Embedding(Actor):
     places = True
     makes_new = True
     stateless = True
+    on_host: ClassVar[tuple[str, ...]] = ("token",)
 
     def load(self, context: Context) -> None:
         self.load_with(context, None)
@@ -86,7 +88,7 @@ class Embedding(Actor):
         if isinstance(self.weight_VH, Packed):
             hidden_TH = self.weight_VH.rows(token_T, self.dtype)
         else:
-            hidden_TH = F.embedding(token_T, self.weight_VH)
+            hidden_TH = F.embedding(ids_beside(self.weight_VH, token_T), self.weight_VH)
         if self._scale is not None:
             hidden_TH = hidden_TH * self._scale
         if self.positions_PH is not None:
@@ -111,8 +113,7 @@ class BlocksActor(Actor):
     def load(self, context: Context) -> None:
         assert context.layers is not None
         self.blocks: AnyBlocks = blocks_of(context, context.layers)
-        if self.blocks.fused is not None:
-            self.blocks.fused.warm()
+        warm(self.blocks)
 
     def open(self, session: SessionInfo) -> None:
         self.blocks.open(session)
@@ -168,7 +169,7 @@ class Stage(Actor):
             fused.begin_with(self.embedding.weight_VH)
         if self.head is not None and config.logit_softcap is None:
             fused.end_with(self.head.norm, unpacked(self.head.weight_VH))
-        fused.warm()
+        warm(self.blocks)
 
     def open(self, session: SessionInfo) -> None:
         self.blocks.open(session)
@@ -182,8 +183,14 @@ class Stage(Actor):
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
         fused = self.blocks.fused
-        if fused is not None and self.look is None and all(row.tokens == 1 for row in batch.rows):
-            return self._by_fused(fused, batch)
+        if fused is None:
+            return self._stepped(batch)
+        with taken_back(self.blocks.cache, batch.rows):
+            if self.look is None and all(row.tokens == 1 for row in batch.rows):
+                return self._by_fused(fused, batch)
+            return self._stepped(batch)
+
+    def _stepped(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
         if self.embedding is None:
             hidden_TH = batch["hidden"]
         else:
@@ -229,6 +236,7 @@ class FirstStage(Stage):
     """Run the embedding and the first blocks: `token` int64 [tokens] -> `hidden` [tokens, H]."""
 
     begins = True
+    on_host: ClassVar[tuple[str, ...]] = ("token",)
 
 
 class LastStage(Stage):
@@ -242,6 +250,7 @@ class Model(Stage):
 
     begins = True
     ends = True
+    on_host: ClassVar[tuple[str, ...]] = ("token",)
 
 
 def _load_tied(embedding: Embedding, head: Head, context: Context) -> None:
@@ -256,6 +265,19 @@ def _load_tied(embedding: Embedding, head: Head, context: Context) -> None:
     head.load_with(context, None)
     assert not isinstance(head.weight_VH, Coded)  # this is not a GPU
     embedding.load_with(context, head.weight_VH if weights.shares_packed(slot, checkpoint, context.precision) else None)
+
+
+def warm(blocks: AnyBlocks) -> None:
+    """Make the kernels of a GPU ready. If they cannot be built, torch computes everything, and a warning says why."""
+    if blocks.fused is None:
+        return
+    try:
+        blocks.fused.warm()
+    except (torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:  # of Triton, which needs a C compiler and enough shared memory
+        blocks.fused = None
+        logging.getLogger("ranvier").warning("the kernels of the GPU cannot be built, so torch computes all: %s", error)
 
 
 def blocks_of(context: Context, layers: tuple[int, int]) -> Blocks:

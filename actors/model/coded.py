@@ -15,6 +15,8 @@ from ..checkpoint.tensors import StoredRows
 
 BLOCK = 32
 """Columns that share a scale."""
+PIECE_ELEMENTS = 16 << 20
+"""Number of elements that are made wide at a time; they take four times as many bytes, several times over."""
 ZERO = 128
 """What the number 0 is as a code of 8 bits."""
 
@@ -45,19 +47,22 @@ class Coded:
     def nbytes(self) -> int:
         return self.codes.nbytes + self.scales_RB.nbytes + (0 if self.least_RB is None else self.least_RB.nbytes)
 
-    def wide(self) -> torch.Tensor:
-        """Return the matrix in its model's dtype."""
+    def wide(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Return some rows of the matrix, by default all, in its model's dtype."""
+        codes, scale_RB = self.codes[start:stop], self.scales_RB[start:stop].float()[..., None]
         if self.least_RB is None:
-            numbers = (self.codes.view(*self.scales_RB.shape, BLOCK).float() - ZERO) * self.scales_RB.float()[..., None]
+            numbers = (codes.view(*scale_RB.shape[:2], BLOCK).float() - ZERO) * scale_RB
         else:
-            halves = self.codes.view(*self.scales_RB.shape, BLOCK // 2)
+            halves = codes.view(*scale_RB.shape[:2], BLOCK // 2)
             both = torch.cat((halves & 15, halves >> 4), -1).float()
-            numbers = both * self.scales_RB.float()[..., None] + self.least_RB.float()[..., None]
-        return numbers.view(self.shape).to(self.dtype)
+            numbers = both * scale_RB + self.least_RB[start:stop].float()[..., None]
+        return numbers.view(-1, self.shape[1]).to(self.dtype)
 
     def multiply(self, tokens_TC: torch.Tensor) -> torch.Tensor:
-        """Return tokens times the matrix, [T, R]. The matrix is made wide for it, so this is for many tokens."""
-        return F.linear(tokens_TC, self.wide())
+        """Return tokens times the matrix, [T, R]. Its rows are made wide for it, some at a time, so this is for many tokens."""
+        step = max(1, PIECE_ELEMENTS // self.shape[1])
+        parts = [F.linear(tokens_TC, self.wide(at, at + step)) for at in range(0, self.shape[0], step)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def in_8_bits(weight_RC: torch.Tensor) -> Codes:

@@ -299,6 +299,8 @@ class ForeignBlocks:
 
 
 class ForeignEmbedding(Embedding):
+    on_host = ()
+
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)
         self.use(Skeleton(checkpoint, None, True, dtype, context.progress, context.device))

@@ -42,6 +42,7 @@ class SourceEmbedding(Embedding):
     """Embed the decoder's tokens: `token` int64 [tokens] -> `hidden` [tokens, H]."""
 
     side: Side = "decoder"
+    on_host = ()
 
     def load(self, context: Context) -> None:
         checkpoint, dtype = needed(context)

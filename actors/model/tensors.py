@@ -191,6 +191,25 @@ def product(tokens_TC: torch.Tensor, matrix: Matrix, bias_R: torch.Tensor | None
     return made_TR if bias_R is None else made_TR + bias_R
 
 
+def ids_beside(weight_VH: torch.Tensor, token_T: torch.Tensor) -> torch.Tensor:
+    """Return token ids where an embedding is. Those for a GPU are checked first: a wrong one would end the process there.
+
+    Raises:
+        IndexError: the embedding has no row for an id.
+    """
+    if weight_VH.is_cpu or not token_T.is_cpu:
+        return token_T
+    if token_T.numel():
+        make_sure_of_ids(int(token_T.min()), int(token_T.max()), weight_VH.shape[0])
+    return token_T.to(weight_VH.device)
+
+
+def make_sure_of_ids(least: int, most: int, count: int) -> None:
+    """Raise IndexError if token ids are not all below `count`, or negative."""
+    if least < 0 or most >= count:
+        raise IndexError(f"token: expected ids from 0 to {count - 1}, got {least} to {most}")
+
+
 def unpacked(matrix: Matrix) -> torch.Tensor | Coded:
     """Return a matrix of an actor on a GPU, where none is packed."""
     assert not isinstance(matrix, Packed)

@@ -23,10 +23,12 @@ KINDS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+SHARED_BYTES = {89: 99 << 10, 90: 227 << 10}
+"""Most shared memory of a block."""
 TOOL = os.path.join(os.path.dirname(triton.__file__), "backends/nvidia/bin/cuobjdump")
 
 
-def compile_for(launch, target=GPUTarget("cuda", 90, 32)):
+def compile_for(launch, target):
     """Return the compiled kernel of a launch (`triton.compiler.CompiledKernel`, never loaded)."""
     kernel = launch.kernel
     signature, attributes, constants = {}, {}, {}
@@ -43,9 +45,9 @@ def compile_for(launch, target=GPUTarget("cuda", 90, 32)):
     return triton.compile(source, target=target, options=dict(launch.options))
 
 
-def report(launch):
-    """Return (line, local bytes)."""
-    made = compile_for(launch)
+def report(launch, target):
+    """Return (line, machine code, whether registers were spilled or shared memory is too small)."""
+    made = compile_for(launch, target)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -58,15 +60,17 @@ def report(launch):
     c = launch.constants
     what = {k: c[k] for k in ("EPILOGUE", "T", "R", "C", "BR", "BC", "SPLITS", "D", "G") if k in c}
     line = f"{launch.kernel.__name__} {what} {dict(launch.options)} regs {registers} stack {stack} local {local} shared {made.metadata.shared} 128-bit loads {wide}, before the wait {early[0]} loads {early[1]} prefetches; HGMMA {sass.count('HGMMA')} HMMA {sass.count('HMMA')} LDL {sass.count('LDL')} STL {sass.count('STL')}"
-    return line, sass, stack + local
+    return line, sass, bool(stack + local) or made.metadata.shared > SHARED_BYTES[target.arch]
 
 
 if __name__ == "__main__":
     names = sys.argv[2].split(",") if len(sys.argv) > 2 else list(MODELS)
     tokens = [int(t) for t in sys.argv[1].split(",")] if len(sys.argv) > 1 else [1, 32]
     spilled = 0
-    for launch in everything(names, tokens, tried="all" in sys.argv, coded=True):
-        line, sass, bad = report(launch)
+    desktop = "desktop" in sys.argv  # a GPU with less shared memory, such as an RTX 4090
+    target = GPUTarget("cuda", 89 if desktop else 90, 32)
+    for launch in everything(names, tokens, tried="all" in sys.argv, coded=True, desktop=desktop):
+        line, sass, bad = report(launch, target)
         spilled += bool(bad)
         print(line, flush=True)
         if os.environ.get("SASS"):
@@ -74,4 +78,4 @@ if __name__ == "__main__":
                 os.path.join(os.environ["SASS"], f"{launch.kernel.__name__}_{abs(hash(launch.key())) % 10**6}.sass"),
                 "w",
             ).write(sass)
-    print("kernels with a stack or local memory:", spilled)
+    print("kernels with a stack, local memory, or too much shared memory:", spilled)

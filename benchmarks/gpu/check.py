@@ -57,7 +57,7 @@ def say(*words: object) -> None:
     print(line, flush=True)
 
 
-def steps_of(name: str, tokens: int, width: int, pdl: bool, tried: bool, first=None, rounded=None):
+def steps_of(name: str, tokens: int, width: int, pdl: bool, tried: bool, first=None, rounded=None, small=False):
     """Return all launches of a step of one layer on the meta device, of the default tiles and of those to be tried.
 
     `rounded` makes codes of its matrices.
@@ -68,7 +68,7 @@ def steps_of(name: str, tokens: int, width: int, pdl: bool, tried: bool, first=N
     if rounded is not None:
         weights, _ = plain_layers.coded(weights, rounded, "meta")
     pages = Pages.empty(shape, 8, PAGE, torch.bfloat16, meta)
-    first = first or default_tiles(shape, tokens, width, PAGE, pdl, coded=rounded is not None)
+    first = first or default_tiles(shape, tokens, width, PAGE, pdl, coded=rounded is not None, small=small)
     all_tiles = [first]
     if tried:
         all_tiles += [first.with_product(name, tile) for name in PRODUCTS for tile in candidates(shape, name, tokens)]
@@ -85,15 +85,15 @@ def steps_of(name: str, tokens: int, width: int, pdl: bool, tried: bool, first=N
     return made
 
 
-def everything(names, tokens, tried, small=(), coded=False):
+def everything(names, tokens, tried, others=(), coded=False, desktop=False):
     """Return one launch per compilation."""
     made = []
     for name in names:
         for count in tokens:
-            made += steps_of(name, count, SHORT, True, tried)
+            made += steps_of(name, count, SHORT, not desktop, tried, small=desktop)
             for rounded in (in_8_bits, in_4_bits) if coded else ():
-                made += steps_of(name, count, SHORT, True, False, rounded=rounded)
-    for name in small:
+                made += steps_of(name, count, SHORT, not desktop, False, rounded=rounded, small=desktop)
+    for name in others:
         for count in (1, 8, 32):
             made += steps_of(name, count, SHORT, True, False)
             made += steps_of(name, count, SHORT, False, False) if count in (1, 8) else []

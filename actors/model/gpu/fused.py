@@ -16,9 +16,10 @@ import torch
 from ranvier.transport.format.header import Row
 
 from ...checkpoint.config import ModelConfig
+from ...component.devices import wait
 from ..kv_cache import KVCache
 from ..rotary import RotaryTable
-from ..tensors import Norm, unpacked
+from ..tensors import Norm, make_sure_of_ids, unpacked
 from .paged_cache import PAGE, PagedCache, PagePool
 from .shapes import Layer, Matrix, Shape, Weights
 from .steps import MOST_ROWS, Place, Steps
@@ -26,8 +27,8 @@ from .steps import MOST_ROWS, Place, Steps
 if TYPE_CHECKING:
     from ..blocks import Block
 
-DTYPES = (torch.bfloat16, torch.float16)
-"""Dtypes of weights that the kernels' tiles are made for."""
+DTYPES = (torch.bfloat16,)
+"""Dtypes of weights that the kernels are made for. In float16, a residual before its norm can be too large."""
 
 
 class Made(NamedTuple):
@@ -54,11 +55,11 @@ class Fused:
         self._dtype, self._device = dtype, torch.device(device)
         self._layers = [_layer(block) for block in blocks]
         self._turns_PD = _turns(config, min(tokens, config.context)).to(self._device)
-        self._pool = PagePool(self.shape, tokens, dtype, self._device)
+        self._steps: dict[tuple[bool, bool], Steps] = {}
+        self._pool = PagePool(self.shape, tokens, dtype, self._device, self._forget_steps)
         self._embedding_VH: torch.Tensor | None = None
         self._norm: Norm | None = None
         self._head_VH: Matrix | None = None
-        self._steps: dict[tuple[bool, bool], Steps] = {}
 
     @classmethod
     def of(
@@ -131,7 +132,7 @@ class Fused:
         longest = max(row.position for row in rows) + 1
         step = self._made(begins, ends).at_least(count, -(-longest // PAGE), self._pool.pages)
         places = [Place(row.position + 1, cache.pages) for row, cache in zip(rows, caches, strict=True)]
-        step.put(places, source.tolist() if begins else None)
+        step.put(places, self._checked(source) if begins else None)
         if not begins:
             step.buffers.message_TH[:count].copy_(source, non_blocking=True)
         step()
@@ -145,6 +146,18 @@ class Fused:
         if count == MOST_ROWS:  # there may be more rows, whose step writes into the same buffer
             logits_TV = logits_TV.clone()
         return Made(hidden_TH, logits_TV, step.chosen[:count].tolist())
+
+    def _checked(self, token_T: torch.Tensor) -> list[int]:
+        """Return token ids, after a check that the embedding has them all: the kernels would read other memory."""
+        found: list[int] = token_T.tolist()
+        assert self._embedding_VH is not None
+        make_sure_of_ids(min(found), max(found), self._embedding_VH.shape[0])
+        return found
+
+    def _forget_steps(self) -> None:
+        """Drop all captured steps, because their pages move."""
+        wait()
+        self._steps.clear()
 
     def _made(self, begins: bool, ends: bool) -> Steps:
         """Return the steps of the group, with its embedding and its head or without."""

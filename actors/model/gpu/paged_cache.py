@@ -5,6 +5,8 @@ Shape suffixes: t tokens of one row, K key-value heads, P positions, D head widt
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..kv_cache import Reserved
@@ -24,10 +26,13 @@ class PagePool:
         tokens: the number of positions of all sessions together.
         dtype: of keys and values.
         device: where they are.
+        moves: called before the pages move to other memory, where there are more of them.
     """
 
-    def __init__(self, shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._shape, self._dtype, self._device = shape, dtype, device
+    def __init__(
+        self, shape: Shape, tokens: int, dtype: torch.dtype, device: torch.device, moves: Callable[[], None]
+    ) -> None:
+        self._moves = moves
         self._most = -(-tokens // PAGE)
         self.pages = Pages.empty(shape, -(-min(tokens, FIRST_POSITIONS) // PAGE), PAGE, dtype, device)
         self._free = list(range(self.pages.count))
@@ -35,22 +40,23 @@ class PagePool:
     def take(self, positions: int) -> list[int]:
         """Return free pages for so many positions.
 
-        If too few are free, there are twice as many pages afterwards, up to `tokens` positions, and steps that were captured
-        with the old ones must be made anew. Each session's last page may be partly empty, so many short sessions can need
-        more pages than that, and get them.
+        If too few are free, there are twice as many pages afterwards, up to `tokens` positions. Each session's last page may
+        be partly empty, so many short sessions can need more pages than that, and get them.
         """
         count = -(-positions // PAGE)
         if count > len(self._free):
-            before = self.pages
-            more = max(count, min(before.count, self._most - before.count))
-            added = Pages.empty(self._shape, more, PAGE, self._dtype, self._device)
-            self.pages = Pages(
-                [torch.cat(pair) for pair in zip(before.keys, added.keys, strict=True)],
-                [torch.cat(pair) for pair in zip(before.values, added.values, strict=True)],
-            )
-            self._free.extend(range(before.count, before.count + more))
+            before = self.pages.count
+            self._grow(max(count, min(before, self._most - before), before // 8))
         taken, self._free = self._free[:count], self._free[count:]
         return taken
+
+    def _grow(self, more: int) -> None:
+        self._moves()
+        before = self.pages.count
+        for held in (self.pages.keys, self.pages.values):
+            for index, layer in enumerate(held):  # one after the other, so that little memory is taken twice
+                held[index] = torch.cat((layer, layer.new_empty(more, *layer.shape[1:])))
+        self._free.extend(range(before, before + more))
 
     def give_back(self, pages: list[int]) -> None:
         """Let other sessions have these pages."""
@@ -64,7 +70,11 @@ class PagedCache(Reserved):
         super().__init__(capacity)
         self._pool = pool
         self.pages = pool.take(capacity)
-        self._table = torch.tensor(self.pages, device=device)
+        try:
+            self._table = torch.tensor(self.pages, device=device)
+        except BaseException:
+            self.free()
+            raise
         self._places: tuple[tuple[int, int], torch.Tensor, torch.Tensor] | None = None
 
     def free(self) -> None:

@@ -83,8 +83,8 @@ class Weights:
 class Pages:
     """Hold the keys and values of all sessions: per layer [pages, K, page, D], each head's page contiguous."""
 
-    keys: Sequence[torch.Tensor]
-    values: Sequence[torch.Tensor]
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
 
     @classmethod
     def empty(cls, shape: Shape, pages: int, page: int, dtype: torch.dtype, device: torch.device) -> Pages:

@@ -8,7 +8,7 @@ by one in Triton's interpreter.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,6 +21,8 @@ MOST_ROWS = 32
 """Rows of a step; the kernels' tiles hold no more."""
 LEAST_PAGES = 16
 """Pages per row of the smallest step."""
+SMALL_BYTES = 128 << 10
+"""Shared memory of a block below which tiles have fewer stages. A GPU of a desktop has 99 KiB, an H100 227."""
 WARM_RUNS = 2
 """Runs before a capture: they load the kernels."""
 
@@ -113,18 +115,20 @@ class Steps:
         self._cuda = device.type == "cuda"
         # a kernel may begin before the one before it has ended
         self._early = self._cuda and torch.cuda.get_device_capability(device) >= (9, 0)
-        self._cores = torch.cuda.get_device_properties(device).multi_processor_count if self._cuda else 132
+        about: Any = torch.cuda.get_device_properties(device) if self._cuda else None
+        self._cores = about.multi_processor_count if self._cuda else 132
+        self._small = self._cuda and about.shared_memory_per_block_optin < SMALL_BYTES
         self._coded = any(isinstance(layer.qkv, Coded) for layer in weights.layers)
         self._held: dict[tuple[int, int], Step] = {}
 
     def at_least(self, rows: int, width: int, pages: Pages) -> Step:
         """Return a step for so many rows and pages per row, which reads and writes `pages`."""
         bucket = above(rows), above(width, LEAST_PAGES)
-        if any(step.pages is not pages for step in self._held.values()):  # there are more pages now, elsewhere
-            self._held.clear()
         step = self._held.get(bucket)
         if step is None:
-            tiles = default_tiles(self._shape, *bucket, pages.page, self._early, self._cores, self._coded)
+            tiles = default_tiles(
+                self._shape, *bucket, pages.page, self._early, self._cores, coded=self._coded, small=self._small
+            )
             step = self._held[bucket] = Step(self._shape, self._weights, pages, *bucket, tiles)
             if self._cuda:
                 step.capture()

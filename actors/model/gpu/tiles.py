@@ -79,11 +79,12 @@ def splits(columns: int, tile: int, wanted: int) -> int:
 
 
 def default_tiles(
-    shape: Shape, tokens: int, width: int, page: int, pdl: bool, cores: int = 132, coded: bool = False
-) -> Tiles:
+    shape: Shape, tokens: int, width: int, page: int, pdl: bool, cores: int = 132, *, coded: bool = False,
+    small: bool = False,
+) -> Tiles:  # fmt: skip
     """Return tiles that are good without a measurement, for a device of `cores` multiprocessors.
 
-    Those for coded matrices were not measured.
+    Those for coded matrices were not measured, and neither were those for multiprocessors with `small` shared memory.
     """
     products = {}
     for name in PRODUCTS if shape.vocabulary else PRODUCTS[:-1]:
@@ -96,6 +97,7 @@ def default_tiles(
             products[name] = Tile(True, 16, 128, 1, 4, 4)
         else:
             tall, wide, warps, stages = (64, 128, 4, 4) if name in ("up", "head") else (64, 256, 8, 3)
+            stages -= small
             products[name] = many(shape, name, tall, wide, 1, warps, stages, cores)
     return Tiles(products, default_attention(shape, tokens, width, page), pdl)
 

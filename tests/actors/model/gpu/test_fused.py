@@ -280,3 +280,50 @@ def test_pages_go_back_and_grow(tiny: Callable[..., tuple[Path, Any]]) -> None:
                 actors[0].close(session)
     best = model(torch.tensor([[*PROMPTS[2], first[0]]])).logits[0].argmax(-1).tolist()
     assert (first[0], second[0]) == (best[2], best[3]) and len(set(first)) == len(set(second)) == 1
+
+
+def test_kernels_that_cannot_be_built(
+    launched: list[str], tiny: Callable[..., tuple[Path, Any]], monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Compute through torch where Triton cannot build kernels, and say why."""
+
+    def fails(_: fused.Fused) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(fused.Fused, "warm", fails)
+    folder, model = made("llama", tiny)
+    with pretended():
+        check(model, answers(pipeline(folder, CUTS[1])))
+    assert not launched and "cannot be built, so torch computes all: Failed to find C compiler" in caplog.text
+
+
+@pytest.mark.parametrize("cut", CUTS, ids="-".join)
+def test_a_token_that_does_not_exist(cut: Mapping[str, Any], tiny: Callable[..., tuple[Path, Any]]) -> None:
+    """Refuse it, in a prompt and alone, before it can end the process; the session can go on."""
+    folder, _ = made("llama", tiny)
+    with pretended():
+        actors = pipeline(folder, cut)
+        begun(actors, 1, PROMPTS[2])
+        for tokens, row in (((5, 96, 7), Row(1, 0, 0, 3)), ((-1,), Row(1, 0, 3, 1))):
+            with pytest.raises(IndexError, match="token: expected ids from 0 to 95, got"):
+                stepped(actors, (row,), tokens)
+            stepped(actors, (row,), PROMPTS[2][: row.tokens])
+
+
+def test_a_step_that_fails_half_way(tiny: Callable[..., tuple[Path, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave each cache where it was, so that the rows of a failed step can be repeated alone."""
+    folder, _ = made("llama", tiny)
+    with pretended():
+        actors: Any = pipeline(folder, CUTS[0])
+        for session in (1, 2):
+            begun(actors, session, PROMPTS[2])
+        [token] = stepped(actors, (Row(1, 0, 0, 3),), PROMPTS[2])["sampled"]["sampled"].tolist()
+        rows = (Row(1, 0, 3, 1), Row(2, 0, 0, 3))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(actors[0].blocks, "_by_torch", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                stepped(actors, rows, [token, *PROMPTS[2]])
+        made_first = stepped(actors, rows[:1], [token])["sampled"]["sampled"].tolist()
+        assert stepped(actors, rows[1:], PROMPTS[2])["sampled"]["sampled"].tolist() == [token]
+        assert len(made_first) == 1
