@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 from .actor import Actor, Batch, RowsFailed
 
@@ -241,8 +241,16 @@ def wait() -> None:
     """Wait until the GPU, if there is one, has done all that this thread has asked for."""
     import torch
 
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if _in_use():
         torch.cuda.current_stream().synchronize()
+
+
+def _in_use() -> bool:
+    """Return whether this process has used a GPU."""
+    import torch
+
+    cuda: Any = torch.cuda  # which has no types
+    return bool(cuda.is_initialized())
 
 
 def brought_back(outputs: Outputs) -> Outputs:
@@ -255,7 +263,7 @@ def seed(number: int) -> None:
     import torch
 
     torch.default_generator.manual_seed(number)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if _in_use():
         torch.cuda.default_generators[0].manual_seed(number)
 
 

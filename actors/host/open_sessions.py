@@ -6,12 +6,12 @@ rows meanwhile. In the next epoch they continue each session from position `Sess
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Protocol
 
 from ..component.actor import REWINDS, Actor, keeps
 from ..component.session import SessionInfo
+from ..errors import describe
 from .scheduler import HostCore
 
 
@@ -50,12 +50,14 @@ class OpenSessions:
             else:
                 self.close(session)
                 self._actor.open(info)
-        except BaseException:
+        except BaseException as error:
             self._core.open(session, info.epoch)
             self._core.close(session)
             if not rewound:
-                with contextlib.suppress(Exception):  # the error of `open` is the one to report
-                    self._actor.close(session)
+                try:
+                    self._actor.close(session)  # it may have taken memory before it failed
+                except Exception as own:
+                    error.add_note(f"and the session could not be closed: {describe(own)}")
             raise
         self._core.open(session, info.epoch, info.replicas)
         for onlooker in self._onlookers:

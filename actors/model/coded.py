@@ -17,8 +17,7 @@ BLOCK = 32
 """Columns that share a scale."""
 PIECE_ELEMENTS = 16 << 20
 """Number of elements that are made wide at a time; they take four times as many bytes, several times over."""
-ZERO = 128
-"""What the number 0 is as a code of 8 bits."""
+ZERO = 128  # the code of 8 bits that stands for 0
 
 
 class Coded:

@@ -13,7 +13,7 @@ from ..errors import NotFinite
 from .kernels import packed
 
 NOWHERE = 2**31 - 1
-"""Stands for the token of a row whose largest logit is not finite (also in gpu/products.py)."""
+"""Stand for the token of a row whose largest logit is not finite."""
 _MASK = (1 << 64) - 1
 
 

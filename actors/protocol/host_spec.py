@@ -163,8 +163,7 @@ class HostSpec:
     max_frame_bytes: int
     batch_tokens: int
     cpus: list[int] | None = None
-    device_bytes: int = 0
-    """What the weights take on the device, if it is not the processor."""
+    device_bytes: int = 0  # of the weights, on a device that is not the processor
     weights: str | None = None
     needed: int | None = None
     experts: tuple[int, int] | None = None

@@ -46,8 +46,8 @@ SMALL = {
     "window 100": Shape(512, 8, 4, 64, 1536, 3, 8192),
     "1B, 4 layers": Shape(2048, 32, 8, 64, 8192, 4, 32000),
 }
+# what layers have beside llama's
 PARTS = {"qwen2 bias": {"qkv_bias": True}, "qwen3 D128 norms": {"qk_norm": True}, "window 100": {"window": 100}}
-"""What the layers of some shapes have beside llama's."""
 PDL = [True]
 """False after a failure with it."""
 

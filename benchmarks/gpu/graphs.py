@@ -108,22 +108,21 @@ def measured(model: Path, name: str, cut: str, streams: int, *, trace: bool, dev
         "pipeline": list(placed), "trace": trace,
     })  # fmt: skip
 
+    async def one(run: ranvier.Run, number: int, marks: list[tuple[float, float]]) -> None:
+        prompt = [(7 * number + 13 * at) % 500 + 3 for at in range(PROMPT)]
+        times = []
+        async for _ in run.generate(prompt, max_tokens=TOKENS, stop_tokens=()):
+            times.append(time.perf_counter())
+        marks.append((times[0], times[-1]))
+
     async def main() -> float:
         async with ranvier.launch(graph, runs=Path(tempfile.mkdtemp(prefix="rv-"))) as run:
             rates = []
             for turn in range(4):
                 marks: list[tuple[float, float]] = []
-
-                async def one(number: int) -> None:
-                    prompt = [(7 * number + 13 * at) % 500 + 3 for at in range(PROMPT)]
-                    times = []
-                    async for _ in run.generate(prompt, max_tokens=TOKENS, stop_tokens=()):
-                        times.append(time.perf_counter())
-                    marks.append((times[0], times[-1]))  # noqa: B023
-
                 async with trio.open_nursery() as nursery:
                     for number in range(streams):
-                        nursery.start_soon(one, number)
+                        nursery.start_soon(one, run, number, marks)
                 first, last = max(mark[0] for mark in marks), max(mark[1] for mark in marks)
                 if turn:  # the first one captures steps
                     rates.append(streams * (TOKENS - 1) / (last - first))

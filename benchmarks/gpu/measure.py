@@ -15,8 +15,7 @@ from ranvier.actors.model.gpu.tiles import PRODUCTS, Attention, Tile, Tiles, def
 
 from .candidates import attention_candidates, candidates
 
-LEAST_GAIN = 0.005
-"""How much faster other tiles must be than those that are kept; less is noise."""
+LEAST_GAIN = 0.005  # other tiles must be so much faster than those that are kept; less is noise
 
 
 class Measured:

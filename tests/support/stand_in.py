@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+# own code begins with this
 SOURCE = f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nimport stand_in\nstand_in.install()\n"
-"""What own code begins with."""
 
 
 def install() -> None:

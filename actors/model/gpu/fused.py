@@ -140,8 +140,7 @@ class Fused:
         hidden_TH = step.buffers.hidden_TH[:count].to(self._dtype, copy=True) if hidden else None
         if not ends:
             return Made(hidden_TH)
-        if self._device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
+        wait()
         logits_TV = step.buffers.logits_TV[:count]
         if count == MOST_ROWS:  # there may be more rows, whose step writes into the same buffer
             logits_TV = logits_TV.clone()

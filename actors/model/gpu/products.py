@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .. import sampling
 from .primitives import LINE, dot, prefetch
 
 QKV = tl.constexpr(0)
@@ -40,7 +41,7 @@ ADDED = tl.constexpr(2)
 """hidden += product; also writes `normed` and the sums of squares."""
 LOGITS = tl.constexpr(3)
 """out = product / rms, float32; also writes the largest of each tile of rows and where it is."""
-NOWHERE = tl.constexpr(2**31 - 1)
+NOWHERE = tl.constexpr(sampling.NOWHERE)
 """The index that stands for "the largest logit is not finite"; a host must treat it as an error."""
 
 
