@@ -15,7 +15,7 @@ import torch
 
 from ..checkpoint.config import ModelConfig
 from ..component.devices import CPU
-from .kernels.packed import PART
+from .kernels.packed import HELD
 from .kernels.pages import fresh
 
 
@@ -53,7 +53,7 @@ class SessionCache(Reserved):
 
 
 class BlockCache(Reserved):
-    """Hold a session's keys and values for the kernels, bfloat16 in blocks of PART positions (`Row` of attend.c).
+    """Hold a session's keys and values for the kernels, bfloat16 in blocks of HELD positions (`Row` of attend.c).
 
     Blocks after the first are in large pages: each token reads all of them. The first one is not, because of the many
     sessions that stay short.
@@ -61,8 +61,8 @@ class BlockCache(Reserved):
 
     def __init__(self, config: ModelConfig, layers: int, capacity: int) -> None:
         super().__init__(capacity)
-        block_bytes = layers * config.kv_heads * 2 * PART * config.head_dim * 2
-        self.blocks = fresh(-(-capacity // PART) * block_bytes, large_from=block_bytes)
+        block_bytes = layers * config.kv_heads * 2 * HELD * config.head_dim * 2
+        self.blocks = fresh(-(-capacity // HELD) * block_bytes, large_from=block_bytes)
         self.address = self.blocks.data_ptr()
 
 

@@ -15,14 +15,6 @@
 
 #include "product.h"
 
-#define AMX_TOKENS 256  /* tokens that a product takes at a time: they stay in the second cache */
-#define AMX_COLUMNS 192 /* columns at a time, of more than 16 tokens: four tiles of weights stay in the first cache */
-#define AMX_BLOCKS 64   /* blocks of whole numbers at a time */
-#define TWO_FROM 64     /* more tokens than these are multiplied 32 at a time */
-#define WHOLE_FROM 64   /* tokens from which whole numbers are multiplied by tiles; the bits are the same */
-#define FAST_FROM 17    /* tokens from which a fast matrix takes only the high parts: fewer wait for the weights anyway */
-#define WIDEN_FROM 28   /* tokens from which a fast matrix of whole numbers is widened to bfloat16 */
-
 /* Ask the system for the permission to use tiles; return 1 if it is given. The threads of the process inherit it. */
 static int amx_permitted(void) { return !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */); }
 
@@ -58,25 +50,82 @@ INLINE void split(F a, F b, uint16_t *high, uint16_t *low) {
     }
 }
 
-/* Where tiles of weights or values lie: the next 32 columns are `column` numbers further, the next 16 rows `row` numbers; the 16
-   lines of a tile are `line` bytes apart. */
+/* Where up to four tiles of weights or values lie: the second one is `row` numbers further, the third `pair` numbers and the fourth
+   both; the next 32 columns are `column` numbers further. The 16 lines of a tile are `line` bytes apart. */
 typedef struct {
     const uint16_t *at;
-    size_t row, column, line;
+    size_t row, pair, column, line;
 } Tiles;
 
-/* Add to the sums 0 to 3 the products of 32 tokens with 32 rows (or, not `both`, with 16), `steps` times 32 columns. `ahead` is
-   what the next products need; it is fetched meanwhile, `lines` lines each step. */
-INLINE void amx_32_tokens(
-    Tiles w, const uint16_t *high, const uint16_t *low, size_t token_row, int steps, const int both, const char **ahead,
-    const char *stop, const int lines) {
-    for (int k = 0; k < steps; k++) {
-        if (lines && *ahead < stop) {
-#pragma GCC unroll 16
-            for (int i = 0; i < lines; i++)
-                _mm_prefetch(*ahead + 64 * i, _MM_HINT_T1);
-            *ahead += 64 * lines;
+/* What is fetched into the second cache meanwhile: the lines `from` to `to` - 1 of each two tiles, `further` numbers from where they
+   are read. */
+typedef struct {
+    size_t further;
+    int from, to;
+} Ahead;
+
+/* Return the number in the matrix of one of four tiles that are multiplied together: those of a gate alternate with what it lets
+   through. */
+INLINE int amx_tile(const Product *p, int tile, int i) {
+    return p->finish == GATE ? tile + i / 2 + i % 2 * (p->matrix->rows / TILE / 2) : tile + i;
+}
+
+/* Sums of up to 32 tokens and one or two tiles of rows that are ready, and what is to be done with them. It is done line by line
+   while the tiles compute the next sums, so it costs no time. */
+typedef struct {
+    const float *sums; /* of 16 tokens and two tiles; those of the next 16 tokens are 1024 numbers further */
+    size_t to;         /* where the first token's numbers go to */
+    int line, lines, tiles;
+} Due;
+
+/* Return what is to be done with the sums of the tiles from the i-th on, and of the tokens from t on. */
+INLINE Due amx_due(const Product *p, int tile, int i, int tiles, const float *sums, int t, int end) {
+    int lines = end - t;
+    if (p->finish != GATE)
+        return (Due){sums, (size_t)t * p->matrix->rows + (tile + i) * TILE, 0, lines < 32 ? lines : 32, tiles - i};
+    if (end > 16)
+        lines = 32; /* the lines behind the last token are zero */
+    size_t column = (size_t)(tile + i / 2) * TILE;
+    return (Due){sums, (size_t)t * p->next.columns + column / 32 * 512 + column % 32, 0, lines, 2};
+}
+
+/* Do what is due with some more lines. */
+INLINE void amx_finish(const Product *p, Due *due, int lines) {
+    int stop = due->line + lines < due->lines ? due->line + lines : due->lines;
+    for (int n = due->line; n < stop; n++) {
+        const float *sums = due->sums + n / 16 * 1024 + n % 16 * 16;
+        F first = f_load(sums);
+        if (p->finish == GATE) {
+            size_t to = due->to + (size_t)(n / 16) * 16 * p->next.columns + n % 16 * 32;
+            F x = f_mul(let_through(first, p->activation), f_load(sums + 256));
+            __m256i near = (__m256i)_mm512_cvtneps_pbh(x);
+            _mm256_storeu_si256((__m256i *)(p->next.high + to), near);
+            if (p->next.low)
+                f_to_bfloat16(p->next.low + to, f_sub(x, f_from_bfloat16(p->next.high + to)));
+            continue;
         }
+        float *out = p->out + due->to + (size_t)n * p->matrix->rows;
+        f_store(out, p->finish == ADD ? f_add(f_load(out), first) : first);
+        if (due->tiles > 1) {
+            F second = f_load(sums + 256);
+            f_store(out + TILE, p->finish == ADD ? f_add(f_load(out + TILE), second) : second);
+        }
+    }
+    due->line = stop;
+}
+
+/* Add to the sums 0 to 3 the products of 32 tokens with 32 rows (or, not `both`, with 16), `steps` times 32 columns. Meanwhile, do
+   what is `due` with the product's earlier sums (NULL: nothing). */
+INLINE void amx_32_tokens(
+    Tiles w, const uint16_t *high, const uint16_t *low, size_t token_row, int steps, const int both, Ahead ahead, const Product *p,
+    Due *due) {
+    int lines = (32 + steps - 1) / steps;
+    for (int k = 0; k < steps; k++) {
+        if (p)
+            amx_finish(p, due, lines);
+        for (int i = ahead.from; i < ahead.to; i++)
+            _mm_prefetch(
+                (const char *)(w.at + k * w.column + ahead.further + i / 16 * w.row) + i % 16 * w.line, _MM_HINT_T1);
         const uint16_t *own = w.at + k * w.column;
         _tile_loadd(6, own, w.line);
         _tile_loadd(4, high + k * 512, 64);
@@ -111,9 +160,9 @@ INLINE void amx_16_tokens(
             _tile_loadd(5, low + k * 512, 64);
 #define OF_ROW(i, tile) \
     if (rows > i) { \
-        const uint16_t *own = w.at + i * w.row + k * w.column; \
+        const uint16_t *own = w.at + i % 2 * w.row + i / 2 * w.pair + k * w.column; \
         for (int line = 0; further && line < 16; line++) \
-            _mm_prefetch((const char *)own + 2 * further + line * w.line, _MM_HINT_T0); \
+            _mm_prefetch((const char *)own + 2 * further + line * w.line, _MM_HINT_T1); \
         _tile_loadd(tile, own, w.line); \
         _tile_dpbf16ps(i, 4, tile); \
         if (low) \
@@ -165,6 +214,14 @@ INLINE void split_wide(F x, float *high, float *low) {
         _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(f_sub(x, near))), 16)));
 }
 
+/* Return 2^x with a relative error under 8e-5: numbers in bfloat16 are 50 times as rough. */
+INLINE F amx_exp2(F x) {
+    F r = _mm512_reduce_ps(x, 9); /* what is above the next whole number below */
+    F y = f_fma(f_all(7.802431e-2f), r, f_all(2.2606778e-1f));
+    y = f_fma(y, r, f_all(6.9583313e-1f));
+    return _mm512_scalef_ps(f_fma(y, r, f_all(9.9992528e-1f)), x);
+}
+
 /* Let vectors treat the smallest numbers as tiles do, as zero. Return what to restore. */
 static unsigned without_denormals(void) {
     unsigned before = _mm_getcsr();
@@ -197,220 +254,5 @@ INLINE void amx_store(float *a, float *b, float *c, float *d, size_t step) {
     if (d)
         _tile_stored(3, d, step);
 }
-
-static _Thread_local float amx_sums[AMX_TOKENS / 16 * 4][256] __attribute__((aligned(64)));
-static _Thread_local uint16_t amx_widened[64 * AMX_COLUMNS] __attribute__((aligned(64)));
-
-/* Widen the columns from `first` on of one tile of whole numbers to bfloat16. */
-INLINE void widened(const Matrix *m, int tile, int first, int count, uint16_t *to, const int kind) {
-    const __m512i low = _mm512_set1_epi32(255);
-    uint16_t order[32];
-    for (int i = 0; i < 16; i++) {
-        order[2 * i] = (uint16_t)i;
-        order[2 * i + 1] = (uint16_t)(16 + i);
-    }
-    const __m512i weave = _mm512_loadu_si512(order);
-    for (int block = first / BLOCK; block < (first + count) / BLOCK; block++) {
-        size_t at = (size_t)tile * (m->columns / BLOCK) + block;
-        __m512i w[8];
-        unpack(kind, (const uint8_t *)m->data + at * (kind == INT4 ? 256 : 512), w);
-        F scale = f_from_half(m->scales + at * TILE);
-        F under = kind == INT4 ? f_from_half(m->least + at * TILE) : f_mul(scale, f_all(-128.0f));
-#pragma GCC unroll 8
-        for (int i = 0; i < 8; i++)
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; half++, to += 32) {
-                __m512i even = _mm512_and_si512(half ? _mm512_srli_epi32(w[i], 16) : w[i], low);
-                __m512i odd = half ? _mm512_srli_epi32(w[i], 24) : _mm512_and_si512(_mm512_srli_epi32(w[i], 8), low);
-                F a = f_fma(_mm512_cvtepi32_ps(even), scale, under), b = f_fma(_mm512_cvtepi32_ps(odd), scale, under);
-                _mm512_storeu_si512(to, _mm512_permutexvar_epi16(weave, (__m512i)_mm512_cvtne2ps_pbh(b, a)));
-            }
-    }
-}
-
-/* Multiply up to four tiles of rows with tokens in tiles, from `first` to `end`. */
-static void amx_group(const Product *p, int tile, const int tiles, int first, int end) {
-    const Matrix *m = p->matrix;
-    int columns = m->columns, padded = (end - first + 15) / 16 * 16;
-    size_t token_row = (size_t)16 * columns;
-    const uint16_t *high = p->tokens->high + first / 16 * token_row;
-    const uint16_t *low = p->tokens->low ? p->tokens->low + first / 16 * token_row : NULL;
-    int whole = m->kind != BFLOAT16, together = padded > 16 || whole ? AMX_COLUMNS : columns;
-    const char *ahead = NULL, *stop = NULL; /* the next group's weights */
-    const uint16_t *weights = whole ? NULL : (const uint16_t *)m->data + tile * token_row;
-    int times = padded / 32 * ((tiles + 1) / 2) * (columns / 32), lines = 0;
-    if (!whole && times && tile + tiles < m->rows / TILE) {
-        int next = m->rows / TILE - tile - tiles < 4 ? m->rows / TILE - tile - tiles : 4;
-        ahead = (const char *)(weights + tiles * token_row);
-        stop = ahead + next * token_row * 2;
-        lines = (int)((stop - ahead) / 64 / times);
-    }
-    for (int c = 0; c < columns; c += together) {
-        int some = columns - c < together ? columns - c : together, steps = some / 32, t = 0;
-        Tiles w = {weights + c * TILE, token_row, 512, 64};
-        if (whole) {
-            for (int i = 0; i < tiles; i++)
-                if (m->kind == INT4)
-                    widened(m, tile + i, c, some, amx_widened + i * some * TILE, INT4);
-                else
-                    widened(m, tile + i, c, some, amx_widened + i * some * TILE, INT8);
-            w = (Tiles){amx_widened, (size_t)some * TILE, 512, 64};
-        }
-        for (; padded > TWO_FROM && t + 32 <= padded; t += 32)
-            for (int r = 0; r < tiles; r += 2) {
-                const uint16_t *h = high + t / 16 * token_row + c * 16, *l = low ? low + t / 16 * token_row + c * 16 : NULL;
-                float *upper = amx_sums[t / 16 * 4 + r], *lower = amx_sums[t / 16 * 4 + 4 + r];
-                Tiles own = {w.at + r * w.row, w.row, w.column, w.line};
-                if (r + 1 < tiles) {
-                    if (c)
-                        amx_load(upper, lower, upper + 256, lower + 256, 64);
-                    else
-                        amx_zero();
-                    if (lines > 8)
-                        amx_32_tokens(own, h, l, token_row, steps, 1, &ahead, stop, 16);
-                    else if (lines)
-                        amx_32_tokens(own, h, l, token_row, steps, 1, &ahead, stop, 8);
-                    else
-                        amx_32_tokens(own, h, l, token_row, steps, 1, &ahead, stop, 2);
-                    amx_store(upper, lower, upper + 256, lower + 256, 64);
-                } else {
-                    if (c)
-                        amx_load(upper, lower, NULL, NULL, 64);
-                    else
-                        amx_zero();
-                    amx_32_tokens(own, h, l, token_row, steps, 0, &ahead, stop, 0);
-                    amx_store(upper, lower, NULL, NULL, 64);
-                }
-            }
-        for (; t < padded; t += 16) {
-            const uint16_t *h = high + t / 16 * token_row + c * 16, *l = low ? low + t / 16 * token_row + c * 16 : NULL;
-            float *a = amx_sums[t / 16 * 4], *b = tiles > 1 ? a + 256 : NULL;
-            float *d = tiles > 2 ? a + 512 : NULL, *e = tiles > 3 ? a + 768 : NULL;
-            if (c)
-                amx_load(a, b, d, e, 64);
-            else
-                amx_zero();
-            if (t)
-                amx_16_tokens(w, tiles, h, l, steps, 0);
-            else
-                amx_16_tokens(w, tiles, h, l, steps, 2048);
-            amx_store(a, b, d, e, 64);
-        }
-    }
-    for (int t = first; t < end; t++)
-        for (int r = 0; r < tiles; r++)
-            f_store(
-                p->out + (size_t)t * m->rows + (tile + r) * TILE,
-                f_load(amx_sums[(t - first) / 16 * 4 + r] + (t - first) % 16 * 16));
-}
-
-/* Multiply one tile of whole numbers with tokens of whole numbers in tiles: the same bits as `tile_whole`. */
-INLINE void amx_whole(const Product *p, int tile, const int kind) {
-    static _Thread_local int32_t made[8][256] __attribute__((aligned(64)));
-    static _Thread_local uint8_t unpacked[512 * AMX_BLOCKS] __attribute__((aligned(64)));
-    static _Thread_local float scale[AMX_BLOCKS][16], under[AMX_BLOCKS][16];
-    const Matrix *m = p->matrix;
-    int all = m->columns / BLOCK, tokens = p->tokens->tokens;
-    for (int first = 0; first < all; first += AMX_BLOCKS) {
-        int blocks = all - first < AMX_BLOCKS ? all - first : AMX_BLOCKS;
-        size_t at = (size_t)tile * all + first;
-        const uint8_t *data = (const uint8_t *)m->data + at * (kind == INT4 ? 256 : 512);
-        for (int b = 0; b < blocks; b++) {
-            if (kind == INT4) {
-                __m512i w[8];
-                unpack(kind, data + b * 256, w);
-                for (int i = 0; i < 8; i++)
-                    _mm512_store_si512(unpacked + b * 512 + 64 * i, w[i]);
-            }
-            F s = f_from_half(m->scales + (at + b) * TILE);
-            f_store(scale[b], s);
-            f_store(under[b], kind == INT4 ? f_from_half(m->least + (at + b) * TILE) : f_mul(s, f_all(-128.0f)));
-        }
-        if (kind == INT4)
-            data = unpacked;
-        for (int t = 0; t < tokens; t += 16) {
-            const int8_t *own = p->tokens->whole + (size_t)t * m->columns + (size_t)first * 512;
-            const float *scales = p->tokens->scales + (size_t)t * all + first * 16;
-            const float *sums = p->tokens->sums + (size_t)t * all + first * 16;
-            int some = tokens - t < 16 ? tokens - t : 16;
-            float *out = p->out + (size_t)t * m->rows + tile * TILE;
-            F sum[16];
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; i++)
-                sum[i] = first && i < some ? f_load(out + (size_t)i * m->rows) : f_zero();
-#define OF_BLOCK(sum, b) \
-    if (b < blocks) { \
-        _tile_zero(sum); \
-        _tile_loadd(4, own + (size_t)(b) * 512, 32); \
-        _tile_loadd(6, data + (size_t)(b) * 512, 64); \
-        _tile_dpbsud(sum, 4, 6); \
-        _tile_stored(sum, made[(b) & 7], 64); \
-    }
-#define FOUR_BLOCKS(b) OF_BLOCK(0, b) OF_BLOCK(1, b + 1) OF_BLOCK(2, b + 2) OF_BLOCK(3, b + 3)
-            FOUR_BLOCKS(0)
-            for (int b = 0; b < blocks; b++) {
-                if (b % 4 == 0) {
-                    FOUR_BLOCKS(b + 4)
-                }
-                F s = f_load(scale[b]), u = f_load(under[b]);
-#pragma GCC unroll 16
-                for (int i = 0; i < 16; i++) {
-                    F whole = _mm512_cvtepi32_ps(_mm512_load_si512(made[b & 7] + 16 * i));
-                    sum[i] = f_fma(f_mul(whole, f_all(scales[b * 16 + i])), s, sum[i]);
-                    sum[i] = f_fma(u, f_all(sums[b * 16 + i]), sum[i]);
-                }
-            }
-#undef FOUR_BLOCKS
-#undef OF_BLOCK
-#pragma GCC unroll 16
-            for (int i = 0; i < 16; i++)
-                if (i < some)
-                    f_store(out + (size_t)i * m->rows, sum[i]);
-        }
-    }
-}
-
-static void amx_chunk(void *context, int chunk) {
-    const Product *p = context;
-    int tiles = p->matrix->rows / TILE, from = chunk * p->tiles_a_chunk, tokens = p->tokens->tokens;
-    int to = from + p->tiles_a_chunk < tiles ? from + p->tiles_a_chunk : tiles, columns = p->matrix->columns;
-    if (p->tokens->wide) {
-        unsigned before = without_denormals();
-        size_t step = (size_t)TILE * columns;
-        Tiles own = {(const uint16_t *)p->matrix->data + from * step, step, 512, 64};
-        float *out = p->out + from * TILE;
-        for (; to - from >= 4; from += 4, own.at += 4 * step, out += 4 * TILE)
-            one_token(own, columns / 32, p->tokens->wide, p->tokens->wide_low, out, 4);
-        for (; from < to; from++, own.at += step, out += TILE)
-            one_token(own, columns / 32, p->tokens->wide, p->tokens->wide_low, out, 1);
-        _mm_setcsr(before);
-        return;
-    }
-    if (!p->tokens->high) {
-        amx_begin(32, 16);
-        for (int tile = from; tile < to; tile++)
-            if (p->matrix->kind == INT4)
-                amx_whole(p, tile, INT4);
-            else
-                amx_whole(p, tile, INT8);
-        amx_end();
-        return;
-    }
-    amx_begin(64, tokens);
-    for (int first = 0; first < tokens; first += AMX_TOKENS) {
-        int end = first + AMX_TOKENS < tokens ? first + AMX_TOKENS : tokens;
-        for (int tile = from; tile < to; tile += 4)
-            switch (to - tile) {
-            case 1: amx_group(p, tile, 1, first, end); break;
-            case 2: amx_group(p, tile, 2, first, end); break;
-            case 3: amx_group(p, tile, 3, first, end); break;
-            default: amx_group(p, tile, 4, first, end);
-            }
-    }
-    amx_end();
-}
-
-/* Return how many tiles of rows a chunk should have, whole groups of four if there are enough. */
-static int amx_tiles(int tiles, int each) { return tiles < 16 ? each : (each + 3) / 4 * 4; }
 
 #endif

@@ -73,13 +73,14 @@ static void product_chunk(void *context, int chunk) {
     }
 }
 
-static void multiply(const Matrix *matrix, const Tokens *tokens, float *out) {
-    int tiles = matrix->rows / TILE, chunks = pool.helpers ? 4 * (pool.helpers + 1) : 1;
-    int each = (tiles + chunks - 1) / chunks;
-    Product product = {matrix, tokens, out, each};
+static void multiply(Product product) {
+    int tiles = tiles_of(&product), chunks = pool.helpers ? 4 * (pool.helpers + 1) : 1;
+    int each = product.tiles_a_chunk = (tiles + chunks - 1) / chunks;
 #ifdef AMX
+    const Tokens *tokens = product.tokens;
     if (tokens->wide || tokens->high || tokens->in_tiles) {
-        product.tiles_a_chunk = each = tokens->in_tiles ? each : amx_tiles(tiles, each);
+        if (!tokens->in_tiles)
+            each = product.tiles_a_chunk = amx_tiles(tiles, each);
         share(amx_chunk, &product, (tiles + each - 1) / each);
         return;
     }
@@ -129,6 +130,12 @@ typedef struct {
 } Narrowing;
 
 #ifdef AMX
+/* Return whether tokens are multiplied with this matrix as high and low parts, or as high parts. */
+static int in_parts(const Matrix *m, int tokens) { return m->kind == BFLOAT16 || (m->fast && tokens >= WIDEN_FROM); }
+
+/* Return whether the low parts count, too. */
+static int with_low(const Matrix *m, int tokens) { return !m->fast || tokens < FAST_FROM; }
+
 /* Write the only token's high and low parts as float32. */
 static void widened_parts(const void *context, int token) {
     const Narrowing *n = context;
@@ -164,13 +171,13 @@ static size_t prepared_bytes(int tokens, int columns) { return (size_t)(tokens +
 static Tokens prepared(const Matrix *matrix, const float *from, int tokens, uint8_t *room) {
     int columns = matrix->columns, in_tiles = 0, padded = (tokens + 15) / 16 * 16;
 #ifdef AMX
-    if (matrix->kind == BFLOAT16 || (matrix->fast && tokens >= WIDEN_FROM)) {
+    if (in_parts(matrix, tokens)) {
         Narrowing narrowing = {from, columns, tokens, (uint16_t *)room, NULL};
         if (tokens == 1) {
             each(tokens, widened_parts, &narrowing);
             return (Tokens){.tokens = tokens, .wide = (float *)room, .wide_low = (float *)room + (size_t)tokens * columns};
         }
-        if (!matrix->fast || tokens < FAST_FROM)
+        if (with_low(matrix, tokens))
             narrowing.low = narrowing.narrow + (size_t)padded * columns;
         each(padded, narrowed, &narrowing);
         return (Tokens){.tokens = tokens, .high = narrowing.narrow, .low = narrowing.low};
@@ -201,7 +208,7 @@ static Tokens prepared(const Matrix *matrix, const float *from, int tokens, uint
 
 static void product(const Matrix *matrix, const float *from, int tokens, float *out, uint8_t *room) {
     Tokens ready = prepared(matrix, from, tokens, room);
-    multiply(matrix, &ready, out);
+    multiply((Product){matrix, &ready, out, STORE});
 }
 
 /* Return how many bytes of `room` a product of so many tokens and columns needs. */

@@ -26,7 +26,7 @@ from . import native
 from .pages import fresh
 
 TILE = 16
-PART = 256
+HELD = 256
 """Positions in a block of a cache (attend.c)."""
 BFLOAT16, INT8, INT4 = range(3)
 CHUNK_BYTES = 16 << 20

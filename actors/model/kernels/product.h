@@ -38,6 +38,7 @@
 #include <string.h>
 
 #include "pool.h"
+#include "activation.h"
 #include "vectors.h"
 
 #define TILE 16
@@ -146,12 +147,25 @@ typedef struct {
     const float *sums;      /* [tokens, columns / 32]: the sum of the whole numbers, times their scale */
 } Tokens;
 
+/* What is done with the sums of a product: they are stored, added to what `out` holds, or, of a matrix [gate, up], become the next
+   product's tokens: the activation of the gate times what is beside it. */
+enum { STORE, ADD, GATE };
+
 typedef struct {
     const Matrix *matrix;
     const Tokens *tokens;
     float *out; /* [tokens, rows] */
+    int finish, activation;
+    struct {
+        uint16_t *high, *low;
+        int columns;
+    } next; /* of GATE, only with AMX: the next product's tokens */
     int tiles_a_chunk;
 } Product;
+
+/* Return how many tiles of rows are divided into chunks: those of a gate take the others with them. */
+INLINE int tiles_of(const Product *p) { return p->matrix->rows / TILE / (p->finish == GATE ? 2 : 1); }
+
 /* Return how many of the tokens that are left are multiplied next: at most `most`, and never one alone at the end. */
 static int next_of(int left, int most) {
     int times = (left + most - 1) / most;

@@ -9,7 +9,7 @@
 
 #include "whole_avx512.h"
 
-#include "amx.h"
+#include "amx_product.h"
 
 #include <cpuid.h>
 

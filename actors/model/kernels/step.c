@@ -2,8 +2,6 @@
 
    Included by the file of each instruction set: see product.h. */
 
-enum { SILU, GELU_TANH, GELU, RELU };
-
 /* One layer. Whatever is not one of the matrices, `norm_in` or `norm_mid` may be NULL: then the layer does without it. */
 typedef struct {
     Matrix qkv, out, up, down;
@@ -98,27 +96,6 @@ static void made_added(const void *context, int token) {
     added(s->hidden + token * width, made, width);
 }
 
-/* Multiply the numbers by how far the activation lets them through. */
-INLINE F let_through(F x, int activation) {
-    if (activation == RELU)
-        return f_max(f_zero(), x); /* in this order NaN stays NaN */
-    F steep = x;
-    if (activation == GELU) { /* x times the normal distribution function: Abramowitz and Stegun 7.1.26, within 1.5e-7 */
-        F far = f_mul(f_abs(x), f_all(0.70710678118654752f));
-        F t = f_div(f_all(1.0f), f_fma(far, f_all(0.3275911f), f_all(1.0f)));
-        F y = f_fma(t, f_all(1.061405429f), f_all(-1.453152027f));
-        y = f_fma(t, y, f_all(1.421413741f));
-        y = f_fma(t, y, f_all(-0.284496736f));
-        y = f_mul(t, f_fma(t, y, f_all(0.254829592f)));
-        F tail = f_mul(f_mul(y, f_exp(f_sub(f_zero(), f_mul(far, far)))), f_all(0.5f)); /* beyond -|x| */
-        return f_less(f_abs(x), tail, f_max(f_zero(), x));
-    }
-    if (activation == GELU_TANH) /* x times the logistic function of this */
-        steep = f_mul(f_mul(x, f_all(1.5957691216057308f)), f_fma(f_mul(x, x), f_all(0.044715f), f_all(1.0f)));
-    F near = f_min(f_all(80.0f), f_max(f_all(-80.0f), steep));
-    return f_div(x, f_add(f_all(1.0f), f_exp(f_sub(f_zero(), near))));
-}
-
 static void activated(const void *context, int token) {
     const Step *s = context;
     size_t inner = s->group->inner, wide = s->group->gated ? 2 * inner : inner;
@@ -163,10 +140,10 @@ static void remember_chunk(void *context, int chunk) {
             normalised(key, key, s->layer->norm_key, width, g->eps);
         if (cosine)
             turned(key, cosine + position * width, sine + position * width, width);
-        uint16_t *keys = keys_of(row, position / PART, g->cached, g->first + s->index, g->kv_heads, head, width);
-        int at = position % PART;
+        uint16_t *keys = keys_of(row, position / HELD, g->cached, g->first + s->index, g->kv_heads, head, width);
+        int at = position % HELD;
         uint16_t narrow[16], *to = keys + (size_t)(at / TILE) * TILE * width + 2 * (at % TILE);
-        uint16_t *pair = keys + (size_t)PART * width + (size_t)(at / 2) * 2 * width + at % 2;
+        uint16_t *pair = keys + (size_t)HELD * width + (size_t)(at / 2) * 2 * width + at % 2;
         for (int i = 0; i < width; i += 16) {
             f_to_bfloat16(narrow, f_load(key + i));
             for (int two = 0; two < 8; two++)
@@ -204,6 +181,17 @@ int64_t ranvier_room(const Group *g, int tokens, int64_t longest) {
 
 static uint8_t *next_line(void *at) { return (uint8_t *)(((uintptr_t)at + 63) / 64 * 64); }
 
+/* Multiply, and add the products to the hidden states, after a bias and a norm if there are such. */
+static void add_product(Step *s, const Matrix *matrix, const Tokens *ready, const float *bias, const float *norm) {
+    if (ready->high && !bias && !norm) { /* with AMX */
+        multiply((Product){matrix, ready, s->hidden, ADD});
+        return;
+    }
+    multiply((Product){matrix, ready, s->made, STORE});
+    s->after = norm, s->bias = bias;
+    each(ready->tokens, made_added, s);
+}
+
 static void attention_part(Step *s, Attention *attention, int tokens, int spans, uint8_t *rest) {
     const Layer *layer = s->layer;
     s->weight = layer->norm_in, s->shift = layer->norm_in_bias;
@@ -216,20 +204,41 @@ static void attention_part(Step *s, Attention *attention, int tokens, int spans,
     attention->layer = s->group->first + s->index;
     attention->window = layer->window;
     attend(attention);
-    product(&layer->out, s->attended, tokens, s->made, rest);
-    s->after = layer->norm_attended, s->bias = layer->out_bias;
-    each(tokens, made_added, s);
+    Tokens ready = prepared(&layer->out, s->attended, tokens, rest);
+    add_product(s, &layer->out, &ready, layer->out_bias, layer->norm_attended);
 }
+
+#ifdef AMX
+enum { FEW = 8 /* tokens: the room of fewer does not hold a whole tile of them */ };
+
+/* Multiply with a matrix [gate, up], and make the tokens of the next product of it at once; or return 0. */
+static int gated_at_once(Step *s, int tokens, uint8_t *rest, Tokens *next) {
+    const Layer *layer = s->layer;
+    if (tokens < FEW || !s->group->gated || layer->up_bias || !in_parts(&layer->up, tokens) || !in_parts(&layer->down, tokens))
+        return 0;
+    Tokens ready = prepared(&layer->up, s->norm, tokens, rest);
+    uint16_t *high = (uint16_t *)s->inner, *low = high + (size_t)(tokens + 15) / 16 * 16 * layer->down.columns;
+    *next = (Tokens){.tokens = tokens, .high = high, .low = with_low(&layer->down, tokens) ? low : NULL};
+    multiply((Product){
+        &layer->up, &ready, .finish = GATE, .activation = s->group->activation,
+        .next = {high, next->low ? low : NULL, layer->down.columns}});
+    return 1;
+}
+#else
+static int gated_at_once(Step *s, int tokens, uint8_t *rest, Tokens *next) { return 0; }
+#endif
 
 static void feed_forward_part(Step *s, int tokens, uint8_t *rest) {
     const Layer *layer = s->layer;
     s->weight = layer->norm_mid, s->shift = layer->norm_mid_bias;
     each(tokens, normed, s);
-    product(&layer->up, s->norm, tokens, s->inner, rest);
-    each(tokens, activated, s);
-    product(&layer->down, s->gated, tokens, s->made, rest);
-    s->after = layer->norm_out, s->bias = layer->down_bias;
-    each(tokens, made_added, s);
+    Tokens ready;
+    if (!gated_at_once(s, tokens, rest, &ready)) {
+        product(&layer->up, s->norm, tokens, s->inner, rest);
+        each(tokens, activated, s);
+        ready = prepared(&layer->down, s->gated, tokens, rest);
+    }
+    add_product(s, &layer->down, &ready, layer->down_bias, layer->norm_out);
 }
 
 /* Compute all layers from `from` to `to`, both [tokens of all rows, hidden] in float32 or, if `narrow`, bfloat16; they may be the
@@ -256,13 +265,13 @@ int ranvier_step(
     s.hidden = narrow ? s.made + tokens * H : to;
     Attention attention = {
         .spans = span, .span_count = spans, .heads = g->heads, .kv_heads = g->kv_heads, .width = g->width, .layers = g->cached, .fast = g->fast,
-        .parts = parts_of(spans * g->kv_heads, longest), .own = partial_of(longest, g->width),
+        .chunks = chunks_of(spans * g->kv_heads, longest), .own = partial_of(longest, g->width),
         .scale = g->scale * 1.44269504f /* 2^x is quicker than e^x */,
         .qkv = s.qkv, .attended = s.attended};
     attention.work = next_line(s.made + 2 * tokens * H);
     attention.partial = (float *)(attention.work + (pool.helpers + 1) * work_bytes(g->width));
     attention.taken = (_Atomic int *)(attention.partial +
-        (attention.parts > 1 ? spans * g->kv_heads * attention.own : 0));
+        (attention.chunks > 1 ? spans * g->kv_heads * attention.own : 0));
     memset((void *)attention.taken, 0, sizeof(int) * (pool.helpers + 1));
     uint8_t *rest = next_line(attention.taken + pool.helpers + 1);
     begin();
