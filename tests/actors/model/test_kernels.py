@@ -95,7 +95,7 @@ def test_rounding_costs_what_it_must() -> None:
 
 
 @pytest.mark.parametrize("pack", [pack_bfloat16, pack_int8, pack_int4])
-@pytest.mark.parametrize(("rows", "columns"), [(16, 32), (48, 96), (560, 576), (64, 1536)])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 32), (48, 96), (560, 576), (64, 1536), (112, 3104)])
 def test_a_token_s_bits_do_not_depend_on_the_tokens_beside_it(
     rows: int, columns: int, pack: Callable[[torch.Tensor], Packed]
 ) -> None:
@@ -388,12 +388,17 @@ def test_the_largest_of_the_allowed_numbers(count: int) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 37])
-@pytest.mark.parametrize("chunk", [150, 64, 7])
-def test_a_long_prompt_in_parts_is_that_of_transformers(window: int | None, chunk: int, tiny: Any) -> None:
+@pytest.mark.parametrize("chunk", [150, 64, 29, 7])
+@pytest.mark.parametrize(
+    ("precision", "fast", "mean"), [("dtype", False, 0.01), ("dtype", True, 0.01), ("int8", True, 0.03)]
+)
+def test_a_long_prompt_in_parts_is_that_of_transformers(
+    window: int | None, chunk: int, precision: str, fast: bool, mean: float, tiny: Any
+) -> None:
     """Attend to many tiles of positions, in spans that end anywhere, with eight query heads on two of keys and values."""
     changes = {"sliding_window": window, "num_attention_heads": 8}
     folder, oracle = tiny(f"kernels long {window}", "mistral", **{**SIZES, **changes})
-    blocks = Blocks(open_checkpoint(folder), (0, 2), torch.bfloat16, 500, lambda _: None)
+    blocks = Blocks(open_checkpoint(folder), (0, 2), torch.bfloat16, 500, lambda _: None, precision, fast)
     torch.manual_seed(6)
     given = torch.randn(150, 128).bfloat16()
     expected = hidden_after(oracle, given.float())
@@ -403,8 +408,8 @@ def test_a_long_prompt_in_parts_is_that_of_transformers(window: int | None, chun
         for start in range(0, 150, chunk)
     ])  # fmt: skip
     errors = (made.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
-    assert float(errors.mean()) < 0.01
-    assert float(errors.max()) < 0.02
+    assert float(errors.mean()) < mean
+    assert float(errors.max()) < 2 * mean
 
 
 @pytest.mark.parametrize("precision", ["dtype", pytest.param("int8", marks=pytest.mark.slow)])
