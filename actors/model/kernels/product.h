@@ -25,7 +25,7 @@
        COLUMNS       optional: how many columns of bfloat16 are multiplied at a time, if there are more than TOKENS tokens
        PAIRS, pairs, pairs_any
                      optional: products with up to PAIRS tokens that are rounded to bfloat16, used if `pairs()` is true
-       AMX           optional: products of bfloat16, and attention, by the tiles of the processor (amx.h)
+       AMX           optional: products of bfloat16, and attention, by the tiles of the processor (amx.h, amx_product.h)
        ranvier_supported
                      a number greater than 0 if this processor has the instructions: the greatest one is used
 
@@ -37,8 +37,8 @@
 
 #include <string.h>
 
-#include "pool.h"
 #include "activation.h"
+#include "pool.h"
 #include "vectors.h"
 
 #define TILE 16
