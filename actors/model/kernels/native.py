@@ -37,7 +37,7 @@ def prefill_chunk() -> int:
 def repeatable_is_cheap() -> bool:
     """Return whether repeatable products cost this processor at most 5 % (benchmarks/products.py).
 
-    With AMX, prompts take a fifth (bfloat16) or a third longer. Without it, there is only one way to multiply.
+    With AMX, the kernels take two fifths longer for prompts. Without it, there is only one way to multiply.
     """
     return next(iter(libraries()), None) != "amx"
 
