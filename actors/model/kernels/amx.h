@@ -71,7 +71,7 @@ INLINE int amx_tile(const Product *p, int tile, int i) {
 }
 
 /* Sums of up to 32 tokens and one or two tiles of rows that are ready, and what is to be done with them. It is done line by line
-   while the tiles compute the next sums, so it costs no time. */
+   while the tiles compute the next sums. */
 typedef struct {
     const float *sums; /* of 16 tokens and two tiles; those of the next 16 tokens are 1024 numbers further */
     size_t to;         /* where the first token's numbers go to */
@@ -98,8 +98,7 @@ INLINE void amx_finish(const Product *p, Due *due, int lines) {
         if (p->finish == GATE) {
             size_t to = due->to + (size_t)(n / 16) * 16 * p->next.columns + n % 16 * 32;
             F x = f_mul(let_through(first, p->activation), f_load(sums + 256));
-            __m256i near = (__m256i)_mm512_cvtneps_pbh(x);
-            _mm256_storeu_si256((__m256i *)(p->next.high + to), near);
+            f_to_bfloat16(p->next.high + to, x);
             if (p->next.low)
                 f_to_bfloat16(p->next.low + to, f_sub(x, f_from_bfloat16(p->next.high + to)));
             continue;

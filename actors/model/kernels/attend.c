@@ -378,9 +378,8 @@ static void attend_parts(const Attention *a, Desk d, int pair, int from, int to,
     int count = span->tokens * queries;
     int64_t position = span->row->position + span->first;
 #ifdef AMX
-    unsigned control = _mm_getcsr();
-    if ((d.fast = a->fast && count > 16))
-        without_denormals();
+    d.fast = a->fast && count > 16;
+    unsigned control = d.fast ? without_denormals() : _mm_getcsr();
     amx_begin(64, count); /* of 17 to 31 queries, lines behind the last one hold anything: they change no other line */
 #endif
     for (int q = 0; q < count; q++)
