@@ -28,4 +28,4 @@ def install() -> None:
 
 def there(tensor: Any) -> bool:
     """Return whether a tensor is where this process computes."""
-    return tensor.device.type == "second" or "CUDA_VISIBLE_DEVICES" not in os.environ
+    return tensor.device.type == "lazy" or "CUDA_VISIBLE_DEVICES" not in os.environ
