@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import select
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -85,6 +86,10 @@ class ZeroWire:
         self._lock: int | None = None
         self._timeout_s: float | None = None
         self._quick = False
+        self._empty = False
+        """True if nothing had come when ZeroMQ was asked last. Since then, its descriptor tells whether to ask again."""
+        self._stirred = select.poll()
+        self._stirred.register(self.fd, select.POLLIN)
         try:
             self._bind(where)
         except zmq.ZMQError as error:
@@ -172,6 +177,7 @@ class ZeroWire:
 
     def _answer(self, peer: str, header: bytes) -> None:
         """Send a refusal to a peer that sent the first message and does not belong to this graph."""
+        self._empty = False  # sending takes note of what has come
         try:
             with contextlib.suppress(zmq.Again):
                 self._inbox.send(peer.encode("latin-1"), _MORE)
@@ -183,7 +189,9 @@ class ZeroWire:
                 raise LinkBroken(f"{self.me}: cannot send to {peer}: {error.strerror}") from error
 
     def receive(self, timeout_s: float | None) -> Arrival | None:
-        inbox = self._inbox
+        if self._empty and timeout_s == 0 and not self._stirred.poll(0):
+            return None  # asking ZeroMQ would take 12 µs, asking the system takes 1
+        inbox, self._empty = self._inbox, False
         try:
             while True:
                 began_ns, identity = (0, inbox.recv(_LAST)) if timeout_s == 0 else self._wait(timeout_s)
@@ -196,7 +204,7 @@ class ZeroWire:
             buffers = self._tensors(identity) if header.more else ()
             return Arrival(identity.decode("latin-1"), header.buffer, buffers, began_ns)
         except zmq.Again:
-            self._quick = False
+            self._quick, self._empty = False, True
             return None
         except zmq.ZMQError as error:
             if inbox.closed or isinstance(error, zmq.ContextTerminated):
@@ -264,6 +272,7 @@ class ZeroWire:
             # data was acknowledged before; a refusal or a final message may still be on its way
             socket.close(linger=LINGER_MS)
         self._dealers.clear()
+        self._empty = False  # `receive` asks ZeroMQ from now on, and raises
         self._inbox.close(linger=0)
         if self._lock is not None:
             with contextlib.suppress(OSError):
