@@ -21,7 +21,7 @@ from . import weights
 from .guide import GrammarError, Guide, Guides
 from .kernels import packed
 from .kernels.packed import Packed
-from .sampling import as_they_are, choose, likeliest, likeliest_there, log_probabilities, make_sure_of
+from .sampling import as_they_are, choose, likeliest, likeliest_of_each, log_probabilities, make_sure_of
 from .scores import ranked, scored
 from .tensors import Matrix, Norm, needed, product, read_matrix, read_slot
 
@@ -174,11 +174,11 @@ class Head(Actor):
         On a GPU the likeliest tokens are found there. The logits, half a megabyte per row, come back only if a row needs them.
         """
         allowed_RV = self.allowed(due, logits_RV).float().contiguous()  # as `likeliest` reads them
-        if not allowed_RV.is_cpu or chosen is not None:
-            if any(self.streams[row.session].needs_logits for row in due):
-                logits_RV, allowed_RV, chosen = here(logits_RV), here(allowed_RV), None
-            elif chosen is None:
-                chosen = likeliest_there(allowed_RV)
+        on_gpu = not allowed_RV.is_cpu or chosen is not None
+        if on_gpu and any(self.streams[row.session].needs_logits for row in due):
+            logits_RV, allowed_RV, chosen = here(logits_RV), here(allowed_RV), None
+        if chosen is None and any(self.streams[row.session].plain for row in due):
+            chosen = likeliest_of_each(allowed_RV)
         drawn: list[_Drawn] = []
         for index, row in enumerate(due):
             try:
@@ -191,10 +191,10 @@ class Head(Actor):
         stream = self.streams[row.session]
         info, position = stream.info, row.position + row.tokens
         del stream.tokens[position:]  # by position: repeating a step changes nothing
-        if chosen is not None:
-            token = make_sure_of(chosen)
+        if chosen is not None and stream.plain:
+            token = make_sure_of(chosen, allowed_RV, index)
         else:
-            token = likeliest(allowed_RV, index) if stream.plain else self._chosen(stream, position, allowed_RV, index)
+            token = self._chosen(stream, position, allowed_RV, index)
         stream.tokens.append(token)
         goes_on = not info.finished(len(stream.tokens) - stream.known, token)
         return _Drawn(Row(row.session, row.epoch, position, 1), token, goes_on, info, index)
@@ -229,9 +229,12 @@ def _outputs(drawn: list[_Drawn], logits_RV: torch.Tensor) -> Mapping[str, torch
     """Return the outputs of a head for the tokens that it has chosen."""
     outputs: dict[str, torch.Tensor | Batch] = {}
     going = [each for each in drawn if each.goes_on]
+    token_R = torch.tensor([each.token for each in going])
     if going:  # first, because the next step waits for it
-        outputs["token"] = _batch("token", going, torch.tensor([each.token for each in going]))
-    outputs["sampled"] = _batch("sampled", drawn, torch.tensor([each.token for each in drawn]))
+        outputs["token"] = _batch("token", going, token_R)
+    if len(going) < len(drawn):
+        token_R = torch.tensor([each.token for each in drawn])
+    outputs["sampled"] = _batch("sampled", drawn, token_R)
     asked = [each for each in drawn if each.info.logits]
     if asked:
         outputs["logits"] = _batch("logits", asked, logits_RV[[each.place for each in asked]])

@@ -135,21 +135,29 @@ def likeliest(logits_RV: torch.Tensor, row: int, allowed: bytes | None = None) -
     return token
 
 
-def likeliest_there(logits_RV: torch.Tensor) -> list[int]:
-    """Return the token with the largest logit of each row, found on the device; NOWHERE where that logit is not finite."""
+def likeliest_of_each(logits_RV: torch.Tensor) -> list[int]:
+    """Return the token with the largest logit of each row; NOWHERE where that logit is not finite.
+
+    The logits are contiguous, in float32. The tokens are found where the logits are, in this machine's memory by all threads.
+    """
+    kernels, (rows, count) = packed.library(), logits_RV.shape
+    if kernels is not None and logits_RV.is_cpu:
+        places = (ctypes.c_int64 * rows)()
+        kernels.ranvier_largest_of_rows(logits_RV.data_ptr(), rows, count, places)
+        return list(places)
     best_R, token_R = logits_RV.max(-1)  # NaN is the largest
     found: list[int] = token_R.masked_fill(~best_R.isfinite(), NOWHERE).tolist()
     return found
 
 
-def make_sure_of(token: int) -> int:
-    """Return a token that was found on a device.
+def make_sure_of(token: int, logits_RV: torch.Tensor, row: int) -> int:
+    """Return a token that was found for a row of logits.
 
     Raises:
         NotFinite: it is NOWHERE.
     """
     if token == NOWHERE:
-        raise NotFinite("logits", math.nan)
+        raise NotFinite("logits", float(logits_RV[row].max()))
     return token
 
 

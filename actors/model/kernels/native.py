@@ -63,6 +63,7 @@ _SIGNATURES = {
     "ranvier_head_room": (_long, (_int, _int)),
     "ranvier_head": (None, (_at, _at, _at, _int, ctypes.c_float, _at, _int, _int, _at, _at)),
     "ranvier_largest": (_long, (_at, _long)),
+    "ranvier_largest_of_rows": (None, (_at, _int, _long, _at)),
     "ranvier_largest_allowed": (_long, (_at, _long, _at)),
     "ranvier_finite": (_int, (_at, _long, _int, ctypes.c_uint32)),
 }

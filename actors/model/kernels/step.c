@@ -314,8 +314,8 @@ void ranvier_head(
     end();
 }
 
-/* Return the place of the largest of `count` numbers, the first one if there are several; NaN is the largest. */
-int64_t ranvier_largest(const float *numbers, int64_t count) {
+/* Return the place of the largest of a few numbers, the first one if there are several; NaN is the largest. */
+static int64_t largest_here(const float *numbers, int64_t count) {
     enum { AT_ONCE = 64 };
     int64_t whole = count / AT_ONCE * AT_ONCE;
     float most = -INFINITY;
@@ -341,6 +341,41 @@ int64_t ranvier_largest(const float *numbers, int64_t count) {
         }
     }
     return wrong >= 0 ? wrong : first >= 0 ? first : 0;
+}
+
+/* Return the place of the largest of `count` numbers, the first one if there are several; NaN is the largest. */
+int64_t ranvier_largest(const float *numbers, int64_t count) {
+    enum { NUMBERS = 4096 }; /* they stay in the first cache while they are read twice */
+    int64_t best = 0;
+    for (int64_t at = 0; at < count; at += NUMBERS) {
+        int64_t here = at + largest_here(numbers + at, count - at < NUMBERS ? count - at : NUMBERS);
+        if (numbers[here] != numbers[here])
+            return here;
+        best = numbers[here] > numbers[best] ? here : best;
+    }
+    return best;
+}
+
+typedef struct {
+    const float *numbers;
+    int64_t count, *to;
+} Rows;
+
+static void largest_of_row(void *context, int row) {
+    const Rows *r = context;
+    const float *numbers = r->numbers + row * r->count;
+    int64_t best = ranvier_largest(numbers, r->count);
+    r->to[row] = isfinite(numbers[best]) ? best : INT32_MAX; /* NOWHERE in sampling.py */
+}
+
+/* Put the place of the largest number of each row of [rows, count] into `to`, on all threads; INT32_MAX if it is not finite. */
+void ranvier_largest_of_rows(const float *numbers, int rows, int64_t count, int64_t *to) {
+    Rows r = {numbers, count, to};
+    if (rows > 1) /* one thread is enough for one row */
+        begin();
+    share(largest_of_row, &r, rows);
+    if (rows > 1)
+        end();
 }
 
 /* Return the place of the largest of those numbers whose bit is set, the first one if there are several; NaN is the largest. -1: no

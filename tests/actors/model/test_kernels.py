@@ -39,6 +39,7 @@ from ranvier.actors.model.kernels.packed import (
     pack_whole,
     read_stored,
 )
+from ranvier.actors.model.sampling import NOWHERE, likeliest_of_each, make_sure_of
 from ranvier.actors.model.seq2seq import Decoder, Encoder, EncoderEmbedding, Seq2SeqHead, SourceEmbedding
 from ranvier.actors.model.tensors import finite
 from ranvier.transport.format.header import Row
@@ -355,7 +356,7 @@ def test_activations_are_those_of_torch(activation: str, tiny: Any) -> None:
     assert float((made.float() - wanted).norm() / wanted.norm()) < 0.01
 
 
-@pytest.mark.parametrize("count", [1, 15, 16, 63, 64, 65, 1000])
+@pytest.mark.parametrize("count", [1, 15, 16, 63, 64, 65, 1000, 4096, 9000])
 def test_the_largest_number_is_the_first_one(count: int) -> None:
     """Find the largest logit as torch does: the first of several, NaN before all others."""
     kernels = packed.library()
@@ -370,6 +371,26 @@ def test_the_largest_number_is_the_first_one(count: int) -> None:
             logits[:] = float("-inf")
         largest = logits.isnan() if bool(logits.isnan().any()) else logits == logits.max()
         assert kernels.ranvier_largest(logits.data_ptr(), count) == int(largest.int().argmax())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 19])
+def test_the_likeliest_token_of_each_row(rows: int) -> None:
+    """Find the token of every row, and say which rows have no finite number as their largest."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        logits_RV = torch.randn(rows, 4100).round(decimals=1 + seed % 3)
+        row = seed % rows
+        logits_RV[row, 4098] = (float("inf"), float("nan"), float("-inf"), 0.5)[seed % 4]
+        wanted = logits_RV.argmax(-1).tolist()
+        if seed % 4 < 2:
+            wanted[row] = NOWHERE
+        found = likeliest_of_each(logits_RV)
+        assert found == wanted
+        if seed % 4 < 2:
+            with pytest.raises(NotFinite, match=f"expected finite numbers, got {logits_RV[row, 4098]:g}"):
+                make_sure_of(found[row], logits_RV, row)
+    logits_RV = torch.full((rows, 70), float("-inf"))
+    assert likeliest_of_each(logits_RV) == [NOWHERE] * rows
 
 
 @pytest.mark.parametrize("count", [1, 15, 63, 64, 65, 1000])
