@@ -21,6 +21,7 @@ from ranvier.transport.format.tensor_spec import TensorSpec
 
 from ..checkpoint.config import ModelConfig
 from . import own_code
+from .inside import READS
 from .session import MOST_LOGPROBS
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ def _hidden(config: ModelConfig, dtype: str) -> TensorSpec:
 
 
 _TOKENS = TensorSpec("int64", ("tokens",))
+_READS = {READS: TensorSpec("float32", ("tokens",))}
+"""What requests read inside an actor: so many numbers (see `model/inside.py`)."""
 _CHOSEN = TensorSpec("int64", ("rows",))
 
 
@@ -98,6 +101,7 @@ def _head_outputs(config: ModelConfig) -> Mapping[str, TensorSpec]:
         "logits": logits,
         "logprobs": TensorSpec("float32", ("rows", 2 * (MOST_LOGPROBS + 1))),
         "scores": TensorSpec("float32", ("tokens",)),
+        **_READS,
     }
 
 
@@ -111,7 +115,7 @@ def _experts(config: ModelConfig, dtype: str, numbers: tuple[int, int]) -> Mappi
 
 
 _EXPERTS = "ranvier.actors.model.experts"
-_HEAD_PORTS: Mapping[str, Any] = {"to_gateway": ("sampled", "logits", "logprobs", "scores"), "optional": ("token",)}
+_HEAD_PORTS: Mapping[str, Any] = {"to_gateway": ("sampled", "logits", "logprobs", "scores", READS), "optional": ("token",)}
 _PARTS = "ranvier.actors.model.causal"
 _FOREIGN = "ranvier.actors.model.hf_layers"
 _SEQ2SEQ = "ranvier.actors.model.seq2seq"
@@ -126,8 +130,9 @@ BUILT_IN: dict[str, Kind] = {
             uses_model=True,
             begins=True,
             learns=True,
-            ports_of=lambda config, dtype, _: ({"token": _TOKENS}, {"hidden": _hidden(config, dtype)}),
+            ports_of=lambda config, dtype, _: ({"token": _TOKENS}, {"hidden": _hidden(config, dtype), **_READS}),
             from_gateway=("token",),
+            to_gateway=(READS,),
         ),
         Kind(
             "blocks",
@@ -137,7 +142,11 @@ BUILT_IN: dict[str, Kind] = {
             learns=True,
             uses_layers=True,
             caches=True,
-            ports_of=lambda config, dtype, _: ({"hidden": _hidden(config, dtype)}, {"hidden": _hidden(config, dtype)}),
+            ports_of=lambda config, dtype, _: (
+                {"hidden": _hidden(config, dtype)},
+                {"hidden": _hidden(config, dtype), **_READS},
+            ),
+            to_gateway=(READS,),
         ),
         Kind(
             "attention",
@@ -238,8 +247,9 @@ BUILT_IN: dict[str, Kind] = {
             learns=True,
             uses_layers=True,
             caches=True,
-            ports_of=lambda config, dtype, _: ({"token": _TOKENS}, {"hidden": _hidden(config, dtype)}),
+            ports_of=lambda config, dtype, _: ({"token": _TOKENS}, {"hidden": _hidden(config, dtype), **_READS}),
             from_gateway=("token",),
+            to_gateway=(READS,),
         ),
         Kind(
             "last_stage",

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .inside import Edit, Read
+
 LEAST_TEMPERATURE = 1e-5
 """Below this, logits divided by the temperature would overflow. vLLM has the same limit."""
 MOST_BIAS = 1e6
@@ -140,6 +142,10 @@ class SessionInfo:
     """If true, nothing is generated, and the head sends the log-probability of each token of the log except the first.
 
     With `logprobs`, it also sends those of so many likeliest tokens in each place."""
+    edits: tuple[Edit, ...] = ()
+    """Changes of the tensors inside the model, in the order in which they are made."""
+    reads: tuple[Read, ...] = ()
+    """Tensors inside the model that the gateway gets."""
     traceparent: str = ""
     """W3C trace context of the request's root span (spans.py); empty if the request is not traced."""
     kept: int = 0

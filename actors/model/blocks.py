@@ -21,9 +21,11 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
 from ..component.actor import Look, RowsFailed
 from ..component.devices import CPU
+from ..component.inside import HIDDEN, Place
 from ..component.session import SessionInfo
 from . import weights
 from .compiled import Compiled
+from .inside import Inside
 from .kv_cache import BlockCache, KVCache, Reserved, SessionCache
 from .rotary import RotaryTable, rotate
 from .tensors import Matrix, Norm, product, read_matrix, read_slot
@@ -86,6 +88,7 @@ class Blocks:
     ) -> None:
         first, last = layers
         self.look: Look | None = None
+        self.inside = Inside(Place(HIDDEN, layer + 1) for layer in range(first, last + 1))
         self.finite: bool | None = None
         self._first = first
         self.config = checkpoint.config
@@ -110,6 +113,7 @@ class Blocks:
 
     def open(self, session: SessionInfo) -> None:
         self.cache.open(session.session, session.capacity)
+        self.inside.open(session)
         for table in self.rotary.values():
             table.reserve(session.capacity)
         if self._compiled is not None:
@@ -128,23 +132,25 @@ class Blocks:
         caches, turns = self._begin(rows)
         for index, block in enumerate(self.blocks):
             hidden_TH = self._attended(index, block, rows, caches, hidden_TH, turns)
-            hidden_TH = self._fed_forward(block, hidden_TH)
+            hidden_TH = self._touch(rows, index, self._fed_forward(block, hidden_TH))
             self._report(rows, "hidden", index, hidden_TH)
         self._done(rows, caches)
         return hidden_TH
 
     def _by_both(self, fused: Fused, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
-        """Run rows of one token in one step of the kernels, and the others through torch."""
-        if all(row.tokens > 1 for row in rows):
+        """Run rows of one token in one step of the kernels, and the others, and those that look inside, through torch."""
+        by_kernels = [row.tokens == 1 and row.session not in self.inside.sessions for row in rows]
+        if not any(by_kernels):
             return self._by_torch(rows, hidden_TH)
-        if all(row.tokens == 1 for row in rows):
+        if all(by_kernels):
             made_TH = fused.step(rows, self.cache, hidden_TH, hidden=True, ends=False).hidden_TH
             assert made_TH is not None
             return made_TH
         given = dict(zip(rows, torch.split(hidden_TH, [row.tokens for row in rows]), strict=True))
         made: dict[Row, torch.Tensor] = {}
-        for some in ([row for row in rows if row.tokens == 1], [row for row in rows if row.tokens > 1]):
-            together_TH = self._by_both(fused, tuple(some), torch.cat([given[row] for row in some]))
+        for one_way in (True, False):
+            some = tuple(row for row, kernels in zip(rows, by_kernels, strict=True) if kernels is one_way)
+            together_TH = self._by_both(fused, some, torch.cat([given[row] for row in some]))
             made |= zip(some, torch.split(together_TH, [row.tokens for row in some]), strict=True)
         return torch.cat([made[row] for row in rows])
 
@@ -152,13 +158,24 @@ class Blocks:
         self, compiled: Compiled, name: str, rows: tuple[Row, ...], hidden_TH: torch.Tensor
     ) -> torch.Tensor:
         caches = [self.cache.at(row.session, row.position, row.tokens) for row in rows]
-        if self.look is None:
+        if self.look is None and not self.inside.wants(rows):
             hidden_TH, self.finite = compiled.step(rows, caches, hidden_TH)
         else:
-            report = functools.partial(self._report, rows, name)
-            hidden_TH, self.finite = compiled.watched(rows, caches, hidden_TH, report)
+            everywhere = range(1, len(self.blocks) + 1)
+            ends = sorted(layer - self._first for layer in self.inside.layers(rows)) if self.look is None else everywhere
+
+            def touch(done: int, hidden_TH: torch.Tensor) -> torch.Tensor:
+                hidden_TH = self._touch(rows, done - 1, hidden_TH)
+                self._report(rows, name, done - 1, hidden_TH)
+                return hidden_TH
+
+            hidden_TH, self.finite = compiled.in_parts(rows, caches, hidden_TH, ends, touch)
         self._done(rows, caches)
         return hidden_TH
+
+    def _touch(self, rows: tuple[Row, ...], index: int, hidden_TH: torch.Tensor) -> torch.Tensor:
+        """Let sessions change and read what a layer has made."""
+        return self.inside.touch(Place(HIDDEN, self._first + index + 1), rows, hidden_TH)
 
     def _report(self, rows: tuple[Row, ...], name: str, index: int, tensor_T: torch.Tensor) -> None:
         if self.look is not None:

@@ -20,11 +20,13 @@ from ranvier.transport.format.header import Row
 from ..checkpoint import ModelConfig
 from ..component.actor import Actor, Batch, Context, Look
 from ..component.devices import CPU
+from ..component.inside import HIDDEN, LOGITS, Place
 from ..component.session import SessionInfo
 from . import weights
 from .blocks import Blocks, taken_back
 from .coded import Coded
 from .head import Head
+from .inside import Inside
 from .kernels.packed import Packed
 from .kv_cache import KVCache
 from .tensors import by_torch, ids_beside, needed, read_slot, sent, unpacked
@@ -37,6 +39,7 @@ class AnyBlocks(Protocol):
     """Describe layers with the caches of their sessions, native or run by transformers."""
 
     look: Look | None
+    inside: Inside
     finite: bool | None
     """True if all numbers of the last step are finite, None if this is not known."""
     fused: Fused | None
@@ -60,6 +63,9 @@ class Embedding(Actor):
     makes_new = True
     stateless = True
     on_host: ClassVar[tuple[str, ...]] = ("token",)
+
+    def __init__(self) -> None:
+        self.inside = Inside([Place(HIDDEN, 0)])
 
     def load(self, context: Context) -> None:
         self.load_with(context, None)
@@ -96,8 +102,17 @@ class Embedding(Actor):
             hidden_TH = hidden_TH + torch.cat(parts)
         return hidden_TH
 
+    def open(self, session: SessionInfo) -> None:
+        self.inside.open(session)
+
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
-        return sent(self, "hidden", batch.rows, self.forward(batch.rows, batch["token"]))
+        return self.inside.around(batch.rows, lambda: self._stepped(batch.rows, batch["token"]))
+
+    def _stepped(self, rows: tuple[Row, ...], token_T: torch.Tensor) -> Mapping[str, torch.Tensor | Batch]:
+        return sent(self, "hidden", rows, self.inside.touch(Place(HIDDEN, 0), rows, self.forward(rows, token_T)))
+
+    def close(self, session: int) -> None:
+        self.inside.close(session)
 
     def held_bytes(self) -> int:
         return self.held
@@ -122,11 +137,15 @@ class BlocksActor(Actor):
         self.blocks.cache.rewind(session.session, session.kept)
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
-        hidden_TH = self.blocks.forward(batch.rows, batch["hidden"])
-        return sent(self, "hidden", batch.rows, hidden_TH, self.blocks.finite)
+        return self.blocks.inside.around(batch.rows, lambda: self._stepped(batch.rows, batch["hidden"]))
+
+    def _stepped(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> Mapping[str, torch.Tensor | Batch]:
+        hidden_TH = self.blocks.forward(rows, hidden_TH)
+        return sent(self, "hidden", rows, hidden_TH, self.blocks.finite)
 
     def close(self, session: int) -> None:
         self.blocks.cache.close(session)
+        self.blocks.inside.close(session)
 
     def capacity_tokens(self) -> int | None:
         return self.blocks.cache.tokens
@@ -159,8 +178,17 @@ class Stage(Actor):
         self.blocks: AnyBlocks = blocks_of(context, layers)
         if self.head is not None and not (self.embedding is not None and config.tied):
             self.head.load_with(context, None)
+        self.look_inside(layers)
         if self.blocks.fused is not None:
             self._fuse(self.blocks.fused, config)
+
+    def look_inside(self, layers: tuple[int, int]) -> None:
+        """Let requests read and change what this stage makes: its parts share one object for that."""
+        first, last = layers
+        places = [Place(HIDDEN, layer) for layer in range(first + (not self.begins), last + 2)]
+        self.inside = self.blocks.inside = Inside([*places, *([Place(LOGITS)] if self.ends else [])])
+        if self.head is not None:
+            self.head.inside = self.inside
 
     def _fuse(self, fused: Fused, config: ModelConfig) -> None:
         """Let the kernels of a GPU begin with this stage's embedding and end with its head, if they can."""
@@ -183,6 +211,8 @@ class Stage(Actor):
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
         fused = self.blocks.fused
+        if self.inside.wants(batch.rows):
+            return self.inside.around(batch.rows, lambda: self._stepped(batch))
         if fused is None:
             return self._stepped(batch)
         with taken_back(self.blocks.cache, batch.rows):
@@ -195,6 +225,7 @@ class Stage(Actor):
             hidden_TH = batch["hidden"]
         else:
             hidden_TH = self.embedding.forward(batch.rows, batch["token"])
+            hidden_TH = self.inside.touch(Place(HIDDEN, 0), batch.rows, hidden_TH)
             if self.look is not None and hidden_TH.is_floating_point():  # not for models that take token ids
                 self.look(None, "embedding", batch.rows, hidden_TH)
         hidden_TH = self.blocks.forward(batch.rows, hidden_TH)
@@ -217,6 +248,7 @@ class Stage(Actor):
 
     def close(self, session: int) -> None:
         self.blocks.cache.close(session)
+        self.inside.close(session)
         if self.head is not None:
             self.head.close(session)
 

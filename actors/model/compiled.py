@@ -87,8 +87,7 @@ class Compiled:
             0, len(blocks), fast, config.norm_eps, scale, self._layers,
         )  # fmt: skip
         self._at = ctypes.byref(self._group)
-        self._one = _Group.from_buffer_copy(self._group)  # the same group with one layer at a time, for `watched`
-        self._one.layers = 1
+        self._part = _Group.from_buffer_copy(self._group)  # the same group with some of its layers, for `in_parts`
         self._room = torch.empty(0, dtype=torch.uint8)
         self._asked = (0, 0)
 
@@ -120,7 +119,7 @@ class Compiled:
         """Extend the rotary tables to a session of `positions` positions."""
         for index, table in enumerate(self._tables):
             table.reserve(positions)
-            for group in (self._group, self._one):
+            for group in (self._group, self._part):
                 group.cosine[index], group.sine[index] = table.cos_PD.data_ptr(), table.sin_PD.data_ptr()
 
     def step(self, rows: Sequence[Row], caches: Sequence[BlockCache], hidden_TH: torch.Tensor) -> Made:
@@ -131,21 +130,29 @@ class Compiled:
         made_TH = torch.empty_like(hidden_TH, memory_format=torch.contiguous_format)
         return Made(made_TH, self._through(self._at, rows, caches, hidden_TH, made_TH))
 
-    def watched(
+    def in_parts(
         self,
         rows: Sequence[Row],
         caches: Sequence[BlockCache],
         hidden_TH: torch.Tensor,
-        report: Callable[[int, torch.Tensor], None],
+        ends: Sequence[int],
+        touch: Callable[[int, torch.Tensor], torch.Tensor],
     ) -> Made:
-        """Compute the same as `step`, one layer at a time, and pass each layer's output to `report`, in float32."""
-        wide_TH = hidden_TH.float()
-        for index, layer in enumerate(self._layers):
-            self._one.layer, self._one.first = ctypes.pointer(layer), index
-            made_TH = torch.empty_like(wide_TH)
-            self._through(ctypes.byref(self._one), rows, caches, wide_TH, made_TH)
-            wide_TH = made_TH
-            report(index, wide_TH)
+        """Compute the same as `step`, and stop where a number of layers in `ends` is done, in their order.
+
+        There `touch` gets that number and the hidden states in float32, and returns those to go on with.
+        """
+        wide_TH, done = hidden_TH.float(), 0
+        for end in (*ends, len(self._layers)):
+            if end > done:
+                part = self._part
+                part.layers, part.first = end - done, done
+                part.layer = ctypes.pointer(self._layers[done])
+                made_TH = torch.empty_like(wide_TH)
+                self._through(ctypes.byref(part), rows, caches, wide_TH, made_TH)
+                wide_TH, done = made_TH, end
+            if end in ends:
+                wide_TH = touch(end, wide_TH)
         return Made(wide_TH.to(hidden_TH.dtype), None)
 
     def _through(

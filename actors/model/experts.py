@@ -18,6 +18,7 @@ from ..component.routing import expert_ports, gather, scatter
 from . import weights
 from .blocks import activate
 from .causal import BlocksActor, blocks_of
+from .inside import Inside
 from .tensors import Matrix, finite, needed, product, read_matrices, read_slot
 
 Held = dict[str, Matrix]
@@ -40,6 +41,7 @@ class Attention(BlocksActor):
         assert context.layers is not None
         self.layer = blocks_of(context, context.layers)
         self.blocks = self.layer
+        self.blocks.inside = Inside(())
         self.config: ModelConfig = checkpoint.config
         self.gate_EH = read_slot(weights.gate(self.config, context.layers[0]), checkpoint, dtype, context.device)
         slots = weights.shared_expert(self.config, context.layers[0])

@@ -15,10 +15,12 @@ from ranvier.transport.format.header import Row
 
 from ..component.actor import Actor, Batch, Context, Look, RowsFailed
 from ..component.devices import here
+from ..component.inside import LOGITS, Place
 from ..component.session import SessionInfo
 from ..errors import NotFinite
 from . import weights
 from .guide import GrammarError, Guide, Guides
+from .inside import Inside
 from .kernels import packed
 from .kernels.packed import Packed
 from .sampling import as_they_are, choose, likeliest, likeliest_of_each, log_probabilities, make_sure_of
@@ -59,6 +61,9 @@ class Head(Actor):
     look: Look | None = None
     _guides: Guides | None = None
 
+    def __init__(self) -> None:
+        self.inside = Inside([Place(LOGITS)])
+
     def allowed(self, due: list[Row], logits_RV: torch.Tensor) -> torch.Tensor:
         """Return the logits to choose tokens by, with -inf for tokens that may not be chosen."""
         return logits_RV
@@ -87,12 +92,14 @@ class Head(Actor):
 
     def open(self, session: SessionInfo) -> None:
         self.streams[session.session] = _Stream(session)
+        self.inside.open(session)
 
     def close(self, session: int) -> None:
         self.streams.pop(session, None)
+        self.inside.close(session)
 
     def step(self, batch: Batch) -> Mapping[str, torch.Tensor | Batch]:
-        return self.forward(batch.rows, batch["hidden"])
+        return self.inside.around(batch.rows, lambda: self.forward(batch.rows, batch["hidden"]))
 
     def scores(self, rows: tuple[Row, ...]) -> bool:
         """Return whether a row's session asks for scores."""
@@ -108,6 +115,10 @@ class Head(Actor):
         failures: dict[Row, Exception] = {}
         for row in rows:
             end += row.tokens
+            for start, stop in self.inside.read_here(Place(LOGITS), row):
+                read = Row(row.session, row.epoch, start, stop - start)
+                at = end - row.tokens + start - row.position
+                self.inside.touch(Place(LOGITS), (read,), self.logits(hidden_TH[at : at + read.tokens]))
             if self.streams[row.session].info.score:
                 asked.append((row, hidden_TH[end - row.tokens : end]))
             elif row.position + row.tokens >= self.streams[row.session].known:  # otherwise the prompt continues

@@ -27,6 +27,7 @@ from ..checkpoint.bounds import MOST_LAYERS
 from ..checkpoint.checkpoint import Checkpoint
 from ..component.actor import Actor, Context, Look
 from ..component.devices import CPU, here
+from ..component.inside import HIDDEN, Place
 from ..component.session import SessionInfo
 from ..errors import CheckpointError
 from .causal import BlocksActor, Embedding, Stage
@@ -34,6 +35,7 @@ from .head import Head
 from .hf_rope import Rotations
 from .hf_weights import model_of, move, read, tensors_of
 from .hf_whole import Whole, WholeSession
+from .inside import Inside
 from .kv_cache import KVCache, Reserved
 from .tensors import needed
 
@@ -89,6 +91,9 @@ class _Place(nn.Module):
         elif skeleton.past is not None:
             nothing = torch.zeros(1, 1, hidden_states.shape[1], 1)
             skeleton.past.update(nothing, nothing, self._index)
+        if self.own is not None and not skeleton.bypasses and skeleton.inside.wants(skeleton.rows):
+            hidden_states = hidden_states.clone()  # the library may hold it
+            skeleton.inside.touch(Place(HIDDEN, self._index + 1), skeleton.rows, hidden_states[0])
         if skeleton.look is not None and self.own is not None and not skeleton.bypasses:
             skeleton.look(self._index, "hidden", skeleton.rows, hidden_states[0])
         if self._index == skeleton.leaves_after:
@@ -114,8 +119,9 @@ class Skeleton:
     ) -> None:
         logging.getLogger("transformers").setLevel(logging.ERROR)
         self.look: Look | None = None
+        self.inside = Inside(())
         self.rows: tuple[Row, ...] = ()
-        """Rows of the current step, for `look`."""
+        """Rows of the current step, for `look` and `inside`."""
         self.entering: torch.Tensor | None = None
         self.enters_at = self.leaves_before = self.leaves_after = -1
         self.bypasses = self.tuples = False
@@ -246,6 +252,10 @@ class ForeignBlocks:
         self.look: Look | None = None
         self.finite: bool | None = None
         self.fused: Fused | None = None
+        self.inside = Inside(())
+        if skeleton.whole is None and skeleton.layers is not None:
+            first, last = skeleton.layers
+            self.inside = Inside(Place(HIDDEN, layer) for layer in range(first + 1, last + 2))
         self.cache: KVCache[ForeignSession | WholeSession] = KVCache(cache_tokens, self._session)
 
     def _session(self, capacity: int) -> ForeignSession | WholeSession:
@@ -254,6 +264,7 @@ class ForeignBlocks:
 
     def open(self, session: SessionInfo) -> None:
         self.cache.open(session.session, session.capacity)
+        self.inside.open(session)
         opened = self.cache.sessions[session.session]
         if isinstance(opened, ForeignSession):
             opened.prompt, opened.known = session.prompt_tokens, len(session.log)
@@ -266,7 +277,7 @@ class ForeignBlocks:
         for row, unaligned in zip(rows, parts, strict=True):
             part = aligned(unaligned)  # results must not depend on the rows before it in the batch
             session = self.cache.at(row.session, row.position, row.tokens)
-            self.skeleton.look, self.skeleton.rows = self.look, (row,)
+            self.skeleton.look, self.skeleton.inside, self.skeleton.rows = self.look, self.inside, (row,)
             if isinstance(session, WholeSession):
                 whole = self.skeleton.whole
                 assert whole is not None
@@ -275,21 +286,22 @@ class ForeignBlocks:
                 with watched, self.skeleton.mode():
                     made.append(whole.logits(session, part))
             else:
-                made += self._run(session, row.position, part)
+                made += self._run(session, row, part)
             session.length = row.position + row.tokens
         return torch.cat(made)
 
-    def _run(self, session: ForeignSession, position: int, part_tH: torch.Tensor) -> list[torch.Tensor]:
+    def _run(self, session: ForeignSession, row: Row, part_tH: torch.Tensor) -> list[torch.Tensor]:
         """Run a row: in one piece, or token by token after the prompt if the rotary frequencies follow the length.
 
         The tokens of an answer come one by one, so that a recovery, which has several at once, must do the same.
         """
         at_once = len(part_tH)
         if self.skeleton.rotations.grows:
-            at_once = max(0, min(at_once, session.prompt - position))
+            at_once = max(0, min(at_once, session.prompt - row.position))
         sizes = [at_once] * (at_once > 0) + [1] * (len(part_tH) - at_once)
-        made, start = [], position
+        made, start = [], row.position
         for piece in torch.split(part_tH, sizes):
+            self.skeleton.rows = (Row(row.session, row.epoch, start, len(piece)),)
             made.append(self.skeleton.run(session, start, aligned(piece)))
             start += len(piece)
         return made
@@ -361,6 +373,10 @@ class ForeignStage(Stage):
         if isinstance(self.head, ForeignHead):
             self.head.use(skeleton)
         self.blocks = ForeignBlocks(skeleton, context.cache_tokens)
+        if skeleton.whole is None:
+            self.look_inside(layers)
+        else:
+            self.inside = self.blocks.inside
 
     def held_bytes(self) -> int:
         return self.blocks.held_bytes()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -19,6 +20,8 @@ from ranvier.actors.supervise.zygote_process import ZygoteProcess
 from ranvier.transport.format.errors import LinkClosed, RanvierError
 
 from ..check.checked import Graph
+from ..inside import patches
+from ..inside.ops import Op, Wish
 from ..observe.blame import Answer
 from ..plan.plan import Plan
 from ..sessions.generation import Generation, Result, Token
@@ -135,6 +138,11 @@ class BlockingGeneration:
         return self._generation.result
 
     @property
+    def reads(self) -> Mapping[str, torch.Tensor]:
+        """Return what the request has read inside the model so far, as `Generation.reads` does."""
+        return self._thread.read(lambda: self._generation.reads)
+
+    @property
     def session(self) -> int:
         """Return the number of the request's session, as traces have it; 0 if it has not begun."""
         return self._generation.session
@@ -189,22 +197,36 @@ class BlockingRun:
         tools: Sequence[Mapping[str, Any]] | None = None, documents: Sequence[Mapping[str, Any]] | None = None,
         template: str | None = None, template_arguments: Mapping[str, Any] | None = None,
         deadline_s: float | None = None, traceparent: str | None = None, answered: Sequence[int] = (),
-        grammar: Mapping[str, Any] | None = None,
+        grammar: Mapping[str, Any] | None = None, edits: Sequence[Op] = (), reads: Sequence[str | Wish] = (),
     ) -> BlockingGeneration:  # fmt: skip
         """Generate tokens: `for token in run.generate(…)` gets each token as soon as it exists.
 
         `Run.generate` describes the arguments and the errors.
         """
 
+        changes = [*patches.of(self._run), *edits]  # in the caller's thread
+
         def begin() -> Generation:
             return self._run.generate(
                 prompt, max_tokens=max_tokens, raw=raw, sampling=sampling, stop=stop, stop_tokens=stop_tokens,
                 logits=logits, logprobs=logprobs, tools=tools, documents=documents, template=template,
                 template_arguments=template_arguments, deadline_s=deadline_s, traceparent=traceparent, answered=answered,
-                grammar=grammar,
+                grammar=grammar, edits=changes, reads=reads,
             )  # fmt: skip
 
         return BlockingGeneration(self._thread, self._thread.read(begin))
+
+    def read(
+        self, prompt: str | Sequence[dict[str, str]] | Sequence[int], *, reads: Sequence[str | Wish],
+        edits: Sequence[Op] = (), **options: Any,
+    ) -> Mapping[str, torch.Tensor]:  # fmt: skip
+        """Run a prompt through the model once, and return what is inside, as `Run.read` does."""
+        changes = [*patches.of(self._run), *edits]
+        return self._thread.wait(lambda: self._run.read(prompt, reads=reads, edits=changes, **options))
+
+    def patch(self, *ops: Op) -> AbstractContextManager[None]:
+        """Make changes inside the model for all requests that are opened in a `with run.patch(…)`."""
+        return patches.patched(self._run, ops)
 
     def tokens(self, prompt: str | Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """Return the token ids of a prompt, as `Run.tokens` does, with its options."""

@@ -20,6 +20,8 @@ from ranvier.transport.format.message import stable
 
 from ..check.checked import Graph
 from ..file.errors import RequestError, TooLong
+from ..inside import places
+from ..inside.ops import Op, Wish
 from ..sessions import journal
 from ..sessions.gateway import Gateway
 from ..sessions.generation import Client, Generation, Over, Wakes, logprobs_of
@@ -66,6 +68,8 @@ class _Request(NamedTuple):
     logprobs: int | None
     answered: tuple[int, ...]
     grammar: Grammar | None
+    edits: tuple[Op, ...]
+    reads: tuple[str | Wish, ...]
 
 
 class _Waiting(NamedTuple):
@@ -147,6 +151,8 @@ class Requests:
         traceparent: str | None,
         answered: Sequence[int],
         grammar: Mapping[str, Any] | None,
+        edits: Sequence[Op],
+        reads: Sequence[str | Wish],
     ) -> Generation:
         """Begin a generation. See `Run.generate`.
 
@@ -171,7 +177,10 @@ class Requests:
             checked_logprobs(logprobs),
             checked_answered(graph, answered, most),
             self.grammars.of(grammar) if grammar is not None else None,
+            tuple(listed("edits", edits)),
+            tuple(listed("reads", reads)),
         )
+        places.check_names(graph, request.edits, request.reads)
         if request.grammar is not None and request.sampling.min_tokens:
             raise RequestError("min_tokens: a grammar says where the answer ends; leave one of them out")
         ends = graph.checkpoint.config.eos_tokens if request.stop_tokens is None else request.stop_tokens
@@ -252,6 +261,8 @@ class Requests:
             logits=request.logits,
             logprobs=request.logprobs,
             grammar=request.grammar,
+            edits=places.edits_of(graph, request.edits, len(log), len(ids) + request.max_tokens),
+            reads=places.reads_of(graph, request.reads, len(log), len(ids) + request.max_tokens),
         )
         deadline_s = time.time() + (request.deadline_ns - time.monotonic_ns()) / 1e9 if request.deadline_ns else 0.0
         source = tuple(ids) if inputs else ()

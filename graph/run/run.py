@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +22,8 @@ from ranvier.transport.format.host_id import replica_id
 from ranvier.transport.links.exchange import RefusedMessage
 from ranvier.transport.links.link_state import Received
 
+from ..inside import patches
+from ..inside.ops import Op, Wish
 from ..observe.blame import Answer
 from ..plan.plan import Plan
 from ..sessions.gateway import Gateway
@@ -33,7 +36,7 @@ from .hosts import Hosts
 from .members import Members
 from .quiet import Quiet
 from .recovery import Recovered, Recovery
-from .request_checks import checked_logprobs, no_tokenizer
+from .request_checks import checked_logprobs, listed, no_tokenizer
 from .requests import Requests
 from .run_folder import RunFolder
 from .scaling import Scaling
@@ -196,6 +199,8 @@ class Run:
         traceparent: str | None = None,
         answered: Sequence[int] = (),
         grammar: Mapping[str, Any] | None = None,
+        edits: Sequence[Op] = (),
+        reads: Sequence[str | Wish] = (),
     ) -> Generation:
         """Generate tokens: `async for token in run.generate(…)` yields each token as soon as it exists.
 
@@ -220,6 +225,9 @@ class Run:
                 them: with the same arguments, those that would have followed; none if the answer is complete.
             grammar: which texts the answer may be: `{"json": schema}`, `{"regex": pattern}`, or `{"lark": grammar}` in
                 llguidance's notation. The answer ends where the text is complete.
+            edits: changes inside the model for this request, made by the functions of `ranvier.ops`, in this order.
+            reads: places inside the model, such as `hidden 1-30`: each token brings their values at the position that it was
+                made from (`Token.reads`), and `Generation.reads` has those of all positions. A place is read after its edits.
 
         Raises:
             RequestError: an argument is wrong, or the graph does not generate tokens. While iterating: a prompt of text
@@ -233,7 +241,27 @@ class Run:
             prompt, max_tokens=max_tokens, raw=raw, sampling=sampling, stop=stop, stop_tokens=stop_tokens, logits=logits,
             logprobs=logprobs, chat=ChatOptions(tools, documents, template, template_arguments or {}),
             deadline_s=deadline_s, traceparent=traceparent, answered=answered, grammar=grammar,
+            edits=(*patches.of(self), *listed("edits", edits)), reads=reads,
         )  # fmt: skip
+
+    async def read(
+        self, prompt: str | Sequence[dict[str, str]] | Sequence[int], *, reads: Sequence[str | Wish], **options: Any
+    ) -> Mapping[str, torch.Tensor]:
+        """Run a prompt through the model once, and return what is inside: float32 [positions, W] by place.
+
+        `options` are those of `generate`, such as `edits` and `raw`. One token is made and dropped.
+
+        Raises:
+            RequestError, Overloaded, ActorFailed, Expired: see `generate`.
+        """
+        generation = self.generate(prompt, reads=reads, **options, max_tokens=1)
+        async for _ in generation:
+            pass
+        return generation.reads
+
+    def patch(self, *ops: Op) -> AbstractContextManager[None]:
+        """Make changes inside the model for all requests that are opened in a `with run.patch(…)`."""
+        return patches.patched(self, ops)
 
     def tokens(
         self,

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
+from ranvier.actors.component.inside import READS
 from ranvier.actors.component.session import SessionInfo
 from ranvier.actors.errors import ActorFailed, Cause, Expired
 from ranvier.actors.host.route import Replicas, Route
@@ -22,6 +23,7 @@ from ranvier.transport.links.exchange import Exchange
 from ranvier.transport.links.link_state import Outbound, Received
 
 from .placement import Placement
+from .readings import Readings
 from .stream import MOST_LOSSES, Delivered, Stream, Tensors
 from .wire_rows import rows_of, token_tensor
 
@@ -76,7 +78,8 @@ class Gateway:
         """Add a link of the exchange."""
         spec, port = link.link, link.port
         if not link.outgoing:
-            self._answers.add(port)
+            if port != READS:
+                self._answers.add(port)
             self._port_of[spec.edge] = port
             return
         routes = self._by_port.setdefault(port, {})
@@ -158,7 +161,7 @@ class Gateway:
         self._next += 1
         stream = self.streams[info.session] = Stream(
             info, info, inputs or {}, replicas, log=[*info.log, *tokens], accepted_ns=self.exchange.clock(), caller=caller,
-            key=key, delivered=len(tokens),
+            key=key, delivered=len(tokens), readings=Readings(info.reads, info.capacity) if info.reads else None,
         )  # fmt: skip
         if deadline_ns:
             self._timed[info.session] = deadline_ns
@@ -328,6 +331,8 @@ class Gateway:
             self._on_numbers(port, received)
         elif port == "scores":
             self._on_scores(received)
+        elif port == READS:
+            self._on_reads(received)
         else:
             self._on_output(port, received)
 
@@ -355,8 +360,7 @@ class Gateway:
             self.exchange.count("tokens_refused")  # the session is over, or the token came twice
             return
         stream.log.append(token)  # logged before it is delivered
-        if stream.complete(row.position):  # else its numbers come later, over separate edges
-            self._deliver(stream, row.position)
+        self._deliver_complete(stream)  # else its numbers come later, over separate edges
 
     def _on_numbers(self, port: str, received: Received) -> None:
         """Take logits or log-probabilities, and deliver the positions that were waiting for them."""
@@ -370,8 +374,17 @@ class Gateway:
             if stream is None or row.position < stream.awaited:
                 continue
             stream.numbers[port, row.position] = bytes(buffer)
-            if row.position < len(stream.log) and stream.complete(row.position):
-                self._deliver(stream, row.position)
+            self._deliver_complete(stream)
+
+    def _on_reads(self, received: Received) -> None:
+        """Take what sessions read inside the model, and deliver the positions that were waiting for it."""
+        for row, (_, buffer) in rows_of(received):
+            stream = self._stream_of(row)
+            if stream is None or stream.readings is None:
+                self.exchange.count("tokens_refused")
+                continue
+            stream.readings.take(row, buffer)
+            self._deliver_complete(stream)
 
     def _on_scores(self, received: Received) -> None:
         for row, (_, buffer) in rows_of(received):
@@ -383,6 +396,14 @@ class Gateway:
             if len(stream.scores) == len(stream.log) - 1:
                 self._end(stream, "done")
 
+    def _deliver_complete(self, stream: Stream) -> None:
+        """Deliver the positions of which everything has come."""
+        epoch = stream.info.epoch
+        while not stream.over and stream.info.epoch == epoch and stream.awaited < len(stream.log):
+            if not stream.complete(stream.awaited):
+                return
+            self._deliver(stream, stream.awaited)
+
     def _deliver(self, stream: Stream, position: int) -> None:
         token = stream.log[position]
         stream.delivered += 1
@@ -391,7 +412,8 @@ class Gateway:
             self._acquit(stream)
         numbers = stream.numbers
         logits, logprobs = numbers.pop(("logits", position), None), numbers.pop(("logprobs", position), None)
-        stream.events.append(Delivered(position, token, logits, logprobs))
+        reads = stream.readings.at(position - 1) if stream.readings is not None else {}
+        stream.events.append(Delivered(position, token, logits, logprobs, reads))
         self.on_delivered(stream, position, token)
         if not stream.info.finished(stream.generated, token):
             return

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
@@ -18,6 +18,9 @@ from ranvier.transport.format.message import Buffer
 from .gateway import Gateway
 from .stream import Delivered, Stream
 from .text_stream import TextStream
+
+if TYPE_CHECKING:
+    import torch
 
 Wakes = dict[Stream, trio.Event]
 """Events of waiting clients, by stream.
@@ -42,6 +45,8 @@ class Token:
     """The natural logarithm of the token's probability by the model, before penalties and temperature, if requested."""
     top_logprobs: Mapping[int, float] = field(default_factory=dict)
     """The same for the likeliest tokens by id, as many as requested, the likeliest first."""
+    reads: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """What the request reads inside the model, float32 [W] by place, at the position before: the token was made from it."""
     durable: bool = True
     """True if the token is in the run's journal, or if there is no journal.
 
@@ -199,6 +204,14 @@ class Generation:
         """Return the number of the request's session, as traces have it; 0 if it has not begun."""
         return self._info.session if self._client is not None else 0
 
+    @property
+    def reads(self) -> Mapping[str, torch.Tensor]:
+        """Return what the request has read inside the model so far, float32 [positions, W] by place."""
+        stream = self._client.stream if isinstance(self._client, Client) else None
+        if stream is None or stream.readings is None:
+            return {}
+        return stream.readings.tensors(max(0, stream.awaited - 1))
+
     def recorded(self, first: int, tokens: Sequence[int], after: int | None) -> None:
         """Take the tokens of a journal; the first of them is at position `first`.
 
@@ -262,7 +275,8 @@ class Generation:
             self.close()
         logits = memoryview(event.logits).cast("f") if event.logits is not None else None
         logprob, top = logprobs_of(event.logprobs) if event.logprobs is not None else (None, {})
-        return Token(event.token, event.position, piece, logits, logprob, top, self.is_durable())
+        reads = {place: _vector(values) for place, values in event.reads.items()}
+        return Token(event.token, event.position, piece, logits, logprob, top, reads, self.is_durable())
 
     def close(self) -> None:
         """End the session now, or prevent its start. Idempotent."""
@@ -275,6 +289,12 @@ class Generation:
     def __del__(self) -> None:
         # Needs no event loop: hosts are notified by a message. A run that is over has no stream left to close.
         self.close()
+
+
+def _vector(values: bytes) -> torch.Tensor:
+    import torch
+
+    return torch.frombuffer(bytearray(values), dtype=torch.float32)
 
 
 def logprobs_of(data: Buffer) -> tuple[float, dict[int, float]]:

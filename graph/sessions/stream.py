@@ -12,6 +12,8 @@ from ranvier.actors.host.route import Replicas
 from ranvier.transport.format.header import TensorMeta
 from ranvier.transport.format.message import Buffer
 
+from .readings import Readings
+
 Tensors = Mapping[str, tuple[TensorMeta, Buffer]]
 MOST_LOSSES = 4
 """A session counts as the cause after this many losses in a row, and ends.
@@ -34,6 +36,8 @@ class Delivered:
     token: int
     logits: Buffer | None = None
     logprobs: Buffer | None = None
+    reads: Mapping[str, bytes] = field(default_factory=dict)
+    """By place, as float32 bytes: what the request reads at the position before, from which the token was made."""
 
 
 @dataclass(slots=True, eq=False)
@@ -61,6 +65,8 @@ class Stream:
     log: list[int] = field(default_factory=list)
     numbers: dict[tuple[str, int], Buffer] = field(default_factory=dict)
     """Logits and log-probabilities that have come, by port and position."""
+    readings: Readings | None = None
+    """What the session reads inside the model, if anything."""
     scores: array[float] = field(default_factory=lambda: array("f"))
     events: deque[Delivered | str | Exception] = field(default_factory=deque)
     delivered: int = 0
@@ -91,12 +97,13 @@ class Stream:
         info = self.info
         return not (info.logits and ("logits", position) not in self.numbers) and not (
             info.logprobs is not None and ("logprobs", position) not in self.numbers
-        )
+        ) and (self.readings is None or self.readings.complete(position))
 
     @property
     def taken(self) -> int:
-        """Return the number of positions that every actor is known to have processed in the current epoch."""
-        return len(self.log) - 1 if self.generated else self.info.kept
+        """Return the number of positions that every actor is known to have processed, and of which nothing is still to be read."""
+        taken = len(self.log) - 1 if self.generated else self.info.kept
+        return taken if self.readings is None else min(taken, self.readings.known)
 
     @property
     def generated(self) -> int:

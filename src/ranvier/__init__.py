@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ranvier.graph.check.check import load
     from ranvier.graph.check.checked import Graph
     from ranvier.graph.file.errors import GraphError, RequestError
+    from ranvier.graph.inside import ops
     from ranvier.graph.plan.plan import Plan, plan
     from ranvier.graph.run.blocking import BlockingGeneration, BlockingRun, start
     from ranvier.graph.run.launch import launch
@@ -72,11 +73,13 @@ __all__ = [
     "Graph", "GraphError", "KeyFileError", "LinkBroken", "LinkClosed", "Overloaded", "Plan", "ProtocolError", "RanvierError",
     "RequestError", "ResourceError", "Result", "Row", "RowsFailed", "Run",
     "Sampling", "SessionInfo", "TensorSpec", "Token", "Trained", "balancing_loss", "gather", "initialise", "launch",
-    "load", "plan", "scatter", "start", "train",
+    "load", "ops", "plan", "scatter", "start", "train",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("ranvier.graph.inside.ops")
     module = _MODULES.get(name)
     if module is None:
         raise AttributeError(f"module 'ranvier' has no attribute {name!r}")

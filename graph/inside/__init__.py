@@ -1,0 +1,1 @@
+"""Read and change what is inside a running model."""
