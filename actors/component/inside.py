@@ -6,11 +6,21 @@ A place is a tensor of a layer, named as `ranvier diverge` names it: `hidden 7` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 HIDDEN, LOGITS, READS = "hidden", "logits", "reads"
 """Two kinds of places, and the port over which actors send to the gateway what requests read."""
+PATTERN = "pattern"
+"""What a layer's attention gives to each position: for each head, numbers that add up to 1."""
+IN_LAYER = ("query", "key", "value", PATTERN, "heads", "attention", "attended", "mlp")
+"""Places inside a layer, in the order in which it makes them.
+
+Queries and keys are those after norms and rotation. `heads` is what the heads have gathered, `attention` what the layer adds to
+the residual for it, `attended` the residual after that, and `mlp` what the feed-forward part adds. The actor runs the sessions
+that ask for these places through torch, and the others through its kernels.
+"""
 Spans = tuple[tuple[int, int | None], ...]
 """Positions, as pairs of the first one and the one after the last; None: no end."""
 
@@ -32,11 +42,16 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """Ask for the values of a place at some positions. `width` is how many numbers each position has there."""
+    """Ask for the values of a place at some positions. `shape` is that of one position."""
 
     place: Place
     spans: Spans
-    width: int
+    shape: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """Return how many numbers each position has."""
+        return math.prod(self.shape)
 
     def count(self, positions: int) -> int:
         """Return how many of the first `positions` positions are read."""
@@ -49,7 +64,8 @@ class Edit:
 
     `operation`: `add` (x + number · v), `scale` (number · x), `set` (v), `zero`, `project_out` (x without its part along v), or
     `clamp` (the part along v, in units of its length, between `least` and `most`). `values` holds `rows` vectors v as float32
-    bytes. A single one belongs to all positions; of several, each belongs to the next position of the spans.
+    bytes. A single one belongs to all positions; of several, each belongs to the next position of the spans. `columns` are the
+    first number and the one after the last that are changed; without them, all are.
     """
 
     place: Place
@@ -60,6 +76,7 @@ class Edit:
     number: float = 1.0
     least: float = 0.0
     most: float = 0.0
+    columns: tuple[tuple[int, int], ...] = ()
 
 
 def within(spans: Spans, start: int, end: int) -> Iterator[tuple[int, int]]:

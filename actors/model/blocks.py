@@ -21,7 +21,7 @@ from ..checkpoint.checkpoint import Checkpoint
 from ..checkpoint.config import ModelConfig
 from ..component.actor import Look, RowsFailed
 from ..component.devices import CPU
-from ..component.inside import HIDDEN, Place
+from ..component.inside import HIDDEN, IN_LAYER, PATTERN, Place
 from ..component.session import SessionInfo
 from . import weights
 from .compiled import Compiled
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from .gpu.fused import Fused
     from .gpu.paged_cache import PagedCache
 
+Way = Callable[["tuple[Row, ...]", torch.Tensor], torch.Tensor]
+"""Runs rows and their hidden states through all layers, one way or another."""
 Turns = dict[bool, tuple[torch.Tensor, torch.Tensor]]
 """cos and sin of a batch's tokens, by the key of their table (see `rotary_tables`)."""
 
@@ -88,7 +90,7 @@ class Blocks:
     ) -> None:
         first, last = layers
         self.look: Look | None = None
-        self.inside = Inside(Place(HIDDEN, layer + 1) for layer in range(first, last + 1))
+        self.inside = Inside(places_of(first, last))
         self.finite: bool | None = None
         self._first = first
         self.config = checkpoint.config
@@ -102,6 +104,7 @@ class Blocks:
         self._compiled = Compiled.of(self.config, self.blocks, self._scale)
         self.fused = _fused(self.config, self.blocks, self._scale, cache_tokens, dtype, device)
         self.cache: KVCache[Any] = KVCache(cache_tokens, functools.partial(self._new_cache, dtype))
+        self._for_torch = functools.partial(SessionCache, self.config, len(self.blocks), dtype=dtype, device=device)
 
     def _new_cache(self, dtype: torch.dtype, capacity: int) -> BlockCache | SessionCache | PagedCache:
         """Make a session's cache, of the kind that computes."""
@@ -109,11 +112,12 @@ class Blocks:
             return BlockCache(self.config, len(self.blocks), capacity)
         if self.fused is not None:
             return self.fused.cache(capacity)
-        return SessionCache(self.config, len(self.blocks), capacity, dtype, self._device)
+        return self._for_torch(capacity)
 
     def open(self, session: SessionInfo) -> None:
-        self.cache.open(session.session, session.capacity)
         self.inside.open(session)
+        deep = self._compiled is not None and self.inside.deep(session.session)
+        self.cache.open(session.session, session.capacity, self._for_torch if deep else None)
         for table in self.rotary.values():
             table.reserve(session.capacity)
         if self._compiled is not None:
@@ -122,7 +126,9 @@ class Blocks:
     def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
         """Run one step of every row through every layer; the caches advance only if all layers succeed."""
         if self._compiled is not None:
-            return self._by_kernels(self._compiled, "hidden", rows, hidden_TH)
+            by_kernels = functools.partial(self._by_kernels, self._compiled, "hidden")
+            deep = [self.inside.deep(row.session) for row in rows]
+            return self._apart(rows, hidden_TH, deep, self._by_torch, by_kernels) if any(deep) else by_kernels(rows, hidden_TH)
         if self.fused is not None and self.look is None:
             with taken_back(self.cache, rows):
                 return self._by_both(self.fused, rows, hidden_TH)
@@ -132,26 +138,37 @@ class Blocks:
         caches, turns = self._begin(rows)
         for index, block in enumerate(self.blocks):
             hidden_TH = self._attended(index, block, rows, caches, hidden_TH, turns)
-            hidden_TH = self._touch(rows, index, self._fed_forward(block, hidden_TH))
+            hidden_TH = self._touch(rows, index, self._fed_forward(rows, index, block, hidden_TH))
             self._report(rows, "hidden", index, hidden_TH)
         self._done(rows, caches)
         return hidden_TH
 
     def _by_both(self, fused: Fused, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
         """Run rows of one token in one step of the kernels, and the others, and those that look inside, through torch."""
-        by_kernels = [row.tokens == 1 and row.session not in self.inside.sessions for row in rows]
-        if not any(by_kernels):
-            return self._by_torch(rows, hidden_TH)
-        if all(by_kernels):
+
+        def by_kernels(rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
             made_TH = fused.step(rows, self.cache, hidden_TH, hidden=True, ends=False).hidden_TH
             assert made_TH is not None
             return made_TH
+
+        chosen = [row.tokens == 1 and row.session not in self.inside.sessions for row in rows]
+        return self._apart(rows, hidden_TH, chosen, by_kernels, self._by_torch)
+
+    def _apart(
+        self, rows: tuple[Row, ...], hidden_TH: torch.Tensor, chosen: Sequence[bool], one: Way, other: Way
+    ) -> torch.Tensor:  # fmt: skip
+        """Run the chosen rows one way, and the rest another way."""
+        if all(chosen):
+            return one(rows, hidden_TH)
+        if not any(chosen):
+            return other(rows, hidden_TH)
         given = dict(zip(rows, torch.split(hidden_TH, [row.tokens for row in rows]), strict=True))
         made: dict[Row, torch.Tensor] = {}
-        for one_way in (True, False):
-            some = tuple(row for row, kernels in zip(rows, by_kernels, strict=True) if kernels is one_way)
-            together_TH = self._by_both(fused, some, torch.cat([given[row] for row in some]))
-            made |= zip(some, torch.split(together_TH, [row.tokens for row in some]), strict=True)
+        with taken_back(self.cache, rows):
+            for way, is_chosen in ((one, True), (other, False)):
+                some = tuple(row for row, own in zip(rows, chosen, strict=True) if own is is_chosen)
+                together_TH = way(some, torch.cat([given[row] for row in some]))
+                made |= zip(some, torch.split(together_TH, [row.tokens for row in some]), strict=True)
         return torch.cat([made[row] for row in rows])
 
     def _by_kernels(
@@ -172,6 +189,14 @@ class Blocks:
             hidden_TH, self.finite = compiled.in_parts(rows, caches, hidden_TH, ends, touch)
         self._done(rows, caches)
         return hidden_TH
+
+    def _touch_in(self, rows: tuple[Row, ...], name: str, index: int, tensor_T: torch.Tensor) -> torch.Tensor:
+        """Let sessions change and read a tensor inside a layer, with any shape of each token."""
+        if not any(self.inside.deep(row.session) for row in rows):
+            return tensor_T
+        tensor_T = tensor_T.contiguous()
+        self.inside.touch(Place(name, self._first + index), rows, tensor_T.flatten(1))
+        return tensor_T
 
     def _touch(self, rows: tuple[Row, ...], index: int, hidden_TH: torch.Tensor) -> torch.Tensor:
         """Let sessions change and read what a layer has made."""
@@ -220,28 +245,41 @@ class Blocks:
         turn = turns.get(bool(block.window), turns.get(False))
         if turn is not None:
             turned_TND = rotate(turned_TND, *turn)
-        if self.look is not None:
-            self._report(rows, "query", index, turned_TND[:, :heads])
-            self._report(rows, "key", index, turned_TND[:, heads:])
-            self._report(rows, "value", index, qkv_TND[:, heads + kv_heads :])
+        query_TND = self._touch_in(rows, "query", index, turned_TND[:, :heads])
+        key_TKD = self._touch_in(rows, "key", index, turned_TND[:, heads:])
+        value_TKD = self._touch_in(rows, "value", index, qkv_TND[:, heads + kv_heads :])
+        for name, tensor in (("query", query_TND), ("key", key_TKD), ("value", value_TKD)):
+            self._report(rows, name, index, tensor)
         attended = []
         start = 0
         for row, cache in zip(rows, caches, strict=True):
             stop, end = start + row.tokens, row.position + row.tokens
-            cache.put(index, row.position, turned_TND[start:stop, heads:], qkv_TND[start:stop, heads + kv_heads :])
+            cache.put(index, row.position, key_TKD[start:stop], value_TKD[start:stop])
             # positions before the window of the row's first token are not needed
             seen = max(0, row.position + 1 - block.window) if block.window else 0
-            keys_KPD, values_KPD = cache.seen(index, seen, end)
-            attended.append(attend(turned_TND[start:stop, :heads], keys_KPD, values_KPD, self._scale, block.window))
+            pattern = Place(PATTERN, self._first + index)
+            if self.inside.at(pattern, row):
+                keys_KPD, values_KPD = cache.seen(index, 0, end)
+                touch = functools.partial(self.inside.touch, pattern, (row,))
+                attended.append(
+                    attend_in_sight(query_TND[start:stop], keys_KPD, values_KPD, self._scale, block.window, touch)
+                )
+            else:
+                keys_KPD, values_KPD = cache.seen(index, seen, end)
+                attended.append(attend(query_TND[start:stop], keys_KPD, values_KPD, self._scale, block.window))
             start = stop
-        mixed_TH = product(attended[0] if len(attended) == 1 else torch.cat(attended), block.out, block.out_bias)
-        hidden_TH = hidden_TH + (mixed_TH if block.norm_attended is None else block.norm_attended(mixed_TH))
+        heads_TE = self._touch_in(rows, "heads", index, attended[0] if len(attended) == 1 else torch.cat(attended))
+        mixed_TH = product(heads_TE, block.out, block.out_bias)
+        mixed_TH = mixed_TH if block.norm_attended is None else block.norm_attended(mixed_TH)
+        hidden_TH = hidden_TH + self._touch_in(rows, "attention", index, mixed_TH)
+        hidden_TH = self._touch_in(rows, "attended", index, hidden_TH)
         self._report(rows, "attended", index, hidden_TH)
         return hidden_TH
 
-    def _fed_forward(self, block: Block, hidden_TH: torch.Tensor) -> torch.Tensor:
+    def _fed_forward(self, rows: tuple[Row, ...], index: int, block: Block, hidden_TH: torch.Tensor) -> torch.Tensor:
         made_TH = product(self._inner(block, block.norm_mid(hidden_TH)), block.down, block.down_bias)
-        return hidden_TH + (made_TH if block.norm_out is None else block.norm_out(made_TH))
+        made_TH = made_TH if block.norm_out is None else block.norm_out(made_TH)
+        return hidden_TH + self._touch_in(rows, "mlp", index, made_TH)
 
     def _inner(self, block: Block, normed_TH: torch.Tensor) -> torch.Tensor:
         inner = product(normed_TH, block.up, block.up_bias)
@@ -252,6 +290,13 @@ class Blocks:
 
     def held_bytes(self) -> int:
         return sum(block.held_bytes for block in self.blocks)
+
+
+def places_of(first: int, last: int) -> Iterator[Place]:
+    """Yield the places that some layers offer: what they make, and what they have inside."""
+    for layer in range(first, last + 1):
+        yield from (Place(name, layer) for name in IN_LAYER)
+        yield Place(HIDDEN, layer + 1)
 
 
 @contextmanager
@@ -332,6 +377,28 @@ def attend(
         allowed_tP = allowed_tP.triu(positions - tokens - window + 1)
     mixed = F.scaled_dot_product_attention(query_NtD[None], keys_NPD[None], values_NPD[None], allowed_tP, scale=scale)
     return _flat(mixed, exact)
+
+
+def attend_in_sight(
+    query_tND: torch.Tensor,
+    keys_KPD: torch.Tensor,
+    values_KPD: torch.Tensor,
+    scale: float,
+    window: int,
+    touch: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Return what `attend` returns. Between its two products, `touch` gets the pattern [t, N · P], which it may change."""
+    tokens, heads, _ = query_tND.shape
+    kv_heads, positions, _ = keys_KPD.shape
+    keys_NPD = keys_KPD.repeat_interleave(heads // kv_heads, dim=0).double()
+    values_NPD = values_KPD.repeat_interleave(heads // kv_heads, dim=0).double()
+    score_NtP = query_tND.transpose(0, 1).double() @ keys_NPD.transpose(1, 2) * scale
+    seen_tP = torch.ones(tokens, positions, dtype=torch.bool, device=query_tND.device).tril(positions - tokens)
+    if window:
+        seen_tP = seen_tP.triu(positions - tokens - window + 1)
+    pattern_tNP = score_NtP.masked_fill(~seen_tP, float("-inf")).softmax(-1).transpose(0, 1).contiguous()
+    touch(pattern_tNP.view(tokens, -1))
+    return (pattern_tNP.transpose(0, 1) @ values_NPD).transpose(0, 1).flatten(1).to(query_tND.dtype)
 
 
 def _flat(mixed_1NtD: torch.Tensor, exact: bool) -> torch.Tensor:

@@ -23,7 +23,7 @@ from ..component.devices import CPU
 from ..component.inside import HIDDEN, LOGITS, Place
 from ..component.session import SessionInfo
 from . import weights
-from .blocks import Blocks, taken_back
+from .blocks import Blocks, places_of, taken_back
 from .coded import Coded
 from .head import Head
 from .inside import Inside
@@ -184,9 +184,8 @@ class Stage(Actor):
 
     def look_inside(self, layers: tuple[int, int]) -> None:
         """Let requests read and change what this stage makes: its parts share one object for that."""
-        first, last = layers
-        places = [Place(HIDDEN, layer) for layer in range(first + (not self.begins), last + 2)]
-        self.inside = self.blocks.inside = Inside([*places, *([Place(LOGITS)] if self.ends else [])])
+        begin, end = [Place(HIDDEN, 0)] if self.begins else [], [Place(LOGITS)] if self.ends else []
+        self.inside = self.blocks.inside = Inside([*begin, *places_of(*layers), *end])
         if self.head is not None:
             self.head.inside = self.inside
 

@@ -13,7 +13,7 @@ from ranvier.transport.format.header import Row
 
 from ..component.actor import Batch, RowsFailed
 from ..component.devices import here
-from ..component.inside import HIDDEN, READS, Edit, Place, Read, within
+from ..component.inside import HIDDEN, IN_LAYER, PATTERN, READS, Edit, Place, Read, within
 from ..component.session import SessionInfo
 
 Outputs = Mapping[str, torch.Tensor | Batch]
@@ -31,6 +31,7 @@ class Inside:
         self._edits: dict[int, dict[Place, list[Edit]]] = {}
         self._reads: dict[int, dict[Place, list[tuple[int, Read]]]] = {}
         self._made: dict[Row, list[torch.Tensor]] = {}
+        self._deep: set[int] = set()
         self.sessions: set[int] = set()
         """The sessions that read or change something here."""
 
@@ -48,16 +49,28 @@ class Inside:
         if edits or reads:
             self.sessions.add(info.session)
             self._edits[info.session], self._reads[info.session] = edits, reads
+            if any(place.tensor in IN_LAYER for place in (*edits, *reads)):
+                self._deep.add(info.session)
 
     def close(self, session: int) -> None:
         """Forget a session."""
         self.sessions.discard(session)
+        self._deep.discard(session)
         self._edits.pop(session, None)
         self._reads.pop(session, None)
 
     def wants(self, rows: Iterable[Row]) -> bool:
         """Return whether one of these rows reads or changes something here."""
         return bool(self.sessions) and any(row.session in self.sessions for row in rows)
+
+    def deep(self, session: int) -> bool:
+        """Return whether a session reads or changes something inside a layer."""
+        return session in self._deep
+
+    def at(self, place: Place, row: Row) -> bool:
+        """Return whether a row reads or changes something at a place."""
+        session = row.session
+        return session in self.sessions and (place in self._edits[session] or place in self._reads[session])
 
     def layers(self, rows: Iterable[Row]) -> set[int]:
         """Return the layers whose input, or that of the layer after the last, is read or changed in these rows."""
@@ -94,7 +107,10 @@ class Inside:
 
     def _keep(self, index: int, read: Read, row: Row, part_tW: torch.Tensor) -> None:
         for start, end in within(read.spans, row.position, row.position + row.tokens):
-            values = here(part_tW[start - row.position : end - row.position]).float().flatten()
+            values = here(part_tW[start - row.position : end - row.position]).float()
+            if read.place.tensor == PATTERN:  # positions that do not exist yet are 0
+                values = _padded(values, read.shape)
+            values = values.flatten()
             about = torch.tensor([index, start, end - start], dtype=torch.int32).view(torch.float32)
             self._made.setdefault(row, []).append(torch.cat((about, values)))
 
@@ -123,6 +139,15 @@ class Inside:
         return {READS: Batch(rows, {READS: torch.cat([values for _, values in pieces])})}
 
 
+def _padded(pattern_tW: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a pattern with the heads and positions of `shape`, [t, N · P]."""
+    heads, positions = shape
+    held_tNP = pattern_tW.view(len(pattern_tW), heads, -1)
+    whole_tNP = torch.zeros(len(pattern_tW), heads, positions)
+    whole_tNP[:, :, : held_tNP.shape[2]] = held_tNP
+    return whole_tNP.flatten(1)
+
+
 def change(edit: Edit, row: Row, part_tW: torch.Tensor) -> None:
     """Make an edit in the tokens of one row, in place. It is computed in float32."""
     taken = 0
@@ -131,7 +156,18 @@ def change(edit: Edit, row: Row, part_tW: torch.Tensor) -> None:
         taken += 0 if end is None else end - start
         for low, high in within(((start, end),), row.position, row.position + row.tokens):
             part = part_tW[low - row.position : high - row.position]
-            part.copy_(_changed(edit, part.float(), first + low - start if edit.rows > 1 else 0, high - low))
+            columns = edit.columns if edit.place.tensor != PATTERN else _of_pattern(edit.columns, part.shape[1])
+            for left, right in columns or ((0, part.shape[1]),):
+                some = part[:, left:right]
+                some.copy_(_changed(edit, some.float(), first + low - start if edit.rows > 1 else 0, high - low))
+
+
+def _of_pattern(columns: tuple[tuple[int, int], ...], width: int) -> tuple[tuple[int, int], ...]:
+    """Return the columns of a pattern [N · P], given as the number of heads and then the heads that are changed."""
+    if not columns:
+        return ()
+    (heads, _), *chosen = columns
+    return tuple((head * (width // heads), end * (width // heads)) for head, end in chosen)
 
 
 def _changed(edit: Edit, x: torch.Tensor, first: int, count: int) -> torch.Tensor:

@@ -78,8 +78,10 @@ class KVCache(Generic[C]):
         self.reserved = 0
         self.sessions: dict[int, C] = {}
 
-    def open(self, session: int, capacity: int) -> None:
+    def open(self, session: int, capacity: int, make: Callable[[int], C] | None = None) -> None:
         """Reserve `capacity` positions for a session; one that is already open starts again, empty.
+
+        `make` builds its cache, instead of the function that builds the others.
 
         Raises:
             MemoryError: the positions do not fit beside the other sessions (the gateway should have refused the session).
@@ -89,7 +91,7 @@ class KVCache(Generic[C]):
             raise MemoryError(
                 f"KV cache: session {session} needs {capacity} tokens, {self.tokens - self.reserved} of {self.tokens} are free"
             )
-        self.sessions[session] = self._make(capacity)
+        self.sessions[session] = (make or self._make)(capacity)
         self.reserved += capacity
 
     def close(self, session: int) -> None:

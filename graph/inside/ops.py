@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 from ..file.errors import RequestError
 
+Heads = int | Sequence[int]
+"""One head of a place that has heads, or several; none: all of them. Each gets the same vector."""
 Where = Literal["all", "prompt", "answer", "last"] | int | Sequence[int]
 
 
@@ -31,6 +33,7 @@ class Op:
     number: float = 1.0
     least: float = 0.0
     most: float = 0.0
+    heads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +49,24 @@ def read(places: str, at: Where = "all") -> Wish:
     return Wish(places, at)
 
 
-def add(place: str, vector: Any, *, scale: float = 1.0, at: Where = "all") -> Op:
+def add(place: str, vector: Any, *, scale: float = 1.0, at: Where = "all", heads: Heads = ()) -> Op:
     """Add `scale` times a vector [W]; of several [positions, W], each at the next position."""
-    return Op(place, "add", at, *_vectors("add", vector), number=_number("scale", scale))
+    return Op(place, "add", at, *_vectors("add", vector), number=_number("scale", scale), heads=_listed(heads))
 
 
-def scale(place: str, factor: float, *, at: Where = "all") -> Op:
+def scale(place: str, factor: float, *, at: Where = "all", heads: Heads = ()) -> Op:
     """Multiply by a number."""
-    return Op(place, "scale", at, number=_number("factor", factor))
+    return Op(place, "scale", at, number=_number("factor", factor), heads=_listed(heads))
 
 
-def set(place: str, vector: Any, *, at: Where = "all") -> Op:
+def set(place: str, vector: Any, *, at: Where = "all", heads: Heads = ()) -> Op:
     """Replace by a vector [W]; by one of several [positions, W] at each position."""
-    return Op(place, "set", at, *_vectors("set", vector))
+    return Op(place, "set", at, *_vectors("set", vector), heads=_listed(heads))
 
 
-def zero(place: str, *, at: Where = "all") -> Op:
+def zero(place: str, *, at: Where = "all", heads: Heads = ()) -> Op:
     """Replace by zeros."""
-    return Op(place, "zero", at)
+    return Op(place, "zero", at, heads=_listed(heads))
 
 
 def project_out(place: str, direction: Any, *, at: Where = "all") -> Op:
@@ -79,13 +82,13 @@ def clamp(place: str, direction: Any, *, least: float = -math.inf, most: float =
     return Op(place, "clamp", at, *_direction("clamp", direction), least=low, most=high)
 
 
-def mean_ablate(place: str, mean: Any, *, at: Where = "all") -> Op:
+def mean_ablate(place: str, mean: Any, *, at: Where = "all", heads: Heads = ()) -> Op:
     """Replace by the mean of other activations: `mean` is [W], or [positions, W], of which the mean is taken."""
     values, rows, width = _vectors("mean_ablate", mean)
     if rows > 1:
         numbers = memoryview(values).cast("f")
         mean = [math.fsum(numbers[column::width]) / rows for column in range(width)]
-    return set(place, mean, at=at)
+    return set(place, mean, at=at, heads=heads)
 
 
 def _vectors(what: str, given: Any) -> tuple[bytes, int, int]:
@@ -115,6 +118,13 @@ def _direction(what: str, given: Any) -> tuple[bytes, int, int]:
     if not any(memoryview(values).cast("f")):
         raise RequestError(f"{what}: expected a direction, got zeros")
     return values, rows, width
+
+
+def _listed(heads: Heads) -> tuple[int, ...]:
+    try:
+        return (operator.index(heads),) if not isinstance(heads, Iterable) else tuple(map(operator.index, heads))
+    except TypeError:
+        raise RequestError(f"heads: expected a number or several, got {heads!r:.80}") from None
 
 
 def _number(name: str, given: Any) -> float:

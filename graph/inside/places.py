@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from ranvier.actors.component.inside import HIDDEN, LOGITS, READS, Edit, Place, Read
+from ranvier.actors.checkpoint import ModelConfig
+from ranvier.actors.component.inside import HIDDEN, IN_LAYER, LOGITS, PATTERN, READS, Edit, Place, Read
 
 from ..check.checked import Graph
 from ..check.findings import near
@@ -17,46 +19,54 @@ MOST_READ_BYTES = 1 << 30
 """The most that one request may read. A position of a place takes four bytes per number."""
 MOST_EDIT_BYTES = 16 << 20
 """The most that the vectors of one request's edits may take. Each actor gets them."""
-_HIDDEN = re.compile(r"hidden\s+(\d+)(?:\s*-\s*(\d+))?")
+_LAYERS = re.compile(r"(?P<before>hidden|layer) (?P<first>\d{1,6})(?: ?- ?(?P<last>\d{1,6}))?(?P<after> \w+)?", re.ASCII)
 
 
-def offered(graph: Graph) -> dict[Place, int]:
-    """Return the places that a graph offers, and the numbers per position of each."""
+def offered(graph: Graph, most: int = 1) -> dict[Place, tuple[int, ...]]:
+    """Return the places that a graph offers, and the shape of one position of each, for requests of `most` positions."""
     if graph.checkpoint is None or not graph.generates or graph.checkpoint.config.encoder is not None:
         return {}
     config = graph.checkpoint.config
     if config.uncut:
         return {}
-    found = {}
+    found: dict[Place, tuple[int, ...]] = {}
     for actor in graph.actors.values():
         if READS not in actor.kind.to_gateway:
             continue
         if actor.kind.begins:
-            found[Place(HIDDEN, 0)] = config.hidden
+            found[Place(HIDDEN, 0)] = (config.hidden,)
         if actor.kind.holds_blocks:
             first, last = (0, config.layers - 1) if actor.kind.whole or actor.layers is None else actor.layers
-            found |= {Place(HIDDEN, layer + 1): config.hidden for layer in range(first, last + 1)}
+            for layer in range(first, last + 1):
+                if config.runs(blocks=True):
+                    found |= {Place(name, layer): shape for name, shape in _in_layer(config, most).items()}
+                found[Place(HIDDEN, layer + 1)] = (config.hidden,)
         if actor.kind.ends:
-            found[Place(LOGITS)] = config.vocab
+            found[Place(LOGITS)] = (config.vocab,)
     return found
 
 
+def _in_layer(config: ModelConfig, most: int) -> dict[str, tuple[int, ...]]:
+    queries, keys = (config.heads, config.head_dim), (config.kv_heads, config.head_dim)
+    shapes = {"query": queries, "key": keys, "value": keys, PATTERN: (config.heads, most), "heads": queries}
+    return {name: shapes.get(name, (config.hidden,)) for name in IN_LAYER}
+
+
 def named(names: str, places: Iterable[Place]) -> Iterator[Place]:
-    """Yield the places that a name stands for: `hidden 3`, `hidden 1-30`, `logits`.
+    """Yield the places that a name stands for: `hidden 3`, `hidden 1-30`, `layer 2-5 query`, `logits`.
 
     Raises:
         RequestError: there is no such place.
     """
-    known = {place.name: place for place in places}
     if not isinstance(names, str):
         raise RequestError(f"place: expected a name such as 'hidden 12', got {names!r:.80}")
-    found = _HIDDEN.fullmatch(names.strip())
-    wanted = [names.strip()]
-    if found:
-        first, last = int(found[1]), int(found[2] or found[1])
+    known = {place.name: place for place in places}
+    wanted = [" ".join(names.split())]
+    if found := _LAYERS.fullmatch(wanted[0]):
+        first, last = int(found["first"]), int(found["last"] or found["first"])
         if last < first or last - first > len(known):
             raise RequestError(f"place {names!r:.80}: expected layers from the first to the last one")
-        wanted = [Place(HIDDEN, layer).name for layer in range(first, last + 1)]
+        wanted = [f"{found['before']} {layer}{found['after'] or ''}" for layer in range(first, last + 1)]
     for name in wanted:
         if name not in known:
             what = near(name, known) if known else "this graph offers none"
@@ -77,18 +87,38 @@ def edits_of(graph: Graph, ops: Sequence[Op], prompt: int, most: int) -> tuple[E
         if not isinstance(op, Op):
             raise RequestError(f"edits: expected what the functions of ranvier.ops return, got {op!r:.80}")
         for place in named(op.place, places):
-            if place.tensor == LOGITS:
-                raise RequestError(f"{op.operation}: logits are changed by Sampling(logit_bias=…), not by edits")
-            if op.width not in (0, places[place]):
-                raise RequestError(f"{op.operation} {place.name}: expected {places[place]} numbers, got {op.width}")
             spans = positions(op.at, prompt, most)
+            columns = _columns(op, place, places[place])
             if op.rows > 1:
                 _make_sure_of_rows(op, spans, most)
-            made.append(Edit(place, spans, op.operation, op.values, op.rows, op.number, op.least, op.most))
+            made.append(Edit(place, spans, op.operation, op.values, op.rows, op.number, op.least, op.most, columns))
     size = sum(len(edit.values) for edit in made)
     if size > MOST_EDIT_BYTES:
         raise RequestError(f"edits: expected at most {MOST_EDIT_BYTES:,} bytes of vectors, got {size:,}")
     return tuple(made)
+
+
+def _columns(op: Op, place: Place, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    """Return which numbers of a position an edit changes; () means all of them.
+
+    Raises:
+        RequestError: the place cannot be changed so, or the width is wrong.
+    """
+    if place.tensor == LOGITS:
+        raise RequestError(f"{op.operation}: logits are changed by Sampling(logit_bias=…), not by edits")
+    if place.tensor == PATTERN and op.width:
+        raise RequestError(f"{op.operation} {place.name}: a pattern can be set to zero or scaled")
+    if op.heads and len(shape) < 2:
+        raise RequestError(f"{op.operation} {place.name}: it has no heads; leave heads out")
+    wrong = next((head for head in op.heads if not 0 <= head < shape[0]), None)
+    if wrong is not None:
+        raise RequestError(f"{op.operation} {place.name}: expected heads from 0 to {shape[0] - 1}, got {wrong}")
+    width = math.prod(shape[1:] if op.heads else shape)
+    if op.width not in (0, width):
+        raise RequestError(f"{op.operation} {place.name}: expected {width} numbers, got {op.width}")
+    if place.tensor == PATTERN:  # its width grows with the positions, so its heads are named (see `model/inside.py`)
+        return ((shape[0], 0), *((head, head + 1) for head in op.heads)) if op.heads else ()
+    return tuple((head * width, (head + 1) * width) for head in op.heads)
 
 
 def _make_sure_of_rows(op: Op, spans: Iterable[tuple[int, int | None]], most: int) -> None:
@@ -107,7 +137,7 @@ def reads_of(graph: Graph, wishes: Sequence[str | Wish], prompt: int, most: int)
         raise RequestError(f"reads: expected a list of places, got {wishes!r:.80}")
     if not wishes:
         return ()
-    places = offered(graph)
+    places = offered(graph, most)
     made: dict[Place, Read] = {}
     for each in wishes:
         wish = each if isinstance(each, Wish) else Wish(each)

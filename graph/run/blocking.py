@@ -20,7 +20,6 @@ from ranvier.actors.supervise.zygote_process import ZygoteProcess
 from ranvier.transport.format.errors import LinkClosed, RanvierError
 
 from ..check.checked import Graph
-from ..inside import patches
 from ..inside.ops import Op, Wish
 from ..observe.blame import Answer
 from ..plan.plan import Plan
@@ -204,29 +203,25 @@ class BlockingRun:
         `Run.generate` describes the arguments and the errors.
         """
 
-        changes = [*patches.of(self._run), *edits]  # in the caller's thread
-
         def begin() -> Generation:
             return self._run.generate(
                 prompt, max_tokens=max_tokens, raw=raw, sampling=sampling, stop=stop, stop_tokens=stop_tokens,
                 logits=logits, logprobs=logprobs, tools=tools, documents=documents, template=template,
                 template_arguments=template_arguments, deadline_s=deadline_s, traceparent=traceparent, answered=answered,
-                grammar=grammar, edits=changes, reads=reads,
+                grammar=grammar, edits=edits, reads=reads,
             )  # fmt: skip
 
         return BlockingGeneration(self._thread, self._thread.read(begin))
 
     def read(
-        self, prompt: str | Sequence[dict[str, str]] | Sequence[int], *, reads: Sequence[str | Wish],
-        edits: Sequence[Op] = (), **options: Any,
-    ) -> Mapping[str, torch.Tensor]:  # fmt: skip
+        self, prompt: str | Sequence[dict[str, str]] | Sequence[int], *, reads: Sequence[str | Wish], **options: Any
+    ) -> Mapping[str, torch.Tensor]:
         """Run a prompt through the model once, and return what is inside, as `Run.read` does."""
-        changes = [*patches.of(self._run), *edits]
-        return self._thread.wait(lambda: self._run.read(prompt, reads=reads, edits=changes, **options))
+        return self._thread.wait(lambda: self._run.read(prompt, reads=reads, **options))
 
     def patch(self, *ops: Op) -> AbstractContextManager[None]:
         """Make changes inside the model for all requests that are opened in a `with run.patch(…)`."""
-        return patches.patched(self._run, ops)
+        return self._run.patch(*ops)  # the calls of this thread run with its context
 
     def tokens(self, prompt: str | Sequence[dict[str, Any]], **options: Any) -> list[int]:
         """Return the token ids of a prompt, as `Run.tokens` does, with its options."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import trio
 
+from ranvier.actors.component.inside import Read
 from ranvier.actors.component.session import SessionInfo
 from ranvier.actors.errors import Expired
 from ranvier.transport.format.message import Buffer
@@ -46,7 +47,7 @@ class Token:
     top_logprobs: Mapping[int, float] = field(default_factory=dict)
     """The same for the likeliest tokens by id, as many as requested, the likeliest first."""
     reads: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """What the request reads inside the model, float32 [W] by place, at the position before: the token was made from it."""
+    """What the request reads inside the model, float32 by place, at the position before: the token was made from it."""
     durable: bool = True
     """True if the token is in the run's journal, or if there is no journal.
 
@@ -275,7 +276,7 @@ class Generation:
             self.close()
         logits = memoryview(event.logits).cast("f") if event.logits is not None else None
         logprob, top = logprobs_of(event.logprobs) if event.logprobs is not None else (None, {})
-        reads = {place: _vector(values) for place, values in event.reads.items()}
+        reads = _tensors(self._info.reads, event.reads) if event.reads else {}
         return Token(event.token, event.position, piece, logits, logprob, top, reads, self.is_durable())
 
     def close(self) -> None:
@@ -291,10 +292,15 @@ class Generation:
         self.close()
 
 
-def _vector(values: bytes) -> torch.Tensor:
+def _tensors(reads: Sequence[Read], values: Mapping[str, bytes]) -> dict[str, torch.Tensor]:
+    """Return what was read at one position, by place."""
     import torch
 
-    return torch.frombuffer(bytearray(values), dtype=torch.float32)
+    shapes = {read.place.name: read.shape for read in reads}
+    return {
+        place: torch.frombuffer(bytearray(data), dtype=torch.float32).view(shapes[place])
+        for place, data in values.items()
+    }
 
 
 def logprobs_of(data: Buffer) -> tuple[float, dict[int, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ranvier.actors.component.inside import Read, within
+from ranvier.actors.component.inside import PATTERN, Read, within
 from ranvier.transport.format.header import Row
 from ranvier.transport.format.message import Buffer
 
@@ -86,12 +86,14 @@ class Readings:
         return found
 
     def tensors(self, positions: int) -> Mapping[str, torch.Tensor]:
-        """Return the values of the first so many positions, float32 [positions that are read, W], by place."""
+        """Return the values of the first so many positions, float32 [positions that are read, …], by place."""
         import torch
 
         made = {}
         for index, read in enumerate(self.reads):
-            count, width = read.count(positions), read.width
             values = torch.frombuffer(self._values[index], dtype=torch.float32) if self._values[index] else torch.empty(0)
-            made[read.place.name] = values.view(-1, width)[:count].clone()
+            values = values.view(-1, *read.shape)[: read.count(positions)]
+            if read.place.tensor == PATTERN:
+                values = values[..., :positions]
+            made[read.place.name] = values.clone()
         return made

@@ -101,7 +101,7 @@ class Stream:
 
     @property
     def taken(self) -> int:
-        """Return the number of positions that every actor is known to have processed, and of which nothing is still to be read."""
+        """Return the number of positions that every actor has processed for sure, and of which everything is read."""
         taken = len(self.log) - 1 if self.generated else self.info.kept
         return taken if self.readings is None else min(taken, self.readings.known)
 
