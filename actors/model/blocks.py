@@ -128,7 +128,11 @@ class Blocks:
         if self._compiled is not None:
             by_kernels = functools.partial(self._by_kernels, self._compiled, "hidden")
             deep = [self.inside.deep(row.session) for row in rows]
-            return self._apart(rows, hidden_TH, deep, self._by_torch, by_kernels) if any(deep) else by_kernels(rows, hidden_TH)
+            return (
+                self._apart(rows, hidden_TH, deep, self._by_torch, by_kernels)
+                if any(deep)
+                else by_kernels(rows, hidden_TH)
+            )
         if self.fused is not None and self.look is None:
             with taken_back(self.cache, rows):
                 return self._by_both(self.fused, rows, hidden_TH)
@@ -179,7 +183,9 @@ class Blocks:
             hidden_TH, self.finite = compiled.step(rows, caches, hidden_TH)
         else:
             everywhere = range(1, len(self.blocks) + 1)
-            ends = sorted(layer - self._first for layer in self.inside.layers(rows)) if self.look is None else everywhere
+            ends = (
+                sorted(layer - self._first for layer in self.inside.layers(rows)) if self.look is None else everywhere
+            )
 
             def touch(done: int, hidden_TH: torch.Tensor) -> torch.Tensor:
                 hidden_TH = self._touch(rows, done - 1, hidden_TH)

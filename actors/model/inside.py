@@ -181,8 +181,8 @@ def _changed(edit: Edit, x: torch.Tensor, first: int, count: int) -> torch.Tenso
         return x + edit.number * v
     if edit.operation == "set":
         return v.expand_as(x)
-    unit = v / v.norm(dim=-1, keepdim=True)
-    along = (x * unit).sum(-1, keepdim=True)
+    unit: torch.Tensor = v / torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+    along: torch.Tensor = (x * unit).sum(-1, keepdim=True)
     if edit.operation == "project_out":
         return x - along * unit
     assert edit.operation == "clamp"

@@ -19,7 +19,9 @@ MOST_READ_BYTES = 1 << 30
 """The most that one request may read. A position of a place takes four bytes per number."""
 MOST_EDIT_BYTES = 16 << 20
 """The most that the vectors of one request's edits may take. Each actor gets them."""
-_LAYERS = re.compile(r"(?P<before>hidden|layer) (?P<first>\d{1,6})(?: ?- ?(?P<last>\d{1,6}))?(?P<after> \w+)?", re.ASCII)
+_LAYERS = re.compile(
+    r"(?P<before>hidden|layer) (?P<first>\d{1,6})(?: ?- ?(?P<last>\d{1,6}))?(?P<after> \w+)?", re.ASCII
+)
 
 
 def offered(graph: Graph, most: int = 1) -> dict[Place, tuple[int, ...]]:
@@ -124,7 +126,9 @@ def _columns(op: Op, place: Place, shape: tuple[int, ...]) -> tuple[tuple[int, i
 def _make_sure_of_rows(op: Op, spans: Iterable[tuple[int, int | None]], most: int) -> None:
     count = sum((most if end is None else end) - start for start, end in spans)
     if any(end is None for _, end in spans) or count != op.rows:
-        raise RequestError(f"{op.operation} {op.place}: expected one vector, or {count} for these positions, got {op.rows}")
+        raise RequestError(
+            f"{op.operation} {op.place}: expected one vector, or {count} for these positions, got {op.rows}"
+        )
 
 
 def reads_of(graph: Graph, wishes: Sequence[str | Wish], prompt: int, most: int) -> tuple[Read, ...]:
@@ -166,4 +170,6 @@ def check_names(graph: Graph, ops: Sequence[Op], wishes: Sequence[str | Wish]) -
     """
     most = graph.checkpoint.config.context if graph.checkpoint is not None else 1
     edits_of(graph, [replace(op, at="all", rows=min(op.rows, 1)) if isinstance(op, Op) else op for op in ops], 1, most)
-    reads_of(graph, [replace(each, at="last") if isinstance(each, Wish) else Wish(each, "last") for each in wishes], 1, most)
+    reads_of(
+        graph, [replace(each, at="last") if isinstance(each, Wish) else Wish(each, "last") for each in wishes], 1, most
+    )

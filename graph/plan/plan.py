@@ -215,7 +215,7 @@ class Plan:
             replica=replica,
             epoch=epoch,
             graph_hash=self.hash,
-            implementation=_implementation(actor.kind, checkpoint),
+            implementation=implementation_of(actor.kind, checkpoint),
             folder=actor.kind.folder,
             args=section.args,
             model=str(checkpoint.path) if checkpoint is not None and actor.kind.uses_model else None,
@@ -285,7 +285,8 @@ def products(graph: Graph) -> str | None:
     return "repeatable" if there and native.repeatable_is_cheap() else "fast"
 
 
-def _implementation(kind: Kind, checkpoint: Checkpoint | None) -> str:
+def implementation_of(kind: Kind, checkpoint: Checkpoint | None) -> str:
+    """Return the class that runs an actor of a kind with this model."""
     if checkpoint is not None and checkpoint.config.encoder is not None and kind.seq2seq is not None:
         return kind.seq2seq
     if kind.foreign is not None and checkpoint is not None and not checkpoint.config.runs(blocks=kind.holds_blocks):

@@ -20,6 +20,8 @@ from ranvier.actors.supervise.zygote_process import ZygoteProcess
 from ranvier.transport.format.errors import LinkClosed, RanvierError
 
 from ..check.checked import Graph
+from ..inside.features import Features, Found
+from ..inside.lens import Lens
 from ..inside.ops import Op, Wish
 from ..observe.blame import Answer
 from ..plan.plan import Plan
@@ -27,6 +29,7 @@ from ..sessions.generation import Generation, Result, Token
 from ..sessions.text_codec import TextCodec
 from . import run_folder
 from .launch import Progress, launch
+from .looking import Prompt, RunFeatures
 from .recovery import Recovered
 from .run import Run
 
@@ -175,6 +178,23 @@ class BlockingGeneration:
         self.close()  # runs in the run's thread, the only one that may send
 
 
+class BlockingFeatures:
+    """Find features in the prompts of a run. `BlockingRun.features` makes it."""
+
+    def __init__(self, thread: _Thread, features: RunFeatures) -> None:
+        self._thread = thread
+        self._features = features
+
+    @property
+    def features(self) -> Features:
+        """Return the autoencoder, with the directions of its features."""
+        return self._features.features
+
+    def of(self, prompt: Prompt, **options: Any) -> Found:
+        """Return the strongest features of each position of a prompt. `options` are those of `Run.read`."""
+        return self._thread.wait(lambda: self._features.of(prompt, **options))
+
+
 class BlockingRun:
     """Offer a run to code that does not await. Several threads may use it at once.
 
@@ -213,11 +233,17 @@ class BlockingRun:
 
         return BlockingGeneration(self._thread, self._thread.read(begin))
 
-    def read(
-        self, prompt: str | Sequence[dict[str, str]] | Sequence[int], *, reads: Sequence[str | Wish], **options: Any
-    ) -> Mapping[str, torch.Tensor]:
+    def read(self, prompt: Prompt, *, reads: Sequence[str | Wish], **options: Any) -> Mapping[str, torch.Tensor]:
         """Run a prompt through the model once, and return what is inside, as `Run.read` does."""
         return self._thread.wait(lambda: self._run.read(prompt, reads=reads, **options))
+
+    def lens(self, prompt: Prompt, *, top: int = 5, **options: Any) -> Lens:
+        """Return the likeliest tokens that the hidden states between all layers would give, as `Run.lens` does."""
+        return self._thread.wait(lambda: self._run.lens(prompt, top=top, **options))
+
+    def features(self, place: str, file: str | Path, top: int = 32, *, centred: bool = True) -> BlockingFeatures:
+        """Return the features of a sparse autoencoder, as `Run.features` does."""
+        return BlockingFeatures(self._thread, self._run.features(place, file, top, centred=centred))
 
     def patch(self, *ops: Op) -> AbstractContextManager[None]:
         """Make changes inside the model for all requests that are opened in a `with run.patch(…)`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,6 +32,7 @@ from ..sessions.stream import Stream
 from ..sessions.text_codec import ChatOptions, TextCodec
 from ..sessions.text_process import TextProcess
 from .hosts import Hosts
+from .looking import Looking
 from .members import Members
 from .quiet import Quiet
 from .recovery import Recovered, Recovery
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Run:
+class Run(Looking):
     """Represent a running graph. `launch` makes it."""
 
     def __init__(
@@ -243,25 +243,6 @@ class Run:
             deadline_s=deadline_s, traceparent=traceparent, answered=answered, grammar=grammar,
             edits=(*patches.of(self), *listed("edits", edits)), reads=reads,
         )  # fmt: skip
-
-    async def read(
-        self, prompt: str | Sequence[dict[str, str]] | Sequence[int], *, reads: Sequence[str | Wish], **options: Any
-    ) -> Mapping[str, torch.Tensor]:
-        """Run a prompt through the model once, and return what is inside: float32 [positions, W] by place.
-
-        `options` are those of `generate`, such as `edits` and `raw`. One token is made and dropped.
-
-        Raises:
-            RequestError, Overloaded, ActorFailed, Expired: see `generate`.
-        """
-        generation = self.generate(prompt, reads=reads, **options, max_tokens=1)
-        async for _ in generation:
-            pass
-        return generation.reads
-
-    def patch(self, *ops: Op) -> AbstractContextManager[None]:
-        """Make changes inside the model for all requests that are opened in a `with run.patch(…)`."""
-        return patches.patched(self, ops)
 
     def tokens(
         self,

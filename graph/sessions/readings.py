@@ -44,7 +44,9 @@ class Readings:
             size = 4 * count * self.reads[index].width
             place = self._place(index, first)
             if place is None or count < 1 or len(data) < at + size or place + size > len(self._values[index]):
-                raise ValueError(f"session {row.session}: read {index} does not have positions {first} to {first + count}")
+                raise ValueError(
+                    f"session {row.session}: read {index} does not have positions {first} to {first + count}"
+                )
             self._values[index][place : place + size] = data[at : at + size]
             self._known[index] = first + count
             at += size
@@ -91,7 +93,9 @@ class Readings:
 
         made = {}
         for index, read in enumerate(self.reads):
-            values = torch.frombuffer(self._values[index], dtype=torch.float32) if self._values[index] else torch.empty(0)
+            values = (
+                torch.frombuffer(self._values[index], dtype=torch.float32) if self._values[index] else torch.empty(0)
+            )
             values = values.view(-1, *read.shape)[: read.count(positions)]
             if read.place.tensor == PATTERN:
                 values = values[..., :positions]

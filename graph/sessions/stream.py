@@ -95,9 +95,11 @@ class Stream:
     def complete(self, position: int) -> bool:
         """Return whether everything that the client asked for at a position has come, beside the token."""
         info = self.info
-        return not (info.logits and ("logits", position) not in self.numbers) and not (
-            info.logprobs is not None and ("logprobs", position) not in self.numbers
-        ) and (self.readings is None or self.readings.complete(position))
+        return (
+            not (info.logits and ("logits", position) not in self.numbers)
+            and not (info.logprobs is not None and ("logprobs", position) not in self.numbers)
+            and (self.readings is None or self.readings.complete(position))
+        )
 
     @property
     def taken(self) -> int:

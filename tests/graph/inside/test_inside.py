@@ -83,7 +83,11 @@ class Oracle:
             new = change(first(made)[0])
             return None if new is None else (new[None], *made[1:]) if isinstance(made, tuple) else new[None]
 
-        return module.register_forward_pre_hook(before, with_kwargs=True) if enters else module.register_forward_hook(after)
+        return (
+            module.register_forward_pre_hook(before, with_kwargs=True)
+            if enters
+            else module.register_forward_hook(after)
+        )
 
     def read(self, ids: Sequence[int], places: Sequence[str]) -> dict[str, torch.Tensor]:
         found: dict[str, torch.Tensor] = {}
@@ -109,7 +113,11 @@ class Oracle:
 
 
 def graph_of(
-    folder: Path, split: Callable[[int, int], dict[str, Any]], graph_file: Callable[..., Path], actors: int = 4, **more: Any
+    folder: Path,
+    split: Callable[[int, int], dict[str, Any]],
+    graph_file: Callable[..., Path],
+    actors: int = 4,
+    **more: Any,
 ) -> ranvier.Graph:
     content = {"model": {"source": "./set", "dtype": "float32"}, **split(actors, 6), **more}
     return ranvier.load(graph_file(**content), overrides={"model.source": str(folder)})
@@ -233,7 +241,10 @@ def test_edits_and_reads_through_a_crash(four: Callable[..., ranvier.Graph], tin
                     ids.append(token.id)
                     seen.append(token.reads["hidden 4"])
                     if len(ids) == kill_at:
-                        os.kill(next(pid for name, pid in reversed(run.pids.items()) if name.startswith(victim)), signal.SIGKILL)
+                        os.kill(
+                            next(pid for name, pid in reversed(run.pids.items()) if name.startswith(victim)),
+                            signal.SIGKILL,
+                        )
                 return ids, generation.reads, seen
 
             ids, reads, seen = await asked("", -1)
@@ -254,7 +265,9 @@ def test_edits_and_reads_through_a_crash(four: Callable[..., ranvier.Graph], tin
     def steered(x: torch.Tensor) -> torch.Tensor:
         return torch.cat([x[: len(PROMPT)], x[len(PROMPT) :] + 2 * vector])
 
-    assert oracle.generate(PROMPT, count, "hidden 2", steered) != oracle.generate(PROMPT, count, "hidden 2", lambda x: x)
+    assert oracle.generate(PROMPT, count, "hidden 2", steered) != oracle.generate(
+        PROMPT, count, "hidden 2", lambda x: x
+    )
 
 
 def test_the_others_of_a_batch_keep_their_bits(graph_file: Callable[..., Path], split: Any, runs: Path) -> None:
