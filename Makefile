@@ -54,6 +54,7 @@ test-all: $(STAMP) $(MODEL) $(BROWSER) $(SITE)
 pictures: $(STAMP) $(MODEL) $(BROWSER) $(SITE)
 	$(BIN)/python -m pytest tests/graph/page/test_page.py -k message --pictures docs/pictures
 	$(BIN)/python -m pytest tests/docs/test_site.py -k browser --pictures docs/pictures
+	cd examples/inside && ../../$(BIN)/python tracing.py && mv tracing.png ../../docs/pictures/causal-tracing.png
 	$(BIN)/python tools/record.py docs/pictures
 	for name in demo talk narrow; do bash tools/draw.sh $(VENV)/site docs/pictures/$$name.cast docs/pictures/$$name.svg || exit 1; done
 

@@ -36,6 +36,7 @@ TESTED = {
     "lora",
     "slow",
     "embed",
+    "inside",
 }
 LONG = [pytest.mark.slow, pytest.mark.timeout(450)]
 TRAINED = r"397 pictures that were not trained on: [89]\d\.\d% right; off the single process by (0|0e\+00|\de-0[67])\n"
@@ -212,6 +213,30 @@ def test_an_actor_is_lost(runs: Path) -> None:
         "\n[killed lower]\n" in done
         and "the same text as undisturbed: True\nlower.0 was lost, and replaced within" in done
     )
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("lens.py", r"hidden 0 .*\n(?s:.*)hidden 30    ' Paris' 0\.[78]\d  "),
+        (
+            "patching.py",
+            r"hidden 10 of position 3 from France: the capital of Italy is Paris\n(?s:.*)hidden 30 of position 4 .* is Paris\n",
+        ),
+        ("pattern.py", r"layer 23 pattern, head 4: 0\.[89]\d of its attention\n"),
+        ("steering.py", r"plain: .*Monday(?s:.*)steered: .*(fantastic|wonderful|great|amazing)"),
+        ("ablation.py", r"whole model: 0\.[78]\d\nwithout the attention of layer 0: 0\.0\d\n"),
+        pytest.param("tracing.py", r"", marks=pytest.mark.slow),
+    ],
+)
+def test_a_look_inside(script: str, words: str, runs: Path) -> None:
+    """Find where SmolLM2 knows a capital."""
+    shutil.copy(EXAMPLES / "smollm2.yaml", runs)
+    folder = copied("inside", runs)
+    assert re.search(words, ran(folder, script))
+    assert len((folder / script).read_text().splitlines()) <= 24
+    if script == "tracing.py":
+        assert (folder / "tracing.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

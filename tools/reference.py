@@ -30,6 +30,7 @@ SECTIONS = {
 GROUPS = {
     "Graphs": ("load", "Graph", "plan", "Plan"),
     "Runs": ("start", "launch", "BlockingRun", "BlockingGeneration", "Run", "Generation", "Token", "Result", "Sampling"),
+    "Inside": ("ops",),
     "Training": ("train", "Trained", "initialise"),
     "Custom actors": ("Actor", "Batch", "Context", "SessionInfo", "Row", "TensorSpec", "RowsFailed", "gather", "scatter",
                            "balancing_loss"),
@@ -184,7 +185,7 @@ def python() -> Iterator[str]:
             yield f"| `{name}` | {_cell(about)} |"
         for name in names:
             made = getattr(ranvier, name)
-            yield f"\n::: {made.__module__}.{name}"
+            yield f"\n::: {made.__name__ if inspect.ismodule(made) else f'{made.__module__}.{name}'}"
 
 
 PAGES = {"graph-keys.md": graph_keys, "commands.md": commands, "trace-columns.md": trace_columns, "python.md": python}

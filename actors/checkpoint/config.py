@@ -229,6 +229,11 @@ class ModelConfig:
         """
         return self.native or bool(self.experts and not blocks)
 
+    @property
+    def offers_places(self) -> bool:
+        """Return whether requests can read and change what is between the layers."""
+        return not self.uncut and self.encoder is None
+
     def window(self, layer: int) -> int:
         """Return how many positions a token of this layer sees; 0: all."""
         return self.windows[layer] if self.windows else 0

@@ -136,6 +136,7 @@ BUILT_IN: dict[str, Kind] = {
             ports_of=lambda config, dtype, _: ({"token": _TOKENS}, {"hidden": _hidden(config, dtype), **_READS}),
             from_gateway=("token",),
             to_gateway=(READS,),
+            optional=(READS,),
         ),
         Kind(
             "blocks",
@@ -150,6 +151,7 @@ BUILT_IN: dict[str, Kind] = {
                 {"hidden": _hidden(config, dtype), **_READS},
             ),
             to_gateway=(READS,),
+            optional=(READS,),
         ),
         Kind(
             "attention",
@@ -253,6 +255,7 @@ BUILT_IN: dict[str, Kind] = {
             ports_of=lambda config, dtype, _: ({"token": _TOKENS}, {"hidden": _hidden(config, dtype), **_READS}),
             from_gateway=("token",),
             to_gateway=(READS,),
+            optional=(READS,),
         ),
         Kind(
             "last_stage",

@@ -77,7 +77,7 @@ def _checked(
     check.stop_if_wrong()
     check.layers(actors, checkpoint)
     between = EdgeCheck(document, file, problems, actors, folder, allow_code)
-    edges = between.edges()
+    edges = between.edges(checkpoint)
     between.stop_if_wrong()
     between.connected(edges)
     between.token_returns(edges)

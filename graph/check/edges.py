@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ranvier.actors.checkpoint import Checkpoint
+from ranvier.actors.component.inside import READS
 from ranvier.actors.component.kinds import KindError, inside
 from ranvier.actors.protocol.host_spec import GATEWAY, STATISTICS
 from ranvier.transport.format import codec
@@ -42,7 +43,7 @@ class EdgeCheck(Findings):
         self.actors = actors
         self.folder, self.allow_code = folder, allow_code
 
-    def edges(self) -> list[CheckedEdge]:
+    def edges(self, checkpoint: Checkpoint | None) -> list[CheckedEdge]:
         edges = []
         seen: dict[tuple[str, str], int] = {}
         for index, section in enumerate(self.file.edges):
@@ -55,7 +56,7 @@ class EdgeCheck(Findings):
                 edges.append(edge)
         self._add_pipeline(edges)
         if not self.problems:
-            edges += self._gateway_edges(edges)
+            edges += self._gateway_edges(edges, checkpoint)
         return edges
 
     def _add_pipeline(self, edges: list[CheckedEdge]) -> None:
@@ -231,21 +232,26 @@ class EdgeCheck(Findings):
                 )  # fmt: skip
         return edges
 
-    def _gateway_edges(self, edges: list[CheckedEdge]) -> list[CheckedEdge]:
-        made = []
+    def _gateway_edges(self, edges: list[CheckedEdge], checkpoint: Checkpoint | None) -> list[CheckedEdge]:
+        """Return the edges to and from the gateway that need not be listed. Those of what is read inside a model come last."""
+        made, reads = [], []
         given = {(edge.source, edge.out, edge.target, edge.into) for edge in edges}
+        looks = (
+            checkpoint is not None
+            and checkpoint.config.offers_places
+            and any(a.kind.ends for a in self.actors.values())
+        )
         for actor in self.actors.values():
             made += [
                 CheckedEdge(GATEWAY, port, actor.name, port, actor.inputs[port], implied=True, credits_messages=PROMPTS)
                 for port in actor.kind.from_gateway
                 if (GATEWAY, port, actor.name, port) not in given
             ]
-            made += [
-                CheckedEdge(actor.name, port, GATEWAY, port, actor.outputs[port], implied=True)
-                for port in actor.kind.to_gateway
-                if (actor.name, port, GATEWAY, port) not in given
-            ]
-        return made
+            for port in actor.kind.to_gateway:
+                if (actor.name, port, GATEWAY, port) not in given and (port != READS or looks):
+                    edge = CheckedEdge(actor.name, port, GATEWAY, port, actor.outputs[port], implied=True)
+                    (reads if port == READS else made).append(edge)
+        return made + reads
 
     def observed(self, edges: Sequence[CheckedEdge]) -> None:
         """Check that recorded edges exist, that exported spans are traced, and that metrics stay on loopback."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from ranvier.actors.component.inside import READS
 from ranvier.actors.protocol.host_spec import GATEWAY
 
 from ..file.errors import Problem
@@ -51,7 +52,9 @@ class ReplicaCheck(Findings):
                 )
             if policy.by_load:
                 self._one_sender(actor, edges)
-            ports = {edge.out for edge in edges if edge.source == actor.name != edge.target}
+            ports = {edge.out for edge in edges if edge.source == actor.name != edge.target} - {
+                READS
+            }  # the gateway takes any
             if policy.copies > 1 and len(ports) > 1:
                 self._no(
                     actor,

@@ -53,12 +53,8 @@ class Reader:
     """
 
     def __init__(self, graph: Graph) -> None:
-        if graph.checkpoint is None or not graph.generates or graph.checkpoint.config.encoder is not None:
-            raise RequestError(f"graph {graph.name} is no causal language model; the lens needs one")
-        if graph.checkpoint.config.uncut:
-            raise RequestError(
-                f"graph {graph.name}: its model cannot be cut, so nothing can be read between its layers"
-            )
+        if graph.checkpoint is None or not graph.generates or not graph.checkpoint.config.offers_places:
+            raise RequestError(f"graph {graph.name}: nothing can be read between the layers of its model")
         from ranvier.actors.model.head import Head
 
         head = make(implementation_of(BUILT_IN["head"], graph.checkpoint), None)

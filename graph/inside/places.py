@@ -26,11 +26,9 @@ _LAYERS = re.compile(
 
 def offered(graph: Graph, most: int = 1) -> dict[Place, tuple[int, ...]]:
     """Return the places that a graph offers, and the shape of one position of each, for requests of `most` positions."""
-    if graph.checkpoint is None or not graph.generates or graph.checkpoint.config.encoder is not None:
+    if graph.checkpoint is None or not graph.generates or not graph.checkpoint.config.offers_places:
         return {}
     config = graph.checkpoint.config
-    if config.uncut:
-        return {}
     found: dict[Place, tuple[int, ...]] = {}
     for actor in graph.actors.values():
         if READS not in actor.kind.to_gateway:

@@ -90,7 +90,7 @@ def test_check_says_good_or_what_is_wrong() -> None:
     """Print that a graph is good, or each problem with its position on standard error."""
     good = ranvier("check", SMOLLM2)
     assert (good.returncode, good.stderr) == (0, "")
-    assert "good: 4 processes, 9 edges" in good.stdout
+    assert "good: 4 processes, 13 edges" in good.stdout
     case = Path(__file__).parents[1] / "cases" / "several_at_once.yaml"
     bad = ranvier("check", str(case))
     assert bad.returncode == 2

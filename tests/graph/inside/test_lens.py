@@ -28,7 +28,9 @@ def test_the_lens_is_the_models_own_head(
         norm = inner.ln_f if family == "gpt2" else inner.norm
         logits = torch.stack([model.lm_head(norm(hidden[0])) for hidden in seen.hidden_states[:-1]])
         cap = getattr(model.config, "final_logit_softcapping", None)
-        logits = torch.cat([torch.tanh(logits / cap) * cap if cap else logits, seen.logits])  # the last one is normed there
+        logits = torch.cat(
+            [torch.tanh(logits / cap) * cap if cap else logits, seen.logits]
+        )  # the last one is normed there
     content = {"model": {"source": "./set", "dtype": "float32"}, **split(4, 6)}
     graph = ranvier.load(graph_file(**content), overrides={"model.source": str(folder)})
     with ranvier.start(graph, runs=runs) as run:
