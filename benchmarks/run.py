@@ -16,7 +16,7 @@ import report
 QUESTIONS = (
     "hop", "large", "one_stream", "sixteen_streams", "cut_one_stream", "cut_sixteen_streams", "four_or_one", "two_cores",
     "split_or_threads", "more_streams", "long_prompt", "depth", "memory_rate", "parent", "serve", "serve_slow",
-    "serve_peer", "page", "held_up", "tracing", "top",
+    "serve_peer", "page", "held_up", "tracing", "top", "inside",
     "start", "memory", "products", "hedge", "recovery", "armed", "train",
 )  # fmt: skip
 

@@ -234,7 +234,8 @@ class EdgeCheck(Findings):
 
     def _gateway_edges(self, edges: list[CheckedEdge], checkpoint: Checkpoint | None) -> list[CheckedEdge]:
         """Return the edges to and from the gateway that need not be listed. Those of what is read inside a model come last."""
-        made, reads = [], []
+        made: list[CheckedEdge] = []
+        reads: list[CheckedEdge] = []
         given = {(edge.source, edge.out, edge.target, edge.into) for edge in edges}
         looks = (
             checkpoint is not None
