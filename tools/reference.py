@@ -31,6 +31,7 @@ GROUPS = {
     "Graphs": ("load", "Graph", "plan", "Plan"),
     "Runs": ("start", "launch", "BlockingRun", "BlockingGeneration", "Run", "Generation", "Token", "Result", "Sampling"),
     "Inside": ("ops",),
+    "Traces": ("trace",),
     "Training": ("train", "Trained", "initialise"),
     "Custom actors": ("Actor", "Batch", "Context", "SessionInfo", "Row", "TensorSpec", "RowsFailed", "gather", "scatter",
                            "balancing_loss"),

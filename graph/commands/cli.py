@@ -58,7 +58,7 @@ from .page_command import page_command
 from .replay_commands import diverge_command, replay_command
 from .run_command import run_command
 from .serve_command import serve_command
-from .trace_command import trace_command
+from .trace_command import trace_command, with_bare_sql
 from .training_command import show_schedule, train_command
 
 
@@ -384,6 +384,7 @@ def main(zygote: ZygoteProcess | None = None) -> None:
     """
     try:
         app(
+            with_bare_sql(sys.argv[1:]),
             prog_name="ranvier",
             obj=zygote,
             default_map={} if _only_asks() else config.defaults(typer.main.get_command(app)),

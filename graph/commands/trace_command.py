@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 
 from ..file.errors import RequestError
 from ..run.paths import writable, writing
-from ..trace import compare, critical_path, perfetto, summary, table, trace_plot
+from ..trace import compare, critical_path, perfetto, sql, summary, table, trace_plot
 from ..trace.timeline import timeline
 from .command_line import Json, RunFolder, columns, print_json, reading, run_named, say
 
@@ -56,8 +57,26 @@ def trace_command(
         ),
     ] = None,
     idle: Annotated[bool, typer.Option("--idle", help="Show what every actor waited for while it was idle.")] = False,
-) -> None:
+    question: Annotated[
+        str | None,
+        typer.Option(
+            "--sql", metavar="QUESTION",
+            help="Ask in SQL, or by the name of a question. Without QUESTION: list the tables, their columns, and the names.",
+        ),
+    ] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="With --sql: print the answer as CSV.")] = False,
+    to_parquet: Annotated[
+        Path | None,
+        typer.Option("--parquet", metavar="DIR", help="Write the tables of --sql as Parquet files; needs duckdb."),
+    ] = None,
+) -> None:  # fmt: skip
     """Print what every message of a run cost, per edge and per actor."""
+    if as_csv and question is None:
+        raise RequestError("--csv: ask a question, too: --sql QUESTION")
+    if question is not None or to_parquet is not None:
+        with reading(run_dir):
+            _ask(run_dir, question, as_json, as_csv, to_parquet)
+        return
     for path in (to_perfetto, to_plot):
         if path is not None:
             writable(path)
@@ -65,6 +84,38 @@ def trace_command(
         raise RequestError(f"--position {position}: name the session, too: --why SESSION")
     with reading(run_dir, diff):
         _trace(run_dir, as_json, to_perfetto, to_plot, why, position, diff, idle)
+
+
+def with_bare_sql(arguments: Sequence[str]) -> list[str]:
+    """Give `--sql` an empty question where the command line ends after it, or another option follows."""
+    following = [*arguments[1:], "--"]
+    return [
+        "--sql=" if one == "--sql" and after.startswith("-") else one
+        for one, after in zip(arguments, following, strict=True)
+    ]
+
+
+def _ask(run_dir: Path, question: str | None, as_json: bool, as_csv: bool, to_parquet: Path | None) -> None:
+    if question == "":
+        if as_json:
+            print_json({name: table._asdict() for name, table in sql.TABLES.items()})
+        else:
+            say(sql.listing())
+        return
+    data = sql.database(summary.read(run_dir))
+    if to_parquet is not None:
+        with writing(to_parquet):
+            sql.write_parquet(data, to_parquet)
+        print(f"wrote {len(sql.TABLES)} files into {to_parquet}", file=sys.stderr)
+    if question is None:
+        return
+    names, rows = sql.ask(data, question)
+    if as_json:
+        print_json([dict(zip(names, row, strict=True)) for row in rows])
+    elif as_csv:
+        sql.write_csv(names, rows, sys.stdout)
+    else:
+        say(sql.table(names, rows))
 
 
 def _trace(

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ranvier.graph.run.launch import launch
     from ranvier.graph.run.run import Run
     from ranvier.graph.sessions.generation import Generation, Result, Token
+    from ranvier.graph.trace.frames import trace
     from ranvier.graph.training.init_model import initialise
     from ranvier.graph.training.trainer import Trained, train
     from ranvier.transport.format.errors import (
@@ -60,6 +61,7 @@ _MODULES = {
     "Plan": "graph.plan.plan", "plan": "graph.plan.plan",
     "Generation": "graph.sessions.generation", "Result": "graph.sessions.generation", "Token": "graph.sessions.generation",
     "Run": "graph.run.run", "launch": "graph.run.launch",
+    "trace": "graph.trace.frames",
     "train": "graph.training.trainer", "Trained": "graph.training.trainer", "initialise": "graph.training.init_model",
     "LinkBroken": "transport.format.errors", "LinkClosed": "transport.format.errors",
     "ProtocolError": "transport.format.errors", "RanvierError": "transport.format.errors",
@@ -73,7 +75,7 @@ __all__ = [
     "Graph", "GraphError", "KeyFileError", "LinkBroken", "LinkClosed", "Overloaded", "Plan", "ProtocolError", "RanvierError",
     "RequestError", "ResourceError", "Result", "Row", "RowsFailed", "Run",
     "Sampling", "SessionInfo", "TensorSpec", "Token", "Trained", "balancing_loss", "gather", "initialise", "launch",
-    "load", "ops", "plan", "scatter", "start", "train",
+    "load", "ops", "plan", "scatter", "start", "trace", "train",
 ]  # fmt: skip
 
 
