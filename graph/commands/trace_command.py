@@ -12,6 +12,7 @@ import typer
 from ..file.errors import RequestError
 from ..run.paths import writable, writing
 from ..trace import compare, critical_path, perfetto, sql, summary, table, trace_plot
+from ..trace.sql_tables import TABLES
 from ..trace.timeline import timeline
 from .command_line import Json, RunFolder, columns, print_json, reading, run_named, say
 
@@ -98,7 +99,7 @@ def with_bare_sql(arguments: Sequence[str]) -> list[str]:
 def _ask(run_dir: Path, question: str | None, as_json: bool, as_csv: bool, to_parquet: Path | None) -> None:
     if question == "":
         if as_json:
-            print_json({name: table._asdict() for name, table in sql.TABLES.items()})
+            print_json({name: table._asdict() for name, table in TABLES.items()})
         else:
             say(sql.listing())
         return
@@ -106,7 +107,7 @@ def _ask(run_dir: Path, question: str | None, as_json: bool, as_csv: bool, to_pa
     if to_parquet is not None:
         with writing(to_parquet):
             sql.write_parquet(data, to_parquet)
-        print(f"wrote {len(sql.TABLES)} files into {to_parquet}", file=sys.stderr)
+        print(f"wrote {len(TABLES)} files into {to_parquet}", file=sys.stderr)
     if question is None:
         return
     names, rows = sql.ask(data, question)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import sql, summary
+from .sql_tables import TABLES
 from .trace_lines import TraceError
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ class Frames:
     @property
     def tables(self) -> list[str]:
         """Return the names of the tables. `ranvier trace RUN --sql` lists their columns."""
-        return list(sql.TABLES)
+        return list(TABLES)
 
     def sql(self, question: str) -> pandas.DataFrame:
         """Return the answer to a question: SQL, the name of a table, or one of the questions with names.
@@ -32,13 +33,13 @@ class Frames:
         """
         import pandas
 
-        columns, rows = sql.ask(self._data, f"SELECT * FROM {question}" if question in sql.TABLES else question)
+        columns, rows = sql.ask(self._data, f"SELECT * FROM {question}" if question in TABLES else question)
         return pandas.DataFrame.from_records(rows, columns=columns)
 
     def __getattr__(self, name: str) -> Any:
-        if name in sql.TABLES:
+        if name in TABLES:
             return self.sql(name)
-        raise AttributeError(f"a trace has no table {name!r}; there are {', '.join(sql.TABLES)}")
+        raise AttributeError(f"a trace has no table {name!r}; there are {', '.join(TABLES)}")
 
 
 def trace(run: Any) -> Frames:
