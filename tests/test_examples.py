@@ -226,6 +226,8 @@ def test_an_actor_is_lost(runs: Path) -> None:
         ("pattern.py", r"layer 23 pattern, head 4: 0\.[89]\d of its attention\n"),
         ("steering.py", r"plain: .*Monday(?s:.*)steered: .*(fantastic|wonderful|great|amazing)"),
         ("ablation.py", r"whole model: 0\.[78]\d\nwithout the attention of layer 0: 0\.0\d\n"),
+        ("probing.py", r"\n?(88|100)% of 8 words that were not trained on are right\n"),
+        pytest.param("features.py", r"4 \['feature \d+', 'feature \d+', 'feature \d+'\]\n", marks=LONG),
         pytest.param("tracing.py", r"", marks=pytest.mark.slow),
     ],
 )
@@ -234,7 +236,7 @@ def test_a_look_inside(script: str, words: str, runs: Path) -> None:
     shutil.copy(EXAMPLES / "smollm2.yaml", runs)
     folder = copied("inside", runs)
     assert re.search(words, ran(folder, script))
-    assert len((folder / script).read_text().splitlines()) <= 24
+    assert len((folder / script).read_text().splitlines()) <= 28
     if script == "tracing.py":
         assert (folder / "tracing.png").read_bytes().startswith(b"\x89PNG")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from ranvier.actors.supervise.zygote_process import ZygoteProcess
 from ranvier.transport.format.errors import LinkClosed, RanvierError
 
 from ..check.checked import Graph
+from ..inside.collection import Collected
 from ..inside.features import Features, Found
 from ..inside.lens import Lens
 from ..inside.ops import Op, Wish
@@ -244,6 +245,12 @@ class BlockingRun:
     def features(self, place: str, file: str | Path, top: int = 32, *, centred: bool = True) -> BlockingFeatures:
         """Return the features of a sparse autoencoder, as `Run.features` does."""
         return BlockingFeatures(self._thread, self._run.features(place, file, top, centred=centred))
+
+    def collect(
+        self, prompts: Iterable[Prompt], reads: Sequence[str], folder: str | Path, **options: Any
+    ) -> Collected:  # fmt: skip
+        """Write what is inside the model for many prompts into safetensors files, as `Run.collect` does."""
+        return self._thread.wait(lambda: self._run.collect(prompts, reads, folder, **options))
 
     def patch(self, *ops: Op) -> AbstractContextManager[None]:
         """Make changes inside the model for all requests that are opened in a `with run.patch(…)`."""

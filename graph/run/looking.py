@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import trio
 
-from ..inside import patches
+from ..inside import patches, places
+from ..inside.collection import ROWS_PER_FILE, Collected, Shards, label_of, positions_of
 from ..inside.features import Features, Found
 from ..inside.lens import Lens, Reader
-from ..inside.ops import Op, Wish
+from ..inside.ops import Op, Where, Wish
 from ..plan.plan import Plan
 from ..sessions.generation import Generation
 
@@ -68,6 +70,75 @@ class Looking(ABC):
             RequestError: the file cannot be read, or holds no SAE.
         """
         return RunFeatures(self, Features(place, file, top, centred=centred))
+
+    async def collect(
+        self,
+        prompts: Iterable[Prompt],
+        reads: Sequence[str],
+        folder: str | Path,
+        *,
+        at: Where = "all",
+        labels: Sequence[int] | None = None,
+        dtype: str = "float32",
+        rows_per_file: int = ROWS_PER_FILE,
+        at_once: int = 8,
+        **options: Any,
+    ) -> Collected:
+        """Write what is inside the model for many prompts into safetensors files (see `inside/collection.py`).
+
+        A call with the same arguments after an interruption goes on with the first prompt that is in no file. Memory holds
+        `at_once` prompts and one file.
+
+        Args:
+            prompts: the prompts, always in the same order.
+            reads: names of places.
+            folder: where the files go.
+            at: the positions that are read (see `ranvier.ops`).
+            labels: a whole number for each prompt, for probes.
+            dtype: `float32`, `bfloat16` or `float16`.
+            rows_per_file: a file is written when it has so many rows.
+            at_once: how many prompts run at the same time.
+            options: see `read`.
+
+        Raises:
+            RequestError, Overloaded, ActorFailed, Expired: see `generate`. Also: the folder holds something else.
+            OSError: a file cannot be written.
+        """
+        wishes = [Wish(each, at) for each in reads]
+        names = [place.name for wish in wishes for place in places.named(wish.places, places.offered(self.plan.graph))]
+        shards = Shards(Path(folder), names, dtype, rows_per_file, labels=labels is not None)
+        following = itertools.islice(enumerate(prompts), shards.prompts, None)
+        while group := list(itertools.islice(following, at_once)):
+            found = await self._read_all(group, wishes, options)
+            for number, _ in group:
+                values, tokens = found[number]
+                row = values, positions_of(at, tokens), label_of(labels, number)
+                await trio.to_thread.run_sync(shards.add, *row)
+        return await trio.to_thread.run_sync(shards.done)
+
+    async def _read_all(
+        self, prompts: Iterable[tuple[int, Prompt]], reads: Sequence[Wish], options: Mapping[str, Any]
+    ) -> dict[int, tuple[Mapping[str, torch.Tensor], int]]:
+        """Return what is read of some prompts at once, and their numbers of tokens, by the number of the prompt."""
+        found: dict[int, tuple[Mapping[str, torch.Tensor], int]] = {}
+        failures: list[Exception] = []
+
+        async def one(number: int, prompt: Prompt) -> None:
+            try:
+                generation = self.generate(prompt, reads=reads, **options, max_tokens=1)
+                async for _ in generation:
+                    pass
+                found[number] = generation.reads, generation.result.prompt_tokens
+            except Exception as error:
+                failures.append(error)
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for number, prompt in prompts:
+                nursery.start_soon(one, number, prompt)
+        if failures:
+            raise failures[0]
+        return found
 
     def patch(self, *ops: Op) -> AbstractContextManager[None]:
         """Make changes inside the model for all requests that are opened in a `with run.patch(…)`."""

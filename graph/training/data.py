@@ -60,17 +60,17 @@ def of(plan: TrainingPlan, allow_code: bool) -> Data:
             file = _inside(graph, getattr(section, name))
             return _Windows(plan, read(plan, file), file.name)
     if section.tensors is not None:
-        return _Stored(plan, _inside(graph, section.tensors))
+        return _Stored(plan, _inside(graph, section.tensors, folders=True))
     assert section.source is not None
     return _Own(plan, section.source, allow_code)
 
 
-def _inside(graph: Graph, given: str) -> Path:
+def _inside(graph: Graph, given: str, *, folders: bool = False) -> Path:
     folder = graph.folder.resolve()
     path = (folder / given).resolve()
     if not path.is_relative_to(folder):
         raise RequestError(f"training: data: {given!r} leaves the graph's folder")
-    if not path.is_file():
+    if not path.is_file() and not (folders and path.is_dir()):
         raise RequestError(f"training: data: {given!r}: no such file; looked in the graph's folder")
     return path
 
@@ -195,15 +195,19 @@ def _ids_in(file: Path) -> numpy.ndarray[Any, Any]:
 
 
 class _Stored:
-    """Provide the examples of a safetensors file, shuffled again whenever all of them have been used."""
+    """Provide the examples of a safetensors file, or of all in a folder, shuffled again whenever all have been used."""
 
     def __init__(self, plan: TrainingPlan, file: Path) -> None:
         import torch
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        files = sorted(file.glob("*.safetensors")) if file.is_dir() else [file]
         try:
-            found = load_file(file)
+            parts = [load_file(part) for part in files]
+            found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else {}
+        except KeyError as error:
+            raise RequestError(f"training: data: {file.name}: {error} is not in each of its files") from None
         except (SafetensorError, OSError) as error:
             raise RequestError(f"training: data: {file.name}: {error}") from None
         _check_names(plan, found)
