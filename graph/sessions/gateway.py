@@ -383,7 +383,12 @@ class Gateway:
             if stream is None or stream.readings is None:
                 self.exchange.count("tokens_refused")
                 continue
-            stream.readings.take(row, buffer)
+            try:
+                stream.readings.take(row, buffer)
+            except ValueError as error:
+                what = f"edge {received.link.spec.name}: {error}"
+                self._end(stream, ActorFailed(received.link.peer, what, Cause.REFUSED, session=row.session))
+                continue
             self._deliver_complete(stream)
 
     def _on_scores(self, received: Received) -> None:

@@ -39,16 +39,17 @@ class Readings:
         """
         data, at = memoryview(buffer).cast("B"), 0
         while at < len(data):
-            index, first, count = data[at : at + 4 * ABOUT].cast("i")
+            about = data[at : at + 4 * ABOUT].cast("i")
+            if len(about) < ABOUT or not 0 <= about[0] < len(self.reads):
+                raise ValueError(f"expected reads from 0 to {len(self.reads) - 1}, got {list(about)}")
+            index, first, count = about
             at += 4 * ABOUT
             size = 4 * count * self.reads[index].width
             place = self._place(index, first)
             if place is None or count < 1 or len(data) < at + size or place + size > len(self._values[index]):
-                raise ValueError(
-                    f"session {row.session}: read {index} does not have positions {first} to {first + count}"
-                )
+                raise ValueError(f"{self.reads[index].place.name}: positions {first} to {first + count} are not read")
             self._values[index][place : place + size] = data[at : at + size]
-            self._known[index] = first + count
+            self._known[index] = max(self._known[index], first + count)  # a slower replica may send it again
             at += size
 
     def _place(self, index: int, position: int) -> int | None:
