@@ -59,7 +59,7 @@ class OpenSessions:
                 except Exception as own:
                     error.add_note(f"and the session could not be closed: {describe(own)}")
             raise
-        self._core.open(session, info.epoch, info.replicas)
+        self._core.open(session, info.epoch, info.replicas, [read.place.tensor for read in info.reads])
         for onlooker in self._onlookers:
             onlooker.opened(info, rewound)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -49,6 +49,8 @@ class Outputs:
         self._routes: dict[str, list[Route]] = {port: [] for port in self._specs}
         self._loops: dict[str, tuple[Route, Loop]] = {}
         self._replicas: dict[int, Replicas] = {}
+        self._asked: dict[int, tuple[str, set[int]]] = {}
+        """The edges that only some sessions read: the name under which they do, and these sessions."""
 
     # -- links and sessions -------------------------------------------------------------------------------------
 
@@ -64,6 +66,8 @@ class Outputs:
             else:
                 routes.append(route)
         route.add(self._exchange.sender(spec))
+        if link.asked:
+            self._asked.setdefault(spec.edge, (link.asked, set()))
 
     def remove(self, peer: str) -> None:
         """Remove the links to a replica that has left."""
@@ -74,7 +78,15 @@ class Outputs:
         """Remember the replicas of a session."""
         self._replicas[session] = replicas
 
+    def read_by(self, session: int, names: Collection[str]) -> None:
+        """Remember which edges to the client a session reads, by their names there."""
+        for name, sessions in self._asked.values():
+            if name in names:
+                sessions.add(session)
+
     def close(self, session: int) -> None:
+        for _, sessions in self._asked.values():
+            sessions.discard(session)
         if self._replicas.pop(session, None) is not None:
             for route in self._every():
                 route.close(session)
@@ -166,6 +178,9 @@ class Outputs:
     ) -> None:
         plain = None
         for route in routes:
+            if self._asked and route.edge in self._asked:
+                self._send_asked(port, route, rows, tensor, ready_ns)
+                continue
             tap = self.taps.get(route.edge) if self.taps else None
             link = route.only
             if not tensor.is_cpu and not tensor.is_meta:
@@ -187,6 +202,15 @@ class Outputs:
                 if given is not tensor:  # the tap of another edge may reuse that memory
                     buffers = (stable(buffers[0]),)
                 self._exchange.send(link, Outbound(rows, tensors, buffers, ready_ns, coding))
+
+    def _send_asked(self, port: str, route: Route, rows: tuple[Row, ...], tensor: torch.Tensor, ready_ns: int) -> None:
+        """Send the rows of the sessions that read this edge."""
+        _, sessions = self._asked[route.edge]
+        wanted = [row.session in sessions for row in rows]
+        if any(wanted):
+            parts = list(itertools.compress(self._split(port, rows, here(tensor)), wanted))
+            own, part = tuple(itertools.compress(rows, wanted)), torch.cat(parts) if len(parts) > 1 else parts[0]
+            self._send_by_choice(port, route, own, part, ready_ns)
 
     def _send_by_choice(
         self, port: str, route: Route, rows: tuple[Row, ...], tensor: torch.Tensor, ready_ns: int

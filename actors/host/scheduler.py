@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 
@@ -105,13 +105,15 @@ class HostCore:
 
     # -- sessions -----------------------------------------------------------------------------------------------
 
-    def open(self, session: int, epoch: int, replicas: Replicas | None = None) -> None:
+    def open(self, session: int, epoch: int, replicas: Replicas | None = None, reads: Collection[str] = ()) -> None:
         """Accept rows of the session and epoch from now on. Rows of the session in any other epoch are refused.
 
         Sessions open in the order of their epochs, and within an epoch in the order of their numbers. Rows that arrived
-        before their session opened were kept, and are queued now.
+        before their session opened were kept, and are queued now. `reads` are the names of what the session reads.
         """
         self._epochs[session] = epoch
+        if reads:
+            self.outputs.read_by(session, reads)
         if replicas:
             self.outputs.open(session, replicas)
         if (epoch, session) > self._newest:

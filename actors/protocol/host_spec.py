@@ -104,7 +104,8 @@ class HostLink:
 
     `at_most` is set at the outgoing end of a custom loop. A row goes round at most that often. It stops earlier when the port
     `until` reports that it is done. With 0, the actor decides by what it sends. `tap` is the function that sees outgoing
-    tensors (taps.py).
+    tensors (taps.py). `asked` is set at the outgoing end of an edge to the client of a model: the name under which requests
+    read it. It carries only the rows of sessions that do.
     """
 
     port: str
@@ -117,6 +118,7 @@ class HostLink:
     skips: bool = False
     repeats: bool = False
     tap: str | None = None
+    asked: str = ""
 
 
 @dataclass(frozen=True, slots=True)

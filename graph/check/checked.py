@@ -196,6 +196,12 @@ class Graph:
             e.target == GATEWAY and e.into == "sampled" for e in self.edges
         )
 
+    def read_by_client(self, edge: CheckedEdge) -> bool:
+        """Return whether an edge goes to the client only for the requests that read it: `lower.hidden -> gateway.mid`."""
+        if edge.target != GATEWAY or not self.generates or edge.source not in self.actors:
+            return False
+        return edge.into not in self.actors[edge.source].kind.to_gateway
+
     @property
     def embeds(self) -> bool:
         """Return whether the graph turns the tokens of a text into one vector: `token` goes in, and `embedding` comes out."""

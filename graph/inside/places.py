@@ -43,6 +43,16 @@ def offered(graph: Graph, most: int = 1) -> dict[Place, tuple[int, ...]]:
                 found[Place(HIDDEN, layer + 1)] = (config.hidden,)
         if actor.kind.ends:
             found[Place(LOGITS)] = (config.vocab,)
+    return found | _edges(graph)
+
+
+def _edges(graph: Graph) -> dict[Place, tuple[int, ...]]:
+    """Return the edges to the client that requests read, as places."""
+    found = {}
+    for edge in graph.edges:
+        sizes = tuple(size for size in edge.spec.shape[1:] if isinstance(size, int))
+        if graph.read_by_client(edge) and edge.spec.shape == ("tokens", *sizes):
+            found[Place(edge.into)] = sizes
     return found
 
 
@@ -104,6 +114,8 @@ def _columns(op: Op, place: Place, shape: tuple[int, ...]) -> tuple[tuple[int, i
     Raises:
         RequestError: the place cannot be changed so, or the width is wrong.
     """
+    if place.layer is None and place.tensor != LOGITS:
+        raise RequestError(f"{op.operation} {place.name}: an edge to the client can be read, not changed")
     if place.tensor == LOGITS:
         raise RequestError(f"{op.operation}: logits are changed by Sampling(logit_bias=…), not by edits")
     if place.tensor == PATTERN and op.width:

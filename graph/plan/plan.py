@@ -148,6 +148,7 @@ class Plan:
                     yield HostLink(
                         edge.out, self._link(index, edge, replica, other, live), True, edge.feedback, edge.until,
                         edge.at_most, policy=graph.policy(edge.target), skips=skips, tap=edge.tap,
+                        asked=edge.into if graph.read_by_client(edge) else "",
                     )  # fmt: skip
             if edge.target == actor:
                 repeats = not loop and graph.policy(edge.source).copies > 1

@@ -17,6 +17,7 @@ from ranvier.actors.host.route import Replicas, Route
 from ranvier.actors.protocol.control_protocol import Close, Command, Hold, Open, SessionFailed
 from ranvier.actors.protocol.host_spec import GATEWAY, HostLink
 from ranvier.actors.trace.spans import TraceContext
+from ranvier.transport.format.errors import ProtocolError
 from ranvier.transport.format.header import Row, TensorMeta
 from ranvier.transport.format.message import Buffer
 from ranvier.transport.links.exchange import Exchange
@@ -331,10 +332,8 @@ class Gateway:
             self._on_numbers(port, received)
         elif port == "scores":
             self._on_scores(received)
-        elif port == READS:
-            self._on_reads(received)
         else:
-            self._on_output(port, received)
+            self._on_reads(port, received)
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -376,16 +375,19 @@ class Gateway:
             stream.numbers[port, row.position] = bytes(buffer)
             self._deliver_complete(stream)
 
-    def _on_reads(self, received: Received) -> None:
-        """Take what sessions read inside the model, and deliver the positions that were waiting for it."""
-        for row, (_, buffer) in rows_of(received):
+    def _on_reads(self, port: str, received: Received) -> None:
+        """Take what sessions read, inside the model or over an edge, and deliver the positions that were waiting for it."""
+        for row, (meta, buffer) in rows_of(received):
             stream = self._stream_of(row)
             if stream is None or stream.readings is None:
                 self.exchange.count("tokens_refused")
                 continue
             try:
-                stream.readings.take(row, buffer)
-            except ValueError as error:
+                if port == READS:
+                    stream.readings.take(row, buffer)
+                else:
+                    stream.readings.take_edge(port, row, meta, buffer)
+            except (ValueError, ProtocolError) as error:
                 what = f"edge {received.link.spec.name}: {error}"
                 self._end(stream, ActorFailed(received.link.peer, what, Cause.REFUSED, session=row.session))
                 continue

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ranvier.actors.component.inside import PATTERN, Read, within
-from ranvier.transport.format.header import Row
+from ranvier.transport.format.header import Row, TensorMeta
 from ranvier.transport.format.message import Buffer
 
 if TYPE_CHECKING:
@@ -51,6 +52,22 @@ class Readings:
             self._values[index][place : place + size] = data[at : at + size]
             self._known[index] = max(self._known[index], first + count)  # a slower replica may send it again
             at += size
+
+    def take_edge(self, name: str, row: Row, meta: TensorMeta, buffer: Buffer) -> None:
+        """Take the rows [tokens, …] of an edge that goes to the client.
+
+        Raises:
+            ValueError: they do not fit.
+        """
+        from ranvier.transport.format.tensors import from_buffer
+
+        for index, read in enumerate(self.reads):
+            if read.place.name == name:
+                values = from_buffer(meta, buffer).float()
+                for start, end in within(read.spans, row.position, row.position + row.tokens):
+                    some = values[start - row.position : end - row.position].contiguous()
+                    about = array("i", (index, start, end - start)).tobytes()
+                    self.take(row, about + some.numpy().tobytes())
 
     def _place(self, index: int, position: int) -> int | None:
         """Return where the values of a position begin, in bytes; None if it is not read."""

