@@ -117,7 +117,7 @@ def _experts(config: ModelConfig, dtype: str, numbers: tuple[int, int]) -> Mappi
 _EXPERTS = "ranvier.actors.model.experts"
 _HEAD_PORTS: Mapping[str, Any] = {
     "to_gateway": ("sampled", "logits", "logprobs", "scores", READS),
-    "optional": ("token",),
+    "optional": ("token", READS),
 }
 _PARTS = "ranvier.actors.model.causal"
 _FOREIGN = "ranvier.actors.model.hf_layers"

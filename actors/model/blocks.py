@@ -145,6 +145,7 @@ class Blocks:
             hidden_TH = self._touch(rows, index, self._fed_forward(rows, index, block, hidden_TH))
             self._report(rows, "hidden", index, hidden_TH)
         self._done(rows, caches)
+        self.finite = None
         return hidden_TH
 
     def _by_both(self, fused: Fused, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
@@ -173,6 +174,7 @@ class Blocks:
                 some = tuple(row for row, own in zip(rows, chosen, strict=True) if own is is_chosen)
                 together_TH = way(some, torch.cat([given[row] for row in some]))
                 made |= zip(some, torch.split(together_TH, [row.tokens for row in some]), strict=True)
+        self.finite = None
         return torch.cat([made[row] for row in rows])
 
     def _by_kernels(
@@ -182,10 +184,9 @@ class Blocks:
         if self.look is None and not self.inside.wants(rows):
             hidden_TH, self.finite = compiled.step(rows, caches, hidden_TH)
         else:
-            everywhere = range(1, len(self.blocks) + 1)
-            ends = (
-                sorted(layer - self._first for layer in self.inside.layers(rows)) if self.look is None else everywhere
-            )
+            ends = list(range(1, len(self.blocks) + 1))
+            if self.look is None:  # what enters the first layer is touched before
+                ends = sorted({layer - self._first for layer in self.inside.layers(rows)}.intersection(ends))
 
             def touch(done: int, hidden_TH: torch.Tensor) -> torch.Tensor:
                 hidden_TH = self._touch(rows, done - 1, hidden_TH)

@@ -138,22 +138,28 @@ class Compiled:
         ends: Sequence[int],
         touch: Callable[[int, torch.Tensor], torch.Tensor],
     ) -> Made:
-        """Compute the same as `step`, and stop where a number of layers in `ends` is done, in their order.
+        """Compute the same as `step`, and stop where so many layers are done as `ends` says, each number once, in order.
 
         There `touch` gets that number and the hidden states in float32, and returns those to go on with.
         """
         wide_TH, done = hidden_TH.float(), 0
-        for end in (*ends, len(self._layers)):
-            if end > done:
-                part = self._part
-                part.layers, part.first = end - done, done
-                part.layer = ctypes.pointer(self._layers[done])
-                made_TH = torch.empty_like(wide_TH)
-                self._through(ctypes.byref(part), rows, caches, wide_TH, made_TH)
-                wide_TH, done = made_TH, end
-            if end in ends:
-                wide_TH = touch(end, wide_TH)
+        for end in ends:
+            wide_TH = touch(end, self._layers_of(done, end, rows, caches, wide_TH))
+            done = end
+        wide_TH = self._layers_of(done, len(self._layers), rows, caches, wide_TH)
         return Made(wide_TH.to(hidden_TH.dtype), None)
+
+    def _layers_of(
+        self, first: int, end: int, rows: Sequence[Row], caches: Sequence[BlockCache], wide_TH: torch.Tensor
+    ) -> torch.Tensor:
+        """Run [T, H] in float32 through the layers from `first` to before `end`, if there are any."""
+        if first == end:
+            return wide_TH
+        part = self._part
+        part.layers, part.first, part.layer = end - first, first, ctypes.pointer(self._layers[first])
+        made_TH = torch.empty_like(wide_TH)
+        self._through(ctypes.byref(part), rows, caches, wide_TH, made_TH)
+        return made_TH
 
     def _through(
         self, group: Any, rows: Sequence[Row], caches: Sequence[BlockCache], from_TH: torch.Tensor, to_TH: torch.Tensor

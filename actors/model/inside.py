@@ -6,6 +6,7 @@ Shape suffixes: T tokens of the batch, t tokens of one row, W width of a place.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -28,7 +29,7 @@ class Inside:
 
     def __init__(self, places: Iterable[Place]) -> None:
         self._places = frozenset(places)
-        self._edits: dict[int, dict[Place, list[Edit]]] = {}
+        self._edits: dict[int, dict[Place, list[_Change]]] = {}
         self._reads: dict[int, dict[Place, list[tuple[int, Read]]]] = {}
         self._made: dict[Row, list[torch.Tensor]] = {}
         self._deep: set[int] = set()
@@ -38,11 +39,11 @@ class Inside:
     def open(self, info: SessionInfo) -> None:
         """Take note of what a session reads and changes."""
         self.close(info.session)
-        edits: dict[Place, list[Edit]] = {}
+        edits: dict[Place, list[_Change]] = {}
         reads: dict[Place, list[tuple[int, Read]]] = {}
         for edit in info.edits:
             if edit.place in self._places:
-                edits.setdefault(edit.place, []).append(edit)
+                edits.setdefault(edit.place, []).append(_Change.of(edit))
         for index, read in enumerate(info.reads):
             if read.place in self._places:
                 reads.setdefault(read.place, []).append((index, read))
@@ -99,8 +100,8 @@ class Inside:
             if row.session not in self.sessions:
                 continue
             part_tW = tensor_TW[start:end]
-            for edit in self._edits[row.session].get(place, ()):
-                change(edit, row, part_tW)
+            for change in self._edits[row.session].get(place, ()):
+                change.make(row, part_tW)
             for index, read in self._reads[row.session].get(place, ()):
                 self._keep(index, read, row, part_tW)
         return tensor_TW
@@ -148,18 +149,29 @@ def _padded(pattern_tW: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return whole_tNP.flatten(1)
 
 
-def change(edit: Edit, row: Row, part_tW: torch.Tensor) -> None:
-    """Make an edit in the tokens of one row, in place. It is computed in float32."""
-    taken = 0
-    for start, end in edit.spans:
-        first = 0 if edit.rows <= 1 else taken
-        taken += 0 if end is None else end - start
-        for low, high in within(((start, end),), row.position, row.position + row.tokens):
-            part = part_tW[low - row.position : high - row.position]
-            columns = edit.columns if edit.place.tensor != PATTERN else _of_pattern(edit.columns, part.shape[1])
-            for left, right in columns or ((0, part.shape[1]),):
-                some = part[:, left:right]
-                some.copy_(_changed(edit, some.float(), first + low - start if edit.rows > 1 else 0, high - low))
+class _Change(NamedTuple):
+    """Hold an edit, with its vectors [rows, W] as a tensor."""
+
+    edit: Edit
+    vectors: torch.Tensor
+
+    @classmethod
+    def of(cls, edit: Edit) -> _Change:
+        held = torch.frombuffer(bytearray(edit.values), dtype=torch.float32) if edit.values else torch.empty(0)
+        return cls(edit, held.view(max(1, edit.rows), -1))
+
+    def make(self, row: Row, part_tW: torch.Tensor) -> None:
+        """Make the edit in the tokens of one row, in place. It is computed in float32."""
+        edit, taken = self.edit, 0
+        columns = edit.columns if edit.place.tensor != PATTERN else _of_pattern(edit.columns, part_tW.shape[1])
+        for start, end in edit.spans:
+            for low, high in within(((start, end),), row.position, row.position + row.tokens):
+                part = part_tW[low - row.position : high - row.position]
+                first = taken + low - start if edit.rows > 1 else 0
+                vectors = self.vectors[first : first + (high - low if edit.rows > 1 else 1)].to(part.device)
+                for left, right in columns or ((0, part.shape[1]),):
+                    part[:, left:right] = _changed(edit, part[:, left:right].float(), vectors)
+            taken += 0 if end is None else end - start
 
 
 def _of_pattern(columns: tuple[tuple[int, int], ...], width: int) -> tuple[tuple[int, int], ...]:
@@ -170,13 +182,11 @@ def _of_pattern(columns: tuple[tuple[int, int], ...], width: int) -> tuple[tuple
     return tuple((head * (width // heads), end * (width // heads)) for head, end in chosen)
 
 
-def _changed(edit: Edit, x: torch.Tensor, first: int, count: int) -> torch.Tensor:
+def _changed(edit: Edit, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     if edit.operation == "zero":
         return torch.zeros_like(x)
     if edit.operation == "scale":
         return x * edit.number
-    vectors = torch.frombuffer(bytearray(edit.values), dtype=torch.float32).view(edit.rows, -1).to(x.device)
-    v = vectors[first : first + count] if edit.rows > 1 else vectors
     if edit.operation == "add":
         return x + edit.number * v
     if edit.operation == "set":

@@ -112,7 +112,8 @@ def _ask(run_dir: Path, question: str | None, as_json: bool, as_csv: bool, to_pa
         return
     names, rows = sql.ask(data, question)
     if as_json:
-        print_json([dict(zip(names, row, strict=True)) for row in rows])
+        shown = [[value.hex() if isinstance(value, bytes) else value for value in row] for row in rows]
+        print_json([dict(zip(names, row, strict=True)) for row in shown])
     elif as_csv:
         sql.write_csv(names, rows, sys.stdout)
     else:

@@ -7,6 +7,7 @@ labels. `ranvier train` reads such a folder as `data: {tensors: ./folder}`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ranvier.actors.component.inside import within
+from ranvier.actors.component.inside import PATTERN, within
 
 from ..file.errors import RequestError
 from .ops import Where, positions
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 ROWS_PER_FILE = 65_536
 """A file is written when it has so many rows; the last prompt may make it longer."""
-PATTERN = "activations-[0-9]*.safetensors"
+FILES = "activations-[0-9]*.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +48,30 @@ class Shards:
         dtype: what the values are rounded to.
         rows_per_file: see `ROWS_PER_FILE`.
         labels: whether each row has a label.
+        how: stands for the positions and options with which the prompts run.
 
     Raises:
-        RequestError: the folder holds something else, or `dtype` is unknown.
+        RequestError: the folder holds something else, `dtype` is unknown, or a place has another width for each prompt.
         OSError: the folder cannot be made or read.
     """
 
-    def __init__(self, folder: Path, places: Sequence[str], dtype: str, rows_per_file: int, *, labels: bool) -> None:
+    def __init__(
+        self, folder: Path, places: Sequence[str], dtype: str, rows_per_file: int, *, labels: bool, how: str
+    ) -> None:  # fmt: skip
         import torch
 
         if dtype not in DTYPES:
             raise RequestError(f"dtype: expected {', '.join(DTYPES)}, got {dtype!r:.80}")
+        wrong = next((place for place in places if place.endswith(PATTERN)), None)
+        if wrong is not None:
+            raise RequestError(f"collect: {wrong} has as many numbers as its prompt has positions; use read")
         self._folder = folder
         self._dtype: torch.dtype = getattr(torch, dtype)
         self._most = rows_per_file
-        self._what = {"places": list(places), "dtype": dtype, "labels": labels}
+        self._what = {"places": list(places), "dtype": dtype, "labels": labels, "how": how}
+        self._prompts = hashlib.sha256()
+        self._known: dict[int, str] = {}
+        """What the prompts of the files must be, by the number of prompts."""
         self._held: list[dict[str, torch.Tensor]] = []
         self._held_rows = 0
         self.files: list[Path] = []
@@ -69,7 +79,7 @@ class Shards:
         """What the files have so far."""
         self._taken = 0
         folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted(folder.glob(PATTERN)):
+        for file in sorted(folder.glob(FILES)):
             self._continue(file)
         self._taken = self.prompts
 
@@ -82,18 +92,31 @@ class Shards:
         except (SafetensorError, OSError, ValueError) as error:
             raise RequestError(f"{file}: cannot be continued: {error}") from None
         first, last = about.pop("first", None), about.pop("last", None)
-        rows = about.pop("rows", None)
+        rows, digest = about.pop("rows", None), about.pop("prompts", None)
         if about != self._what or first != self.prompts:
             raise RequestError(
                 f"{file}: expected prompts from {self.prompts} on with {self._what}, got {first} with {about}"
             )
+        self._known[last + 1] = digest
         self.files.append(file)
         self.prompts, self.rows = last + 1, self.rows + rows
 
-    def add(self, values: Mapping[str, torch.Tensor], positions: torch.Tensor, label: int | None) -> None:
+    def skip(self, number: int, prompt: Any) -> None:
+        """Pass over a prompt that is in a file, and make sure that it is this one.
+
+        Raises:
+            RequestError: the files have other prompts.
+        """
+        self._prompts.update(repr(prompt).encode())
+        known = self._known.get(number + 1)
+        if known is not None and known != self._prompts.hexdigest():
+            raise RequestError(f"{self._folder}: holds other prompts up to number {number}; use another folder")
+
+    def add(self, prompt: Any, values: Mapping[str, torch.Tensor], positions: torch.Tensor, label: int | None) -> None:
         """Add the rows of the next prompt."""
         import torch
 
+        self._prompts.update(repr(prompt).encode())
         count = len(positions)
         made = {place.replace(" ", "_"): tensor.to(self._dtype) for place, tensor in values.items()}
         made |= {"prompt": torch.full((count,), self._taken), "position": positions}
@@ -113,7 +136,10 @@ class Shards:
         if not self._held:
             return
         together = {name: torch.cat([one[name] for one in self._held]) for name in self._held[0]}
-        about = {**self._what, "first": self.prompts, "last": self._taken - 1, "rows": self._held_rows}
+        about = {
+            **self._what, "first": self.prompts, "last": self._taken - 1, "rows": self._held_rows,
+            "prompts": self._prompts.hexdigest(),
+        }  # fmt: skip
         file = self._folder / f"activations-{len(self.files):05}.safetensors"
         part = file.with_suffix(".part")
         save_file(together, part, {"ranvier": json.dumps(about)})
@@ -132,8 +158,18 @@ def positions_of(at: Where, prompt: int) -> torch.Tensor:
     """Return the positions of a prompt that are read, int64, in the order in which values come."""
     import torch
 
-    spans = sorted(set(positions(at, prompt, prompt + 1)))
-    return torch.tensor([place for start, end in within(tuple(spans), 0, prompt) for place in range(start, end)])
+    spans = within(positions(at, prompt, prompt + 1), 0, prompt)
+    return torch.tensor([place for start, end in spans for place in range(start, end)], dtype=torch.int64)
+
+
+def how_of(at: Where, options: Mapping[str, Any]) -> str:
+    """Return a digest of positions and options, with the vectors of edits."""
+    made = hashlib.sha256(
+        repr((at if isinstance(at, str | int) else list(at), sorted(options.items(), key=str))).encode()
+    )
+    for edit in options.get("edits", ()):
+        made.update(getattr(edit, "values", b""))
+    return made.hexdigest()[:16]
 
 
 def label_of(labels: Sequence[Any] | None, prompt: int) -> int | None:

@@ -39,8 +39,9 @@ class Features:
 
     Args:
         place: where the SAE was trained, such as `hidden 12`.
-        file: safetensors with `W_enc` [H, F], `b_enc`, `W_dec` [F, H] and `b_dec`, or under the other `NAMES`, transposed or
-            not. With `threshold` or `log_threshold`, weaker features are zero (JumpReLU, Rajamanoharan et al. 2024).
+        file: safetensors with `W_enc` [H, F], `b_enc`, `W_dec` [F, H] and `b_dec`, or under the other `NAMES`; what is called
+            `weight` is transposed. With `threshold` or `log_threshold`, weaker features are zero (JumpReLU, Rajamanoharan et
+            al. 2024).
         top: how many features of each position are returned.
         centred: whether `b_dec` is subtracted first, as most SAEs do.
 
@@ -56,8 +57,8 @@ class Features:
         self.place = place
         self.top = top
         encoder, decoder = held["encoder"], held["decoder"]
-        self._encoder_HF = encoder if encoder.shape[0] < encoder.shape[1] else encoder.T
-        self.directions_FH = decoder if decoder.shape[0] > decoder.shape[1] else decoder.T
+        self._encoder_HF = encoder
+        self.directions_FH = decoder
         """The direction of each feature, [F, H], for `ops.add`, `ops.clamp` and `ops.project_out`."""
         if self._encoder_HF.shape != self.directions_FH.T.shape:
             raise RequestError(
@@ -97,6 +98,11 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(file, framework="pt") as held:
             names = list(held.keys())
-            return {ours[name]: held.get_tensor(name).float() for name in names if name in ours}
+            found = {name: held.get_tensor(name).float() for name in names if name in ours}
+            # torch keeps the matrix of a linear layer transposed
+            return {
+                ours[name]: tensor.T if name.endswith(".weight") and tensor.dim() == 2 else tensor
+                for name, tensor in found.items()
+            }
     except (OSError, SafetensorError) as error:
         raise RequestError(f"{file}: cannot be read as safetensors: {error}") from None

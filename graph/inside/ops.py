@@ -15,6 +15,10 @@ from typing import Any, Literal
 
 from ..file.errors import RequestError
 
+MOST_SPANS = 4096
+"""The most pieces that positions may have; positions that follow each other are one."""
+MOST = 3.4028234663852886e38
+"""The largest float32; it stands for infinity, which JSON has not."""
 Heads = int | Sequence[int]
 """One head of a place that has heads, or several; none: all of them. Each gets the same vector."""
 Where = Literal["all", "prompt", "answer", "last"] | int | Sequence[int]
@@ -79,7 +83,9 @@ def clamp(place: str, direction: Any, *, least: float = -math.inf, most: float =
     low, high = float(least), float(most)
     if not low <= high:
         raise RequestError(f"clamp: expected least up to most, got {low} and {high}")
-    return Op(place, "clamp", at, *_direction("clamp", direction), least=low, most=high)
+    return Op(
+        place, "clamp", at, *_direction("clamp", direction), least=min(MOST, max(-MOST, low)), most=min(MOST, max(-MOST, high))
+    )  # fmt: skip
 
 
 def mean_ablate(place: str, mean: Any, *, at: Where = "all", heads: Heads = ()) -> Op:
@@ -100,7 +106,10 @@ def _vectors(what: str, given: Any) -> tuple[bytes, int, int]:
     import torch
 
     try:
-        made = torch.as_tensor(given).detach().to("cpu", torch.float32).contiguous()
+        made = torch.as_tensor(given).detach()
+        if made.is_complex():
+            raise TypeError("complex numbers have no place here")
+        made = made.to("cpu", torch.float32).contiguous()
     except (TypeError, ValueError, RuntimeError) as error:
         raise RequestError(f"{what}: expected a vector of numbers, got {given!r:.80}: {error}") from None
     if made.dim() not in (1, 2) or not made.numel():
@@ -156,4 +165,14 @@ def positions(at: Where, prompt: int, most: int) -> tuple[tuple[int, int | None]
     wrong = next((each for each, place in zip(given, found, strict=True) if not 0 <= place < most), None)
     if wrong is not None:
         raise RequestError(f"at: expected positions from {-prompt} to {most - 1}, got {wrong}")
-    return tuple((place, place + 1) for place in found)
+    if len({*found}) < len(found):
+        raise RequestError(f"at: expected each position once, got {given!r:.80}")
+    spans: list[tuple[int, int]] = []
+    for place in found:  # positions in a row become one span
+        if spans and spans[-1][1] == place:
+            spans[-1] = spans[-1][0], place + 1
+        else:
+            spans.append((place, place + 1))
+    if len(spans) > MOST_SPANS:
+        raise RequestError(f"at: expected at most {MOST_SPANS} pieces of positions in a row, got {len(spans)}")
+    return tuple(spans)

@@ -17,8 +17,10 @@ from .ops import Op, Wish, positions
 
 MOST_READ_BYTES = 1 << 30
 """The most that one request may read. A position of a place takes four bytes per number."""
-MOST_EDIT_BYTES = 16 << 20
-"""The most that the vectors of one request's edits may take. Each actor gets them."""
+MOST_EDIT_BYTES = 8 << 20
+"""The most that the edits of one request may take. Each actor gets them in one command, of at most 16 MiB."""
+SPAN_BYTES = 16
+"""What a piece of positions takes there, at most."""
 _LAYERS = re.compile(
     r"(?P<before>hidden|layer) (?P<first>\d{1,6})(?: ?- ?(?P<last>\d{1,6}))?(?P<after> \w+)?", re.ASCII
 )
@@ -102,9 +104,9 @@ def edits_of(graph: Graph, ops: Sequence[Op], prompt: int, most: int) -> tuple[E
             if op.rows > 1:
                 _make_sure_of_rows(op, spans, most)
             made.append(Edit(place, spans, op.operation, op.values, op.rows, op.number, op.least, op.most, columns))
-    size = sum(len(edit.values) for edit in made)
+    size = sum(len(edit.values) + SPAN_BYTES * len(edit.spans) for edit in made)
     if size > MOST_EDIT_BYTES:
-        raise RequestError(f"edits: expected at most {MOST_EDIT_BYTES:,} bytes of vectors, got {size:,}")
+        raise RequestError(f"edits: expected at most {MOST_EDIT_BYTES:,} bytes of vectors and positions, got {size:,}")
     return tuple(made)
 
 
@@ -158,7 +160,7 @@ def reads_of(graph: Graph, wishes: Sequence[str | Wish], prompt: int, most: int)
         for place in named(wish.places, places):
             if place in made:
                 raise RequestError(f"reads: {place.name} is named twice; name it once, with all positions")
-            made[place] = Read(place, _ascending(positions(wish.at, prompt, most)), places[place])
+            made[place] = Read(place, positions(wish.at, prompt, most), places[place])
     size = sum(4 * read.width * read.count(most) for read in made.values())
     if size > MOST_READ_BYTES:
         raise RequestError(
@@ -168,18 +170,12 @@ def reads_of(graph: Graph, wishes: Sequence[str | Wish], prompt: int, most: int)
     return tuple(made.values())
 
 
-def _ascending(spans: tuple[tuple[int, int | None], ...]) -> tuple[tuple[int, int | None], ...]:
-    return spans if len(spans) == 1 else tuple(sorted(set(spans)))
-
-
 def check_names(graph: Graph, ops: Sequence[Op], wishes: Sequence[str | Wish]) -> None:
     """Check what can be known before a prompt's length is.
 
     Raises:
         RequestError: see `edits_of` and `reads_of`.
     """
-    most = graph.checkpoint.config.context if graph.checkpoint is not None else 1
-    edits_of(graph, [replace(op, at="all", rows=min(op.rows, 1)) if isinstance(op, Op) else op for op in ops], 1, most)
-    reads_of(
-        graph, [replace(each, at="last") if isinstance(each, Wish) else Wish(each, "last") for each in wishes], 1, most
-    )
+    edits_of(graph, [replace(op, at="all", rows=min(op.rows, 1)) if isinstance(op, Op) else op for op in ops], 1, 1)
+    wishes = [replace(each, at="last") if isinstance(each, Wish) else Wish(each, "last") for each in wishes]
+    reads_of(graph, wishes, 1, 1)

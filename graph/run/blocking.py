@@ -268,9 +268,11 @@ class BlockingRun:
         """Call the graph, as `Run.call` does."""
         return self._thread.wait(lambda: self._run.call(traceparent, **inputs))
 
-    def score(self, ids: Sequence[int], *, traceparent: str | None = None) -> list[float]:
+    def score(
+        self, ids: Sequence[int], *, traceparent: str | None = None, edits: Sequence[Op] = ()
+    ) -> list[float]:  # fmt: skip
         """Return the log-probabilities of tokens, as `Run.score` does."""
-        return self._thread.wait(lambda: self._run.score(ids, traceparent=traceparent))
+        return self._thread.wait(lambda: self._run.score(ids, traceparent=traceparent, edits=edits))
 
     def scale(self, actor: str, replicas: int) -> str:
         """Scale an actor, as `Run.scale` does."""

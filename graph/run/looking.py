@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from ..inside import patches, places
-from ..inside.collection import ROWS_PER_FILE, Collected, Shards, label_of, positions_of
+from ..inside.collection import ROWS_PER_FILE, Collected, Shards, how_of, label_of, positions_of
 from ..inside.features import Features, Found
 from ..inside.lens import Lens, Reader
 from ..inside.ops import Op, Where, Wish
@@ -106,13 +106,17 @@ class Looking(ABC):
         """
         wishes = [Wish(each, at) for each in reads]
         names = [place.name for wish in wishes for place in places.named(wish.places, places.offered(self.plan.graph))]
-        shards = Shards(Path(folder), names, dtype, rows_per_file, labels=labels is not None)
-        following = itertools.islice(enumerate(prompts), shards.prompts, None)
+        edits = [*patches.of(self), *options.get("edits", ())]
+        how = how_of(at, {**options, "edits": edits})
+        shards = Shards(Path(folder), names, dtype, rows_per_file, labels=labels is not None, how=how)
+        following = enumerate(prompts)
+        for number, prompt in itertools.islice(following, shards.prompts):
+            shards.skip(number, prompt)
         while group := list(itertools.islice(following, at_once)):
             found = await self._read_all(group, wishes, options)
-            for number, _ in group:
+            for number, prompt in group:
                 values, tokens = found[number]
-                row = values, positions_of(at, tokens), label_of(labels, number)
+                row = prompt, values, positions_of(at, tokens), label_of(labels, number)
                 await trio.to_thread.run_sync(shards.add, *row)
         return await trio.to_thread.run_sync(shards.done)
 

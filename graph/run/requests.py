@@ -335,18 +335,20 @@ class Requests:
                 f"the request needs {len(ids) + max_tokens} tokens of KV cache, an actor holds {capacity}; raise cache_tokens"
             )
 
-    async def scores(self, ids: Sequence[int], traceparent: str | None) -> list[float]:
+    async def scores(self, ids: Sequence[int], traceparent: str | None, edits: Sequence[Op]) -> list[float]:
         """Return log-probabilities. See `Run.score`."""
-        return list((await self._scored(ids, None, traceparent)).scores)
+        return list((await self._scored(ids, None, traceparent, edits)).scores)
 
     async def ranks(
-        self, ids: Sequence[int], logprobs: int | None, traceparent: str | None
+        self, ids: Sequence[int], logprobs: int | None, traceparent: str | None, edits: Sequence[Op]
     ) -> list[tuple[float, dict[int, float]]]:
         """Return log-probabilities with those of the likeliest tokens. See `Run.ranked`."""
-        numbers = (await self._scored(ids, logprobs, traceparent)).numbers
+        numbers = (await self._scored(ids, logprobs, traceparent, edits)).numbers
         return [logprobs_of(numbers["logprobs", position]) for position in range(len(ids) - 1)]
 
-    async def _scored(self, ids: Sequence[int], logprobs: int | None, traceparent: str | None) -> Stream:
+    async def _scored(
+        self, ids: Sequence[int], logprobs: int | None, traceparent: str | None, edits: Sequence[Op]
+    ) -> Stream:
         graph = self._graph
         if not graph.generates or graph.checkpoint is None:
             raise RequestError(f"graph {graph.name} is not a language model; score needs one")
@@ -357,8 +359,9 @@ class Requests:
             raise RequestError("score: expected at least two tokens, got 1")
         root, caller = self.traced(traceparent)
         info = SessionInfo(
-            session=0, epoch=0, capacity=len(ids), log=tuple(ids), score=True, logprobs=logprobs, traceparent=root
-        )
+            session=0, epoch=0, capacity=len(ids), log=tuple(ids), score=True, logprobs=logprobs, traceparent=root,
+            edits=places.edits_of(graph, listed("edits", edits), len(ids), len(ids)),
+        )  # fmt: skip
         with contextlib.closing(
             Client(self.gateway, self.gateway.submit(info, caller=caller), self.flush, self._wakes)
         ) as client:

@@ -422,9 +422,10 @@ class Gateway:
         reads = stream.readings.at(position - 1) if stream.readings is not None else {}
         stream.events.append(Delivered(position, token, logits, logprobs, reads))
         self.on_delivered(stream, position, token)
-        if not stream.info.finished(stream.generated, token):
+        # the log may have later tokens, whose numbers have not come yet
+        if not stream.info.finished(position + 1 - len(stream.info.log), token):
             return
-        if stream.asked.finished(len(stream.log) - len(stream.asked.log), token):
+        if stream.asked.finished(position + 1 - len(stream.asked.log), token):
             self._end(stream, stream.info.reason(token))
         else:
             self._open_anew(stream)

@@ -211,7 +211,7 @@ class Generation:
         stream = self._client.stream if isinstance(self._client, Client) else None
         if stream is None or stream.readings is None:
             return {}
-        return stream.readings.tensors(max(0, stream.awaited - 1))
+        return stream.readings.tensors(max(0, min(stream.awaited - 1, stream.readings.known)))
 
     def recorded(self, first: int, tokens: Sequence[int], after: int | None) -> None:
         """Take the tokens of a journal; the first of them is at position `first`.

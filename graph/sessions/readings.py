@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from array import array
+import bisect
+import struct
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,67 @@ from ranvier.transport.format.message import Buffer
 if TYPE_CHECKING:
     import torch
 
-ABOUT = 3
-"""Whole numbers at the beginning of each piece: the index of the read, the first position, the count of positions."""
+ABOUT = struct.Struct("3i")
+"""The beginning of each piece: the index of the read, the first position, the count of positions."""
+EVERYTHING = 1 << 62
+
+
+class _Kept:
+    """Hold the values of one read, in the order of its spans."""
+
+    def __init__(self, read: Read, positions: int) -> None:
+        self.read = read
+        self.nbytes = 4 * read.width
+        """Bytes of one position."""
+        spans = list(within(read.spans, 0, positions))
+        places, before = [], 0
+        for start, end in spans:
+            places.append((start, end, before))
+            before += end - start
+        self._spans = sorted(places)
+        self._starts = [start for start, _, _ in self._spans]
+        self._next = 0
+        """The number of spans of which everything has come."""
+        self.values = bytearray(self.nbytes * before)
+        self.known = 0
+        """The positions before this one have come, as far as they are read."""
+
+    def place(self, position: int) -> int | None:
+        """Return which of the positions that are read this is; None: it is not read."""
+        index = bisect.bisect_right(self._starts, position) - 1
+        if index < 0:
+            return None
+        start, end, before = self._spans[index]
+        return before + position - start if position < end else None
+
+    def put(self, first: int, count: int, data: memoryview) -> None:
+        """Take the values of some positions in a row.
+
+        Raises:
+            ValueError: they are not read.
+        """
+        place, last = self.place(first), self.place(first + count - 1)
+        if place is None or count < 1 or last != place + count - 1:
+            raise ValueError(f"{self.read.place.name}: positions {first} to {first + count} are not read")
+        self.values[place * self.nbytes : (place + count) * self.nbytes] = data
+        self.known = max(self.known, first + count)  # a slower replica may send it again
+        while self._next < len(self._spans) and self._spans[self._next][1] <= self.known:
+            self._next += 1
+
+    @property
+    def missing(self) -> int:
+        """Return the first position that is read and has not come."""
+        return max(self.known, self._starts[self._next]) if self._next < len(self._spans) else EVERYTHING
+
+    def tensor(self, positions: int) -> torch.Tensor:
+        """Return the values at the first so many positions, float32 [positions that are read, …], in the order of the spans."""
+        import torch
+
+        values = torch.frombuffer(self.values, dtype=torch.float32) if self.values else torch.empty(0)
+        values = values.view(-1, *self.read.shape)
+        there = sorted((before, min(end, positions) - start) for start, end, before in self._spans if start < positions)
+        made = torch.cat([values[:0], *(values[before : before + count] for before, count in there)])
+        return made[..., :positions] if self.read.place.tensor == PATTERN else made
 
 
 class Readings:
@@ -26,11 +86,7 @@ class Readings:
     """
 
     def __init__(self, reads: Sequence[Read], positions: int) -> None:
-        self.reads = reads
-        self._parts = [list(within(read.spans, 0, positions)) for read in reads]
-        self._values = [bytearray(4 * read.width * read.count(positions)) for read in reads]
-        self._known = [0] * len(reads)
-        """The positions before these have come, as far as they are read."""
+        self._kept = [_Kept(read, positions) for read in reads]
 
     def take(self, row: Row, buffer: Buffer) -> None:
         """Take the numbers of one row, as `Inside.around` has written them.
@@ -40,82 +96,54 @@ class Readings:
         """
         data, at = memoryview(buffer).cast("B"), 0
         while at < len(data):
-            about = data[at : at + 4 * ABOUT].cast("i")
-            if len(about) < ABOUT or not 0 <= about[0] < len(self.reads):
-                raise ValueError(f"expected reads from 0 to {len(self.reads) - 1}, got {list(about)}")
-            index, first, count = about
-            at += 4 * ABOUT
-            size = 4 * count * self.reads[index].width
-            place = self._place(index, first)
-            if place is None or count < 1 or len(data) < at + size or place + size > len(self._values[index]):
-                raise ValueError(f"{self.reads[index].place.name}: positions {first} to {first + count} are not read")
-            self._values[index][place : place + size] = data[at : at + size]
-            self._known[index] = max(self._known[index], first + count)  # a slower replica may send it again
+            if len(data) - at < ABOUT.size:
+                raise ValueError(
+                    f"session {row.session}: expected {ABOUT.size} bytes before the values, got {len(data) - at}"
+                )
+            index, first, count = ABOUT.unpack_from(data, at)
+            at += ABOUT.size
+            if not 0 <= index < len(self._kept):
+                raise ValueError(f"session {row.session}: expected reads from 0 to {len(self._kept) - 1}, got {index}")
+            kept = self._kept[index]
+            size = kept.nbytes * max(0, count)
+            if len(data) - at < size:
+                raise ValueError(f"{kept.read.place.name}: expected {size} bytes, got {len(data) - at}")
+            kept.put(first, count, data[at : at + size])
             at += size
 
     def take_edge(self, name: str, row: Row, meta: TensorMeta, buffer: Buffer) -> None:
         """Take the rows [tokens, …] of an edge that goes to the client.
 
         Raises:
-            ValueError: they do not fit.
+            ValueError, ProtocolError: they do not fit.
         """
         from ranvier.transport.format.tensors import from_buffer
 
-        for index, read in enumerate(self.reads):
-            if read.place.name == name:
+        for kept in self._kept:
+            if kept.read.place.name == name:
                 values = from_buffer(meta, buffer).float()
-                for start, end in within(read.spans, row.position, row.position + row.tokens):
+                for start, end in within(kept.read.spans, row.position, row.position + row.tokens):
                     some = values[start - row.position : end - row.position].contiguous()
-                    about = array("i", (index, start, end - start)).tobytes()
-                    self.take(row, about + some.numpy().tobytes())
-
-    def _place(self, index: int, position: int) -> int | None:
-        """Return where the values of a position begin, in bytes; None if it is not read."""
-        before = 0
-        for start, end in self._parts[index]:
-            if start <= position < end:
-                return 4 * self.reads[index].width * (before + position - start)
-            before += end - start
-        return None
+                    kept.put(start, end - start, memoryview(some.numpy().tobytes()))
 
     def complete(self, positions: int) -> bool:
         """Return whether all that is read of the first so many positions has come."""
-        return all(
-            min(end, positions) <= known
-            for parts, known in zip(self._parts, self._known, strict=True)
-            for start, end in parts
-            if start < positions
-        )
+        return self.known >= positions
 
     @property
     def known(self) -> int:
         """Return the number of positions of which everything has come."""
-        return min(map(self._first_missing, range(len(self.reads))), default=1 << 62)
-
-    def _first_missing(self, index: int) -> int:
-        known = self._known[index]
-        return next((max(start, known) for start, end in self._parts[index] if end > known), 1 << 62)
+        return min((kept.missing for kept in self._kept), default=EVERYTHING)
 
     def at(self, position: int) -> dict[str, bytes]:
         """Return the values of one position as float32 bytes, by place."""
         found = {}
-        for index, read in enumerate(self.reads):
-            place = self._place(index, position)
+        for kept in self._kept:
+            place = kept.place(position)
             if place is not None:
-                found[read.place.name] = bytes(self._values[index][place : place + 4 * self.reads[index].width])
+                found[kept.read.place.name] = bytes(kept.values[place * kept.nbytes : (place + 1) * kept.nbytes])
         return found
 
     def tensors(self, positions: int) -> Mapping[str, torch.Tensor]:
         """Return the values of the first so many positions, float32 [positions that are read, …], by place."""
-        import torch
-
-        made = {}
-        for index, read in enumerate(self.reads):
-            values = (
-                torch.frombuffer(self._values[index], dtype=torch.float32) if self._values[index] else torch.empty(0)
-            )
-            values = values.view(-1, *read.shape)[: read.count(positions)]
-            if read.place.tensor == PATTERN:
-                values = values[..., :positions]
-            made[read.place.name] = values.clone()
-        return made
+        return {kept.read.place.name: kept.tensor(positions) for kept in self._kept}

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from ranvier.actors.component.inside import READS
 from ranvier.actors.protocol.host_spec import GATEWAY
 from ranvier.transport.format.codec import CODECS
 from ranvier.transport.format.errors import RanvierError
@@ -23,6 +24,7 @@ from .summary import PARTS, Trace
 from .trace_lines import DoneLine, SentLine
 
 Values = tuple[Any, ...]
+_READ = f" -> {GATEWAY}.{READS}"
 
 
 class SqlError(RanvierError):
@@ -56,7 +58,9 @@ INSERT INTO sessions
 SELECT session, count(DISTINCT epoch), min(began), max(answered), max(answered) - min(began), min(answered) - min(began),
        count(answered), (count(answered) - 1) * 1000.0 / nullif(max(answered) - min(answered), 0)
 FROM (SELECT rows.session, rows.epoch, ready_ms AS began,
-             CASE WHEN target LIKE '{gateway}.%' AND messages.edge NOT LIKE '%.reads -> %' AND messages.edge NOT LIKE '%.log%'
+             CASE WHEN target LIKE '{gateway}.%' AND messages.edge NOT LIKE '%.reads -> %'
+                   AND (messages.edge LIKE '%.sampled -> %'
+                        OR NOT EXISTS (SELECT 1 FROM edges WHERE edge LIKE '%.sampled -> %'))
                   THEN received_ms END AS answered
       FROM rows JOIN messages ON id = message)
 GROUP BY session
@@ -85,6 +89,7 @@ class _Filling:
         done = [line.sent_ns for lines in trace.done.values() for line in lines[:1]]
         self._start_ns = min(sent + done, default=0)
         self._rows: list[Values] = []
+        self._number = 0
 
     def tables(self) -> Mapping[str, Iterable[Values]]:
         """Return the rows of all tables but `sessions`."""
@@ -120,8 +125,11 @@ class _Filling:
     ) -> Values:
         line = done if done is not None else sender
         assert line is not None
-        trace, ms, edge, number = self._trace, self._ms, self._trace.edge(line.edge), len(self._rows)
-        self._rows += [(number, edge, *row) for row in line.rows]
+        trace, ms, edge, number = self._trace, self._ms, self._trace.edge(line.edge), self._number
+        self._number += 1
+        numbers = edge.endswith(_READ)  # there, a row's tokens are a count of numbers
+        rows = [(*row[:3], 0) for row in line.rows] if numbers else line.rows
+        self._rows += [(number, edge, *row) for row in rows]
         spent = [parts[part] / 1e3 if part in parts else None for part in PARTS]
         before, codec = line.nbytes, None
         if sender is not None:
@@ -138,7 +146,7 @@ class _Filling:
             line.sequence,
             line.rows[0][0],
             len(line.rows),
-            sum([row[3] for row in line.rows]),
+            sum([row[3] for row in rows]),
             line.nbytes,
             before,
             codec,
@@ -157,7 +165,8 @@ class _Filling:
             before_ns: int | None = None
             for (started_ns, finished_ns), lines in sorted(steps.items()):
                 idle_us = (started_ns - before_ns) / 1e3 if before_ns is not None else None
-                rows = {row[:3]: row[3] for line in lines for row in line.rows}
+                known = (row for line in lines if not self._trace.edge(line.edge).endswith(_READ) for row in line.rows)
+                rows = {row[:3]: row[3] for row in known}
                 yield (
                     actor,
                     self._ms(started_ns),

@@ -168,8 +168,8 @@ RECIPES: dict[str, tuple[str, str]] = {
     ),
     "batches": (
         "how many tokens the steps of each actor take",
-        """SELECT actor, tokens, count(*) AS steps, round(avg(compute_us)) AS mean_us
-           FROM steps GROUP BY actor, tokens ORDER BY actor, tokens""",
+        f"""SELECT actor, tokens, count(*) AS steps, round(avg(compute_us)) AS mean_us
+            FROM steps WHERE actor NOT LIKE '{GATEWAY}.%' GROUP BY actor, tokens ORDER BY actor, tokens""",
     ),
     "back-pressure": (
         "who waited for whose credit",
@@ -184,8 +184,8 @@ RECIPES: dict[str, tuple[str, str]] = {
     ),
     "prompts": (
         "what a token of a prompt costs each actor",
-        """SELECT actor, count(*) AS steps, sum(tokens) AS tokens, round(sum(compute_us) / sum(tokens), 1) AS us_a_token
-           FROM steps WHERE tokens > rows GROUP BY actor""",
+        f"""SELECT actor, count(*) AS steps, sum(tokens) AS tokens, round(sum(compute_us) / sum(tokens), 1) AS us_a_token
+            FROM steps WHERE tokens > rows AND actor NOT LIKE '{GATEWAY}.%' GROUP BY actor""",
     ),
     "recoveries": ("sessions that began again", "SELECT * FROM sessions WHERE epochs > 1 ORDER BY started_ms"),
     "not-finite": (

@@ -61,7 +61,9 @@ def streamed(tiny: Any) -> Callable[..., Path]:
     A small llama in four actors answers all prompts at once. The folder is under `place`."""
     model, _ = tiny("plain")
 
-    def run_once(place: Path, prompts: Sequence[Sequence[int]], max_tokens: int, **settings: Any) -> Path:
+    def run_once(
+        place: Path, prompts: Sequence[Sequence[int]], max_tokens: int, reads: Sequence[str] = (), **settings: Any
+    ) -> Path:  # fmt: skip
         graph_path = place / "graph.yaml"
         graph_path.write_text(
             json.dumps({
@@ -74,7 +76,7 @@ def streamed(tiny: Any) -> Callable[..., Path]:
         graph = ranvier.load(graph_path, overrides={"model.source": str(model)})
 
         async def one(run: ranvier.Run, prompt: Sequence[int]) -> None:
-            async for _ in run.generate(prompt, max_tokens=max_tokens, stop_tokens=()):
+            async for _ in run.generate(prompt, max_tokens=max_tokens, stop_tokens=(), reads=reads):
                 pass
 
         async def main() -> Path:

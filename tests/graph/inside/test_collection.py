@@ -85,6 +85,17 @@ def test_positions_dtypes_and_errors(four: Callable[..., ranvier.Graph], tmp_pat
         for expected, options in wrong:
             with pytest.raises(ranvier.RequestError, match=expected):
                 run.collect(PROMPTS, **{"reads": ["hidden 1"], "folder": tmp_path / "wrong", **options})
+        others: list[tuple[str, dict[str, Any]]] = [
+            ("holds other prompts", {"prompts": [*PROMPTS[:-1], [1, 2]]}),
+            ("expected prompts from 0 on with", {"at": [0, 1]}),
+            ("expected prompts from 0 on with", {"edits": [ranvier.ops.zero("hidden 2")]}),
+        ]
+        for expected, options in others:
+            with pytest.raises(ranvier.RequestError, match=expected):
+                run.collect(**{"prompts": PROMPTS, "reads": ["hidden 6"], "folder": tmp_path / "last", "at": "last",
+                               "dtype": "bfloat16", **options})  # fmt: skip
+        with pytest.raises(ranvier.RequestError, match="layer 1 pattern has as many numbers as its prompt"):
+            run.collect(PROMPTS, ["layer 1 pattern"], tmp_path / "pattern")
         (tmp_path / "bad").mkdir()
         (tmp_path / "bad" / "activations-00000.safetensors").write_text("no tensors")
         with pytest.raises(ranvier.RequestError, match="cannot be continued"):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import trio
@@ -146,7 +147,7 @@ def test_reads_are_what_hooks_see(
             torch.testing.assert_close(values, expected, **CLOSE, msg=lambda text, place=place: f"{place}: {text}")
         some = run.read(PROMPT, reads=[ops.read("hidden 3", at=[-1, 2]), ops.read("layer 1 key", at="last")])
         whole = run.read(PROMPT, reads=["hidden 3", "layer 1 key"])
-        torch.testing.assert_close(some["hidden 3"], whole["hidden 3"][[2, 6]], **CLOSE)
+        torch.testing.assert_close(some["hidden 3"], whole["hidden 3"][[6, 2]], **CLOSE)
         torch.testing.assert_close(some["layer 1 key"], whole["layer 1 key"][-1:], **CLOSE)
 
 
@@ -299,6 +300,68 @@ def test_the_others_of_a_batch_keep_their_bits(graph_file: Callable[..., Path], 
                     assert (steered[index] == plain[index]) == (index % 2 == 0), index
 
     trio.run(main)
+
+
+@pytest.mark.parametrize("actors", [1, 2, 4])
+def test_an_edit_is_made_once_wherever_an_actor_ends(
+    actors: int, graph_file: Callable[..., Path], split: Any, runs: Path
+) -> None:
+    """Add a vector before and after every actor's layers, on GGUF weights, and see exactly that vector more."""
+    model = {"source": SMOLLM2, "dtype": "bfloat16", "weights": "stored"}
+    vector = torch.full((576,), 64.0)
+    with ranvier.start(ranvier.load(graph_file(model=model, **split(actors, 30))), runs=runs) as run:
+        plain = run.read([1, 9, 17], reads=["hidden 0-30"])
+        for layer in (0, 1, 14, 15, 16, 29, 30):
+            place = f"hidden {layer}"
+            found = run.read([1, 9, 17], reads=["hidden 0-30"], edits=[ops.add(place, vector)])
+            torch.testing.assert_close(found[place], plain[place] + vector, rtol=0.01, atol=0.3)
+            if layer:
+                before = f"hidden {layer - 1}"
+                torch.testing.assert_close(found[before], plain[before], rtol=0, atol=0)
+            assert len(found[place]) == 3
+
+
+def test_scores_orders_and_what_is_not_read_yet(four: Callable[..., ranvier.Graph], tiny: Any, runs: Path) -> None:
+    """Score with changes, keep the order of positions, and return nothing before it has come."""
+    _, model = tiny("llama")
+    vector = torch.linspace(-2, 1, 48)
+    oracle = Oracle(model)
+    with hooked(oracle.hook("hidden 2", lambda x: x + vector)), torch.inference_mode():
+        wanted = model(torch.tensor([PROMPT]), use_cache=False).logits[0, :-1].log_softmax(-1)
+    wanted = wanted.gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
+    with ranvier.start(four(), runs=runs) as run:
+        with run.patch(ops.add("hidden 2", vector)):
+            patched = run.score(PROMPT)
+        given = run.score(PROMPT, edits=[ops.add("hidden 2", vector)])
+        torch.testing.assert_close(torch.tensor(given), wanted, **CLOSE)
+        assert patched == given != run.score(PROMPT)
+        whole = run.read(PROMPT, reads=["hidden 3", "hidden 4"])
+        some = run.read(PROMPT, reads=[ops.read("hidden 3", at=[5, 2, 3])])["hidden 3"]
+        torch.testing.assert_close(some, whole["hidden 3"][[5, 2, 3]], **CLOSE)
+        same = run.read(PROMPT, reads=["hidden 4"], edits=[ops.set("hidden 3", some, at=[5, 2, 3])])
+        torch.testing.assert_close(same["hidden 4"], whole["hidden 4"], **CLOSE)
+        generation = run.generate(PROMPT, max_tokens=4, stop_tokens=(), reads=["hidden 3"])
+        assert len(generation.reads["hidden 3"]) <= len(PROMPT)
+        list(generation)
+        torch.testing.assert_close(generation.reads["hidden 3"][: len(PROMPT)], whole["hidden 3"], **CLOSE)
+        with pytest.raises(ranvier.RequestError, match="at: expected each position once"):
+            run.read(PROMPT, reads=[ops.read("hidden 3", at=[2, 2])])
+        with pytest.raises(ranvier.RequestError, match=r"expected at most 8,388,608 bytes of vectors"):
+            run.read(PROMPT, reads=["hidden 3"], edits=[ops.add("hidden 0-6", torch.ones(48))] * 7000)
+
+
+def test_edits_survive_the_journal() -> None:
+    """Write a session with every kind of change as JSON, and read the same back."""
+    from ranvier.actors.component.inside import Edit, Place, Read
+    from ranvier.actors.component.session import SessionInfo
+
+    op = ops.clamp("hidden 1", [1.0, 2.0], most=3)
+    edit = Edit(
+        Place("hidden", 1), ((0, None), (3, 4)), op.operation, op.values, op.rows, 1.0, op.least, op.most, ((0, 2),)
+    )
+    info = SessionInfo(1, 1, 9, edits=(edit,), reads=(Read(Place("query", 2), ((0, 5),), (2, 4)),))
+    for codec in (msgspec.json, msgspec.msgpack):
+        assert codec.decode(codec.encode(info), type=SessionInfo) == info
 
 
 def test_patches_and_errors(four: Callable[..., ranvier.Graph], runs: Path) -> None:

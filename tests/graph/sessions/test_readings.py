@@ -47,6 +47,6 @@ def test_what_comes_again_replaces_itself() -> None:
 def test_what_does_not_fit_is_refused(data: bytes) -> None:
     """Raise an error that the gateway turns into the end of the session, for pieces that no actor would send."""
     readings = Readings(READS, 8)
-    with pytest.raises(ValueError, match=r"expected reads from 0 to 1|are not read"):
+    with pytest.raises(ValueError, match=r"expected reads from 0 to 1|are not read|expected \d+ bytes"):
         readings.take(ROW, data)
     assert readings.known == 0

@@ -88,6 +88,17 @@ def test_steps_sessions_and_the_rest(finished: Path, frames: Any) -> None:
     assert len(frames.commands) == sum(each["number"] for each in figures["commands"])
 
 
+def test_what_requests_read_is_no_answer(streamed: Callable[..., Path], tmp_path: Path) -> None:
+    """Count tokens and answers alone where a request reads inside the model, and an edge to the client."""
+    frames = ranvier.trace(
+        streamed(tmp_path, PROMPTS[:1], 5, edges=["lower.hidden -> gateway.mid"], reads=["mid", "hidden 1-6"])
+    )
+    assert frames.sql("SELECT count(*) AS n FROM messages WHERE edge LIKE '%.reads -> %'").n[0] > 0
+    assert list(frames.sessions.answers) == [5]
+    assert frames.sql("SELECT max(tokens) AS most FROM steps").most[0] <= 8
+    assert "gateway.0" not in set(frames.sql("prompts").actor)
+
+
 def test_every_question_with_a_name(frames: Any) -> None:
     """Answer each of the ten questions."""
     assert len(RECIPES) == 10
