@@ -224,7 +224,7 @@ def test_an_actor_is_lost(runs: Path) -> None:
             r"hidden 10 of position 3 from France: the capital of Italy is Paris\n(?s:.*)hidden 30 of position 4 .* is Paris\n",
         ),
         ("pattern.py", r"layer 23 pattern, head 4: 0\.[89]\d of its attention\n"),
-        ("steering.py", r"plain: .*Monday(?s:.*)steered: .*(fantastic|wonderful|great|amazing)"),
+        ("steering.py", r"plain: (.{20,})\nsteered: (?!\1).{20,}\n"),
         ("ablation.py", r"whole model: 0\.[78]\d\nwithout the attention of layer 0: 0\.0\d\n"),
         ("probing.py", r"\n?(88|100)% of 8 words that were not trained on are right\n"),
         pytest.param("features.py", r"4 \['feature \d+', 'feature \d+', 'feature \d+'\]\n", marks=LONG),
