@@ -152,7 +152,11 @@ class Journal:
         elif isinstance(line, Made):
             self.known[line.id].tokens.append(line.token)
         else:
-            self.known[line.id].end = line
+            request = self.known[line.id]
+            request.end = line
+            if request.info.edits:  # nobody makes them again, and their vectors take megabytes
+                info = dataclasses.replace(request.info, edits=())
+                request.asked = msgspec.structs.replace(request.asked, info=info)
             self._over.append(line.id)
             if len(self._over) > MOST_ENDED:
                 del self.known[self._over.popleft()]
