@@ -13,7 +13,7 @@ from dataclasses import dataclass
 HIDDEN, LOGITS, READS = "hidden", "logits", "reads"
 """Two kinds of places, and the port over which actors send to the gateway what requests read."""
 PATTERN = "pattern"
-"""What a layer's attention gives to each position: for each head, numbers that add up to 1."""
+"""Names what a layer's attention gives to each position: for each head, numbers that add up to 1."""
 IN_LAYER = ("query", "key", "value", PATTERN, "heads", "attention", "attended", "mlp")
 """Places inside a layer, in the order in which it makes them.
 

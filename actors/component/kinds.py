@@ -89,7 +89,7 @@ def _hidden(config: ModelConfig, dtype: str) -> TensorSpec:
 
 _TOKENS = TensorSpec("int64", ("tokens",))
 _READS = {READS: TensorSpec("float32", ("tokens",))}
-"""What requests read inside an actor: so many numbers (see `model/inside.py`)."""
+"""Carries what requests read inside an actor: so many numbers (see `model/inside.py`)."""
 _CHOSEN = TensorSpec("int64", ("rows",))
 
 

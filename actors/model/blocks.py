@@ -126,13 +126,11 @@ class Blocks:
     def forward(self, rows: tuple[Row, ...], hidden_TH: torch.Tensor) -> torch.Tensor:
         """Run one step of every row through every layer; the caches advance only if all layers succeed."""
         if self._compiled is not None:
+            if not self.inside.sessions:
+                return self._by_kernels(self._compiled, "hidden", rows, hidden_TH)
             by_kernels = functools.partial(self._by_kernels, self._compiled, "hidden")
             deep = [self.inside.deep(row.session) for row in rows]
-            return (
-                self._apart(rows, hidden_TH, deep, self._by_torch, by_kernels)
-                if any(deep)
-                else by_kernels(rows, hidden_TH)
-            )
+            return self._apart(rows, hidden_TH, deep, self._by_torch, by_kernels)
         if self.fused is not None and self.look is None:
             with taken_back(self.cache, rows):
                 return self._by_both(self.fused, rows, hidden_TH)
@@ -199,7 +197,7 @@ class Blocks:
 
     def _touch_in(self, rows: tuple[Row, ...], name: str, index: int, tensor_T: torch.Tensor) -> torch.Tensor:
         """Let sessions change and read a tensor inside a layer, with any shape of each token."""
-        if not any(self.inside.deep(row.session) for row in rows):
+        if not self.inside.sessions or not any(self.inside.deep(row.session) for row in rows):
             return tensor_T
         tensor_T = tensor_T.contiguous()
         self.inside.touch(Place(name, self._first + index), rows, tensor_T.flatten(1))

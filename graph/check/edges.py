@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from ranvier.actors.checkpoint import Checkpoint
-from ranvier.actors.component.inside import READS
 from ranvier.actors.component.kinds import KindError, inside
 from ranvier.actors.protocol.host_spec import GATEWAY, STATISTICS
 from ranvier.transport.format import codec
@@ -26,9 +25,8 @@ from ..file.schema import EdgeSection, GraphFile
 from . import dims
 from .checked import CheckedActor, CheckedEdge, Ports
 from .findings import Findings, near
+from .gateway_edges import PROMPTS, gateway_edges
 
-PROMPTS = 256
-"""Credit in messages for edges from the gateway. Prompt messages are small, and those that wait can share one step."""
 WITHOUT_A_BOUND = "a loop without a bound; add at_most: N, and until: PORT if an output can signal the end"
 
 
@@ -56,7 +54,7 @@ class EdgeCheck(Findings):
                 edges.append(edge)
         self._add_pipeline(edges)
         if not self.problems:
-            edges += self._gateway_edges(edges, checkpoint)
+            edges += gateway_edges(self.actors.values(), edges, checkpoint)
         return edges
 
     def _add_pipeline(self, edges: list[CheckedEdge]) -> None:
@@ -231,28 +229,6 @@ class EdgeCheck(Findings):
                     f"{self.actors[edge.target].inputs[edge.into]}; make them the same", "pipeline",
                 )  # fmt: skip
         return edges
-
-    def _gateway_edges(self, edges: list[CheckedEdge], checkpoint: Checkpoint | None) -> list[CheckedEdge]:
-        """Return the edges to and from the gateway that need not be listed. Those of what is read inside a model come last."""
-        made: list[CheckedEdge] = []
-        reads: list[CheckedEdge] = []
-        given = {(edge.source, edge.out, edge.target, edge.into) for edge in edges}
-        looks = (
-            checkpoint is not None
-            and checkpoint.config.offers_places
-            and any(a.kind.ends for a in self.actors.values())
-        )
-        for actor in self.actors.values():
-            made += [
-                CheckedEdge(GATEWAY, port, actor.name, port, actor.inputs[port], implied=True, credits_messages=PROMPTS)
-                for port in actor.kind.from_gateway
-                if (GATEWAY, port, actor.name, port) not in given
-            ]
-            for port in actor.kind.to_gateway:
-                if (actor.name, port, GATEWAY, port) not in given and (port != READS or looks):
-                    edge = CheckedEdge(actor.name, port, GATEWAY, port, actor.outputs[port], implied=True)
-                    (reads if port == READS else made).append(edge)
-        return made + reads
 
     def observed(self, edges: Sequence[CheckedEdge]) -> None:
         """Check that recorded edges exist, that exported spans are traced, and that metrics stay on loopback."""

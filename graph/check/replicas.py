@@ -52,9 +52,8 @@ class ReplicaCheck(Findings):
                 )
             if policy.by_load:
                 self._one_sender(actor, edges)
-            ports = {edge.out for edge in edges if edge.source == actor.name != edge.target} - {
-                READS
-            }  # the gateway takes any
+            ports = {edge.out for edge in edges if edge.source == actor.name != edge.target}
+            ports.discard(READS)  # the gateway takes any replica's
             if policy.copies > 1 and len(ports) > 1:
                 self._no(
                     actor,

@@ -88,7 +88,9 @@ def trace_command(
 
 
 def with_bare_sql(arguments: Sequence[str]) -> list[str]:
-    """Give `--sql` an empty question where the command line ends after it, or another option follows."""
+    """Give `--sql` of `trace` an empty question where the command line ends after it, or another option follows."""
+    if arguments[:1] != ["trace"]:
+        return list(arguments)
     following = [*arguments[1:], "--"]
     return [
         "--sql=" if one == "--sql" and after.startswith("-") else one

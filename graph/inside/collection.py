@@ -71,12 +71,12 @@ class Shards:
         self._what = {"places": list(places), "dtype": dtype, "labels": labels, "how": how}
         self._prompts = hashlib.sha256()
         self._known: dict[int, str] = {}
-        """What the prompts of the files must be, by the number of prompts."""
+        """Holds a digest of the prompts that the files begin with, by their number."""
         self._held: list[dict[str, torch.Tensor]] = []
         self._held_rows = 0
         self.files: list[Path] = []
         self.prompts = self.rows = 0
-        """What the files have so far."""
+        """Count what the files have so far."""
         self._taken = 0
         folder.mkdir(parents=True, exist_ok=True)
         for file in sorted(folder.glob(FILES)):

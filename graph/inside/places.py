@@ -20,7 +20,7 @@ MOST_READ_BYTES = 1 << 30
 MOST_EDIT_BYTES = 8 << 20
 """The most that the edits of one request may take. Each actor gets them in one command, of at most 16 MiB."""
 SPAN_BYTES = 16
-"""What a piece of positions takes there, at most."""
+"""Bounds what a piece of positions takes there."""
 _LAYERS = re.compile(
     r"(?P<before>hidden|layer) (?P<first>\d{1,6})(?: ?- ?(?P<last>\d{1,6}))?(?P<after> \w+)?", re.ASCII
 )

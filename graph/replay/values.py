@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ranvier.actors.component import inside
 from ranvier.transport.format.header import Row
 
 Order = tuple[float, int, bool]
@@ -21,7 +22,7 @@ GIVEN, ENCODER, LAST = -1e6, -1e3, 1e6
 layer."""
 
 
-HIDDEN, ENCODER_HIDDEN = "hidden", "encoder hidden"
+HIDDEN, ENCODER_HIDDEN = inside.HIDDEN, "encoder hidden"
 """Tensors between layers. They belong to the layer that they enter."""
 
 
@@ -38,9 +39,8 @@ class Place(NamedTuple):
     @property
     def name(self) -> str:
         """Return the place in words, without its end: "hidden 3", "layer 2 query", "logits"."""
-        if self.layer is None:
-            return self.tensor
-        return f"{self.tensor} {self.layer}" if self.between else f"layer {self.layer} {self.tensor}"
+        between = self.between and self.layer is not None
+        return f"{self.tensor} {self.layer}" if between else inside.Place(self.tensor, self.layer).name
 
     @property
     def between(self) -> bool:

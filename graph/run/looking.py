@@ -1,7 +1,8 @@
-"""Offer the calls of a run that look inside its model."""
+"""Offer the calls of a run that ask its model about a text, and look inside it."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,13 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from ranvier.actors.component.session import SessionInfo
+
+from ..file.errors import RequestError
 from ..inside import patches, places
 from ..inside.collection import ROWS_PER_FILE, Collected, Shards, how_of, label_of, positions_of
 from ..inside.features import Features, Found
 from ..inside.lens import Lens, Reader
 from ..inside.ops import Op, Where, Wish
 from ..plan.plan import Plan
-from ..sessions.generation import Generation
+from ..sessions.generation import Generation, logprobs_of
+from ..sessions.stream import Stream
+from .request_checks import checked_logprobs, listed
+from .requests import Requests
 
 if TYPE_CHECKING:
     import torch
@@ -27,15 +34,66 @@ Prompt = str | Sequence[dict[str, str]] | Sequence[int]
 
 
 class Looking(ABC):
-    """Look inside the model of a run."""
+    """Ask the model of a run about a text, and look inside it."""
 
     plan: Plan
+    _requests: Requests
     _reader: Reader | None = None
 
     @property
     @abstractmethod
     def generate(self) -> Callable[..., Generation]:
         """Return the method that generates tokens."""
+
+    @abstractmethod
+    def _check_open(self) -> None:
+        """Raise `LinkClosed` if the run is over."""
+
+    async def score(
+        self, ids: Sequence[int], *, traceparent: str | None = None, edits: Sequence[Op] = ()
+    ) -> list[float]:
+        """Return the log-probability (natural logarithm) of each token of `ids` but the first, given all earlier ones.
+
+        `edits` are changes inside the model, as for `generate`.
+
+        Raises:
+            RequestError: there are fewer than two tokens or too many, or the graph is not a causal language model.
+            Overloaded: there is no room now.
+            ActorFailed: an actor was lost.
+        """
+        return list((await self._scored(ids, None, traceparent, edits)).scores)
+
+    async def ranked(
+        self, ids: Sequence[int], logprobs: int, *, traceparent: str | None = None, edits: Sequence[Op] = ()
+    ) -> list[tuple[float, dict[int, float]]]:
+        """Return the same as `score`, each with the log-probabilities of the `logprobs` likeliest tokens there, by id.
+
+        Errors are those of `score`.
+        """
+        numbers = (await self._scored(ids, checked_logprobs(logprobs), traceparent, edits)).numbers
+        return [logprobs_of(numbers["logprobs", position]) for position in range(len(ids) - 1)]
+
+    async def _scored(
+        self, ids: Sequence[int], logprobs: int | None, traceparent: str | None, edits: Sequence[Op]
+    ) -> Stream:
+        self._check_open()
+        graph, requests = self.plan.graph, self._requests
+        if not graph.generates or graph.checkpoint is None:
+            raise RequestError(f"graph {graph.name} is not a language model; score needs one")
+        if graph.checkpoint.config.encoder is not None:
+            raise RequestError(f"graph {graph.name} is an encoder–decoder model; score is for causal ones")
+        requests.check(list(ids), 1, spare=1)
+        if len(ids) < 2:
+            raise RequestError("score: expected at least two tokens, got 1")
+        root, caller = requests.traced(traceparent)
+        changes = [*patches.of(self), *listed("edits", edits)]
+        info = SessionInfo(
+            session=0, epoch=0, capacity=len(ids), log=tuple(ids), score=True, logprobs=logprobs, traceparent=root,
+            edits=places.edits_of(graph, changes, len(ids), len(ids)),
+        )  # fmt: skip
+        with contextlib.closing(requests.client(info, caller)) as client:
+            await client.event()
+        return client.stream
 
     async def read(self, prompt: Prompt, *, reads: Sequence[str | Wish], **options: Any) -> Mapping[str, torch.Tensor]:
         """Run a prompt through the model once, and return what is inside: float32 [positions, …] by place.

@@ -24,7 +24,7 @@ from ..inside import places
 from ..inside.ops import Op, Wish
 from ..sessions import journal
 from ..sessions.gateway import Gateway
-from ..sessions.generation import Client, Generation, Over, Wakes, logprobs_of
+from ..sessions.generation import Client, Generation, Over, Wakes
 from ..sessions.grammars import Grammars
 from ..sessions.journal import Asked, Ended, Journal
 from ..sessions.stream import Stream, Tensors
@@ -335,39 +335,6 @@ class Requests:
                 f"the request needs {len(ids) + max_tokens} tokens of KV cache, an actor holds {capacity}; raise cache_tokens"
             )
 
-    async def scores(self, ids: Sequence[int], traceparent: str | None, edits: Sequence[Op]) -> list[float]:
-        """Return log-probabilities. See `Run.score`."""
-        return list((await self._scored(ids, None, traceparent, edits)).scores)
-
-    async def ranks(
-        self, ids: Sequence[int], logprobs: int | None, traceparent: str | None, edits: Sequence[Op]
-    ) -> list[tuple[float, dict[int, float]]]:
-        """Return log-probabilities with those of the likeliest tokens. See `Run.ranked`."""
-        numbers = (await self._scored(ids, logprobs, traceparent, edits)).numbers
-        return [logprobs_of(numbers["logprobs", position]) for position in range(len(ids) - 1)]
-
-    async def _scored(
-        self, ids: Sequence[int], logprobs: int | None, traceparent: str | None, edits: Sequence[Op]
-    ) -> Stream:
-        graph = self._graph
-        if not graph.generates or graph.checkpoint is None:
-            raise RequestError(f"graph {graph.name} is not a language model; score needs one")
-        if graph.checkpoint.config.encoder is not None:
-            raise RequestError(f"graph {graph.name} is an encoder–decoder model; score is for causal ones")
-        self.check(list(ids), 1, spare=1)
-        if len(ids) < 2:
-            raise RequestError("score: expected at least two tokens, got 1")
-        root, caller = self.traced(traceparent)
-        info = SessionInfo(
-            session=0, epoch=0, capacity=len(ids), log=tuple(ids), score=True, logprobs=logprobs, traceparent=root,
-            edits=places.edits_of(graph, listed("edits", edits), len(ids), len(ids)),
-        )  # fmt: skip
-        with contextlib.closing(
-            Client(self.gateway, self.gateway.submit(info, caller=caller), self.flush, self._wakes)
-        ) as client:
-            await client.event()
-        return client.stream
-
     async def call(self, inputs: Mapping[str, torch.Tensor], traceparent: str | None) -> dict[str, torch.Tensor]:
         """Send tensors by input port, and return those of the output ports. See `Run.call`."""
         from ranvier.transport.format.tensors import from_buffer, to_buffer
@@ -384,13 +351,15 @@ class Requests:
             except ValueError as error:
                 raise RequestError(f"call: {error}") from None
             tensors[port] = meta, stable(buffer)  # the caller may overwrite it, and it may have to be sent again
-        with contextlib.closing(
-            Client(self.gateway, self.gateway.submit(info, tensors, caller=caller), self.flush, self._wakes)
-        ) as client:
+        with contextlib.closing(self.client(info, caller, tensors)) as client:
             while not isinstance(await client.event(), str):
                 pass
         outputs = client.stream.outputs
         return {port: from_buffer(meta, buffer) for port, (meta, buffer) in outputs.items()}
+
+    def client(self, info: SessionInfo, caller: str, inputs: Tensors | None = None) -> Client:
+        """Submit a session that is no generation, and return its client. Raise the errors of `Gateway.submit`."""
+        return Client(self.gateway, self.gateway.submit(info, inputs, caller=caller), self.flush, self._wakes)
 
     def traced(self, traceparent: str | None) -> tuple[str, str]:
         """Return the trace context of a request's root span, and the caller's span; both are empty without tracing.

@@ -36,7 +36,7 @@ from .looking import Looking
 from .members import Members
 from .quiet import Quiet
 from .recovery import Recovered, Recovery
-from .request_checks import checked_logprobs, listed, no_tokenizer
+from .request_checks import listed, no_tokenizer
 from .requests import Requests
 from .run_folder import RunFolder
 from .scaling import Scaling
@@ -299,31 +299,6 @@ class Run(Looking):
         """
         self._check_open()
         return self._requests.lost.resume(request_id, after)
-
-    async def score(
-        self, ids: Sequence[int], *, traceparent: str | None = None, edits: Sequence[Op] = ()
-    ) -> list[float]:
-        """Return the log-probability (natural logarithm) of each token of `ids` but the first, given all earlier ones.
-
-        `edits` are changes inside the model, as for `generate`.
-
-        Raises:
-            RequestError: there are fewer than two tokens or too many, or the graph is not a causal language model.
-            Overloaded: there is no room now.
-            ActorFailed: an actor was lost.
-        """
-        self._check_open()
-        return await self._requests.scores(ids, traceparent, (*patches.of(self), *edits))
-
-    async def ranked(
-        self, ids: Sequence[int], logprobs: int, *, traceparent: str | None = None, edits: Sequence[Op] = ()
-    ) -> list[tuple[float, dict[int, float]]]:
-        """Return the same as `score`, each with the log-probabilities of the `logprobs` likeliest tokens there, by id.
-
-        Errors are those of `score`.
-        """
-        self._check_open()
-        return await self._requests.ranks(ids, checked_logprobs(logprobs), traceparent, (*patches.of(self), *edits))
 
     async def call(self, traceparent: str | None = None, /, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Send one tensor to each input port of the gateway, and wait for one from each output port.

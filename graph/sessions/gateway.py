@@ -25,8 +25,8 @@ from ranvier.transport.links.link_state import Outbound, Received
 
 from .placement import Placement
 from .readings import Readings
-from .stream import MOST_LOSSES, Delivered, Stream, Tensors
-from .wire_rows import rows_of, token_tensor
+from .stream import MOST_LOSSES, Stream, Tensors
+from .wire_rows import chunks_of, rows_of
 
 
 class Gateway:
@@ -176,13 +176,7 @@ class Gateway:
         Actors that held the session already have everything, except the last token.
         """
         asked, log = stream.asked, stream.log
-        del log[stream.awaited :]  # logged, but its numbers have not come: both are computed again
-        stream.outputs.clear()
-        stream.rounds.clear()
-        stream.numbers.clear()
-        del stream.scores[:]
-        if stream.info.score:
-            stream.numbers.clear()
+        stream.forget()
         chosen = {actor: replicas for actor, replicas in stream.replicas.items() if replicas != (0,)}
         left = asked.max_tokens - (len(log) - len(asked.log))
         if len(log) <= self._recomputed_after:
@@ -309,13 +303,8 @@ class Gateway:
         for stream in [
             stream for stream in self.streams.values() if stream.submitted_ns < since_ns and not stream.waits
         ]:
-            if self._generates:
-                missing = f"a token at position {len(stream.log)}"
-            else:
-                missing = ", ".join(sorted(self._answers - stream.outputs.keys()))
-            got = ", ".join(sorted(stream.outputs)) or "nothing"
-            session = stream.info.session
-            what = f"session {session}: every actor has been idle for {quiet_s:g} s: expected {missing}, got {got}"
+            session, lacks = stream.info.session, stream.lacks(frozenset() if self._generates else self._answers)
+            what = f"session {session}: every actor has been idle for {quiet_s:g} s: {lacks}"
             self._end(stream, ActorFailed(GATEWAY, what, Cause.LATE, session=session))
 
     def on_message(self, received: Received) -> None:
@@ -342,11 +331,8 @@ class Gateway:
         for port, (meta, buffer) in stream.inputs.items():
             tokens = meta.shape[0] if meta.shape else 1
             self._send(stream, port, Row(info.session, info.epoch, 0, tokens), meta, buffer, now_ns)
-        for start in range(info.kept, len(info.log), self._chunk):
-            chunk = info.log[start : start + self._chunk]
-            row = Row(info.session, info.epoch, start, len(chunk))
-            meta, buffer = token_tensor(chunk)
-            self._send(stream, "token", row, meta, buffer, now_ns)
+        for row, meta, data in chunks_of(info, self._chunk):
+            self._send(stream, "token", row, meta, data, now_ns)
 
     def _send(self, stream: Stream, port: str, row: Row, meta: TensorMeta, buffer: Buffer, now_ns: int) -> None:
         for route in self._by_port[port].values():
@@ -383,10 +369,7 @@ class Gateway:
                 self.exchange.count("tokens_refused")
                 continue
             try:
-                if port == READS:
-                    stream.readings.take(row, buffer)
-                else:
-                    stream.readings.take_edge(port, row, meta, buffer)
+                stream.readings.take(port, row, meta, buffer)
             except (ValueError, ProtocolError) as error:
                 what = f"edge {received.link.spec.name}: {error}"
                 self._end(stream, ActorFailed(received.link.peer, what, Cause.REFUSED, session=row.session))
@@ -406,9 +389,7 @@ class Gateway:
     def _deliver_complete(self, stream: Stream) -> None:
         """Deliver the positions of which everything has come."""
         epoch = stream.info.epoch
-        while not stream.over and stream.info.epoch == epoch and stream.awaited < len(stream.log):
-            if not stream.complete(stream.awaited):
-                return
+        while not stream.over and stream.info.epoch == epoch and stream.complete(stream.awaited):
             self._deliver(stream, stream.awaited)
 
     def _deliver(self, stream: Stream, position: int) -> None:
@@ -417,24 +398,17 @@ class Gateway:
         self.delivered += 1
         if stream.losses:
             self._acquit(stream)
-        numbers = stream.numbers
-        logits, logprobs = numbers.pop(("logits", position), None), numbers.pop(("logprobs", position), None)
-        reads = stream.readings.at(position - 1) if stream.readings is not None else {}
-        stream.events.append(Delivered(position, token, logits, logprobs, reads))
+        stream.events.append(stream.taken_out(position))
         self.on_delivered(stream, position, token)
         # the log may have later tokens, whose numbers have not come yet
         if not stream.info.finished(position + 1 - len(stream.info.log), token):
             return
         if stream.asked.finished(position + 1 - len(stream.asked.log), token):
             self._end(stream, stream.info.reason(token))
-        else:
-            self._open_anew(stream)
-
-    def _open_anew(self, stream: Stream) -> None:
-        """Open a session again in a new epoch, because all its positions change now; see `recomputed_after`."""
-        self._close(stream)
-        self._epoch += 1
-        self._open(stream)
+        else:  # all its positions change now; see `recomputed_after`
+            self._close(stream)
+            self._epoch += 1
+            self._open(stream)
 
     def _acquit(self, stream: Stream) -> None:
         """Clear a session of suspicion: it has made progress, or is over. The next suspected session may start."""

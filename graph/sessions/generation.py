@@ -47,7 +47,7 @@ class Token:
     top_logprobs: Mapping[int, float] = field(default_factory=dict)
     """The same for the likeliest tokens by id, as many as requested, the likeliest first."""
     reads: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """What the request reads inside the model, float32 by place, at the position before: the token was made from it."""
+    """Holds what the request reads inside the model, float32 by place, at the position before: the token was made from it."""
     durable: bool = True
     """True if the token is in the run's journal, or if there is no journal.
 

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ranvier.actors.component.inside import PATTERN, Read, within
+from ranvier.actors.component.inside import PATTERN, READS, Read, within
 from ranvier.transport.format.header import Row, TensorMeta
 from ranvier.transport.format.message import Buffer
 
@@ -88,7 +88,18 @@ class Readings:
     def __init__(self, reads: Sequence[Read], positions: int) -> None:
         self._kept = [_Kept(read, positions) for read in reads]
 
-    def take(self, row: Row, buffer: Buffer) -> None:
+    def take(self, port: str, row: Row, meta: TensorMeta, buffer: Buffer) -> None:
+        """Take one row that came to a port of the gateway.
+
+        Raises:
+            ValueError, ProtocolError: it does not fit.
+        """
+        if port == READS:
+            self.take_pieces(row, buffer)
+        else:
+            self._take_edge(port, row, meta, buffer)
+
+    def take_pieces(self, row: Row, buffer: Buffer) -> None:
         """Take the numbers of one row, as `Inside.around` has written them.
 
         Raises:
@@ -111,12 +122,8 @@ class Readings:
             kept.put(first, count, data[at : at + size])
             at += size
 
-    def take_edge(self, name: str, row: Row, meta: TensorMeta, buffer: Buffer) -> None:
-        """Take the rows [tokens, …] of an edge that goes to the client.
-
-        Raises:
-            ValueError, ProtocolError: they do not fit.
-        """
+    def _take_edge(self, name: str, row: Row, meta: TensorMeta, buffer: Buffer) -> None:
+        """Take the values [tokens, …] of an edge that goes to the client."""
         from ranvier.transport.format.tensors import from_buffer
 
         for kept in self._kept:

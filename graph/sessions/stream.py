@@ -37,7 +37,7 @@ class Delivered:
     logits: Buffer | None = None
     logprobs: Buffer | None = None
     reads: Mapping[str, bytes] = field(default_factory=dict)
-    """By place, as float32 bytes: what the request reads at the position before, from which the token was made."""
+    """Values by place, as float32 bytes: what the request reads at the position before, from which the token was made."""
 
 
 @dataclass(slots=True, eq=False)
@@ -66,7 +66,7 @@ class Stream:
     numbers: dict[tuple[str, int], Buffer] = field(default_factory=dict)
     """Logits and log-probabilities that have come, by port and position."""
     readings: Readings | None = None
-    """What the session reads inside the model, if anything."""
+    """Holds what the session reads inside the model, if it reads anything."""
     scores: array[float] = field(default_factory=lambda: array("f"))
     events: deque[Delivered | str | Exception] = field(default_factory=deque)
     delivered: int = 0
@@ -93,13 +93,37 @@ class Stream:
         return self.losses >= SUSPECTED
 
     def complete(self, position: int) -> bool:
-        """Return whether everything that the client asked for at a position has come, beside the token."""
+        """Return whether the token of a position, and everything that the client asked for there, has come."""
         info = self.info
+        if position >= len(self.log):
+            return False
         return (
             not (info.logits and ("logits", position) not in self.numbers)
             and not (info.logprobs is not None and ("logprobs", position) not in self.numbers)
             and (self.readings is None or self.readings.complete(position))
         )
+
+    def forget(self) -> None:
+        """Forget what actors compute again: what was not delivered, and numbers and outputs so far."""
+        del self.log[self.awaited :]
+        self.outputs.clear()
+        self.rounds.clear()
+        self.numbers.clear()
+        del self.scores[:]
+
+    def taken_out(self, position: int) -> Delivered:
+        """Return a position that is complete, for the client. Its numbers are kept no longer."""
+        numbers = self.numbers
+        logits, logprobs = numbers.pop(("logits", position), None), numbers.pop(("logprobs", position), None)
+        reads = self.readings.at(position - 1) if self.readings is not None else {}
+        return Delivered(position, self.log[position], logits, logprobs, reads)
+
+    def lacks(self, answers: frozenset[str] | set[str]) -> str:
+        """Say what has not come: some of the `answers` of a call, or without them the next token."""
+        missing = (
+            ", ".join(sorted(answers - self.outputs.keys())) if answers else f"a token at position {len(self.log)}"
+        )
+        return f"expected {missing}, got {', '.join(sorted(self.outputs)) or 'nothing'}"
 
     @property
     def taken(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 
+from ranvier.actors.component.session import SessionInfo
 from ranvier.transport.format.codec import RAW
 from ranvier.transport.format.dtypes import BY_NAME
 from ranvier.transport.format.header import Row, TensorMeta
@@ -16,6 +17,13 @@ def token_tensor(ids: Sequence[int], name: str = "token") -> tuple[TensorMeta, b
     """Return token ids as an int64 tensor in wire format, without torch."""
     data = array("q", ids).tobytes()
     return TensorMeta(name, BY_NAME["int64"].number, (len(ids),), RAW, len(data)), data
+
+
+def chunks_of(info: SessionInfo, chunk: int) -> Iterator[tuple[Row, TensorMeta, bytes]]:
+    """Yield the tokens of a session's log that are to be computed, in messages of at most `chunk` tokens."""
+    for start in range(info.kept, len(info.log), chunk):
+        ids = info.log[start : start + chunk]
+        yield Row(info.session, info.epoch, start, len(ids)), *token_tensor(ids)
 
 
 def rows_of(received: Received) -> Iterator[tuple[Row, tuple[TensorMeta, Buffer]]]:

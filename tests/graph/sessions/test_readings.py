@@ -24,11 +24,11 @@ def test_what_comes_again_replaces_itself() -> None:
     """Know which positions are complete, whatever order the reads come in, and after a position came twice."""
     readings = Readings(READS, 8)
     assert (readings.known, readings.complete(0), readings.complete(1)) == (0, True, False)
-    readings.take(ROW, piece(0, 0, [1, 2, 3, 4]) + piece(1, 1, [9, 9]))
+    readings.take_pieces(ROW, piece(0, 0, [1, 2, 3, 4]) + piece(1, 1, [9, 9]))
     assert (readings.known, readings.complete(2), readings.complete(3)) == (2, True, False)
-    readings.take(ROW, piece(0, 2, [5, 6, 7, 8, 9, 10]))
+    readings.take_pieces(ROW, piece(0, 2, [5, 6, 7, 8, 9, 10]))
     assert (readings.known, readings.complete(4), readings.complete(5)) == (4, True, False)
-    readings.take(ROW, piece(1, 4, [7, 7]) + piece(0, 1, [30, 40, 50, 60]))
+    readings.take_pieces(ROW, piece(1, 4, [7, 7]) + piece(0, 1, [30, 40, 50, 60]))
     assert (readings.known, readings.complete(5)) == (5, True)
     assert readings.at(1) == {"hidden 3": struct.pack("2f", 30, 40), "layer 1 layer": struct.pack("2f", 9, 9)}
     tensors = readings.tensors(5)
@@ -48,5 +48,5 @@ def test_what_does_not_fit_is_refused(data: bytes) -> None:
     """Raise an error that the gateway turns into the end of the session, for pieces that no actor would send."""
     readings = Readings(READS, 8)
     with pytest.raises(ValueError, match=r"expected reads from 0 to 1|are not read|expected \d+ bytes"):
-        readings.take(ROW, data)
+        readings.take_pieces(ROW, data)
     assert readings.known == 0
